@@ -1,0 +1,115 @@
+"""The host's table of GPADLs: guest memory described by a stream of 8-byte words over several messages.
+
+Life of one: in progress (HEADER came, BODYs may follow), complete, tearing down (the guest asked for its memory while
+a channel still uses it), gone. A GPADL in progress is found by its handle alone, since BODY carries no relid.
+"""
+
+from typing import NamedTuple
+
+from vmbus.errors import PeerError
+from vmbus.wire.gpa import GpaRange, RangeError, extents_of, parse_ranges
+
+MAX_GPADLS = 4096
+MAX_IN_PROGRESS = 64
+MAX_RANGES = 4096
+MAX_BYTES = 256 << 20
+
+
+class GpadlError(PeerError):
+    """A GPADL message that does not fit the table's state."""
+
+
+class Gpadl(NamedTuple):
+    """A complete GPADL."""
+
+    relid: int
+    handle: int
+    ranges: tuple[GpaRange, ...]
+
+    @property
+    def size(self) -> int:
+        """Bytes described."""
+        return sum(one.byte_count for one in self.ranges)
+
+    def extents(self) -> list[tuple[int, int]]:
+        """The described memory as (I/O address, length) pairs, in order."""
+        return extents_of(self.ranges)
+
+    def page_extents(self, first: int, count: int | None = None) -> list[tuple[int, int]]:
+        """Extents of `count` pages (all that follow when None) from page `first`, for rings.
+
+        Raises GpadlError unless the GPADL is one range of whole pages that holds them.
+        """
+        if len(self.ranges) != 1 or self.ranges[0].byte_offset or self.ranges[0].byte_count % 4096:
+            raise GpadlError(f"GPADL {self.handle:#x} is not one range of whole pages, which a ring needs")
+        pfns = self.ranges[0].pfns
+        chosen = pfns[first:] if count is None else pfns[first : first + count]
+        if not chosen or (count is not None and len(chosen) < count):
+            raise GpadlError(f"GPADL {self.handle:#x} has {len(pfns)} pages; {count} from page {first} were asked for")
+        return GpaRange(len(chosen) * 4096, 0, chosen).extents()
+
+
+class PartialGpadl:
+    """A GPADL whose range list has not arrived completely."""
+
+    __slots__ = ("data", "handle", "range_bytes", "range_count", "relid")
+
+    def __init__(self, relid: int, handle: int, range_bytes: int, range_count: int, data: bytes) -> None:
+        self.relid = relid
+        self.handle = handle
+        self.range_bytes = range_bytes
+        self.range_count = range_count
+        self.data = data
+
+
+class GpadlTable:
+    """All GPADLs of one connection."""
+
+    def __init__(self) -> None:
+        self.complete: dict[tuple[int, int], Gpadl] = {}
+        self.partial: dict[int, PartialGpadl] = {}
+
+    def begin(self, relid: int, handle: int, range_bytes: int, range_count: int, words: bytes) -> Gpadl | None:
+        """A HEADER. Returns the GPADL when it is complete. Raises GpadlError or RangeError; then it does not exist."""
+        if handle in self.partial or (relid, handle) in self.complete:
+            raise GpadlError(f"GPADL {handle:#x} exists already")
+        if len(self.complete) + len(self.partial) >= MAX_GPADLS or len(self.partial) >= MAX_IN_PROGRESS:
+            raise GpadlError(f"{len(self.complete)} GPADLs exist and {len(self.partial)} are in progress: no more")
+        if not 0 < range_count <= MAX_RANGES or range_bytes % 8 or range_bytes < 16 * range_count:
+            raise GpadlError(f"GPADL {handle:#x} with {range_count} ranges in {range_bytes} bytes")
+        partial = PartialGpadl(relid, handle, range_bytes, range_count, words[:range_bytes])
+        self.partial[handle] = partial
+        return self._finish_if_complete(partial)
+
+    def extend(self, handle: int, words: bytes) -> tuple[PartialGpadl, Gpadl | None]:
+        """A BODY. Raises GpadlError for an unknown handle; RangeError as `begin` (use `drop` and refuse)."""
+        partial = self.partial.get(handle)
+        if partial is None:
+            raise GpadlError(f"a GPADL body for {handle:#x}, which is not in progress")
+        # Some guests pad messages: what goes beyond the declared total is not part of the list.
+        partial.data += words[: partial.range_bytes - len(partial.data)]
+        return partial, self._finish_if_complete(partial)
+
+    def _finish_if_complete(self, partial: PartialGpadl) -> Gpadl | None:
+        if len(partial.data) < partial.range_bytes:
+            return None
+        del self.partial[partial.handle]
+        ranges, end = parse_ranges(partial.data, partial.range_count, max_bytes=MAX_BYTES)
+        if end != partial.range_bytes:
+            raise RangeError(f"GPADL {partial.handle:#x}: the ranges take {end} of {partial.range_bytes} bytes")
+        gpadl = Gpadl(partial.relid, partial.handle, tuple(ranges))
+        self.complete[partial.relid, partial.handle] = gpadl
+        return gpadl
+
+    def drop_channel(self, relid: int) -> list[int]:
+        """Forget all GPADLs of a channel; returns their handles."""
+        gone = [handle for owner, handle in self.complete if owner == relid]
+        gone += [handle for handle, partial in self.partial.items() if partial.relid == relid]
+        self.complete = {key: gpadl for key, gpadl in self.complete.items() if key[0] != relid}
+        self.partial = {handle: partial for handle, partial in self.partial.items() if partial.relid != relid}
+        return gone
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self.complete.clear()
+        self.partial.clear()

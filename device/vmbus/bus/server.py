@@ -1,0 +1,483 @@
+"""The host's end of the bus: a state machine that takes messages and says what to do through a narrow interface.
+
+The connection:
+
+    DISCONNECTED   --INITIATE_CONTACT, version known-->  CONNECTED   --UNLOAD-->  DISCONNECTED
+    INITIATE_CONTACT in any state first drops everything. Offers are sent once, after REQUESTOFFERS.
+
+A channel, as the guest and its owner see it:
+
+    UNOFFERED   the owner wants it offered; the guest does not know it (no connection, or offers not requested yet)
+    OFFERED     the guest knows it; it is closed
+    OPENING     the guest asked for it; the owner has not answered yet
+    OPEN        both ends use the rings
+    CLOSING     the guest closed it; the owner still holds packets. An OPENCHANNEL that comes now is remembered
+    RESCINDED   withdrawn (its owner disabled it, or the guest broke its protocol); waits for RELID_RELEASED, after
+                which it is offered anew if its owner still wants that
+
+Every request is answered exactly once: the guest waits for VERSION_RESPONSE, GPADL_CREATED, OPENCHANNEL_RESULT,
+GPADL_TORNDOWN and UNLOAD_RESPONSE without a timeout. A message that is malformed or does not fit the state is counted,
+logged and, where an answer exists, refused; it never disturbs other channels.
+"""
+
+import logging
+from enum import Enum
+from typing import Any, Protocol
+from uuid import UUID
+
+from vmbus.bus.gpadl import Gpadl, GpadlError, GpadlTable
+from vmbus.errors import PeerError, UsageError
+from vmbus.wire import messages as m
+
+log = logging.getLogger(__name__)
+
+MAX_RELID = 2047
+CONNECTION_ID_BASE = 0x10000
+# Where messages are posted: 1 before version 5.0, 4 for INITIATE_CONTACT and everything from 5.0 on.
+MESSAGE_CONNECTION_ID = 1
+MESSAGE_CONNECTION_ID_5_0 = 4
+REFUSED = 0x8000FFFF
+# Messages to the guest that may wait before posting is refused until it takes some.
+MAX_OUTBOX = 4096
+
+
+class ConnectionState(Enum):
+    """See the module's text."""
+
+    DISCONNECTED = "disconnected"
+    CONNECTED = "connected"
+
+
+class OfferState(Enum):
+    """See the module's text."""
+
+    UNOFFERED = "unoffered"
+    OFFERED = "offered"
+    OPENING = "opening"
+    OPEN = "open"
+    CLOSING = "closing"
+    RESCINDED = "rescinded"
+
+
+class OpenRequest:
+    """What the guest asked for with OPENCHANNEL."""
+
+    __slots__ = ("downstream_page_offset", "open_id", "ring_gpadl", "target_vp", "user_data")
+
+    def __init__(
+        self, open_id: int, ring_gpadl: int, target_vp: int, downstream_page_offset: int, user_data: bytes
+    ) -> None:
+        self.open_id = open_id
+        self.ring_gpadl = ring_gpadl
+        self.target_vp = target_vp
+        self.downstream_page_offset = downstream_page_offset
+        self.user_data = user_data
+
+
+class Offer:
+    """One channel on the bus. `owner` is the caller's, never looked at."""
+
+    __slots__ = (
+        "flags",
+        "instance",
+        "interface_type",
+        "owner",
+        "relid",
+        "reopen",
+        "request",
+        "state",
+        "subchannel",
+        "teardowns",
+        "user_defined",
+        "wanted",
+    )
+
+    def __init__(
+        self, interface_type: UUID, instance: UUID, flags: int, user_defined: bytes, owner: Any, subchannel: int = 0
+    ) -> None:
+        self.interface_type = interface_type
+        self.instance = instance
+        self.flags = flags
+        self.user_defined = user_defined
+        self.owner = owner
+        self.subchannel = subchannel
+        self.relid = 0
+        self.state = OfferState.UNOFFERED
+        self.request: OpenRequest | None = None
+        self.reopen: m.OpenChannel | None = None
+        self.teardowns: list[int] = []
+        self.wanted = True
+
+    @property
+    def connection_id(self) -> int:
+        """What the guest signals for this channel."""
+        return CONNECTION_ID_BASE + self.relid
+
+    @property
+    def in_use(self) -> bool:
+        """Whether its owner may be touching the rings."""
+        return self.state in (OfferState.OPENING, OfferState.OPEN, OfferState.CLOSING)
+
+
+class BusActions(Protocol):
+    """What the bus asks of its surroundings."""
+
+    def post(self, message: bytes) -> None:
+        """Send a message to the guest, after those before it."""
+
+    def open_channel(self, offer: Offer, gpadl: Gpadl) -> None:
+        """Open; answer with `BusServer.opened`, now or later."""
+
+    def channel_answered(self, offer: Offer) -> None:
+        """The guest has been told that the channel is open: packets may move."""
+
+    def close_channel(self, offer: Offer, force: bool) -> None:
+        """Close; answer with `BusServer.closed`, now or later (now, if `force`)."""
+
+
+class BusServer:
+    """The host's end. One per PCI function.
+
+    `offers` is in the order of their creation, which is the order in which the guest sees them.
+    """
+
+    def __init__(self, actions: BusActions) -> None:
+        self._actions = actions
+        self.state = ConnectionState.DISCONNECTED
+        self.version = 0
+        self.offers_requested = False
+        self.offers: list[Offer] = []
+        self.gpadls = GpadlTable()
+        self.rejected = 0
+        self._unload_pending = False
+        self._contact_pending: m.InitiateContact | None = None
+        self._by_relid: dict[int, Offer] = {}
+
+    # ---- owners ------------------------------------------------------------------------------------------------
+
+    def offer(self, offer: Offer) -> None:
+        """Offer a channel, now if the guest has asked for offers, else when it does.
+
+        Raises UsageError when (type, instance, sub-channel) is offered already or all relids are in use.
+        """
+        for other in self.offers:
+            same = (other.interface_type, other.instance, other.subchannel)
+            if same == (offer.interface_type, offer.instance, offer.subchannel):
+                raise UsageError(f"a channel with instance {offer.instance} is offered already")
+        self.offers.append(offer)
+        self._send_offer(offer)
+
+    def withdraw(self, offer: Offer) -> None:
+        """Take an offer back: rescinded if the guest knows it, and forgotten once the guest has released it."""
+        offer.wanted = False
+        if offer.state is OfferState.UNOFFERED:
+            self.offers.remove(offer)
+        else:
+            self.rescind(offer)
+
+    def rescind(self, offer: Offer) -> None:
+        """Tell the guest that the channel is gone. Its owner must have let go of it already, or is made to."""
+        if offer.state in (OfferState.UNOFFERED, OfferState.RESCINDED):
+            return
+        relid = offer.relid
+        for handle in offer.teardowns:
+            self._post(m.GpadlTorndown(handle))
+        offer.teardowns.clear()
+        in_use = offer.in_use
+        opening = offer.state is OfferState.OPENING
+        offer.state = OfferState.RESCINDED
+        if in_use:
+            self._actions.close_channel(offer, True)
+        if opening and offer.request is not None:
+            self._post(m.OpenResult(relid, offer.request.open_id, REFUSED))
+        offer.request = offer.reopen = None
+        self._post(m.RescindOffer(relid))
+
+    def opened(self, offer: Offer, status: int) -> None:
+        """The owner's answer to `open_channel`: 0, or a failing NTSTATUS."""
+        if offer.state is not OfferState.OPENING or offer.request is None:
+            return
+        request = offer.request
+        if status:
+            offer.state = OfferState.OFFERED
+            offer.request = None
+        else:
+            offer.state = OfferState.OPEN
+        self._post(m.OpenResult(offer.relid, request.open_id, status))
+        if not status:
+            self._actions.channel_answered(offer)
+
+    def closed(self, offer: Offer) -> None:
+        """The owner's answer to `close_channel`: it holds nothing any more."""
+        if offer.state is not OfferState.CLOSING:
+            return
+        offer.state = OfferState.OFFERED
+        offer.request = None
+        for handle in offer.teardowns:
+            self.gpadls.complete.pop((offer.relid, handle), None)
+            self._post(m.GpadlTorndown(handle))
+        offer.teardowns.clear()
+        if offer.reopen is not None:
+            again, offer.reopen = offer.reopen, None
+            self._open(offer, again)
+        self._continue_disconnect()
+
+    # ---- the guest ---------------------------------------------------------------------------------------------
+
+    def find(self, connection_id: int) -> Offer | None:
+        """The open channel that a signal on `connection_id` is for."""
+        offer = self._by_relid.get(connection_id - CONNECTION_ID_BASE)
+        return offer if offer is not None and offer.state is OfferState.OPEN else None
+
+    def by_relid(self, relid: int) -> Offer | None:
+        """The offer that has `relid`, in any state."""
+        return self._by_relid.get(relid)
+
+    def accepts(self, connection_id: int) -> bool:
+        """Whether messages may be posted there."""
+        return connection_id in (MESSAGE_CONNECTION_ID, MESSAGE_CONNECTION_ID_5_0)
+
+    def receive(self, data: bytes) -> None:
+        """Handle one posted message. Bad ones are counted and logged; nothing is raised for what a guest does."""
+        try:
+            message = m.decode(data, m.Direction.GUEST)
+            handler = _HANDLERS.get(type(message))
+            if handler is None:
+                raise m.MessageError(f"{type(message).__name__} is not served")
+            if self.state is ConnectionState.DISCONNECTED and type(message) is not m.InitiateContact:
+                raise m.MessageError(f"{type(message).__name__} before a version was agreed on")
+            handler(self, message)
+        except PeerError as error:
+            self.rejected += 1
+            log.warning("bus: message %d from the guest rejected: %s", self.rejected, error)
+
+    def reset(self) -> None:
+        """The function was reset: drop everything at once, without a word to the guest."""
+        self._unload_pending = False
+        self._contact_pending = None
+        self._drop_all(force=True)
+        self._disconnect()
+
+    def _post(self, message: Any) -> None:
+        self._actions.post(m.encode(message))
+
+    def _channel(self, relid: int) -> Offer:
+        offer = self._by_relid.get(relid)
+        if offer is None:
+            raise m.MessageError(f"relid {relid} is not offered")
+        return offer
+
+    def _initiate_contact(self, message: m.InitiateContact) -> None:
+        self._unload_pending = False
+        self._contact_pending = message
+        self._drop_all(force=False)
+        self._continue_disconnect()
+
+    def _unload(self, _: m.Unload) -> None:
+        self._unload_pending = True
+        self._drop_all(force=False)
+        self._continue_disconnect()
+
+    def _drop_all(self, *, force: bool) -> None:
+        for offer in list(self.offers):
+            offer.reopen = None
+            if offer.in_use and (force or offer.state is not OfferState.CLOSING):
+                offer.state = OfferState.CLOSING
+                self._actions.close_channel(offer, force)
+
+    def _continue_disconnect(self) -> None:
+        """Answer UNLOAD or INITIATE_CONTACT once no owner touches guest memory any more."""
+        if not (self._unload_pending or self._contact_pending is not None):
+            return
+        if any(offer.in_use for offer in self.offers):
+            return
+        self._disconnect()
+        if self._unload_pending:
+            self._unload_pending = False
+            self._post(m.UnloadResponse())
+            return
+        contact, self._contact_pending = self._contact_pending, None
+        assert contact is not None
+        supported = contact.version in set(m.Version)
+        if supported:
+            self.state = ConnectionState.CONNECTED
+            self.version = contact.version
+        v5 = contact.version >= m.Version.V5_0
+        where = MESSAGE_CONNECTION_ID_5_0 if v5 else contact.version
+        self._post(m.VersionResponse(int(supported), 0, where if supported else 0))
+
+    def _disconnect(self) -> None:
+        self.state = ConnectionState.DISCONNECTED
+        self.version = 0
+        self.offers_requested = False
+        self.gpadls.clear()
+        self._by_relid.clear()
+        for offer in list(self.offers):
+            offer.state = OfferState.UNOFFERED
+            offer.relid = 0
+            offer.request = None
+            offer.teardowns.clear()
+            if not offer.wanted:
+                self.offers.remove(offer)
+
+    def _request_offers(self, _: m.RequestOffers) -> None:
+        if self.offers_requested:
+            raise m.MessageError("offers were requested before on this connection")
+        self.offers_requested = True
+        for offer in self.offers:
+            self._send_offer(offer)
+        self._post(m.AllOffersDelivered())
+
+    def _send_offer(self, offer: Offer) -> None:
+        if not self.offers_requested or offer.state is not OfferState.UNOFFERED:
+            return
+        relid = next((relid for relid in range(1, MAX_RELID + 1) if relid not in self._by_relid), 0)
+        if not relid:
+            raise UsageError(f"all {MAX_RELID} relids are in use")
+        offer.relid = relid
+        offer.state = OfferState.OFFERED
+        self._by_relid[relid] = offer
+        self._post(
+            m.OfferChannel(
+                offer.interface_type,
+                offer.instance,
+                offer.flags,
+                0,
+                offer.user_defined,
+                offer.subchannel,
+                0,
+                relid,
+                0,
+                0,
+                1,
+                offer.connection_id,
+            )
+        )
+
+    def _gpadl_header(self, message: m.GpadlHeader) -> None:
+        try:
+            self._channel(message.relid)
+            done = self.gpadls.begin(
+                message.relid, message.gpadl, message.range_bytes, message.range_count, message.words
+            )
+        except PeerError:
+            self._post(m.GpadlCreated(message.relid, message.gpadl, REFUSED))
+            raise
+        if done is not None:
+            self._post(m.GpadlCreated(done.relid, done.handle, 0))
+
+    def _gpadl_body(self, message: m.GpadlBody) -> None:
+        partial = self.gpadls.partial.get(message.gpadl)
+        try:
+            _, done = self.gpadls.extend(message.gpadl, message.words)
+        except PeerError:
+            if partial is not None:
+                self._post(m.GpadlCreated(partial.relid, partial.handle, REFUSED))
+            raise
+        if done is not None:
+            self._post(m.GpadlCreated(done.relid, done.handle, 0))
+
+    def _gpadl_teardown(self, message: m.GpadlTeardown) -> None:
+        key = (message.relid, message.gpadl)
+        offer = self._by_relid.get(message.relid)
+        if key not in self.gpadls.complete:
+            # Answered all the same: a guest that waits for this would wait for ever.
+            self._post(m.GpadlTorndown(message.gpadl))
+            raise m.MessageError(f"teardown of GPADL {message.gpadl:#x} of relid {message.relid}, which does not exist")
+        if offer is not None and offer.in_use and offer.request is not None:
+            if offer.request.ring_gpadl == message.gpadl and offer.state is not OfferState.CLOSING:
+                raise m.MessageError(f"teardown of the ring of relid {message.relid}, which is {offer.state.value}")
+            if message.gpadl in offer.teardowns:
+                raise m.MessageError(f"second teardown of GPADL {message.gpadl:#x}")
+            if offer.state is OfferState.CLOSING:
+                offer.teardowns.append(message.gpadl)
+                return
+        del self.gpadls.complete[key]
+        self._post(m.GpadlTorndown(message.gpadl))
+
+    def _open_channel(self, message: m.OpenChannel) -> None:
+        try:
+            offer = self._channel(message.relid)
+            if offer.state is OfferState.RESCINDED:
+                return
+            if offer.state is OfferState.CLOSING and offer.reopen is None:
+                offer.reopen = message
+                return
+            if offer.state is not OfferState.OFFERED:
+                raise m.MessageError(f"open of relid {message.relid}, which is {offer.state.value}")
+        except PeerError:
+            self._post(m.OpenResult(message.relid, message.open_id, REFUSED))
+            raise
+        self._open(offer, message)
+
+    def _open(self, offer: Offer, message: m.OpenChannel) -> None:
+        gpadl = self.gpadls.complete.get((message.relid, message.ring_gpadl))
+        if gpadl is None:
+            self._post(m.OpenResult(message.relid, message.open_id, REFUSED))
+            raise GpadlError(f"open of relid {message.relid} with GPADL {message.ring_gpadl:#x}, which does not exist")
+        offer.state = OfferState.OPENING
+        offer.request = OpenRequest(
+            message.open_id,
+            message.ring_gpadl,
+            message.target_vp,
+            message.downstream_page_offset,
+            message.user_data,
+        )
+        self._actions.open_channel(offer, gpadl)
+
+    def _close_channel(self, message: m.CloseChannel) -> None:
+        offer = self._channel(message.relid)
+        if offer.state is OfferState.RESCINDED:
+            return
+        if offer.state is not OfferState.OPEN:
+            raise m.MessageError(f"close of relid {message.relid}, which is {offer.state.value}")
+        offer.state = OfferState.CLOSING
+        self._actions.close_channel(offer, False)
+
+    def _relid_released(self, message: m.RelidReleased) -> None:
+        offer = self._channel(message.relid)
+        if offer.state not in (OfferState.RESCINDED, OfferState.OFFERED):
+            raise m.MessageError(f"release of relid {message.relid}, which is {offer.state.value}")
+        rescinded = offer.state is OfferState.RESCINDED
+        del self._by_relid[message.relid]
+        self.gpadls.drop_channel(message.relid)
+        offer.state = OfferState.UNOFFERED
+        offer.relid = 0
+        if not offer.wanted:
+            self.offers.remove(offer)
+        elif rescinded:
+            self._send_offer(offer)
+
+    def _modify_channel(self, message: m.ModifyChannel) -> None:
+        offer = self._by_relid.get(message.relid)
+        good = offer is not None and offer.state is OfferState.OPEN and offer.request is not None
+        if good and offer is not None and offer.request is not None:
+            offer.request.target_vp = message.target_vp
+        if self.version >= m.Version.V5_3:
+            self._post(m.ModifyChannelResponse(message.relid, 0 if good else REFUSED))
+        if not good:
+            raise m.MessageError(f"modification of relid {message.relid}, which is not open")
+
+    # ---- inspection and restore ----------------------------------------------------------------------------------
+
+    def adopt(self, offer: Offer, relid: int, state: OfferState, request: OpenRequest | None) -> None:
+        """For restore: put an offer back into its saved state."""
+        offer.relid = relid
+        offer.state = state
+        offer.request = request
+        if relid:
+            self._by_relid[relid] = offer
+
+
+_HANDLERS: dict[type[Any], Any] = {
+    m.InitiateContact: BusServer._initiate_contact,
+    m.Unload: BusServer._unload,
+    m.RequestOffers: BusServer._request_offers,
+    m.GpadlHeader: BusServer._gpadl_header,
+    m.GpadlBody: BusServer._gpadl_body,
+    m.GpadlTeardown: BusServer._gpadl_teardown,
+    m.OpenChannel: BusServer._open_channel,
+    m.CloseChannel: BusServer._close_channel,
+    m.RelidReleased: BusServer._relid_released,
+    m.ModifyChannel: BusServer._modify_channel,
+}

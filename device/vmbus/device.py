@@ -1,0 +1,259 @@
+"""One PCI function's device: SynIC, bus, memory and channels tied together. No I/O of its own.
+
+The surroundings give two callables: `interrupt` (raise the MSI) and `schedule` (call `service` soon). Everything runs
+on one thread.
+"""
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+from vmbus.bus.gpadl import Gpadl, GpadlError
+from vmbus.bus.server import BusServer, Offer
+from vmbus.errors import PeerError
+from vmbus.kmcl.server import ServerChannel
+from vmbus.kmcl.states import ChannelState
+from vmbus.kmcl.status import KmclError, Status
+from vmbus.memory import GuestMemory
+from vmbus.ring import RingReader, RingWriter
+from vmbus.synic import PostStatus, Synic
+from vmbus.wire.gpa import PAGE_SIZE
+
+log = logging.getLogger(__name__)
+
+
+class ServerLink:
+    """What carries one open channel on the host: implements `vmbus.kmcl.channel.Link`."""
+
+    def __init__(self, device: "Device", offer: Offer, channel: ServerChannel, gpadl: Gpadl) -> None:
+        """Opens the rings in the GPADL's memory. Raises PeerError when the guest's description does not fit."""
+        assert offer.request is not None
+        split = offer.request.downstream_page_offset
+        pages = gpadl.size // PAGE_SIZE
+        if split < 2 or pages < split + 2:
+            raise GpadlError(f"{pages} ring pages split at page {split}: each ring needs a header and a data page")
+        self._device = device
+        self._offer = offer
+        self._channel = channel
+        self.memory = device.memory
+        opened = []
+        try:
+            for first, count in ((0, 1), (1, split - 1), (split, 1), (split + 1, pages - split - 1)):
+                opened.append(self.memory.window(gpadl.page_extents(first, count)))
+            self.reader = RingReader(opened[0], opened[1])
+            self.writer = RingWriter(opened[2], opened[3])
+        except PeerError:
+            for window in opened:
+                window.close()
+            raise
+        # Until the channel's first turn ends idle, the guest need not signal.
+        self.reader.mask()
+        for window in opened:
+            window.on_revoke = self._revoked
+
+    def _revoked(self) -> None:
+        self._channel.fail("the guest unmapped its rings")
+
+    def signal(self) -> None:
+        """The guest is to look at this channel's rings."""
+        self._device.synic.raise_event(self._offer.relid)
+
+    def wake(self) -> None:
+        """Give the channel a turn soon."""
+        self._device.wake(self._channel)
+
+    def failed(self, reason: str) -> None:
+        """The guest broke the channel: it is withdrawn, and offered anew once the guest has released it."""
+        self._device.bus.rescind(self._offer)
+
+
+class Device:
+    """The device. `channels` are those that providers have allocated, in order."""
+
+    def __init__(self, interrupt: Callable[[], None], schedule: Callable[[], None]) -> None:
+        self._interrupt = interrupt
+        self._schedule = schedule
+        self.memory = GuestMemory()
+        self.synic = Synic(self.memory, self)
+        self.bus = BusServer(self)
+        self.channels: list[ServerChannel] = []
+        self.resets = 0
+        self.frozen = False
+        self._offers: dict[int, Offer] = {}
+        self._ready: dict[ServerChannel, None] = {}
+
+    # ---- providers ---------------------------------------------------------------------------------------------
+
+    def add_channel(self, channel: ServerChannel) -> None:
+        """Bind a channel to this device; it is offered when it is enabled."""
+        channel.bind(self._offer_channel, self._withdraw_channel)
+        self.channels.append(channel)
+
+    def _offer_channel(self, channel: ServerChannel) -> None:
+        offer = Offer(
+            channel.interface_type, channel.interface_instance, channel.offer_flags, channel.user_defined, channel
+        )
+        self._offers[id(channel)] = offer
+        self.bus.offer(offer)
+
+    def _withdraw_channel(self, channel: ServerChannel) -> None:
+        self.bus.withdraw(self._offers.pop(id(channel)))
+
+    def offer_of(self, channel: ServerChannel) -> Offer:
+        """The offer behind an enabled channel."""
+        return self._offers[id(channel)]
+
+    # ---- turns -------------------------------------------------------------------------------------------------
+
+    def wake(self, channel: ServerChannel) -> None:
+        """Give a channel a turn at the next `service`."""
+        if not self._ready and not self.frozen:
+            self._schedule()
+        self._ready[channel] = None
+
+    def service(self) -> None:
+        """Give every channel that asked for it one turn."""
+        if self.frozen:
+            return
+        ready = self._ready
+        self._ready = {}
+        for channel in ready:
+            if channel.process():
+                self.wake(channel)
+
+    def freeze(self) -> None:
+        """Nothing takes a turn until `thaw`."""
+        self.frozen = True
+
+    def thaw(self) -> None:
+        """Turns are given again; every open channel gets one, since it may have missed a signal."""
+        self.frozen = False
+        for channel in self.channels:
+            self._ready[channel] = None
+        self._schedule()
+
+    # ---- the PCI function --------------------------------------------------------------------------------------
+
+    def bar_read(self, offset: int, size: int) -> bytes:
+        """A read of BAR0."""
+        return self.synic.read(offset, size)
+
+    def bar_write(self, offset: int, data: bytes) -> None:
+        """A write to BAR0."""
+        self.synic.write(offset, data)
+
+    def reset(self) -> None:
+        """Power-on state: every channel is closed by force, the guest's connection forgotten. Offers stay."""
+        self.resets += 1
+        self.bus.reset()
+        self.synic.reset()
+        self._ready.clear()
+
+    # ---- SynicActions ------------------------------------------------------------------------------------------
+
+    def posted(self, connection_id: int, message: bytes) -> PostStatus:
+        """The guest posted a channel message."""
+        if not self.bus.accepts(connection_id):
+            return PostStatus.INVALID_CONNECTION_ID
+        self.bus.receive(message)
+        return PostStatus.SUCCESS
+
+    def signalled(self, connection_id: int) -> None:
+        """The guest signalled a channel."""
+        offer = self.bus.find(connection_id)
+        if offer is not None:
+            self.wake(offer.owner)
+
+    def reset_requested(self) -> None:
+        """The guest asked for a reset through a register."""
+        self.reset()
+
+    def interrupt(self) -> None:
+        """Raise the MSI."""
+        self._interrupt()
+
+    # ---- BusActions --------------------------------------------------------------------------------------------
+
+    def post(self, message: bytes) -> None:
+        """Send a channel message to the guest."""
+        self.synic.post(message)
+
+    def open_channel(self, offer: Offer, gpadl: Gpadl) -> None:
+        """The guest opens a channel: rings first, then its owner is asked."""
+        channel: ServerChannel = offer.owner
+        try:
+            link = ServerLink(self, offer, channel, gpadl)
+        except PeerError as error:
+            log.warning("channel %s not opened: %s", channel.name, error)
+            self.bus.opened(offer, Status.INVALID_PARAMETER)
+            return
+        try:
+            channel.open(link)
+        except Exception as error:
+            log.warning("channel %s not opened: its owner refused: %r", channel.name, error)
+            link.reader.close()
+            link.writer.close()
+            self.bus.opened(offer, error.status if isinstance(error, KmclError) else Status.UNSUCCESSFUL)
+            return
+        self.bus.opened(offer, 0)
+
+    def channel_answered(self, offer: Offer) -> None:
+        """The guest knows that the channel is open."""
+        channel: ServerChannel = offer.owner
+        channel.activate()
+
+    def close_channel(self, offer: Offer, force: bool) -> None:
+        """The guest closed a channel (or lost it)."""
+        channel: ServerChannel = offer.owner
+        if channel.state in (ChannelState.OPENED, ChannelState.ACTIVE, ChannelState.CLOSING):
+            channel.close(lambda: self.bus.closed(offer), force=force)
+        else:
+            self.bus.closed(offer)
+
+    # ---- restore -----------------------------------------------------------------------------------------------
+
+    def reattach(self, offer: Offer) -> None:
+        """For restore: put an open channel back on its rings. Raises PeerError when the memory is not there."""
+        assert offer.request is not None
+        gpadl = self.bus.gpadls.complete.get((offer.relid, offer.request.ring_gpadl))
+        if gpadl is None:
+            raise GpadlError(f"the ring GPADL {offer.request.ring_gpadl:#x} of relid {offer.relid} was not saved")
+        channel: ServerChannel = offer.owner
+        channel.reopen(ServerLink(self, offer, channel, gpadl))
+
+    # ---- inspection --------------------------------------------------------------------------------------------
+
+    def describe(self) -> dict[str, Any]:
+        """Everything about the device, as plain data."""
+        return {
+            "synic": {
+                "enabled": self.synic.enabled,
+                "fault": self.synic.fault,
+                "messages_waiting": len(self.synic.outbox),
+                "bad_accesses": self.synic.bad_accesses,
+            },
+            "bus": {
+                "state": self.bus.state.value,
+                "version": self.bus.version,
+                "offers": [
+                    {
+                        "relid": offer.relid,
+                        "state": offer.state.value,
+                        "type": str(offer.interface_type),
+                        "instance": str(offer.instance),
+                    }
+                    for offer in self.bus.offers
+                ],
+                "gpadls": [
+                    {"relid": gpadl.relid, "handle": gpadl.handle, "bytes": gpadl.size}
+                    for gpadl in self.bus.gpadls.complete.values()
+                ],
+                "messages_rejected": self.bus.rejected,
+            },
+            "memory": {
+                "regions": len(self.memory.mapped()),
+                "dirty_log": None if self.memory.log is None else len(self.memory.log.pages),
+            },
+            "channels": [channel.describe() for channel in self.channels],
+            "resets": self.resets,
+        }

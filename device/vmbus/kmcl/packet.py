@@ -1,0 +1,100 @@
+"""Outgoing packets.
+
+A packet object owns what a send needs, so a send never fails for want of memory: when the ring is full the packet
+waits on the channel, in order. It can be used again after its completion routine ran.
+"""
+
+from collections.abc import Callable, Sequence
+from enum import Enum
+from typing import TYPE_CHECKING, Any
+
+from vmbus.kmcl.status import ChannelStateError, Status
+
+if TYPE_CHECKING:
+    from vmbus.kmcl.channel import Channel
+
+
+class PacketState(Enum):
+    """IDLE: the owner's. QUEUED: waits for room in the ring. SENT: in the ring or taken, completion awaited."""
+
+    IDLE = "idle"
+    QUEUED = "queued"
+    SENT = "sent"
+    FREED = "freed"
+
+
+CompletionRoutine = Callable[["Packet", int, bytes], None]
+
+
+def _free_packet(packet: "Packet", status: int, buffer: bytes) -> None:
+    packet.free()
+
+
+class Packet:
+    """One outgoing packet (VMBPACKET). Made by `Channel.allocate_packet`.
+
+    Attributes:
+        pointer: the owner's context, never looked at.
+        completion_routine: called with (packet, status, reply bytes) when the packet is done: on its completion by the
+            other end, or with CANCELLED when the channel closes, or at once when no completion was asked for and the
+            packet is in the ring. The default frees the packet.
+        transaction: the id on the wire of the current or last send, 0 before the first.
+    """
+
+    __slots__ = (
+        "body",
+        "channel",
+        "completion_routine",
+        "flags",
+        "kind",
+        "offset8",
+        "pointer",
+        "state",
+        "transaction",
+    )
+
+    def __init__(self, channel: "Channel") -> None:
+        self.channel = channel
+        self.pointer: Any = None
+        self.completion_routine: CompletionRoutine = _free_packet
+        self.state = PacketState.IDLE
+        self.transaction = 0
+        self.kind = 0
+        self.flags = 0
+        self.offset8 = 0
+        self.body = b""
+
+    def send(
+        self,
+        payload: bytes,
+        *,
+        external: Sequence[tuple[int, int]] | None = None,
+        wait_for_completion: bool = True,
+    ) -> None:
+        """Send `payload` (VmbPacketSend); queued on the channel, in order, when the ring is full or paused.
+
+        Args:
+            payload: at most the channel's maximum packet size, bytes.
+            external: guest memory as (I/O address, length) pairs that the packet describes without carrying it
+                (VmbPacketSendWithExternalMdl); client endpoint only, needs `wait_for_completion`.
+            wait_for_completion: ask the other end for a completion packet (WAIT_FOR_COMPLETION).
+
+        Raises ChannelStateError when the packet is in use or freed, or the channel is not open; KmclError
+        (INVALID_PARAMETER) when the payload is too long.
+        """
+        if self.state is not PacketState.IDLE:
+            raise ChannelStateError(
+                f"packet {self.transaction} of channel {self.channel.name} is {self.state.value}; "
+                "send it again after its completion routine has run",
+                Status.INVALID_DEVICE_REQUEST,
+            )
+        self.channel.send_packet(self, payload, external, wait_for_completion)
+
+    def free(self) -> None:
+        """Give the packet up (VmbPacketFree). Raises ChannelStateError while it is queued or sent."""
+        if self.state in (PacketState.QUEUED, PacketState.SENT):
+            raise ChannelStateError(
+                f"packet {self.transaction} of channel {self.channel.name} is {self.state.value}; "
+                "it can be freed in or after its completion routine"
+            )
+        self.state = PacketState.FREED

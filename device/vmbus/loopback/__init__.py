@@ -1,0 +1,1 @@
+"""The loopback harness: the real transport with both ends on the host."""

@@ -1,0 +1,390 @@
+"""Guest memory: the one object through which anything of ours is written into it.
+
+The transport tells which parts of the guest's I/O address space are reachable (`map`, `unmap`); everybody else opens
+*windows* (rings, message pages: long-lived, revoked when the guest unmaps them) or takes *grants* (external data of
+one packet). All writes go through these, so the dirty log that migration needs cannot be by-passed: while a log runs,
+every page written, or merely granted for writing, is in it.
+
+A view handed out by a grant may outlive the guest's unmapping: the transport guarantees that touching it stays
+harmless (`vmbus.vfio_user.mapping`), so a stale view is never a crash.
+"""
+
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Sequence
+from typing import NoReturn, cast
+
+from vmbus.errors import PeerError, UsageError, VmbusError
+from vmbus.wire.gpa import PAGE_SIZE
+
+_PAGE_SHIFT = 12
+MAX_REGIONS = 65536
+
+
+class MemoryFault(PeerError):
+    """The guest named memory that it has not made reachable, or only for reading."""
+
+
+class MemoryRevoked(PeerError):
+    """The guest unmapped memory that is in use here."""
+
+
+class DirtyLogBroken(VmbusError):
+    """Pages that must be copied again can no longer be reached; this migration pass cannot be trusted."""
+
+
+class _RevokedView:
+    """Stands in for the views of a revoked window: any access raises."""
+
+    def _raise(self, *_: object) -> NoReturn:
+        raise MemoryRevoked("the guest unmapped this memory while it was in use")
+
+    __getitem__ = _raise
+    __setitem__ = _raise
+
+
+_REVOKED = cast(memoryview, _RevokedView())
+
+
+class Region:
+    """One contiguous piece of reachable I/O address space."""
+
+    __slots__ = ("end", "iova", "view", "windows", "writable")
+
+    def __init__(self, iova: int, view: memoryview, writable: bool) -> None:
+        self.iova = iova
+        self.end = iova + len(view)
+        self.view = view
+        self.writable = writable
+        self.windows: set[Window] = set()
+
+
+class DirtyLog:
+    """The pages (I/O address / 4096) written by us since the log was started."""
+
+    __slots__ = ("broken", "pages")
+
+    def __init__(self) -> None:
+        self.pages: set[int] = set()
+        self.broken: str | None = None
+
+
+class Window:
+    """Guest memory opened for longer than one access: `size` bytes addressed from 0.
+
+    Offsets and lengths are the caller's to keep in range; 32-bit accesses are single aligned loads and stores.
+    Any access raises MemoryRevoked once the guest has unmapped part of it.
+    """
+
+    __slots__ = ("_memory", "iova", "on_revoke", "size")
+
+    def __init__(self, memory: "GuestMemory", iova: int, size: int) -> None:
+        self._memory = memory
+        self.iova = iova
+        self.size = size
+        self.on_revoke: Callable[[], None] | None = None
+
+    def read(self, offset: int, length: int) -> bytes:
+        """A private copy of `length` bytes at `offset`."""
+        raise NotImplementedError
+
+    def write(self, offset: int, data: bytes) -> None:
+        """Store `data` at `offset`."""
+        raise NotImplementedError
+
+    def load32(self, offset: int) -> int:
+        """The aligned 32-bit word at `offset`, in one load."""
+        raise NotImplementedError
+
+    def store32(self, offset: int, value: int) -> None:
+        """Set the aligned 32-bit word at `offset`, in one store."""
+        raise NotImplementedError
+
+    def revoke(self) -> None:
+        """Make every later access raise MemoryRevoked."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Forget the window; like `revoke`, without telling the owner."""
+        self._memory.forget(self)
+        self.revoke()
+
+
+class LinearWindow(Window):
+    """A window whose bytes are contiguous in our address space."""
+
+    __slots__ = ("_view", "_words")
+
+    def __init__(self, memory: "GuestMemory", iova: int, view: memoryview) -> None:
+        super().__init__(memory, iova, len(view))
+        self._view = view
+        aligned = view[: len(view) & ~3]
+        self._words = aligned.cast("I") if iova % 4 == 0 else _REVOKED
+
+    def read(self, offset: int, length: int) -> bytes:
+        return bytes(self._view[offset : offset + length])
+
+    def write(self, offset: int, data: bytes) -> None:
+        self._view[offset : offset + len(data)] = data
+        if self._memory.log is not None:
+            self._memory.mark(self.iova + offset, len(data))
+
+    def load32(self, offset: int) -> int:
+        return self._words[offset >> 2]
+
+    def store32(self, offset: int, value: int) -> None:
+        self._words[offset >> 2] = value
+        if self._memory.log is not None:
+            self._memory.mark(self.iova + offset, 4)
+
+    def revoke(self) -> None:
+        self._view = self._words = _REVOKED
+
+
+class ScatteredWindow(Window):
+    """A window made of several pieces, each contiguous; words never straddle two since pieces are 8-byte aligned."""
+
+    __slots__ = ("_pieces", "_starts")
+
+    def __init__(self, memory: "GuestMemory", pieces: Sequence[LinearWindow]) -> None:
+        super().__init__(memory, pieces[0].iova, sum(piece.size for piece in pieces))
+        self._pieces = list(pieces)
+        self._starts: list[int] = []
+        start = 0
+        for piece in pieces:
+            self._starts.append(start)
+            start += piece.size
+
+    def _cut(self, offset: int, length: int) -> Iterable[tuple[LinearWindow, int, int]]:
+        index = bisect_right(self._starts, offset) - 1
+        while length > 0:
+            piece = self._pieces[index]
+            inside = offset - self._starts[index]
+            part = min(length, piece.size - inside)
+            yield piece, inside, part
+            offset += part
+            length -= part
+            index += 1
+
+    def read(self, offset: int, length: int) -> bytes:
+        return b"".join([piece.read(inside, part) for piece, inside, part in self._cut(offset, length)])
+
+    def write(self, offset: int, data: bytes) -> None:
+        done = 0
+        for piece, inside, part in self._cut(offset, len(data)):
+            piece.write(inside, data[done : done + part])
+            done += part
+
+    def load32(self, offset: int) -> int:
+        index = bisect_right(self._starts, offset) - 1
+        return self._pieces[index].load32(offset - self._starts[index])
+
+    def store32(self, offset: int, value: int) -> None:
+        index = bisect_right(self._starts, offset) - 1
+        self._pieces[index].store32(offset - self._starts[index], value)
+
+    def revoke(self) -> None:
+        for piece in self._pieces:
+            piece.revoke()
+
+
+class Grant:
+    """Memory of one packet, handed to a provider as memoryviews in the order the guest listed it.
+
+    `release` ends it; the views must not be used after that (they stay harmless, but the guest owns its memory again).
+    """
+
+    __slots__ = ("_memory", "extents", "views", "writable")
+
+    def __init__(
+        self, memory: "GuestMemory", extents: list[tuple[int, int]], views: list[memoryview], writable: bool
+    ) -> None:
+        self._memory = memory
+        self.extents = extents
+        self.views = views
+        self.writable = writable
+
+    @property
+    def size(self) -> int:
+        """Bytes in all views together."""
+        return sum(length for _, length in self.extents)
+
+    def release(self) -> None:
+        """Give the memory back. Harmless when repeated."""
+        self._memory.end_grant(self)
+
+
+class GuestMemory:
+    """The reachable part of the guest's I/O address space, and the dirty log over it."""
+
+    def __init__(self) -> None:
+        self.log: DirtyLog | None = None
+        self._starts: list[int] = []
+        self._regions: list[Region] = []
+        self._writable_grants: set[Grant] = set()
+
+    # ---- what the transport tells us -------------------------------------------------------------------------
+
+    def map(self, iova: int, view: memoryview, writable: bool) -> None:
+        """Add `len(view)` bytes at `iova`. An identical re-map replaces the old view. Raises MemoryFault on overlap."""
+        size = len(view)
+        if size == 0:
+            return
+        index = bisect_right(self._starts, iova)
+        if index and self._regions[index - 1].iova == iova and self._regions[index - 1].end == iova + size:
+            self.unmap(iova, size)
+            index = bisect_right(self._starts, iova)
+        if (index and self._regions[index - 1].end > iova) or (
+            index < len(self._starts) and self._starts[index] < iova + size
+        ):
+            raise MemoryFault(f"mapping {iova:#x}+{size:#x} overlaps one that exists")
+        if len(self._regions) >= MAX_REGIONS:
+            raise MemoryFault(f"more than {MAX_REGIONS} mappings")
+        self._starts.insert(index, iova)
+        self._regions.insert(index, Region(iova, view if writable else view.toreadonly(), writable))
+
+    def unmap(self, iova: int, size: int) -> None:
+        """Remove every region inside `iova`..`iova + size`; windows over them are revoked and their owners told."""
+        end = iova + size
+        gone = [region for region in self._regions if region.iova >= iova and region.end <= end]
+        self._regions = [region for region in self._regions if not (region.iova >= iova and region.end <= end)]
+        self._starts = [region.iova for region in self._regions]
+        if self.log is not None and self.log.broken is None:
+            for region in gone:
+                first, last = region.iova >> _PAGE_SHIFT, (region.end - 1) >> _PAGE_SHIFT
+                if any(first <= page <= last for page in self.log.pages):
+                    self.log.broken = (
+                        f"the guest unmapped {region.iova:#x}+{region.end - region.iova:#x}, written by us"
+                    )
+        windows = {window for region in gone for window in region.windows}
+        for window in windows:
+            self.forget(window)
+            window.revoke()
+        for window in windows:
+            if window.on_revoke is not None:
+                window.on_revoke()
+
+    def mapped(self) -> list[tuple[int, int, bool]]:
+        """(I/O address, size, writable) of every region, in address order."""
+        return [(region.iova, region.end - region.iova, region.writable) for region in self._regions]
+
+    # ---- access ------------------------------------------------------------------------------------------------
+
+    def _pieces(self, iova: int, length: int, writable: bool) -> Iterable[tuple[Region, int, int]]:
+        while length > 0:
+            index = bisect_right(self._starts, iova) - 1
+            region = self._regions[index] if index >= 0 else None
+            if region is None or iova >= region.end:
+                raise MemoryFault(f"I/O address {iova:#x} is not mapped")
+            if writable and not region.writable:
+                raise MemoryFault(f"I/O address {iova:#x} is mapped read-only")
+            part = min(length, region.end - iova)
+            yield region, iova, part
+            iova += part
+            length -= part
+
+    def read(self, iova: int, length: int) -> bytes:
+        """A private copy. Raises MemoryFault when any of it is not mapped."""
+        return b"".join(
+            [
+                bytes(region.view[at - region.iova : at - region.iova + part])
+                for region, at, part in self._pieces(iova, length, False)
+            ]
+        )
+
+    def write(self, iova: int, data: bytes) -> None:
+        """Store `data`. Raises MemoryFault, before anything is written, when any of it is not mapped or read-only."""
+        done = 0
+        for region, at, part in list(self._pieces(iova, len(data), True)):
+            region.view[at - region.iova : at - region.iova + part] = data[done : done + part]
+            done += part
+        if self.log is not None:
+            self.mark(iova, len(data))
+
+    def window(self, extents: Sequence[tuple[int, int]]) -> Window:
+        """Open `extents`, (I/O address, length) pairs, as one writable window.
+
+        Addresses and lengths must be multiples of 8. Raises MemoryFault when any of it is not mapped for writing.
+        """
+        pieces: list[LinearWindow] = []
+        regions: list[Region] = []
+        for iova, length in extents:
+            if iova % 8 or length % 8:
+                raise MemoryFault(f"memory at {iova:#x}+{length:#x} is not aligned to 8 bytes")
+            for region, at, part in self._pieces(iova, length, True):
+                pieces.append(LinearWindow(self, at, region.view[at - region.iova : at - region.iova + part]))
+                regions.append(region)
+        if not pieces:
+            raise MemoryFault("an empty memory window")
+        window: Window = pieces[0] if len(pieces) == 1 else ScatteredWindow(self, pieces)
+        for region in regions:
+            region.windows.add(window)
+        return window
+
+    def forget(self, window: Window) -> None:
+        """A window is closed: stop tracking it."""
+        for region in self._regions:
+            region.windows.discard(window)
+
+    def grant(self, extents: list[tuple[int, int]], *, writable: bool) -> Grant:
+        """The memory of one packet as memoryviews (read-only ones unless `writable`). Raises MemoryFault."""
+        views: list[memoryview] = []
+        for iova, length in extents:
+            for region, at, part in self._pieces(iova, length, writable):
+                view = region.view[at - region.iova : at - region.iova + part]
+                views.append(view if writable else view.toreadonly())
+        grant = Grant(self, extents, views, writable)
+        if writable:
+            self._writable_grants.add(grant)
+            if self.log is not None:
+                self._mark_grant(grant)
+        return grant
+
+    def end_grant(self, grant: Grant) -> None:
+        """The provider has done with it."""
+        self._writable_grants.discard(grant)
+
+    # ---- the dirty log -----------------------------------------------------------------------------------------
+
+    def mark(self, iova: int, length: int) -> None:
+        """Record a write of `length` bytes in the log; only called while one runs."""
+        assert self.log is not None
+        first = iova >> _PAGE_SHIFT
+        last = (iova + length - 1) >> _PAGE_SHIFT
+        if first == last:
+            self.log.pages.add(first)
+        else:
+            self.log.pages.update(range(first, last + 1))
+
+    def _mark_grant(self, grant: Grant) -> None:
+        for iova, length in grant.extents:
+            self.mark(iova, length)
+
+    def start_log(self) -> None:
+        """Start a log. Memory already granted for writing counts as written from the start."""
+        if self.log is not None:
+            raise UsageError("a dirty log is running already; stop it first")
+        self.log = DirtyLog()
+        for grant in self._writable_grants:
+            self._mark_grant(grant)
+
+    def stop_log(self) -> None:
+        """Stop and forget the log. Harmless without one."""
+        self.log = None
+
+    def dirty_runs(self, max_bytes: int = 1 << 20) -> list[tuple[int, int]]:
+        """The logged pages as (I/O address, length) runs of at most `max_bytes`, in address order.
+
+        Raises DirtyLogBroken when the guest has unmapped a logged page: that migration pass cannot be completed.
+        """
+        if self.log is None:
+            raise UsageError("no dirty log is running; start one before the migration begins")
+        if self.log.broken is not None:
+            raise DirtyLogBroken(f"{self.log.broken}; cancel this pass and start again")
+        runs: list[tuple[int, int]] = []
+        for page in sorted(self.log.pages):
+            address = page * PAGE_SIZE
+            if runs and sum(runs[-1]) == address and runs[-1][1] + PAGE_SIZE <= max_bytes:
+                runs[-1] = (runs[-1][0], runs[-1][1] + PAGE_SIZE)
+            else:
+                runs.append((address, PAGE_SIZE))
+        return runs

@@ -1,0 +1,185 @@
+"""Burst: the host sends. A run keeps a window of transactions in flight, more than the ring holds, so that at any
+moment some packets are queued on the channel and others are in the ring or taken by the guest.
+
+The data of a packet is random and gone once it is in the ring. What the guest must answer, a digest, is computed at
+the send and kept per transaction: it is the provider's own state of the packet, which only the save callback can
+carry over a save. A restored packet without it could not be told from a wrong answer.
+"""
+
+import os
+from collections.abc import Mapping
+from struct import Struct
+from typing import Any
+from uuid import UUID
+
+import msgspec
+
+from vmbus import workload
+from vmbus.errors import StateError
+from vmbus.kmcl.channel import Channel
+from vmbus.kmcl.completion import Completion
+from vmbus.kmcl.packet import Packet
+from vmbus.kmcl.server import ServerChannel
+from vmbus.kmcl.status import Status
+from vmbus.providers.base import Host, Provider
+
+_SAVED_TRANSACTION = Struct("<Q16s")
+
+
+class _Transaction:
+    """What the provider must know to judge an answer."""
+
+    __slots__ = ("digest", "sequence")
+
+    def __init__(self, sequence: int, digest: bytes) -> None:
+        self.sequence = sequence
+        self.digest = digest
+
+
+class _State(msgspec.Struct, frozen=True):
+    run: tuple[int, int, int] | None
+    issued: int
+    next_answer: int
+    tally: dict[str, int]
+    done_sent: bool
+    restored: int
+    runs: int
+
+
+class BurstProvider(Provider):
+    """See the module's text."""
+
+    kind = "burst"
+
+    def __init__(self, host: Host, name: str, instance: UUID, options: Mapping[str, Any]) -> None:
+        super().__init__(host, name, instance, options)
+        self.tally = workload.Tally()
+        self.restored = 0
+        self.runs = 0
+        self._run: workload.BurstStart | None = None
+        self._issued = 0
+        self._done_sent = False
+        self._answers = workload.Sequence(self.tally)
+        self.channel = ServerChannel(workload.BURST_TYPE, instance, name=name)
+
+    def start(self) -> None:
+        self.channel.set_process_packet_callbacks(self._process)
+        self.channel.set_state_change_callbacks(closed=self._closed)
+        self.channel.set_save_restore_packet_callbacks(self._save_packet, self._restore_packet)
+        self.host.add_channel(self.channel)
+        self.channel.enable()
+        self.channel.start()
+
+    # ---- a run -------------------------------------------------------------------------------------------------
+
+    def _process(self, _: Channel, completion: Completion, payload: bytes) -> None:
+        start = workload.parse_burst_start(payload)
+        if start is None or self._run is not None:
+            completion.complete(workload.STATUS_MALFORMED.to_bytes(4, "little"))
+            return
+        completion.complete(workload.STATUS_OK.to_bytes(4, "little"))
+        self.tally = workload.Tally()
+        self._answers = workload.Sequence(self.tally)
+        self._run = start
+        self._issued = 0
+        self._done_sent = False
+        self.runs += 1
+        with self.channel.batch():
+            for _number in range(min(start.window, start.count)):
+                self._issue(self.channel.allocate_packet())
+            self._finish_if_done()
+
+    def _issue(self, packet: Packet) -> None:
+        """Send the next packet of the run with a fresh or a used packet object."""
+        assert self._run is not None
+        sequence = self._issued
+        self._issued += 1
+        data = os.urandom(self._run.size)
+        packet.pointer = _Transaction(sequence, workload.burst_digest(sequence, data))
+        packet.completion_routine = self._completed
+        self.tally.started += 1
+        packet.send(workload.burst_data(sequence, data))
+
+    def _completed(self, packet: Packet, status: int, reply: bytes) -> None:
+        transaction: _Transaction = packet.pointer
+        if status == Status.CANCELLED:
+            packet.free()
+            return
+        self.tally.completed += 1
+        self._answers.arrived(transaction.sequence)
+        if reply[: workload.BURST_ANSWER.size] != workload.BURST_ANSWER.pack(transaction.sequence, transaction.digest):
+            self.tally.corrupted += 1
+        if self._run is not None and self._issued < self._run.count:
+            self._issue(packet)
+        else:
+            packet.free()
+            self._finish_if_done()
+
+    def _finish_if_done(self) -> None:
+        run = self._run
+        if run is None or self._done_sent or self.tally.completed < run.count:
+            return
+        self._done_sent = True
+        self._run = None
+        tally = self.tally
+        wrong = tally.lost + tally.duplicated + tally.reordered + tally.corrupted
+        done = workload.BurstDone(tally.started, tally.completed, wrong)
+        self.channel.allocate_packet().send(done.pack(), wait_for_completion=False)
+
+    def _closed(self, _: Channel) -> None:
+        self._run = None
+
+    # ---- save and restore --------------------------------------------------------------------------------------
+
+    def _save_packet(self, _: ServerChannel, packet: Packet, buffer: memoryview) -> int:
+        transaction = packet.pointer
+        if transaction is None:
+            return 0
+        if len(buffer) >= _SAVED_TRANSACTION.size:
+            _SAVED_TRANSACTION.pack_into(buffer, 0, transaction.sequence, transaction.digest)
+        return _SAVED_TRANSACTION.size
+
+    def _restore_packet(self, channel: ServerChannel, lib_buf: bytes, save_buf: bytes) -> None:
+        packet = channel.allocate_packet()
+        channel.restore_packet(packet, lib_buf)
+        if save_buf:
+            sequence, digest = _SAVED_TRANSACTION.unpack(save_buf)
+            packet.pointer = _Transaction(sequence, digest)
+            packet.completion_routine = self._completed
+            self.restored += 1
+
+    def save(self) -> bytes:
+        return msgspec.msgpack.encode(
+            _State(
+                run=None if self._run is None else (self._run.size, self._run.count, self._run.window),
+                issued=self._issued,
+                next_answer=self._answers.next,
+                tally=self.tally.as_dict(),
+                done_sent=self._done_sent,
+                restored=self.restored,
+                runs=self.runs,
+            )
+        )
+
+    def restore(self, state: bytes) -> None:
+        try:
+            saved = msgspec.msgpack.decode(state, type=_State)
+            self.tally.load(saved.tally)
+        except (msgspec.MsgspecError, KeyError) as error:
+            raise StateError(f"the saved state of provider {self.name!r} (burst) is not valid: {error}") from error
+        self._run = None if saved.run is None else workload.BurstStart(*saved.run)
+        self._issued = saved.issued
+        self._answers.next = saved.next_answer
+        self._done_sent = saved.done_sent
+        self.restored = saved.restored
+        self.runs = saved.runs
+
+    def status(self) -> dict[str, Any]:
+        return {
+            "running": self._run is not None,
+            "runs": self.runs,
+            "issued": self._issued,
+            "packets": {"queued": self.channel.packets_queued, "sent": self.channel.packets_sent},
+            "restored": self.restored,
+            "tally": self.tally.as_dict(),
+        }

@@ -1,0 +1,142 @@
+"""Echo: answers each request with a transform of its data, inline or in place in the guest's memory.
+
+With `hold` it keeps that many requests back, oldest first out, as a device that works on them would: so there are
+incoming packets to be finished when the device is paused. Requests held for `hold_seconds` are answered anyway.
+"""
+
+import zlib
+from collections import deque
+from collections.abc import Mapping
+from typing import Annotated, Any
+from uuid import UUID
+
+import msgspec
+
+from vmbus import workload
+from vmbus.errors import StateError
+from vmbus.kmcl.channel import Channel
+from vmbus.kmcl.completion import Completion
+from vmbus.kmcl.server import ServerChannel
+from vmbus.kmcl.status import KmclError
+from vmbus.providers.base import Host, Provider, Timer
+
+
+class EchoOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """`hold`: requests kept back; `hold_seconds`: for how long at most."""
+
+    hold: Annotated[int, msgspec.Meta(ge=0, le=65536)] = 0
+    hold_seconds: Annotated[float, msgspec.Meta(gt=0, le=10)] = 0.05
+
+
+class _State(msgspec.Struct, frozen=True):
+    next_sequence: int
+    tally: dict[str, int]
+    finished_at_suspend: int
+
+
+class EchoProvider(Provider):
+    """See the module's text."""
+
+    kind = "echo"
+    Options = EchoOptions
+
+    def __init__(self, host: Host, name: str, instance: UUID, options: Mapping[str, Any]) -> None:
+        super().__init__(host, name, instance, options)
+        self.tally = workload.Tally()
+        self.finished_at_suspend = 0
+        self._sequence = workload.Sequence(self.tally)
+        self._held: deque[tuple[Completion, bytes]] = deque()
+        self._timer: Timer | None = None
+        self.channel = ServerChannel(workload.ECHO_TYPE, instance, name=name)
+
+    def start(self) -> None:
+        self.channel.set_process_packet_callbacks(self._process)
+        self.channel.set_state_change_callbacks(opened=self._opened, suspend=self._suspend)
+        self.host.add_channel(self.channel)
+        self.channel.enable()
+        self.channel.start()
+
+    def stop(self) -> None:
+        self._cancel_timer()
+
+    def _opened(self, _: Channel) -> None:
+        # A new open is a new run: the guest numbers from 0 again.
+        self._sequence.next = 0
+        self._held.clear()
+
+    def _process(self, _: Channel, completion: Completion, payload: bytes) -> None:
+        if not self.options.hold:
+            self._answer(completion, payload)
+            return
+        self._held.append((completion, payload))
+        if len(self._held) > self.options.hold:
+            self._answer(*self._held.popleft())
+        if self._timer is None:
+            self._timer = self.host.call_later(self.options.hold_seconds, self._release)
+
+    def _release(self) -> None:
+        self._timer = None
+        with self.channel.batch():
+            while self._held:
+                self._answer(*self._held.popleft())
+
+    def _suspend(self, _: Channel) -> None:
+        self._cancel_timer()
+        self.finished_at_suspend += len(self._held)
+        self._release()
+
+    def _cancel_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _answer(self, completion: Completion, payload: bytes) -> None:
+        self.tally.started += 1
+        if len(payload) < workload.ECHO_REQUEST.size:
+            completion.complete(workload.ECHO_REPLY.pack(0, 0, 0, workload.STATUS_MALFORMED, 0))
+            return
+        sequence, length, crc = workload.ECHO_REQUEST.unpack_from(payload)
+        self._sequence.arrived(sequence)
+        if completion.has_external_data:
+            try:
+                grant = completion.external_data()
+            except KmclError:
+                completion.complete(workload.ECHO_REPLY.pack(sequence, 0, 0, workload.STATUS_MALFORMED, 0))
+                return
+            data = b"".join(grant.views)
+        else:
+            data = payload[workload.ECHO_REQUEST.size : workload.ECHO_REQUEST.size + length]
+        if len(data) != length or zlib.crc32(data) != crc:
+            self.tally.corrupted += 1
+            completion.complete(workload.ECHO_REPLY.pack(sequence, 0, 0, workload.STATUS_CORRUPT, 0))
+            return
+        answer = workload.transform(data, sequence)
+        reply = workload.ECHO_REPLY.pack(sequence, length, zlib.crc32(answer), workload.STATUS_OK, 0)
+        if completion.has_external_data:
+            done = 0
+            for view in grant.views:
+                view[:] = answer[done : done + len(view)]
+                done += len(view)
+        else:
+            reply += answer
+        self.tally.completed += 1
+        completion.complete(reply)
+
+    def save(self) -> bytes:
+        return msgspec.msgpack.encode(_State(self._sequence.next, self.tally.as_dict(), self.finished_at_suspend))
+
+    def restore(self, state: bytes) -> None:
+        try:
+            saved = msgspec.msgpack.decode(state, type=_State)
+            self.tally.load(saved.tally)
+        except (msgspec.MsgspecError, KeyError) as error:
+            raise StateError(f"the saved state of provider {self.name!r} (echo) is not valid: {error}") from error
+        self._sequence.next = saved.next_sequence
+        self.finished_at_suspend = saved.finished_at_suspend
+
+    def status(self) -> dict[str, Any]:
+        return {
+            "held": len(self._held),
+            "finished_at_suspend": self.finished_at_suspend,
+            "tally": self.tally.as_dict(),
+        }

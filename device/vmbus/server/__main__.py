@@ -1,0 +1,74 @@
+"""`python -m vmbus.server`: run one device server. Prints one JSON line when it listens."""
+
+import asyncio
+import json
+import logging
+import signal
+import sys
+from pathlib import Path
+
+import click
+
+from vmbus import state as saved
+from vmbus.description import load_device
+from vmbus.errors import EnvironmentProblem, VmbusError
+from vmbus.server.app import DeviceServer
+from vmbus.vfio_user.library import Library, find_and_load
+
+
+def read_state(path: Path) -> saved.DeviceState:
+    """The saved state in a file. Raises EnvironmentProblem or StateError."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise EnvironmentProblem(f"cannot read device state {path}: {error.strerror}") from error
+    return saved.decode(data)
+
+
+async def _serve(
+    description_path: Path, socket_path: Path, control_path: Path, library: Library, restore: Path | None
+) -> None:
+    description = load_device(description_path)
+    state = None if restore is None else read_state(restore)
+    server = DeviceServer(description, library, socket_path, control_path, restore=state)
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, server.stop)
+
+    def ready() -> None:
+        line = {"event": "listening", "socket": str(socket_path), "control": str(control_path)}
+        print(json.dumps(line), flush=True)
+
+    await server.run(ready)
+
+
+@click.command()
+@click.option("--description", type=click.Path(path_type=Path), required=True, help="the device, as JSON")
+@click.option("--socket", "socket_path", type=click.Path(path_type=Path), required=True, help="vfio-user socket")
+@click.option("--control", "control_path", type=click.Path(path_type=Path), required=True, help="control socket")
+@click.option("--libvfio-user", "library_path", type=click.Path(path_type=Path), help="libvfio-user.so.0 to load")
+@click.option("--restore", type=click.Path(path_type=Path), help="saved device state to come up from")
+@click.option("--verbose", is_flag=True, help="log what happens in detail")
+def main(
+    description: Path,
+    socket_path: Path,
+    control_path: Path,
+    library_path: Path | None,
+    restore: Path | None,
+    verbose: bool,
+) -> None:
+    """Run one device server until it is told to stop."""
+    logging.basicConfig(
+        level=logging.DEBUG if verbose else logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
+    description_path = description
+    try:
+        library = find_and_load(library_path)
+        asyncio.run(_serve(description_path, socket_path, control_path, library, restore))
+    except VmbusError as error:
+        print(f"device server: {error}", file=sys.stderr, flush=True)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

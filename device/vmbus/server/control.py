@@ -1,0 +1,191 @@
+"""The control socket: tools talk to a device server in JSON lines.
+
+Request `{"id": 1, "command": "status", "arguments": {}}`, answer `{"id": 1, "result": {...}}` or
+`{"id": 1, "error": {"kind": "...", "message": "..."}}`. The socket belongs to its owner only. Commands of one
+connection run one after another.
+"""
+
+import asyncio
+import contextlib
+import logging
+import os
+import socket
+import stat
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from vmbus.errors import EnvironmentProblem, StateError, UsageError, VmbusError, WaitTimeout
+from vmbus.memory import DirtyLogBroken
+
+log = logging.getLogger(__name__)
+
+MAX_LINE = 16 << 20
+
+Handler = Callable[[str, dict[str, Any]], Awaitable[dict[str, Any]]]
+
+# How an exception is named on the wire, most special first.
+ERROR_KINDS: tuple[tuple[type[BaseException], str], ...] = (
+    (DirtyLogBroken, "log-broken"),
+    (StateError, "state"),
+    (WaitTimeout, "timeout"),
+    (UsageError, "usage"),
+    (EnvironmentProblem, "environment"),
+    (VmbusError, "failed"),
+)
+
+
+class ControlError(VmbusError):
+    """The server answered with an error; `kind` is one of ERROR_KINDS or "internal"."""
+
+    def __init__(self, command: str, kind: str, message: str) -> None:
+        super().__init__(f"device server, {command}: {message}")
+        self.kind = kind
+
+
+class _Request(msgspec.Struct, forbid_unknown_fields=True):
+    id: int
+    command: str
+    arguments: dict[str, Any] = msgspec.field(default_factory=dict)
+
+
+class _Error(msgspec.Struct):
+    kind: str
+    message: str
+
+
+class _Response(msgspec.Struct, omit_defaults=True):
+    id: int
+    result: dict[str, Any] | None = None
+    error: _Error | None = None
+
+
+def bind_private(path: Path) -> socket.socket:
+    """A listening unix socket at `path` for its owner only; a stale one of a dead server is replaced.
+
+    Raises EnvironmentProblem when a living server has it, or it cannot be made.
+    """
+    with contextlib.suppress(FileNotFoundError):
+        if not stat.S_ISSOCK(path.stat().st_mode):
+            raise EnvironmentProblem(f"{path} exists and is not a socket")
+        with socket.socket(socket.AF_UNIX) as probe:
+            try:
+                probe.connect(str(path))
+            except OSError:
+                path.unlink()
+            else:
+                raise EnvironmentProblem(f"{path} is in use by a running process; choose another path or stop it")
+    sock = socket.socket(socket.AF_UNIX)
+    before = os.umask(0o177)
+    try:
+        sock.bind(str(path))
+        sock.listen(8)
+    except OSError as error:
+        sock.close()
+        raise EnvironmentProblem(f"cannot listen on {path}: {error}") from error
+    finally:
+        os.umask(before)
+    return sock
+
+
+class ControlServer:
+    """Serves `handler` on a socket."""
+
+    def __init__(self, path: Path, handler: Handler) -> None:
+        self._path = path
+        self._handler = handler
+        self._server: asyncio.Server | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def start(self) -> None:
+        """Listen. Raises EnvironmentProblem."""
+        sock = bind_private(self._path)
+        self._server = await asyncio.start_unix_server(self._serve, sock=sock, limit=MAX_LINE)
+
+    async def close(self) -> None:
+        """Stop listening, end all connections, remove the socket."""
+        if self._server is not None:
+            self._server.close()
+        current = asyncio.current_task()
+        for task in list(self._tasks):
+            if task is not current:
+                task.cancel()
+        self._path.unlink(missing_ok=True)
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._tasks.add(task)
+        try:
+            while line := await reader.readline():
+                writer.write(msgspec.json.encode(await self._answer(line)) + b"\n")
+                await writer.drain()
+        except (ConnectionError, ValueError, asyncio.LimitOverrunError) as error:
+            log.warning("control connection ended: %s", error)
+        except asyncio.CancelledError:
+            pass
+        finally:
+            self._tasks.discard(task)
+            writer.close()
+
+    async def _answer(self, line: bytes) -> _Response:
+        try:
+            request = msgspec.json.decode(line, type=_Request)
+        except msgspec.MsgspecError as error:
+            return _Response(0, error=_Error("usage", f"not a request: {error}"))
+        try:
+            return _Response(request.id, result=await self._handler(request.command, request.arguments))
+        except Exception as error:
+            for kind, name in ERROR_KINDS:
+                if isinstance(error, kind):
+                    return _Response(request.id, error=_Error(name, str(error)))
+            log.exception("control command %s failed", request.command)
+            return _Response(request.id, error=_Error("internal", repr(error)))
+
+
+class ControlClient:
+    """A tool's connection to a device server. Connects at the first call, again after a failure."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._reader: asyncio.StreamReader | None = None
+        self._writer: asyncio.StreamWriter | None = None
+        self._lock = asyncio.Lock()
+        self._id = 0
+
+    async def call(self, command: str, timeout: float = 30.0, **arguments: Any) -> dict[str, Any]:
+        """One command. Raises ControlError (the server refused), WaitTimeout, EnvironmentProblem (no server)."""
+        async with self._lock:
+            try:
+                async with asyncio.timeout(timeout):
+                    return await self._call(command, arguments)
+            except TimeoutError as error:
+                self.close()
+                raise WaitTimeout(f"the device server on {self._path} to answer {command!r}", timeout) from error
+            except (OSError, EOFError, msgspec.MsgspecError) as error:
+                self.close()
+                raise EnvironmentProblem(
+                    f"the device server on {self._path} is gone or never was there ({command!r}: {error!r})"
+                ) from error
+
+    async def _call(self, command: str, arguments: dict[str, Any]) -> dict[str, Any]:
+        if self._writer is None or self._reader is None:
+            self._reader, self._writer = await asyncio.open_unix_connection(str(self._path), limit=MAX_LINE)
+        self._id += 1
+        self._writer.write(msgspec.json.encode(_Request(self._id, command, arguments)) + b"\n")
+        await self._writer.drain()
+        line = await self._reader.readline()
+        if not line:
+            raise EOFError("connection closed")
+        response = msgspec.json.decode(line, type=_Response)
+        if response.error is not None:
+            raise ControlError(command, response.error.kind, response.error.message)
+        return response.result or {}
+
+    def close(self) -> None:
+        """Drop the connection."""
+        if self._writer is not None:
+            self._writer.close()
+        self._reader = self._writer = None

@@ -1,0 +1,370 @@
+"""The device's saved state: one documented, versioned, checksummed file.
+
+Layout: 8 bytes of magic `VMBSTATE`, u32 format version, u32 reserved 0, u64 length of the body, 32 bytes SHA-256 of the
+body, then the body: a MessagePack map (docs/state-format.md). Decoding trusts nothing: magic, version, length, digest,
+then every field's type and range, then whether it fits the device it is to be restored into.
+"""
+
+import hashlib
+from struct import Struct
+from typing import Annotated, Any
+
+import msgspec
+
+from vmbus.bus.gpadl import Gpadl, PartialGpadl
+from vmbus.bus.server import ConnectionState, Offer, OfferState, OpenRequest
+from vmbus.device import Device
+from vmbus.errors import PeerError, StateError
+from vmbus.kmcl.saved import ChannelChunk, PacketChunk, decode_chunk, decode_lib
+from vmbus.kmcl.server import ServerChannel
+from vmbus.kmcl.status import KmclError
+from vmbus.providers.base import Provider
+from vmbus.synic import PostStatus
+from vmbus.wire import messages as m
+from vmbus.wire.gpa import GpaRange
+
+MAGIC = b"VMBSTATE"
+FORMAT_VERSION = 1
+# The oldest format that can still be restored; apart from what we write.
+OLDEST_VERSION = 1
+MAX_BODY = 1 << 30
+
+_HEAD = Struct("<8sIIQ32s")
+
+U16 = Annotated[int, msgspec.Meta(ge=0, le=0xFFFF)]
+U32 = Annotated[int, msgspec.Meta(ge=0, le=0xFFFFFFFF)]
+U64 = Annotated[int, msgspec.Meta(ge=0)]
+Relid = Annotated[int, msgspec.Meta(ge=0, le=2047)]
+Guid = Annotated[bytes, msgspec.Meta(min_length=16, max_length=16)]
+
+
+class SynicState(msgspec.Struct, frozen=True):
+    """Registers, and messages that the guest has not taken."""
+
+    enabled: bool
+    fault: bool
+    registers: dict[U16, U32]
+    post_status: U32
+    outbox: list[Annotated[bytes, msgspec.Meta(min_length=8, max_length=240)]]
+
+
+class OpenState(msgspec.Struct, frozen=True):
+    """The guest's OPENCHANNEL."""
+
+    open_id: U32
+    ring_gpadl: U32
+    target_vp: U32
+    downstream_page_offset: U32
+    user_data: Annotated[bytes, msgspec.Meta(max_length=120)]
+
+
+class OfferStateRecord(msgspec.Struct, frozen=True):
+    """One offer, by its GUIDs."""
+
+    interface_type: Guid
+    instance: Guid
+    subchannel: U16
+    relid: Relid
+    state: str
+    open: OpenState | None
+
+
+class RangeState(msgspec.Struct, frozen=True, array_like=True):
+    """One GPA range."""
+
+    byte_count: U32
+    byte_offset: Annotated[int, msgspec.Meta(ge=0, le=4095)]
+    pfns: list[Annotated[int, msgspec.Meta(ge=0, le=(1 << 52) - 1)]]
+
+
+class GpadlState(msgspec.Struct, frozen=True):
+    """A complete GPADL."""
+
+    relid: Relid
+    handle: U32
+    ranges: list[RangeState]
+
+
+class PartialState(msgspec.Struct, frozen=True):
+    """A GPADL of which some messages are still to come."""
+
+    relid: Relid
+    handle: U32
+    range_bytes: U16
+    range_count: U16
+    data: Annotated[bytes, msgspec.Meta(max_length=65536)]
+
+
+class BusState(msgspec.Struct, frozen=True):
+    """The connection, offers and GPADLs."""
+
+    connected: bool
+    version: U32
+    offers_requested: bool
+    offers: list[OfferStateRecord]
+    gpadls: list[GpadlState]
+    partial: list[PartialState]
+
+
+class ChannelRecord(msgspec.Struct, frozen=True):
+    """One channel's chunks, see `vmbus.kmcl.saved`."""
+
+    instance: Guid
+    chunks: list[bytes]
+
+
+class ProviderRecord(msgspec.Struct, frozen=True):
+    """One provider: what it is, and its own bytes."""
+
+    kind: str
+    name: str
+    instance: Guid
+    state: bytes
+
+
+class DeviceState(msgspec.Struct, frozen=True):
+    """Everything the server holds about one device. `config` is the 256-byte PCI configuration space."""
+
+    device: str
+    config: Annotated[bytes, msgspec.Meta(min_length=256, max_length=256)]
+    synic: SynicState
+    bus: BusState
+    channels: list[ChannelRecord]
+    providers: list[ProviderRecord]
+
+
+class Counts(msgspec.Struct, frozen=True):
+    """Packets in a saved state, by their state at the save; `completions` wait for room in a ring."""
+
+    queued: int
+    sent: int
+    completions: int
+
+
+_decoder = msgspec.msgpack.Decoder(DeviceState)
+
+
+def encode(state: DeviceState) -> bytes:
+    """The file's bytes."""
+    body = msgspec.msgpack.encode(state)
+    return _HEAD.pack(MAGIC, FORMAT_VERSION, 0, len(body), hashlib.sha256(body).digest()) + body
+
+
+def decode(data: bytes) -> DeviceState:
+    """The state in a file's bytes. Raises StateError saying what is wrong with them."""
+    if len(data) < _HEAD.size:
+        raise StateError(f"device state of {len(data)} bytes is cut short: the head alone has {_HEAD.size}")
+    magic, version, _, length, digest = _HEAD.unpack_from(data)
+    if magic != MAGIC:
+        raise StateError(f"this is not device state: it starts with {magic!r}, not {MAGIC!r}")
+    if not OLDEST_VERSION <= version <= FORMAT_VERSION:
+        raise StateError(
+            f"device state has format version {version}; this program restores {OLDEST_VERSION} to {FORMAT_VERSION}"
+        )
+    body = data[_HEAD.size :]
+    if length != len(body) or length > MAX_BODY:
+        raise StateError(f"device state has a body of {len(body)} bytes where its head says {length}")
+    if hashlib.sha256(body).digest() != digest:
+        raise StateError("device state is damaged: its SHA-256 does not match")
+    try:
+        return _decoder.decode(body)
+    except (msgspec.MsgspecError, ValueError) as error:
+        raise StateError(f"device state is not valid: {error}") from error
+
+
+def count_packets(state: DeviceState) -> Counts:
+    """How many packets a state holds. Raises StateError."""
+    queued = sent = completions = 0
+    for record in state.channels:
+        for data in record.chunks:
+            chunk = decode_chunk(data)
+            if isinstance(chunk, PacketChunk):
+                if decode_lib(chunk.lib).queued:
+                    queued += 1
+                else:
+                    sent += 1
+            elif not isinstance(chunk, ChannelChunk):
+                completions += 1
+    return Counts(queued, sent, completions)
+
+
+# ---- save ----------------------------------------------------------------------------------------------------------
+
+
+def save_device(name: str, config: bytes, device: Device, providers: list[Provider]) -> DeviceState:
+    """The state of a device whose channels are all quiescent. Changes nothing.
+
+    Raises StateError for a bus that is in the middle of closing a channel, and what channels and providers raise.
+    """
+    synic = device.synic
+    bus = device.bus
+    for offer in bus.offers:
+        if offer.state in (OfferState.OPENING, OfferState.CLOSING):
+            raise StateError(f"channel {offer.owner.name} is {offer.state.value}: it cannot be saved before that ends")
+    return DeviceState(
+        device=name,
+        config=config,
+        synic=SynicState(
+            enabled=synic.enabled,
+            fault=synic.fault,
+            registers=dict(synic.values),
+            post_status=int(synic.post_status),
+            outbox=list(synic.outbox),
+        ),
+        bus=BusState(
+            connected=bus.state is ConnectionState.CONNECTED,
+            version=bus.version,
+            offers_requested=bus.offers_requested,
+            offers=[_offer_record(offer) for offer in bus.offers],
+            gpadls=[
+                GpadlState(g.relid, g.handle, [RangeState(r.byte_count, r.byte_offset, list(r.pfns)) for r in g.ranges])
+                for g in bus.gpadls.complete.values()
+            ],
+            partial=[
+                PartialState(p.relid, p.handle, p.range_bytes, p.range_count, p.data)
+                for p in bus.gpadls.partial.values()
+            ],
+        ),
+        channels=[ChannelRecord(channel.interface_instance.bytes_le, channel.save()) for channel in device.channels],
+        providers=[
+            ProviderRecord(provider.kind, provider.name, provider.instance.bytes_le, provider.save())
+            for provider in providers
+        ],
+    )
+
+
+def _offer_record(offer: Offer) -> OfferStateRecord:
+    request = offer.request
+    return OfferStateRecord(
+        interface_type=offer.interface_type.bytes_le,
+        instance=offer.instance.bytes_le,
+        subchannel=offer.subchannel,
+        relid=offer.relid,
+        state=offer.state.value,
+        open=None
+        if request is None
+        else OpenState(
+            request.open_id,
+            request.ring_gpadl,
+            request.target_vp,
+            request.downstream_page_offset,
+            request.user_data,
+        ),
+    )
+
+
+# ---- restore -------------------------------------------------------------------------------------------------------
+
+
+def check_fits(state: DeviceState, name: str, device: Device, providers: list[Provider]) -> None:
+    """Whether the state belongs to this device. Raises StateError naming the first difference; changes nothing."""
+    if state.device != name:
+        raise StateError(f"the state is of device {state.device!r}, not of {name!r}")
+    saved = [(record.kind, record.name, record.instance) for record in state.providers]
+    present = [(provider.kind, provider.name, provider.instance.bytes_le) for provider in providers]
+    if saved != present:
+        raise StateError(
+            f"the state has providers {[one[:2] for one in saved]}, this device has {[one[:2] for one in present]} "
+            "(or their instance GUIDs differ): restore with the description that the snapshot was taken with"
+        )
+    instances = [channel.interface_instance.bytes_le for channel in device.channels]
+    if [record.instance for record in state.channels] != instances:
+        raise StateError("the channels in the state are not those of this device's providers")
+    offers = {(offer.interface_type.bytes_le, offer.instance.bytes_le, offer.subchannel) for offer in device.bus.offers}
+    for record in state.bus.offers:
+        if (record.interface_type, record.instance, record.subchannel) not in offers:
+            raise StateError("the state has an offer that no provider of this device makes")
+        try:
+            known = OfferState(record.state)
+        except ValueError:
+            raise StateError(f"an offer has the unknown state {record.state!r}") from None
+        if known in (OfferState.OPENING, OfferState.CLOSING) or (known is OfferState.OPEN) != (record.open is not None):
+            raise StateError(f"an offer is {record.state} {'with' if record.open else 'without'} open parameters")
+        if (known is OfferState.UNOFFERED) == (record.relid != 0):
+            raise StateError(f"an offer is {record.state} and has relid {record.relid}")
+    if state.synic.post_status not in set(PostStatus):
+        raise StateError(f"the post status {state.synic.post_status} does not exist")
+    relids = [record.relid for record in state.bus.offers if record.relid]
+    if len(relids) != len(set(relids)):
+        raise StateError("two offers have the same relid")
+    if state.bus.connected and state.bus.version not in set(m.Version):
+        raise StateError(f"the bus was connected with version {state.bus.version:#x}, which is not served")
+    count_packets(state)
+
+
+def restore_device(state: DeviceState, device: Device, providers: list[Provider]) -> None:
+    """Put a checked state into a fresh device whose guest memory is mapped. Nothing runs yet: `Device.thaw` starts it.
+
+    Order: registers, bus, GPADLs, rings; then each provider's own state, then its packets through its restore
+    callback, and only when all is there the channels are started. Raises StateError; the device is then reset.
+    """
+    try:
+        _restore(state, device, providers)
+    except (PeerError, KmclError) as error:
+        device.reset()
+        raise StateError(f"the state could not be restored: {error}") from error
+    except BaseException:
+        device.reset()
+        raise
+
+
+def _restore(state: DeviceState, device: Device, providers: list[Provider]) -> None:
+    bus = device.bus
+    device.synic.restore(
+        state.synic.registers,
+        enabled=state.synic.enabled,
+        fault=state.synic.fault,
+        post_status=state.synic.post_status,
+        outbox=state.synic.outbox,
+    )
+    if state.bus.connected:
+        bus.state = ConnectionState.CONNECTED
+        bus.version = state.bus.version
+        bus.offers_requested = state.bus.offers_requested
+    for gpadl in state.bus.gpadls:
+        ranges = tuple(GpaRange(r.byte_count, r.byte_offset, tuple(r.pfns)) for r in gpadl.ranges)
+        bus.gpadls.complete[gpadl.relid, gpadl.handle] = Gpadl(gpadl.relid, gpadl.handle, ranges)
+    for partial in state.bus.partial:
+        bus.gpadls.partial[partial.handle] = PartialGpadl(
+            partial.relid, partial.handle, partial.range_bytes, partial.range_count, partial.data
+        )
+    by_key = {(offer.interface_type.bytes_le, offer.instance.bytes_le, offer.subchannel): offer for offer in bus.offers}
+    for record in state.bus.offers:
+        offer = by_key[record.interface_type, record.instance, record.subchannel]
+        request = None if record.open is None else OpenRequest(*_open_fields(record.open))
+        bus.adopt(offer, record.relid, OfferState(record.state), request)
+        if record.open is not None:
+            device.reattach(offer)
+    for provider_record, provider in zip(state.providers, providers, strict=True):
+        provider.restore(provider_record.state)
+    started: list[ServerChannel] = []
+    for channel_record, channel in zip(state.channels, device.channels, strict=True):
+        if channel.restore(channel_record.chunks):
+            started.append(channel)
+    counts = count_packets(state)
+    queued = sum(channel.packets_queued for channel in device.channels)
+    sent = sum(channel.packets_sent for channel in device.channels)
+    if (queued, sent) != (counts.queued, counts.sent):
+        raise StateError(
+            f"{counts.queued} queued and {counts.sent} sent packets were saved, {queued} and {sent} came back"
+        )
+    for channel in device.channels:
+        if channel in started:
+            channel.start()
+        else:
+            channel.pause()
+    # Whatever may have been pending in either direction is raised once more.
+    for offer in bus.offers:
+        if offer.state is OfferState.OPEN:
+            device.synic.raise_event(offer.relid)
+    device.synic.kick()
+
+
+def _open_fields(record: OpenState) -> tuple[Any, ...]:
+    return (
+        record.open_id,
+        record.ring_gpadl,
+        record.target_vp,
+        record.downstream_page_offset,
+        record.user_data,
+    )

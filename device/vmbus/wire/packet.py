@@ -1,0 +1,120 @@
+"""Packets as they lie in a ring: a 16-byte descriptor, headers of the type, payload, padding, an 8-byte trailer.
+
+Descriptor: `u16 type, u16 offset8, u16 len8, u16 flags, u64 transaction`. `offset8` and `len8` count 8-byte words from
+the start of the descriptor to the payload and to the end of the packet; the trailer is not part of `len8`. The exact
+payload length is not on the wire: a receiver sees it padded to a multiple of 8.
+"""
+
+from enum import IntEnum
+from struct import Struct
+from typing import NamedTuple
+
+from vmbus.errors import PeerError
+from vmbus.wire.gpa import GpaRange, RangeError, pack_ranges, parse_ranges
+
+DESCRIPTOR_SIZE = 16
+TRAILER_SIZE = 8
+OVERHEAD = DESCRIPTOR_SIZE + TRAILER_SIZE
+FLAG_COMPLETION_REQUESTED = 1
+MAX_PACKET_SIZE = 0xFFFF * 8
+MAX_RANGES = 1024
+
+
+class PacketType(IntEnum):
+    """The packet types in use; a receiver treats any other as corruption."""
+
+    INBAND = 6
+    TRANSFER_PAGES = 7
+    GPA_DIRECT = 9
+    COMPLETION = 11
+
+
+_INBAND = int(PacketType.INBAND)
+_TRANSFER_PAGES = int(PacketType.TRANSFER_PAGES)
+_GPA_DIRECT = int(PacketType.GPA_DIRECT)
+_COMPLETION = int(PacketType.COMPLETION)
+
+_DESCRIPTOR = Struct("<HHHHQ")
+_GPA_HEADER = Struct("<II")
+
+
+class PacketError(PeerError):
+    """A packet in a ring is malformed."""
+
+
+class RawPacket(NamedTuple):
+    """One packet, parsed from a private copy of the ring.
+
+    `body` holds the type's own headers between descriptor and payload (empty for in-band packets and completions);
+    `end` is the offset behind this packet's trailer in the copy it was parsed from.
+    """
+
+    kind: int
+    flags: int
+    transaction: int
+    body: bytes
+    payload: bytes
+    end: int
+
+
+def packet_size(length: int) -> int:
+    """Bytes of ring that a packet takes whose headers and payload behind the descriptor are `length` bytes."""
+    return ((length + 7) & ~7) + OVERHEAD
+
+
+def split_packets(data: bytes) -> tuple[list[RawPacket], str | None]:
+    """Cut a private copy of ring data into packets, checking every descriptor.
+
+    A packet that is not wholly inside `data` ends the list without an error. A malformed one ends it with an
+    explanation, after the good packets before it.
+    """
+    packets: list[RawPacket] = []
+    append = packets.append
+    unpack = _DESCRIPTOR.unpack_from
+    start = 0
+    size = len(data)
+    while start + DESCRIPTOR_SIZE <= size:
+        kind, offset8, len8, flags, transaction = unpack(data, start)
+        payload = start + offset8 * 8
+        stop = start + len8 * 8
+        end = stop + TRAILER_SIZE
+        if kind in (_INBAND, _COMPLETION):
+            minimum = 2
+        elif kind in (_GPA_DIRECT, _TRANSFER_PAGES):
+            minimum = 3
+        else:
+            return packets, f"packet type {kind} at offset {start} of the batch is not known"
+        if offset8 < minimum or len8 < offset8 or flags & ~FLAG_COMPLETION_REQUESTED:
+            return packets, f"descriptor type={kind} offset8={offset8} len8={len8} flags={flags:#x} is malformed"
+        if end > size:
+            break
+        append(RawPacket(kind, flags, transaction, data[start + 16 : payload], data[payload:stop], end))
+        start = end
+    return packets, None
+
+
+def first_packet_size(data: bytes) -> int:
+    """Ring bytes that the packet at the start of `data` claims (its trailer included), or 0 without a descriptor."""
+    if len(data) < DESCRIPTOR_SIZE:
+        return 0
+    len8: int = _DESCRIPTOR.unpack_from(data)[2]
+    return len8 * 8 + TRAILER_SIZE
+
+
+def gpa_direct_body(ranges: list[GpaRange], payload: bytes) -> tuple[bytes, int]:
+    """What follows the descriptor of a GPA-direct packet, and its `offset8`."""
+    described = pack_ranges(ranges)
+    return _GPA_HEADER.pack(0, len(ranges)) + described + payload, 3 + len(described) // 8
+
+
+def parse_gpa_direct(body: bytes, *, max_bytes: int) -> list[GpaRange]:
+    """The ranges of a GPA-direct packet from its `RawPacket.body`. Raises PacketError."""
+    if len(body) < 8:
+        raise PacketError("a GPA-direct packet without a range header")
+    count = _GPA_HEADER.unpack_from(body)[1]
+    if not 0 < count <= MAX_RANGES:
+        raise PacketError(f"a GPA-direct packet with {count} ranges (1 to {MAX_RANGES} are allowed)")
+    try:
+        return parse_ranges(body, count, max_bytes=max_bytes, start=8)[0]
+    except RangeError as error:
+        raise PacketError(f"a GPA-direct packet with bad ranges: {error}") from error

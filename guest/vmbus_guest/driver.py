@@ -1,0 +1,362 @@
+"""The guest's driver: SynIC registers, bus client and KMCL client channels over any `PciFunction`.
+
+One thread. Everything that waits does so in `run_until`, which pumps interrupts, messages and channels, has a bound,
+and says what it waited for.
+"""
+
+import time
+from collections.abc import Callable
+from types import TracebackType
+from uuid import UUID
+
+from vmbus.bus.client import VERSIONS, BusClient
+from vmbus.errors import EnvironmentProblem, PeerError, UsageError, WaitTimeout
+from vmbus.fence import full_fence
+from vmbus.kmcl.channel import Channel
+from vmbus.kmcl.client import ClientChannel
+from vmbus.kmcl.states import ChannelState
+from vmbus.memory import GuestMemory
+from vmbus.ring import FEATURE_BITS, FEATURE_PENDING_SEND_SIZE, RingReader, RingWriter
+from vmbus.synic import (
+    ABI_VERSION,
+    CONTROL_ENABLE,
+    CONTROL_RESET,
+    MAGIC,
+    MESSAGE_TYPE,
+    PAGE_VALID,
+    POST_HEADER,
+    SLOT_FLAG_PENDING,
+    SLOT_HEADER,
+    SLOT_OFFSET,
+    SLOT_SIZE,
+    PostStatus,
+    Register,
+)
+from vmbus.wire import messages as m
+from vmbus.wire.gpa import PAGE_SIZE, range_for
+from vmbus_guest.pci import DmaBuffer, PciFunction
+
+DEFAULT_TIMEOUT = 30.0
+
+
+class ClientLink:
+    """What carries one open channel in the guest: implements `vmbus.kmcl.channel.Link`."""
+
+    def __init__(
+        self,
+        driver: "VmbusDriver",
+        channel: ClientChannel,
+        offer: m.OfferChannel,
+        rings: DmaBuffer,
+        gpadl: int,
+        reader: RingReader,
+        writer: RingWriter,
+    ) -> None:
+        self._driver = driver
+        self.channel = channel
+        self.offer = offer
+        self.rings = rings
+        self.gpadl = gpadl
+        self.reader = reader
+        self.writer = writer
+        self.memory = driver.memory
+
+    def signal(self) -> None:
+        """Ring the doorbell."""
+        self._driver.function.write32(Register.SIGNAL_EVENT, self.offer.connection_id)
+
+    def wake(self) -> None:
+        """Give the channel a turn."""
+        self._driver.wake(self.channel)
+
+    def failed(self, reason: str) -> None:
+        """The host broke the channel; it stays in the tables until the driver is closed."""
+        self._driver.failures.append(f"channel {self.channel.name}: {reason}")
+
+
+class VmbusDriver:
+    """A connection to the device. Use it as a context manager.
+
+    Attributes:
+        function: the PCI function.
+        bus: the bus client with its tables.
+        failures: what went wrong on channels, as text.
+    """
+
+    def __init__(self, function: PciFunction, *, versions: tuple[int, ...] = VERSIONS) -> None:
+        """Reset the device, connect with the newest version that it takes, and fetch the offers.
+
+        Raises EnvironmentProblem when the function is not ours or speaks no version in `versions`, WaitTimeout when
+        it does not answer.
+        """
+        self.function = function
+        self.memory = GuestMemory()
+        self.bus = BusClient(self._post)
+        self.bus.on_rescind = self._rescinded
+        self.failures: list[str] = []
+        self.rescinded: list[UUID] = []
+        self._links: dict[int, ClientLink] = {}
+        self._ready: dict[Channel, None] = {}
+        self._buffers: list[DmaBuffer] = []
+        if function.read32(Register.MAGIC) != MAGIC:
+            raise EnvironmentProblem(f"BAR0 reads {function.read32(Register.MAGIC):#x}: this is not a VMBus function")
+        abi = function.read32(Register.ABI_VERSION)
+        if abi >> 16 != ABI_VERSION >> 16:
+            raise EnvironmentProblem(f"the device's ABI is {abi >> 16}.{abi & 0xFFFF}; this driver knows 1.x")
+        self._pages = self.allocate(4 * PAGE_SIZE)
+        self._message_view = self._pages.view[0:PAGE_SIZE]
+        self._slot_type = self._message_view[SLOT_OFFSET : SLOT_OFFSET + 4].cast("I")
+        self._event_view = self._pages.view[PAGE_SIZE : 2 * PAGE_SIZE]
+        self._post_view = self._pages.view[2 * PAGE_SIZE : 2 * PAGE_SIZE + 256]
+        self._reset()
+        self._connect(versions)
+
+    def __enter__(self) -> "VmbusDriver":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close(graceful=kind is None)
+
+    # ---- memory --------------------------------------------------------------------------------------------------
+
+    def allocate(self, size: int) -> DmaBuffer:
+        """Zeroed memory that the device can reach; `size` is a multiple of 4096 bytes."""
+        buffer = self.function.allocate(size)
+        self.memory.map(buffer.iova, buffer.view, True)
+        self._buffers.append(buffer)
+        return buffer
+
+    def free(self, buffer: DmaBuffer) -> None:
+        """Give memory of `allocate` back."""
+        self._buffers.remove(buffer)
+        self.memory.unmap(buffer.iova, buffer.size)
+        self.function.free(buffer)
+
+    @staticmethod
+    def external(buffer: DmaBuffer, offset: int = 0, length: int | None = None) -> list[tuple[int, int]]:
+        """Part of a buffer, in the form that `Packet.send` takes as external data."""
+        return [(buffer.iova + offset, buffer.size - offset if length is None else length)]
+
+    # ---- connection ------------------------------------------------------------------------------------------------
+
+    def _reset(self) -> None:
+        write = self.function.write32
+        write(Register.CONTROL, CONTROL_RESET)
+        for low, address in (
+            (Register.MESSAGE_PAGE_LOW, self._pages.iova | PAGE_VALID),
+            (Register.EVENT_PAGE_LOW, (self._pages.iova + PAGE_SIZE) | PAGE_VALID),
+            (Register.POST_ADDRESS_LOW, self._pages.iova + 2 * PAGE_SIZE),
+        ):
+            write(low, address & 0xFFFFFFFF)
+            write(low + 4, address >> 32)
+        write(Register.CONTROL, CONTROL_ENABLE)
+        if not self.function.read32(Register.CONTROL) & CONTROL_ENABLE:
+            raise EnvironmentProblem("the device cannot reach its message page: is bus mastering on, is it mapped?")
+
+    def _connect(self, versions: tuple[int, ...]) -> None:
+        for version in versions:
+            self.bus.initiate_contact(version)
+            self.run_until(lambda: self.bus.version_response is not None, DEFAULT_TIMEOUT, "the VERSION_RESPONSE")
+            response = self.bus.version_response
+            if response is not None and response.supported:
+                break
+        else:
+            raise EnvironmentProblem(f"the device takes none of the versions {[hex(v) for v in versions]}")
+        self.bus.request_offers()
+        self.run_until(lambda: self.bus.all_offers, DEFAULT_TIMEOUT, "the host's offers")
+
+    def _post(self, connection_id: int, message: bytes) -> None:
+        block = POST_HEADER.pack(connection_id, 0, MESSAGE_TYPE, len(message)) + message
+        deadline = time.monotonic() + DEFAULT_TIMEOUT
+        while True:
+            self._post_view[: len(block)] = block
+            self.function.write32(Register.POST_MESSAGE, 1)
+            status = self.function.read32(Register.POST_STATUS)
+            if status == PostStatus.SUCCESS:
+                return
+            if status != PostStatus.INSUFFICIENT_BUFFERS:
+                raise PeerError(f"the device refused message {message[0]} on connection {connection_id}: {status}")
+            if time.monotonic() > deadline:
+                raise WaitTimeout("the device to take a message", DEFAULT_TIMEOUT)
+            self._take_message()
+
+    def close(self, *, graceful: bool = True) -> None:
+        """Close all channels, unload, reset the device and free everything. Without `graceful`, only the reset."""
+        try:
+            if graceful:
+                for link in list(self._links.values()):
+                    self.close_channel(link.channel)
+                self.bus.unload()
+                self.run_until(lambda: self.bus.unloaded, DEFAULT_TIMEOUT, "the UNLOAD_RESPONSE")
+        finally:
+            self.function.write32(Register.CONTROL, CONTROL_RESET)
+            self.function.read32(Register.STATUS)
+            for link in list(self._links.values()):
+                if link.channel.state in (ChannelState.OPENED, ChannelState.ACTIVE):
+                    link.channel.close(lambda: None, force=True)
+            self._links.clear()
+            self._slot_type.release()
+            for view in (self._message_view, self._event_view, self._post_view):
+                view.release()
+            for buffer in list(self._buffers):
+                self.free(buffer)
+            self.function.close()
+
+    # ---- channels --------------------------------------------------------------------------------------------------
+
+    def client_channel(
+        self,
+        interface_type: UUID,
+        *,
+        instance: UUID | None = None,
+        ring_pages_in: int = 16,
+        ring_pages_out: int = 16,
+        name: str = "",
+    ) -> ClientChannel:
+        """A disabled client channel: set its callbacks, then `enable` it."""
+        return ClientChannel(
+            interface_type, instance, ring_pages_in=ring_pages_in, ring_pages_out=ring_pages_out, name=name
+        )
+
+    def enable(self, channel: ClientChannel, timeout: float = DEFAULT_TIMEOUT) -> None:
+        """Wait for the channel's offer, donate its rings and open it; it is active when this returns.
+
+        Raises WaitTimeout, or PeerError when the host refuses.
+        """
+        channel.enable()
+        self.run_until(
+            lambda: self.bus.find_offer(channel.interface_type, channel.interface_instance) is not None,
+            timeout,
+            f"an offer for channel {channel.name}",
+        )
+        offer = self.bus.find_offer(channel.interface_type, channel.interface_instance)
+        assert offer is not None
+        out_pages, in_pages = channel.ring_pages_out + 1, channel.ring_pages_in + 1
+        rings = self.allocate((out_pages + in_pages) * PAGE_SIZE)
+        split = out_pages * PAGE_SIZE
+        windows = [
+            self.memory.window([(rings.iova + start, length)])
+            for start, length in (
+                (0, PAGE_SIZE),
+                (PAGE_SIZE, split - PAGE_SIZE),
+                (split, PAGE_SIZE),
+                (split + PAGE_SIZE, rings.size - split - PAGE_SIZE),
+            )
+        ]
+        windows[0].store32(FEATURE_BITS, FEATURE_PENDING_SEND_SIZE)
+        windows[2].store32(FEATURE_BITS, FEATURE_PENDING_SEND_SIZE)
+        gpadl = self.bus.create_gpadl(offer.relid, [range_for(rings.iova, rings.size)])
+        self.run_until(lambda: gpadl in self.bus.created, timeout, f"GPADL_CREATED for channel {channel.name}")
+        if self.bus.created[gpadl]:
+            raise PeerError(f"the host refused the rings of channel {channel.name}: {self.bus.created[gpadl]:#x}")
+        self.bus.open_channel(offer.relid, gpadl, out_pages)
+        self.run_until(
+            lambda: offer.relid in self.bus.open_results, timeout, f"OPENCHANNEL_RESULT of channel {channel.name}"
+        )
+        status = self.bus.open_results[offer.relid]
+        if status:
+            raise PeerError(f"the host refused to open channel {channel.name}: {status:#010x}")
+        reader, writer = RingReader(windows[2], windows[3]), RingWriter(windows[0], windows[1])
+        link = ClientLink(self, channel, offer, rings, gpadl, reader, writer)
+        self._links[offer.relid] = link
+        channel.open(link)
+        channel.activate()
+
+    def close_channel(self, channel: ClientChannel, timeout: float = DEFAULT_TIMEOUT) -> None:
+        """Close a channel, and take its rings back once the host has let go of them."""
+        link = self.link_of(channel)
+        channel.pause()
+        relid = link.offer.relid
+        if relid in self.bus.offers:
+            self.bus.close_channel(relid)
+        closed: list[bool] = []
+        if channel.state in (ChannelState.OPENED, ChannelState.ACTIVE):
+            channel.close(lambda: closed.append(True))
+            self.run_until(lambda: bool(closed), timeout, f"packets of channel {channel.name} to be completed")
+        del self._links[relid]
+        if relid in self.bus.offers:
+            self.bus.teardown_gpadl(relid, link.gpadl)
+            self.run_until(
+                lambda: link.gpadl in self.bus.torndown, timeout, f"GPADL_TORNDOWN of channel {channel.name}"
+            )
+        channel.disable()
+        self.free(link.rings)
+
+    def link_of(self, channel: ClientChannel) -> ClientLink:
+        """The link of an open channel. Raises UsageError when it is not open."""
+        for link in self._links.values():
+            if link.channel is channel:
+                return link
+        raise UsageError(f"channel {channel.name} is not open on this driver")
+
+    def _rescinded(self, offer: m.OfferChannel) -> None:
+        self.rescinded.append(offer.interface_instance)
+        link = self._links.pop(offer.relid, None)
+        if link is not None:
+            if link.channel.state in (ChannelState.OPENED, ChannelState.ACTIVE):
+                link.channel.close(lambda: None, force=True)
+            if link.channel.state is ChannelState.CLOSED:
+                link.channel.disable()
+            self.free(link.rings)
+        self.bus.release(offer.relid)
+
+    # ---- the pump --------------------------------------------------------------------------------------------------
+
+    def wake(self, channel: Channel) -> None:
+        """Give a channel a turn at the next step."""
+        self._ready[channel] = None
+
+    def _take_message(self) -> bool:
+        """Take the message out of the slot, if there is one."""
+        if not self._slot_type[0]:
+            return False
+        slot = bytes(self._message_view[SLOT_OFFSET : SLOT_OFFSET + SLOT_SIZE])
+        self._slot_type[0] = 0
+        full_fence()
+        # The flag may have been set after the copy was taken: look at the slot itself.
+        if self._message_view[SLOT_OFFSET + 5] & SLOT_FLAG_PENDING:
+            self._message_view[SLOT_OFFSET + 5] = 0
+            self.function.write32(Register.EOM, 1)
+        _, size, _, _, _ = SLOT_HEADER.unpack_from(slot)
+        self.bus.receive(slot[SLOT_HEADER.size : SLOT_HEADER.size + size])
+        return True
+
+    def _take_events(self) -> None:
+        events = self._event_view
+        for relid, link in self._links.items():
+            if events[relid]:
+                events[relid] = 0
+                self._ready[link.channel] = None
+        full_fence()
+
+    def step(self, timeout: float) -> bool:
+        """Do what is to be done now; with nothing to do, wait up to `timeout` seconds for an interrupt.
+
+        Returns whether there was anything.
+        """
+        if self._ready:
+            timeout = 0.0
+        interrupted = self.function.wait_interrupt(timeout)
+        if interrupted:
+            while self._take_message():
+                pass
+            self._take_events()
+        ready = self._ready
+        if not ready:
+            return interrupted
+        self._ready = {}
+        for channel in ready:
+            if channel.process():
+                self._ready[channel] = None
+        return True
+
+    def run_until(self, condition: Callable[[], bool], timeout: float, what: str) -> None:
+        """Pump until `condition()` holds. Raises WaitTimeout after `timeout` seconds, saying `what`."""
+        deadline = time.monotonic() + timeout
+        while not condition():
+            left = deadline - time.monotonic()
+            if left <= 0:
+                raise WaitTimeout(what, timeout)
+            self.step(min(left, 1.0))
