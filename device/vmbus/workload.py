@@ -132,15 +132,15 @@ def parse_echo_reply(payload: bytes) -> EchoReply | None:
 
 
 class BurstStart(NamedTuple):
-    """Parameters of a burst run: `count` packets of `size` bytes, at most `window` of them not completed."""
+    """Parameters of a burst run: `packets` packets of `size` bytes, at most `window` of them not completed."""
 
     size: int
-    count: int
+    packets: int
     window: int
 
     def pack(self) -> bytes:
         """The request."""
-        return BURST_START.pack(OP_START, self.size, self.count, self.window, 0)
+        return BURST_START.pack(OP_START, self.size, self.packets, self.window, 0)
 
 
 def parse_burst_start(payload: bytes) -> BurstStart | None:

@@ -16,6 +16,7 @@ import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from vmbus.errors import EnvironmentProblem, UsageError
 from vmbus.vfio_user import bindings, pci
@@ -42,6 +43,18 @@ _libc.mmap.argtypes = [
     ctypes.c_long,
 ]
 _libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+
+
+class Addressed(Protocol):
+    """What names a buffer."""
+
+    @property
+    def iova(self) -> int:
+        """I/O address of the first byte."""
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
 
 
 @dataclass(eq=False)
@@ -82,6 +95,7 @@ class LoopbackFunction:
         self._posted_writes = posted_writes
         self._pages = ram_size // PAGE_SIZE
         self._used = bytearray(self._pages)  # 1 for each page in a buffer
+        self._buffers: dict[int, LoopbackBuffer] = {}  # by I/O address
         self._maps: dict[int, int] = {}  # what is offered now: I/O address to size
         self._offsets: dict[int, tuple[int, bool]] = {}  # the same: I/O address to (file offset, writable)
         self._timeout = timeout
@@ -133,21 +147,28 @@ class LoopbackFunction:
         self.client.region_write(bindings.REGION_BAR0, offset, _U32.pack(value), posted=self._posted_writes)
 
     def allocate(self, size: int) -> LoopbackBuffer:
-        """`size` bytes (a multiple of 4096), zeroed, in one piece of I/O address space.
+        """`size` bytes (rounded up to whole pages), zeroed, in one piece of I/O address space.
 
-        Raises UsageError for an odd size, EnvironmentProblem if guest memory is used up.
+        Raises UsageError if size is not above 0, EnvironmentProblem if guest memory is used up.
         """
+        size = -(-size // PAGE_SIZE) * PAGE_SIZE
         first = self._take(size)
         pages = range(first, first + size // PAGE_SIZE)
         start = first * PAGE_SIZE
         self._offer(start, size)
         view = self._ram[start : start + size]
         view[:] = bytes(size)
-        return LoopbackBuffer(self._iova_base + start, size, view, tuple(pages))
+        return self._keep(LoopbackBuffer(self._iova_base + start, size, view, tuple(pages)))
 
-    def free(self, buffer: LoopbackBuffer) -> None:
-        """Give the buffer's pages back for reuse; the server can still reach them, as with a guest's huge pages."""
-        for page in buffer.file_pages:
+    def free(self, buffer: Addressed) -> None:
+        """Give the buffer's pages back for reuse; the server can still reach them, as with a guest's huge pages.
+
+        Raises UsageError if there is no such buffer.
+        """
+        ours = self._buffers.pop(buffer.iova, None)
+        if ours is None:
+            raise UsageError(f"there is no DMA buffer at I/O address {buffer.iova:#x}: freed twice?")
+        for page in ours.file_pages:
             self._used[page] = 0
 
     def wait_interrupt(self, timeout: float) -> bool:
@@ -206,7 +227,7 @@ class LoopbackFunction:
                 start = index
         view = _scattered_view(self.memory_fd, pages)
         view[:] = bytes(size)
-        return LoopbackBuffer(iova, size, view, pages)
+        return self._keep(LoopbackBuffer(iova, size, view, pages))
 
     def map(self, iova: int, size: int, file_offset: int, *, writable: bool = True) -> None:
         """Offer a piece of guest memory to the server."""
@@ -219,7 +240,7 @@ class LoopbackFunction:
         self.client.dma_unmap(iova, size)
         self._maps.pop(iova, None)
 
-    def unmap_buffer(self, buffer: LoopbackBuffer) -> None:
+    def unmap_buffer(self, buffer: Addressed) -> None:
         """Take back every piece that has a page of `buffer`: the server loses it (and what shares a piece with it)."""
         for iova, size in list(self._maps.items()):
             if iova < buffer.iova + buffer.size and buffer.iova < iova + size:
@@ -257,10 +278,14 @@ class LoopbackFunction:
         with contextlib.suppress(Disconnected):
             self.close()
 
+    def _keep(self, buffer: LoopbackBuffer) -> LoopbackBuffer:
+        self._buffers[buffer.iova] = buffer
+        return buffer
+
     def _take(self, size: int) -> int:
-        count, rest = divmod(size, PAGE_SIZE)
-        if rest or count <= 0:
-            raise UsageError(f"a DMA buffer of {size} bytes: whole pages only")
+        count = size // PAGE_SIZE
+        if count <= 0:
+            raise UsageError(f"a DMA buffer of {size} bytes")
         first = self._used.find(bytes(count))
         if first < 0:
             raise EnvironmentProblem(f"no {count} free pages in a row in the {self._pages} pages of guest memory")

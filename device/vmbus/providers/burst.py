@@ -85,7 +85,7 @@ class BurstProvider(Provider):
         self._done_sent = False
         self.runs += 1
         with self.channel.batch():
-            for _number in range(min(start.window, start.count)):
+            for _number in range(min(start.window, start.packets)):
                 self._issue(self.channel.allocate_packet())
             self._finish_if_done()
 
@@ -109,7 +109,7 @@ class BurstProvider(Provider):
         self._answers.arrived(transaction.sequence)
         if reply[: workload.BURST_ANSWER.size] != workload.BURST_ANSWER.pack(transaction.sequence, transaction.digest):
             self.tally.corrupted += 1
-        if self._run is not None and self._issued < self._run.count:
+        if self._run is not None and self._issued < self._run.packets:
             self._issue(packet)
         else:
             packet.free()
@@ -117,7 +117,7 @@ class BurstProvider(Provider):
 
     def _finish_if_done(self) -> None:
         run = self._run
-        if run is None or self._done_sent or self.tally.completed < run.count:
+        if run is None or self._done_sent or self.tally.completed < run.packets:
             return
         self._done_sent = True
         self._run = None
@@ -151,7 +151,7 @@ class BurstProvider(Provider):
     def save(self) -> bytes:
         return msgspec.msgpack.encode(
             _State(
-                run=None if self._run is None else (self._run.size, self._run.count, self._run.window),
+                run=None if self._run is None else (self._run.size, self._run.packets, self._run.window),
                 issued=self._issued,
                 next_answer=self._answers.next,
                 tally=self.tally.as_dict(),

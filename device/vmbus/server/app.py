@@ -24,7 +24,7 @@ from vmbus.kmcl.server import ServerChannel
 from vmbus.memory import DirtyLogBroken
 from vmbus.providers import Provider, provider_class
 from vmbus.server.control import ControlServer
-from vmbus.vfio_user.context import AddressNotMapped, ClientBusy, ClientGone, Context, ResetKind, RunResult
+from vmbus.vfio_user.context import AddressNotMapped, ClientBusy, ClientGone, ClientRefused, Context, ResetKind, RunResult
 from vmbus.vfio_user.library import Library
 from vmbus.vfio_user.pci import ConfigSpace
 
@@ -314,7 +314,7 @@ class DeviceServer:
                         self._context.run()
                 else:
                     raise EnvironmentProblem("the client never stopped sending requests; are the vCPUs stopped?")
-            except (PeerError, AddressNotMapped, ClientGone) as error:
+            except (PeerError, AddressNotMapped, ClientGone, ClientRefused) as error:
                 raise DirtyLogBroken(f"{error}; cancel this pass and start again") from error
             pages += length // 4096
             size += length

@@ -265,7 +265,7 @@ class Context:
         """Handle the requests that wait, at most `max_requests`. Never waits for a client.
 
         Without a client it does what `attach` does. Re-raises what is no Exception (KeyboardInterrupt and the like)
-        from a callback.
+        from a callback. Raises EnvironmentProblem if guest memory that was taken back cannot be cut off: do not go on.
         """
         self._check_usable()
         if self._client is None:
@@ -428,14 +428,18 @@ class Context:
         assert self._context is not None
         result = self._vfu.vfu_run_ctx(self._context.pointer)
         error = ctypes.get_errno()
-        if self._escaped is not None:
-            escaped, self._escaped = self._escaped, None
-            raise escaped
+        self._raise_escaped()
         if result >= 0:
             return None
         if error in (errno.ENOTCONN, errno.EBADF):
             return ""
         return f"the library gave up on it: {os.strerror(error)}"
+
+    def _raise_escaped(self) -> None:
+        """Raise what a callback could not raise through C."""
+        if self._escaped is not None:
+            escaped, self._escaped = self._escaped, None
+            raise escaped
 
     def _note_progress(self) -> None:
         if self._stall_deadline is None or self._client is None:
@@ -468,6 +472,7 @@ class Context:
         self._end_connection()
         self._destroy()
         self._context = self._create()
+        self._raise_escaped()
         return RunResult.DISCONNECTED
 
     def _end_connection(self) -> None:
@@ -666,7 +671,10 @@ class Context:
         self._region_starts.remove(region.iova)
         self._shielded("DMA unmapping", self._handler.dma_unmap, region.iova, region.size)
         if region.mapping is not None:
-            self._shielded("revocation of guest memory", region.mapping.revoke)
+            try:
+                region.mapping.revoke()
+            except EnvironmentProblem as error:
+                self._escaped = error  # guest memory must not stay in reach: `run` ends the server
 
     # -- writing through the client -------------------------------------------------------------------------------
 

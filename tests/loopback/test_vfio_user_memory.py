@@ -1,0 +1,376 @@
+"""Guest memory through the transport: mapping, taking it back, writing through the client."""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from support.transport import ADDRESS, VALUE, ServerThread, serve
+from vmbus.errors import EnvironmentProblem
+from vmbus.vfio_user import bindings, protocol
+from vmbus.vfio_user.client import DmaAccess, RemoteError, VfioUserClient
+from vmbus.vfio_user.context import AddressNotMapped, ClientBusy, ClientGone, ClientRefused, ResetKind
+from vmbus.vfio_user.library import Generation, Library
+from vmbus.vfio_user.protocol import Command
+
+pytestmark = pytest.mark.loopback
+BAR0 = bindings.REGION_BAR0
+PAGE = 4096
+BASE = 0x1_0000_0000
+LOST = ("reset", ResetKind.LOST_CONNECTION)
+
+
+@pytest.fixture
+def server(libvfio_user: Library, tmp_path: Path) -> Iterator[ServerThread]:
+    with serve(libvfio_user, tmp_path / "socket", message_timeout=1) as server:
+        yield server
+
+
+@pytest.fixture
+def client(server: ServerThread) -> Iterator[VfioUserClient]:
+    with VfioUserClient(server.context.socket_path) as client, client.serving():
+        yield client
+
+
+@pytest.fixture
+def memory() -> Iterator[int]:
+    fd = os.memfd_create("memory", os.MFD_CLOEXEC)
+    os.ftruncate(fd, 4 << 20)
+    yield fd
+    os.close(fd)
+
+
+def device_writes(client: VfioUserClient, iova: int, data: bytes) -> None:
+    client.region_write(BAR0, ADDRESS, iova.to_bytes(8, "little"))
+    client.region_write(BAR0, VALUE, data)
+
+
+def device_reads(client: VfioUserClient, iova: int, size: int) -> bytes:
+    client.region_write(BAR0, ADDRESS, iova.to_bytes(8, "little"))
+    return client.region_read(BAR0, VALUE, size)
+
+
+def test_both_sides_see_the_same_bytes(client: VfioUserClient, memory: int) -> None:
+    client.dma_map(BASE, 2 << 20, memory, 1 << 20)
+    device_writes(client, BASE + 5, b"device")
+    assert os.pread(memory, 6, (1 << 20) + 5) == b"device"
+    os.pwrite(memory, b"guest", (3 << 20) - 5)
+    assert device_reads(client, BASE + (2 << 20) - 5, 5) == b"guest"
+
+
+def test_an_unaligned_offset_in_the_file(server: ServerThread, client: VfioUserClient, memory: int) -> None:
+    client.dma_map(BASE, PAGE, memory, 100)
+    device_writes(client, BASE, b"first")
+    device_writes(client, BASE + PAGE - 4, b"last")
+    assert os.pread(memory, 5, 100) == b"first"
+    assert os.pread(memory, 4, 100 + PAGE - 4) == b"last"
+
+
+def test_permuted_pages(server: ServerThread, client: VfioUserClient, memory: int) -> None:
+    order = [7, 0, 3, 5, 1]
+    for index, page in enumerate(order):
+        client.dma_map(BASE + index * PAGE, PAGE, memory, page * PAGE)
+    for index in range(len(order)):
+        device_writes(client, BASE + index * PAGE, b"page %d" % index)
+    for index, page in enumerate(order):
+        assert os.pread(memory, 6, page * PAGE) == b"page %d" % index
+
+
+def test_read_only_memory(server: ServerThread, client: VfioUserClient, memory: int) -> None:
+    os.pwrite(memory, b"guest", 0)
+    client.dma_map(BASE, PAGE, memory, writable=False)
+    assert server.device.events == [("map", BASE, PAGE, False)]
+    assert server.device.views[BASE].readonly
+    assert device_reads(client, BASE, 5) == b"guest"
+    with pytest.raises(RemoteError):
+        device_writes(client, BASE, b"device")
+    assert os.pread(memory, 5, 0) == b"guest"
+
+
+def test_memory_offered_for_writing_only(server: ServerThread, client: VfioUserClient, memory: int) -> None:
+    client.dma_map(BASE, PAGE, memory, readable=False)
+    device_writes(client, BASE, b"device")
+    assert os.pread(memory, 6, 0) == b"device"
+
+
+def test_memory_without_a_descriptor(server: ServerThread, client: VfioUserClient, memory: int) -> None:
+    client.dma_map(BASE, PAGE, memory, send_fd=False)
+    assert server.device.events == [("unreachable", BASE, PAGE)]
+    assert server.context.dma_regions == [(BASE, PAGE, False)]
+    client.dma_unmap(BASE, PAGE)
+    assert server.device.events[1:] == [("unmap", BASE, PAGE)]
+
+
+def test_memory_beyond_its_file_is_unreachable(server: ServerThread, client: VfioUserClient, memory: int) -> None:
+    client.dma_map(BASE, 8 << 20, memory)
+    assert server.device.events == [("unreachable", BASE, 8 << 20)]
+
+
+def test_a_repeated_mapping(server: ServerThread, client: VfioUserClient, memory: int) -> None:
+    client.dma_map(BASE, PAGE, memory)
+    client.dma_map(BASE, PAGE, memory)
+    assert server.device.events == [("map", BASE, PAGE, True)]
+    device_writes(client, BASE, b"x")
+    client.dma_unmap(BASE, PAGE)
+    assert server.device.events[1:] == [("unmap", BASE, PAGE)]
+
+
+def test_overlaps_and_the_number_of_regions(
+    server: ServerThread, client: VfioUserClient, memory: int, libvfio_user: Library
+) -> None:
+    client.dma_map(BASE, 2 * PAGE, memory)
+    with pytest.raises(RemoteError):
+        client.dma_map(BASE + PAGE, 2 * PAGE, memory)
+    limit = bindings.OLD_MAX_DMA_REGIONS if libvfio_user.generation is Generation.OLD else 600
+    for index in range(1, limit):
+        client.dma_map(BASE + index * 2 * PAGE, PAGE, memory, index % 512 * PAGE)
+    if libvfio_user.generation is Generation.OLD:
+        with pytest.raises(RemoteError):
+            client.dma_map(BASE - PAGE, PAGE, memory)
+    assert len(server.context.dma_regions) == limit
+    client.dma_unmap_all()
+    server.wait_until(lambda: not server.context.dma_regions)
+    assert not server.device.views
+
+
+def test_the_new_generations_limit_is_ours(libvfio_user: Library, tmp_path: Path, memory: int) -> None:
+    with (
+        serve(libvfio_user, tmp_path / "socket", max_dma_regions=3) as server,
+        VfioUserClient(tmp_path / "socket") as client,
+    ):
+        for index in range(3):
+            client.dma_map(BASE + index * PAGE, PAGE, memory)
+        if libvfio_user.generation is Generation.NEW:
+            with pytest.raises(RemoteError):
+                client.dma_map(BASE - PAGE, PAGE, memory)
+        assert len(server.context.dma_regions) == 3
+
+
+@pytest.mark.parametrize("how", ["unmap", "unmap_all", "disconnect"])
+def test_stale_views_reach_nothing(server: ServerThread, memory: int, how: str) -> None:
+    with VfioUserClient(server.context.socket_path) as client:
+        client.dma_map(BASE, 2 << 20, memory)
+        stale = server.device.views[BASE]
+        words = stale.cast("I")
+        stale[PAGE : PAGE + 4] = b"live"
+        if how == "unmap":
+            client.dma_unmap(BASE, 2 << 20)
+        elif how == "unmap_all":
+            client.dma_unmap_all()
+    server.wait_until(lambda: ("unmap", BASE, 2 << 20) in server.device.events)
+    if how == "disconnect":
+        server.wait_until(lambda: LOST in server.device.events)
+    # The guest uses the pages for something else now.
+    os.pwrite(memory, b"other", 3 * PAGE)
+    stale[PAGE : PAGE + 4] = b"dead"
+    words[0] = 0xFFFFFFFF
+    stale[-1] = 1
+    assert os.pread(memory, 4, PAGE) == b"live"
+    assert os.pread(memory, 4, 0) == bytes(4)
+    assert os.pread(memory, 1, (2 << 20) - 1) == b"\0"
+    assert bytes(stale[3 * PAGE : 3 * PAGE + 5]) == bytes(5)
+
+
+def test_mapping_again_after_unmapping_gives_live_memory(
+    server: ServerThread, client: VfioUserClient, memory: int
+) -> None:
+    stale = []
+    for number in range(20):
+        client.dma_map(BASE, PAGE, memory)
+        stale.append(server.device.views[BASE])
+        device_writes(client, BASE, bytes((number,)))
+        assert os.pread(memory, 1, 0) == bytes((number,))
+        client.dma_unmap(BASE, PAGE)
+        for view in stale:
+            view[0] = 0xEE
+        assert os.pread(memory, 1, 0) == bytes((number,))
+
+
+def test_taking_memory_back_under_a_thread_that_uses_it(
+    server: ServerThread, client: VfioUserClient, memory: int
+) -> None:
+    current: list[memoryview] = []
+    done = threading.Event()
+    rounds = 0
+
+    def use() -> None:
+        nonlocal rounds
+        while not done.is_set():
+            for view in current:
+                view[:PAGE] = bytes((rounds & 0xFF,)) * PAGE
+                rounds += 1
+
+    worker = threading.Thread(target=use)
+    worker.start()
+    try:
+        for _ in range(25):
+            client.dma_map(BASE, 64 * PAGE, memory)
+            current[:] = [server.device.views[BASE]]
+            client.dma_unmap(BASE, 64 * PAGE)
+            # The worker still writes, into nothing.
+            os.pwrite(memory, b"guest", 0)
+            before = rounds
+            server.wait_until(lambda before=before: rounds > before)  # type: ignore[misc]
+            assert os.pread(memory, 5, 0) == b"guest"
+    finally:
+        done.set()
+        worker.join()
+
+
+# -- writing through the client ---------------------------------------------------------------------------------------
+
+
+def write(server: ServerThread, iova: int, data: bytes) -> None:
+    server.call(lambda: server.context.write_through_client(iova, data))
+
+
+def test_writing_at_an_offset(server: ServerThread, client: VfioUserClient, memory: int) -> None:
+    client.dma_map(BASE, 2 << 20, memory)
+    client.dma_map(BASE + (4 << 20), 2 << 20, memory, 2 << 20)
+    write(server, BASE + (4 << 20) + 12345, b"second region")
+    write(server, BASE, b"start")
+    write(server, BASE + 7, b"")
+    assert os.pread(memory, 13, (2 << 20) + 12345) == b"second region"
+    assert os.pread(memory, 5, 0) == b"start"
+    assert client.dma_accesses == [
+        DmaAccess(Command.DMA_WRITE, BASE + (4 << 20) + 12345, 13),
+        DmaAccess(Command.DMA_WRITE, BASE, 5),
+    ]
+
+
+def test_writing_across_regions_in_pieces(server: ServerThread, memory: int) -> None:
+    with VfioUserClient(server.context.socket_path, max_data_transfer=1000) as client, client.serving():
+        client.dma_map(BASE, PAGE, memory, 2 * PAGE)
+        client.dma_map(BASE + PAGE, PAGE, memory)
+        data = os.urandom(5000)
+        write(server, BASE + 3000, data)
+        assert [(access.iova - BASE, access.size) for access in client.dma_accesses] == [
+            (3000, 1000),
+            (4000, 96),
+            (4096, 1000),
+            (5096, 1000),
+            (6096, 1000),
+            (7096, 904),
+        ]
+        assert os.pread(memory, 1096, 2 * PAGE + 3000) + os.pread(memory, 3904, 0) == data
+
+
+def test_writing_more_than_one_message_holds(server: ServerThread, client: VfioUserClient, memory: int) -> None:
+    client.dma_map(BASE, 4 << 20, memory)
+    data = os.urandom((2 << 20) + 12345)
+    write(server, BASE + 4321, data)
+    assert os.pread(memory, len(data), 4321) == data
+    assert max(access.size for access in client.dma_accesses) == 1 << 20
+
+
+def test_writing_memory_that_only_messages_reach(server: ServerThread, client: VfioUserClient, memory: int) -> None:
+    client.dma_map(BASE, PAGE, memory, PAGE, send_fd=False)
+    write(server, BASE + 8, b"there")
+    assert os.pread(memory, 5, PAGE + 8) == b"there"
+
+
+def test_writing_where_nothing_is(server: ServerThread, client: VfioUserClient, memory: int) -> None:
+    client.dma_map(BASE, PAGE, memory)
+    client.dma_map(BASE + 2 * PAGE, PAGE, memory, writable=False)
+    with pytest.raises(AddressNotMapped, match="0x100001000"):
+        write(server, BASE + PAGE - 4, b"too long")
+    assert os.pread(memory, 4, PAGE - 4) == b"too "
+    for iova in (BASE - 1, BASE + PAGE, 0):
+        with pytest.raises(AddressNotMapped, match="no memory"):
+            write(server, iova, b"x")
+    with pytest.raises(AddressNotMapped, match="read-only"):
+        write(server, BASE + 2 * PAGE, b"x")
+    assert client.region_read(BAR0, 0, 4) == bytes(4)
+
+
+def test_writing_while_the_client_has_a_request_in_flight(
+    server: ServerThread, client: VfioUserClient, memory: int
+) -> None:
+    client.dma_map(BASE, PAGE, memory)
+
+    def attempt() -> None:
+        # On the server's thread, so that nothing takes the request meanwhile.
+        client.region_write(BAR0, 0, b"post", posted=True)
+        with pytest.raises(ClientBusy, match="in flight"):
+            server.context.write_through_client(BASE, b"x")
+        server.context.run()
+        server.context.write_through_client(BASE, b"x")
+
+    server.call(attempt)
+    assert os.pread(memory, 1, 0) == b"x"
+    assert client.region_read(BAR0, 0, 4) == b"post"
+
+
+def test_writing_without_a_client(server: ServerThread) -> None:
+    with pytest.raises(ClientGone, match="no client"):
+        write(server, BASE, b"x")
+
+
+def test_a_client_that_takes_no_data(server: ServerThread, memory: int) -> None:
+    with VfioUserClient(server.context.socket_path, max_data_transfer=0) as client:
+        client.dma_map(BASE, PAGE, memory)
+        with pytest.raises(EnvironmentProblem, match="max_data_xfer_size 0"):
+            write(server, BASE, b"x")
+
+
+def test_a_client_that_refuses(server: ServerThread, client: VfioUserClient, memory: int) -> None:
+    client.dma_map(BASE, PAGE, memory)
+    write(server, BASE, b"one")
+    client.refuse_dma = errno.ENODEV
+    with pytest.raises(ClientRefused, match="bus mastering"):
+        write(server, BASE, b"two")
+    client.refuse_dma = 0
+    write(server, BASE, b"three")
+    assert os.pread(memory, 5, 0) == b"three"
+    assert server.context.attached
+
+
+@pytest.mark.parametrize("answer", ["none", "another request", "doubtful refusal", "hang up"])
+def test_a_client_that_does_not_answer_properly(server: ServerThread, memory: int, answer: str) -> None:
+    with VfioUserClient(server.context.socket_path) as client:
+        client.dma_map(BASE, PAGE, memory)
+        stale = server.device.views[BASE]
+
+        def respond() -> None:
+            if answer == "another request":
+                access = protocol.REGION_ACCESS.pack(0, BAR0, 4) + b"late"
+                client.send_raw(protocol.encode(9, Command.REGION_WRITE, access))
+            elif answer == "doubtful refusal":  # the library gives the same errno for a lost stream
+                client.refuse_dma = errno.EINVAL
+                client.serve(5)
+            elif answer == "hang up":
+                client.close()
+
+        def wait_and_respond() -> None:
+            if client._readable(5):
+                respond()
+
+        waiter = threading.Thread(target=wait_and_respond)
+        waiter.start()
+        with pytest.raises(ClientGone):
+            write(server, BASE, b"x")
+        waiter.join()
+    assert server.device.events[1:] == [("unmap", BASE, PAGE), LOST]
+    stale[0] = 1
+    assert os.pread(memory, 1, 0) == b"\0"
+    assert not server.context.attached
+    with VfioUserClient(server.context.socket_path) as client, client.serving():
+        client.dma_map(BASE, PAGE, memory)
+        write(server, BASE, b"again")
+    assert os.pread(memory, 5, 0) == b"again"
+
+
+def test_guest_memory_stays_mapped_when_the_file_is_gone(server: ServerThread, client: VfioUserClient) -> None:
+    fd = os.memfd_create("memory", os.MFD_CLOEXEC)
+    os.ftruncate(fd, PAGE)
+    ours = mmap.mmap(fd, PAGE)
+    client.dma_map(BASE, PAGE, fd)
+    os.close(fd)
+    device_writes(client, BASE, b"device")
+    assert ours[:6] == b"device"

@@ -1,0 +1,565 @@
+"""KMCL channels: sending, completing, states, save and restore, over rings in a bytearray."""
+
+import struct
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from support.pair import BASE, INSTANCE, TYPE, Pair
+
+from vmbus.errors import StateError
+from vmbus.kmcl import ChannelState, ChannelStateError, KmclError, Status
+from vmbus.kmcl.saved import decode_chunk, decode_lib, encode
+from vmbus.kmcl.server import ServerChannel
+
+pytestmark = pytest.mark.unit
+
+
+class Recorder:
+    """A VSP that numbers its packets and records all that happens."""
+
+    def __init__(self, channel: ServerChannel) -> None:
+        self.channel = channel
+        self.events: list[str] = []
+        self.incoming: list = []
+        self.answers: list[tuple[int, int, bytes]] = []
+        self.next = 0
+        self.calls: list[tuple[int, int]] = []
+        channel.set_process_packet_callbacks(self.process)
+        channel.set_state_change_callbacks(
+            opened=lambda _: self.events.append("opened"),
+            closed=lambda _: self.events.append("closed"),
+            suspend=lambda _: self.events.append("suspend"),
+            started=lambda _: self.events.append("started"),
+            post_started=lambda _: self.events.append("post_started"),
+        )
+        channel.set_save_restore_packet_callbacks(self.save, self.restore)
+
+    def process(self, channel, completion, payload: bytes) -> None:
+        self.incoming.append((completion, payload))
+
+    def send(self, payload: bytes | None = None, **arguments) -> None:
+        packet = self.channel.allocate_packet()
+        packet.pointer = self.next
+        packet.completion_routine = self.completed
+        self.next += 1
+        packet.send(struct.pack("<Q", packet.pointer) if payload is None else payload, **arguments)
+
+    def completed(self, packet, status: int, reply: bytes) -> None:
+        self.answers.append((packet.pointer, status, reply))
+
+    def save(self, channel, packet, buffer: memoryview) -> int:
+        self.calls.append((packet.pointer, len(buffer)))
+        if len(buffer) >= 8:
+            buffer[:8] = struct.pack("<Q", packet.pointer)
+        return 8
+
+    def restore(self, channel, lib_buf: bytes, save_buf: bytes) -> None:
+        packet = channel.allocate_packet()
+        channel.restore_packet(packet, lib_buf)
+        (packet.pointer,) = struct.unpack("<Q", save_buf)
+        packet.completion_routine = self.completed
+
+
+class Guest:
+    """A VSC that takes packets and completes them when told."""
+
+    def __init__(self, pair: Pair) -> None:
+        self.channel = pair.client
+        self.held: list = []
+        self.seen: list[int] = []
+        self.answers: list[tuple[int, int, bytes]] = []
+        self.channel.set_process_packet_callbacks(self.process)
+
+    def process(self, channel, completion, payload: bytes) -> None:
+        self.held.append((completion, payload))
+        self.seen.append(struct.unpack_from("<Q", payload)[0])
+
+    def complete(self, count: int | None = None) -> None:
+        count = len(self.held) if count is None else count
+        with self.channel.batch():
+            for completion, payload in self.held[:count]:
+                completion.complete(payload[:8] + b"answered")
+        del self.held[:count]
+
+
+@pytest.fixture
+def pair() -> Pair:
+    return Pair()
+
+
+@pytest.fixture
+def vsp(pair: Pair) -> Recorder:
+    return Recorder(pair.server)
+
+
+@pytest.fixture
+def guest(pair: Pair) -> Guest:
+    return Guest(pair)
+
+
+def answered(number: int) -> tuple[int, int, bytes]:
+    return (number, Status.SUCCESS, struct.pack("<Q", number) + b"answered")
+
+
+def test_the_callbacks_come_in_the_order_of_the_contract(pair, vsp, guest) -> None:
+    pair.open()
+    pair.run()
+    pair.server.pause()
+    pair.server.start()
+    pair.server.close(lambda: vsp.events.append("done"))
+    assert vsp.events == [
+        "opened",
+        "started",
+        "post_started",
+        "suspend",
+        "started",
+        "post_started",
+        "suspend",
+        "closed",
+        "done",
+    ]
+    assert pair.server.state is ChannelState.CLOSED
+
+
+def test_a_transaction_goes_there_and_back(pair, vsp, guest) -> None:
+    pair.open()
+    vsp.send()
+    pair.run()
+    assert guest.seen == [0]
+    assert pair.server.packets_sent == 1
+    guest.complete()
+    pair.run()
+    assert vsp.answers == [answered(0)]
+    assert pair.server.packets_sent == 0
+
+
+def test_a_packet_without_completion_is_done_once_it_is_in_the_ring(pair, vsp, guest) -> None:
+    pair.open()
+    vsp.send(wait_for_completion=False)
+    assert vsp.answers == [(0, Status.SUCCESS, b"")]
+    pair.run()
+    assert not guest.held[0][0].wanted
+    guest.complete()
+    pair.run()
+    assert vsp.answers == [(0, Status.SUCCESS, b"")]
+
+
+def test_a_full_ring_queues_and_order_is_kept(pair, vsp, guest) -> None:
+    pair.open()
+    for _ in range(500):
+        vsp.send()
+    assert pair.server.packets_queued > 300
+    assert pair.server.packets_sent + pair.server.packets_queued == 500
+    while len(vsp.answers) < 500:
+        pair.run()
+        guest.complete(7)
+    assert vsp.answers == [answered(number) for number in range(500)]
+    assert guest.seen == list(range(500))
+
+
+def test_completions_queue_behind_a_full_ring_too(pair, vsp, guest) -> None:
+    pair.open()
+    done = []
+    for number in range(300):
+        packet = pair.client.allocate_packet()
+        packet.pointer = number
+        packet.completion_routine = lambda packet, status, reply: done.append((packet.pointer, reply[:4]))
+        packet.send(b"request!")
+    while len(vsp.incoming) < 300:
+        pair.ready.discard("client")
+        pair.turn("server")
+        if len(vsp.incoming) < 300:
+            pair.turn("client")
+            pair.ready.add("client")
+            pair.run()
+    for number, (completion, _) in enumerate(vsp.incoming):
+        completion.complete(struct.pack("<I", number) + bytes(60))
+    assert len(pair.server._queue) > 100
+    pair.run()
+    assert done == [(number, struct.pack("<I", number)) for number in range(300)]
+
+
+def test_a_packet_object_can_be_used_again(pair, vsp, guest) -> None:
+    pair.open()
+    packet = pair.server.allocate_packet()
+    replies = []
+    packet.completion_routine = lambda packet, status, reply: replies.append(reply)
+    for _ in range(3):
+        packet.send(bytes(8))
+        with pytest.raises(ChannelStateError, match="is sent"):
+            packet.send(b"again")
+        with pytest.raises(ChannelStateError, match="freed in or after"):
+            packet.free()
+        pair.run()
+        guest.complete()
+        pair.run()
+    assert len(replies) == 3
+    packet.free()
+    with pytest.raises(ChannelStateError, match="freed"):
+        packet.send(b"")
+
+
+def test_closing_gives_every_packet_back_as_cancelled_in_order(pair, vsp, guest) -> None:
+    pair.open()
+    for _ in range(200):
+        vsp.send()
+    pair.run()
+    pair.server.close(lambda: None)
+    assert vsp.answers == [(number, Status.CANCELLED, b"") for number in range(200)]
+    with pytest.raises(ChannelStateError, match="closed"):
+        vsp.send()
+
+
+def test_pause_lets_held_packets_finish_and_close_waits_for_them(pair, vsp, guest) -> None:
+    pair.open()
+    pair.client.allocate_packet().send(b"request!")
+    pair.run()
+    pair.server.pause()
+    assert not pair.server.quiescent
+    assert pair.server.outstanding == [1]
+    closed = []
+    pair.server.close(lambda: closed.append(True))
+    assert pair.server.state is ChannelState.CLOSING
+    assert not closed
+    vsp.incoming[0][0].complete()
+    assert closed
+    assert pair.server.state is ChannelState.CLOSED
+
+
+def test_a_forced_close_orphans_what_is_held(pair, vsp, guest) -> None:
+    pair.open()
+    pair.client.allocate_packet().send(b"request!")
+    pair.run()
+    closed = []
+    pair.server.close(lambda: closed.append(True), force=True)
+    assert closed
+    vsp.incoming[0][0].complete(b"too late")
+
+
+def test_completing_twice_is_the_owners_error(pair, vsp, guest) -> None:
+    pair.open()
+    pair.client.allocate_packet().send(b"request!")
+    pair.run()
+    vsp.incoming[0][0].complete()
+    with pytest.raises(ChannelStateError, match="packet 1 of channel server was completed already"):
+        vsp.incoming[0][0].complete()
+
+
+def test_a_quota_holds_packets_back_until_some_are_completed(pair, vsp, guest) -> None:
+    pair.server.set_transaction_quota(3)
+    pair.open()
+    for _ in range(10):
+        pair.client.allocate_packet().send(b"request!")
+    pair.run()
+    assert len(vsp.incoming) == 3
+    vsp.incoming[0][0].complete()
+    pair.run()
+    assert len(vsp.incoming) == 4
+
+
+def test_external_data_is_written_in_place(pair, vsp, guest) -> None:
+    pair.open()
+    # Any part of the pair's memory will do; the last page of the downstream ring is unused here.
+    address = BASE + len(pair.ram) - 64
+    pair.client.allocate_packet().send(b"here it is", external=[(address, 16), (address + 32, 8)])
+    pair.run()
+    completion, payload = vsp.incoming[0]
+    assert payload.startswith(b"here it is")
+    grant = completion.external_data()
+    assert [len(view) for view in grant.views] == [16, 8]
+    grant.views[1][:] = b"answered"
+    completion.complete()
+    assert pair.ram[-32:-24] == b"answered"
+
+
+def test_external_data_out_of_reach_is_an_error_of_that_packet_alone(pair, vsp, guest) -> None:
+    pair.open()
+    pair.client.allocate_packet().send(b"x", external=[(0x9999000, 16)])
+    pair.client.allocate_packet().send(b"y")
+    pair.run()
+    with pytest.raises(KmclError) as caught:
+        vsp.incoming[0][0].external_data()
+    assert caught.value.status is Status.DATA_ERROR
+    assert len(vsp.incoming) == 2
+
+
+@pytest.mark.parametrize("what", ["completion for nothing", "completion twice"])
+def test_a_completion_that_nobody_waits_for_fails_the_channel(pair, vsp, guest, what: str) -> None:
+    pair.open()
+    vsp.send()
+    pair.run()
+    writer = pair.client_link.writer
+    numbers = [99] if what == "completion for nothing" else [1, 1]
+    for number in numbers:
+        writer.put(11, 0, number, b"reply")
+    writer.commit()
+    pair.ready.add("server")
+    pair.turn("server")
+    assert pair.server.state is ChannelState.CLOSED
+    assert "not waiting for one" in pair.server_link.failures[0]
+
+
+def test_a_raising_owner_fails_its_channel_only(pair, guest) -> None:
+    def boom(*_) -> None:
+        raise ValueError("boom")
+
+    pair.server.set_process_packet_callbacks(boom)
+    pair.open()
+    pair.client.allocate_packet().send(b"request!")
+    pair.turn("server")
+    assert pair.server.state is ChannelState.CLOSED
+    assert "boom" in pair.server_link.failures[0]
+
+
+def test_set_up_is_only_possible_while_disabled(pair, vsp, guest) -> None:
+    pair.open()
+    with pytest.raises(ChannelStateError) as caught:
+        pair.server.set_maximum_packet_size(10)
+    assert caught.value.status is Status.INVALID_PARAMETER_1
+    with pytest.raises(ChannelStateError, match="possible: "):
+        pair.server.enable()
+
+
+def test_sizes_are_checked_before_anything_is_sent(pair, vsp, guest) -> None:
+    pair.server.set_maximum_packet_size(100)
+    pair.open()
+    with pytest.raises(KmclError, match="maximum is 100"):
+        vsp.send(bytes(101))
+    with pytest.raises(KmclError, match="can never fit"):
+        pair.client.allocate_packet().send(bytes(5000))
+
+
+# ---- save and restore ------------------------------------------------------------------------------------------------
+
+
+def fill(pair: Pair, vsp: Recorder, guest: Guest, count: int = 400) -> None:
+    """Packets in every state: completed, taken and held by the guest, in the ring, queued."""
+    pair.open()
+    for _ in range(count):
+        vsp.send()
+    pair.turn("client")
+    guest.complete(5)
+    pair.turn("server")
+    pair.server.hold()
+
+
+def test_the_size_protocol_is_two_calls_per_packet(pair, vsp, guest) -> None:
+    fill(pair, vsp, guest)
+    in_use = pair.server.packets_sent + pair.server.packets_queued
+    assert pair.server.packets_queued > 0
+    vsp.calls.clear()
+    pair.server.save()
+    assert len(vsp.calls) == 2 * in_use
+    assert vsp.calls[::2] == [(number, 0) for number in range(5, 5 + in_use)]
+    assert vsp.calls[1::2] == [(number, 8) for number in range(5, 5 + in_use)]
+
+
+def restored(pair: Pair, vsp: Recorder, chunks: list[bytes]) -> Recorder:
+    fresh: list[Recorder] = []
+
+    def make() -> ServerChannel:
+        channel = ServerChannel(TYPE, INSTANCE, name="server")
+        fresh.append(Recorder(channel))
+        return channel
+
+    pair.replace_server(make, chunks)
+    fresh[0].answers = vsp.answers
+    fresh[0].next = vsp.next
+    return fresh[0]
+
+
+def test_every_packet_in_use_comes_out_exactly_once_and_in_order(pair, vsp, guest) -> None:
+    fill(pair, vsp, guest)
+    queued, sent = pair.server.packets_queued, pair.server.packets_sent
+    again = restored(pair, vsp, pair.server.save())
+    assert (pair.server.packets_queued + pair.server.packets_sent) == queued + sent
+    assert "opened" not in again.events
+    again.send()
+    while len(again.answers) < 401:
+        pair.run()
+        guest.complete(11)
+    assert again.answers == [answered(number) for number in range(401)]
+    assert guest.seen == list(range(401))
+
+
+def test_a_save_changes_nothing(pair, vsp, guest) -> None:
+    fill(pair, vsp, guest)
+    first = pair.server.save()
+    assert pair.server.save() == first
+    pair.server.unhold()
+    while len(vsp.answers) < 400:
+        pair.run()
+        guest.complete()
+    assert vsp.answers == [answered(number) for number in range(400)]
+
+
+def test_sabotage_a_packet_taken_out_of_the_state_is_noticed(pair, vsp, guest) -> None:
+    fill(pair, vsp, guest)
+    chunks = pair.server.save()
+    with pytest.raises(StateError, match="cut"):
+        restored(pair, vsp, chunks[:5] + chunks[6:])
+    # Even with a head that fits, the answer of the lost packet has nobody waiting for it: the channel fails.
+    head = decode_chunk(chunks[0])
+    del chunks[5]
+    chunks[0] = encode(type(head)(head.version, head.started, head.next_transaction, head.entries - 1))
+    again = restored(pair, vsp, chunks)
+    for _ in range(50):
+        pair.run()
+        guest.complete()
+    assert "not waiting for one" in pair.server_link.failures[0]
+    assert len({number for number, status, _ in again.answers if status == Status.SUCCESS}) < 400
+
+
+def test_sabotage_without_the_providers_state_the_packet_is_useless(pair, vsp, guest) -> None:
+    fill(pair, vsp, guest)
+    chunks = pair.server.save()
+    chunk = decode_chunk(chunks[1])
+    chunks[1] = encode(type(chunk)(lib=chunk.lib, save=b""))
+    with pytest.raises(KmclError, match="the restore callback of channel server, for packet 6"):
+        restored(pair, vsp, chunks)
+
+
+@pytest.mark.parametrize("break_it", ["no packet", "two packets", "foreign lib_buf"])
+def test_a_restore_callback_must_restore_one_packet(pair, vsp, guest, break_it: str) -> None:
+    fill(pair, vsp, guest)
+    chunks = pair.server.save()
+
+    def restore(channel, lib_buf: bytes, save_buf: bytes) -> None:
+        if break_it == "no packet":
+            return
+        for data in (lib_buf, lib_buf) if break_it == "two packets" else (decode_chunk(chunks[3]).lib,):
+            channel.restore_packet(channel.allocate_packet(), data)
+
+    def make() -> ServerChannel:
+        channel = ServerChannel(TYPE, INSTANCE, name="server")
+        channel.set_save_restore_packet_callbacks(lambda *_: 0, restore)
+        return channel
+
+    with pytest.raises((KmclError, StateError), match="restored"):
+        pair.replace_server(make, chunks)
+    assert pair.server.packets_sent == pair.server.packets_queued == 0
+
+
+def test_restore_packet_outside_of_the_callback_is_refused(pair, vsp, guest) -> None:
+    pair.open()
+    with pytest.raises(ChannelStateError, match="outside of its restore callback"):
+        pair.server.restore_packet(pair.server.allocate_packet(), b"")
+
+
+def test_a_failing_save_callback_fails_the_save_and_nothing_else(pair, guest) -> None:
+    vsp = Recorder(pair.server)
+    pair.server.set_save_restore_packet_callbacks(lambda *_: 1 / 0, vsp.restore)
+    fill(pair, vsp, guest)
+    with pytest.raises(KmclError, match="ZeroDivisionError"):
+        pair.server.save()
+    pair.server.unhold()
+    while len(vsp.answers) < 400:
+        pair.run()
+        guest.complete()
+
+
+def test_an_active_channel_cannot_be_saved(pair, vsp, guest) -> None:
+    pair.open()
+    with pytest.raises(ChannelStateError, match="cannot be saved"):
+        pair.server.save()
+
+
+def test_the_librarys_state_is_opaque_but_checked(pair, vsp, guest) -> None:
+    fill(pair, vsp, guest)
+    lib = decode_chunk(pair.server.save()[1]).lib
+    assert decode_lib(lib).transaction == 6
+    for position in range(len(lib)):
+        broken = bytearray(lib)
+        broken[position] ^= 0xFF
+        try:
+            decode_lib(bytes(broken))
+        except StateError:
+            pass
+
+
+class SaveAtAnyMoment(RuleBasedStateMachine):
+    """Both ends take any steps, the server is saved and replaced at any of them. Exactly once, in order, always."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pair = Pair()
+        self.vsp = Recorder(self.pair.server)
+        self.guest = Guest(self.pair)
+        self.requests = 0
+        self.replies: list[int] = []
+        self.pair.open()
+        self.saves = 0
+
+    @rule(count=st.integers(1, 80))
+    def host_sends(self, count: int) -> None:
+        for _ in range(count):
+            self.vsp.send()
+
+    @rule(count=st.integers(1, 40))
+    def guest_sends(self, count: int) -> None:
+        for _ in range(count):
+            packet = self.pair.client.allocate_packet()
+            packet.pointer = self.requests
+            packet.completion_routine = self._reply
+            packet.send(struct.pack("<Q", self.requests) + bytes(40))
+            self.requests += 1
+
+    def _reply(self, packet, status: int, reply: bytes) -> None:
+        assert status == Status.SUCCESS
+        assert struct.unpack_from("<Q", reply) == (packet.pointer,)
+        self.replies.append(packet.pointer)
+
+    @rule(count=st.integers(1, 60))
+    def guest_completes(self, count: int) -> None:
+        self.guest.complete(count)
+
+    @rule(count=st.integers(1, 60))
+    def host_completes(self, count: int) -> None:
+        for completion, payload in self.vsp.incoming[:count]:
+            completion.complete(payload[:8] + bytes(24))
+        del self.vsp.incoming[:count]
+
+    @rule(side=st.sampled_from(["server", "client"]))
+    def turn(self, side: str) -> None:
+        self.pair.turn(side)
+
+    @precondition(lambda self: self.saves < 20)
+    @rule(replace=st.booleans())
+    def save(self, replace: bool) -> None:
+        self.pair.server.hold()
+        self.host_completes(len(self.vsp.incoming))
+        assert self.pair.server.quiescent
+        chunks = self.pair.server.save()
+        self.saves += 1
+        if replace:
+            old = self.vsp
+            self.vsp = restored(self.pair, old, chunks)
+        else:
+            self.pair.server.unhold()
+
+    @invariant()
+    def in_order_and_once(self) -> None:
+        numbers = [number for number, _, _ in self.vsp.answers]
+        assert numbers == list(range(len(numbers)))
+        assert self.guest.seen == list(range(len(self.guest.seen)))
+        assert self.replies == list(range(len(self.replies)))
+        assert not self.pair.server_link.failures
+        assert not self.pair.client_link.failures
+
+    def teardown(self) -> None:
+        for _ in range(1000):
+            self.pair.run()
+            if len(self.vsp.answers) == self.vsp.next and len(self.replies) == self.requests:
+                break
+            self.guest_completes(1000)
+            self.host_completes(1000)
+        assert [answer for answer in self.vsp.answers] == [answered(number) for number in range(self.vsp.next)]
+        assert self.replies == list(range(self.requests))
+        assert self.pair.server.packets_sent == self.pair.server.packets_queued == 0
+        assert self.pair.client.packets_sent == self.pair.client.packets_queued == 0
+
+
+TestSaveAtAnyMoment = SaveAtAnyMoment.TestCase
+TestSaveAtAnyMoment.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)

@@ -1,0 +1,250 @@
+"""The ring: a state machine against a simple model, the signalling rules, and hostile peers."""
+
+from collections import deque
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from vmbus.memory import GuestMemory
+from vmbus.ring import (
+    INTERRUPT_MASK,
+    PENDING_SEND_SIZE,
+    READ_INDEX,
+    WRITE_INDEX,
+    RingCorrupt,
+    RingReader,
+    RingWriter,
+)
+
+pytestmark = pytest.mark.unit
+
+PAGE = 4096
+
+
+def make(pages: int = 1, *, scattered: bool = False) -> tuple[RingWriter, RingReader, bytearray]:
+    ram = bytearray((pages + 1) * PAGE)
+    ends = []
+    for _ in range(2):
+        memory = GuestMemory()
+        if scattered:
+            for page in range(pages + 1):
+                memory.map(0x1000 * (page + 1), memoryview(ram)[page * PAGE : (page + 1) * PAGE], True)
+        else:
+            memory.map(0x1000, memoryview(ram), True)
+        ends.append((memory.window([(0x1000, PAGE)]), memory.window([(0x2000, pages * PAGE)])))
+    return RingWriter(*ends[0]), RingReader(*ends[1]), ram
+
+
+class RingMachine(RuleBasedStateMachine):
+    """Writer and reader take any steps; nothing may be lost, doubled or reordered, and nobody may sleep for ever."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.writer, self.reader, _ = make(2, scattered=True)
+        self.model: deque[tuple[int, bytes]] = deque()
+        self.staged: list[tuple[int, bytes]] = []
+        self.number = 0
+        self.reader_idle = False
+        self.reader_signalled = True
+        self.writer_waits_for = 0
+        self.writer_signalled = False
+
+    @rule(body=st.binary(max_size=700))
+    def put(self, body: bytes) -> None:
+        if self.writer_waits_for:
+            return
+        padded = body + bytes(-len(body) % 8)
+        if self.writer.put(6, 0, self.number, body):
+            self.staged.append((self.number, padded))
+            self.number += 1
+        elif not self.staged:
+            total = len(padded) + 24
+            if not self.writer.request_space(total):
+                self.writer_waits_for = total
+                self.writer_signalled = False
+
+    @rule()
+    def commit(self) -> None:
+        if self.writer.commit():
+            self.reader_signalled = True
+        self.model.extend(self.staged)
+        self.staged.clear()
+
+    @rule(limit=st.sampled_from([64, 800, 40000]), take=st.integers(1, 10))
+    def read(self, limit: int, take: int) -> None:
+        if self.reader_idle and not self.reader_signalled:
+            return
+        if self.reader_idle:
+            self.reader.mask()
+            self.reader_idle = False
+        packets, error = self.reader.fetch(limit)
+        assert error is None
+        for packet in packets[:take]:
+            assert (packet.transaction, packet.payload) == self.model.popleft()
+        if packets and self.reader.advance(packets[:take][-1].end):
+            self.writer_signalled = True
+
+    @rule()
+    def idle(self) -> None:
+        if not self.reader_idle and not self.reader.available() and self.reader.unmask():
+            self.reader_idle = True
+            self.reader_signalled = False
+
+    @precondition(lambda self: self.writer_signalled)
+    @rule()
+    def unblock(self) -> None:
+        self.writer_signalled = False
+        if self.writer_waits_for and not self.writer.request_space(self.writer_waits_for):
+            return
+        self.writer_waits_for = 0
+
+    @rule()
+    def replace_writer(self) -> None:
+        if not self.staged:
+            waits, self.writer = self.writer_waits_for, RingWriter(self.writer.header, self.writer.data)
+            if waits:
+                self.writer_signalled = True
+
+    @rule()
+    def replace_reader(self) -> None:
+        self.reader = RingReader(self.reader.header, self.reader.data)
+
+    @invariant()
+    def no_lost_wake_up(self) -> None:
+        if self.reader_idle and self.model:
+            assert self.reader_signalled, "packets lie in the ring and the sleeping reader was not signalled"
+        if self.writer_waits_for and not self.model and not self.staged:
+            assert self.writer_signalled, "the ring is empty and the waiting writer was not signalled"
+
+
+TestRing = RingMachine.TestCase
+TestRing.settings = settings(max_examples=150, stateful_step_count=60, deadline=None)
+
+
+def test_a_packet_that_wraps_at_every_offset() -> None:
+    for shift in range(0, PAGE - 48, 8):
+        writer, reader, _ = make()
+        if shift >= 24:
+            assert writer.put(6, 0, 1, bytes(shift - 24))
+            writer.commit()
+            reader.advance(reader.fetch()[0][-1].end)
+        for number in range(8):
+            body = bytes([number + 1]) * (480 + 8 * number)
+            assert writer.put(11, 0, number, body)
+            writer.commit()
+            packets, error = reader.fetch()
+            assert error is None
+            assert [(p.kind, p.transaction, p.payload) for p in packets] == [(11, number, body)]
+            reader.advance(packets[-1].end)
+
+
+def test_the_ring_is_never_filled_completely() -> None:
+    writer, reader, _ = make()
+    assert writer.free() == PAGE - 8
+    assert not writer.put(6, 0, 1, bytes(PAGE - 24))
+    assert writer.put(6, 0, 1, bytes(PAGE - 24 - 8))
+    writer.commit()
+    assert not writer.put(6, 0, 2, b"")
+    assert reader.available() == PAGE - 8
+
+
+def test_the_trailer_holds_the_start_offset() -> None:
+    writer, _, ram = make()
+    writer.put(6, 0, 1, bytes(8))
+    writer.put(6, 1, 7, bytes([1, 2, 3, 4, 5]))
+    writer.commit()
+    expected = "0600020003000100" + "0700000000000000" + "0102030405000000" + "0000000020000000"
+    assert ram[PAGE + 0x20 : PAGE + 0x40].hex() == expected
+
+
+def test_signals_are_given_on_the_first_packet_only_and_not_when_masked() -> None:
+    writer, reader, _ = make()
+    writer.put(6, 0, 1, b"")
+    assert writer.commit()
+    writer.put(6, 0, 2, b"")
+    assert not writer.commit()
+    reader.mask()
+    reader.advance(reader.fetch()[0][-1].end)
+    writer.put(6, 0, 3, b"")
+    assert not writer.commit()
+    assert not reader.unmask(), "a packet came while it was masked: the reader must see it itself"
+
+
+def test_a_waiting_writer_is_signalled_once_enough_is_free() -> None:
+    writer, reader, _ = make()
+    numbers = iter(range(1000))
+    while writer.put(6, 0, next(numbers), bytes(40)):
+        pass
+    writer.commit()
+    assert not writer.request_space(512)
+    ends = [packet.end for packet in reader.fetch()[0]]
+    signals = [reader.advance(64) for _ in ends]
+    assert signals.count(True) == 1
+    # 63 packets leave 56 bytes; a blocked writer asks for a quarter of the ring, 1016 bytes.
+    assert signals.index(True) == 15 - 1
+
+
+@pytest.mark.parametrize("value", [4, 4096, 0xFFFFFFF8, 4095])
+@pytest.mark.parametrize("offset", [WRITE_INDEX, READ_INDEX])
+def test_impossible_indices_are_corruption(offset: int, value: int) -> None:
+    writer, reader, ram = make()
+    memoryview(ram)[offset : offset + 4].cast("I")[0] = value
+    with pytest.raises(RingCorrupt):
+        if offset == WRITE_INDEX:
+            reader.fetch()
+        else:
+            writer.free()
+
+
+def test_a_reader_that_runs_ahead_and_a_writer_that_goes_back_are_corruption() -> None:
+    writer, reader, ram = make()
+    words = memoryview(ram).cast("I")
+    writer.put(6, 0, 1, bytes(100))
+    writer.commit()
+    words[READ_INDEX // 4] = 1024
+    with pytest.raises(RingCorrupt, match="past what was written"):
+        writer.free()
+    words[READ_INDEX // 4] = 0
+    reader.fetch()
+    words[WRITE_INDEX // 4] = 8
+    with pytest.raises(RingCorrupt, match="went back"):
+        reader.fetch()
+
+
+def test_a_packet_longer_than_what_was_written_is_an_error_not_a_wait() -> None:
+    writer, reader, ram = make()
+    writer.put(6, 0, 1, bytes(8))
+    writer.commit()
+    ram[PAGE + 4] = 200
+    packets, error = reader.fetch()
+    assert not packets
+    assert error is not None
+    assert "claims" in error
+
+
+def test_good_packets_before_a_bad_one_are_still_seen() -> None:
+    writer, reader, ram = make()
+    writer.put(6, 0, 1, bytes(8))
+    writer.put(6, 0, 2, bytes(8))
+    writer.commit()
+    ram[PAGE + 32] = 99
+    packets, error = reader.fetch()
+    assert [packet.transaction for packet in packets] == [1]
+    assert error is not None
+    assert "type 99" in error
+
+
+def test_what_a_peer_does_to_words_it_does_not_own_changes_nothing() -> None:
+    writer, reader, ram = make()
+    words = memoryview(ram).cast("I")
+    writer.put(6, 0, 1, b"first")
+    writer.commit()
+    reader.advance(reader.fetch()[0][-1].end)
+    words[READ_INDEX // 4] = words[WRITE_INDEX // 4]
+    words[INTERRUPT_MASK // 4] = 0xFFFFFFFF
+    words[PENDING_SEND_SIZE // 4] = 0xFFFFFFFF
+    writer.put(6, 0, 2, b"second")
+    writer.commit()
+    assert reader.fetch()[0][0].payload.startswith(b"second")
