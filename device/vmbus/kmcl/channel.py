@@ -33,7 +33,7 @@ _COMPLETION = int(PacketType.COMPLETION)
 DEFAULT_MAXIMUM_PACKET_SIZE = 65536
 DEFAULT_MAXIMUM_EXTERNAL_DATA = 16 << 20
 # Batches handed to the owner before other channels get their turn.
-BATCHES_PER_TURN = 8
+BATCHES_PER_TURN = 2
 
 
 class Link(Protocol):

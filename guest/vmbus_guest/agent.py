@@ -1,0 +1,589 @@
+"""The guest's agent: runs test drivers for the host and reports on them, over one virtio-serial port.
+
+JSON lines both ways. A request is `{"id": ID, "command": NAME, "arguments": {...}}`, its answer `{"id": ID, "result":
+{...}}` or `{"id": ID, "error": {"kind": ..., "message": ...}}`. Lines with an `event` come unasked: `ready` when the
+agent is up and whenever the host connects again, `progress` and `finished` of a job.
+
+Rules that make it survive a VM's save and restore, where the host's end of the port is torn away in mid-line:
+
+* An id names one request for good: a number or string that the host uses once (with a random part, if several
+  processes of the host come and go). A repeated id is answered again from a small cache, or joins the request that is
+  still being worked on; it never runs twice. So the host simply repeats whatever got no answer.
+* A line that is no request is answered with an error without an id, and forgotten: it is the rest of a line whose
+  beginning went to the host before the save, or the other way round. A host begins with an empty line.
+* Jobs belong to the agent, not to the connection.
+* All buffers are bounded. While the host does not read, events are dropped first, then answers (ask again).
+
+Every test driver runs in a process of its own, so that one can be killed in mid-traffic; its death is reported.
+"""
+
+# Imports are kept few, os instead of pathlib and subprocess: each costs boot time in an emulated guest.
+# ruff: noqa: PTH112, PTH123, PTH208
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import select
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterable
+
+from vmbus_guest.testdrivers import CATALOGUE
+
+TYPE_CHECKING = False  # without `typing`, which costs a tenth of a second under TCG
+if TYPE_CHECKING:
+    from typing import Any
+
+PORT_NAME = "org.vmbus.agent"
+VERSION = 1
+
+MAXIMUM_LINE = 1 << 20
+"""Bytes of one line, either way."""
+MAXIMUM_OUTPUT = 4 << 20
+"""Bytes waiting for the host to read them; beyond that, lines are dropped."""
+MAXIMUM_EVENTS = 256 << 10
+"""Bytes waiting beyond which no event is added."""
+CACHED_ANSWERS = 64
+FINISHED_JOBS = 32
+RUNNING_JOBS = 16
+LOG_TAIL = 8 << 10
+"""Bytes of a test driver's standard error that are kept."""
+LONGEST_WAIT = 3600.0
+"""Seconds."""
+KILL_PATIENCE = 10.0
+"""Seconds that a killed process gets to be gone."""
+
+_READ = 64 << 10
+
+
+class RequestError(Exception):
+    """A request that cannot be served. `kind` is for programs, the message for people."""
+
+    def __init__(self, kind: str, message: str) -> None:
+        super().__init__(message)
+        self.kind = kind
+
+
+class Job:
+    """One test driver in a process of its own."""
+
+    def __init__(self, number: int, driver: str, pid: int, output: int, log: int) -> None:
+        self.number = number
+        self.driver = driver
+        self.pid = pid
+        self.pidfd = os.pidfd_open(pid)
+        self.output = output  # the pipe with JSON lines; -1 once it ended
+        self.log = log  # the pipe with standard error; -1 once it ended
+        self.state = "running"  # then finished, failed or killed
+        self.started = time.monotonic()
+        self.seconds = 0.0
+        self.progress: dict[str, Any] | None = None
+        self.result: Any = None
+        self.error: dict[str, str] | None = None
+        self.status: int | None = None  # as of waitpid
+        self.kill_requested = False
+        self._line = bytearray()
+        self._tail = bytearray()
+
+    def feed(self, data: bytes) -> list[dict[str, Any]]:
+        """Take bytes of the driver's report; returns the new progress reports."""
+        self._line += data
+        reports: list[dict[str, Any]] = []
+        *lines, rest = bytes(self._line).split(b"\n")
+        self._line = bytearray(rest[:MAXIMUM_LINE])
+        for line in lines:
+            try:
+                report = json.loads(line)
+                event = report.pop("event")
+            except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
+                self.feed_log(line + b"\n")  # a stray print
+                continue
+            if event == "progress":
+                self.progress = report
+                reports.append(report)
+            elif event == "result":
+                self.result = report.get("result")
+            elif event == "error":
+                self.error = {key: str(report.get(key)) for key in ("kind", "message")}
+        return reports
+
+    def feed_log(self, data: bytes) -> None:
+        self._tail += data
+        del self._tail[:-LOG_TAIL]
+
+    def end(self, status: int) -> None:
+        """The process is gone and its pipes are read to their ends."""
+        self.status = status
+        self.seconds = time.monotonic() - self.started
+        if self.kill_requested and os.WIFSIGNALED(status):
+            self.state = "killed"
+        elif status == 0 and self.error is None and self.result is not None:
+            self.state = "finished"
+        else:
+            self.state = "failed"
+            if self.error is None:
+                self.error = {"kind": "died", "message": f"the test driver {_describe_status(status)}"}
+
+    def report(self) -> dict[str, Any]:
+        """What the host is told about the job."""
+        running = self.state == "running"
+        report: dict[str, Any] = {
+            "job": self.number,
+            "driver": self.driver,
+            "pid": self.pid,
+            "state": self.state,
+            "seconds": round(time.monotonic() - self.started if running else self.seconds, 3),
+            "progress": self.progress,
+            "result": self.result,
+        }
+        if self.error is not None:
+            report["error"] = self.error
+        if self.status is not None:
+            report["exit"] = _describe_status(self.status)
+        if self.state == "failed" and self._tail:
+            report["log"] = self._tail.decode(errors="replace")
+        return report
+
+
+class Port:
+    """The agent's end of the line to the host: a non-blocking descriptor, lines in, lines out.
+
+    For epoll it is edge-triggered: while nobody is at the host's end, the descriptor reports a hang-up without end.
+    """
+
+    def __init__(self, descriptor: int) -> None:
+        os.set_blocking(descriptor, False)
+        self.descriptor = descriptor
+        self.connected = True
+        self.dropped = 0
+        self._input = bytearray()
+        self._skipping = False  # the rest of a line that was too long
+        self._lines: list[bytes] = []
+        self._waiting = 0
+        self._partial = b""
+
+    def receive(self) -> Iterable[bytes]:
+        """Read what is there. Yields whole lines; an empty line for one that was too long."""
+        while True:
+            try:
+                data = os.read(self.descriptor, _READ)
+            except (BlockingIOError, InterruptedError):
+                return
+            except OSError as error:
+                if error.errno not in (errno.EPIPE, errno.EIO, errno.ENODEV, errno.ECONNRESET):
+                    raise
+                data = b""
+            if not data:  # nobody there
+                self._input.clear()
+                self._skipping = False
+                return
+            self._input += data
+            while (end := self._input.find(b"\n")) >= 0:
+                line = bytes(self._input[:end])
+                del self._input[: end + 1]
+                if self._skipping or len(line) > MAXIMUM_LINE:
+                    self._skipping = False
+                    yield b"\0"
+                elif line.strip():
+                    yield line
+            if len(self._input) > MAXIMUM_LINE:
+                self._input.clear()
+                self._skipping = True
+
+    def send(self, message: dict[str, Any], *, event: bool = False) -> None:
+        """Queue one line and write what the host takes."""
+        line = json.dumps(message, separators=(",", ":")).encode() + b"\n"
+        if self._waiting + len(line) > (MAXIMUM_EVENTS if event else MAXIMUM_OUTPUT):
+            self.dropped += 1
+            return
+        self._lines.append(line)
+        self._waiting += len(line)
+        self.flush()
+
+    def flush(self) -> bool:
+        """Write what the host takes. True if nothing is left."""
+        while self._lines or self._partial:
+            if not self._partial:
+                self._partial = b"".join(self._lines)
+                self._lines.clear()
+            try:
+                written = os.write(self.descriptor, self._partial)
+            except (BlockingIOError, InterruptedError):
+                return False
+            except OSError as error:
+                if error.errno not in (errno.EPIPE, errno.EIO, errno.ENODEV, errno.ECONNRESET):
+                    raise
+                return False
+            self._partial = self._partial[written:]
+            self._waiting -= written
+        return True
+
+    def forget(self) -> None:
+        """The host is gone: what it did not read would reach its successor from the middle of a line on."""
+        self._lines.clear()
+        self._partial = b""
+        self._waiting = 0
+
+
+class Agent:
+    """Serves one port until `poweroff`."""
+
+    def __init__(
+        self,
+        descriptor: int,
+        *,
+        poweroff: Callable[[], None],
+        runner: tuple[str, ...] = (sys.executable, "-S", "-m", "vmbus_guest.testdrivers"),
+    ) -> None:
+        self._port = Port(descriptor)
+        self._poweroff = poweroff
+        self._runner = runner
+        self._jobs: dict[int, Job] = {}
+        self._next_job = 1
+        self._answers: dict[int | str, dict[str, Any]] = {}
+        self._open: set[int | str] = set()  # ids that are still being worked on
+        self._waits: list[tuple[float, int, int | str]] = []  # deadline, job, id of the request
+        self._running = True
+        self._epoll = select.epoll()
+        self._by_descriptor: dict[int, Job] = {}
+        self._epoll.register(descriptor, select.EPOLLIN | select.EPOLLOUT | select.EPOLLET)
+        self._commands: dict[str, Callable[[int | str, dict[str, Any]], dict[str, Any] | None]] = {
+            "ping": self._ping,
+            "list": self._list,
+            "start": self._start,
+            "run": self._run,
+            "wait": self._wait,
+            "poll": self._poll,
+            "stop": self._stop,
+            "kill": self._kill,
+            "jobs": self._list_jobs,
+            "echo": self._echo,
+            "serial-echo": self._serial_echo,
+            "poweroff": self._power_off,
+        }
+
+    def serve(self) -> None:
+        """Work until the host asks for poweroff; then call the function given for it."""
+        self._greet()
+        while self._running:
+            for descriptor, events in self._epoll.poll(self._timeout()):
+                if descriptor == self._port.descriptor:
+                    self._port_events(events)
+                else:
+                    self._job_events(descriptor)
+            self._expire()
+        deadline = time.monotonic() + 2.0
+        while not self._port.flush() and time.monotonic() < deadline:
+            self._epoll.poll(0.05)
+        for job in self._jobs.values():
+            if job.state == "running":
+                self._signal(job, signal.SIGKILL)
+        self._poweroff()
+
+    # The port
+
+    def _greet(self) -> None:
+        with open("/proc/uptime", encoding="ascii") as file:
+            uptime = float(file.read().split()[0])
+        self._port.send(
+            {
+                "event": "ready",
+                "version": VERSION,
+                "python": sys.version.split()[0],
+                "kernel": os.uname().release,
+                "uptime": uptime,
+                "drivers": sorted(CATALOGUE),
+                "jobs": sorted(self._jobs),
+            },
+            event=True,
+        )
+
+    def _port_events(self, events: int) -> None:
+        if not events & select.EPOLLHUP and not self._port.connected:
+            self._port.connected = True
+            self._greet()
+        if events & select.EPOLLIN:
+            for line in self._port.receive():
+                self._request(line)
+                if not self._running:
+                    break
+        if events & select.EPOLLHUP:
+            self._port.forget()
+            self._port.connected = False
+        else:
+            self._port.flush()
+
+    def _request(self, line: bytes) -> None:
+        identity: int | str | None = None
+        try:
+            try:
+                request = json.loads(line)
+            except (ValueError, RecursionError):
+                raise RequestError("bad-request", f"not a line of JSON: {line[:80]!r}") from None
+            if not isinstance(request, dict) or type(request.get("id")) not in (int, str):
+                raise RequestError("bad-request", "a request is an object with an 'id' (number or string)")
+            identity = request["id"]
+            assert identity is not None
+            if identity in self._answers:
+                self._port.send(self._answers[identity])
+                return
+            if identity in self._open:
+                return  # the answer comes when it is ready, once
+            command = request.get("command")
+            arguments = request.get("arguments", {})
+            handler = self._commands.get(command) if isinstance(command, str) else None
+            if handler is None:
+                raise RequestError("unknown-command", f"no command {command!r}; there are {sorted(self._commands)}")
+            if not isinstance(arguments, dict):
+                raise RequestError("bad-request", f"the arguments of '{command}' are not an object")
+            self._open.add(identity)
+            result = handler(identity, arguments)
+            if result is not None:
+                self._answer(identity, {"result": result})
+        except RequestError as error:
+            self._answer(identity, {"error": {"kind": error.kind, "message": str(error)}})
+
+    def _answer(self, identity: int | str | None, content: dict[str, Any]) -> None:
+        answer = {"id": identity, **content}
+        if identity is not None:
+            self._open.discard(identity)
+            self._answers[identity] = answer
+            while len(self._answers) > CACHED_ANSWERS:
+                del self._answers[next(iter(self._answers))]
+        self._port.send(answer)
+
+    # Commands
+
+    def _ping(self, identity: int | str, arguments: dict[str, Any]) -> dict[str, Any]:
+        return {"version": VERSION, "dropped": self._port.dropped}
+
+    def _list(self, identity: int | str, arguments: dict[str, Any]) -> dict[str, Any]:
+        return {"drivers": {name: entry.summary for name, entry in sorted(CATALOGUE.items())}}
+
+    def _list_jobs(self, identity: int | str, arguments: dict[str, Any]) -> dict[str, Any]:
+        return {"jobs": [job.report() for job in self._jobs.values()]}
+
+    def _start(self, identity: int | str, arguments: dict[str, Any]) -> dict[str, Any]:
+        return {"job": self._launch(arguments).number}
+
+    def _run(self, identity: int | str, arguments: dict[str, Any]) -> None:
+        timeout = _seconds(arguments, LONGEST_WAIT)
+        self._await(self._launch(arguments), identity, timeout)
+
+    def _wait(self, identity: int | str, arguments: dict[str, Any]) -> None:
+        timeout = _seconds(arguments, 60.0)
+        self._await(self._job(arguments), identity, timeout)
+
+    def _poll(self, identity: int | str, arguments: dict[str, Any]) -> dict[str, Any]:
+        return self._job(arguments).report()
+
+    def _stop(self, identity: int | str, arguments: dict[str, Any]) -> dict[str, Any]:
+        job = self._job(arguments)
+        self._signal(job, signal.SIGTERM)
+        return job.report()
+
+    def _kill(self, identity: int | str, arguments: dict[str, Any]) -> None:
+        job = self._job(arguments)
+        if job.state == "running":
+            job.kill_requested = True
+            self._signal(job, signal.SIGKILL)
+        self._await(job, identity, KILL_PATIENCE)
+
+    def _echo(self, identity: int | str, arguments: dict[str, Any]) -> dict[str, Any]:
+        return {"data": arguments.get("data")}
+
+    def _serial_echo(self, identity: int | str, arguments: dict[str, Any]) -> None:
+        """Send raw bytes back for a while, for the benchmark: answer first, then `bytes` bytes, then requests again."""
+        total = arguments.get("bytes")
+        if type(total) is not int or total <= 0:
+            raise RequestError("bad-argument", "'serial-echo' needs a positive number of 'bytes'")
+        patience = _seconds(arguments, 10.0)
+        self._answer(identity, {"result": {"bytes": total}})
+        port = self._port.descriptor
+        os.set_blocking(port, True)
+        poll = select.poll()
+        poll.register(port, select.POLLIN)
+        try:
+            while total > 0 and poll.poll(patience * 1000):
+                data = os.read(port, min(_READ, total))
+                if not data:
+                    break
+                total -= len(data)
+                while data:
+                    data = data[os.write(port, data) :]
+        finally:
+            os.set_blocking(port, False)
+
+    def _power_off(self, identity: int | str, arguments: dict[str, Any]) -> dict[str, Any]:
+        self._running = False
+        return {}
+
+    # Jobs
+
+    def _job(self, arguments: dict[str, Any]) -> Job:
+        number = arguments.get("job")
+        job = self._jobs.get(number) if type(number) is int else None
+        if job is None:
+            raise RequestError("unknown-job", f"no job {number!r}; there are {sorted(self._jobs)}")
+        return job
+
+    def _launch(self, arguments: dict[str, Any]) -> Job:
+        driver = arguments.get("driver")
+        parameters = arguments.get("parameters", {})
+        if not isinstance(driver, str) or driver not in CATALOGUE:
+            raise RequestError("unknown-driver", f"no test driver {driver!r}; there are {sorted(CATALOGUE)}")
+        if not isinstance(parameters, dict):
+            raise RequestError("bad-argument", f"the parameters of test driver '{driver}' are not an object")
+        if sum(job.state == "running" for job in self._jobs.values()) >= RUNNING_JOBS:
+            raise RequestError("too-many-jobs", f"{RUNNING_JOBS} test drivers are running already")
+        output, output_end = os.pipe2(os.O_CLOEXEC)
+        log, log_end = os.pipe2(os.O_CLOEXEC)
+        null = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            pid = os.posix_spawn(
+                self._runner[0],
+                [*self._runner, driver, "--parameters", json.dumps(parameters)],
+                os.environ,
+                file_actions=[
+                    (os.POSIX_SPAWN_DUP2, null, 0),
+                    (os.POSIX_SPAWN_DUP2, output_end, 1),
+                    (os.POSIX_SPAWN_DUP2, log_end, 2),
+                ],
+            )
+        except OSError as error:
+            os.close(output)
+            os.close(log)
+            raise RequestError("cannot-start", f"test driver '{driver}': {error}") from error
+        finally:
+            for descriptor in (output_end, log_end, null):
+                os.close(descriptor)
+        job = Job(self._next_job, driver, pid, output, log)
+        self._next_job += 1
+        self._jobs[job.number] = job
+        for descriptor in (output, log, job.pidfd):
+            os.set_blocking(descriptor, False)
+            self._by_descriptor[descriptor] = job
+            self._epoll.register(descriptor, select.EPOLLIN)
+        finished = [number for number, other in self._jobs.items() if other.state != "running"]
+        for number in finished[:-FINISHED_JOBS]:
+            del self._jobs[number]
+        return job
+
+    def _signal(self, job: Job, number: signal.Signals) -> None:
+        if job.state == "running":
+            signal.pidfd_send_signal(job.pidfd, number)
+
+    def _job_events(self, descriptor: int) -> None:
+        job = self._by_descriptor.get(descriptor)
+        if job is None:
+            return  # it ended while this round's earlier events were handled
+        if descriptor == job.pidfd:
+            self._read_pipes(job)  # the last words are in the pipes before the process is gone
+            _, status = os.waitpid(job.pid, 0)
+            for other in (job.output, job.log, job.pidfd):
+                self._drop(other)
+            job.end(status)
+            self._port.send({"event": "finished", "job": job.number, "state": job.state}, event=True)
+            for wait in [wait for wait in self._waits if wait[1] == job.number]:
+                self._waits.remove(wait)
+                self._answer(wait[2], {"result": job.report()})
+        else:
+            self._read_pipes(job)
+
+    def _read_pipes(self, job: Job) -> None:
+        """Read what is in a job's pipes, at most a bounded share of each."""
+        for name in ("output", "log"):
+            for _ in range(4):
+                descriptor: int = getattr(job, name)
+                if descriptor < 0:
+                    break
+                try:
+                    data = os.read(descriptor, _READ)
+                except (BlockingIOError, InterruptedError):
+                    break
+                if not data:
+                    setattr(job, name, -1)
+                    self._drop(descriptor)
+                elif name == "log":
+                    job.feed_log(data)
+                else:
+                    for progress in job.feed(data):
+                        self._port.send({"event": "progress", "job": job.number, "progress": progress}, event=True)
+
+    def _drop(self, descriptor: int) -> None:
+        if self._by_descriptor.pop(descriptor, None) is not None:
+            self._epoll.unregister(descriptor)
+            os.close(descriptor)
+
+    # Waiting
+
+    def _await(self, job: Job, identity: int | str, timeout: float) -> None:
+        if job.state == "running":
+            self._waits.append((time.monotonic() + timeout, job.number, identity))
+        else:
+            self._answer(identity, {"result": job.report()})
+
+    def _timeout(self) -> float | None:
+        if not self._waits:
+            return None
+        return max(0.0, min(deadline for deadline, _, _ in self._waits) - time.monotonic())
+
+    def _expire(self) -> None:
+        now = time.monotonic()
+        for wait in [wait for wait in self._waits if wait[0] <= now]:
+            self._waits.remove(wait)
+            self._answer(wait[2], {"result": self._jobs[wait[1]].report()})
+
+
+def find_port(name: str = PORT_NAME, *, timeout: float = 30.0, sysfs: str = "/sys", dev: str = "/dev") -> str:
+    """Return the device node of the virtio-serial port with this name; the kernel learns of it a little after boot.
+
+    Raises `TimeoutError` if it does not appear within `timeout` seconds.
+    """
+    deadline = time.monotonic() + timeout
+    root = f"{sysfs}/class/virtio-ports"
+    while True:
+        for node in os.listdir(root) if os.path.isdir(root) else ():
+            try:
+                with open(f"{root}/{node}/name", encoding="utf-8") as file:
+                    if file.read().strip() == name:
+                        return f"{dev}/{node}"
+            except OSError:
+                continue  # unnamed, or gone again
+        if time.monotonic() >= deadline:
+            raise TimeoutError(f"no virtio-serial port '{name}' in {root} within {timeout:g} s; does the VM have one?")
+        time.sleep(0.02)
+
+
+def _seconds(arguments: dict[str, Any], default: float) -> float:
+    timeout = arguments.get("timeout", default)
+    if isinstance(timeout, bool) or not isinstance(timeout, int | float) or not 0 <= timeout <= LONGEST_WAIT:
+        raise RequestError("bad-argument", f"'timeout' is a number of seconds from 0 to {LONGEST_WAIT:g}")
+    return float(timeout)
+
+
+def _describe_status(status: int) -> str:
+    if os.WIFSIGNALED(status):
+        return f"was killed by signal {signal.Signals(os.WTERMSIG(status)).name}"
+    return f"exited with status {os.waitstatus_to_exitcode(status)}"
+
+
+def main() -> None:
+    """Serve the port until the host asks for poweroff, then switch the machine off."""
+
+    def poweroff() -> None:
+        os.sync()
+        os.execv("/bin/busybox", ["poweroff", "-f"])
+
+    try:
+        descriptor = os.open(find_port(), os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
+    except (OSError, TimeoutError) as error:
+        sys.exit(f"agent: {error}")
+    Agent(descriptor, poweroff=poweroff).serve()
+
+
+if __name__ == "__main__":
+    main()

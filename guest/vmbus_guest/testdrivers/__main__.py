@@ -1,0 +1,67 @@
+"""Run one test driver: `python3 -m vmbus_guest.testdrivers NAME [--parameters JSON]`.
+
+Standard output carries the report as JSON lines and nothing else. Exit status: 0 if the run came to its end, whatever
+its verdict; 1 if it failed (an `error` line says why); 2 for wrong usage. SIGTERM asks the driver to stop early.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import traceback
+from typing import Any
+
+from vmbus.errors import UsageError, VmbusError
+from vmbus_guest.pci import PciFunction
+from vmbus_guest.testdrivers import CATALOGUE
+from vmbus_guest.testdrivers.context import Context, Parameters, standard_output
+
+
+def main(arguments: list[str]) -> int:
+    """Run the driver that the command line names."""
+    if len(arguments) not in (1, 3) or arguments[0] not in CATALOGUE or arguments[1:2] not in ([], ["--parameters"]):
+        print("usage: python3 -m vmbus_guest.testdrivers NAME [--parameters JSON]", file=sys.stderr)
+        for name, entry in sorted(CATALOGUE.items()):
+            print(f"  {name:10}  {entry.summary}", file=sys.stderr)
+        return 2
+    output = standard_output()
+    context = Context({}, _open_function, output)
+    try:
+        if arguments[1:]:
+            parameters: Any = json.loads(arguments[2])
+            if not isinstance(parameters, dict):
+                raise UsageError("the parameters are not a JSON object")
+            context.parameters = Parameters(parameters)
+
+        def stop(*_: object) -> None:
+            context.stop_requested = True
+
+        signal.signal(signal.SIGTERM, stop)
+        result = CATALOGUE[arguments[0]].load()(context)
+    except BrokenPipeError:
+        return 1  # nobody listens any more
+    except json.JSONDecodeError as error:
+        context.report("error", kind="UsageError", message=f"the parameters are not JSON: {error}")
+        return 1
+    except Exception as error:
+        if not isinstance(error, VmbusError):
+            traceback.print_exc()
+        context.report("error", kind=type(error).__name__, message=str(error))
+        return 1
+    context.report("result", result=result)
+    return 0
+
+
+def _open_function() -> PciFunction:
+    from vmbus_guest.vfio import VfioFunction
+
+    return VfioFunction.open()
+
+
+if __name__ == "__main__":
+    status = main(sys.argv[1:])
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)  # the kernel takes the memory back faster than the interpreter's tear-down does

@@ -1,0 +1,97 @@
+"""What a test driver is given: its parameters, a way to report, and the PCI function to drive."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Mapping
+from typing import IO, Any, TypeVar
+
+from vmbus.errors import UsageError
+from vmbus_guest.pci import PciFunction
+
+PROGRESS_INTERVAL = 0.5
+"""Seconds between two progress reports."""
+
+Value = TypeVar("Value", int, float, str, bool)
+
+
+class Parameters:
+    """The parameters of a run, checked as they are asked for."""
+
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        self._values = dict(values)
+        self._known: set[str] = set()
+
+    def get(self, name: str, default: Value, *, minimum: float | None = None, maximum: float | None = None) -> Value:
+        """Return a parameter, of its default's type. Raises `UsageError` for a wrong type or range."""
+        self._known.add(name)
+        value = self._values.get(name, default)
+        if isinstance(default, float) and type(value) is int:
+            value = float(value)
+        if type(value) is not type(default):
+            raise UsageError(f"parameter '{name}' must be of type {type(default).__name__}, not {value!r}")
+        if isinstance(value, int | float) and not (
+            (minimum is None or value >= minimum) and (maximum is None or value <= maximum)  # refuses NaN too
+        ):
+            limits = f"at least {minimum}" if maximum is None else f"from {minimum} to {maximum}"
+            raise UsageError(f"parameter '{name}' is {value}; it must be {limits}")
+        return value
+
+    def objects(self, name: str) -> list[dict[str, Any]]:
+        """Return a parameter that is a list of objects, at least one. Raises `UsageError` if it is not."""
+        self._known.add(name)
+        values = self._values.get(name)
+        if not isinstance(values, list) or not values or not all(isinstance(value, dict) for value in values):
+            raise UsageError(f"parameter '{name}' must be a list of objects, not {values!r}")
+        return values
+
+    def check(self) -> None:
+        """Raises `UsageError` if there is one that nobody asked for: most likely a typing error."""
+        unknown = sorted(set(self._values) - self._known)
+        if unknown:
+            raise UsageError(f"unknown parameter '{unknown[0]}'; known: {', '.join(sorted(self._known))}")
+
+
+class Context:
+    """One run of a test driver.
+
+    `open_function` opens the PCI function under test; a run on the host passes its own. `output` takes the report as
+    JSON lines: `{"event": "progress", ...}` now and then. Whoever sets `stop_requested` asks for an early end.
+    """
+
+    def __init__(
+        self,
+        parameters: Mapping[str, Any],
+        open_function: Callable[[], PciFunction],
+        output: IO[str] | None = None,
+    ) -> None:
+        self.parameters = Parameters(parameters)
+        self.open_function = open_function
+        self.stop_requested = False
+        self._output = output
+        self._next_progress = 0.0
+
+    @property
+    def progress_due(self) -> bool:
+        """Whether it is time for a progress report again."""
+        return time.monotonic() >= self._next_progress
+
+    def progress(self, **fields: Any) -> None:
+        """Report where the run is."""
+        self._next_progress = time.monotonic() + PROGRESS_INTERVAL
+        self.report("progress", **fields)
+
+    def report(self, event: str, **fields: Any) -> None:
+        """Write one line of the report."""
+        if self._output is not None:
+            self._output.write(json.dumps({"event": event, **fields}, separators=(",", ":")) + "\n")
+            self._output.flush()
+
+
+def standard_output() -> IO[str]:
+    """Take standard output for the report alone; from now on prints go to standard error."""
+    output = sys.stdout
+    sys.stdout = sys.stderr
+    return output

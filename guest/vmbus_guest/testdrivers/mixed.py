@@ -1,0 +1,37 @@
+"""Test driver `mixed`: several workloads side by side over one connection, since a function has one driver process.
+
+Parameter: `workloads`, a list of objects, each with `driver` ("echo", "raw-echo" or "burst") and that one's parameters.
+The result has their results, in the same order, and one verdict.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vmbus.errors import UsageError
+from vmbus_guest.testdrivers.burst import BurstWorkload
+from vmbus_guest.testdrivers.context import Context, Parameters
+from vmbus_guest.testdrivers.echo import EchoWorkload
+from vmbus_guest.testdrivers.raw_echo import RawEchoWorkload
+from vmbus_guest.testdrivers.workload import Workload, run_workloads
+
+KINDS: dict[str, type[Workload]] = {kind.name: kind for kind in (EchoWorkload, RawEchoWorkload, BurstWorkload)}
+
+
+def run(context: Context) -> dict[str, Any]:
+    """Run them all; done when the last one is."""
+    workloads: list[Workload] = []
+    for values in context.parameters.objects("workloads"):
+        parameters = Parameters(values)
+        name = parameters.get("driver", "")
+        if name not in KINDS:
+            raise UsageError(f"no workload '{name}'; there are {', '.join(sorted(KINDS))}")
+        workloads.append(KINDS[name](parameters))
+        parameters.check()
+    context.parameters.check()
+    results = run_workloads(context, workloads)
+    passed = all(result["verdict"] == "passed" for result in results)
+    return {
+        "workloads": [{"name": workload.name, **result} for workload, result in zip(workloads, results, strict=True)],
+        "verdict": "passed" if passed else "failed",
+    }
