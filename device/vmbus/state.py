@@ -323,10 +323,10 @@ def _restore(state: DeviceState, device: Device, providers: list[Provider]) -> N
         bus.offers_requested = state.bus.offers_requested
     for gpadl in state.bus.gpadls:
         ranges = tuple(GpaRange(r.byte_count, r.byte_offset, tuple(r.pfns)) for r in gpadl.ranges)
-        bus.gpadls.complete[gpadl.relid, gpadl.handle] = Gpadl(gpadl.relid, gpadl.handle, ranges)
+        bus.gpadls.add(Gpadl(gpadl.relid, gpadl.handle, ranges))
     for partial in state.bus.partial:
-        bus.gpadls.partial[partial.handle] = PartialGpadl(
-            partial.relid, partial.handle, partial.range_bytes, partial.range_count, partial.data
+        bus.gpadls.add_partial(
+            PartialGpadl(partial.relid, partial.handle, partial.range_bytes, partial.range_count, partial.data)
         )
     by_key = {(offer.interface_type.bytes_le, offer.instance.bytes_le, offer.subchannel): offer for offer in bus.offers}
     for record in state.bus.offers:

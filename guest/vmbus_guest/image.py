@@ -29,7 +29,7 @@ from pathlib import Path
 import vmbus
 from vmbus.errors import EnvironmentProblem
 from vmbus.provision.cache import Cache, digest, publish_bytes
-from vmbus.provision.debian import RECORD, Root, temporary_directory
+from vmbus.provision.debian import RECORD, Root
 from vmbus.provision.guest_files import PYTHON, Kernel
 from vmbus.provision.report import Reporter, SilentReporter
 from vmbus_guest import newc
@@ -174,7 +174,7 @@ def _base(userland: Root, kernel: Kernel, cache: Cache, reporter: Reporter) -> P
     if final.is_file():
         return final
     reporter.begin("Guest base")
-    with temporary_directory(cache) as scratch:
+    with cache.scratch() as scratch:
         entries = [
             *_skeleton(),
             *_busybox(userland),
@@ -315,7 +315,7 @@ def _own_entries(
 ) -> Iterator[newc.Entry]:
     jobs: list[tuple[str, str, str]] = []
     compiled: list[tuple[str, Path]] = []
-    with temporary_directory(cache) as scratch:
+    with cache.scratch() as scratch:
         for name, path in _sources(packages, rootfs):
             if path.is_symlink():
                 yield newc.symlink(name, str(path.readlink()))

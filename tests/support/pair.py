@@ -1,4 +1,4 @@
-"""Two KMCL endpoints joined by rings in one bytearray: no bus, no transport. Signals are counted, turns are explicit."""
+"""Two KMCL endpoints joined by rings in one bytearray: no bus, no transport. Turns are explicit."""
 
 from collections.abc import Callable
 from uuid import UUID

@@ -13,6 +13,8 @@ MAX_GPADLS = 4096
 MAX_IN_PROGRESS = 64
 MAX_RANGES = 4096
 MAX_BYTES = 256 << 20
+# Of range lists of all GPADLs of a connection: 8 bytes for each page, so this is about 4 GiB of guest memory.
+MAX_DESCRIPTION = 8 << 20
 
 
 class GpadlError(PeerError):
@@ -62,12 +64,17 @@ class PartialGpadl:
         self.data = data
 
 
+def _description_size(gpadl: Gpadl) -> int:
+    return sum(8 + 8 * len(one.pfns) for one in gpadl.ranges)
+
+
 class GpadlTable:
-    """All GPADLs of one connection."""
+    """All GPADLs of one connection. `complete` (by relid and handle) and `partial` (by handle) are to be read only."""
 
     def __init__(self) -> None:
         self.complete: dict[tuple[int, int], Gpadl] = {}
         self.partial: dict[int, PartialGpadl] = {}
+        self._described = 0
 
     def begin(self, relid: int, handle: int, range_bytes: int, range_count: int, words: bytes) -> Gpadl | None:
         """A HEADER. Returns the GPADL when it is complete. Raises GpadlError or RangeError; then it does not exist."""
@@ -75,14 +82,16 @@ class GpadlTable:
             raise GpadlError(f"GPADL {handle:#x} exists already")
         if len(self.complete) + len(self.partial) >= MAX_GPADLS or len(self.partial) >= MAX_IN_PROGRESS:
             raise GpadlError(f"{len(self.complete)} GPADLs exist and {len(self.partial)} are in progress: no more")
+        if self._described + range_bytes > MAX_DESCRIPTION:
+            raise GpadlError(f"the range lists of all GPADLs have {self._described} bytes: no more")
         if not 0 < range_count <= MAX_RANGES or range_bytes % 8 or range_bytes < 16 * range_count:
             raise GpadlError(f"GPADL {handle:#x} with {range_count} ranges in {range_bytes} bytes")
         partial = PartialGpadl(relid, handle, range_bytes, range_count, words[:range_bytes])
-        self.partial[handle] = partial
+        self.add_partial(partial)
         return self._finish_if_complete(partial)
 
     def extend(self, handle: int, words: bytes) -> tuple[PartialGpadl, Gpadl | None]:
-        """A BODY. Raises GpadlError for an unknown handle; RangeError as `begin` (use `drop` and refuse)."""
+        """A BODY. Raises GpadlError for an unknown handle; RangeError as `begin`, then it does not exist any more."""
         partial = self.partial.get(handle)
         if partial is None:
             raise GpadlError(f"a GPADL body for {handle:#x}, which is not in progress")
@@ -93,23 +102,47 @@ class GpadlTable:
     def _finish_if_complete(self, partial: PartialGpadl) -> Gpadl | None:
         if len(partial.data) < partial.range_bytes:
             return None
-        del self.partial[partial.handle]
+        self.abandon(partial.handle)
         ranges, end = parse_ranges(partial.data, partial.range_count, max_bytes=MAX_BYTES)
         if end != partial.range_bytes:
             raise RangeError(f"GPADL {partial.handle:#x}: the ranges take {end} of {partial.range_bytes} bytes")
         gpadl = Gpadl(partial.relid, partial.handle, tuple(ranges))
-        self.complete[partial.relid, partial.handle] = gpadl
+        self.add(gpadl)
         return gpadl
 
-    def drop_channel(self, relid: int) -> list[int]:
-        """Forget all GPADLs of a channel; returns their handles."""
-        gone = [handle for owner, handle in self.complete if owner == relid]
-        gone += [handle for handle, partial in self.partial.items() if partial.relid == relid]
-        self.complete = {key: gpadl for key, gpadl in self.complete.items() if key[0] != relid}
-        self.partial = {handle: partial for handle, partial in self.partial.items() if partial.relid != relid}
-        return gone
+    def add(self, gpadl: Gpadl) -> None:
+        """A complete one."""
+        self.complete[gpadl.relid, gpadl.handle] = gpadl
+        self._described += _description_size(gpadl)
+
+    def add_partial(self, partial: PartialGpadl) -> None:
+        """One in progress."""
+        self.partial[partial.handle] = partial
+        self._described += partial.range_bytes
+
+    def remove(self, relid: int, handle: int) -> None:
+        """A complete one is torn down. Harmless when there is none."""
+        gpadl = self.complete.pop((relid, handle), None)
+        if gpadl is not None:
+            self._described -= _description_size(gpadl)
+
+    def abandon(self, handle: int) -> None:
+        """One in progress will not be completed. Harmless when there is none."""
+        partial = self.partial.pop(handle, None)
+        if partial is not None:
+            self._described -= partial.range_bytes
+
+    def drop_channel(self, relid: int) -> None:
+        """Forget all GPADLs of a channel."""
+        for owner, handle in list(self.complete):
+            if owner == relid:
+                self.remove(owner, handle)
+        for handle, partial in list(self.partial.items()):
+            if partial.relid == relid:
+                self.abandon(handle)
 
     def clear(self) -> None:
         """Forget everything."""
         self.complete.clear()
         self.partial.clear()
+        self._described = 0

@@ -4,6 +4,8 @@ The connection:
 
     DISCONNECTED   --INITIATE_CONTACT, version known-->  CONNECTED   --UNLOAD-->  DISCONNECTED
     INITIATE_CONTACT in any state first drops everything. Offers are sent once, after REQUESTOFFERS.
+    Dropping may have to wait for owners that hold packets; what else the guest sends meanwhile is rejected, except
+    another INITIATE_CONTACT or UNLOAD, which takes the place of the one that waits.
 
 A channel, as the guest and its owner see it:
 
@@ -149,8 +151,8 @@ class BusServer:
         self.offers: list[Offer] = []
         self.gpadls = GpadlTable()
         self.rejected = 0
-        self._unload_pending = False
-        self._contact_pending: m.InitiateContact | None = None
+        # The UNLOAD or INITIATE_CONTACT that waits for owners to let go; a later one takes its place.
+        self._ending: m.InitiateContact | m.Unload | None = None
         self._by_relid: dict[int, Offer] = {}
 
     # ---- owners ------------------------------------------------------------------------------------------------
@@ -164,6 +166,8 @@ class BusServer:
             same = (other.interface_type, other.instance, other.subchannel)
             if same == (offer.interface_type, offer.instance, offer.subchannel):
                 raise UsageError(f"a channel with instance {offer.instance} is offered already")
+        if len(self.offers) >= MAX_RELID:
+            raise UsageError(f"all {MAX_RELID} relids are in use: no further channel can be offered")
         self.offers.append(offer)
         self._send_offer(offer)
 
@@ -179,19 +183,17 @@ class BusServer:
         """Tell the guest that the channel is gone. Its owner must have let go of it already, or is made to."""
         if offer.state in (OfferState.UNOFFERED, OfferState.RESCINDED):
             return
-        relid = offer.relid
-        for handle in offer.teardowns:
-            self._post(m.GpadlTorndown(handle))
-        offer.teardowns.clear()
         in_use = offer.in_use
-        opening = offer.state is OfferState.OPENING
+        waiting = offer.request if offer.state is OfferState.OPENING else offer.reopen
         offer.state = OfferState.RESCINDED
+        offer.request = offer.reopen = None
         if in_use:
             self._actions.close_channel(offer, True)
-        if opening and offer.request is not None:
-            self._post(m.OpenResult(relid, offer.request.open_id, REFUSED))
-        offer.request = offer.reopen = None
-        self._post(m.RescindOffer(relid))
+        self._finish_teardowns(offer)
+        if waiting is not None:
+            self._post(m.OpenResult(offer.relid, waiting.open_id, REFUSED))
+        self._post(m.RescindOffer(offer.relid))
+        self._continue_disconnect()
 
     def opened(self, offer: Offer, status: int) -> None:
         """The owner's answer to `open_channel`: 0, or a failing NTSTATUS."""
@@ -213,14 +215,21 @@ class BusServer:
             return
         offer.state = OfferState.OFFERED
         offer.request = None
-        for handle in offer.teardowns:
-            self.gpadls.complete.pop((offer.relid, handle), None)
-            self._post(m.GpadlTorndown(handle))
-        offer.teardowns.clear()
+        self._finish_teardowns(offer)
         if offer.reopen is not None:
             again, offer.reopen = offer.reopen, None
-            self._open(offer, again)
+            try:
+                self._open(offer, again)
+            except PeerError as error:
+                self._reject(error)
         self._continue_disconnect()
+
+    def _finish_teardowns(self, offer: Offer) -> None:
+        """Answer the GPADL_TEARDOWNs that came while the owner could still touch the memory."""
+        for handle in offer.teardowns:
+            self.gpadls.remove(offer.relid, handle)
+            self._post(m.GpadlTorndown(handle))
+        offer.teardowns.clear()
 
     # ---- the guest ---------------------------------------------------------------------------------------------
 
@@ -232,6 +241,11 @@ class BusServer:
     def by_relid(self, relid: int) -> Offer | None:
         """The offer that has `relid`, in any state."""
         return self._by_relid.get(relid)
+
+    @property
+    def disconnecting(self) -> bool:
+        """Whether the guest has ended the connection (UNLOAD, or a new INITIATE_CONTACT) and waits for the answer."""
+        return self._ending is not None
 
     def accepts(self, connection_id: int) -> bool:
         """Whether messages may be posted there."""
@@ -246,15 +260,20 @@ class BusServer:
                 raise m.MessageError(f"{type(message).__name__} is not served")
             if self.state is ConnectionState.DISCONNECTED and type(message) is not m.InitiateContact:
                 raise m.MessageError(f"{type(message).__name__} before a version was agreed on")
+            if self.disconnecting and type(message) not in (m.InitiateContact, m.Unload):
+                # Above all no OPENCHANNEL: the end of the connection would wait for that channel too.
+                raise m.MessageError(f"{type(message).__name__} after the connection was ended")
             handler(self, message)
         except PeerError as error:
-            self.rejected += 1
-            log.warning("bus: message %d from the guest rejected: %s", self.rejected, error)
+            self._reject(error)
+
+    def _reject(self, error: PeerError) -> None:
+        self.rejected += 1
+        log.warning("bus: message %d from the guest rejected: %s", self.rejected, error)
 
     def reset(self) -> None:
         """The function was reset: drop everything at once, without a word to the guest."""
-        self._unload_pending = False
-        self._contact_pending = None
+        self._ending = None
         self._drop_all(force=True)
         self._disconnect()
 
@@ -267,37 +286,29 @@ class BusServer:
             raise m.MessageError(f"relid {relid} is not offered")
         return offer
 
-    def _initiate_contact(self, message: m.InitiateContact) -> None:
-        self._unload_pending = False
-        self._contact_pending = message
-        self._drop_all(force=False)
-        self._continue_disconnect()
-
-    def _unload(self, _: m.Unload) -> None:
-        self._unload_pending = True
+    def _end_connection(self, message: m.InitiateContact | m.Unload) -> None:
+        self._ending = message
         self._drop_all(force=False)
         self._continue_disconnect()
 
     def _drop_all(self, *, force: bool) -> None:
         for offer in list(self.offers):
             offer.reopen = None
+            if force:
+                offer.teardowns.clear()
             if offer.in_use and (force or offer.state is not OfferState.CLOSING):
                 offer.state = OfferState.CLOSING
                 self._actions.close_channel(offer, force)
 
     def _continue_disconnect(self) -> None:
         """Answer UNLOAD or INITIATE_CONTACT once no owner touches guest memory any more."""
-        if not (self._unload_pending or self._contact_pending is not None):
-            return
-        if any(offer.in_use for offer in self.offers):
+        if self._ending is None or any(offer.in_use for offer in self.offers):
             return
         self._disconnect()
-        if self._unload_pending:
-            self._unload_pending = False
+        contact, self._ending = self._ending, None
+        if isinstance(contact, m.Unload):
             self._post(m.UnloadResponse())
             return
-        contact, self._contact_pending = self._contact_pending, None
-        assert contact is not None
         supported = contact.version in set(m.Version)
         if supported:
             self.state = ConnectionState.CONNECTED
@@ -382,17 +393,22 @@ class BusServer:
         offer = self._by_relid.get(message.relid)
         if key not in self.gpadls.complete:
             # Answered all the same: a guest that waits for this would wait for ever.
+            partial = self.gpadls.partial.get(message.gpadl)
+            if partial is not None and partial.relid == message.relid:
+                self.gpadls.abandon(message.gpadl)
+                self._post(m.GpadlCreated(message.relid, message.gpadl, REFUSED))
             self._post(m.GpadlTorndown(message.gpadl))
             raise m.MessageError(f"teardown of GPADL {message.gpadl:#x} of relid {message.relid}, which does not exist")
-        if offer is not None and offer.in_use and offer.request is not None:
-            if offer.request.ring_gpadl == message.gpadl and offer.state is not OfferState.CLOSING:
-                raise m.MessageError(f"teardown of the ring of relid {message.relid}, which is {offer.state.value}")
+        if offer is not None and offer.state is OfferState.CLOSING:
             if message.gpadl in offer.teardowns:
                 raise m.MessageError(f"second teardown of GPADL {message.gpadl:#x}")
-            if offer.state is OfferState.CLOSING:
-                offer.teardowns.append(message.gpadl)
-                return
-        del self.gpadls.complete[key]
+            offer.teardowns.append(message.gpadl)
+            return
+        if offer is not None and offer.request is not None and offer.request.ring_gpadl == message.gpadl:
+            # The guest wants the rings of a channel that it has not closed: it gets them, and loses the channel.
+            log.warning("bus: relid %d is %s and its rings are torn down", message.relid, offer.state.value)
+            self.rescind(offer)
+        self.gpadls.remove(*key)
         self._post(m.GpadlTorndown(message.gpadl))
 
     def _open_channel(self, message: m.OpenChannel) -> None:
@@ -470,8 +486,8 @@ class BusServer:
 
 
 _HANDLERS: dict[type[Any], Any] = {
-    m.InitiateContact: BusServer._initiate_contact,
-    m.Unload: BusServer._unload,
+    m.InitiateContact: BusServer._end_connection,
+    m.Unload: BusServer._end_connection,
     m.RequestOffers: BusServer._request_offers,
     m.GpadlHeader: BusServer._gpadl_header,
     m.GpadlBody: BusServer._gpadl_body,

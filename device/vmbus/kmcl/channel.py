@@ -181,7 +181,7 @@ class Channel:
         self._do_suspend()
 
     def hold(self) -> None:
-        """Suspend for a save, whatever the owner wishes; the wish (`started`) stays as it is. Like `pause` otherwise."""
+        """Like `pause`, for a save: the owner's wish (`started`) stays as it is."""
         self.held = True
         self._do_suspend()
 
@@ -247,28 +247,33 @@ class Channel:
 
         With `force` (reset, memory gone) incoming packets still held are orphaned: completing them does nothing.
         """
+        if force:
+            # The rings are not ours any more: whatever the owner completes or sends from here on is not written.
+            self._detach()
         self._do_suspend()
         if self.state is ChannelState.OPENED:
             self._move(ChannelEvent.CLOSE)
         elif self.state is not ChannelState.CLOSING:
             raise ChannelStateError(f"channel {self.name} is {self.state.value}: it cannot be closed")
-        if force:
-            self._outstanding.clear()
         self.when_quiet(lambda: self._finish_close(done))
         if force:
             self._run_when_quiet()
 
+    def _detach(self) -> None:
+        """Let go of the rings, and of every incoming packet that was not completed."""
+        link, self._link = self._link, None
+        self._generation += 1
+        self._outstanding.clear()
+        if link is not None:
+            link.reader.close()
+            link.writer.close()
+
     def _finish_close(self, done: Callable[[], None]) -> None:
         if self.state is ChannelState.CLOSING:
-            link = self._link
-            self._link = None
-            self._generation += 1
+            self._detach()
             self._cancel_all()
             self._move(ChannelEvent.CLOSED)
             self._call_state(self._closed)
-            if link is not None:
-                link.reader.close()
-                link.writer.close()
         done()
 
     def _do_suspend(self) -> None:
@@ -343,7 +348,6 @@ class Channel:
                 Status.INVALID_PARAMETER,
             )
         link = self._link
-        assert link is not None
         if external is None:
             kind, offset8, body = _INBAND, 2, payload
         else:
@@ -351,7 +355,7 @@ class Channel:
                 raise KmclError("external data needs wait_for_completion", Status.INVALID_PARAMETER)
             kind = _GPA_DIRECT
             body, offset8 = gpa_direct_body([range_for(address, length) for address, length in external], payload)
-        if packet_size(len(body)) > link.writer.largest:
+        if link is not None and packet_size(len(body)) > link.writer.largest:
             raise KmclError(
                 f"a packet of {packet_size(len(body))} ring bytes on channel {self.name} can never fit into its ring "
                 f"(at most {link.writer.largest})",
@@ -363,7 +367,7 @@ class Channel:
         packet.offset8 = offset8
         packet.flags = flags = FLAG_COMPLETION_REQUESTED if wait_for_completion else 0
         self.counters["sent"] += 1
-        if self.state is ChannelState.ACTIVE and not self._queue:
+        if self.state is ChannelState.ACTIVE and not self._queue and link is not None:
             try:
                 if link.writer.put(kind, flags, transaction, body, offset8):
                     self._in_ring(packet)

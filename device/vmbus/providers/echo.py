@@ -1,7 +1,8 @@
 """Echo: answers each request with a transform of its data, inline or in place in the guest's memory.
 
 With `hold` it keeps that many requests back, oldest first out, as a device that works on them would: so there are
-incoming packets to be finished when the device is paused. Requests held for `hold_seconds` are answered anyway.
+incoming packets to be finished when the device is paused. When no request has come for `hold_seconds` to twice that
+time, those that are held are answered anyway.
 """
 
 import zlib
@@ -22,7 +23,7 @@ from vmbus.providers.base import Host, Provider, Timer
 
 
 class EchoOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """`hold`: requests kept back; `hold_seconds`: for how long at most."""
+    """`hold`: requests kept back; `hold_seconds`: until when no more came."""
 
     hold: Annotated[int, msgspec.Meta(ge=0, le=65536)] = 0
     hold_seconds: Annotated[float, msgspec.Meta(gt=0, le=10)] = 0.05
@@ -47,6 +48,7 @@ class EchoProvider(Provider):
         self._sequence = workload.Sequence(self.tally)
         self._held: deque[tuple[Completion, bytes]] = deque()
         self._timer: Timer | None = None
+        self._arrivals_at_timer = 0
         self.channel = ServerChannel(workload.ECHO_TYPE, instance, name=name)
 
     def start(self) -> None:
@@ -72,10 +74,20 @@ class EchoProvider(Provider):
         if len(self._held) > self.options.hold:
             self._answer(*self._held.popleft())
         if self._timer is None:
-            self._timer = self.host.call_later(self.options.hold_seconds, self._release)
+            self._set_timer()
+
+    def _set_timer(self) -> None:
+        self._arrivals_at_timer = self.channel.counters["received"]
+        self._timer = self.host.call_later(self.options.hold_seconds, self._time_passed)
+
+    def _time_passed(self) -> None:
+        self._timer = None
+        if self.channel.counters["received"] != self._arrivals_at_timer:
+            self._set_timer()
+        else:
+            self._release()
 
     def _release(self) -> None:
-        self._timer = None
         with self.channel.batch():
             while self._held:
                 self._answer(*self._held.popleft())

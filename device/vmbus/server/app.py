@@ -24,7 +24,15 @@ from vmbus.kmcl.server import ServerChannel
 from vmbus.memory import DirtyLogBroken
 from vmbus.providers import Provider, provider_class
 from vmbus.server.control import ControlServer
-from vmbus.vfio_user.context import AddressNotMapped, ClientBusy, ClientGone, ClientRefused, Context, ResetKind, RunResult
+from vmbus.vfio_user.context import (
+    AddressNotMapped,
+    ClientBusy,
+    ClientGone,
+    ClientRefused,
+    Context,
+    ResetKind,
+    RunResult,
+)
 from vmbus.vfio_user.library import Library
 from vmbus.vfio_user.pci import ConfigSpace
 
@@ -235,7 +243,7 @@ class DeviceServer:
         self.device.memory.stop_log()
         return {}
 
-    async def _pause(self, timeout: float = 10.0) -> dict[str, Any]:
+    async def _pause(self, seconds: float = 10.0) -> dict[str, Any]:
         """Take no new packets, and wait until providers have completed those that they hold."""
         self._require(Phase.RUNNING, "pause")
         started = time.monotonic()
@@ -259,11 +267,11 @@ class DeviceServer:
             channel.when_quiet(one_quiet)
         try:
             if channels:
-                await asyncio.wait_for(quiet, timeout)
+                await asyncio.wait_for(quiet, seconds)
         except TimeoutError:
             missing = {channel.name: channel.outstanding[:8] for channel in channels if channel.outstanding}
             await self._resume()
-            raise WaitTimeout(f"the owners of channels to complete incoming packets {missing}", timeout) from None
+            raise WaitTimeout(f"the owners of channels to complete incoming packets {missing}", seconds) from None
         return {"incoming_held": self._held_at_pause, "seconds": time.monotonic() - started}
 
     def _drain(self) -> None:

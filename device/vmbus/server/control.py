@@ -161,6 +161,10 @@ class ControlClient:
             try:
                 async with asyncio.timeout(timeout):
                     return await self._call(command, arguments)
+            except asyncio.CancelledError:
+                # The answer may still come; it must not be taken for that of the next call.
+                self.close()
+                raise
             except TimeoutError as error:
                 self.close()
                 raise WaitTimeout(f"the device server on {self._path} to answer {command!r}", timeout) from error
@@ -180,6 +184,8 @@ class ControlClient:
         if not line:
             raise EOFError("connection closed")
         response = msgspec.json.decode(line, type=_Response)
+        if response.id != self._id:
+            raise EOFError(f"answer {response.id} came for request {self._id}")
         if response.error is not None:
             raise ControlError(command, response.error.kind, response.error.message)
         return response.result or {}

@@ -1,0 +1,37 @@
+"""The command line: ``python -m vmbus.cli COMMAND``; each script in ``scripts/`` is one of its commands.
+
+Every error that we raise on purpose becomes one readable message and exit status 1, without a traceback.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from vmbus.cli.agent import agent
+from vmbus.cli.demo import demo
+from vmbus.cli.vm import list_vms, restore, run_vm, save
+from vmbus.errors import VmbusError
+
+
+class _Group(click.Group):
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except VmbusError as error:
+            click.echo(f"error: {error}", err=True)
+            ctx.exit(1)
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
+def main() -> None:
+    """VMBus-like synthetic devices for Linux guests in stock QEMU."""
+
+
+main.add_command(demo)
+main.add_command(run_vm)
+main.add_command(save)
+main.add_command(restore)
+main.add_command(list_vms)
+main.add_command(agent)

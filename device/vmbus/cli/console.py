@@ -1,0 +1,100 @@
+"""The guest's console on our terminal."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import sys
+import termios
+import tty
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from vmbus.errors import EnvironmentProblem
+
+ESCAPE = 0x1D  # Ctrl-]
+HELP = "Ctrl-] then q ends the VM, Ctrl-] twice sends one"
+
+
+class EscapeFilter:
+    """Takes typed bytes and separates what the guest gets from the escape sequences.
+
+    ``Ctrl-] q`` asks for the end; ``Ctrl-] Ctrl-]`` is one Ctrl-] for the guest; any other key after Ctrl-] is dropped
+    with it.
+    """
+
+    def __init__(self) -> None:
+        self._escaped = False
+
+    def feed(self, data: bytes) -> tuple[bytes, bool]:
+        """Returns the bytes for the guest and whether the end was asked for."""
+        out = bytearray()
+        for byte in data:
+            if self._escaped:
+                self._escaped = False
+                if byte in b"qQ":
+                    return bytes(out), True
+                if byte == ESCAPE:
+                    out.append(byte)
+            elif byte == ESCAPE:
+                self._escaped = True
+            else:
+                out.append(byte)
+        return bytes(out), False
+
+
+@contextlib.contextmanager
+def raw_terminal(descriptor: int) -> Iterator[None]:
+    """Every key goes to us unchanged, Ctrl-C included; output still gets its carriage returns."""
+    before = termios.tcgetattr(descriptor)
+    try:
+        tty.setraw(descriptor)
+        mode = termios.tcgetattr(descriptor)
+        mode[1] |= termios.OPOST | termios.ONLCR
+        termios.tcsetattr(descriptor, termios.TCSADRAIN, mode)
+        yield
+    finally:
+        termios.tcsetattr(descriptor, termios.TCSADRAIN, before)
+
+
+async def attach(path: Path, on_escape: Callable[[], None], write: Callable[[bytes], None] | None = None) -> None:
+    """Connects our terminal to the console's socket until the socket closes or this is cancelled.
+
+    Without a terminal on standard input, the console is only shown. `on_escape` is called when the user asks for the
+    end. Raises `EnvironmentProblem` if the socket cannot be reached.
+    """
+    output = write or _write_stdout
+    try:
+        reader, writer = await asyncio.open_unix_connection(str(path))
+    except OSError as error:
+        raise EnvironmentProblem(f"cannot connect to the console {path}: {error.strerror}") from error
+    loop = asyncio.get_running_loop()
+    source = sys.stdin.fileno()
+    filter_ = EscapeFilter()
+
+    def typed() -> None:
+        data = os.read(source, 4096)
+        if not data:
+            loop.remove_reader(source)
+            return
+        out, leave = filter_.feed(data)
+        if out:
+            writer.write(out)
+        if leave:
+            on_escape()
+
+    with contextlib.ExitStack() as stack:
+        stack.callback(writer.close)
+        if os.isatty(source):
+            stack.enter_context(raw_terminal(source))
+            loop.add_reader(source, typed)
+            stack.callback(loop.remove_reader, source)
+        with contextlib.suppress(OSError):
+            while data := await reader.read(65536):
+                output(data)
+
+
+def _write_stdout(data: bytes) -> None:
+    sys.stdout.buffer.write(data)
+    sys.stdout.buffer.flush()

@@ -1,0 +1,107 @@
+"""What the commands show: progress with times on standard error, and signals that end a command in good order."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import time
+from collections.abc import Coroutine
+from typing import Any, TypeVar
+
+from rich.console import Console
+
+T = TypeVar("T")
+
+console = Console(stderr=True, highlight=False)
+
+
+class Steps:
+    """Shows one line per phase with the time it took; the running phase with a moving sign on a terminal.
+
+    Call it with each phase's name as it begins (a `vmbus.qemu.timing.Progress`); use it as a context manager.
+    """
+
+    def __init__(self, title: str, labels: dict[str, str] | None = None) -> None:
+        self._title = title
+        self._labels = labels or {}
+        self._status = console.status(title)
+        self._phase: str | None = None
+        self._start = self._begin = time.monotonic()
+
+    def __enter__(self) -> Steps:
+        self._start = time.monotonic()
+        if console.is_terminal:
+            self._status.start()
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        if kind is None:
+            self._finish()
+        self._status.stop()
+        if kind is None:
+            console.print(f"{self._title}: {time.monotonic() - self._start:.2f} s")
+
+    def __call__(self, phase: str) -> None:
+        self._finish()
+        self._phase = self._labels.get(phase, phase)
+        self._begin = time.monotonic()
+        self._status.update(f"{self._title}: {self._phase}")
+
+    def _finish(self) -> None:
+        if self._phase is not None:
+            console.print(f"  {time.monotonic() - self._begin:6.2f} s  {self._phase}")
+            self._phase = None
+
+
+START_LABELS = {"server": "device server", "qemu": "QEMU"}
+
+SAVE_LABELS = {
+    "boot files": "kernel and initramfs into the snapshot",
+    "stop": "vCPUs stopped",
+    "ram": "guest memory written",
+    "device": "device at rest, its state written",
+    "flush": "pages written by the device flushed",
+    "switchover": "last pages and machine state written",
+    "resume": "VM set running again",
+    "seal": "files flushed to disk, digests, manifest",
+}
+
+RESTORE_LABELS = {
+    "verify": "snapshot verified",
+    "server": "device server with the saved state",
+    "qemu": "QEMU",
+    "ram": "guest memory loaded",
+    "pci": "PCI function put back",
+    "device": "channels and packets rebuilt",
+    "cont": "vCPUs running",
+}
+
+
+def run(work: Coroutine[Any, Any, T]) -> T:
+    """Runs a command's coroutine; SIGTERM and SIGHUP cancel it as Ctrl-C does, so that it cleans up."""
+
+    async def body() -> T:
+        task = asyncio.current_task()
+        assert task is not None
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            loop.add_signal_handler(number, task.cancel)
+        return await work
+
+    try:
+        return asyncio.run(body())
+    except asyncio.CancelledError:
+        raise KeyboardInterrupt from None
+
+
+@contextlib.asynccontextmanager
+async def background(*coroutines: Coroutine[Any, Any, Any]) -> Any:
+    """Runs coroutines beside the block and cancels them when it ends."""
+    tasks = [asyncio.create_task(coroutine) for coroutine in coroutines]
+    try:
+        yield tasks
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

@@ -1,0 +1,182 @@
+"""Commands that start, save and restore VMs."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+import msgspec
+from rich.markup import escape
+from rich.table import Table
+
+from vmbus.cli import console as guest_console
+from vmbus.cli.agent import parse_parameters
+from vmbus.cli.terminal import RESTORE_LABELS, SAVE_LABELS, START_LABELS, Steps, background, console, run
+from vmbus.errors import UsageError, VmbusError
+from vmbus.provision import provision
+from vmbus.qemu.agent import AgentError
+from vmbus.qemu.command_line import Programs, programs_from
+from vmbus.qemu.description import VmDescription, find_description, load_description
+from vmbus.qemu.machine import VirtualMachine
+from vmbus.qemu.process import RunDirectory, running_vms
+from vmbus.qemu.save import SaveReport
+from vmbus.qemu.supervisor import Supervisor, ask, find_vm
+
+CONFIGURATIONS = Path(__file__).resolve().parents[3] / "qemu_configs"
+"""The VM descriptions that come with the project."""
+
+SAVE_TIMEOUT = 1800.0
+
+
+@click.command("run-vm")
+@click.argument("config", default="demo")
+@click.option("--name", help="Name of the running VM (default: the description's, with a number if it is taken).")
+@click.option(
+    "--drive",
+    "drives",
+    multiple=True,
+    metavar="DRIVER[:KEY=VALUE,...]",
+    help="Start this test driver in the guest once it is up. May be given more than once.",
+)
+def run_vm(config: str, name: str | None, drives: tuple[str, ...]) -> None:
+    """Start a VM and show its console.
+
+    CONFIG is a VM description: a name in qemu_configs/ or a path to a .toml file. On a terminal the console is
+    interactive; Ctrl-] then q ends the VM. Without one the console is only shown.
+    """
+    description = load_description(find_description(config, CONFIGURATIONS))
+    wanted = [_parse_drive(text) for text in drives]
+    programs = programs_from(provision())
+    run(_run_vm(description, programs, name, wanted))
+
+
+@click.command()
+@click.argument("directory", type=click.Path(path_type=Path))
+@click.option("--vm", "name", help="Which VM, if several are running.")
+@click.option("--live", is_flag=True, help="Let the guest run on while its memory is copied.")
+@click.option("--keep", is_flag=True, help="Let the VM run on afterwards; else it ends with the save.")
+def save(directory: Path, name: str | None, live: bool, keep: bool) -> None:
+    """Save a running VM into the new snapshot DIRECTORY."""
+    name = find_vm(name)
+    arguments = {"directory": str(directory.absolute()), "live": live, "keep": keep}
+    with Steps(f"save of VM {name!r}", SAVE_LABELS) as steps:
+        result = run(ask(name, "save", arguments, timeout=SAVE_TIMEOUT, progress=steps))
+    _show_save(msgspec.convert(result, SaveReport))
+
+
+@click.command()
+@click.argument("directory", type=click.Path(path_type=Path))
+@click.option("--name", help="Name of the running VM (default: the saved description's).")
+def restore(directory: Path, name: str | None) -> None:
+    """Bring the VM in snapshot DIRECTORY back and show its console."""
+    programs = programs_from(provision())
+    run(_restore(directory, programs, name))
+
+
+@click.command("list")
+def list_vms() -> None:
+    """List the running VMs."""
+    for name in running_vms():
+        click.echo(name)
+
+
+async def _run_vm(
+    description: VmDescription, programs: Programs, name: str | None, drives: list[tuple[str, dict[str, Any]]]
+) -> None:
+    directory = RunDirectory.create(name or description.name, exact=name is not None)
+    start = time.monotonic()
+    with Steps(
+        f"start of VM {directory.name!r} (QEMU {programs.qemu_version}, {programs.accelerator})", START_LABELS
+    ) as steps:
+        vm = await VirtualMachine.launch(description, programs, directory, progress=steps)
+    await _attend(vm, start, drives)
+
+
+async def _restore(directory: Path, programs: Programs, name: str | None) -> None:
+    start = time.monotonic()
+    run_directory = RunDirectory.create(name, exact=True) if name is not None else None
+    with Steps(f"restore of {directory}", RESTORE_LABELS) as steps:
+        vm = await VirtualMachine.restore(directory, programs, run_directory, progress=steps)
+    assert vm.restored is not None
+    packets = vm.restored.packets
+    console.print(
+        f"VM {vm.name!r} is back: {vm.restored.channels} channels, "
+        f"{packets['queued']} queued and {packets['sent']} sent packets in flight"
+    )
+    await _attend(vm, start, [])
+
+
+async def _attend(vm: VirtualMachine, start: float, drives: list[tuple[str, dict[str, Any]]]) -> None:
+    """Shows the console and serves others' requests until the VM ends."""
+    supervisor = Supervisor(vm, _notice)
+    try:
+        console.print(
+            f"console of VM {vm.name!r}: {guest_console.HELP if sys.stdin.isatty() else 'shown only'}; "
+            f"to save it: scripts/save --vm {vm.name} DIR"
+        )
+        async with background(
+            guest_console.attach(vm.paths.console, lambda: supervisor.finish("ended from the console")),
+            _drive(vm, start, drives),
+        ):
+            reason = await supervisor.run()
+    finally:
+        await vm.kill()
+    _notice(f"VM {vm.name!r}: {reason}")
+
+
+async def _drive(vm: VirtualMachine, start: float, drives: list[tuple[str, dict[str, Any]]]) -> None:
+    try:
+        await vm.wait_ready()
+        _notice(f"the guest's agent is up after {time.monotonic() - start:.1f} s")
+        jobs = []
+        for driver, parameters in drives:
+            started = await vm.call_agent("start", driver=driver, parameters=parameters)
+            _notice(f"test driver {driver!r} runs as job {started['job']}")
+            jobs.append((driver, int(started["job"])))
+        await asyncio.gather(*(_follow(vm, driver, job) for driver, job in jobs))
+    except VmbusError as error:
+        if not vm.ended:  # else it is what everybody waits for, and told by whoever ended the VM
+            _notice(str(error))
+
+
+async def _follow(vm: VirtualMachine, driver: str, job: int) -> None:
+    while True:
+        try:
+            report = await vm.call_agent("wait", timeout=90.0, job=job)
+        except AgentError as error:
+            if error.kind == "timeout":
+                continue
+            raise
+        if report.get("state") != "running":
+            detail = report.get("result") or report.get("error")
+            _notice(f"test driver {driver!r} (job {job}) {report.get('state')}: {detail}")
+            return
+
+
+def _notice(text: str) -> None:
+    console.print(f"\n[bold]vmbus:[/bold] {escape(text)}", soft_wrap=True)
+
+
+def _parse_drive(text: str) -> tuple[str, dict[str, Any]]:
+    driver, _, settings = text.partition(":")
+    if not driver:
+        raise UsageError(f"--drive {text!r}: name a test driver, e.g. --drive echo:count=1000")
+    return driver, parse_parameters(settings.split(",") if settings else [])
+
+
+def _show_save(report: SaveReport) -> None:
+    table = Table(show_header=False, box=None)
+    table.add_row("snapshot", report.directory)
+    table.add_row("packets in flight", f"{report.packets['queued']} queued, {report.packets['sent']} sent")
+    table.add_row("held by providers", str(report.incoming_held))
+    table.add_row("guest memory", f"{report.ram_bytes / 2**20:.1f} MiB")
+    table.add_row("device state", f"{report.state_bytes / 2**10:.1f} KiB")
+    if report.live:
+        table.add_row("flushed at the switchover", f"{report.flushed_pages} pages")
+    if report.downtime is not None:
+        table.add_row("downtime", f"{report.downtime:.3f} s")
+    console.print(table)

@@ -1,0 +1,212 @@
+"""Set-up: everything from outside that the project needs, found on the host or fetched into the cache.
+
+`provision()` returns where it all is. It does the whole set-up where something is missing and takes some milliseconds
+where nothing is; `python -m vmbus.provision` is the same with progress and a summary, and `scripts/setup` is that
+with a virtual environment made first.
+
+    qemu            QEMU >= 10.1 with vfio-user-pci: VMBUS_QEMU, PATH, or Debian's package in a private root
+    libvfio_user    VMBUS_LIBVFIO_USER, the system's, or built from Debian's QEMU source package
+    guest_files     Debian's kernel, busybox and Python for the guest
+    accel           KVM if it runs a guest, else TCG (VMBUS_ACCELERATOR overrides)
+    environment     the virtual environment with the Python packages of requirements.lock
+    debian, cache, archive, report    apt with a state of its own, the cache directory, unpacking, progress
+
+Modules here use the standard library only (apart from `__main__`): the first stage of the set-up runs before there
+is a virtual environment.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vmbus.provision.accel import Accelerator
+    from vmbus.provision.cache import Cache
+    from vmbus.provision.guest_files import Kernel
+    from vmbus.provision.libvfio_user import VfioUserLibrary
+    from vmbus.provision.qemu import QemuProgram
+    from vmbus.provision.report import Reporter
+
+SETTINGS = ("VMBUS_QEMU", "VMBUS_LIBVFIO_USER", "VMBUS_ACCELERATOR")
+"""Environment variables that decide what is used (VMBUS_CACHE and VMBUS_DEBIAN_MIRROR only decide from where)."""
+
+
+@dataclass(frozen=True)
+class Provisioned:
+    """Everything needed to start a virtual machine with one of our devices."""
+
+    qemu: QemuProgram
+    libvfio_user: Path
+    libvfio_user_source: str
+    kernel: Path
+    """Kernel image."""
+    kernel_version: str
+    image: Path
+    """Initial file system of the guest."""
+    image_key: str
+    """Digest over everything that is in the image."""
+    accelerator: Accelerator
+
+
+def provision(
+    cache: Cache | None = None,
+    reporter: Reporter | None = None,
+    environment: Mapping[str, str] = os.environ,
+) -> Provisioned:
+    """Return where everything is, having made what was missing.
+
+    Without a `reporter`, longer work is reported on standard error. Raises EnvironmentProblem (with what to do),
+    vmbus.provision.debian.AptError, WaitTimeout.
+    """
+    from vmbus.provision.cache import Cache
+    from vmbus.provision.report import PlainReporter
+
+    cache = cache or Cache()
+    parts = _remembered(cache, environment)
+    found = _with_image(parts, cache, None, environment) if parts is not None else None
+    if found is not None:
+        return found
+    reporter = reporter or PlainReporter()
+    with cache.lock(on_wait=reporter.note):
+        # Somebody else may have done it while we waited.
+        parts = _remembered(cache, environment) or _make(cache, reporter, environment)
+        found = _with_image(parts, cache, reporter, environment)
+    assert found is not None
+    return found
+
+
+def is_provisioned(cache: Cache, environment: Mapping[str, str] = os.environ) -> bool:
+    """Tell whether a set-up with these settings has been completed and is still there."""
+    return _remembered(cache, environment) is not None
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """What the slow part of the set-up found. The guest image is not in it: that follows the sources."""
+
+    qemu: QemuProgram
+    library: VfioUserLibrary
+    kernel: Kernel
+    userland: Path
+    accelerator: Accelerator
+
+
+def _make(cache: Cache, reporter: Reporter, environment: Mapping[str, str]) -> _Parts:
+    from vmbus.provision import accel, guest_files, libvfio_user, qemu
+    from vmbus.provision.cache import publish_bytes
+
+    libvfio_user.check_prerequisites(cache, environment)  # before the large downloads
+    program = qemu.find_qemu(cache, reporter, environment)
+    library = libvfio_user.find(cache, reporter, environment)
+    kernel = guest_files.find_kernel(cache, reporter)
+    userland = guest_files.find_userland(cache, reporter)
+    accelerator = accel.choose_accelerator(program, kernel, userland, cache, reporter, environment)
+    parts = _Parts(program, library, kernel, userland.path, accelerator)
+    publish_bytes(_memory(cache, environment), (json.dumps(_to_json(parts), indent=1) + "\n").encode())
+    return parts
+
+
+def _memory(cache: Cache, environment: Mapping[str, str]) -> Path:
+    """Path of the record of a set-up: one per combination of all that may change the outcome."""
+    from vmbus.provision import guest_files, libvfio_user, qemu
+    from vmbus.provision.accel import KVM_DEVICE, boot_id
+    from vmbus.provision.cache import digest
+
+    installed = shutil.which(qemu.PROGRAM, path=environment.get("PATH"))
+    key = digest(
+        1,
+        [environment.get(name, "") for name in SETTINGS],
+        [_identity(environment.get("VMBUS_QEMU")), _identity(installed)],
+        [_identity(environment.get("VMBUS_LIBVFIO_USER"))],
+        [qemu.ROOT_RECIPE.key, guest_files.USERLAND_RECIPE.key, guest_files.MODULES, libvfio_user.build_key()],
+        [boot_id(), os.access(KVM_DEVICE, os.R_OK | os.W_OK)],
+    )
+    return cache.path("provisioned", f"{key}.json")
+
+
+def _identity(path: str | None) -> list[object]:
+    """Return what changes when a program is replaced."""
+    if not path:
+        return []
+    try:
+        status = Path(path).stat()
+    except OSError:
+        return [path]
+    return [path, status.st_size, status.st_mtime_ns]
+
+
+def _to_json(parts: _Parts) -> dict[str, Any]:
+    def plain(value: object) -> str:
+        if isinstance(value, Path):
+            return str(value)
+        raise TypeError(type(value).__name__)
+
+    result: dict[str, Any] = json.loads(json.dumps(asdict(parts), default=plain))
+    return result
+
+
+def _remembered(cache: Cache, environment: Mapping[str, str]) -> _Parts | None:
+    from vmbus.provision.accel import Accelerator
+    from vmbus.provision.guest_files import Kernel
+    from vmbus.provision.libvfio_user import VfioUserLibrary
+    from vmbus.provision.qemu import QemuProgram
+
+    try:
+        known = json.loads(_memory(cache, environment).read_bytes())
+        program, library, kernel = known["qemu"], known["library"], known["kernel"]
+        major, minor, micro = program["version"]
+        parts = _Parts(
+            QemuProgram(tuple(program["argv"]), (major, minor, micro), program["source"], tuple(program["image_argv"])),
+            VfioUserLibrary(Path(library["path"]), library["source"]),
+            Kernel(
+                Path(kernel["image"]),
+                kernel["version"],
+                {name: tuple(needed) for name, needed in kernel["modules"].items()},
+                kernel["package"],
+            ),
+            Path(known["userland"]),
+            Accelerator(**known["accelerator"]),
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    files = [
+        *(Path(part) for part in parts.qemu.argv if part.startswith("/")),
+        *(parts.library.path, parts.kernel.image, parts.userland / "usr/bin/busybox"),
+        *(parts.kernel.module_path(name) for name in parts.kernel.modules),
+    ]
+    return parts if all(path.exists() for path in files) else None
+
+
+def _with_image(
+    parts: _Parts, cache: Cache, reporter: Reporter | None, environment: Mapping[str, str]
+) -> Provisioned | None:
+    """Add the guest image; without a reporter (and lock) only one that is in the cache already."""
+    from vmbus.provision import guest_files
+    from vmbus.provision.debian import find_root
+    from vmbus_guest import image  # imports this package
+
+    userland = find_root(cache, guest_files.USERLAND_RECIPE)
+    if userland is None:
+        return None
+    if reporter is None:
+        built = image.find_image(cache, image.image_key(userland, parts.kernel))
+        if built is None:
+            return None
+    else:
+        built = image.build_image(userland, parts.kernel, cache, reporter)
+    return Provisioned(
+        qemu=parts.qemu,
+        libvfio_user=parts.library.path,
+        libvfio_user_source=parts.library.source,
+        kernel=built.kernel,
+        kernel_version=parts.kernel.version,
+        image=built.initramfs,
+        image_key=built.key,
+        accelerator=parts.accelerator,
+    )

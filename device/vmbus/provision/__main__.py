@@ -1,0 +1,119 @@
+"""`python -m vmbus.provision [--json] [--quiet]`: the second stage of the set-up, with progress and a summary.
+
+Progress goes to standard error, the summary to standard output. Exit status 0: everything is there; 1: something is
+missing, and the message says what to do; 130: interrupted, to be continued by the next run.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from vmbus.errors import VmbusError
+from vmbus.provision import Provisioned, provision
+from vmbus.provision.report import PlainReporter, Reporter, SilentReporter
+
+
+class RichReporter:
+    """Progress on a terminal: a line per step, the running one with a bar."""
+
+    def __init__(self, console: Console) -> None:
+        self._progress = Progress(
+            SpinnerColumn(finished_text="[green]✓"),
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.fields[text]}"),
+            TimeElapsedColumn(),
+            console=console,
+        )
+        self._task: TaskID | None = None
+
+    def __enter__(self) -> RichReporter:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._task is not None:
+            self._progress.stop_task(self._task)
+        self._progress.stop()
+
+    def begin(self, text: str) -> None:
+        self._task = self._progress.add_task(text, total=None, text="")
+
+    def progress(self, done: int, total: int, text: str = "") -> None:
+        if self._task is not None:
+            self._progress.update(self._task, completed=done, total=total, text=f"{done}/{total} {text}")
+
+    def end(self, text: str = "") -> None:
+        if self._task is not None:
+            self._progress.update(self._task, completed=1, total=1, text=text or "done")
+            self._task = None
+
+    def note(self, text: str) -> None:
+        self._progress.console.print(text, markup=False, highlight=False)
+
+
+def facts(result: Provisioned) -> dict[str, object]:
+    """Return the outcome for `--json`."""
+    return {
+        "qemu": list(result.qemu.argv),
+        "qemu_version": result.qemu.version_text,
+        "qemu_source": result.qemu.source,
+        "qemu_img": list(result.qemu.image_argv),
+        "libvfio_user": str(result.libvfio_user),
+        "libvfio_user_source": result.libvfio_user_source,
+        "kernel": str(result.kernel),
+        "kernel_version": result.kernel_version,
+        "image": str(result.image),
+        "image_key": result.image_key,
+        "accelerator": result.accelerator.name,
+        "accelerator_reason": result.accelerator.reason,
+    }
+
+
+def summary(result: Provisioned) -> Table:
+    """Return the outcome as a table."""
+    table = Table(title="Set-up", title_justify="left", show_header=False)
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    megabytes = result.image.stat().st_size / 1e6
+    table.add_row("QEMU", f"{result.qemu.version_text} ({result.qemu.source})")
+    table.add_row("libvfio-user", f"{result.libvfio_user} ({result.libvfio_user_source})")
+    table.add_row("guest kernel", f"{result.kernel_version}")
+    table.add_row("guest image", f"{result.image} ({megabytes:.1f} MB)")
+    table.add_row("accelerator", f"{result.accelerator.name}: {result.accelerator.reason}")
+    return table
+
+
+@click.command(help="Find or fetch everything that virtual machines with our devices need.")
+@click.option("--json", "as_json", is_flag=True, help="Print the outcome as JSON.")
+@click.option("--quiet", is_flag=True, help="Print no summary, and progress only if there is something to do.")
+def main(as_json: bool, quiet: bool) -> None:
+    """Run the set-up's second stage."""
+    errors = Console(stderr=True)
+    try:
+        if errors.is_terminal and not as_json:
+            with RichReporter(errors) as reporter:
+                result = provision(reporter=reporter)
+        else:
+            plain: Reporter = SilentReporter() if as_json and not errors.is_terminal else PlainReporter()
+            result = provision(reporter=plain)
+    except VmbusError as error:
+        errors.print(f"set-up: {error}", style="red", markup=False, highlight=False)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        errors.print("set-up interrupted; the next run continues with what is missing")
+        sys.exit(130)
+    if as_json:
+        click.echo(json.dumps(facts(result), indent=1))
+    elif not quiet:
+        Console().print(summary(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,169 @@
+"""Which accelerator a virtual machine gets: KVM only if it demonstrably runs a guest, else TCG.
+
+`/dev/kvm` may exist, open, and even create a virtual machine, and still be of no use: a nested or emulated KVM may
+die on the first instruction that it cannot handle, or never get anywhere. So a kernel is booted under it, with the
+machine type and virtual IOMMU that are used later, and has to start a program within a bounded time. The outcome is
+remembered until the next boot of the host.
+
+`VMBUS_ACCELERATOR` (`kvm` or `tcg`) settles the matter without a trial.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import selectors
+import subprocess
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from vmbus.errors import EnvironmentProblem
+from vmbus.provision.cache import Cache, digest, publish_bytes
+from vmbus.provision.debian import Root
+from vmbus.provision.guest_files import Kernel
+from vmbus.provision.process import mortal
+from vmbus.provision.qemu import QemuProgram
+from vmbus.provision.report import Reporter, SilentReporter
+
+KVM_DEVICE = Path("/dev/kvm")
+TRIAL_SECONDS = 20.0
+"""A working KVM needs 1 to 2 s for the trial; a nested one on a loaded machine a few more."""
+
+MARKER = "vmbus-guest-runs"
+
+_INIT = f"""#!/bin/busybox sh
+i=0
+while [ $i -lt 2000 ]; do i=$((i + 1)); done
+echo {MARKER}
+exec /bin/busybox poweroff -f
+"""
+
+
+@dataclass(frozen=True)
+class Accelerator:
+    """The choice, and why."""
+
+    name: str
+    """`kvm` or `tcg`."""
+    reason: str
+
+    @property
+    def arguments(self) -> tuple[str, ...]:
+        """QEMU arguments that select it."""
+        return ("-accel", self.name)
+
+    @property
+    def machine_options(self) -> str:
+        """What the `-machine` argument needs in addition: interrupt remapping wants a split irqchip under KVM."""
+        return ",kernel-irqchip=split" if self.name == "kvm" else ""
+
+
+def choose_accelerator(
+    qemu: QemuProgram,
+    kernel: Kernel,
+    userland: Root,
+    cache: Cache | None = None,
+    reporter: Reporter | None = None,
+    environment: Mapping[str, str] = os.environ,
+) -> Accelerator:
+    """Return the accelerator for this host, tried now unless the outcome of this boot is in the cache.
+
+    Raises EnvironmentProblem if `VMBUS_ACCELERATOR` is neither `kvm` nor `tcg`.
+    """
+    explicit = environment.get("VMBUS_ACCELERATOR", "").strip()
+    if explicit:
+        if explicit not in ("kvm", "tcg"):
+            raise EnvironmentProblem(f"VMBUS_ACCELERATOR is {explicit!r}; it can be kvm or tcg")
+        return Accelerator(explicit, "VMBUS_ACCELERATOR")
+    if not KVM_DEVICE.exists():
+        return Accelerator("tcg", f"there is no {KVM_DEVICE}")
+    if not os.access(KVM_DEVICE, os.R_OK | os.W_OK):
+        return Accelerator("tcg", f"{KVM_DEVICE} may not be opened by this user (the group kvm usually may)")
+    cache = cache or Cache()
+    record = cache.path("accelerator", digest(1, boot_id(), qemu.argv, qemu.version, kernel.version) + ".json")
+    try:
+        known = json.loads(record.read_bytes())
+        return Accelerator(str(known["name"]), str(known["reason"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    reporter = reporter or SilentReporter()
+    reporter.begin("Trying KVM")
+    failure = try_accelerator("kvm", qemu, kernel, userland, cache)
+    choice = Accelerator("kvm", "it ran a guest") if failure is None else Accelerator("tcg", f"KVM: {failure}")
+    publish_bytes(record, (json.dumps(asdict(choice)) + "\n").encode())
+    reporter.end("works" if failure is None else failure)
+    return choice
+
+
+def boot_id(path: Path = Path("/proc/sys/kernel/random/boot_id")) -> str:
+    """Return what identifies this boot of the host."""
+    try:
+        return path.read_text().strip()
+    except OSError:
+        return "unknown"
+
+
+def try_accelerator(
+    name: str, qemu: QemuProgram, kernel: Kernel, userland: Root, cache: Cache, seconds: float = TRIAL_SECONDS
+) -> str | None:
+    """Boot a kernel under an accelerator; return None if it ran a program, else in a few words what went wrong."""
+    from vmbus_guest import newc  # its package imports this one
+
+    initramfs = newc.write(
+        [
+            newc.file("bin/busybox", (userland.path / "usr/bin/busybox").read_bytes(), 0o755),
+            newc.file("init", _INIT.encode(), 0o755),
+            newc.character_device("dev/console", 5, 1),
+        ]
+    )
+    machine = "q35" + Accelerator(name, "on trial").machine_options
+    with cache.scratch() as scratch:
+        image = Path(scratch) / "trial.cpio"
+        image.write_bytes(initramfs)
+        return boot_trial(
+            [
+                *qemu.argv,
+                *("-accel", name, "-machine", machine, "-m", "256"),
+                *("-device", "intel-iommu,caching-mode=on,intremap=on"),
+                *("-nodefaults", "-display", "none", "-serial", "stdio", "-no-reboot"),
+                *("-kernel", str(kernel.image), "-initrd", str(image)),
+                *("-append", "console=ttyS0 rdinit=/init panic=-1 quiet intel_iommu=on iommu=pt"),
+            ],
+            seconds,
+        )
+
+
+def boot_trial(argv: list[str], seconds: float) -> str | None:
+    """Run QEMU until its guest prints the marker; return None then, else in a few words what went wrong."""
+    try:
+        process = subprocess.Popen(
+            [*mortal(), *argv], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
+    except OSError as error:
+        return f"QEMU could not be started: {error}"
+    assert process.stdout is not None
+    output = b""
+    deadline = time.monotonic() + seconds
+    try:
+        with selectors.DefaultSelector() as selector:
+            selector.register(process.stdout, selectors.EVENT_READ)
+            while (left := deadline - time.monotonic()) > 0:
+                if not selector.select(left):
+                    break
+                data = os.read(process.stdout.fileno(), 65536)
+                output += data
+                if MARKER.encode() in output:
+                    return None
+                # QEMU then stands still with a paused guest, for somebody to look at.
+                if b"KVM internal error" in output:
+                    return "the guest died of a KVM internal error"
+                if not data:
+                    said = [line for line in output.decode(errors="replace").splitlines() if line.strip()]
+                    return f"QEMU ended: {said[-1][:200]}" if said else "QEMU ended without a word"
+        return f"the guest did not run a program within {seconds:g} s"
+    finally:
+        process.kill()
+        process.stdout.close()
+        process.wait()

@@ -1,0 +1,159 @@
+"""The cache directory: things appear in it whole, or not at all.
+
+Every product of the set-up (a private root, a build, an image, a virtual environment) is a file or a directory under
+the cache. It is made under a temporary name beside its place and renamed there when it is complete, so that whoever
+finds the final name finds a finished product, and an interrupted set-up simply goes on with the first one that is
+missing. One lock file keeps two set-ups from making the same thing at the same time.
+
+The location is `$VMBUS_CACHE`, else `$XDG_CACHE_HOME/vmbus-device`, else `~/.cache/vmbus-device`. The directory is
+its owner's alone (mode 0700). Standard library only: the first stage of the set-up imports this module before there
+is a virtual environment.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from vmbus.errors import EnvironmentProblem, WaitTimeout
+
+LOCK_TIMEOUT = 1800.0
+"""Seconds to wait for another set-up: longer than one takes from nothing on a slow network."""
+
+_SCRATCH = ".scratch-"
+_PARTIAL = ".partial-"
+
+
+def cache_directory(environment: Mapping[str, str] = os.environ) -> Path:
+    """Return the cache directory (an absolute path); it need not exist yet."""
+    explicit = environment.get("VMBUS_CACHE")
+    if explicit:
+        return Path(explicit).expanduser().absolute()
+    base = environment.get("XDG_CACHE_HOME")
+    if base and Path(base).is_absolute():  # the XDG specification says that relative values are to be ignored
+        return Path(base) / "vmbus-device"
+    return Path("~/.cache/vmbus-device").expanduser().absolute()
+
+
+def digest(*parts: object, length: int = 16) -> str:
+    """Return a short hexadecimal key over `parts`, each of which JSON can represent."""
+    text = json.dumps(parts, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:length]
+
+
+class Cache:
+    """The cache directory, its lock, and the one way in which things appear in it."""
+
+    def __init__(self, root: Path | None = None) -> None:
+        self.root = cache_directory() if root is None else root.absolute()
+
+    def path(self, *parts: str) -> Path:
+        """Return the path of an entry, whether or not it exists."""
+        return self.root.joinpath(*parts)
+
+    def prepare(self) -> None:
+        """Create the directory if it is missing.
+
+        Raises EnvironmentProblem if that is impossible.
+        """
+        try:
+            self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if self.root.stat().st_uid == os.getuid():
+                self.root.chmod(0o700)
+        except OSError as error:
+            raise EnvironmentProblem(
+                f"cannot create the cache directory {self.root}: {error}; set VMBUS_CACHE to a writable place"
+            ) from error
+
+    @contextmanager
+    def lock(self, timeout: float = LOCK_TIMEOUT, on_wait: Callable[[str], None] | None = None) -> Iterator[None]:
+        """Hold the lock; at most `timeout` seconds are spent waiting for whoever has it.
+
+        `on_wait` is told once, in words, if somebody else holds the lock. The kernel releases the lock when its
+        holder dies, so that a killed set-up never blocks the next one. Raises WaitTimeout.
+        """
+        self.prepare()
+        path = self.path("lock")
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            deadline = time.monotonic() + timeout
+            told = False
+            while True:
+                try:
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    holder = os.pread(descriptor, 64, 0).decode(errors="replace").strip() or "another process"
+                    if time.monotonic() >= deadline:
+                        raise WaitTimeout(f"the lock {path} held by {holder}", timeout) from None
+                    if on_wait is not None and not told:
+                        on_wait(f"waiting for {holder}, which holds {path}")
+                        told = True
+                    # flock() has no time limit of its own, and SIGALRM belongs to the application.
+                    time.sleep(min(0.1, max(0.0, deadline - time.monotonic())))
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, f"process {os.getpid()}\n".encode(), 0)
+            # What interrupted set-ups left: nobody else works here now.
+            for stale in (*self.root.glob(f"{_SCRATCH}*"), *self.root.glob(f"*/.*{_PARTIAL}*")):
+                with suppress(OSError):
+                    remove(stale)
+            yield
+        finally:
+            os.close(descriptor)
+
+    def scratch(self) -> tempfile.TemporaryDirectory[str]:
+        """Return a folder on the cache's file system for the duration of a `with` block. The caller holds the lock:
+        who gets it next removes what is left of an interrupted set-up."""
+        self.prepare()
+        return tempfile.TemporaryDirectory(prefix=_SCRATCH, dir=self.root)
+
+    @contextmanager
+    def publish_directory(self, final: Path) -> Iterator[Path]:
+        """Give out an empty directory that becomes `final` when the block ends without an exception.
+
+        The caller holds the lock. A directory that is in the way (a product found to be damaged) is replaced.
+        """
+        final.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        # A name of its own: a program that a killed set-up had started may still be writing into an earlier one.
+        partial = Path(tempfile.mkdtemp(prefix=f".{final.name}{_PARTIAL}", dir=final.parent))
+        try:
+            yield partial
+            remove(final)
+            partial.rename(final)
+        except BaseException:
+            with suppress(OSError):  # what went wrong first is what the caller has to hear of
+                remove(partial)
+            raise
+
+
+def publish_bytes(final: Path, data: bytes, mode: int = 0o600) -> None:
+    """Write a file so that it appears whole: a temporary name in the same directory, then a rename."""
+    final.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    partial = final.with_name(f".{final.name}.{os.getpid()}.partial")
+    try:
+        descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, mode)
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+        partial.rename(final)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a tree, whatever its modes, if it is there."""
+    if path.is_symlink() or path.is_file():
+        path.unlink()
+    elif path.exists():
+        for directory, _, _ in os.walk(path):  # unpacked packages may hold directories without write permission
+            if not os.access(directory, os.W_OK | os.X_OK | os.R_OK):
+                Path(directory).chmod(0o700)
+        shutil.rmtree(path)

@@ -1,0 +1,135 @@
+"""The virtual environment in the cache: the dependencies of `requirements.lock`, and nothing else.
+
+The project itself is not installed; the scripts put its two import roots on the path, so that several checkouts
+share one environment. It is keyed by Python and by the lock file's contents. Every file that pip installs is checked
+against the digests in the lock file.
+
+pip comes from Python's own `ensurepip`; Debian moves that into a package (python3-venv) that a minimal machine lacks,
+and then pip is taken out of Debian's python3-pip-whl, fetched like everything else. Standard library only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import re
+import sys
+from pathlib import Path
+
+from vmbus.errors import EnvironmentProblem
+from vmbus.provision.cache import Cache, digest, publish_bytes
+from vmbus.provision.debian import SUITE, AptError, RootRecipe, make_root, run_lines
+from vmbus.provision.report import Reporter
+
+LOCK_FILE = "requirements.lock"
+MINIMUM_PYTHON = (3, 11)
+STAMP = "complete"
+VENV_TIMEOUT = 120.0
+INSTALL_TIMEOUT = 1800.0
+
+PIP_RECIPE = RootRecipe("pip", (SUITE,), ("python3-pip-whl",), closure=False)
+
+
+def environment_path(cache: Cache, checkout: Path) -> Path:
+    """Return where the environment for this Python and lock file belongs.
+
+    Raises EnvironmentProblem if the lock file cannot be read or Python is too old.
+    """
+    if sys.version_info < MINIMUM_PYTHON:
+        wanted = ".".join(str(part) for part in MINIMUM_PYTHON)
+        raise EnvironmentProblem(f"Python {wanted} or later is needed; {sys.executable} is {sys.version.split()[0]}")
+    lock = checkout / LOCK_FILE
+    try:
+        contents = lock.read_bytes()
+    except OSError as error:
+        raise EnvironmentProblem(f"cannot read {lock}: {error}") from error
+    base = str(Path(getattr(sys, "_base_executable", sys.executable)).resolve())
+    return cache.path("env", digest(1, sys.version_info[:2], base, hashlib.sha256(contents).hexdigest()))
+
+
+def environment_python(cache: Cache, checkout: Path) -> Path | None:
+    """Return the environment's Python if the environment is complete, else None."""
+    directory = environment_path(cache, checkout)
+    python = directory / "bin/python"
+    return python if (directory / STAMP).exists() and python.exists() else None
+
+
+def make_environment(cache: Cache, checkout: Path, reporter: Reporter) -> Path:
+    """Return the environment's Python, made now if need be. The caller holds the cache's lock.
+
+    Raises EnvironmentProblem, AptError, WaitTimeout.
+    """
+    python = environment_python(cache, checkout)
+    if python is not None:
+        return python
+    directory = environment_path(cache, checkout)
+    lock = checkout / LOCK_FILE
+    pinned = len(re.findall(r"^[A-Za-z0-9][A-Za-z0-9._-]*==", lock.read_text(encoding="utf-8"), re.MULTILINE))
+    with cache.publish_directory(directory) as partial:
+        reporter.begin("Virtual environment")
+        run_lines(
+            [getattr(sys, "_base_executable", sys.executable), "-I", "-m", "venv", "--without-pip", partial],
+            "creating a virtual environment",
+            VENV_TIMEOUT,
+        )
+        reporter.end()
+        inside = partial / "bin/python"
+        pip = find_pip(cache, inside, reporter)
+        reporter.begin(f"Python packages ({pinned} pinned)")
+        seen = 0
+
+        def on_line(line: str) -> None:
+            nonlocal seen
+            if line.startswith("Collecting "):
+                seen = min(seen + 1, pinned)
+                reporter.progress(seen, pinned, line.split()[1].split("==")[0])
+
+        try:
+            run_lines(
+                [
+                    *(str(inside), *pip, "install", "--require-hashes", "--only-binary", ":all:"),
+                    *("--progress-bar", "off", "--no-input", "--disable-pip-version-check"),
+                    *("--requirement", str(lock)),
+                ],
+                "installing the Python packages",
+                INSTALL_TIMEOUT,
+                on_line,
+            )
+        except AptError as error:
+            raise EnvironmentProblem(f"{error}\ncheck the network and pip's configuration, then run it again") from None
+        relocate(partial, directory)
+        publish_bytes(partial / STAMP, b"")
+        reporter.end()
+    python = environment_python(cache, checkout)
+    assert python is not None
+    return python
+
+
+def find_pip(cache: Cache, python: Path, reporter: Reporter) -> list[str]:
+    """Return the arguments for `python` that start pip.
+
+    Raises EnvironmentProblem, AptError, WaitTimeout.
+    """
+    if importlib.util.find_spec("ensurepip") is not None:
+        try:
+            run_lines([python, "-I", "-m", "ensurepip"], "ensurepip", VENV_TIMEOUT)
+            return ["-I", "-m", "pip"]
+        except AptError:
+            reporter.note("Python's ensurepip does not work here; taking pip from a Debian package")
+    root = make_root(cache, PIP_RECIPE, reporter)
+    wheels = sorted(root.path.glob("usr/share/python-wheels/pip-*.whl"))
+    if not wheels:
+        raise EnvironmentProblem("Debian's python3-pip-whl holds no pip; run: sudo apt-get install -y python3-venv")
+    # A wheel is a zip file, and pip can be run from inside it.
+    return ["-I", str(wheels[-1] / "pip")]
+
+
+def relocate(directory: Path, final: Path) -> None:
+    """Make the scripts of an environment that is about to be renamed name their future interpreter."""
+    for path in (directory / "bin").iterdir():
+        if path.is_symlink() or not path.is_file():
+            continue
+        data = path.read_bytes()
+        changed = data.replace(str(directory).encode(), str(final).encode())
+        if changed != data and b"\0" not in data[:1024]:
+            path.write_bytes(changed)

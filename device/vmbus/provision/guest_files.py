@@ -1,0 +1,168 @@
+"""What the guest runs that is not ours: Debian's cloud kernel with some of its modules, busybox and Python.
+
+The kernel package is large and most of it is of no use here, so only the image and the wanted modules (with whatever
+they depend on) are unpacked from it, decompressed: the guest's loader is then as simple as can be.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import tarfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from vmbus.errors import EnvironmentProblem
+from vmbus.provision.archive import command_output, decompress_xz
+from vmbus.provision.cache import Cache, digest, publish_bytes
+from vmbus.provision.debian import SUITE, Apt, Root, RootRecipe, discard, make_root, package_fields, write_record
+from vmbus.provision.report import Reporter, SilentReporter
+
+KERNEL_PACKAGE = "linux-image-cloud-amd64"
+"""Depends on the current kernel, whose package has its version in its name."""
+
+MODULES = (
+    "irqbypass",
+    "vfio",
+    "vfio_iommu_type1",
+    "vfio-pci-core",
+    "vfio-pci",
+    "nbd",
+    "tun",
+    "veth",
+    "virtio_blk",
+    "virtio_net",
+)
+"""Modules to take, with what they depend on; modules that the kernel has built in are skipped."""
+
+USERLAND_RECIPE = RootRecipe(
+    name="guest",
+    suites=(SUITE,),
+    packages=("busybox-static", "python3.13-minimal", "libpython3.13-minimal", "libpython3.13-stdlib"),
+)
+
+PYTHON = "python3.13"
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A kernel image and its modules, decompressed."""
+
+    image: Path
+    version: str
+    """As `uname -r` says it."""
+    modules: Mapping[str, tuple[str, ...]]
+    """For each module (file name without suffix, in an order that can be loaded) the names it depends on."""
+    package: str
+    """Version of the Debian package."""
+
+    def module_path(self, name: str) -> Path:
+        return self.image.parent / "modules" / f"{name}.ko"
+
+
+def find_kernel(cache: Cache | None = None, reporter: Reporter | None = None) -> Kernel:
+    """Return the kernel, fetched if need be. The caller holds the cache's lock.
+
+    Raises EnvironmentProblem, AptError, WaitTimeout.
+    """
+    cache = cache or Cache()
+    reporter = reporter or SilentReporter()
+    directory = cache.path("kernel", digest(1, SUITE, KERNEL_PACKAGE, MODULES, length=8))
+    record = directory / "kernel.json"
+    if not record.exists():
+        apt = Apt(cache, (SUITE,), reporter=reporter)
+        concrete = [name for name in apt.depends(KERNEL_PACKAGE) if name.startswith("linux-image-")]
+        if len(concrete) != 1:
+            raise EnvironmentProblem(f"{KERNEL_PACKAGE} should name one kernel package; apt says {concrete}")
+        deb = apt.download(concrete)[0]
+        with cache.publish_directory(directory) as partial:
+            reporter.begin(f"Unpacking {concrete[0]}")
+            version, modules = unpack_kernel(deb, partial)
+            package = package_fields(deb)
+            write_record(partial, [package], (SUITE,))
+            facts = {"version": version, "package": package.version, "modules": modules}
+            publish_bytes(partial / record.name, (json.dumps(facts, indent=1) + "\n").encode())
+            reporter.end(f"{len(modules)} modules")
+        discard([deb])
+    facts = json.loads(record.read_text())
+    return Kernel(
+        image=directory / "vmlinuz",
+        version=facts["version"],
+        modules={name: tuple(needed) for name, needed in facts["modules"].items()},
+        package=facts["package"],
+    )
+
+
+def find_userland(cache: Cache | None = None, reporter: Reporter | None = None) -> Root:
+    """Return the root with busybox and Python, fetched if need be. The caller holds the cache's lock.
+
+    Raises EnvironmentProblem, AptError, WaitTimeout.
+    """
+    return make_root(cache or Cache(), USERLAND_RECIPE, reporter or SilentReporter())
+
+
+def unpack_kernel(deb: Path, target: Path) -> tuple[str, dict[str, tuple[str, ...]]]:
+    """Take the image and the wanted modules out of a kernel package; return the version and the modules' order.
+
+    Raises EnvironmentProblem if the package does not look like one.
+    """
+    compressed: dict[str, bytes] = {}
+    builtin: set[str] = set()
+    version = ""
+    with (
+        command_output(["dpkg-deb", "--fsys-tarfile", str(deb)], f"reading {deb.name}") as stream,
+        tarfile.open(fileobj=stream, mode="r|") as tar,
+    ):
+        for member in tar:
+            name = member.name.removeprefix("./")
+            file = tar.extractfile(member) if member.isfile() else None
+            if file is None:
+                continue
+            if name.startswith("boot/vmlinuz-"):
+                version = name.removeprefix("boot/vmlinuz-")
+                (target / "vmlinuz").write_bytes(file.read())
+            elif name.endswith("/modules.builtin"):
+                builtin = {module_name(line) for line in file.read().decode().split()}
+            elif ".ko" in Path(name).suffixes:
+                # Everything is kept until the dependencies are known: it is one pass over a stream.
+                compressed[module_name(name)] = file.read()
+    if not version:
+        raise EnvironmentProblem(f"{deb.name} holds no kernel image")
+    folder = target / "modules"
+    folder.mkdir()
+    order: dict[str, tuple[str, ...]] = {}
+    for name in MODULES:
+        _take_module(module_name(name), compressed, builtin, folder, order)
+    return version, order
+
+
+def _take_module(
+    name: str, compressed: Mapping[str, bytes], builtin: set[str], folder: Path, order: dict[str, tuple[str, ...]]
+) -> None:
+    if name in order or name in builtin:
+        return
+    try:
+        data = compressed[name]
+    except KeyError:
+        raise EnvironmentProblem(f"the kernel package has no module {name}") from None
+    if not data.startswith(b"\x7fELF"):
+        data = decompress_xz(data)
+    needed = module_dependencies(data)
+    for other in needed:
+        _take_module(other, compressed, builtin, folder, order)
+    (folder / f"{name}.ko").write_bytes(data)
+    order[name] = tuple(other for other in needed if other not in builtin)
+
+
+def module_name(path: str) -> str:
+    """Return a module's name as the kernel spells it: no folder, no suffix, underscores."""
+    return re.sub(r"\.ko(\.\w+)?$", "", path.rsplit("/", 1)[-1]).replace("-", "_")
+
+
+def module_dependencies(data: bytes) -> Sequence[str]:
+    """Return what a module (an ELF object) says it depends on, from its `.modinfo` strings."""
+    match = re.search(rb"\0depends=([^\0]*)\0", data)
+    if match is None or not match[1]:
+        return ()
+    return [module_name(name) for name in match[1].decode().split(",")]

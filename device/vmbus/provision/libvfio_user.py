@@ -1,0 +1,278 @@
+"""Find libvfio-user, or build it from the copy that Debian's QEMU source package carries.
+
+The order is `VMBUS_LIBVFIO_USER` (a path; nothing else is tried then), the system's library, and our build. The build
+is one run of the host's C compiler over the library's files, with the options of its own release build: this needs
+neither pkg-config nor meson nor the library's test framework. The json-c headers come from the host or, where they are
+not installed, from the host suite's Debian package.
+
+Which generation of the library was found, and whether the binding can serve it, is `vmbus.vfio_user`'s business.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import ctypes.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from vmbus.errors import EnvironmentProblem
+from vmbus.provision.archive import open_archive
+from vmbus.provision.cache import Cache, digest, publish_bytes
+from vmbus.provision.debian import SUITE, Apt, RootRecipe, host_suite, make_root
+from vmbus.provision.report import Reporter, SilentReporter
+
+SONAME = "libvfio-user.so.0"
+SOURCE_FOLDER = "subprojects/libvfio-user/"
+BUILD_TIMEOUT = 300.0
+PACKAGES_FOR_A_COMPILER = "gcc libc6-dev"
+
+COMPILER_OPTIONS = ("-shared", "-fPIC", "-O3", "-std=gnu99", "-D_GNU_SOURCE", "-fvisibility=hidden", "-w")
+"""What the library's own build uses for a release. Assertions stay in: they turn a wild write into a clean end."""
+
+LINKER_OPTIONS = ("-Wl,-soname," + SONAME, "-Wl,--no-undefined", "-Wl,-z,relro,-z,now", "-pthread")
+
+OPTIONAL_SOURCES = ("tran_pipe.c",)
+"""A transport for the library's own tests, left out of its release build."""
+
+_JSON_C_SONAME = "libjson-c.so.5"
+
+
+@dataclass(frozen=True)
+class VfioUserLibrary:
+    """A libvfio-user and where it comes from, in words."""
+
+    path: Path
+    source: str
+
+
+def find_library(
+    cache: Cache | None = None,
+    reporter: Reporter | None = None,
+    environment: Mapping[str, str] = os.environ,
+) -> Path:
+    """Return the path of a libvfio-user, built if need be; see `find` for what is raised."""
+    return find(cache, reporter, environment).path
+
+
+def find(
+    cache: Cache | None = None,
+    reporter: Reporter | None = None,
+    environment: Mapping[str, str] = os.environ,
+) -> VfioUserLibrary:
+    """Return a libvfio-user that can be loaded, built if need be. The caller holds the cache's lock.
+
+    Raises EnvironmentProblem (an explicit setting that cannot be used, no compiler, a failed build), AptError,
+    WaitTimeout.
+    """
+    explicit = environment.get("VMBUS_LIBVFIO_USER", "").strip()
+    if explicit:
+        path = Path(explicit).expanduser().absolute()
+        problem = loading_problem(path) if path.exists() else "there is no such file"
+        if problem:
+            raise EnvironmentProblem(f"VMBUS_LIBVFIO_USER is {explicit}: {problem}; unset it to have one built")
+        return VfioUserLibrary(path, "VMBUS_LIBVFIO_USER")
+    system = system_library()
+    if system is not None:
+        return VfioUserLibrary(system, "system")
+    return build(cache or Cache(), reporter or SilentReporter())
+
+
+def check_prerequisites(cache: Cache, environment: Mapping[str, str] = os.environ) -> None:
+    """Raise EnvironmentProblem now if `find` would have to build the library and could not, for want of a compiler."""
+    explicit = environment.get("VMBUS_LIBVFIO_USER", "").strip()
+    if not explicit and system_library() is None and not _record(cache).exists():
+        find_compiler()
+
+
+def system_library() -> Path | None:
+    """Return the path of the library that the dynamic linker finds, or None."""
+    if ctypes.util.find_library("vfio-user") is None:
+        return None
+    try:
+        ctypes.CDLL(SONAME)
+    except OSError:
+        return None
+    # Only the running process can tell which of the linker's directories the library came from.
+    for line in Path("/proc/self/maps").read_text(errors="replace").splitlines():
+        mapped = line.split(maxsplit=5)[5:]
+        if mapped and Path(mapped[0]).name.startswith("libvfio-user.so"):
+            return Path(mapped[0])
+    return None
+
+
+def loading_problem(path: Path) -> str | None:
+    """Return why the library cannot be loaded into a Python like this one, or None if it can."""
+    # In a process of its own: loading runs code of the library, and what is loaded here once stays.
+    program = "import ctypes, sys; ctypes.CDLL(sys.argv[1]).vfu_create_ctx"
+    result = subprocess.run(
+        [sys.executable, "-I", "-c", program, str(path)],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        errors="replace",
+        timeout=60,
+    )
+    if result.returncode == 0:
+        return None
+    return (result.stderr.strip().splitlines() or [f"status {result.returncode}"])[-1]
+
+
+def build_key() -> str:
+    """Key of the build: recipe and host suite (whose json-c it is linked with)."""
+    return digest(2, SUITE, COMPILER_OPTIONS, LINKER_OPTIONS, host_suite())
+
+
+def _record(cache: Cache) -> Path:
+    return cache.path("libvfio-user", build_key(), "build.json")
+
+
+def build(cache: Cache, reporter: Reporter) -> VfioUserLibrary:
+    """Return our build, made now if it does not exist. The caller holds the cache's lock.
+
+    Raises EnvironmentProblem, AptError, WaitTimeout.
+    """
+    record = _record(cache)
+    directory = record.parent
+    if not record.exists():
+        compiler = find_compiler()
+        source = fetch_source(cache, reporter)
+        json_c = JsonC.find(cache, reporter)
+        with cache.publish_directory(directory) as partial:
+            reporter.begin("Building libvfio-user")
+            compile_library(compiler, source, json_c, partial / SONAME)
+            problem = loading_problem(partial / SONAME)
+            if problem:
+                raise EnvironmentProblem(f"the libvfio-user just built cannot be loaded: {problem}")
+            # Its licence asks that its text accompany binaries.
+            publish_bytes(partial / "LICENSE.libvfio-user", (source / "LICENSE").read_bytes())
+            facts = {
+                "source": json.loads((source / "source.json").read_text()),
+                "compiler": compiler,
+                "json-c": json_c.origin,
+            }
+            publish_bytes(partial / record.name, (json.dumps(facts, indent=1) + "\n").encode())
+            reporter.end()
+    facts = json.loads(record.read_text())
+    return VfioUserLibrary(directory / SONAME, f"built from Debian's {facts['source']['archive']}")
+
+
+def find_compiler() -> str:
+    """Return a C compiler's path: `CC`, cc, gcc or clang.
+
+    Raises EnvironmentProblem with the command that installs one.
+    """
+    for name in (os.environ.get("CC", ""), "cc", "gcc", "clang"):
+        found = shutil.which(name) if name else None
+        if found is not None and Path("/usr/include/stdio.h").exists():
+            return found
+    raise EnvironmentProblem(
+        "no C compiler with the C library's headers, which libvfio-user needs; run: "
+        f"sudo apt-get install -y {PACKAGES_FOR_A_COMPILER}"
+    )
+
+
+def fetch_source(cache: Cache, reporter: Reporter) -> Path:
+    """Return a folder with libvfio-user's source from Debian's QEMU source package, fetched if need be."""
+    final = cache.path("source", f"libvfio-user-{SUITE}")
+    if (final / "source.json").exists():
+        return final
+    apt = Apt(cache, (SUITE,), sources=True, reporter=reporter)
+    archive = apt.source_archive("qemu", SUITE)
+    with cache.publish_directory(final) as partial:
+        reporter.begin(f"Unpacking {SOURCE_FOLDER.rstrip('/')} of {archive.name}")
+        count = 0
+        with open_archive(archive) as stream, tarfile.open(fileobj=stream, mode="r|") as tar:
+            for member in tar:
+                _, _, inside = member.name.partition("/")
+                if not inside.startswith(SOURCE_FOLDER) or not member.isfile():
+                    continue
+                target = partial / inside.removeprefix(SOURCE_FOLDER)
+                if ".." in target.parts:
+                    raise EnvironmentProblem(f"{archive.name} holds a file that would leave its folder: {member.name}")
+                data = tar.extractfile(member)
+                assert data is not None
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.write_bytes(data.read())
+                count += 1
+        if not (partial / "lib/libvfio-user.c").exists():
+            raise EnvironmentProblem(f"{archive.name} holds no libvfio-user; set VMBUS_LIBVFIO_USER to one of your own")
+        publish_bytes(partial / "source.json", (json.dumps({"archive": archive.name, "suite": SUITE}) + "\n").encode())
+        reporter.end(f"{count} files")
+    archive.unlink(missing_ok=True)
+    return final
+
+
+@dataclass(frozen=True)
+class JsonC:
+    """json-c to build and link with."""
+
+    include: Path
+    library: Path
+    """The shared library itself, so that no development link is needed."""
+    rpath: Path | None
+    """Where the dynamic linker has to look, if the library is not the host's."""
+    origin: str
+
+    @classmethod
+    def find(cls, cache: Cache, reporter: Reporter) -> JsonC:
+        """Return the host's json-c where it is complete, and the host suite's packages for what is missing."""
+        headers = Path("/usr/include/json-c")
+        installed = _host_library(_JSON_C_SONAME)
+        if (headers / "json.h").exists() and installed is not None:
+            return cls(headers, installed, None, "host")
+        suite = host_suite()
+        recipe = RootRecipe(f"json-c-{suite}", (suite,), ("libjson-c-dev", "libjson-c5"), closure=False)
+        root = make_root(cache, recipe, reporter)
+        version = root.packages["libjson-c-dev"]
+        headers = root.path / "usr/include/json-c"
+        if installed is not None:
+            return cls(headers, installed, None, f"host, headers of Debian {version}")
+        # The package's files are below /lib or /usr/lib, depending on the suite; the root's links make it one place.
+        return cls(headers, root.libraries / _JSON_C_SONAME, root.libraries, f"Debian {version}")
+
+
+def _host_library(soname: str) -> Path | None:
+    for folder in ("/usr/lib/x86_64-linux-gnu", "/lib/x86_64-linux-gnu", "/usr/lib64", "/usr/lib"):
+        path = Path(folder) / soname
+        if path.exists():
+            return path
+    return None
+
+
+def compile_library(compiler: str, source: Path, json_c: JsonC, output: Path) -> None:
+    """Compile and link the library.
+
+    Raises EnvironmentProblem with what the compiler said.
+    """
+    files = sorted(path for path in (source / "lib").glob("*.c") if path.name not in OPTIONAL_SOURCES)
+    argv = [
+        compiler,
+        *COMPILER_OPTIONS,
+        f"-I{source / 'include'}",
+        f"-I{source / 'lib'}",
+        f"-I{json_c.include}",
+        *(str(path) for path in files),
+        str(json_c.library),
+        *LINKER_OPTIONS,
+        *([f"-Wl,-rpath,{json_c.rpath}"] if json_c.rpath is not None else []),
+        "-o",
+        str(output),
+    ]
+    try:
+        result = subprocess.run(
+            argv, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", timeout=BUILD_TIMEOUT
+        )
+    except subprocess.TimeoutExpired as error:
+        raise EnvironmentProblem(f"building libvfio-user took more than {BUILD_TIMEOUT:g} s") from error
+    if result.returncode != 0:
+        raise EnvironmentProblem(
+            f"building libvfio-user failed; if the message below is about a missing header, run: "
+            f"sudo apt-get install -y {PACKAGES_FOR_A_COMPILER}\n{result.stderr.strip()[-2000:]}"
+        )

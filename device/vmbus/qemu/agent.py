@@ -1,0 +1,175 @@
+"""The host's end of the guest agent: requests as JSON lines over the virtio-serial port's unix socket.
+
+The connection may break and the VM may be restored under a request: a request's line, or its answer, can be lost
+then. So every request has an id that no other process of ours ever used before, is sent again under the same id
+after a reconnect or a silence, and the agent answers a repeated id from memory instead of doing the work twice.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import secrets
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from vmbus.errors import EnvironmentProblem, UsageError, VmbusError, WaitTimeout
+
+LINE_LIMIT = 8 << 20
+"""Longest line accepted from a guest, in bytes. A guest that sends more is cut off."""
+
+RESEND_INTERVAL = 5.0
+"""Seconds without an answer after which a request is sent again."""
+
+_RECONNECT_INTERVAL = 0.2
+
+
+class AgentError(VmbusError):
+    """The agent answered a request with an error; `kind` is its name for it."""
+
+    def __init__(self, command: str, kind: str, message: str) -> None:
+        super().__init__(f"the guest's agent failed {command!r}: {message}" + (f" ({kind})" if kind else ""))
+        self.kind = kind
+
+
+class AgentClient:
+    """A client of one VM's agent. Several requests may be under way at once.
+
+    `on_event` is called with every line that is not an answer (``{"event": ...}``); it must not raise.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        on_event: Callable[[dict[str, Any]], None] | None = None,
+        resend_interval: float = RESEND_INTERVAL,
+    ) -> None:
+        self._path = path
+        self._on_event = on_event
+        self._resend_interval = resend_interval
+        # A random start: the guest's memory of answered ids survives a restore, our counter does not.
+        self._next_id = secrets.randbits(40) << 12
+        self._answers: dict[int, asyncio.Future[dict[str, Any]]] = {}
+        self._lines: dict[int, bytes] = {}
+        self._writer: asyncio.StreamWriter | None = None
+        self._connected = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+        self.reconnects = 0
+
+    async def connect(self, timeout: float = 10.0) -> None:
+        """Connects, and stays connected (reconnecting if need be) until `close`."""
+        if self._task is None:
+            self._task = asyncio.create_task(self._run(), name=f"agent client of {self._path}")
+        try:
+            async with asyncio.timeout(timeout):
+                await self._connected.wait()
+        except TimeoutError:
+            raise WaitTimeout(f"a connection to the agent's socket {self._path}", timeout) from None
+
+    async def close(self) -> None:
+        """Ends the connection; requests under way fail with `EnvironmentProblem`."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.wait({self._task})
+            self._task = None
+        for future in self._answers.values():
+            if not future.done():
+                future.set_exception(EnvironmentProblem("the connection to the guest's agent was closed"))
+        self._answers.clear()
+        self._lines.clear()
+
+    async def call(self, command: str, /, *, timeout: float = 30.0, **arguments: Any) -> dict[str, Any]:
+        """Sends one request and returns its result.
+
+        Raises `AgentError` if the agent answers with an error, `WaitTimeout` if it does not answer in `timeout`
+        seconds, and `UsageError` before `connect`.
+        """
+        return await self.request(command, arguments, timeout=timeout)
+
+    async def request(self, command: str, arguments: dict[str, Any], *, timeout: float) -> dict[str, Any]:
+        """As `call`, with the arguments as a dictionary (which may then have any keys)."""
+        if self._task is None:
+            raise UsageError("the agent client is not connected: call connect() first")
+        self._next_id += 1
+        number = self._next_id
+        line = json.dumps({"id": number, "command": command, "arguments": arguments}).encode() + b"\n"
+        future: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
+        self._answers[number] = future
+        self._lines[number] = line
+        try:
+            async with asyncio.timeout(timeout):
+                await self._send(line)
+                while True:
+                    await asyncio.wait({future}, timeout=self._resend_interval)
+                    if future.done():
+                        break
+                    await self._send(line)
+        except TimeoutError:
+            raise WaitTimeout(f"the guest's agent to answer {command!r}", timeout) from None
+        finally:
+            self._answers.pop(number, None)
+            self._lines.pop(number, None)
+        answer = future.result()
+        if "error" in answer:
+            error = answer["error"]
+            if isinstance(error, dict):
+                raise AgentError(command, str(error.get("kind", "")), str(error.get("message", "")))
+            raise AgentError(command, "", str(error))
+        result = answer.get("result")
+        return result if isinstance(result, dict) else {"value": result}
+
+    async def wait_ready(self, timeout: float) -> None:
+        """Waits until the agent answers, e.g. after the guest's boot. Raises `WaitTimeout`."""
+        try:
+            await self.request("ping", {}, timeout=timeout)
+        except WaitTimeout:
+            raise WaitTimeout("the guest's agent to come up (see the console's log)", timeout) from None
+
+    async def _send(self, line: bytes) -> None:
+        writer = self._writer
+        if writer is None:
+            return  # the next connection sends everything that has no answer yet
+        with contextlib.suppress(OSError):
+            writer.write(line)
+            await writer.drain()
+
+    async def _run(self) -> None:
+        while True:
+            try:
+                reader, writer = await asyncio.open_unix_connection(str(self._path), limit=LINE_LIMIT)
+            except OSError:
+                await asyncio.sleep(_RECONNECT_INTERVAL)  # the socket is not there yet, or QEMU is gone
+                continue
+            self._writer = writer
+            try:
+                # An empty line first: it ends whatever half a line an earlier connection left behind.
+                writer.write(b"\n" + b"".join(self._lines.values()))
+                self._connected.set()
+                await self._read(reader)
+            except (OSError, ValueError, asyncio.LimitOverrunError):
+                pass
+            finally:
+                self._writer = None
+                self._connected.clear()
+                writer.close()
+            self.reconnects += 1
+            await asyncio.sleep(_RECONNECT_INTERVAL)
+
+    async def _read(self, reader: asyncio.StreamReader) -> None:
+        while line := await reader.readline():
+            try:
+                message = json.loads(line)
+            except ValueError:
+                continue  # the rest of a line whose start went to an earlier connection
+            if not isinstance(message, dict):
+                continue
+            number = message.get("id")
+            if isinstance(number, int) and ("result" in message or "error" in message):
+                future = self._answers.get(number)
+                if future is not None and not future.done():
+                    future.set_result(message)
+            elif "event" in message and self._on_event is not None:
+                self._on_event(message)

@@ -1,0 +1,187 @@
+"""From a VM description to QEMU's arguments: a pure function, so that a test can look at every word of it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from vmbus.errors import UsageError
+from vmbus.provision import Provisioned
+from vmbus.qemu.description import VmDescription
+
+AGENT_PORT = "org.vmbus.agent"
+"""Name of the virtio-serial port that the guest's agent opens."""
+
+_SERIAL_SLOT = 3  # the virtio-serial controller; fixed, so that a restored VM has it in the same place
+
+
+@dataclass(frozen=True)
+class Programs:
+    """What the set-up found or made: everything that a VM needs from this machine.
+
+    `qemu` is the command to put before QEMU's own arguments (a private root needs its loader in front);
+    `libvfio_user` is None if the server should look for the library itself.
+    """
+
+    qemu: tuple[str, ...]
+    qemu_version: str
+    accelerator: str
+    kernel: Path
+    initramfs: Path
+    libvfio_user: Path | None = None
+
+
+def programs_from(provisioned: Provisioned) -> Programs:
+    """What a VM needs of a finished set-up."""
+    return Programs(
+        qemu=provisioned.qemu.argv,
+        qemu_version=provisioned.qemu.version_text,
+        accelerator=provisioned.accelerator.name,
+        kernel=provisioned.kernel,
+        initramfs=provisioned.image,
+        libvfio_user=provisioned.libvfio_user,
+    )
+
+
+@dataclass(frozen=True)
+class Sockets:
+    """Paths of a VM's sockets and logs in its run directory."""
+
+    run_directory: Path
+
+    @property
+    def vfio(self) -> Path:
+        return self.run_directory / "vfio.sock"
+
+    @property
+    def control(self) -> Path:
+        return self.run_directory / "control.sock"
+
+    @property
+    def qmp(self) -> Path:
+        return self.run_directory / "qmp.sock"
+
+    @property
+    def qmp_tools(self) -> Path:
+        return self.run_directory / "qmp-tools.sock"
+
+    @property
+    def agent(self) -> Path:
+        return self.run_directory / "agent.sock"
+
+    @property
+    def console(self) -> Path:
+        return self.run_directory / "console.sock"
+
+    @property
+    def console_log(self) -> Path:
+        return self.run_directory / "console.log"
+
+    @property
+    def supervisor(self) -> Path:
+        return self.run_directory / "supervisor.sock"
+
+
+def machine_version(qemu_version: str) -> str:
+    """The versioned machine type that the alias ``q35`` means in this QEMU: 11.1.3 has ``pc-q35-11.1``.
+
+    A snapshot records it, since RAM and device layouts belong to it.
+    """
+    parts = qemu_version.split(".")
+    if len(parts) < 2 or not (parts[0].isdigit() and parts[1].isdigit()):
+        raise UsageError(f"{qemu_version!r} is not a QEMU version such as 11.1.3")
+    return f"pc-q35-{parts[0]}.{parts[1]}"
+
+
+def kernel_arguments(description: VmDescription) -> str:
+    """The guest kernel's command line."""
+    words = [
+        "console=ttyS0",
+        "rdinit=/init",
+        "panic=-1",
+        "quiet",
+        "intel_iommu=on",
+        "iommu=pt",
+        f"hugepages={description.guest.huge_pages}",
+        *description.guest.kernel_arguments,
+    ]
+    return " ".join(words)
+
+
+def qemu_arguments(
+    description: VmDescription,
+    programs: Programs,
+    run_directory: Path,
+    *,
+    qmp: str | None = None,
+    incoming: bool = False,
+    with_device: bool = True,
+) -> list[str]:
+    """QEMU's whole command for a description, ready to be executed.
+
+    `qmp` replaces the supervisor's monitor socket by another chardev setting (such as an inherited descriptor);
+    `incoming` makes it wait, paused, for a state to be loaded; without `with_device` the VMBus device is left out
+    (for tests of the rest).
+    """
+    paths = Sockets(run_directory)
+    memory = f"{description.memory_mib}M"
+    machine = f"{machine_version(programs.qemu_version)},memory-backend=mem"
+    if programs.accelerator == "kvm":
+        machine += ",kernel-irqchip=split"  # interrupt remapping needs it
+    cpu = "qemu64"
+    if programs.accelerator == "tcg":
+        cpu += ",+rdrand"  # else the guest collects randomness for a second before Python may start
+    arguments = [
+        *programs.qemu,
+        *("-name", f"guest={description.name}"),
+        *("-accel", programs.accelerator),
+        *("-cpu", cpu),
+        *("-machine", machine),
+        *("-m", memory),
+        *("-smp", str(description.cpus)),
+        # Shared, or the server gets no descriptor of guest memory to map.
+        *("-object", f"memory-backend-memfd,id=mem,size={memory},share=on"),
+        "-no-user-config",
+        "-nodefaults",
+        "-no-reboot",
+        *("-display", "none"),
+        *("-msg", "timestamp=on"),
+        # Before the device that it translates for. Caching mode makes the guest announce every mapping.
+        *("-device", "intel-iommu,caching-mode=on,intremap=on"),
+        *("-chardev", _socket_chardev("console", paths.console) + f",logfile={_escape(paths.console_log)}"),
+        *("-serial", "chardev:console"),
+        *("-chardev", qmp or _socket_chardev("qmp", paths.qmp)),
+        *("-mon", "chardev=qmp,mode=control"),
+        *("-chardev", _socket_chardev("qmp-tools", paths.qmp_tools)),
+        *("-mon", "chardev=qmp-tools,mode=control"),
+        *("-device", f"virtio-serial-pci,id=serial,addr={_SERIAL_SLOT}"),
+        *("-chardev", _socket_chardev("agent", paths.agent)),
+        *("-device", f"virtserialport,id=agent-port,bus=serial.0,nr=1,chardev=agent,name={AGENT_PORT}"),
+    ]
+    if with_device:
+        device = {
+            "driver": "vfio-user-pci",
+            "id": "vmbus",
+            "socket": {"type": "unix", "path": str(paths.vfio)},
+            "addr": f"{description.slot:x}",
+            "rombar": 0,
+        }
+        arguments += ["-device", json.dumps(device)]
+    arguments += [
+        *("-kernel", str(programs.kernel)),
+        *("-initrd", str(programs.initramfs)),
+        *("-append", kernel_arguments(description)),
+    ]
+    if incoming:
+        arguments += ["-S", "-incoming", "defer"]
+    return arguments
+
+
+def _socket_chardev(name: str, path: Path) -> str:
+    return f"socket,id={name},path={_escape(path)},server=on,wait=off"
+
+
+def _escape(path: Path) -> str:
+    """A path inside a comma-separated option: QEMU reads a doubled comma as one."""
+    return str(path).replace(",", ",,")

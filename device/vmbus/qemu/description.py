@@ -1,0 +1,92 @@
+"""VM descriptions: one TOML file says what machine to build and which device it gets.
+
+A description names no programs and no files of this machine: those come from the set-up. So a description can be
+stored in a snapshot and used on another machine.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+
+from vmbus.description import DeviceDescription, Name, explain
+from vmbus.errors import EnvironmentProblem, UsageError
+
+
+class GuestDescription(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The guest's side of a VM description."""
+
+    huge_pages: Annotated[int, msgspec.Meta(ge=1, le=4096)] = 8
+    """2 MiB pages that the guest sets aside for rings and buffers that the device reaches."""
+    kernel_arguments: Annotated[
+        list[Annotated[str, msgspec.Meta(pattern=r"^[!-~]+$")]], msgspec.Meta(max_length=32)
+    ] = []
+    """Words added to the guest kernel's command line."""
+
+
+class VmDescription(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A virtual machine: size, devices, and the guest's settings."""
+
+    name: Name
+    """Names the running VM for the tools; a second VM of the same name gets a number."""
+    device: DeviceDescription
+    """The VMBus device and its providers."""
+    memory_mib: Annotated[int, msgspec.Meta(ge=128, le=65536, multiple_of=2)] = 256
+    """Guest memory in MiB."""
+    cpus: Annotated[int, msgspec.Meta(ge=1, le=64)] = 1
+    """Virtual CPUs."""
+    slot: Annotated[int, msgspec.Meta(ge=4, le=30)] = 5
+    """PCI device number of the VMBus device on bus 0. The rest belongs to the machine."""
+    guest: GuestDescription = GuestDescription()
+
+    def __post_init__(self) -> None:
+        # The kernel wants room beside the huge pages; a VM that cannot hold them fails late and obscurely.
+        if self.guest.huge_pages * 2 > self.memory_mib // 2:
+            raise ValueError(
+                f"guest.huge_pages = {self.guest.huge_pages} ({self.guest.huge_pages * 2} MiB) is more than half of "
+                f"memory_mib = {self.memory_mib}; allowed: up to {self.memory_mib // 4}"
+            )
+
+
+def parse_description(data: str | bytes, source: str) -> VmDescription:
+    """Decodes a VM description from TOML text; `source` names it in errors.
+
+    Raises `UsageError` that names the source, the field, and what is allowed there.
+    """
+    try:
+        return msgspec.toml.decode(data, type=VmDescription)
+    except msgspec.ValidationError as error:
+        raise UsageError(f"{source}: {explain(error)}") from error
+    except (msgspec.DecodeError, ValueError) as error:
+        raise UsageError(f"{source}: not TOML: {error}") from error
+
+
+def load_description(path: Path) -> VmDescription:
+    """Reads a VM description from a TOML file.
+
+    Raises `EnvironmentProblem` if the file cannot be read, `UsageError` if its content is wrong.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise EnvironmentProblem(f"cannot read VM description {path}: {error.strerror}") from error
+    return parse_description(data, str(path))
+
+
+def find_description(name: str, folder: Path) -> Path:
+    """Finds a description by path, or by bare name in `folder` (``demo`` means ``FOLDER/demo.toml``).
+
+    Raises `EnvironmentProblem` that lists what there is.
+    """
+    direct = Path(name)
+    if direct.suffix == ".toml" or "/" in name:
+        return direct
+    candidate = folder / f"{name}.toml"
+    if candidate.is_file():
+        return candidate
+    known = ", ".join(sorted(entry.stem for entry in folder.glob("*.toml"))) or "none"
+    raise EnvironmentProblem(
+        f"no VM description {name!r} in {folder}; there: {known}; a path to a .toml file works too"
+    )

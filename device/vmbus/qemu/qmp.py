@@ -1,0 +1,151 @@
+"""A thin typed layer over qemu.qmp: bounded commands, our errors, migration waits, the human monitor's commands."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import time
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from qemu.qmp import ExecuteError, QMPClient, QMPError
+from qemu.qmp.events import EventListener
+
+from vmbus.errors import EnvironmentProblem, WaitTimeout
+
+COMMAND_TIMEOUT = 20.0
+"""Seconds that QEMU may take to answer a command, unless the caller says otherwise."""
+
+_POLL_INTERVAL = 0.25  # seconds between looks at the migration's status when no event comes
+
+MIGRATION_ENDS = frozenset({"completed", "failed", "cancelled"})
+"""Statuses that a migration does not leave again."""
+
+
+class QmpCommandFailed(EnvironmentProblem):
+    """QEMU refused a command; the message is QEMU's."""
+
+
+class MigrationFailed(EnvironmentProblem):
+    """A migration ended otherwise than the caller needed."""
+
+
+class Monitor:
+    """A connection to one QEMU's monitor.
+
+    Every method raises `WaitTimeout` when QEMU does not answer in time, `QmpCommandFailed` when it refuses, and
+    `EnvironmentProblem` when the connection is lost.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._client = QMPClient(name)
+        # The library complains aloud about every lost connection; ours are reported by whoever waits.
+        self._client.logger = self._client.logger.getChild("quiet")
+        self._client.logger.setLevel("CRITICAL")
+
+    async def connect(self, address: Path | socket.socket, timeout: float = COMMAND_TIMEOUT) -> None:
+        """Connects to a monitor socket (a path, or a socket that is connected already)."""
+        target = str(address) if isinstance(address, Path) else address
+        try:
+            async with asyncio.timeout(timeout):
+                await self._client.connect(target)
+        except TimeoutError:
+            raise WaitTimeout(f"the monitor of {self.name} to greet", timeout) from None
+        except QMPError as error:
+            raise EnvironmentProblem(f"cannot connect to the monitor of {self.name}: {error}") from error
+
+    async def close(self) -> None:
+        """Ends the connection. Never raises for a connection that is broken already."""
+        with contextlib.suppress(QMPError, EOFError, OSError, TimeoutError):
+            async with asyncio.timeout(5):
+                await self._client.disconnect()
+
+    async def execute(
+        self, command: str, arguments: Mapping[str, object] | None = None, *, timeout: float = COMMAND_TIMEOUT
+    ) -> Any:
+        """Executes one command and returns its value (decoded JSON; see QEMU's reference for its shape)."""
+        try:
+            async with asyncio.timeout(timeout):
+                return await self._client.execute(command, arguments)
+        except TimeoutError:
+            raise WaitTimeout(f"{self.name} to answer the monitor command {command!r}", timeout) from None
+        except ExecuteError as error:
+            raise QmpCommandFailed(f"{self.name} refused {command!r}: {error}") from error
+        except (QMPError, EOFError, OSError) as error:
+            raise EnvironmentProblem(f"lost the monitor of {self.name} during {command!r}: {error}") from error
+
+    async def human(self, line: str, *, timeout: float = COMMAND_TIMEOUT) -> str:
+        """Executes a line of the human monitor and returns what it prints, without surrounding blanks."""
+        text = await self.execute("human-monitor-command", {"command-line": line}, timeout=timeout)
+        return str(text).strip()
+
+    async def status(self) -> str:
+        """The run state, e.g. ``running``, ``paused``, ``inmigrate``, ``postmigrate``."""
+        return str((await self.execute("query-status"))["status"])
+
+    async def running(self) -> bool:
+        """Whether the vCPUs run."""
+        return bool((await self.execute("query-status"))["running"])
+
+    async def cont(self) -> None:
+        """Lets the vCPUs run; does nothing if they do.
+
+        After a migration QEMU needs a moment more until it may run again, and says nothing when that is over: so this
+        asks until it is.
+        """
+        deadline = time.monotonic() + COMMAND_TIMEOUT
+        while (state := await self.status()) == "finish-migrate":
+            if time.monotonic() > deadline:
+                raise WaitTimeout(f"{self.name} to finish its migration", COMMAND_TIMEOUT)
+            await asyncio.sleep(0.005)
+        if state != "running":
+            await self.execute("cont")
+
+    async def version(self) -> str:
+        """QEMU's version as ``major.minor.micro``."""
+        found = (await self.execute("query-version"))["qemu"]
+        return f"{found['major']}.{found['minor']}.{found['micro']}"
+
+    def listen(self, *events: str) -> contextlib.AbstractContextManager[EventListener]:
+        """A context in which the named events are collected."""
+        return self._client.listener(events)
+
+    async def migration_status(self) -> tuple[str, str]:
+        """The migration's status and, if it failed, QEMU's reason (else an empty text)."""
+        found = await self.execute("query-migrate")
+        return str(found.get("status", "none")), str(found.get("error-desc", ""))
+
+    async def wait_migration(self, wanted: Collection[str], timeout: float, what: str) -> str:
+        """Waits until the migration has one of the `wanted` statuses and returns it.
+
+        Raises `MigrationFailed` with QEMU's reason if it ends in any other way. The status is asked for, and MIGRATION
+        events (which the caller has switched on, or not) only shorten the wait until the next question.
+        """
+        deadline = time.monotonic() + timeout
+        with self.listen("MIGRATION") as events:
+            while True:
+                status, reason = await self.migration_status()
+                if status in wanted:
+                    return status
+                if status in MIGRATION_ENDS:
+                    raise MigrationFailed(
+                        f"{what}: the migration of {self.name} {status}" + (f": {reason}" if reason else "")
+                    )
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    raise WaitTimeout(f"{what} (the migration of {self.name} is {status!r})", timeout)
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(min(left, _POLL_INTERVAL)):
+                        await events.get()
+                events.clear()
+
+
+def file_channel(path: Path) -> list[dict[str, object]]:
+    """The `channels` argument of migrate and migrate-incoming for a plain file.
+
+    The older ``file:PATH`` form would read a comma in the path as the start of an option.
+    """
+    return [{"channel-type": "main", "addr": {"transport": "file", "filename": str(path), "offset": 0}}]

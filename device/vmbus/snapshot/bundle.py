@@ -1,0 +1,335 @@
+"""A snapshot's directory: written whole or not at all, and verified to the last byte before anything uses it.
+
+Writing: a directory with a temporary name beside the target, every file flushed to disk, the manifest last, the
+directory flushed, then one rename. Whatever goes wrong before it leaves nothing but an error. An existing target is
+never touched.
+
+Reading: `open_snapshot` looks at every file before it returns. File names come from this program and not from the
+manifest, so a snapshot cannot point outside its directory; links and other special files are refused.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import datetime
+import errno
+import fcntl
+import hashlib
+import os
+import secrets
+import shutil
+import stat
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from io import BufferedReader
+from pathlib import Path
+
+from vmbus.errors import EnvironmentProblem, StateError, UsageError
+from vmbus.qemu.command_line import Programs, machine_version
+from vmbus.qemu.description import VmDescription
+from vmbus.snapshot.manifest import (
+    CONTENTS,
+    INITRAMFS,
+    KERNEL,
+    MANIFEST,
+    RAM,
+    STATE,
+    FileRecord,
+    Manifest,
+    decode_manifest,
+    encode_manifest,
+)
+
+_UNLOCKED_AGE = 60.0  # seconds after which a partial snapshot that nobody holds locked is taken for abandoned
+_MANIFEST_LIMIT = 4 << 20  # bytes; a real one has a few thousand
+_VENDOR_DEVICE = bytes.fromhex("4256564d")  # configuration bytes 0 to 3: vendor 0x5642, device 0x4d56
+
+
+def utc_now() -> str:
+    """The time for a manifest."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+class SnapshotWriter:
+    """A snapshot that is being made. Create with `begin`; then either `commit` or `abort`."""
+
+    def __init__(self, target: Path, directory: Path, lock: int) -> None:
+        self.target = target
+        self.directory = directory
+        self._lock: int | None = lock  # tells others that the directory is in use; the kernel drops it if we die
+        self._records: dict[str, FileRecord] = {}
+
+    @classmethod
+    def begin(cls, target: Path) -> SnapshotWriter:
+        """Makes the temporary directory beside `target`.
+
+        Raises `UsageError` if the target exists, `EnvironmentProblem` if its parent is missing or cannot be written.
+        """
+        target = Path(os.path.abspath(target))  # noqa: PTH100 - links in the parent stay as the user wrote them
+        if os.path.lexists(target):
+            raise UsageError(f"{target} exists already; a snapshot never overwrites anything: choose another name")
+        prefix = f".{target.name[:100]}.partial-"
+        _remove_abandoned(target.parent, prefix)
+        directory = target.with_name(f"{prefix}{secrets.token_hex(4)}")
+        try:
+            directory.mkdir(mode=0o700)
+            lock = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise EnvironmentProblem(f"cannot make a directory in {target.parent}: {error.strerror}") from error
+        return cls(target, directory, lock)
+
+    @property
+    def ram(self) -> Path:
+        """Where QEMU is to write its stream."""
+        return self.directory / RAM
+
+    @property
+    def state(self) -> Path:
+        """Where the device server is to write its state."""
+        return self.directory / STATE
+
+    async def add_boot_files(self, kernel: Path, initramfs: Path) -> None:
+        """Puts what QEMU booted into the snapshot (a link where possible, else a copy), and seals both."""
+        for source, name in ((kernel, KERNEL), (initramfs, INITRAMFS)):
+            await asyncio.to_thread(_link_or_copy, source, self.directory / name)
+            await self.seal(name)
+
+    async def seal(self, name: str) -> FileRecord:
+        """Flushes a file that is complete to disk and notes its size and digest."""
+        if name not in CONTENTS:
+            raise UsageError(f"{name!r} is not a file of a snapshot")
+        record = await asyncio.to_thread(_seal, self.directory / name)
+        self._records[name] = record
+        return record
+
+    @property
+    def records(self) -> dict[str, FileRecord]:
+        """The sealed files so far."""
+        return dict(self._records)
+
+    async def commit(self, manifest: Manifest) -> None:
+        """Writes the manifest and makes the snapshot appear under its name.
+
+        Raises `UsageError` if files are missing from it or something else took the name meanwhile, and
+        `EnvironmentProblem` if the disk refuses. The caller then aborts.
+        """
+        missing = set(CONTENTS) - set(self._records)
+        if missing or manifest.files != self._records:
+            raise UsageError(f"the snapshot's manifest does not list what was sealed (missing: {sorted(missing)})")
+        await asyncio.to_thread(self._commit, encode_manifest(manifest))
+        self._unlock()
+
+    def _commit(self, manifest: bytes) -> None:
+        try:
+            descriptor = os.open(self.directory / MANIFEST, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(manifest)
+                file.flush()
+                os.fsync(file.fileno())
+            _sync_directory(self.directory)
+            if os.path.lexists(self.target):  # rename() would silently take the place of an empty directory
+                raise FileExistsError(errno.EEXIST, "exists already")
+            self.directory.rename(self.target)
+            _sync_directory(self.target.parent)
+        except OSError as error:
+            raise EnvironmentProblem(f"cannot finish the snapshot {self.target}: {error.strerror}") from error
+
+    def abort(self) -> None:
+        """Removes everything. Does nothing after a commit."""
+        shutil.rmtree(self.directory, ignore_errors=True)
+        self._unlock()
+
+    def _unlock(self) -> None:
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A snapshot that has been verified."""
+
+    directory: Path
+    manifest: Manifest
+
+    @property
+    def ram(self) -> Path:
+        return self.directory / RAM
+
+    @property
+    def state(self) -> Path:
+        return self.directory / STATE
+
+    @property
+    def kernel(self) -> Path:
+        return self.directory / KERNEL
+
+    @property
+    def initramfs(self) -> Path:
+        return self.directory / INITRAMFS
+
+    @property
+    def pci_config(self) -> bytes:
+        return bytes.fromhex(self.manifest.machine.pci_config)
+
+
+async def open_snapshot(
+    directory: Path,
+    programs: Programs | None = None,
+    *,
+    expected: VmDescription | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> Snapshot:
+    """Verifies a snapshot completely and returns it; nothing is started or changed.
+
+    With `programs`, it must also fit this machine's QEMU; with `expected`, it must be of that VM. Raises `StateError`
+    that names the snapshot and the reason: a missing, extra, special or changed file, a wrong version, another device,
+    another machine.
+    """
+    manifest = await asyncio.to_thread(_read_manifest, directory)
+    _check_device(directory, manifest, expected)
+    if programs is not None:
+        _check_programs(directory, manifest, programs)
+    for name in CONTENTS:
+        if progress is not None:
+            progress(name)
+        await asyncio.to_thread(_verify, directory / name, manifest.files[name])
+    return Snapshot(directory, manifest)
+
+
+def _read_manifest(directory: Path) -> Manifest:
+    try:
+        present = set(os.listdir(directory))  # noqa: PTH208 - names only
+    except FileNotFoundError:
+        raise StateError(f"there is no snapshot {directory}") from None
+    except OSError as error:
+        raise StateError(f"cannot read the snapshot {directory}: {error.strerror}") from error
+    if MANIFEST not in present:
+        raise StateError(f"{directory} is not a snapshot: it has no {MANIFEST}")
+    allowed = {MANIFEST, *CONTENTS}
+    # A manifest of another version may well go with other files: its version is the better reason.
+    with _open_regular(directory / MANIFEST) as file:
+        data = file.read(_MANIFEST_LIMIT + 1)
+    if len(data) > _MANIFEST_LIMIT:
+        raise StateError(f"{directory / MANIFEST} has more than {_MANIFEST_LIMIT} bytes: not a snapshot's manifest")
+    manifest = decode_manifest(data, str(directory / MANIFEST))
+    if missing := sorted(allowed - present):
+        raise StateError(f"the snapshot {directory} lacks the file {missing[0]}")
+    if extra := sorted(present - allowed):
+        raise StateError(f"the snapshot {directory} contains {extra[0]!r}, which no snapshot has")
+    return manifest
+
+
+def _check_device(directory: Path, manifest: Manifest, expected: VmDescription | None) -> None:
+    config = bytes.fromhex(manifest.machine.pci_config)
+    if config[:4] != _VENDOR_DEVICE:
+        vendor, device = int.from_bytes(config[:2], "little"), int.from_bytes(config[2:4], "little")
+        raise StateError(f"the snapshot {directory} is of another device: PCI {vendor:04x}:{device:04x}, not 5642:4d56")
+    if expected is None or expected == manifest.vm:
+        return
+    saved = manifest.vm
+    for what, one, other in (
+        ("device", saved.device.name, expected.device.name),
+        (
+            "providers",
+            [(p.kind, p.name, p.instance) for p in saved.device.providers],
+            [(p.kind, p.name, p.instance) for p in expected.device.providers],
+        ),
+        (
+            "provider options",
+            [p.options for p in saved.device.providers],
+            [p.options for p in expected.device.providers],
+        ),
+        ("memory", saved.memory_mib, expected.memory_mib),
+        ("CPUs", saved.cpus, expected.cpus),
+        ("PCI slot", saved.slot, expected.slot),
+        ("name", saved.name, expected.name),
+    ):
+        if one != other:
+            raise StateError(f"the snapshot {directory} is of another VM: its {what} {one!r} should be {other!r}")
+    raise StateError(f"the snapshot {directory} is of another VM: the guest's settings differ")
+
+
+def _check_programs(directory: Path, manifest: Manifest, programs: Programs) -> None:
+    machine = machine_version(programs.qemu_version)
+    if machine != manifest.machine.type:
+        raise StateError(
+            f"the snapshot {directory} is of machine {manifest.machine.type} (QEMU {manifest.versions.qemu}); "
+            f"the QEMU at hand is {programs.qemu_version} ({machine}): use the one it was saved with (VMBUS_QEMU)"
+        )
+    if manifest.machine.accelerator != programs.accelerator:
+        raise StateError(
+            f"the snapshot {directory} was saved under {manifest.machine.accelerator} and cannot run under "
+            f"{programs.accelerator}"
+        )
+
+
+def _open_regular(path: Path) -> BufferedReader:
+    """Opens a file that must be a plain file, without following a link and without hanging on a FIFO."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        reason = "it is a symbolic link" if error.errno == errno.ELOOP else error.strerror
+        raise StateError(f"cannot use {path}: {reason}") from error
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise StateError(f"cannot use {path}: it is not a plain file")
+    return os.fdopen(descriptor, "rb")
+
+
+def _verify(path: Path, record: FileRecord) -> None:
+    with _open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size != record.size:
+            raise StateError(f"{path} has {size} bytes; its snapshot was made with {record.size}")
+        if hashlib.file_digest(file, "sha256").hexdigest() != record.sha256:
+            raise StateError(f"{path} was changed after the snapshot was made: its digest does not match")
+
+
+def _seal(path: Path) -> FileRecord:
+    try:
+        with path.open("rb") as file:
+            os.fsync(file.fileno())  # flushes what the other process wrote, too
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            return FileRecord(os.fstat(file.fileno()).st_size, digest)
+    except OSError as error:
+        raise EnvironmentProblem(f"cannot flush {path} to disk: {error.strerror}") from error
+
+
+def _link_or_copy(source: Path, target: Path) -> None:
+    try:
+        with contextlib.suppress(OSError):
+            os.link(source, target)
+            if stat.S_ISREG(target.lstat().st_mode):
+                return
+            target.unlink()
+        shutil.copyfile(source, target)
+        target.chmod(0o600)
+    except OSError as error:
+        raise EnvironmentProblem(f"cannot put {source} into the snapshot: {error.strerror}") from error
+
+
+def _remove_abandoned(parent: Path, prefix: str) -> None:
+    """Removes what a process that died in the middle of a save left behind."""
+    with contextlib.suppress(OSError):
+        for path in parent.iterdir():
+            if not path.name.startswith(prefix) or time.time() - path.lstat().st_mtime < _UNLOCKED_AGE:
+                continue
+            with contextlib.suppress(OSError):
+                lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    shutil.rmtree(path, ignore_errors=True)
+                finally:
+                    os.close(lock)
+
+
+def _sync_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,136 @@
+"""The manifest of a snapshot: what was saved, by which versions, and the size and digest of every file.
+
+It is JSON in one exact form: whatever decodes but would not be written the same way again is refused, and a digest
+over the body stands beside it. So a single changed byte is noticed wherever it is, in the manifest too.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from typing import Annotated, Literal
+
+import msgspec
+
+from vmbus.description import explain
+from vmbus.errors import StateError
+from vmbus.qemu.description import VmDescription
+
+FORMAT = "vmbus-snapshot"
+VERSION = 1
+"""Version of the snapshot's layout. A reader refuses every other."""
+
+MANIFEST = "manifest.json"
+RAM = "ram.qemu"
+STATE = "device.state"
+KERNEL = "vmlinuz"
+INITRAMFS = "initramfs.cpio"
+
+CONTENTS = (RAM, STATE, KERNEL, INITRAMFS)
+"""Every snapshot's files besides the manifest: QEMU's stream, the device server's state, and what QEMU booted."""
+
+_Count = Annotated[int, msgspec.Meta(ge=0)]
+
+
+class FileRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Size in bytes and SHA-256 (hex) of one file."""
+
+    size: _Count
+    sha256: Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
+
+
+class Packets(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Outgoing packets in flight at the save: waiting for room in a ring; in a ring or taken, and not completed."""
+
+    queued: _Count
+    sent: _Count
+
+
+class Versions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What made the snapshot."""
+
+    project: str
+    qemu: str
+    """QEMU's version, e.g. 11.1.3."""
+    libvfio_user: str
+    """Which library the server ran on; for information."""
+
+
+class Machine(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What the RAM stream and the device's configuration fit."""
+
+    type: str
+    """Versioned machine type, e.g. pc-q35-11.1."""
+    accelerator: Literal["kvm", "tcg"]
+    pci_address: str
+    pci_config: Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{512}$")]
+    """The function's configuration space, 256 bytes in hex."""
+
+
+class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Everything about a snapshot but its bulk."""
+
+    format: str = FORMAT
+    version: int = VERSION
+    created: str
+    """UTC, ISO 8601."""
+    live: bool
+    """Whether the guest ran on while its memory was copied."""
+    vm: VmDescription
+    machine: Machine
+    versions: Versions
+    packets: Packets
+    incoming_held: _Count
+    """Packets from the guest that providers held when the save began."""
+    files: dict[str, FileRecord]
+
+
+class _Header(msgspec.Struct):
+    format: str
+    version: int
+
+
+class _HeaderFile(msgspec.Struct):
+    manifest: _Header
+
+
+class _File(msgspec.Struct, forbid_unknown_fields=True):
+    manifest: Manifest
+    sha256: str
+
+
+def encode_manifest(manifest: Manifest) -> bytes:
+    """The manifest file's bytes."""
+    digest = hashlib.sha256(msgspec.json.encode(manifest)).hexdigest()
+    return msgspec.json.format(msgspec.json.encode(_File(manifest, digest)), indent=2) + b"\n"
+
+
+def decode_manifest(data: bytes, source: str) -> Manifest:
+    """Decodes and checks a manifest file's bytes; `source` names it in errors.
+
+    Raises `StateError` that says what is wrong: not a snapshot, another version, a wrong field, or a changed byte.
+    """
+    try:
+        header = msgspec.json.decode(data, type=_HeaderFile).manifest
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise StateError(f"{source} is not a snapshot's manifest: {error}") from error
+    if header.format != FORMAT:
+        raise StateError(f"{source}: format {header.format!r}, expected {FORMAT!r}")
+    if header.version != VERSION:
+        raise StateError(f"{source}: snapshot version {header.version}; this program reads version {VERSION} only")
+    try:
+        found = msgspec.json.decode(data, type=_File)
+    except msgspec.ValidationError as error:
+        raise StateError(f"{source}: {explain(error)}") from error
+    except (UnicodeDecodeError, RecursionError) as error:  # names of fields are not decoded before this
+        raise StateError(f"{source} was changed after it was written: {error}") from error
+    manifest = found.manifest
+    if hashlib.sha256(msgspec.json.encode(manifest)).hexdigest() != found.sha256 or encode_manifest(manifest) != data:
+        raise StateError(f"{source} was changed after it was written: its digest does not match")
+    if set(manifest.files) != set(CONTENTS):
+        raise StateError(
+            f"{source} lists the files {sorted(manifest.files)}; a snapshot has exactly {sorted(CONTENTS)}"
+        )
+    if re.fullmatch(r"[0-9A-Za-z._ -]{1,64}", manifest.machine.type) is None:
+        raise StateError(f"{source}: {manifest.machine.type!r} is not a machine type")
+    return manifest

@@ -1,0 +1,180 @@
+"""The agent's client, against a peer that loses, repeats and mixes things up."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vmbus.errors import EnvironmentProblem, UsageError, WaitTimeout
+from vmbus.qemu.agent import AgentClient, AgentError
+
+pytestmark = pytest.mark.unit
+
+Handler = Callable[[int, asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
+
+
+@contextlib.asynccontextmanager
+async def peer(path: Path, handler: Handler) -> AsyncIterator[None]:
+    """An agent's socket; `handler` gets the connection's number, from 0."""
+    count = 0
+
+    async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal count
+        number, count = count, count + 1
+        with contextlib.suppress(OSError):
+            await handler(number, reader, writer)
+        writer.close()
+
+    server = await asyncio.start_unix_server(accept, path=str(path))
+    try:
+        yield
+    finally:
+        server.close()
+
+
+async def requests(reader: asyncio.StreamReader) -> AsyncIterator[dict[str, Any]]:
+    while line := await reader.readline():
+        if line.strip():
+            yield json.loads(line)
+
+
+def reply(writer: asyncio.StreamWriter, request: dict[str, Any], result: dict[str, Any]) -> None:
+    writer.write(json.dumps({"id": request["id"], "result": result}).encode() + b"\n")
+
+
+def test_requests_and_answers_may_cross(tmp_path: Path) -> None:
+    async def handler(_: int, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        seen = []
+        async for request in requests(reader):
+            seen.append(request)
+            if len(seen) == 3:
+                for one in reversed(seen):
+                    reply(writer, one, {"command": one["command"], **one["arguments"]})
+
+    async def body() -> None:
+        async with peer(tmp_path / "s", handler):
+            client = AgentClient(tmp_path / "s")
+            await client.connect()
+            found = await asyncio.gather(*(client.call("echo", data=n) for n in range(3)))
+            assert found == [{"command": "echo", "data": n} for n in range(3)]
+            await client.close()
+
+    asyncio.run(body())
+
+
+def test_a_lost_connection_costs_nothing(tmp_path: Path) -> None:
+    ids = []
+
+    async def handler(number: int, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        async for request in requests(reader):
+            ids.append(request["id"])
+            if number == 0:
+                writer.write(b'{"id": 12, "resu')  # half an answer, and gone
+                return
+            reply(writer, request, {"connection": number})
+
+    async def body() -> None:
+        async with peer(tmp_path / "s", handler):
+            client = AgentClient(tmp_path / "s")
+            await client.connect()
+            assert await client.call("ping", timeout=10) == {"connection": 1}
+            assert client.reconnects == 1
+            assert len(set(ids)) == 1  # the same request, under the same id
+            await client.close()
+
+    asyncio.run(body())
+
+
+def test_a_silent_agent_is_asked_again_under_the_same_id(tmp_path: Path) -> None:
+    seen: list[int] = []
+
+    async def handler(_: int, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        async for request in requests(reader):
+            seen.append(request["id"])
+            if len(seen) == 3:
+                reply(writer, request, {})
+                reply(writer, request, {"a second answer": "is ignored"})
+
+    async def body() -> None:
+        async with peer(tmp_path / "s", handler):
+            client = AgentClient(tmp_path / "s", resend_interval=0.01)
+            await client.connect()
+            assert await client.call("ping", timeout=10) == {}
+            assert seen == [seen[0]] * 3
+            await client.close()
+
+    asyncio.run(body())
+
+
+def test_two_clients_never_use_the_same_ids() -> None:
+    first = {AgentClient(Path("x"))._next_id for _ in range(50)}
+    assert len(first) == 50
+    assert all(number < 2**53 for number in first)  # any JSON reader keeps them exact
+
+
+def test_events_and_noise(tmp_path: Path) -> None:
+    async def handler(_: int, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b'est of a line"}\n\xff\xfe\n[1]\n{"event": "ready", "version": 1}\n')
+        async for request in requests(reader):
+            reply(writer, request, {})
+
+    async def body() -> None:
+        events: list[dict[str, Any]] = []
+        async with peer(tmp_path / "s", handler):
+            client = AgentClient(tmp_path / "s", on_event=events.append)
+            await client.connect()
+            await client.call("ping")
+            assert events == [{"event": "ready", "version": 1}]
+            await client.close()
+
+    asyncio.run(body())
+
+
+def test_errors_have_the_agents_kind(tmp_path: Path) -> None:
+    async def handler(_: int, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        async for request in requests(reader):
+            error = {"kind": "no-such-job", "message": "there is no job 7"}
+            writer.write(json.dumps({"id": request["id"], "error": error}).encode() + b"\n")
+
+    async def body() -> None:
+        async with peer(tmp_path / "s", handler):
+            client = AgentClient(tmp_path / "s")
+            await client.connect()
+            with pytest.raises(AgentError, match="'poll': there is no job 7") as caught:
+                await client.call("poll", job=7)
+            assert caught.value.kind == "no-such-job"
+            await client.close()
+
+    asyncio.run(body())
+
+
+def test_waits_are_bounded(tmp_path: Path) -> None:
+    async def handler(_: int, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read()
+
+    async def body() -> None:
+        client = AgentClient(tmp_path / "s")
+        with pytest.raises(UsageError, match="not connected"):
+            await client.call("ping")
+        with pytest.raises(WaitTimeout, match="agent's socket"):
+            await client.connect(timeout=0.05)
+        await client.close()
+        async with peer(tmp_path / "s", handler):
+            await client.connect()
+            with pytest.raises(WaitTimeout, match="to answer 'ping'"):
+                await client.call("ping", timeout=0.05)
+            with pytest.raises(WaitTimeout, match="to come up"):
+                await client.wait_ready(0.05)
+            waiting = asyncio.create_task(client.call("ping"))
+            await asyncio.wait({waiting}, timeout=0.05)
+            await client.close()
+            with pytest.raises(EnvironmentProblem, match="was closed"):
+                await waiting
+
+    asyncio.run(body())

@@ -1,0 +1,113 @@
+"""QEMU's arguments, word by word."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from vmbus.errors import UsageError
+from vmbus.qemu.command_line import Programs, kernel_arguments, machine_version, qemu_arguments
+from vmbus.qemu.description import GuestDescription, load_description
+
+pytestmark = pytest.mark.unit
+
+DEMO = load_description(Path(__file__).parents[2] / "qemu_configs" / "demo.toml")
+PROGRAMS = Programs(
+    qemu=("loader", "--library-path", "lib", "qemu"),
+    qemu_version="11.1.3",
+    accelerator="tcg",
+    kernel=Path("/k/vmlinuz"),
+    initramfs=Path("/k/initramfs"),
+)
+RUN = Path("/run/demo")
+
+
+def options(arguments: list[str], name: str) -> list[str]:
+    return [arguments[i + 1] for i, word in enumerate(arguments) if word == name]
+
+
+def test_the_command_begins_with_the_programs_own_words() -> None:
+    assert qemu_arguments(DEMO, PROGRAMS, RUN)[:4] == ["loader", "--library-path", "lib", "qemu"]
+
+
+def test_memory_is_shared_and_used() -> None:
+    arguments = qemu_arguments(DEMO, PROGRAMS, RUN)
+    assert options(arguments, "-object") == ["memory-backend-memfd,id=mem,size=256M,share=on"]
+    assert options(arguments, "-machine") == ["pc-q35-11.1,memory-backend=mem"]
+    assert options(arguments, "-m") == ["256M"]
+
+
+def test_the_iommu_comes_before_the_device() -> None:
+    devices = options(qemu_arguments(DEMO, PROGRAMS, RUN), "-device")
+    assert devices[0] == "intel-iommu,caching-mode=on,intremap=on"
+    device = json.loads(devices[-1])
+    assert device == {
+        "driver": "vfio-user-pci",
+        "id": "vmbus",
+        "socket": {"type": "unix", "path": "/run/demo/vfio.sock"},
+        "addr": "5",
+        "rombar": 0,
+    }
+
+
+def test_the_slot_is_written_in_hex() -> None:
+    at_29 = msgspec.structs.replace(DEMO, slot=29)
+    assert json.loads(options(qemu_arguments(at_29, PROGRAMS, RUN), "-device")[-1])["addr"] == "1d"
+
+
+def test_kvm_gets_a_split_irqchip() -> None:
+    kvm = Programs(**{**PROGRAMS.__dict__, "accelerator": "kvm"})
+    assert options(qemu_arguments(DEMO, kvm, RUN), "-machine")[0].endswith(",kernel-irqchip=split")
+
+
+def test_the_agents_port_two_monitors_and_a_logged_console() -> None:
+    arguments = qemu_arguments(DEMO, PROGRAMS, RUN)
+    chardevs = {text.split(",")[1]: text for text in options(arguments, "-chardev")}
+    assert set(chardevs) == {"id=console", "id=qmp", "id=qmp-tools", "id=agent"}
+    assert all(text.endswith(",server=on,wait=off") or "logfile=" in text for text in chardevs.values())
+    assert "logfile=/run/demo/console.log" in chardevs["id=console"]
+    assert len(options(arguments, "-mon")) == 2
+    assert any("name=org.vmbus.agent" in text for text in options(arguments, "-device"))
+
+
+def test_a_handed_over_monitor_socket() -> None:
+    arguments = qemu_arguments(DEMO, PROGRAMS, RUN, qmp="socket,id=qmp,fd=7,server=on,wait=off")
+    assert "socket,id=qmp,fd=7,server=on,wait=off" in options(arguments, "-chardev")
+    assert not any("qmp.sock" in word for word in arguments)
+
+
+def test_commas_in_paths_are_escaped() -> None:
+    arguments = qemu_arguments(DEMO, PROGRAMS, Path("/run/a,b"))
+    assert any("path=/run/a,,b/agent.sock," in text for text in options(arguments, "-chardev"))
+    assert json.loads(options(arguments, "-device")[-1])["socket"]["path"] == "/run/a,b/vfio.sock"  # JSON: as it is
+
+
+def test_only_an_incoming_vm_waits() -> None:
+    assert "-incoming" not in qemu_arguments(DEMO, PROGRAMS, RUN)
+    arguments = qemu_arguments(DEMO, PROGRAMS, RUN, incoming=True)
+    assert options(arguments, "-incoming") == ["defer"]
+    assert "-S" in arguments
+
+
+def test_saving_and_restoring_side_build_the_same_machine() -> None:
+    launched = qemu_arguments(DEMO, PROGRAMS, RUN)
+    restored = qemu_arguments(DEMO, PROGRAMS, RUN, incoming=True)
+    assert restored == [*launched, "-S", "-incoming", "defer"]
+
+
+def test_kernel_arguments() -> None:
+    words = kernel_arguments(msgspec.structs.replace(DEMO, guest=GuestDescription(16, ["debug"]))).split()
+    assert {"console=ttyS0", "rdinit=/init", "intel_iommu=on", "hugepages=16", "debug"} <= set(words)
+
+
+@pytest.mark.parametrize(("version", "machine"), [("11.1.3", "pc-q35-11.1"), ("10.2.0", "pc-q35-10.2")])
+def test_machine_versions(version: str, machine: str) -> None:
+    assert machine_version(version) == machine
+
+
+def test_nonsense_is_no_version() -> None:
+    with pytest.raises(UsageError, match="not a QEMU version"):
+        machine_version("eleven")

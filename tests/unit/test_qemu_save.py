@@ -1,0 +1,353 @@
+"""The order of a save's steps and, above all, the way back from a failure at each of them.
+
+QEMU and the device server are replaced by a model that keeps what matters: whether the vCPUs run, whether the device
+is at rest, whether a migration is under way.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from qemu.qmp.events import EventListener
+
+from vmbus.errors import EnvironmentProblem, VmbusError
+from vmbus.qemu.qmp import MigrationFailed
+from vmbus.qemu.save import MAGIC, Capture, Captured, Sabotage, SaveFailed
+from vmbus.qemu.timing import Phases
+
+pytestmark = pytest.mark.unit
+
+CONFIG = bytes(range(256))
+
+
+def write_new(path: str, data: bytes) -> None:
+    with Path(path).open("xb") as file:
+        file.write(data)
+
+
+class Broken(VmbusError):
+    """What the server says when its dirty log cannot be trusted any more."""
+
+    kind = "log-broken"
+
+
+class Model:
+    """A VM and its device server, as far as a save touches them. `fail` names steps that fail, once or always."""
+
+    def __init__(self, *, running: bool = True, bar0: int | None = 0xFEBF1000) -> None:
+        self.vcpus = running
+        self.device = "running"
+        self.logging = False
+        self.migration = "none"
+        self.pause_before_switchover = False
+        self.bar0 = bar0
+        self.magic = MAGIC
+        self.steps: list[str] = []
+        self.fail: dict[str, list[Exception]] = {}
+        self.dead = False
+        self.was_running = running
+
+    def step(self, name: str) -> None:
+        self.steps.append(name)
+        if self.dead:
+            raise EnvironmentProblem("gone")
+        if failures := self.fail.get(name):
+            raise failures.pop(0)
+
+    # the monitor
+
+    async def execute(
+        self, command: str, arguments: Mapping[str, object] | None = None, *, timeout: float = 1.0
+    ) -> Any:
+        arguments = arguments or {}
+        if command == "migrate-set-capabilities":
+            capabilities: Any = arguments["capabilities"]
+            states = {one["capability"]: one["state"] for one in capabilities}
+            self.pause_before_switchover = states["pause-before-switchover"]
+        self.step(command)
+        match command:
+            case "stop":
+                self.vcpus = False
+            case "migrate":
+                assert self.migration in ("none", "cancelled", "failed", "completed")
+                self.was_running = self.vcpus
+                if self.pause_before_switchover:
+                    self.vcpus = False
+                    self.migration = "pre-switchover"
+                else:
+                    assert not self.vcpus
+                    self.migration = "completed"
+                channels: Any = arguments["channels"]
+                write_new(channels[0]["addr"]["filename"], b"ram")
+            case "migrate-continue":
+                assert self.migration == "pre-switchover"
+                self.migration = "completed"
+            case "migrate_cancel":
+                self.migration = "cancelled"
+                self.vcpus = self.was_running
+
+    async def human(self, line: str, *, timeout: float = 1.0) -> str:
+        self.step("barrier")
+        assert line == f"xp /1xw {self.bar0:#x}"
+        assert not self.vcpus
+        return f"{self.bar0:016x}: {self.magic:#x}"
+
+    async def running(self) -> bool:
+        return self.vcpus
+
+    async def cont(self) -> None:
+        self.step("cont")
+        self.vcpus = True
+
+    async def migration_status(self) -> tuple[str, str]:
+        return self.migration, ""
+
+    async def wait_migration(self, wanted: Collection[str], timeout: float, what: str) -> str:
+        self.step("wait " + "/".join(sorted(wanted)))
+        if self.migration not in wanted:
+            raise MigrationFailed(what)
+        return self.migration
+
+    @contextlib.contextmanager
+    def listen(self, *events: str) -> Iterator[EventListener]:
+        yield EventListener(events)
+
+    # the control connection
+
+    async def call(self, command: str, timeout: float = 1.0, **arguments: Any) -> dict[str, Any]:
+        if command in ("pci", "status"):
+            if self.dead:
+                raise EnvironmentProblem("gone")
+            return {"phase": self.device} if command == "status" else {"config": CONFIG.hex(), "bar0": self.bar0}
+        self.step(command)
+        match command:
+            case "log-start":
+                self.logging = True
+            case "log-stop":
+                self.logging = False
+            case "pause":
+                assert self.device == "running" and not self.vcpus
+                self.device = "paused"
+            case "save":
+                assert self.device == "paused"
+                write_new(arguments["path"], b"state")
+                return {
+                    "sha256": hashlib.sha256(b"state").hexdigest(),
+                    "packets": {"queued": 3, "sent": 4},
+                    "incoming_held": 5,
+                }
+            case "flush":
+                assert self.device == "paused" and self.logging and not self.vcpus
+                assert self.migration == "pre-switchover"
+                return {"pages": 6, "bytes": 6 * 4096}
+            case "resume":
+                assert self.device == "paused"
+                self.device = "running"
+        return {}
+
+
+def capture(model: Model, folder: Path, *, live: bool, sabotage: Sabotage | None = None) -> Capture:
+    return Capture(model, model, folder / "ram", folder / "state", Phases(), live=live, sabotage=sabotage or Sabotage())
+
+
+async def take(model: Model, folder: Path, *, live: bool, sabotage: Sabotage | None = None) -> Captured:
+    async with capture(model, folder, live=live, sabotage=sabotage).taken() as captured:
+        return captured
+
+
+STOPPED = [
+    "migrate-set-capabilities",
+    "migrate-set-parameters",
+    "stop",
+    "barrier",
+    "pause",
+    "save",
+    "migrate",
+    "wait completed",
+]
+LIVE = [
+    "migrate-set-capabilities",
+    "migrate-set-parameters",
+    "log-start",
+    "migrate",
+    "wait pre-switchover",
+    "barrier",
+    "pause",
+    "save",
+    "flush",
+    "migrate-continue",
+    "wait completed",
+]
+
+
+@pytest.mark.parametrize(("live", "order"), [(False, STOPPED), (True, LIVE)])
+def test_the_order_of_steps(tmp_path: Path, live: bool, order: list[str]) -> None:
+    model = Model()
+    found = asyncio.run(take(model, tmp_path, live=live))
+    assert model.steps == order
+    assert not model.vcpus and model.device == "paused"  # held at the saved point
+    assert found.packets == {"queued": 3, "sent": 4}
+    assert (found.incoming_held, found.pci_config, found.was_running) == (5, CONFIG, True)
+    assert found.flushed_pages == (6 if live else 0)
+    assert (tmp_path / "ram").exists() and (tmp_path / "state").exists()
+
+
+@pytest.mark.parametrize("live", [False, True])
+def test_a_checkpoint_runs_on(tmp_path: Path, live: bool) -> None:
+    model = Model()
+
+    async def body() -> None:
+        one = capture(model, tmp_path, live=live)
+        async with one.taken():
+            await one.resume()
+
+    asyncio.run(body())
+    assert model.vcpus and model.device == "running" and not model.logging
+    assert model.steps.index("resume") < model.steps.index("cont")
+
+
+@pytest.mark.parametrize(("live", "step"), [(False, step) for step in STOPPED] + [(True, step) for step in LIVE])
+def test_a_failure_at_any_step_leaves_the_vm_running(tmp_path: Path, live: bool, step: str) -> None:
+    model = Model()
+    model.fail[step] = [EnvironmentProblem("on purpose")]
+    with pytest.raises(SaveFailed, match="on purpose; the VM runs on") as caught:
+        asyncio.run(take(model, tmp_path, live=live))
+    assert caught.value.source_alive
+    assert model.vcpus and model.device == "running" and not model.logging
+    assert model.migration in ("none", "cancelled", "completed")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("live", [False, True])
+def test_a_failure_after_the_capture_leads_back_too(tmp_path: Path, live: bool) -> None:
+    model = Model()
+
+    async def body() -> None:
+        async with capture(model, tmp_path, live=live).taken():
+            raise EnvironmentProblem("disk full")
+
+    with pytest.raises(SaveFailed, match="disk full; the VM runs on"):
+        asyncio.run(body())
+    assert model.vcpus and model.device == "running" and not model.logging
+
+
+@pytest.mark.parametrize("live", [False, True])
+def test_an_interrupted_save_leads_back(tmp_path: Path, live: bool) -> None:
+    model = Model()
+
+    async def body() -> None:
+        entered = asyncio.Event()
+
+        async def saving() -> None:
+            async with capture(model, tmp_path, live=live).taken():
+                entered.set()
+                await asyncio.Event().wait()
+
+        task = asyncio.create_task(saving())
+        await entered.wait()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(body())
+    assert model.vcpus and model.device == "running"
+
+
+@pytest.mark.parametrize("live", [False, True])
+def test_a_paused_vm_stays_paused(tmp_path: Path, live: bool) -> None:
+    model = Model(running=False)
+    model.fail["save"] = [EnvironmentProblem("on purpose")]
+    with pytest.raises(SaveFailed, match="stays paused"):
+        asyncio.run(take(model, tmp_path, live=live))
+    assert not model.vcpus and model.device == "running"
+    assert "cont" not in model.steps
+
+
+def test_a_vm_that_cannot_be_brought_back_is_said_to_be_lost(tmp_path: Path) -> None:
+    model = Model()
+
+    async def body() -> None:
+        async with capture(model, tmp_path, live=True).taken():
+            model.dead = True
+            raise EnvironmentProblem("the device server died")
+
+    with pytest.raises(SaveFailed, match=r"the device server died; the VM is lost.*gone") as caught:
+        asyncio.run(body())
+    assert not caught.value.source_alive
+
+
+def test_cont_is_tried_even_if_the_server_does_not_resume(tmp_path: Path) -> None:
+    model = Model()
+    model.fail = {"save": [EnvironmentProblem("first")], "resume": [EnvironmentProblem("second"), Broken("third")]}
+    with pytest.raises(SaveFailed, match=r"first; the VM is lost.*second"):
+        asyncio.run(take(model, tmp_path, live=True))
+    assert model.steps[-1] == "cont"
+
+
+def test_a_broken_dirty_log_starts_the_live_save_again(tmp_path: Path) -> None:
+    model = Model()
+    model.fail["flush"] = [Broken("unmapped"), Broken("unmapped")]
+    found = asyncio.run(take(model, tmp_path, live=True))
+    assert found.attempts == 3
+    assert model.steps.count("migrate_cancel") == 2
+    assert model.steps.count("log-start") == 3
+
+
+def test_a_log_that_breaks_every_time_ends_the_save(tmp_path: Path) -> None:
+    model = Model()
+    model.fail["flush"] = [Broken("unmapped")] * 3
+    with pytest.raises(SaveFailed, match="unmapped; the VM runs on"):
+        asyncio.run(take(model, tmp_path, live=True))
+    assert model.vcpus and model.device == "running"
+
+
+def test_a_device_that_does_not_answer_its_bar_is_noticed(tmp_path: Path) -> None:
+    model = Model()
+    model.magic = 0xFFFFFFFF
+    with pytest.raises(SaveFailed, match="does not answer at its BAR0 0xfebf1000"):
+        asyncio.run(take(model, tmp_path, live=False))
+    assert model.vcpus
+    assert "pause" not in model.steps
+
+
+def test_an_unmapped_bar_needs_no_barrier(tmp_path: Path) -> None:
+    model = Model(bar0=None)
+    asyncio.run(take(model, tmp_path, live=False))
+    assert "barrier" not in model.steps
+
+
+def test_the_flush_can_be_left_out_on_purpose(tmp_path: Path) -> None:
+    model = Model()
+    asyncio.run(take(model, tmp_path, live=True, sabotage=Sabotage(skip_flush=True)))
+    assert "flush" not in model.steps
+
+
+def test_phases_are_timed_in_order(tmp_path: Path) -> None:
+    model = Model()
+    phases = Phases()
+
+    async def body() -> None:
+        async with Capture(model, model, tmp_path / "ram", tmp_path / "state", phases, live=True).taken():
+            pass
+
+    asyncio.run(body())
+    assert list(phases.seconds) == ["ram", "device", "flush", "switchover"]
+    assert all(seconds >= 0 for seconds in phases.seconds.values())
+
+
+def test_other_errors_than_ours_are_not_hidden(tmp_path: Path) -> None:
+    model = Model()
+
+    async def body() -> None:
+        async with capture(model, tmp_path, live=False).taken():
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        asyncio.run(body())
+    assert model.vcpus and model.device == "running"

@@ -1,0 +1,232 @@
+"""The owner of a VM and those who ask it for things; the VM is a dummy."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Awaitable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from vmbus.errors import EnvironmentProblem, UsageError, VmbusError, WaitTimeout
+from vmbus.qemu.command_line import Sockets
+from vmbus.qemu.process import ProcessDied, RunDirectory
+from vmbus.qemu.save import SaveFailed, SaveReport
+from vmbus.qemu.supervisor import Supervisor, ask, find_vm
+
+pytestmark = pytest.mark.unit
+
+
+class DummyVm:
+    """As much of a VirtualMachine as its supervisor uses."""
+
+    def __init__(self, name: str = "demo") -> None:
+        self.run_directory = RunDirectory.create(name)
+        self.name = self.run_directory.name
+        self.paths = Sockets(self.run_directory.path)
+        self.programs = SimpleNamespace(qemu_version="11.1.3", accelerator="tcg")
+        self.monitor = SimpleNamespace(running=self._running)
+        self.agent = SimpleNamespace(request=self._request)
+        self.end: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.ended = False
+        self.saves: list[dict[str, Any]] = []
+        self.save_error: VmbusError | None = None
+        self.hold_save = False
+        self.save_interrupted = False
+        self.saving = asyncio.Event()
+
+    async def _running(self) -> bool:
+        return True
+
+    async def _request(self, command: str, arguments: dict[str, Any], *, timeout: float) -> dict[str, Any]:
+        return {"command": command, "arguments": arguments}
+
+    async def guard(self, work: Awaitable[Any], what: str, timeout: float) -> Any:
+        return await work
+
+    async def wait_ended(self) -> None:
+        await asyncio.shield(self.end)
+
+    async def save(self, directory: Path, *, live: bool, keep: bool, progress: Any) -> SaveReport:
+        progress("ram")
+        self.saving.set()
+        if self.hold_save:
+            try:
+                await asyncio.Event().wait()
+            except asyncio.CancelledError:
+                self.save_interrupted = True
+                raise
+        if self.save_error is not None:
+            raise self.save_error
+        self.saves.append({"directory": str(directory), "live": live, "keep": keep})
+        return SaveReport(
+            directory=str(directory), live=live, phases={}, stopped_at=1.0, packets={"queued": 0, "sent": 0},
+            incoming_held=0,
+        )  # fmt: skip
+
+    async def kill(self) -> None:
+        self.ended = True
+        self.run_directory.remove()
+
+
+@pytest.fixture(autouse=True)
+def runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+
+
+@contextlib.asynccontextmanager
+async def supervised(vm: DummyVm, notices: list[str] | None = None) -> AsyncIterator[asyncio.Task[str]]:
+    supervisor = Supervisor(vm, (notices if notices is not None else []).append)  # type: ignore[arg-type]
+    task = asyncio.create_task(supervisor.run())
+    while not vm.paths.supervisor.exists():  # noqa: ASYNC110 - made by the task, within one turn of the loop
+        await asyncio.sleep(0)
+    try:
+        yield task
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+def test_status_and_agent_requests() -> None:
+    async def body() -> None:
+        vm = DummyVm()
+        async with supervised(vm):
+            assert find_vm(None) == "demo"
+            assert (await ask("demo", "status", timeout=10))["qemu"] == "11.1.3"
+            found = await ask("demo", "agent", {"command": "echo", "arguments": {"data": 1}}, timeout=10)
+            assert found == {"command": "echo", "arguments": {"data": 1}}
+
+    asyncio.run(body())
+
+
+def test_a_save_ends_the_vm_unless_it_is_kept() -> None:
+    async def body() -> None:
+        vm, notices, steps = DummyVm(), [], []
+        async with supervised(vm, notices) as task:
+            kept = await ask("demo", "save", {"directory": "/a", "keep": True}, timeout=10, progress=steps.append)
+            assert kept["directory"] == "/a" and not vm.ended
+            await ask("demo", "save", {"directory": "/b", "live": True}, timeout=10)
+            assert await asyncio.wait_for(task, 10) == "saved to /b"
+        assert vm.ended
+        assert [save["live"] for save in vm.saves] == [False, True]
+        assert steps == ["ram"]
+        assert notices == ["saving to /a ...", "saved to /a", "saving to /b ...", "saved to /b"]
+
+    asyncio.run(body())
+
+
+def test_a_failed_save_tells_both_sides_and_keeps_the_vm() -> None:
+    async def body() -> None:
+        vm, notices = DummyVm(), []
+        vm.save_error = SaveFailed("save failed: disk full; the VM runs on", source_alive=True)
+        async with supervised(vm, notices):
+            with pytest.raises(VmbusError, match="disk full; the VM runs on"):
+                await ask("demo", "save", {"directory": "/a"}, timeout=10)
+            assert not vm.ended
+            assert notices[-1] == "save failed: disk full; the VM runs on"
+
+    asyncio.run(body())
+
+
+def test_hanging_up_interrupts_a_save() -> None:
+    async def body() -> None:
+        vm = DummyVm()
+        vm.hold_save = True
+        async with supervised(vm):
+            asking = asyncio.create_task(ask("demo", "save", {"directory": "/a"}, timeout=10))
+            await vm.saving.wait()
+            asking.cancel()
+            await asyncio.gather(asking, return_exceptions=True)
+            while not vm.save_interrupted:  # noqa: ASYNC110 - bounded by the test's own limit
+                await asyncio.sleep(0.001)
+            assert not vm.ended
+            assert (await ask("demo", "status", timeout=10))["running"]
+
+    asyncio.run(body())
+
+
+def test_the_vms_own_end() -> None:
+    async def body() -> None:
+        vm = DummyVm()
+        async with supervised(vm) as task:
+            vm.end.set_result(None)
+            assert await asyncio.wait_for(task, 10) == "the guest powered off"
+        vm = DummyVm()
+        async with supervised(vm) as task:
+            vm.end.set_exception(ProcessDied("QEMU was killed by SIGKILL"))
+            with pytest.raises(ProcessDied, match="SIGKILL"):
+                await asyncio.wait_for(task, 10)
+        assert vm.ended
+
+    asyncio.run(body())
+
+
+def test_stop_and_nonsense() -> None:
+    async def body() -> None:
+        vm = DummyVm()
+        async with supervised(vm) as task:
+            with pytest.raises(VmbusError, match="has no command 'fly'"):
+                await ask("demo", "fly", timeout=10)
+            with pytest.raises(VmbusError, match="directory"):
+                await ask("demo", "save", {}, timeout=10)
+            for garbage in (b"garbage\n", b"\xff\n", b"\n"):
+                reader, writer = await asyncio.open_unix_connection(str(vm.paths.supervisor))
+                writer.write(garbage)
+                assert b'"error"' in await reader.readline()
+                writer.close()
+            await ask("demo", "stop", timeout=10)
+            assert await asyncio.wait_for(task, 10) == "stopped on request"
+
+    asyncio.run(body())
+
+
+def test_cancelling_the_owner_tears_the_vm_down() -> None:
+    async def body() -> None:
+        vm = DummyVm()
+        async with supervised(vm):
+            pass
+        assert vm.ended
+
+    asyncio.run(body())
+
+
+def test_choosing_a_vm() -> None:
+    with pytest.raises(UsageError, match="no VM is running"):
+        find_vm(None)
+    RunDirectory.create("one")
+    assert find_vm(None) == "one"
+    RunDirectory.create("two")
+    with pytest.raises(UsageError, match=r"several VMs are running \(one, two\)"):
+        find_vm(None)
+    assert find_vm("two") == "two"
+    with pytest.raises(UsageError, match="no VM 'three' is running; running: one, two"):
+        find_vm("three")
+
+
+def test_an_owner_that_is_gone_or_silent(tmp_path: Path) -> None:
+    async def mute(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read()
+
+    async def hang_up(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.close()
+
+    async def body() -> None:
+        with pytest.raises(EnvironmentProblem, match="cannot talk to the owner"):
+            await ask("absent", "status", timeout=10)
+        (tmp_path / "vmbus" / "x").mkdir(parents=True)
+        path = tmp_path / "vmbus" / "x" / "supervisor.sock"
+        server = await asyncio.start_unix_server(mute, path=str(path))
+        with pytest.raises(WaitTimeout, match="to perform 'status'"):
+            await ask("x", "status", timeout=0.05)
+        server.close()
+        path.unlink()
+        server = await asyncio.start_unix_server(hang_up, path=str(path))
+        with pytest.raises(EnvironmentProblem, match=r"went away before|cannot talk"):
+            await ask("x", "status", timeout=10)
+        server.close()
+
+    (tmp_path / "vmbus").mkdir(mode=0o700)
+    asyncio.run(body())

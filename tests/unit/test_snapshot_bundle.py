@@ -1,0 +1,334 @@
+"""Snapshots on disk: whole or absent when written, refused with a reason when anything is off."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import os
+import stat
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vmbus.errors import EnvironmentProblem, StateError, UsageError
+from vmbus.qemu.command_line import Programs
+from vmbus.qemu.description import load_description
+from vmbus.snapshot import bundle
+from vmbus.snapshot.bundle import Snapshot, SnapshotWriter, open_snapshot, utc_now
+from vmbus.snapshot.manifest import (
+    CONTENTS,
+    INITRAMFS,
+    KERNEL,
+    MANIFEST,
+    RAM,
+    STATE,
+    FileRecord,
+    Machine,
+    Manifest,
+    Packets,
+    Versions,
+    decode_manifest,
+    encode_manifest,
+)
+
+pytestmark = pytest.mark.unit
+
+DEMO = load_description(Path(__file__).parents[2] / "qemu_configs" / "demo.toml")
+ECHO = load_description(Path(__file__).parents[2] / "qemu_configs" / "echo.toml")
+CONFIG = bytes.fromhex("4256564d") + bytes(252)
+PROGRAMS = Programs(("qemu",), "11.1.3", "tcg", Path("k"), Path("i"))
+
+
+def manifest(files: dict[str, FileRecord]) -> Manifest:
+    return Manifest(
+        created=utc_now(),
+        live=True,
+        vm=DEMO,
+        machine=Machine(type="pc-q35-11.1", accelerator="tcg", pci_address="00:05.0", pci_config=CONFIG.hex()),
+        versions=Versions(project="0", qemu="11.1.3", libvfio_user="test"),
+        packets=Packets(queued=1, sent=2),
+        incoming_held=3,
+        files=files,
+    )
+
+
+async def write(target: Path, sources: Path) -> None:
+    (sources / "kernel").write_bytes(b"kernel")
+    (sources / "initramfs").write_bytes(b"initramfs")
+    writer = SnapshotWriter.begin(target)
+    await writer.add_boot_files(sources / "kernel", sources / "initramfs")
+    writer.ram.write_bytes(b"ram" * 1000)
+    writer.state.write_bytes(b"state")
+    await writer.seal(RAM)
+    await writer.seal(STATE)
+    await writer.commit(manifest(writer.records))
+
+
+@pytest.fixture
+def snapshot(tmp_path: Path) -> Path:
+    sources = tmp_path / "sources"
+    sources.mkdir()
+    target = tmp_path / "snapshot"
+    asyncio.run(write(target, sources))
+    return target
+
+
+def load(directory: Path, **expectations: object) -> Snapshot:
+    return asyncio.run(open_snapshot(directory, **expectations))  # type: ignore[arg-type]
+
+
+def test_what_is_written_can_be_opened(snapshot: Path) -> None:
+    found = load(snapshot, programs=PROGRAMS, expected=DEMO)
+    assert found.manifest.packets == Packets(queued=1, sent=2)
+    assert found.manifest.vm == DEMO
+    assert found.pci_config == CONFIG
+    assert found.ram.read_bytes() == b"ram" * 1000
+    assert found.kernel.read_bytes() == b"kernel"
+    assert sorted(path.name for path in snapshot.iterdir()) == sorted([MANIFEST, *CONTENTS])
+    assert stat.S_IMODE(snapshot.stat().st_mode) == 0o700
+    assert {path.name for path in snapshot.parent.iterdir()} == {"snapshot", "sources"}  # nothing temporary is left
+
+
+def test_an_existing_target_is_refused_and_untouched(tmp_path: Path) -> None:
+    target = tmp_path / "there"
+    for make in (target.mkdir, target.touch):
+        make()
+        with pytest.raises(UsageError, match="exists already"):
+            SnapshotWriter.begin(target)
+        target.rmdir() if target.is_dir() else target.unlink()
+    target.symlink_to("nowhere")
+    with pytest.raises(UsageError, match="exists already"):
+        SnapshotWriter.begin(target)
+
+
+def test_a_target_that_appears_meanwhile_wins(tmp_path: Path) -> None:
+    async def body() -> None:
+        original = SnapshotWriter._commit
+
+        def appear(self: SnapshotWriter, data: bytes) -> None:
+            target.mkdir()
+            original(self, data)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(SnapshotWriter, "_commit", appear)
+            await write(target, tmp_path)
+
+    target = tmp_path / "snapshot"
+    with pytest.raises(EnvironmentProblem, match="exists already"):
+        asyncio.run(body())
+    assert list(target.iterdir()) == []
+
+
+def test_a_missing_parent_is_an_environment_problem(tmp_path: Path) -> None:
+    with pytest.raises(EnvironmentProblem, match="cannot make a directory"):
+        SnapshotWriter.begin(tmp_path / "a" / "b")
+
+
+def test_abort_leaves_nothing(tmp_path: Path) -> None:
+    writer = SnapshotWriter.begin(tmp_path / "snapshot")
+    writer.ram.write_bytes(b"x")
+    writer.abort()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_dead_process_left_is_cleared_away(tmp_path: Path) -> None:
+    hour_ago = time.time() - 3600
+    living = SnapshotWriter.begin(tmp_path / "snapshot")
+    (tmp_path / ".snapshot.partial-dead").mkdir()
+    (tmp_path / ".snapshot.partial-dead" / RAM).touch()
+    (tmp_path / ".other.partial-dead").mkdir()
+    for path in tmp_path.iterdir():
+        os.utime(path, (hour_ago, hour_ago))
+    second = SnapshotWriter.begin(tmp_path / "snapshot")
+    assert {path.name for path in tmp_path.iterdir()} == {
+        ".other.partial-dead",
+        living.directory.name,
+        second.directory.name,
+    }
+    second.abort()
+    living.abort()
+
+
+def test_until_the_commit_there_is_no_snapshot(tmp_path: Path) -> None:
+    writer = SnapshotWriter.begin(tmp_path / "snapshot")
+    (partial,) = tmp_path.iterdir()
+    assert partial.name.startswith(".snapshot.partial-")
+    with pytest.raises(UsageError, match="missing"):
+        asyncio.run(writer.commit(manifest({})))
+    assert not (tmp_path / "snapshot").exists()
+
+
+def test_everything_is_flushed_before_the_name_appears(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[str] = []
+    real_fsync, real_rename = os.fsync, Path.rename
+
+    def fsync(descriptor: int) -> None:
+        events.append(Path(f"/proc/self/fd/{descriptor}").readlink().name)
+        real_fsync(descriptor)
+
+    def rename(self: Path, target: Path) -> Path:
+        events.append("rename")
+        return real_rename(self, target)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(Path, "rename", rename)
+    asyncio.run(write(tmp_path / "snapshot", tmp_path))
+    at = events.index("rename")
+    assert set(events[:at]) >= {*CONTENTS, MANIFEST}
+    assert events[at - 2] == MANIFEST  # the last file; then its directory
+    assert events[at + 1 :] == [tmp_path.name]
+
+
+def change(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("name", CONTENTS)
+def test_a_changed_byte_is_noticed(snapshot: Path, name: str) -> None:
+    if name in (KERNEL, INITRAMFS):  # links to the sources: replaced, not written through
+        data = (snapshot / name).read_bytes()
+        (snapshot / name).unlink()
+        (snapshot / name).write_bytes(data)
+    change(snapshot / name)
+    with pytest.raises(StateError, match=rf"{name} was changed"):
+        load(snapshot)
+
+
+@pytest.mark.parametrize("name", CONTENTS)
+def test_a_shortened_file_is_noticed(snapshot: Path, name: str) -> None:
+    data = (snapshot / name).read_bytes()
+    (snapshot / name).unlink()
+    (snapshot / name).write_bytes(data[:-1])
+    with pytest.raises(StateError, match=rf"{name} has {len(data) - 1} bytes"):
+        load(snapshot)
+
+
+@pytest.mark.parametrize("name", [MANIFEST, *CONTENTS])
+def test_a_missing_file_is_named(snapshot: Path, name: str) -> None:
+    (snapshot / name).unlink()
+    with pytest.raises(StateError, match=name):
+        load(snapshot)
+
+
+def test_an_extra_file_is_named(snapshot: Path) -> None:
+    (snapshot / "extra").touch()
+    with pytest.raises(StateError, match="contains 'extra'"):
+        load(snapshot)
+
+
+def test_special_files_are_refused(snapshot: Path) -> None:
+    (snapshot / RAM).replace(snapshot.parent / "elsewhere")
+    (snapshot / RAM).symlink_to(snapshot.parent / "elsewhere")
+    with pytest.raises(StateError, match="symbolic link"):
+        load(snapshot)
+    (snapshot / RAM).unlink()
+    os.mkfifo(snapshot / RAM)
+    with pytest.raises(StateError, match="not a plain file"):
+        load(snapshot)
+
+
+def test_something_else_than_a_snapshot(tmp_path: Path) -> None:
+    with pytest.raises(StateError, match="there is no snapshot"):
+        load(tmp_path / "absent")
+    with pytest.raises(StateError, match=r"is not a snapshot: it has no manifest\.json"):
+        load(tmp_path)
+    (tmp_path / MANIFEST).write_text("{}")
+    with pytest.raises(StateError, match="not a snapshot's manifest"):
+        load(tmp_path)
+
+
+def rewrite(snapshot: Path, edit: Callable[[Manifest], Manifest]) -> None:
+    """Makes a manifest that is right in itself, but says something else."""
+    data = (snapshot / MANIFEST).read_bytes()
+    (snapshot / MANIFEST).write_bytes(encode_manifest(edit(decode_manifest(data, "x"))))
+
+
+def test_another_version_is_refused_before_all_else(snapshot: Path) -> None:
+    document = json.loads((snapshot / MANIFEST).read_bytes())
+    document["manifest"] = {"format": "vmbus-snapshot", "version": 2, "whatever": 1}
+    (snapshot / MANIFEST).write_text(json.dumps(document))
+    (snapshot / "new-kind-of-file").touch()
+    with pytest.raises(StateError, match="snapshot version 2; this program reads version 1"):
+        load(snapshot)
+
+
+def test_another_device_is_refused(snapshot: Path) -> None:
+    other = bytes.fromhex("8680d310") + bytes(252)
+    rewrite(
+        snapshot,
+        lambda found: msgspec.structs.replace(
+            found, machine=msgspec.structs.replace(found.machine, pci_config=other.hex())
+        ),
+    )
+    with pytest.raises(StateError, match="another device: PCI 8086:10d3"):
+        load(snapshot)
+
+
+def test_another_vm_is_refused_by_what_differs(snapshot: Path) -> None:
+    with pytest.raises(StateError, match="another VM: its providers"):
+        load(snapshot, expected=ECHO)
+    with pytest.raises(StateError, match="another VM: its memory 256 should be 512"):
+        load(snapshot, expected=msgspec.structs.replace(DEMO, memory_mib=512))
+
+
+def test_another_machine_is_refused(snapshot: Path) -> None:
+    with pytest.raises(StateError, match=r"machine pc-q35-11\.1 .*at hand is 11\.2\.0"):
+        load(snapshot, programs=msgspec_replace(PROGRAMS, qemu_version="11.2.0"))
+    with pytest.raises(StateError, match="saved under tcg and cannot run under kvm"):
+        load(snapshot, programs=msgspec_replace(PROGRAMS, accelerator="kvm"))
+    load(snapshot, programs=msgspec_replace(PROGRAMS, qemu_version="11.1.9"))  # same machine
+
+
+def msgspec_replace(programs: Programs, **changes: str) -> Programs:
+    return Programs(**{**programs.__dict__, **changes})
+
+
+def test_names_in_the_manifest_lead_nowhere(snapshot: Path) -> None:
+    def escape(found: Manifest) -> Manifest:
+        files = dict(found.files)
+        files["../sources/kernel"] = files.pop(KERNEL)
+        return msgspec.structs.replace(found, files=files)
+
+    rewrite_unchecked = encode_manifest(escape(decode_manifest((snapshot / MANIFEST).read_bytes(), "x")))
+    (snapshot / MANIFEST).write_bytes(rewrite_unchecked)
+    with pytest.raises(StateError, match="a snapshot has exactly"):
+        load(snapshot)
+
+
+def test_boot_files_are_copied_where_links_are_impossible(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError("other file system")
+
+    monkeypatch.setattr(bundle.os, "link", refuse)
+    asyncio.run(write(tmp_path / "snapshot", tmp_path))
+    assert load(tmp_path / "snapshot").kernel.read_bytes() == b"kernel"
+    assert (tmp_path / "snapshot" / KERNEL).stat().st_nlink == 1
+
+
+ENCODED = encode_manifest(manifest({name: FileRecord(1, hashlib.sha256(b"x").hexdigest()) for name in CONTENTS}))
+
+
+@settings(max_examples=300, deadline=None)
+@given(at=st.integers(0, len(ENCODED) - 1), flip=st.integers(1, 255))
+def test_every_changed_byte_of_a_manifest_is_refused(at: int, flip: int) -> None:
+    damaged = bytearray(ENCODED)
+    damaged[at] ^= flip
+    with pytest.raises(StateError):
+        decode_manifest(bytes(damaged), "manifest")
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.binary(max_size=300))
+def test_garbage_is_no_manifest(data: bytes) -> None:
+    with pytest.raises(StateError):
+        decode_manifest(data, "manifest")
+    with pytest.raises(StateError):
+        decode_manifest(ENCODED + data + b"x", "manifest")

@@ -1,0 +1,67 @@
+"""VMs for tests. Nothing that a test starts may outlive it: the check after every test looks for processes."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Callable, Coroutine, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vmbus.provision import provision
+from vmbus.qemu.command_line import Programs, programs_from
+from vmbus.qemu.description import VmDescription, load_description
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+
+
+def children() -> dict[int, str]:
+    """Living processes that descend from this one, by process id."""
+    parents: dict[int, tuple[int, str]] = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                stat = (entry / "stat").read_text()
+                command = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+            except OSError:
+                continue
+            state, parent = stat.rsplit(") ", 1)[1].split()[:2]
+            if state != "Z":
+                parents[int(entry.name)] = (int(parent), command)
+    found = {os.getpid()}
+    while more := {pid for pid, (parent, _) in parents.items() if parent in found and pid not in found}:
+        found |= more
+    return {pid: parents[pid][1] for pid in found - {os.getpid()}}
+
+
+@pytest.fixture(autouse=True)
+def nothing_outlives_the_test() -> Iterator[None]:
+    before = set(children())
+    yield
+    left = {pid: command[:120] for pid, command in children().items() if pid not in before}
+    assert not left, f"processes outlive the test: {left}"
+
+
+@pytest.fixture(scope="session")
+def programs() -> Programs:
+    return programs_from(provision())
+
+
+@pytest.fixture(scope="session")
+def demo_description() -> VmDescription:
+    return load_description(CHECKOUT / "qemu_configs" / "demo.toml")
+
+
+@pytest.fixture
+def run() -> Callable[[Coroutine[Any, Any, Any]], Any]:
+    """Run a coroutine with a bound that is far above what any of them needs."""
+
+    def run(work: Coroutine[Any, Any, Any], timeout: float = 200.0) -> Any:
+        async def bounded() -> Any:
+            return await asyncio.wait_for(work, timeout)
+
+        return asyncio.run(bounded())
+
+    return run

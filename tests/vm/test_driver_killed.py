@@ -1,0 +1,60 @@
+"""A guest driver that is killed in mid-traffic, and its successor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import pytest
+
+from vmbus.qemu.command_line import Programs
+from vmbus.qemu.description import VmDescription
+from vmbus.qemu.machine import VirtualMachine
+from vmbus.qemu.story import Story, until_in_flight
+
+pytestmark = pytest.mark.vm
+
+Run = Callable[[Coroutine[Any, Any, Any]], Any]
+
+STORY = Story(packets=128, echo_count=1_000_000, burst_count=1_000_000)
+
+
+async def in_traffic(description: VmDescription, programs: Programs) -> tuple[VirtualMachine, int]:
+    vm = await VirtualMachine.launch(description, programs)
+    try:
+        await vm.wait_ready()
+        job = int((await vm.call_agent("start", driver="mixed", parameters=STORY.workloads()))["job"])
+        await until_in_flight(vm, job, STORY)
+    except BaseException:
+        await vm.kill()
+        raise
+    return vm, job
+
+
+def test_a_guest_driver_killed_in_mid_traffic_and_started_again(
+    run: Run, demo_description: VmDescription, programs: Programs
+) -> None:
+    async def story() -> list[dict[str, Any]]:
+        results = []
+        vm, job = await in_traffic(demo_description, programs)
+        async with vm:
+            assert vm.control is not None
+            for _ in range(3):
+                report = await vm.call_agent("kill", job=job)
+                assert report["state"] == "killed", report
+                pid = vm.children[0].process.pid
+                for driver in ("echo", "burst"):
+                    done = await vm.call_agent(
+                        "run", driver=driver, parameters={"count": 1000, "window": 128}, timeout=60.0
+                    )
+                    results.append(done["result"])
+                status = await vm.control.call("status")
+                assert status["pid"] == pid, "the server is another process"
+                assert status["packets"] == {"queued": 0, "sent": 0}
+                job = int((await vm.call_agent("start", driver="mixed", parameters=STORY.workloads()))["job"])
+                await until_in_flight(vm, job, STORY)
+        return results
+
+    results = run(story())
+    print(f"{len(results)} runs after 3 kills: {results}")
+    assert all(result["verdict"] == "passed" and result["completed"] == 1000 for result in results)

@@ -1,0 +1,395 @@
+"""Real VMs that are saved, reverted, and hurt: whatever fails, either the VM runs on or nothing is left of it."""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import vmbus
+from vmbus.errors import VmbusError
+from vmbus.provision import provision
+from vmbus.qemu.command_line import Programs, programs_from
+from vmbus.qemu.description import load_description
+from vmbus.qemu.machine import VirtualMachine
+from vmbus.qemu.process import ProcessDied, running_vms
+from vmbus.qemu.save import Sabotage, SaveFailed
+from vmbus.snapshot.bundle import SnapshotWriter
+
+pytestmark = pytest.mark.vm
+
+CHECKOUT = Path(__file__).parents[2]
+DEMO = load_description(CHECKOUT / "qemu_configs" / "demo.toml")
+WORKLOADS = [
+    {"driver": "echo", "count": 8_000, "window": 128, "external": 0.2},
+    {"driver": "burst", "count": 15_000, "window": 2000, "hold": 100},
+]
+SOON = 20.0
+"""Seconds within which a death must have been noticed and everything torn down."""
+
+
+@pytest.fixture(scope="module")
+def programs() -> Programs:
+    return programs_from(provision())
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    base = tmp_path_factory.mktemp("r")
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(base))
+    yield
+    assert running_vms() == []
+    assert list((base / "vmbus").iterdir()) == []
+    processes = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
+    assert str(base) not in processes  # its sockets are on every command line of ours
+
+
+async def until_flooded(vm: VirtualMachine, job: int) -> None:
+    """Waits until packets are in flight in both states."""
+    assert vm.control is not None
+    async with asyncio.timeout(60):
+        while True:
+            packets = (await vm.control.call("status"))["packets"]
+            if packets["queued"] > 100 and packets["sent"] > 100:
+                return
+            report = await vm.call_agent("poll", job=job)
+            assert report["state"] == "running", report
+            await asyncio.sleep(0.02)
+
+
+async def finish(vm: VirtualMachine, job: int) -> None:
+    """Lets the workloads run to their end and checks both sides' books."""
+    assert vm.control is not None
+    async with asyncio.timeout(120):
+        while (report := await vm.call_agent("wait", job=job, timeout=90.0))["state"] == "running":
+            pass
+    assert report["state"] == "finished", report
+    assert report["result"]["verdict"] == "passed", report
+    status = await vm.control.call("status")
+    for provider in status["providers"].values():
+        assert {key: provider["tally"][key] for key in ("lost", "duplicated", "reordered", "corrupted")} == {
+            "lost": 0,
+            "duplicated": 0,
+            "reordered": 0,
+            "corrupted": 0,
+        }
+
+
+JOB = 1
+"""The workload's job number in the snapshot."""
+
+
+@pytest.fixture(scope="module")
+def snapshot(programs: Programs, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A VM saved live in mid-traffic, with packets in flight in both states."""
+    directory = tmp_path_factory.mktemp("snapshots") / "flooded"
+
+    async def body() -> None:
+        async with await VirtualMachine.launch(DEMO, programs) as vm:
+            await vm.wait_ready()
+            started = await vm.call_agent("start", driver="mixed", parameters={"workloads": WORKLOADS})
+            assert started["job"] == JOB
+            await until_flooded(vm, JOB)
+            report = await vm.save(directory, live=True)
+            assert report.packets["queued"] > 0 and report.packets["sent"] > 0
+            assert report.flushed_pages > 0
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_RUNTIME_DIR", str(tmp_path_factory.mktemp("r")))
+        asyncio.run(body())
+    return directory
+
+
+def listing(directory: Path) -> list[str]:
+    return [path.name for path in directory.iterdir()]
+
+
+def digests(directory: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((directory / "manifest.json").read_bytes())["manifest"]["files"]
+    return found
+
+
+def test_a_snapshot_can_be_gone_back_to_again_and_again(programs: Programs, snapshot: Path) -> None:
+    async def body() -> None:
+        for _ in range(2):
+            async with await VirtualMachine.restore(snapshot, programs, expected=DEMO) as vm:
+                assert vm.restored is not None
+                assert vm.restored.packets["queued"] > 0 and vm.restored.packets["sent"] > 0
+                assert vm.restored.channels == 2
+                assert vm.restored.pci_writes == 7
+                await finish(vm, JOB)
+
+    before = digests(snapshot)
+    asyncio.run(body())
+    assert digests(snapshot) == before
+
+
+def test_checkpoints_of_a_vm_that_runs_on(programs: Programs, snapshot: Path, tmp_path: Path) -> None:
+    async def body() -> None:
+        async with await VirtualMachine.restore(snapshot, programs) as vm:
+            for number, live in enumerate((True, False, True)):
+                report = await vm.save(tmp_path / str(number), live=live, keep=True)
+                assert report.downtime is not None and report.downtime < 30
+                assert await vm.monitor.status() == "running"
+            await finish(vm, JOB)
+        async with await VirtualMachine.restore(tmp_path / "2", programs) as vm:  # a snapshot of a restored VM
+            await finish(vm, JOB)
+
+    asyncio.run(body())
+
+
+@pytest.mark.parametrize("live", [False, True])
+def test_a_guest_that_is_still_booting(programs: Programs, tmp_path: Path, live: bool) -> None:
+    async def body() -> None:
+        async with await VirtualMachine.launch(DEMO, programs) as vm:
+            report = await vm.save(tmp_path / "early", live=live)
+            assert report.packets == {"queued": 0, "sent": 0}
+        async with await VirtualMachine.restore(tmp_path / "early", programs) as vm:
+            await vm.wait_ready()
+            found = await vm.call_agent("run", driver="echo", parameters={"count": 200}, timeout=60.0)
+            assert found["result"]["verdict"] == "passed"
+            await vm.shutdown()
+
+    asyncio.run(body())
+
+
+@pytest.mark.parametrize("live", [False, True])
+def test_a_full_disk_leaves_the_vm_running_with_nothing_lost(
+    programs: Programs, snapshot: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, live: bool
+) -> None:
+    begin = SnapshotWriter.begin.__func__  # type: ignore[attr-defined]
+
+    def on_a_full_disk(cls: type[SnapshotWriter], target: Path) -> SnapshotWriter:
+        writer: SnapshotWriter = begin(cls, target)
+        writer.ram.symlink_to(f"/proc/{os.getpid()}/fd/{full}")
+        return writer
+
+    # A file that cannot grow is as good as a full disk.
+    full = os.memfd_create("full", os.MFD_ALLOW_SEALING | os.MFD_CLOEXEC)
+    fcntl.fcntl(full, fcntl.F_ADD_SEALS, fcntl.F_SEAL_GROW)
+
+    async def body() -> None:
+        async with await VirtualMachine.restore(snapshot, programs) as vm:
+            with monkeypatch.context() as patch:
+                patch.setattr(SnapshotWriter, "begin", classmethod(on_a_full_disk))
+                with pytest.raises(SaveFailed, match=r"migration of .* failed.*the VM runs on") as caught:
+                    await vm.save(tmp_path / "snapshot", live=live)
+            assert caught.value.source_alive
+            assert listing(tmp_path) == []
+            await vm.save(tmp_path / "second", live=live, keep=True)  # it can still be saved
+            await finish(vm, JOB)
+
+    asyncio.run(body())
+    os.close(full)
+
+
+@pytest.mark.parametrize("live", [False, True])
+def test_an_interrupted_save_leaves_the_vm_running(
+    programs: Programs, snapshot: Path, tmp_path: Path, live: bool
+) -> None:
+    async def body() -> None:
+        async with await VirtualMachine.restore(snapshot, programs) as vm:
+            phases: list[str] = []
+
+            def interrupt(phase: str) -> None:
+                phases.append(phase)
+                if phase == "seal":
+                    saving.cancel()
+
+            saving = asyncio.ensure_future(vm.save(tmp_path / "snapshot", live=live, progress=interrupt))
+            with pytest.raises(asyncio.CancelledError):
+                await saving
+            assert phases[-1] == "seal"
+            assert listing(tmp_path) == []
+            await finish(vm, JOB)
+
+    asyncio.run(body())
+
+
+@pytest.mark.parametrize("victim", ["server", "qemu"])
+def test_the_death_of_either_process_is_the_end_of_both(programs: Programs, snapshot: Path, victim: str) -> None:
+    async def body() -> None:
+        async with await VirtualMachine.restore(snapshot, programs) as vm:
+            os.kill(getattr(vm, victim).pid, signal.SIGKILL)
+            async with asyncio.timeout(SOON):
+                with pytest.raises(ProcessDied, match="was killed by SIGKILL"):
+                    await vm.wait_ended()
+                with pytest.raises(VmbusError):
+                    await vm.call_agent("ping")
+                await vm.kill()
+
+    asyncio.run(body())
+
+
+@pytest.mark.parametrize(
+    ("live", "phase", "victim"),
+    [
+        (True, "ram", "server"),
+        (True, "ram", "qemu"),
+        (True, "device", "qemu"),
+        (True, "flush", "server"),
+        (True, "switchover", "qemu"),
+        (True, "resume", "server"),
+        (False, "device", "server"),
+        (False, "ram", "qemu"),
+    ],
+)
+def test_a_death_during_a_save_is_told_and_leaves_nothing(
+    programs: Programs, snapshot: Path, tmp_path: Path, live: bool, phase: str, victim: str
+) -> None:
+    async def body() -> None:
+        vm = await VirtualMachine.restore(snapshot, programs)
+
+        def strike(now: str) -> None:
+            if now == phase:
+                os.kill(getattr(vm, victim).pid, signal.SIGKILL)
+
+        start = time.monotonic()
+        with pytest.raises(SaveFailed, match=r"was killed by SIGKILL(.|\n)*the VM is lost") as caught:
+            await vm.save(tmp_path / "snapshot", live=live, keep=True, progress=strike)
+        assert not caught.value.source_alive
+        assert time.monotonic() - start < SOON
+        assert vm.ended
+
+    asyncio.run(body())
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("victim", "phase"),
+    [("server", "qemu"), ("qemu", "ram"), ("server", "pci"), ("qemu", "device"), ("server", "cont")],
+)
+def test_a_death_during_a_restore_is_told_and_leaves_nothing(
+    programs: Programs, snapshot: Path, monkeypatch: pytest.MonkeyPatch, victim: str, phase: str
+) -> None:
+    machines: list[VirtualMachine] = []
+    initialise = VirtualMachine.__init__
+
+    def remember(self: VirtualMachine, *arguments: Any) -> None:
+        initialise(self, *arguments)
+        machines.append(self)
+
+    def strike(now: str) -> None:
+        child = getattr(machines[0], victim) if machines else None
+        if now == phase and child is not None:
+            os.kill(child.pid, signal.SIGKILL)
+
+    monkeypatch.setattr(VirtualMachine, "__init__", remember)
+
+    async def body() -> None:
+        async with asyncio.timeout(2 * SOON):
+            vm = await VirtualMachine.restore(snapshot, programs, progress=strike)
+            async with vm:  # the blow may land just after the last step
+                await vm.wait_ended()
+
+    with pytest.raises(ProcessDied, match=r"was killed by SIGKILL|vfio-user"):
+        asyncio.run(body())
+
+
+@pytest.mark.parametrize(
+    ("edit", "reason"),
+    [
+        (lambda state: state[:-1], "device server"),
+        (lambda state: state[:40] + bytes([state[40] ^ 1]) + state[41:], "device server"),
+        (lambda state: b"", "device server"),
+    ],
+    ids=["shortened", "changed", "empty"],
+)
+def test_a_state_that_the_server_refuses(
+    programs: Programs, snapshot: Path, edit: Callable[[bytes], bytes], reason: str
+) -> None:
+    async def body() -> None:
+        with pytest.raises(ProcessDied, match=reason):
+            await VirtualMachine.restore(snapshot, programs, sabotage=Sabotage(edit_state=edit))
+
+    asyncio.run(body())
+
+
+def command(*words: str) -> list[str]:
+    return [sys.executable, "-m", "vmbus.cli", *words]
+
+
+def environment() -> dict[str, str]:
+    roots = [str(Path(vmbus.__file__).parents[1]), str(CHECKOUT / "guest")]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(roots)}
+
+
+def wait_for_vm(owner: subprocess.Popen[bytes]) -> str:
+    """The name of the VM that `owner` runs, once its supervisor answers."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        assert owner.poll() is None, owner.communicate()
+        names = running_vms()
+        base = Path(os.environ["XDG_RUNTIME_DIR"]) / "vmbus"
+        if names and (base / names[0] / "supervisor.sock").exists():
+            return names[0]
+        time.sleep(0.05)
+    raise AssertionError("no VM came up")
+
+
+def test_from_the_command_line(snapshot: Path, tmp_path: Path) -> None:
+    owner = subprocess.Popen(
+        command("restore", str(snapshot)),
+        env=environment(), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    try:
+        assert wait_for_vm(owner) == "demo"
+        report = subprocess.run(
+            command("agent", "poll", str(JOB)), env=environment(), capture_output=True, text=True, timeout=60
+        )
+        assert json.loads(report.stdout)["driver"] == "mixed", report.stderr
+        for words, status in ((["--live", "--keep"], 0), (["--live", "--keep"], 1), ([], 1)):
+            saved = subprocess.run(
+                command("save", *words, str(tmp_path / "a")), env=environment(), capture_output=True, text=True,
+                timeout=120,
+            )  # fmt: skip
+            assert saved.returncode == status, saved.stderr
+        assert "exists already" in saved.stderr
+        saved = subprocess.run(
+            command("save", str(tmp_path / "b")), env=environment(), capture_output=True, text=True, timeout=120
+        )
+        assert saved.returncode == 0, saved.stderr
+        output, _ = owner.communicate(timeout=60)
+        assert owner.returncode == 0
+        assert f"saved to {tmp_path / 'b'}" in output.decode()
+    finally:
+        owner.kill()
+        owner.communicate()
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_an_owner_that_dies_takes_everything_along(snapshot: Path, number: signal.Signals) -> None:
+    owner = subprocess.Popen(
+        command("restore", str(snapshot)),
+        env=environment(), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    try:
+        name = wait_for_vm(owner)
+        run_directory = Path(os.environ["XDG_RUNTIME_DIR"]) / "vmbus" / name
+        owner.send_signal(number)
+        owner.wait(SOON)
+        deadline = time.monotonic() + SOON
+        while str(run_directory) in subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout:
+            assert time.monotonic() < deadline, "a process outlived its owner"
+            time.sleep(0.05)
+        # After SIGKILL nobody could clear the directory away; the next start does.
+        assert run_directory.exists() == (number == signal.SIGKILL)
+        assert running_vms() == []
+        listed = subprocess.run(command("restore", "/no/such/snapshot"), env=environment(), capture_output=True)
+        assert listed.returncode == 1
+    finally:
+        owner.kill()
+        owner.wait()
+        from vmbus.qemu.process import clean_stale, runtime_base
+
+        clean_stale(runtime_base())

@@ -1,0 +1,218 @@
+"""The main job in QEMU: saved in mid-traffic, restored in fresh processes, exactly once. And the ways to break it.
+
+One VM is booted and saved in mid-traffic, into a snapshot that several tests restore: a restore is cheap, a boot is
+not. The books are kept by the guest's test drivers and by the providers, each for itself.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vmbus import state as saved
+from vmbus.errors import VmbusError
+from vmbus.kmcl.saved import ChannelChunk, decode_chunk, encode
+from vmbus.qemu.command_line import Programs
+from vmbus.qemu.description import VmDescription
+from vmbus.qemu.machine import VirtualMachine
+from vmbus.qemu.save import Sabotage
+from vmbus.qemu.story import Figures, Story, audit, finish, run_story, until_in_flight
+
+pytestmark = pytest.mark.vm
+
+Run = Callable[[Coroutine[Any, Any, Any]], Any]
+
+STORY = Story(packets=256, echo_count=8_000, burst_count=14_000, stall_seconds=8.0)
+
+
+class Taken:
+    """A snapshot of a VM in mid-traffic, and the guest's job that goes on in it."""
+
+    def __init__(self, directory: Path, job: int, packets: dict[str, int]) -> None:
+        self.directory = directory
+        self.job = job
+        self.packets = packets
+
+
+async def boot_and_save(description: VmDescription, programs: Programs, directory: Path, *, live: bool) -> Taken:
+    vm = await VirtualMachine.launch(description, programs)
+    async with vm:
+        await vm.wait_ready()
+        job = int((await vm.call_agent("start", driver="mixed", parameters=STORY.workloads()))["job"])
+        await until_in_flight(vm, job, STORY)
+        report = await vm.save(directory, live=live)
+    return Taken(directory, job, report.packets)
+
+
+@pytest.fixture(scope="session")
+def taken(demo_description: VmDescription, programs: Programs, tmp_path_factory: pytest.TempPathFactory) -> Taken:
+    import asyncio
+
+    directory = tmp_path_factory.mktemp("taken") / "snapshot"
+    return asyncio.run(boot_and_save(demo_description, programs, directory, live=True))
+
+
+async def books(vm: VirtualMachine, job: int) -> Figures:
+    """Let the workloads run to their end, and compare the books."""
+    figures = Figures()
+    assert vm.control is not None
+    report = await finish(vm, job)
+    audit(figures, report, await vm.control.call("status"), STORY.expected())
+    return figures
+
+
+def clean(figures: Figures) -> None:
+    print(
+        f"{figures.transactions} transactions, {figures.completed} completed, {figures.lost} lost, "
+        f"{figures.duplicated} duplicated, {figures.reordered} reordered, {figures.corrupted} corrupted"
+    )
+    assert not figures.reasons, figures.reasons
+    assert figures.completed == figures.transactions > 20_000
+
+
+@pytest.mark.parametrize("live", [False, True], ids=["stopped", "live"])
+def test_saved_and_restored_in_mid_traffic(
+    run: Run, demo_description: VmDescription, programs: Programs, tmp_path: Path, live: bool
+) -> None:
+    story = Story(packets=256, live=live, echo_count=8_000, burst_count=14_000)
+    figures = run(run_story(story, demo_description, programs, tmp_path / "snapshot"))
+    print(f"in flight {figures.in_flight}, restored {figures.restored_by_state}, seconds {figures.seconds}")
+    assert figures.verdict == "pass", figures.reasons
+    assert min(figures.in_flight.values()) > 0
+    clean(figures)
+    assert (figures.flushed_pages > 0) == live
+
+
+def test_a_restored_vm_can_be_saved_again_and_every_snapshot_restored_again(
+    run: Run, taken: Taken, programs: Programs, tmp_path: Path
+) -> None:
+    async def story() -> list[Figures]:
+        results = []
+        source = taken.directory
+        for generation, live in enumerate((True, False)):
+            vm = await VirtualMachine.restore(source, programs)
+            async with vm:
+                await until_in_flight(vm, taken.job, STORY)
+                source = tmp_path / f"generation-{generation}"
+                report = await vm.save(source, live=live)
+                assert min(report.packets.values()) > 0
+        for snapshot in (source, taken.directory):
+            vm = await VirtualMachine.restore(snapshot, programs)
+            async with vm:
+                results.append(await books(vm, taken.job))
+        return results
+
+    for figures in run(story()):
+        clean(figures)
+
+
+def test_a_save_that_keeps_the_vm_loses_nothing(run: Run, taken: Taken, programs: Programs, tmp_path: Path) -> None:
+    async def story() -> tuple[Figures, float | None]:
+        vm = await VirtualMachine.restore(taken.directory, programs)
+        async with vm:
+            await until_in_flight(vm, taken.job, STORY)
+            report = await vm.save(tmp_path / "checkpoint", live=True, keep=True)
+            return await books(vm, taken.job), report.downtime
+
+    figures, downtime = run(story())
+    clean(figures)
+    assert downtime is not None
+    print(f"downtime of the checkpoint: {downtime:.3f} s")
+
+
+# ---- sabotage --------------------------------------------------------------------------------------------------------
+
+
+def alarm(run: Run, taken: Taken, programs: Programs, directory: Path, sabotage: Sabotage) -> str:
+    """Restore with damage, and return how it was noticed; fail when everything seems fine."""
+
+    async def story() -> str:
+        try:
+            vm = await VirtualMachine.restore(directory, programs, sabotage=sabotage)
+        except VmbusError as error:
+            return f"refused: {error}"
+        async with vm:
+            figures = await books(vm, taken.job)
+        return "; ".join(figures.reasons)
+
+    noticed = run(story())
+    print(f"the alarm: {noticed[:300]}")
+    assert noticed, "the damage went unnoticed"
+    return str(noticed)
+
+
+def test_sabotage_without_the_pci_replay(run: Run, taken: Taken, programs: Programs) -> None:
+    alarm(run, taken, programs, taken.directory, Sabotage(skip_pci_replay=True))
+
+
+def test_sabotage_without_the_dirty_flush(run: Run, taken: Taken, programs: Programs, tmp_path: Path) -> None:
+    async def save_badly() -> None:
+        vm = await VirtualMachine.restore(taken.directory, programs)
+        async with vm:
+            await until_in_flight(vm, taken.job, STORY)
+            await vm.save(tmp_path / "unflushed", live=True, sabotage=Sabotage(skip_flush=True))
+
+    run(save_badly())
+    alarm(run, taken, programs, tmp_path / "unflushed", Sabotage())
+
+
+def lose_one_packet(data: bytes) -> bytes:
+    """The state without one of its packets, well-formed in every other respect."""
+    state = saved.decode(data)
+    records = []
+    for record in state.channels:
+        chunks = list(record.chunks)
+        if len(chunks) > 10:
+            del chunks[5]
+            head = decode_chunk(chunks[0])
+            assert isinstance(head, ChannelChunk)
+            chunks[0] = encode(ChannelChunk(head.version, head.started, head.next_transaction, head.entries - 1))
+        records.append(saved.ChannelRecord(record.instance, chunks))
+    fields = {name: getattr(state, name) for name in state.__struct_fields__}
+    return saved.encode(saved.DeviceState(**{**fields, "channels": records}))
+
+
+def test_sabotage_one_packet_lost_from_the_state(run: Run, taken: Taken, programs: Programs) -> None:
+    noticed = alarm(run, taken, programs, taken.directory, Sabotage(edit_state=lose_one_packet))
+    assert "completed" in noticed or "lost" in noticed
+
+
+# ---- bad snapshots ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("what", ["flipped byte", "missing file", "version"])
+def test_a_bad_snapshot_is_refused_before_anything_starts(
+    run: Run, taken: Taken, programs: Programs, tmp_path: Path, what: str
+) -> None:
+    directory = tmp_path / "bad"
+    shutil.copytree(taken.directory, directory)
+    victim = max((path for path in directory.iterdir() if path.suffix != ".json"), key=lambda path: path.stat().st_size)
+    if what == "flipped byte":
+        with victim.open("r+b") as file:
+            file.seek(victim.stat().st_size // 2)
+            byte = file.read(1)
+            file.seek(-1, 1)
+            file.write(bytes([byte[0] ^ 1]))
+        expected = victim.name
+    elif what == "missing file":
+        victim.unlink()
+        expected = victim.name
+    else:
+        manifest = directory / "manifest.json"
+        text = manifest.read_text()
+        assert '"version": 1,' in text
+        manifest.write_text(text.replace('"version": 1,', '"version": 99,'))
+        expected = "version 99"
+
+    async def attempt() -> None:
+        vm = await VirtualMachine.restore(directory, programs)
+        await vm.kill()
+
+    with pytest.raises(VmbusError) as caught:
+        run(attempt())
+    print(f"refused: {caught.value}")
+    assert expected in str(caught.value)
