@@ -194,12 +194,26 @@ def choose(tmp_path: Path, **environment: str) -> Accelerator:
 
 def test_explicit_accelerator(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(accel, "try_accelerator", _must_not_be_called)
-    choice = choose(tmp_path, VMBUS_ACCELERATOR="kvm")
-    assert choice.arguments == ("-accel", "kvm")
-    assert choice.machine_options == ",kernel-irqchip=split"
     assert choose(tmp_path, VMBUS_ACCELERATOR="tcg").machine_options == ""
     with pytest.raises(EnvironmentProblem, match="kvm or tcg"):
         choose(tmp_path, VMBUS_ACCELERATOR="hvf")
+
+
+@pytest.mark.parametrize("failure", [None, "the guest died"])
+def test_kvm_that_is_asked_for_must_run_a_guest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: str | None
+) -> None:
+    device = tmp_path / "kvm"
+    device.write_text("")
+    monkeypatch.setattr(accel, "KVM_DEVICE", device)
+    monkeypatch.setattr(accel, "try_accelerator", lambda *_: failure)
+    if failure is None:
+        choice = choose(tmp_path, VMBUS_ACCELERATOR="kvm")
+        assert choice.arguments == ("-accel", "kvm")
+        assert choice.machine_options == ",kernel-irqchip=split"
+    else:
+        with pytest.raises(EnvironmentProblem, match="KVM runs no guest here: KVM: the guest died"):
+            choose(tmp_path, VMBUS_ACCELERATOR="kvm")
 
 
 def test_no_kvm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

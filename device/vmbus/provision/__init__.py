@@ -99,16 +99,19 @@ class _Parts:
 
 def _make(cache: Cache, reporter: Reporter, environment: Mapping[str, str]) -> _Parts:
     from vmbus.provision import accel, guest_files, libvfio_user, qemu
-    from vmbus.provision.cache import publish_bytes
+    from vmbus.provision.cache import publish_bytes, remove
+    from vmbus.provision.debian import SUITE, Apt
 
     libvfio_user.check_prerequisites(cache, environment)  # before the large downloads
     program = qemu.find_qemu(cache, reporter, environment)
     library = libvfio_user.find(cache, reporter, environment)
-    kernel = guest_files.find_kernel(cache, reporter)
-    userland = guest_files.find_userland(cache, reporter)
+    apt = Apt(cache, (SUITE,), reporter=reporter, environment=environment)
+    kernel = guest_files.find_kernel(cache, reporter, apt)
+    userland = guest_files.find_userland(cache, reporter, apt)
     accelerator = accel.choose_accelerator(program, kernel, userland, cache, reporter, environment)
     parts = _Parts(program, library, kernel, userland.path, accelerator)
     publish_bytes(_memory(cache, environment), (json.dumps(_to_json(parts), indent=1) + "\n").encode())
+    remove(cache.path("apt"))  # 300 MB of package lists, out of date by the time they might be wanted again
     return parts
 
 

@@ -55,7 +55,7 @@ class RichReporter:
             self._task = None
 
     def note(self, text: str) -> None:
-        self._progress.console.print(text, markup=False, highlight=False)
+        self._progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def facts(result: Provisioned) -> dict[str, object]:
@@ -104,10 +104,10 @@ def main(as_json: bool, quiet: bool) -> None:
             plain: Reporter = SilentReporter() if as_json and not errors.is_terminal else PlainReporter()
             result = provision(reporter=plain)
     except VmbusError as error:
-        errors.print(f"set-up: {error}", style="red", markup=False, highlight=False)
+        errors.print(f"set-up: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         sys.exit(1)
     except KeyboardInterrupt:
-        errors.print("set-up interrupted; the next run continues with what is missing")
+        errors.print("set-up interrupted; the next run continues with what is missing", soft_wrap=True)
         sys.exit(130)
     if as_json:
         click.echo(json.dumps(facts(result), indent=1))

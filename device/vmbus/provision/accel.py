@@ -5,7 +5,7 @@ die on the first instruction that it cannot handle, or never get anywhere. So a 
 machine type and virtual IOMMU that are used later, and has to start a program within a bounded time. The outcome is
 remembered until the next boot of the host.
 
-`VMBUS_ACCELERATOR` (`kvm` or `tcg`) settles the matter without a trial.
+`VMBUS_ACCELERATOR=tcg` settles the matter without a trial; `kvm` makes a failing trial an error.
 """
 
 from __future__ import annotations
@@ -70,25 +70,34 @@ def choose_accelerator(
 ) -> Accelerator:
     """Return the accelerator for this host, tried now unless the outcome of this boot is in the cache.
 
-    Raises EnvironmentProblem if `VMBUS_ACCELERATOR` is neither `kvm` nor `tcg`.
+    Raises EnvironmentProblem if `VMBUS_ACCELERATOR` is neither `kvm` nor `tcg`, or `kvm` where that runs no guest.
     """
     explicit = environment.get("VMBUS_ACCELERATOR", "").strip()
     if explicit:
         if explicit not in ("kvm", "tcg"):
             raise EnvironmentProblem(f"VMBUS_ACCELERATOR is {explicit!r}; it can be kvm or tcg")
-        return Accelerator(explicit, "VMBUS_ACCELERATOR")
+        if explicit == "tcg":
+            return Accelerator("tcg", "VMBUS_ACCELERATOR")
+    choice = _tried(qemu, kernel, userland, cache or Cache(), reporter or SilentReporter())
+    if explicit == "kvm" and choice.name != "kvm":
+        raise EnvironmentProblem(
+            f"VMBUS_ACCELERATOR is kvm, but KVM runs no guest here: {choice.reason}; unset it to use TCG"
+        )
+    return choice
+
+
+def _tried(qemu: QemuProgram, kernel: Kernel, userland: Root, cache: Cache, reporter: Reporter) -> Accelerator:
+    """What a trial showed, now or earlier in this boot of the host."""
     if not KVM_DEVICE.exists():
         return Accelerator("tcg", f"there is no {KVM_DEVICE}")
     if not os.access(KVM_DEVICE, os.R_OK | os.W_OK):
         return Accelerator("tcg", f"{KVM_DEVICE} may not be opened by this user (the group kvm usually may)")
-    cache = cache or Cache()
     record = cache.path("accelerator", digest(1, boot_id(), qemu.argv, qemu.version, kernel.version) + ".json")
     try:
         known = json.loads(record.read_bytes())
         return Accelerator(str(known["name"]), str(known["reason"]))
     except (OSError, ValueError, KeyError, TypeError):
         pass
-    reporter = reporter or SilentReporter()
     reporter.begin("Trying KVM")
     failure = try_accelerator("kvm", qemu, kernel, userland, cache)
     choice = Accelerator("kvm", "it ran a guest") if failure is None else Accelerator("tcg", f"KVM: {failure}")

@@ -61,8 +61,8 @@ class Kernel:
         return self.image.parent / "modules" / f"{name}.ko"
 
 
-def find_kernel(cache: Cache | None = None, reporter: Reporter | None = None) -> Kernel:
-    """Return the kernel, fetched if need be. The caller holds the cache's lock.
+def find_kernel(cache: Cache | None = None, reporter: Reporter | None = None, apt: Apt | None = None) -> Kernel:
+    """Return the kernel, fetched (with `apt` for the suite, if given) if need be. The caller holds the cache's lock.
 
     Raises EnvironmentProblem, AptError, WaitTimeout.
     """
@@ -71,7 +71,7 @@ def find_kernel(cache: Cache | None = None, reporter: Reporter | None = None) ->
     directory = cache.path("kernel", digest(1, SUITE, KERNEL_PACKAGE, MODULES, length=8))
     record = directory / "kernel.json"
     if not record.exists():
-        apt = Apt(cache, (SUITE,), reporter=reporter)
+        apt = apt or Apt(cache, (SUITE,), reporter=reporter)
         concrete = [name for name in apt.depends(KERNEL_PACKAGE) if name.startswith("linux-image-")]
         if len(concrete) != 1:
             raise EnvironmentProblem(f"{KERNEL_PACKAGE} should name one kernel package; apt says {concrete}")
@@ -94,12 +94,13 @@ def find_kernel(cache: Cache | None = None, reporter: Reporter | None = None) ->
     )
 
 
-def find_userland(cache: Cache | None = None, reporter: Reporter | None = None) -> Root:
-    """Return the root with busybox and Python, fetched if need be. The caller holds the cache's lock.
+def find_userland(cache: Cache | None = None, reporter: Reporter | None = None, apt: Apt | None = None) -> Root:
+    """Return the root with busybox and Python, fetched (with `apt` for the suite, if given) if need be. The caller
+    holds the cache's lock.
 
     Raises EnvironmentProblem, AptError, WaitTimeout.
     """
-    return make_root(cache or Cache(), USERLAND_RECIPE, reporter or SilentReporter())
+    return make_root(cache or Cache(), USERLAND_RECIPE, reporter or SilentReporter(), apt)
 
 
 def unpack_kernel(deb: Path, target: Path) -> tuple[str, dict[str, tuple[str, ...]]]:
