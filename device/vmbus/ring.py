@@ -21,6 +21,7 @@ S4    the writer is blocked        writer  store pending send size; fence; look 
 "Come back later" (no packet, no room) is a return value; a peer that breaks the rules is a `RingCorrupt` exception.
 """
 
+from collections.abc import Callable
 from struct import Struct
 
 from vmbus.errors import PeerError
@@ -81,26 +82,25 @@ class _Ring:
 
 
 class RingWriter(_Ring):
-    """The writing end. Packets are staged with `put` and become visible together with `commit`."""
+    """The writing end. Packets are staged with `put` and become visible together with `commit`.
 
-    __slots__ = ("_free", "_index", "_packers", "_peer", "_published", "_requested", "_staged")
+    `largest`: ring bytes of the largest packet (descriptor, padding and trailer included) that can ever fit.
+    """
+
+    __slots__ = ("_free", "_index", "_packers", "_peer", "_published", "_requested", "_staged", "largest")
 
     def __init__(self, header: Window, data: Window) -> None:
         """Attach; our own write index is taken from the ring, so that this serves open and restore alike."""
         super().__init__(header, data)
+        self.largest = min(self.size - 16, MAX_PACKET_SIZE)
         self._index = _index(header.load32(WRITE_INDEX), self.size, "write index")
         self._published = self._index
         self._peer = _index(header.load32(READ_INDEX), self.size, "read index")
         self._free = self.size - 8 - (self._index - self._peer) % self.size
         self._staged: list[bytes] = []
-        self._packers: dict[int, Struct] = {}
+        self._packers: dict[int, Callable[..., bytes]] = {}
         self._requested = header.load32(PENDING_SEND_SIZE) != 0
         header.store32(FEATURE_BITS, header.load32(FEATURE_BITS) | FEATURE_PENDING_SEND_SIZE)
-
-    @property
-    def largest(self) -> int:
-        """Ring bytes of the largest packet (descriptor, padding and trailer included) that can ever fit."""
-        return min(self.size - 16, MAX_PACKET_SIZE)
 
     @property
     def empty(self) -> bool:
@@ -123,11 +123,11 @@ class RingWriter(_Ring):
         total = padded + 24
         if total > self._free and total > self.free():
             return False
-        packer = self._packers.get(padded)
-        if packer is None:
-            packer = self._packers[padded] = Struct(f"<HHHHQ{padded}sQ")
+        pack = self._packers.get(padded)
+        if pack is None:
+            pack = self._packers[padded] = Struct(f"<HHHHQ{padded}sQ").pack
         start = self._index
-        self._staged.append(packer.pack(kind, offset8, (padded + 16) >> 3, flags, transaction, body, start << 32))
+        self._staged.append(pack(kind, offset8, (padded + 16) >> 3, flags, transaction, body, start << 32))
         self._free -= total
         start += total
         self._index = start - self.size if start >= self.size else start

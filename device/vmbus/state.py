@@ -19,9 +19,9 @@ from vmbus.kmcl.saved import ChannelChunk, PacketChunk, decode_chunk, decode_lib
 from vmbus.kmcl.server import ServerChannel
 from vmbus.kmcl.status import KmclError
 from vmbus.providers.base import Provider
-from vmbus.synic import PostStatus
+from vmbus.synic import WRITABLE_REGISTERS, PostStatus
 from vmbus.wire import messages as m
-from vmbus.wire.gpa import GpaRange
+from vmbus.wire.gpa import GpaRange, page_count
 
 MAGIC = b"VMBSTATE"
 FORMAT_VERSION = 1
@@ -147,6 +147,8 @@ _decoder = msgspec.msgpack.Decoder(DeviceState)
 def encode(state: DeviceState) -> bytes:
     """The file's bytes."""
     body = msgspec.msgpack.encode(state)
+    if len(body) > MAX_BODY:
+        raise StateError(f"the state has {len(body)} bytes, more than the {MAX_BODY} that can be restored")
     return _HEAD.pack(MAGIC, FORMAT_VERSION, 0, len(body), hashlib.sha256(body).digest()) + body
 
 
@@ -154,13 +156,15 @@ def decode(data: bytes) -> DeviceState:
     """The state in a file's bytes. Raises StateError saying what is wrong with them."""
     if len(data) < _HEAD.size:
         raise StateError(f"device state of {len(data)} bytes is cut short: the head alone has {_HEAD.size}")
-    magic, version, _, length, digest = _HEAD.unpack_from(data)
+    magic, version, reserved, length, digest = _HEAD.unpack_from(data)
     if magic != MAGIC:
         raise StateError(f"this is not device state: it starts with {magic!r}, not {MAGIC!r}")
     if not OLDEST_VERSION <= version <= FORMAT_VERSION:
         raise StateError(
             f"device state has format version {version}; this program restores {OLDEST_VERSION} to {FORMAT_VERSION}"
         )
+    if reserved:
+        raise StateError(f"device state is damaged: a reserved word of its head is {reserved:#x}")
     body = data[_HEAD.size :]
     if length != len(body) or length > MAX_BODY:
         raise StateError(f"device state has a body of {len(body)} bytes where its head says {length}")
@@ -270,26 +274,84 @@ def check_fits(state: DeviceState, name: str, device: Device, providers: list[Pr
     instances = [channel.interface_instance.bytes_le for channel in device.channels]
     if [record.instance for record in state.channels] != instances:
         raise StateError("the channels in the state are not those of this device's providers")
+    _check_synic(state.synic)
     offers = {(offer.interface_type.bytes_le, offer.instance.bytes_le, offer.subchannel) for offer in device.bus.offers}
-    for record in state.bus.offers:
-        if (record.interface_type, record.instance, record.subchannel) not in offers:
-            raise StateError("the state has an offer that no provider of this device makes")
+    recorded = [(record.interface_type, record.instance, record.subchannel) for record in state.bus.offers]
+    if set(recorded) != offers or len(recorded) != len(offers):
+        raise StateError("the offers in the state are not those that this device's providers make")
+    _check_bus(state.bus)
+    open_ = {record.instance for record in state.bus.offers if record.open is not None}
+    for number, channel in enumerate(state.channels):
+        _check_chunks(number, channel, channel.instance in open_)
+
+
+def _check_synic(synic: SynicState) -> None:
+    if synic.post_status not in set(PostStatus):
+        raise StateError(f"the post status {synic.post_status} does not exist")
+    unknown = set(synic.registers) - WRITABLE_REGISTERS
+    if unknown:
+        raise StateError(f"the state has values for registers {sorted(unknown)}, which cannot be written")
+
+
+def _check_bus(bus: BusState) -> None:
+    if bus.connected and bus.version not in set(m.Version):
+        raise StateError(f"the bus was connected with version {bus.version:#x}, which is not served")
+    relids = set()
+    for offer in bus.offers:
         try:
-            known = OfferState(record.state)
+            known = OfferState(offer.state)
         except ValueError:
-            raise StateError(f"an offer has the unknown state {record.state!r}") from None
-        if known in (OfferState.OPENING, OfferState.CLOSING) or (known is OfferState.OPEN) != (record.open is not None):
-            raise StateError(f"an offer is {record.state} {'with' if record.open else 'without'} open parameters")
-        if (known is OfferState.UNOFFERED) == (record.relid != 0):
-            raise StateError(f"an offer is {record.state} and has relid {record.relid}")
-    if state.synic.post_status not in set(PostStatus):
-        raise StateError(f"the post status {state.synic.post_status} does not exist")
-    relids = [record.relid for record in state.bus.offers if record.relid]
-    if len(relids) != len(set(relids)):
-        raise StateError("two offers have the same relid")
-    if state.bus.connected and state.bus.version not in set(m.Version):
-        raise StateError(f"the bus was connected with version {state.bus.version:#x}, which is not served")
-    count_packets(state)
+            raise StateError(f"an offer has the unknown state {offer.state!r}") from None
+        if known in (OfferState.OPENING, OfferState.CLOSING) or (known is OfferState.OPEN) != (offer.open is not None):
+            raise StateError(f"an offer is {offer.state} {'with' if offer.open else 'without'} open parameters")
+        if (known is OfferState.UNOFFERED) == (offer.relid != 0):
+            raise StateError(f"an offer is {offer.state} and has relid {offer.relid}")
+        if offer.relid in relids:
+            raise StateError(f"two offers have relid {offer.relid}")
+        if offer.relid:
+            relids.add(offer.relid)
+    if not (bus.connected and bus.offers_requested) and relids:
+        raise StateError("channels are known to the guest, which has not asked for offers")
+    handles = set()
+    for gpadl in bus.gpadls:
+        name = f"GPADL {gpadl.handle:#x} of relid {gpadl.relid}"
+        if gpadl.relid not in relids or (gpadl.relid, gpadl.handle) in handles:
+            raise StateError(f"{name} belongs to no channel or is there twice")
+        handles.add((gpadl.relid, gpadl.handle))
+        if not gpadl.ranges or any(
+            one.byte_count == 0 or len(one.pfns) != page_count(one.byte_count, one.byte_offset) for one in gpadl.ranges
+        ):
+            raise StateError(f"{name} has no ranges, or one whose pages are not as many as its bytes need")
+    in_progress = set()
+    for partial in bus.partial:
+        size = len(partial.data)
+        if (
+            partial.relid not in relids
+            or partial.handle in in_progress
+            or partial.range_bytes % 8
+            or not 16 <= 16 * partial.range_count <= partial.range_bytes
+            or size % 8
+            or size >= partial.range_bytes
+        ):
+            raise StateError(f"GPADL {partial.handle:#x} of relid {partial.relid}, in progress, is not a possible one")
+        in_progress.add(partial.handle)
+    for offer in bus.offers:
+        if offer.open is not None and (offer.relid, offer.open.ring_gpadl) not in handles:
+            raise StateError(f"relid {offer.relid} is open, and its ring GPADL {offer.open.ring_gpadl:#x} is missing")
+
+
+def _check_chunks(number: int, record: ChannelRecord, is_open: bool) -> None:
+    chunks = [decode_chunk(data) for data in record.chunks]
+    head = chunks[0] if chunks else None
+    if not isinstance(head, ChannelChunk) or head.entries != len(chunks) - 1:
+        raise StateError(f"the saved state of channel {number} does not start with a channel chunk or is cut")
+    if len(chunks) > 1 and not is_open:
+        raise StateError(f"packets were saved for channel {number}, which is not open")
+    for chunk in chunks[1:]:
+        if isinstance(chunk, ChannelChunk):
+            raise StateError(f"the saved state of channel {number} has a second channel chunk")
+        if isinstance(chunk, PacketChunk):
+            decode_lib(chunk.lib)
 
 
 def restore_device(state: DeviceState, device: Device, providers: list[Provider]) -> None:

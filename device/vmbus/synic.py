@@ -62,6 +62,13 @@ class Register(IntEnum):
     POST_STATUS = 0x04C
 
 
+# Which pages are in use is settled by enabling: until the SynIC is disabled, writes to these are ignored.
+_PAGE_REGISTERS = frozenset(
+    (Register.MESSAGE_PAGE_LOW, Register.MESSAGE_PAGE_HIGH, Register.EVENT_PAGE_LOW, Register.EVENT_PAGE_HIGH)
+)
+_POST_REGISTERS = frozenset((Register.POST_ADDRESS_LOW, Register.POST_ADDRESS_HIGH))
+WRITABLE_REGISTERS = _PAGE_REGISTERS | _POST_REGISTERS
+
 CONTROL_ENABLE = 1
 CONTROL_RESET = 2
 STATUS_ENABLED = 1
@@ -161,14 +168,7 @@ class Synic:
             self.post_status = self._post_from_guest()
         elif offset == Register.CONTROL:
             self._control(value)
-        elif offset in (
-            Register.MESSAGE_PAGE_LOW,
-            Register.MESSAGE_PAGE_HIGH,
-            Register.EVENT_PAGE_LOW,
-            Register.EVENT_PAGE_HIGH,
-            Register.POST_ADDRESS_LOW,
-            Register.POST_ADDRESS_HIGH,
-        ):
+        elif offset in _POST_REGISTERS or (offset in _PAGE_REGISTERS and not self.enabled):
             self.values[offset] = value
         else:
             self.bad_accesses += 1

@@ -39,8 +39,6 @@ CONNECTION_ID_BASE = 0x10000
 MESSAGE_CONNECTION_ID = 1
 MESSAGE_CONNECTION_ID_5_0 = 4
 REFUSED = 0x8000FFFF
-# Messages to the guest that may wait before posting is refused until it takes some.
-MAX_OUTBOX = 4096
 
 
 class ConnectionState(Enum):

@@ -22,13 +22,21 @@ from vmbus.kmcl.status import ChannelStateError, KmclError, Status
 from vmbus.memory import GuestMemory
 from vmbus.ring import RingReader, RingWriter
 from vmbus.wire.gpa import range_for
-from vmbus.wire.packet import FLAG_COMPLETION_REQUESTED, PacketType, RawPacket, gpa_direct_body, packet_size
+from vmbus.wire.packet import FLAG_COMPLETION_REQUESTED, OVERHEAD, PacketType, RawPacket, gpa_direct_body, packet_size
 
 log = logging.getLogger(__name__)
 
 _INBAND = int(PacketType.INBAND)
 _GPA_DIRECT = int(PacketType.GPA_DIRECT)
 _COMPLETION = int(PacketType.COMPLETION)
+
+# Looking a member up in an Enum class takes longer than a global, which counts where it is done for every packet.
+_OPENED = ChannelState.OPENED
+_ACTIVE = ChannelState.ACTIVE
+_CLOSING = ChannelState.CLOSING
+_IDLE = PacketState.IDLE
+_SENT = PacketState.SENT
+_SUCCESS = Status.SUCCESS
 
 DEFAULT_MAXIMUM_PACKET_SIZE = 65536
 DEFAULT_MAXIMUM_EXTERNAL_DATA = 16 << 20
@@ -74,6 +82,7 @@ class Channel:
 
     def __init__(self, name: str) -> None:
         self.name = name
+        self.can_describe_memory = False
         self.pointer: object = None
         self.maximum_packet_size = DEFAULT_MAXIMUM_PACKET_SIZE
         self.maximum_external_data = DEFAULT_MAXIMUM_EXTERNAL_DATA
@@ -336,9 +345,10 @@ class Channel:
         self, packet: Packet, payload: bytes, external: Sequence[tuple[int, int]] | None, wait_for_completion: bool
     ) -> None:
         """`Packet.send` does this."""
-        if self.state not in (ChannelState.OPENED, ChannelState.ACTIVE):
+        state = self.state
+        if state is not _ACTIVE and state is not _OPENED:
             raise ChannelStateError(
-                f"channel {self.name} is {self.state.value}: packets can be sent from the opened callback on until "
+                f"channel {self.name} is {state.value}: packets can be sent from the opened callback on until "
                 "the closed callback"
             )
         if len(payload) > self.maximum_packet_size:
@@ -351,11 +361,16 @@ class Channel:
         if external is None:
             kind, offset8, body = _INBAND, 2, payload
         else:
+            if not self.can_describe_memory:
+                raise KmclError(
+                    f"channel {self.name}: only the guest's end can describe memory", Status.INVALID_DEVICE_REQUEST
+                )
             if not wait_for_completion:
                 raise KmclError("external data needs wait_for_completion", Status.INVALID_PARAMETER)
             kind = _GPA_DIRECT
             body, offset8 = gpa_direct_body([range_for(address, length) for address, length in external], payload)
-        if link is not None and packet_size(len(body)) > link.writer.largest:
+        # `largest` is a multiple of 8, so that padding makes no difference here.
+        if link is not None and len(body) > link.writer.largest - OVERHEAD:
             raise KmclError(
                 f"a packet of {packet_size(len(body))} ring bytes on channel {self.name} can never fit into its ring "
                 f"(at most {link.writer.largest})",
@@ -367,7 +382,7 @@ class Channel:
         packet.offset8 = offset8
         packet.flags = flags = FLAG_COMPLETION_REQUESTED if wait_for_completion else 0
         self.counters["sent"] += 1
-        if self.state is ChannelState.ACTIVE and not self._queue and link is not None:
+        if state is _ACTIVE and not self._queue and link is not None:
             try:
                 if link.writer.put(kind, flags, transaction, body, offset8):
                     self._in_ring(packet)
@@ -385,10 +400,10 @@ class Channel:
 
     def _in_ring(self, packet: Packet) -> None:
         if packet.flags:
-            packet.state = PacketState.SENT
+            packet.state = _SENT
             self._sent[packet.transaction] = packet
         else:
-            self._finish(packet, Status.SUCCESS, b"")
+            self._finish(packet, _SUCCESS, b"")
 
     def _enqueue(self, entry: Packet | _QueuedCompletion) -> None:
         first = not self._queue
@@ -431,7 +446,7 @@ class Channel:
 
     def _finish(self, packet: Packet, status: Status, reply: bytes) -> None:
         """The packet is its owner's again."""
-        packet.state = PacketState.IDLE
+        packet.state = _IDLE
         packet.body = b""
         self.counters["completed"] += 1
         try:
@@ -457,8 +472,9 @@ class Channel:
         link = self._link
         if generation != self._generation or link is None:
             return
-        self._outstanding.discard(completion)
-        if completion.wanted and self.state is not ChannelState.CLOSING:
+        outstanding = self._outstanding
+        outstanding.discard(completion)
+        if completion.wanted and self.state is not _CLOSING:
             self.counters["answered"] += 1
             try:
                 if self._queue or not link.writer.put(_COMPLETION, 0, completion.transaction, reply):
@@ -471,7 +487,7 @@ class Channel:
         if self._blocked_on_quota:
             self._blocked_on_quota = False
             link.wake()
-        if not self._outstanding:
+        if self._when_quiet and not outstanding:
             self._run_when_quiet()
 
     def _run_when_quiet(self) -> None:
@@ -535,6 +551,7 @@ class Channel:
         generation = self._generation
         outstanding = self._outstanding
         sent = self._sent
+        counters = self.counters
         consumed = handled = 0
         process_packet = self._process_packet
         for kind, flags, transaction, body, payload, end in packets:
@@ -543,7 +560,7 @@ class Channel:
                 if packet is None:
                     self.fail(f"a completion for transaction {transaction}, which is not waiting for one")
                     break
-                self._finish(packet, Status.SUCCESS, payload)
+                self._finish(packet, _SUCCESS, payload)
             else:
                 if self._quota and len(outstanding) >= self._quota:
                     self._blocked_on_quota = True
@@ -551,9 +568,9 @@ class Channel:
                 if process_packet is None:
                     self.fail("a packet came, and nobody takes packets on this channel")
                     break
-                completion = Completion(self, transaction, bool(flags), body, generation)
+                completion = Completion(self, transaction, flags != 0, body, generation)
                 outstanding.add(completion)
-                self.counters["received"] += 1
+                counters["received"] += 1
                 try:
                     process_packet(self, completion, payload)
                 except Exception as error:
@@ -562,7 +579,7 @@ class Channel:
                     break
             handled += 1
             consumed = end
-            if self.state is not ChannelState.ACTIVE:
+            if self.state is not _ACTIVE:
                 break
         return handled, consumed
 

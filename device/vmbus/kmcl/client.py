@@ -23,6 +23,7 @@ class ClientChannel(Channel):
         name: str = "",
     ) -> None:
         super().__init__(name or str(interface_type))
+        self.can_describe_memory = True
         self.interface_type = interface_type
         self.interface_instance = interface_instance
         self.set_ring_buffer_page_count(ring_pages_in, ring_pages_out)

@@ -23,6 +23,8 @@ class PacketState(Enum):
     FREED = "freed"
 
 
+_IDLE = PacketState.IDLE  # a global is looked up faster than a member of an Enum
+
 CompletionRoutine = Callable[["Packet", int, bytes], None]
 
 
@@ -82,7 +84,7 @@ class Packet:
         Raises ChannelStateError when the packet is in use or freed, or the channel is not open; KmclError
         (INVALID_PARAMETER) when the payload is too long.
         """
-        if self.state is not PacketState.IDLE:
+        if self.state is not _IDLE:
             raise ChannelStateError(
                 f"packet {self.transaction} of channel {self.channel.name} is {self.state.value}; "
                 "send it again after its completion routine has run",

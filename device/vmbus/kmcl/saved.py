@@ -12,13 +12,14 @@ from typing import Annotated, Any
 import msgspec
 
 from vmbus.errors import StateError
-from vmbus.wire.packet import MAX_PACKET_SIZE, PacketType
+from vmbus.wire.packet import DESCRIPTOR_SIZE, MAX_PACKET_SIZE, PacketType
 
 VERSION = 1
 
 U64 = Annotated[int, msgspec.Meta(ge=0)]
 Bytes = Annotated[bytes, msgspec.Meta(max_length=MAX_PACKET_SIZE)]
-SaveBytes = Annotated[bytes, msgspec.Meta(max_length=1 << 24)]
+MAX_SAVE_BUF = 1 << 24  # bytes that an owner may save for one packet
+SaveBytes = Annotated[bytes, msgspec.Meta(max_length=MAX_SAVE_BUF)]
 VersionNumber = Annotated[int, msgspec.Meta(ge=1, le=VERSION)]
 
 
@@ -27,7 +28,7 @@ class ChannelChunk(msgspec.Struct, tag="channel", frozen=True):
 
     version: VersionNumber
     started: bool
-    next_transaction: U64
+    next_transaction: Annotated[int, msgspec.Meta(ge=1, le=1 << 62)]
     entries: Annotated[int, msgspec.Meta(ge=0, le=1 << 24)]
 
 
@@ -60,6 +61,7 @@ class LibBuf(msgspec.Struct, frozen=True):
     body: Bytes
 
 
+_KINDS = {PacketType.INBAND, PacketType.GPA_DIRECT}
 _encoder = msgspec.msgpack.Encoder()
 _chunk_decoder: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(Chunk)
 _lib_decoder = msgspec.msgpack.Decoder(LibBuf)
@@ -82,6 +84,14 @@ def decode_chunk(data: bytes) -> Chunk:
 def decode_lib(data: bytes) -> LibBuf:
     """The library's state of a packet. Raises StateError."""
     try:
-        return _lib_decoder.decode(data)
+        lib = _lib_decoder.decode(data)
     except (msgspec.MsgspecError, ValueError) as error:
         raise StateError(f"the saved state of a packet (LibBuf) is not valid: {error}") from error
+    headers = lib.offset8 * 8 - DESCRIPTOR_SIZE
+    if lib.kind not in _KINDS or (lib.kind == PacketType.INBAND) != (headers == 0):
+        raise StateError(f"a saved packet of type {lib.kind} has {headers} bytes of headers, which cannot be")
+    if not lib.queued and not lib.flags:
+        raise StateError(f"packet {lib.transaction} was sent and wants no completion, so it cannot be in use")
+    if lib.queued and headers > len(lib.body):
+        raise StateError(f"a saved packet has {headers} bytes of headers in a body of {len(lib.body)}")
+    return lib

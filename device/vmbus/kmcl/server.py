@@ -11,6 +11,7 @@ from vmbus.errors import StateError
 from vmbus.kmcl.channel import Channel, Link, _QueuedCompletion
 from vmbus.kmcl.packet import Packet, PacketState
 from vmbus.kmcl.saved import (
+    MAX_SAVE_BUF,
     VERSION,
     ChannelChunk,
     Chunk,
@@ -23,6 +24,7 @@ from vmbus.kmcl.saved import (
 )
 from vmbus.kmcl.states import ChannelEvent, ChannelState
 from vmbus.kmcl.status import ChannelStateError, KmclError, Status
+from vmbus.wire.packet import packet_size
 
 SavePacket = Callable[["ServerChannel", Packet, memoryview], int]
 RestorePacket = Callable[["ServerChannel", bytes, bytes], None]
@@ -128,8 +130,10 @@ class ServerChannel(Channel):
             needed = self._save_packet(self, packet, memoryview(b""))
             if needed == 0:
                 return b""
-            if needed < 0:
-                raise KmclError(f"{where} returned {needed}", Status.UNSUCCESSFUL)
+            if not 0 < needed <= MAX_SAVE_BUF:
+                raise KmclError(
+                    f"{where} asked for {needed} bytes; 0 to {MAX_SAVE_BUF} can be saved", Status.UNSUCCESSFUL
+                )
             buffer = bytearray(needed)
             written = self._save_packet(self, packet, memoryview(buffer))
         except KmclError:
@@ -179,11 +183,13 @@ class ServerChannel(Channel):
         if isinstance(chunk, ChannelChunk):
             raise StateError(f"a second channel chunk in the state of channel {self.name}")
         if isinstance(chunk, CompletionChunk):
+            self._check_fits(chunk.transaction, chunk.body)
             self._queue.append(_QueuedCompletion(chunk.transaction, chunk.body))
             return
         lib = decode_lib(chunk.lib)
         if lib.transaction >= limit:
             raise StateError(f"packet {lib.transaction} of channel {self.name} is newer than the channel's state")
+        self._check_fits(lib.transaction, lib.body)
         if self._restore_packet is None:
             raise KmclError(
                 f"channel {self.name} has saved packets and no restore callback; "
@@ -205,6 +211,13 @@ class ServerChannel(Channel):
                 f"{where} restored packets {[packet.transaction for packet in restored]}; it must pass its lib_buf to "
                 "restore_packet() of one fresh packet",
                 Status.UNSUCCESSFUL,
+            )
+
+    def _check_fits(self, transaction: int, body: bytes) -> None:
+        if self._link is not None and packet_size(len(body)) > self._link.writer.largest:
+            raise StateError(
+                f"packet {transaction} of channel {self.name} takes {packet_size(len(body))} ring bytes, and can never "
+                f"fit into a ring of {self._link.writer.size}"
             )
 
     def restore_packet(self, packet: Packet, lib_buf: bytes) -> None:

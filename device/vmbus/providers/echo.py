@@ -5,11 +5,11 @@ incoming packets to be finished when the device is paused. When no request has c
 time, those that are held are answered anyway.
 """
 
-import zlib
 from collections import deque
 from collections.abc import Mapping
 from typing import Annotated, Any
 from uuid import UUID
+from zlib import crc32
 
 import msgspec
 
@@ -20,6 +20,11 @@ from vmbus.kmcl.completion import Completion
 from vmbus.kmcl.server import ServerChannel
 from vmbus.kmcl.status import KmclError
 from vmbus.providers.base import Host, Provider, Timer
+from vmbus.workload import STATUS_CORRUPT, STATUS_MALFORMED, STATUS_OK, transform
+
+_REQUEST_SIZE = workload.ECHO_REQUEST.size
+_unpack_request = workload.ECHO_REQUEST.unpack_from
+_pack_reply = workload.ECHO_REPLY.pack
 
 
 class EchoOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -49,6 +54,7 @@ class EchoProvider(Provider):
         self._held: deque[tuple[Completion, bytes]] = deque()
         self._timer: Timer | None = None
         self._arrivals_at_timer = 0
+        self._hold: int = self.options.hold
         self.channel = ServerChannel(workload.ECHO_TYPE, instance, name=name)
 
     def start(self) -> None:
@@ -67,11 +73,12 @@ class EchoProvider(Provider):
         self._held.clear()
 
     def _process(self, _: Channel, completion: Completion, payload: bytes) -> None:
-        if not self.options.hold:
+        hold = self._hold
+        if not hold:
             self._answer(completion, payload)
             return
         self._held.append((completion, payload))
-        if len(self._held) > self.options.hold:
+        if len(self._held) > hold:
             self._answer(*self._held.popleft())
         if self._timer is None:
             self._set_timer()
@@ -103,35 +110,37 @@ class EchoProvider(Provider):
             self._timer = None
 
     def _answer(self, completion: Completion, payload: bytes) -> None:
-        self.tally.started += 1
-        if len(payload) < workload.ECHO_REQUEST.size:
-            completion.complete(workload.ECHO_REPLY.pack(0, 0, 0, workload.STATUS_MALFORMED, 0))
+        tally = self.tally
+        tally.started += 1
+        if len(payload) < _REQUEST_SIZE:
+            completion.complete(_pack_reply(0, 0, 0, STATUS_MALFORMED, 0))
             return
-        sequence, length, crc = workload.ECHO_REQUEST.unpack_from(payload)
+        sequence, length, crc = _unpack_request(payload)
         self._sequence.arrived(sequence)
-        if completion.has_external_data:
+        external = completion.has_external_data
+        if external:
             try:
                 grant = completion.external_data()
             except KmclError:
-                completion.complete(workload.ECHO_REPLY.pack(sequence, 0, 0, workload.STATUS_MALFORMED, 0))
+                completion.complete(_pack_reply(sequence, 0, 0, STATUS_MALFORMED, 0))
                 return
             data = b"".join(grant.views)
         else:
-            data = payload[workload.ECHO_REQUEST.size : workload.ECHO_REQUEST.size + length]
-        if len(data) != length or zlib.crc32(data) != crc:
-            self.tally.corrupted += 1
-            completion.complete(workload.ECHO_REPLY.pack(sequence, 0, 0, workload.STATUS_CORRUPT, 0))
+            data = payload[_REQUEST_SIZE : _REQUEST_SIZE + length]
+        if len(data) != length or crc32(data) != crc:
+            tally.corrupted += 1
+            completion.complete(_pack_reply(sequence, 0, 0, STATUS_CORRUPT, 0))
             return
-        answer = workload.transform(data, sequence)
-        reply = workload.ECHO_REPLY.pack(sequence, length, zlib.crc32(answer), workload.STATUS_OK, 0)
-        if completion.has_external_data:
+        answer = transform(data, sequence)
+        reply = _pack_reply(sequence, length, crc32(answer), STATUS_OK, 0)
+        if external:
             done = 0
             for view in grant.views:
                 view[:] = answer[done : done + len(view)]
                 done += len(view)
         else:
             reply += answer
-        self.tally.completed += 1
+        tally.completed += 1
         completion.complete(reply)
 
     def save(self) -> bytes:

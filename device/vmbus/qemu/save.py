@@ -290,7 +290,7 @@ class Capture:
                         )
                 self._migrating = False
         with _collect(failures):
-            if (await self._control.call("status"))["phase"] == "paused":
+            if (await self._control.call("status"))["phase"] in ("pausing", "paused"):
                 await self._control.call("resume")
         if self._logging:
             with _collect(failures):

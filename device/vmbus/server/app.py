@@ -1,11 +1,14 @@
 """The device server: transport, device and providers on one event loop, and what tools may ask of them.
 
-Phases: `running`; `paused` between the commands pause and resume, when it can be saved; `restoring` from the start
-with saved state until restore-finish, when QEMU has loaded the guest and its PCI function has been put back.
+Phases: `running`; `pausing` while providers finish what they hold, and then `paused` until resume, when it can be
+saved; `restoring` from the start with saved state until restore-finish, when QEMU has loaded the guest and its PCI
+function has been put back.
 """
 
 import asyncio
+import contextlib
 import hashlib
+import inspect
 import logging
 import os
 import time
@@ -19,7 +22,7 @@ import vmbus
 from vmbus import state as saved
 from vmbus.description import DeviceDescription
 from vmbus.device import Device
-from vmbus.errors import EnvironmentProblem, PeerError, UsageError, WaitTimeout
+from vmbus.errors import EnvironmentProblem, PeerError, StateError, UsageError, WaitTimeout
 from vmbus.kmcl.server import ServerChannel
 from vmbus.memory import DirtyLogBroken
 from vmbus.providers import Provider, provider_class
@@ -41,12 +44,14 @@ log = logging.getLogger(__name__)
 # Batches of requests handled before others get their turn on the loop.
 _DRAIN_LIMIT = 10_000
 _FLUSH_TRIES = 100
+_LONGEST_PAUSE = 3600.0  # seconds
 
 
 class Phase(Enum):
     """See the module's text."""
 
     RUNNING = "running"
+    PAUSING = "pausing"
     PAUSED = "paused"
     RESTORING = "restoring"
 
@@ -77,6 +82,7 @@ class DeviceServer:
         self._scheduled = False
         self._restore = restore
         self._held_at_pause = 0
+        self._quiet: asyncio.Future[None] | None = None
         self._ended: asyncio.Future[None] = self._loop.create_future()
         self.providers: list[Provider] = []
         for one in description.providers:
@@ -132,7 +138,7 @@ class DeviceServer:
         self.device.service()
 
     def _interrupt(self) -> None:
-        if self._context is not None and self.config.msi_enabled:
+        if self._context is not None and self.config.msi_enabled and self.config.bus_master:
             self._context.trigger(0)
 
     # ---- Host ----------------------------------------------------------------------------------------------------
@@ -191,7 +197,11 @@ class DeviceServer:
         handler = _COMMANDS.get(command)
         if handler is None:
             raise UsageError(f"there is no command {command!r}; known: {', '.join(sorted(_COMMANDS))}")
-        result: dict[str, Any] = await handler(self, **arguments)
+        try:
+            bound = inspect.signature(handler).bind(self, **arguments)
+        except TypeError as error:
+            raise UsageError(f"{command} does not take the arguments {sorted(arguments)}: {error}") from error
+        result: dict[str, Any] = await handler(*bound.args, **bound.kwargs)
         return result
 
     def _require(self, phase: Phase, command: str) -> None:
@@ -246,14 +256,16 @@ class DeviceServer:
     async def _pause(self, seconds: float = 10.0) -> dict[str, Any]:
         """Take no new packets, and wait until providers have completed those that they hold."""
         self._require(Phase.RUNNING, "pause")
+        if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 <= seconds <= _LONGEST_PAUSE:
+            raise UsageError(f"pause: it may take 0 to {_LONGEST_PAUSE:g} seconds, not {seconds!r}")
         started = time.monotonic()
         # What the guest wrote to registers before it was stopped must be seen before the state is taken.
         self._drain()
         channels = self.device.channels
         self._held_at_pause = sum(len(channel.outstanding) for channel in channels)
         self.device.freeze()
-        self.phase = Phase.PAUSED
-        quiet = self._loop.create_future()
+        self.phase = Phase.PAUSING
+        self._quiet = quiet = self._loop.create_future()
         waiting = len(channels)
 
         def one_quiet() -> None:
@@ -268,10 +280,14 @@ class DeviceServer:
         try:
             if channels:
                 await asyncio.wait_for(quiet, seconds)
+            if self.phase is Phase.PAUSING:
+                self.phase = Phase.PAUSED
         except TimeoutError:
             missing = {channel.name: channel.outstanding[:8] for channel in channels if channel.outstanding}
-            await self._resume()
             raise WaitTimeout(f"the owners of channels to complete incoming packets {missing}", seconds) from None
+        finally:
+            if self.phase is Phase.PAUSING:
+                self._run_on()
         return {"incoming_held": self._held_at_pause, "seconds": time.monotonic() - started}
 
     def _drain(self) -> None:
@@ -284,17 +300,24 @@ class DeviceServer:
     async def _save(self, path: str) -> dict[str, Any]:
         """Write the state into a new file."""
         self._require(Phase.PAUSED, "save")
+        if not isinstance(path, str):
+            raise UsageError(f"save: the path is a string, not {path!r}")
         started = time.monotonic()
         state = saved.save_device(self.description.name, self.config.snapshot(), self.device, self.providers)
         data = saved.encode(state)
         try:
             fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        except (OSError, ValueError) as error:
+            raise EnvironmentProblem(f"cannot write device state to {path!r}: {error}") from error
+        try:
             with os.fdopen(fd, "wb") as file:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
-            raise EnvironmentProblem(f"cannot write device state to {path}: {error}") from error
+            with contextlib.suppress(OSError):
+                os.unlink(path)  # noqa: PTH108 - one call on a local file
+            raise EnvironmentProblem(f"cannot write device state to {path!r}: {error}") from error
         counts = saved.count_packets(state)
         return {
             "bytes": len(data),
@@ -329,13 +352,19 @@ class DeviceServer:
         return {"pages": pages, "bytes": size, "seconds": time.monotonic() - started}
 
     async def _resume(self) -> dict[str, Any]:
-        """Go on as if there had been no pause."""
-        self._require(Phase.PAUSED, "resume")
+        """Go on as if there had been no pause; a pause that still waits for providers is called off."""
+        if self.phase is not Phase.PAUSING:
+            self._require(Phase.PAUSED, "resume")
+        elif self._quiet is not None and not self._quiet.done():
+            self._quiet.set_exception(UsageError("the pause was called off: resume came while it waited"))
+        self._run_on()
+        return {}
+
+    def _run_on(self) -> None:
         self.phase = Phase.RUNNING
         for channel in self.device.channels:
             channel.unhold()
         self.device.thaw()
-        return {}
 
     async def _restore_finish(self) -> dict[str, Any]:
         """QEMU has loaded the guest and the PCI function is back: rebuild everything and run."""
@@ -343,6 +372,11 @@ class DeviceServer:
         assert self._restore is not None
         started = time.monotonic()
         self._drain()
+        if self.config.snapshot() != self._restore.config:
+            raise StateError(
+                "the PCI function was not put back as it was saved: its configuration space is "
+                f"{self.config.snapshot().hex()}, saved was {self._restore.config.hex()}"
+            )
         saved.restore_device(self._restore, self.device, self.providers)
         counts = saved.count_packets(self._restore)
         self._restore = None

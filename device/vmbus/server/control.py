@@ -13,7 +13,7 @@ import socket
 import stat
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 
@@ -23,6 +23,7 @@ from vmbus.memory import DirtyLogBroken
 log = logging.getLogger(__name__)
 
 MAX_LINE = 16 << 20
+_PROBE_TIMEOUT = 5.0  # seconds
 
 Handler = Callable[[str, dict[str, Any]], Awaitable[dict[str, Any]]]
 
@@ -46,7 +47,7 @@ class ControlError(VmbusError):
 
 
 class _Request(msgspec.Struct, forbid_unknown_fields=True):
-    id: int
+    id: Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
     command: str
     arguments: dict[str, Any] = msgspec.field(default_factory=dict)
 
@@ -62,6 +63,14 @@ class _Response(msgspec.Struct, omit_defaults=True):
     error: _Error | None = None
 
 
+def _encode(response: _Response) -> bytes:
+    try:
+        return msgspec.json.encode(response)
+    except (TypeError, ValueError, OverflowError) as error:
+        log.exception("an answer cannot be sent")
+        return msgspec.json.encode(_Response(response.id, error=_Error("internal", repr(error))))
+
+
 def bind_private(path: Path) -> socket.socket:
     """A listening unix socket at `path` for its owner only; a stale one of a dead server is replaced.
 
@@ -71,10 +80,15 @@ def bind_private(path: Path) -> socket.socket:
         if not stat.S_ISSOCK(path.stat().st_mode):
             raise EnvironmentProblem(f"{path} exists and is not a socket")
         with socket.socket(socket.AF_UNIX) as probe:
+            probe.settimeout(_PROBE_TIMEOUT)
             try:
                 probe.connect(str(path))
-            except OSError:
+            except ConnectionRefusedError:
                 path.unlink()
+            except OSError as error:
+                raise EnvironmentProblem(
+                    f"cannot tell whether {path} is in use: {error}; choose another path"
+                ) from error
             else:
                 raise EnvironmentProblem(f"{path} is in use by a running process; choose another path or stop it")
     sock = socket.socket(socket.AF_UNIX)
@@ -106,8 +120,9 @@ class ControlServer:
 
     async def close(self) -> None:
         """Stop listening, end all connections, remove the socket."""
-        if self._server is not None:
-            self._server.close()
+        if self._server is None:
+            return  # what is at the path, if anything, is not ours
+        self._server.close()
         current = asyncio.current_task()
         for task in list(self._tasks):
             if task is not current:
@@ -120,7 +135,7 @@ class ControlServer:
         self._tasks.add(task)
         try:
             while line := await reader.readline():
-                writer.write(msgspec.json.encode(await self._answer(line)) + b"\n")
+                writer.write(_encode(await self._answer(line)) + b"\n")
                 await writer.drain()
         except (ConnectionError, ValueError, asyncio.LimitOverrunError) as error:
             log.warning("control connection ended: %s", error)
@@ -133,7 +148,7 @@ class ControlServer:
     async def _answer(self, line: bytes) -> _Response:
         try:
             request = msgspec.json.decode(line, type=_Request)
-        except msgspec.MsgspecError as error:
+        except (msgspec.MsgspecError, ValueError, RecursionError) as error:
             return _Response(0, error=_Error("usage", f"not a request: {error}"))
         try:
             return _Response(request.id, result=await self._handler(request.command, request.arguments))

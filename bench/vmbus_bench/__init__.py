@@ -1,0 +1,8 @@
+"""The benchmark: `scripts/bench`. Every figure stands beside a baseline that was measured in the same run.
+
+figures         samples, targets, the report: no I/O
+processes       server processes to measure, CPU time of other processes
+host            host-only transactions: the real server and library, the guest's side in this process
+save_restore    a server with packets in flight, saved and restored
+guest           the same driver in a Linux guest, against virtio-serial
+"""

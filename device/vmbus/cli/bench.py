@@ -1,0 +1,127 @@
+"""The command `bench`: measures, shows tables, writes JSON. The measurements are in `bench/` of the checkout."""
+
+# mypy: disable-error-code="import-not-found"
+
+from __future__ import annotations
+
+import datetime
+import os
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from vmbus.cli.terminal import Steps, run
+from vmbus.cli.vm import CONFIGURATIONS
+from vmbus.errors import EnvironmentProblem
+from vmbus.provision import Provisioned, provision
+from vmbus.qemu.command_line import programs_from
+from vmbus.qemu.description import load_description
+
+if TYPE_CHECKING:
+    from vmbus_bench.figures import Part, Report
+
+_MEASUREMENTS = Path(__file__).resolve().parents[3] / "bench"
+PARTS = ("guest", "host", "save-restore")
+
+
+@click.command()
+@click.option(
+    "--json", "json_file", type=click.Path(path_type=Path, dir_okay=False), help="Write the figures here too."
+)
+@click.option("--quick", is_flag=True, help="Fewer and shorter rounds: rough figures in half a minute.")
+@click.option(
+    "--only",
+    "names",
+    multiple=True,
+    type=click.Choice(PARTS),
+    metavar="NAME",
+    help=f"Only this part ({', '.join(PARTS)}). May be given more than once.",
+)
+def bench(json_file: Path | None, quick: bool, names: tuple[str, ...]) -> None:
+    """Measure the rings, the device server, and save and restore, each against a baseline of the same run.
+
+    Figures are medians of several rounds; half of the rounds lie within about ± of it. The exit status
+    does not depend on the targets: how fast a machine is is no defect.
+    """
+    if json_file is not None and not json_file.absolute().parent.is_dir():
+        raise EnvironmentProblem(f"cannot write {json_file}: there is no directory {json_file.absolute().parent}")
+    if not _MEASUREMENTS.is_dir():
+        raise EnvironmentProblem(f"the benchmark needs a checkout of the project: there is no {_MEASUREMENTS}")
+    if str(_MEASUREMENTS) not in sys.path:
+        sys.path.append(str(_MEASUREMENTS))
+    from vmbus_bench.figures import Report
+    from vmbus_bench.processes import describe_machine
+
+    provisioned = provision()
+    started = time.monotonic()
+    report = Report(
+        started=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        quick=quick,
+        machine={**describe_machine(), "load_before": list(os.getloadavg())},
+        parts=[],
+    )
+    with Steps("benchmark") as steps:
+        for name in names or PARTS:
+            began = time.monotonic()
+            part = _measure(name, provisioned, quick, steps)
+            part.seconds = round(time.monotonic() - began, 2)
+            report.parts.append(part)
+    report.machine["load_after"] = list(os.getloadavg())
+    report.seconds = round(time.monotonic() - started, 2)
+    if json_file is not None:
+        try:
+            json_file.write_bytes(report.to_json())
+        except OSError as error:
+            raise EnvironmentProblem(f"cannot write {json_file}: {error.strerror}") from error
+    show(report, Console(highlight=False))
+
+
+def _measure(name: str, provisioned: Provisioned, quick: bool, steps: Steps) -> Part:
+    from vmbus_bench import guest, host, save_restore
+
+    if name == "host":
+        return host.measure(provisioned.libvfio_user, quick=quick, step=steps)
+    if name == "save-restore":
+        return save_restore.measure(provisioned.libvfio_user, quick=quick, step=steps)
+    description = load_description(CONFIGURATIONS / "echo.toml")
+    return run(guest.measure(description, programs_from(provisioned), quick=quick, step=steps))
+
+
+def show(report: Report, console: Console) -> None:
+    """Print the report: a table for each part, the targets, and how busy the machine was."""
+    from vmbus_bench.figures import readable_sample, readable_target
+
+    for part in report.parts:
+        console.print(f"\n{escape(part.title)}", style="bold")
+        console.print(f"baseline: {escape(part.baseline)}", style="dim")
+        table = Table(box=SIMPLE_HEAD, pad_edge=False)
+        for heading in ("", "figure", "baseline", "ratio"):
+            table.add_column(heading, justify="right" if heading else "left")
+        for row in part.rows:
+            name = escape(row.name)
+            details = ", ".join(f"{key} {readable_sample(sample)}" for key, sample in row.details.items())
+            for remark in filter(None, (row.note, details)):
+                name += f"\n[dim]  {escape(remark)}[/dim]"
+            table.add_row(
+                name,
+                readable_sample(row.figure),
+                "" if row.baseline is None else readable_sample(row.baseline),
+                "" if row.ratio is None else readable_sample(row.ratio),
+            )
+        console.print(table)
+    for target in report.targets:
+        console.print(escape(readable_target(target)), style="green" if target.reached else "yellow")
+    machine = report.machine
+    before, after = machine["load_before"], machine["load_after"]
+    console.print(
+        f"{machine['processors']} x {escape(machine['processor'])}, Python {machine['python']}; "
+        f"load average (1 min) {before[0]:.2f} before, {after[0]:.2f} after; {report.seconds:.0f} s"
+        + ("; quick, so rough" if report.quick else "")
+    )

@@ -1,0 +1,327 @@
+"""Save and restore over the real transport, in mid-traffic, many times; the dirty log that a live save relies on."""
+
+import random
+from collections.abc import Callable, Iterator
+
+import msgspec
+import pytest
+
+from support.traffic import PAGE, Echo, Traffic
+from vmbus import state as saved
+from vmbus.errors import StateError, UsageError, WaitTimeout
+from vmbus.kmcl.saved import PacketChunk, decode_chunk, decode_lib, encode
+from vmbus.loopback.function import LoopbackFunction
+from vmbus.loopback.harness import LoopbackServer, describe
+from vmbus.memory import DirtyLogBroken
+from vmbus.vfio_user.library import Library
+from vmbus_guest.driver import VmbusDriver
+
+pytestmark = pytest.mark.loopback
+
+DESCRIPTION = describe("echo", "burst", echo={"hold": 8, "hold_seconds": 0.01})
+
+
+class Vm:
+    """A guest whose device server is replaced again and again, as by saves and restores."""
+
+    def __init__(self, library: Library) -> None:
+        self.library = library
+        self.server = LoopbackServer(DESCRIPTION, library)
+        self.function: LoopbackFunction = self.server.function()
+        self.driver = VmbusDriver(self.function)
+        self.most = [0, 0]
+
+    def save(self) -> tuple[saved.DeviceState, bytes]:
+        """The device's state and its configuration space; the server is ended."""
+        state = self.server.save()
+        counts = saved.count_packets(state)
+        self.most = [max(self.most[0], counts.queued), max(self.most[1], counts.sent)]
+        config = bytes.fromhex(self.server.command("pci")["config"])
+        self.server.stop()
+        return state, config
+
+    def restore(self, state: saved.DeviceState, config: bytes | None) -> dict:
+        """A new server and the PCI replay; the guest goes on."""
+        self.server = LoopbackServer(DESCRIPTION, self.library, restore=state)
+        self.function.reconnect(self.server.socket_path, config)
+        return self.server.command("restore-finish")
+
+    def next_generation(self) -> None:
+        state, config = self.save()
+        counts = saved.count_packets(state)
+        report = self.restore(state, config)
+        assert report["packets"] == {"queued": counts.queued, "sent": counts.sent}
+
+    def close(self) -> None:
+        self.driver.close(graceful=False)
+        self.server.stop()
+
+
+@pytest.fixture
+def vm(libvfio_user: Library) -> Iterator[Vm]:
+    vm = Vm(libvfio_user)
+    yield vm
+    vm.close()
+
+
+def test_many_generations_in_mid_traffic(vm: Vm) -> None:
+    choose = random.Random(42)
+    traffic = Traffic(vm.driver, hold=30, window=60, ring_pages_in=1, ring_pages_out=1)
+    traffic.start(3000, 3000, size=60, window=400)
+    generations = 0
+    while generations < 30 and not traffic.burst.finished:
+        traffic.some(choose)
+        vm.next_generation()
+        generations += 1
+    assert generations > 15 and min(vm.most) >= 20, (generations, vm.most)
+    traffic.finish()
+    status = vm.server.command("status")
+    assert status["providers"]["burst"]["tally"]["completed"] == 3000
+    assert status["providers"]["burst"]["restored"] > 100
+    assert status["providers"]["echo"]["tally"]["completed"] == 3000
+    assert vm.driver.rescinded == [] and vm.driver.failures == []
+
+
+def test_save_and_restore_without_traffic_in_between(vm: Vm) -> None:
+    traffic = Traffic(vm.driver, ring_pages_in=1, ring_pages_out=1)
+    traffic.start(300, 300)
+    traffic.driver.step(0.01)
+    for _ in range(5):
+        vm.next_generation()
+    traffic.finish()
+
+
+def test_a_checkpoint_does_not_disturb_the_source(vm: Vm) -> None:
+    choose = random.Random(1)
+    traffic = Traffic(vm.driver, ring_pages_in=1, ring_pages_out=1)
+    traffic.start(1000, 1000)
+    for _ in range(10):
+        traffic.some(choose)
+        vm.server.save()
+        vm.server.command("resume")
+    traffic.finish()
+
+
+def test_a_restored_device_takes_new_channels_and_new_drivers(vm: Vm) -> None:
+    traffic = Traffic(vm.driver)
+    traffic.start(100, 100)
+    traffic.finish()
+    vm.driver.close_channel(traffic.echo.channel)
+    vm.next_generation()
+    vm.driver.close_channel(traffic.burst.channel)
+    traffic = Traffic(vm.driver)
+    traffic.start(200, 200)
+    traffic.finish()
+
+
+# ---- sabotage --------------------------------------------------------------------------------------------------------
+
+
+def busy(vm: Vm) -> Traffic:
+    """Stops where packets are in flight in both states."""
+    traffic = Traffic(vm.driver, hold=1 << 30, ring_pages_in=1, ring_pages_out=1)
+    traffic.start(500, 2000, size=60, window=400)
+    vm.driver.run_until(lambda: len(traffic.burst.held) > 50, 10, "packets of the host")
+    traffic.burst.hold = 20
+    return traffic
+
+
+@pytest.mark.parametrize("queued", [True, False])
+def test_a_packet_removed_from_the_state_is_noticed(vm: Vm, queued: bool) -> None:
+    traffic = busy(vm)
+    state, config = vm.save()
+    chunks = list(state.channels[1].chunks)
+    index = next(
+        number
+        for number, data in enumerate(chunks)
+        if isinstance(chunk := decode_chunk(data), PacketChunk) and decode_lib(chunk.lib).queued == queued
+    )
+    cut = msgspec.structs.replace(state.channels[1], chunks=chunks[:index] + chunks[index + 1 :])
+    with pytest.raises(StateError, match="cut"):
+        vm.restore(msgspec.structs.replace(state, channels=[state.channels[0], cut]), config)
+    # Somebody who also mends the count gets past that, and not past the checks of the run itself.
+    head = decode_chunk(chunks[0])
+    del chunks[index]
+    chunks[0] = encode(msgspec.structs.replace(head, entries=head.entries - 1))
+    cut = msgspec.structs.replace(state.channels[1], chunks=chunks)
+    vm.restore(msgspec.structs.replace(state, channels=[state.channels[0], cut]), config)
+    with pytest.raises((Exception, AssertionError)) as caught:
+        traffic.finish(timeout=1.0)
+    if queued:
+        assert traffic.burst.tally.lost == 1
+    else:
+        # The guest completed a packet that the host had forgotten: the channel was failed.
+        assert vm.driver.rescinded, caught.value
+
+
+def test_without_the_pci_replay_the_guest_hears_nothing(vm: Vm) -> None:
+    echo = Echo(vm.driver, window=1)  # each request is sent when the interrupt for the answer before it has come
+    echo.start(50)
+    vm.driver.run_until(lambda: echo.tally.completed > 10, 10, "some echoes")
+    state, config = vm.save()
+    vm.restore(state, None)
+    with pytest.raises(WaitTimeout, match="the echoes"):
+        vm.driver.run_until(lambda: echo.finished, 0.3, "the echoes")
+    state, _ = vm.save()
+    vm.restore(state, config)
+    vm.driver.run_until(lambda: echo.finished, 10, "the echoes")
+    echo.check()
+
+
+def test_a_state_restored_onto_other_memory_is_refused(vm: Vm) -> None:
+    busy(vm)
+    state, config = vm.save()
+    server = LoopbackServer(DESCRIPTION, vm.library, restore=state)
+    with server, LoopbackFunction(server.socket_path):
+        with pytest.raises(StateError, match="not mapped"):
+            server.command("restore-finish")
+        assert server.command("status")["phase"] == "restoring", "it can be tried again"
+    vm.restore(state, config)
+
+
+# ---- the dirty log ---------------------------------------------------------------------------------------------------
+
+
+class Migration:
+    """What QEMU does with memory, on the guest's memfd: a full copy, then what it is told to copy again.
+
+    The guest stands still with a backlog in its rings, and only the server works after the copy was taken.
+    """
+
+    def __init__(self, library: Library) -> None:
+        self.server = LoopbackServer(DESCRIPTION, library)
+        self.function = self.server.function(ram_size=8 << 20)
+        self.driver = VmbusDriver(self.function)
+        self.traffic = Traffic(self.driver, hold=1 << 30, ring_pages_in=4, ring_pages_out=4)
+        self.traffic.echo.window = 40
+        self.server.command("pause")
+        self.traffic.start(40, 3000, size=200, window=500)  # posted and signalled; nobody takes them yet
+        self.function.barrier()
+        self.copy = b""
+
+    def ram(self) -> bytes:
+        return bytes(self.function._ram)
+
+    def run_server(self) -> None:
+        """Only the server works, until nothing moves any more."""
+        server = self.server
+        server.command("resume")
+        echo, burst = server.server.providers
+        while (
+            server.on_loop(lambda: echo.tally.completed) < 40
+            or server.on_loop(lambda: len(echo._held)) > 0
+            or server.on_loop(lambda: burst.channel.packets_queued) < 100
+        ):
+            pass
+        server.command("pause")
+
+    def dirty(self) -> set[int]:
+        """Offsets in RAM of the pages in the log."""
+        runs = self.server.on_loop(lambda: self.server.server.device.memory.dirty_runs())
+        base = self.function._iova_base
+        return {at - base for start, length in runs for at in range(start, start + length, PAGE)}
+
+    def merged(self, pages: set[int]) -> bytes:
+        """The copy with those pages copied again."""
+        now = self.ram()
+        merged = bytearray(self.copy)
+        for page in pages:
+            merged[page : page + PAGE] = now[page : page + PAGE]
+        return bytes(merged)
+
+    def close(self) -> None:
+        self.driver.close(graceful=False)
+        self.server.stop()
+
+
+@pytest.fixture
+def migration(libvfio_user: Library) -> Iterator[Migration]:
+    migration = Migration(libvfio_user)
+    yield migration
+    migration.close()
+
+
+def check(migration: Migration, pages: set[int]) -> None:
+    """The property that a live save stands on."""
+    assert migration.merged(pages) == migration.ram(), "guest memory differs from its copy outside of the dirty pages"
+
+
+def test_the_copy_and_the_dirty_pages_are_guest_memory(migration: Migration) -> None:
+    migration.server.command("log-start")
+    migration.copy = migration.ram()
+    migration.run_server()
+    pages = migration.dirty()
+    assert len(pages) >= 10
+    check(migration, pages)
+    external = {
+        migration.traffic.echo.memory.iova - migration.function._iova_base + at
+        for at in range(0, migration.traffic.echo.memory.size, PAGE)
+    }
+    assert pages & external, "external data was transformed in place"
+    migration.server.command("resume")
+    migration.traffic.burst.hold = 20
+    migration.traffic.finish()
+
+
+def test_sabotage_every_dirty_page_that_changed_is_needed(migration: Migration) -> None:
+    migration.server.command("log-start")
+    migration.copy = migration.ram()
+    migration.run_server()
+    pages = migration.dirty()
+    now = migration.ram()
+    changed = [page for page in pages if migration.copy[page : page + PAGE] != now[page : page + PAGE]]
+    assert len(changed) >= 8
+    for page in changed:
+        with pytest.raises(AssertionError, match="outside"):
+            check(migration, pages - {page})
+
+
+def sabotage_no_log(migration: Migration) -> set[int]:
+    migration.copy = migration.ram()
+    migration.run_server()
+    with pytest.raises(UsageError, match="no dirty log"):
+        migration.dirty()
+    return set()
+
+
+def sabotage_log_started_late(migration: Migration) -> set[int]:
+    migration.copy = migration.ram()
+    migration.run_server()
+    migration.server.command("log-start")
+    return migration.dirty()
+
+
+@pytest.mark.parametrize("sabotage", [sabotage_no_log, sabotage_log_started_late])
+def test_sabotage_without_a_whole_log_the_copy_is_wrong(
+    migration: Migration, sabotage: Callable[[Migration], set[int]]
+) -> None:
+    pages = sabotage(migration)
+    with pytest.raises(AssertionError, match="outside"):
+        check(migration, pages)
+
+
+def test_flush_writes_the_dirty_pages_through_the_client(migration: Migration) -> None:
+    """The client's DMA writes land in the same memory: nothing changes, and every dirty byte passed by."""
+    migration.server.command("log-start")
+    migration.copy = migration.ram()
+    migration.run_server()
+    pages = migration.dirty()
+    before = migration.ram()
+    report = migration.server.command("flush")
+    assert (report["pages"], report["bytes"]) == (len(pages), len(pages) * PAGE)
+    assert migration.ram() == before
+    check(migration, pages)
+
+
+def test_unmapping_a_dirty_page_breaks_the_log_and_a_new_one_can_be_started(migration: Migration) -> None:
+    migration.server.command("log-start")
+    migration.run_server()
+    migration.function.unmap_buffer(migration.driver.link_of(migration.traffic.echo.channel).rings)
+    migration.function.barrier()
+    with pytest.raises(DirtyLogBroken, match="unmapped"):
+        migration.server.command("flush")
+    with pytest.raises(UsageError, match="running already"):
+        migration.server.command("log-start")
+    migration.server.command("log-stop")
+    migration.server.command("log-start")
+    migration.server.command("flush")

@@ -1,0 +1,321 @@
+"""What docs/ says about the code is true: registers, messages, fields, limits, names, paths, links, error messages."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from vmbus import kmcl, state, synic
+from vmbus.kmcl import saved, server
+from vmbus.memory import GuestMemory
+from vmbus.snapshot import manifest
+from vmbus.synic import PostStatus, Register, Synic
+from vmbus.vfio_user.pci import ConfigSpace
+from vmbus.wire import messages, packet
+
+pytestmark = pytest.mark.unit
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+DOCS = CHECKOUT / "docs"
+PAGES = sorted(DOCS.glob("*.md"))
+FENCE = re.compile(r"^```.*?^```", re.DOTALL | re.MULTILINE)
+
+
+def page(name: str) -> str:
+    return (DOCS / name).read_text()
+
+
+def section(text: str, heading: str) -> str:
+    """What stands under a heading, up to the next heading of any level."""
+    found = re.search(rf"^#+ {re.escape(heading)}\n(.*?)(?=^#|\Z)", text, re.DOTALL | re.MULTILINE)
+    assert found is not None, f"there is no section {heading!r}"
+    return found[1]
+
+
+def table(text: str, *columns: str) -> list[dict[str, str]]:
+    """The rows of the first table whose header begins with these columns."""
+    rows = [[cell.strip() for cell in line.strip().strip("|").split("|")] for line in text.splitlines()]
+    for start, header in enumerate(rows):
+        if tuple(header[: len(columns)]) == columns:
+            body = []
+            for cells in rows[start + 2 :]:
+                if len(cells) != len(header):
+                    break
+                body.append(dict(zip(header, cells, strict=True)))
+            assert body
+            return body
+    raise AssertionError(f"there is no table with the columns {columns}")
+
+
+def code_spans(text: str) -> list[str]:
+    return re.findall(r"`([^`\n]+)`", FENCE.sub("", text))
+
+
+# ---- device-abi.md ---------------------------------------------------------------------------------------------------
+
+
+class _Nothing:
+    """Surroundings of a SynIC that do nothing."""
+
+    def posted(self, connection_id: int, message: bytes) -> PostStatus:
+        return PostStatus.SUCCESS
+
+    def signalled(self, connection_id: int) -> None:
+        pass
+
+    def reset_requested(self) -> None:
+        pass
+
+    def interrupt(self) -> None:
+        pass
+
+
+def test_the_register_table() -> None:
+    rows = table(page("device-abi.md"), "Offset", "Name", "Access")
+    assert [(row["Name"], int(row["Offset"], 16)) for row in rows] == [(one.name, one.value) for one in Register]
+    for row in rows:
+        device = Synic(GuestMemory(), _Nothing())
+        before = device.read(int(row["Offset"], 16), 4)
+        device.write(int(row["Offset"], 16), b"\x00\x10\0\0")
+        writable = device.bad_accesses == 0
+        # CONTROL reads back what it did, not what was written.
+        readable = row["Name"] == "CONTROL" or (before != bytes(4)) or not writable
+        readable = readable or device.read(int(row["Offset"], 16), 4) != before
+        assert row["Access"] == ("R" if readable else "") + ("W" if writable else ""), row["Name"]
+    for name in ("MAGIC", "ABI_VERSION"):
+        (row,) = (row for row in rows if row["Name"] == name)
+        assert row["Meaning"].startswith(f"{getattr(synic, name):#010x}")
+
+
+def test_the_first_line_names_the_abi() -> None:
+    assert (
+        page("device-abi.md").splitlines()[2].startswith(f"ABI {synic.ABI_VERSION >> 16}.{synic.ABI_VERSION & 0xFFFF}.")
+    )
+
+
+def test_the_configuration_space_table() -> None:
+    rows = table(page("device-abi.md"), "Offset", "Bytes", "Field", "After reset")
+    fresh, ones = ConfigSpace(), ConfigSpace()
+    ones.write(0, b"\xff" * 256)
+    listed = set()
+    for row in rows:
+        offset, size = int(row["Offset"], 16), int(row["Bytes"])
+        value = int.from_bytes(fresh.read(offset, size), "little")
+        changed = value ^ int.from_bytes(ones.read(offset, size), "little")
+        assert (value, changed) == (int(row["After reset"], 16), int(row["Writable bits"], 16)), row["Field"]
+        listed |= set(range(offset, offset + size))
+    for offset in set(range(256)) - listed:
+        assert fresh.read(offset, 1) == ones.read(offset, 1) == b"\0", hex(offset)
+
+
+def test_the_message_table() -> None:
+    rows = table(page("device-abi.md"), "Number", "Message")
+    told = [(row["Number"], row["Message"], row["Direction"], row["Bytes"].split()[0], row["Since"]) for row in rows]
+    real = [
+        (
+            str(row.number),
+            row.message.__name__,
+            row.direction.value,
+            str(messages.HEADER_SIZE + row.fields.size),
+            f"{row.since >> 16}.{row.since & 0xFFFF}" if row.since else "always",
+        )
+        for row in messages.MESSAGES.values()
+    ]
+    assert told == real
+
+
+def test_the_versions_and_packet_types() -> None:
+    text = page("device-abi.md")
+    names = [f"{version >> 16}.{version & 0xFFFF}" for version in messages.Version]
+    assert f"Protocol versions {', '.join(names[:-1])} and {names[-1]}." in text
+    taken = re.search(r"Taken from the guest: (.*?)\.", text, re.DOTALL)
+    assert taken is not None
+    assert [int(number) for number in re.findall(r"\((\d+)\)", taken[1])] == [int(one) for one in packet.PacketType]
+
+
+def test_the_post_statuses() -> None:
+    rows = table(page("device-abi.md"), "Value", "Name")
+    assert [(int(row["Value"]), row["Name"]) for row in rows] == [(one.value, one.name) for one in PostStatus]
+
+
+def test_the_slot_and_the_post_block() -> None:
+    text = page("device-abi.md")
+    for columns, layout in (
+        (("Offset in the slot", "Bytes"), synic.SLOT_HEADER),
+        (("Offset", "Bytes", "Field"), synic.POST_HEADER),
+    ):
+        heading = "Messages to the guest: the slot" if "slot" in columns[0] else None
+        part = section(text, heading or "Messages from the guest: the post-message block")
+        rows = [(int(row[columns[0]]), int(row["Bytes"])) for row in table(part, *columns)]
+        sizes = [{"I": 4, "B": 1, "H": 2, "Q": 8}[kind] for kind in layout.format.lstrip("<")]
+        starts = [sum(sizes[:index]) for index in range(len(sizes))]
+        assert rows == [*zip(starts, sizes, strict=True), (layout.size, messages.MAX_MESSAGE_SIZE)]
+    assert f"256-byte slot at offset {synic.SLOT_OFFSET} of the message page" in text
+    assert synic.SLOT_SIZE == synic.POST_SIZE == 256
+
+
+def test_the_limits() -> None:
+    rows = table(page("device-abi.md"), "Constant", "Value")
+    for row in rows:
+        assert resolve(row["Constant"].strip("`")) == int(row["Value"]), row["Constant"]
+
+
+# ---- state-format.md -------------------------------------------------------------------------------------------------
+
+STRUCTURES: dict[str, type[msgspec.Struct]] = {
+    name: value
+    for module in (state, saved, manifest)
+    for name, value in vars(module).items()
+    if isinstance(value, type)
+    and issubclass(value, msgspec.Struct)
+    and not name.startswith("_")
+    and name not in {"Struct", "VmDescription", "Counts"}  # described elsewhere; Counts is never stored
+}
+
+
+@pytest.mark.parametrize("name", STRUCTURES)
+def test_the_fields_of(name: str) -> None:
+    rows = table(section(page("state-format.md"), name), "Field", "Type")
+    assert [row["Field"].strip("`") for row in rows] == list(STRUCTURES[name].__struct_fields__)
+
+
+def test_the_tags_of_chunks() -> None:
+    for chunk in (saved.ChannelChunk, saved.PacketChunk, saved.CompletionChunk):
+        tag = chunk.__struct_config__.tag
+        assert f"`type` is `{tag}`" in section(page("state-format.md"), chunk.__name__)
+
+
+def test_the_bounds_of_bytes() -> None:
+    text = page("state-format.md")
+    most = packet.MAX_PACKET_SIZE
+    assert f"bytes, up to {most + 256} |" in section(text, "PacketChunk")
+    assert f"bytes, up to {most} |" in section(text, "CompletionChunk")
+    assert f"bytes, up to {most} |" in section(text, "LibBuf")
+    assert "at most 1 GiB" in text and state.MAX_BODY == 1 << 30
+
+
+def test_the_head_and_the_versions() -> None:
+    text = page("state-format.md")
+    rows = table(text, "Offset", "Bytes", "Field")
+    assert [(int(row["Offset"]), int(row["Bytes"])) for row in rows] == [(0, 8), (8, 4), (12, 4), (16, 8), (24, 32)]
+    assert f"The head has {state._HEAD.size} bytes" in text
+    assert f"`{state.MAGIC.decode()}`" in rows[0]["Field"]
+    assert rows[1]["Field"] == f"format version, {state.FORMAT_VERSION}"
+    assert state.OLDEST_VERSION == state.FORMAT_VERSION == 1, "docs say: today both are 1"
+    for name in ("ChannelChunk", "LibBuf"):
+        assert table(section(text, name), "Field")[0]["Type"] == str(saved.VERSION)
+    fields = {row["Field"].strip("`"): row["Type"] for row in table(section(text, "Manifest"), "Field")}
+    assert (fields["format"].strip("`"), fields["version"]) == (manifest.FORMAT, str(manifest.VERSION))
+
+
+def test_the_files_of_a_snapshot() -> None:
+    rows = table(page("state-format.md"), "File", "Written by")
+    assert [row["File"].strip("`") for row in rows] == [manifest.MANIFEST, *manifest.CONTENTS]
+
+
+def test_the_messages_of_refusals_exist() -> None:
+    sources = "".join(path.read_text() for path in (CHECKOUT / "device" / "vmbus").rglob("*.py"))
+    sources = re.sub(r'"\s*\n\s*f?"', "", sources)  # literals that go on in the next line
+    rows = table(page("state-format.md"), "By", "What is wrong")
+    fragments = [fragment for row in rows for fragment in code_spans(row["The message says"])]
+    assert len(fragments) > 30
+    assert [fragment for fragment in fragments if fragment not in sources] == []
+
+
+# ---- all pages -------------------------------------------------------------------------------------------------------
+
+
+def resolve(dotted: str) -> Any:
+    """What a dotted name means: `vmbus.x.y`, or a class of KMCL and its attribute."""
+    first, *rest = dotted.split(".")
+    if first not in ("vmbus", "vmbus_guest"):
+        found = getattr(kmcl if hasattr(kmcl, first) else server, first)
+        for name in rest:
+            found = getattr(found, name)
+        return found
+    found = importlib.import_module(first)
+    for index, name in enumerate(rest):
+        if not hasattr(found, name):
+            importlib.import_module(".".join([first, *rest[: index + 1]]))
+        found = getattr(found, name)
+    return found
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_names_of_code_exist(path: Path) -> None:
+    pattern = re.compile(r"(?:vmbus|vmbus_guest|Channel|ServerChannel|Packet|PacketState|Completion)\.[\w.]+")
+    for span in code_spans(path.read_text()):
+        if pattern.fullmatch(span):
+            try:
+                resolve(span)
+            except (AttributeError, ImportError) as error:
+                # Instance attributes without slots exist in the source only.
+                assert re.search(rf"\bself\.{span.rpartition('.')[2]}\b", _source_of(span)), f"{span}: {error}"
+
+
+def _source_of(dotted: str) -> str:
+    owner = resolve(dotted.rpartition(".")[0])
+    return Path(importlib.import_module(getattr(owner, "__module__", owner.__name__)).__file__ or "").read_text()
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_paths_and_tests_exist(path: Path) -> None:
+    for span in code_spans(path.read_text()):
+        if re.match(r"(device|guest|tests|scripts|docs|qemu_configs|bench)/", span):
+            name, _, test = span.partition("::")
+            assert (CHECKOUT / name).exists(), span
+            assert not test or f"def {test}(" in (CHECKOUT / name).read_text(), span
+
+
+def anchors(text: str) -> set[str]:
+    headings = re.findall(r"^#+ (.+)$", FENCE.sub("", text), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_links_lead_somewhere(path: Path) -> None:
+    for target in re.findall(r"\]\(([^)]+)\)", FENCE.sub("", path.read_text())):
+        if "://" in target:
+            continue
+        name, _, anchor = target.partition("#")
+        linked = (path.parent / name).resolve() if name else path
+        assert linked.is_file(), target
+        assert not anchor or anchor in anchors(linked.read_text()), target
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_nothing_of_one_machine_is_in_the_docs(path: Path) -> None:
+    text = path.read_text()
+    for pattern in (r"/work\b", r"\bshared/", r"/home/", r"/root\b", r"/tmp/", r"https?://", r"\b(mirror|proxy)\."):
+        assert re.search(pattern, text) is None, pattern
+    assert "\t" not in text and not re.search(r" +$", text, re.MULTILINE)
+
+
+def test_the_code_in_packet_42_is_the_providers() -> None:
+    (block,) = re.findall(r"^ *```python\n(.*?)^ *```", page("packet-42.md"), re.DOTALL | re.MULTILINE)
+    real = (CHECKOUT / "device" / "vmbus" / "providers" / "burst.py").read_text()
+    for line in block.splitlines():
+        assert line.split("#")[0].strip() in real, line
+
+
+def test_python_examples_are_python() -> None:
+    for path in PAGES:
+        for block in re.findall(r"^```python\n(.*?)^```", path.read_text(), re.DOTALL | re.MULTILINE):
+            compile(block, str(path), "exec")
+
+
+def test_the_events_of_the_device_are_bytes() -> None:
+    """The decision that the docs explain: one byte per relid, at the relid's own offset."""
+    ram = bytearray(8192)
+    memory = GuestMemory()
+    memory.map(0, memoryview(ram), True)
+    device = Synic(memory, _Nothing())
+    for register, value in ((Register.MESSAGE_PAGE_LOW, 1), (Register.EVENT_PAGE_LOW, 4097), (Register.CONTROL, 1)):
+        device.write(register, value.to_bytes(4, "little"))
+    device.raise_event(1234)
+    assert [index for index, byte in enumerate(ram) if byte] == [4096 + 1234] and ram[4096 + 1234] == 1
