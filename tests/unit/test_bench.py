@@ -5,17 +5,12 @@ from __future__ import annotations
 import io
 import json
 import os
-import sys
 import time
-from pathlib import Path
 
 import pytest
 from rich.console import Console
 
 from vmbus.errors import EnvironmentProblem, UsageError
-
-sys.path.append(str(Path(__file__).resolve().parents[2] / "bench"))
-
 from vmbus_bench.figures import (
     Part,
     Report,

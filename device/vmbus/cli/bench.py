@@ -1,7 +1,5 @@
 """The command `bench`: measures, shows tables, writes JSON. The measurements are in `bench/` of the checkout."""
 
-# mypy: disable-error-code="import-not-found"
-
 from __future__ import annotations
 
 import datetime
