@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from vmbus.cli.agent import agent
+from vmbus.cli.bench import bench
 from vmbus.cli.demo import demo
 from vmbus.cli.vm import list_vms, restore, run_vm, save
 from vmbus.errors import VmbusError
@@ -29,6 +30,7 @@ def main() -> None:
     """VMBus-like synthetic devices for Linux guests in stock QEMU."""
 
 
+main.add_command(bench)
 main.add_command(demo)
 main.add_command(run_vm)
 main.add_command(save)
