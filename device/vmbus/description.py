@@ -24,12 +24,21 @@ NAME_RULE = "1 to 32 of a-z, 0-9, '.', '_' and '-', starting with a letter or di
 
 Name = Annotated[str, msgspec.Meta(pattern=NAME_PATTERN)]
 
+MODULE_PATTERN = r"[A-Za-z_][A-Za-z0-9_]*(?:[.][A-Za-z_][A-Za-z0-9_]*)*:[A-Za-z_][A-Za-z0-9_]*"
+"""An author's own provider: module and class, see `vmbus.providers`."""
+
+KIND_PATTERN = rf"^(?:[a-z0-9][a-z0-9._-]{{0,31}}|{MODULE_PATTERN})$"
+
+KIND_RULE = "the kind of a provider of ours, such as 'echo', or 'package.module:Class' for one of your own"
+
+Kind = Annotated[str, msgspec.Meta(pattern=KIND_PATTERN, max_length=256)]
+
 
 class ProviderDescription(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One provider (VSP) of a device: it becomes one channel offer."""
 
-    kind: Name
-    """Which provider, e.g. ``echo`` or ``burst``."""
+    kind: Kind
+    """Which provider, e.g. ``echo`` or ``burst``, or ``package.module:Class`` for an author's own."""
     name: Name
     """This instance's name: in logs, in tools, and for its test driver. Unique in the device."""
     instance: str
@@ -72,7 +81,9 @@ def explain(error: msgspec.ValidationError) -> str:
     found = re.match(r"^(?P<what>.*?)(?: - at `(?P<where>.*)`)?$", text, re.DOTALL)
     assert found is not None
     what, where = found["what"], found["where"]
-    if NAME_PATTERN in what:
+    if KIND_PATTERN in what:
+        what = f"not a kind of provider; allowed: {KIND_RULE}"
+    elif NAME_PATTERN in what:
         what = f"not a usable name; allowed: {NAME_RULE}"
     field = where.removeprefix("$").removeprefix(".") if where else ""
     return f"field '{field}': {what}" if field else what

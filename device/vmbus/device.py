@@ -8,13 +8,15 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-from vmbus.bus.gpadl import Gpadl, GpadlError
+from vmbus.bus.gpadl import Gpadl, GpadlError, Mappings
+from vmbus.bus.loopback import LoopbackBus
 from vmbus.bus.server import BusServer, Offer
 from vmbus.errors import PeerError
+from vmbus.kmcl.channel import Waiter
 from vmbus.kmcl.server import ServerChannel
 from vmbus.kmcl.states import ChannelState
 from vmbus.kmcl.status import KmclError, Status
-from vmbus.memory import GuestMemory
+from vmbus.memory import Grant, GuestMemory
 from vmbus.ring import RingReader, RingWriter
 from vmbus.synic import PostStatus, Synic
 from vmbus.wire.gpa import PAGE_SIZE
@@ -36,6 +38,7 @@ class ServerLink:
         self._offer = offer
         self._channel = channel
         self.memory = device.memory
+        self.mappings = Mappings(device.memory)
         opened = []
         try:
             for first, count in ((0, 1), (1, split - 1), (split, 1), (split + 1, pages - split - 1)):
@@ -66,11 +69,44 @@ class ServerLink:
         """The guest broke the channel: it is withdrawn, and offered anew once the guest has released it."""
         self._device.bus.rescind(self._offer)
 
+    def map_gpadl(self, handle: int, read_only: bool) -> Grant:
+        """The memory of a GPADL of this channel, in the dirty log while mapped unless `read_only`.
+
+        The guest gets its memory back after `unmap_gpadl`, or when the channel is closed. Raises GpadlError,
+        GpadlMapped, and MemoryFault when the guest has not made the memory reachable.
+        """
+        bus = self._device.bus
+        gpadl = bus.map_gpadl(self._offer, handle)
+        try:
+            return self.mappings.map(gpadl, read_only=read_only)
+        except BaseException:
+            bus.unmap_gpadl(self._offer, handle)
+            raise
+
+    def unmap_gpadl(self, handle: int) -> None:
+        """End a mapping. Raises GpadlError when there is none."""
+        self.mappings.unmap(handle)
+        self._device.bus.unmap_gpadl(self._offer, handle)
+
 
 class Device:
     """The device. `channels` are those that providers have allocated, in order."""
 
-    def __init__(self, interrupt: Callable[[], None], schedule: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        interrupt: Callable[[], None],
+        schedule: Callable[[], None],
+        *,
+        waiter: Waiter | None = None,
+        loopback_schedule: Callable[[], None] | None = None,
+    ) -> None:
+        """
+        Args:
+            interrupt: raise the MSI.
+            schedule: have `service` called soon.
+            waiter: how blocking calls of channels wait; None: they cannot.
+            loopback_schedule: have `loopback.service` called soon; None: somebody calls `loopback.run`.
+        """
         self._interrupt = interrupt
         self._schedule = schedule
         self.memory = GuestMemory()
@@ -79,29 +115,69 @@ class Device:
         self.channels: list[ServerChannel] = []
         self.resets = 0
         self.frozen = False
+        self.waiter = waiter
+        self.loopback = LoopbackBus(loopback_schedule, waiter=waiter)
         self._offers: dict[int, Offer] = {}
+        self._links: dict[int, ServerLink] = {}
         self._ready: dict[ServerChannel, None] = {}
 
     # ---- providers ---------------------------------------------------------------------------------------------
 
     def add_channel(self, channel: ServerChannel) -> None:
-        """Bind a channel to this device; it is offered when it is enabled."""
+        """Bind a channel to this device; it is offered when it is enabled.
+
+        One with a loopback offer goes to `loopback`, not to the guest.
+        """
+        if channel.waiter is None:
+            channel.waiter = self.waiter
         channel.bind(self._offer_channel, self._withdraw_channel)
-        self.channels.append(channel)
+        if channel not in self.channels:
+            self.channels.append(channel)
+
+    def remove_channel(self, channel: ServerChannel) -> None:
+        """Forget a channel, withdrawn and closed by force if need be. Harmless for one that is not here."""
+        if channel.state is not ChannelState.DISABLED:
+            self._withdraw_channel(channel)
+            if channel.state is ChannelState.CLOSED:
+                channel.disable(0)
+        if channel in self.channels:
+            self.channels.remove(channel)
+        self._ready.pop(channel, None)
 
     def _offer_channel(self, channel: ServerChannel) -> None:
+        if channel.loopback_offer:
+            # Its rings are not the guest's, so it is no part of what is saved.
+            self.channels.remove(channel)
+            self.loopback.offer_enabled(channel)
+            return
         offer = Offer(
-            channel.interface_type, channel.interface_instance, channel.offer_flags, channel.user_defined, channel
+            channel.interface_type,
+            channel.interface_instance,
+            channel.offer_flags,
+            channel.user_defined,
+            channel,
+            channel.subchannel_index,
+            (channel.mmio_megabytes, channel.mmio_megabytes_optional),
         )
-        self._offers[id(channel)] = offer
         self.bus.offer(offer)
+        self._offers[id(channel)] = offer
 
     def _withdraw_channel(self, channel: ServerChannel) -> None:
-        self.bus.withdraw(self._offers.pop(id(channel)))
+        if channel.loopback_offer:
+            self.loopback.disabled(channel)
+            return
+        offer = self._offers.pop(id(channel), None)
+        if offer is not None:
+            self.bus.withdraw(offer)
 
     def offer_of(self, channel: ServerChannel) -> Offer:
         """The offer behind an enabled channel."""
         return self._offers[id(channel)]
+
+    def relid_of(self, channel: ServerChannel) -> int:
+        """The number under which the guest knows a channel, 0 while it does not."""
+        offer = self._offers.get(id(channel))
+        return 0 if offer is None else offer.relid
 
     # ---- turns -------------------------------------------------------------------------------------------------
 
@@ -116,10 +192,23 @@ class Device:
         if self.frozen:
             return
         ready = self._ready
-        self._ready = {}
-        for channel in ready:
-            if channel.process():
-                self.wake(channel)
+        try:
+            # One at a time: an owner that waits in a callback has the others served from inside of this.
+            for _ in range(len(ready)):
+                if not ready or self.frozen:
+                    break
+                channel = next(iter(ready))
+                del ready[channel]
+                if channel.process():
+                    ready[channel] = None
+        finally:
+            if self.busy:
+                self._schedule()
+
+    @property
+    def busy(self) -> bool:
+        """Whether channels wait for their turn."""
+        return bool(self._ready) and not self.frozen
 
     def freeze(self) -> None:
         """Nothing takes a turn until `thaw`."""
@@ -187,10 +276,12 @@ class Device:
             log.warning("channel %s not opened: %s", channel.name, error)
             self.bus.opened(offer, Status.INVALID_PARAMETER)
             return
+        self._links[id(offer)] = link
         try:
             channel.open(link)
         except Exception as error:
             log.warning("channel %s not opened: its owner refused: %r", channel.name, error)
+            self._let_go(offer)
             link.reader.close()
             link.writer.close()
             self.bus.opened(offer, error.status if isinstance(error, KmclError) else Status.UNSUCCESSFUL)
@@ -205,10 +296,27 @@ class Device:
     def close_channel(self, offer: Offer, force: bool) -> None:
         """The guest closed a channel (or lost it)."""
         channel: ServerChannel = offer.owner
-        if channel.state in (ChannelState.OPENED, ChannelState.ACTIVE, ChannelState.CLOSING):
-            channel.close(lambda: self.bus.closed(offer), force=force)
-        else:
+
+        def closed() -> None:
+            self._let_go(offer)
             self.bus.closed(offer)
+
+        if channel.state in (ChannelState.OPENED, ChannelState.ACTIVE, ChannelState.CLOSING):
+            channel.close(closed, force=force)
+        else:
+            closed()
+
+    def _let_go(self, offer: Offer) -> None:
+        """The channel is closed: what its owner still has mapped is unmapped."""
+        link = self._links.pop(id(offer), None)
+        if link is not None:
+            if link.mappings:
+                log.warning(
+                    "channel %s was closed with GPADLs %s mapped: its owner has to unmap them when it is closed",
+                    offer.owner.name,
+                    [hex(handle) for handle in link.mappings.handles],
+                )
+            link.mappings.clear()
 
     # ---- restore -----------------------------------------------------------------------------------------------
 
@@ -219,7 +327,9 @@ class Device:
         if gpadl is None:
             raise GpadlError(f"the ring GPADL {offer.request.ring_gpadl:#x} of relid {offer.relid} was not saved")
         channel: ServerChannel = offer.owner
-        channel.reopen(ServerLink(self, offer, channel, gpadl))
+        link = ServerLink(self, offer, channel, gpadl)
+        self._links[id(offer)] = link
+        channel.reopen(link)
 
     # ---- inspection --------------------------------------------------------------------------------------------
 
@@ -241,6 +351,9 @@ class Device:
                         "state": offer.state.value,
                         "type": str(offer.interface_type),
                         "instance": str(offer.instance),
+                        "subchannel": offer.subchannel,
+                        "withdrawn": not offer.wanted,
+                        "gpadls_mapped": len(offer.mapped),
                     }
                     for offer in self.bus.offers
                 ],

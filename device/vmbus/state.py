@@ -6,15 +6,17 @@ then every field's type and range, then whether it fits the device it is to be r
 """
 
 import hashlib
+from collections.abc import Iterable
 from struct import Struct
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
+from uuid import UUID
 
 import msgspec
 
 from vmbus.bus.gpadl import Gpadl, PartialGpadl
 from vmbus.bus.server import ConnectionState, Offer, OfferState, OpenRequest
 from vmbus.device import Device
-from vmbus.errors import PeerError, StateError
+from vmbus.errors import PeerError, StateError, UsageError
 from vmbus.kmcl.saved import ChannelChunk, PacketChunk, decode_chunk, decode_lib
 from vmbus.kmcl.server import ServerChannel
 from vmbus.kmcl.status import KmclError
@@ -59,7 +61,7 @@ class OpenState(msgspec.Struct, frozen=True):
 
 
 class OfferStateRecord(msgspec.Struct, frozen=True):
-    """One offer, by its GUIDs."""
+    """One offer, by its GUIDs. `withdrawn`: its owner is gone, and the guest has yet to release the relid."""
 
     interface_type: Guid
     instance: Guid
@@ -67,6 +69,7 @@ class OfferStateRecord(msgspec.Struct, frozen=True):
     relid: Relid
     state: str
     open: OpenState | None
+    withdrawn: bool = False
 
 
 class RangeState(msgspec.Struct, frozen=True, array_like=True):
@@ -78,11 +81,12 @@ class RangeState(msgspec.Struct, frozen=True, array_like=True):
 
 
 class GpadlState(msgspec.Struct, frozen=True):
-    """A complete GPADL."""
+    """A complete GPADL. `tearing_down`: the guest wants it back, and the channel's owner had it mapped."""
 
     relid: Relid
     handle: U32
     ranges: list[RangeState]
+    tearing_down: bool = False
 
 
 class PartialState(msgspec.Struct, frozen=True):
@@ -111,6 +115,7 @@ class ChannelRecord(msgspec.Struct, frozen=True):
 
     instance: Guid
     chunks: list[bytes]
+    subchannel: U16 = 0
 
 
 class ProviderRecord(msgspec.Struct, frozen=True):
@@ -139,6 +144,14 @@ class Counts(msgspec.Struct, frozen=True):
     queued: int
     sent: int
     completions: int
+
+
+class Restored(NamedTuple):
+    """What a restore brought back: `packets`, and those `dropped` with channels that were made anew (`renewed`)."""
+
+    packets: Counts
+    dropped: Counts
+    renewed: int
 
 
 _decoder = msgspec.msgpack.Decoder(DeviceState)
@@ -178,8 +191,12 @@ def decode(data: bytes) -> DeviceState:
 
 def count_packets(state: DeviceState) -> Counts:
     """How many packets a state holds. Raises StateError."""
+    return _count(state.channels)
+
+
+def _count(records: Iterable[ChannelRecord]) -> Counts:
     queued = sent = completions = 0
-    for record in state.channels:
+    for record in records:
         for data in record.chunks:
             chunk = decode_chunk(data)
             if isinstance(chunk, PacketChunk):
@@ -205,6 +222,7 @@ def save_device(name: str, config: bytes, device: Device, providers: list[Provid
     for offer in bus.offers:
         if offer.state in (OfferState.OPENING, OfferState.CLOSING):
             raise StateError(f"channel {offer.owner.name} is {offer.state.value}: it cannot be saved before that ends")
+    tearing_down = {(offer.relid, handle) for offer in bus.offers for handle in offer.teardowns}
     return DeviceState(
         device=name,
         config=config,
@@ -221,7 +239,12 @@ def save_device(name: str, config: bytes, device: Device, providers: list[Provid
             offers_requested=bus.offers_requested,
             offers=[_offer_record(offer) for offer in bus.offers],
             gpadls=[
-                GpadlState(g.relid, g.handle, [RangeState(r.byte_count, r.byte_offset, list(r.pfns)) for r in g.ranges])
+                GpadlState(
+                    g.relid,
+                    g.handle,
+                    [RangeState(r.byte_count, r.byte_offset, list(r.pfns)) for r in g.ranges],
+                    tearing_down=(g.relid, g.handle) in tearing_down,
+                )
                 for g in bus.gpadls.complete.values()
             ],
             partial=[
@@ -229,7 +252,10 @@ def save_device(name: str, config: bytes, device: Device, providers: list[Provid
                 for p in bus.gpadls.partial.values()
             ],
         ),
-        channels=[ChannelRecord(channel.interface_instance.bytes_le, channel.save()) for channel in device.channels],
+        channels=[
+            ChannelRecord(channel.interface_instance.bytes_le, channel.save(), channel.subchannel_index)
+            for channel in device.channels
+        ],
         providers=[
             ProviderRecord(provider.kind, provider.name, provider.instance.bytes_le, provider.save())
             for provider in providers
@@ -254,6 +280,7 @@ def _offer_record(offer: Offer) -> OfferStateRecord:
             request.downstream_page_offset,
             request.user_data,
         ),
+        withdrawn=not offer.wanted,
     )
 
 
@@ -271,18 +298,38 @@ def check_fits(state: DeviceState, name: str, device: Device, providers: list[Pr
             f"the state has providers {[one[:2] for one in saved]}, this device has {[one[:2] for one in present]} "
             "(or their instance GUIDs differ): restore with the description that the snapshot was taken with"
         )
-    instances = [channel.interface_instance.bytes_le for channel in device.channels]
-    if [record.instance for record in state.channels] != instances:
+    keys = [(record.instance, record.subchannel) for record in state.channels]
+    if len(set(keys)) != len(keys):
+        raise StateError("the state has a channel twice")
+    # Sub-channels are not there yet: providers make them again when they get their own state back.
+    if [key for key in keys if not key[1]] != [_key(channel) for channel in device.channels]:
         raise StateError("the channels in the state are not those of this device's providers")
+    orphans = {key for key in keys if (key[0], 0) not in keys}
+    if orphans:
+        raise StateError("the state has sub-channels whose primary channel is missing")
     _check_synic(state.synic)
-    offers = {(offer.interface_type.bytes_le, offer.instance.bytes_le, offer.subchannel) for offer in device.bus.offers}
-    recorded = [(record.interface_type, record.instance, record.subchannel) for record in state.bus.offers]
-    if set(recorded) != offers or len(recorded) != len(offers):
+    offers = {(offer.interface_type.bytes_le, offer.instance.bytes_le) for offer in device.bus.offers}
+    here = [record for record in state.bus.offers if not _withdrawn(record)]
+    primaries = [(record.interface_type, record.instance) for record in here if not record.subchannel]
+    known = [(record.instance, record.subchannel) for record in here]
+    if set(primaries) != offers or len(set(known)) != len(known) or not set(known) <= set(keys):
         raise StateError("the offers in the state are not those that this device's providers make")
     _check_bus(state.bus)
-    open_ = {record.instance for record in state.bus.offers if record.open is not None}
+    open_ = {(record.instance, record.subchannel) for record in state.bus.offers if record.open is not None}
+    for instance, subchannel in open_:
+        if subchannel and (instance, 0) not in open_:
+            raise StateError(f"sub-channel {subchannel} of an instance is open, and its primary channel is not")
     for number, channel in enumerate(state.channels):
-        _check_chunks(number, channel, channel.instance in open_)
+        _check_chunks(number, channel, (channel.instance, channel.subchannel) in open_)
+
+
+def _key(channel: ServerChannel) -> tuple[bytes, int]:
+    return channel.interface_instance.bytes_le, channel.subchannel_index
+
+
+def _withdrawn(record: OfferStateRecord) -> bool:
+    """Whether the offer's owner was gone, and only the guest's release of the relid was awaited."""
+    return record.withdrawn and record.state == OfferState.RESCINDED.value
 
 
 def _check_synic(synic: SynicState) -> None:
@@ -335,9 +382,15 @@ def _check_bus(bus: BusState) -> None:
         ):
             raise StateError(f"GPADL {partial.handle:#x} of relid {partial.relid}, in progress, is not a possible one")
         in_progress.add(partial.handle)
+    leaving = {(gpadl.relid, gpadl.handle) for gpadl in bus.gpadls if gpadl.tearing_down}
     for offer in bus.offers:
-        if offer.open is not None and (offer.relid, offer.open.ring_gpadl) not in handles:
-            raise StateError(f"relid {offer.relid} is open, and its ring GPADL {offer.open.ring_gpadl:#x} is missing")
+        if offer.open is None:
+            continue
+        rings = (offer.relid, offer.open.ring_gpadl)
+        if rings not in handles or rings in leaving:
+            raise StateError(
+                f"relid {offer.relid} is open, and its ring GPADL {offer.open.ring_gpadl:#x} is missing or torn down"
+            )
 
 
 def _check_chunks(number: int, record: ChannelRecord, is_open: bool) -> None:
@@ -354,15 +407,17 @@ def _check_chunks(number: int, record: ChannelRecord, is_open: bool) -> None:
             decode_lib(chunk.lib)
 
 
-def restore_device(state: DeviceState, device: Device, providers: list[Provider]) -> None:
+def restore_device(state: DeviceState, device: Device, providers: list[Provider]) -> Restored:
     """Put a checked state into a fresh device whose guest memory is mapped. Nothing runs yet: `Device.thaw` starts it.
 
-    Order: registers, bus, GPADLs, rings; then each provider's own state, then its packets through its restore
-    callback, and only when all is there the channels are started. Raises StateError; the device is then reset.
+    Order: registers, bus, GPADLs, rings; then each provider's own state, with which it makes its sub-channels again;
+    the sub-channels' rings; then the packets through the restore callbacks, and only when all is there the channels are
+    started. Channels with `force_new_channel` are rescinded instead, and their packets dropped; they are offered anew
+    once the guest has released them. Raises StateError; the device is then reset.
     """
     try:
-        _restore(state, device, providers)
-    except (PeerError, KmclError) as error:
+        return _restore(state, device, providers)
+    except (PeerError, KmclError, UsageError) as error:
         device.reset()
         raise StateError(f"the state could not be restored: {error}") from error
     except BaseException:
@@ -370,8 +425,9 @@ def restore_device(state: DeviceState, device: Device, providers: list[Provider]
         raise
 
 
-def _restore(state: DeviceState, device: Device, providers: list[Provider]) -> None:
+def _restore(state: DeviceState, device: Device, providers: list[Provider]) -> Restored:
     bus = device.bus
+    bus.restoring = True
     device.synic.restore(
         state.synic.registers,
         enabled=state.synic.enabled,
@@ -390,36 +446,132 @@ def _restore(state: DeviceState, device: Device, providers: list[Provider]) -> N
         bus.gpadls.add_partial(
             PartialGpadl(partial.relid, partial.handle, partial.range_bytes, partial.range_count, partial.data)
         )
-    by_key = {(offer.interface_type.bytes_le, offer.instance.bytes_le, offer.subchannel): offer for offer in bus.offers}
-    for record in state.bus.offers:
-        offer = by_key[record.interface_type, record.instance, record.subchannel]
-        request = None if record.open is None else OpenRequest(*_open_fields(record.open))
-        bus.adopt(offer, record.relid, OfferState(record.state), request)
-        if record.open is not None:
-            device.reattach(offer)
+    adoption = _Adoption(state, device)
+    adoption.primaries()
     for provider_record, provider in zip(state.providers, providers, strict=True):
         provider.restore(provider_record.state)
+    adoption.subchannels()
+    renewed = adoption.renewed
     started: list[ServerChannel] = []
-    for channel_record, channel in zip(state.channels, device.channels, strict=True):
-        if channel.restore(channel_record.chunks):
+    channels = {_key(channel): channel for channel in device.channels}
+    kept = [record for record in state.channels if (record.instance, record.subchannel) not in renewed]
+    for channel_record in state.channels:
+        key = (channel_record.instance, channel_record.subchannel)
+        channel = channels.get(key)
+        if channel is None:
+            if key in renewed:
+                continue
+            raise _not_made_again(*key)
+        chunks = channel_record.chunks
+        if key in renewed:
+            head = decode_chunk(chunks[0])
+            if isinstance(head, ChannelChunk) and head.started:
+                started.append(channel)
+        elif channel.restore(chunks):
             started.append(channel)
-    counts = count_packets(state)
+    counts = _count(kept)
     queued = sum(channel.packets_queued for channel in device.channels)
     sent = sum(channel.packets_sent for channel in device.channels)
     if (queued, sent) != (counts.queued, counts.sent):
         raise StateError(
             f"{counts.queued} queued and {counts.sent} sent packets were saved, {queued} and {sent} came back"
         )
+    saved_keys = {(record.instance, record.subchannel) for record in state.channels}
     for channel in device.channels:
         if channel in started:
             channel.start()
-        else:
-            channel.pause()
+        elif _key(channel) in saved_keys:
+            channel.begin_pause()
+    adoption.end()
     # Whatever may have been pending in either direction is raised once more.
     for offer in bus.offers:
         if offer.state is OfferState.OPEN:
             device.synic.raise_event(offer.relid)
     device.synic.kick()
+    dropped = _count(record for record in state.channels if (record.instance, record.subchannel) in renewed)
+    return Restored(packets=counts, dropped=dropped, renewed=len(renewed))
+
+
+class _Adoption:
+    """Puts offers back into their saved state, and open channels on their rings.
+
+    Attributes:
+        renewed: (instance, sub-channel) of channels that the guest knew and that are made anew.
+    """
+
+    def __init__(self, state: DeviceState, device: Device) -> None:
+        self._state = state
+        self._device = device
+        self._adopted: list[Offer] = []
+        self._rescinded: list[Offer] = []
+        self._torndown = [(gpadl.relid, gpadl.handle) for gpadl in state.bus.gpadls if gpadl.tearing_down]
+        self.renewed: set[tuple[bytes, int]] = set()
+
+    def primaries(self) -> None:
+        """Offers without an owner, and primary channels."""
+        for record in self._state.bus.offers:
+            if _withdrawn(record):
+                self._adopt_withdrawn(record)
+            elif not record.subchannel:
+                self._adopt(record)
+
+    def subchannels(self) -> None:
+        """Sub-channels, which providers have made again by now. Raises StateError for one that is missing."""
+        for record in self._state.bus.offers:
+            if record.subchannel and not _withdrawn(record):
+                self._adopt(record)
+
+    def _adopt_withdrawn(self, record: OfferStateRecord) -> Offer:
+        instance = UUID(bytes_le=record.instance)
+        offer = Offer(UUID(bytes_le=record.interface_type), instance, 0, b"", None, record.subchannel)
+        self._device.bus.adopt_withdrawn(offer, record.relid)
+        self._adopted.append(offer)
+        return offer
+
+    def _adopt(self, record: OfferStateRecord) -> None:
+        bus = self._device.bus
+        key = (record.instance, record.subchannel)
+        offer = next((o for o in bus.offers if o.wanted and (o.instance.bytes_le, o.subchannel) == key), None)
+        saved_state = OfferState(record.state)
+        of_renewed = record.subchannel != 0 and (record.instance, 0) in self.renewed
+        if offer is None:
+            if not of_renewed:
+                raise _not_made_again(*key)
+            offer = self._adopt_withdrawn(record)
+        renew = of_renewed or (offer.owner is not None and offer.owner.force_new_channel)
+        if renew and record.relid:
+            # Its rings are left alone: the owner begins with a channel that was never open.
+            self.renewed.add(key)
+            if saved_state is not OfferState.RESCINDED:
+                self._rescinded.append(offer)
+            bus.adopt(offer, record.relid, OfferState.RESCINDED, None)
+            self._adopted.append(offer)
+            return
+        request = None if record.open is None else OpenRequest(*_open_fields(record.open))
+        bus.adopt(offer, record.relid, saved_state, request)
+        # What the guest is about to get back cannot be mapped again.
+        offer.teardowns = [handle for relid, handle in self._torndown if relid == record.relid]
+        self._adopted.append(offer)
+        if request is not None:
+            self._device.reattach(offer)
+
+    def end(self) -> None:
+        """Everything is back: the guest is told what has changed."""
+        bus = self._device.bus
+        for offer in bus.offers:
+            offer.teardowns = []
+        bus.end_restore(
+            torndown=self._torndown,
+            rescinded=self._rescinded,
+            new=[offer for offer in bus.offers if offer not in self._adopted],
+        )
+
+
+def _not_made_again(instance: bytes, subchannel: int) -> StateError:
+    return StateError(
+        f"sub-channel {subchannel} of instance {UUID(bytes_le=instance)} was saved, and its provider did not make it "
+        "again when it got its state back"
+    )
 
 
 def _open_fields(record: OpenState) -> tuple[Any, ...]:

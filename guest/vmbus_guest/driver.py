@@ -4,8 +4,9 @@ One thread. Everything that waits does so in `run_until`, which pumps interrupts
 and says what it waited for.
 """
 
+import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from uuid import UUID
 
@@ -39,6 +40,14 @@ from vmbus_guest.pci import DmaBuffer, PciFunction
 DEFAULT_TIMEOUT = 30.0
 
 
+class GpadlRefused(PeerError):
+    """The host does not take memory that was offered to it."""
+
+
+class ChannelRescinded(PeerError):
+    """The host has withdrawn a channel instead of answering."""
+
+
 class ClientLink:
     """What carries one open channel in the guest: implements `vmbus.kmcl.channel.Link`."""
 
@@ -60,6 +69,8 @@ class ClientLink:
         self.reader = reader
         self.writer = writer
         self.memory = driver.memory
+        # Handles of memory lent beyond the rings; the host was told of it.
+        self.gpadls: set[int] = set()
 
     def signal(self) -> None:
         """Ring the doorbell."""
@@ -73,6 +84,38 @@ class ClientLink:
         """The host broke the channel; it stays in the tables until the driver is closed."""
         self._driver.failures.append(f"channel {self.channel.name}: {reason}")
 
+    def create_gpadl(self, extents: Sequence[tuple[int, int]], read_only: bool) -> int:
+        """Lend memory to the host; returns the handle once the host has accepted it.
+
+        `read_only` is a hint for the owner, and does not travel. Raises GpadlRefused, WaitTimeout, and PeerError when
+        the channel is rescinded meanwhile.
+        """
+        driver, relid, name = self._driver, self.offer.relid, self.channel.name
+        handle = driver.bus.create_gpadl(relid, [range_for(address, length) for address, length in extents])
+        driver.await_answer(self.offer, lambda: handle in driver.bus.created, f"GPADL_CREATED on channel {name}")
+        status = driver.bus.created.pop(handle)
+        if status:
+            raise GpadlRefused(f"the host refused memory that channel {name} lends to it: {status:#010x}")
+        self.gpadls.add(handle)
+        return handle
+
+    def delete_gpadl(self, handle: int) -> None:
+        """Take memory back; returns when the host has let go of it, which waits while it is mapped there.
+
+        Raises UsageError for a handle that is not lent, WaitTimeout, PeerError when the channel is rescinded.
+        """
+        driver, name = self._driver, self.channel.name
+        if handle not in self.gpadls:
+            raise UsageError(f"channel {name} has lent no memory as GPADL {handle:#x}")
+        self.gpadls.discard(handle)
+        driver.bus.teardown_gpadl(self.offer.relid, handle)
+        driver.await_answer(self.offer, lambda: handle in driver.bus.torndown, f"GPADL_TORNDOWN on channel {name}")
+        driver.bus.torndown.discard(handle)
+
+    def close_channel(self, timeout: float) -> None:
+        """Close the channel, see `VmbusDriver.close_channel`."""
+        self._driver.close_channel(self.channel, timeout)
+
 
 class VmbusDriver:
     """A connection to the device. Use it as a context manager.
@@ -81,6 +124,9 @@ class VmbusDriver:
         function: the PCI function.
         bus: the bus client with its tables.
         failures: what went wrong on channels, as text.
+        rescinded: instances that the host has withdrawn, in that order.
+        on_rescind: called with a client channel that was open when the host withdrew it; it is disabled by then, and
+            can be enabled again when it is offered anew.
     """
 
     def __init__(self, function: PciFunction, *, versions: tuple[int, ...] = VERSIONS) -> None:
@@ -95,6 +141,9 @@ class VmbusDriver:
         self.bus.on_rescind = self._rescinded
         self.failures: list[str] = []
         self.rescinded: list[UUID] = []
+        self.on_rescind: Callable[[ClientChannel], None] | None = None
+        self._waiting: list[ClientChannel] = []
+        self._opening = False
         self._links: dict[int, ClientLink] = {}
         self._ready: dict[Channel, None] = {}
         self._buffers: list[DmaBuffer] = []
@@ -186,8 +235,9 @@ class VmbusDriver:
         """Close all channels, unload, reset the device and free everything. Without `graceful`, only the reset."""
         try:
             if graceful:
-                for link in list(self._links.values()):
-                    self.close_channel(link.channel)
+                for relid, link in list(self._links.items()):
+                    if relid in self._links:  # not closed with its primary
+                        self.close_channel(link.channel)
                 self.bus.unload()
                 self.run_until(lambda: self.bus.unloaded, DEFAULT_TIMEOUT, "the UNLOAD_RESPONSE")
         finally:
@@ -214,27 +264,99 @@ class VmbusDriver:
         ring_pages_in: int = 16,
         ring_pages_out: int = 16,
         name: str = "",
+        subchannel_index: int = 0,
     ) -> ClientChannel:
-        """A disabled client channel: set its callbacks, then `enable` it."""
-        return ClientChannel(
-            interface_type, instance, ring_pages_in=ring_pages_in, ring_pages_out=ring_pages_out, name=name
+        """A disabled client channel: set its callbacks, then `enable` it.
+
+        `enable` of the driver waits until it is open; the channel's own only registers it, and `step` opens it once
+        it is offered.
+        """
+        channel = ClientChannel(
+            interface_type,
+            instance,
+            ring_pages_in=ring_pages_in,
+            ring_pages_out=ring_pages_out,
+            name=name,
+            subchannel_index=subchannel_index,
         )
+        self.attach(channel)
+        return channel
+
+    def attach(self, channel: ClientChannel) -> None:
+        """Tie a disabled channel that was made elsewhere to this driver."""
+        channel.bind(self._channel_enabled)
+        channel.waiter = self.run_until
+
+    def _channel_enabled(self, channel: ClientChannel) -> None:
+        if not self._opening:
+            self._waiting.append(channel)
+
+    def _offer_for(self, channel: ClientChannel) -> m.OfferChannel | None:
+        return self.bus.find_offer(channel.interface_type, channel.interface_instance, channel.subchannel_index)
+
+    def _open_waiting(self) -> None:
+        for channel in list(self._waiting):
+            if channel.state is not ChannelState.CLOSED:
+                self._waiting.remove(channel)
+                continue
+            offer = self._offer_for(channel)
+            if offer is None or offer.relid in self._links:
+                continue
+            self._waiting.remove(channel)
+            try:
+                self._open(channel, offer, DEFAULT_TIMEOUT)
+            except (PeerError, WaitTimeout) as error:
+                self.failures.append(f"channel {channel.name}: {error}")
 
     def enable(self, channel: ClientChannel, timeout: float = DEFAULT_TIMEOUT) -> None:
         """Wait for the channel's offer, donate its rings and open it; it is active when this returns.
 
-        Raises WaitTimeout, or PeerError when the host refuses.
+        Raises WaitTimeout, or PeerError when the host refuses it; the channel is then disabled.
         """
-        channel.enable()
-        self.run_until(
-            lambda: self.bus.find_offer(channel.interface_type, channel.interface_instance) is not None,
-            timeout,
-            f"an offer for channel {channel.name}",
-        )
-        offer = self.bus.find_offer(channel.interface_type, channel.interface_instance)
-        assert offer is not None
+        self._opening = True
+        try:
+            channel.enable()
+        finally:
+            self._opening = False
+        if channel.waiter is None:
+            channel.waiter = self.run_until
+        try:
+            deadline = time.monotonic() + timeout
+            while channel.state is ChannelState.CLOSED:
+                left = max(deadline - time.monotonic(), 0.0)
+                self.run_until(
+                    lambda: self._offer_for(channel) is not None, left, f"an offer for channel {channel.name}"
+                )
+                offer = self._offer_for(channel)
+                assert offer is not None
+                # An offer that is withdrawn meanwhile may be followed by another.
+                with contextlib.suppress(ChannelRescinded):
+                    self._open(channel, offer, timeout)
+        except BaseException:
+            channel.disable()
+            raise
+
+    def await_answer(
+        self, offer: m.OfferChannel, condition: Callable[[], bool], what: str, timeout: float = DEFAULT_TIMEOUT
+    ) -> None:
+        """`run_until` for an answer on one channel. Raises ChannelRescinded when it is withdrawn instead."""
+        offers, relid = self.bus.offers, offer.relid
+        self.run_until(lambda: condition() or offers.get(relid) is not offer, timeout, what)
+        if offers.get(relid) is not offer:
+            raise ChannelRescinded(f"the host withdrew the channel with relid {relid} instead of {what}")
+
+    def _open(self, channel: ClientChannel, offer: m.OfferChannel, timeout: float) -> None:
         out_pages, in_pages = channel.ring_pages_out + 1, channel.ring_pages_in + 1
         rings = self.allocate((out_pages + in_pages) * PAGE_SIZE)
+        try:
+            self._open_on(channel, offer, rings, timeout)
+        except PeerError:
+            # The host has answered, and does not use the rings. (Without an answer it may: they stay.)
+            self.free(rings)
+            raise
+
+    def _open_on(self, channel: ClientChannel, offer: m.OfferChannel, rings: DmaBuffer, timeout: float) -> None:
+        out_pages = channel.ring_pages_out + 1
         split = out_pages * PAGE_SIZE
         windows = [
             self.memory.window([(rings.iova + start, length)])
@@ -247,42 +369,65 @@ class VmbusDriver:
         ]
         windows[0].store32(FEATURE_BITS, FEATURE_PENDING_SEND_SIZE)
         windows[2].store32(FEATURE_BITS, FEATURE_PENDING_SEND_SIZE)
-        gpadl = self.bus.create_gpadl(offer.relid, [range_for(rings.iova, rings.size)])
-        self.run_until(lambda: gpadl in self.bus.created, timeout, f"GPADL_CREATED for channel {channel.name}")
-        if self.bus.created[gpadl]:
-            raise PeerError(f"the host refused the rings of channel {channel.name}: {self.bus.created[gpadl]:#x}")
-        self.bus.open_channel(offer.relid, gpadl, out_pages)
-        self.run_until(
-            lambda: offer.relid in self.bus.open_results, timeout, f"OPENCHANNEL_RESULT of channel {channel.name}"
+        relid = offer.relid
+        gpadl = self.bus.create_gpadl(relid, [range_for(rings.iova, rings.size)])
+        self.await_answer(
+            offer, lambda: gpadl in self.bus.created, f"GPADL_CREATED for channel {channel.name}", timeout
         )
-        status = self.bus.open_results[offer.relid]
+        status = self.bus.created[gpadl]
         if status:
+            channel.connection_failed(status)
+            raise PeerError(f"the host refused the rings of channel {channel.name}: {status:#x}")
+        self.bus.open_channel(relid, gpadl, out_pages)
+        self.await_answer(
+            offer, lambda: relid in self.bus.open_results, f"OPENCHANNEL_RESULT of channel {channel.name}", timeout
+        )
+        status = self.bus.open_results[relid]
+        if status:
+            self.bus.teardown_gpadl(relid, gpadl)
+            self.await_answer(
+                offer, lambda: gpadl in self.bus.torndown, f"GPADL_TORNDOWN of channel {channel.name}", timeout
+            )
+            channel.connection_failed(status)
             raise PeerError(f"the host refused to open channel {channel.name}: {status:#010x}")
         reader, writer = RingReader(windows[2], windows[3]), RingWriter(windows[0], windows[1])
         link = ClientLink(self, channel, offer, rings, gpadl, reader, writer)
-        self._links[offer.relid] = link
+        self._links[relid] = link
         channel.open(link)
         channel.activate()
 
     def close_channel(self, channel: ClientChannel, timeout: float = DEFAULT_TIMEOUT) -> None:
-        """Close a channel, and take its rings back once the host has let go of them."""
+        """Close a channel, its sub-channels first, and take its memory back once the host has let go of it."""
         link = self.link_of(channel)
-        channel.pause()
         relid = link.offer.relid
+        if not link.offer.subchannel_index:
+            for other in list(self._links.values()):
+                if other is not link and other.offer.interface_instance == link.offer.interface_instance:
+                    self.close_channel(other.channel, timeout)
+        channel.begin_pause()
         if relid in self.bus.offers:
             self.bus.close_channel(relid)
         closed: list[bool] = []
         if channel.state in (ChannelState.OPENED, ChannelState.ACTIVE):
             channel.close(lambda: closed.append(True))
             self.run_until(lambda: bool(closed), timeout, f"packets of channel {channel.name} to be completed")
-        del self._links[relid]
+        if self._links.pop(relid, None) is None:
+            return  # rescinded while its packets were awaited: all is given back
         if relid in self.bus.offers:
-            self.bus.teardown_gpadl(relid, link.gpadl)
+            handles = [link.gpadl, *link.gpadls]
+            for handle in handles:
+                self.bus.teardown_gpadl(relid, handle)
             self.run_until(
-                lambda: link.gpadl in self.bus.torndown, timeout, f"GPADL_TORNDOWN of channel {channel.name}"
+                lambda: self.bus.torndown.issuperset(handles) or relid not in self.bus.offers,
+                timeout,
+                f"GPADL_TORNDOWN of channel {channel.name}",
             )
         channel.disable()
         self.free(link.rings)
+
+    def create_gpadl(self, channel: ClientChannel, buffer: DmaBuffer, *, read_only: bool = False) -> int:
+        """Lend a whole buffer of `allocate` to the host's end of an open channel; see `ClientChannel.create_gpadl`."""
+        return channel.create_gpadl(self.external(buffer), read_only=read_only)
 
     def link_of(self, channel: ClientChannel) -> ClientLink:
         """The link of an open channel. Raises UsageError when it is not open."""
@@ -295,12 +440,14 @@ class VmbusDriver:
         self.rescinded.append(offer.interface_instance)
         link = self._links.pop(offer.relid, None)
         if link is not None:
-            if link.channel.state in (ChannelState.OPENED, ChannelState.ACTIVE):
+            if link.channel.state in (ChannelState.OPENED, ChannelState.ACTIVE, ChannelState.CLOSING):
                 link.channel.close(lambda: None, force=True)
             if link.channel.state is ChannelState.CLOSED:
                 link.channel.disable()
             self.free(link.rings)
         self.bus.release(offer.relid)
+        if link is not None and self.on_rescind is not None:
+            self.on_rescind(link.channel)
 
     # ---- the pump --------------------------------------------------------------------------------------------------
 
@@ -325,7 +472,7 @@ class VmbusDriver:
 
     def _take_events(self) -> None:
         events = self._event_view
-        for relid, link in self._links.items():
+        for relid, link in list(self._links.items()):
             if events[relid]:
                 events[relid] = 0
                 self._ready[link.channel] = None
@@ -343,6 +490,8 @@ class VmbusDriver:
             while self._take_message():
                 pass
             self._take_events()
+        if self._waiting:
+            self._open_waiting()
         ready = self._ready
         if not ready:
             return interrupted

@@ -107,7 +107,7 @@ def answered(number: int) -> tuple[int, int, bytes]:
 def test_the_callbacks_come_in_the_order_of_the_contract(pair, vsp, guest) -> None:
     pair.open()
     pair.run()
-    pair.server.pause()
+    pair.server.begin_pause()
     pair.server.start()
     pair.server.close(lambda: vsp.events.append("done"))
     assert vsp.events == [
@@ -217,7 +217,7 @@ def test_pause_lets_held_packets_finish_and_close_waits_for_them(pair, vsp, gues
     pair.open()
     pair.client.allocate_packet().send(b"request!")
     pair.run()
-    pair.server.pause()
+    pair.server.begin_pause()
     assert not pair.server.quiescent
     assert pair.server.outstanding == [1]
     closed = []

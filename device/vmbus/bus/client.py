@@ -21,7 +21,7 @@ class BusClient:
 
     Attributes:
         version_response: the answer to the last INITIATE_CONTACT, None before it.
-        offers: offers by relid.
+        offers: offers by relid. rescinded: those of them that the host has withdrawn, until `release`.
         all_offers: whether ALLOFFERS_DELIVERED came.
         created: status by GPADL handle. open_results: status by relid. torndown: handles.
         unloaded: whether UNLOAD was answered.
@@ -42,6 +42,7 @@ class BusClient:
     def _forget(self) -> None:
         self.version_response: m.VersionResponse | None = None
         self.offers: dict[int, m.OfferChannel] = {}
+        self.rescinded: set[int] = set()
         self.all_offers = False
         self.created: dict[int, int] = {}
         self.open_results: dict[int, int] = {}
@@ -90,6 +91,7 @@ class BusClient:
     def release(self, relid: int) -> None:
         """Forget a rescinded channel."""
         self.offers.pop(relid, None)
+        self.rescinded.discard(relid)
         self._send(m.RelidReleased(relid))
 
     def modify_channel(self, relid: int, target_vp: int) -> None:
@@ -102,10 +104,17 @@ class BusClient:
 
     # ---- answers -------------------------------------------------------------------------------------------------
 
-    def find_offer(self, interface_type: UUID, instance: UUID | None = None) -> m.OfferChannel | None:
-        """The first offer of that type (and instance)."""
+    def find_offer(
+        self, interface_type: UUID, instance: UUID | None = None, subchannel: int = 0
+    ) -> m.OfferChannel | None:
+        """The first offer of that type (and instance) with that sub-channel index."""
         for offer in self.offers.values():
-            if offer.interface_type == interface_type and instance in (None, offer.interface_instance):
+            if (
+                offer.interface_type == interface_type
+                and instance in (None, offer.interface_instance)
+                and offer.subchannel_index == subchannel
+                and offer.relid not in self.rescinded
+            ):
                 return offer
         return None
 
@@ -126,6 +135,7 @@ class BusClient:
             offer = self.offers.get(message.relid)
             if offer is None:
                 raise m.MessageError(f"relid {message.relid} is rescinded, which was never offered")
+            self.rescinded.add(message.relid)
             if self.on_rescind is not None:
                 self.on_rescind(offer)
         elif isinstance(message, m.OpenResult):

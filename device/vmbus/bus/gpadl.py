@@ -2,11 +2,14 @@
 
 Life of one: in progress (HEADER came, BODYs may follow), complete, tearing down (the guest asked for its memory while
 a channel still uses it), gone. A GPADL in progress is found by its handle alone, since BODY carries no relid.
+
+What a channel's owner maps beyond the rings is kept in `Mappings`, one for each open channel.
 """
 
 from typing import NamedTuple
 
 from vmbus.errors import PeerError
+from vmbus.memory import Grant, GuestMemory
 from vmbus.wire.gpa import GpaRange, RangeError, extents_of, parse_ranges
 
 MAX_GPADLS = 4096
@@ -19,6 +22,10 @@ MAX_DESCRIPTION = 8 << 20
 
 class GpadlError(PeerError):
     """A GPADL message that does not fit the table's state."""
+
+
+class GpadlMapped(GpadlError):
+    """The GPADL is mapped already; there is one mapping of a GPADL at a time."""
 
 
 class Gpadl(NamedTuple):
@@ -62,6 +69,49 @@ class PartialGpadl:
         self.range_bytes = range_bytes
         self.range_count = range_count
         self.data = data
+
+
+class Mappings:
+    """The GPADLs of one open channel that its owner has mapped, at most once each.
+
+    A mapping for writing counts as written the whole time for the dirty log; one for reading never does.
+    """
+
+    def __init__(self, memory: GuestMemory) -> None:
+        self._memory = memory
+        self._grants: dict[int, Grant] = {}
+
+    def __contains__(self, handle: int) -> bool:
+        return handle in self._grants
+
+    def __len__(self) -> int:
+        return len(self._grants)
+
+    @property
+    def handles(self) -> list[int]:
+        """What is mapped, in the order of mapping."""
+        return list(self._grants)
+
+    def map(self, gpadl: Gpadl, *, read_only: bool) -> Grant:
+        """The GPADL's memory as views. Raises GpadlMapped, and MemoryFault when it is not reachable."""
+        if gpadl.handle in self._grants:
+            raise GpadlMapped(f"GPADL {gpadl.handle:#x} is mapped already: unmap it first")
+        grant = self._memory.grant(gpadl.extents(), writable=not read_only)
+        self._grants[gpadl.handle] = grant
+        return grant
+
+    def unmap(self, handle: int) -> None:
+        """End a mapping. Raises GpadlError when there is none."""
+        grant = self._grants.pop(handle, None)
+        if grant is None:
+            raise GpadlError(f"GPADL {handle:#x} is not mapped")
+        grant.release()
+
+    def clear(self) -> None:
+        """End all of them."""
+        for grant in self._grants.values():
+            grant.release()
+        self._grants.clear()
 
 
 def _description_size(gpadl: Gpadl) -> int:

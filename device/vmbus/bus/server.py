@@ -17,17 +17,24 @@ A channel, as the guest and its owner see it:
     RESCINDED   withdrawn (its owner disabled it, or the guest broke its protocol); waits for RELID_RELEASED, after
                 which it is offered anew if its owner still wants that
 
+Sub-channels (index 1 and up, with the GUIDs of their primary) exist for the guest while their primary is open: they are
+offered when it opens, or as soon as the owner enables them later; when it closes, those that the guest has not closed
+are rescinded first, and its owner is asked to close when its sub-channels' owners have done so.
+
+A GPADL that the channel's owner has mapped is not torn down under it: GPADL_TORNDOWN is sent after the unmap.
+
 Every request is answered exactly once: the guest waits for VERSION_RESPONSE, GPADL_CREATED, OPENCHANNEL_RESULT,
 GPADL_TORNDOWN and UNLOAD_RESPONSE without a timeout. A message that is malformed or does not fit the state is counted,
 logged and, where an answer exists, refused; it never disturbs other channels.
 """
 
 import logging
+from collections.abc import Callable
 from enum import Enum
 from typing import Any, Protocol
 from uuid import UUID
 
-from vmbus.bus.gpadl import Gpadl, GpadlError, GpadlTable
+from vmbus.bus.gpadl import Gpadl, GpadlError, GpadlMapped, GpadlTable
 from vmbus.errors import PeerError, UsageError
 from vmbus.wire import messages as m
 
@@ -78,9 +85,12 @@ class Offer:
     """One channel on the bus. `owner` is the caller's, never looked at."""
 
     __slots__ = (
+        "close_deferred",
         "flags",
         "instance",
         "interface_type",
+        "mapped",
+        "mmio_megabytes",
         "owner",
         "relid",
         "reopen",
@@ -93,7 +103,14 @@ class Offer:
     )
 
     def __init__(
-        self, interface_type: UUID, instance: UUID, flags: int, user_defined: bytes, owner: Any, subchannel: int = 0
+        self,
+        interface_type: UUID,
+        instance: UUID,
+        flags: int,
+        user_defined: bytes,
+        owner: Any,
+        subchannel: int = 0,
+        mmio_megabytes: tuple[int, int] = (0, 0),
     ) -> None:
         self.interface_type = interface_type
         self.instance = instance
@@ -101,12 +118,21 @@ class Offer:
         self.user_defined = user_defined
         self.owner = owner
         self.subchannel = subchannel
+        self.mmio_megabytes = mmio_megabytes
         self.relid = 0
         self.state = OfferState.UNOFFERED
         self.request: OpenRequest | None = None
         self.reopen: m.OpenChannel | None = None
+        # GPADLs that the owner has mapped, and teardowns that wait for it to let go.
+        self.mapped: set[int] = set()
         self.teardowns: list[int] = []
+        self.close_deferred = False
         self.wanted = True
+
+    @property
+    def name(self) -> str:
+        """For errors and logs."""
+        return f"{self.instance}" + (f" (sub-channel {self.subchannel})" if self.subchannel else "")
 
     @property
     def connection_id(self) -> int:
@@ -151,6 +177,10 @@ class BusServer:
         self.rejected = 0
         # The UNLOAD or INITIATE_CONTACT that waits for owners to let go; a later one takes its place.
         self._ending: m.InitiateContact | m.Unload | None = None
+        # While a saved state is put back, nothing is sent: what the guest knows is in the state.
+        self.restoring = False
+        # Called when a withdrawn offer is gone for good.
+        self.on_released: Callable[[], None] | None = None
         self._by_relid: dict[int, Offer] = {}
 
     # ---- owners ------------------------------------------------------------------------------------------------
@@ -158,12 +188,16 @@ class BusServer:
     def offer(self, offer: Offer) -> None:
         """Offer a channel, now if the guest has asked for offers, else when it does.
 
-        Raises UsageError when (type, instance, sub-channel) is offered already or all relids are in use.
+        One that was withdrawn, and that the guest has not released yet, is waited for. Raises UsageError when
+        (instance, sub-channel) is offered already, when a sub-channel has no primary, or when all relids are in use.
         """
         for other in self.offers:
-            same = (other.interface_type, other.instance, other.subchannel)
-            if same == (offer.interface_type, offer.instance, offer.subchannel):
-                raise UsageError(f"a channel with instance {offer.instance} is offered already")
+            if other.wanted and (other.instance, other.subchannel) == (offer.instance, offer.subchannel):
+                raise UsageError(f"a channel with instance {offer.name} is offered already")
+        if offer.subchannel:
+            primary = self._primary(offer)
+            if primary is None or primary.interface_type != offer.interface_type:
+                raise UsageError(f"channel {offer.name} has no primary: offer one with its type and instance first")
         if len(self.offers) >= MAX_RELID:
             raise UsageError(f"all {MAX_RELID} relids are in use: no further channel can be offered")
         self.offers.append(offer)
@@ -181,12 +215,16 @@ class BusServer:
         """Tell the guest that the channel is gone. Its owner must have let go of it already, or is made to."""
         if offer.state in (OfferState.UNOFFERED, OfferState.RESCINDED):
             return
+        for sub in self._subchannels(offer):
+            self.rescind(sub)
         in_use = offer.in_use
         waiting = offer.request if offer.state is OfferState.OPENING else offer.reopen
         offer.state = OfferState.RESCINDED
         offer.request = offer.reopen = None
+        offer.close_deferred = False
         if in_use:
             self._actions.close_channel(offer, True)
+        offer.mapped.clear()
         self._finish_teardowns(offer)
         if waiting is not None:
             self._post(m.OpenResult(offer.relid, waiting.open_id, REFUSED))
@@ -206,6 +244,8 @@ class BusServer:
         self._post(m.OpenResult(offer.relid, request.open_id, status))
         if not status:
             self._actions.channel_answered(offer)
+            for sub in self._subchannels(offer):
+                self._send_offer(sub)
 
     def closed(self, offer: Offer) -> None:
         """The owner's answer to `close_channel`: it holds nothing any more."""
@@ -213,14 +253,74 @@ class BusServer:
             return
         offer.state = OfferState.OFFERED
         offer.request = None
+        offer.mapped.clear()
         self._finish_teardowns(offer)
+        if offer.subchannel and not self.disconnecting and not self._primary_is_open(offer):
+            self.rescind(offer)
         if offer.reopen is not None:
             again, offer.reopen = offer.reopen, None
             try:
                 self._open(offer, again)
             except PeerError as error:
                 self._reject(error)
+        self._close_deferred(offer)
         self._continue_disconnect()
+
+    def _close(self, offer: Offer) -> None:
+        """Ask the owner to close; that of a primary after those of its sub-channels."""
+        offer.state = OfferState.CLOSING
+        if any(sub.in_use for sub in self._subchannels(offer)):
+            offer.close_deferred = True
+        else:
+            self._actions.close_channel(offer, False)
+
+    def _close_deferred(self, sub: Offer) -> None:
+        primary = self._primary(sub) if sub.subchannel else None
+        if primary is not None and primary.close_deferred and not any(s.in_use for s in self._subchannels(primary)):
+            primary.close_deferred = False
+            self._actions.close_channel(primary, False)
+
+    def _primary(self, sub: Offer) -> Offer | None:
+        for offer in self.offers:
+            if offer.wanted and not offer.subchannel and offer.instance == sub.instance:
+                return offer
+        return None
+
+    def _primary_is_open(self, sub: Offer) -> bool:
+        primary = self._primary(sub)
+        return primary is not None and primary.state is OfferState.OPEN
+
+    def _subchannels(self, primary: Offer) -> list[Offer]:
+        if primary.subchannel:
+            return []
+        return [offer for offer in self.offers if offer.subchannel and offer.instance == primary.instance]
+
+    # ---- GPADLs of owners --------------------------------------------------------------------------------------
+
+    def map_gpadl(self, offer: Offer, handle: int) -> Gpadl:
+        """The owner is about to use a GPADL: it will not be torn down before `unmap_gpadl`.
+
+        Raises GpadlError when the channel has no such GPADL or it holds the rings, GpadlMapped when it is mapped.
+        """
+        gpadl = self.gpadls.complete.get((offer.relid, handle))
+        if gpadl is None or not offer.in_use or handle in offer.teardowns:
+            raise GpadlError(f"channel {offer.name} has no GPADL {handle:#x}, or the guest is taking it back")
+        if offer.request is not None and handle == offer.request.ring_gpadl:
+            raise GpadlError(f"GPADL {handle:#x} holds the rings of channel {offer.name}")
+        if handle in offer.mapped:
+            raise GpadlMapped(f"GPADL {handle:#x} is mapped already: unmap it first")
+        offer.mapped.add(handle)
+        return gpadl
+
+    def unmap_gpadl(self, offer: Offer, handle: int) -> None:
+        """The owner uses it no more; a teardown that waits is answered. Raises GpadlError when it is not mapped."""
+        if handle not in offer.mapped:
+            raise GpadlError(f"GPADL {handle:#x} is not mapped on channel {offer.name}")
+        offer.mapped.discard(handle)
+        if handle in offer.teardowns and offer.state is not OfferState.CLOSING:
+            offer.teardowns.remove(handle)
+            self.gpadls.remove(offer.relid, handle)
+            self._post(m.GpadlTorndown(handle))
 
     def _finish_teardowns(self, offer: Offer) -> None:
         """Answer the GPADL_TEARDOWNs that came while the owner could still touch the memory."""
@@ -272,6 +372,7 @@ class BusServer:
     def reset(self) -> None:
         """The function was reset: drop everything at once, without a word to the guest."""
         self._ending = None
+        self.restoring = False
         self._drop_all(force=True)
         self._disconnect()
 
@@ -290,13 +391,16 @@ class BusServer:
         self._continue_disconnect()
 
     def _drop_all(self, *, force: bool) -> None:
-        for offer in list(self.offers):
+        for offer in sorted(self.offers, key=lambda offer: offer.subchannel == 0):
             offer.reopen = None
             if force:
                 offer.teardowns.clear()
-            if offer.in_use and (force or offer.state is not OfferState.CLOSING):
-                offer.state = OfferState.CLOSING
-                self._actions.close_channel(offer, force)
+                offer.close_deferred = False
+                if offer.in_use:
+                    offer.state = OfferState.CLOSING
+                    self._actions.close_channel(offer, True)
+            elif offer.in_use and offer.state is not OfferState.CLOSING:
+                self._close(offer)
 
     def _continue_disconnect(self) -> None:
         """Answer UNLOAD or INITIATE_CONTACT once no owner touches guest memory any more."""
@@ -321,13 +425,21 @@ class BusServer:
         self.offers_requested = False
         self.gpadls.clear()
         self._by_relid.clear()
+        withdrawn = any(not offer.wanted for offer in self.offers)
         for offer in list(self.offers):
             offer.state = OfferState.UNOFFERED
             offer.relid = 0
             offer.request = None
             offer.teardowns.clear()
+            offer.mapped.clear()
             if not offer.wanted:
                 self.offers.remove(offer)
+        if withdrawn:
+            self._tell_released()
+
+    def _tell_released(self) -> None:
+        if self.on_released is not None:
+            self.on_released()
 
     def _request_offers(self, _: m.RequestOffers) -> None:
         if self.offers_requested:
@@ -338,8 +450,12 @@ class BusServer:
         self._post(m.AllOffersDelivered())
 
     def _send_offer(self, offer: Offer) -> None:
-        if not self.offers_requested or offer.state is not OfferState.UNOFFERED:
+        if not self.offers_requested or self.restoring or offer.state is not OfferState.UNOFFERED or not offer.wanted:
             return
+        if offer.subchannel and not self._primary_is_open(offer):
+            return
+        if any(other.relid and _same_key(other, offer) for other in self.offers):
+            return  # withdrawn, and not released yet: guests take a second offer of an instance for the same channel
         relid = next((relid for relid in range(1, MAX_RELID + 1) if relid not in self._by_relid), 0)
         if not relid:
             raise UsageError(f"all {MAX_RELID} relids are in use")
@@ -351,10 +467,10 @@ class BusServer:
                 offer.interface_type,
                 offer.instance,
                 offer.flags,
-                0,
+                offer.mmio_megabytes[0],
                 offer.user_defined,
                 offer.subchannel,
-                0,
+                offer.mmio_megabytes[1],
                 relid,
                 0,
                 0,
@@ -397,7 +513,7 @@ class BusServer:
                 self._post(m.GpadlCreated(message.relid, message.gpadl, REFUSED))
             self._post(m.GpadlTorndown(message.gpadl))
             raise m.MessageError(f"teardown of GPADL {message.gpadl:#x} of relid {message.relid}, which does not exist")
-        if offer is not None and offer.state is OfferState.CLOSING:
+        if offer is not None and (offer.state is OfferState.CLOSING or message.gpadl in offer.mapped):
             if message.gpadl in offer.teardowns:
                 raise m.MessageError(f"second teardown of GPADL {message.gpadl:#x}")
             offer.teardowns.append(message.gpadl)
@@ -445,8 +561,10 @@ class BusServer:
             return
         if offer.state is not OfferState.OPEN:
             raise m.MessageError(f"close of relid {message.relid}, which is {offer.state.value}")
-        offer.state = OfferState.CLOSING
-        self._actions.close_channel(offer, False)
+        for sub in self._subchannels(offer):
+            if sub.state is not OfferState.CLOSING:
+                self.rescind(sub)
+        self._close(offer)
 
     def _relid_released(self, message: m.RelidReleased) -> None:
         offer = self._channel(message.relid)
@@ -459,6 +577,10 @@ class BusServer:
         offer.relid = 0
         if not offer.wanted:
             self.offers.remove(offer)
+            for other in self.offers:
+                if _same_key(other, offer):
+                    self._send_offer(other)
+            self._tell_released()
         elif rescinded:
             self._send_offer(offer)
 
@@ -481,6 +603,33 @@ class BusServer:
         offer.request = request
         if relid:
             self._by_relid[relid] = offer
+
+    def adopt_withdrawn(self, offer: Offer, relid: int) -> None:
+        """For restore: an offer that had been withdrawn, whose relid the guest has not released yet."""
+        offer.wanted = False
+        self.offers.append(offer)
+        self.adopt(offer, relid, OfferState.RESCINDED, None)
+
+    def end_restore(self, *, torndown: list[tuple[int, int]], rescinded: list[Offer], new: list[Offer]) -> None:
+        """For restore: the end of it, when messages may go to the guest again.
+
+        Args:
+            torndown: (relid, handle) of teardowns that waited for an unmap: nothing is mapped any more.
+            rescinded: offers adopted as RESCINDED of which the guest does not know that yet.
+            new: offers that the saved state did not have.
+        """
+        self.restoring = False
+        for relid, handle in torndown:
+            self.gpadls.remove(relid, handle)
+            self._post(m.GpadlTorndown(handle))
+        for offer in rescinded:
+            self._post(m.RescindOffer(offer.relid))
+        for offer in new:
+            self._send_offer(offer)
+
+
+def _same_key(one: Offer, other: Offer) -> bool:
+    return (one.instance, one.subchannel) == (other.instance, other.subchannel)
 
 
 _HANDLERS: dict[type[Any], Any] = {

@@ -12,6 +12,7 @@ import click
 from vmbus.cli.agent import agent
 from vmbus.cli.bench import bench
 from vmbus.cli.demo import demo
+from vmbus.cli.new_provider import new_provider
 from vmbus.cli.vm import list_vms, restore, run_vm, save
 from vmbus.errors import VmbusError
 
@@ -37,3 +38,4 @@ main.add_command(save)
 main.add_command(restore)
 main.add_command(list_vms)
 main.add_command(agent)
+main.add_command(new_provider)

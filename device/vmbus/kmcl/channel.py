@@ -8,21 +8,33 @@ Everything here runs on one thread and never waits. Whoever carries the channel 
 signalled; the `Link` carries signals the other way.
 """
 
+from __future__ import annotations
+
 import logging
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple, Protocol
+from uuid import UUID
 
-from vmbus.errors import PeerError
+from vmbus.errors import PeerError, WaitTimeout
 from vmbus.kmcl.completion import Completion
 from vmbus.kmcl.packet import Packet, PacketState
+from vmbus.kmcl.settings import Settings
 from vmbus.kmcl.states import ChannelEvent, ChannelState, next_state
 from vmbus.kmcl.status import ChannelStateError, KmclError, Status
 from vmbus.memory import GuestMemory
 from vmbus.ring import RingReader, RingWriter
-from vmbus.wire.gpa import range_for
-from vmbus.wire.packet import FLAG_COMPLETION_REQUESTED, OVERHEAD, PacketType, RawPacket, gpa_direct_body, packet_size
+from vmbus.wire.gpa import GpaRange, range_for
+from vmbus.wire.packet import (
+    FLAG_COMPLETION_REQUESTED,
+    MAX_PACKET_SIZE,
+    OVERHEAD,
+    PacketType,
+    RawPacket,
+    gpa_direct_body,
+    packet_size,
+)
 
 log = logging.getLogger(__name__)
 
@@ -38,10 +50,12 @@ _IDLE = PacketState.IDLE
 _SENT = PacketState.SENT
 _SUCCESS = Status.SUCCESS
 
-DEFAULT_MAXIMUM_PACKET_SIZE = 65536
-DEFAULT_MAXIMUM_EXTERNAL_DATA = 16 << 20
+DEFAULT_TIMEOUT = 30.0  # seconds
+_LONGEST_REQUEST = 60.0  # seconds
 # Batches handed to the owner before other channels get their turn.
 BATCHES_PER_TURN = 2
+# Packets taken behind one whose owner waits inside it; beyond that they stay in the ring.
+_MOST_PUT_OFF = 4096
 
 
 class Link(Protocol):
@@ -68,36 +82,40 @@ class _QueuedCompletion(NamedTuple):
     body: bytes
 
 
-ProcessPacket = Callable[["Channel", Completion, bytes], None]
-StateCallback = Callable[["Channel"], None]
+class Waiter(Protocol):
+    """How a call that must wait does so: keeps everything going until `condition()` holds.
+
+    Raises WaitTimeout, which says `what` was waited for, after `timeout` seconds.
+    """
+
+    def __call__(self, condition: Callable[[], bool], timeout: float, what: str) -> None:
+        """Wait."""
 
 
-class Channel:
+class Channel(Settings):
     """Two rings and a signal. Use `ServerChannel` or `ClientChannel`.
 
     Attributes:
-        name: for logs and errors (VmbChannelInitSetFriendlyName).
-        pointer: the owner's context (VmbChannelSetPointer), never looked at.
+        interface_instance: what the channel is offered as, or accepts; None on a client that takes any.
+        started: whether the owner wishes packets to move whenever the channel is open.
+        counters: what happened so far, by name.
+        waiter: how blocking calls wait; without one they raise ChannelStateError where they would have to.
     """
 
     def __init__(self, name: str) -> None:
-        self.name = name
+        super().__init__(name)
+        self.interface_instance: UUID | None = None
+        self.waiter: Waiter | None = None
         self.can_describe_memory = False
-        self.pointer: object = None
-        self.maximum_packet_size = DEFAULT_MAXIMUM_PACKET_SIZE
-        self.maximum_external_data = DEFAULT_MAXIMUM_EXTERNAL_DATA
-        self.state = ChannelState.DISABLED
         self.started = False
         self.held = False
         self.counters = {"sent": 0, "completed": 0, "received": 0, "answered": 0, "queued": 0, "signals": 0}
-        self._process_packet: ProcessPacket | None = None
-        self._processing_complete: Callable[[Channel, int], None] | None = None
-        self._opened: StateCallback | None = None
-        self._closed: StateCallback | None = None
-        self._suspend: StateCallback | None = None
-        self._started: StateCallback | None = None
-        self._post_started: StateCallback | None = None
+        self._cleaned_up = False
         self._link: Link | None = None
+        # The link of a channel that is being closed, until the closed callback has returned: GPADLs go over it.
+        self._closing_link: Link | None = None
+        # Bytes of the largest payload that the outgoing ring can ever hold; set when the channel opens.
+        self.largest_payload = MAX_PACKET_SIZE
         self._generation = 0
         self._cork = 0
         self._queue: deque[Packet | _QueuedCompletion] = deque()
@@ -108,86 +126,79 @@ class Channel:
         self._blocked_on_quota = False
         self._when_quiet: list[Callable[[], None]] = []
         self._in_process = False
-
-    # ---- set-up, while disabled ------------------------------------------------------------------------------
-
-    def _require_disabled(self, call: str) -> None:
-        if self.state is not ChannelState.DISABLED:
-            raise ChannelStateError(
-                f"channel {self.name} is {self.state.value}: {call} is only possible before enable()",
-                Status.INVALID_PARAMETER_1,
-            )
-
-    def set_maximum_packet_size(self, size: int) -> None:
-        """Largest payload in bytes (VmbChannelInitSetMaximumPacketSize)."""
-        self._require_disabled("set_maximum_packet_size")
-        if size <= 0:
-            raise KmclError(f"channel {self.name}: a maximum packet size of {size}", Status.INVALID_PARAMETER_2)
-        self.maximum_packet_size = size
-
-    def set_maximum_external_data(self, size: int) -> None:
-        """Most bytes of guest memory that one packet may describe (VmbChannelInitSetMaximumExternalData)."""
-        self._require_disabled("set_maximum_external_data")
-        if size <= 0:
-            raise KmclError(f"channel {self.name}: maximum external data of {size}", Status.INVALID_PARAMETER_2)
-        self.maximum_external_data = size
-
-    def set_process_packet_callbacks(
-        self,
-        process_packet: ProcessPacket,
-        processing_complete: Callable[["Channel", int], None] | None = None,
-    ) -> None:
-        """Who gets incoming packets (VmbChannelInitSetProcessPacketCallbacks).
-
-        `process_packet(channel, completion, payload)` runs once per packet and must see to it that
-        `completion.complete` is called once, now or later. `processing_complete(channel, count)` ends a batch.
-        """
-        self._require_disabled("set_process_packet_callbacks")
-        self._process_packet = process_packet
-        self._processing_complete = processing_complete
-
-    def set_state_change_callbacks(
-        self,
-        *,
-        opened: StateCallback | None = None,
-        closed: StateCallback | None = None,
-        suspend: StateCallback | None = None,
-        started: StateCallback | None = None,
-        post_started: StateCallback | None = None,
-    ) -> None:
-        """Who learns of state changes (VmbChannelInitSetStateChangeCallbacks).
-
-        opened: the guest opened the channel; raising refuses the open. closed: it is closed; all packets are back.
-        suspend: no packet will come until the next started; complete all that you hold. started: sends go out from
-        here on. post_started: the same, after incoming packets were enabled.
-        """
-        self._require_disabled("set_state_change_callbacks")
-        self._opened = opened
-        self._closed = closed
-        self._suspend = suspend
-        self._started = started
-        self._post_started = post_started
+        self._in_state_callback = 0
+        self._passive = False
+        self._delivering: Completion | None = None
+        self._deferred: deque[tuple[Completion, bytes]] = deque()
+        self._in_passive_turn = False
 
     # ---- life ------------------------------------------------------------------------------------------------
 
     def _move(self, event: ChannelEvent) -> None:
         self.state = next_state(self.state, event, self.name)
 
+    def enable(self) -> None:
+        """Offer the channel, or accept its offer (VmbChannelEnable)."""
+        raise NotImplementedError
+
+    def disable(self, timeout: float = DEFAULT_TIMEOUT) -> None:
+        """Close the channel, and take it away (VmbChannelDisable)."""
+        raise NotImplementedError
+
     def start(self) -> None:
         """Take and send packets whenever the channel is open (VmbChannelStart)."""
         if self.state is ChannelState.DISABLED:
             raise ChannelStateError(f"channel {self.name} is disabled: enable() it before start()")
+        self._refuse_in_state_callback("start")
         self.started = True
         self.activate()
 
-    def pause(self) -> None:
-        """Stop taking and sending packets (VmbChannelPause). Suspend runs at once if the channel was active.
+    def pause(self, timeout: float = DEFAULT_TIMEOUT) -> None:
+        """Stop taking and sending packets, and wait until every incoming packet is completed (VmbChannelPause).
 
-        Unlike the DDI this does not wait: `quiescent` tells when every incoming packet has been completed, and
-        `when_quiet` calls back then.
+        Before `enable`: come up paused. Raises WaitTimeout naming the packets that are missing (the channel stays
+        paused), ChannelStateError from inside a state callback.
         """
+        self._refuse_in_state_callback("pause")
+        self.begin_pause()
+        try:
+            self._wait(lambda: not self._outstanding, timeout, "incoming packets to be completed")
+        except WaitTimeout as error:
+            raise WaitTimeout(
+                f"the owner of channel {self.name} to complete incoming packets {self.outstanding[:8]}", timeout
+            ) from error
+
+    def begin_pause(self) -> None:
+        """`pause` without the wait: `quiescent` tells when it is done, and `when_quiet` calls back then."""
         self.started = False
         self._do_suspend()
+
+    def _refuse_in_state_callback(self, call: str) -> None:
+        if self._in_state_callback:
+            raise ChannelStateError(
+                f"channel {self.name}: {call} is not possible from inside a state callback; do it after it returned"
+            )
+
+    def _wait(self, condition: Callable[[], bool], timeout: float, what: str) -> None:
+        if condition():
+            return
+        if self.waiter is None:
+            raise ChannelStateError(f"channel {self.name}: nothing was given to wait with for {what} (`waiter`)")
+        self.waiter(condition, timeout, f"{what} (channel {self.name})")
+
+    def cleanup(self) -> None:
+        """The channel will not be used again (VmbChannelCleanup). Raises ChannelStateError unless disabled."""
+        if self.state is not ChannelState.DISABLED:
+            raise ChannelStateError(f"channel {self.name} is {self.state.value}: disable() it before cleanup()")
+        self._cleaned_up = True
+
+    def _require_disabled(self, call: str) -> None:
+        self._require_usable(call)
+        super()._require_disabled(call)
+
+    def _require_usable(self, call: str) -> None:
+        if self._cleaned_up:
+            raise ChannelStateError(f"channel {self.name} was cleaned up: {call} is not possible any more")
 
     def hold(self) -> None:
         """Like `pause`, for a save: the owner's wish (`started`) stays as it is."""
@@ -226,9 +237,8 @@ class Channel:
 
         Raises whatever the owner's opened callback raised, the open rolled back.
         """
-        self._move(ChannelEvent.OPEN)
-        self._link = link
-        self._generation += 1
+        self._attach(link)
+        self._in_state_callback += 1
         try:
             if self._opened is not None:
                 self._opened(self)
@@ -237,6 +247,15 @@ class Channel:
             self._cancel_all()
             self._link = None
             raise
+        finally:
+            self._in_state_callback -= 1
+
+    def _attach(self, link: Link) -> None:
+        self._move(ChannelEvent.OPEN)
+        self._link = link
+        self._generation += 1
+        # A multiple of 8, so that padding makes no difference.
+        self.largest_payload = link.writer.largest - OVERHEAD
 
     def activate(self) -> None:
         """Become active if open and started. For the bus, and for `start`."""
@@ -268,12 +287,21 @@ class Channel:
         if force:
             self._run_when_quiet()
 
+    def _open_link(self, call: str, *, closing: bool) -> Link:
+        """The link; with `closing` also until the closed callback has returned."""
+        link = self._link if self._link is not None or not closing else self._closing_link
+        if link is None:
+            raise ChannelStateError(f"channel {self.name} is {self.state.value}: {call} needs an open channel")
+        return link
+
     def _detach(self) -> None:
         """Let go of the rings, and of every incoming packet that was not completed."""
         link, self._link = self._link, None
         self._generation += 1
         self._outstanding.clear()
+        self._deferred.clear()
         if link is not None:
+            self._closing_link = link
             link.reader.close()
             link.writer.close()
 
@@ -283,9 +311,13 @@ class Channel:
             self._cancel_all()
             self._move(ChannelEvent.CLOSED)
             self._call_state(self._closed)
+            self._closing_link = None
         done()
 
     def _do_suspend(self) -> None:
+        if self.state is ChannelState.ACTIVE:
+            # Packets that were put off have been taken: their owner sees them before it is told that none will come.
+            self._run_deferred()
         if self.state is ChannelState.ACTIVE:
             self._move(ChannelEvent.SUSPEND)
             self._call_state(self._suspend)
@@ -293,20 +325,23 @@ class Channel:
 
     def _cancel_all(self) -> None:
         """Give every packet in use back to its owner, oldest first."""
-        packets = list(self._sent.values()) + [entry for entry in self._queue if isinstance(entry, Packet)]
+        packets = self.packets_in_use
         self._sent.clear()
         self._queue.clear()
         for packet in packets:
             self._finish(packet, Status.CANCELLED, b"")
 
-    def _call_state(self, callback: StateCallback | None) -> None:
+    def _call_state(self, callback: Callable[[Channel], None] | None) -> None:
         if callback is None:
             return
+        self._in_state_callback += 1
         try:
             callback(self)
         except Exception as error:
             log.exception("channel %s: a state callback of its owner raised", self.name)
             self.fail(f"a state callback raised {error!r}")
+        finally:
+            self._in_state_callback -= 1
 
     def fail(self, reason: str) -> None:
         """Close this channel alone, because the other end (or the owner's code) broke its rules."""
@@ -342,9 +377,39 @@ class Channel:
                 self._guarded(self._flush)
 
     def send_packet(
-        self, packet: Packet, payload: bytes, external: Sequence[tuple[int, int]] | None, wait_for_completion: bool
+        self, packet: Packet, payload: bytes, external: Sequence[GpaRange] | None, wait_for_completion: bool
     ) -> None:
         """`Packet.send` does this."""
+        self._prepare(packet, payload, external, wait_for_completion)
+        self.counters["sent"] += 1
+        if self.state is _ACTIVE and not self._queue and self._put(packet):
+            return
+        self._enqueue(packet)
+        packet.state = PacketState.QUEUED
+
+    def _put(self, packet: Packet) -> bool:
+        """Put a prepared packet into the ring; False when there is no room, or no ring any more."""
+        link = self._link
+        if link is None:
+            return False
+        try:
+            if not link.writer.put(packet.kind, packet.flags, packet.transaction, packet.body, packet.offset8):
+                return False
+            packet.body = b""
+            self._in_ring(packet)
+            if not self._cork:
+                self._flush()
+        except PeerError as error:
+            if packet.state is _IDLE:
+                packet.state = PacketState.QUEUED
+                self._queue.append(packet)
+            self.fail(str(error))
+        return True
+
+    def _prepare(
+        self, packet: Packet, payload: bytes, external: Sequence[GpaRange] | None, wait_for_completion: bool
+    ) -> None:
+        """Check a send and give the packet its form and its transaction id."""
         state = self.state
         if state is not _ACTIVE and state is not _OPENED:
             raise ChannelStateError(
@@ -357,7 +422,8 @@ class Channel:
                 f"{self.maximum_packet_size}",
                 Status.INVALID_PARAMETER,
             )
-        link = self._link
+        if self.is_pipe and (external is not None or wait_for_completion):
+            raise self._refuse("a pipe has neither external data nor completions", Status.INVALID_PARAMETER)
         if external is None:
             kind, offset8, body = _INBAND, 2, payload
         else:
@@ -366,37 +432,104 @@ class Channel:
                     f"channel {self.name}: only the guest's end can describe memory", Status.INVALID_DEVICE_REQUEST
                 )
             if not wait_for_completion:
-                raise KmclError("external data needs wait_for_completion", Status.INVALID_PARAMETER)
+                raise self._refuse("external data needs wait_for_completion", Status.INVALID_PARAMETER)
+            size = sum(one.byte_count for one in external)
+            empty = any(one.byte_count <= 0 for one in external)
+            if empty or not 0 < size <= self.maximum_external_data or len(external) > self.maximum_chain:
+                raise self._refuse(
+                    f"external data of {size} bytes in {len(external)} pieces; at most {self.maximum_external_data} in "
+                    f"{self.maximum_chain}",
+                    Status.INVALID_PARAMETER,
+                )
             kind = _GPA_DIRECT
-            body, offset8 = gpa_direct_body([range_for(address, length) for address, length in external], payload)
-        # `largest` is a multiple of 8, so that padding makes no difference here.
-        if link is not None and len(body) > link.writer.largest - OVERHEAD:
+            body, offset8 = gpa_direct_body(list(external), payload)
+        if len(body) > self.largest_payload:
             raise KmclError(
                 f"a packet of {packet_size(len(body))} ring bytes on channel {self.name} can never fit into its ring "
-                f"(at most {link.writer.largest})",
+                f"(at most {self.largest_payload + OVERHEAD})",
                 Status.INVALID_PARAMETER,
             )
-        packet.transaction = transaction = self._next_transaction
-        self._next_transaction = transaction + 1
+        packet.transaction = self._next_transaction
+        self._next_transaction += 1
         packet.kind = kind
         packet.offset8 = offset8
-        packet.flags = flags = FLAG_COMPLETION_REQUESTED if wait_for_completion else 0
-        self.counters["sent"] += 1
-        if state is _ACTIVE and not self._queue and link is not None:
-            try:
-                if link.writer.put(kind, flags, transaction, body, offset8):
-                    self._in_ring(packet)
-                    if not self._cork:
-                        self._flush()
-                    return
-            except PeerError as error:
-                packet.state = PacketState.QUEUED
-                self._queue.append(packet)
-                self.fail(str(error))
-                return
+        packet.flags = FLAG_COMPLETION_REQUESTED if wait_for_completion else 0
         packet.body = body
-        self._enqueue(packet)
-        packet.state = PacketState.QUEUED
+
+    def send_synchronous_request(
+        self,
+        payload: bytes,
+        *,
+        external: Sequence[tuple[int, int]] | None = None,
+        wait_for_completion: bool = True,
+        completion_size: int | None = None,
+        timeout: float | None = None,
+    ) -> bytes:
+        """Send one packet and wait for its completion; returns the reply (VmbChannelSendSynchronousRequest).
+
+        The server's end may use it only with `timeout` 0 and without `wait_for_completion`: then the packet goes into
+        the ring at once or not at all. `timeout` None waits for as long as a minute. `completion_size`: the most bytes
+        of the reply to return, a multiple of 8; None: all of it.
+
+        Raises KmclError: BUFFER_OVERFLOW, there was no room at once and `timeout` is 0, nothing was queued; CANCELLED,
+        the time ran out (a request that was still queued is withdrawn, a late completion is ignored); DEVICE_REMOVED,
+        the channel is not active or is going away; INVALID_PARAMETER for a server that would have to wait.
+        ChannelStateError where nothing can be waited for: inline in `process_packet`, or without a `waiter`.
+        """
+        if not self.can_describe_memory and (wait_for_completion or timeout != 0):
+            raise self._refuse("a server may not wait: timeout 0, without completion", Status.INVALID_PARAMETER)
+        if completion_size is not None and (completion_size < 0 or completion_size % 8):
+            raise self._refuse(f"a completion of {completion_size} bytes, no multiple of 8", Status.INVALID_PARAMETER)
+        if self.state is not _ACTIVE:
+            raise self._refuse(f"no synchronous request while it is {self.state.value}", Status.DEVICE_REMOVED)
+        if wait_for_completion:
+            self._require_wait()
+        packet = self.allocate_packet()
+        outcome: list[tuple[int, bytes]] = []
+        packet.completion_routine = lambda _, status, reply: outcome.append((status, reply))
+        ranges = None if external is None else [range_for(address, length) for address, length in external]
+        self._prepare(packet, payload, ranges, wait_for_completion)
+        if self._queue or not self._put(packet):
+            try:
+                if timeout == 0:
+                    raise self._refuse("no room for a synchronous request; it was not queued", Status.BUFFER_OVERFLOW)
+                self._require_wait()
+            except KmclError:
+                self._next_transaction -= 1
+                raise
+            self._enqueue(packet)
+            packet.state = PacketState.QUEUED
+        self.counters["sent"] += 1
+        # Also from inside a `batch`: what is waited for has to be visible.
+        self._guarded(self._flush)
+        if self._link is not None:
+            # Inside a packet the ring is masked: a turn of its own unmasks it, so that the completion is signalled.
+            self._link.wake()
+        bound = _LONGEST_REQUEST if timeout is None else timeout
+        try:
+            self._wait(
+                lambda: bool(outcome) or self.state not in (_ACTIVE, _OPENED),
+                bound,
+                f"the completion of synchronous request {packet.transaction}",
+            )
+        except WaitTimeout as error:
+            if packet.state is PacketState.QUEUED:
+                self._queue.remove(packet)
+                packet.state = _IDLE
+            raise self._refuse(f"synchronous request {packet.transaction}: {error}", Status.CANCELLED) from error
+        if not outcome or outcome[0][0] != Status.SUCCESS:
+            raise self._refuse(f"synchronous request {packet.transaction}: the channel closed", Status.DEVICE_REMOVED)
+        return outcome[0][1][:completion_size]
+
+    def _require_wait(self) -> None:
+        if self._in_process:
+            raise ChannelStateError(
+                f"channel {self.name}: nothing can be waited for inline in a packet's callback; defer_to_passive(), or "
+                "set_incoming_processing_at_passive()",
+                Status.INVALID_DEVICE_REQUEST,
+            )
+        if self.waiter is None:
+            raise ChannelStateError(f"channel {self.name}: nothing was given to wait with (`waiter`)")
 
     def _in_ring(self, packet: Packet) -> None:
         if packet.flags:
@@ -458,10 +591,66 @@ class Channel:
     # ---- receiving -------------------------------------------------------------------------------------------
 
     def set_transaction_quota(self, quota: int) -> None:
-        """Most incoming packets that may be outstanding (VmbChannelSetTransactionQuota); 0: no limit."""
-        if quota < 0:
-            raise KmclError(f"channel {self.name}: a quota of {quota}", Status.INVALID_PARAMETER_2)
+        """Most incoming packets that may be outstanding (VmbChannelSetTransactionQuota).
+
+        Lowered below what is outstanding, nothing more is taken until enough are completed. Raising it does not start
+        a blocked queue; the next completion does.
+        """
+        if quota <= 0:
+            raise self._refuse(f"a quota of {quota}", Status.INVALID_PARAMETER_2)
         self._quota = quota
+
+    def set_incoming_processing_at_passive(self, passive: bool) -> None:
+        """Packets are processed where blocking calls are possible (VmbChannelSetIncomingProcessingAtPassive).
+
+        Inline, a batch is handed over while the ring is being read, and nothing may wait inside `process_packet`. At
+        passive, one packet at a time is handed over from a turn of its own: inside it, synchronous requests on this
+        very channel work. Slower, so not the default.
+        """
+        self._passive = passive
+        if self._link is not None:
+            self._link.wake()
+
+    def defer_to_passive(self, completion: Completion) -> None:
+        """`Completion.defer_to_passive` does this."""
+        if completion is not self._delivering or self._in_passive_turn or completion.done:
+            raise ChannelStateError(
+                f"packet {completion.transaction} of channel {self.name} can be put off only from inside its "
+                "process_packet call, and not a second time",
+                Status.INVALID_DEVICE_REQUEST,
+            )
+        completion.deferred = True
+
+    def _run_deferred(self) -> None:
+        """Hand packets that were put off to their owner again, each in a turn in which blocking calls are possible."""
+        while self._deferred and not self._in_passive_turn:
+            completion, payload = self._deferred.popleft()
+            self._hand_over(completion, payload)
+
+    def _hand_over(self, completion: Completion, payload: bytes) -> bool:
+        """One call of the owner's process_packet, at passive; False when it raised, which fails the channel."""
+        process_packet = self._process_packet
+        assert process_packet is not None
+        before = self._in_process, self._cork, self._in_passive_turn, self._delivering
+        self._in_process, self._cork, self._in_passive_turn = False, 0, True
+        self._delivering = completion
+        try:
+            process_packet(self, completion, payload)
+        except Exception as error:
+            log.exception("channel %s: process_packet raised on packet %d", self.name, completion.transaction)
+            self.fail(f"process_packet raised {error!r} on packet {completion.transaction}")
+            return False
+        finally:
+            self._in_process, self._cork, self._in_passive_turn, self._delivering = before
+        return True
+
+    def _put_off(self, completion: Completion, payload: bytes) -> None:
+        """Keep a packet that was taken for a passive turn."""
+        if completion in self._outstanding:
+            self._deferred.append((completion, payload))
+            if not self.active:
+                # Its owner paused the channel while it had the packet: no other turn comes.
+                self._run_deferred()
 
     def memory_of(self, generation: int) -> GuestMemory | None:
         """For `Completion`: the memory behind the channel, None when it was closed since."""
@@ -490,6 +679,15 @@ class Channel:
         if self._when_quiet and not outstanding:
             self._run_when_quiet()
 
+    def fail_incoming(self, completion: Completion, generation: int, reason: str) -> None:
+        """`Completion.fail` does this."""
+        if generation != self._generation or self._link is None:
+            return
+        self._outstanding.discard(completion)
+        self.fail(reason)
+        if not self._outstanding:
+            self._run_when_quiet()
+
     def _run_when_quiet(self) -> None:
         waiting = self._when_quiet
         self._when_quiet = []
@@ -503,6 +701,10 @@ class Channel:
         """
         if self.state is not ChannelState.ACTIVE or self._in_process:
             return False
+        if self._deferred:
+            self._run_deferred()
+            if not self.active:
+                return False
         self._in_process = True
         self._cork += 1
         try:
@@ -530,21 +732,37 @@ class Channel:
                 if reader.unmask():
                     return False
                 continue
-            handled, consumed = self._deliver(packets)
-            if self._link is not link:
-                return False
+            if self._passive:
+                # Given back before the owner sees it: a nested turn must find the packets behind it.
+                taken = self._take_one(link, packets[0])
+                if taken is None:
+                    return False
+                handled = taken
+            else:
+                handled, consumed = self._deliver(packets)
+                if self._link is not link:
+                    return False
+                if reader.advance(consumed):
+                    self.counters["signals"] += 1
+                    link.signal()
             if self._processing_complete is not None and handled:
-                self._processing_complete(self, handled)
-            if reader.advance(consumed):
-                self.counters["signals"] += 1
-                link.signal()
+                self._end_batch(self._processing_complete, handled)
             self._flush()
-            if self.state is not ChannelState.ACTIVE or self._blocked_on_quota:
+            if not self.active or self._blocked_on_quota:
                 return False
+            if self._deferred:
+                return True
             if error is not None and handled == len(packets):
                 self.fail(error)
                 return False
         return True
+
+    def _end_batch(self, processing_complete: Callable[[Channel, int], None], handled: int) -> None:
+        try:
+            processing_complete(self, handled)
+        except Exception as error:
+            log.exception("channel %s: processing_complete raised", self.name)
+            self.fail(f"processing_complete raised {error!r}")
 
     def _deliver(self, packets: list[RawPacket]) -> tuple[int, int]:
         """Hand packets to their owners until one of them stops the channel; (packets, ring bytes) dealt with."""
@@ -571,19 +789,60 @@ class Channel:
                 completion = Completion(self, transaction, flags != 0, body, generation)
                 outstanding.add(completion)
                 counters["received"] += 1
+                self._delivering = completion
                 try:
                     process_packet(self, completion, payload)
                 except Exception as error:
                     log.exception("channel %s: process_packet raised on packet %d", self.name, transaction)
                     self.fail(f"process_packet raised {error!r} on packet {transaction}")
                     break
+                finally:
+                    self._delivering = None
+                if completion.deferred:
+                    self._put_off(completion, payload)
             handled += 1
             consumed = end
             if self.state is not _ACTIVE:
                 break
         return handled, consumed
 
+    def _take_one(self, link: Link, raw: RawPacket) -> int | None:
+        """At passive: take one packet out of the ring, then hand it over. None: this turn ends here."""
+        kind, flags, transaction, body, payload, end = raw
+        if kind != _COMPLETION:
+            if len(self._deferred) >= _MOST_PUT_OFF or (self._quota and len(self._outstanding) >= self._quota):
+                self._blocked_on_quota = True
+                return None
+            if self._process_packet is None:
+                self.fail("a packet came, and nobody takes packets on this channel")
+                return None
+        if link.reader.advance(end):
+            self.counters["signals"] += 1
+            link.signal()
+        if kind == _COMPLETION:
+            packet = self._sent.pop(transaction, None)
+            if packet is None:
+                self.fail(f"a completion for transaction {transaction}, which is not waiting for one")
+                return None
+            self._finish(packet, _SUCCESS, payload)
+        else:
+            completion = Completion(self, transaction, flags != 0, body, self._generation)
+            self._outstanding.add(completion)
+            self.counters["received"] += 1
+            self._flush()
+            if self._in_passive_turn:
+                # The owner waits inside an earlier packet. What it waits for may be behind this one, which comes next.
+                self._put_off(completion, payload)
+            elif not self._hand_over(completion, payload):
+                return None
+        return 1 if self._link is link else None
+
     # ---- inspection ------------------------------------------------------------------------------------------
+
+    @property
+    def packets_in_use(self) -> list[Packet]:
+        """Outgoing packets that are not their owner's: sent ones, oldest first, then queued ones."""
+        return list(self._sent.values()) + [entry for entry in self._queue if isinstance(entry, Packet)]
 
     @property
     def packets_queued(self) -> int:

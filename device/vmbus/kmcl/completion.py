@@ -16,16 +16,19 @@ class Completion:
     Attributes:
         transaction: the sender's id.
         wanted: whether the sender waits for a completion packet.
-        context: scratch space of the receiver.
+        context: scratch space of the receiver: a bytearray of the channel's client context size, else None.
+        deferred: whether the packet was put off with `defer_to_passive`.
     """
 
-    __slots__ = ("_body", "_generation", "_grant", "channel", "context", "done", "transaction", "wanted")
+    __slots__ = ("_body", "_generation", "_grant", "channel", "context", "deferred", "done", "transaction", "wanted")
 
     def __init__(self, channel: "Channel", transaction: int, wanted: bool, body: bytes, generation: int) -> None:
         self.channel = channel
         self.transaction = transaction
         self.wanted = wanted
-        self.context: Any = None
+        size = channel.client_context_size
+        self.context: Any = bytearray(size) if size else None
+        self.deferred = False
         self.done = False
         self._body = body
         self._generation = generation
@@ -43,16 +46,19 @@ class Completion:
         `read_only`. Raises KmclError (DATA_ERROR) when the memory is not what the guest made reachable: complete the
         packet with an error of your protocol; INVALID_DEVICE_REQUEST when the packet has no external data.
         """
-        if self._grant is not None:
-            return self._grant
         where = f"packet {self.transaction} of channel {self.channel.name}"
         if self.done or not self._body:
-            raise KmclError(f"{where} has no external data", Status.INVALID_DEVICE_REQUEST)
+            what = "was completed: its external data is gone" if self.done else "has no external data"
+            raise KmclError(f"{where} {what}", Status.INVALID_DEVICE_REQUEST)
+        if self._grant is not None:
+            return self._grant
         memory = self.channel.memory_of(self._generation)
         if memory is None:
             raise KmclError(f"{where}: the channel was closed", Status.CANCELLED)
         try:
             ranges = parse_gpa_direct(self._body, max_bytes=self.channel.maximum_external_data)
+            if len(ranges) > self.channel.maximum_chain:
+                raise PacketError(f"{len(ranges)} ranges; the channel takes {self.channel.maximum_chain}")
             extents = [extent for one in ranges for extent in one.extents()]
             self._grant = memory.grant(extents, writable=not read_only)
         except (PacketError, MemoryFault) as error:
@@ -63,22 +69,42 @@ class Completion:
         """Finish the packet (VmbChannelPacketComplete): its external data is given back, and a completion packet with
         `reply` is sent if the sender asked for one; queued in order when the ring is full.
 
-        Does nothing more when the channel has been closed meanwhile. Raises ChannelStateError when called twice.
+        Does nothing more when the channel has been closed meanwhile. Raises ChannelStateError when called twice,
+        KmclError (INVALID_PARAMETER) for a reply that can never fit into the ring; the packet is then not completed.
         """
         if self.done:
-            raise ChannelStateError(
-                f"packet {self.transaction} of channel {self.channel.name} was completed already; "
-                "each incoming packet is completed exactly once",
-                Status.INVALID_DEVICE_REQUEST,
+            raise self._completed_twice()
+        if self.wanted and len(reply) > self.channel.largest_payload:
+            raise KmclError(
+                f"a reply of {len(reply)} bytes to packet {self.transaction} of channel {self.channel.name} can never "
+                f"fit into its ring (at most {self.channel.largest_payload})",
+                Status.INVALID_PARAMETER,
             )
         self.done = True
         if self._grant is not None:
             self._grant.release()
         self.channel.complete_incoming(self, self._generation, reply)
 
+    def defer_to_passive(self) -> None:
+        """Have this packet handed over once more, where blocking calls are possible (VmbChannelPacketDeferToPassive).
+
+        Only from inside the packet's `process_packet`; raises ChannelStateError elsewhere, and the second time.
+        """
+        self.channel.defer_to_passive(self)
+
     def fail(self, reason: str) -> None:
-        """The packet is malformed beyond recovery (VmbChannelPacketFail): the channel is closed."""
+        """The packet is malformed beyond recovery (VmbChannelPacketFail): the channel is closed. This finishes the
+        packet; raises ChannelStateError when it was completed before."""
+        if self.done:
+            raise self._completed_twice()
         self.done = True
         if self._grant is not None:
             self._grant.release()
-        self.channel.fail(f"packet {self.transaction}: {reason}")
+        self.channel.fail_incoming(self, self._generation, f"packet {self.transaction}: {reason}")
+
+    def _completed_twice(self) -> ChannelStateError:
+        return ChannelStateError(
+            f"packet {self.transaction} of channel {self.channel.name} was completed already; "
+            "each incoming packet is completed exactly once",
+            Status.INVALID_DEVICE_REQUEST,
+        )

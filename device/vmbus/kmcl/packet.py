@@ -8,7 +8,8 @@ from collections.abc import Callable, Sequence
 from enum import Enum
 from typing import TYPE_CHECKING, Any
 
-from vmbus.kmcl.status import ChannelStateError, Status
+from vmbus.kmcl.status import ChannelStateError, KmclError, Status
+from vmbus.wire.gpa import GpaRange, range_for
 
 if TYPE_CHECKING:
     from vmbus.kmcl.channel import Channel
@@ -30,6 +31,10 @@ CompletionRoutine = Callable[["Packet", int, bytes], None]
 
 def _free_packet(packet: "Packet", status: int, buffer: bytes) -> None:
     packet.free()
+
+
+def _no_routine(packet: "Packet", status: int, buffer: bytes) -> None:
+    raise AssertionError("a packet without a completion routine was sent")
 
 
 class Packet:
@@ -55,10 +60,11 @@ class Packet:
         "transaction",
     )
 
-    def __init__(self, channel: "Channel") -> None:
+    def __init__(self, channel: "Channel", *, owned_by_caller: bool = False) -> None:
+        """`owned_by_caller` (VmbPacketInitialize): no default completion routine; one must be set before a send."""
         self.channel = channel
         self.pointer: Any = None
-        self.completion_routine: CompletionRoutine = _free_packet
+        self.completion_routine: CompletionRoutine = _no_routine if owned_by_caller else _free_packet
         self.state = PacketState.IDLE
         self.transaction = 0
         self.kind = 0
@@ -71,6 +77,7 @@ class Packet:
         payload: bytes,
         *,
         external: Sequence[tuple[int, int]] | None = None,
+        external_ranges: Sequence[GpaRange] | None = None,
         wait_for_completion: bool = True,
     ) -> None:
         """Send `payload` (VmbPacketSend); queued on the channel, in order, when the ring is full or paused.
@@ -79,6 +86,7 @@ class Packet:
             payload: at most the channel's maximum packet size, bytes.
             external: guest memory as (I/O address, length) pairs that the packet describes without carrying it
                 (VmbPacketSendWithExternalMdl); client endpoint only, needs `wait_for_completion`.
+            external_ranges: the same as ranges of pages (VmbPacketSendWithExternalPfns); one or the other.
             wait_for_completion: ask the other end for a completion packet (WAIT_FOR_COMPLETION).
 
         Raises ChannelStateError when the packet is in use or freed, or the channel is not open; KmclError
@@ -90,7 +98,19 @@ class Packet:
                 "send it again after its completion routine has run",
                 Status.INVALID_DEVICE_REQUEST,
             )
-        self.channel.send_packet(self, payload, external, wait_for_completion)
+        if self.completion_routine is _no_routine:
+            raise ChannelStateError(
+                f"a caller-owned packet of channel {self.channel.name} has no completion routine; set one first",
+                Status.INVALID_DEVICE_REQUEST,
+            )
+        if external is not None:
+            if external_ranges is not None:
+                raise KmclError(
+                    f"a packet of channel {self.channel.name} with both external and external_ranges; give one of them",
+                    Status.INVALID_PARAMETER,
+                )
+            external_ranges = [range_for(address, length) for address, length in external]
+        self.channel.send_packet(self, payload, external_ranges, wait_for_completion)
 
     def free(self) -> None:
         """Give the packet up (VmbPacketFree). Raises ChannelStateError while it is queued or sent."""

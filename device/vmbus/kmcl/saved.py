@@ -15,12 +15,14 @@ from vmbus.errors import StateError
 from vmbus.wire.packet import DESCRIPTOR_SIZE, MAX_PACKET_SIZE, PacketType
 
 VERSION = 1
+# The oldest version that can still be restored; apart from what we write.
+OLDEST_VERSION = 1
 
 U64 = Annotated[int, msgspec.Meta(ge=0)]
 Bytes = Annotated[bytes, msgspec.Meta(max_length=MAX_PACKET_SIZE)]
 MAX_SAVE_BUF = 1 << 24  # bytes that an owner may save for one packet
 SaveBytes = Annotated[bytes, msgspec.Meta(max_length=MAX_SAVE_BUF)]
-VersionNumber = Annotated[int, msgspec.Meta(ge=1, le=VERSION)]
+VersionNumber = Annotated[int, msgspec.Meta(ge=OLDEST_VERSION, le=VERSION)]
 
 
 class ChannelChunk(msgspec.Struct, tag="channel", frozen=True):
@@ -37,6 +39,7 @@ class PacketChunk(msgspec.Struct, tag="packet", frozen=True):
 
     lib: Annotated[bytes, msgspec.Meta(max_length=MAX_PACKET_SIZE + 256)]
     save: SaveBytes
+    version: VersionNumber = 1  # what chunks without it are
 
 
 class CompletionChunk(msgspec.Struct, tag="completion", frozen=True):
@@ -44,6 +47,7 @@ class CompletionChunk(msgspec.Struct, tag="completion", frozen=True):
 
     transaction: U64
     body: Bytes
+    version: VersionNumber = 1  # what chunks without it are
 
 
 Chunk = ChannelChunk | PacketChunk | CompletionChunk

@@ -1,26 +1,29 @@
 """Providers (VSPs): what a device does with its channels.
 
-base.py    what every provider has, and what it may ask of its host
-echo.py    answers each request with a transform of it
-burst.py   the host sends, as fast as the guest takes it
+base.py        what every provider has, and what it may ask of its host
+echo.py        answers each request with a transform of it
+burst.py       the host sends, as fast as the guest takes it
+ddi_sample.py  burst once more, written against `vmbus.kmcl.ddi` alone
+loading.py     finds a provider by its kind, also in the modules of authors
 """
 
-from vmbus.errors import UsageError
 from vmbus.providers.base import Host, Provider
 from vmbus.providers.burst import BurstProvider
+from vmbus.providers.ddi_sample import DdiBurstProvider
 from vmbus.providers.echo import EchoProvider
+from vmbus.providers.loading import find_provider
 
-PROVIDERS: dict[str, type[Provider]] = {provider.kind: provider for provider in (EchoProvider, BurstProvider)}
+PROVIDERS: dict[str, type[Provider]] = {
+    provider.kind: provider for provider in (EchoProvider, BurstProvider, DdiBurstProvider)
+}
 
 
-def provider_class(kind: str) -> type[Provider]:
-    """The provider of that kind. Raises UsageError naming those that exist."""
-    try:
-        return PROVIDERS[kind]
-    except KeyError:
-        raise UsageError(
-            f"there is no provider of kind {kind!r}; known kinds: {', '.join(sorted(PROVIDERS))}"
-        ) from None
+def provider_class(kind: str, *, from_snapshot: bool = False) -> type[Provider]:
+    """The provider of that kind; `package.module:Class` is an author's own (see loading.py).
+
+    Raises UsageError saying what there is, or what is wrong with the module.
+    """
+    return find_provider(kind, PROVIDERS, from_snapshot=from_snapshot)
 
 
 __all__ = ["PROVIDERS", "Host", "Provider", "provider_class"]

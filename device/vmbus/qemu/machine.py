@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 import msgspec
 
 import vmbus
+from vmbus.description import DeviceDescription
 from vmbus.errors import EnvironmentProblem, StateError, UsageError, VmbusError
 from vmbus.qemu.agent import AgentClient
 from vmbus.qemu.command_line import Programs, Sockets, machine_version, qemu_arguments
@@ -370,6 +371,8 @@ class VirtualMachine:
         )
         downtime: float | None = None
         async with capture.taken() as taken:
+            # Providers may have come and gone since the launch: the snapshot is restored with those that are there.
+            device = await self.guard(self.control.call("status"), "the device server's description", START_TIMEOUT)
             if keep:
                 with phases("resume"):
                     await capture.resume()
@@ -379,7 +382,7 @@ class VirtualMachine:
                 state = await writer.seal(STATE)
                 if state.sha256 != taken.state_sha256:
                     raise StateError("the device's state on disk is not what the server wrote: its digest differs")
-                await writer.commit(self._manifest(writer, taken, live=live, server=server))
+                await writer.commit(self._manifest(writer, taken, live=live, server=server | device))
         return SaveReport(
             directory=str(writer.target),
             live=live,
@@ -399,7 +402,9 @@ class VirtualMachine:
         return Manifest(
             created=utc_now(),
             live=live,
-            vm=self.description,
+            vm=msgspec.structs.replace(
+                self.description, device=msgspec.convert(server["description"], DeviceDescription)
+            ),
             machine=Machine(
                 type=machine_version(self.programs.qemu_version),
                 accelerator="kvm" if self.programs.accelerator == "kvm" else "tcg",

@@ -3,30 +3,41 @@
 Phases: `running`; `pausing` while providers finish what they hold, and then `paused` until resume, when it can be
 saved; `restoring` from the start with saved state until restore-finish, when QEMU has loaded the guest and its PCI
 function has been put back.
+
+Providers come with the description, or later by the command `offer`; `rescind` withdraws one. The description that
+`status` gives is always that of the providers which are there: a snapshot is restored with it.
 """
 
 import asyncio
 import contextlib
+import functools
 import hashlib
 import inspect
 import logging
 import os
+import select
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from enum import Enum
 from pathlib import Path
 from typing import Any
 from uuid import UUID
 
+import msgspec
+
 import vmbus
 from vmbus import state as saved
-from vmbus.description import DeviceDescription
+from vmbus.bus.server import Offer
+from vmbus.description import DeviceDescription, ProviderDescription, explain
 from vmbus.device import Device
-from vmbus.errors import EnvironmentProblem, PeerError, StateError, UsageError, WaitTimeout
+from vmbus.errors import EnvironmentProblem, PeerError, StateError, UsageError, VmbusError, WaitTimeout
+from vmbus.kmcl.client import ClientChannel
 from vmbus.kmcl.server import ServerChannel
+from vmbus.kmcl.states import ChannelState
 from vmbus.memory import DirtyLogBroken
 from vmbus.providers import Provider, provider_class
 from vmbus.server.control import ControlServer
+from vmbus.server.timers import TimerEntry, Timers
 from vmbus.vfio_user.context import (
     AddressNotMapped,
     ClientBusy,
@@ -45,6 +56,7 @@ log = logging.getLogger(__name__)
 _DRAIN_LIMIT = 10_000
 _FLUSH_TRIES = 100
 _LONGEST_PAUSE = 3600.0  # seconds
+_OFFER_SECONDS = 30.0
 
 
 class Phase(Enum):
@@ -56,10 +68,49 @@ class Phase(Enum):
     RESTORING = "restoring"
 
 
+class ProviderHost:
+    """What one provider asks of the server: implements `vmbus.providers.Host`, and knows whose channels are whose."""
+
+    def __init__(self, server: "DeviceServer") -> None:
+        self._server = server
+        self.channels: list[ServerChannel] = []
+        self.clients: list[ClientChannel] = []
+
+    def add_channel(self, channel: ServerChannel) -> None:
+        """Tie a disabled channel to the device; `enable` then offers it."""
+        self._server.device.add_channel(channel)
+        if channel not in self.channels:
+            self.channels.append(channel)
+
+    def add_client(self, channel: ClientChannel) -> None:
+        """Tie a disabled client channel to the device's loopback offers; `enable` then opens the one that fits."""
+        self._server.device.loopback.attach(channel)
+        if channel not in self.clients:
+            self.clients.append(channel)
+
+    def call_soon(self, call: Callable[[], None]) -> None:
+        """Call from the event loop, soon."""
+        self._server.timers.call_later(0.0, call)
+
+    def call_later(self, seconds: float, call: Callable[[], None]) -> TimerEntry:
+        """Call from the event loop after `seconds`."""
+        return self._server.timers.call_later(seconds, call)
+
+    def withdraw(self) -> None:
+        """Take back all channels, sub-channels first."""
+        for client in self.clients:
+            if client.state is not ChannelState.DISABLED:
+                self._server.device.loopback.drop(client)
+        for channel in sorted(self.channels, key=lambda channel: -channel.subchannel_index):
+            self._server.device.remove_channel(channel)
+        self.clients.clear()
+        self.channels.clear()
+
+
 class DeviceServer:
     """One device. `run` serves until `stop`.
 
-    Implements the transport's `DeviceHandler` and the providers' `Host`.
+    Implements the transport's `DeviceHandler`.
     """
 
     def __init__(
@@ -77,18 +128,21 @@ class DeviceServer:
         self.library = library
         self.phase = Phase.RUNNING if restore is None else Phase.RESTORING
         self.config = ConfigSpace()
-        self.device = Device(self._interrupt, self._schedule)
+        self.device = Device(self._interrupt, self._schedule, waiter=self.wait, loopback_schedule=self._schedule)
         self._loop = asyncio.get_running_loop()
+        self.timers = Timers(self._loop)
+        self._in_transport = False
+        # Held while providers come and go, so that no pause falls into it.
+        self._changing = asyncio.Lock()
         self._scheduled = False
         self._restore = restore
         self._held_at_pause = 0
         self._quiet: asyncio.Future[None] | None = None
         self._ended: asyncio.Future[None] = self._loop.create_future()
         self.providers: list[Provider] = []
+        self._hosts: dict[str, ProviderHost] = {}
         for one in description.providers:
-            provider = provider_class(one.kind)(self, one.name, UUID(one.instance), one.options)
-            self.providers.append(provider)
-            provider.start()
+            self._add_provider(one, from_snapshot=restore is not None)
         if restore is not None:
             saved.check_fits(restore, description.name, self.device, self.providers)
             self.device.freeze()
@@ -111,6 +165,7 @@ class DeviceServer:
             await self._control.close()
             for provider in self.providers:
                 provider.stop()
+            self.timers.close()
             context.close()
             self._context = None
 
@@ -119,14 +174,37 @@ class DeviceServer:
         if not self._ended.done():
             self._ended.set_result(None)
 
-    def _on_transport(self) -> None:
-        assert self._context is not None
+    def _add_provider(self, one: ProviderDescription, *, from_snapshot: bool = False) -> Provider:
+        host = ProviderHost(self)
+        provider = provider_class(one.kind, from_snapshot=from_snapshot)(
+            host, one.name, UUID(one.instance), one.options
+        )
         try:
-            self._context.run()
+            provider.start()
+        except BaseException:
+            host.withdraw()
+            provider.stop()
+            raise
+        self.providers.append(provider)
+        self._hosts[one.name] = host
+        return provider
+
+    def _on_transport(self) -> None:
+        try:
+            self._run_transport()
         except Exception as error:
             log.exception("the transport failed")
             if not self._ended.done():
                 self._ended.set_exception(EnvironmentProblem(f"the vfio-user transport failed: {error!r}"))
+
+    def _run_transport(self) -> RunResult:
+        assert self._context is not None
+        # From inside a wait this may be called while no request is being handled, and only then.
+        self._in_transport = True
+        try:
+            return self._context.run()
+        finally:
+            self._in_transport = False
 
     def _schedule(self) -> None:
         if not self._scheduled:
@@ -136,24 +214,47 @@ class DeviceServer:
     def _service(self) -> None:
         self._scheduled = False
         self.device.service()
+        if self.device.loopback.busy:
+            self.device.loopback.service()
+
+    def wait(self, condition: Callable[[], bool], timeout: float, what: str) -> None:
+        """Serve until `condition()` holds: how blocking calls of a provider wait, in a callback or a timer.
+
+        The guest's requests, turns of channels and timers go on meanwhile, also those of other providers; the event
+        loop (and so the control socket) does not. The channel in whose packet callback this is called takes no further
+        packets until it returns.
+
+        Raises WaitTimeout after `timeout` seconds, saying `what`; UsageError from inside a request of the guest's
+        (state callbacks, such as opened and closed), which has to be answered first.
+        """
+        if condition():
+            return
+        if self._in_transport or self._context is None:
+            raise UsageError(
+                f"cannot wait for {what} here: a request of the guest's is being handled (state callbacks run in it); "
+                "do it from a packet callback, a completion routine or a timer"
+            )
+        poller = select.poll()
+        poller.register(self._context.poll_fd(), select.POLLIN)
+        deadline = time.monotonic() + timeout
+        while True:
+            self._on_transport()
+            self.timers.run_due()
+            self._service()
+            if condition():
+                return
+            left = deadline - time.monotonic()
+            if left <= 0:
+                raise WaitTimeout(what, timeout)
+            if self._ended.done():
+                raise EnvironmentProblem(f"the device server is ending: nothing is left to wait for ({what})")
+            if not self.device.busy and not self.device.loopback.busy:
+                due = self.timers.next_in()
+                poller.poll(1000 * (left if due is None else min(left, due)) + 1)
 
     def _interrupt(self) -> None:
         if self._context is not None and self.config.msi_enabled and self.config.bus_master:
             self._context.trigger(0)
-
-    # ---- Host ----------------------------------------------------------------------------------------------------
-
-    def add_channel(self, channel: ServerChannel) -> None:
-        """A provider's channel."""
-        self.device.add_channel(channel)
-
-    def call_soon(self, call: Callable[[], None]) -> None:
-        """From the event loop, soon."""
-        self._loop.call_soon(call)
-
-    def call_later(self, seconds: float, call: Callable[[], None]) -> asyncio.TimerHandle:
-        """From the event loop, after `seconds`."""
-        return self._loop.call_later(seconds, call)
 
     # ---- DeviceHandler -------------------------------------------------------------------------------------------
 
@@ -228,18 +329,13 @@ class DeviceServer:
             "packets": self._packets(),
             "incoming_held": sum(len(channel.outstanding) for channel in self.device.channels),
             "providers": {provider.name: provider.status() for provider in self.providers},
+            "description": msgspec.to_builtins(self.description),
         }
 
     async def _inspect(self) -> dict[str, Any]:
         return await self._status() | {
             "device": self.device.describe() | {"name": self.description.name},
             "config": self.config.snapshot().hex(),
-            "description": {
-                "name": self.description.name,
-                "providers": [
-                    {"kind": one.kind, "name": one.name, "instance": one.instance} for one in self.description.providers
-                ],
-            },
         }
 
     async def _pci(self) -> dict[str, Any]:
@@ -255,9 +351,13 @@ class DeviceServer:
 
     async def _pause(self, seconds: float = 10.0) -> dict[str, Any]:
         """Take no new packets, and wait until providers have completed those that they hold."""
+        _check_seconds("pause", seconds)
         self._require(Phase.RUNNING, "pause")
-        if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 <= seconds <= _LONGEST_PAUSE:
-            raise UsageError(f"pause: it may take 0 to {_LONGEST_PAUSE:g} seconds, not {seconds!r}")
+        async with self._no_changes("pause", seconds):
+            self._require(Phase.RUNNING, "pause")
+            return await self._pause_now(seconds)
+
+    async def _pause_now(self, seconds: float) -> dict[str, Any]:
         started = time.monotonic()
         # What the guest wrote to registers before it was stopped must be seen before the state is taken.
         self._drain()
@@ -291,9 +391,8 @@ class DeviceServer:
         return {"incoming_held": self._held_at_pause, "seconds": time.monotonic() - started}
 
     def _drain(self) -> None:
-        assert self._context is not None
         for _ in range(_DRAIN_LIMIT):
-            if self._context.run() is not RunResult.MORE:
+            if self._run_transport() is not RunResult.MORE:
                 return
         raise EnvironmentProblem("the client sends requests without end; stop the vCPUs before pausing the device")
 
@@ -342,7 +441,7 @@ class DeviceServer:
                         self._context.write_through_client(iova, data)
                         break
                     except ClientBusy:
-                        self._context.run()
+                        self._run_transport()
                 else:
                     raise EnvironmentProblem("the client never stopped sending requests; are the vCPUs stopped?")
             except (PeerError, AddressNotMapped, ClientGone, ClientRefused) as error:
@@ -366,6 +465,114 @@ class DeviceServer:
             channel.unhold()
         self.device.thaw()
 
+    # ---- providers that come and go ------------------------------------------------------------------------------
+
+    @contextlib.asynccontextmanager
+    async def _no_changes(self, command: str, seconds: float) -> AsyncIterator[None]:
+        try:
+            await asyncio.wait_for(self._changing.acquire(), seconds if self._changing.locked() else None)
+        except TimeoutError:
+            raise WaitTimeout(f"another command to end before {command} (offer, rescind or pause)", seconds) from None
+        try:
+            yield
+        finally:
+            self._changing.release()
+
+    async def _offer(self, provider: dict[str, Any]) -> dict[str, Any]:
+        """Add a provider, described as in a device description; its channels are offered at once."""
+        async with self._no_changes("offer", _OFFER_SECONDS):
+            self._require(Phase.RUNNING, "offer")
+            now = msgspec.to_builtins(self.description)
+            try:
+                description = msgspec.convert(now | {"providers": [*now["providers"], provider]}, DeviceDescription)
+            except msgspec.ValidationError as error:
+                raise UsageError(f"offer: {explain(error)}") from error
+            one = description.providers[-1]
+            try:
+                self._add_provider(one)
+            except VmbusError:
+                raise
+            except Exception as error:
+                log.exception("provider %s could not be started", one.name)
+                raise UsageError(f"provider {one.name!r} ({one.kind}) could not be started: {error!r}") from error
+            self.description = description
+            channels = self._hosts[one.name].channels
+            return {"name": one.name, "relids": [self.device.relid_of(channel) for channel in channels]}
+
+    async def _rescind(self, name: str, seconds: float = 10.0) -> dict[str, Any]:
+        """Withdraw a provider: when it has completed what it holds, its channels are rescinded and it is stopped.
+
+        Then the guest is waited for; `released` says whether it has given up all the channels in time.
+        """
+        _check_seconds("rescind", seconds)
+        self._require(Phase.RUNNING, "rescind")
+        async with self._no_changes("rescind", seconds):
+            self._require(Phase.RUNNING, "rescind")
+            provider = next((one for one in self.providers if one.name == name), None)
+            if provider is None:
+                raise UsageError(f"there is no provider {name!r}; there are {[one.name for one in self.providers]}")
+            if len(self.providers) == 1:
+                raise UsageError(
+                    f"provider {name!r} is the only one, and a device has at least one: offer another first"
+                )
+            started = time.monotonic()
+            host = self._hosts[name]
+            await self._suspend(host.channels, seconds)
+            offers = [offer for offer in self.device.bus.offers if offer.owner in host.channels]
+            host.withdraw()
+            provider.stop()
+            self.providers.remove(provider)
+            del self._hosts[name]
+            self.description = msgspec.structs.replace(
+                self.description, providers=[one for one in self.description.providers if one.name != name]
+            )
+            self._schedule()
+            released = await self._released(offers, max(0.0, started + seconds - time.monotonic()))
+            return {"name": name, "released": released, "seconds": time.monotonic() - started}
+
+    async def _suspend(self, channels: list[ServerChannel], seconds: float) -> None:
+        """Suspend channels and wait until their owner has completed what it holds."""
+        quiet: asyncio.Future[None] = self._loop.create_future()
+        waiting = set(channels)
+
+        def one_quiet(channel: ServerChannel) -> None:
+            waiting.discard(channel)
+            if not waiting and not quiet.done():
+                quiet.set_result(None)
+
+        for channel in channels:
+            channel.hold()
+            channel.when_quiet(functools.partial(one_quiet, channel))
+        if not waiting:
+            return
+        try:
+            await asyncio.wait_for(quiet, seconds)
+        except TimeoutError:
+            missing = {channel.name: channel.outstanding[:8] for channel in channels if channel.outstanding}
+            raise WaitTimeout(f"the owners of channels to complete incoming packets {missing}", seconds) from None
+        finally:
+            for channel in channels:
+                if channel.held and waiting:
+                    channel.unhold()
+
+    async def _released(self, offers: list[Offer], seconds: float) -> bool:
+        gone: asyncio.Future[None] = self._loop.create_future()
+        bus = self.device.bus
+
+        def look() -> None:
+            if not any(offer in bus.offers for offer in offers) and not gone.done():
+                gone.set_result(None)
+
+        bus.on_released = look
+        look()
+        try:
+            await asyncio.wait_for(gone, seconds)
+        except TimeoutError:
+            return False
+        finally:
+            bus.on_released = None
+        return True
+
     async def _restore_finish(self) -> dict[str, Any]:
         """QEMU has loaded the guest and the PCI function is back: rebuild everything and run."""
         self._require(Phase.RESTORING, "restore-finish")
@@ -377,13 +584,14 @@ class DeviceServer:
                 "the PCI function was not put back as it was saved: its configuration space is "
                 f"{self.config.snapshot().hex()}, saved was {self._restore.config.hex()}"
             )
-        saved.restore_device(self._restore, self.device, self.providers)
-        counts = saved.count_packets(self._restore)
+        restored = saved.restore_device(self._restore, self.device, self.providers)
         self._restore = None
         self.phase = Phase.RUNNING
         self.device.thaw()
         return {
-            "packets": {"queued": counts.queued, "sent": counts.sent},
+            "packets": {"queued": restored.packets.queued, "sent": restored.packets.sent},
+            "dropped": {"queued": restored.dropped.queued, "sent": restored.dropped.sent},
+            "renewed": restored.renewed,
             "channels": sum(channel.active for channel in self.device.channels),
             "seconds": time.monotonic() - started,
         }
@@ -391,6 +599,11 @@ class DeviceServer:
     async def _stop(self) -> dict[str, Any]:
         self._loop.call_soon(self.stop)
         return {}
+
+
+def _check_seconds(command: str, seconds: float) -> None:
+    if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 <= seconds <= _LONGEST_PAUSE:
+        raise UsageError(f"{command}: it may take 0 to {_LONGEST_PAUSE:g} seconds, not {seconds!r}")
 
 
 _COMMANDS: dict[str, Any] = {
@@ -403,6 +616,8 @@ _COMMANDS: dict[str, Any] = {
     "save": DeviceServer._save,
     "flush": DeviceServer._flush,
     "resume": DeviceServer._resume,
+    "offer": DeviceServer._offer,
+    "rescind": DeviceServer._rescind,
     "restore-finish": DeviceServer._restore_finish,
     "stop": DeviceServer._stop,
 }

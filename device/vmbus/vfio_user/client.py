@@ -318,6 +318,9 @@ class VfioUserClient:
 
     def close(self) -> None:
         """Hang up. Repeating it does nothing."""
+        with contextlib.suppress(OSError):
+            # A thread that serves may be blocked in a read, which would keep the connection open.
+            self._socket.shutdown(socket.SHUT_RDWR)
         self._socket.close()
 
     def __enter__(self) -> VfioUserClient:

@@ -1,0 +1,575 @@
+"""Channels within one process: a server channel and a client channel joined over private memory, without a guest.
+
+Two uses. Providers of one device server talk to each other: a channel offered with LOOPBACK_OFFER is found here, by
+the client channel of another provider. And tests of a provider need no guest: `run` pumps both ends until they are
+quiet, and `save_and_restore` puts a fresh server end in the place of the old one, through the same chunks that a save
+of a whole device writes.
+
+Rings, packets, signals and GPADLs are the real ones; only the bus between the ends is short-cut. Nothing here blocks
+but `wait`, and what needs it (`close`, `delete_gpadl`).
+"""
+
+import time
+from collections.abc import Callable, Sequence
+
+from vmbus.bus.client import FIRST_GPADL
+from vmbus.bus.gpadl import Gpadl, GpadlError, Mappings
+from vmbus.errors import StateError, UsageError, WaitTimeout
+from vmbus.kmcl.channel import Channel, Waiter
+from vmbus.kmcl.client import ClientChannel
+from vmbus.kmcl.server import ServerChannel
+from vmbus.kmcl.states import ChannelState
+from vmbus.kmcl.status import KmclError, Status
+from vmbus.memory import Grant, GuestMemory
+from vmbus.ring import FEATURE_BITS, FEATURE_PENDING_SEND_SIZE, RingReader, RingWriter
+from vmbus.wire.gpa import PAGE_SIZE, range_for
+
+BASE = 0x1000_0000
+DEFAULT_TIMEOUT = 30.0  # seconds
+TURNS = 100_000
+
+Key = tuple[bytes, int]
+
+_OPEN = (ChannelState.OPENED, ChannelState.ACTIVE)
+
+
+class LoopbackBuffer:
+    """Private memory that both ends of a loopback bus can reach; implements the guest's `DmaBuffer`.
+
+    Attributes:
+        iova: its address, for external data and GPADLs. size: bytes, a multiple of 4096. view: its bytes, writable.
+    """
+
+    __slots__ = ("iova", "size", "view")
+
+    def __init__(self, iova: int, view: memoryview) -> None:
+        self.iova = iova
+        self.size = len(view)
+        self.view = view
+
+
+class _Link:
+    """One end of a connection: implements `vmbus.kmcl.channel.Link`."""
+
+    def __init__(
+        self, connection: "_Connection", channel: Channel, memory: GuestMemory, reader: RingReader, writer: RingWriter
+    ) -> None:
+        self._connection = connection
+        self._channel = channel
+        self.memory = memory
+        self.reader = reader
+        self.writer = writer
+        self.mappings = Mappings(memory)
+        self.dead = False
+
+    def signal(self) -> None:
+        """The other end is to look at its rings."""
+        if not self.dead:
+            connection = self._connection
+            other = connection.client if self._channel is connection.server else connection.server
+            connection.bus.wake(other)
+
+    def wake(self) -> None:
+        """Give this end a turn."""
+        if not self.dead:
+            self._connection.bus.wake(self._channel)
+
+    def failed(self, reason: str) -> None:
+        """This end has closed because of the other one (or its owner)."""
+        if not self.dead:
+            self._connection.bus.lost(self._connection, self._channel, reason)
+
+    def map_gpadl(self, handle: int, read_only: bool) -> Grant:
+        """See `vmbus.bus.gpadl.Mappings.map`."""
+        gpadl = self._connection.gpadls.get(handle)
+        if gpadl is None or handle in self._connection.deleting or self._channel is not self._connection.server:
+            raise GpadlError(f"channel {self._channel.name} has no GPADL {handle:#x} to be mapped")
+        return self.mappings.map(gpadl, read_only=read_only)
+
+    def unmap_gpadl(self, handle: int) -> None:
+        """See `vmbus.bus.gpadl.Mappings.unmap`."""
+        self.mappings.unmap(handle)
+
+    def create_gpadl(self, extents: Sequence[tuple[int, int]], read_only: bool) -> int:
+        """Describe memory of `LoopbackBus.allocate` to the server end. Raises GpadlError."""
+        if self._channel is not self._connection.client:
+            raise GpadlError(f"channel {self._channel.name}: only the client's end can describe memory")
+        return self._connection.create_gpadl(extents)
+
+    def delete_gpadl(self, handle: int) -> None:
+        """Take memory back; waits while the server end has it mapped. Raises GpadlError and WaitTimeout."""
+        self._connection.delete_gpadl(handle)
+
+    def close_channel(self, timeout: float) -> None:
+        """Close from the client's end, see `LoopbackBus.close`."""
+        self._connection.bus.close(self._connection.client, timeout)
+
+
+class _Connection:
+    """A server channel and the client channel that has opened it."""
+
+    def __init__(self, bus: "LoopbackBus", server: ServerChannel, client: ClientChannel) -> None:
+        self.bus = bus
+        self.server = server
+        self.client = client
+        self.out_pages = client.ring_pages_out + 1
+        self.rings = bus.allocate((self.out_pages + client.ring_pages_in + 1) * PAGE_SIZE)
+        self.gpadls: dict[int, Gpadl] = {}
+        self.deleting: set[int] = set()
+        self._next_gpadl = FIRST_GPADL
+        for start in (0, self.out_pages * PAGE_SIZE):
+            self.rings.view[start + FEATURE_BITS] = FEATURE_PENDING_SEND_SIZE
+        self.server_link = self.link(server)
+        self.client_link = self.link(client)
+
+    def link(self, channel: Channel) -> _Link:
+        """A fresh end on the rings, whatever is in them."""
+        is_server = channel is self.server
+        memory = self.bus.server_memory if is_server else self.bus.client_memory
+        base, split, size = self.rings.iova, self.out_pages * PAGE_SIZE, self.rings.size
+        windows = [
+            memory.window([(base + start, length)])
+            for start, length in (
+                (0, PAGE_SIZE),
+                (PAGE_SIZE, split - PAGE_SIZE),
+                (split, PAGE_SIZE),
+                (split + PAGE_SIZE, size - split - PAGE_SIZE),
+            )
+        ]
+        up, down = windows[:2], windows[2:]
+        incoming, outgoing = (up, down) if is_server else (down, up)
+        return _Link(self, channel, memory, RingReader(*incoming), RingWriter(*outgoing))
+
+    def create_gpadl(self, extents: Sequence[tuple[int, int]]) -> int:
+        if not extents:
+            raise GpadlError(f"channel {self.client.name}: a GPADL of no memory")
+        handle = self._next_gpadl
+        self._next_gpadl += 1
+        ranges = tuple(range_for(address, length) for address, length in extents)
+        self.gpadls[handle] = Gpadl(0, handle, ranges)
+        return handle
+
+    def delete_gpadl(self, handle: int) -> None:
+        if handle not in self.gpadls or handle in self.deleting:
+            raise GpadlError(f"channel {self.client.name} has no GPADL {handle:#x} to be deleted")
+        self.deleting.add(handle)
+        self.bus.wait(
+            lambda: handle not in self.server_link.mappings,
+            DEFAULT_TIMEOUT,
+            f"the owner of channel {self.server.name} to unmap GPADL {handle:#x}",
+        )
+        self.gpadls.pop(handle, None)
+        self.deleting.discard(handle)
+
+    def let_go(self) -> None:
+        """Both ends are closed: the memory is nobody's any more."""
+        for link in (self.server_link, self.client_link):
+            link.dead = True
+            link.mappings.clear()
+        self.gpadls.clear()
+        self.bus.free(self.rings)
+
+
+class LoopbackBus:
+    """Joins server channels and client channels of one process.
+
+    Attributes:
+        on_rescind: called with a client channel whose server end went away; it is disabled, and may be opened again.
+        on_failed: called with a channel that failed, and the reason.
+    """
+
+    def __init__(
+        self,
+        schedule: Callable[[], None] | None = None,
+        *,
+        waiter: Waiter | None = None,
+        idle: Callable[[], bool] | None = None,
+    ) -> None:
+        """
+        Args:
+            schedule: called when a turn is wanted: have `service` called soon. None: somebody calls `run`.
+            waiter: how blocking calls wait; None: by `run`ning this bus alone.
+            idle: for `wait` and `run` on their own: what else may make progress (timers that run out), called when
+                the bus is quiet. Returns whether it did anything.
+        """
+        self.server_memory = GuestMemory()
+        self.client_memory = GuestMemory()
+        self.on_rescind: Callable[[ClientChannel], None] | None = None
+        self.on_failed: Callable[[Channel, str], None] | None = None
+        self._schedule = schedule
+        self._waiter = waiter
+        self._idle = idle
+        self._next_iova = BASE
+        self._offers: list[ServerChannel] = []
+        self._bound: dict[int, ServerChannel] = {}
+        self._connections: list[_Connection] = []
+        self._lost: list[_Connection] = []
+        self._waiting: list[ClientChannel] = []
+        self._opening = False
+        self._ready: dict[Channel, None] = {}
+
+    # ---- memory ----------------------------------------------------------------------------------------------------
+
+    def allocate(self, size: int) -> LoopbackBuffer:
+        """Zeroed memory of the client's; `size` is a multiple of 4096 bytes. Raises UsageError for another size."""
+        if size <= 0 or size % PAGE_SIZE:
+            raise UsageError(f"loopback memory comes in pages of {PAGE_SIZE} bytes; {size} were asked for")
+        buffer = LoopbackBuffer(self._next_iova, memoryview(bytearray(size)))
+        # A page stays free between buffers, so that running over the end of one is a fault.
+        self._next_iova += size + PAGE_SIZE
+        self.server_memory.map(buffer.iova, buffer.view, True)
+        self.client_memory.map(buffer.iova, buffer.view, True)
+        return buffer
+
+    def free(self, buffer: LoopbackBuffer) -> None:
+        """Give memory of `allocate` back."""
+        self.server_memory.unmap(buffer.iova, buffer.size)
+        self.client_memory.unmap(buffer.iova, buffer.size)
+
+    # ---- offers ----------------------------------------------------------------------------------------------------
+
+    def offer(self, server: ServerChannel) -> None:
+        """Tie a disabled server channel to this bus, as a device does with `add_channel`: `enable` then offers it."""
+        server.bind(self.enabled, self.disabled)
+        if server.waiter is None:
+            server.waiter = self.wait
+        self._bound[id(server)] = server
+
+    def offer_enabled(self, server: ServerChannel) -> None:
+        """For a device: one of its channels, just enabled, is offered here."""
+        self._bound[id(server)] = server
+        self.enabled(server)
+
+    def enabled(self, server: ServerChannel) -> None:
+        """A server channel is offered. Raises UsageError for a second one of the same instance and sub-channel."""
+        if any(_key(other) == _key(server) for other in self._offers):
+            raise UsageError(
+                f"sub-channel {server.subchannel_index} of instance {server.interface_instance} is offered already"
+            )
+        if server.subchannel_index and self._primary(server) is None:
+            raise UsageError(f"channel {server.name} is a sub-channel, and its primary is not open")
+        self._offers.append(server)
+        if self._waiting:
+            self._want()
+
+    def _primary(self, server: ServerChannel) -> _Connection | None:
+        for connection in self._connections:
+            if _key(connection.server) == (server.interface_instance.bytes_le, 0):
+                return connection
+        return None
+
+    def disabled(self, server: ServerChannel) -> None:
+        """A server channel is withdrawn; the client end that has it open is closed and disabled."""
+        if server not in self._offers:
+            return
+        self._offers.remove(server)
+        for connection in list(self._connections):
+            if connection.server is server:
+                self._break(connection)
+
+    @property
+    def offers(self) -> list[ServerChannel]:
+        """What is offered, in the order in which it was."""
+        return list(self._offers)
+
+    def attach(self, client: ClientChannel) -> None:
+        """Tie a disabled client channel to this bus: `enable` then has it opened, at a turn, once its offer is there.
+
+        A server end that refuses it is told to the client's pnp_failure callback.
+        """
+        client.bind(self._client_enabled)
+        if client.waiter is None:
+            client.waiter = self.wait
+
+    def _client_enabled(self, client: ClientChannel) -> None:
+        if not self._opening:
+            self._waiting.append(client)
+            self._want()
+
+    def _open_waiting(self) -> None:
+        for client in list(self._waiting):
+            if client.state is not ChannelState.CLOSED:
+                self._waiting.remove(client)
+                continue
+            server = self._match(client)
+            if server is None:
+                continue
+            self._waiting.remove(client)
+            try:
+                self._join(server, client)
+            except Exception as error:
+                client.connection_failed(error.status if isinstance(error, KmclError) else Status.UNSUCCESSFUL)
+
+    def open(self, client: ClientChannel) -> None:
+        """Open the offered channel of the client's type (and instance, and sub-channel); enables the client if need be.
+
+        Both ends are open when this returns, and the client is active. Raises UsageError when there is no such offer
+        or it is open already, and whatever the server's opened callback raises to refuse; the client is then disabled.
+        """
+        if client.waiter is None:
+            client.waiter = self.wait
+        if client.state is ChannelState.DISABLED:
+            self._opening = True
+            try:
+                client.enable()
+            finally:
+                self._opening = False
+        try:
+            server = self._match(client)
+            if server is None:
+                known = [(str(server.interface_type), str(server.interface_instance)) for server in self._offers]
+                raise UsageError(
+                    f"nothing that channel {client.name} could open is offered: it wants type {client.interface_type}, "
+                    f"instance {client.interface_instance or 'any'}, sub-channel {client.subchannel_index}; offered "
+                    f"are {known}"
+                )
+            self._join(server, client)
+        except BaseException:
+            client.disable()
+            raise
+
+    def _match(self, client: ClientChannel) -> ServerChannel | None:
+        in_use = [connection.server for connection in self._connections]
+        for server in self._offers:
+            if (
+                server.interface_type == client.interface_type
+                and client.interface_instance in (None, server.interface_instance)
+                and server.subchannel_index == client.subchannel_index
+                and server not in in_use
+            ):
+                return server
+        return None
+
+    def _join(self, server: ServerChannel, client: ClientChannel) -> None:
+        connection = _Connection(self, server, client)
+        try:
+            server.open(connection.server_link)
+        except BaseException:
+            connection.let_go()
+            raise
+        self._connections.append(connection)
+        client.open(connection.client_link)
+        server.activate()
+        client.activate()
+
+    def close(self, client: ClientChannel, timeout: float = DEFAULT_TIMEOUT) -> None:
+        """Close a channel from the client's end, its sub-channels before it, and disable the client.
+
+        Waits until the owners of both ends have completed what they hold. Raises WaitTimeout, and UsageError when the
+        client is not open here.
+        """
+        connection = self._connection_of(client)
+        for other in self._subchannels(connection.server):
+            self.close(other.client, timeout)
+        closed: list[str] = []
+        client.hold()
+        connection.server.close(lambda: closed.append("server"))
+        client.close(lambda: closed.append("client"))
+        client.held = False
+        self.wait(lambda: len(closed) == 2, timeout, f"both ends of channel {client.name} to complete their packets")
+        if connection in self._connections:
+            self._connections.remove(connection)
+            connection.let_go()
+            client.disable(timeout)
+
+    def drop(self, client: ClientChannel) -> None:
+        """Close both ends by force, and disable the client; one that waits for its offer waits no more."""
+        if client in self._waiting:
+            self._waiting.remove(client)
+        for connection in list(self._connections):
+            if connection.client is client:
+                self._break(connection)
+        if client.state is ChannelState.CLOSED:
+            client.disable()
+
+    def _subchannels(self, server: ServerChannel) -> list[_Connection]:
+        if server.subchannel_index:
+            return []
+        return [
+            connection
+            for connection in self._connections
+            if connection.server is not server and connection.server.interface_instance == server.interface_instance
+        ]
+
+    def _connection_of(self, channel: Channel) -> _Connection:
+        for connection in self._connections:
+            if channel in (connection.client, connection.server):
+                return connection
+        raise UsageError(f"channel {channel.name} is not open on this loopback bus")
+
+    def lost(self, connection: _Connection, channel: Channel, reason: str) -> None:
+        """One end has failed: the other end goes at the next turn."""
+        if self.on_failed is not None:
+            self.on_failed(channel, reason)
+        self._lost.append(connection)
+        self._want()
+
+    def _break(self, connection: _Connection) -> None:
+        """Close by force whatever is still open of a connection, sub-channels first."""
+        if connection not in self._connections:
+            return
+        for other in self._subchannels(connection.server):
+            self._break(other)
+        self._connections.remove(connection)
+        for channel in (connection.server, connection.client):
+            if channel.state in (*_OPEN, ChannelState.CLOSING):
+                channel.close(lambda: None, force=True)
+        connection.let_go()
+        if connection.client.state is ChannelState.CLOSED:
+            connection.client.disable()
+        if self.on_rescind is not None:
+            self.on_rescind(connection.client)
+
+    # ---- turns -----------------------------------------------------------------------------------------------------
+
+    def wake(self, channel: Channel) -> None:
+        """Give a channel a turn at the next `service`."""
+        self._ready[channel] = None
+        self._want()
+
+    def _want(self) -> None:
+        if self._schedule is not None:
+            self._schedule()
+
+    @property
+    def busy(self) -> bool:
+        """Whether a turn is wanted."""
+        return bool(self._ready or self._lost or any(self._match(client) for client in self._waiting))
+
+    def service(self) -> None:
+        """One turn for every channel that asked for it."""
+        while self._lost:
+            self._break(self._lost.pop(0))
+        if self._waiting:
+            self._open_waiting()
+        ready = self._ready
+        try:
+            # One at a time: an owner that waits in a callback has the others served from inside of this.
+            for _ in range(len(ready)):
+                if not ready:
+                    break
+                channel = next(iter(ready))
+                del ready[channel]
+                if channel.process():
+                    ready[channel] = None
+        finally:
+            if self.busy:
+                self._want()
+
+    def run(self, turns: int = TURNS) -> None:
+        """Turns until both ends of all connections are quiet. Raises UsageError when they never are."""
+        for _ in range(turns):
+            if not self.busy:
+                return
+            self.service()
+        raise UsageError(f"the channels of this loopback bus never become quiet: {turns} turns were not enough")
+
+    def wait(self, condition: Callable[[], bool], timeout: float, what: str) -> None:
+        """Pump until `condition()` holds. Raises WaitTimeout, at once when nothing is left that could make it hold."""
+        if self._waiter is not None:
+            self._waiter(condition, timeout, what)
+            return
+        deadline = time.monotonic() + timeout
+        while not condition():
+            if self.busy:
+                self.service()
+            elif self._idle is None or not self._idle():
+                raise WaitTimeout(f"{what} (nothing is left to be done that could bring it)", timeout)
+            if time.monotonic() > deadline:
+                raise WaitTimeout(what, timeout)
+
+    # ---- save and restore ------------------------------------------------------------------------------------------
+
+    def save_and_restore(
+        self,
+        make_server: Callable[[], ServerChannel | None],
+        before_packets: Callable[[], None] | None = None,
+        after_packets: Callable[[], None] | None = None,
+    ) -> None:
+        """Replace all server ends, as a save of the device and a restore in a fresh process do.
+
+        Every server channel is held, saved into chunks and abandoned, as it would be by a process that ends. Then
+        `make_server` makes the channels again (`offer` and `enable`; the one that it returns is offered and enabled
+        if that was not done), `before_packets` gives the owner its own state back, and each channel's packets come
+        through its restore callback; `after_packets` is called before any of them is started. The clients notice
+        nothing, except those of channels with force_new_channel: they are rescinded, and their packets on the server
+        end are dropped.
+
+        Raises UsageError when incoming packets are held by a server that does not complete them when suspended, and
+        StateError when a channel that is open is not made again.
+        """
+        for server in self._offers:
+            server.hold()
+        held = {server.name: server.outstanding for server in self._offers if not server.quiescent}
+        if held:
+            for server in self._offers:
+                server.unhold()
+            raise UsageError(f"incoming packets {held} are not completed: the owner has to, when it is suspended")
+        chunks = {_key(server): server.save() for server in self._offers}
+        old = list(self._connections)
+        for connection in old:
+            link = connection.server_link
+            link.dead = True
+            link.mappings.clear()
+            link.reader.close()
+            link.writer.close()
+            self._ready.pop(connection.server, None)
+        self._offers.clear()
+        self._bound.clear()
+        made = make_server()
+        if made is not None:
+            if id(made) not in self._bound:
+                self.offer(made)
+            if made.state is ChannelState.DISABLED:
+                made.enable()
+        self._reattach(old, primaries=True)
+        if before_packets is not None:
+            before_packets()
+        self._reattach(old, primaries=False)
+        wishes: list[tuple[ServerChannel, bool]] = []
+        for server in self._offers:
+            saved = chunks.get(_key(server))
+            if saved is not None and not server.force_new_channel:
+                wishes.append((server, server.restore(saved)))
+        if after_packets is not None:
+            after_packets()
+        for server, started in wishes:
+            if started:
+                server.start()
+            elif server.started:
+                server.begin_pause()
+        for connection in self._connections:
+            self.wake(connection.server)
+            self.wake(connection.client)
+
+    def _reattach(self, connections: list[_Connection], *, primaries: bool) -> None:
+        servers = {_key(server): server for server in self._offers}
+        for connection in connections:
+            key = _key(connection.server)
+            if (key[1] == 0) is not primaries or connection not in self._connections:
+                continue
+            server = servers.get(key)
+            if server is None:
+                raise StateError(f"channel {connection.server.name} is open, and was not made again")
+            if server.force_new_channel:
+                # The old server end lives no more: only the client's end is closed.
+                self._forget_server(connection)
+                self._break(connection)
+                continue
+            connection.server = server
+            connection.server_link = connection.link(server)
+            server.reopen(connection.server_link)
+
+    def _forget_server(self, connection: _Connection) -> None:
+        for other in self._subchannels(connection.server):
+            self._forget_server(other)
+        connection.server = ServerChannel(
+            connection.server.interface_type,
+            connection.server.interface_instance,
+            name=connection.server.name,
+            subchannel_index=connection.server.subchannel_index,
+        )
+
+
+def _key(server: ServerChannel) -> Key:
+    return server.interface_instance.bytes_le, server.subchannel_index

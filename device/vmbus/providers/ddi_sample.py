@@ -1,0 +1,215 @@
+"""Burst once more, written against `vmbus.kmcl.ddi` alone: a VSP that keeps to the DDI's names, statuses and callbacks,
+as one that was carried over from C would. On the wire it is the provider `burst`, and the guest's test driver of that
+name drives it.
+
+What the VSP itself must save of a packet, its number and the digest that the guest has to answer, travels through
+EvtVmbChannelSavePacket and EvtVmbChannelRestorePacket.
+"""
+
+import os
+from collections.abc import Mapping
+from struct import Struct
+from typing import Any
+from uuid import UUID
+
+import msgspec
+
+from vmbus import workload
+from vmbus.errors import StateError, UsageError
+from vmbus.kmcl import ddi
+from vmbus.kmcl.channel import Channel
+from vmbus.kmcl.completion import Completion
+from vmbus.kmcl.packet import Packet
+from vmbus.kmcl.status import Status
+from vmbus.providers.base import Host, Provider
+
+_SAVED_TRANSACTION = Struct("<Q16s")
+
+
+class _Transaction:
+    """What the VSP keeps of a packet, and must know to judge its answer."""
+
+    __slots__ = ("digest", "sequence")
+
+    def __init__(self, sequence: int, digest: bytes) -> None:
+        self.sequence = sequence
+        self.digest = digest
+
+
+class _State(msgspec.Struct, frozen=True):
+    run: tuple[int, int, int] | None
+    issued: int
+    next_answer: int
+    tally: dict[str, int]
+    restored: int
+    runs: int
+
+
+def _check(status: int, call: str) -> None:
+    if not ddi.NT_SUCCESS(status):
+        raise UsageError(f"{call} failed: {Status(status).name}")
+
+
+class DdiBurstProvider(Provider):
+    """See the module's text."""
+
+    kind = "ddi-burst"
+
+    def __init__(self, host: Host, name: str, instance: UUID, options: Mapping[str, Any]) -> None:
+        super().__init__(host, name, instance, options)
+        self.tally = workload.Tally()
+        self.restored = 0
+        self.runs = 0
+        self._run: workload.BurstStart | None = None
+        self._issued = 0
+        self._answers = workload.Sequence(self.tally)
+        status, channel = ddi.VmbChannelAllocate(None, True)
+        _check(status, "VmbChannelAllocate")
+        assert channel is not None
+        self.channel: Channel = channel
+
+    def start(self) -> None:
+        channel = self.channel
+        callbacks = ddi.VMB_CHANNEL_STATE_CHANGE_CALLBACKS()
+        ddi.VMB_CHANNEL_STATE_CHANGE_CALLBACKS_INIT(callbacks)
+        callbacks.EvtChannelOpened = self._evt_opened
+        callbacks.EvtChannelClosed = self._evt_closed
+        for call, arguments in (
+            (ddi.VmbChannelInitSetFriendlyName, (self.name,)),
+            (ddi.VmbChannelInitSetStateChangeCallbacks, (callbacks,)),
+            (ddi.VmbChannelInitSetProcessPacketCallbacks, (self._evt_process_packet,)),
+            (ddi.VmbServerChannelInitSetTargetInterfaceId, (workload.BURST_TYPE, self.instance)),
+            (
+                ddi.VmbServerChannelInitSetSaveRestorePacketCallbacks,
+                (self._evt_save_packet, self._evt_restore_packet),
+            ),
+            (ddi.VmbServerChannelInitSetVmbusHandle, (self.host,)),
+            (ddi.VmbChannelEnable, ()),
+            (ddi.VmbChannelStart, ()),
+        ):
+            _check(call(channel, *arguments), call.__name__)
+
+    # ---- a run -------------------------------------------------------------------------------------------------
+
+    def _evt_opened(self, _: Channel) -> int:
+        self._run = None
+        return Status.SUCCESS
+
+    def _evt_closed(self, _: Channel) -> None:
+        self._run = None
+
+    def _evt_process_packet(self, _: Channel, completion: Completion, buffer: bytes, length: int, flags: int) -> None:
+        start = workload.parse_burst_start(buffer[:length])
+        if start is None or self._run is not None or flags & ddi.VMBUS_CHANNEL_PROCESS_PACKET_FLAG_EXTERNAL_DATA:
+            ddi.VmbChannelPacketComplete(completion, workload.STATUS_MALFORMED.to_bytes(4, "little"))
+            return
+        ddi.VmbChannelPacketComplete(completion, workload.STATUS_OK.to_bytes(4, "little"))
+        self.tally = workload.Tally()
+        self._answers = workload.Sequence(self.tally)
+        self._run = start
+        self._issued = 0
+        self.runs += 1
+        for _number in range(min(start.window, start.packets)):
+            self._issue(ddi.VmbPacketAllocate(self.channel))
+        self._finish_if_done()
+
+    def _issue(self, packet: Packet) -> None:
+        """Send the next packet of the run, with a fresh packet object or one that has come back."""
+        assert self._run is not None
+        sequence = self._issued
+        self._issued += 1
+        data = os.urandom(self._run.size)
+        ddi.VmbPacketSetPointer(packet, _Transaction(sequence, workload.burst_digest(sequence, data)))
+        ddi.VmbPacketSetCompletionRoutine(packet, self._evt_completed)
+        self.tally.started += 1
+        status = ddi.VmbPacketSend(
+            packet,
+            workload.burst_data(sequence, data),
+            None,
+            ddi.VMBUS_CHANNEL_FORMAT_FLAG_WAIT_FOR_COMPLETION,
+        )
+        _check(status, "VmbPacketSend")
+
+    def _evt_completed(self, packet: Packet, status: int, buffer: bytes, length: int) -> None:
+        if not ddi.NT_SUCCESS(status):
+            ddi.VmbPacketFree(packet)
+            return
+        transaction: _Transaction = ddi.VmbPacketGetPointer(packet)
+        self.tally.completed += 1
+        self._answers.arrived(transaction.sequence)
+        answer = workload.BURST_ANSWER.pack(transaction.sequence, transaction.digest)
+        if length < len(answer) or buffer[: len(answer)] != answer:
+            self.tally.corrupted += 1
+        if self._run is not None and self._issued < self._run.packets:
+            self._issue(packet)
+        else:
+            ddi.VmbPacketFree(packet)
+            self._finish_if_done()
+
+    def _finish_if_done(self) -> None:
+        run, tally = self._run, self.tally
+        if run is None or tally.completed < run.packets:
+            return
+        self._run = None
+        wrong = tally.lost + tally.duplicated + tally.reordered + tally.corrupted
+        done = workload.BurstDone(tally.started, tally.completed, wrong).pack()
+        # The packet's default completion routine frees it.
+        _check(ddi.VmbPacketSend(ddi.VmbPacketAllocate(self.channel), done, None, 0), "VmbPacketSend")
+
+    # ---- save and restore --------------------------------------------------------------------------------------
+
+    def _evt_save_packet(self, _: Channel, packet: Packet, save_buf: memoryview, save_buf_size: int) -> tuple[int, int]:
+        transaction: _Transaction | None = ddi.VmbPacketGetPointer(packet)
+        if transaction is None:
+            return Status.SUCCESS, 0
+        if save_buf_size < _SAVED_TRANSACTION.size:
+            return Status.BUFFER_TOO_SMALL, _SAVED_TRANSACTION.size
+        _SAVED_TRANSACTION.pack_into(save_buf, 0, transaction.sequence, transaction.digest)
+        return Status.SUCCESS, _SAVED_TRANSACTION.size
+
+    def _evt_restore_packet(
+        self, channel: Channel, lib_buf: bytes, lib_buf_size: int, save_buf: bytes, save_buf_size: int
+    ) -> int:
+        packet = ddi.VmbPacketAllocate(channel)
+        status = ddi.VmbPacketRestore(packet, lib_buf[:lib_buf_size])
+        if not ddi.NT_SUCCESS(status) or not save_buf_size:
+            return status
+        if save_buf_size != _SAVED_TRANSACTION.size:
+            return Status.DATA_ERROR
+        ddi.VmbPacketSetPointer(packet, _Transaction(*_SAVED_TRANSACTION.unpack(save_buf)))
+        ddi.VmbPacketSetCompletionRoutine(packet, self._evt_completed)
+        self.restored += 1
+        return Status.SUCCESS
+
+    def save(self) -> bytes:
+        return msgspec.msgpack.encode(
+            _State(
+                run=None if self._run is None else (self._run.size, self._run.packets, self._run.window),
+                issued=self._issued,
+                next_answer=self._answers.next,
+                tally=self.tally.as_dict(),
+                restored=self.restored,
+                runs=self.runs,
+            )
+        )
+
+    def restore(self, state: bytes) -> None:
+        try:
+            saved = msgspec.msgpack.decode(state, type=_State)
+            self.tally.load(saved.tally)
+        except (msgspec.MsgspecError, KeyError) as error:
+            raise StateError(f"the saved state of provider {self.name!r} (ddi-burst) is not valid: {error}") from error
+        self._run = None if saved.run is None else workload.BurstStart(*saved.run)
+        self._issued = saved.issued
+        self._answers.next = saved.next_answer
+        self.restored = saved.restored
+        self.runs = saved.runs
+
+    def status(self) -> dict[str, Any]:
+        return {
+            "running": self._run is not None,
+            "runs": self.runs,
+            "issued": self._issued,
+            "restored": self.restored,
+            "tally": self.tally.as_dict(),
+        }

@@ -1,0 +1,90 @@
+"""Calls that providers have asked for, now or later: kept by us, so that they can also run inside a blocking wait.
+
+An event loop cannot be entered a second time from one of its callbacks. A provider that waits in a callback still
+needs its own timers, and those of others: `run_due` runs them from wherever the waiting is done.
+"""
+
+import asyncio
+import heapq
+import itertools
+import logging
+from collections.abc import Callable
+
+log = logging.getLogger(__name__)
+
+
+class TimerEntry:
+    """A call that has been scheduled: implements `vmbus.providers.base.Timer`."""
+
+    __slots__ = ("call", "when")
+
+    def __init__(self, when: float, call: Callable[[], None]) -> None:
+        self.when = when
+        self.call: Callable[[], None] | None = call
+
+    def cancel(self) -> None:
+        """Do not call. Harmless afterwards."""
+        self.call = None
+
+
+class Timers:
+    """Scheduled calls in the order of their times; equal times in the order of asking."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._heap: list[tuple[float, int, TimerEntry]] = []
+        self._numbers = itertools.count()
+        self._armed: asyncio.TimerHandle | None = None
+
+    def call_later(self, seconds: float, call: Callable[[], None]) -> TimerEntry:
+        """Call after `seconds`, 0 or more: not from inside this call."""
+        entry = TimerEntry(self._loop.time() + max(seconds, 0.0), call)
+        heapq.heappush(self._heap, (entry.when, next(self._numbers), entry))
+        self._arm()
+        return entry
+
+    def next_in(self) -> float | None:
+        """Seconds until the next call is due (0: one is), None when there is none."""
+        while self._heap and self._heap[0][2].call is None:
+            heapq.heappop(self._heap)
+        return max(self._heap[0][0] - self._loop.time(), 0.0) if self._heap else None
+
+    def run_due(self) -> bool:
+        """Run what is due now, not what that asks for. Returns whether there was anything."""
+        now = self._loop.time()
+        due: list[TimerEntry] = []
+        while self._heap and self._heap[0][0] <= now:
+            due.append(heapq.heappop(self._heap)[2])
+        for entry in due:
+            call, entry.call = entry.call, None
+            if call is None:
+                continue
+            try:
+                call()
+            except Exception:
+                log.exception("a call that a provider had scheduled raised")
+        return bool(due)
+
+    def close(self) -> None:
+        """Nothing is called any more."""
+        self._heap.clear()
+        if self._armed is not None:
+            self._armed.cancel()
+            self._armed = None
+
+    def _arm(self) -> None:
+        if not self._heap:
+            return
+        when = self._heap[0][0]
+        if self._armed is not None:
+            if self._armed.when() <= when and not self._armed.cancelled():
+                return
+            self._armed.cancel()
+        self._armed = self._loop.call_at(when, self._fire)
+
+    def _fire(self) -> None:
+        self._armed = None
+        try:
+            self.run_due()
+        finally:
+            self._arm()

@@ -1,0 +1,89 @@
+"""What a provider owes at a save and a restore, checked from outside."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from vmbus.errors import VmbusError
+from vmbus.kmcl.packet import Packet
+from vmbus.kmcl.saved import Chunk, PacketChunk, decode_chunk, decode_lib
+from vmbus.kmcl.server import ServerChannel
+
+_SHOWN = 48
+
+
+class ContractViolation(VmbusError, AssertionError):
+    """A provider broke its contract; the message names the channel, the packet and the call that was expected."""
+
+
+def shorten(data: bytes) -> str:
+    """Bytes for a message."""
+    return repr(data) if len(data) <= _SHOWN else f"{data[:_SHOWN]!r}... ({len(data)} bytes)"
+
+
+def packets_of(channel: ServerChannel) -> dict[int, tuple[Any, Any]]:
+    """Completion routine and pointer of every outgoing packet in use, by transaction."""
+    packets = channel.packets_in_use
+    return {packet.transaction: (packet.completion_routine, packet.pointer) for packet in packets}
+
+
+def check_save_is_repeatable(name: str, what: str, first: object, second: object) -> None:
+    """A save changes nothing: two in a row are equal."""
+    if first != second:
+        raise ContractViolation(
+            f"{what} of {name} returned different bytes when it was asked twice in a row: a save must change nothing, "
+            "and depend on nothing but the state (no times, no random numbers)"
+        )
+
+
+def check_provider_state(name: str, saved: bytes, again: bytes) -> None:
+    """The provider's own bytes round-trip."""
+    if saved != again:
+        raise ContractViolation(
+            f"the state of provider {name} does not round trip: save() returned {shorten(saved)}, and after "
+            f"restore() of that it returns {shorten(again)}; restore() has to put back all that save() writes"
+        )
+
+
+def check_channel_state(channel: ServerChannel, saved: Sequence[bytes], again: Sequence[bytes]) -> None:
+    """What comes out of the restored channel is what went in, packet by packet."""
+    if list(saved) == list(again):
+        return
+    before = _by_packet([decode_chunk(data) for data in saved])
+    after = _by_packet([decode_chunk(data) for data in again])
+    for transaction, chunk in before.items():
+        found = after.get(transaction)
+        if found is None:
+            raise ContractViolation(
+                f"packet {transaction} of channel {channel.name} was saved and is not in use after the restore: the "
+                "restore callback may not complete, free or send packets"
+            )
+        if found.save != chunk.save:
+            raise ContractViolation(
+                f"packet {transaction} of channel {channel.name}: its save callback wrote {shorten(chunk.save)}, and "
+                f"for the restored packet it writes {shorten(found.save)}; the restore callback has to rebuild from "
+                "save_buf all that the save callback writes (usually packet.pointer)"
+            )
+    new = sorted(set(after) - set(before))
+    raise ContractViolation(
+        f"channel {channel.name} is not as it was saved"
+        + (f": packets {new} are new; nothing may be sent before the started callback" if new else "")
+    )
+
+
+def _by_packet(chunks: list[Chunk]) -> dict[int, PacketChunk]:
+    return {decode_lib(chunk.lib).transaction: chunk for chunk in chunks if isinstance(chunk, PacketChunk)}
+
+
+def check_packets(channel: ServerChannel, before: dict[int, tuple[Any, Any]]) -> None:
+    """Restored packets have what no file carries: completion routine and pointer."""
+    default = Packet(channel).completion_routine
+    for transaction, (routine, pointer) in packets_of(channel).items():
+        old_routine, old_pointer = before.get(transaction, (routine, pointer))
+        where = f"the restore callback of channel {channel.name} gave packet {transaction}"
+        if old_routine is not default and routine is default:
+            raise ContractViolation(
+                f"{where} no completion routine, so nobody will hear of its completion; expected: "
+                "packet.completion_routine = ... as at the send"
+            )
+        if old_pointer is not None and pointer is None:
+            raise ContractViolation(f"{where} no context; expected: packet.pointer = ... from save_buf, as at the send")

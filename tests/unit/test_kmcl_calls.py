@@ -1,0 +1,1192 @@
+"""Every call of KMCL's Pythonic face, in and out of season, over rings in a bytearray."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+from uuid import UUID
+
+import pytest
+
+from support.endpoints import Bench
+from support.pair import BASE, INSTANCE, PAGE, TYPE
+from vmbus.errors import StateError, WaitTimeout
+from vmbus.kmcl import (
+    Channel,
+    ChannelState,
+    ChannelStateError,
+    ClientChannel,
+    Completion,
+    KmclError,
+    Packet,
+    PacketState,
+    Status,
+)
+from vmbus.kmcl.pipe import MAX_DATA, Pipe, PipeMode, frame
+from vmbus.kmcl.saved import decode_chunk, encode
+from vmbus.kmcl.server import SaveStep, ServerChannel, split_frames
+from vmbus.wire.gpa import GpaRange
+
+pytestmark = pytest.mark.unit
+
+OPEN = (ChannelState.OPENED, ChannelState.ACTIVE)
+
+
+@pytest.fixture
+def bench() -> Bench:
+    return Bench()
+
+
+def status_of(call: Callable[[], object]) -> Status:
+    with pytest.raises(KmclError) as caught:
+        call()
+    assert "channel" in str(caught.value)
+    return caught.value.status
+
+
+# ---- set-up ----------------------------------------------------------------------------------------------------------
+
+SET_UP: dict[str, Callable[[Any], object]] = {
+    "set_flags": lambda channel: channel.set_flags(0),
+    "set_friendly_name": lambda channel: channel.set_friendly_name("x"),
+    "set_maximum_packet_size": lambda channel: channel.set_maximum_packet_size(1),
+    "set_maximum_external_data": lambda channel: channel.set_maximum_external_data(1, 1),
+    "set_client_context_size": lambda channel: channel.set_client_context_size(0),
+    "set_process_packet_callbacks": lambda channel: channel.set_process_packet_callbacks(print),
+    "set_state_change_callbacks": lambda channel: channel.set_state_change_callbacks(),
+    "set_server_flags": lambda channel: channel.set_server_flags(0),
+    "set_mmio_megabytes": lambda channel: channel.set_mmio_megabytes(1),
+    "set_target_interface_id": lambda channel: channel.set_target_interface_id(TYPE, INSTANCE),
+    "set_target_vtl": lambda channel: channel.set_target_vtl(0),
+    "set_save_restore_packet_callbacks": lambda channel: channel.set_save_restore_packet_callbacks(print, print),
+    "server bind": lambda channel: channel.bind(print, print),
+    "set_target_pnp": lambda channel: channel.set_target_pnp(TYPE),
+    "set_ring_buffer_page_count": lambda channel: channel.set_ring_buffer_page_count(1, 1),
+    "client bind": lambda channel: channel.bind(print),
+}
+SERVER_ONLY = {name for name in SET_UP if "server" in name or "mmio" in name or "target_i" in name} | {
+    "set_target_vtl",
+    "set_save_restore_packet_callbacks",
+}
+CLIENT_ONLY = {"set_target_pnp", "set_ring_buffer_page_count", "client bind"}
+
+
+@pytest.mark.parametrize("name", SET_UP)
+def test_set_up_calls_are_for_disabled_channels(bench: Bench, name: str) -> None:
+    channels = [bench.server] * (name not in CLIENT_ONLY) + [bench.client] * (name not in SERVER_ONLY)
+    for channel in channels:
+        SET_UP[name](channel)
+    bench.open()
+    for change in (lambda: None, bench.close):  # closed is not disabled
+        change()
+        for channel in channels:
+            assert status_of(partial(SET_UP[name], channel)) is Status.INVALID_PARAMETER_1
+
+
+@pytest.mark.parametrize(
+    ("end", "call", "status"),
+    [
+        ("server", lambda c: c.set_flags(2), Status.INVALID_PARAMETER_2),
+        ("server", lambda c: c.set_maximum_packet_size(0), Status.INVALID_PARAMETER_2),
+        ("server", lambda c: c.set_maximum_external_data(0, 1), Status.INVALID_PARAMETER_2),
+        ("server", lambda c: c.set_maximum_external_data(1, 0), Status.INVALID_PARAMETER_3),
+        ("server", lambda c: c.set_client_context_size(-1), Status.INVALID_PARAMETER_2),
+        ("server", lambda c: c.set_transaction_quota(0), Status.INVALID_PARAMETER_2),
+        ("server", lambda c: c.set_server_flags(0x20), Status.INVALID_PARAMETER_2),
+        ("server", lambda c: c.set_mmio_megabytes(0, 0), Status.INVALID_PARAMETER),
+        ("server", lambda c: c.set_mmio_megabytes(0x10000), Status.INVALID_PARAMETER),
+        ("server", lambda c: c.set_target_vtl(1), Status.INVALID_PARAMETER_2),
+        ("client", lambda c: c.set_ring_buffer_page_count(0, 1), Status.INVALID_PARAMETER),
+        ("client", lambda c: c.set_ring_buffer_page_count(1, 0), Status.INVALID_PARAMETER),
+    ],
+)
+def test_bad_parameters_are_named_by_their_status(bench: Bench, end: str, call: Any, status: Status) -> None:
+    assert status_of(lambda: call(getattr(bench, end))) is status
+
+
+def test_server_flags_and_mmio_space_reach_the_offer(bench: Bench) -> None:
+    bench.server.set_server_flags(0x1F)
+    bench.server.set_mmio_megabytes(3, 4)
+    assert bench.server.force_new_channel and bench.server.loopback_offer and bench.server.offer_flags
+    assert (bench.server.mmio_megabytes, bench.server.mmio_megabytes_optional) == (3, 4)
+    bench.server.set_server_flags(0)
+    assert not (bench.server.force_new_channel or bench.server.loopback_offer or bench.server.offer_flags)
+
+
+def test_channels_without_ids_or_a_bus_cannot_be_enabled() -> None:
+    server, client = ServerChannel(), ClientChannel()
+    assert status_of(server.enable) is status_of(client.enable) is Status.INVALID_DEVICE_STATE
+    server.set_target_interface_id(TYPE, INSTANCE)
+    client.set_target_pnp(TYPE)
+    with pytest.raises(ChannelStateError, match="bound to no bus"):
+        server.enable()
+    client.enable()
+    assert client.interface_instance is None
+
+
+def test_an_enable_that_its_bus_refuses_changes_nothing(bench: Bench) -> None:
+    for channel in (bench.server, bench.client):
+        refuse = [lambda _: 1 / 0] + [print] * (channel is bench.server)
+        channel.bind(*refuse)
+        with pytest.raises(ZeroDivisionError):
+            channel.enable()
+        assert channel.state is ChannelState.DISABLED
+    bench.client.bind(lambda _: None)
+    bench.open()
+    assert bench.server.active and bench.client.active
+
+
+def test_names_pointers_and_contexts(bench: Bench) -> None:
+    bench.server.set_friendly_name("a friend")
+    bench.server.pointer = mine = object()
+    bench.server.set_client_context_size(24)
+    bench.open()
+    bench.send()
+    bench.send()
+    bench.run()
+    first, second = (completion.context for completion, _ in bench.taken["server"])
+    assert first == bytearray(24) and first is not second
+    assert bench.server.pointer is mine
+    with pytest.raises(ChannelStateError, match="a friend"):
+        bench.server.enable()
+    bench.send("server")
+    bench.run()
+    assert bench.taken["client"][0][0].context is None
+    assert bench.server.interface_instance == INSTANCE
+
+
+# ---- life ------------------------------------------------------------------------------------------------------------
+
+
+def test_pause_waits_for_packets_that_are_held(bench: Bench) -> None:
+    bench.open()
+    bench.send()
+    bench.run()
+    held = bench.taken["server"][0][0]
+
+    def later(condition: Callable[[], bool], timeout: float, what: str) -> None:
+        assert not condition() and timeout == 7 and "server" in what
+        held.complete()
+        assert condition()
+
+    bench.server.waiter = later
+    bench.server.pause(7)
+    assert bench.server.state is ChannelState.OPENED
+    bench.server.waiter = None
+    bench.server.pause(7)
+
+
+def test_a_pause_that_runs_out_names_what_is_missing(bench: Bench) -> None:
+    bench.open()
+    for _ in range(3):
+        bench.send()
+    bench.run()
+    bench.taken["server"][1][0].complete()
+    with pytest.raises(WaitTimeout, match=r"channel server to complete incoming packets \[1, 3\]"):
+        bench.server.pause(5)
+    assert bench.server.state is ChannelState.OPENED and not bench.server.started
+    bench.server.waiter = None
+    with pytest.raises(ChannelStateError, match="waiter"):
+        bench.server.pause()
+    bench.server.start()
+    assert bench.server.active
+
+
+@pytest.mark.parametrize("callback", ["opened", "started", "post_started", "suspend", "closed"])
+@pytest.mark.parametrize("call", ["start", "pause", "disable"])
+def test_life_calls_are_refused_inside_state_callbacks(bench: Bench, callback: str, call: str) -> None:
+    seen: list[Status] = []
+
+    def state_callback(channel: Channel) -> None:
+        seen.append(status_of(getattr(channel, call)))
+
+    bench.server.set_state_change_callbacks(**{callback: state_callback})
+    bench.open()
+    bench.close()
+    assert seen == [Status.INVALID_DEVICE_STATE]
+    assert bench.server.state is ChannelState.CLOSED
+
+
+def test_a_server_that_was_paused_while_disabled_comes_up_paused(bench: Bench) -> None:
+    bench.server.pause()
+    bench.client.pause()
+    bench.open(start=False)
+    assert bench.server.state is bench.client.state is ChannelState.OPENED
+    bench.client.start()
+    bench.server.start()
+    assert bench.server.active and bench.client.active
+
+
+def test_a_client_starts_by_itself_each_time(bench: Bench) -> None:
+    bench.open()
+    bench.client.begin_pause()
+    bench.client.disable()
+    bench.open()
+    assert bench.client.active
+
+
+def test_disable_waits_for_held_packets_and_keeps_the_wish(bench: Bench) -> None:
+    bench.open()
+    bench.send()
+    bench.run()
+    with pytest.raises(WaitTimeout, match=r"\[1\]"):
+        bench.server.disable(1)
+    assert bench.server.state is ChannelState.OPENED
+    bench.server.start()
+    bench.answer()
+    bench.server.disable()
+    assert bench.server.state is ChannelState.DISABLED and bench.client.state is ChannelState.CLOSED
+    assert bench.outcomes == [(Status.CANCELLED, b"")]
+    # and again: it was started before
+    bench.open(start=False)
+    assert bench.server.active
+
+
+def test_disable_waits_for_a_close_in_progress(bench: Bench) -> None:
+    bench.open()
+    bench.send()
+    bench.run()
+    bench.server.close(lambda: None)
+    assert bench.server.state is ChannelState.CLOSING
+    with pytest.raises(WaitTimeout):
+        bench.server.disable(1)
+    bench.answer()
+    bench.server.disable()
+    assert bench.server.state is ChannelState.DISABLED
+
+
+def test_start_and_disable_need_an_enabled_server(bench: Bench) -> None:
+    assert status_of(bench.server.start) is status_of(bench.client.start) is Status.INVALID_DEVICE_STATE
+    assert status_of(bench.server.disable) is Status.INVALID_DEVICE_STATE
+    bench.client.disable()
+
+
+def test_a_client_disables_through_its_link(bench: Bench) -> None:
+    bench.open()
+    bench.client.disable()
+    assert bench.client.state is ChannelState.DISABLED and bench.server.state is ChannelState.CLOSED
+    bench.open()
+    bench.send()
+    bench.run()
+    bench.answer()
+    bench.run()
+    assert bench.outcomes == [(Status.SUCCESS, b"request!")]
+
+
+def test_cleanup_is_the_end(bench: Bench) -> None:
+    bench.open()
+    assert status_of(bench.server.cleanup) is status_of(bench.client.cleanup) is Status.INVALID_DEVICE_STATE
+    bench.server.disable()
+    bench.client.disable()
+    for channel in (bench.server, bench.client):
+        channel.cleanup()
+        with pytest.raises(ChannelStateError, match="cleaned up"):
+            channel.enable()
+        with pytest.raises(ChannelStateError, match="cleaned up"):
+            channel.set_maximum_packet_size(1)
+
+
+def test_an_opened_callback_that_fails_is_rolled_back(bench: Bench) -> None:
+    refuse = [True]
+
+    def opened(channel: Channel) -> None:
+        bench.send("server", b"hello...")
+        if refuse.pop():
+            raise KmclError("not today", Status.INSUFFICIENT_RESOURCES)
+
+    bench.server.set_state_change_callbacks(opened=opened)
+    refuse[:] = [False, True]
+    with pytest.raises(KmclError, match="not today"):
+        bench.open()
+    assert bench.server.state is ChannelState.CLOSED and bench.server.packets_in_use == []
+    assert bench.outcomes == [(Status.CANCELLED, b"")]
+    bench.open()
+    bench.run()
+    assert [payload for _, payload in bench.taken["client"]] == [b"hello..."]
+
+
+def test_a_connection_that_failed_is_told(bench: Bench) -> None:
+    told: list[tuple[Channel, int]] = []
+    bench.client.set_target_pnp(TYPE, INSTANCE, lambda *what: told.append(what))
+    bench.client.enable()
+    bench.client.connection_failed(Status.INSUFFICIENT_RESOURCES)
+    assert told == [(bench.client, Status.INSUFFICIENT_RESOURCES)]
+
+
+def test_interrupt_latency(bench: Bench) -> None:
+    assert status_of(lambda: bench.client.set_interrupt_latency(5)) is Status.INVALID_DEVICE_STATE
+    bench.open()
+    assert [bench.client.set_interrupt_latency(value) for value in (5, 6)] == [0, 5]
+    assert status_of(lambda: bench.client.set_interrupt_latency(-1)) is Status.INVALID_PARAMETER_2
+    bench.close()
+    assert status_of(lambda: bench.client.set_interrupt_latency(5)) is Status.INVALID_DEVICE_STATE
+
+
+def test_a_raising_end_of_a_batch_fails_its_channel_only(bench: Bench) -> None:
+    counts: list[int] = []
+
+    def complete(channel: Channel, count: int) -> None:
+        counts.append(count)
+        if len(counts) == 2:
+            raise ValueError("boom")
+
+    bench.server.set_process_packet_callbacks(bench.take, complete)
+    bench.open()
+    for _ in range(3):
+        bench.send()
+    bench.run()
+    assert counts == [3]
+    bench.send()
+    bench.run()
+    assert counts == [3, 1]
+    assert bench.server.state is ChannelState.CLOSED and "boom" in bench.server_link.failures[0]
+
+
+# ---- quota -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_lowered_quota_takes_nothing_until_enough_are_complete(bench: Bench) -> None:
+    bench.server.set_transaction_quota(5)
+    bench.open()
+    for _ in range(9):
+        bench.send()
+    bench.run()
+    assert len(bench.taken["server"]) == 5
+    bench.server.set_transaction_quota(2)
+    for number, taken in enumerate((5, 5, 5, 6)):
+        bench.taken["server"][number][0].complete()
+        bench.run()
+        assert len(bench.taken["server"]) == taken
+    assert len(bench.server.outstanding) == 2
+
+
+def test_a_raised_quota_works_from_the_next_completion_on(bench: Bench) -> None:
+    bench.server.set_transaction_quota(1)
+    bench.open()
+    for _ in range(6):
+        bench.send()
+    bench.run()
+    bench.server.set_transaction_quota(3)
+    bench.run()
+    assert len(bench.taken["server"]) == 1
+    bench.taken["server"][0][0].complete()
+    bench.run()
+    assert len(bench.taken["server"]) == 4
+
+
+@pytest.mark.parametrize("passive", [False, True])
+def test_a_quota_holds_in_both_ways_of_processing(bench: Bench, passive: bool) -> None:
+    bench.server.set_transaction_quota(2)
+    bench.server.set_incoming_processing_at_passive(passive)
+    bench.open()
+    for _ in range(7):
+        bench.send()
+    seen = []
+    while len(seen) < 7:
+        bench.run()
+        assert len(bench.taken["server"]) == min(2, 7 - len(seen))
+        seen += [completion.transaction for completion, _ in bench.taken["server"]]
+        bench.answer()
+    bench.run()
+    assert seen == list(range(1, 8)) and len(bench.outcomes) == 7
+
+
+# ---- passive, and putting off ----------------------------------------------------------------------------------------
+
+
+def asks_inside(bench: Bench, asked: list[bytes | Exception]) -> Callable[[Channel, Completion, bytes], None]:
+    """A client's packet callback that makes a synchronous request before it completes."""
+
+    def process(channel: Channel, completion: Completion, payload: bytes) -> None:
+        try:
+            asked.append(channel.send_synchronous_request(b"ask " + payload[:4], timeout=1))
+        except KmclError as error:
+            asked.append(error)
+        completion.complete(payload)
+
+    return process
+
+
+def answering(channel: Channel, completion: Completion, payload: bytes) -> None:
+    completion.complete(b"re: " + payload[:4])
+
+
+@pytest.mark.parametrize("count", [1, 3, 40])
+def test_a_synchronous_request_from_inside_a_packet_works_at_passive(bench: Bench, count: int) -> None:
+    asked: list[bytes | Exception] = []
+    bench.client.set_process_packet_callbacks(asks_inside(bench, asked))
+    bench.client.set_incoming_processing_at_passive(True)
+    bench.server.set_process_packet_callbacks(answering)
+    bench.open()
+    for number in range(count):
+        bench.send("server", b"packet%02d" % number)
+    bench.run()
+    # Others lie between the request's packet and its completion; they come afterwards, in their order.
+    assert asked == [b"re: ask "] * count
+    assert bench.outcomes == [(Status.SUCCESS, b"packet%02d" % number) for number in range(count)]
+
+
+def test_inline_it_is_a_clear_error(bench: Bench) -> None:
+    asked: list[bytes | Exception] = []
+    bench.client.set_process_packet_callbacks(asks_inside(bench, asked))
+    bench.open()
+    bench.send("server")
+    bench.run()
+    assert isinstance(asked[0], ChannelStateError) and "defer_to_passive" in str(asked[0])
+    assert bench.client.packets_in_use == [] and not bench.taken["server"]
+
+
+def test_a_packet_that_is_put_off_comes_again_at_passive(bench: Bench) -> None:
+    asked: list[bytes | Exception] = []
+    ask = asks_inside(bench, asked)
+    calls: list[bool] = []
+
+    def process(channel: Channel, completion: Completion, payload: bytes) -> None:
+        calls.append(completion.deferred)
+        if not completion.deferred:
+            completion.defer_to_passive()
+        else:
+            with pytest.raises(ChannelStateError, match="not a second time"):
+                completion.defer_to_passive()
+            ask(channel, completion, payload)
+
+    bench.client.set_process_packet_callbacks(process)
+    bench.server.set_process_packet_callbacks(answering)
+    bench.open()
+    bench.send("server")
+    bench.run()
+    assert calls == [False, True] and asked == [b"re: ask "]
+    assert bench.outcomes == [(Status.SUCCESS, b"request!")]
+
+
+def test_only_the_packet_at_hand_can_be_put_off(bench: Bench) -> None:
+    bench.open()
+    bench.send()
+    bench.run()
+    assert status_of(bench.taken["server"][0][0].defer_to_passive) is Status.INVALID_DEVICE_REQUEST
+
+    def process(channel: Channel, completion: Completion, payload: bytes) -> None:
+        completion.complete()
+        completion.defer_to_passive()
+
+    other = Bench()
+    other.server.set_process_packet_callbacks(process)
+    other.open()
+    other.send()
+    other.run()
+    assert "process_packet raised" in other.server_link.failures[0]
+
+
+@pytest.mark.parametrize("how", ["hold", "begin_pause"])
+@pytest.mark.parametrize("where", ["outside", "inside", "inside a later one"])
+def test_packets_put_off_are_seen_before_a_suspended_channel_is_quiet(bench: Bench, how: str, where: str) -> None:
+    events: list[str] = []
+
+    def process(channel: Channel, completion: Completion, payload: bytes) -> None:
+        events.append(("again " if completion.deferred else "") + payload.decode())
+        if completion.deferred:
+            completion.complete()
+            return
+        completion.defer_to_passive()
+        if where == "inside" or (where == "inside a later one" and payload == b"packet 2"):
+            getattr(channel, how)()
+
+    bench.server.set_process_packet_callbacks(process)
+    bench.server.set_state_change_callbacks(suspend=lambda _: events.append("suspend"))
+    bench.open()
+    for number in (1, 2):
+        bench.send(payload=b"packet %d" % number)
+    bench.turn("server")
+    if where == "outside":
+        getattr(bench.server, how)()
+    assert bench.server.quiescent
+    # Unless it is paused by that very packet, its owner sees it again before Suspend.
+    if where == "outside":
+        assert events == ["packet 1", "packet 2", "again packet 1", "again packet 2", "suspend"]
+    bench.server.unhold()
+    bench.server.start()
+    bench.run()
+    assert sorted(event for event in events if event != "suspend") == sorted(
+        ["packet 1", "packet 2", "again packet 1", "again packet 2"]
+    )
+    assert len(bench.outcomes) == 2
+
+
+def test_a_packet_put_off_does_not_outlive_its_channel(bench: Bench) -> None:
+    def process(channel: Channel, completion: Completion, payload: bytes) -> None:
+        completion.defer_to_passive()
+        channel.close(lambda: None, force=True)
+
+    bench.server.set_process_packet_callbacks(process)
+    bench.open()
+    bench.send()
+    bench.turn("server")
+    bench.client.close(lambda: None)
+    bench.open()
+    bench.server.process()
+    assert bench.server.active and bench.server.outstanding == []
+
+
+# ---- synchronous requests --------------------------------------------------------------------------------------------
+
+
+def test_a_synchronous_request_returns_the_reply(bench: Bench) -> None:
+    bench.server.set_process_packet_callbacks(lambda channel, completion, payload: completion.complete(payload * 2))
+    bench.open()
+    assert bench.client.send_synchronous_request(b"12345678") == b"12345678" * 2
+    assert bench.client.send_synchronous_request(b"12345678", completion_size=8) == b"12345678"
+    assert bench.client.send_synchronous_request(b"12345678", completion_size=0) == b""
+    with bench.client.batch():
+        assert bench.client.send_synchronous_request(b"87654321", timeout=2) == b"87654321" * 2
+    assert bench.client.send_synchronous_request(b"12345678", wait_for_completion=False) == b""
+    assert bench.waits[-1][0] == 2
+    assert bench.client.packets_in_use == []
+
+
+@pytest.mark.parametrize("size", [-8, 1, 12])
+def test_a_completion_size_is_a_multiple_of_eight(bench: Bench, size: int) -> None:
+    bench.open()
+    call = lambda: bench.client.send_synchronous_request(b"", completion_size=size)  # noqa: E731
+    assert status_of(call) is Status.INVALID_PARAMETER
+
+
+def fill(bench: Bench, side: str = "client") -> int:
+    """Packets until one has to wait; how many there are."""
+    for number in itertools.count(1):
+        if bench.send(side, bytes(40), wait_for_completion=False).state is PacketState.QUEUED:
+            return number
+    raise AssertionError
+
+
+def test_no_room_is_buffer_overflow_and_nothing_is_queued(bench: Bench) -> None:
+    bench.open()
+    while bench.client.packets_queued == 0:
+        bench.send()
+    bench.client._queue.pop()  # only the ring is full now
+    before = bench.client._next_transaction, bench.client.packets_sent, dict(bench.client.counters)
+    assert status_of(lambda: bench.client.send_synchronous_request(bytes(4000), timeout=0)) is Status.BUFFER_OVERFLOW
+    assert before == (bench.client._next_transaction, bench.client.packets_sent, bench.client.counters)
+
+
+def test_a_synchronous_request_that_must_queue_goes_in_order(bench: Bench) -> None:
+    bench.server.set_process_packet_callbacks(
+        lambda channel, completion, payload: (bench.take(channel, completion, payload), completion.complete(b"done"))
+    )
+    bench.open()
+    count = fill(bench)
+    assert bench.client.send_synchronous_request(b"the last").startswith(b"done")
+    assert [payload for _, payload in bench.taken["server"]][count:] == [b"the last"]
+
+
+def test_a_synchronous_request_that_times_out_is_cancelled(bench: Bench) -> None:
+    bench.open()
+    assert status_of(lambda: bench.client.send_synchronous_request(b"", timeout=3)) is Status.CANCELLED
+    assert status_of(lambda: bench.client.send_synchronous_request(b"", timeout=0)) is Status.CANCELLED
+    bench.run()
+    bench.answer()
+    bench.run()  # the late completions hurt nobody
+    assert bench.client.active and bench.client.packets_in_use == []
+    # One that was still queued is withdrawn.
+    bench.server.hold()
+    fill(bench)
+    queued = bench.client.packets_queued
+    assert status_of(lambda: bench.client.send_synchronous_request(b"", timeout=3)) is Status.CANCELLED
+    assert bench.client.packets_queued == queued
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_a_synchronous_request_on_a_channel_that_goes_away(bench: Bench, force: bool) -> None:
+    bench.open()
+    bench.send("server")
+    bench.run()  # the client holds a packet, so that a close takes its time
+
+    def closes(condition: Callable[[], bool], timeout: float, what: str) -> None:
+        bench.client.close(lambda: None, force=force)
+        assert condition()
+
+    bench.client.waiter = closes
+    assert status_of(lambda: bench.client.send_synchronous_request(b"")) is Status.DEVICE_REMOVED
+    assert status_of(lambda: bench.client.send_synchronous_request(b"")) is Status.DEVICE_REMOVED
+
+
+def test_a_synchronous_request_needs_an_active_channel_and_a_waiter(bench: Bench) -> None:
+    request = bench.client.send_synchronous_request
+    assert status_of(lambda: request(b"")) is Status.DEVICE_REMOVED
+    bench.open()
+    bench.client.hold()
+    assert status_of(lambda: request(b"")) is Status.DEVICE_REMOVED
+    bench.client.unhold()
+    bench.client.waiter = None
+    assert status_of(lambda: request(b"")) is Status.INVALID_DEVICE_STATE
+    assert bench.client._next_transaction == 1 and bench.client.packets_in_use == []
+    assert request(b"", wait_for_completion=False) == b""
+
+
+def test_a_server_may_not_wait(bench: Bench) -> None:
+    bench.open()
+    request = bench.server.send_synchronous_request
+    assert status_of(lambda: request(b"")) is Status.INVALID_PARAMETER
+    assert status_of(lambda: request(b"", timeout=0)) is Status.INVALID_PARAMETER
+    assert status_of(lambda: request(b"", wait_for_completion=False)) is Status.INVALID_PARAMETER
+    assert request(b"at once", wait_for_completion=False, timeout=0) == b""
+    bench.run()
+    assert bench.taken["client"][0][1].startswith(b"at once")
+
+
+def test_synchronous_requests_are_fine_in_post_started(bench: Bench) -> None:
+    replies: list[bytes] = []
+    bench.server.set_process_packet_callbacks(answering)
+    bench.client.set_state_change_callbacks(
+        post_started=lambda channel: replies.append(channel.send_synchronous_request(b"now?"))
+    )
+    bench.open()
+    assert replies == [b"re: now?"]
+
+
+# ---- packets ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_caller_owned_packet_needs_a_routine(bench: Bench) -> None:
+    bench.open()
+    packet = Packet(bench.client, owned_by_caller=True)
+    assert status_of(lambda: packet.send(b"")) is Status.INVALID_DEVICE_REQUEST
+    done: list[int] = []
+    packet.completion_routine = lambda *_: done.append(1)
+    for _ in range(2):
+        packet.send(b"", wait_for_completion=False)
+    assert done == [1, 1] and packet.state is PacketState.IDLE
+    packet.free()
+
+
+def test_the_default_routine_frees_the_packet(bench: Bench) -> None:
+    bench.open()
+    packet = bench.client.allocate_packet()
+    packet.send(b"", wait_for_completion=False)
+    assert packet.state is PacketState.FREED
+
+
+BAD_SENDS: dict[str, tuple[Callable[[Bench, Packet], object], Status]] = {
+    "too long": (lambda b, p: p.send(bytes(201)), Status.INVALID_PARAMETER),
+    "data without completion": (
+        lambda b, p: p.send(b"", external=[(BASE, 8)], wait_for_completion=False),
+        Status.INVALID_PARAMETER,
+    ),
+    "no data": (lambda b, p: p.send(b"", external=[]), Status.INVALID_PARAMETER),
+    "an empty piece": (lambda b, p: p.send(b"", external=[(BASE, 8), (BASE, 0)]), Status.INVALID_PARAMETER),
+    "too much data": (lambda b, p: p.send(b"", external=[(BASE, 0x4001)]), Status.INVALID_PARAMETER),
+    "too long a chain": (lambda b, p: p.send(b"", external=[(BASE, 8)] * 4), Status.INVALID_PARAMETER),
+    "both kinds of data": (
+        lambda b, p: p.send(b"", external=[(BASE, 8)], external_ranges=[GpaRange(8, 0, (16,))]),
+        Status.INVALID_PARAMETER,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD_SENDS)
+@pytest.mark.parametrize("queued", [False, True])
+def test_a_refused_send_leaves_everything_as_it_was(bench: Bench, name: str, queued: bool) -> None:
+    bench.client.set_maximum_packet_size(200)
+    bench.client.set_maximum_external_data(0x4000, 3)
+    bench.open()
+    if queued:
+        fill(bench)
+    packet = bench.send()
+    again = bench.client.allocate_packet()
+
+    def picture() -> object:
+        channel = bench.client
+        return (
+            channel.state,
+            list(channel._queue),
+            dict(channel._sent),
+            channel._next_transaction,
+            dict(channel.counters),
+            (again.state, again.transaction, again.body),
+            packet.state,
+            bytes(bench.ram),
+        )
+
+    before = picture()
+    call, status = BAD_SENDS[name]
+    assert status_of(lambda: call(bench, again)) is status
+    assert status_of(lambda: packet.send(b"in use")) is Status.INVALID_DEVICE_REQUEST
+    assert picture() == before
+    again.completion_routine = lambda *_: None
+    again.send(b"fine")
+    assert again.transaction == packet.transaction + 1
+
+
+def test_sends_out_of_season(bench: Bench) -> None:
+    for channel in (bench.server, bench.client):
+        packet = channel.allocate_packet()
+        assert status_of(partial(packet.send, b"")) is Status.INVALID_DEVICE_STATE
+        assert packet.state is PacketState.IDLE and packet.transaction == 0
+    bench.open()
+    assert status_of(lambda: bench.send("server", external=[(BASE, 8)])) is Status.INVALID_DEVICE_REQUEST
+    assert status_of(lambda: bench.send(payload=bytes(4096))) is Status.INVALID_PARAMETER
+    bench.close()
+    assert status_of(lambda: bench.send()) is Status.INVALID_DEVICE_STATE
+
+
+def test_a_reply_that_can_never_fit_is_refused_and_the_packet_lives(bench: Bench) -> None:
+    bench.open()
+    bench.send()
+    bench.run()
+    completion = bench.taken["server"][0][0]
+    assert status_of(lambda: completion.complete(bytes(4096))) is Status.INVALID_PARAMETER
+    completion.complete(b"shorter.")
+    bench.run()
+    assert bench.outcomes == [(Status.SUCCESS, b"shorter.")]
+
+
+# ---- completions -----------------------------------------------------------------------------------------------------
+
+
+def test_failing_a_packet_stops_its_channel(bench: Bench) -> None:
+    bench.open()
+    bench.send()
+    bench.run()
+    completion = bench.taken["server"][0][0]
+    completion.fail("nonsense")
+    assert bench.server.state is ChannelState.CLOSED and "nonsense" in bench.server_link.failures[0]
+    assert status_of(lambda: completion.fail("again")) is Status.INVALID_DEVICE_REQUEST
+    assert status_of(completion.complete) is Status.INVALID_DEVICE_REQUEST
+
+
+def test_failing_a_packet_of_a_former_open_does_not_hurt_the_next(bench: Bench) -> None:
+    bench.open()
+    bench.send()
+    bench.run()
+    old = bench.taken["server"][0][0]
+    bench.server.close(lambda: None, force=True)
+    bench.client.close(lambda: None)
+    bench.open()
+    old.fail("late")
+    assert bench.server.active
+
+
+def test_failing_the_last_held_packet_finishes_a_close(bench: Bench) -> None:
+    bench.open()
+    bench.send()
+    bench.run()
+    closed: list[bool] = []
+    bench.server.close(lambda: closed.append(True))
+    bench.taken["server"][0][0].fail("nonsense")
+    assert closed and bench.server.state is ChannelState.CLOSED
+
+
+# ---- external data ---------------------------------------------------------------------------------------------------
+
+
+def test_external_ranges_are_the_same_as_extents(bench: Bench) -> None:
+    bench.open()
+    last = BASE + len(bench.ram) - PAGE
+    bench.ram[-PAGE:] = bytes(index % 251 for index in range(PAGE))
+    bench.send(external_ranges=[GpaRange(100, 4000, ((last >> 12) - 1, last >> 12))])
+    bench.send(external=[(last - 96, 100)])
+    bench.run()
+    pieces = [b"".join(bytes(v) for v in c.external_data(read_only=True).views) for c, _ in bench.taken["server"]]
+    assert pieces[0] == pieces[1] and len(pieces[0]) == 100 and pieces[0][-4:] == bytes([0, 1, 2, 3])
+    assert all(view.readonly for c, _ in bench.taken["server"] for view in c.external_data().views)
+    bench.answer()
+    bench.run()
+    assert len(bench.outcomes) == 2
+
+
+def test_external_data_is_bounded_by_the_receiver_too(bench: Bench) -> None:
+    bench.server.set_maximum_external_data(64, 2)
+    bench.open()
+    last = BASE + len(bench.ram) - PAGE
+    bench.send(external=[(last, 32), (last + 100, 32)])
+    bench.send(external=[(last, 65)])
+    bench.send(external=[(last, 8)] * 3)
+    bench.send()
+    bench.run()
+    fine, *rest = [completion for completion, _ in bench.taken["server"]]
+    assert sum(len(view) for view in fine.external_data().views) == 64
+    assert [status_of(one.external_data) for one in rest] == [
+        Status.DATA_ERROR,
+        Status.DATA_ERROR,
+        Status.INVALID_DEVICE_REQUEST,
+    ]
+    assert [one.has_external_data for one in rest] == [True, True, False]
+
+
+def test_external_data_dies_with_its_packet(bench: Bench) -> None:
+    bench.open()
+    for _ in range(2):
+        bench.send(external=[(BASE + len(bench.ram) - PAGE, 8)])
+    bench.run()
+    (first, _), (second, _) = bench.taken["server"]
+    assert first.external_data() is first.external_data()
+    first.complete()
+    assert status_of(first.external_data) is Status.INVALID_DEVICE_REQUEST
+    bench.server.close(lambda: None, force=True)
+    assert status_of(second.external_data) is Status.CANCELLED
+
+
+# ---- GPADLs ----------------------------------------------------------------------------------------------------------
+
+
+def test_gpadls_are_made_mapped_and_taken_back(bench: Bench) -> None:
+    bench.open()
+    handle = bench.client.create_gpadl([(BASE + len(bench.ram) - PAGE, 16)])
+    (view,) = bench.server.map_gpadl(handle).views
+    view[:4] = b"here"
+    assert bench.ram[-PAGE : -PAGE + 4] == b"here"
+    assert status_of(lambda: bench.server.map_gpadl(handle)) is Status.INVALID_PARAMETER
+    with pytest.raises(WaitTimeout, match="unmapped"):
+        bench.client.delete_gpadl(handle)
+    bench.server.unmap_gpadl(handle)
+    assert bench.server.map_gpadl(handle, read_only=True).views[0].readonly
+    bench.server.unmap_gpadl(handle)
+    assert status_of(lambda: bench.server.unmap_gpadl(handle)) is Status.INVALID_PARAMETER
+    bench.client.delete_gpadl(handle)
+    assert status_of(lambda: bench.client.delete_gpadl(handle)) is Status.INVALID_PARAMETER
+    assert status_of(lambda: bench.server.map_gpadl(handle)) is Status.INVALID_PARAMETER
+    assert status_of(lambda: bench.client.create_gpadl([])) is Status.INSUFFICIENT_RESOURCES
+
+
+def test_gpadl_calls_need_an_open_channel(bench: Bench) -> None:
+    calls: list[Callable[[], object]] = [
+        lambda: bench.client.create_gpadl([(BASE, 8)]),
+        lambda: bench.client.delete_gpadl(1),
+        lambda: bench.server.map_gpadl(1),
+        lambda: bench.server.unmap_gpadl(1),
+    ]
+    assert {status_of(call) for call in calls} == {Status.INVALID_DEVICE_STATE}
+    bench.open().close()
+    assert {status_of(call) for call in calls} == {Status.INVALID_DEVICE_STATE}
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_gpadls_can_be_given_back_in_the_closed_callback(bench: Bench, force: bool) -> None:
+    def closed(channel: Channel) -> None:
+        assert isinstance(channel, ServerChannel)
+        channel.unmap_gpadl(handle)
+        assert status_of(lambda: channel.map_gpadl(handle)) is Status.INVALID_DEVICE_STATE
+
+    bench.server.set_state_change_callbacks(closed=closed)
+    bench.open()
+    handle = bench.client.create_gpadl([(BASE, 8)])
+    bench.server.map_gpadl(handle)
+    bench.server.close(lambda: None, force=force)
+    assert not bench.mapped
+    assert status_of(lambda: bench.server.unmap_gpadl(handle)) is Status.INVALID_DEVICE_STATE
+
+
+# ---- pipes -----------------------------------------------------------------------------------------------------------
+
+
+def pipes(bench: Bench, mode: PipeMode) -> tuple[Pipe, list[bytes]]:
+    got: list[bytes] = []
+    Pipe(bench.server, mode, got.append)
+    return Pipe(bench.client, mode, lambda _: None), got
+
+
+def test_messages_keep_their_exact_lengths(bench: Bench) -> None:
+    pipe, got = pipes(bench, PipeMode.MESSAGE)
+    bench.open()
+    messages = [bytes([size % 256]) * size for size in (0, 1, 7, 8, 9, 1000)]
+    for message in messages:
+        pipe.write(message)
+    bench.run()
+    assert got == messages
+    assert status_of(lambda: pipe.write(bytes(MAX_DATA + 1))) is Status.INVALID_PARAMETER
+    assert bench.client.packets_in_use == []
+
+
+@pytest.mark.parametrize("pages", [1, 8])
+def test_bytes_are_a_stream(pages: int) -> None:
+    bench = Bench(up_pages=pages)
+    pipe, got = pipes(bench, PipeMode.BYTE)
+    bench.open()
+    data = random.Random(1).randbytes(100_000)
+    pipe.write(data)
+    pipe.write(b"")
+    pipe.write(b"end")
+    bench.run()
+    assert b"".join(got) == data + b"end"
+    assert max(len(piece) for piece in got) <= MAX_DATA
+
+
+@pytest.mark.parametrize(
+    "payload",
+    [b"", b"\x02\0\0\0\x01\0\0\0x", b"\x01\0\0\0\xff\xff\0\0abcdefgh", frame(bytes(3000))[:100]],
+    ids=["empty", "another type", "beyond its packet", "cut"],
+)
+def test_a_malformed_pipe_packet_fails_its_channel(bench: Bench, payload: bytes) -> None:
+    _, got = pipes(bench, PipeMode.MESSAGE)
+    bench.open()
+    bench.send(payload=payload, wait_for_completion=False)
+    bench.run()
+    assert bench.server.state is ChannelState.CLOSED and "pipe packet" in bench.server_link.failures[0]
+    assert not got
+
+
+def test_a_pipe_has_neither_data_nor_completions(bench: Bench) -> None:
+    pipes(bench, PipeMode.MESSAGE)
+    bench.open()
+    assert bench.client.is_pipe
+    assert status_of(lambda: bench.send()) is Status.INVALID_PARAMETER
+    assert status_of(lambda: bench.client.send_synchronous_request(b"")) is Status.INVALID_PARAMETER
+    assert status_of(lambda: bench.send(external=[(BASE, 8)])) is Status.INVALID_PARAMETER
+
+
+# ---- chunked save and restore ----------------------------------------------------------------------------------------
+
+
+class Vsp:
+    """Numbered packets on a server channel that can be saved."""
+
+    def __init__(self, bench: Bench) -> None:
+        self.bench = bench
+        self.answers: list[tuple[int, int]] = []
+        self.set_up(bench.server)
+
+    def set_up(self, channel: ServerChannel) -> None:
+        channel.set_process_packet_callbacks(self.bench.take)
+        channel.set_save_restore_packet_callbacks(self.save, self.restore)
+
+    def make(self) -> ServerChannel:
+        channel = ServerChannel(TYPE, INSTANCE, name="server")
+        self.set_up(channel)
+        channel.waiter = self.bench.wait
+        return channel
+
+    def save(self, channel: ServerChannel, packet: Packet, buffer: memoryview) -> int:
+        own = b"own state of %d" % packet.pointer
+        buffer[: len(own)] = own[: len(buffer)]
+        return len(own)
+
+    def restore(self, channel: ServerChannel, lib_buf: bytes, save_buf: bytes) -> None:
+        packet = channel.allocate_packet()
+        channel.restore_packet(packet, lib_buf)
+        packet.pointer = int(save_buf.split()[-1])
+        packet.completion_routine = self.done
+
+    def done(self, packet: Packet, status: int, reply: bytes) -> None:
+        self.answers.append((packet.pointer, status))
+
+    def send(self, number: int) -> None:
+        packet = self.bench.server.allocate_packet()
+        packet.pointer = number
+        packet.completion_routine = self.done
+        packet.send(b"%08d" % number + bytes(60))
+
+    def finish(self, count: int) -> None:
+        """Let everything through and see that it came once and in order."""
+        for _ in range(count):
+            self.bench.run()
+            self.bench.answer("client")
+        assert self.answers == [(number, Status.SUCCESS) for number in range(count)]
+        assert self.bench.server.packets_in_use == [] and not self.bench.server._queue
+
+
+COUNT = 80
+
+
+@pytest.fixture
+def vsp(bench: Bench) -> Vsp:
+    """80 packets: some sent and held by the guest, some in the ring, some queued; held for a save."""
+    made = Vsp(bench)
+    bench.open()
+    for number in range(COUNT):
+        made.send(number)
+    bench.turn("client")
+    bench.server.hold()
+    assert bench.server.packets_sent and bench.server.packets_queued and bench.taken["client"]
+    return made
+
+
+def drain(channel: ServerChannel, size: int) -> list[bytes]:
+    """All of a save through a buffer of `size` bytes, grown where one chunk asks for more."""
+    parts = []
+    while True:
+        step = channel.save_continue(size)
+        assert len(step.data) <= size
+        if step.data:
+            parts.append(step.data)
+        elif step.more:
+            assert step.required > size
+            step = channel.save_continue(step.required)
+            assert step.data
+            parts.append(step.data)
+        if not step.more:
+            assert step.required == 0
+            return parts
+
+
+def test_every_buffer_size_gives_the_same_bytes(bench: Bench, vsp: Vsp) -> None:
+    chunks = bench.server.save()
+    longest = max(map(len, chunks)) + 4
+    for size in [*range(longest + 3), 1000, 1 << 20]:
+        bench.server.save_begin()
+        parts = drain(bench.server, size)
+        assert bench.server.save_continue(size) == SaveStep(b"", False, 0)
+        bench.server.save_end()
+        assert split_frames(b"".join(parts)) == chunks, size
+        assert all(split_frames(part) for part in parts)
+    bench.server.unhold()
+    vsp.finish(COUNT)
+
+
+def test_too_small_a_buffer_says_what_it_needs_and_moves_nothing(bench: Bench, vsp: Vsp) -> None:
+    bench.server.save_begin()
+    first = bench.server.save_continue(0)
+    assert first == bench.server.save_continue(first.required - 1) == SaveStep(b"", True, first.required)
+    step = bench.server.save_continue(first.required)
+    assert len(step.data) == first.required and step.more and step.required > 0
+
+
+def test_an_abandoned_save_leaves_the_channel_as_it_was(bench: Bench, vsp: Vsp) -> None:
+    before = bench.server.packets_in_use, bench.server._next_transaction, bytes(bench.ram)
+    for steps in range(4):
+        bench.server.save_begin()
+        for _ in range(steps):
+            bench.server.save_continue(500)
+        bench.server.save_end()
+        bench.server.save_end()
+    assert before == (bench.server.packets_in_use, bench.server._next_transaction, bytes(bench.ram))
+    bench.server.unhold()
+    vsp.finish(COUNT)
+
+
+def test_save_calls_out_of_season(bench: Bench, vsp: Vsp) -> None:
+    assert status_of(lambda: bench.server.save_continue(100)) is Status.INVALID_DEVICE_STATE
+    bench.server.save_begin()
+    assert status_of(bench.server.save_begin) is Status.INVALID_DEVICE_STATE
+    bench.server.save_end()
+    bench.server.unhold()
+    assert status_of(bench.server.save_begin) is Status.INVALID_DEVICE_STATE
+    bench.send()
+    bench.run()
+    bench.server.hold()
+    assert bench.taken["server"]
+    assert status_of(bench.server.save_begin) is Status.INVALID_DEVICE_STATE
+
+
+def replace(bench: Bench, vsp: Vsp) -> ServerChannel:
+    """A fresh server end on the old rings, with nothing restored yet."""
+    bench.ready.discard("server")
+    bench.server = vsp.make()
+    bench.server.bind(lambda _: None, bench.withdraw)
+    bench.server.enable()
+    bench.server_link = bench.link("server")
+    bench.server.reopen(bench.server_link)
+    return bench.server
+
+
+@pytest.mark.parametrize("size", [1, 200, 1000, 5000, 1 << 20])
+def test_restore_takes_any_whole_number_of_chunks(bench: Bench, vsp: Vsp, size: int) -> None:
+    bench.server.save_begin()
+    parts = drain(bench.server, size)
+    bench.server.save_end()
+    fresh = replace(bench, vsp)
+    complete = [fresh.restore_from_buffer(part) for part in parts]
+    assert complete == [False] * (len(parts) - 1) + [True]
+    assert fresh.restored_started
+    assert [packet.pointer for packet in fresh.packets_in_use] == list(range(COUNT))
+    fresh.start()
+    bench.ready |= {"server", "client"}
+    vsp.finish(COUNT)
+
+
+def test_pieces_that_are_no_whole_chunks_are_refused_and_forgotten(bench: Bench, vsp: Vsp) -> None:
+    bench.server.save_begin()
+    data = bench.server.save_continue(1 << 20).data
+    bench.server.save_end()
+    fresh = replace(bench, vsp)
+    cuts = [cut for cut in range(1, len(data), 7) if not whole(data[:cut])]
+    for cut in cuts:
+        with pytest.raises(StateError):
+            fresh.restore_from_buffer(data[:cut])
+        assert fresh.packets_in_use == []
+    assert fresh.restore_from_buffer(data)
+    assert len(fresh.packets_in_use) == COUNT
+
+
+def whole(data: bytes) -> bool:
+    try:
+        split_frames(data)
+    except StateError:
+        return False
+    return True
+
+
+def test_damaged_chunks_are_refused_and_leave_nothing(bench: Bench, vsp: Vsp) -> None:
+    bench.server.save_begin()
+    data = bench.server.save_continue(1 << 20).data
+    bench.server.save_end()
+    fresh = replace(bench, vsp)
+    chance = random.Random(2)
+    refused = 0
+    for _ in range(300):
+        broken = bytearray(data)
+        broken[chance.randrange(len(data))] ^= 1 << chance.randrange(8)
+        try:
+            if fresh.restore_from_buffer(bytes(broken)):
+                fresh = replace(bench, vsp)  # a flipped bit of somebody's own data
+            else:
+                with pytest.raises((StateError, KmclError)):
+                    fresh.restore_from_buffer(b"\xff\xff")  # it asks for more; give it garbage
+        except (StateError, KmclError):
+            refused += 1
+        assert fresh.packets_in_use == []
+    assert refused > 50
+    assert not fresh.restore_from_buffer(b"")
+    assert fresh.restore_from_buffer(data)
+
+
+@pytest.mark.parametrize("which", ["sent", "queued"])
+def test_a_packet_restored_twice_is_refused(bench: Bench, vsp: Vsp, which: str) -> None:
+    head, *packets = bench.server.save()
+    twice = packets[0] if which == "sent" else packets[-1]
+    more = encode(decode_chunk(head).__class__(1, True, decode_chunk(head).next_transaction, len(packets) + 1))
+    fresh = replace(bench, vsp)
+    with pytest.raises(StateError, match="restored twice"):
+        fresh.restore([more, *packets, twice])
+    assert fresh.packets_in_use == []
+    fresh.restore([head, *packets])
+    with pytest.raises(ChannelStateError, match="in use already"):
+        fresh.restore([head, *packets])
+    assert len(fresh.packets_in_use) == COUNT
+
+
+def test_restore_needs_an_enabled_and_fresh_channel(bench: Bench, vsp: Vsp) -> None:
+    chunks = bench.server.save()
+    assert status_of(lambda: vsp.make().restore_from_buffer(b"")) is Status.INVALID_DEVICE_STATE
+    fresh = replace(bench, vsp)
+    fresh.allocate_packet().send(b"too early")
+    assert status_of(lambda: fresh.restore(chunks)) is Status.INVALID_DEVICE_STATE
+
+
+@pytest.mark.parametrize("where", ["save", "restore"])
+def test_the_status_of_a_failing_callback_is_kept(bench: Bench, vsp: Vsp, where: str) -> None:
+    def boom(*_: object) -> Any:
+        raise KmclError("channel: no", Status.DATA_ERROR)
+
+    chunks = bench.server.save()
+    if where == "save":
+        bench.server._save_packet = boom
+        assert status_of(bench.server.save_begin) is Status.DATA_ERROR
+        assert status_of(lambda: bench.server.save_continue(1)) is Status.INVALID_DEVICE_STATE
+    else:
+        fresh = replace(bench, vsp)
+        fresh._restore_packet = boom
+        assert status_of(lambda: fresh.restore(chunks)) is Status.DATA_ERROR
+        assert fresh.packets_in_use == []
+
+
+def test_a_stranger_cannot_be_restored_into(bench: Bench, vsp: Vsp) -> None:
+    lib = decode_chunk(bench.server.save()[1]).lib
+    fresh = replace(bench, vsp)
+    fresh._restoring = []
+    other = ServerChannel(TYPE, UUID(int=9), name="other").allocate_packet()
+    assert status_of(lambda: fresh.restore_packet(other, lib)) is Status.INVALID_PARAMETER_1
+    used = fresh.allocate_packet()
+    used.send(b"")
+    assert status_of(lambda: fresh.restore_packet(used, lib)) is Status.INVALID_PARAMETER_1
