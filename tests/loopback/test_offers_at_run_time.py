@@ -43,7 +43,7 @@ class WaitingProvider(MultiProvider):
         self.inner.enable()
         self.inner.start()
         self.client = ClientChannel(MULTI_TYPE, name="inner client")
-        self.host.add_client(self.client)  # type: ignore[attr-defined]
+        self.host.add_client(self.client)
         self.client.enable()
 
     def _opened(self, channel: Channel) -> None:

@@ -9,6 +9,7 @@ import msgspec
 
 from vmbus.description import explain
 from vmbus.errors import StateError, UsageError
+from vmbus.kmcl.client import ClientChannel
 from vmbus.kmcl.server import ServerChannel
 
 
@@ -24,6 +25,9 @@ class Host(Protocol):
 
     def add_channel(self, channel: ServerChannel) -> None:
         """Tie a disabled channel to the device; `enable` then offers it."""
+
+    def add_client(self, channel: ClientChannel) -> None:
+        """Tie a disabled client channel to the loopback offers of this device's providers; `enable` then opens it."""
 
     def call_soon(self, call: Callable[[], None]) -> None:
         """Call from the event loop, soon."""
