@@ -33,6 +33,11 @@ MAX_BODY = 1 << 30
 
 _HEAD = Struct("<8sIIQ32s")
 
+# Of each structure below, for a change that a new optional field cannot express.
+OLDEST_STRUCTURE_VERSION = 1
+NEWEST_STRUCTURE_VERSION = 1
+StructVersion = Annotated[int, msgspec.Meta(ge=OLDEST_STRUCTURE_VERSION, le=NEWEST_STRUCTURE_VERSION)]
+
 U16 = Annotated[int, msgspec.Meta(ge=0, le=0xFFFF)]
 U32 = Annotated[int, msgspec.Meta(ge=0, le=0xFFFFFFFF)]
 U64 = Annotated[int, msgspec.Meta(ge=0)]
@@ -48,6 +53,7 @@ class SynicState(msgspec.Struct, frozen=True):
     registers: dict[U16, U32]
     post_status: U32
     outbox: list[Annotated[bytes, msgspec.Meta(min_length=8, max_length=240)]]
+    structure_version: StructVersion = 1
 
 
 class OpenState(msgspec.Struct, frozen=True):
@@ -58,6 +64,7 @@ class OpenState(msgspec.Struct, frozen=True):
     target_vp: U32
     downstream_page_offset: U32
     user_data: Annotated[bytes, msgspec.Meta(max_length=120)]
+    structure_version: StructVersion = 1
 
 
 class OfferStateRecord(msgspec.Struct, frozen=True):
@@ -70,6 +77,7 @@ class OfferStateRecord(msgspec.Struct, frozen=True):
     state: str
     open: OpenState | None
     withdrawn: bool = False
+    structure_version: StructVersion = 1
 
 
 class RangeState(msgspec.Struct, frozen=True, array_like=True):
@@ -87,6 +95,7 @@ class GpadlState(msgspec.Struct, frozen=True):
     handle: U32
     ranges: list[RangeState]
     tearing_down: bool = False
+    structure_version: StructVersion = 1
 
 
 class PartialState(msgspec.Struct, frozen=True):
@@ -97,6 +106,7 @@ class PartialState(msgspec.Struct, frozen=True):
     range_bytes: U16
     range_count: U16
     data: Annotated[bytes, msgspec.Meta(max_length=65536)]
+    structure_version: StructVersion = 1
 
 
 class BusState(msgspec.Struct, frozen=True):
@@ -108,6 +118,7 @@ class BusState(msgspec.Struct, frozen=True):
     offers: list[OfferStateRecord]
     gpadls: list[GpadlState]
     partial: list[PartialState]
+    structure_version: StructVersion = 1
 
 
 class ChannelRecord(msgspec.Struct, frozen=True):
@@ -116,6 +127,7 @@ class ChannelRecord(msgspec.Struct, frozen=True):
     instance: Guid
     chunks: list[bytes]
     subchannel: U16 = 0
+    structure_version: StructVersion = 1
 
 
 class ProviderRecord(msgspec.Struct, frozen=True):
@@ -125,6 +137,7 @@ class ProviderRecord(msgspec.Struct, frozen=True):
     name: str
     instance: Guid
     state: bytes
+    structure_version: StructVersion = 1
 
 
 class DeviceState(msgspec.Struct, frozen=True):

@@ -600,3 +600,17 @@ def test_corrupt_rings_in_guest_memory_are_said() -> None:
     with pytest.raises(StateError, match="write index"):
         restored(state, machine)
     assert all(channel.state is ChannelState.CLOSED for channel in machine.device.channels)
+
+
+@pytest.mark.parametrize("version", [0, 2])
+def test_an_unknown_version_of_one_structure_is_refused(version: int) -> None:
+    state = saved.DeviceState(
+        device="vmbus0",
+        config=bytes(256),
+        synic=saved.SynicState(False, False, {}, 0, []),
+        bus=saved.BusState(False, 0, False, [], [], [], structure_version=version),
+        channels=[],
+        providers=[],
+    )
+    with pytest.raises(StateError, match="structure_version"):
+        saved.decode(saved.encode(state))
