@@ -430,7 +430,8 @@ class BothEnds(RuleBasedStateMachine):
                 self.bench.run()
                 for side in SIDES_LIST:
                     self.complete(side, [0] * 100, False)
-                if not self.bench.ready and not any(end.unresolved for end in self.ends.values()):
+                busy = any(end.unresolved or end.held_packets for end in self.ends.values())
+                if not self.bench.ready and not busy:
                     break
             self.model_and_channels_agree()
             for side, end in self.ends.items():
