@@ -16,6 +16,7 @@ from vmbus.kmcl.channel import Waiter
 from vmbus.kmcl.server import ServerChannel
 from vmbus.kmcl.states import ChannelState
 from vmbus.kmcl.status import KmclError, Status
+from vmbus.kmcl.turns import one_round
 from vmbus.memory import Grant, GuestMemory
 from vmbus.ring import RingReader, RingWriter
 from vmbus.synic import PostStatus, Synic
@@ -191,16 +192,8 @@ class Device:
         """Give every channel that asked for it one turn."""
         if self.frozen:
             return
-        ready = self._ready
         try:
-            # One at a time: an owner that waits in a callback has the others served from inside of this.
-            for _ in range(len(ready)):
-                if not ready or self.frozen:
-                    break
-                channel = next(iter(ready))
-                del ready[channel]
-                if channel.process():
-                    ready[channel] = None
+            one_round(self._ready, lambda: self.frozen)
         finally:
             if self.busy:
                 self._schedule()

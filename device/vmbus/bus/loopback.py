@@ -20,6 +20,7 @@ from vmbus.kmcl.client import ClientChannel
 from vmbus.kmcl.server import ServerChannel
 from vmbus.kmcl.states import ChannelState
 from vmbus.kmcl.status import KmclError, Status
+from vmbus.kmcl.turns import one_round
 from vmbus.memory import Grant, GuestMemory
 from vmbus.ring import FEATURE_BITS, FEATURE_PENDING_SEND_SIZE, RingReader, RingWriter
 from vmbus.wire.gpa import PAGE_SIZE, range_for
@@ -442,16 +443,8 @@ class LoopbackBus:
             self._break(self._lost.pop(0))
         if self._waiting:
             self._open_waiting()
-        ready = self._ready
         try:
-            # One at a time: an owner that waits in a callback has the others served from inside of this.
-            for _ in range(len(ready)):
-                if not ready:
-                    break
-                channel = next(iter(ready))
-                del ready[channel]
-                if channel.process():
-                    ready[channel] = None
+            one_round(self._ready)
         finally:
             if self.busy:
                 self._want()

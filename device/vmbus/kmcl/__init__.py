@@ -8,6 +8,7 @@ and complete `Completion` handles. The core does no I/O: a `Link` connects a cha
     channel.py     what both endpoints share: sending, receiving, queueing, completing
     packet.py      outgoing packets
     completion.py  incoming packets
+    turns.py       giving channels their turns
     server.py      the server endpoint: offers, save and restore
     client.py      the client endpoint
     saved.py       the saved form of a channel (server only: needs msgspec)

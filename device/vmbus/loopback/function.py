@@ -21,6 +21,7 @@ from typing import Protocol
 from vmbus.errors import EnvironmentProblem, UsageError
 from vmbus.vfio_user import bindings, pci
 from vmbus.vfio_user.client import Disconnected, VfioUserClient
+from vmbus.vfio_user.mapping import _MAP_ANONYMOUS, _MAP_FIXED, _MAP_PRIVATE, _libc
 
 PAGE_SIZE = 4096
 _U32 = struct.Struct("<I")
@@ -28,21 +29,7 @@ _MSI_ADDRESS = 0xFEE0_0000
 _MSI_DATA = 0x4021
 
 _MAP_SHARED = 0x01
-_MAP_PRIVATE = 0x02
-_MAP_FIXED = 0x10
-_MAP_ANONYMOUS = 0x20
 _PROT_READ_WRITE = 0x3
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.mmap.restype = ctypes.c_void_p
-_libc.mmap.argtypes = [
-    ctypes.c_void_p,
-    ctypes.c_size_t,
-    ctypes.c_int,
-    ctypes.c_int,
-    ctypes.c_int,
-    ctypes.c_long,
-]
-_libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 
 
 class Addressed(Protocol):
