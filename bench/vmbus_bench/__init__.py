@@ -5,4 +5,6 @@ processes       server processes to measure, CPU time of other processes
 host            host-only transactions: the real server and library, the guest's side in this process
 save_restore    a server with packets in flight, saved and restored
 guest           the same driver in a Linux guest, against virtio-serial
+audit           transactions with audit records, against the same without
+downtime        live migration with the device, against the same VM without it
 """

@@ -61,7 +61,9 @@ class ServerProcess:
     Attributes: `pid`, `socket_path` (vfio-user), `directory` (its own, removed at the end).
     """
 
-    def __init__(self, description: DeviceDescription, library: Path, *, restore: Path | None = None) -> None:
+    def __init__(
+        self, description: DeviceDescription, library: Path, *, restore: Path | None = None, audit: Path | None = None
+    ) -> None:
         """Returns when it listens. Raises EnvironmentProblem with what it printed, or WaitTimeout."""
         with contextlib.ExitStack() as stack:
             self.directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="vmbus-bench-")))
@@ -73,6 +75,8 @@ class ServerProcess:
             arguments += ["--description", str(file), "--socket", str(self.socket_path), "--control", str(control)]
             if restore is not None:
                 arguments += ["--restore", str(restore)]
+            if audit is not None:
+                arguments += ["--audit", str(audit)]
             log = stack.enter_context((self.directory / "server.log").open("w+b"))
             self._process = spawn(
                 arguments,

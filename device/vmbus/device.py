@@ -8,6 +8,7 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
+from vmbus.audit.recorder import Recorder
 from vmbus.bus.gpadl import Gpadl, GpadlError, Mappings
 from vmbus.bus.loopback import LoopbackBus
 from vmbus.bus.server import BusServer, Offer
@@ -56,7 +57,7 @@ class ServerLink:
             window.on_revoke = self._revoked
 
     def _revoked(self) -> None:
-        self._channel.fail("the guest unmapped its rings")
+        self._channel.fail("the guest unmapped its rings", breach=False)
 
     def signal(self) -> None:
         """The guest is to look at this channel's rings."""
@@ -91,7 +92,10 @@ class ServerLink:
 
 
 class Device:
-    """The device. `channels` are those that providers have allocated, in order."""
+    """The device. `channels` are those that providers have allocated, in order.
+
+    `recorder`, set before there are channels, records what happens to the packets of those that the guest is offered.
+    """
 
     def __init__(
         self,
@@ -117,6 +121,7 @@ class Device:
         self.resets = 0
         self.frozen = False
         self.waiter = waiter
+        self.recorder: Recorder | None = None
         self.loopback = LoopbackBus(loopback_schedule, waiter=waiter)
         self._offers: dict[int, Offer] = {}
         self._links: dict[int, ServerLink] = {}
@@ -151,6 +156,7 @@ class Device:
             self.channels.remove(channel)
             self.loopback.offer_enabled(channel)
             return
+        channel.recorder = self.recorder
         offer = Offer(
             channel.interface_type,
             channel.interface_instance,

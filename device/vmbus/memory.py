@@ -263,6 +263,15 @@ class GuestMemory:
             if window.on_revoke is not None:
                 window.on_revoke()
 
+    def move_to(self, other: "GuestMemory") -> None:
+        """Make everything that is reachable here reachable through `other` instead.
+
+        Here it is unmapped: windows are revoked and their owners told.
+        """
+        for region in list(self._regions):
+            other.map(region.iova, region.view, region.writable)
+            self.unmap(region.iova, region.end - region.iova)
+
     def mapped(self) -> list[tuple[int, int, bool]]:
         """(I/O address, size, writable) of every region, in address order."""
         return [(region.iova, region.end - region.iova, region.writable) for region in self._regions]
@@ -371,6 +380,27 @@ class GuestMemory:
         """Stop and forget the log. Harmless without one."""
         self.log = None
 
+    def take_dirty(self, iova: int, size: int, *, written_on: bool) -> list[tuple[int, int]]:
+        """Take the logged pages in `size` bytes at `iova` out of the log, as (I/O address, length) runs.
+
+        `written_on`: the device goes on, so that what is granted for writing counts as written again from now on.
+        Raises DirtyLogBroken as `dirty_runs` does, and UsageError without a log.
+        """
+        if self.log is None:
+            raise UsageError("no dirty log is running; start one before the migration begins")
+        if self.log.broken is not None:
+            raise DirtyLogBroken(f"{self.log.broken}; cancel this pass and start again")
+        first, last = iova >> _PAGE_SHIFT, (iova + size - 1) >> _PAGE_SHIFT
+        if last - first < len(self.log.pages):
+            taken = {page for page in range(first, last + 1) if page in self.log.pages}
+        else:
+            taken = {page for page in self.log.pages if first <= page <= last}
+        self.log.pages -= taken
+        if written_on:
+            for grant in self._writable_grants:
+                self._mark_grant(grant)
+        return _runs(taken, size)
+
     def dirty_runs(self, max_bytes: int = 1 << 20) -> list[tuple[int, int]]:
         """The logged pages as (I/O address, length) runs of at most `max_bytes`, in address order.
 
@@ -380,11 +410,16 @@ class GuestMemory:
             raise UsageError("no dirty log is running; start one before the migration begins")
         if self.log.broken is not None:
             raise DirtyLogBroken(f"{self.log.broken}; cancel this pass and start again")
-        runs: list[tuple[int, int]] = []
-        for page in sorted(self.log.pages):
-            address = page * PAGE_SIZE
-            if runs and sum(runs[-1]) == address and runs[-1][1] + PAGE_SIZE <= max_bytes:
-                runs[-1] = (runs[-1][0], runs[-1][1] + PAGE_SIZE)
-            else:
-                runs.append((address, PAGE_SIZE))
-        return runs
+        return _runs(self.log.pages, max_bytes)
+
+
+def _runs(pages: Iterable[int], max_bytes: int) -> list[tuple[int, int]]:
+    """Pages as (I/O address, length) runs of at most `max_bytes`, in address order."""
+    runs: list[tuple[int, int]] = []
+    for page in sorted(pages):
+        address = page * PAGE_SIZE
+        if runs and sum(runs[-1]) == address and runs[-1][1] + PAGE_SIZE <= max_bytes:
+            runs[-1] = (runs[-1][0], runs[-1][1] + PAGE_SIZE)
+        else:
+            runs.append((address, PAGE_SIZE))
+    return runs

@@ -85,9 +85,10 @@ class RingWriter(_Ring):
     """The writing end. Packets are staged with `put` and become visible together with `commit`.
 
     `largest`: ring bytes of the largest packet (descriptor, padding and trailer included) that can ever fit.
+    `tap`: called with the ring bytes of packets that were just published; None: nobody records them.
     """
 
-    __slots__ = ("_free", "_index", "_packers", "_peer", "_published", "_requested", "_staged", "largest")
+    __slots__ = ("_free", "_index", "_packers", "_peer", "_published", "_requested", "_staged", "largest", "tap")
 
     def __init__(self, header: Window, data: Window) -> None:
         """Attach; our own write index is taken from the ring, so that this serves open and restore alike."""
@@ -98,6 +99,7 @@ class RingWriter(_Ring):
         self._peer = _index(header.load32(READ_INDEX), self.size, "read index")
         self._free = self.size - 8 - (self._index - self._peer) % self.size
         self._staged: list[bytes] = []
+        self.tap: Callable[[bytes], None] | None = None
         self._packers: dict[int, Callable[..., bytes]] = {}
         self._requested = header.load32(PENDING_SEND_SIZE) != 0
         header.store32(FEATURE_BITS, header.load32(FEATURE_BITS) | FEATURE_PENDING_SEND_SIZE)
@@ -149,6 +151,8 @@ class RingWriter(_Ring):
         header = self.header
         header.store32(WRITE_INDEX, self._index)
         self._published = self._index
+        if self.tap is not None:
+            self.tap(data)
         full_fence()
         return not header.load32(INTERRUPT_MASK) and header.load32(READ_INDEX) == old
 
@@ -172,15 +176,16 @@ class RingWriter(_Ring):
 
 
 class RingReader(_Ring):
-    """The reading end. `fetch` copies packets, `advance` gives their space back."""
+    """The reading end. `fetch` copies packets, `advance` gives their space back. `batch`: the last copy made."""
 
-    __slots__ = ("_index", "_peer")
+    __slots__ = ("_index", "_peer", "batch")
 
     def __init__(self, header: Window, data: Window) -> None:
         """Attach; our own read index is taken from the ring, so that this serves open and restore alike."""
         super().__init__(header, data)
         self._index = _index(header.load32(READ_INDEX), self.size, "read index")
         self._peer = _index(header.load32(WRITE_INDEX), self.size, "write index")
+        self.batch = b""
 
     def available(self) -> int:
         """Bytes that the writer has published and we have not consumed. Raises RingCorrupt."""
@@ -206,13 +211,14 @@ class RingReader(_Ring):
         available = self.available()
         if not available:
             return [], None
-        data = self._copy(min(available, limit))
+        self.batch = data = self._copy(min(available, limit))
         packets, error = split_packets(data)
         if not packets and error is None:
             # The first packet is longer than the limit. Copy again, and believe only the new copy.
             wanted = max(first_packet_size(data), limit)
             if wanted <= available:
-                packets, error = split_packets(self._copy(wanted))
+                self.batch = self._copy(wanted)
+                packets, error = split_packets(self.batch)
             if not packets and error is None:
                 error = f"a packet claims {wanted} bytes and {available} were written"
         return packets, error

@@ -6,6 +6,7 @@ then every field's type and range, then whether it fits the device it is to be r
 """
 
 import hashlib
+import logging
 from collections.abc import Iterable
 from struct import Struct
 from typing import Annotated, Any, NamedTuple
@@ -13,17 +14,22 @@ from uuid import UUID
 
 import msgspec
 
+from vmbus.audit.recorder import LanePosition, LifePosition
 from vmbus.bus.gpadl import Gpadl, PartialGpadl
 from vmbus.bus.server import ConnectionState, Offer, OfferState, OpenRequest
 from vmbus.device import Device
 from vmbus.errors import PeerError, StateError, UsageError
 from vmbus.kmcl.saved import ChannelChunk, PacketChunk, decode_chunk, decode_lib
 from vmbus.kmcl.server import ServerChannel
+from vmbus.kmcl.states import ChannelState
 from vmbus.kmcl.status import KmclError
 from vmbus.providers.base import Provider
-from vmbus.synic import WRITABLE_REGISTERS, PostStatus
+from vmbus.synic import WRITABLE_REGISTERS, PostStatus, page_extents
+from vmbus.vfio_user.pci import COMMAND, COMMAND_BUS_MASTER
 from vmbus.wire import messages as m
 from vmbus.wire.gpa import GpaRange, page_count
+
+log = logging.getLogger(__name__)
 
 MAGIC = b"VMBSTATE"
 FORMAT_VERSION = 1
@@ -32,6 +38,7 @@ OLDEST_VERSION = 1
 MAX_BODY = 1 << 30
 
 _HEAD = Struct("<8sIIQ32s")
+HEAD_SIZE = _HEAD.size
 
 # Of each structure below, for a change that a new optional field cannot express.
 OLDEST_STRUCTURE_VERSION = 1
@@ -41,6 +48,7 @@ StructVersion = Annotated[int, msgspec.Meta(ge=OLDEST_STRUCTURE_VERSION, le=NEWE
 U16 = Annotated[int, msgspec.Meta(ge=0, le=0xFFFF)]
 U32 = Annotated[int, msgspec.Meta(ge=0, le=0xFFFFFFFF)]
 U64 = Annotated[int, msgspec.Meta(ge=0)]
+PacketCount = Annotated[int, msgspec.Meta(ge=0, le=1 << 62)]
 Relid = Annotated[int, msgspec.Meta(ge=0, le=2047)]
 Guid = Annotated[bytes, msgspec.Meta(min_length=16, max_length=16)]
 
@@ -140,6 +148,28 @@ class ProviderRecord(msgspec.Struct, frozen=True):
     structure_version: StructVersion = 1
 
 
+class LifeRecord(msgspec.Struct, frozen=True):
+    """Where the audit record of an open channel is: packets so far in each direction, and the CRC-32 of their bytes."""
+
+    instance: Guid
+    subchannel: U16
+    nonce: Guid
+    put: PacketCount
+    put_crc: U32
+    taken: PacketCount
+    taken_crc: U32
+    structure_version: StructVersion = 1
+
+
+class AuditState(msgspec.Struct, frozen=True):
+    """Which audit record the server wrote, and how many of its events came before the save."""
+
+    uid: Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{32}$")]
+    position: U64
+    lives: list[LifeRecord]
+    structure_version: StructVersion = 1
+
+
 class DeviceState(msgspec.Struct, frozen=True):
     """Everything the server holds about one device. `config` is the 256-byte PCI configuration space."""
 
@@ -149,6 +179,7 @@ class DeviceState(msgspec.Struct, frozen=True):
     bus: BusState
     channels: list[ChannelRecord]
     providers: list[ProviderRecord]
+    audit: AuditState | None = None
 
 
 class Counts(msgspec.Struct, frozen=True):
@@ -178,8 +209,16 @@ def encode(state: DeviceState) -> bytes:
     return _HEAD.pack(MAGIC, FORMAT_VERSION, 0, len(body), hashlib.sha256(body).digest()) + body
 
 
-def decode(data: bytes) -> DeviceState:
-    """The state in a file's bytes. Raises StateError saying what is wrong with them."""
+def expected_size(head: bytes) -> int:
+    """How many bytes a state has, head included, by its first HEAD_SIZE bytes. Raises StateError as `decode` does."""
+    length, _ = _parse_head(head)
+    if length > MAX_BODY:
+        raise StateError(f"device state announces a body of {length} bytes; at most {MAX_BODY} can be restored")
+    return _HEAD.size + length
+
+
+def _parse_head(data: bytes) -> tuple[int, bytes]:
+    """Length and digest of the body."""
     if len(data) < _HEAD.size:
         raise StateError(f"device state of {len(data)} bytes is cut short: the head alone has {_HEAD.size}")
     magic, version, reserved, length, digest = _HEAD.unpack_from(data)
@@ -191,6 +230,12 @@ def decode(data: bytes) -> DeviceState:
         )
     if reserved:
         raise StateError(f"device state is damaged: a reserved word of its head is {reserved:#x}")
+    return length, digest
+
+
+def decode(data: bytes) -> DeviceState:
+    """The state in a file's bytes. Raises StateError saying what is wrong with them."""
+    length, digest = _parse_head(data)
     body = data[_HEAD.size :]
     if length != len(body) or length > MAX_BODY:
         raise StateError(f"device state has a body of {len(body)} bytes where its head says {length}")
@@ -268,10 +313,41 @@ def save_device(name: str, config: bytes, device: Device, providers: list[Provid
         channels=[
             ChannelRecord(channel.interface_instance.bytes_le, channel.save(), channel.subchannel_index)
             for channel in device.channels
+            # A sub-channel that its owner has disabled is nothing any more: its owner need not make it again.
+            if not (channel.subchannel_index and channel.state is ChannelState.DISABLED)
         ],
         providers=[
             ProviderRecord(provider.kind, provider.name, provider.instance.bytes_le, provider.save())
             for provider in providers
+        ],
+        audit=_audit_state(device),
+    )
+
+
+def _audit_state(device: Device) -> AuditState | None:
+    recorder = device.recorder
+    if recorder is None:
+        return None
+    lives = [LifeRecord(*life.key, life.nonce, *life.out, *life.incoming) for life in recorder.saved(device.channels)]
+    return AuditState(recorder.uid, recorder.position, lives)
+
+
+def _resume_record(state: DeviceState, device: Device) -> None:
+    """Before the channels come back: the new record goes on where that of the saved device was."""
+    if device.recorder is None:
+        return
+    audit = state.audit or AuditState("", 0, [])
+    device.recorder.resume(
+        audit.uid,
+        audit.position,
+        [
+            LifePosition(
+                (one.instance, one.subchannel),
+                one.nonce,
+                LanePosition(one.put, one.put_crc),
+                LanePosition(one.taken, one.taken_crc),
+            )
+            for one in audit.lives
         ],
     )
 
@@ -325,7 +401,8 @@ def check_fits(state: DeviceState, name: str, device: Device, providers: list[Pr
     here = [record for record in state.bus.offers if not _withdrawn(record)]
     primaries = [(record.interface_type, record.instance) for record in here if not record.subchannel]
     known = [(record.instance, record.subchannel) for record in here]
-    if set(primaries) != offers or len(set(known)) != len(known) or not set(known) <= set(keys):
+    # One that is missing was disabled when the device was saved; its owner disables it again, or it is offered anew.
+    if not set(primaries) <= offers or len(set(known)) != len(known) or not set(known) <= set(keys):
         raise StateError("the offers in the state are not those that this device's providers make")
     _check_bus(state.bus)
     open_ = {(record.instance, record.subchannel) for record in state.bus.offers if record.open is not None}
@@ -426,7 +503,8 @@ def restore_device(state: DeviceState, device: Device, providers: list[Provider]
     Order: registers, bus, GPADLs, rings; then each provider's own state, with which it makes its sub-channels again;
     the sub-channels' rings; then the packets through the restore callbacks, and only when all is there the channels are
     started. Channels with `force_new_channel` are rescinded instead, and their packets dropped; they are offered anew
-    once the guest has released them. Raises StateError; the device is then reset.
+    once the guest has released them. When the guest's driver was dead at the save (`_driver_gone`), the device comes
+    back without a connection, and all packets are dropped. Raises StateError; the device is then reset.
     """
     try:
         return _restore(state, device, providers)
@@ -438,9 +516,41 @@ def restore_device(state: DeviceState, device: Device, providers: list[Provider]
         raise
 
 
+def _driver_gone(state: DeviceState, device: Device) -> bool:
+    """Whether the guest's driver died before the save, and its memory with it.
+
+    A guest whose driver is killed takes bus mastering away and lets go of its memory, but lazily: the device may be
+    saved in between, and then finds none of its pages at the restore. With bus mastering on that is an error.
+    """
+    if int.from_bytes(state.config[COMMAND : COMMAND + 2], "little") & COMMAND_BUS_MASTER:
+        return False
+    tables = [GpaRange(r.byte_count, r.byte_offset, tuple(r.pfns)) for gpadl in state.bus.gpadls for r in gpadl.ranges]
+    extents = [extent for table in tables for extent in table.extents()]
+    if state.synic.enabled:
+        extents += page_extents(state.synic.registers)
+    try:
+        device.memory.grant(extents, writable=False).release()
+    except PeerError as error:
+        log.warning("the guest's driver was gone when the device was saved (%s): restored without a connection", error)
+        return True
+    return False
+
+
+def _without_driver(state: DeviceState) -> DeviceState:
+    """The state as after the reset that the driver's end would have led to."""
+    synic = SynicState(enabled=False, fault=False, registers={}, post_status=0, outbox=[])
+    bus = BusState(connected=False, version=0, offers_requested=False, offers=[], gpadls=[], partial=[])
+    return msgspec.structs.replace(state, synic=synic, bus=bus)
+
+
 def _restore(state: DeviceState, device: Device, providers: list[Provider]) -> Restored:
     bus = device.bus
     bus.restoring = True
+    gone = _driver_gone(state, device)
+    lost = {(offer.instance, offer.subchannel) for offer in state.bus.offers if gone and offer.open is not None}
+    if gone:
+        state = _without_driver(state)
+    _resume_record(state, device)
     device.synic.restore(
         state.synic.registers,
         enabled=state.synic.enabled,
@@ -460,6 +570,8 @@ def _restore(state: DeviceState, device: Device, providers: list[Provider]) -> R
             PartialGpadl(partial.relid, partial.handle, partial.range_bytes, partial.range_count, partial.data)
         )
     adoption = _Adoption(state, device)
+    if gone:
+        adoption.renewed.update((record.instance, record.subchannel) for record in state.channels)
     adoption.primaries()
     for provider_record, provider in zip(state.providers, providers, strict=True):
         provider.restore(provider_record.state)
@@ -480,6 +592,8 @@ def _restore(state: DeviceState, device: Device, providers: list[Provider]) -> R
             head = decode_chunk(chunks[0])
             if isinstance(head, ChannelChunk) and head.started:
                 started.append(channel)
+            if key in lost:
+                channel.lost()
         elif channel.restore(chunks):
             started.append(channel)
     counts = _count(kept)
@@ -489,9 +603,13 @@ def _restore(state: DeviceState, device: Device, providers: list[Provider]) -> R
         raise StateError(
             f"{counts.queued} queued and {counts.sent} sent packets were saved, {queued} and {sent} came back"
         )
+    if device.recorder is not None:
+        device.recorder.restored(device.channels)
     saved_keys = {(record.instance, record.subchannel) for record in state.channels}
     for channel in device.channels:
-        if channel in started:
+        if channel.state is ChannelState.DISABLED:
+            channel.started = channel in started  # the wish, for when its owner enables it
+        elif channel in started:
             channel.start()
         elif _key(channel) in saved_keys:
             channel.begin_pause()
@@ -573,11 +691,23 @@ class _Adoption:
         bus = self._device.bus
         for offer in bus.offers:
             offer.teardowns = []
+        self._put_in_order()
         bus.end_restore(
             torndown=self._torndown,
             rescinded=self._rescinded,
             new=[offer for offer in bus.offers if offer not in self._adopted],
         )
+
+    def _put_in_order(self) -> None:
+        """Offers and channels in the order of their creation, as before: guests see offers in that order, and providers
+        have made their primary channels before their sub-channels now. What the saved state did not have comes last."""
+        state, device = self._state, self._device
+        offers = {(one.instance, one.subchannel, _withdrawn(one)): at for at, one in enumerate(state.bus.offers)}
+        device.bus.offers.sort(
+            key=lambda one: offers.get((one.instance.bytes_le, one.subchannel, not one.wanted), len(offers))
+        )
+        channels = {(one.instance, one.subchannel): at for at, one in enumerate(state.channels)}
+        device.channels.sort(key=lambda one: channels.get(_key(one), len(channels)))
 
 
 def _not_made_again(instance: bytes, subchannel: int) -> StateError:

@@ -85,6 +85,17 @@ class PostStatus(IntEnum):
     INSUFFICIENT_BUFFERS = 19
 
 
+def page_extents(values: dict[int, int]) -> list[tuple[int, int]]:
+    """(I/O address, size) of the message page and the event page. Raises MemoryFault for one without its valid bit."""
+    extents = []
+    for low in (Register.MESSAGE_PAGE_LOW, Register.EVENT_PAGE_LOW):
+        value = values.get(low, 0) | values.get(low + 4, 0) << 32
+        if not value & PAGE_VALID:
+            raise MemoryFault(f"{low.name} does not have its valid bit set")
+        extents.append((value & ~(PAGE_SIZE - 1), PAGE_SIZE))
+    return extents
+
+
 class SynicActions(Protocol):
     """What the registers ask of their surroundings."""
 
@@ -192,17 +203,10 @@ class Synic:
             self.enabled = False
             self._close_pages()
 
-    def _page_address(self, low: Register, high: Register) -> int:
-        value = self.values.get(low, 0) | self.values.get(high, 0) << 32
-        if not value & PAGE_VALID:
-            raise MemoryFault(f"{low.name} does not have its valid bit set")
-        return value & ~(PAGE_SIZE - 1)
-
     def _open_pages(self) -> None:
-        message = self._page_address(Register.MESSAGE_PAGE_LOW, Register.MESSAGE_PAGE_HIGH)
-        event = self._page_address(Register.EVENT_PAGE_LOW, Register.EVENT_PAGE_HIGH)
-        self._message_page = self._memory.window([(message, PAGE_SIZE)])
-        self._event_page = self._memory.window([(event, PAGE_SIZE)])
+        message, event = page_extents(self.values)
+        self._message_page = self._memory.window([message])
+        self._event_page = self._memory.window([event])
         self._message_page.on_revoke = self._event_page.on_revoke = self._pages_gone
 
     def _pages_gone(self) -> None:
@@ -265,10 +269,12 @@ class Synic:
         self._actions.interrupt()
 
     def kick(self) -> None:
-        """Interrupt the guest if it may have missed something: after a restore."""
-        if self.enabled:
-            self.deliver()
-            self._actions.interrupt()
+        """Interrupt the guest, which may have missed something: after a restore.
+
+        Also while the SynIC is disabled: what was raised before that was still on its way.
+        """
+        self.deliver()
+        self._actions.interrupt()
 
     # ---- restore -----------------------------------------------------------------------------------------------------
 

@@ -18,7 +18,7 @@ Every test driver runs in a process of its own, so that one can be killed in mid
 """
 
 # Imports are kept few, os instead of pathlib and subprocess: each costs boot time in an emulated guest.
-# ruff: noqa: PTH112, PTH123, PTH208
+# ruff: noqa: PTH104, PTH112, PTH123, PTH208
 
 from __future__ import annotations
 
@@ -57,6 +57,12 @@ KILL_PATIENCE = 10.0
 """Seconds that a killed process gets to be gone."""
 
 _READ = 64 << 10
+
+AUDIT_WORD = "vmbus.audit=on"
+"""On the kernel's command line: test drivers keep audit records."""
+AUDIT_DIRECTORY = "/run/vmbus-audit"
+AUDIT_PIECE = 512 << 10
+"""Bytes of a record in one answer; in base64 they still fit into a line."""
 
 
 class RequestError(Exception):
@@ -237,7 +243,10 @@ class Agent:
         *,
         poweroff: Callable[[], None],
         runner: tuple[str, ...] = (sys.executable, "-S", "-m", "vmbus_guest.testdrivers"),
+        audit: str | None = None,
     ) -> None:
+        """`audit`: the directory in which test drivers keep audit records; None: they keep none."""
+        self._audit_directory = audit
         self._port = Port(descriptor)
         self._poweroff = poweroff
         self._runner = runner
@@ -260,6 +269,8 @@ class Agent:
             "stop": self._stop,
             "kill": self._kill,
             "jobs": self._list_jobs,
+            "audit": self._audit,
+            "audit-read": self._audit_read,
             "echo": self._echo,
             "serial-echo": self._serial_echo,
             "poweroff": self._power_off,
@@ -417,6 +428,51 @@ class Agent:
         finally:
             os.set_blocking(port, False)
 
+    def _audit(self, identity: int | str, arguments: dict[str, Any]) -> dict[str, Any]:
+        """Ask running test drivers to write their records, and list all records.
+
+        `flushed` tells whether a record has everything up to the first request with this `token`.
+        """
+        directory = self._audit_directory
+        token = arguments.get("token")
+        if not isinstance(token, str) or not token.isalnum() or len(token) > 64:
+            raise RequestError("bad-argument", "'token' is a word of letters and digits")
+        if directory is None or not os.path.isdir(directory):
+            return {"on": directory is not None, "records": []}
+        request = f"{directory}/flush"
+        with open(f"{request}.new", "w", encoding="ascii") as file:
+            file.write(token)
+        os.rename(f"{request}.new", request)
+        running = {job.pid for job in self._jobs.values() if job.state == "running"}
+        records = []
+        for name in sorted(os.listdir(directory)):
+            if not name.endswith(".audit"):
+                continue
+            with open(f"{directory}/{name}", "rb") as file:
+                size = file.seek(0, os.SEEK_END)
+                file.seek(max(0, size - 256))
+                flushed = f'"{token}"'.encode() in file.read()
+            owner = name.split("-")[-2]  # guest-DRIVER-PID-UID.audit
+            alive = owner.isdigit() and int(owner) in running
+            records.append({"name": name, "size": size, "flushed": flushed, "running": alive})
+        return {"on": True, "records": records}
+
+    def _audit_read(self, identity: int | str, arguments: dict[str, Any]) -> dict[str, Any]:
+        """A piece of a record, as base64; empty at its end."""
+        import base64
+
+        name, offset = arguments.get("name"), arguments.get("offset", 0)
+        if not isinstance(name, str) or "/" in name or not name.endswith(".audit") or self._audit_directory is None:
+            raise RequestError("bad-argument", f"no audit record {name!r}")
+        if type(offset) is not int or offset < 0:
+            raise RequestError("bad-argument", "'offset' is a number of bytes")
+        try:
+            with open(f"{self._audit_directory}/{name}", "rb") as file:
+                file.seek(offset)
+                return {"data": base64.b64encode(file.read(AUDIT_PIECE)).decode()}
+        except OSError as error:
+            raise RequestError("bad-argument", f"cannot read audit record {name!r}: {error}") from error
+
     def _power_off(self, identity: int | str, arguments: dict[str, Any]) -> dict[str, Any]:
         self._running = False
         return {}
@@ -445,7 +501,13 @@ class Agent:
         try:
             pid = os.posix_spawn(
                 self._runner[0],
-                [*self._runner, driver, "--parameters", json.dumps(parameters)],
+                [
+                    *self._runner,
+                    driver,
+                    "--parameters",
+                    json.dumps(parameters),
+                    *([] if self._audit_directory is None else ["--audit", self._audit_directory]),
+                ],
                 os.environ,
                 file_actions=[
                     (os.POSIX_SPAWN_DUP2, null, 0),
@@ -582,7 +644,9 @@ def main() -> None:
         descriptor = os.open(find_port(), os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
     except (OSError, TimeoutError) as error:
         sys.exit(f"agent: {error}")
-    Agent(descriptor, poweroff=poweroff).serve()
+    with open("/proc/cmdline", encoding="utf-8") as file:
+        audit = AUDIT_DIRECTORY if AUDIT_WORD in file.read().split() else None
+    Agent(descriptor, poweroff=poweroff, audit=audit).serve()
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import contextlib
 import time
 from collections.abc import Callable, Sequence
 from types import TracebackType
+from typing import TYPE_CHECKING
 from uuid import UUID
 
 from vmbus.bus.client import VERSIONS, BusClient
@@ -36,6 +37,9 @@ from vmbus.synic import (
 from vmbus.wire import messages as m
 from vmbus.wire.gpa import PAGE_SIZE, range_for
 from vmbus_guest.pci import DmaBuffer, PciFunction
+
+if TYPE_CHECKING:
+    from vmbus.audit.recorder import Recorder
 
 DEFAULT_TIMEOUT = 30.0
 
@@ -127,15 +131,19 @@ class VmbusDriver:
         rescinded: instances that the host has withdrawn, in that order.
         on_rescind: called with a client channel that was open when the host withdrew it; it is disabled by then, and
             can be enabled again when it is offered anew.
+        recorder: records what happens to the packets of channels that are attached from here on; None: nobody does.
     """
 
-    def __init__(self, function: PciFunction, *, versions: tuple[int, ...] = VERSIONS) -> None:
+    def __init__(
+        self, function: PciFunction, *, versions: tuple[int, ...] = VERSIONS, recorder: "Recorder | None" = None
+    ) -> None:
         """Reset the device, connect with the newest version that it takes, and fetch the offers.
 
         Raises EnvironmentProblem when the function is not ours or speaks no version in `versions`, WaitTimeout when
         it does not answer.
         """
         self.function = function
+        self.recorder = recorder
         self.memory = GuestMemory()
         self.bus = BusClient(self._post)
         self.bus.on_rescind = self._rescinded
@@ -285,6 +293,7 @@ class VmbusDriver:
     def attach(self, channel: ClientChannel) -> None:
         """Tie a disabled channel that was made elsewhere to this driver."""
         channel.bind(self._channel_enabled)
+        channel.recorder = self.recorder
         channel.waiter = self.run_until
 
     def _channel_enabled(self, channel: ClientChannel) -> None:

@@ -47,6 +47,8 @@ HOST_ONLY = {
         "vfio_user",
         "providers",
         "loopback",
+        "migration",
+        "testbed",
         "state.py",
         "description.py",
     ),

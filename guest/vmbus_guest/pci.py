@@ -42,13 +42,17 @@ class PciFunction(Protocol):
         """Write a BAR0 register, 32 bits. Posted: returns before the device has seen it."""
 
     def allocate(self, size: int) -> DmaBuffer:
-        """Return `size` bytes (rounded up to whole pages) of zeroed memory, mapped for the device until `close`.
+        """Return `size` bytes (rounded up to whole pages) of zeroed memory, mapped for the device until `close`, or
+        `trim` after it was freed.
 
         Raises `EnvironmentProblem` when no memory is left.
         """
 
     def free(self, buffer: DmaBuffer) -> None:
         """Give the memory back. The device may still hold its address: free only what it was told to forget."""
+
+    def trim(self) -> int:
+        """Unmap what is mapped and wholly free: the device cannot reach it any more. Returns how many pieces."""
 
     def wait_interrupt(self, timeout: float) -> bool:
         """Wait up to `timeout` seconds for the MSI. True if it fired since the last call (now drained), else False."""

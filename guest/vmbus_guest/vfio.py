@@ -99,6 +99,10 @@ class Extents:
         """Bytes of the largest allocation that would succeed now."""
         return max((length for _, length in self._free), default=0)
 
+    def is_free(self, start: int, length: int) -> bool:
+        """Whether nothing of it is taken."""
+        return any(first <= start and start + length <= first + size for first, size in self._free)
+
     def take(self, length: int) -> int | None:
         """Return the lowest start of `length` free bytes, now taken, or None."""
         for index, (start, available) in enumerate(self._free):
@@ -225,6 +229,7 @@ class VfioFunction:
 
         self._memory, self._base = self._reserve()
         self._extents = Extents(len(self._memory))
+        resources.callback(self._unmap_all)
 
         self.interrupt_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         resources.callback(os.close, self.interrupt_fd)
@@ -352,6 +357,14 @@ class VfioFunction:
         """Give a buffer of `allocate` back. Raises `UsageError` if it is not one, or was freed before."""
         self._extents.give(buffer.iova - IOVA_BASE, buffer.size)
 
+    def trim(self) -> int:
+        """Unmap the huge pages in which nothing is allocated; returns how many. Raises `EnvironmentProblem`."""
+        idle = [page for page in sorted(self._mapped) if self._extents.is_free(page * HUGE_PAGE, HUGE_PAGE)]
+        for page in idle:
+            self._unmap(page)
+            self._mapped.discard(page)
+        return len(idle)
+
     # Interrupts
 
     def wait_interrupt(self, timeout: float) -> bool:
@@ -439,7 +452,11 @@ class VfioFunction:
             f"map 2 MiB of DMA memory at I/O address {iova:#x}",
         )
         self._mapped.add(page)
-        self._resources.callback(self._quiet, self._unmap, page)
+
+    def _unmap_all(self) -> None:
+        for page in self._mapped:
+            self._quiet(self._unmap, page)
+        self._mapped.clear()
 
     def _unmap(self, page: int) -> None:
         request = bytearray(_DMA_UNMAP.pack(_DMA_UNMAP.size, 0, IOVA_BASE + page * HUGE_PAGE, HUGE_PAGE))

@@ -73,6 +73,28 @@ def test_burst_passes(run: Run, parameters: dict[str, Any]) -> None:
     assert result["received"] == result["completed"] == parameters["count"]
 
 
+def test_bulk_passes(run: Run) -> None:
+    result = run("bulk", count=300)
+    assert result["verdict"] == "passed", result
+    assert result["completed"] == 300 and result["bytes_per_second"] > 0
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        {"count": 200, "window": 16, "pace": 0.001},
+        {"count": 7, "window": 100, "size": 5000, "pace": 0.001},
+        {"count": 101, "window": 10, "size": 60000, "pace": 0.001},
+    ],
+)
+def test_remap_passes_and_unmaps(run: Run, parameters: dict[str, Any]) -> None:
+    result = run("remap", **parameters)
+    assert result["verdict"] == "passed", result
+    assert result["completed"] == parameters["count"]
+    assert result["rounds"] == -(-parameters["count"] // min(parameters["window"], parameters["count"]))
+    assert result["unmapped"] >= result["rounds"], "each round's memory was unmapped"
+
+
 def test_raw_echo_counts_and_times(run: Run) -> None:
     result = run("raw-echo", count=500, window=1, warm_up=10)
     assert (result["verdict"], result["completed"]) == ("passed", 500)

@@ -6,11 +6,17 @@ import io
 import json
 import os
 import time
+from pathlib import Path
 
 import pytest
 from rich.console import Console
 
 from vmbus.errors import EnvironmentProblem, UsageError
+from vmbus.loopback.harness import describe
+from vmbus.migration.source import MigrationReport
+from vmbus.qemu.command_line import Programs
+from vmbus.qemu.description import VmDescription
+from vmbus_bench import downtime
 from vmbus_bench.figures import (
     Part,
     Report,
@@ -125,6 +131,55 @@ def test_the_table_shows_the_same_figures() -> None:
     assert "4.00x" in text
     assert "reached: echo against the plain thing" in text
     assert "2.50 after" in text
+
+
+def _migration(downtime: float) -> MigrationReport:
+    return MigrationReport(
+        migration="m",
+        address="unix:/x",
+        phases={},
+        downtime=downtime,
+        downtime_qemu=0.75 * downtime,
+        downtime_device=0.25 * downtime,
+        spans={"save": 0.25 * downtime, "load": 0.75 * downtime},
+        packets={"queued": 1, "sent": 2},
+        incoming_held=0,
+        channels=1,
+        ram_bytes=1,
+        state_bytes=2,
+        flushed_pages=3,
+        flushed_bytes=4,
+        attempts=1,
+        multifd=0,
+        asked=False,
+    )
+
+
+def _downtime(plain: list[float], with_device: list[float]) -> Part:
+    description = VmDescription(name="bench", device=describe("burst"))
+    programs = Programs(("qemu",), "11.1.3", "tcg", Path("kernel"), Path("initramfs"))
+    return downtime.summary(plain, {100: [_migration(one) for one in with_device]}, description, programs)
+
+
+def test_downtime_is_compared_pair_by_pair() -> None:
+    part = _downtime([0.100, 0.200], [0.120, 0.300])
+    (row,) = part.rows
+    assert (row.figure.values, row.baseline and row.baseline.values) == ([120.0, 300.0], [100.0, 200.0])
+    assert row.ratio is not None and row.ratio.values == [1.2, 1.5]
+    assert row.details["added"].values == [20.0, 100.0]
+    assert row.details["QEMU's share"].values == [90.0, 225.0]
+    assert row.details["the device's"].values == row.details["save"].values == [30.0, 75.0]
+
+
+@pytest.mark.parametrize(
+    ("plain", "with_device", "allowed", "reached"),
+    [(0.100, 0.150, 50.0, True), (0.100, 0.151, 50.0, False), (1.0, 1.1, 100.0, True), (1.0, 1.11, 100.0, False)],
+)
+def test_the_device_may_add_ten_percent_or_fifty_milliseconds(
+    plain: float, with_device: float, allowed: float, reached: bool
+) -> None:
+    (target,) = _downtime([plain], [with_device]).targets
+    assert (target.target, target.direction, target.reached) == (allowed, "at most", reached)
 
 
 def test_cpu_time_of_a_process() -> None:

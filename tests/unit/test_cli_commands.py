@@ -33,7 +33,7 @@ def run(*words: str) -> Any:
 
 def test_the_commands_are_there() -> None:
     help_text = run("--help").output
-    for command in ("run-vm", "save", "restore", "list", "agent"):
+    for command in ("run-vm", "save", "restore", "checkpoint", "revert", "list", "agent"):
         assert command in help_text
         assert run(command, "--help").exit_code == 0
 
@@ -43,9 +43,26 @@ def test_the_commands_are_there() -> None:
     [
         (["save", "/x"], "error: no VM is running; scripts/run-vm starts one\n"),
         (["agent", "list"], "error: no VM is running"),
+        (["checkpoint", "now"], "error: no VM is running"),
+        (["checkpoint", "a", "b"], "error: no VM 'a' is running"),
+        (["checkpoint"], "error: give [NAME] TAG"),
+        (["checkpoint", "--list", "a", "b"], "error: give [NAME] alone with --list"),
+        (["checkpoint", "--list"], "error: no VM is running"),
+        (["checkpoint", "--delete"], "error: give [NAME] TAG"),
+        (["revert", "now"], "error: no VM is running"),
+        (["revert"], "error: give [NAME] TAG"),
         (["agent", "run"], "error: agent run: name a test driver"),
         (["agent", "wait", "x"], "error: agent wait: give a job number"),
         (["agent", "start", "echo", "count"], "error: 'count' is not of the form key=value"),
+        (["migrate"], "error: give [NAME] ADDRESS"),
+        (["migrate", "tcp:there:1"], "error: no VM is running"),
+        (["migrate", "a", "b", "c"], "error: give [NAME] ADDRESS"),
+        (["migrate", "--resolve", "run", "a", "b"], "error: give [NAME] alone with --resolve"),
+        (["run-vm", "--receive", "tcp:here:0"], "error: --secret-file is missing"),
+        (["run-vm", "--receive", "tcp:here", "--secret-file", "/x"], "error: 'tcp:here' is not an address"),
+        (["run-vm", "--receive", "tcp:here:0", "--secret-file", "/x"], "error: cannot read the secret /x"),
+        (["run-vm", "demo", "--receive", "tcp:here:0"], "error: --receive takes no CONFIG"),
+        (["run-vm", "--secret-file", "/x"], "error: --secret-file goes with --receive"),
         (["run-vm", "no-such-vm"], "error: no VM description 'no-such-vm'"),
         (["run-vm", "/no/such.toml"], "error: cannot read VM description /no/such.toml"),
     ],

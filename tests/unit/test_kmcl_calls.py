@@ -394,6 +394,40 @@ def test_a_quota_holds_in_both_ways_of_processing(bench: Bench, passive: bool) -
     assert seen == list(range(1, 8)) and len(bench.outcomes) == 7
 
 
+def test_packets_that_were_put_off_get_their_turn_although_they_use_up_the_quota(bench: Bench) -> None:
+    def put_off(channel: Channel, completion: Completion, payload: bytes) -> None:
+        completion.complete(payload) if completion.deferred else completion.defer_to_passive()
+
+    bench.server.set_process_packet_callbacks(put_off)
+    bench.server.set_transaction_quota(1)
+    bench.open()
+    for _ in range(3):
+        bench.send()
+    bench.run()
+    assert len(bench.outcomes) == 3
+
+
+def test_a_quota_that_was_used_up_does_not_block_the_channel_when_it_is_opened_again(bench: Bench) -> None:
+    bench.server.set_transaction_quota(1)
+    bench.server.set_incoming_processing_at_passive(True)
+    bench.open()
+    for _ in range(2):
+        bench.send()
+    bench.run()
+    assert len(bench.server.outstanding) == 1, "and the other one waits for it"
+    for end in (bench.server, bench.client):
+        end.close(lambda: None, force=True)
+    bench.outcomes.clear()
+    bench.open()
+    for _ in range(2):
+        bench.server.allocate_packet().send(b"to the guest")
+    bench.run()
+    assert len(bench.taken["client"]) == 2
+    bench.answer("client")
+    bench.run()
+    assert not bench.server.packets_in_use
+
+
 # ---- passive, and putting off ----------------------------------------------------------------------------------------
 
 

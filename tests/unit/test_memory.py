@@ -2,6 +2,7 @@
 
 import pytest
 
+from vmbus.errors import UsageError
 from vmbus.memory import DirtyLogBroken, GuestMemory, MemoryFault, MemoryRevoked
 
 pytestmark = pytest.mark.unit
@@ -139,3 +140,26 @@ def test_unmapping_a_dirty_page_breaks_the_log(memory: GuestMemory) -> None:
     memory.unmap(0x10000, 4 * PAGE)
     with pytest.raises(DirtyLogBroken, match="unmapped 0x10000"):
         memory.dirty_runs()
+
+
+def test_pages_are_taken_out_of_the_log_by_region() -> None:
+    memory = GuestMemory()
+    for start in (0x10000, 0x20000):
+        memory.map(start, memoryview(bytearray(0x8000)), True)
+    with pytest.raises(UsageError, match="no dirty log"):
+        memory.take_dirty(0x10000, 0x8000, written_on=True)
+    lent = memory.grant([(0x11000, 16)], writable=True)
+    memory.start_log()
+    memory.write(0x12FFC, bytes(8))
+    memory.write(0x20000, b"x")
+    assert memory.take_dirty(0x10000, 0x8000, written_on=True) == [(0x11000, 0x3000)]
+    # What a provider still has may be written again; the other region's page is still there.
+    assert memory.take_dirty(0x10000, 0x8000, written_on=False) == [(0x11000, 0x1000)]
+    assert memory.take_dirty(0x10000, 0x8000, written_on=False) == []
+    lent.release()
+    assert memory.take_dirty(0x20000, 0x8000, written_on=True) == [(0x20000, 0x1000)]
+    assert memory.log is not None and memory.log.pages == set()
+    memory.write(0x20000, b"x")
+    memory.unmap(0x20000, 0x8000)
+    with pytest.raises(DirtyLogBroken, match="unmapped"):
+        memory.take_dirty(0x10000, 0x8000, written_on=True)

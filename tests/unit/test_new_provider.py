@@ -1,5 +1,6 @@
 """`new-provider`, and loading providers from outside of the package."""
 
+import asyncio
 import os
 import subprocess
 import sys
@@ -13,10 +14,13 @@ from click.testing import CliRunner
 import vmbus.providers
 from vmbus.cli import main
 from vmbus.description import DeviceDescription, ProviderDescription, load_device
+from vmbus.device import Device
 from vmbus.errors import UsageError
 from vmbus.providers import PROVIDERS, provider_class
 from vmbus.providers.loading import ALLOW_VARIABLE, PATH_VARIABLE
 from vmbus.qemu.description import load_description
+from vmbus.server.life import Life
+from vmbus.server.timers import Timers
 from vmbus.testkit import ProviderTest
 
 pytestmark = pytest.mark.unit
@@ -197,11 +201,23 @@ def test_a_snapshot_does_not_choose_code(modules: Path, monkeypatch: pytest.Monk
     assert provider_class("author.good:Good", from_snapshot=True).kind == "good"
 
 
-def test_the_server_knows_a_restore_from_a_start() -> None:
-    source = (CHECKOUT / "device" / "vmbus" / "server" / "app.py").read_text()
-    assert source.count("provider_class(") == 1
-    assert "provider_class(one.kind, from_snapshot=from_snapshot)" in source
-    assert "self._add_provider(one, from_snapshot=restore is not None)" in source
+def test_the_server_knows_a_restore_from_a_start(modules: Path) -> None:
+    kind = "author.good:Good"
+    one = {"kind": kind, "name": "x", "instance": INSTANCE}
+    description = msgspec.convert({"name": "vmbus0", "providers": [one]}, DeviceDescription)
+    loop = asyncio.new_event_loop()
+
+    def build(*, from_snapshot: bool, trusted: tuple[str, ...] = ()) -> Life:
+        life = Life(description, Device(lambda: None, lambda: None), Timers(loop))
+        life.build(from_snapshot=from_snapshot, trusted=trusted)
+        return life
+
+    with pytest.raises(UsageError, match="may not choose"):
+        build(from_snapshot=True)
+    for life in (build(from_snapshot=False), build(from_snapshot=True, trusted=(kind,))):
+        assert [provider.kind for provider in life.providers] == ["good"]
+        life.end()
+    loop.close()
 
 
 @pytest.mark.parametrize("kind", ["echo", "door_bell:DoorBell", "a.b.c:D", "a-b.c"])

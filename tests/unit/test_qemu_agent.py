@@ -178,3 +178,48 @@ def test_waits_are_bounded(tmp_path: Path) -> None:
                 await waiting
 
     asyncio.run(body())
+
+
+def test_a_guest_that_goes_back_in_time_answers_nobody_twice(tmp_path: Path) -> None:
+    """Requests under way are told; the rest of a line, and answers of a life that is undone, find nobody."""
+    connections: list[asyncio.StreamWriter] = []
+    seen: list[dict[str, Any]] = []
+
+    async def handler(number: int, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        connections.append(writer)
+        async for request in requests(reader):
+            seen.append(request)
+            if number == 0:
+                if request["command"] == "before":
+                    reply(writer, request, {"life": 0})
+                else:  # in the middle of its answer the guest is taken back
+                    writer.write(b'{"id": %d, "result": {"li' % request["id"])
+            else:
+                # The end of a line of then, an answer of then to what was asked then, and to what was told already.
+                writer.write(b'fe": 7}}\n')
+                for old in seen[:-1]:
+                    reply(writer, old, {"life": 0})
+                reply(writer, request, {"life": 1})
+
+    async def body() -> None:
+        async with peer(tmp_path / "s", handler):
+            client = AgentClient(tmp_path / "s")
+            await client.connect()
+            assert await client.call("before") == {"life": 0}
+            waiting = asyncio.ensure_future(client.call("wait"))
+            while len(seen) < 2:  # noqa: ASYNC110 - the peer is in this very loop
+                await asyncio.sleep(0)
+            assert client.pending == 1
+            going = asyncio.ensure_future(client.go_back("the VM was taken back: ask again"))
+            await asyncio.sleep(0)
+            during = asyncio.ensure_future(client.call("during"))  # waits for the new connection
+            with pytest.raises(EnvironmentProblem, match="ask again"):
+                await waiting
+            await going
+            assert await during == {"life": 1}
+            assert await client.call("after") == {"life": 1}
+            assert len(connections) == 2 and client.pending == 0
+            assert len({request["id"] for request in seen}) == 4
+            await client.close()
+
+    asyncio.run(body())

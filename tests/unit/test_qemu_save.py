@@ -17,8 +17,9 @@ import pytest
 from qemu.qmp.events import EventListener
 
 from vmbus.errors import EnvironmentProblem, VmbusError
+from vmbus.qemu.moments import Hook, Moment
 from vmbus.qemu.qmp import MigrationFailed
-from vmbus.qemu.save import MAGIC, Capture, Captured, Sabotage, SaveFailed
+from vmbus.qemu.save import MAGIC, REFUSED_CAPABILITIES, Capture, Captured, FileTarget, Sabotage, SaveFailed
 from vmbus.qemu.timing import Phases
 
 pytestmark = pytest.mark.unit
@@ -52,6 +53,8 @@ class Model:
         self.fail: dict[str, list[Exception]] = {}
         self.dead = False
         self.was_running = running
+        self.capabilities = dict.fromkeys(REFUSED_CAPABILITIES, False) | {"xbzrle": True}
+        self.mode = "normal"
 
     def step(self, name: str) -> None:
         self.steps.append(name)
@@ -72,6 +75,10 @@ class Model:
             self.pause_before_switchover = states["pause-before-switchover"]
         self.step(command)
         match command:
+            case "query-migrate-capabilities":
+                return [{"capability": name, "state": state} for name, state in self.capabilities.items()]
+            case "query-migrate-parameters":
+                return {"mode": self.mode}
             case "stop":
                 self.vcpus = False
             case "migrate":
@@ -91,6 +98,7 @@ class Model:
             case "migrate_cancel":
                 self.migration = "cancelled"
                 self.vcpus = self.was_running
+        return None
 
     async def human(self, line: str, *, timeout: float = 1.0) -> str:
         self.step("barrier")
@@ -152,8 +160,12 @@ class Model:
         return {}
 
 
+def files(folder: Path) -> FileTarget:
+    return FileTarget(folder / "ram", folder / "state")
+
+
 def capture(model: Model, folder: Path, *, live: bool, sabotage: Sabotage | None = None) -> Capture:
-    return Capture(model, model, folder / "ram", folder / "state", Phases(), live=live, sabotage=sabotage or Sabotage())
+    return Capture(model, model, files(folder), Phases(), live=live, sabotage=sabotage or Sabotage())
 
 
 async def take(model: Model, folder: Path, *, live: bool, sabotage: Sabotage | None = None) -> Captured:
@@ -162,6 +174,8 @@ async def take(model: Model, folder: Path, *, live: bool, sabotage: Sabotage | N
 
 
 STOPPED = [
+    "query-migrate-capabilities",
+    "query-migrate-parameters",
     "migrate-set-capabilities",
     "migrate-set-parameters",
     "stop",
@@ -172,6 +186,8 @@ STOPPED = [
     "wait completed",
 ]
 LIVE = [
+    "query-migrate-capabilities",
+    "query-migrate-parameters",
     "migrate-set-capabilities",
     "migrate-set-parameters",
     "log-start",
@@ -196,6 +212,40 @@ def test_the_order_of_steps(tmp_path: Path, live: bool, order: list[str]) -> Non
     assert (found.incoming_held, found.pci_config, found.was_running) == (5, CONFIG, True)
     assert found.flushed_pages == (6 if live else 0)
     assert (tmp_path / "ram").exists() and (tmp_path / "state").exists()
+
+
+@pytest.mark.parametrize("live", [False, True])
+@pytest.mark.parametrize("what", [*REFUSED_CAPABILITIES, "mode"])
+def test_settings_that_break_the_guarantees_are_refused(tmp_path: Path, what: str, live: bool) -> None:
+    model = Model()
+    if what == "mode":
+        model.mode = "cpr-transfer"
+    else:
+        model.capabilities[what] = True
+    with pytest.raises(SaveFailed, match=rf"{'cpr-transfer' if what == 'mode' else what}'.*; the VM runs on"):
+        asyncio.run(take(model, tmp_path, live=live))
+    assert model.steps[-1].startswith("query-migrate") and model.vcpus
+
+
+def test_every_moment_is_told_in_order(tmp_path: Path) -> None:
+    for live, expected in (
+        (True, [Moment.BEFORE_STREAM, Moment.RAM_COPY, Moment.PRE_SWITCHOVER, Moment.SAVING, Moment.WRITING]),
+        (False, [Moment.BEFORE_STREAM, Moment.SAVING, Moment.WRITING, Moment.RAM_COPY]),
+    ):
+        told: list[Moment] = []
+
+        async def at(moment: Moment, told: list[Moment] = told) -> None:
+            told.append(moment)
+
+        model = Model()
+
+        async def body(live: bool = live, at: Hook = at, model: Model = model) -> None:
+            async with Capture(model, model, files(tmp_path), Phases(), live=live, at=at).taken():
+                pass
+
+        asyncio.run(body())
+        assert told == [*expected, Moment.STOPPED]
+        files(tmp_path).discard()
 
 
 @pytest.mark.parametrize("live", [False, True])
@@ -302,7 +352,7 @@ def test_a_broken_dirty_log_starts_the_live_save_again(tmp_path: Path) -> None:
 def test_a_log_that_breaks_every_time_ends_the_save(tmp_path: Path) -> None:
     model = Model()
     model.fail["flush"] = [Broken("unmapped")] * 3
-    with pytest.raises(SaveFailed, match="unmapped; the VM runs on"):
+    with pytest.raises(SaveFailed, match=r"unmapped \(attempt 3 of 3: .*\); the VM runs on"):
         asyncio.run(take(model, tmp_path, live=True))
     assert model.vcpus and model.device == "running"
 
@@ -333,7 +383,7 @@ def test_phases_are_timed_in_order(tmp_path: Path) -> None:
     phases = Phases()
 
     async def body() -> None:
-        async with Capture(model, model, tmp_path / "ram", tmp_path / "state", phases, live=True).taken():
+        async with Capture(model, model, files(tmp_path), phases, live=True).taken():
             pass
 
     asyncio.run(body())

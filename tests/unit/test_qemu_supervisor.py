@@ -12,8 +12,10 @@ from typing import Any
 import pytest
 
 from vmbus.errors import EnvironmentProblem, UsageError, VmbusError, WaitTimeout
+from vmbus.migration.source import MigrateFailed, MigrationReport
 from vmbus.qemu.command_line import Sockets
 from vmbus.qemu.process import ProcessDied, RunDirectory
+from vmbus.qemu.revert import CheckpointReport, RevertFailed, RevertReport
 from vmbus.qemu.save import SaveFailed, SaveReport
 from vmbus.qemu.supervisor import Supervisor, ask, find_vm
 
@@ -32,6 +34,10 @@ class DummyVm:
         self.agent = SimpleNamespace(request=self._request)
         self.end: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.ended = False
+        self.moved_to: str | None = None
+        self.migrations: list[dict[str, Any]] = []
+        self.migrate_error: VmbusError | None = None
+        self.resolved: list[bool] = []
         self.saves: list[dict[str, Any]] = []
         self.save_error: VmbusError | None = None
         self.hold_save = False
@@ -66,6 +72,23 @@ class DummyVm:
             directory=str(directory), live=live, phases={}, stopped_at=1.0, packets={"queued": 0, "sent": 0},
             incoming_held=0,
         )  # fmt: skip
+
+    async def migrate(self, address: str, secret: bytes, *, progress: Any, **options: Any) -> MigrationReport:
+        progress("ram")
+        if self.migrate_error is not None:
+            raise self.migrate_error
+        self.migrations.append({"address": address, "secret": secret, **options})
+        self.moved_to = address
+        self.ended = True
+        self.end.set_exception(ProcessDied("QEMU was killed by SIGKILL"))  # as a VM that leaves ends its processes
+        return MigrationReport(
+            migration="0" * 32, address=address, phases={}, downtime=0.2, downtime_qemu=0.1, downtime_device=0.1,
+            spans={}, packets={"queued": 0, "sent": 0}, incoming_held=0, channels=2, ram_bytes=0, state_bytes=0,
+            flushed_pages=0, flushed_bytes=0, attempts=1, multifd=0, asked=False,
+        )  # fmt: skip
+
+    async def resolve(self, *, run: bool) -> None:
+        self.resolved.append(run)
 
     async def kill(self) -> None:
         self.ended = True
@@ -127,6 +150,52 @@ def test_a_failed_save_tells_both_sides_and_keeps_the_vm() -> None:
                 await ask("demo", "save", {"directory": "/a"}, timeout=10)
             assert not vm.ended
             assert notices[-1] == "save failed: disk full; the VM runs on"
+
+    asyncio.run(body())
+
+
+def test_a_migration_ends_the_vm_here(tmp_path: Path) -> None:
+    secret = tmp_path / "secret"
+    secret.touch(mode=0o600)
+    secret.write_bytes(bytes(range(32)))
+    arguments = {"address": "tcp:there:1", "secret_file": str(secret), "multifd": 2}
+
+    async def body() -> None:
+        vm, notices = DummyVm(), []
+        async with supervised(vm, notices) as task:
+            vm.migrate_error = MigrateFailed("migration failed: link cut; the VM runs on", source_alive=True)
+            with pytest.raises(VmbusError, match="link cut; the VM runs on"):
+                await ask("demo", "migrate", arguments, timeout=10)
+            assert not vm.ended
+            vm.migrate_error = None
+            report = await ask("demo", "migrate", arguments, timeout=10)
+            assert report["downtime"] == 0.2
+            assert await asyncio.wait_for(task, 10) == "migrated to tcp:there:1"
+        assert vm.migrations == [
+            {
+                "address": "tcp:there:1",
+                "secret": bytes(range(32)),
+                "multifd": 2,
+                "timeout": None,
+                "downtime_limit": None,
+            }
+        ]
+        assert notices[:2] == ["migrating to tcp:there:1 ...", "migration failed: link cut; the VM runs on"]
+
+    asyncio.run(body())
+
+
+@pytest.mark.parametrize("choice", [True, False])
+def test_a_migration_in_doubt_waits_for_a_decision(choice: bool) -> None:
+    async def body() -> None:
+        vm = DummyVm()
+        async with supervised(vm) as task:
+            assert await ask("demo", "resolve", {"run": choice}, timeout=10) == {}
+            assert vm.resolved == [choice]
+            if choice:
+                assert (await ask("demo", "status", timeout=10))["running"]
+            else:
+                assert "runs at its migration's destination" in await asyncio.wait_for(task, 10)
 
     asyncio.run(body())
 
@@ -229,4 +298,71 @@ def test_an_owner_that_is_gone_or_silent(tmp_path: Path) -> None:
         server.close()
 
     (tmp_path / "vmbus").mkdir(mode=0o700)
+    asyncio.run(body())
+
+
+# ---- checkpoints -----------------------------------------------------------------------------------------------------
+
+
+class WithCheckpoints(DummyVm):
+    """Remembers what it was asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked: list[tuple[Any, ...]] = []
+
+    async def checkpoint(self, tag: str, *, directory: Path | None, progress: Any) -> CheckpointReport:
+        progress("ram")
+        self.asked.append(("checkpoint", tag, directory))
+        return CheckpointReport(
+            tag=tag, directory=str(directory), phases={}, downtime=0.1, packets={"queued": 1, "sent": 2},
+            incoming_held=3, state_bytes=4, vm_state_bytes=5,
+        )  # fmt: skip
+
+    async def revert(self, tag: str, *, directory: Path | None, progress: Any) -> RevertReport:
+        self.asked.append(("revert", tag, directory))
+        if tag == "half":
+            self.ended = True
+            raise RevertFailed("half way back", source_alive=False)
+        if tag == "none":
+            raise UsageError("there is no checkpoint 'none'")
+        return RevertReport(
+            tag=tag, directory="", phases={}, downtime=0.1, packets={"queued": 1, "sent": 2}, channels=2, pci_writes=7,
+            forced=False,
+        )  # fmt: skip
+
+    async def delete_checkpoint(self, tag: str, *, directory: Path | None) -> None:
+        self.asked.append(("delete", tag, directory))
+
+    def checkpoints(self, *, directory: Path | None) -> list[Any]:
+        self.asked.append(("list", directory))
+        return []
+
+
+def test_checkpoints_and_reverts_over_the_supervisors_socket() -> None:
+    async def body() -> None:
+        vm = WithCheckpoints()
+        async with supervised(vm) as running:
+            steps: list[str] = []
+            taken = await ask("demo", "checkpoint", {"tag": "a"}, timeout=10, progress=steps.append)
+            assert taken["packets"] == {"queued": 1, "sent": 2} and steps == ["ram"]
+            assert (await ask("demo", "revert", {"tag": "a", "directory": "/x"}, timeout=10))["channels"] == 2
+            assert await ask("demo", "checkpoints", {"directory": None}, timeout=10) == {"checkpoints": []}
+            assert await ask("demo", "delete-checkpoint", {"tag": "a"}, timeout=10) == {}
+            for wrong in ({}, {"tag": 7}, {"tag": "a", "more": 1}):
+                with pytest.raises(VmbusError):
+                    await ask("demo", "revert", wrong, timeout=10)
+            with pytest.raises(VmbusError, match="no checkpoint 'none'"):
+                await ask("demo", "revert", {"tag": "none"}, timeout=10)
+            assert not running.done(), "a refusal is not the end"
+            with pytest.raises(VmbusError, match="half way back"):
+                await ask("demo", "revert", {"tag": "half"}, timeout=10)
+            assert await running == "half way back"
+        assert vm.asked[:4] == [
+            ("checkpoint", "a", None),
+            ("revert", "a", Path("/x")),
+            ("list", None),
+            ("delete", "a", None),
+        ]
+
     asyncio.run(body())

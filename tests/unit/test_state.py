@@ -253,6 +253,32 @@ def test_saving_changes_nothing() -> None:
     guest.finish(500)
 
 
+@pytest.mark.parametrize("bus_master", [False, True])
+def test_a_dead_drivers_memory_is_missing_at_the_restore(bus_master: bool) -> None:
+    """It may be: the guest takes bus mastering away before it unmaps. While bus mastering is on, it is an error."""
+    machine, _ = busy()
+    machine.device.recorder = None
+    config = bytearray(CONFIG)
+    config[4] = 4 if bus_master else 0
+    state = msgspec.structs.replace(machine.save(), config=bytes(config))
+    machine.device.memory.unmap(BASE, len(machine.ram))
+    machine.boot()
+    machine.device.freeze()
+    if bus_master:
+        with pytest.raises(StateError, match="is not mapped"):
+            saved.restore_device(state, machine.device, machine.providers)
+        return
+    restored = saved.restore_device(state, machine.device, machine.providers)
+    assert (restored.packets.queued, restored.packets.sent) == (0, 0)
+    assert restored.dropped == saved.count_packets(state)
+    assert machine.channel("burst").packets_in_use == []
+    assert machine.device.bus.state is ConnectionState.DISCONNECTED
+    machine.device.thaw()
+    machine.map_all()
+    machine.used = bytearray(len(machine.used))
+    Guest(machine, requests=50, packets=50).finish(50)
+
+
 def test_a_busy_channel_or_one_in_transition_is_not_saved() -> None:
     machine, _ = busy()
     with pytest.raises(Exception, match="cannot be saved"):

@@ -189,3 +189,18 @@ def test_timer() -> None:
     assert not poll.poll(0)
     timer.close()
     timer.close()
+
+
+@pytest.mark.parametrize("command", [3, 16])
+def test_commands_that_are_looked_into_come_alone(pair: Pair, command: int) -> None:
+    ours, theirs = pair
+    plain, watched = encode(1, 9, b"body"), encode(2, command, bytes(24))
+    theirs.send(plain + plain + watched + plain)
+    assert look(ours) == Look(Waiting.COMPLETE, 20, 2, 0)
+    ours.recv(40)
+    assert look(ours) == Look(Waiting.COMPLETE, 40, 1, command)
+    ours.recv(40)
+    assert look(ours) == Look(Waiting.COMPLETE, 20, 1, 0)
+    ours.recv(20)
+    theirs.send(encode(3, command, bytes(5000)))
+    assert look(ours) == Look(Waiting.COMPLETE, 5016, 1, command)

@@ -75,7 +75,7 @@ def test_a_file_that_is_no_library_is_refused(tmp_path: Path) -> None:
         library.load(path)
 
 
-def test_only_dma_setup_and_transfers_differ_between_generations() -> None:
+def test_only_dma_setup_transfers_and_migration_differ_between_generations() -> None:
     class Recorder:
         def __init__(self) -> None:
             for name in bindings.FUNCTIONS:
@@ -85,7 +85,7 @@ def test_only_dma_setup_and_transfers_differ_between_generations() -> None:
     bindings.declare(cast(Any, old), new_abi=False)
     bindings.declare(cast(Any, new), new_abi=True)
     differing = {n for n in bindings.FUNCTIONS if getattr(old, n).argtypes != getattr(new, n).argtypes}
-    assert differing == {"vfu_setup_device_dma", "vfu_sgl_write"}
+    assert differing == {"vfu_setup_device_dma", "vfu_sgl_write", "vfu_setup_device_migration_callbacks"}
     # A context given as an int would lose its upper half.
     assert all(
         getattr(old, name).argtypes[0] is ctypes.c_void_p
@@ -102,5 +102,8 @@ def test_structures_have_the_librarys_layout() -> None:
         40,
         48,
     )
+    callbacks = bindings.MigrationCallbacks
+    assert ctypes.sizeof(callbacks) == 32
+    assert (callbacks.transition.offset, callbacks.read_data.offset, callbacks.write_data.offset) == (8, 16, 24)
     assert ctypes.sizeof(bindings.ScatterGather) == bindings.SG_SIZE
     assert bindings.ScatterGather.offset.offset == 24

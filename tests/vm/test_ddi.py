@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from support.boot import boot
 from vmbus import state as saved
 from vmbus.kmcl.saved import PacketChunk, decode_chunk
 from vmbus.qemu.command_line import Programs
@@ -24,7 +25,7 @@ Run = Callable[[Coroutine[Any, Any, Any]], Any]
 def test_a_provider_on_the_ddi_survives_a_live_save_and_a_restore(run: Run, programs: Programs, tmp_path: Path) -> None:
     description = load_description(CHECKOUT / "qemu_configs" / "ddi.toml")
     story = Story(packets=256, live=True, echo_count=4_000, burst_count=12_000)
-    figures = run(run_story(story, description, programs, tmp_path / "snapshot"))
+    figures = run(run_story(story, description, programs, tmp_path / "snapshot", boot=boot))
     print(
         f"in flight {figures.in_flight}, restored {figures.restored_by_state}; {figures.transactions} transactions, "
         f"{figures.completed} completed, {figures.lost} lost, {figures.duplicated} duplicated, "

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from support.boot import boot
 from vmbus.qemu.command_line import Programs
 from vmbus.qemu.description import VmDescription
 from vmbus.qemu.machine import VirtualMachine
@@ -18,7 +19,7 @@ NEW = {"kind": "echo", "name": "added", "instance": "00000000-0000-4000-8000-000
 
 def test_a_hot_added_provider_is_saved(programs: Programs, tmp_path: Path, demo_description: VmDescription) -> None:
     async def body() -> None:
-        async with await VirtualMachine.launch(demo_description, programs) as vm:
+        async with await boot(demo_description, programs) as vm:
             await vm.wait_ready()
             assert vm.control is not None
             await vm.control.call("offer", provider=NEW)

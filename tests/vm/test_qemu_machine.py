@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 import vmbus
+from support.boot import boot
 from vmbus.errors import VmbusError
 from vmbus.provision import provision
 from vmbus.qemu.command_line import Programs, programs_from
@@ -95,7 +96,7 @@ def snapshot(programs: Programs, tmp_path_factory: pytest.TempPathFactory) -> Pa
     directory = tmp_path_factory.mktemp("snapshots") / "flooded"
 
     async def body() -> None:
-        async with await VirtualMachine.launch(DEMO, programs) as vm:
+        async with await boot(DEMO, programs) as vm:
             await vm.wait_ready()
             started = await vm.call_agent("start", driver="mixed", parameters={"workloads": WORKLOADS})
             assert started["job"] == JOB
@@ -151,7 +152,7 @@ def test_checkpoints_of_a_vm_that_runs_on(programs: Programs, snapshot: Path, tm
 @pytest.mark.parametrize("live", [False, True])
 def test_a_guest_that_is_still_booting(programs: Programs, tmp_path: Path, live: bool) -> None:
     async def body() -> None:
-        async with await VirtualMachine.launch(DEMO, programs) as vm:
+        async with await VirtualMachine.launch(DEMO, programs) as vm:  # as booted: it is still booting
             report = await vm.save(tmp_path / "early", live=live)
             assert report.packets == {"queued": 0, "sent": 0}
         async with await VirtualMachine.restore(tmp_path / "early", programs) as vm:

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from support.boot import boot
 from vmbus import state as saved
 from vmbus.errors import VmbusError
 from vmbus.kmcl.saved import ChannelChunk, decode_chunk, encode
@@ -39,7 +40,7 @@ class Taken:
 
 
 async def boot_and_save(description: VmDescription, programs: Programs, directory: Path, *, live: bool) -> Taken:
-    vm = await VirtualMachine.launch(description, programs)
+    vm = await boot(description, programs)
     async with vm:
         await vm.wait_ready()
         job = int((await vm.call_agent("start", driver="mixed", parameters=STORY.workloads()))["job"])
@@ -79,7 +80,7 @@ def test_saved_and_restored_in_mid_traffic(
     run: Run, demo_description: VmDescription, programs: Programs, tmp_path: Path, live: bool
 ) -> None:
     story = Story(packets=256, live=live, echo_count=8_000, burst_count=14_000)
-    figures = run(run_story(story, demo_description, programs, tmp_path / "snapshot"))
+    figures = run(run_story(story, demo_description, programs, tmp_path / "snapshot", boot=boot))
     print(f"in flight {figures.in_flight}, restored {figures.restored_by_state}, seconds {figures.seconds}")
     assert figures.verdict == "pass", figures.reasons
     assert min(figures.in_flight.values()) > 0

@@ -10,8 +10,11 @@ from typing import Any
 import click
 
 from vmbus.cli.agent import agent
+from vmbus.cli.audit import audit
 from vmbus.cli.bench import bench
+from vmbus.cli.checkpoint import checkpoint, revert
 from vmbus.cli.demo import demo
+from vmbus.cli.migrate import migrate
 from vmbus.cli.new_provider import new_provider
 from vmbus.cli.vm import list_vms, restore, run_vm, save
 from vmbus.errors import VmbusError
@@ -36,6 +39,10 @@ main.add_command(demo)
 main.add_command(run_vm)
 main.add_command(save)
 main.add_command(restore)
+main.add_command(migrate)
+main.add_command(checkpoint)
+main.add_command(revert)
 main.add_command(list_vms)
 main.add_command(agent)
+main.add_command(audit)
 main.add_command(new_provider)

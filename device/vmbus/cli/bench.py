@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from vmbus_bench.figures import Part, Report
 
 _MEASUREMENTS = Path(__file__).resolve().parents[3] / "bench"
-PARTS = ("guest", "host", "save-restore")
+PARTS = ("guest", "host", "save-restore", "downtime", "audit")
 
 
 @click.command()
@@ -82,13 +82,17 @@ def bench(json_file: Path | None, quick: bool, names: tuple[str, ...]) -> None:
 
 
 def _measure(name: str, provisioned: Provisioned, quick: bool, steps: Steps) -> Part:
-    from vmbus_bench import guest, host, save_restore
+    from vmbus_bench import audit, downtime, guest, host, save_restore
 
     if name == "host":
         return host.measure(provisioned.libvfio_user, quick=quick, step=steps)
+    if name == "audit":
+        return audit.measure(provisioned.libvfio_user, quick=quick, step=steps)
     if name == "save-restore":
         return save_restore.measure(provisioned.libvfio_user, quick=quick, step=steps)
     description = load_description(CONFIGURATIONS / "echo.toml")
+    if name == "downtime":
+        return run(downtime.measure(description, programs_from(provisioned), quick=quick, step=steps))
     return run(guest.measure(description, programs_from(provisioned), quick=quick, step=steps))
 
 

@@ -67,6 +67,50 @@ SAVE_LABELS = {
     "seal": "files flushed to disk, digests, manifest",
 }
 
+CHECKPOINT_LABELS = {
+    "stop": "vCPUs stopped",
+    "device": "device at rest, its state written",
+    "ram": "guest memory and machine state written",
+    "seal": "record written",
+    "resume": "VM set running again",
+}
+
+REVERT_LABELS = {
+    "verify": "checkpoint verified",
+    "stop": "vCPUs stopped",
+    "device": "device at rest",
+    "ram": "guest memory and machine state loaded",
+    "load": "device state taken",
+    "pci": "PCI function put back",
+    "channels": "channels and packets rebuilt",
+    "cont": "vCPUs running",
+}
+
+MIGRATE_LABELS = {
+    "prepare": "destination ready",
+    "ram": "guest memory copied while the VM runs",
+    "device": "device at rest, its state written",
+    "transfer": "device state at the destination",
+    "flush": "pages written by the device flushed",
+    "switchover": "last pages and machine state sent",
+    "restore": "everything rebuilt at the destination",
+    "go": "VM handed over",
+}
+
+RECEIVE_LABELS = {
+    "prepare": "a source has come",
+    "server": "device server",
+    "qemu": "QEMU",
+    "listen": "QEMU waits for its stream",
+    "ram": "guest memory copied while the VM runs at the source",
+    "state": "device state taken",
+    "load": "guest memory loaded",
+    "pci": "PCI function put back",
+    "device": "channels and packets rebuilt",
+    "go": "VM handed over",
+    "cont": "vCPUs running",
+}
+
 RESTORE_LABELS = {
     "verify": "snapshot verified",
     "server": "device server with the saved state",

@@ -15,8 +15,20 @@ from rich.table import Table
 
 from vmbus.cli import console as guest_console
 from vmbus.cli.agent import parse_parameters
-from vmbus.cli.terminal import RESTORE_LABELS, SAVE_LABELS, START_LABELS, Steps, background, console, run
+from vmbus.cli.migrate import SECRET_HELP, absolute
+from vmbus.cli.terminal import (
+    RECEIVE_LABELS,
+    RESTORE_LABELS,
+    SAVE_LABELS,
+    START_LABELS,
+    Steps,
+    background,
+    console,
+    run,
+)
 from vmbus.errors import UsageError, VmbusError
+from vmbus.migration.address import Address
+from vmbus.migration.channel import listen, read_secret
 from vmbus.provision import provision
 from vmbus.qemu.agent import AgentError
 from vmbus.qemu.command_line import Programs, programs_from
@@ -31,9 +43,11 @@ CONFIGURATIONS = Path(__file__).resolve().parents[3] / "qemu_configs"
 
 SAVE_TIMEOUT = 1800.0
 
+AUDIT_HELP = "Keep audit records in this directory; scripts/audit checks them."
+
 
 @click.command("run-vm")
-@click.argument("config", default="demo")
+@click.argument("config", required=False)
 @click.option("--name", help="Name of the running VM (default: the description's, with a number if it is taken).")
 @click.option(
     "--drive",
@@ -42,16 +56,36 @@ SAVE_TIMEOUT = 1800.0
     metavar="DRIVER[:KEY=VALUE,...]",
     help="Start this test driver in the guest once it is up. May be given more than once.",
 )
-def run_vm(config: str, name: str | None, drives: tuple[str, ...]) -> None:
-    """Start a VM and show its console.
+@click.option("--audit", type=click.Path(path_type=Path, file_okay=False), help=AUDIT_HELP)
+@click.option("--receive", metavar="ADDRESS", help="Wait at tcp:HOST:PORT or unix:PATH for a VM that migrates here.")
+@click.option("--secret-file", type=click.Path(path_type=Path, dir_okay=False), help=SECRET_HELP)
+def run_vm(
+    config: str | None,
+    name: str | None,
+    drives: tuple[str, ...],
+    audit: Path | None,
+    receive: str | None,
+    secret_file: Path | None,
+) -> None:
+    """Start a VM, or receive one, and show its console.
 
-    CONFIG is a VM description: a name in qemu_configs/ or a path to a .toml file. On a terminal the console is
-    interactive; Ctrl-] then q ends the VM. Without one the console is only shown.
+    CONFIG is a VM description: a name in qemu_configs/ or a path to a .toml file (default: demo). On a terminal the
+    console is interactive; Ctrl-] then q ends the VM. Without one the console is only shown.
     """
-    description = load_description(find_description(config, CONFIGURATIONS))
+    if receive is not None:
+        if config is not None or drives:
+            raise UsageError("--receive takes no CONFIG and no --drive: the VM brings its own")
+        if secret_file is None:
+            raise UsageError("--secret-file is missing: both sides of a migration need the same secret")
+        address, secret = absolute(receive), read_secret(secret_file)
+        run(_receive(address, secret, programs_from(provision()), name, audit))
+        return
+    if secret_file is not None:
+        raise UsageError("--secret-file goes with --receive")
+    description = load_description(find_description(config or "demo", CONFIGURATIONS))
     wanted = [_parse_drive(text) for text in drives]
     programs = programs_from(provision())
-    run(_run_vm(description, programs, name, wanted))
+    run(_run_vm(description, programs, name, wanted, audit))
 
 
 @click.command()
@@ -71,10 +105,18 @@ def save(directory: Path, name: str | None, live: bool, keep: bool) -> None:
 @click.command()
 @click.argument("directory", type=click.Path(path_type=Path))
 @click.option("--name", help="Name of the running VM (default: the saved description's).")
-def restore(directory: Path, name: str | None) -> None:
-    """Bring the VM in snapshot DIRECTORY back and show its console."""
+@click.option("--count", default=1, metavar="N", type=click.IntRange(1, 64), help="Bring N clones of it back at once.")
+@click.option("--audit", type=click.Path(path_type=Path, file_okay=False), help=AUDIT_HELP)
+def restore(directory: Path, name: str | None, count: int, audit: Path | None) -> None:
+    """Bring the VM in snapshot DIRECTORY back and show its console.
+
+    Of several clones no console is shown; each goes its own way under a name of its own until all have ended.
+    """
     programs = programs_from(provision())
-    run(_restore(directory, programs, name))
+    if count == 1:
+        run(_restore(directory, programs, name, audit))
+    else:
+        run(_restore_clones(directory, programs, name, count, audit))
 
 
 @click.command("list")
@@ -85,26 +127,82 @@ def list_vms() -> None:
 
 
 async def _run_vm(
-    description: VmDescription, programs: Programs, name: str | None, drives: list[tuple[str, dict[str, Any]]]
+    description: VmDescription,
+    programs: Programs,
+    name: str | None,
+    drives: list[tuple[str, dict[str, Any]]],
+    audit: Path | None,
 ) -> None:
     directory = RunDirectory.create(name or description.name, exact=name is not None)
     start = time.monotonic()
     with Steps(
         f"start of VM {directory.name!r} (QEMU {programs.qemu_version}, {programs.accelerator})", START_LABELS
     ) as steps:
-        vm = await VirtualMachine.launch(description, programs, directory, progress=steps)
+        vm = await VirtualMachine.launch(description, programs, directory, progress=steps, audit=audit)
     await _attend(vm, start, drives)
 
 
-async def _restore(directory: Path, programs: Programs, name: str | None) -> None:
+async def _restore(directory: Path, programs: Programs, name: str | None, audit: Path | None) -> None:
     start = time.monotonic()
     run_directory = RunDirectory.create(name, exact=True) if name is not None else None
     with Steps(f"restore of {directory}", RESTORE_LABELS) as steps:
-        vm = await VirtualMachine.restore(directory, programs, run_directory, progress=steps)
+        vm = await VirtualMachine.restore(directory, programs, run_directory, progress=steps, audit=audit)
     assert vm.restored is not None
     packets = vm.restored.packets
     console.print(
         f"VM {vm.name!r} is back: {vm.restored.channels} channels, "
+        f"{packets['queued']} queued and {packets['sent']} sent packets in flight"
+    )
+    await _attend(vm, start, [])
+
+
+async def _restore_clones(
+    directory: Path, programs: Programs, name: str | None, count: int, audit: Path | None
+) -> None:
+    async def one() -> VirtualMachine:
+        run_directory = None if name is None else RunDirectory.create(name)
+        return await VirtualMachine.restore(directory, programs, run_directory, audit=audit)
+
+    async def serve(vm: VirtualMachine) -> None:
+        reason = await Supervisor(vm, lambda text: _notice(f"VM {vm.name!r}: {text}")).run()
+        _notice(f"VM {vm.name!r}: {reason}")
+
+    with Steps(f"restore of {count} clones of {directory}"):
+        found = await asyncio.gather(*(one() for _ in range(count)), return_exceptions=True)
+    clones = [vm for vm in found if isinstance(vm, VirtualMachine)]
+    try:
+        for failure in found:
+            if isinstance(failure, BaseException):
+                raise failure
+        console.print(f"running: {', '.join(sorted(vm.name for vm in clones))}")
+        # The end of one is not the end of the others.
+        ends = await asyncio.gather(*(serve(vm) for vm in clones), return_exceptions=True)
+        for vm, end in zip(clones, ends, strict=True):
+            if isinstance(end, VmbusError):
+                _notice(f"VM {vm.name!r}: {end}")
+        if failures := [end for end in ends if isinstance(end, BaseException)]:
+            raise failures[0]
+    finally:
+        for vm in clones:
+            await vm.kill()
+
+
+async def _receive(address: Address, secret: bytes, programs: Programs, name: str | None, audit: Path | None) -> None:
+    run_directory = RunDirectory.create(name, exact=True) if name is not None else None
+    try:
+        listener = await listen(address, secret)
+    except BaseException:
+        if run_directory is not None:
+            run_directory.remove()
+        raise
+    console.print(f"waiting for a VM at {listener.address} (QEMU {programs.qemu_version}, {programs.accelerator})")
+    start = time.monotonic()
+    with Steps("arrival", RECEIVE_LABELS) as steps:
+        vm = await VirtualMachine.receive(listener, programs, run_directory, progress=steps, audit=audit)
+    assert vm.restored is not None
+    packets = vm.restored.packets
+    console.print(
+        f"VM {vm.name!r} has arrived: {vm.restored.channels} channels, "
         f"{packets['queued']} queued and {packets['sent']} sent packets in flight"
     )
     await _attend(vm, start, [])

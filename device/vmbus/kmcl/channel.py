@@ -14,7 +14,7 @@ import logging
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 from uuid import UUID
 
 from vmbus.errors import PeerError, WaitTimeout
@@ -35,6 +35,9 @@ from vmbus.wire.packet import (
     gpa_direct_body,
     packet_size,
 )
+
+if TYPE_CHECKING:
+    from vmbus.audit.recorder import Recorder, Trace
 
 log = logging.getLogger(__name__)
 
@@ -100,12 +103,15 @@ class Channel(Settings):
         started: whether the owner wishes packets to move whenever the channel is open.
         counters: what happened so far, by name.
         waiter: how blocking calls wait; without one they raise ChannelStateError where they would have to.
+        recorder: records what happens to packets from the next open on; None: nobody does. `trace`: while open.
     """
 
     def __init__(self, name: str) -> None:
         super().__init__(name)
         self.interface_instance: UUID | None = None
         self.waiter: Waiter | None = None
+        self.recorder: Recorder | None = None
+        self.trace: Trace | None = None
         self.can_describe_memory = False
         self.started = False
         self.held = False
@@ -240,9 +246,12 @@ class Channel(Settings):
         self._attach(link)
         self._in_state_callback += 1
         try:
+            if self.recorder is not None:
+                self.trace = self.recorder.opened(self, link)
             if self._opened is not None:
                 self._opened(self)
         except Exception:
+            self._end_trace()
             self._move(ChannelEvent.OPEN_FAILED)
             self._cancel_all()
             self._link = None
@@ -287,6 +296,11 @@ class Channel(Settings):
         if force:
             self._run_when_quiet()
 
+    def lost(self) -> None:
+        """For a restore: at the save it was open, and the other end is gone since. The owner is told that it closed."""
+        if self.state is ChannelState.CLOSED:
+            self._call_state(self._closed)
+
     def _open_link(self, call: str, *, closing: bool) -> Link:
         """The link; with `closing` also until the closed callback has returned."""
         link = self._link if self._link is not None or not closing else self._closing_link
@@ -296,14 +310,21 @@ class Channel(Settings):
 
     def _detach(self) -> None:
         """Let go of the rings, and of every incoming packet that was not completed."""
+        self._end_trace()
         link, self._link = self._link, None
         self._generation += 1
         self._outstanding.clear()
         self._deferred.clear()
+        self._blocked_on_quota = False
         if link is not None:
             self._closing_link = link
             link.reader.close()
             link.writer.close()
+
+    def _end_trace(self) -> None:
+        trace, self.trace = self.trace, None
+        if trace is not None:
+            trace.close()
 
     def _finish_close(self, done: Callable[[], None]) -> None:
         if self.state is ChannelState.CLOSING:
@@ -343,11 +364,16 @@ class Channel(Settings):
         finally:
             self._in_state_callback -= 1
 
-    def fail(self, reason: str) -> None:
-        """Close this channel alone, because the other end (or the owner's code) broke its rules."""
+    def fail(self, reason: str, *, breach: bool = True) -> None:
+        """Close this channel alone, because the other end (or the owner's code) broke its rules.
+
+        Without `breach`: because the other end is gone, which is told to a record as an end like any other.
+        """
         if self.state not in (ChannelState.OPENED, ChannelState.ACTIVE) or self._link is None:
             return
         log.error("channel %s failed: %s", self.name, reason)
+        if self.trace is not None and breach:
+            self.trace.failed(reason)
         link = self._link
         self.close(lambda: None, force=True)
         link.failed(reason)
@@ -516,6 +542,8 @@ class Channel(Settings):
             if packet.state is PacketState.QUEUED:
                 self._queue.remove(packet)
                 packet.state = _IDLE
+                if self.trace is not None:
+                    self.trace.withdrawn(packet.transaction)
             raise self._refuse(f"synchronous request {packet.transaction}: {error}", Status.CANCELLED) from error
         if not outcome or outcome[0][0] != Status.SUCCESS:
             raise self._refuse(f"synchronous request {packet.transaction}: the channel closed", Status.DEVICE_REMOVED)
@@ -720,6 +748,7 @@ class Channel(Settings):
         link = self._link
         assert link is not None
         reader = link.reader
+        trace = self.trace
         reader.mask()
         for _ in range(BATCHES_PER_TURN):
             self._drain_queue()
@@ -739,7 +768,10 @@ class Channel(Settings):
                     return False
                 handled = taken
             else:
+                data = reader.batch
                 handled, consumed = self._deliver(packets)
+                if trace is not None and handled:
+                    trace.took(data[:consumed])
                 if self._link is not link:
                     return False
                 if reader.advance(consumed):
@@ -748,10 +780,12 @@ class Channel(Settings):
             if self._processing_complete is not None and handled:
                 self._end_batch(self._processing_complete, handled)
             self._flush()
-            if not self.active or self._blocked_on_quota:
+            if not self.active:
                 return False
             if self._deferred:
-                return True
+                return True  # also when the quota is used up: it may be these that use it
+            if self._blocked_on_quota:
+                return False
             if error is not None and handled == len(packets):
                 self.fail(error)
                 return False
@@ -816,6 +850,8 @@ class Channel(Settings):
             if self._process_packet is None:
                 self.fail("a packet came, and nobody takes packets on this channel")
                 return None
+        if self.trace is not None:
+            self.trace.took(link.reader.batch[:end])
         if link.reader.advance(end):
             self.counters["signals"] += 1
             link.signal()
@@ -843,6 +879,15 @@ class Channel(Settings):
     def packets_in_use(self) -> list[Packet]:
         """Outgoing packets that are not their owner's: sent ones, oldest first, then queued ones."""
         return list(self._sent.values()) + [entry for entry in self._queue if isinstance(entry, Packet)]
+
+    def in_use(self) -> tuple[list[int], list[tuple[int, int, bytes]], int]:
+        """What is in flight: transactions that wait for a completion; entries that wait for room (kind, transaction,
+        what follows the descriptor), completions among them; the next packet's transaction."""
+        queued = [
+            (entry.kind if isinstance(entry, Packet) else _COMPLETION, entry.transaction, entry.body)
+            for entry in self._queue
+        ]
+        return list(self._sent), queued, self._next_transaction
 
     @property
     def packets_queued(self) -> int:

@@ -271,7 +271,7 @@ class ServerChannel(Channel):
         """Set up a save (VmbChannelSaveBegin). The channel must be quiescent, and stays as it is.
 
         Raises ChannelStateError when it is active, incoming packets are outstanding, or a save is going on; KmclError
-        when the owner's save callback fails.
+        when the owner's save callback fails, or packets are in use and there is no callback to restore them.
         """
         if not self.quiescent:
             raise ChannelStateError(
@@ -305,6 +305,9 @@ class ServerChannel(Channel):
         self._save_context = None
 
     def _save_one(self, packet: Packet) -> PacketChunk:
+        if not self.force_new_channel:
+            # Refused here and not at the restore, when it would be too late.
+            self._require_restore_callback()
         lib = LibBuf(
             version=VERSION,
             transaction=packet.transaction,
@@ -348,6 +351,8 @@ class ServerChannel(Channel):
         """Put a restored channel back on its rings, not active. The guest did not open it again, so `opened` is not
         called; packets are restored next, then `start` if the saved channel was started."""
         self._attach(link)
+        if self.recorder is not None:
+            self.trace = self.recorder.opened(self, link, resumed=True)
 
     def restore(self, chunks: Sequence[bytes]) -> bool:
         """Rebuild the packets of a saved channel, in order, through the owner's restore callback.
@@ -411,16 +416,11 @@ class ServerChannel(Channel):
         if lib.transaction >= limit:
             raise StateError(f"packet {lib.transaction} of channel {self.name} is newer than the channel's state")
         self._check_fits(lib.transaction, lib.body)
-        if self._restore_packet is None:
-            raise KmclError(
-                f"channel {self.name} has saved packets and no restore callback; "
-                "set_save_restore_packet_callbacks() before enable()",
-                Status.INVALID_DEVICE_REQUEST,
-            )
+        restore_packet = self._require_restore_callback()
         where = f"the restore callback of channel {self.name}, for packet {lib.transaction},"
         self._restoring = []
         try:
-            self._restore_packet(self, chunk.lib, chunk.save)
+            restore_packet(self, chunk.lib, chunk.save)
         except (KmclError, StateError):
             raise
         except Exception as error:
@@ -433,6 +433,15 @@ class ServerChannel(Channel):
                 "restore_packet() of one fresh packet",
                 Status.UNSUCCESSFUL,
             )
+
+    def _require_restore_callback(self) -> RestorePacket:
+        if self._restore_packet is None:
+            raise KmclError(
+                f"channel {self.name} has saved packets and no restore callback; "
+                "set_save_restore_packet_callbacks() before enable()",
+                Status.INVALID_DEVICE_REQUEST,
+            )
+        return self._restore_packet
 
     def _check_fits(self, transaction: int, body: bytes) -> None:
         if self._link is not None and packet_size(len(body)) > self._link.writer.largest:

@@ -89,6 +89,7 @@ class LoopbackFunction:
         self._serve_dma = serve_dma
         self._next_window = iova_base + ram_size  # I/O addresses of buffers made of scattered pages
         self._closed = False
+        self._other_memory: dict[int, int] = {}  # of connections that the guest may move to, by their descriptors
         self._cleanup = contextlib.ExitStack()
         with contextlib.ExitStack() as stack:
             self.memory_fd = os.memfd_create("guest-memory", os.MFD_CLOEXEC)
@@ -157,6 +158,17 @@ class LoopbackFunction:
             raise UsageError(f"there is no DMA buffer at I/O address {buffer.iova:#x}: freed twice?")
         for page in ours.file_pages:
             self._used[page] = 0
+
+    def trim(self) -> int:
+        """Take back the pieces in which nothing is allocated; returns how many."""
+        idle = [
+            (iova, size)
+            for iova, size in self._maps.items()
+            if not any(self._used[self._offsets[iova][0] // PAGE_SIZE :][: size // PAGE_SIZE])
+        ]
+        for iova, size in idle:
+            self.unmap(iova, size)
+        return len(idle)
 
     def wait_interrupt(self, timeout: float) -> bool:
         """Whether the interrupt fired (before, or within `timeout` s); takes all firings so far."""
@@ -256,9 +268,71 @@ class LoopbackFunction:
             self.client.dma_map(iova, size, self.memory_fd, offset, writable=writable)
         self.client.reset()
         if config is not None:
-            self.client.set_eventfds(bindings.IRQ_MSI, [self.interrupt_fd])
-            for offset, size, value in pci.replay_writes(config):
-                self.config_write(offset, value.to_bytes(size, "little"))
+            self.replay(config)
+
+    def reset(self) -> None:
+        """A reset of the function, as at the start of QEMU's snapshot-load."""
+        self.client.reset()
+
+    def replay(self, config: bytes) -> None:
+        """Put the PCI function back from its saved configuration space."""
+        self.client.set_eventfds(bindings.IRQ_MSI, [self.interrupt_fd])
+        for offset, size, value in pci.replay_writes(config):
+            self.config_write(offset, value.to_bytes(size, "little"))
+
+    # -- another VMM's memory -------------------------------------------------------------------------------------
+
+    @property
+    def ram(self) -> memoryview:
+        """All of guest memory."""
+        return self._ram
+
+    def place_of(self, iova: int) -> int:
+        """Where in guest memory the byte at an I/O address is. Raises UsageError if it is not offered."""
+        for start, size in self._maps.items():
+            if start <= iova < start + size:
+                return self._offsets[start][0] + iova - start
+        raise UsageError(f"no memory is offered at I/O address {iova:#x}")
+
+    def another_client(self, socket_path: Path, content: bytes) -> VfioUserClient:
+        """Connect to another server, with guest memory of its own that has this content, and the same interrupt.
+
+        Nothing changes for the guest until `move_to`.
+        """
+        memory_fd = os.memfd_create("guest-memory", os.MFD_CLOEXEC)
+        self._cleanup.callback(os.close, memory_fd)
+        _fill(memory_fd, content)
+        client = VfioUserClient(socket_path, timeout=self._timeout)
+        try:
+            for iova, size in self._maps.items():
+                offset, writable = self._offsets[iova]
+                client.dma_map(iova, size, memory_fd, offset, writable=writable)
+            client.set_eventfds(bindings.IRQ_MSI, [self.interrupt_fd])
+        except BaseException:
+            client.close()
+            raise
+        self._other_memory[client.fileno()] = memory_fd
+        return client
+
+    def move_to(self, client: VfioUserClient) -> None:
+        """The guest goes on with what `another_client` gave: its memory takes the place of the present one, under
+        every view of it, and the present connection is closed.
+
+        Raises UsageError if there are buffers of scattered pages.
+        """
+        if any(buffer.iova >= self._iova_base + self._pages * PAGE_SIZE for buffer in self._buffers.values()):
+            raise UsageError("a guest with buffers of scattered pages cannot be moved")
+        memory_fd = self._other_memory.pop(client.fileno())
+        address = ctypes.addressof(ctypes.c_char.from_buffer(self._ram))
+        size = self._pages * PAGE_SIZE
+        if _libc.mmap(address, size, _PROT_READ_WRITE, _MAP_SHARED | _MAP_FIXED, memory_fd, 0) != address:
+            raise EnvironmentProblem(f"cannot replace guest memory: {os.strerror(ctypes.get_errno())}")
+        self.memory_fd = memory_fd
+        with contextlib.suppress(Disconnected):
+            self.client.close()
+        self.client = self._cleanup.enter_context(client)
+        if self._serve_dma:
+            self._cleanup.enter_context(client.serving())
 
     def abandon(self) -> None:
         """Hang up in the middle of whatever is going on."""
@@ -284,6 +358,13 @@ class LoopbackFunction:
             offset = chunk * self._map_size
             if self._iova_base + offset not in self._maps:
                 self.map(self._iova_base + offset, self._map_size, offset)
+
+
+def _fill(fd: int, content: bytes) -> None:
+    """Make `content` that of an empty file."""
+    view = memoryview(content)
+    while view:
+        view = view[os.write(fd, view) :]
 
 
 def _scattered_view(fd: int, pages: Sequence[int]) -> memoryview:

@@ -50,7 +50,13 @@ class LoopbackServer:
     """
 
     def __init__(
-        self, description: DeviceDescription, library: Library, *, restore: saved.DeviceState | None = None
+        self,
+        description: DeviceDescription,
+        library: Library,
+        *,
+        restore: saved.DeviceState | None = None,
+        awaiting: bool = False,
+        audit: Path | None = None,
     ) -> None:
         """Starts it. Raises what the server raises."""
         self._stack = contextlib.ExitStack()
@@ -61,7 +67,10 @@ class LoopbackServer:
         self._loop: asyncio.AbstractEventLoop
         started: concurrent.futures.Future[None] = concurrent.futures.Future()
         self._thread = threading.Thread(
-            target=self._run, args=(description, library, restore, started), name="device-server", daemon=True
+            target=self._run,
+            args=(description, library, restore, awaiting, audit, started),
+            name="device-server",
+            daemon=True,
         )
         self._thread.start()
         try:
@@ -76,11 +85,21 @@ class LoopbackServer:
         description: DeviceDescription,
         library: Library,
         restore: saved.DeviceState | None,
+        awaiting: bool,
+        audit: Path | None,
         started: "concurrent.futures.Future[None]",
     ) -> None:
         async def serve() -> None:
             self._loop = asyncio.get_running_loop()
-            self.server = DeviceServer(description, library, self.socket_path, self.control_path, restore=restore)
+            self.server = DeviceServer(
+                description,
+                library,
+                self.socket_path,
+                self.control_path,
+                restore=restore,
+                awaiting=awaiting,
+                audit=audit,
+            )
             await self.server.run(lambda: started.set_result(None))
 
         try:

@@ -59,6 +59,11 @@ class AgentClient:
         self._task: asyncio.Task[None] | None = None
         self.reconnects = 0
 
+    @property
+    def pending(self) -> int:
+        """How many requests have no answer yet."""
+        return sum(not future.done() for future in self._answers.values())
+
     async def connect(self, timeout: float = 10.0) -> None:
         """Connects, and stays connected (reconnecting if need be) until `close`."""
         if self._task is None:
@@ -80,6 +85,24 @@ class AgentClient:
                 future.set_exception(EnvironmentProblem("the connection to the guest's agent was closed"))
         self._answers.clear()
         self._lines.clear()
+
+    async def go_back(self, reason: str) -> None:
+        """The guest has gone back in time: requests under way fail with `EnvironmentProblem` (`reason`), and the
+        connection is made anew, since the guest may have been in the middle of another line then.
+
+        Ids are never used again, so an answer that the guest gives once more, to somebody who asked in a life that is
+        undone, finds nobody waiting for it.
+        """
+        for number, future in list(self._answers.items()):
+            if not future.done():
+                future.set_exception(EnvironmentProblem(reason))
+            self._lines.pop(number, None)
+        if self._task is not None:
+            former = self._task
+            former.cancel()
+            self._connected.clear()
+            self._task = asyncio.create_task(self._run(former), name=f"agent client of {self._path}")
+            await self.connect()
 
     async def call(self, command: str, /, *, timeout: float = 30.0, **arguments: Any) -> dict[str, Any]:
         """Sends one request and returns its result.
@@ -136,7 +159,10 @@ class AgentClient:
             writer.write(line)
             await writer.drain()
 
-    async def _run(self) -> None:
+    async def _run(self, former: asyncio.Task[None] | None = None) -> None:
+        """`former`: the task that did this until now; its end is waited for."""
+        if former is not None:
+            await asyncio.wait({former})
         while True:
             try:
                 reader, writer = await asyncio.open_unix_connection(str(self._path), limit=LINE_LIMIT)

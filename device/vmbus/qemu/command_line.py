@@ -94,7 +94,11 @@ def machine_version(qemu_version: str) -> str:
     return f"pc-q35-{parts[0]}.{parts[1]}"
 
 
-def kernel_arguments(description: VmDescription) -> str:
+AUDIT_WORD = "vmbus.audit=on"
+"""On the guest kernel's command line: the agent has test drivers keep audit records."""
+
+
+def kernel_arguments(description: VmDescription, *, audit: bool = False) -> str:
     """The guest kernel's command line."""
     words = [
         "console=ttyS0",
@@ -104,6 +108,7 @@ def kernel_arguments(description: VmDescription) -> str:
         "intel_iommu=on",
         "iommu=pt",
         f"hugepages={description.guest.huge_pages}",
+        *([AUDIT_WORD] if audit else []),
         *description.guest.kernel_arguments,
     ]
     return " ".join(words)
@@ -117,6 +122,7 @@ def qemu_arguments(
     qmp: str | None = None,
     incoming: bool = False,
     with_device: bool = True,
+    audit: bool = False,
 ) -> list[str]:
     """QEMU's whole command for a description, ready to be executed.
 
@@ -171,7 +177,7 @@ def qemu_arguments(
     arguments += [
         *("-kernel", str(programs.kernel)),
         *("-initrd", str(programs.initramfs)),
-        *("-append", kernel_arguments(description)),
+        *("-append", kernel_arguments(description, audit=audit)),
     ]
     if incoming:
         arguments += ["-S", "-incoming", "defer"]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import socket
@@ -17,23 +18,46 @@ import sys
 import time
 from collections.abc import Awaitable, Callable, Collection, Coroutine, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import msgspec
 
 import vmbus
+from vmbus import state as saved
 from vmbus.description import DeviceDescription
 from vmbus.errors import EnvironmentProblem, StateError, UsageError, VmbusError
+from vmbus.migration.address import parse_address
+from vmbus.migration.arrival import Arrival
+from vmbus.migration.channel import Listener
+from vmbus.migration.destination import GO_TIMEOUT, Destination
+from vmbus.migration.link import SILENCE
+from vmbus.migration.source import ASK_TIMEOUT, Departing, MigrationInDoubt, MigrationReport, Source
 from vmbus.qemu.agent import AgentClient
+from vmbus.qemu.audit import collect
 from vmbus.qemu.command_line import Programs, Sockets, machine_version, qemu_arguments
 from vmbus.qemu.description import VmDescription
+from vmbus.qemu.foreign import MigrationGuard
+from vmbus.qemu.moments import Hook, Moment, no_hook
 from vmbus.qemu.pci_replay import PciAddress, replay
+from vmbus.qemu.probe import driven_by_client, require_complete, require_running, require_same
 from vmbus.qemu.process import Child, RunDirectory, guard_all
 from vmbus.qemu.qmp import COMMAND_TIMEOUT, Monitor, file_channel
-from vmbus.qemu.save import NO_SABOTAGE, Capture, Captured, Sabotage, SaveFailed, SaveReport, barrier
+from vmbus.qemu.revert import CheckpointReport, Checkpoints, Patient, RevertFailed, RevertReport
+from vmbus.qemu.save import (
+    NO_SABOTAGE,
+    Capture,
+    Captured,
+    FileTarget,
+    Sabotage,
+    SaveFailed,
+    SaveReport,
+    StreamSettings,
+    barrier,
+)
 from vmbus.qemu.timing import Phases, Progress
 from vmbus.server.control import ControlClient
 from vmbus.snapshot.bundle import Snapshot, SnapshotWriter, open_snapshot, utc_now
+from vmbus.snapshot.checkpoints import Checkpoint, Store
 from vmbus.snapshot.manifest import RAM, STATE, Machine, Manifest, Packets, Versions
 from vmbus.vfio_user.pci import replay_writes
 
@@ -46,6 +70,9 @@ CONTROL_TIMEOUT = 30.0
 
 START_TIMEOUT = 60.0
 """Seconds that the server and QEMU have for coming up, each."""
+
+FINISH_TIMEOUT = 120.0
+"""Seconds that the device server may take to rebuild its channels and packets."""
 
 
 class RestoreReport(msgspec.Struct, kw_only=True):
@@ -66,14 +93,24 @@ class RestoreReport(msgspec.Struct, kw_only=True):
 
 
 class VirtualMachine:
-    """One VM. Use `launch` or `restore`; end it with `shutdown` or `kill`, or use it as an async context manager.
+    """One VM. Use `launch`, `restore` or `receive`; end it with `shutdown` or `kill`, or use it as an async context
+    manager.
 
     Attributes for tools and tests: `name`, `description`, `programs`, `paths`, `server` and `qemu` (the processes),
     `monitor`, `control`, `agent`, `phases` (of the launch or restore), `restored` (the report, after a restore).
     """
 
-    def __init__(self, description: VmDescription, programs: Programs, run_directory: RunDirectory) -> None:
+    def __init__(
+        self,
+        description: VmDescription,
+        programs: Programs,
+        run_directory: RunDirectory,
+        *,
+        audit: Path | None = None,
+    ) -> None:
+        """`audit`: the directory for the server's audit record; test drivers in the guest keep one, too, then."""
         self.description = description
+        self.audit = audit
         self.programs = programs
         self.run_directory = run_directory
         self.paths = Sockets(run_directory.path)
@@ -87,7 +124,15 @@ class VirtualMachine:
         self.phases: dict[str, float] = {}
         self.on_agent_event: Callable[[dict[str, Any]], None] | None = None
         self._tasks: set[asyncio.Task[None]] = set()
-        self._saving = False
+        self.on_notice: Callable[[str], None] | None = None
+        """Told in a sentence what somebody else did to the VM, if its owner should know."""
+        self.moved_to: str | None = None
+        """Where the VM went, once a migration has succeeded: it has ended here then."""
+        self._guard: MigrationGuard | None = None
+        self._in_doubt: Source | None = None
+        self._checkpoints: dict[Path, Checkpoints] = {}
+        self._idle = asyncio.Event()  # set while no operation is under way that stops or moves the VM
+        self._idle.set()
         self._ended = False
 
     # --- coming up ---------------------------------------------------------------------------------------------
@@ -100,13 +145,14 @@ class VirtualMachine:
         run_directory: RunDirectory | None = None,
         *,
         progress: Progress | None = None,
+        audit: Path | None = None,
     ) -> VirtualMachine:
         """Starts a VM from power-on and returns when it runs (the guest is then still booting; see `wait_ready`).
 
         The VM owns `run_directory` (made if not given) from here on. Raises `EnvironmentProblem` or `WaitTimeout`;
         nothing is left behind then.
         """
-        vm = cls(description, programs, run_directory or RunDirectory.create(description.name))
+        vm = cls(description, programs, run_directory or RunDirectory.create(description.name), audit=audit)
         phases = Phases(progress)
         try:
             await vm._start(phases)
@@ -126,6 +172,8 @@ class VirtualMachine:
         expected: VmDescription | None = None,
         progress: Progress | None = None,
         sabotage: Sabotage = NO_SABOTAGE,
+        audit: Path | None = None,
+        at: Hook = no_hook,
     ) -> VirtualMachine:
         """Brings a VM back from the snapshot in `directory`, running; `vm.restored` has the report.
 
@@ -143,14 +191,82 @@ class VirtualMachine:
             if run_directory is not None:
                 run_directory.remove()
             raise
-        vm = cls(snapshot.manifest.vm, programs, run_directory)
+        vm = cls(snapshot.manifest.vm, programs, run_directory, audit=audit)
         try:
-            await vm._restore(snapshot, phases, sabotage)
+            await vm._restore(snapshot, phases, sabotage, at)
         except BaseException:
             await vm.kill()
             raise
         vm.phases = phases.seconds
         return vm
+
+    @classmethod
+    async def receive(
+        cls,
+        listener: Listener,
+        programs: Programs,
+        run_directory: RunDirectory | None = None,
+        *,
+        timeout: float | None = None,
+        progress: Progress | None = None,
+        at: Hook = no_hook,
+        silence: float = SILENCE,
+        go_timeout: float = GO_TIMEOUT,
+        audit: Path | None = None,
+    ) -> VirtualMachine:
+        """Waits on `listener` for a VM that migrates here, at most `timeout` seconds (None: as long as it takes), and
+        returns when it runs; `vm.restored` has the report.
+
+        The kernel and the initramfs of the source are used: those of `programs` if they are the same, else they are
+        sent. Serves one migration; the listener belongs to it, and is closed when the source has ended its VM. Raises
+        `WaitTimeout` if nobody comes, and `MigrateFailed`; nothing is left behind then.
+        """
+        machines: list[VirtualMachine] = []
+        directories = [] if run_directory is None else [run_directory]
+
+        def claim(description: VmDescription) -> Path:
+            if not directories:
+                directories.append(RunDirectory.create(description.name))
+            return directories[0].path
+
+        def build(description: VmDescription, kernel: Path, initramfs: Path, host: str | None) -> Arrival:
+            own = dataclasses.replace(programs, kernel=kernel, initramfs=initramfs)
+            machines.append(cls(description, own, directories[0], audit=audit))
+            return Arrival(machines[0], host)
+
+        destination = Destination(
+            listener, programs, claim, build, progress=progress, at=at, silence=silence, go_timeout=go_timeout
+        )
+        try:
+            await destination.run(timeout)
+        except BaseException:
+            for vm in machines:
+                await vm.kill()
+            for directory in directories:
+                directory.remove()
+            raise
+        (vm,) = machines
+        restored = destination.restored
+        assert restored is not None
+        vm.phases = destination.phases.seconds
+        vm.restored = RestoreReport(
+            directory=f"migration {destination.migration} from {destination.source}",
+            phases=vm.phases,
+            running_at=destination.running_at,
+            packets=msgspec.structs.asdict(restored.packets),
+            channels=restored.channels,
+            pci_writes=restored.pci_writes,
+        )
+        vm._spawn(destination.stay())
+        return vm
+
+    async def start_incoming(self, phases: Phases) -> None:
+        """Starts a server that awaits its state and a QEMU that awaits its stream. May be repeated after
+        `end_processes`."""
+        with phases("server"):
+            await self._start_server(awaiting=True)
+        with phases("qemu"):
+            await self._start_qemu(incoming=True)
 
     async def _start(self, phases: Phases, *, state: Path | None = None, incoming: bool = False) -> None:
         with phases("server"):
@@ -158,9 +274,13 @@ class VirtualMachine:
         with phases("qemu"):
             await self._start_qemu(incoming)
 
-    async def _start_server(self, state: Path | None) -> None:
+    async def _start_server(self, state: Path | None = None, *, awaiting: bool = False) -> None:
+        """From power-on, from a `state`, or `awaiting` one that the command `load` brings."""
         file = self.run_directory / "device.json"
-        file.write_bytes(self.description.device.to_json())
+        try:
+            file.write_bytes(self.description.device.to_json())
+        except OSError as error:
+            raise EnvironmentProblem(f"cannot write {file}: {error.strerror}") from error
         arguments = [sys.executable, "-m", "vmbus.server"]
         arguments += ["--description", str(file)]
         arguments += ["--socket", str(self.paths.vfio)]
@@ -169,6 +289,10 @@ class VirtualMachine:
             arguments += ["--libvfio-user", str(self.programs.libvfio_user)]
         if state is not None:
             arguments += ["--restore", str(state)]
+        if awaiting:
+            arguments.append("--await-state")
+        if self.audit is not None:
+            arguments += ["--audit", str(self.audit.absolute())]
         inherited = os.environ.get("PYTHONPATH")
         self.server = await Child.spawn(
             f"the device server of VM {self.name!r}",
@@ -192,7 +316,7 @@ class VirtualMachine:
                 if isinstance(message, dict) and message.get("event") == "listening":
                     self._spawn(_drain(output, self.server.log))
                     return
-            with self.server.log.open("ab") as log:
+            with contextlib.suppress(OSError), self.server.log.open("ab") as log:  # a full disk loses the log, no more
                 log.write(line)
         await self.server.exited  # it closed its output: the guard around us reports how it ended
         raise EnvironmentProblem("the device server ended before it listened")
@@ -211,6 +335,7 @@ class VirtualMachine:
                 self.run_directory.path,
                 qmp=f"socket,id=qmp,fd={listener.fileno()},server=on,wait=off",
                 incoming=incoming,
+                audit=self.audit is not None,
             )
             self.qemu = await Child.spawn(
                 f"QEMU of VM {self.name!r}",
@@ -223,25 +348,45 @@ class VirtualMachine:
         await self.guard(self.monitor.connect(self.paths.qmp, START_TIMEOUT), "QEMU to start", START_TIMEOUT)
         # Before the guest can run, so that nothing it says is lost.
         await self.guard(self.agent.connect(START_TIMEOUT), "QEMU to open the agent's socket", START_TIMEOUT)
+        assert self.control is not None
+        self._guard = MigrationGuard(self.monitor, self._notice, functools.partial(driven_by_client, self.control))
+        await self.guard(self._guard.start(), "QEMU to tell of migrations", START_TIMEOUT)
+        self._spawn(self._guard.run())
 
-    async def _restore(self, snapshot: Snapshot, phases: Phases, sabotage: Sabotage) -> None:
+    async def _restore(self, snapshot: Snapshot, phases: Phases, sabotage: Sabotage, at: Hook) -> None:
         state = snapshot.state
         if sabotage.edit_state is not None:
             state = self.run_directory / STATE
             state.write_bytes(sabotage.edit_state(snapshot.state.read_bytes()))
-        await self._start(phases, state=state, incoming=True)
+        in_stream = snapshot.manifest.machine.device_in_stream
+        if in_stream:
+            await self.start_incoming(phases)
+        else:
+            await self._start(phases, state=state, incoming=True)
         assert self.control is not None
-        with phases("ram"):
-            await self.guard(self._load(snapshot.ram), "QEMU to load the guest's memory", self._stream_timeout)
+        await self.guard(
+            require_same(self.control, in_stream=in_stream, what=f"the snapshot {snapshot.directory}"),
+            "the device server's status",
+            CONTROL_TIMEOUT,
+        )
+        await at(Moment.BEFORE_STREAM)
+        with phases("ram"), self.own_migration():
+            await self.guard(self._load(snapshot.ram, at), "QEMU to load the guest's memory", self._stream_timeout)
+        if in_stream:
+            await self._let_run_what_qemu_restored(snapshot, phases)
+            return
         writes = 0
         with phases("pci"):
+            await at(Moment.PCI_REPLAY)
             if not sabotage.skip_pci_replay:
-                writes = await self.guard(self._replay_pci(snapshot), "the PCI function to be put back", 60.0)
+                writes = await self.put_back(snapshot.pci_config)
         with phases("device"):
-            finished = await self.guard(
-                self.control.call("restore-finish", timeout=120.0), "the device server to rebuild its channels", 120.0
-            )
+            await at(Moment.PACKET_RESTORE)
+            work = self.control.call("restore-finish", timeout=FINISH_TIMEOUT + 1)
+            finished = await self.guard(work, "the device server to rebuild its channels", FINISH_TIMEOUT)
         with phases("cont"):
+            await at(Moment.BEFORE_CONT)
+            await self.require_device()
             await self.cont()
         packets = finished.get("packets", {})
         self.restored = RestoreReport(
@@ -253,19 +398,44 @@ class VirtualMachine:
             pci_writes=writes,
         )
 
-    async def _load(self, ram: Path) -> None:
+    async def _let_run_what_qemu_restored(self, snapshot: Snapshot, phases: Phases) -> None:
+        """The device's state was in QEMU's stream, and QEMU puts it back when the vCPUs run."""
+        assert self.control is not None
+        await self.guard(require_complete(self.control), "the device server's status", CONTROL_TIMEOUT)
+        with phases("cont"):
+            await self.cont()
+        await self.guard(require_running(self.control), "the device server's status", CONTROL_TIMEOUT)
+        state = saved.decode(await asyncio.to_thread(snapshot.state.read_bytes))
+        packets = snapshot.manifest.packets
+        self.restored = RestoreReport(
+            directory=str(snapshot.directory),
+            phases=phases.seconds,
+            running_at=time.monotonic(),
+            packets={"queued": packets.queued, "sent": packets.sent},
+            channels=sum(offer.open is not None for offer in state.bus.offers),
+            pci_writes=0,
+        )
+
+    async def _load(self, ram: Path, at: Hook) -> None:
         await self.monitor.execute(
             "migrate-set-capabilities", {"capabilities": [{"capability": "events", "state": True}]}
         )
         # Without exit-on-error QEMU would be gone before it could tell the reason.
         await self.monitor.execute("migrate-incoming", {"channels": file_channel(ram), "exit-on-error": False})
+        await at(Moment.LOADING)
         await self.monitor.wait_migration({"completed"}, self._stream_timeout, "QEMU to load the guest's memory")
         if await self.monitor.running():
             raise StateError("QEMU runs the guest before its device was put back")
 
-    async def _replay_pci(self, snapshot: Snapshot) -> int:
+    async def put_back(self, config: bytes) -> int:
+        """Puts the PCI function back as `config` (256 bytes) says, and returns the number of writes. The VM is paused.
+
+        Raises `EnvironmentProblem` or `StateError` if it does not take it.
+        """
+        return await self.guard(self._put_back(config), "the PCI function to be put back", 60.0)
+
+    async def _put_back(self, config: bytes) -> int:
         assert self.control is not None
-        config = snapshot.pci_config
         count = await replay(self.monitor.human, self.pci_address, replay_writes(config))
         known = bytes.fromhex((await self.control.call("pci"))["config"])
         if known != config:
@@ -310,9 +480,38 @@ class VirtualMachine:
             self.agent.request(command, arguments, timeout=timeout), f"the agent's answer to {command!r}", timeout + 1
         )
 
+    async def execute(self, command: str, arguments: Mapping[str, object] | None = None) -> Any:
+        """A command to QEMU's monitor that also ends when a process of the VM dies."""
+        work = self.monitor.execute(command, arguments)
+        return await self.guard(work, f"QEMU's answer to {command!r}", COMMAND_TIMEOUT + 1)
+
+    def own_migration(self) -> contextlib.AbstractContextManager[None]:
+        """A context in which QEMU migrates, saves or loads because we want it to: any other migration is cancelled."""
+        return contextlib.nullcontext() if self._guard is None else self._guard.ours()
+
+    async def call_server(self, command: str) -> dict[str, Any]:
+        """A control command without arguments that also ends when a process of the VM dies."""
+        assert self.control is not None
+        work = self.control.call(command, timeout=CONTROL_TIMEOUT)
+        return await self.guard(work, f"the device server's answer to {command!r}", CONTROL_TIMEOUT + 1)
+
+    async def collect_audit(self, directory: Path | None = None) -> list[Path]:
+        """Fetches the guest's audit records into the audit directory (or another); see `vmbus.qemu.audit.collect`."""
+        if self.audit is None and directory is None:
+            raise UsageError(f"VM {self.name!r} keeps no audit records: start it with an audit directory")
+        return await collect(self, directory or cast(Path, self.audit))
+
     async def stop(self) -> None:
         """Stops the vCPUs."""
         await self.guard(self.monitor.execute("stop"), "the vCPUs to stop", START_TIMEOUT)
+
+    async def require_device(self) -> None:
+        """Makes sure, right before the vCPUs run for the first time, that there is a device for them.
+
+        QEMU would let them run without one, and the death of the server may be noticed a moment later only: by then
+        somebody who could have run the VM instead has let go of it.
+        """
+        await self.call_server("status")
 
     async def cont(self) -> None:
         """Lets the vCPUs run."""
@@ -326,6 +525,7 @@ class VirtualMachine:
         keep: bool = False,
         progress: Progress | None = None,
         sabotage: Sabotage = NO_SABOTAGE,
+        at: Hook = no_hook,
     ) -> SaveReport:
         """Saves the VM into a new snapshot directory.
 
@@ -334,15 +534,12 @@ class VirtualMachine:
         under way or the directory exists, and `SaveFailed`, whose `source_alive` tells whether the VM runs on as
         before; if it does not, everything has been torn down.
         """
-        if self._ended:
-            raise UsageError(f"VM {self.name!r} has ended: there is nothing to save")
-        if self._saving:
-            raise UsageError(f"VM {self.name!r} is being saved already")
-        self._saving = True
+        self._begin("save")
         writer: SnapshotWriter | None = None
         try:
             writer = SnapshotWriter.begin(directory)
-            return await self._save(writer, Phases(progress), live=live, keep=keep, sabotage=sabotage)
+            with self.own_migration():
+                return await self._save(writer, Phases(progress), live=live, keep=keep, sabotage=sabotage, at=at)
         except BaseException as error:
             if writer is not None:
                 writer.abort()
@@ -350,39 +547,219 @@ class VirtualMachine:
                 await self.kill()
             raise
         finally:
-            self._saving = False
+            self._idle.set()
+
+    async def checkpoint(
+        self, tag: str, *, directory: Path | None = None, progress: Progress | None = None, at: Hook = no_hook
+    ) -> CheckpointReport:
+        """Notes this moment under the name `tag`, so that `revert` can go back to it; the VM runs on.
+
+        Checkpoints lie in the run directory and end with the VM, or in a `directory` of their own (made if need be),
+        and then stay. Raises `UsageError` for a tag that is taken or not usable, and `SaveFailed` as `save` does.
+        """
+        self._begin("note")
+        try:
+            return await self._checkpoints_in(directory).take(tag, Phases(progress), at)
+        except SaveFailed as error:
+            if not error.source_alive:
+                await self.kill()
+            raise
+        finally:
+            self._idle.set()
+
+    async def revert(
+        self,
+        tag: str,
+        *,
+        directory: Path | None = None,
+        progress: Progress | None = None,
+        sabotage: Sabotage = NO_SABOTAGE,
+        at: Hook = no_hook,
+    ) -> RevertReport:
+        """Takes the VM back to a checkpoint, with its processes; what happened since then is undone, in the guest and
+        in the device. Other checkpoints stay, later ones too.
+
+        Raises `UsageError` or `StateError` if the checkpoint is refused; nothing has been changed then. Raises
+        `RevertFailed`, whose `source_alive` tells whether the VM runs on as before; if it does not, everything has been
+        torn down (see `vmbus.qemu.revert`).
+        """
+        self._begin("take back")
+        try:
+            return await self._checkpoints_in(directory).revert(tag, Phases(progress), sabotage=sabotage, at=at)
+        except RevertFailed as error:
+            if not error.source_alive:
+                await self.kill()
+            raise
+        finally:
+            self._idle.set()
+
+    def checkpoints(self, *, directory: Path | None = None) -> list[Checkpoint]:
+        """The checkpoints, oldest first. Raises `StateError` if a record is damaged."""
+        return self._checkpoints_in(directory).store.list()
+
+    async def delete_checkpoint(self, tag: str, *, directory: Path | None = None) -> None:
+        """Deletes a checkpoint. Raises `UsageError` if there is none of that name."""
+        self._begin("delete")
+        try:
+            await self._checkpoints_in(directory).delete(tag)
+        finally:
+            self._idle.set()
+
+    def _checkpoints_in(self, directory: Path | None) -> Checkpoints:
+        path = self.run_directory / "checkpoints" if directory is None else directory.absolute()
+        if path not in self._checkpoints:
+            assert self.control is not None
+            patient = Patient(
+                name=self.name,
+                description=self.description,
+                machine_type=machine_version(self.programs.qemu_version),
+                accelerator=self.programs.accelerator,
+                qemu_version=self.programs.qemu_version,
+                pci_address=str(self.pci_address),
+                monitor=_GuardedMonitor(self, self.monitor),
+                control=_GuardedControl(self, self.control),
+                put_back=self.put_back,
+                own_migration=self.own_migration,
+                forget=self.agent.go_back,
+            )
+            store = Store(path, own=directory is None)
+            self._checkpoints[path] = Checkpoints(patient, store, len(self._checkpoints))
+        return self._checkpoints[path]
+
+    def _begin(self, what: str) -> None:
+        """Nothing else that stops or moves the VM may run from here until `_idle` is set. Raises `UsageError`."""
+        if self._ended:
+            raise UsageError(f"VM {self.name!r} has ended: there is nothing to {what}")
+        if self._in_doubt is not None:
+            raise UsageError(f"VM {self.name!r} waits for a decision about its migration: resolve that first")
+        if not self._idle.is_set():
+            raise UsageError(f"VM {self.name!r} is being saved or migrated already")
+        self._idle.clear()
+
+    async def migrate(
+        self,
+        address: str,
+        secret: bytes,
+        *,
+        multifd: int = 0,
+        timeout: float | None = None,
+        downtime_limit: int | None = None,
+        progress: Progress | None = None,
+        at: Hook = no_hook,
+        silence: float = SILENCE,
+        ask_timeout: float = ASK_TIMEOUT,
+        sabotage: Sabotage = NO_SABOTAGE,
+    ) -> MigrationReport:
+        """Moves the running VM to the destination that waits at `address` (``tcp:HOST:PORT`` or ``unix:PATH``).
+
+        `secret` is the 32 bytes that both sides know. `multifd` connections are used for memory besides the main one.
+        `timeout` bounds the copy of memory in seconds, `downtime_limit` is what QEMU plans for its last pass in
+        milliseconds. When this returns, the VM runs there and has ended here.
+
+        Raises `UsageError` if another operation is under way; `MigrateFailed`, whose `source_alive` tells whether the
+        VM runs on as before; and `MigrationInDoubt`: then it stays stopped until `resolve`.
+        """
+        target = parse_address(address)
+        self._begin("migrate")
+        try:
+            assert self.control is not None
+            source = Source(
+                Departing(
+                    name=self.name,
+                    description=self.description,
+                    programs=self.programs,
+                    pci_address=str(self.pci_address),
+                    monitor=_GuardedMonitor(self, self.monitor),
+                    control=_GuardedControl(self, self.control),
+                    folder=self.run_directory.path,
+                    end=functools.partial(self._leave, address),
+                ),
+                target,
+                secret,
+                stream=StreamSettings(
+                    multifd=multifd,
+                    timeout=timeout or 60.0 + self.description.memory_mib / 2,
+                    downtime_limit=downtime_limit,
+                ),
+                progress=progress,
+                at=at,
+                silence=silence,
+                ask_timeout=ask_timeout,
+                sabotage=sabotage,
+            )
+            with self.own_migration():
+                return await source.run()
+        except MigrationInDoubt:
+            self._in_doubt = source
+            raise
+        except SaveFailed as error:
+            if not error.source_alive:
+                await self.kill()
+            raise
+        finally:
+            self._idle.set()
+
+    async def _leave(self, address: str) -> None:
+        self.moved_to = address
+        await self.kill()
+
+    async def resolve(self, *, run: bool) -> None:
+        """Decides about a migration in doubt: the VM runs on here, or it ends here since it runs at the destination.
+
+        Whoever lets it run has to be sure that it does not run there. Raises `UsageError` if nothing is in doubt,
+        `MigrateFailed` if it cannot be set running again.
+        """
+        if self._in_doubt is None:
+            raise UsageError(f"no migration of VM {self.name!r} is in doubt")
+        source, self._in_doubt = self._in_doubt, None
+        try:
+            await source.resolve(run=run)
+        except SaveFailed:
+            await self.kill()
+            raise
+
+    @property
+    def in_doubt(self) -> bool:
+        """Whether the VM stands still until `resolve`."""
+        return self._in_doubt is not None
 
     async def _save(
-        self, writer: SnapshotWriter, phases: Phases, *, live: bool, keep: bool, sabotage: Sabotage
+        self, writer: SnapshotWriter, phases: Phases, *, live: bool, keep: bool, sabotage: Sabotage, at: Hook
     ) -> SaveReport:
         assert self.control is not None
         with phases("boot files"):  # while the guest still runs
             await writer.add_boot_files(self.programs.kernel, self.programs.initramfs)
-            server = await self.control.call("status")
+        control = _GuardedControl(self, self.control)
+        target = _Bundle(writer, control)
         capture = Capture(
             _GuardedMonitor(self, self.monitor),
-            _GuardedControl(self, self.control),
-            writer.ram,
-            writer.state,
+            control,
+            target,
             phases,
             live=live,
             memory_mib=self.description.memory_mib,
             sabotage=sabotage,
+            at=at,
         )
         downtime: float | None = None
+        stuck: VmbusError | None = None
         async with capture.taken() as taken:
-            # Providers may have come and gone since the launch: the snapshot is restored with those that are there.
-            device = await self.guard(self.control.call("status"), "the device server's description", START_TIMEOUT)
             if keep:
                 with phases("resume"):
-                    await capture.resume()
+                    try:
+                        await capture.resume()
+                    except VmbusError as error:  # what was saved is whole all the same, and may be all that is left
+                        stuck = error
                 downtime = time.monotonic() - taken.stopped_at
             with phases("seal"):
+                await at(Moment.SEALING)
                 ram = await writer.seal(RAM)
                 state = await writer.seal(STATE)
                 if state.sha256 != taken.state_sha256:
                     raise StateError("the device's state on disk is not what the server wrote: its digest differs")
-                await writer.commit(self._manifest(writer, taken, live=live, server=server | device))
+                await writer.commit(self._manifest(writer, taken, live=live, server=target.server))
+            if stuck is not None:
+                raise EnvironmentProblem(f"the snapshot {writer.target} is complete, but {stuck}")
         return SaveReport(
             directory=str(writer.target),
             live=live,
@@ -410,6 +787,7 @@ class VirtualMachine:
                 accelerator="kvm" if self.programs.accelerator == "kvm" else "tcg",
                 pci_address=str(self.pci_address),
                 pci_config=taken.pci_config.hex(),
+                device_in_stream=taken.driven,
             ),
             versions=Versions(
                 project=vmbus.__version__,
@@ -433,9 +811,13 @@ class VirtualMachine:
 
         Returns if the guest powered itself off. Raises `ProcessDied` if a process ended in any other way. The
         caller then calls `kill`, which also ends the other process.
+
+        A save or migration that is under way is waited for: it notices a death by itself where that matters, and where
+        it does not (all is written, or sent), it can still be completed, and is then all that is left of the VM.
         """
         assert self.qemu is not None and self.server is not None
         await asyncio.wait({self.qemu.exited, self.server.exited}, return_when=asyncio.FIRST_COMPLETED)
+        await self._idle.wait()
         if self.qemu.running:  # a server that merely follows a QEMU which is just ending is no failure
             await asyncio.wait({self.qemu.exited}, timeout=2)
         if not self.qemu.running and self.qemu.exited.result() == 0:
@@ -460,14 +842,28 @@ class VirtualMachine:
         for task in self._tasks:
             task.cancel()
         try:
-            await self.agent.close()
-            for child in reversed(self.children):
-                await child.stop()
-            await self.monitor.close()
-            if self.control is not None:
-                self.control.close()
+            await self._stop_processes()
         finally:
             self.run_directory.remove()
+
+    async def _stop_processes(self) -> None:
+        await self.agent.close()
+        for child in reversed(self.children):
+            await child.stop()
+        await self.monitor.close()
+        if self.control is not None:
+            self.control.close()
+
+    async def end_processes(self) -> None:
+        """Ends both processes and keeps the VM: it can be started again, with nothing of its former life."""
+        for task in list(self._tasks):
+            task.cancel()
+        await self._stop_processes()
+        for path in self.run_directory.path.glob("*.sock"):
+            path.unlink()
+        self.server = self.qemu = self.control = None
+        self.monitor = Monitor(f"QEMU of VM {self.name!r}")
+        self.agent = AgentClient(self.paths.agent, on_event=self._agent_event)
 
     async def __aenter__(self) -> VirtualMachine:
         return self
@@ -480,9 +876,27 @@ class VirtualMachine:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
+    def _notice(self, text: str) -> None:
+        if self.on_notice is not None:
+            self.on_notice(text)
+
     def _agent_event(self, event: dict[str, Any]) -> None:
         if self.on_agent_event is not None:
             self.on_agent_event(event)
+
+
+class _Bundle(FileTarget):
+    """A snapshot that is being written. `server`: the device server's status at the moment that is saved: providers may
+    have come and gone since the launch, and the snapshot is restored with those that are there."""
+
+    def __init__(self, writer: SnapshotWriter, control: _GuardedControl) -> None:
+        super().__init__(writer.ram, writer.state)
+        self._control = control
+        self.server: dict[str, Any] = {}
+
+    async def saved(self, captured: Captured) -> None:
+        # Now, for once QEMU has written its part nothing of the VM is needed any more.
+        self.server = await self._control.call("status")
 
 
 class _GuardedMonitor:
@@ -535,4 +949,5 @@ async def _drain(stream: asyncio.StreamReader, log: Path) -> None:
     """Moves what a process still prints into its log."""
     with log.open("ab", buffering=0) as file:
         while data := await stream.read(65536):
-            file.write(data)
+            with contextlib.suppress(OSError):  # a full disk loses the log, and nothing else
+                file.write(data)

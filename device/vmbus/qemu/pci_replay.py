@@ -10,8 +10,9 @@ it and using 0xcfc. So the latched value is read first and put back last.
 
 from __future__ import annotations
 
+import asyncio
 import re
-from collections.abc import Awaitable, Callable, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from vmbus.errors import EnvironmentProblem, StateError
@@ -88,25 +89,36 @@ async def replay(human: Human, address: PciAddress, writes: Iterable[tuple[int, 
     checked = [Write(*write) for write in writes]
     latched = parse_port(await human(f"i /w {ADDRESS_PORT:#x}"))
     try:
-        for write in checked:
-            for line in write_lines(address, write):
-                await _say_nothing(human, line)
-        for write in checked:
-            select, read = read_lines(address, write)
-            await _say_nothing(human, select)
-            found = parse_port(await human(read))
+        lines = [line for write in checked for line in write_lines(address, write)]
+        for line, output in zip(lines, await _say_all(human, lines), strict=True):
+            _check_silent(line, output)
+        pairs = [read_lines(address, write) for write in checked]
+        outputs = await _say_all(human, [line for pair in pairs for line in pair])
+        for index, write in enumerate(checked):
+            _check_silent(pairs[index][0], outputs[2 * index])
+            found = parse_port(outputs[2 * index + 1])
             if found != write.value:
                 raise EnvironmentProblem(
                     f"PCI function {address} did not take its saved configuration: register {write.offset:#04x} is "
                     f"{found:#x} after writing {write.value:#x} ({write.size} bytes)"
                 )
     finally:
-        await _say_nothing(human, f"o /w {ADDRESS_PORT:#x} {latched:#x}")
+        last = f"o /w {ADDRESS_PORT:#x} {latched:#x}"
+        _check_silent(last, await human(last))
     return len(checked)
 
 
-async def _say_nothing(human: Human, line: str) -> None:
+async def _say_all(human: Human, lines: Sequence[str]) -> list[str]:
+    """Says all lines without waiting for an answer in between: QEMU takes them one after the other all the same, and
+    the guest stands still meanwhile. Returns the answers; raises the first error once all are there."""
+    outputs = await asyncio.gather(*(human(line) for line in lines), return_exceptions=True)
+    for output in outputs:
+        if isinstance(output, BaseException):
+            raise output
+    return [str(output) for output in outputs]
+
+
+def _check_silent(line: str, output: str) -> None:
     # The human monitor reports errors as text; a port write that worked prints nothing.
-    output = await human(line)
     if output:
         raise EnvironmentProblem(f"QEMU's monitor answered {line!r} with {output!r}")

@@ -87,7 +87,10 @@ class Child:
         `environment` is added to ours. With `capture_stdout`, standard output is readable as
         ``child.process.stdout`` instead. Raises `EnvironmentProblem` if the program cannot be started at all.
         """
-        descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        try:
+            descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise EnvironmentProblem(f"cannot write {log}: {error.strerror}") from error
         try:
             process = await asyncio.create_subprocess_exec(
                 sys.executable,
@@ -222,16 +225,21 @@ def _start_time(pid: int) -> int | None:
 
 
 def runtime_base() -> Path:
-    """The directory that holds all run directories of this user: made if need be, 0700, ours.
+    """The directory that holds all run directories of this user's VMs. See `private_base`."""
+    return private_base("vmbus")
 
-    It is $XDG_RUNTIME_DIR/vmbus, or vmbus-UID in the directory for temporary files. Raises `EnvironmentProblem` if it
+
+def private_base(name: str) -> Path:
+    """A directory of this user for things that run: made if need be, 0700, ours.
+
+    It is $XDG_RUNTIME_DIR/NAME, or NAME-UID in the directory for temporary files. Raises `EnvironmentProblem` if it
     belongs to somebody else, is not a directory, or cannot be made.
     """
     runtime = os.environ.get("XDG_RUNTIME_DIR")
     if runtime and os.access(runtime, os.W_OK | os.X_OK):
-        base = Path(runtime) / "vmbus"
+        base = Path(runtime) / name
     else:
-        base = Path(tempfile.gettempdir()) / f"vmbus-{os.getuid()}"
+        base = Path(tempfile.gettempdir()) / f"{name}-{os.getuid()}"
     try:
         with contextlib.suppress(FileExistsError):
             base.mkdir(mode=0o700)
@@ -274,9 +282,15 @@ class RunDirectory:
                 f"socket paths under {base / name} would have {longest} bytes; a socket's path may have "
                 f"{SOCKET_PATH_LIMIT}: use a shorter XDG_RUNTIME_DIR or TMPDIR"
             )
-        fresh = Path(tempfile.mkdtemp(prefix=".new-", dir=base))
         try:
-            (fresh / "owner.json").write_bytes(msgspec.json.encode(Owner.current()))
+            fresh = Path(tempfile.mkdtemp(prefix=".new-", dir=base))
+        except OSError as error:
+            raise EnvironmentProblem(f"cannot make a run directory in {base}: {error.strerror}") from error
+        try:
+            try:
+                (fresh / "owner.json").write_bytes(msgspec.json.encode(Owner.current()))
+            except OSError as error:
+                raise EnvironmentProblem(f"cannot write a run directory in {base}: {error.strerror}") from error
             for number in range(1, 100):
                 path = base / (name if number == 1 else f"{name}-{number}")
                 try:

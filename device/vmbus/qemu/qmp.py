@@ -113,6 +113,10 @@ class Monitor:
         """A context in which the named events are collected."""
         return self._client.listener(events)
 
+    def listening(self, *listeners: EventListener) -> contextlib.AbstractContextManager[None]:
+        """A context in which these listeners are told of events."""
+        return self._client.listen(*listeners)
+
     async def migration_status(self) -> tuple[str, str]:
         """The migration's status and, if it failed, QEMU's reason (else an empty text)."""
         found = await self.execute("query-migrate")

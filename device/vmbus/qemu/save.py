@@ -9,26 +9,37 @@ mended from outside (docs/packet-42.md follows one packet through it):
   pre-switchover with the vCPUs halted; the server comes to rest, saves its state, and writes the logged pages
   once more through QEMU; QEMU sends the last pages and the rest of its state.
 
+The same steps serve a snapshot and a live migration; what differs is where everything goes, and that is a `Target`:
+files, or another host (`vmbus.migration.source`).
+
+A QEMU that migrates the device itself (see `vmbus.qemu.probe`) needs none of that: it has the device stopped and saved
+through the protocol, and the server only writes a copy of the state that QEMU takes.
+
 A failure anywhere leads back: the migration is cancelled, the server resumes, the vCPUs run if they ran before,
 and `SaveFailed` says so. Only if that way back is blocked too is the VM lost, and the error says that.
 """
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Iterator, Mapping
 from contextlib import AbstractContextManager, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import msgspec
 from qemu.qmp.events import EventListener
 
-from vmbus.errors import EnvironmentProblem, StateError, VmbusError
+from vmbus.errors import EnvironmentProblem, StateError, UsageError, VmbusError
+from vmbus.qemu.moments import Hook, Moment, no_hook
+from vmbus.qemu.probe import driven_by_client
 from vmbus.qemu.qmp import MIGRATION_ENDS, MigrationFailed, file_channel
 from vmbus.qemu.timing import Phases
+
+T = TypeVar("T")
 
 MAGIC = 0x53424D56
 """What a read of the first register of BAR0 gives ("VMBS")."""
@@ -39,8 +50,25 @@ MAX_BANDWIDTH = 8 << 30
 LIVE_ATTEMPTS = 3
 """How often a live save starts again when the dirty log could not be kept (the guest unmapped a dirty page)."""
 
+REFUSED_CAPABILITIES = {
+    "background-snapshot": "it protects only QEMU's own view of guest memory, and the device server writes past it",
+    "mapped-ram": "its file has another layout than the one that is loaded here, and a network stream cannot have it",
+    "postcopy-ram": "the device server would read guest memory that has not arrived yet",
+    "x-colo": "it runs the guest twice, and there is one device",
+    "x-ignore-shared": "guest memory is shared with the device server, so it would be left out of the stream",
+}
+"""Capabilities of QEMU's migration that break what is promised here, and why. None of them is ever switched off in
+silence: whoever switched it on wanted something."""
+
 PAUSE_TIMEOUT = 30.0
 """Seconds to wait for the device to come to rest; the server gives its providers less than that."""
+
+
+PROVIDERS_TIMEOUT = 30.0
+"""Seconds that the providers' save callbacks may take; then the server interrupts them, and the VM runs on."""
+
+SAVE_TIMEOUT = 60.0
+"""Seconds for the server to ask its providers for their state and to write it; the vCPUs stand meanwhile."""
 
 
 class SaveFailed(EnvironmentProblem):
@@ -117,9 +145,68 @@ class Captured:
     incoming_held: int
     state_sha256: str
     pci_config: bytes
+    state_bytes: int = 0
     flushed_pages: int = 0
     flushed_bytes: int = 0
     attempts: int = 1
+    reached_at: float = 0.0
+    """CLOCK_MONOTONIC when QEMU was seen at pre-switchover (live only)."""
+    saved_at: float = 0.0
+    """When the device server had written its state."""
+    flushed_at: float = 0.0
+    """When the logged pages had been written through QEMU."""
+    written_at: float = 0.0
+    """When QEMU had sent its last page (live only)."""
+    driven: bool = False
+    """QEMU migrates the device itself: its state is in QEMU's stream, and the file is only a copy."""
+
+
+@dataclass(frozen=True)
+class StreamSettings:
+    """How QEMU sends its stream. `multifd` is the number of connections for memory, 0 for none of their own.
+
+    `timeout` bounds, in seconds, the copy of memory while the guest runs; None allows for a slow disk.
+    `downtime_limit` is what QEMU may plan for its last pass, in milliseconds; None leaves it as it is set.
+    """
+
+    multifd: int = 0
+    timeout: float | None = None
+    downtime_limit: int | None = None
+
+
+class Target(Protocol):
+    """Where a capture goes."""
+
+    @property
+    def state(self) -> Path:
+        """The file, not there yet, that the device server writes its state into."""
+
+    async def begin(self) -> list[dict[str, object]]:
+        """A pass begins: the `channels` for QEMU's migrate. The VM runs as ever and has not been touched."""
+
+    async def saved(self, captured: Captured) -> None:
+        """The device's state is in its file. The vCPUs stand, and QEMU has still to write its last pages."""
+
+    def discard(self) -> None:
+        """The pass is given up: removes what it left."""
+
+
+class FileTarget:
+    """QEMU's stream and the device's state go into two files."""
+
+    def __init__(self, ram: Path, state: Path) -> None:
+        self.ram = ram
+        self.state = state
+
+    async def begin(self) -> list[dict[str, object]]:
+        return file_channel(self.ram)
+
+    async def saved(self, captured: Captured) -> None:
+        pass
+
+    def discard(self) -> None:
+        for path in (self.ram, self.state):
+            path.unlink(missing_ok=True)
 
 
 class Capture:
@@ -134,27 +221,37 @@ class Capture:
         self,
         monitor: QemuMonitor,
         control: Control,
-        ram: Path,
-        state: Path,
+        target: Target,
         phases: Phases,
         *,
         live: bool,
         memory_mib: int = 256,
+        stream: StreamSettings | None = None,
         sabotage: Sabotage = NO_SABOTAGE,
+        at: Hook = no_hook,
+        operation: str = "save",
     ) -> None:
         self._monitor = monitor
         self._control = control
-        self._ram = ram
-        self._state = state
+        self._target = target
         self._phases = phases
         self._live = live
+        self._stream = stream or StreamSettings()
         self._sabotage = sabotage
+        self._at = at
+        self._operation = operation  # what error messages call this
         self._was_running = False
         self._migrating = False
         self._logging = False
+        self._driven = False  # whether QEMU migrates the device: then what follows is its affair, not ours
         self._touched = False  # whether there is anything to undo
         # A slow disk takes 20 MiB/s; whatever is slower than that is stuck.
-        self._stream_timeout = 60.0 + memory_mib / 20
+        self._stream_timeout = self._stream.timeout or 60.0 + memory_mib / 20
+
+    @property
+    def was_running(self) -> bool:
+        """Whether the vCPUs ran before the capture began."""
+        return self._was_running
 
     @asynccontextmanager
     async def taken(self) -> AsyncIterator[Captured]:
@@ -166,8 +263,13 @@ class Capture:
                     captured = await (self._take_live() if self._live else self._take_stopped())
                     break
                 except VmbusError as error:
-                    if not _log_broken(error) or attempt == LIVE_ATTEMPTS:
+                    if not _log_broken(error):
                         raise
+                    if attempt == LIVE_ATTEMPTS:
+                        raise EnvironmentProblem(
+                            f"{error} (attempt {attempt} of {LIVE_ATTEMPTS}: each time the guest unmapped memory that "
+                            "the device had written meanwhile; let it keep its memory mapped, or stop it for the save)"
+                        ) from error
                     attempt += 1
                     await self._undo()
             captured.attempts = attempt
@@ -175,23 +277,29 @@ class Capture:
         except BaseException as error:
             if not self._touched:  # nothing was changed yet, or the VM was set running again already
                 if isinstance(error, VmbusError):
-                    raise SaveFailed(f"save failed: {error}; the VM runs on", source_alive=True) from error
+                    raise SaveFailed(f"{self._operation} failed: {error}; the VM runs on", source_alive=True) from error
                 raise
             try:
-                await self._undo()
+                await uninterrupted(self._undo())
             except (VmbusError, OSError) as second:
                 raise SaveFailed(
-                    f"save failed: {error}; the VM is lost, since it could not be set running again: {second}",
+                    f"{self._operation} failed: {error}; "
+                    f"the VM is lost, since it could not be set running again: {second}",
                     source_alive=False,
                 ) from error
             if isinstance(error, VmbusError):
                 fate = "the VM runs on" if self._was_running else "the VM stays paused as it was"
-                raise SaveFailed(f"save failed: {error}; {fate}", source_alive=True) from error
+                raise SaveFailed(f"{self._operation} failed: {error}; {fate}", source_alive=True) from error
             raise
+
+    def hand_over(self) -> None:
+        """From here on the VM is somebody else's: nothing is undone any more. `resume` still works."""
+        self._touched = False
 
     async def resume(self) -> None:
         """Lets a VM that was saved run on: the checkpoint's last step."""
-        await self._control.call("resume")
+        if not self._driven:
+            await self._control.call("resume")
         if self._was_running:
             await self._monitor.cont()
         self._touched = False
@@ -202,37 +310,60 @@ class Capture:
     async def _take_stopped(self) -> Captured:
         self._was_running = await self._monitor.running()
         await self._set_migration(pause_before_switchover=False)
+        self._driven = await driven_by_client(self._control)
+        await self._at(Moment.BEFORE_STREAM)
+        channels = await self._target.begin()
         self._touched = True
         with self._phases("stop"):
             stopped_at = await self._stop()
-        captured = await self._save_device(stopped_at)
+        if not self._driven:
+            captured = await self._save_device(stopped_at)
         with self._phases("ram"):
-            await self._migrate()
-            await self._monitor.wait_migration({"completed"}, self._stream_timeout, "QEMU to write the guest's memory")
+            await self._write_ram(channels)
+        if self._driven:  # it has taken the state by now
+            captured = await self._save_device(stopped_at)
+        await self._at(Moment.STOPPED)
         return captured
+
+    async def _write_ram(self, channels: list[dict[str, object]]) -> None:
+        """Everything that QEMU has, with the vCPUs stopped and the device at rest."""
+        await self._migrate(channels)
+        await self._at(Moment.RAM_COPY)
+        await self._monitor.wait_migration({"completed"}, self._stream_timeout, "QEMU to write the guest's memory")
 
     async def _take_live(self) -> Captured:
         self._was_running = await self._monitor.running()
         await self._set_migration(pause_before_switchover=True)
+        self._driven = await driven_by_client(self._control)
+        await self._at(Moment.BEFORE_STREAM)
+        channels = await self._target.begin()
         self._touched = True
         with self._phases("ram"):
-            await self._control.call("log-start")
-            self._logging = True
+            if not self._driven:
+                self._logging = True
+                await self._control.call("log-start")
             with self._monitor.listen("STOP") as stops:
-                await self._migrate()
+                await self._migrate(channels)
+                await self._at(Moment.RAM_COPY)
                 await self._monitor.wait_migration(
                     {"pre-switchover"}, self._stream_timeout, "the copy of the guest's memory to catch up with it"
                 )
                 stopped_at = _stop_time(stops)
+        reached_at = time.monotonic()
+        await self._at(Moment.PRE_SWITCHOVER)
         captured = await self._save_device(stopped_at)
+        captured.reached_at = reached_at
         with self._phases("flush"):
-            if not self._sabotage.skip_flush:
+            if not self._sabotage.skip_flush and not self._driven:
                 flushed = await self._control.call("flush", timeout=self._stream_timeout)
                 captured.flushed_pages = int(flushed.get("pages", 0))
                 captured.flushed_bytes = int(flushed.get("bytes", 0))
+        captured.flushed_at = time.monotonic()
         with self._phases("switchover"):
             await self._monitor.execute("migrate-continue", {"state": "pre-switchover"})
             await self._monitor.wait_migration({"completed"}, self._stream_timeout, "QEMU to write the last pages")
+        captured.written_at = time.monotonic()
+        await self._at(Moment.STOPPED)
         return captured
 
     async def _stop(self) -> float:
@@ -241,37 +372,54 @@ class Capture:
             return _stop_time(stops)
 
     async def _set_migration(self, *, pause_before_switchover: bool) -> None:
+        await refuse_unsafe_settings(self._monitor)
+        # All that matter are set each time: an earlier operation, or somebody else, may have left them otherwise.
+        wanted = {
+            "events": True,
+            "pause-before-switchover": pause_before_switchover,
+            "multifd": self._stream.multifd > 0,
+        }
         await self._monitor.execute(
             "migrate-set-capabilities",
-            {
-                "capabilities": [
-                    {"capability": "events", "state": True},
-                    {"capability": "pause-before-switchover", "state": pause_before_switchover},
-                ]
-            },
+            {"capabilities": [{"capability": name, "state": state} for name, state in wanted.items()]},
         )
-        await self._monitor.execute("migrate-set-parameters", {"max-bandwidth": MAX_BANDWIDTH})
+        parameters: dict[str, object] = {"max-bandwidth": MAX_BANDWIDTH}
+        if self._stream.multifd:
+            parameters["multifd-channels"] = self._stream.multifd
+        if self._stream.downtime_limit is not None:
+            parameters["downtime-limit"] = self._stream.downtime_limit
+        await self._monitor.execute("migrate-set-parameters", parameters)
 
-    async def _migrate(self) -> None:
+    async def _migrate(self, channels: list[dict[str, object]]) -> None:
         self._migrating = True
-        await self._monitor.execute("migrate", {"channels": file_channel(self._ram)})
+        await self._monitor.execute("migrate", {"channels": channels})
 
     async def _save_device(self, stopped_at: float) -> Captured:
         """Barrier, pause and state, with the vCPUs stopped."""
         with self._phases("device"):
-            await barrier(self._monitor, self._control)
-            await self._control.call("pause", timeout=PAUSE_TIMEOUT)
-            saved = await self._control.call("save", timeout=120.0, path=str(self._state))
+            if not self._driven:
+                await barrier(self._monitor, self._control)
+                await self._control.call("pause", timeout=PAUSE_TIMEOUT)
+            await self._at(Moment.SAVING)
+            saved = await self._control.call(
+                "save", timeout=SAVE_TIMEOUT, path=str(self._target.state), seconds=PROVIDERS_TIMEOUT
+            )
             config = (await self._control.call("pci"))["config"]
         packets = saved.get("packets", {})
-        return Captured(
+        captured = Captured(
             stopped_at=stopped_at,
             was_running=self._was_running,
             packets={"queued": int(packets.get("queued", 0)), "sent": int(packets.get("sent", 0))},
             incoming_held=int(saved.get("incoming_held", 0)),
             state_sha256=str(saved["sha256"]),
+            state_bytes=int(saved.get("bytes", 0)),
             pci_config=bytes.fromhex(config),
+            saved_at=time.monotonic(),
+            driven=self._driven,
         )
+        await self._at(Moment.WRITING)
+        await self._target.saved(captured)
+        return captured
 
     async def _undo(self) -> None:
         """Puts everything back as it was before; raises if that is impossible.
@@ -301,11 +449,27 @@ class Capture:
                 await self._monitor.cont()
                 if not await self._monitor.running():
                     raise EnvironmentProblem("QEMU does not run the VM after 'cont'")
-        for path in (self._ram, self._state):
-            path.unlink(missing_ok=True)
+        self._target.discard()
         if failures:
             raise failures[0]
         self._touched = False
+
+
+async def refuse_unsafe_settings(monitor: QemuMonitor) -> None:
+    """Raises `UsageError` if somebody has set QEMU's migration to something that would break what is promised."""
+    found = await monitor.execute("query-migrate-capabilities")
+    for name in sorted(one["capability"] for one in found if one["state"]):
+        if name in REFUSED_CAPABILITIES:
+            raise UsageError(
+                f"QEMU's migration capability {name!r} is switched on, and does not go together with the VMBus device: "
+                f"{REFUSED_CAPABILITIES[name]}; switch it off (migrate-set-capabilities)"
+            )
+    mode = (await monitor.execute("query-migrate-parameters")).get("mode", "normal")
+    if mode != "normal":
+        raise UsageError(
+            f"QEMU's migration mode is {mode!r}, which keeps guest memory where it is instead of sending it, and knows "
+            "nothing of the VMBus device; set it to 'normal' (migrate-set-parameters)"
+        )
 
 
 async def barrier(monitor: QemuMonitor, control: Control) -> None:
@@ -325,6 +489,15 @@ async def barrier(monitor: QemuMonitor, control: Control) -> None:
         value = -1
     if value != MAGIC:
         raise StateError(f"the VMBus device does not answer at its BAR0 {bar0:#x}: QEMU's monitor says {output!r}")
+
+
+async def uninterrupted(work: Coroutine[Any, Any, T]) -> T:
+    """Performs `work` to its end, also if we are cancelled meanwhile: half a way back would help nobody."""
+    task = asyncio.create_task(work)
+    while not task.done():
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.wait({task})
+    return task.result()
 
 
 def _stop_time(stops: EventListener) -> float:

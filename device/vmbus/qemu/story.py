@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,9 @@ _PACKET_BYTES = 112
 _GUEST_HOLD = 64
 _CONDITION_TIMEOUT = 60.0
 _WORKLOAD_TIMEOUT = 300.0
+
+
+Boot = Callable[[VmDescription, Programs, RunDirectory], Awaitable[VirtualMachine]]
 
 
 class Story(msgspec.Struct, kw_only=True, frozen=True):
@@ -186,8 +189,10 @@ async def run_story(
     progress: Progress | None = None,
     say: Callable[[str], None] = lambda _: None,
     sabotage: Sabotage = NO_SABOTAGE,
+    boot: Boot | None = None,
 ) -> Figures:
-    """Run the story with `snapshot` as the (new) snapshot directory. Nothing of it runs on when this returns.
+    """Run the story with `snapshot` as the (new) snapshot directory. Nothing of it runs on when this returns. `boot`
+    takes the place of a plain launch.
 
     Raises what launch, save and restore raise; a workload that goes wrong is a verdict, not an exception.
     """
@@ -201,7 +206,7 @@ async def run_story(
 
     start = time.monotonic()
     step("boot")
-    vm = await VirtualMachine.launch(description, programs, RunDirectory.create(description.name))
+    vm = await (boot or VirtualMachine.launch)(description, programs, RunDirectory.create(description.name))
     try:
         await vm.wait_ready()
         lap("boot", start)

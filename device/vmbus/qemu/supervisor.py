@@ -1,4 +1,4 @@
-"""One process owns a VM; others ask it for things: save, agent requests, status, the end.
+"""One process owns a VM; others ask it for things: save, migrate, revert, agent requests, status, the end.
 
 The owner listens on a socket in the VM's run directory (its user's alone). A connection carries one request as a
 JSON line, then any number of ``{"progress": TEXT}`` lines, then ``{"result": {...}}`` or ``{"error": MESSAGE}``.
@@ -18,6 +18,7 @@ from typing import Any
 import msgspec
 
 from vmbus.errors import EnvironmentProblem, UsageError, VmbusError, WaitTimeout
+from vmbus.migration.channel import read_secret
 from vmbus.qemu.machine import VirtualMachine
 from vmbus.qemu.process import running_vms, runtime_base
 
@@ -38,6 +39,33 @@ class _SaveArguments(msgspec.Struct, forbid_unknown_fields=True):
     keep: bool = False
 
 
+class _MigrateArguments(msgspec.Struct, forbid_unknown_fields=True):
+    address: str
+    secret_file: str
+    multifd: int = 0
+    timeout: float | None = None
+    downtime_limit: int | None = None
+
+
+class _ResolveArguments(msgspec.Struct, forbid_unknown_fields=True):
+    run: bool
+
+
+class _CheckpointArguments(msgspec.Struct, forbid_unknown_fields=True):
+    """`directory`: None for the checkpoints that end with the VM."""
+
+    tag: str
+    directory: str | None = None
+
+    @property
+    def path(self) -> Path | None:
+        return None if self.directory is None else Path(self.directory)
+
+
+class _CheckpointsArguments(msgspec.Struct, forbid_unknown_fields=True):
+    directory: str | None = None
+
+
 class _AgentArguments(msgspec.Struct, forbid_unknown_fields=True):
     command: str
     arguments: dict[str, Any] = {}
@@ -53,6 +81,7 @@ class Supervisor:
     def __init__(self, vm: VirtualMachine, on_notice: Callable[[str], None] | None = None) -> None:
         self.vm = vm
         self._on_notice = on_notice or (lambda _: None)
+        vm.on_notice = self._on_notice
         self._finished: asyncio.Future[str] | None = None
         self._connections: set[asyncio.Task[None]] = set()
 
@@ -74,6 +103,8 @@ class Supervisor:
                 await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
                 if self._finished.done():
                     return self._finished.result()
+                if self.vm.moved_to is not None:
+                    return f"migrated to {self.vm.moved_to}"
                 await ended
                 return "the guest powered off"
             finally:
@@ -162,13 +193,71 @@ class Supervisor:
                     raise
                 self._on_notice(f"saved to {report.directory}")
                 return msgspec.to_builtins(report), None if arguments.keep else f"saved to {report.directory}"
+            case "checkpoint" | "revert" | "delete-checkpoint":
+                where = msgspec.convert(request.arguments, _CheckpointArguments)
+                return await self._go_to(request.command, where, progress), None
+            case "checkpoints":
+                listed = msgspec.convert(request.arguments, _CheckpointsArguments).directory
+                found = vm.checkpoints(directory=None if listed is None else Path(listed))
+                return {"checkpoints": msgspec.to_builtins(found)}, None
+            case "migrate":
+                return await self._migrate(msgspec.convert(request.arguments, _MigrateArguments), progress)
+            case "resolve":
+                choice = msgspec.convert(request.arguments, _ResolveArguments)
+                await vm.resolve(run=choice.run)
+                return {}, None if choice.run else "ended here, since it runs at its migration's destination"
             case "agent":
                 call = msgspec.convert(request.arguments, _AgentArguments)
                 work = vm.agent.request(call.command, call.arguments, timeout=call.timeout)
                 return await vm.guard(work, f"the agent's answer to {call.command!r}", call.timeout + 1), None
+            case "audit":
+                if vm.audit is None:
+                    raise UsageError(f"VM {vm.name!r} keeps no audit records: start it with --audit DIR")
+                files = await vm.collect_audit()
+                server = await vm.call_server("audit")
+                return {"directory": str(vm.audit), "files": len(files), "uid": server["uid"]}, None
             case "stop":
                 return {}, "stopped on request"
-        raise UsageError(f"a VM's supervisor has no command {request.command!r}; it has status, save, agent, stop")
+        raise UsageError(
+            f"a VM's supervisor has no command {request.command!r}; it has status, save, migrate, resolve, "
+            "checkpoint, checkpoints, delete-checkpoint, revert, agent, audit, stop"
+        )
+
+    async def _go_to(
+        self, command: str, where: _CheckpointArguments, progress: Callable[[str], None]
+    ) -> dict[str, Any]:
+        try:
+            if command == "checkpoint":
+                taken = await self.vm.checkpoint(where.tag, directory=where.path, progress=progress)
+                self._on_notice(f"checkpoint {where.tag!r} taken")
+                return dict(msgspec.to_builtins(taken))
+            if command == "revert":
+                report = await self.vm.revert(where.tag, directory=where.path, progress=progress)
+                self._on_notice(f"taken back to checkpoint {where.tag!r}")
+                return dict(msgspec.to_builtins(report))
+            await self.vm.delete_checkpoint(where.tag, directory=where.path)
+            return {}
+        except VmbusError as error:
+            self._on_notice(str(error))
+            raise
+
+    async def _migrate(
+        self, arguments: _MigrateArguments, progress: Callable[[str], None]
+    ) -> tuple[dict[str, Any], str | None]:
+        self._on_notice(f"migrating to {arguments.address} ...")
+        try:
+            report = await self.vm.migrate(
+                arguments.address,
+                read_secret(Path(arguments.secret_file)),
+                multifd=arguments.multifd,
+                timeout=arguments.timeout,
+                downtime_limit=arguments.downtime_limit,
+                progress=progress,
+            )
+        except BaseException as error:
+            self._on_notice(str(error) or "the migration was interrupted")
+            raise
+        return msgspec.to_builtins(report), f"migrated to {report.address}"
 
 
 def find_vm(name: str | None) -> str:

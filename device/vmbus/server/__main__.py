@@ -26,11 +26,19 @@ def read_state(path: Path) -> saved.DeviceState:
 
 
 async def _serve(
-    description_path: Path, socket_path: Path, control_path: Path, library: Library, restore: Path | None
+    description_path: Path,
+    socket_path: Path,
+    control_path: Path,
+    library: Library,
+    restore: Path | None,
+    await_state: bool,
+    audit: Path | None,
 ) -> None:
     description = load_device(description_path)
     state = None if restore is None else read_state(restore)
-    server = DeviceServer(description, library, socket_path, control_path, restore=state)
+    server = DeviceServer(
+        description, library, socket_path, control_path, restore=state, awaiting=await_state, audit=audit
+    )
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, server.stop)
@@ -48,6 +56,8 @@ async def _serve(
 @click.option("--control", "control_path", type=click.Path(path_type=Path), required=True, help="control socket")
 @click.option("--libvfio-user", "library_path", type=click.Path(path_type=Path), help="libvfio-user.so.0 to load")
 @click.option("--restore", type=click.Path(path_type=Path), help="saved device state to come up from")
+@click.option("--await-state", is_flag=True, help="do nothing until the command `load` brings the device's state")
+@click.option("--audit", type=click.Path(path_type=Path), help="directory for the audit record (docs/audit.md)")
 @click.option("--verbose", is_flag=True, help="log what happens in detail")
 def main(
     description: Path,
@@ -55,6 +65,8 @@ def main(
     control_path: Path,
     library_path: Path | None,
     restore: Path | None,
+    await_state: bool,
+    audit: Path | None,
     verbose: bool,
 ) -> None:
     """Run one device server until it is told to stop."""
@@ -64,7 +76,7 @@ def main(
     description_path = description
     try:
         library = find_and_load(library_path)
-        asyncio.run(_serve(description_path, socket_path, control_path, library, restore))
+        asyncio.run(_serve(description_path, socket_path, control_path, library, restore, await_state, audit))
     except VmbusError as error:
         print(f"device server: {error}", file=sys.stderr, flush=True)
         sys.exit(1)

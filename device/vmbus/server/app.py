@@ -1,8 +1,11 @@
 """The device server: transport, device and providers on one event loop, and what tools may ask of them.
 
 Phases: `running`; `pausing` while providers finish what they hold, and then `paused` until resume, when it can be
-saved; `restoring` from the start with saved state until restore-finish, when QEMU has loaded the guest and its PCI
-function has been put back.
+saved; `awaiting` from a start that announces a state until `load` brings it; `restoring` from the start with saved
+state, or from `load`, until restore-finish, when QEMU has loaded the guest and its PCI function has been put back;
+`driven` while a client that migrates the device through the protocol keeps it stopped (see driven.py).
+
+`load` is also how a running device goes back to an earlier state: its present life is discarded (see life.py).
 
 Providers come with the description, or later by the command `offer`; `rescind` withdraws one. The description that
 `status` gives is always that of the providers which are there: a snapshot is restored with it.
@@ -18,26 +21,27 @@ import os
 import select
 import time
 from collections.abc import AsyncIterator, Callable
-from enum import Enum
 from pathlib import Path
 from typing import Any
-from uuid import UUID
 
 import msgspec
 
 import vmbus
 from vmbus import state as saved
+from vmbus.audit.files import make_directory, recorder_in
 from vmbus.bus.server import Offer
-from vmbus.description import DeviceDescription, ProviderDescription, explain
+from vmbus.description import DeviceDescription, explain
 from vmbus.device import Device
 from vmbus.errors import EnvironmentProblem, PeerError, StateError, UsageError, VmbusError, WaitTimeout
-from vmbus.kmcl.client import ClientChannel
 from vmbus.kmcl.server import ServerChannel
-from vmbus.kmcl.states import ChannelState
 from vmbus.memory import DirtyLogBroken
-from vmbus.providers import Provider, provider_class
+from vmbus.providers import Provider
 from vmbus.server.control import ControlServer
-from vmbus.server.timers import TimerEntry, Timers
+from vmbus.server.driven import Driven
+from vmbus.server.interrupt import bounded
+from vmbus.server.life import Life
+from vmbus.server.phase import Phase
+from vmbus.server.timers import Timers
 from vmbus.vfio_user.context import (
     AddressNotMapped,
     ClientBusy,
@@ -59,54 +63,6 @@ _LONGEST_PAUSE = 3600.0  # seconds
 _OFFER_SECONDS = 30.0
 
 
-class Phase(Enum):
-    """See the module's text."""
-
-    RUNNING = "running"
-    PAUSING = "pausing"
-    PAUSED = "paused"
-    RESTORING = "restoring"
-
-
-class ProviderHost:
-    """What one provider asks of the server: implements `vmbus.providers.Host`, and knows whose channels are whose."""
-
-    def __init__(self, server: "DeviceServer") -> None:
-        self._server = server
-        self.channels: list[ServerChannel] = []
-        self.clients: list[ClientChannel] = []
-
-    def add_channel(self, channel: ServerChannel) -> None:
-        """Tie a disabled channel to the device; `enable` then offers it."""
-        self._server.device.add_channel(channel)
-        if channel not in self.channels:
-            self.channels.append(channel)
-
-    def add_client(self, channel: ClientChannel) -> None:
-        """Tie a disabled client channel to the device's loopback offers; `enable` then opens the one that fits."""
-        self._server.device.loopback.attach(channel)
-        if channel not in self.clients:
-            self.clients.append(channel)
-
-    def call_soon(self, call: Callable[[], None]) -> None:
-        """Call from the event loop, soon."""
-        self._server.timers.call_later(0.0, call)
-
-    def call_later(self, seconds: float, call: Callable[[], None]) -> TimerEntry:
-        """Call from the event loop after `seconds`."""
-        return self._server.timers.call_later(seconds, call)
-
-    def withdraw(self) -> None:
-        """Take back all channels, sub-channels first."""
-        for client in self.clients:
-            if client.state is not ChannelState.DISABLED:
-                self._server.device.loopback.drop(client)
-        for channel in sorted(self.channels, key=lambda channel: -channel.subchannel_index):
-            self._server.device.remove_channel(channel)
-        self.clients.clear()
-        self.channels.clear()
-
-
 class DeviceServer:
     """One device. `run` serves until `stop`.
 
@@ -121,16 +77,21 @@ class DeviceServer:
         control_path: Path,
         *,
         restore: saved.DeviceState | None = None,
+        awaiting: bool = False,
+        audit: Path | None = None,
     ) -> None:
-        """Builds the device and listens. Raises StateError when `restore` is not of such a device (before anything
-        listens), EnvironmentProblem for sockets and the library, UsageError for a wrong description."""
-        self.description = description
+        """Builds the device and listens. `awaiting`: the device does nothing until `load` brings its state.
+        `audit`: the directory for audit records, made if need be; None: nothing is recorded.
+
+        Raises StateError when `restore` is not of such a device (before anything listens), EnvironmentProblem for
+        sockets and the library, UsageError for a wrong description.
+        """
+        if restore is not None and awaiting:
+            raise UsageError("a server is started with a state or awaits one, not both")
         self.library = library
-        self.phase = Phase.RUNNING if restore is None else Phase.RESTORING
+        self._phase = Phase.AWAITING if awaiting else Phase.RUNNING if restore is None else Phase.RESTORING
         self.config = ConfigSpace()
-        self.device = Device(self._interrupt, self._schedule, waiter=self.wait, loopback_schedule=self._schedule)
         self._loop = asyncio.get_running_loop()
-        self.timers = Timers(self._loop)
         self._in_transport = False
         # Held while providers come and go, so that no pause falls into it.
         self._changing = asyncio.Lock()
@@ -139,17 +100,66 @@ class DeviceServer:
         self._held_at_pause = 0
         self._quiet: asyncio.Future[None] | None = None
         self._ended: asyncio.Future[None] = self._loop.create_future()
-        self.providers: list[Provider] = []
-        self._hosts: dict[str, ProviderHost] = {}
-        for one in description.providers:
-            self._add_provider(one, from_snapshot=restore is not None)
+        self._audit = audit
+        if audit is not None:
+            make_directory(audit)
+        self._life = self._new_life(description)
+        self.phase = self._phase
+        self._life.build(from_snapshot=restore is not None or awaiting)
         if restore is not None:
-            saved.check_fits(restore, description.name, self.device, self.providers)
+            self._life.fit(restore)
+        elif awaiting:
             self.device.freeze()
         self._control = ControlServer(control_path, self._command)
-        self._context: Context | None = Context(library, socket_path, self)
+        self.driven = Driven(self)
+        self._context: Context | None = Context(library, socket_path, self, migration=self.driven)
+
+    @property
+    def phase(self) -> Phase:
+        """What the server does at the moment. Where that is nothing, no code of a provider runs but what we call: the
+        state that is saved and guest memory must go on belonging together."""
+        return self._phase
+
+    @phase.setter
+    def phase(self, phase: Phase) -> None:
+        self._phase = phase
+        if phase in _WORKING:
+            self.timers.release()
+        else:
+            self.timers.hold()
+
+    @property
+    def device(self) -> Device:
+        """The device of the present life."""
+        return self._life.device
+
+    @property
+    def description(self) -> DeviceDescription:
+        """What is there now, providers that came later included."""
+        return self._life.description
+
+    @property
+    def providers(self) -> list[Provider]:
+        """The providers of the present life, in the order of the description."""
+        return self._life.providers
+
+    @property
+    def timers(self) -> Timers:
+        """What the providers of the present life have scheduled."""
+        return self._life.timers
+
+    @property
+    def changing(self) -> bool:
+        """Whether a command is under way that adds, withdraws or pauses providers."""
+        return self._changing.locked()
 
     # ---- life ----------------------------------------------------------------------------------------------------
+
+    def _new_life(self, description: DeviceDescription, *, recorded: bool = True) -> Life:
+        device = Device(self._interrupt, self._schedule, waiter=self.wait, loopback_schedule=self._schedule)
+        if self._audit is not None and recorded:
+            device.recorder = recorder_in(self._audit, "host", description.name)
+        return Life(description, device, Timers(self._loop))
 
     async def run(self, ready: Callable[[], None]) -> None:
         """Serve until `stop`; `ready` is called when both sockets listen."""
@@ -163,9 +173,7 @@ class DeviceServer:
         finally:
             self._loop.remove_reader(context.poll_fd())
             await self._control.close()
-            for provider in self.providers:
-                provider.stop()
-            self.timers.close()
+            self._life.stop()
             context.close()
             self._context = None
 
@@ -173,21 +181,6 @@ class DeviceServer:
         """End `run`."""
         if not self._ended.done():
             self._ended.set_result(None)
-
-    def _add_provider(self, one: ProviderDescription, *, from_snapshot: bool = False) -> Provider:
-        host = ProviderHost(self)
-        provider = provider_class(one.kind, from_snapshot=from_snapshot)(
-            host, one.name, UUID(one.instance), one.options
-        )
-        try:
-            provider.start()
-        except BaseException:
-            host.withdraw()
-            provider.stop()
-            raise
-        self.providers.append(provider)
-        self._hosts[one.name] = host
-        return provider
 
     def _on_transport(self) -> None:
         try:
@@ -214,7 +207,7 @@ class DeviceServer:
     def _service(self) -> None:
         self._scheduled = False
         self.device.service()
-        if self.device.loopback.busy:
+        if self.device.loopback.busy and self.phase in _WORKING:
             self.device.loopback.service()
 
     def wait(self, condition: Callable[[], bool], timeout: float, what: str) -> None:
@@ -291,6 +284,7 @@ class DeviceServer:
         log.debug("reset: %s", kind.name)
         self.device.reset()
         self.config.reset()
+        self.driven.reset(kind)
 
     # ---- commands ------------------------------------------------------------------------------------------------
 
@@ -324,6 +318,8 @@ class DeviceServer:
             "pid": os.getpid(),
             "phase": self.phase.value,
             "connected": self._context is not None and self._context.attached,
+            "driven_by_client": self._context is not None and self._context.driven_by_client,
+            "migration": {"state": self.driven.state.name.lower(), "complete": self.driven.complete},
             "bus": self.device.bus.state.value,
             "resets": self.device.resets,
             "packets": self._packets(),
@@ -340,6 +336,14 @@ class DeviceServer:
 
     async def _pci(self) -> dict[str, Any]:
         return {"config": self.config.snapshot().hex(), "bar0": self.config.bar0_address}
+
+    async def _audit_flush(self) -> dict[str, Any]:
+        """Write the audit record up to now, and say which it is."""
+        recorder = self.device.recorder
+        if recorder is None:
+            return {"on": False}
+        position = recorder.flush("asked for")
+        return {"on": True, "uid": recorder.uid, "position": position, "path": recorder.path, "failed": recorder.failed}
 
     async def _log_start(self) -> dict[str, Any]:
         self.device.memory.start_log()
@@ -387,7 +391,7 @@ class DeviceServer:
             raise WaitTimeout(f"the owners of channels to complete incoming packets {missing}", seconds) from None
         finally:
             if self.phase is Phase.PAUSING:
-                self._run_on()
+                self.run_on()
         return {"incoming_held": self._held_at_pause, "seconds": time.monotonic() - started}
 
     def _drain(self) -> None:
@@ -396,14 +400,24 @@ class DeviceServer:
                 return
         raise EnvironmentProblem("the client sends requests without end; stop the vCPUs before pausing the device")
 
-    async def _save(self, path: str) -> dict[str, Any]:
-        """Write the state into a new file."""
-        self._require(Phase.PAUSED, "save")
+    async def _save(self, path: str, seconds: float = 30.0) -> dict[str, Any]:
+        """Write the state into a new file: if the client migrates the device, the one that it reads.
+
+        `seconds`: what the providers' callbacks may take.
+        """
+        _check_seconds("save", seconds)
+        given = self.driven.given if self.phase is Phase.DRIVEN else None
+        if given is None:
+            self._require(Phase.PAUSED, "save")
         if not isinstance(path, str):
             raise UsageError(f"save: the path is a string, not {path!r}")
         started = time.monotonic()
-        state = saved.save_device(self.description.name, self.config.snapshot(), self.device, self.providers)
-        data = saved.encode(state)
+        if given is not None:
+            state, data = saved.decode(given), given
+        else:
+            with bounded(seconds, "the providers to give their state"):
+                state = saved.save_device(self.description.name, self.config.snapshot(), self.device, self.providers)
+            data = saved.encode(state)
         try:
             fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         except (OSError, ValueError) as error:
@@ -423,7 +437,7 @@ class DeviceServer:
             "sha256": hashlib.sha256(data).hexdigest(),
             "packets": {"queued": counts.queued, "sent": counts.sent},
             "completions_queued": counts.completions,
-            "incoming_held": self._held_at_pause,
+            "incoming_held": self._held_at_pause if given is None else self.driven.held,
             "seconds": time.monotonic() - started,
         }
 
@@ -456,10 +470,11 @@ class DeviceServer:
             self._require(Phase.PAUSED, "resume")
         elif self._quiet is not None and not self._quiet.done():
             self._quiet.set_exception(UsageError("the pause was called off: resume came while it waited"))
-        self._run_on()
+        self.run_on()
         return {}
 
-    def _run_on(self) -> None:
+    def run_on(self) -> None:
+        """Phase `running`: channels are released and get their turns."""
         self.phase = Phase.RUNNING
         for channel in self.device.channels:
             channel.unhold()
@@ -489,14 +504,14 @@ class DeviceServer:
                 raise UsageError(f"offer: {explain(error)}") from error
             one = description.providers[-1]
             try:
-                self._add_provider(one)
+                self._life.add_provider(one)
             except VmbusError:
                 raise
             except Exception as error:
                 log.exception("provider %s could not be started", one.name)
                 raise UsageError(f"provider {one.name!r} ({one.kind}) could not be started: {error!r}") from error
-            self.description = description
-            channels = self._hosts[one.name].channels
+            self._life.description = description
+            channels = self._life.hosts[one.name].channels
             return {"name": one.name, "relids": [self.device.relid_of(channel) for channel in channels]}
 
     async def _rescind(self, name: str, seconds: float = 10.0) -> dict[str, Any]:
@@ -516,14 +531,14 @@ class DeviceServer:
                     f"provider {name!r} is the only one, and a device has at least one: offer another first"
                 )
             started = time.monotonic()
-            host = self._hosts[name]
+            host = self._life.hosts[name]
             await self._suspend(host.channels, seconds)
             offers = [offer for offer in self.device.bus.offers if offer.owner in host.channels]
             host.withdraw()
             provider.stop()
             self.providers.remove(provider)
-            del self._hosts[name]
-            self.description = msgspec.structs.replace(
+            del self._life.hosts[name]
+            self._life.description = msgspec.structs.replace(
                 self.description, providers=[one for one in self.description.providers if one.name != name]
             )
             self._schedule()
@@ -573,6 +588,91 @@ class DeviceServer:
             bus.on_released = None
         return True
 
+    async def _load(
+        self, path: str, sha256: str, description: dict[str, Any] | None = None, check: bool = False
+    ) -> dict[str, Any]:
+        """Take the state in a file for the device's own, and discard what the device is now.
+
+        `description`: of the device in the state, when it is not the present one. Everything is checked first: a
+        refusal leaves the server as it was. Then QEMU's part and restore-finish are awaited, as with a start from
+        saved state. `check`: only say whether the state would be taken.
+        """
+        self._require_loadable()
+        async with self._no_changes("load", _OFFER_SECONDS):
+            self._require_loadable()
+            return self._load_now(path, sha256, description, check=check)
+
+    def _require_loadable(self) -> None:
+        if self.phase not in _LOADABLE:
+            phases = " or ".join(phase.value for phase in _LOADABLE)
+            raise UsageError(f"load needs a server that is {phases}; this one is {self.phase.value}")
+        if self.device.memory.log is not None:
+            raise UsageError("load: a dirty log is running, so the device is being saved; end that first (log-stop)")
+
+    def _load_now(
+        self, path: str, sha256: str, description: dict[str, Any] | None, *, check: bool = False
+    ) -> dict[str, Any]:
+        started = time.monotonic()
+        state = _read_state(path, sha256)
+        try:
+            wanted = self.description if description is None else msgspec.convert(description, DeviceDescription)
+        except msgspec.ValidationError as error:
+            raise UsageError(f"load: {explain(error)}") from error
+        counts = saved.count_packets(state)
+        if check:
+            self._fitting_life(state, wanted, recorded=False).end()
+        else:
+            # What the guest wrote to registers until now was meant for the life that ends.
+            self._change_life(state, wanted, before=self._drain)
+            self.phase = Phase.RESTORING
+            self._restore = state
+            self._held_at_pause = 0
+        return {
+            "packets": {"queued": counts.queued, "sent": counts.sent},
+            "channels": sum(offer.open is not None for offer in state.bus.offers),
+            "seconds": time.monotonic() - started,
+        }
+
+    def _fitting_life(self, state: saved.DeviceState, wanted: DeviceDescription, *, recorded: bool = True) -> Life:
+        """A fresh device, standing still, to which the state fits. Raises StateError or UsageError."""
+        life = self._new_life(wanted, recorded=recorded)
+        try:
+            # Code that runs here already was chosen by the owner of this server; what a state asks for was not.
+            life.build(from_snapshot=True, trusted={one.kind for one in self.description.providers})
+            try:
+                life.fit(state)
+            except BaseException:
+                life.end()
+                raise
+        except VmbusError:
+            raise
+        except Exception as error:
+            log.exception("the device in a state could not be built")
+            raise StateError(f"load: a provider of the state could not be started: {error!r}") from error
+        return life
+
+    def new_life(self, state: saved.DeviceState) -> None:
+        """Put a fresh device, to which the state fits, in the place of the present one; it stands still.
+
+        Raises StateError or UsageError, and changes nothing, if it does not fit the present description.
+        """
+        self._change_life(state, self.description)
+
+    def _change_life(
+        self, state: saved.DeviceState, wanted: DeviceDescription, before: Callable[[], None] = lambda: None
+    ) -> None:
+        """`before`: called when all is checked and the present life is about to end; what it raises is a refusal."""
+        life = self._fitting_life(state, wanted)
+        try:
+            before()
+        except BaseException:
+            life.end()
+            raise
+        ended, self._life = self._life, life
+        self.phase = self._phase
+        ended.end()
+        ended.device.memory.move_to(life.device.memory)
+
     async def _restore_finish(self) -> dict[str, Any]:
         """QEMU has loaded the guest and the PCI function is back: rebuild everything and run."""
         self._require(Phase.RESTORING, "restore-finish")
@@ -606,10 +706,31 @@ def _check_seconds(command: str, seconds: float) -> None:
         raise UsageError(f"{command}: it may take 0 to {_LONGEST_PAUSE:g} seconds, not {seconds!r}")
 
 
+# In these phases providers work: their timers run out, and their loopback channels move.
+_WORKING = (Phase.RUNNING, Phase.PAUSING)
+# In these phases another state can take the place of what the device is.
+_LOADABLE = (Phase.AWAITING, Phase.PAUSED, Phase.RUNNING)
+
+
+def _read_state(path: str, sha256: str) -> saved.DeviceState:
+    """The state in a file whose digest the caller knows. Raises UsageError, EnvironmentProblem or StateError."""
+    if not isinstance(path, str) or not isinstance(sha256, str):
+        raise UsageError(f"load: path and sha256 are strings, not {path!r} and {sha256!r}")
+    try:
+        data = Path(path).read_bytes()
+    except (OSError, ValueError) as error:
+        raise EnvironmentProblem(f"cannot read device state {path!r}: {error}") from error
+    found = hashlib.sha256(data).hexdigest()
+    if found != sha256.lower():
+        raise StateError(f"the device state in {path} is not the one meant: its SHA-256 is {found}, not {sha256}")
+    return saved.decode(data)
+
+
 _COMMANDS: dict[str, Any] = {
     "status": DeviceServer._status,
     "inspect": DeviceServer._inspect,
     "pci": DeviceServer._pci,
+    "audit": DeviceServer._audit_flush,
     "log-start": DeviceServer._log_start,
     "log-stop": DeviceServer._log_stop,
     "pause": DeviceServer._pause,
@@ -618,6 +739,7 @@ _COMMANDS: dict[str, Any] = {
     "resume": DeviceServer._resume,
     "offer": DeviceServer._offer,
     "rescind": DeviceServer._rescind,
+    "load": DeviceServer._load,
     "restore-finish": DeviceServer._restore_finish,
     "stop": DeviceServer._stop,
 }

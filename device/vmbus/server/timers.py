@@ -35,22 +35,30 @@ class Timers:
         self._heap: list[tuple[float, int, TimerEntry]] = []
         self._numbers = itertools.count()
         self._armed: asyncio.TimerHandle | None = None
+        self._closed = False
+        self._held = False
 
     def call_later(self, seconds: float, call: Callable[[], None]) -> TimerEntry:
         """Call after `seconds`, 0 or more: not from inside this call."""
         entry = TimerEntry(self._loop.time() + max(seconds, 0.0), call)
+        if self._closed:
+            return entry
         heapq.heappush(self._heap, (entry.when, next(self._numbers), entry))
         self._arm()
         return entry
 
     def next_in(self) -> float | None:
-        """Seconds until the next call is due (0: one is), None when there is none."""
+        """Seconds until the next call is due (0: one is), None when there is none, or all are held."""
+        if self._held:
+            return None
         while self._heap and self._heap[0][2].call is None:
             heapq.heappop(self._heap)
         return max(self._heap[0][0] - self._loop.time(), 0.0) if self._heap else None
 
     def run_due(self) -> bool:
         """Run what is due now, not what that asks for. Returns whether there was anything."""
+        if self._held:
+            return False
         now = self._loop.time()
         due: list[TimerEntry] = []
         while self._heap and self._heap[0][0] <= now:
@@ -65,15 +73,28 @@ class Timers:
                 log.exception("a call that a provider had scheduled raised")
         return bool(due)
 
+    def hold(self) -> None:
+        """Nothing is called before `release`; what gets due meanwhile is called then."""
+        self._held = True
+        if self._armed is not None:
+            self._armed.cancel()
+            self._armed = None
+
+    def release(self) -> None:
+        """End `hold`. Harmless without one."""
+        self._held = False
+        self._arm()
+
     def close(self) -> None:
-        """Nothing is called any more."""
+        """Nothing is called any more, nor what is asked for later."""
+        self._closed = True
         self._heap.clear()
         if self._armed is not None:
             self._armed.cancel()
             self._armed = None
 
     def _arm(self) -> None:
-        if not self._heap:
+        if not self._heap or self._held:
             return
         when = self._heap[0][0]
         if self._armed is not None:

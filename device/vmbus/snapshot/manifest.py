@@ -56,7 +56,7 @@ class Versions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Which library the server ran on; for information."""
 
 
-class Machine(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class Machine(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """What the RAM stream and the device's configuration fit."""
 
     type: str
@@ -65,6 +65,8 @@ class Machine(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     pci_address: str
     pci_config: Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{512}$")]
     """The function's configuration space, 256 bytes in hex."""
+    device_in_stream: bool = False
+    """QEMU migrated the device itself: its stream has the device's state, and the file is a copy."""
 
 
 class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

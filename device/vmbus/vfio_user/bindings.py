@@ -1,8 +1,8 @@
 """libvfio-user's functions, structures and constants, for both generations (Linux, LP64).
 
 One table, `FUNCTIONS`, says what each function takes and gives. A context is always `c_void_p`: the default would
-cut the pointer to 32 bits. Only `vfu_setup_device_dma` has a different argument in the middle; the new generation's
-extra trailing arguments are listed too.
+cut the pointer to 32 bits. Only `vfu_setup_device_dma` has a different argument in the middle, and the migration
+callbacks are others; the new generation's extra trailing arguments are listed too.
 """
 
 from __future__ import annotations
@@ -57,6 +57,14 @@ PCI_CONVENTIONAL = 0
 PROT_READ = 1
 PROT_WRITE = 2
 
+# Version of the migration callbacks' structure, and the states that they are given.
+MIGRATION_CALLBACKS_VERSION = 2
+MIGRATION_STOP = 0
+MIGRATION_RUNNING = 1
+MIGRATION_STOP_COPY = 2
+MIGRATION_PRE_COPY = 3
+MIGRATION_RESUMING = 4
+
 # DMA regions that the 2022 generation can hold; fixed in the library.
 OLD_MAX_DMA_REGIONS = 16
 # The larger of the two sides' limits for one message of data; fixed in the library.
@@ -99,6 +107,19 @@ LogCallback = CFUNCTYPE(None, c_void_p, c_int, c_char_p, use_errno=True)
 RegionCallback = CFUNCTYPE(c_ssize_t, c_void_p, POINTER(c_char), c_size_t, c_int64, c_bool, use_errno=True)
 ResetCallback = CFUNCTYPE(c_int, c_void_p, c_int, use_errno=True)
 DmaCallback = CFUNCTYPE(None, c_void_p, POINTER(DmaInfo), use_errno=True)
+TransitionCallback = CFUNCTYPE(c_int, c_void_p, c_int, use_errno=True)
+DataCallback = CFUNCTYPE(c_ssize_t, c_void_p, c_void_p, c_uint64, use_errno=True)
+
+
+class MigrationCallbacks(Structure):
+    """`vfu_migration_callbacks_t` of the new generation; copied by the library."""
+
+    _fields_ = (
+        ("version", c_int),
+        ("transition", TransitionCallback),
+        ("read_data", DataCallback),
+        ("write_data", DataCallback),
+    )
 
 
 class Prototype(NamedTuple):
@@ -132,6 +153,11 @@ FUNCTIONS: dict[str, Prototype] = {
     "vfu_addr_to_sgl": Prototype(c_int, (_CTX, c_uint64, c_size_t, _SG, c_size_t, c_int)),
     "vfu_sgl_write": Prototype(
         c_int, (_CTX, _SG, c_size_t, c_void_p), new_arguments=(_CTX, _SG, c_size_t, c_void_p, c_int)
+    ),
+    "vfu_sgl_mark_dirty": Prototype(None, (_CTX, _SG, c_size_t)),
+    # The old generation's has another structure and an offset; it is never called.
+    "vfu_setup_device_migration_callbacks": Prototype(
+        c_int, (_CTX, c_void_p, c_uint64), new_arguments=(_CTX, POINTER(MigrationCallbacks))
     ),
     "dma_sg_size": Prototype(c_size_t, ()),
     "vfu_pci_init": Prototype(c_int, (_CTX, c_int, c_int, c_int)),

@@ -21,7 +21,7 @@ from typing import Any
 
 from vmbus.errors import EnvironmentProblem, PeerError, UsageError, VmbusError, WaitTimeout
 from vmbus.vfio_user import protocol
-from vmbus.vfio_user.protocol import Command, Message
+from vmbus.vfio_user.protocol import Command, DeviceState, Feature, Message
 
 _MAX_MESSAGE = (1 << 20) + 4096
 _MAX_FDS = 16
@@ -224,9 +224,76 @@ class VfioUserClient:
         else:
             self.request(Command.REGION_WRITE, body)
 
+    def dma_unmap_dirty(self, iova: int, size: int) -> list[int]:
+        """As `dma_unmap`; returns the I/O addresses of pages that the server wrote and had not reported."""
+        bitmap = protocol.DIRTY_BITMAP.pack(protocol.LOGGED_PAGE, protocol.bitmap_size(size))
+        room = protocol.DMA_UNMAP.size + len(bitmap) + protocol.bitmap_size(size)
+        packed = protocol.DMA_UNMAP.pack(room, protocol.DMA_UNMAP_GET_DIRTY, iova, size)
+        with self._lock:
+            body = self.request(Command.DMA_UNMAP, packed + bitmap)
+            self._memory.pop(iova, None)
+        start = protocol.DMA_UNMAP.size + len(bitmap)
+        return [iova + page * protocol.LOGGED_PAGE for page in protocol.bitmap_pages(body[start:])]
+
     def reset(self) -> None:
         """Reset the device."""
         self.request(Command.RESET)
+
+    # -- migration: all raise RemoteError if the device, or the server's library, does not do it --------------------
+
+    def feature(self, number: int, operation: int, data: bytes = b"", *, room: int = 0) -> bytes:
+        """A DEVICE_FEATURE command; `room`: bytes of data that the answer may have. Returns the answer's data."""
+        size = protocol.FEATURE.size + max(len(data), room)
+        body = self.request(Command.DEVICE_FEATURE, protocol.FEATURE.pack(size, number | operation) + data)
+        return body[protocol.FEATURE.size :]
+
+    def migration_flags(self) -> int:
+        """Which optional states the device's migration has: MIGRATION_STOP_COPY and the like."""
+        return int.from_bytes(self.feature(Feature.MIGRATION, protocol.FEATURE_GET, room=8)[:8], "little")
+
+    def migration_state(self) -> DeviceState:
+        """The migration state that the device is in."""
+        data = self.feature(Feature.DEVICE_STATE, protocol.FEATURE_GET, room=protocol.DEVICE_STATE.size)
+        return DeviceState(protocol.DEVICE_STATE.unpack_from(data)[0])
+
+    def set_migration_state(self, state: int) -> None:
+        """Lead the device into a migration state, over others if need be."""
+        self.feature(Feature.DEVICE_STATE, protocol.FEATURE_SET, protocol.DEVICE_STATE.pack(state, 0))
+
+    def read_migration_data(self, size: int) -> bytes:
+        """The next at most `size` bytes of the device's state; none at its end."""
+        wanted = protocol.MIGRATION_DATA.size + size
+        body = self.request(Command.MIG_DATA_READ, protocol.MIGRATION_DATA.pack(wanted, size))
+        _, valid = protocol.MIGRATION_DATA.unpack_from(body)
+        return body[protocol.MIGRATION_DATA.size :][:valid]
+
+    def write_migration_data(self, data: bytes) -> None:
+        """The next bytes of the state that the device is to load."""
+        head = protocol.MIGRATION_DATA.pack(protocol.MIGRATION_DATA.size + len(data), len(data))
+        self.request(Command.MIG_DATA_WRITE, head + data)
+
+    def logging_start(self, page_size: int = protocol.LOGGED_PAGE) -> None:
+        """From now on the server logs which memory it writes."""
+        packed = protocol.LOGGING_CONTROL.pack(page_size, 0, 0)
+        self.feature(Feature.LOGGING_START, protocol.FEATURE_SET, packed)
+
+    def logging_stop(self) -> None:
+        """End the log."""
+        self.feature(Feature.LOGGING_STOP, protocol.FEATURE_SET)
+
+    def dirty_pages(self, iova: int, size: int, page_size: int = protocol.LOGGED_PAGE) -> list[int]:
+        """I/O addresses of pages that the server wrote since it was asked last, in memory as it was offered."""
+        packed = protocol.LOGGING_REPORT.pack(iova, size, page_size)
+        room = protocol.LOGGING_REPORT.size + protocol.bitmap_size(size, page_size)
+        data = self.feature(Feature.LOGGING_REPORT, protocol.FEATURE_GET, packed, room=room)
+        bitmap = data[protocol.LOGGING_REPORT.size :]
+        return [iova + page * page_size for page in protocol.bitmap_pages(bitmap)]
+
+    @property
+    def longest_transfer(self) -> int:
+        """Bytes of data that one message may have in either direction."""
+        theirs = self.capabilities.get("max_data_xfer_size", self.max_data_transfer)
+        return min(self.max_data_transfer, int(theirs))
 
     # -- the server's requests ------------------------------------------------------------------------------------
 
@@ -255,8 +322,8 @@ class VfioUserClient:
                     return
                 try:
                     self.serve()
-                except (VmbusError, OSError):
-                    return  # the connection is gone: the next request will say so
+                except (VmbusError, OSError, ValueError):
+                    return  # the connection is gone, or closed by us: the next request will say so
 
         thread = threading.Thread(target=loop, name="vfio-user client", daemon=True)
         thread.start()

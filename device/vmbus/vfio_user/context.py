@@ -15,6 +15,8 @@ How it treats the library:
 * Requests. The library reads a message only when it is completely there; one whose rest does not come within
   `message_timeout` ends the connection.
 * Configuration space is the handler's alone (the callback gets every access, unsplit).
+* Migration. Where the library has migration v2 and there is a `MigrationHandler`, the client can migrate the device
+  through the protocol; see `migration` for what is looked at before the library gets it.
 * Interrupts are MSI only. ERR and REQ have no vectors: the 2022 generation would put the client's ERR eventfd in the
   place of vector 0.
 * Views of guest memory are over our own second mapping, see `mapping`.
@@ -43,10 +45,19 @@ from types import TracebackType
 from typing import Any, Protocol
 
 from vmbus.errors import EnvironmentProblem, PeerError, UsageError, VmbusError
-from vmbus.vfio_user import bindings
-from vmbus.vfio_user.connection import HEADER, Listener, Timer, Waiting, bound_blocking, look
+from vmbus.vfio_user import bindings, protocol
+from vmbus.vfio_user.connection import Listener, Timer, Waiting, bound_blocking, look
 from vmbus.vfio_user.library import Generation, Library
 from vmbus.vfio_user.mapping import GuestMapping
+from vmbus.vfio_user.migration import (
+    LONGEST_DATA,
+    LONGEST_LOOK,
+    FeatureGate,
+    MigrationHandler,
+    MigrationRefused,
+    MigrationState,
+)
+from vmbus.vfio_user.protocol import HEADER
 
 logger = logging.getLogger(__name__)
 _library_logger = logging.getLogger(f"{__name__}.library")
@@ -180,6 +191,7 @@ class Context:
         max_dma_regions: int = DEFAULT_MAX_DMA_REGIONS,
         handshake_timeout: float = 5.0,
         message_timeout: float = 10.0,
+        migration: MigrationHandler | None = None,
     ) -> None:
         self._library = library
         self._vfu = library.cdll
@@ -198,6 +210,9 @@ class Context:
         self._lost_reported = True
         self._escaped: BaseException | None = None
         self._max_transfer = bindings.MAX_DATA_TRANSFER
+        # The 2022 generation has another kind of migration, which no client uses.
+        self._migration = migration if library.generation is Generation.NEW else None
+        self._gate = FeatureGate(self._migration, self)
         self._closed = False
         self._context: _LibraryContext | None = self._create()
         try:
@@ -223,6 +238,11 @@ class Context:
         return self._client is not None
 
     @property
+    def driven_by_client(self) -> bool:
+        """Whether the client has asked whether it can migrate the device, and was told that it can."""
+        return self._client is not None and self._gate.driven
+
+    @property
     def socket_path(self) -> Path:
         """Where clients connect."""
         return self._listener.path
@@ -246,7 +266,7 @@ class Context:
             self._pending.append(_Pending(client, time.monotonic() + self._handshake_timeout))
             self._epoll.register(client.fileno(), select.EPOLLIN | select.EPOLLET)
         for pending in list(self._pending):
-            waiting, size, _ = look(pending.socket)
+            waiting, size, _, _ = look(pending.socket)
             if waiting is Waiting.COMPLETE and size <= _LONGEST_VERSION_MESSAGE:
                 if self._shake_hands(pending, size):
                     return True
@@ -274,7 +294,7 @@ class Context:
             self._drain_events()
         handled = 0
         while handled < max_requests:
-            waiting, size, messages = look(self._client)
+            waiting, size, messages, watched = look(self._client)
             if waiting is Waiting.NOTHING:
                 self._note_progress()
                 return RunResult.IDLE
@@ -285,6 +305,11 @@ class Context:
             if waiting is Waiting.CLOSED:
                 return self._disconnect(None)
             self._note_progress()
+            if watched:
+                handled += 1
+                if (problem := self._run_watched(watched, size)) is not None:
+                    return self._disconnect(problem)
+                continue
             for _ in range(min(messages, max_requests - handled)):
                 handled += 1
                 if (problem := self._run_library()) is not None:
@@ -396,6 +421,8 @@ class Context:
         problem = None if attached else os.strerror(ctypes.get_errno())
         try:
             reply, fds, _, _ = socket.recv_fds(private, bindings.MAX_MESSAGE, 8, socket.MSG_DONTWAIT)
+            if attached and self._migration is not None:
+                reply = _with_shorter_transfers(reply)
             try:
                 socket.send_fds(client, [reply], fds)
             finally:
@@ -412,6 +439,7 @@ class Context:
         private.close()
         self._client = client
         self._lost_reported = False
+        self._gate = FeatureGate(self._migration, self)
         self._max_transfer = _announced_transfer(request)
         self._pending.remove(pending)
         for other in list(self._pending):
@@ -422,6 +450,37 @@ class Context:
         self._set_timer()
         logger.info("client attached on %s", self._listener.path)
         return True
+
+    def _run_watched(self, command: int, size: int) -> str | None:
+        """One request that is looked at first. Returns as `_run_library`."""
+        assert self._client is not None
+        try:
+            start = self._client.recv(min(size, LONGEST_LOOK), socket.MSG_PEEK | socket.MSG_DONTWAIT)
+            after = self._gate.before(command, start[HEADER.size :])
+        except MigrationRefused as refusal:
+            logger.error("the client's migration: %s", refusal)
+            return self._refuse(size, refusal.code)
+        except OSError:
+            return ""
+        problem = self._run_library()
+        if problem is None and after is not None:
+            after()
+        return problem
+
+    def _refuse(self, size: int, code: int) -> str | None:
+        """Take the next request, of `size` bytes, off the socket and answer it with an error. Returns as above."""
+        assert self._client is not None
+        try:
+            request, stray, _, _ = socket.recv_fds(self._client, size, 8, socket.MSG_WAITALL)
+            for fd in stray:
+                os.close(fd)
+            message_id, command, _, flags, _ = HEADER.unpack_from(request)
+            if not flags & protocol.FLAG_NO_REPLY:
+                answer = protocol.TYPE_REPLY | protocol.FLAG_ERROR
+                self._client.sendall(protocol.encode(message_id, command, b"", flags=answer, error=code))
+        except OSError as error:
+            return f"the answer to a refused request could not be sent ({error})"
+        return None
 
     def _run_library(self) -> str | None:
         """One request. Returns None, or why the connection must end ("" if the client simply left)."""
@@ -573,6 +632,14 @@ class Context:
             (bindings.IRQ_REQ, 0),
         ):
             require(vfu.vfu_setup_device_nr_irqs(pointer, kind, count), f"{count} interrupts of type {kind}")
+        if self._migration is not None:
+            callbacks = bindings.MigrationCallbacks(
+                bindings.MIGRATION_CALLBACKS_VERSION,
+                keep(bindings.TransitionCallback(self._on_transition)),
+                keep(bindings.DataCallback(self._on_read_data)),
+                keep(bindings.DataCallback(self._on_write_data)),
+            )
+            require(vfu.vfu_setup_device_migration_callbacks(pointer, ctypes.byref(callbacks)), "migration")
         require(vfu.vfu_realize_ctx(pointer), "the whole set-up")
 
     def _destroy(self) -> None:
@@ -676,6 +743,70 @@ class Context:
             except EnvironmentProblem as error:
                 self._escaped = error  # guest memory must not stay in reach: `run` ends the server
 
+    # -- migration ------------------------------------------------------------------------------------------------
+
+    def _migrating(self, what: str, step: Callable[[MigrationHandler], int]) -> int:
+        """One step of the handler's; its result, or -1 with errno set."""
+        self._depth += 1
+        code = errno.EIO
+        try:
+            assert self._migration is not None
+            return step(self._migration)
+        except MigrationRefused as refusal:
+            logger.error("the client's migration: %s", refusal)
+            code = refusal.code
+        except Exception:
+            logger.exception("the client's migration: %s failed in the device", what)
+        except BaseException as error:
+            self._escaped = error
+        finally:
+            self._depth -= 1
+        ctypes.set_errno(code)
+        return -1
+
+    def _on_transition(self, _context: int, number: int) -> int:
+        def step(handler: MigrationHandler) -> int:
+            handler.transition(MigrationState(number))
+            return 0
+
+        return self._migrating("a transition", step)
+
+    def _on_read_data(self, _context: int, buffer: int, count: int) -> int:
+        def step(handler: MigrationHandler) -> int:
+            data = handler.read_data(count)
+            if len(data) > count:
+                raise MigrationRefused(f"the device gave {len(data)} bytes of state for {count}", errno.EIO)
+            if data:
+                ctypes.memmove(buffer, data, len(data))
+            return len(data)
+
+        return self._migrating("reading its state", step)
+
+    def _on_write_data(self, _context: int, buffer: int, count: int) -> int:
+        def step(handler: MigrationHandler) -> int:
+            handler.write_data(ctypes.string_at(buffer, count) if count else b"")
+            return count
+
+        return self._migrating("writing its state", step)
+
+    def is_region(self, iova: int, size: int) -> bool:
+        """Whether the client offers exactly this memory."""
+        region = self._regions.get(iova)
+        return region is not None and region.size == size
+
+    def smallest_region(self) -> int:
+        """Bytes in the smallest region that we can reach; 0 without any."""
+        return min((region.size for region in self._regions.values() if region.mapping is not None), default=0)
+
+    def mark_dirty(self, iova: int, size: int) -> None:
+        """Tell the library that memory in one of its regions was written. Raises MigrationRefused if there is none."""
+        assert self._context is not None
+        entry, pointer = bindings.ScatterGather(), self._context.pointer
+        found = self._vfu.vfu_addr_to_sgl(pointer, iova, size, ctypes.byref(entry), 1, bindings.PROT_WRITE)
+        if found != 1:
+            raise MigrationRefused(f"libvfio-user cannot mark {size} bytes at {iova:#x} as written", errno.EIO)
+        self._vfu.vfu_sgl_mark_dirty(pointer, ctypes.byref(entry), 1)
+
     # -- writing through the client -------------------------------------------------------------------------------
 
     def _region_at(self, iova: int) -> _Region:
@@ -737,6 +868,19 @@ def _announced_transfer(version_request: bytes) -> int:
     except (ValueError, KeyError, TypeError):
         return bindings.MAX_DATA_TRANSFER
     return min(announced, bindings.MAX_DATA_TRANSFER) if isinstance(announced, int) else bindings.MAX_DATA_TRANSFER
+
+
+def _with_shorter_transfers(version_reply: bytes) -> bytes:
+    """The answer to VERSION with LONGEST_DATA in the place of the library's limit."""
+    message_id, command, _, flags, error = HEADER.unpack_from(version_reply)
+    start = HEADER.size + protocol.VERSION_PREFIX.size
+    try:
+        told = json.loads(version_reply[start:].rstrip(b"\0"))
+        told["capabilities"]["max_data_xfer_size"] = min(told["capabilities"]["max_data_xfer_size"], LONGEST_DATA)
+    except (ValueError, KeyError, TypeError):
+        return version_reply
+    body = version_reply[HEADER.size : start] + json.dumps(told, separators=(",", ":")).encode() + b"\0"
+    return protocol.encode(message_id, command, body, flags=flags, error=error)
 
 
 def _errno_text() -> str:

@@ -29,13 +29,29 @@ DMA_MAP = struct.Struct("<IIQQQ")  # argsz, flags, offset in the fd, address, si
 DMA_UNMAP = struct.Struct("<IIQQ")  # argsz, flags, address, size
 REGION_ACCESS = struct.Struct("<QII")  # offset, region, count
 DMA_ACCESS = struct.Struct("<QQ")  # address, count
+FEATURE = struct.Struct("<II")  # argsz, flags: the number of the feature and what is asked about it; data follows
+DEVICE_STATE = struct.Struct("<II")  # state, descriptor (unused here)
+LOGGING_CONTROL = struct.Struct("<QII")  # page size, ranges that follow, reserved
+LOGGING_REPORT = struct.Struct("<QQQ")  # address, size, page size; in the answer a bitmap follows
+MIGRATION_DATA = struct.Struct("<II")  # argsz, size; data follows
+DIRTY_BITMAP = struct.Struct("<QQ")  # page size, bytes of the bitmap, which follows
 
 IRQ_DATA_NONE = 1
 IRQ_DATA_EVENTFD = 4
 IRQ_ACTION_TRIGGER = 0x20
 DMA_READ_FLAG = 1
 DMA_WRITE_FLAG = 2
+DMA_UNMAP_GET_DIRTY = 1
 DMA_UNMAP_ALL = 2
+
+FEATURE_NUMBER_MASK = 0xFFFF
+FEATURE_GET = 1 << 16
+FEATURE_SET = 1 << 17
+FEATURE_PROBE = 1 << 18
+MIGRATION_STOP_COPY = 1
+MIGRATION_PRE_COPY = 4
+LOGGED_PAGE = 4096
+"""Bytes in each page of a dirty log; the only size that the server takes."""
 
 
 class Command(enum.IntEnum):
@@ -54,6 +70,30 @@ class Command(enum.IntEnum):
     DMA_READ = 11
     DMA_WRITE = 12
     RESET = 13
+    DEVICE_FEATURE = 16
+    MIG_DATA_READ = 17
+    MIG_DATA_WRITE = 18
+
+
+class Feature(enum.IntEnum):
+    """What a DEVICE_FEATURE command is about."""
+
+    MIGRATION = 1
+    DEVICE_STATE = 2
+    LOGGING_START = 6
+    LOGGING_STOP = 7
+    LOGGING_REPORT = 8
+
+
+class DeviceState(enum.IntEnum):
+    """Migration states as they are on the wire."""
+
+    ERROR = 0
+    STOP = 1
+    RUNNING = 2
+    STOP_COPY = 3
+    RESUMING = 4
+    PRE_COPY = 6
 
 
 @dataclass(frozen=True)
@@ -75,6 +115,17 @@ class Message:
 def encode(message_id: int, command: int, body: bytes, *, flags: int = TYPE_COMMAND, error: int = 0) -> bytes:
     """Header and body of one message."""
     return HEADER.pack(message_id, command, HEADER.size + len(body), flags, error) + body
+
+
+def bitmap_size(size: int, page_size: int = LOGGED_PAGE) -> int:
+    """Bytes of the bitmap for `size` bytes of memory: a bit for each page, in whole 64-bit words."""
+    pages = -(-size // page_size)
+    return -(-pages // 64) * 8
+
+
+def bitmap_pages(bitmap: bytes) -> list[int]:
+    """Numbers of the pages whose bits are set, in order."""
+    return [index * 8 + bit for index, byte in enumerate(bitmap) if byte for bit in range(8) if byte >> bit & 1]
 
 
 def version_body(capabilities: dict[str, Any], *, major: int = 0, minor: int = 0) -> bytes:

@@ -44,6 +44,14 @@ CATALOGUE: dict[str, Entry] = {
         "vmbus_guest.testdrivers.burst",
         "has the burst provider flood the guest, checks and answers every packet",
     ),
+    "bulk": Entry(
+        "vmbus_guest.testdrivers.bulk",
+        "has the echo provider transform large buffers in place, as fast as they go, and checks every answer",
+    ),
+    "remap": Entry(
+        "vmbus_guest.testdrivers.remap",
+        "maps memory, has the echo provider write to it, and unmaps it, round after round",
+    ),
     "mixed": Entry(
         "vmbus_guest.testdrivers.mixed",
         "runs several of the others side by side over one connection to the device",

@@ -1,4 +1,4 @@
-"""Run one test driver: `python3 -m vmbus_guest.testdrivers NAME [--parameters JSON]`.
+"""Run one test driver: `python3 -m vmbus_guest.testdrivers NAME [--parameters JSON [--audit DIRECTORY]]`.
 
 Standard output carries the report as JSON lines and nothing else. Exit status: 0 if the run came to its end, whatever
 its verdict; 1 if it failed (an `error` line says why); 2 for wrong usage. SIGTERM asks the driver to stop early.
@@ -21,8 +21,14 @@ from vmbus_guest.testdrivers.context import Context, Parameters, standard_output
 
 def main(arguments: list[str]) -> int:
     """Run the driver that the command line names."""
-    if len(arguments) not in (1, 3) or arguments[0] not in CATALOGUE or arguments[1:2] not in ([], ["--parameters"]):
-        print("usage: python3 -m vmbus_guest.testdrivers NAME [--parameters JSON]", file=sys.stderr)
+    if (
+        len(arguments) not in (1, 3, 5)
+        or arguments[0] not in CATALOGUE
+        or arguments[1:2] not in ([], ["--parameters"])
+        or arguments[3:4] not in ([], ["--audit"])
+    ):
+        usage = "usage: python3 -m vmbus_guest.testdrivers NAME [--parameters JSON [--audit DIRECTORY]]"
+        print(usage, file=sys.stderr)
         for name, entry in sorted(CATALOGUE.items()):
             print(f"  {name:10}  {entry.summary}", file=sys.stderr)
         return 2
@@ -34,6 +40,8 @@ def main(arguments: list[str]) -> int:
             if not isinstance(parameters, dict):
                 raise UsageError("the parameters are not a JSON object")
             context.parameters = Parameters(parameters)
+        if arguments[3:]:
+            context.keep_record(arguments[4], f"{arguments[0]}-{os.getpid()}")
 
         def stop(*_: object) -> None:
             context.stop_requested = True
@@ -50,6 +58,8 @@ def main(arguments: list[str]) -> int:
             traceback.print_exc()
         context.report("error", kind=type(error).__name__, message=str(error))
         return 1
+    finally:
+        context.end_record()
     context.report("result", result=result)
     return 0
 

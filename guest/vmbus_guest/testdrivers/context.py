@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+# ruff: noqa: PTH123 - pathlib costs time in an emulated guest
 import json
 import sys
 import time
 from collections.abc import Callable, Mapping
-from typing import IO, Any, TypeVar
+from typing import IO, TYPE_CHECKING, Any, TypeVar
 
 from vmbus.errors import UsageError
 from vmbus_guest.pci import PciFunction
 
 PROGRESS_INTERVAL = 0.5
 """Seconds between two progress reports."""
+
+LOOK_INTERVAL = 0.05
+"""Seconds between two looks whether the audit record is wanted."""
+
+if TYPE_CHECKING:
+    from vmbus.audit.recorder import Recorder
 
 Value = TypeVar("Value", int, float, str, bool)
 
@@ -70,8 +77,38 @@ class Context:
         self.parameters = Parameters(parameters)
         self.open_function = open_function
         self.stop_requested = False
+        self.recorder: Recorder | None = None
+        self._audit = ""
+        self._flushed = ""
+        self._next_look = 0.0
         self._output = output
         self._next_progress = 0.0
+
+    def keep_record(self, directory: str, name: str) -> None:
+        """Keep an audit record in a new file of `directory`. Raises EnvironmentProblem."""
+        from vmbus.audit.files import guest_recorder
+
+        self._audit = directory
+        self.recorder = guest_recorder(directory, name)
+
+    def look_for_flush(self, now: float) -> None:
+        """Write the record out if the agent has asked for it since the last time. Cheap: called at every turn."""
+        if self.recorder is None or now < self._next_look:
+            return
+        self._next_look = now + LOOK_INTERVAL
+        try:
+            with open(f"{self._audit}/flush", encoding="ascii") as file:
+                token = file.read()
+        except OSError:
+            return
+        if token != self._flushed:
+            self._flushed = token
+            self.recorder.flush(token)
+
+    def end_record(self) -> None:
+        """The run is over."""
+        if self.recorder is not None:
+            self.recorder.close()
 
     @property
     def progress_due(self) -> bool:

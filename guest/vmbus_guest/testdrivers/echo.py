@@ -39,7 +39,18 @@ LARGEST = 60000
 _ALIGNMENT = 64
 
 
-class _Slot:
+class EchoDefaults:
+    """What parameters are when they are not given."""
+
+    __slots__ = ("external", "size", "window")
+
+    def __init__(self, *, window: int = 64, size: int = 64, external: float = 0.0) -> None:
+        self.window = window
+        self.size = size
+        self.external = external
+
+
+class Slot:
     """What belongs to one packet object of the window."""
 
     __slots__ = ("data", "external", "iova", "sequence", "view")
@@ -57,14 +68,15 @@ class EchoWorkload(Workload):
 
     name = "echo"
     interface_type = ECHO_TYPE
+    defaults = EchoDefaults()
 
     def __init__(self, parameters: Parameters) -> None:
         super().__init__(parameters)
         self._count = parameters.get("count", 1000, minimum=0)
-        self._window = parameters.get("window", 64, minimum=1, maximum=65536)
-        self._size = parameters.get("size", 64, minimum=1, maximum=LARGEST)
+        self._window = parameters.get("window", self.defaults.window, minimum=1, maximum=65536)
+        self._size = parameters.get("size", self.defaults.size, minimum=1, maximum=LARGEST)
         self._minimum_size = parameters.get("minimum_size", self._size, minimum=1, maximum=LARGEST)
-        self._external = parameters.get("external", 0.0, minimum=0, maximum=1)
+        self._external = parameters.get("external", self.defaults.external, minimum=0, maximum=1)
         self._pace = parameters.get("pace", 0.0, minimum=0, maximum=10)
         seed = parameters.get("seed", 1)
         if self._minimum_size > self._size:
@@ -74,6 +86,8 @@ class EchoWorkload(Workload):
         self.tally = Tally()
         self._sequence = Sequence(self.tally)
         self._issued = 0
+        self.bytes = 0
+        """Of data sent."""
         self._stopped = False
         self._idle: list[Packet] = []
         self._next_send = 0.0
@@ -90,9 +104,9 @@ class EchoWorkload(Workload):
             packet.completion_routine = self._completed
             start = index * stride
             packet.pointer = (
-                _Slot(0, memoryview(b""))
+                Slot(0, memoryview(b""))
                 if buffer is None
-                else _Slot(buffer.iova + start, buffer.view[start : start + self._size])
+                else Slot(buffer.iova + start, buffer.view[start : start + self._size])
             )
             self._idle.append(packet)
         self._idle.reverse()
@@ -147,13 +161,14 @@ class EchoWorkload(Workload):
         return self._stopped or (self._count > 0 and self._issued >= self._count)
 
     def _issue(self, packet: Packet) -> None:
-        slot: _Slot = packet.pointer
+        slot: Slot = packet.pointer
         slot.sequence = sequence = self._issued
         self._issued = sequence + 1
         # A cheap mix of seed and number, the same in every run.
         mixed = ((sequence + self._seed) * 2654435761) & 0xFFFFFFFF
         length = self._minimum_size + mixed % (self._size - self._minimum_size + 1)
         slot.data = data = self._pattern.data(sequence, length)
+        self.bytes += length
         slot.external = self._external > 0 and (mixed >> 8) / (1 << 24) < self._external
         if slot.external:
             slot.view[:length] = data
@@ -165,19 +180,17 @@ class EchoWorkload(Workload):
         if status != Status.SUCCESS:
             return  # the channel is going; what is outstanding will be counted as lost
         self.moved_at = time.monotonic()
-        slot: _Slot = packet.pointer
+        slot: Slot = packet.pointer
         self.tally.completed += 1
         self._sequence.arrived(slot.sequence)
         if not self._right(slot, reply):
             self.tally.corrupted += 1
-        if self._no_more():
-            return
         if self._pace:
             self._idle.append(packet)
-        else:
+        elif not self._no_more():
             self._issue(packet)
 
-    def _right(self, slot: _Slot, reply: bytes) -> bool:
+    def _right(self, slot: Slot, reply: bytes) -> bool:
         parsed = parse_echo_reply(reply)
         if parsed is None or parsed.status != STATUS_OK or parsed.sequence != slot.sequence:
             return False

@@ -1,6 +1,7 @@
 """Test driver `mixed`: several workloads side by side over one connection, since a function has one driver process.
 
-Parameter: `workloads`, a list of objects, each with `driver` ("echo", "raw-echo" or "burst") and that one's parameters.
+Parameter: `workloads`, a list of objects, each with `driver` ("echo", "raw-echo", "burst", "bulk" or "remap") and that
+one's parameters.
 The result has their results, in the same order, and one verdict.
 """
 
@@ -9,13 +10,17 @@ from __future__ import annotations
 from typing import Any
 
 from vmbus.errors import UsageError
+from vmbus_guest.testdrivers.bulk import BulkWorkload
 from vmbus_guest.testdrivers.burst import BurstWorkload
 from vmbus_guest.testdrivers.context import Context, Parameters
 from vmbus_guest.testdrivers.echo import EchoWorkload
 from vmbus_guest.testdrivers.raw_echo import RawEchoWorkload
+from vmbus_guest.testdrivers.remap import RemapWorkload
 from vmbus_guest.testdrivers.workload import Workload, run_workloads
 
-KINDS: dict[str, type[Workload]] = {kind.name: kind for kind in (EchoWorkload, RawEchoWorkload, BurstWorkload)}
+KINDS: dict[str, type[Workload]] = {
+    kind.name: kind for kind in (EchoWorkload, RawEchoWorkload, BurstWorkload, BulkWorkload, RemapWorkload)
+}
 
 
 def run(context: Context) -> dict[str, Any]:

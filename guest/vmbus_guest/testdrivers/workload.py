@@ -139,6 +139,7 @@ def run_workloads(context: Context, workloads: Sequence[Workload]) -> list[dict[
             until = min(workload.tick(now) for workload in running)
             driver.step(max(0.0, min(until - now, LONGEST_STEP)))
             now = time.monotonic()
+            context.look_for_flush(now)
             for workload in list(running):
                 if workload.finished():
                     running.remove(workload)
@@ -157,7 +158,7 @@ def run_workloads(context: Context, workloads: Sequence[Workload]) -> list[dict[
 def _connected(context: Context, workloads: Sequence[Workload]) -> Iterator[VmbusDriver]:
     function = context.open_function()
     try:
-        driver = VmbusDriver(function)
+        driver = VmbusDriver(function, recorder=context.recorder)
     except BaseException:
         function.close()
         raise

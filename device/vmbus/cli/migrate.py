@@ -1,0 +1,94 @@
+"""The command that moves a running VM to a destination, and what `run-vm --receive` needs of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+import msgspec
+from rich.table import Table
+
+from vmbus.cli.terminal import MIGRATE_LABELS, Steps, console, run
+from vmbus.errors import UsageError
+from vmbus.migration.address import Address, UnixAddress, parse_address
+from vmbus.migration.channel import read_secret
+from vmbus.migration.source import MigrationReport
+from vmbus.qemu.supervisor import ask, find_vm
+
+_TIMEOUT = 7200.0
+
+SECRET_HELP = "File with the secret that both sides know: 32 bytes, or 64 hexadecimal digits; mode 0600."
+
+
+def absolute(text: str) -> Address:
+    """The address in a text; a unix socket's path is made absolute, since another process may use it."""
+    address = parse_address(text)
+    return UnixAddress(str(Path(address.path).absolute())) if isinstance(address, UnixAddress) else address
+
+
+@click.command()
+@click.argument("words", nargs=-1, metavar="[NAME] ADDRESS")
+@click.option("--secret-file", type=click.Path(path_type=Path, dir_okay=False), help=SECRET_HELP)
+@click.option("--multifd", default=0, metavar="N", type=click.IntRange(0, 16), help="Send memory over N connections.")
+@click.option("--timeout", type=click.FloatRange(min=1), help="Seconds that the copy of memory may take.")
+@click.option(
+    "--downtime-limit", type=click.IntRange(1, 60_000), help="Milliseconds that QEMU may plan for its last pass."
+)
+@click.option(
+    "--resolve",
+    type=click.Choice(["run", "end"]),
+    help="After a migration in doubt: let the VM run here (it must not run there), or end it here. Takes no ADDRESS.",
+)
+def migrate(
+    words: tuple[str, ...],
+    secret_file: Path | None,
+    multifd: int,
+    timeout: float | None,
+    downtime_limit: int | None,
+    resolve: str | None,
+) -> None:
+    """Move the running VM NAME to the destination that waits at ADDRESS.
+
+    ADDRESS is tcp:HOST:PORT or unix:PATH; there, scripts/run-vm --receive ADDRESS waits. If anything fails, the VM runs
+    on here. Without NAME, the only running VM is meant.
+    """
+    least = 0 if resolve else 1
+    if not least <= len(words) <= least + 1:
+        raise UsageError("give [NAME] alone with --resolve" if resolve else "give [NAME] ADDRESS, see --help")
+    name = find_vm(words[0] if len(words) > least else None)
+    if resolve:
+        run(ask(name, "resolve", {"run": resolve == "run"}, timeout=120))
+        return
+    if secret_file is None:
+        raise UsageError("--secret-file is missing: both sides of a migration need the same secret")
+    read_secret(secret_file)  # what is wrong with it is better said before anything happens
+    arguments = {
+        "address": str(absolute(words[-1])),
+        "secret_file": str(secret_file.absolute()),
+        "multifd": multifd,
+        "timeout": timeout,
+        "downtime_limit": downtime_limit,
+    }
+    with Steps(f"migration of VM {name!r} to {words[-1]}", MIGRATE_LABELS) as steps:
+        result = run(ask(name, "migrate", arguments, timeout=_TIMEOUT, progress=steps))
+    _show(msgspec.convert(result, MigrationReport))
+
+
+def _show(report: MigrationReport) -> None:
+    def milliseconds(seconds: float) -> str:
+        return f"{seconds * 1000:.0f} ms"
+
+    table = Table(show_header=False, box=None)
+    table.add_row("runs at", report.address)
+    table.add_row("packets in flight", f"{report.packets['queued']} queued, {report.packets['sent']} sent")
+    table.add_row("held by providers", str(report.incoming_held))
+    table.add_row("sent by QEMU", f"{report.ram_bytes / 2**20:.1f} MiB")
+    table.add_row("device state", f"{report.state_bytes / 2**10:.1f} KiB")
+    table.add_row("flushed at the switchover", f"{report.flushed_pages} pages")
+    if report.attempts > 1:
+        table.add_row("passes", str(report.attempts))
+    table.add_row("downtime", milliseconds(report.downtime))
+    table.add_row("  QEMU's share", milliseconds(report.downtime_qemu))
+    table.add_row("  the device's share", milliseconds(report.downtime_device))
+    table.add_row("", ", ".join(f"{name} {seconds * 1000:.0f}" for name, seconds in report.spans.items()))
+    console.print(table)

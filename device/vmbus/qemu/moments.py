@@ -1,0 +1,35 @@
+"""The moments of a save, a restore and a migration at which a test may kill, cut or raise.
+
+Every operation tells its hook when it reaches a moment, and waits for the hook. Nothing but tests passes one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from enum import Enum
+
+
+class Moment(Enum):
+    """In the order in which a live migration reaches them; the value names it in the failure matrix."""
+
+    BEFORE_STREAM = "before the stream"
+    RAM_COPY = "during RAM copy"
+    PRE_SWITCHOVER = "at pre-switchover"
+    SAVING = "while saving"
+    WRITING = "while writing the state"
+    STOPPED = "after the source stopped"
+    SEALING = "while writing the bundle"
+    LOADING = "while the destination loads"
+    PCI_REPLAY = "during PCI replay"
+    PACKET_RESTORE = "during packet restore"
+    BEFORE_GO = "before the decision"
+    AFTER_GO = "after the decision"
+    BEFORE_CONT = "before cont"
+
+
+Hook = Callable[[Moment], Awaitable[None]]
+"""Told the moment that is reached; whatever it raises happens there."""
+
+
+async def no_hook(moment: Moment) -> None:
+    """The hook of everybody but tests."""

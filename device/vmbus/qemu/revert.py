@@ -1,0 +1,509 @@
+"""Checkpoints of a running VM, and the way back to them in the running QEMU and device server.
+
+QEMU keeps its part of a checkpoint (memory, CPUs, devices) as a snapshot in a qcow2 image that no guest device uses;
+the device's part lies beside it (`vmbus.snapshot.checkpoints`).
+
+Taking one: the vCPUs stop, barrier, the device comes to rest and saves its state, QEMU's snapshot-save, and all runs
+on.
+
+Going back: first everything is checked that can be, and a refusal changes nothing: the record, the digest of the
+device's state, whether it fits a device of its description, whether the image has the very snapshot. Then
+
+1. the vCPUs stop, and the device comes to rest, so that nobody writes into guest memory while it is replaced. A
+   provider that does not come to rest does not prevent it: its device is discarded at once (step 3 before step 2);
+2. QEMU's snapshot-load: it resets the device, and then replaces memory and everything else;
+3. the server takes the checkpoint's state for its own (`load`) and discards what the device was;
+4. the PCI function is put back, the server rebuilds channels and packets (`restore-finish`), the vCPUs run.
+
+If step 2 fails before QEMU has reset the device (the server has seen no reset), nothing has been changed and the VM
+runs on. If it fails later, or step 3 or 4 does, memory and devices may be of different times: the VM is ended, and the
+error names the way to get it back.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import time
+from collections.abc import Awaitable, Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from vmbus import state as saved
+from vmbus.description import DeviceDescription
+from vmbus.errors import EnvironmentProblem, StateError, UsageError, VmbusError
+from vmbus.qemu.description import VmDescription
+from vmbus.qemu.jobs import run_job
+from vmbus.qemu.moments import Hook, Moment, no_hook
+from vmbus.qemu.probe import check_same, require_complete, require_running
+from vmbus.qemu.save import (
+    NO_SABOTAGE,
+    PAUSE_TIMEOUT,
+    Capture,
+    Captured,
+    Control,
+    QemuMonitor,
+    Sabotage,
+    SaveFailed,
+    barrier,
+    refuse_unsafe_settings,
+    uninterrupted,
+)
+from vmbus.qemu.timing import Phases
+from vmbus.server.control import ControlError
+from vmbus.snapshot.bundle import utc_now
+from vmbus.snapshot.checkpoints import Checkpoint, ImageSnapshot, Store, check_tag
+from vmbus.snapshot.manifest import FileRecord, Machine, Packets
+
+_IMAGE_BYTES = 1 << 20  # of the (empty) disk in the image; what is kept lies beside it
+_IMAGE_TIMEOUT = 60.0
+_FINISH_TIMEOUT = 120.0
+# In front of a tag in the image: QEMU takes a name of digits for the number of a snapshot, and would load another one.
+_PREFIX = "vmbus-"
+
+
+class RevertFailed(EnvironmentProblem):
+    """A VM could not be taken back. `source_alive` tells whether it runs on as before; else it has to be ended."""
+
+    def __init__(self, message: str, *, source_alive: bool) -> None:
+        super().__init__(message)
+        self.source_alive = source_alive
+
+
+class CheckpointReport(msgspec.Struct, kw_only=True):
+    """What taking a checkpoint did. Times in seconds, sizes in bytes."""
+
+    tag: str
+    directory: str
+    phases: dict[str, float]
+    downtime: float
+    """From the stop of the vCPUs until they ran again."""
+    packets: dict[str, int]
+    """Outgoing packets saved: ``queued`` and ``sent``."""
+    incoming_held: int
+    state_bytes: int
+    vm_state_bytes: int
+
+
+class RevertReport(msgspec.Struct, kw_only=True):
+    """What going back did. Times in seconds."""
+
+    tag: str
+    directory: str
+    phases: dict[str, float]
+    downtime: float
+    packets: dict[str, int]
+    """Outgoing packets rebuilt: ``queued`` and ``sent``."""
+    channels: int
+    pci_writes: int
+    forced: bool
+    """Whether the device was discarded without having come to rest."""
+
+
+@dataclass(frozen=True)
+class Patient:
+    """The VM, as far as it is dealt with here.
+
+    `put_back` writes a configuration space back into the PCI function; `own_migration` gives a context in which QEMU
+    may save and load; `forget` has the guest's agent's connection renewed, and fails what is asked of the agent.
+    """
+
+    name: str
+    description: VmDescription
+    machine_type: str
+    accelerator: str
+    qemu_version: str
+    pci_address: str
+    monitor: QemuMonitor
+    control: Control
+    put_back: Callable[[bytes], Awaitable[int]]
+    own_migration: Callable[[], AbstractContextManager[None]]
+    forget: Callable[[str], Awaitable[None]]
+
+
+class Checkpoints:
+    """The checkpoints of one VM in one directory. `number` tells its image from those in other directories."""
+
+    def __init__(self, patient: Patient, store: Store, number: int) -> None:
+        self.store = store
+        self._vm = patient
+        self._monitor = patient.monitor
+        self._control = patient.control
+        self._node = f"checkpoints-{number}"
+        self._opened = False
+        self._job_timeout = 60.0 + patient.description.memory_mib / 20
+
+    # ---- the image -------------------------------------------------------------------------------------------------
+
+    async def _open(self) -> None:
+        """Gives the image to QEMU, made if it is not there."""
+        if self._opened:
+            return
+        self.store.prepare()
+        file = f"{self._node}-file"
+        image = self.store.image
+        fresh = not image.exists()
+        if fresh:
+            try:
+                os.close(os.open(image, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+            except OSError as error:
+                raise EnvironmentProblem(f"cannot make {image}: {error.strerror}") from error
+        added = []
+        try:
+            await self._monitor.execute(
+                "blockdev-add", {"driver": "file", "node-name": file, "filename": str(image.absolute())}
+            )
+            added.append(file)
+            if fresh:
+                options = {"driver": "qcow2", "file": file, "size": _IMAGE_BYTES}
+                await run_job(self._monitor, "blockdev-create", {"options": options}, _IMAGE_TIMEOUT, f"making {image}")
+            await self._monitor.execute("blockdev-add", {"driver": "qcow2", "node-name": self._node, "file": file})
+        except BaseException:
+            for node in added:
+                await uninterrupted(self._remove_node(node))
+            if fresh:
+                image.unlink(missing_ok=True)
+            raise
+        self._opened = True
+
+    async def _remove_node(self, node: str) -> None:
+        with contextlib.suppress(VmbusError):  # QEMU is gone, and the node with it
+            await self._monitor.execute("blockdev-del", {"node-name": node})
+
+    async def _in_image(self, tag: str) -> ImageSnapshot | None:
+        """What the image has under a tag."""
+        nodes = await self._monitor.execute("query-named-block-nodes", {"flat": True})
+        node = next(one for one in nodes if one["node-name"] == self._node)
+        for one in node["image"].get("snapshots", []):
+            if one["name"] == _PREFIX + tag:
+                return ImageSnapshot(
+                    name=one["name"],
+                    vm_state_bytes=int(one["vm-state-size"]),
+                    seconds=int(one["date-sec"]),
+                    nanoseconds=int(one["date-nsec"]),
+                )
+        return None
+
+    async def _job(self, command: str, tag: str, what: str) -> None:
+        arguments: dict[str, object] = {"tag": _PREFIX + tag, "devices": [self._node]}
+        if command != "snapshot-delete":
+            arguments["vmstate"] = self._node
+        await run_job(self._monitor, command, arguments, self._job_timeout, what)
+
+    # ---- taking, listing, deleting -----------------------------------------------------------------------------------
+
+    async def take(self, tag: str, phases: Phases, at: Hook = no_hook) -> CheckpointReport:
+        """Raises `UsageError` if the tag is taken or not usable, `SaveFailed` (see there) for everything else."""
+        check_tag(tag)
+        if tag in self.store.tags():
+            raise UsageError(f"there is a checkpoint {tag!r} already: delete it first, or choose another name")
+        await self._open()
+        if await self._in_image(tag) is not None:  # left over by one that was never finished
+            await self._job("snapshot-delete", tag, f"removing what was left of checkpoint {tag!r}")
+        self.store.remove(tag)
+        capture = _Capture(self, tag, phases, at)
+        try:
+            with self._vm.own_migration():
+                async with capture.taken() as taken:
+                    with phases("seal"):
+                        record = await self._seal(tag, taken)
+                    with phases("resume"):
+                        await capture.resume()
+                    downtime = time.monotonic() - taken.stopped_at
+        except BaseException:
+            await uninterrupted(self._forget(tag))
+            raise
+        return CheckpointReport(
+            tag=tag,
+            directory=str(self.store.directory),
+            phases=phases.seconds,
+            downtime=downtime,
+            packets=taken.packets,
+            incoming_held=taken.incoming_held,
+            state_bytes=record.state.size,
+            vm_state_bytes=record.image.vm_state_bytes,
+        )
+
+    async def _seal(self, tag: str, taken: Captured) -> Checkpoint:
+        status = await self._control.call("status")
+        image = await self._in_image(tag)
+        if image is None:
+            raise StateError(f"QEMU's snapshot-save succeeded, and the image has no snapshot of checkpoint {tag!r}")
+        vm = self._vm
+        record = Checkpoint(
+            tag=tag,
+            number=1 + max((one.number for one in self.store.list()), default=0),
+            created=utc_now(),
+            vm=msgspec.structs.replace(
+                vm.description, device=msgspec.convert(status["description"], DeviceDescription)
+            ),
+            machine=Machine(
+                type=vm.machine_type,
+                accelerator="kvm" if vm.accelerator == "kvm" else "tcg",
+                pci_address=vm.pci_address,
+                pci_config=taken.pci_config.hex(),
+                device_in_stream=taken.driven,
+            ),
+            qemu=vm.qemu_version,
+            packets=Packets(**taken.packets),
+            incoming_held=taken.incoming_held,
+            state=FileRecord(taken.state_bytes, taken.state_sha256),
+            image=image,
+        )
+        self.store.verify_state(record)
+        await asyncio.to_thread(self.store.commit, record)
+        return record
+
+    async def _forget(self, tag: str) -> None:
+        """Removes what a checkpoint that failed has left; what cannot be removed now, the next of its name removes."""
+        self.store.remove(tag)
+        with contextlib.suppress(VmbusError):
+            if await self._in_image(tag) is not None:
+                await self._job("snapshot-delete", tag, f"removing what was left of checkpoint {tag!r}")
+
+    async def delete(self, tag: str) -> None:
+        """Raises `UsageError` if there is no such checkpoint."""
+        check_tag(tag)
+        if tag not in self.store.tags():
+            self.store.record(tag)  # says what there is
+        await self._open()
+        self.store.remove(tag)
+        if await self._in_image(tag) is not None:
+            await self._job("snapshot-delete", tag, f"deleting checkpoint {tag!r}")
+
+    # ---- going back --------------------------------------------------------------------------------------------------
+
+    async def revert(
+        self, tag: str, phases: Phases, *, sabotage: Sabotage = NO_SABOTAGE, at: Hook = no_hook
+    ) -> RevertReport:
+        """Takes the VM back.
+
+        Raises `UsageError` or `StateError` if the checkpoint is refused (nothing was changed then), and `RevertFailed`.
+        """
+        with phases("verify"):
+            record = await self._verified(tag)
+        was_running = await self._monitor.running()
+        begun = time.monotonic()
+        try:
+            with phases("stop"):
+                await self._monitor.execute("stop")
+            with phases("device"):
+                # A QEMU that migrates the device itself has stopped it, and will put it back.
+                forced = not record.machine.device_in_stream and not await self._rest()
+                status = await self._control.call("status")
+                check_same(status, in_stream=record.machine.device_in_stream, what=f"checkpoint {tag!r}")
+                resets = int(status["resets"])
+        except BaseException as error:
+            await self._run_on(tag, was_running, error)
+            raise
+        with self._vm.own_migration():
+            task = asyncio.create_task(self._go_back(record, phases, forced, resets, was_running, sabotage, at))
+            try:
+                report = await asyncio.shield(task)
+            except asyncio.CancelledError:
+                # Half of a way back would help nobody.
+                await asyncio.wait({task})
+                if (failed := task.exception()) is not None:
+                    raise failed from None
+                raise
+        report.downtime = time.monotonic() - begun
+        return report
+
+    async def _verified(self, tag: str) -> Checkpoint:
+        record = self.store.record(tag)
+        saved.decode(self.store.verify_state(record))
+        vm = self._vm
+        here = (vm.machine_type, vm.accelerator, vm.pci_address)
+        there = (record.machine.type, record.machine.accelerator, record.machine.pci_address)
+        if here != there:
+            raise StateError(f"checkpoint {tag!r} is of another machine: {there}, and this one is {here}")
+        if msgspec.structs.replace(record.vm, device=vm.description.device) != vm.description:
+            raise StateError(f"checkpoint {tag!r} is of another VM: its memory, CPUs, slot or guest settings differ")
+        await self._open()
+        found = await self._in_image(tag)
+        if found != record.image:
+            raise StateError(
+                f"{self.store.image} does not have QEMU's part of checkpoint {tag!r}: recorded is {record.image}, "
+                f"there is {found or 'none'}"
+            )
+        await refuse_unsafe_settings(self._monitor)
+        multifd = {"capability": "multifd", "state": False}
+        await self._monitor.execute("migrate-set-capabilities", {"capabilities": [multifd]})
+        try:
+            await self._load(record, check=True)
+        except ControlError as error:
+            raise (StateError if error.kind == "state" else UsageError)(str(error)) from error
+        return record
+
+    async def _load(self, record: Checkpoint, *, check: bool) -> dict[str, Any]:
+        return await self._control.call(
+            "load",
+            timeout=60.0,
+            path=str(self.store.state(record.tag).absolute()),
+            sha256=record.state.sha256,
+            description=msgspec.to_builtins(record.vm.device),
+            check=check,
+        )
+
+    async def _rest(self) -> bool:
+        """Brings the device to rest, with the vCPUs stopped; False if its providers do not come to rest."""
+        await barrier(self._monitor, self._control)
+        try:
+            await self._control.call("pause", timeout=PAUSE_TIMEOUT)
+        except ControlError as error:
+            if error.kind != "timeout":
+                raise
+            return False
+        return True
+
+    async def _run_on(self, tag: str, was_running: bool, error: BaseException) -> None:
+        """Nothing was replaced: lets the VM run as before.
+
+        Raises `RevertFailed`, unless `error` is a cancellation and the VM does run on.
+        """
+        try:
+            await uninterrupted(self._undo(was_running))
+        except VmbusError as second:
+            raise RevertFailed(
+                f"revert to {tag!r} failed: {error}; the VM is lost, since it could not be set running again: {second}"
+                f"; {self._way_back()}",
+                source_alive=False,
+            ) from error
+        if isinstance(error, Exception):
+            fate = "the VM runs on" if was_running else "the VM stays paused as it was"
+            raise RevertFailed(f"revert to {tag!r} failed: {error}; {fate}", source_alive=True) from error
+
+    async def _undo(self, was_running: bool) -> None:
+        if (await self._control.call("status"))["phase"] in ("pausing", "paused"):
+            await self._control.call("resume")
+        if was_running:
+            await self._monitor.cont()
+
+    async def _go_back(
+        self,
+        record: Checkpoint,
+        phases: Phases,
+        forced: bool,
+        resets: int,
+        was_running: bool,
+        sabotage: Sabotage,
+        at: Hook,
+    ) -> RevertReport:
+        """Steps 2 to 4, which nothing interrupts. `resets`: how often the device had been reset before."""
+        tag = record.tag
+        in_stream = record.machine.device_in_stream
+        try:
+            if forced:
+                with phases("load"):
+                    loaded = await self._load(record, check=False)
+            try:
+                with phases("ram"):
+                    await at(Moment.LOADING)
+                    await self._job("snapshot-load", tag, f"going back to checkpoint {tag!r}")
+            except Exception as error:
+                if not forced and (await self._control.call("status"))["resets"] == resets:
+                    await self._run_on(tag, was_running, error)
+                raise
+            if in_stream:
+                await require_complete(self._control)
+            elif not forced:
+                with phases("load"):
+                    loaded = await self._load(record, check=False)
+            writes = 0
+            with phases("pci"):
+                await at(Moment.PCI_REPLAY)
+                if not sabotage.skip_pci_replay and not in_stream:
+                    writes = await self._vm.put_back(bytes.fromhex(record.machine.pci_config))
+            with phases("channels"):
+                await at(Moment.PACKET_RESTORE)
+                if not in_stream:
+                    finished = await self._control.call("restore-finish", timeout=_FINISH_TIMEOUT)
+            with phases("cont"):
+                await at(Moment.BEFORE_CONT)
+                await self._vm.forget(f"the VM was taken back to checkpoint {tag!r} meanwhile: ask again")
+                if was_running:
+                    await self._monitor.cont()
+                    if in_stream:
+                        await require_running(self._control)
+            if in_stream:
+                state = saved.decode(self.store.verify_state(record))
+                loaded = {"channels": sum(offer.open is not None for offer in state.bus.offers)}
+                finished = {"packets": msgspec.structs.asdict(record.packets)}
+        except RevertFailed:
+            raise
+        except Exception as error:
+            raise RevertFailed(
+                f"revert to {tag!r} failed half way: {error}; the VM has been ended, since its memory and its devices "
+                f"may be of different times; {self._way_back()}",
+                source_alive=False,
+            ) from error
+        return RevertReport(
+            tag=tag,
+            directory=str(self.store.directory),
+            phases=phases.seconds,
+            downtime=0.0,
+            packets={key: int(finished["packets"][key]) for key in ("queued", "sent")},
+            channels=int(loaded["channels"]),
+            pci_writes=writes,
+            forced=forced,
+        )
+
+    def _way_back(self) -> str:
+        if self.store.own:
+            return "its checkpoints ended with it; a snapshot, if there is one, is brought back with scripts/restore"
+        return (
+            f"its checkpoints are still in {self.store.directory}: start the same VM with scripts/run-vm and revert it "
+            "to any of them (scripts/revert --directory), or bring a snapshot back with scripts/restore"
+        )
+
+
+class _Capture(Capture):
+    """A stopped save whose memory goes into the image."""
+
+    def __init__(self, checkpoints: Checkpoints, tag: str, phases: Phases, at: Hook) -> None:
+        super().__init__(
+            checkpoints._monitor,
+            checkpoints._control,
+            _StateOnly(checkpoints.store.state(tag).absolute()),
+            phases,
+            live=False,
+            at=at,
+            operation=f"checkpoint {tag!r}",
+        )
+        self._checkpoints = checkpoints
+        self._tag = tag
+
+    async def _write_ram(self, channels: list[dict[str, object]]) -> None:
+        await self._at(Moment.RAM_COPY)
+        await self._checkpoints._job("snapshot-save", self._tag, f"taking checkpoint {self._tag!r}")
+
+
+class _StateOnly:
+    """Only the device's state goes into a file: implements `vmbus.qemu.save.Target`."""
+
+    def __init__(self, state: Path) -> None:
+        self.state = state
+
+    async def begin(self) -> list[dict[str, object]]:
+        return []
+
+    async def saved(self, captured: Captured) -> None:
+        pass
+
+    def discard(self) -> None:
+        self.state.unlink(missing_ok=True)
+
+
+__all__ = [
+    "CheckpointReport",
+    "Checkpoints",
+    "Patient",
+    "RevertFailed",
+    "RevertReport",
+    "SaveFailed",
+]

@@ -1,0 +1,142 @@
+"""One life of the device: the device with its providers, their channels and their timers.
+
+A server has one life from its start to its end, unless it is told to `load` a saved state: then a new life is built
+beside the present one, checked, and put in its place. What the old one had scheduled is never called again, and what
+it still holds of guest memory leads nowhere.
+"""
+
+import logging
+from collections.abc import Callable, Collection
+from uuid import UUID
+
+from vmbus import state as saved
+from vmbus.description import DeviceDescription, ProviderDescription
+from vmbus.device import Device
+from vmbus.kmcl.client import ClientChannel
+from vmbus.kmcl.server import ServerChannel
+from vmbus.kmcl.states import ChannelState
+from vmbus.providers import Provider, provider_class
+from vmbus.server.timers import TimerEntry, Timers
+
+log = logging.getLogger(__name__)
+
+
+class ProviderHost:
+    """What one provider asks of the server: implements `vmbus.providers.Host`, and knows whose channels are whose."""
+
+    def __init__(self, device: Device, timers: Timers) -> None:
+        self._device = device
+        self._timers = timers
+        self.channels: list[ServerChannel] = []
+        self.clients: list[ClientChannel] = []
+
+    def add_channel(self, channel: ServerChannel) -> None:
+        """Tie a disabled channel to the device; `enable` then offers it."""
+        self._device.add_channel(channel)
+        if channel not in self.channels:
+            self.channels.append(channel)
+
+    def add_client(self, channel: ClientChannel) -> None:
+        """Tie a disabled client channel to the device's loopback offers; `enable` then opens the one that fits."""
+        self._device.loopback.attach(channel)
+        if channel not in self.clients:
+            self.clients.append(channel)
+
+    def call_soon(self, call: Callable[[], None]) -> None:
+        """Call from the event loop, soon."""
+        self._timers.call_later(0.0, call)
+
+    def call_later(self, seconds: float, call: Callable[[], None]) -> TimerEntry:
+        """Call from the event loop after `seconds`."""
+        return self._timers.call_later(seconds, call)
+
+    def withdraw(self) -> None:
+        """Take back all channels, sub-channels first."""
+        for client in self.clients:
+            if client.state is not ChannelState.DISABLED:
+                self._device.loopback.drop(client)
+        for channel in sorted(self.channels, key=lambda channel: -channel.subchannel_index):
+            self._device.remove_channel(channel)
+        self.clients.clear()
+        self.channels.clear()
+
+
+class Life:
+    """See the module's text.
+
+    Attributes:
+        description: of the device and the providers that are there now.
+        device, timers: theirs alone.
+        providers: in the description's order. hosts: by the provider's name.
+    """
+
+    def __init__(self, description: DeviceDescription, device: Device, timers: Timers) -> None:
+        """Without providers: see `build`."""
+        self.description = description
+        self.device = device
+        self.timers = timers
+        self.providers: list[Provider] = []
+        self.hosts: dict[str, ProviderHost] = {}
+
+    def build(self, *, from_snapshot: bool, trusted: Collection[str] = ()) -> None:
+        """Start all providers. `from_snapshot`: only kinds in `trusted` were chosen by this program's owner.
+
+        Raises what a provider raises; then none is left started.
+        """
+        try:
+            for one in self.description.providers:
+                self.add_provider(one, from_snapshot=from_snapshot and one.kind not in trusted)
+        except BaseException:
+            self.end()
+            raise
+
+    def fit(self, state: saved.DeviceState) -> None:
+        """Raises StateError when `state` is not of this device; else nothing takes a turn until it is restored."""
+        saved.check_fits(state, self.description.name, self.device, self.providers)
+        self.device.freeze()
+
+    def add_provider(self, one: ProviderDescription, *, from_snapshot: bool = False) -> Provider:
+        """Make and start one provider. Raises what it raises; nothing is left of it then."""
+        host = ProviderHost(self.device, self.timers)
+        provider = provider_class(one.kind, from_snapshot=from_snapshot)(
+            host, one.name, UUID(one.instance), one.options
+        )
+        try:
+            provider.start()
+        except BaseException:
+            host.withdraw()
+            provider.stop()
+            raise
+        self.providers.append(provider)
+        self.hosts[one.name] = host
+        return provider
+
+    def stop(self) -> None:
+        """The server ends: stop the providers, call nothing any more. The guest's channels are left as they are."""
+        for provider in self.providers:
+            provider.stop()
+        self.timers.close()
+        self._end_record()
+
+    def end(self) -> None:
+        """Another life takes over: close all channels by force, stop the providers, call nothing any more.
+
+        Errors of providers are logged.
+        """
+        self.device.freeze()
+        self._tried("the device's reset", self.device.reset)
+        for provider in self.providers:
+            self._tried(f"stop() of provider {provider.name}", provider.stop)
+            self._tried(f"withdrawing the channels of provider {provider.name}", self.hosts[provider.name].withdraw)
+        self.timers.close()
+        self._end_record()
+
+    def _end_record(self) -> None:
+        if self.device.recorder is not None:
+            self.device.recorder.close()
+
+    def _tried(self, what: str, call: Callable[[], None]) -> None:
+        try:
+            call()
+        except Exception:
+            log.exception("%s raised while the device was discarded", what)

@@ -1,0 +1,195 @@
+"""A directory of checkpoints: moments of one VM to which it can be taken back while its processes live on.
+
+    vmstate.qcow2   QEMU's part of all of them: an image whose internal snapshots hold the VM's memory and devices
+    TAG.state       the device server's part of one
+    TAG.json        the record of one, written last: without it there is no such checkpoint
+
+A record names the digest of its state, and the very snapshot in the image that goes with it. So the parts of different
+moments are never put together.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import re
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+
+from vmbus.description import NAME_RULE, Name, explain
+from vmbus.errors import EnvironmentProblem, StateError, UsageError
+from vmbus.qemu.description import VmDescription
+from vmbus.snapshot.manifest import FileRecord, Machine, Packets
+
+IMAGE = "vmstate.qcow2"
+VERSION = 1
+"""Version of the record's layout. A reader refuses every other."""
+
+_TAG = re.compile(r"[a-z0-9][a-z0-9._-]{0,31}")
+_RECORD_LIMIT = 1 << 20  # bytes
+_Count = Annotated[int, msgspec.Meta(ge=0)]
+
+
+class ImageSnapshot(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A snapshot in the image, told apart from any other of the same name."""
+
+    name: str
+    vm_state_bytes: _Count
+    seconds: _Count
+    """When QEMU made it: seconds since 1970, and nanoseconds."""
+    nanoseconds: _Count
+
+
+class Checkpoint(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """One checkpoint's record."""
+
+    version: int = VERSION
+    tag: Name
+    number: _Count
+    """In the order of making."""
+    created: str
+    """UTC, ISO 8601."""
+    vm: VmDescription
+    machine: Machine
+    qemu: str
+    """QEMU's version."""
+    packets: Packets
+    incoming_held: _Count
+    state: FileRecord
+    image: ImageSnapshot
+
+
+class _File(msgspec.Struct, forbid_unknown_fields=True):
+    checkpoint: Checkpoint
+    sha256: str
+
+
+def check_tag(tag: str) -> None:
+    """Raises `UsageError` if a checkpoint cannot be called that."""
+    if _TAG.fullmatch(tag) is None:
+        raise UsageError(f"{tag!r} is not a usable name of a checkpoint; allowed: {NAME_RULE}")
+
+
+class Store:
+    """The directory. `own`: it belongs to the VM and ends with it."""
+
+    def __init__(self, directory: Path, *, own: bool) -> None:
+        self.directory = directory
+        self.own = own
+
+    @property
+    def image(self) -> Path:
+        return self.directory / IMAGE
+
+    def state(self, tag: str) -> Path:
+        """The device server's part."""
+        return self.directory / f"{tag}.state"
+
+    def _record(self, tag: str) -> Path:
+        return self.directory / f"{tag}.json"
+
+    def prepare(self) -> None:
+        """Makes the directory if need be. Raises `UsageError` if there is something else in it."""
+        try:
+            self.directory.mkdir(mode=0o700, exist_ok=True)
+            inside = {path.name for path in self.directory.iterdir()}
+        except OSError as error:
+            raise EnvironmentProblem(f"cannot keep checkpoints in {self.directory}: {error.strerror}") from error
+        if inside and IMAGE not in inside:
+            raise UsageError(
+                f"{self.directory} has other things in it, and no checkpoints (no {IMAGE}): choose an empty directory"
+            )
+
+    def tags(self) -> list[str]:
+        """The names of all checkpoints, in no order."""
+        try:
+            return [path.stem for path in self.directory.glob("*.json") if _TAG.fullmatch(path.stem)]
+        except OSError as error:
+            raise EnvironmentProblem(f"cannot read {self.directory}: {error.strerror}") from error
+
+    def list(self) -> list[Checkpoint]:
+        """All checkpoints, oldest first. Raises `StateError` for a record that is damaged."""
+        return sorted((self.record(tag) for tag in self.tags()), key=lambda one: one.number)
+
+    def record(self, tag: str) -> Checkpoint:
+        """Raises `UsageError` if there is no such checkpoint, `StateError` if its record is damaged."""
+        check_tag(tag)
+        path = self._record(tag)
+        try:
+            with path.open("rb") as file:
+                data = file.read(_RECORD_LIMIT + 1)
+        except FileNotFoundError:
+            known = ", ".join(sorted(self.tags())) or "none"
+            raise UsageError(f"there is no checkpoint {tag!r} in {self.directory}; there: {known}") from None
+        except OSError as error:
+            raise EnvironmentProblem(f"cannot read {path}: {error.strerror}") from error
+        try:
+            found = msgspec.json.decode(data, type=_File)
+        except msgspec.ValidationError as error:
+            raise StateError(f"{path}: {explain(error)}") from error
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+            raise StateError(f"{path} is not the record of a checkpoint: {error}") from error
+        one = found.checkpoint
+        if _digest(one) != found.sha256 or _encode(one) != data:
+            raise StateError(f"{path} was changed after it was written: its digest does not match")
+        if one.version != VERSION:
+            raise StateError(f"{path}: checkpoint version {one.version}; this program reads version {VERSION} only")
+        if one.tag != tag:
+            raise StateError(f"{path} is the record of the checkpoint {one.tag!r}, not of {tag!r}")
+        return one
+
+    def verify_state(self, one: Checkpoint) -> bytes:
+        """The bytes of the device's state. Raises `StateError` if they are not those of the record."""
+        path = self.state(one.tag)
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            raise StateError(f"cannot read {path}, the device's part of the checkpoint: {error.strerror}") from error
+        if len(data) != one.state.size or hashlib.sha256(data).hexdigest() != one.state.sha256:
+            raise StateError(
+                f"{path} is not the device's state of checkpoint {one.tag!r}: its digest is not the recorded one"
+            )
+        return data
+
+    def commit(self, one: Checkpoint) -> None:
+        """Writes the record, after which the checkpoint is there. Raises `EnvironmentProblem`."""
+        path = self._record(one.tag)
+        temporary = path.with_name(f".{one.tag}.json")
+        try:
+            if not self.own:  # else nothing of it survives this host's boot anyway
+                _sync(self.image)
+            descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(_encode(one))
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.rename(path)
+            _sync(self.directory)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+            raise EnvironmentProblem(f"cannot write {path}: {error.strerror}") from error
+
+    def remove(self, tag: str) -> None:
+        """Forgets a checkpoint. Its snapshot in the image is the caller's to delete."""
+        for path in (self._record(tag), self.state(tag)):
+            path.unlink(missing_ok=True)
+
+
+def _digest(one: Checkpoint) -> str:
+    return hashlib.sha256(msgspec.json.encode(one)).hexdigest()
+
+
+def _encode(one: Checkpoint) -> bytes:
+    return msgspec.json.format(msgspec.json.encode(_File(one, _digest(one))), indent=2) + b"\n"
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

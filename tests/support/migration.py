@@ -1,0 +1,307 @@
+"""Both ends of a live migration without QEMU: models of a VM that leaves and of one that arrives, in one world.
+
+The world holds what the whole protocol is for: the vCPUs never run on both sides, and it counts what is left over.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from qemu.qmp.events import EventListener
+
+from vmbus.description import DeviceDescription, ProviderDescription
+from vmbus.errors import EnvironmentProblem, StateError, VmbusError
+from vmbus.migration.address import Address
+from vmbus.migration.destination import Destination
+from vmbus.migration.source import Departing, Source
+from vmbus.qemu.command_line import Programs
+from vmbus.qemu.description import VmDescription
+from vmbus.qemu.qmp import MIGRATION_ENDS, MigrationFailed
+from vmbus.qemu.save import MAGIC
+from vmbus.snapshot.manifest import Packets
+
+CONFIG = bytes.fromhex("4256564d") + bytes(range(252))
+PACKETS = {"queued": 3, "sent": 4}
+STATE = b"the device's state " * 40_000  # several chunks
+DEVICE = DeviceDescription("vmbus0", [ProviderDescription("echo", "echo", "6f1b4b0e-5d2c-4a53-9d0a-0f2f1f3c7a01")])
+SECRET = bytes(range(32))
+
+
+class LogBroken(VmbusError):
+    """What the server says when its dirty log cannot be trusted any more."""
+
+    kind = "log-broken"
+
+
+class World:
+    """What is true outside of all processes."""
+
+    def __init__(self) -> None:
+        self._running: set[str] = set()
+        self.both = False
+        self.stream: asyncio.Event = asyncio.Event()
+        """Set when the source's QEMU has sent everything."""
+
+    def set_running(self, side: str, running: bool) -> None:
+        (self._running.add if running else self._running.discard)(side)
+        self.both = self.both or len(self._running) > 1
+
+    @property
+    def running(self) -> set[str]:
+        return set(self._running)
+
+
+class LeavingVm:
+    """QEMU's monitor and the device server's control connection, as far as a migration touches them.
+
+    `fail` names steps that raise, each time one error of its list.
+    """
+
+    def __init__(self, world: World, folder: Path) -> None:
+        self.world = world
+        self.folder = folder
+        self.device = "running"
+        self.logging = False
+        self.migration = "none"
+        self.steps: list[str] = []
+        self.fail: dict[str, list[Exception]] = {}
+        self.ended = False
+        self.dead = False
+        world.set_running("source", True)
+        self.programs = make_programs(folder)
+
+    def departing(self) -> Departing:
+        return Departing(
+            name="demo",
+            description=VmDescription("demo", DEVICE),
+            programs=self.programs,
+            pci_address="00:05.0",
+            monitor=self,
+            control=self,
+            folder=self.folder,
+            end=self.end,
+        )
+
+    async def end(self) -> None:
+        self.ended = True
+        self.world.set_running("source", False)
+
+    def step(self, name: str) -> None:
+        self.steps.append(name)
+        if self.dead:
+            raise EnvironmentProblem("the source's processes are gone")
+        if failures := self.fail.get(name):
+            raise failures.pop(0)
+
+    async def execute(
+        self, command: str, arguments: Mapping[str, object] | None = None, *, timeout: float = 1.0
+    ) -> Any:
+        self.step(command)
+        match command:
+            case "query-migrate-capabilities":
+                return []
+            case "query-migrate-parameters":
+                return {"mode": "normal"}
+            case "query-migrate":
+                return {"ram": {"transferred": 5 << 20}}
+            case "migrate":
+                assert self.migration in ("none", *MIGRATION_ENDS)
+                self.migration = "pre-switchover"
+                self.world.set_running("source", False)
+            case "migrate-continue":
+                assert self.migration == "pre-switchover"
+                self.migration = "completed"
+                self.world.stream.set()
+            case "migrate_cancel":
+                self.migration = "cancelled"
+                self.world.set_running("source", True)
+        return None
+
+    async def human(self, line: str, *, timeout: float = 1.0) -> str:
+        return f"0: {MAGIC:#x}"
+
+    async def running(self) -> bool:
+        return "source" in self.world.running
+
+    async def cont(self) -> None:
+        self.step("cont")
+        self.world.set_running("source", True)
+
+    async def migration_status(self) -> tuple[str, str]:
+        return self.migration, ""
+
+    async def wait_migration(self, wanted: Collection[str], timeout: float, what: str) -> str:
+        self.step("wait " + "/".join(sorted(wanted)))
+        if self.migration not in wanted:
+            raise MigrationFailed(what)
+        return self.migration
+
+    @contextlib.contextmanager
+    def listen(self, *events: str) -> Iterator[EventListener]:
+        yield EventListener(events)
+
+    async def call(self, command: str, timeout: float = 1.0, **arguments: Any) -> dict[str, Any]:
+        if command not in ("status", "pci"):
+            self.step(command)
+        elif self.dead:
+            raise EnvironmentProblem("the source's processes are gone")
+        match command:
+            case "status":
+                return {"phase": self.device, "description": {"name": DEVICE.name, "providers": _providers()}}
+            case "pci":
+                return {"config": CONFIG.hex(), "bar0": 0xFEBF1000}
+            case "log-start" | "log-stop":
+                self.logging = command == "log-start"
+            case "pause":
+                assert self.device == "running" and "source" not in self.world.running
+                self.device = "paused"
+            case "save":
+                assert self.device == "paused"
+                _write_new(Path(arguments["path"]), STATE)
+                digest = hashlib.sha256(STATE).hexdigest()
+                return {"sha256": digest, "bytes": len(STATE), "packets": PACKETS, "incoming_held": 5}
+            case "flush":
+                assert self.device == "paused" and self.logging and self.migration == "pre-switchover"
+                return {"pages": 6, "bytes": 6 * 4096}
+            case "resume":
+                assert self.device == "paused"
+                self.device = "running"
+        return {}
+
+
+class ArrivingVm:
+    """Implements `vmbus.migration.destination.Arriving`."""
+
+    def __init__(self, world: World, folder: Path) -> None:
+        self.world = world
+        self._folder = folder
+        self.starts = 0
+        self.steps: list[str] = []
+        self.fail: dict[str, list[Exception]] = {}
+        self.discarded = False
+        self.state = b""
+
+    def step(self, name: str) -> None:
+        self.steps.append(name)
+        if failures := self.fail.get(name):
+            raise failures.pop(0)
+
+    @property
+    def folder(self) -> Path:
+        return self._folder
+
+    async def start(self, phases: Any, multifd: int) -> int | str:
+        self.step("start")
+        self.starts += 1
+        self.world.stream.clear()
+        return str(self._folder / "stream.sock")
+
+    async def load_state(self, path: Path, sha256: str, device: DeviceDescription) -> Packets:
+        self.step("load_state")
+        self.state = path.read_bytes()  # noqa: ASYNC240 - a test's file
+        if hashlib.sha256(self.state).hexdigest() != sha256:
+            raise StateError("the digest differs")
+        assert device == DEVICE
+        return Packets(**PACKETS)
+
+    async def loaded(self) -> None:
+        self.step("loaded")
+        await self.world.stream.wait()
+
+    async def replay(self, config: bytes) -> int:
+        self.step("replay")
+        assert config == CONFIG
+        return 7
+
+    async def rebuild(self) -> tuple[Packets, int]:
+        self.step("rebuild")
+        return Packets(**PACKETS), 2
+
+    async def run(self) -> None:
+        self.step("run")
+        self.world.set_running("destination", True)
+
+    async def start_over(self) -> None:
+        self.step("start_over")
+
+    async def discard(self) -> None:
+        self.discarded = True
+        self.world.set_running("destination", False)
+
+
+def _write_new(path: Path, data: bytes) -> None:
+    with path.open("xb") as file:
+        file.write(data)
+
+
+def _providers() -> list[dict[str, Any]]:
+    return [{"kind": one.kind, "name": one.name, "instance": one.instance} for one in DEVICE.providers]
+
+
+def make_programs(folder: Path, *, kernel: bytes = b"kernel", initramfs: bytes = b"initramfs" * 100_000) -> Programs:
+    """Programs with small boot files in `folder` (made if need be)."""
+    folder.mkdir(exist_ok=True, mode=0o700)
+    files = {"vmlinuz-here": kernel, "initramfs-here": initramfs}
+    for name, data in files.items():
+        (folder / name).write_bytes(data)
+    return Programs(("qemu",), "11.1.3", "tcg", *(folder / name for name in files))
+
+
+class Pair:
+    """A source and a destination of one migration. `migrate` runs both."""
+
+    def __init__(self, folder: Path, listener: Any, *, address: Address | None = None, **options: Any) -> None:
+        self.world = World()
+        self.leaving = LeavingVm(self.world, folder / "source")
+        (folder / "arrived").mkdir(exist_ok=True, mode=0o700)
+        self.arriving = ArrivingVm(self.world, folder / "arrived")
+        self.boot_files: list[Path] = []
+
+        def build(description: VmDescription, kernel: Path, initramfs: Path, host: str | None) -> ArrivingVm:
+            self.boot_files = [kernel, initramfs]
+            return self.arriving
+
+        there = options.pop("programs", None) or make_programs(folder / "destination")
+        shared = {name: options.pop(name) for name in ("silence",) if name in options}
+        to_source = {name: options.pop(name) for name in ("ask_timeout",) if name in options}
+        source_at, destination_at = options.pop("source_at", None), options.pop("destination_at", None)
+        self.listener = listener
+        self.destination = Destination(
+            listener,
+            there,
+            lambda _: self.arriving.folder,
+            build,
+            **shared,
+            **options,
+            **({"at": destination_at} if destination_at else {}),
+        )
+        self.source = Source(
+            self.leaving.departing(),
+            address or listener.address,
+            SECRET,
+            **shared,
+            **to_source,
+            **({"at": source_at} if source_at else {}),
+        )
+
+    async def migrate(self) -> SimpleNamespace:
+        """Both sides' outcomes: `report` or `problem` of the source, `arrived` or `refusal` of the destination."""
+        found = SimpleNamespace(report=None, problem=None, arrived=False, refusal=None)
+        receiving = asyncio.create_task(self.destination.run(30))
+        try:
+            found.report = await self.source.run()
+        except (Exception, asyncio.CancelledError) as error:
+            found.problem = error
+        try:
+            async with asyncio.timeout(30):
+                await receiving
+            found.arrived = True
+        except (Exception, asyncio.CancelledError) as error:
+            found.refusal = error
+        return found

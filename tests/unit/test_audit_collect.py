@@ -1,0 +1,183 @@
+"""Fetching the guest's records: the agent's two commands, and what the host does with them; a real agent."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vmbus.audit.checker import check_paths
+from vmbus.audit.files import guest_recorder, recorder_in
+from vmbus.audit.records import Mark, Record
+from vmbus.errors import UsageError
+from vmbus.qemu.audit import collect
+from vmbus.qemu.command_line import AUDIT_WORD, kernel_arguments
+from vmbus.qemu.description import VmDescription, load_description
+from vmbus_guest import agent as agent_module
+from vmbus_guest.agent import Agent
+
+pytestmark = pytest.mark.unit
+
+DRIVER = """
+import json, os, sys, time
+assert sys.argv[4] == "--audit"
+directory = sys.argv[5]
+path = f"{directory}/guest-{sys.argv[1]}-{os.getpid()}-{'0' * 32}.audit"
+open(path, "wb").write(b"begun")
+print(json.dumps({"event": "progress"}), flush=True)
+while not os.path.exists(f"{directory}/flush"):
+    time.sleep(0.01)
+token = open(f"{directory}/flush").read()
+open(path, "ab").write(json.dumps({"reason": token}).encode())
+sys.stdin.read()
+while not os.path.exists(f"{directory}/end"):
+    time.sleep(0.01)
+print(json.dumps({"event": "result", "result": {}}))
+"""
+
+
+class Guest:
+    """The agent with its directory; calls are one after another."""
+
+    def __init__(self, directory: Path | None, script: Path) -> None:
+        self.ours, theirs = socket.socketpair()
+        self.ours.settimeout(20)
+        self.file = self.ours.makefile("rb")
+        self.off = threading.Event()
+        self.agent = Agent(
+            theirs.detach(),
+            poweroff=self.off.set,
+            runner=(sys.executable, "-I", "-S", str(script)),
+            audit=None if directory is None else str(directory),
+        )
+        self.thread = threading.Thread(target=self.agent.serve, daemon=True)
+        self.thread.start()
+        self.number = 0
+
+    def ask(self, command: str, **arguments: Any) -> dict[str, Any]:
+        self.number += 1
+        request = {"id": self.number, "command": command, "arguments": arguments}
+        self.ours.sendall(json.dumps(request).encode() + b"\n")
+        while True:
+            message: dict[str, Any] = json.loads(self.file.readline())
+            if message.get("id") == self.number:
+                return message
+
+    def call(self, command: str, **arguments: Any) -> dict[str, Any]:
+        answer = self.ask(command, **arguments)
+        assert "error" not in answer, answer
+        result: dict[str, Any] = answer["result"]
+        return result
+
+    def close(self) -> None:
+        self.ask("poweroff")
+        assert self.off.wait(20)
+        self.thread.join(20)
+        self.ours.close()
+
+
+@pytest.fixture
+def guest(tmp_path: Path) -> Iterator[Guest]:
+    script = tmp_path / "driver.py"
+    script.write_text(DRIVER)
+    (tmp_path / "records").mkdir()
+    guest = Guest(tmp_path / "records", script)
+    yield guest
+    (tmp_path / "records" / "end").touch()
+    guest.close()
+
+
+class Vm:
+    """What `collect` needs of a VM: the agent's answers, and a server that says where its record is."""
+
+    def __init__(self, guest: Guest, *, on: bool = True) -> None:
+        self.guest = guest
+        self.on = on
+        self.asked: list[str] = []
+
+    async def call_agent(self, command: str, /, *, timeout: float = 30.0, **arguments: Any) -> dict[str, Any]:
+        self.asked.append(command)
+        return self.guest.call(command, **arguments)
+
+    async def call_server(self, command: str) -> dict[str, Any]:
+        self.asked.append(f"server {command}")
+        return {"on": self.on, "uid": "ab" * 16, "position": 7 + len(self.asked)}
+
+
+def test_a_running_driver_is_asked_to_write_and_waited_for(guest: Guest, tmp_path: Path) -> None:
+    job = guest.call("start", driver="echo")["job"]
+    while guest.call("poll", job=job)["progress"] is None:
+        pass
+    (first,) = guest.call("audit", token="first")["records"]
+    assert first["running"] and first["name"].startswith("guest-echo-")
+    while not first["flushed"]:
+        (first,) = guest.call("audit", token="first")["records"]
+    assert not guest.call("audit", token="second")["records"][0]["flushed"]
+    (tmp_path / "records" / "end").touch()
+    guest.call("wait", job=job)
+    assert not guest.call("audit", token="third")["records"][0]["running"]
+
+
+def test_records_are_fetched_whole_and_marked(guest: Guest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(agent_module, "AUDIT_PIECE", 100)
+    recorder = guest_recorder(str(tmp_path / "records"), "mixed-12")
+    for number in range(20):
+        recorder.flush(f"reason {number}")
+    target = tmp_path / "fetched"
+    vm = Vm(guest)
+    (path,) = asyncio.run(collect(vm, target))
+    assert vm.asked[0] == vm.asked[-1] == "server audit"
+    assert path.stat().st_mode & 0o777 == 0o600 and target.stat().st_mode & 0o777 == 0o700
+    record = Record(path.read_bytes(), "it")
+    assert record.collected == Mark("ab" * 16, 8) and record.uid == recorder.uid and record.complete
+    assert len(record.events) == recorder.position
+    recorder.close()
+    assert asyncio.run(collect(vm, target)) == [path], "the newer one takes its place"
+    assert len(Record(path.read_bytes(), "it").events) == recorder.position
+    recorder_in(target, "host", "vmbus0").flush("x")
+    assert check_paths([target]).clean, "two records of nothing"
+
+
+def test_a_vm_without_records_says_so(guest: Guest, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="does not keep audit records"):
+        asyncio.run(collect(Vm(guest, on=False), tmp_path / "fetched"))
+
+
+def test_an_agent_that_keeps_none_has_none(tmp_path: Path) -> None:
+    script = tmp_path / "driver.py"
+    script.write_text(DRIVER)
+    guest = Guest(None, script)
+    assert guest.call("audit", token="x") == {"on": False, "records": []}
+    assert guest.ask("audit-read", name="a.audit")["error"]["kind"] == "bad-argument"
+    guest.close()
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments"),
+    [
+        ("audit", {}),
+        ("audit", {"token": "../x"}),
+        ("audit", {"token": 7}),
+        ("audit-read", {}),
+        ("audit-read", {"name": "../../etc/passwd"}),
+        ("audit-read", {"name": "passwd"}),
+        ("audit-read", {"name": "nothing.audit"}),
+        ("audit-read", {"name": "nothing.audit", "offset": -1}),
+    ],
+)
+def test_wrong_requests_are_refused(guest: Guest, command: str, arguments: dict[str, Any]) -> None:
+    assert guest.ask(command, **arguments)["error"]["kind"] == "bad-argument"
+
+
+def test_the_guest_learns_of_it_from_the_kernels_command_line() -> None:
+    description: VmDescription = load_description(Path(__file__).parents[2] / "qemu_configs" / "demo.toml")
+    assert AUDIT_WORD == agent_module.AUDIT_WORD
+    assert AUDIT_WORD in kernel_arguments(description, audit=True).split()
+    assert AUDIT_WORD not in kernel_arguments(description).split()

@@ -1,0 +1,608 @@
+"""The two state machines of a live migration against each other: the order of steps, and every way to fail."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Coroutine
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from support.migration import PACKETS, SECRET, STATE, LogBroken, Pair, make_programs
+from vmbus.errors import EnvironmentProblem, UsageError, VmbusError, WaitTimeout
+from vmbus.migration import ownership
+from vmbus.migration.address import TcpAddress, UnixAddress, parse_address, stream_channel
+from vmbus.migration.channel import MAX_FRAME, Listener, connect, listen
+from vmbus.migration.destination import GO_TIMEOUT
+from vmbus.migration.link import SILENCE, Link
+from vmbus.migration.messages import Fate, Go, Hello, Wanted
+from vmbus.migration.ownership import DESTINATION, SOURCE, DestinationStage, Ownership, SourceStage
+from vmbus.migration.source import ASK_TIMEOUT, MigrateFailed, MigrationInDoubt
+from vmbus.qemu.moments import Hook, Moment
+from vmbus.qemu.save import REFUSED_CAPABILITIES
+
+pytestmark = pytest.mark.unit
+
+SOURCE_MOMENTS = [
+    Moment.BEFORE_STREAM,
+    Moment.RAM_COPY,
+    Moment.PRE_SWITCHOVER,
+    Moment.SAVING,
+    Moment.WRITING,
+    Moment.STOPPED,
+    Moment.LOADING,
+    Moment.BEFORE_GO,
+]
+DESTINATION_MOMENTS = [
+    Moment.BEFORE_STREAM,
+    Moment.RAM_COPY,
+    Moment.WRITING,
+    Moment.LOADING,
+    Moment.PCI_REPLAY,
+    Moment.PACKET_RESTORE,
+    Moment.BEFORE_CONT,
+]
+
+
+def on_purpose() -> EnvironmentProblem:
+    return EnvironmentProblem("on purpose")
+
+
+def run(work: Coroutine[Any, Any, Any]) -> Any:
+    async def bounded() -> Any:
+        return await asyncio.wait_for(work, 60)
+
+    return asyncio.run(bounded())
+
+
+@contextlib.asynccontextmanager
+async def pair(folder: Path, **options: Any) -> AsyncIterator[Pair]:
+    listener = await listen(UnixAddress(str(folder / "m.sock")), SECRET)
+    both = Pair(folder, listener, **options)
+    try:
+        yield both
+    finally:
+        listener.close()
+        assert not both.world.both, "the VM ran on both sides at once"
+        assert not (both.leaving.folder / "migration.state").exists()
+
+
+def at(moment: Moment, error: BaseException) -> Hook:
+    async def hook(now: Moment) -> None:
+        if now is moment:
+            raise error
+
+    return hook
+
+
+def runs_on(both: Pair) -> None:
+    """The source runs as if nothing had been, and nothing is left at the destination."""
+    assert both.world.running == {"source"} and not both.leaving.ended
+    assert both.leaving.device == "running" and not both.leaving.logging
+    assert both.leaving.migration in ("none", "cancelled", "completed")
+    assert both.source.stage is SourceStage.KEPT
+    assert both.arriving.discarded or not both.arriving.steps
+
+
+def test_a_vm_moves(tmp_path: Path) -> None:
+    async def body() -> None:
+        async with pair(tmp_path) as both:
+            found = await both.migrate()
+            assert found.problem is None and found.arrived, found
+            assert both.world.running == {"destination"} and both.leaving.ended
+            assert (both.source.stage, both.destination.stage) == (SourceStage.MOVED, DestinationStage.RUNNING)
+            assert both.arriving.state == STATE
+            assert both.boot_files == [
+                tmp_path / "destination" / "vmlinuz-here",
+                tmp_path / "destination" / "initramfs-here",
+            ]
+            report = found.report
+            assert (report.packets, report.channels, report.attempts, report.asked) == (PACKETS, 2, 1, False)
+            assert (report.state_bytes, report.flushed_pages, report.ram_bytes) == (len(STATE), 6, 5 << 20)
+            assert abs(sum(report.spans.values()) - report.downtime) < 0.02
+            assert report.downtime_qemu + report.downtime_device == pytest.approx(report.downtime)
+            # The source has said that it ended, so nobody listens any more, before long.
+            await asyncio.wait_for(both.destination.stay(), 5)
+            with pytest.raises(ConnectionRefusedError):
+                await connect(both.listener.address, SECRET)
+
+    run(body())
+
+
+def test_the_order_of_steps(tmp_path: Path) -> None:
+    async def body() -> None:
+        async with pair(tmp_path) as both:
+            await both.migrate()
+            steps = [step for step in both.leaving.steps if not step.startswith(("query", "migrate-set"))]
+            assert steps == [
+                "log-start", "migrate", "wait pre-switchover", "pause", "save", "flush", "migrate-continue",
+                "wait completed",
+            ]  # fmt: skip
+            assert both.arriving.steps == ["start", "loaded", "load_state", "replay", "rebuild", "run"]
+
+    run(body())
+
+
+def test_boot_files_that_differ_are_sent(tmp_path: Path) -> None:
+    async def body() -> None:
+        there = make_programs(tmp_path / "destination", initramfs=b"another")
+        async with pair(tmp_path, programs=there) as both:
+            found = await both.migrate()
+            assert found.arrived
+            kernel, initramfs = both.boot_files
+            assert kernel == there.kernel
+            assert initramfs == both.arriving.folder / "initramfs.cpio"
+            same = initramfs.read_bytes() == both.leaving.programs.initramfs.read_bytes()
+            assert same and initramfs.stat().st_mode & 0o777 == 0o600
+
+    run(body())
+
+
+@pytest.mark.parametrize("moment", SOURCE_MOMENTS, ids=lambda moment: moment.name)
+@pytest.mark.parametrize("how", ["error", "cancel", "defect", "cut"])
+def test_a_failure_at_the_source_before_the_decision(tmp_path: Path, moment: Moment, how: str) -> None:
+    async def body() -> None:
+        async def strike(now: Moment) -> None:
+            if now is not moment:
+                return
+            if how == "cut":
+                links[0].close()
+                await asyncio.sleep(30)  # what is going on is interrupted
+            raise {"error": on_purpose(), "cancel": asyncio.CancelledError(), "defect": ZeroDivisionError()}[how]
+
+        links: list[Any] = []
+        async with pair(tmp_path, source_at=strike) as both:
+            accept = both.destination._on_channel
+
+            async def remember(channel: Any) -> None:
+                links.append(channel)
+                await accept(channel)
+
+            both.destination._on_channel = remember  # type: ignore[method-assign]
+            found = await both.migrate()
+            assert not found.arrived and isinstance(found.refusal, MigrateFailed)
+            if how in ("error", "cut"):
+                assert isinstance(found.problem, MigrateFailed) and found.problem.source_alive
+                assert "on purpose" in str(found.problem) or how == "cut"
+            else:
+                assert isinstance(found.problem, asyncio.CancelledError if how == "cancel" else ZeroDivisionError)
+            runs_on(both)
+            assert both.destination.stage is DestinationStage.DISCARDED
+
+    run(body())
+
+
+@pytest.mark.parametrize("moment", DESTINATION_MOMENTS, ids=lambda moment: moment.name)
+@pytest.mark.parametrize("how", ["error", "cancel", "defect"])
+def test_a_failure_at_the_destination(tmp_path: Path, moment: Moment, how: str) -> None:
+    async def body() -> None:
+        error = {"error": on_purpose(), "cancel": asyncio.CancelledError(), "defect": ZeroDivisionError()}[how]
+        async with pair(tmp_path, destination_at=at(moment, error)) as both:
+            found = await both.migrate()
+            assert not found.arrived
+            assert isinstance(found.refusal, ZeroDivisionError if how == "defect" else MigrateFailed)
+            assert isinstance(found.problem, MigrateFailed) and found.problem.source_alive
+            if how == "error":
+                assert "on purpose" in str(found.problem) and "on purpose" in str(found.refusal)
+            assert ("after the decision" in str(found.problem)) == (moment is Moment.BEFORE_CONT)
+            runs_on(both)
+
+    run(body())
+
+
+@pytest.mark.parametrize(
+    "step",
+    ["log-start", "migrate", "wait pre-switchover", "pause", "save", "flush", "migrate-continue", "wait completed"],
+)
+def test_a_step_that_fails_at_the_source(tmp_path: Path, step: str) -> None:
+    async def body() -> None:
+        async with pair(tmp_path) as both:
+            both.leaving.fail[step] = [on_purpose()]
+            found = await both.migrate()
+            assert "on purpose" in str(found.problem) and not found.arrived
+            runs_on(both)
+
+    run(body())
+
+
+@pytest.mark.parametrize("step", ["start", "loaded", "load_state", "replay", "rebuild", "run"])
+def test_a_step_that_fails_at_the_destination(tmp_path: Path, step: str) -> None:
+    async def body() -> None:
+        async with pair(tmp_path) as both:
+            both.arriving.fail[step] = [on_purpose()]
+            found = await both.migrate()
+            assert "on purpose" in str(found.problem) and not found.arrived
+            runs_on(both)
+
+    run(body())
+
+
+@pytest.mark.parametrize("breaks", [1, 2])
+def test_a_broken_dirty_log_starts_a_new_server_and_qemu_there(tmp_path: Path, breaks: int) -> None:
+    async def body() -> None:
+        async with pair(tmp_path) as both:
+            both.leaving.fail["flush"] = [LogBroken("unmapped") for _ in range(breaks)]
+            found = await both.migrate()
+            assert found.arrived and found.report.attempts == breaks + 1
+            assert both.arriving.starts == breaks + 1 and both.arriving.steps.count("start_over") == breaks
+            assert both.leaving.steps.count("migrate_cancel") == breaks
+
+    run(body())
+
+
+def test_a_log_that_breaks_every_time_ends_the_migration(tmp_path: Path) -> None:
+    async def body() -> None:
+        async with pair(tmp_path) as both:
+            both.leaving.fail["flush"] = [LogBroken("unmapped") for _ in range(3)]
+            found = await both.migrate()
+            assert "unmapped (attempt 3 of 3: " in str(found.problem) and "; the VM runs on" in str(found.problem)
+            runs_on(both)
+
+    run(body())
+
+
+def test_a_source_that_cannot_be_set_running_again_is_said_to_be_lost(tmp_path: Path) -> None:
+    async def body() -> None:
+        async def die(now: Moment) -> None:
+            if now is Moment.WRITING:
+                both.leaving.dead = True
+                raise on_purpose()
+
+        async with pair(tmp_path, source_at=die) as both:
+            found = await both.migrate()
+            assert not found.problem.source_alive and "the VM is lost" in str(found.problem)
+            assert both.source.stage is SourceStage.LOST
+
+    run(body())
+
+
+# --- around the decision ----------------------------------------------------------------------------------------------
+
+
+class Interceptor:
+    """Lets a test lose messages of the destination, from a certain kind on."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, kinds: tuple[type, ...]) -> None:
+        send = Link.send
+
+        async def lossy(link: Link, message: Any) -> None:
+            if isinstance(message, kinds):
+                link.channel.abort()  # the cut comes with the message
+            await send(link, message)
+
+        monkeypatch.setattr(Link, "send", lossy)
+
+
+def test_a_lost_go_leaves_the_vm_at_the_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def body() -> None:
+        async with pair(tmp_path) as both:
+            Interceptor(monkeypatch, (Go,))
+            found = await both.migrate()
+            assert not found.arrived
+            assert "after the decision" in str(found.problem) and found.problem.source_alive
+            runs_on(both)
+
+    run(body())
+
+
+def test_a_lost_running_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vmbus.migration.messages import Running
+
+    async def body() -> None:
+        async with pair(tmp_path) as both:
+            Interceptor(monkeypatch, (Running,))
+            found = await both.migrate()
+            assert found.arrived and found.report.asked
+            assert both.world.running == {"destination"} and both.leaving.ended
+
+    run(body())
+
+
+@pytest.mark.parametrize("how", ["defect", "dead"])
+def test_whatever_fails_at_the_source_after_the_decision_changes_nothing(tmp_path: Path, how: str) -> None:
+    async def body() -> None:
+        async def strike(now: Moment) -> None:
+            if now is Moment.AFTER_GO:
+                if how == "defect":
+                    raise ZeroDivisionError
+                both.leaving.dead = True
+
+        async with pair(tmp_path, source_at=strike) as both:
+            found = await both.migrate()
+            assert found.problem is None and found.arrived
+            assert found.report.asked == (how == "defect")
+            assert both.world.running == {"destination"} and both.leaving.ended
+
+    run(body())
+
+
+def test_go_that_does_not_come_in_time(tmp_path: Path) -> None:
+    async def body() -> None:
+        async def dawdle(now: Moment) -> None:
+            if now is Moment.BEFORE_GO:
+                await asyncio.sleep(30)
+
+        async with pair(tmp_path, source_at=dawdle, go_timeout=0.1) as both:
+            found = await both.migrate()
+            assert "in vain for the source: Go" in str(found.refusal)
+            runs_on(both)
+
+    run(body())
+
+
+async def _doubt(both: Pair, tmp_path: Path) -> MigrationInDoubt:
+    """A destination that can neither be heard nor asked after Go."""
+    found = await both.migrate()
+    assert isinstance(found.problem, MigrationInDoubt), found
+    assert "source" not in both.world.running and not both.leaving.ended
+    assert both.source.stage is SourceStage.IN_DOUBT
+    return found.problem
+
+
+@pytest.mark.parametrize("decision", ["run", "end"])
+def test_a_destination_that_cannot_be_asked_leaves_the_vm_in_doubt(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, decision: str
+) -> None:
+    from vmbus.migration import source
+    from vmbus.migration.messages import Running
+
+    async def unreachable(*_: Any) -> Any:
+        raise EnvironmentProblem("no route to host")
+
+    async def body() -> None:
+        async def deaf(now: Moment) -> None:
+            if now is Moment.AFTER_GO:
+                monkeypatch.setattr(source, "connect", unreachable)
+
+        async with pair(tmp_path, source_at=deaf, ask_timeout=0.2) as both:
+            Interceptor(monkeypatch, (Running,))
+            problem = await _doubt(both, tmp_path)
+            assert "no route to host" in str(problem) and "--resolve" in str(problem)
+            if decision == "end":
+                await both.source.resolve(run=False)
+                assert both.leaving.ended and both.world.running == {"destination"}
+            else:
+                await both.arriving.discard()  # whoever decides so has made sure
+                await both.source.resolve(run=True)
+                runs_on(both)
+            with pytest.raises(UsageError, match="nothing is to be decided"):
+                await both.source.resolve(run=True)
+
+    run(body())
+
+
+def test_a_destination_whose_owner_is_gone_leaves_the_vm_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def body() -> None:
+        async with pair(tmp_path) as both:
+            links: list[Link] = []
+
+            async def die(now: Moment) -> None:
+                if now is Moment.BEFORE_CONT:
+                    # As SIGKILL does: no word, the sockets are closed, nothing of it goes on.
+                    both.listener.close()
+                    links[0].channel.abort()
+                    await asyncio.sleep(3600)
+
+            serve = both.destination._serve
+
+            async def remember(link: Link) -> None:
+                links.append(link)
+                await serve(link)
+
+            monkeypatch.setattr(both.destination, "_serve", remember)
+            both.destination._at = die
+            receiving = asyncio.create_task(both.destination.run(30))
+            with pytest.raises(MigrateFailed, match=r"after the decision: .*nobody listens at unix:.*runs on here"):
+                await both.source.run()
+            assert both.world.running == {"source"} and both.source.stage is SourceStage.KEPT
+            receiving.cancel()
+            await asyncio.wait({receiving})
+
+    run(body())
+
+
+def test_a_cancellation_after_the_decision_finds_out_first(tmp_path: Path) -> None:
+    async def body() -> None:
+        async def slowly(now: Moment) -> None:
+            if now is Moment.BEFORE_CONT:
+                migrating.cancel()
+                await asyncio.sleep(0.05)
+
+        async with pair(tmp_path, destination_at=slowly) as both:
+            receiving = asyncio.create_task(both.destination.run(30))
+            migrating = asyncio.create_task(both.source.run())
+            await asyncio.wait({migrating, receiving})
+            assert both.world.running == {"destination"} and both.leaving.ended
+            assert receiving.exception() is None
+
+    run(body())
+
+
+# --- who may come -----------------------------------------------------------------------------------------------------
+
+
+def test_the_second_source_is_turned_away(tmp_path: Path) -> None:
+    async def body() -> None:
+        async def second(now: Moment) -> None:
+            if now is Moment.RAM_COPY:
+                async with Link(await connect(both.listener.address, SECRET)) as link:
+                    await link.send(Hello(migration="0" * 32, purpose="migrate"))
+                    with pytest.raises(VmbusError, match="serves another migration"):
+                        await link.expect(Wanted, timeout=5, what="anything")
+
+        async with pair(tmp_path, source_at=second) as both:
+            assert (await both.migrate()).arrived
+
+    run(body())
+
+
+def test_who_asks_about_an_unknown_migration(tmp_path: Path) -> None:
+    async def body() -> None:
+        async with pair(tmp_path) as both:
+            receiving = asyncio.create_task(both.destination.run(30))
+            async with Link(await connect(both.listener.address, SECRET)) as link:
+                await link.send(Hello(migration="0" * 32, purpose="ask"))
+                fate = await link.expect(Fate, timeout=5, what="the fate")
+            assert fate.fate == "gone" and "knows nothing" in fate.reason
+            receiving.cancel()
+            await asyncio.wait({receiving})
+
+    run(body())
+
+
+def test_a_source_that_asks_while_it_is_not_decided_ends_it(tmp_path: Path) -> None:
+    async def body() -> None:
+        asking: list[asyncio.Task[str]] = []
+
+        async def ask() -> str:
+            async with Link(await connect(both.listener.address, SECRET)) as link:
+                await link.send(Hello(migration=both.source.migration, purpose="ask"))
+                fate = (await link.expect(Fate, timeout=5, what="the fate")).fate
+                assert both.arriving.discarded
+                return fate
+
+        async def hold(now: Moment) -> None:
+            if now is Moment.BEFORE_GO:
+                asking.append(asyncio.create_task(ask()))
+                await asyncio.sleep(30)
+
+        async with pair(tmp_path, source_at=hold) as both:
+            found = await both.migrate()
+            assert not found.arrived
+            assert "asks what became of it" in str(found.refusal)
+            runs_on(both)
+            assert await asking[0] == "gone"
+
+    run(body())
+
+
+def test_nobody_comes(tmp_path: Path) -> None:
+    async def body() -> None:
+        async with pair(tmp_path) as both:
+            with contextlib.suppress(VmbusError):
+                await connect(both.listener.address, bytes(32))
+            with pytest.raises(WaitTimeout, match=r"a source to come to unix:.*turned away.*"):
+                await both.destination.run(0.2)
+
+    run(body())
+
+
+def test_no_destination_waits(tmp_path: Path) -> None:
+    async def body() -> None:
+        async with pair(tmp_path) as both:
+            both.listener.close()
+            with pytest.raises(MigrateFailed, match=r"no destination waits at unix:.*the VM runs on") as caught:
+                await both.source.run()
+            assert caught.value.source_alive and both.leaving.steps == []
+
+    run(body())
+
+
+@pytest.mark.parametrize(
+    ("version", "accelerator", "message"),
+    [("10.1.0", "tcg", "machine pc-q35-11.1.*QEMU here is 10.1.0"), ("11.1.3", "kvm", "cannot run under kvm")],
+)
+def test_a_machine_that_does_not_fit(tmp_path: Path, version: str, accelerator: str, message: str) -> None:
+    import dataclasses
+
+    async def body() -> None:
+        there = dataclasses.replace(
+            make_programs(tmp_path / "destination"), qemu_version=version, accelerator=accelerator
+        )
+        async with pair(tmp_path, programs=there) as both:
+            found = await both.migrate()
+            for problem in (found.problem, found.refusal):
+                with pytest.raises(MigrateFailed, match=message):
+                    raise problem
+            assert both.arriving.steps == [] and both.world.running == {"source"}
+
+    run(body())
+
+
+# --- tables and addresses ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("table", "stages"), [(SOURCE, SourceStage), (DESTINATION, DestinationStage)])
+def test_the_tables_are_whole(table: Any, stages: Any) -> None:
+    assert list(table) == list(stages)
+    reached = {stages.PREPARING} | {stage for row in table.values() for stage in row.next}
+    assert reached == set(stages)
+    for stage, row in table.items():
+        assert row.begins and (row.on_failure or not row.next), stage
+
+
+def test_only_a_stage_that_has_not_begun_the_decision_may_be_discarded_or_run_on_unasked() -> None:
+    assert {stage for stage, row in DESTINATION.items() if row.fate == "gone"} == {
+        stage for stage, row in DESTINATION.items() if row.owner == "source"
+    }
+    assert {stage for stage, row in SOURCE.items() if row.owner == "unknown"} == {
+        SourceStage.DECIDED,
+        SourceStage.IN_DOUBT,
+    }
+
+
+def test_a_stage_cannot_be_left_out() -> None:
+    one = Ownership(SOURCE, SourceStage.PREPARING)
+    with pytest.raises(UsageError, match="does not lead from 'preparing' to 'decided'"):
+        one.move(SourceStage.DECIDED)
+    assert one.stage is SourceStage.PREPARING and ownership.SOURCE is SOURCE
+
+
+@pytest.mark.parametrize(
+    ("text", "address"),
+    [
+        ("tcp:10.0.0.2:4444", TcpAddress("10.0.0.2", 4444)),
+        ("tcp:[fe80::1%veth0]:1", TcpAddress("fe80::1%veth0", 1)),
+        ("tcp:host.example:0", TcpAddress("host.example", 0)),
+        ("unix:/a/b,c", UnixAddress("/a/b,c")),
+    ],
+)
+def test_addresses(text: str, address: Any) -> None:
+    assert parse_address(text) == address and str(address) == text
+
+
+@pytest.mark.parametrize(
+    "text", ["", "tcp:", "tcp:host", "tcp:host:65536", "tcp:h:-1", "unix:", "udp:h:1", "unix:" + "x" * 200]
+)
+def test_what_is_no_address(text: str) -> None:
+    with pytest.raises(UsageError, match=r"is not an address|shorter"):
+        parse_address(text)
+
+
+def test_qemus_words_for_an_address() -> None:
+    assert stream_channel(UnixAddress("/a,b"))[0]["addr"] == {"transport": "socket", "type": "unix", "path": "/a,b"}
+    assert stream_channel(TcpAddress("::1", 5))[0]["addr"] == {
+        "transport": "socket", "type": "inet", "host": "::1", "port": "5",
+    }  # fmt: skip
+
+
+def test_a_listener_serves_once(tmp_path: Path) -> None:
+    async def body() -> None:
+        listener: Listener = await listen(UnixAddress(str(tmp_path / "m.sock")), SECRET)
+        listener.serve(lambda channel: asyncio.sleep(0))
+        with pytest.raises(UsageError, match="serves"):
+            listener.serve(lambda channel: asyncio.sleep(0))
+        listener.close()
+        listener.close()
+        assert not (tmp_path / "m.sock").exists()
+
+    run(body())
+
+
+def test_the_page_tells_what_the_tables_say() -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs" / "migration.md").read_text()
+    for table, whose in ((SOURCE, "source"), (DESTINATION, "destination")):
+        lines = page[page.index(f"| Stage of the {whose} |") :].splitlines()[2 : 2 + len(table)]
+        told = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+        real = [
+            [stage.value, row.begins, row.owner, row.on_failure] + ([row.fate] if row.fate else [])
+            for stage, row in table.items()
+        ]
+        assert told == real
+    for name, why in REFUSED_CAPABILITIES.items():
+        assert f"| capability `{name}` | {why} |" in page
+    for number in (f"{MAX_FRAME >> 20} MiB", f"for {ASK_TIMEOUT:.0f} seconds", f"nothing for {SILENCE:.0f} seconds"):
+        assert number in page, number
+    assert f"within {GO_TIMEOUT:.0f}\n  seconds" in page

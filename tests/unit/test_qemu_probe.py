@@ -1,0 +1,309 @@
+"""Who migrates the device, and what is left to us where QEMU does: nothing is stopped, logged, flushed or put back."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import msgspec
+import pytest
+from qemu.qmp.events import EventListener
+
+from support.device import CONFIG, Machine, connect, open_echo
+from vmbus import state as saved
+from vmbus.description import DeviceDescription, ProviderDescription
+from vmbus.errors import EnvironmentProblem, StateError
+from vmbus.migration.arrival import Arrival
+from vmbus.qemu.foreign import MigrationGuard
+from vmbus.qemu.probe import Probe, driven_by_client, probe, require_complete, require_running, require_same
+from vmbus.qemu.qmp import QmpCommandFailed
+from vmbus.qemu.save import Capture, Captured, FileTarget, SaveFailed
+from vmbus.qemu.timing import Phases
+from vmbus.snapshot import manifest
+
+pytestmark = pytest.mark.unit
+
+
+def write(path: str, data: bytes) -> None:
+    Path(path).write_bytes(data)
+
+
+class Driving:
+    """A QEMU that migrates the device itself, and its device server, which refuses what is not its client's doing."""
+
+    def __init__(self, *, driven: bool = True) -> None:
+        self.driven = driven
+        self.vcpus = True
+        self.device = "running"
+        self.complete = False
+        self.migration = "none"
+        self.pauses = False
+        self.calls: list[str] = []
+        self.properties = [{"name": "socket"}, {"name": "addr"}]
+        self.fail: str | None = None
+
+    async def execute(
+        self, command: str, arguments: Mapping[str, object] | None = None, *, timeout: float = 1.0
+    ) -> Any:
+        self.calls.append(command)
+        if command == self.fail:
+            raise EnvironmentProblem("on purpose")
+        match command:
+            case "device-list-properties":
+                assert arguments == {"typename": "vfio-user-pci"}
+                return self.properties
+            case "query-migrate-capabilities":
+                return []
+            case "query-migrate-parameters":
+                return {"mode": "normal"}
+            case "migrate-set-capabilities":
+                capabilities: Any = (arguments or {})["capabilities"]
+                self.pauses = any(
+                    one["capability"] == "pause-before-switchover" and one["state"] for one in capabilities
+                )
+            case "stop":
+                self.vcpus, self.device = False, "driven"
+            case "migrate":
+                write(arguments["channels"][0]["addr"]["filename"], b"with the device")  # type: ignore[index]
+                self.vcpus, self.device = False, "driven"
+                self.migration = "pre-switchover" if self.pauses else "completed"
+            case "migrate-continue":
+                self.migration = "completed"
+            case "migrate_cancel":
+                self.migration = "cancelled"
+        return None
+
+    async def human(self, line: str, *, timeout: float = 1.0) -> str:
+        raise AssertionError("a device in STOP_COPY answers no reads")
+
+    async def running(self) -> bool:
+        return self.vcpus
+
+    async def cont(self) -> None:
+        self.calls.append("cont")
+        self.vcpus, self.device = True, "running"
+
+    async def migration_status(self) -> tuple[str, str]:
+        return self.migration, ""
+
+    async def wait_migration(self, wanted: Collection[str], timeout: float, what: str) -> str:
+        assert self.migration in wanted, what
+        return self.migration
+
+    @contextlib.contextmanager
+    def listen(self, *events: str) -> Iterator[EventListener]:
+        yield EventListener(events)
+
+    async def call(self, command: str, timeout: float = 1.0, **arguments: Any) -> dict[str, Any]:
+        if command == "status":
+            return {
+                "phase": self.device,
+                "driven_by_client": self.driven,
+                "migration": {"state": "stop", "complete": self.complete},
+            }
+        if command == "pci":
+            return {"config": CONFIG.hex(), "bar0": 0xFEBF1000}
+        self.calls.append(command)
+        assert command == "save" and self.device == "driven" and not self.vcpus, command
+        write(arguments["path"], b"state")
+        return {
+            "sha256": hashlib.sha256(b"state").hexdigest(),
+            "bytes": 5,
+            "packets": {"queued": 3, "sent": 4},
+            "incoming_held": 5,
+        }
+
+
+def capture(model: Driving, folder: Path, *, live: bool) -> Capture:
+    return Capture(model, model, FileTarget(folder / "ram", folder / "state"), Phases(), live=live)
+
+
+SET_UP = ["query-migrate-capabilities", "query-migrate-parameters", "migrate-set-capabilities"]
+
+
+@pytest.mark.parametrize(
+    ("live", "calls"), [(False, ["stop", "migrate", "save"]), (True, ["migrate", "save", "migrate-continue"])]
+)
+def test_a_save_leaves_the_device_to_qemu(tmp_path: Path, live: bool, calls: list[str]) -> None:
+    model = Driving()
+
+    async def body() -> Captured:
+        one = capture(model, tmp_path, live=live)
+        async with one.taken() as captured:
+            assert not model.vcpus
+            await one.resume()
+        return captured
+
+    captured = asyncio.run(body())
+    assert model.calls == [*SET_UP, "migrate-set-parameters", *calls, "cont"]
+    assert captured.driven and captured.packets == {"queued": 3, "sent": 4} and captured.pci_config == CONFIG
+    assert (captured.flushed_pages, captured.state_sha256) == (0, hashlib.sha256(b"state").hexdigest())
+    assert model.vcpus and model.device == "running"
+
+
+@pytest.mark.parametrize("live", [False, True])
+@pytest.mark.parametrize("step", ["stop", "migrate", "migrate-continue"])
+def test_a_failed_save_lets_it_run_on(tmp_path: Path, live: bool, step: str) -> None:
+    model = Driving()
+    model.fail = step
+
+    async def body() -> None:
+        async with capture(model, tmp_path, live=live).taken():
+            raise EnvironmentProblem("on purpose")
+
+    with pytest.raises(SaveFailed, match="on purpose; the VM runs on"):
+        asyncio.run(body())
+    assert model.vcpus and model.device == "running" and list(tmp_path.iterdir()) == []
+
+
+def test_the_probe() -> None:
+    model = Driving(driven=False)
+    assert asyncio.run(probe(model, model)) == Probe(driven=False, offered=False)
+    assert "did not ask" in str(Probe(driven=False, offered=False))
+    model.properties.append({"name": "enable-migration"})
+    found = asyncio.run(probe(model, model))
+    assert found == Probe(driven=False, offered=True) and "did not make use of it" in str(found)
+    model.driven = True
+    found = asyncio.run(probe(model, model))
+    assert found == Probe(driven=True, offered=True) and "QEMU migrates the device itself" in str(found)
+
+    async def unknown(*_: Any, **__: Any) -> Any:
+        raise QmpCommandFailed("no such type")
+
+    with pytest.raises(EnvironmentProblem, match="has no device vfio-user-pci"):
+        asyncio.run(probe(SimpleNamespace(execute=unknown), model))
+
+
+def test_a_server_that_does_not_know_the_question_is_not_driven() -> None:
+    async def call(command: str, timeout: float = 1.0) -> dict[str, Any]:
+        return {"phase": "running"}
+
+    assert asyncio.run(driven_by_client(SimpleNamespace(call=call))) is False
+
+
+def test_a_snapshot_is_restored_as_it_was_saved() -> None:
+    for driven, in_stream, message in (
+        (False, False, None),
+        (True, True, None),
+        (False, True, "has the device in QEMU's stream.*VMBUS_QEMU"),
+        (True, False, "beside QEMU's stream.*VMBUS_LIBVFIO_USER"),
+    ):
+        work = require_same(Driving(driven=driven), in_stream=in_stream, what="the snapshot x")
+        if message is None:
+            asyncio.run(work)
+        else:
+            with pytest.raises(StateError, match=message):
+                asyncio.run(work)
+
+
+def test_what_qemu_restored_is_looked_at() -> None:
+    model = Driving()
+    model.device = "driven"
+    with pytest.raises(StateError, match="was not in it: the server is stop"):
+        asyncio.run(require_complete(model))
+    model.complete = True
+    asyncio.run(require_complete(model))
+    with pytest.raises(StateError, match=r"does not run.*the server is driven"):
+        asyncio.run(require_running(model))
+    model.device = "running"
+    asyncio.run(require_running(model))
+
+
+def test_the_manifest_says_where_the_device_is() -> None:
+    plain = manifest.Machine(type="pc-q35-11.1", accelerator="tcg", pci_address="00:05.0", pci_config=CONFIG.hex())
+    assert b"device_in_stream" not in msgspec.json.encode(plain), "older programs read it, and older digests hold"
+    in_stream = msgspec.structs.replace(plain, device_in_stream=True)
+    assert msgspec.json.decode(msgspec.json.encode(in_stream), type=manifest.Machine) == in_stream
+
+
+def test_an_arrival_leaves_the_device_to_qemu(tmp_path: Path) -> None:
+    """The source's copy is only counted; neither `load` nor the PCI replay nor `restore-finish` happens."""
+    machine = Machine(("echo",))
+    driver = connect(machine)
+    open_echo(driver)
+    data = saved.encode(machine.save())
+    path = tmp_path / "state"
+    path.write_bytes(data)
+    model = Driving()
+    model.device, model.vcpus = "driven", False
+
+    async def guard(work: Any, what: str, timeout: float) -> Any:
+        return await work
+
+    device = DeviceDescription("vmbus0", [ProviderDescription("echo", "echo", "6f1b4b0e-5d2c-4a53-9d0a-0f2f1f3c7a01")])
+    vm: Any = SimpleNamespace(control=model, guard=guard, cont=model.cont, description=manifest.FileRecord(0, "0" * 64))
+    vm.description = _Described(device=device)
+    asked: list[str] = []
+
+    async def require_device() -> None:
+        asked.append("status")
+
+    vm.require_device = require_device
+
+    async def body() -> None:
+        arrival = Arrival(vm, None)
+        with pytest.raises(StateError, match="digest"):
+            await arrival.load_state(path, "0" * 64, device)
+        packets = await arrival.load_state(path, hashlib.sha256(data).hexdigest(), device)
+        assert (packets.queued, packets.sent) == (0, 0)
+        assert await arrival.replay(CONFIG) == 0
+        with pytest.raises(StateError, match="was not in it"):
+            await arrival.rebuild()
+        model.complete = True
+        assert (await arrival.rebuild())[1] == 1
+        await arrival.run()
+
+    asyncio.run(body())
+    assert asked == ["status"]
+    assert model.calls == ["cont"]
+
+
+class _Described(msgspec.Struct):
+    device: DeviceDescription
+
+
+def test_a_migration_of_somebody_else_is_left_alone() -> None:
+    """The guard against migrations that leave the device out has nothing to guard where they do not."""
+
+    async def body(driven: bool) -> list[str]:
+        model = Driving(driven=driven)
+        notices: list[str] = []
+
+        async def execute(command: str, arguments: Any = None, **_: Any) -> Any:
+            return [] if command == "query-jobs" else None
+
+        async def status() -> tuple[str, str]:
+            return "active", ""
+
+        async def wait(*_: Any) -> str:
+            return "cancelled"
+
+        async def running() -> bool:
+            return True
+
+        monitor: Any = SimpleNamespace(
+            execute=execute, migration_status=status, wait_migration=wait, running=running,
+            listening=lambda listener: contextlib.nullcontext(),
+        )  # fmt: skip
+
+        async def ask() -> bool:
+            return await driven_by_client(model)
+
+        guard = MigrationGuard(monitor, notices.append, ask)
+        task = asyncio.create_task(guard.run())
+        await guard._listener.put({"event": "MIGRATION", "data": {"status": "setup"}})
+        for _ in range(20):
+            await asyncio.sleep(0)
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+        return notices
+
+    assert asyncio.run(body(True)) == []
+    (notice,) = asyncio.run(body(False))
+    assert "a migration was cancelled" in notice

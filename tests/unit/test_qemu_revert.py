@@ -1,0 +1,670 @@
+"""Checkpoints and reverts: the order of steps, refusals before anything changes, and what each failure leads to.
+
+QEMU and the device server are a model that keeps what matters: whether the vCPUs run, whose memory the guest has, which
+life the device lives, and whether both are of the same moment whenever the vCPUs run.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from qemu.qmp.events import EventListener
+
+from vmbus import state as saved
+from vmbus.description import DeviceDescription, ProviderDescription
+from vmbus.errors import EnvironmentProblem, StateError, UsageError
+from vmbus.qemu.description import VmDescription
+from vmbus.qemu.jobs import run_job
+from vmbus.qemu.qmp import QmpCommandFailed
+from vmbus.qemu.revert import Checkpoints, Patient, RevertFailed
+from vmbus.qemu.save import MAGIC, REFUSED_CAPABILITIES, Sabotage, SaveFailed
+from vmbus.qemu.timing import Phases
+from vmbus.server.control import ControlError
+from vmbus.snapshot.checkpoints import IMAGE, Store, check_tag
+
+pytestmark = pytest.mark.unit
+
+CONFIG = bytes.fromhex("4256564d") + bytes(252)
+DEVICE = DeviceDescription("vmbus0", [ProviderDescription("echo", "echo", "00000000-0000-4000-8000-000000000001")])
+VM = VmDescription(name="demo", device=DEVICE)
+
+
+def state_of(moment: int) -> bytes:
+    """A decodable state in which a moment can be told."""
+    synic = saved.SynicState(enabled=True, fault=False, registers={}, post_status=0, outbox=[moment.to_bytes(8, "big")])
+    bus = saved.BusState(connected=False, version=0, offers_requested=False, offers=[], gpadls=[], partial=[])
+    return saved.encode(
+        saved.DeviceState(device="vmbus0", config=CONFIG, synic=synic, bus=bus, channels=[], providers=[])
+    )
+
+
+def write_new(path: str, data: bytes) -> None:
+    with Path(path).open("xb") as file:
+        file.write(data)
+
+
+def read(path: str) -> bytes:
+    return Path(path).read_bytes()
+
+
+class Model:
+    """A VM and its device server. `fail` names steps that fail, each time with the next of its errors."""
+
+    def __init__(self) -> None:
+        self.vcpus = True
+        self.phase = "running"
+        self.now = 1
+        """What both have done: guest memory and device live at this moment, or at `memory` and `device`."""
+        self.memory = self.device = 1
+        self.resets = 0
+        self.config = CONFIG
+        self.snapshots: dict[str, dict[str, Any]] = {}
+        self.nodes: list[str] = []
+        self.jobs: dict[str, dict[str, Any]] = {}
+        self.steps: list[str] = []
+        self.fail: dict[str, list[BaseException]] = {}
+        self.job_errors: dict[str, str] = {}
+        self.load_fails_after_reset = False
+        self.forgotten: list[str] = []
+        self.capabilities: dict[str, bool] = dict.fromkeys(REFUSED_CAPABILITIES, False) | {"multifd": True}
+        self.images = 0
+        self.loaded: int | None = None
+
+    def work(self) -> None:
+        assert self.vcpus and self.phase == "running"
+        self.now += 1
+        self.memory = self.device = self.now
+
+    def consistent(self) -> bool:
+        """What must hold whenever the vCPUs run."""
+        return not self.vcpus or (self.phase == "running" and self.memory == self.device and self.config == CONFIG)
+
+    def step(self, name: str) -> None:
+        self.steps.append(name)
+        if failures := self.fail.get(name):
+            raise failures.pop(0)
+
+    # the monitor
+
+    async def execute(
+        self, command: str, arguments: Mapping[str, object] | None = None, *, timeout: float = 1.0
+    ) -> Any:
+        given: Any = arguments or {}
+        if not command.startswith("query-"):
+            self.step(command)
+        match command:
+            case "query-migrate-capabilities":
+                return [{"capability": name, "state": state} for name, state in self.capabilities.items()]
+            case "query-migrate-parameters":
+                return {"mode": "normal"}
+            case "migrate-set-capabilities":
+                self.capabilities |= {one["capability"]: one["state"] for one in given["capabilities"]}
+            case "query-named-block-nodes":
+                return [{"node-name": node, "image": {"snapshots": self._listed()}} for node in self.nodes]
+            case "blockdev-add":
+                self.nodes.append(given["node-name"])
+            case "blockdev-del":
+                self.nodes.remove(given["node-name"])
+            case "stop":
+                self.vcpus = False
+            case "query-jobs":
+                return [{"id": name, **job} for name, job in self.jobs.items()]
+            case "job-dismiss":
+                del self.jobs[given["id"]]
+            case "blockdev-create" | "snapshot-save" | "snapshot-load" | "snapshot-delete":
+                error = self.job_errors.get(command) or self._job(command, given)
+                self.jobs[given["job-id"]] = {"status": "concluded", "type": command} | (
+                    {} if error is None else {"error": error}
+                )
+        return None
+
+    def _listed(self) -> list[dict[str, Any]]:
+        return [
+            {"id": str(number), "name": name, "vm-state-size": 7, "date-sec": one["made"], "date-nsec": 0}
+            for number, (name, one) in enumerate(self.snapshots.items())
+        ]
+
+    def _job(self, command: str, given: dict[str, Any]) -> str | None:
+        if command == "blockdev-create":
+            return None
+        assert self.capabilities["multifd"] is False
+        tag = given["tag"]
+        if command == "snapshot-delete":
+            del self.snapshots[tag]
+            return None
+        assert not self.vcpus and given["vmstate"] in given["devices"]
+        if command == "snapshot-save":
+            assert self.phase == "paused", "nobody may write into guest memory meanwhile"
+            self.images += 1
+            self.snapshots[tag] = {"memory": self.memory, "made": self.images}
+            return None
+        assert self.phase in ("paused", "restoring"), "nobody may write into guest memory meanwhile"
+        self.resets += 1
+        self.config = bytes(256)
+        if self.load_fails_after_reset:
+            self.memory = -1
+            return "the stream is broken"
+        self.memory = self.snapshots[tag]["memory"]
+        return None
+
+    async def human(self, line: str, *, timeout: float = 1.0) -> str:
+        self.step("barrier")
+        return f"fe000000: {MAGIC:#x}"
+
+    async def running(self) -> bool:
+        return self.vcpus
+
+    async def cont(self) -> None:
+        self.step("cont")
+        self.vcpus = True
+        assert self.consistent()
+
+    async def migration_status(self) -> tuple[str, str]:
+        return "none", ""
+
+    async def wait_migration(self, wanted: Any, timeout: float, what: str) -> str:
+        raise AssertionError("no migration takes place")
+
+    @contextlib.contextmanager
+    def listen(self, *events: str) -> Iterator[EventListener]:
+        yield EventListener(events)
+
+    # the server
+
+    async def call(self, command: str, timeout: float = 1.0, **arguments: Any) -> dict[str, Any]:
+        if command == "status":
+            self.step("status")
+            return {"phase": self.phase, "resets": self.resets, "description": msgspec.to_builtins(DEVICE)}
+        if command == "pci":
+            return {"config": self.config.hex(), "bar0": 0xFE000000}
+        self.step("load check" if arguments.get("check") else command)
+        match command:
+            case "pause":
+                assert not self.vcpus
+                self.phase = "paused"
+            case "resume":
+                assert self.phase == "paused"
+                self.phase = "running"
+            case "save":
+                data = state_of(self.device)
+                write_new(arguments["path"], data)
+                return {
+                    "sha256": hashlib.sha256(data).hexdigest(),
+                    "bytes": len(data),
+                    "packets": {"queued": 1, "sent": 2},
+                    "incoming_held": 3,
+                }
+            case "load":
+                data = read(arguments["path"])
+                assert hashlib.sha256(data).hexdigest() == arguments["sha256"]
+                assert arguments["description"] == msgspec.to_builtins(DEVICE)
+                if not arguments["check"]:
+                    self.phase = "restoring"
+                    self.loaded = int.from_bytes(saved.decode(data).synic.outbox[0], "big")
+                return {"packets": {"queued": 1, "sent": 2}, "channels": 2}
+            case "restore-finish":
+                if self.config != CONFIG:
+                    raise ControlError("restore-finish", "state", "the PCI function was not put back as it was saved")
+                assert self.loaded is not None
+                self.device, self.phase = self.loaded, "running"
+                return {"packets": {"queued": 1, "sent": 2}}
+        return {}
+
+    # the VM
+
+    async def put_back(self, config: bytes) -> int:
+        self.step("put back")
+        self.config = config
+        return 7
+
+    async def forget(self, reason: str) -> None:
+        assert not self.vcpus
+        self.forgotten.append(reason)
+
+
+def checkpoints(model: Model, directory: Path, *, own: bool = False, description: VmDescription = VM) -> Checkpoints:
+    patient = Patient(
+        name="demo",
+        description=description,
+        machine_type="pc-q35-11.1",
+        accelerator="tcg",
+        qemu_version="11.1.3",
+        pci_address="00:05.0",
+        monitor=model,
+        control=model,
+        put_back=model.put_back,
+        own_migration=contextlib.nullcontext,
+        forget=model.forget,
+    )
+    return Checkpoints(patient, Store(directory, own=own), 0)
+
+
+class Vm:
+    """The model with three checkpoints: a at moment 1, b at 2, c at 3; it is at moment 4."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.model = Model()
+        self.checkpoints = checkpoints(self.model, directory)
+        for tag in "abc":
+            asyncio.run(self.checkpoints.take(tag, Phases()))
+            self.model.work()
+        self.model.steps.clear()
+
+    def revert(self, tag: str, **more: Any) -> Any:
+        return asyncio.run(self.checkpoints.revert(tag, Phases(), **more))
+
+    def take(self, tag: str) -> Any:
+        return asyncio.run(self.checkpoints.take(tag, Phases()))
+
+
+@pytest.fixture
+def vm(tmp_path: Path) -> Vm:
+    return Vm(tmp_path / "checkpoints")
+
+
+def test_the_steps_of_a_checkpoint(tmp_path: Path) -> None:
+    model = Model()
+    report = asyncio.run(checkpoints(model, tmp_path / "c").take("now", Phases()))
+    steps = [step for step in model.steps if step != "status"]
+    assert steps == [
+        *("blockdev-add", "blockdev-create", "job-dismiss", "blockdev-add"),
+        *("migrate-set-capabilities", "migrate-set-parameters"),
+        *("stop", "barrier", "pause", "save", "snapshot-save", "job-dismiss", "resume", "cont"),
+    ]
+    assert (report.packets, report.incoming_held, report.vm_state_bytes) == ({"queued": 1, "sent": 2}, 3, 7)
+    assert sorted(path.name for path in (tmp_path / "c").iterdir()) == ["now.json", "now.state", IMAGE]
+    assert model.vcpus and model.consistent()
+
+
+def test_the_steps_of_a_revert(vm: Vm) -> None:
+    report = vm.revert("b")
+    steps = [step for step in vm.model.steps if step != "status"]
+    assert steps == [
+        *("migrate-set-capabilities", "load check", "stop", "barrier", "pause", "snapshot-load", "job-dismiss"),
+        *("load", "put back", "restore-finish", "cont"),
+    ]
+    assert vm.model.memory == vm.model.device == 2 and vm.model.vcpus
+    assert (report.channels, report.pci_writes, report.forced) == (2, 7, False)
+    assert len(vm.model.forgotten) == 1
+
+
+def test_to_any_and_forward_again(vm: Vm) -> None:
+    for tag, moment in (("a", 1), ("c", 3), ("b", 2), ("a", 1), ("a", 1), ("c", 3)):
+        vm.revert(tag)
+        assert vm.model.memory == vm.model.device == moment
+        vm.model.work()
+        assert [one.tag for one in vm.checkpoints.store.list()] == ["a", "b", "c"]
+
+
+def test_a_paused_vm_stays_paused(vm: Vm) -> None:
+    vm.model.vcpus = False
+    vm.revert("a")
+    assert not vm.model.vcpus and vm.model.phase == "running" and vm.model.memory == vm.model.device == 1
+    assert vm.take("d").tag == "d"
+    assert not vm.model.vcpus
+
+
+def test_a_provider_that_does_not_come_to_rest_is_ended_before_memory_is_replaced(vm: Vm) -> None:
+    vm.model.fail["pause"] = [ControlError("pause", "timeout", "echo holds packets")]
+    report = vm.revert("a")
+    assert report.forced
+    assert vm.model.steps.index("load") < vm.model.steps.index("snapshot-load")
+    assert vm.model.memory == vm.model.device == 1 and vm.model.vcpus
+
+
+# ---- what fails ------------------------------------------------------------------------------------------------------
+
+BEFORE = ["status", "stop", "barrier", "pause"]
+"""Steps of a revert after which the VM runs on as it was; `status` is the look at the resets."""
+
+
+@pytest.mark.parametrize("step", BEFORE)
+def test_a_failure_before_the_load_leaves_the_vm_running(vm: Vm, step: str) -> None:
+    vm.model.fail[step] = [EnvironmentProblem("no")]
+    before = vm.model.memory
+    with pytest.raises(RevertFailed, match=r"revert to 'a' failed: no; the VM runs on") as caught:
+        vm.revert("a")
+    assert caught.value.source_alive
+    assert vm.model.vcpus and vm.model.memory == vm.model.device == before
+    vm.revert("a")
+
+
+def test_a_load_that_fails_before_qemu_resets_leaves_the_vm_running(vm: Vm) -> None:
+    vm.model.job_errors["snapshot-load"] = "no such file"
+    with pytest.raises(RevertFailed, match=r"no such file; the VM runs on") as caught:
+        vm.revert("a")
+    assert caught.value.source_alive and vm.model.vcpus and vm.model.memory == vm.model.device == 4
+
+
+def test_a_load_that_fails_after_qemu_has_reset_is_the_end(vm: Vm) -> None:
+    vm.model.load_fails_after_reset = True
+    with pytest.raises(RevertFailed, match=rf"half way: .*stream is broken.*ended.*{vm.directory}.*run-vm") as caught:
+        vm.revert("a")
+    assert not caught.value.source_alive and not vm.model.vcpus
+
+
+def test_a_load_that_fails_when_the_device_is_gone_already_is_the_end(vm: Vm) -> None:
+    vm.model.fail["pause"] = [ControlError("pause", "timeout", "echo holds packets")]
+    vm.model.job_errors["snapshot-load"] = "no such file"
+    with pytest.raises(RevertFailed, match="half way") as caught:
+        vm.revert("a")
+    assert not caught.value.source_alive and not vm.model.vcpus
+
+
+@pytest.mark.parametrize("step", ["load", "put back", "restore-finish", "cont"])
+def test_a_failure_after_the_load_is_the_end_and_never_runs_a_mixture(vm: Vm, step: str) -> None:
+    vm.model.fail[step] = [EnvironmentProblem("no")]
+    with pytest.raises(RevertFailed, match="half way: no; the VM has been ended") as caught:
+        vm.revert("a")
+    assert not caught.value.source_alive and not vm.model.vcpus
+
+
+def test_sabotage_without_the_pci_replay(vm: Vm) -> None:
+    with pytest.raises(RevertFailed, match="not put back"):
+        vm.revert("a", sabotage=Sabotage(skip_pci_replay=True))
+    assert not vm.model.vcpus
+
+
+def test_the_end_of_own_checkpoints_is_said(tmp_path: Path) -> None:
+    model = Model()
+    own = checkpoints(model, tmp_path / "c", own=True)
+    asyncio.run(own.take("a", Phases()))
+    model.load_fails_after_reset = True
+    with pytest.raises(RevertFailed, match=r"its checkpoints ended with it.*scripts/restore"):
+        asyncio.run(own.revert("a", Phases()))
+
+
+def test_a_revert_that_cannot_be_undone_says_so(vm: Vm) -> None:
+    vm.model.fail["pause"] = [EnvironmentProblem("no")]
+    vm.model.fail["cont"] = [EnvironmentProblem("gone")]
+    with pytest.raises(RevertFailed, match="the VM is lost") as caught:
+        vm.revert("a")
+    assert not caught.value.source_alive
+
+
+@pytest.mark.parametrize("step", ["stop", "barrier", "pause", "save", "snapshot-save", "job-dismiss", "resume", "cont"])
+def test_a_checkpoint_that_fails_leaves_the_vm_running_and_nothing_behind(vm: Vm, step: str) -> None:
+    vm.model.fail[step] = [EnvironmentProblem("no")]
+    with pytest.raises(SaveFailed, match="checkpoint 'd' failed: no; the VM runs on") as caught:
+        vm.take("d")
+    assert caught.value.source_alive and vm.model.vcpus and vm.model.consistent()
+    assert sorted(vm.checkpoints.store.tags()) == ["a", "b", "c"]
+    assert not (vm.directory / "d.state").exists()
+    vm.take("d")
+    assert sorted(vm.model.snapshots) == [f"vmbus-{tag}" for tag in "abcd"]
+
+
+def test_a_full_disk_leaves_the_vm_running_and_nothing_behind(vm: Vm) -> None:
+    vm.model.job_errors["snapshot-save"] = "No space left on device"
+    with pytest.raises(SaveFailed, match=r"No space left on device; the VM runs on"):
+        vm.take("d")
+    assert vm.model.vcpus and vm.model.consistent()
+    assert not (vm.directory / "d.state").exists() and not (vm.directory / "d.json").exists()
+
+
+def test_an_image_that_cannot_be_made_leaves_nothing(tmp_path: Path) -> None:
+    model = Model()
+    model.job_errors["blockdev-create"] = "no"
+    with pytest.raises(QmpCommandFailed, match="no"):
+        asyncio.run(checkpoints(model, tmp_path / "c").take("a", Phases()))
+    assert model.nodes == [] and list((tmp_path / "c").iterdir()) == [] and model.vcpus
+
+
+@pytest.mark.parametrize("step", ["save", "snapshot-save"])
+def test_an_interrupted_checkpoint_leaves_nothing(vm: Vm, step: str) -> None:
+    vm.model.fail[step] = [asyncio.CancelledError()]
+    with pytest.raises(asyncio.CancelledError):
+        vm.take("d")
+    assert vm.model.vcpus and vm.model.consistent() and not (vm.directory / "d.state").exists()
+
+
+def test_an_interrupted_revert_goes_all_the_way(vm: Vm) -> None:
+    """Once memory is being replaced there is no way back."""
+    load = vm.model._job
+
+    def interrupt(command: str, given: dict[str, Any]) -> str | None:
+        if command == "snapshot-load":
+            task.cancel()
+        return load(command, given)
+
+    async def body() -> None:
+        nonlocal task
+        task = asyncio.create_task(vm.checkpoints.revert("a", Phases()))
+        vm.model._job = interrupt  # type: ignore[method-assign]
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    task: asyncio.Task[Any]
+    asyncio.run(body())
+    assert vm.model.vcpus and vm.model.memory == vm.model.device == 1
+
+
+# ---- refusals --------------------------------------------------------------------------------------------------------
+
+
+def changed_state(vm: Vm) -> None:
+    path = vm.directory / "a.state"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+def state_of_another(vm: Vm) -> None:
+    (vm.directory / "a.state").write_bytes((vm.directory / "b.state").read_bytes())
+
+
+def no_state(vm: Vm) -> None:
+    (vm.directory / "a.state").unlink()
+
+
+def record_of_another(vm: Vm) -> None:
+    (vm.directory / "a.json").write_bytes((vm.directory / "b.json").read_bytes())
+
+
+def garbage_record(vm: Vm) -> None:
+    (vm.directory / "a.json").write_bytes(b"{")
+
+
+def changed_record(vm: Vm) -> None:
+    path = vm.directory / "a.json"
+    record = json.loads(path.read_bytes())
+    record["checkpoint"]["packets"]["sent"] += 1
+    path.write_text(json.dumps(record))
+
+
+def reformatted_record(vm: Vm) -> None:
+    path = vm.directory / "a.json"
+    path.write_text(json.dumps(json.loads(path.read_bytes())))
+
+
+def not_in_the_image(vm: Vm) -> None:
+    del vm.model.snapshots["vmbus-a"]
+
+
+def another_in_the_image(vm: Vm) -> None:
+    vm.model.snapshots["vmbus-a"] = {"memory": 99, "made": 99}
+
+
+def unsafe_setting(vm: Vm) -> None:
+    vm.model.capabilities["postcopy-ram"] = True
+
+
+def does_not_fit(vm: Vm) -> None:
+    vm.model.fail["load check"] = [ControlError("load", "state", "the state has providers of another kind")]
+
+
+def another_vm(vm: Vm) -> None:
+    vm.checkpoints = checkpoints(vm.model, vm.directory, description=msgspec.structs.replace(VM, memory_mib=512))
+
+
+REFUSALS: list[tuple[Callable[[Vm], None], type[Exception], str]] = [
+    (changed_state, StateError, "not the device's state"),
+    (state_of_another, StateError, "not the device's state"),
+    (no_state, StateError, "cannot read"),
+    (record_of_another, StateError, "record of the checkpoint 'b'"),
+    (garbage_record, StateError, "not the record"),
+    (changed_record, StateError, "changed after"),
+    (reformatted_record, StateError, "changed after"),
+    (not_in_the_image, StateError, "does not have QEMU's part"),
+    (another_in_the_image, StateError, "does not have QEMU's part"),
+    (unsafe_setting, UsageError, "postcopy-ram"),
+    (does_not_fit, StateError, "another kind"),
+    (another_vm, StateError, "another VM"),
+]
+
+
+@pytest.mark.parametrize(("damage", "error", "word"), REFUSALS, ids=[one[0].__name__ for one in REFUSALS])
+def test_a_refusal_changes_nothing(vm: Vm, damage: Callable[[Vm], None], error: type[Exception], word: str) -> None:
+    damage(vm)
+    with pytest.raises(error, match=word):
+        vm.revert("a")
+    assert vm.model.vcpus and vm.model.memory == vm.model.device == 4
+    assert "stop" not in vm.model.steps
+
+
+@pytest.mark.parametrize("tag", ["", "A", "a b", "../a", ".a", "a/b", "x" * 33, "a\n"])
+def test_names_that_no_checkpoint_has(vm: Vm, tag: str) -> None:
+    with pytest.raises(UsageError, match="not a usable name"):
+        check_tag(tag)
+    with pytest.raises(UsageError, match="not a usable name"):
+        vm.take(tag)
+    with pytest.raises(UsageError, match="not a usable name"):
+        vm.revert(tag)
+
+
+def test_a_tag_is_used_once_and_free_after_its_end(vm: Vm) -> None:
+    with pytest.raises(UsageError, match="already"):
+        vm.take("a")
+    asyncio.run(vm.checkpoints.delete("a"))
+    assert "vmbus-a" not in vm.model.snapshots and not (vm.directory / "a.state").exists()
+    with pytest.raises(UsageError, match=r"no checkpoint 'a' .*there: b, c"):
+        asyncio.run(vm.checkpoints.delete("a"))
+    with pytest.raises(UsageError, match=r"no checkpoint 'a' .*there: b, c"):
+        vm.revert("a")
+    vm.take("a")
+    assert [one.tag for one in vm.checkpoints.store.list()] == ["b", "c", "a"]
+
+
+def test_what_was_never_finished_is_replaced(vm: Vm) -> None:
+    """Whoever made it died after QEMU's part, before the record."""
+    vm.model.snapshots["vmbus-d"] = {"memory": 99, "made": 98}
+    (vm.directory / "d.state").write_bytes(b"half")
+    vm.take("d")
+    vm.model.work()
+    vm.revert("d")
+    assert vm.model.memory == vm.model.device == 4
+
+
+def test_a_directory_with_other_things_in_it_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "letter").write_text("precious")
+    with pytest.raises(UsageError, match="has other things in it"):
+        asyncio.run(checkpoints(Model(), tmp_path).take("a", Phases()))
+    assert [path.name for path in tmp_path.iterdir()] == ["letter"]
+    with pytest.raises(EnvironmentProblem, match="cannot keep checkpoints"):
+        asyncio.run(checkpoints(Model(), tmp_path / "letter").take("a", Phases()))
+
+
+def test_no_checkpoints_are_an_empty_list(tmp_path: Path) -> None:
+    assert Store(tmp_path / "nowhere", own=False).list() == []
+
+
+def test_a_job_that_is_gone_is_an_error() -> None:
+    class Forgetful(Model):
+        async def execute(self, command: str, arguments: Any = None, *, timeout: float = 1.0) -> Any:
+            return [] if command == "query-jobs" else None
+
+    with pytest.raises(QmpCommandFailed, match="nobody knows"):
+        asyncio.run(run_job(Forgetful(), "snapshot-save", {}, 1.0, "saving"))
+
+
+# ---- a QEMU that migrates the device itself --------------------------------------------------------------------------
+
+
+class Driving(Model):
+    """The device is in what QEMU saves and loads; it stops and runs with the vCPUs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.driven = True
+        self.in_stream = True
+
+    async def execute(
+        self, command: str, arguments: Mapping[str, object] | None = None, *, timeout: float = 1.0
+    ) -> Any:
+        if command == "stop":
+            self.phase = "driven"
+        return await super().execute(command, arguments, timeout=timeout)
+
+    def _job(self, command: str, given: dict[str, Any]) -> str | None:
+        if command == "blockdev-create":
+            return None
+        assert self.phase == "driven" and not self.vcpus
+        if command == "snapshot-save":
+            self.images += 1
+            self.snapshots[given["tag"]] = {"memory": self.memory, "device": self.device, "made": self.images}
+        else:
+            self.resets += 1
+            self.memory = self.snapshots[given["tag"]]["memory"]
+            if self.in_stream:
+                self.loaded = self.snapshots[given["tag"]]["device"]
+        return None
+
+    async def cont(self) -> None:
+        self.phase = "running"
+        if self.loaded is not None:
+            self.device, self.loaded = self.loaded, None
+        await super().cont()
+
+    async def human(self, line: str, *, timeout: float = 1.0) -> str:
+        raise AssertionError("QEMU does that itself")
+
+    async def call(self, command: str, timeout: float = 1.0, **arguments: Any) -> dict[str, Any]:
+        assert command in ("status", "pci", "save") or arguments.get("check"), command
+        assert command != "save" or self.phase == "driven"
+        found = await super().call(command, timeout, **arguments)
+        if command == "status":
+            found |= {
+                "driven_by_client": self.driven,
+                "migration": {"state": "resuming", "complete": self.loaded is not None},
+            }
+        return found
+
+
+def test_what_qemu_does_itself_is_left_to_it(tmp_path: Path) -> None:
+    model = Driving()
+    checks = checkpoints(model, tmp_path / "c")
+    asyncio.run(checks.take("a", Phases()))
+    model.work()
+    assert checks.store.record("a").machine.device_in_stream
+    report = asyncio.run(checks.revert("a", Phases()))
+    assert model.memory == model.device == 1 and model.vcpus and model.consistent()
+    assert (report.packets, report.channels, report.pci_writes) == ({"queued": 1, "sent": 2}, 0, 0)
+
+
+def test_a_checkpoint_of_another_kind_is_refused_and_the_vm_runs_on(tmp_path: Path) -> None:
+    model = Driving()
+    checks = checkpoints(model, tmp_path / "c")
+    asyncio.run(checks.take("a", Phases()))
+    model.driven = False
+    with pytest.raises(RevertFailed, match=r"in QEMU's stream.*the VM runs on") as caught:
+        asyncio.run(checks.revert("a", Phases()))
+    assert caught.value.source_alive and model.vcpus and model.consistent()
+
+
+def test_a_stream_without_the_device_ends_the_vm(tmp_path: Path) -> None:
+    model = Driving()
+    checks = checkpoints(model, tmp_path / "c")
+    asyncio.run(checks.take("a", Phases()))
+    model.in_stream = False
+    with pytest.raises(RevertFailed, match="was not in it"):
+        asyncio.run(checks.revert("a", Phases()))
+    assert not model.vcpus

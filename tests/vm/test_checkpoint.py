@@ -1,0 +1,102 @@
+"""Checkpoints into directories: saved again and again while the VM runs on; each can be restored later."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from support.boot import boot
+from vmbus.qemu.command_line import Programs
+from vmbus.qemu.description import VmDescription
+from vmbus.qemu.machine import VirtualMachine
+from vmbus.qemu.story import Figures, Story, audit, finish, until_in_flight
+
+pytestmark = pytest.mark.vm
+
+Run = Callable[[Coroutine[Any, Any, Any]], Any]
+
+STORY = Story(packets=128, echo_count=6_000, burst_count=9_000, stall_seconds=10.0)
+
+
+async def books(vm: VirtualMachine, job: int) -> Figures:
+    figures = Figures()
+    assert vm.control is not None
+    report = await finish(vm, job)
+    audit(figures, report, await vm.control.call("status"), STORY.expected())
+    assert not figures.reasons, figures.reasons
+    assert figures.completed == figures.transactions > 15_000
+    return figures
+
+
+async def completed(vm: VirtualMachine) -> int:
+    assert vm.control is not None
+    status = await vm.control.call("status")
+    return sum(one["tally"]["completed"] for one in status["providers"].values())
+
+
+def test_checkpoint_chain_and_restores_of_old_ones(
+    run: Run, demo_description: VmDescription, programs: Programs, tmp_path: Path
+) -> None:
+    """Five checkpoints of one VM, live and stopped, the source unharmed; then old and new ones, out of order, and a
+    chain that goes on from a restored one."""
+
+    async def body() -> None:
+        reached: list[int] = []
+        async with await boot(demo_description, programs) as vm:
+            await vm.wait_ready()
+            job = int((await vm.call_agent("start", driver="mixed", parameters=STORY.workloads()))["job"])
+            await until_in_flight(vm, job, STORY)
+            processes = [child.pid for child in vm.children]
+            for number in range(5):
+                report = await vm.save(tmp_path / f"{number}", live=number % 2 == 0, keep=True)
+                assert report.downtime is not None and report.downtime < 10
+                reached.append(await completed(vm))
+                print(
+                    f"checkpoint {number} ({'live' if report.live else 'stopped'}): {report.packets}, "
+                    f"down {report.downtime:.3f} s, {reached[-1]} transactions completed"
+                )
+            assert reached == sorted(reached)
+            await books(vm, job)
+            assert [child.pid for child in vm.children] == processes
+        for number in (3, 0):
+            async with await VirtualMachine.restore(tmp_path / f"{number}", programs) as vm:
+                assert await completed(vm) <= reached[number] + 5_000
+                if number == 3:
+                    await vm.save(tmp_path / "3.1", live=True, keep=True)
+                figures = await books(vm, job)
+                print(f"checkpoint {number} to its end: {figures.completed} of {figures.transactions}")
+        async with await VirtualMachine.restore(tmp_path / "3.1", programs) as vm:
+            await books(vm, job)
+
+    run(body())
+
+
+def test_checkpoint_to_a_directory_and_in_place_go_together(
+    run: Run, demo_description: VmDescription, programs: Programs, tmp_path: Path
+) -> None:
+    """A save between a checkpoint in place and the revert to it, and a restore of what was saved after the revert."""
+
+    async def body() -> None:
+        async with await boot(demo_description, programs) as vm:
+            await vm.wait_ready()
+            job = int((await vm.call_agent("start", driver="mixed", parameters=STORY.workloads()))["job"])
+            await until_in_flight(vm, job, STORY)
+            await vm.checkpoint("here")
+            await vm.save(tmp_path / "before", live=True, keep=True)
+            report = await vm.revert("here")
+            assert report.channels == 2
+            await vm.checkpoint("again")
+            await until_in_flight(vm, job, STORY)
+            await vm.save(tmp_path / "after", live=False, keep=True)
+            await vm.revert("again")
+            await books(vm, job)
+        for name in ("before", "after"):
+            async with await VirtualMachine.restore(tmp_path / name, programs) as vm:
+                # Checkpoints in place are no part of a snapshot.
+                assert vm.checkpoints() == []
+                await books(vm, job)
+
+    run(body())

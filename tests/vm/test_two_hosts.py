@@ -1,0 +1,670 @@
+"""Live migration over TCP between two hosts that share nothing but a link, with traffic of three kinds at full speed.
+
+Each host has an owner process of its own (`support.vm_owner`), started in the host's namespaces; the test talks to it
+through the host's file system. The guest is booted once and saved, idle; every test restores that in host A and starts
+its own traffic. The books of guest and providers are compared after each run of the traffic, and at the end the auditor
+reads the records of the guest and of all servers, on both hosts.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import secrets
+import shutil
+import sys
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+import vmbus
+import vmbus_guest
+from support import vm_owner
+from vmbus.audit.checker import check_paths
+from vmbus.description import ProviderDescription
+from vmbus.errors import VmbusError, WaitTimeout
+from vmbus.qemu.command_line import Programs
+from vmbus.qemu.description import VmDescription
+from vmbus.qemu.machine import VirtualMachine
+from vmbus.qemu.process import Child, log_tail
+from vmbus.qemu.story import Figures, audit
+from vmbus.server.control import ControlClient
+from vmbus.testbed.hosts import RUNTIME, TEMPORARY, Forbidden, Host, TwoHosts
+
+pytestmark = [pytest.mark.vm, pytest.mark.timeout(600)]
+
+Run = Callable[..., Any]
+Story = Callable[["Pair"], Coroutine[Any, Any, None]]
+
+SOCKET = TEMPORARY / "owner.sock"
+VM = "guest"
+PORT = 4711
+SECRET = secrets.token_hex(32)
+IMPORT_PATH = os.pathsep.join(
+    str(Path(path).resolve().parents[1]) for path in (vmbus.__file__, vmbus_guest.__file__, __file__)
+)
+BULK_INSTANCE = "6f1b4b0e-5d2c-4a53-9d0a-0f2f1f3c7a03"
+SILENCE = 3.0
+"""Seconds without a sign of life after which a link counts as lost: short, since tests wait for it."""
+
+ECHO, BURST, BULK = 20_000, 40_000, 2_000
+"""Transactions in a run of the traffic: enough for some migrations."""
+IN_FLIGHT = 256
+
+
+class Refused(VmbusError):
+    """An owner's error: its `kind` is the class, `source_alive` the error's."""
+
+    def __init__(self, message: str, kind: str, source_alive: bool | None) -> None:
+        super().__init__(message)
+        self.kind = kind
+        self.source_alive = source_alive
+
+
+@dataclass(frozen=True)
+class Idle:
+    """A snapshot of a guest that has booted and does nothing yet, and the audit records that it goes on from."""
+
+    snapshot: Path
+    records: Path
+
+
+class Place:
+    """A host and the owner that runs in it."""
+
+    def __init__(self, host: Host, owner: Child) -> None:
+        self.host = host
+        self.owner = owner
+
+    @property
+    def name(self) -> str:
+        return self.host.name.upper()
+
+    @property
+    def address(self) -> str:
+        return f"tcp:{self.host.address}:{PORT}"
+
+    async def ask(self, command: str, /, *, patience: float = 150.0, **arguments: Any) -> dict[str, Any]:
+        return await self.owner.guard(self._ask(command, arguments), f"{self.name} to {command}", patience)
+
+    async def _ask(self, command: str, arguments: dict[str, Any]) -> dict[str, Any]:
+        path = str(self.host.path(SOCKET))
+        reader, writer = await asyncio.open_unix_connection(path, limit=vm_owner.LINE_LIMIT)
+        try:
+            writer.write(json.dumps({"command": command, **arguments}).encode() + b"\n")
+            line = await reader.readline()
+        finally:
+            writer.close()
+        answer = json.loads(line) if line else {"error": log_tail(self.owner.log, 40), "kind": "Crash"}
+        if "error" in answer:
+            raise Refused(answer["error"], answer["kind"], answer.get("source_alive"))
+        return dict(answer["result"])
+
+    @property
+    def records(self) -> Path:
+        """The audit records of the servers that ran here."""
+        return self.host.path(vm_owner.AUDIT)
+
+    async def collect(self) -> tuple[Path, str]:
+        """The audit records of the guest, which is here, and the uid of the record of its server."""
+        uid = (await self.ask("audit"))["uid"]
+        return self.host.path(vm_owner.COLLECTED), uid
+
+    async def agent(self, name: str, /, *, timeout: float = 30.0, **arguments: Any) -> dict[str, Any]:
+        return await self.ask("agent", name=name, arguments=arguments, timeout=timeout, patience=timeout + 30)
+
+
+class Pair:
+    """Two hosts with their owners, and the traffic of the VM that is in one of them."""
+
+    def __init__(self, hosts: TwoHosts, a: Place, b: Place, ancestors: Path) -> None:
+        self.hosts = hosts
+        self.ancestors = ancestors  # the audit records of the server that the guest booted with
+        self.a = a
+        self.b = b
+        self.figures = Figures()
+        self.runs = 0
+        self.job: int | None = None
+        self.before: dict[str, dict[str, int]] = {}
+
+    def other(self, place: Place) -> Place:
+        return self.b if place is self.a else self.a
+
+    # ---- traffic -----------------------------------------------------------------------------------------------------
+
+    async def traffic(self, at: Place) -> None:
+        """Has a run of the traffic go on that is far from its end, with packets in flight in every state."""
+        if self.job is not None:
+            report = await at.agent("poll", job=self.job)
+            done = _completed(await self._status(at))
+            if report["state"] != "running" or any(done[name] > count / 2 for name, count in EXPECTED.items()):
+                await self.finish(at)
+        if self.job is None:
+            # Providers of echo count on from run to run.
+            tallies = {name: one["tally"] for name, one in (await at.ask("device"))["providers"].items()}
+            self.before = {name: tallies[name] for name in ("echo", "bulk")}
+            started = await at.agent("start", driver="mixed", parameters={"workloads": WORKLOADS})
+            self.job = int(started["job"])
+        deadline = time.monotonic() + 60
+        while True:
+            status = await self._status(at)
+            packets, done = status["packets"], _completed(status)
+            if min(packets.values()) >= IN_FLIGHT and status["incoming_held"] and min(done.values()) > 0:
+                return
+            if time.monotonic() > deadline:
+                raise WaitTimeout(f"traffic of each kind (packets {packets}, completed {done})", 60)
+            await asyncio.sleep(0.02)
+
+    async def _status(self, at: Place) -> dict[str, Any]:
+        """The device's status, with tallies of this run alone."""
+        status = await at.ask("device")
+        for name, before in self.before.items():
+            tally = status["providers"][name]["tally"]
+            status["providers"][name]["tally"] = {kind: count - before[kind] for kind, count in tally.items()}
+        return status
+
+    async def finish(self, at: Place) -> None:
+        """Lets the run come to its end, and compares the books."""
+        assert self.job is not None
+        deadline = time.monotonic() + 300
+        while (report := await at.agent("wait", job=self.job, timeout=60.0))["state"] == "running":
+            if time.monotonic() > deadline:
+                raise WaitTimeout("the guest's workloads to end", 300)
+        # Two of the workloads are of one kind; they come in the order in which they were started.
+        for workload, name in zip((report.get("result") or {}).get("workloads", []), EXPECTED, strict=False):
+            workload["name"] = name
+        audit(self.figures, report, await self._status(at), EXPECTED)
+        self.job = None
+        self.runs += 1
+        assert not self.figures.reasons, self.figures.reasons
+
+    async def clean(self, at: Place) -> None:
+        """All that was counted, by the books and by the auditor: everything exactly once. The VM is at `at`."""
+        found = self.figures
+        print(
+            f"{self.runs} runs of traffic, {found.transactions} transactions, {found.completed} completed, "
+            f"lost {found.lost}, doubled {found.duplicated}, reordered {found.reordered}, corrupted {found.corrupted}"
+        )
+        assert self.job is None and self.runs
+        assert found.completed == found.transactions == self.runs * sum(EXPECTED.values())
+        collected, leaf = await at.collect()
+        servers = [place.records for place in (self.a, self.b) if place.records.is_dir()]
+        places = [self.ancestors, *servers, collected]
+        report = await asyncio.to_thread(check_paths, places, leaf=leaf)
+        print(report)
+        assert report.clean, str(report)
+
+    # ---- migration ---------------------------------------------------------------------------------------------------
+
+    async def receive(self, at: Place, **more: Any) -> asyncio.Task[dict[str, Any]]:
+        """An owner that waits for a VM; returns when it listens."""
+        task = asyncio.create_task(at.ask("receive", address=at.address, secret=SECRET, patience=400, **more))
+        deadline = time.monotonic() + 30
+        while not await self.listens(at):
+            if task.done():
+                task.result()
+            if time.monotonic() > deadline:
+                task.cancel()
+                raise WaitTimeout(f"{at.name} to listen", 30)
+            await asyncio.sleep(0.02)
+        return task
+
+    async def listens(self, at: Place) -> bool:
+        """Whether a destination waits there for a source."""
+        return "yes" in await at.host.run([sys.executable, "-I", "-S", "-c", _LISTENS])
+
+    async def move(self, source: Place, **more: Any) -> dict[str, Any]:
+        """Migrates from `source` to the other host; the report. The VM runs there, and there only."""
+        target = self.other(source)
+        arrival = await self.receive(target, silence=more.get("silence", 10.0))
+        try:
+            report = await source.ask("migrate", address=target.address, secret=SECRET, patience=400, **more)
+            await arrival
+        finally:
+            arrival.cancel()
+        assert await source.ask("state") == {"vm": False, "running": False}
+        assert await target.ask("state") == {"vm": True, "running": True}
+        show(f"{source.name} to {target.name}", report)
+        return report
+
+
+def _completed(status: dict[str, Any]) -> dict[str, int]:
+    return {name: status["providers"][name]["tally"]["completed"] for name in EXPECTED}
+
+
+_LISTENS = f"import sys; print('yes' if ':{PORT:04X} 00000000:0000 0A' in open('/proc/net/tcp').read() else 'no')"
+
+
+def show(title: str, report: dict[str, Any]) -> None:
+    spans = ", ".join(f"{name} {1e3 * seconds:.1f}" for name, seconds in report["spans"].items())
+    packets = report["packets"]
+    print(
+        f"{title}: {packets['queued']} packets queued, {packets['sent']} sent, {report['incoming_held']} held; "
+        f"{report['ram_bytes'] / 2**20:.0f} MiB in {sum(report['phases'].values()):.2f} s, "
+        f"{report['flushed_pages']} pages flushed, {report['attempts']} pass(es); "
+        f"downtime {1e3 * report['downtime']:.0f} ms: QEMU's {1e3 * report['downtime_qemu']:.0f}, "
+        f"the device's {1e3 * report['downtime_device']:.0f} ({spans})"
+    )
+
+
+RING_PAGES = 24
+WINDOW = RING_PAGES * 4096 // 112 + 64 + 2 * IN_FLIGHT
+WORKLOADS: list[dict[str, Any]] = [
+    {"driver": "echo", "count": ECHO, "window": 128, "external": 0.25, "stall_seconds": 60.0},
+    {
+        "driver": "burst",
+        "count": BURST,
+        "size": 64,
+        "window": WINDOW,
+        "hold": 64,
+        "ring_pages_in": RING_PAGES,
+        "stall_seconds": 60.0,
+    },
+    # Bulk: nothing but external data, transformed in place in the guest's memory.
+    {
+        "driver": "echo",
+        "instance": BULK_INSTANCE,
+        "count": BULK,
+        "window": 16,
+        "size": 60_000,
+        "minimum_size": 20_000,
+        "external": 1.0,
+        "seed": 7,
+        "stall_seconds": 60.0,
+    },
+]
+EXPECTED = {"echo": ECHO, "burst": BURST, "bulk": BULK}
+
+
+@pytest.fixture(scope="session")
+def idle(demo_description: VmDescription, programs: Programs, tmp_path_factory: pytest.TempPathFactory) -> Idle:
+    device = demo_description.device
+    bulk = ProviderDescription(kind="echo", name="bulk", instance=BULK_INSTANCE)
+    description = msgspec.structs.replace(
+        demo_description,
+        name=VM,
+        device=msgspec.structs.replace(device, providers=[*device.providers, bulk]),
+    )
+    directory = tmp_path_factory.mktemp("idle")
+    found = Idle(directory / "snapshot", directory / "audit")
+
+    async def take() -> None:
+        records = found.records
+        async with await VirtualMachine.launch(description, programs, audit=records) as vm:  # as booted: saved here
+            await vm.wait_ready()
+            await vm.save(found.snapshot)
+
+    asyncio.run(take())
+    return found
+
+
+@asynccontextmanager
+async def pair(idle: Idle, programs: Programs) -> AsyncIterator[Pair]:
+    """Two hosts, with the idle guest restored in A."""
+    keep = [idle.snapshot, programs.kernel, programs.initramfs]
+    async with await TwoHosts.create(keep=keep) as hosts:
+        places = []
+        words = msgspec.json.encode(programs, enc_hook=str).decode()
+        for host in hosts.hosts:
+            owner = await host.spawn(
+                "the owner",
+                [sys.executable, "-m", "support.vm_owner", str(SOCKET), words],
+                environment={"PYTHONPATH": IMPORT_PATH},
+            )
+            await owner.guard(
+                until(lambda owner=owner: _ready(owner), 30, "the owner to listen"), "the owner to listen", 31
+            )
+            places.append(Place(host, owner))
+        try:
+            found = Pair(hosts, *places, idle.records)
+            await found.a.ask("restore", directory=str(idle.snapshot))
+            yield found
+        except BaseException:
+            for place in places:
+                print(f"--- {place.name}\n{log_tail(place.owner.log, 60)}")
+            raise
+
+
+async def until(condition: Callable[[], Awaitable[bool]], timeout: float, what: str) -> None:
+    deadline = time.monotonic() + timeout
+    while not await condition():
+        if time.monotonic() > deadline:
+            raise WaitTimeout(what, timeout)
+        await asyncio.sleep(0.01)
+
+
+async def _ready(owner: Child) -> bool:
+    return vm_owner.READY in owner.log.read_text()
+
+
+@pytest.fixture
+def tell(idle: Idle, programs: Programs) -> Callable[[Story], None]:
+    """Run a story on a fresh pair; skip, with the reason, where there cannot be two hosts."""
+
+    def tell(story: Story) -> None:
+        async def body() -> None:
+            async with asyncio.timeout(500), pair(idle, programs) as found:
+                await story(found)
+
+        try:
+            asyncio.run(body())
+        except Forbidden as error:
+            pytest.skip(str(error))
+
+    return tell
+
+
+# ---- there and back --------------------------------------------------------------------------------------------------
+
+
+def test_live_migration_three_round_trips_under_echo_burst_and_bulk(tell: Callable[[Story], None]) -> None:
+    async def story(pair: Pair) -> None:
+        at, downtimes, moved = pair.a, [], 0
+        for _ in range(6):
+            await pair.traffic(at)
+            report = await pair.move(at)
+            assert min(report["packets"].values()) > 0 and report["incoming_held"] > 0
+            moved += sum(report["packets"].values())
+            downtimes.append(report["downtime"])
+            at = pair.other(at)
+        assert at is pair.a
+        await pair.finish(at)
+        await pair.clean(at)
+        print(f"6 migrations, {moved} packets moved in flight, downtimes {[round(1e3 * one) for one in downtimes]} ms")
+
+    tell(story)
+
+
+def test_live_migration_then_a_snapshot_restored_on_either_host(tell: Callable[[Story], None]) -> None:
+    """Saved at B, where it came by migration: restored at B, and, copied there, at A."""
+
+    async def story(pair: Pair) -> None:
+        await pair.traffic(pair.a)
+        await pair.move(pair.a, multifd=2)
+        await pair.traffic(pair.b)
+        snapshot = TEMPORARY / "snapshot"
+        saved = await pair.b.ask("save", directory=str(snapshot), live=True)
+        assert min(saved["packets"].values()) > 0
+        await pair.b.ask("kill")
+        job = pair.job
+        for place in (pair.b, pair.a):
+            if place is pair.a:
+                source, target = pair.b.host.path(snapshot), pair.a.host.path(snapshot)
+                await asyncio.to_thread(shutil.copytree, source, target)
+            await place.ask("restore", directory=str(snapshot))
+            pair.job = job
+            await pair.finish(place)
+            await pair.clean(place)
+            await place.ask("kill")
+
+    tell(story)
+
+
+class Supervised(Place):
+    """A host in which a command of the project owns the VM: its supervisor is asked."""
+
+    async def _ask(self, command: str, arguments: dict[str, Any]) -> dict[str, Any]:
+        folder = self.host.path(RUNTIME / "vmbus" / VM)
+        if command == "device":
+            control = ControlClient(folder / "control.sock")
+            try:
+                return await control.call("status")
+            finally:
+                control.close()
+        if command == "agent":
+            arguments = {**arguments, "command": arguments["name"]}
+            del arguments["name"]
+        reader, writer = await asyncio.open_unix_connection(str(folder / "supervisor.sock"), limit=vm_owner.LINE_LIMIT)
+        try:
+            writer.write(json.dumps({"command": command, "arguments": arguments}).encode() + b"\n")
+            answer = json.loads(await reader.readline())
+        finally:
+            writer.close()
+        if "error" in answer:
+            raise Refused(answer["error"], "", None)
+        return dict(answer["result"])
+
+    async def collect(self) -> tuple[Path, str]:
+        found = await self.ask("audit")
+        return self.host.path(found["directory"]), found["uid"]
+
+    async def supervises(self) -> bool:
+        try:
+            return bool((await self.ask("status"))["running"])
+        except OSError:
+            return False
+
+
+async def command(host: Host, *words: str) -> Child:
+    """One of scripts/ in a host."""
+    argv = [sys.executable, "-m", "vmbus.cli", *words]
+    return await host.spawn(words[0], argv, environment={"PYTHONPATH": IMPORT_PATH})
+
+
+def test_live_migration_with_the_commands(idle: Idle, programs: Programs) -> None:
+    """scripts/restore in A, scripts/run-vm --receive in B, scripts/migrate in A: each what a user would type there."""
+    secret, records = TEMPORARY / "secret", str(vm_owner.AUDIT)
+
+    async def story(hosts: TwoHosts) -> None:
+        for host in hosts.hosts:
+            await host.run(["/bin/sh", "-c", f"umask 077; echo {SECRET} > {secret}"])
+        source = await command(hosts.a, "restore", str(idle.snapshot), "--name", VM, "--audit", records)
+        address = f"tcp:{hosts.b.address}:{PORT}"
+        words = ["run-vm", "--receive", address, "--secret-file", str(secret), "--name", VM, "--audit", records]
+        target = await command(hosts.b, *words)
+        pair = Pair(hosts, Supervised(hosts.a, source), Supervised(hosts.b, target), idle.records)
+        await source.guard(until(pair.a.supervises, 60, "the VM to run in A"), "the VM to run in A", 61)
+        await pair.traffic(pair.a)
+        await target.guard(until(lambda: pair.listens(pair.b), 60, "B to listen"), "B to listen", 61)
+        moving = await command(hosts.a, "migrate", VM, address, "--secret-file", str(secret))
+        assert await asyncio.wait_for(asyncio.shield(moving.exited), 120) == 0, log_tail(moving.log, 40)
+        print(moving.log.read_text())
+        # The command that owned it in A says where it is, and ends.
+        assert await asyncio.wait_for(asyncio.shield(source.exited), 30) == 0, log_tail(source.log, 40)
+        assert f"migrated to {address}" in source.log.read_text()
+        await target.guard(until(pair.b.supervises, 60, "the VM to run in B"), "the VM to run in B", 61)
+        await pair.finish(pair.b)
+        await pair.clean(pair.b)
+        await pair.b.ask("stop")
+        assert await asyncio.wait_for(asyncio.shield(target.exited), 30) == 0, log_tail(target.log, 40)
+
+    async def body() -> None:
+        keep = [idle.snapshot, programs.kernel, programs.initramfs]
+        async with asyncio.timeout(300), await TwoHosts.create(keep=keep) as hosts:
+            await story(hosts)
+
+    try:
+        asyncio.run(body())
+    except Forbidden as error:
+        pytest.skip(str(error))
+
+
+# ---- bad links -------------------------------------------------------------------------------------------------------
+
+
+def test_live_migration_through_a_slow_link_converges(tell: Callable[[Story], None]) -> None:
+    async def story(pair: Pair) -> None:
+        await pair.hosts.shape(rate=40e6, latency=0.005)
+        await pair.traffic(pair.a)
+        before = (await pair.b.host.counters())["received"]
+        report = await pair.move(pair.a)
+        came = (await pair.b.host.counters())["received"] - before
+        print(f"{came / 1e6:.0f} MB came over the link")
+        assert came > report["ram_bytes"] * 0.9
+        await pair.finish(pair.b)
+        await pair.clean(pair.b)
+
+    tell(story)
+
+
+def test_live_migration_through_a_link_that_is_too_slow_is_told(tell: Callable[[Story], None]) -> None:
+    async def story(pair: Pair) -> None:
+        await pair.hosts.shape(rate=2e6)
+        await pair.traffic(pair.a)
+        with pytest.raises(Refused) as caught:
+            await pair.move(pair.a, timeout=8.0)
+        print(f"told: {caught.value}")
+        assert caught.value.kind == "MigrateFailed" and caught.value.source_alive
+        assert "waited 8 s in vain" in str(caught.value)
+        await still_at(pair, pair.a)
+        # The same VM moves once the link is good.
+        await pair.hosts.shape()
+        await pair.traffic(pair.a)
+        await pair.move(pair.a)
+        await pair.finish(pair.b)
+        await pair.clean(pair.b)
+
+    tell(story)
+
+
+async def still_at(pair: Pair, place: Place) -> None:
+    """The VM runs at `place`, and nothing of it is left at the other host."""
+    assert await place.ask("state") == {"vm": True, "running": True}
+    await gone(pair.other(place))
+
+
+async def gone(place: Place) -> None:
+    """Waits until nothing of a VM is left in a host: no QEMU, no device server, no run directory."""
+    deadline = time.monotonic() + 60
+    while left := await place.host.run([sys.executable, "-I", "-S", "-c", _LEFT]):
+        if time.monotonic() > deadline:
+            raise WaitTimeout(f"{place.name} to give everything up; left: {left}", 60)
+        await asyncio.sleep(0.1)
+
+
+_LEFT = """
+import pathlib
+for entry in pathlib.Path("/proc").glob("[0-9]*/cmdline"):
+    try:
+        words = entry.read_bytes().split(b"\\0")
+    except OSError:
+        continue
+    if b"vmbus.server" in words or b"guest=guest" in words:
+        print(entry)
+for entry in pathlib.Path("/tmp/run/vmbus").glob("*"):
+    print(entry)
+"""
+
+
+def test_live_migration_survives_a_link_cut_while_memory_is_copied(tell: Callable[[Story], None]) -> None:
+    async def story(pair: Pair) -> None:
+        await pair.hosts.shape(rate=20e6)
+        await pair.traffic(pair.a)
+        arrival = await pair.receive(pair.b, silence=SILENCE)
+        before = (await pair.b.host.counters())["received"]
+        leaving = asyncio.create_task(
+            pair.a.ask("migrate", address=pair.b.address, secret=SECRET, silence=SILENCE, patience=300)
+        )
+        await until(lambda: _received(pair.b, before + 10_000_000), 60, "memory to be on its way")
+        await pair.hosts.cut()
+        cut = time.monotonic()
+        with pytest.raises(Refused) as caught:
+            await leaving
+        print(f"told after {time.monotonic() - cut:.1f} s: {caught.value}")
+        assert caught.value.kind == "MigrateFailed" and caught.value.source_alive
+        with pytest.raises(Refused):
+            await arrival
+        await still_at(pair, pair.a)
+        await pair.finish(pair.a)  # nothing was lost, and the source did its work with the cable cut
+        await pair.hosts.shape()
+        await pair.traffic(pair.a)
+        await pair.move(pair.a)
+        await pair.finish(pair.b)
+        await pair.clean(pair.b)
+
+    tell(story)
+
+
+async def _received(place: Place, mark: int) -> bool:
+    return (await place.host.counters())["received"] > mark
+
+
+@pytest.mark.parametrize("lost", ["Go", "Running"])
+def test_live_migration_cut_at_the_decision_is_resolved_when_the_link_is_mended(
+    tell: Callable[[Story], None], lost: str
+) -> None:
+    """The source has decided and hears nothing. It asks until it is told: gone (then it runs on), or running."""
+
+    async def story(pair: Pair) -> None:
+        await pair.traffic(pair.a)
+        halting, moment = (pair.a, "BEFORE_GO") if lost == "Go" else (pair.b, "BEFORE_CONT")
+        arrival, leaving = await part_at(pair, halting, moment, ask_timeout=60.0)
+        await asyncio.sleep(SILENCE + 2)  # long enough for both to see that the link is dead
+        assert not leaving.done()
+        if lost == "Go":
+            assert await pair.a.ask("state") == {"vm": True, "running": False}
+            await gone(pair.b)
+            await pair.hosts.mend()
+            with pytest.raises(Refused) as caught:
+                await leaving
+            print(f"told: {caught.value}")
+            assert caught.value.kind == "MigrateFailed" and caught.value.source_alive
+            with pytest.raises(Refused):
+                await arrival
+            await still_at(pair, pair.a)
+            await pair.finish(pair.a)
+        else:
+            await arrival
+            assert await pair.a.ask("state") == {"vm": True, "running": False}
+            assert await pair.b.ask("state") == {"vm": True, "running": True}
+            await pair.hosts.mend()
+            report = await leaving
+            assert report["asked"]
+            show("A to B", report)
+            await gone(pair.a)
+            await pair.finish(pair.b)
+        await pair.clean(pair.b)
+
+    tell(story)
+
+
+def test_live_migration_that_stays_in_doubt_waits_for_somebody_to_decide(tell: Callable[[Story], None]) -> None:
+    """The link stays cut after the decision. The source says what it does not know, and stays stopped till told."""
+
+    async def story(pair: Pair) -> None:
+        await pair.traffic(pair.a)
+        arrival, leaving = await part_at(pair, pair.b, "BEFORE_CONT", ask_timeout=2.0)
+        with pytest.raises(Refused) as caught:
+            await leaving
+        print(f"told: {caught.value}")
+        assert caught.value.kind == "MigrationInDoubt"
+        await arrival
+        assert await pair.a.ask("state") == {"vm": True, "running": False}
+        assert await pair.b.ask("state") == {"vm": True, "running": True}
+        await pair.a.ask("resolve", run=False)
+        await gone(pair.a)
+        await pair.hosts.mend()
+        await pair.finish(pair.b)
+        await pair.clean(pair.b)
+
+    tell(story)
+
+
+async def part_at(
+    pair: Pair, halting: Place, moment: str, *, ask_timeout: float
+) -> tuple[asyncio.Task[dict[str, Any]], asyncio.Task[dict[str, Any]]]:
+    """Migrates from A to B and cuts the link when `halting` is at `moment`: the arrival and the departure."""
+    at = {place: {"halt_at": moment} if place is halting else {} for place in (pair.a, pair.b)}
+    arrival = await pair.receive(pair.b, silence=SILENCE, go_timeout=SILENCE, **at[pair.b])
+    leaving = asyncio.create_task(
+        pair.a.ask(
+            "migrate",
+            address=pair.b.address,
+            secret=SECRET,
+            silence=SILENCE,
+            ask_timeout=ask_timeout,
+            patience=300,
+            **at[pair.a],
+        )
+    )
+    await halting.ask("until-halted", patience=60)
+    await pair.hosts.cut()
+    await halting.ask("go-on")
+    return arrival, leaving
