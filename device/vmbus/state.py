@@ -6,7 +6,8 @@ then every field's type and range, then whether it fits the device it is to be r
 """
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from struct import Struct
 from typing import Annotated, Any, NamedTuple
 from uuid import UUID
@@ -420,16 +421,24 @@ def _check_chunks(number: int, record: ChannelRecord, is_open: bool) -> None:
             decode_lib(chunk.lib)
 
 
-def restore_device(state: DeviceState, device: Device, providers: list[Provider]) -> Restored:
+def restore_device(
+    state: DeviceState,
+    device: Device,
+    providers: list[Provider],
+    *,
+    files: Mapping[str, Mapping[str, Path]] | None = None,
+    before_start: Callable[[], None] | None = None,
+) -> Restored:
     """Put a checked state into a fresh device whose guest memory is mapped. Nothing runs yet: `Device.thaw` starts it.
 
     Order: registers, bus, GPADLs, rings; then each provider's own state, with which it makes its sub-channels again;
     the sub-channels' rings; then the packets through the restore callbacks, and only when all is there the channels are
     started. Channels with `force_new_channel` are rescinded instead, and their packets dropped; they are offered anew
-    once the guest has released them. Raises StateError; the device is then reset.
+    once the guest has released them. `files`: those of each provider, by its name. `before_start` is called when the
+    packets are back and no channel is started yet. Raises StateError; the device is then reset.
     """
     try:
-        return _restore(state, device, providers)
+        return _restore(state, device, providers, files or {}, before_start or (lambda: None))
     except (PeerError, KmclError, UsageError) as error:
         device.reset()
         raise StateError(f"the state could not be restored: {error}") from error
@@ -438,7 +447,13 @@ def restore_device(state: DeviceState, device: Device, providers: list[Provider]
         raise
 
 
-def _restore(state: DeviceState, device: Device, providers: list[Provider]) -> Restored:
+def _restore(
+    state: DeviceState,
+    device: Device,
+    providers: list[Provider],
+    files: Mapping[str, Mapping[str, Path]],
+    before_start: Callable[[], None],
+) -> Restored:
     bus = device.bus
     bus.restoring = True
     device.synic.restore(
@@ -462,6 +477,7 @@ def _restore(state: DeviceState, device: Device, providers: list[Provider]) -> R
     adoption = _Adoption(state, device)
     adoption.primaries()
     for provider_record, provider in zip(state.providers, providers, strict=True):
+        provider.restore_files(files.get(provider.name, {}))
         provider.restore(provider_record.state)
     adoption.subchannels()
     renewed = adoption.renewed
@@ -489,6 +505,7 @@ def _restore(state: DeviceState, device: Device, providers: list[Provider]) -> R
         raise StateError(
             f"{counts.queued} queued and {counts.sent} sent packets were saved, {queued} and {sent} came back"
         )
+    before_start()
     saved_keys = {(record.instance, record.subchannel) for record in state.channels}
     for channel in device.channels:
         if channel in started:

@@ -50,9 +50,14 @@ class LoopbackServer:
     """
 
     def __init__(
-        self, description: DeviceDescription, library: Library, *, restore: saved.DeviceState | None = None
+        self,
+        description: DeviceDescription,
+        library: Library,
+        *,
+        restore: saved.DeviceState | None = None,
+        files: Path | None = None,
     ) -> None:
-        """Starts it. Raises what the server raises."""
+        """Starts it; arguments as for the server. Raises what the server raises."""
         self._stack = contextlib.ExitStack()
         self.directory = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="vmbus-loopback-")))
         self.socket_path = self.directory / "vfio.sock"
@@ -61,7 +66,7 @@ class LoopbackServer:
         self._loop: asyncio.AbstractEventLoop
         started: concurrent.futures.Future[None] = concurrent.futures.Future()
         self._thread = threading.Thread(
-            target=self._run, args=(description, library, restore, started), name="device-server", daemon=True
+            target=self._run, args=(description, library, restore, files, started), name="device-server", daemon=True
         )
         self._thread.start()
         try:
@@ -76,11 +81,14 @@ class LoopbackServer:
         description: DeviceDescription,
         library: Library,
         restore: saved.DeviceState | None,
+        files: Path | None,
         started: "concurrent.futures.Future[None]",
     ) -> None:
         async def serve() -> None:
             self._loop = asyncio.get_running_loop()
-            self.server = DeviceServer(description, library, self.socket_path, self.control_path, restore=restore)
+            self.server = DeviceServer(
+                description, library, self.socket_path, self.control_path, restore=restore, files=files
+            )
             await self.server.run(lambda: started.set_result(None))
 
         try:
@@ -99,7 +107,7 @@ class LoopbackServer:
 
         return asyncio.run_coroutine_threadsafe(run(), self._loop).result(timeout)
 
-    def command(self, command: str, timeout: float = 30.0, **arguments: Any) -> dict[str, Any]:
+    def command(self, command: str, /, timeout: float = 30.0, **arguments: Any) -> dict[str, Any]:
         """A control command, without the socket in between."""
         work = asyncio.run_coroutine_threadsafe(self.server._command(command, arguments), self._loop)
         try:
@@ -111,11 +119,12 @@ class LoopbackServer:
         """Connect a guest, which is the caller's to close; arguments as for `LoopbackFunction`."""
         return LoopbackFunction(self.socket_path, **arguments)
 
-    def save(self) -> saved.DeviceState:
-        """Pause the server and take its state, through the file as it would be written."""
+    def save(self, files: Path | None = None) -> saved.DeviceState:
+        """Pause the server and take its state, through the file as it would be written; providers' files go into the
+        directory `files`."""
         self.command("pause")
         path = self.directory / f"state-{uuid.uuid4().hex}.bin"
-        self.command("save", path=str(path))
+        self.command("save", path=str(path), files=None if files is None else str(files))
         return saved.decode(path.read_bytes())
 
     def stop(self) -> None:

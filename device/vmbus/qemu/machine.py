@@ -152,13 +152,15 @@ class VirtualMachine:
         vm.phases = phases.seconds
         return vm
 
-    async def _start(self, phases: Phases, *, state: Path | None = None, incoming: bool = False) -> None:
+    async def _start(
+        self, phases: Phases, *, state: Path | None = None, files: Path | None = None, incoming: bool = False
+    ) -> None:
         with phases("server"):
-            await self._start_server(state)
+            await self._start_server(state, files)
         with phases("qemu"):
             await self._start_qemu(incoming)
 
-    async def _start_server(self, state: Path | None) -> None:
+    async def _start_server(self, state: Path | None, files: Path | None = None) -> None:
         file = self.run_directory / "device.json"
         file.write_bytes(self.description.device.to_json())
         arguments = [sys.executable, "-m", "vmbus.server"]
@@ -169,6 +171,8 @@ class VirtualMachine:
             arguments += ["--libvfio-user", str(self.programs.libvfio_user)]
         if state is not None:
             arguments += ["--restore", str(state)]
+        if files is not None:
+            arguments += ["--files", str(files)]
         inherited = os.environ.get("PYTHONPATH")
         self.server = await Child.spawn(
             f"the device server of VM {self.name!r}",
@@ -229,7 +233,7 @@ class VirtualMachine:
         if sabotage.edit_state is not None:
             state = self.run_directory / STATE
             state.write_bytes(sabotage.edit_state(snapshot.state.read_bytes()))
-        await self._start(phases, state=state, incoming=True)
+        await self._start(phases, state=state, files=snapshot.directory, incoming=True)
         assert self.control is not None
         with phases("ram"):
             await self.guard(self._load(snapshot.ram), "QEMU to load the guest's memory", self._stream_timeout)
@@ -380,6 +384,8 @@ class VirtualMachine:
             with phases("seal"):
                 ram = await writer.seal(RAM)
                 state = await writer.seal(STATE)
+                for name in taken.files:
+                    await writer.seal(name)
                 if state.sha256 != taken.state_sha256:
                     raise StateError("the device's state on disk is not what the server wrote: its digest differs")
                 await writer.commit(self._manifest(writer, taken, live=live, server=server | device))
@@ -522,7 +528,7 @@ class _GuardedControl:
         self._vm = vm
         self._control = control
 
-    async def call(self, command: str, timeout: float = CONTROL_TIMEOUT, **arguments: Any) -> dict[str, Any]:
+    async def call(self, command: str, /, timeout: float = CONTROL_TIMEOUT, **arguments: Any) -> dict[str, Any]:
         work = self._control.call(command, timeout=timeout, **arguments)
         try:
             return await self._vm.guard(work, f"the device server's answer to {command!r}", timeout + 1)

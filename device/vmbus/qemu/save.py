@@ -19,7 +19,7 @@ import contextlib
 import time
 from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -29,6 +29,7 @@ from qemu.qmp.events import EventListener
 from vmbus.errors import EnvironmentProblem, StateError, VmbusError
 from vmbus.qemu.qmp import MIGRATION_ENDS, MigrationFailed, file_channel
 from vmbus.qemu.timing import Phases
+from vmbus.snapshot.manifest import FILE_PREFIX
 
 MAGIC = 0x53424D56
 """What a read of the first register of BAR0 gives ("VMBS")."""
@@ -38,6 +39,9 @@ MAX_BANDWIDTH = 8 << 30
 
 LIVE_ATTEMPTS = 3
 """How often a live save starts again when the dirty log could not be kept (the guest unmapped a dirty page)."""
+
+SAVE_TIMEOUT = 600.0
+"""Seconds to wait for the device's state, and the copies of its providers' files, to be on disk."""
 
 PAUSE_TIMEOUT = 30.0
 """Seconds to wait for the device to come to rest; the server gives its providers less than that."""
@@ -54,7 +58,7 @@ class SaveFailed(EnvironmentProblem):
 class Control(Protocol):
     """The device server's control connection (see `vmbus.server.control.ControlClient`)."""
 
-    async def call(self, command: str, timeout: float = ..., **arguments: Any) -> dict[str, Any]: ...
+    async def call(self, command: str, /, timeout: float = ..., **arguments: Any) -> dict[str, Any]: ...
 
 
 class QemuMonitor(Protocol):
@@ -117,6 +121,8 @@ class Captured:
     incoming_held: int
     state_sha256: str
     pci_config: bytes
+    files: dict[str, int] = field(default_factory=dict)
+    """Providers' files that were copied beside the state: name and size in bytes."""
     flushed_pages: int = 0
     flushed_bytes: int = 0
     attempts: int = 1
@@ -261,7 +267,9 @@ class Capture:
         with self._phases("device"):
             await barrier(self._monitor, self._control)
             await self._control.call("pause", timeout=PAUSE_TIMEOUT)
-            saved = await self._control.call("save", timeout=120.0, path=str(self._state))
+            saved = await self._control.call(
+                "save", timeout=SAVE_TIMEOUT, path=str(self._state), files=str(self._state.parent)
+            )
             config = (await self._control.call("pci"))["config"]
         packets = saved.get("packets", {})
         return Captured(
@@ -271,6 +279,7 @@ class Capture:
             incoming_held=int(saved.get("incoming_held", 0)),
             state_sha256=str(saved["sha256"]),
             pci_config=bytes.fromhex(config),
+            files={str(name): int(size) for name, size in saved.get("files", {}).items()},
         )
 
     async def _undo(self) -> None:
@@ -301,7 +310,7 @@ class Capture:
                 await self._monitor.cont()
                 if not await self._monitor.running():
                     raise EnvironmentProblem("QEMU does not run the VM after 'cont'")
-        for path in (self._ram, self._state):
+        for path in (self._ram, self._state, *self._state.parent.glob(f"{FILE_PREFIX}*")):
             path.unlink(missing_ok=True)
         if failures:
             raise failures[0]

@@ -26,11 +26,16 @@ def read_state(path: Path) -> saved.DeviceState:
 
 
 async def _serve(
-    description_path: Path, socket_path: Path, control_path: Path, library: Library, restore: Path | None
+    description_path: Path,
+    socket_path: Path,
+    control_path: Path,
+    library: Library,
+    restore: Path | None,
+    files: Path | None,
 ) -> None:
     description = load_device(description_path)
     state = None if restore is None else read_state(restore)
-    server = DeviceServer(description, library, socket_path, control_path, restore=state)
+    server = DeviceServer(description, library, socket_path, control_path, restore=state, files=files)
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, server.stop)
@@ -48,6 +53,7 @@ async def _serve(
 @click.option("--control", "control_path", type=click.Path(path_type=Path), required=True, help="control socket")
 @click.option("--libvfio-user", "library_path", type=click.Path(path_type=Path), help="libvfio-user.so.0 to load")
 @click.option("--restore", type=click.Path(path_type=Path), help="saved device state to come up from")
+@click.option("--files", type=click.Path(path_type=Path), help="directory with the providers' files that belong to it")
 @click.option("--verbose", is_flag=True, help="log what happens in detail")
 def main(
     description: Path,
@@ -55,6 +61,7 @@ def main(
     control_path: Path,
     library_path: Path | None,
     restore: Path | None,
+    files: Path | None,
     verbose: bool,
 ) -> None:
     """Run one device server until it is told to stop."""
@@ -64,7 +71,7 @@ def main(
     description_path = description
     try:
         library = find_and_load(library_path)
-        asyncio.run(_serve(description_path, socket_path, control_path, library, restore))
+        asyncio.run(_serve(description_path, socket_path, control_path, library, restore, files))
     except VmbusError as error:
         print(f"device server: {error}", file=sys.stderr, flush=True)
         sys.exit(1)

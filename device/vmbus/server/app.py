@@ -36,8 +36,11 @@ from vmbus.kmcl.server import ServerChannel
 from vmbus.kmcl.states import ChannelState
 from vmbus.memory import DirtyLogBroken
 from vmbus.providers import Provider, provider_class
+from vmbus.server.activation import Activation
 from vmbus.server.control import ControlServer
+from vmbus.server.services import ProviderServices, Services
 from vmbus.server.timers import TimerEntry, Timers
+from vmbus.snapshot.files import copy_files, files_of, wanted_files
 from vmbus.vfio_user.context import (
     AddressNotMapped,
     ClientBusy,
@@ -57,6 +60,7 @@ _DRAIN_LIMIT = 10_000
 _FLUSH_TRIES = 100
 _LONGEST_PAUSE = 3600.0  # seconds
 _OFFER_SECONDS = 30.0
+_END_SECONDS = 10.0
 
 
 class Phase(Enum):
@@ -68,10 +72,11 @@ class Phase(Enum):
     RESTORING = "restoring"
 
 
-class ProviderHost:
+class ProviderHost(ProviderServices):
     """What one provider asks of the server: implements `vmbus.providers.Host`, and knows whose channels are whose."""
 
-    def __init__(self, server: "DeviceServer") -> None:
+    def __init__(self, server: "DeviceServer", name: str) -> None:
+        super().__init__(server.services, name)
         self._server = server
         self.channels: list[ServerChannel] = []
         self.clients: list[ClientChannel] = []
@@ -121,8 +126,11 @@ class DeviceServer:
         control_path: Path,
         *,
         restore: saved.DeviceState | None = None,
+        files: Path | None = None,
     ) -> None:
-        """Builds the device and listens. Raises StateError when `restore` is not of such a device (before anything
+        """`files`: the directory with the files that belong to the state.
+
+        Builds the device and listens. Raises StateError when `restore` is not of such a device (before anything
         listens), EnvironmentProblem for sockets and the library, UsageError for a wrong description."""
         self.description = description
         self.library = library
@@ -131,16 +139,19 @@ class DeviceServer:
         self.device = Device(self._interrupt, self._schedule, waiter=self.wait, loopback_schedule=self._schedule)
         self._loop = asyncio.get_running_loop()
         self.timers = Timers(self._loop)
+        self.services = Services(self._loop)
         self._in_transport = False
         # Held while providers come and go, so that no pause falls into it.
         self._changing = asyncio.Lock()
         self._scheduled = False
         self._restore = restore
+        self._files = files
         self._held_at_pause = 0
         self._quiet: asyncio.Future[None] | None = None
         self._ended: asyncio.Future[None] = self._loop.create_future()
         self.providers: list[Provider] = []
         self._hosts: dict[str, ProviderHost] = {}
+        self._activation = Activation(self._hosts)
         for one in description.providers:
             self._add_provider(one, from_snapshot=restore is not None)
         if restore is not None:
@@ -157,14 +168,18 @@ class DeviceServer:
         assert context is not None
         try:
             await self._control.start()
+            if self.phase is Phase.RUNNING:
+                self._activation.activate(self.providers)
             self._loop.add_reader(context.poll_fd(), self._on_transport)
             ready()
             await self._ended
         finally:
             self._loop.remove_reader(context.poll_fd())
             await self._control.close()
+            self.services.finish(_END_SECONDS)
             for provider in self.providers:
                 provider.stop()
+            self.services.close()
             self.timers.close()
             context.close()
             self._context = None
@@ -175,7 +190,7 @@ class DeviceServer:
             self._ended.set_result(None)
 
     def _add_provider(self, one: ProviderDescription, *, from_snapshot: bool = False) -> Provider:
-        host = ProviderHost(self)
+        host = ProviderHost(self, one.name)
         provider = provider_class(one.kind, from_snapshot=from_snapshot)(
             host, one.name, UUID(one.instance), one.options
         )
@@ -184,6 +199,7 @@ class DeviceServer:
         except BaseException:
             host.withdraw()
             provider.stop()
+            host.release()
             raise
         self.providers.append(provider)
         self._hosts[one.name] = host
@@ -236,10 +252,12 @@ class DeviceServer:
             )
         poller = select.poll()
         poller.register(self._context.poll_fd(), select.POLLIN)
+        poller.register(self.services.fileno(), select.POLLIN)
         deadline = time.monotonic() + timeout
         while True:
             self._on_transport()
             self.timers.run_due()
+            self.services.run_ready()
             self._service()
             if condition():
                 return
@@ -380,8 +398,11 @@ class DeviceServer:
         try:
             if channels:
                 await asyncio.wait_for(quiet, seconds)
-            if self.phase is Phase.PAUSING:
-                self.phase = Phase.PAUSED
+            await self.services.idle(started + seconds - time.monotonic())
+            if self.phase is not Phase.PAUSING:
+                raise UsageError("the pause was called off: resume came while it waited")
+            self._activation.deactivate()
+            self.phase = Phase.PAUSED
         except TimeoutError:
             missing = {channel.name: channel.outstanding[:8] for channel in channels if channel.outstanding}
             raise WaitTimeout(f"the owners of channels to complete incoming packets {missing}", seconds) from None
@@ -396,12 +417,25 @@ class DeviceServer:
                 return
         raise EnvironmentProblem("the client sends requests without end; stop the vCPUs before pausing the device")
 
-    async def _save(self, path: str) -> dict[str, Any]:
-        """Write the state into a new file."""
+    async def _save(self, path: str, files: str | None = None) -> dict[str, Any]:
+        """Write the state into a new file, and the providers' files into the directory `files`."""
         self._require(Phase.PAUSED, "save")
-        if not isinstance(path, str):
-            raise UsageError(f"save: the path is a string, not {path!r}")
+        if not isinstance(path, str) or not isinstance(files, str | None):
+            raise UsageError(f"save: path and files are strings, not {path!r} and {files!r}")
         started = time.monotonic()
+        wanted = wanted_files(self.providers)
+        if wanted and files is None:
+            raise UsageError(
+                f"the files {sorted(map(str, wanted.values()))} of providers belong to the device's state, and nothing "
+                "takes them along here; for a live migration, keep them where both hosts reach them and say so in the "
+                "provider's options"
+            )
+        if wanted:
+            assert files is not None
+            sizes = await asyncio.to_thread(copy_files, wanted, Path(files))
+            self._require(Phase.PAUSED, "save")
+        else:
+            sizes = {}
         state = saved.save_device(self.description.name, self.config.snapshot(), self.device, self.providers)
         data = saved.encode(state)
         try:
@@ -421,6 +455,7 @@ class DeviceServer:
         return {
             "bytes": len(data),
             "sha256": hashlib.sha256(data).hexdigest(),
+            "files": sizes,
             "packets": {"queued": counts.queued, "sent": counts.sent},
             "completions_queued": counts.completions,
             "incoming_held": self._held_at_pause,
@@ -460,6 +495,7 @@ class DeviceServer:
         return {}
 
     def _run_on(self) -> None:
+        self._activation.activate(self.providers)
         self.phase = Phase.RUNNING
         for channel in self.device.channels:
             channel.unhold()
@@ -489,7 +525,12 @@ class DeviceServer:
                 raise UsageError(f"offer: {explain(error)}") from error
             one = description.providers[-1]
             try:
-                self._add_provider(one)
+                provider_made = self._add_provider(one)
+                try:
+                    self._activation.activate([provider_made])
+                except BaseException:
+                    self._drop(provider_made)
+                    raise
             except VmbusError:
                 raise
             except Exception as error:
@@ -508,9 +549,7 @@ class DeviceServer:
         self._require(Phase.RUNNING, "rescind")
         async with self._no_changes("rescind", seconds):
             self._require(Phase.RUNNING, "rescind")
-            provider = next((one for one in self.providers if one.name == name), None)
-            if provider is None:
-                raise UsageError(f"there is no provider {name!r}; there are {[one.name for one in self.providers]}")
+            provider = self._provider(name)
             if len(self.providers) == 1:
                 raise UsageError(
                     f"provider {name!r} is the only one, and a device has at least one: offer another first"
@@ -519,16 +558,52 @@ class DeviceServer:
             host = self._hosts[name]
             await self._suspend(host.channels, seconds)
             offers = [offer for offer in self.device.bus.offers if offer.owner in host.channels]
-            host.withdraw()
-            provider.stop()
-            self.providers.remove(provider)
-            del self._hosts[name]
+            try:
+                await self.services.idle(started + seconds - time.monotonic(), host)
+            except WaitTimeout:
+                for channel in host.channels:
+                    channel.unhold()
+                raise
+            self._drop(provider)
             self.description = msgspec.structs.replace(
                 self.description, providers=[one for one in self.description.providers if one.name != name]
             )
             self._schedule()
             released = await self._released(offers, max(0.0, started + seconds - time.monotonic()))
             return {"name": name, "released": released, "seconds": time.monotonic() - started}
+
+    def _drop(self, provider: Provider) -> None:
+        """Withdraw a provider's channels and stop it."""
+        host = self._hosts[provider.name]
+        host.withdraw()
+        self._activation.leave(provider)
+        provider.stop()
+        host.release()
+        self.providers.remove(provider)
+        del self._hosts[provider.name]
+
+    async def _command_provider(
+        self, name: str, command: str, arguments: dict[str, Any] | None = None, seconds: float = 10.0
+    ) -> dict[str, Any]:
+        """A command of a provider's own."""
+        _check_seconds("provider", seconds)
+        self._require(Phase.RUNNING, "provider")
+        provider = self._provider(name)
+        if not isinstance(command, str) or not isinstance(arguments, dict | None):
+            raise UsageError(f"provider: command is a string and arguments an object, not {command!r}, {arguments!r}")
+        answer = provider.command(command, arguments or {})
+        if isinstance(answer, dict):
+            return answer
+        try:
+            return await asyncio.wait_for(asyncio.wrap_future(answer), seconds)
+        except TimeoutError:
+            raise WaitTimeout(f"the answer of provider {name!r} to {command!r}", seconds) from None
+
+    def _provider(self, name: str) -> Provider:
+        for provider in self.providers:
+            if provider.name == name:
+                return provider
+        raise UsageError(f"there is no provider {name!r}; there are {[one.name for one in self.providers]}")
 
     async def _suspend(self, channels: list[ServerChannel], seconds: float) -> None:
         """Suspend channels and wait until their owner has completed what it holds."""
@@ -584,7 +659,13 @@ class DeviceServer:
                 "the PCI function was not put back as it was saved: its configuration space is "
                 f"{self.config.snapshot().hex()}, saved was {self._restore.config.hex()}"
             )
-        restored = saved.restore_device(self._restore, self.device, self.providers)
+        restored = saved.restore_device(
+            self._restore,
+            self.device,
+            self.providers,
+            files={provider.name: files_of(provider, self._files) for provider in self.providers},
+            before_start=lambda: self._activation.activate(self.providers),
+        )
         self._restore = None
         self.phase = Phase.RUNNING
         self.device.thaw()
@@ -618,6 +699,7 @@ _COMMANDS: dict[str, Any] = {
     "resume": DeviceServer._resume,
     "offer": DeviceServer._offer,
     "rescind": DeviceServer._rescind,
+    "provider": DeviceServer._command_provider,
     "restore-finish": DeviceServer._restore_finish,
     "stop": DeviceServer._stop,
 }
