@@ -104,6 +104,7 @@ def kernel_arguments(description: VmDescription) -> str:
         "intel_iommu=on",
         "iommu=pt",
         f"hugepages={description.guest.huge_pages}",
+        *([f"vmbus.services={','.join(description.guest.services)}"] if description.guest.services else []),
         *description.guest.kernel_arguments,
     ]
     return " ".join(words)

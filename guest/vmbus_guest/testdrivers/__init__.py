@@ -48,6 +48,10 @@ CATALOGUE: dict[str, Entry] = {
         "vmbus_guest.testdrivers.mixed",
         "runs several of the others side by side over one connection to the device",
     ),
+    "services": Entry(
+        "vmbus_guest.services.run",
+        "runs the guest's ends of network, disk and integration services until it is stopped",
+    ),
     "function": Entry(
         "vmbus_guest.testdrivers.function",
         "opens the PCI function, reads its registers, maps memory for it, and closes it: no channels",
