@@ -31,7 +31,13 @@ class Entry:
         return found
 
 
-CATALOGUE: dict[str, Entry] = {}
+CATALOGUE: dict[str, Entry] = {
+    "block": Entry(
+        "vmbus_guest.services.block",
+        "BlockService",
+        "makes a disk of the host's a block device of the kernel's: /dev/nbd0",
+    ),
+}
 """By name."""
 
 

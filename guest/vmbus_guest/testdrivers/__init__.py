@@ -52,6 +52,10 @@ CATALOGUE: dict[str, Entry] = {
         "vmbus_guest.services.run",
         "runs the guest's ends of network, disk and integration services until it is stopped",
     ),
+    "disk-writer": Entry(
+        "vmbus_guest.testdrivers.disk_writer",
+        "makes a file system on a block device, writes and syncs, and checks what it holds: no channels",
+    ),
     "function": Entry(
         "vmbus_guest.testdrivers.function",
         "opens the PCI function, reads its registers, maps memory for it, and closes it: no channels",
