@@ -145,6 +145,7 @@ class VmbusDriver:
         self.on_rescind: Callable[[ClientChannel], None] | None = None
         self._waiting: list[ClientChannel] = []
         self._opening = False
+        self._opening_waiting = False
         self._links: dict[int, ClientLink] = {}
         self._ready: dict[Channel, None] = {}
         self._buffers: list[DmaBuffer] = []
@@ -300,18 +301,27 @@ class VmbusDriver:
         return self.bus.find_offer(channel.interface_type, channel.interface_instance, channel.subchannel_index)
 
     def _open_waiting(self) -> None:
-        for channel in list(self._waiting):
-            if channel.state is not ChannelState.CLOSED:
-                self._waiting.remove(channel)
-                continue
-            offer = self._offer_for(channel)
-            if offer is None or offer.relid in self._links:
-                continue
-            self._waiting.remove(channel)
-            try:
-                self._open(channel, offer, DEFAULT_TIMEOUT)
-            except (PeerError, WaitTimeout) as error:
-                self.failures.append(f"channel {channel.name}: {error}")
+        # Opening one pumps; the others have their turn when it is open.
+        self._opening_waiting = True
+        try:
+            for channel in list(self._waiting):
+                if channel.state is not ChannelState.CLOSED:
+                    self._waiting.remove(channel)
+                    continue
+                offer = self._offer_for(channel)
+                if offer is not None and offer.relid not in self._links:
+                    self._waiting.remove(channel)
+                    self._open_one(channel, offer)
+        finally:
+            self._opening_waiting = False
+
+    def _open_one(self, channel: ClientChannel, offer: m.OfferChannel) -> None:
+        try:
+            self._open(channel, offer, DEFAULT_TIMEOUT)
+        except ChannelRescinded:
+            self._waiting.append(channel)  # for the next offer
+        except (PeerError, WaitTimeout) as error:
+            self.failures.append(f"channel {channel.name}: {error}")
 
     def enable(self, channel: ClientChannel, timeout: float = DEFAULT_TIMEOUT) -> None:
         """Wait for the channel's offer, donate its rings and open it; it is active when this returns.
@@ -531,7 +541,7 @@ class VmbusDriver:
             while self._take_message():
                 pass
             self._take_events()
-        if self._waiting:
+        if self._waiting and not self._opening_waiting:
             self._open_waiting()
         ready = self._ready
         if not ready:
