@@ -33,7 +33,7 @@ def run(*words: str) -> Any:
 
 def test_the_commands_are_there() -> None:
     help_text = run("--help").output
-    for command in ("run-vm", "save", "restore", "list", "agent"):
+    for command in ("run-vm", "save", "restore", "list", "agent", "provider"):
         assert command in help_text
         assert run(command, "--help").exit_code == 0
 
@@ -43,6 +43,8 @@ def test_the_commands_are_there() -> None:
     [
         (["save", "/x"], "error: no VM is running; scripts/run-vm starts one\n"),
         (["agent", "list"], "error: no VM is running"),
+        (["provider", "services", "kvp-set", "key"], "error: 'key' is not of the form key=value"),
+        (["provider", "services", "heartbeat"], "error: no VM is running"),
         (["agent", "run"], "error: agent run: name a test driver"),
         (["agent", "wait", "x"], "error: agent wait: give a job number"),
         (["agent", "start", "echo", "count"], "error: 'count' is not of the form key=value"),

@@ -13,6 +13,7 @@ from vmbus.cli.agent import agent
 from vmbus.cli.bench import bench
 from vmbus.cli.demo import demo
 from vmbus.cli.new_provider import new_provider
+from vmbus.cli.provider import provider
 from vmbus.cli.vm import list_vms, restore, run_vm, save
 from vmbus.errors import VmbusError
 
@@ -39,3 +40,4 @@ main.add_command(restore)
 main.add_command(list_vms)
 main.add_command(agent)
 main.add_command(new_provider)
+main.add_command(provider)

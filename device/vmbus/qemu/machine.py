@@ -314,6 +314,25 @@ class VirtualMachine:
             self.agent.request(command, arguments, timeout=timeout), f"the agent's answer to {command!r}", timeout + 1
         )
 
+    async def command_provider(
+        self, provider: str, command: str, arguments: Mapping[str, Any] | None = None, *, timeout: float = 10.0
+    ) -> dict[str, Any]:
+        """A command of a provider's own (see its page in docs/), such as `kvp-get` of the integration services."""
+        # A connection of its own: an answer may take its time, and a save must not wait for it.
+        control = ControlClient(self.paths.control)
+        try:
+            work = control.call(
+                "provider",
+                timeout + 5,
+                name=provider,
+                command=command,
+                arguments=dict(arguments or {}),
+                seconds=timeout,
+            )
+            return await self.guard(work, f"the answer of provider {provider!r} to {command!r}", timeout + 6)
+        finally:
+            control.close()
+
     async def stop(self) -> None:
         """Stops the vCPUs."""
         await self.guard(self.monitor.execute("stop"), "the vCPUs to stop", START_TIMEOUT)

@@ -44,6 +44,13 @@ class _AgentArguments(msgspec.Struct, forbid_unknown_fields=True):
     timeout: float = 30.0
 
 
+class _ProviderArguments(msgspec.Struct, forbid_unknown_fields=True):
+    provider: str
+    command: str
+    arguments: dict[str, Any] = {}
+    seconds: float = 10.0
+
+
 class Supervisor:
     """Serves a VM's socket until the VM ends.
 
@@ -166,9 +173,16 @@ class Supervisor:
                 call = msgspec.convert(request.arguments, _AgentArguments)
                 work = vm.agent.request(call.command, call.arguments, timeout=call.timeout)
                 return await vm.guard(work, f"the agent's answer to {call.command!r}", call.timeout + 1), None
+            case "provider":
+                wish = msgspec.convert(request.arguments, _ProviderArguments)
+                return await vm.command_provider(
+                    wish.provider, wish.command, wish.arguments, timeout=wish.seconds
+                ), None
             case "stop":
                 return {}, "stopped on request"
-        raise UsageError(f"a VM's supervisor has no command {request.command!r}; it has status, save, agent, stop")
+        raise UsageError(
+            f"a VM's supervisor has no command {request.command!r}; it has status, save, agent, provider, stop"
+        )
 
 
 def find_vm(name: str | None) -> str:
