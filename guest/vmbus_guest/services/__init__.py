@@ -32,6 +32,11 @@ class Entry:
 
 
 CATALOGUE: dict[str, Entry] = {
+    "integration": Entry(
+        "vmbus_guest.services.integration",
+        "IntegrationService",
+        "answers heartbeats, sets the clock, powers off on request, exchanges keys and values",
+    ),
     "block": Entry(
         "vmbus_guest.services.block",
         "BlockService",

@@ -56,6 +56,10 @@ CATALOGUE: dict[str, Entry] = {
         "vmbus_guest.testdrivers.disk_writer",
         "makes a file system on a block device, writes and syncs, and checks what it holds: no channels",
     ),
+    "kvp": Entry(
+        "vmbus_guest.testdrivers.kvp",
+        "reads and writes the key-value pools of the guest, as its programs do: no device",
+    ),
     "function": Entry(
         "vmbus_guest.testdrivers.function",
         "opens the PCI function, reads its registers, maps memory for it, and closes it: no channels",
