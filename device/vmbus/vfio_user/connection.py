@@ -23,6 +23,7 @@ from typing import NamedTuple
 
 from vmbus.errors import EnvironmentProblem
 from vmbus.vfio_user import bindings
+from vmbus.vfio_user.protocol import Command
 
 HEADER = struct.Struct("<HHIII")
 """Message id, command, size in bytes with this header, flags, errno."""
@@ -46,11 +47,19 @@ class Waiting(enum.Enum):
 
 
 class Look(NamedTuple):
-    """What `look` saw: the state of the next message, its size in bytes, and how many complete ones are known of."""
+    """What `look` saw: the state of the next message, its size in bytes, and how many complete ones are known of.
+
+    `watched`: the next message's command, if it is one of WATCHED; else 0, and none of `messages` is.
+    """
 
     waiting: Waiting
     size: int = 0
     messages: int = 0
+    watched: int = 0
+
+
+WATCHED = frozenset({Command.DMA_UNMAP})
+"""Commands that are looked into before the library gets them."""
 
 
 _PEEK_SIZE = 2048
@@ -70,21 +79,27 @@ def look(client: socket.socket) -> Look:
     if not available:
         return _CLOSED
     # Posted writes come in crowds: one look counts all that are complete.
-    start = messages = first = 0
+    start = messages = first = watched = 0
     while available - start >= HEADER.size:
-        _, _, size, flags, _ = HEADER.unpack_from(content, start)
+        _, command, size, flags, _ = HEADER.unpack_from(content, start)
         # Replies are read by the library while it waits for them; one that comes on its own is not a request.
         if not HEADER.size <= size <= bindings.MAX_MESSAGE or flags & _TYPE_MASK:
             return Look(Waiting.COMPLETE, first, messages) if messages else Look(Waiting.BROKEN, size)
+        if command in WATCHED:
+            if messages:
+                break
+            watched = command
         first = first or size
         if start + size > available:
             break
         start += size
         messages += 1
+        if watched:
+            break
     if not messages and first and bytes_waiting(client) >= first:
         messages = 1  # longer than our look, or cut short by descriptors that came along
     if messages:
-        return Look(Waiting.COMPLETE, first, messages)
+        return Look(Waiting.COMPLETE, first, messages, watched)
     return _CLOSED if _hung_up(client) else Look(Waiting.PARTIAL)
 
 
