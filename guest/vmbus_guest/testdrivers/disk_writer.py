@@ -38,7 +38,7 @@ from vmbus_guest.testdrivers.context import Context
 MOUNT_POINT = "/run/disk-writer"
 RECORD = 4096
 STRIDE = 7919  # a prime, so that with any number of slots below it all get their turn
-PER_FILE = 64
+PER_FILE = 256
 _HEAD = struct.Struct("<8sQQ")
 _MAGIC = b"written!"
 _TOOL_SECONDS = 120.0
