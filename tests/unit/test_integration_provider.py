@@ -18,6 +18,7 @@ from vmbus.errors import UsageError
 from vmbus.kmcl.pipe import frame
 from vmbus.providers.integration import IntegrationProvider
 from vmbus.providers.integration.exchange import QUEUE
+from vmbus.providers.integration.provider import TIME_VERSIONS, IntegrationOptions
 from vmbus.testkit import ContractViolation, ProviderTest, every_step
 from vmbus.wire import ic
 from vmbus.wire.ic import MessageType
@@ -387,3 +388,34 @@ def test_options_are_checked() -> None:
     ):
         with pytest.raises(UsageError, match=message):
             ProviderTest(Provider, options=options)
+
+
+# ---- docs/provider-integration.md ------------------------------------------------------------------------------------
+
+PAGE = (Path(__file__).resolve().parents[2] / "docs" / "provider-integration.md").read_text()
+
+
+def rows(heading: str) -> list[list[str]]:
+    """The cells of the first table below a heading."""
+    table = PAGE.partition(f"\n{heading}\n")[2].partition("| --- |")[2].partition("\n\n")[0]
+    return [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in table.splitlines()[1:]]
+
+
+def test_the_page_has_the_options() -> None:
+    assert [row[0].strip("`") for row in rows("## Options")] == list(IntegrationOptions.__struct_fields__)
+    plain = IntegrationOptions()
+    defaults = {row[0].strip("`"): row[1] for row in rows("## Options")}
+    for name in ("heartbeat_seconds", "time_seconds", "answer_seconds"):
+        assert float(defaults[name]) == getattr(plain, name)
+
+
+def test_the_page_has_the_commands_and_versions() -> None:
+    with ProviderTest(Provider) as kit, pytest.raises(UsageError) as error:
+        kit.command("?")
+    known = str(error.value).partition("it has ")[2].split(", ")
+    assert [row[0].strip("`") for row in rows("## Commands")] == known
+    for service in ic.SERVICES:
+        versions = TIME_VERSIONS if service is ic.TIME else service.versions
+        name = "key-value" if service is ic.KVP else service.name
+        assert f"{name} {', '.join(map(str, versions))}" in PAGE.replace("\n", " "), service.name
+    assert f"at most {QUEUE} wait" in PAGE
