@@ -210,6 +210,26 @@ def test_a_pause_waits_for_work_and_is_bounded(libvfio_user: Library, tmp_path: 
         guest.close()
 
 
+def test_sabotage_a_pause_that_does_not_wait_gives_files_up_under_work(
+    libvfio_user: Library, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def at_once(*_: object) -> None:
+        pass
+
+    path = tmp_path / "data"
+    path.write_bytes(b"content")
+    with LoopbackServer(description(path), libvfio_user) as server:
+        guest = Guest(server)
+        provider = provider_of(server)
+        assert guest.request(b"orphan") == b"orphan"
+        monkeypatch.setattr(server.server.services, "idle", at_once)
+        server.command("pause")
+        assert provider.calls[-1] == "deactivate" and "orphan done" not in provider.calls
+        provider.go.set()
+        server.command("resume")
+        guest.close()
+
+
 def test_a_resume_calls_a_pause_off_that_waits_for_work(libvfio_user: Library, tmp_path: Path) -> None:
     path = tmp_path / "data"
     path.write_bytes(b"content")

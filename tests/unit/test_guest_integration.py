@@ -112,6 +112,16 @@ def test_requests_before_versions_are_agreed_on_and_of_other_services(tmp_path: 
     assert guest.fake.ends == []
 
 
+def test_a_clock_that_is_right_is_left_alone(tmp_path: Path) -> None:
+    guest = make_service(tmp_path)
+    guest._versions["time"] = (ic.Version(3, 0), ic.Version(3, 0))
+    for seconds, flag in ((1_000_000.2, 1), (999_999.8, 1), (1_000_000.4, 2), (1_000_000.3, 1)):
+        body = ic.time_sync(ic.TimeSync(seconds, flag), ic.Version(3, 0))
+        assert guest._answer(ic.TIME, ic.Message(ic.MessageType.TIME, body)).status == ic.IcStatus.OK
+    assert guest.fake.sets == [1_000_000.3]
+    assert (guest.done["syncs"], guest.done["samples"]) == (3, 1)
+
+
 def test_the_time_of_a_foolish_host_is_refused(tmp_path: Path) -> None:
     guest = make_service(tmp_path)
     guest._versions["time"] = (ic.Version(3, 0), ic.Version(3, 0))

@@ -207,6 +207,21 @@ def test_the_time_is_right_wherever_a_save_is(directory: Path) -> None:
             script(kit)
 
 
+def test_sabotage_without_the_request_in_the_state_its_answer_is_stray(directory: Path) -> None:
+    with ProviderTest(Provider, options={"services": ["heartbeat"]}) as kit:
+        guest = KitGuest(kit, directory, "heartbeat")
+        guest.silent = True
+        kit.advance(2.5)
+        kit.save_and_restore()
+        exchange = kit.provider.parts["heartbeat"].exchange  # type: ignore[attr-defined]
+        assert exchange._under_way.kind == MessageType.HEARTBEAT
+        exchange._under_way = None
+        guest.answer()
+        kit.run()
+        heartbeat = kit.command("heartbeat")
+        assert (heartbeat["stray"], heartbeat["beats"], heartbeat["alive"]) == (1, 0, False)
+
+
 def test_answers_that_do_not_come_are_given_up(directory: Path) -> None:
     with ProviderTest(Provider, options={"answer_seconds": 3}) as kit:
         guest = KitGuest(kit, directory, "kvp")

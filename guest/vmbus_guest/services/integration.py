@@ -7,6 +7,7 @@ Parameters, besides the common ones of `Workload`:
 
     directory    where the key-value pools are
     set_clock    whether the clock is set when the host tells the time
+    least_step   seconds by which it must be wrong for that: a message may be under way for longer than a clock is wrong
 """
 
 from __future__ import annotations
@@ -54,6 +55,7 @@ class IntegrationService(Service):
         self._pages_out = parameters.get("ring_pages_out", RING_PAGES)
         directory = parameters.get("directory", DIRECTORY)
         self._set_clock = parameters.get("set_clock", True)
+        self._least_step = parameters.get("least_step", 0.25, minimum=0)
         self.system = self.make_system()
         self.store = Store(directory, self.system.facts)
         self._versions: dict[str, tuple[ic.Version, ic.Version]] = {}
@@ -145,7 +147,7 @@ class IntegrationService(Service):
             self.done["samples"] += 1
             return message.reply()
         self.done["syncs"] += 1
-        if self._set_clock:
+        if self._set_clock and abs(self.last_offset) >= self._least_step:
             try:
                 self.system.set_clock(sync.seconds)
             except (OSError, OverflowError, ValueError):  # a time that this system does not know
