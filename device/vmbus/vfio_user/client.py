@@ -255,7 +255,7 @@ class VfioUserClient:
                     return
                 try:
                     self.serve()
-                except (VmbusError, OSError):
+                except (VmbusError, OSError, ValueError):  # the last one: closed meanwhile, a descriptor of -1
                     return  # the connection is gone: the next request will say so
 
         thread = threading.Thread(target=loop, name="vfio-user client", daemon=True)
