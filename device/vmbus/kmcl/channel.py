@@ -298,6 +298,8 @@ class Channel(Settings):
         """Let go of the rings, and of every incoming packet that was not completed."""
         link, self._link = self._link, None
         self._generation += 1
+        for completion in self._outstanding:
+            completion.orphan()
         self._outstanding.clear()
         self._deferred.clear()
         if link is not None:

@@ -2,7 +2,9 @@
 
 import errno
 import logging
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
@@ -37,6 +39,9 @@ log = logging.getLogger(__name__)
 
 MAXIMUM_DATA = 1 << 20
 MAXIMUM_RANGE = 64 << 20
+PATIENCE = 2.0
+"""Seconds that a reset of the device, or the guest that takes its memory back, waits for operations under way."""
+
 FILE = "disk"
 """The image's name among the files of a snapshot."""
 
@@ -96,6 +101,7 @@ class BlockProvider(Provider):
         self._copy: Path | None = None
         self._restored: _State | None = None
         self._resting = False
+        self._under_way = UnderWay()
         self.channel = ServerChannel(BLOCK_TYPE, instance, name=name)
 
     # ---- life ----------------------------------------------------------------------------------------------------
@@ -190,8 +196,13 @@ class BlockProvider(Provider):
 
     def _closed(self, _: Channel) -> None:
         self._features = None
-        if self.core is not None:
-            self.core.forget()
+        if self.core is None:
+            return
+        self.core.forget()
+        # The guest is about to use its memory for something else. What is taken back cannot be reached any more in any
+        # case; but after a mere reset it can, and a write whose memory is gone in the middle would write zeroes.
+        if not self._under_way.wait(PATIENCE):
+            log.error("disk %s: after %g s there still run %s", self.name, PATIENCE, self.core.running)
 
     def _started(self, _: Channel) -> None:
         self._resting = False
@@ -202,7 +213,7 @@ class BlockProvider(Provider):
 
     def _settle(self) -> None:
         """At rest: when the last request has ended, bring everything to stable storage."""
-        if self._resting and self.core is not None and self.core.only_flushes:
+        if self._resting and self.core is not None and self.core.only_flushes and self._backend is not None:
             self._carry_out(Outcome([], self.core.flush()))
 
     def _process(self, _: Channel, completion: Completion, payload: bytes) -> None:
@@ -265,7 +276,7 @@ class BlockProvider(Provider):
         for job in outcome.jobs:
             assert backend is not None
             views = job.tokens[0].views if job.tokens else ()
-            self.host.run_blocking(partial(perform, backend, job, views), partial(self._done, job))
+            self.host.run_blocking(partial(perform, self._under_way, backend, job, views), partial(self._done, job))
         for token, status in outcome.answers:
             token.completion.complete(pack_status(status))
 
@@ -359,20 +370,49 @@ class BlockProvider(Provider):
         }
 
 
-def perform(backend: Backend, job: Job, views: Sequence[memoryview]) -> None:
+class UnderWay:
+    """Counts operations that touch guest memory at this moment, on whatever threads."""
+
+    def __init__(self) -> None:
+        self._count = 0
+        self._condition = threading.Condition()
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        """One more for as long as the block runs."""
+        with self._condition:
+            self._count += 1
+        try:
+            yield
+        finally:
+            with self._condition:
+                self._count -= 1
+                if not self._count:
+                    self._condition.notify_all()
+
+    def wait(self, seconds: float) -> bool:
+        """Block until there are none; returns whether that is so within `seconds`."""
+        with self._condition:
+            return self._condition.wait_for(lambda: not self._count, seconds)
+
+
+def perform(under_way: UnderWay, backend: Backend, job: Job, views: Sequence[memoryview]) -> None:
     """Do a job, on a thread. Touches nothing but the back-end, the job's own fields, and the guest's memory in `views`.
 
     Raises OSError.
     """
-    if job.state is JobState.ORPHANED:
-        return  # the guest that wanted it is gone, and it has not begun
-    if job.op == Op.READ:
-        backend.read(job.offset, views)
-    elif job.op == Op.WRITE:
-        backend.write(job.offset, views, durable=job.durable)
-    elif job.op == Op.FLUSH:
+    if job.op == Op.FLUSH:
         backend.flush()
     elif job.op == Op.DISCARD:
         backend.discard(job.offset, job.length)
-    else:
+    elif job.op == Op.WRITE_ZEROES:
         backend.write_zeroes(job.offset, job.length, may_unmap=job.may_unmap, durable=job.durable)
+    else:
+        with under_way():
+            # Looked at inside: whoever makes orphans waits for all that did not see it.
+            if job.state is JobState.ORPHANED:
+                return
+            if job.op == Op.READ:
+                backend.read(job.offset, views)
+            else:
+                backend.write(job.offset, views, durable=job.durable)
