@@ -339,11 +339,16 @@ class BlockService(Service):
             request.error = errno.ENOMEM
             self._reply(request)
             return True
-        done = sum(piece.length for piece in request.pieces)
+        done = 0
         while done < request.length:
             length = min(self._longest_piece, request.length - done)
             start = self._extents.take(-(-length // PAGE_SIZE) * PAGE_SIZE)
             if start is None:
+                # All or nothing: what it held could be just what keeps the rest from being in one piece.
+                for piece in request.pieces:
+                    self._release(piece)
+                request.pieces.clear()
+                request.left = 0
                 self._starved = request
                 self._stop_reading()
                 return False
