@@ -5,4 +5,5 @@ processes       server processes to measure, CPU time of other processes
 host            host-only transactions: the real server and library, the guest's side in this process
 save_restore    a server with packets in flight, saved and restored
 guest           the same driver in a Linux guest, against virtio-serial
+block           the block device of a Linux guest, against QEMU's virtio-blk
 """

@@ -30,6 +30,8 @@ class Programs:
     kernel: Path
     initramfs: Path
     libvfio_user: Path | None = None
+    extra: tuple[str, ...] = ()
+    """Arguments added to QEMU's own: for measurements against its devices. They are in no snapshot."""
 
 
 def programs_from(provisioned: Provisioned) -> Programs:
@@ -174,6 +176,7 @@ def qemu_arguments(
         *("-initrd", str(programs.initramfs)),
         *("-append", kernel_arguments(description)),
     ]
+    arguments += programs.extra
     if incoming:
         arguments += ["-S", "-incoming", "defer"]
     return arguments

@@ -60,6 +60,10 @@ CATALOGUE: dict[str, Entry] = {
         "vmbus_guest.testdrivers.kvp",
         "reads and writes the key-value pools of the guest, as its programs do: no device",
     ),
+    "disk-speed": Entry(
+        "vmbus_guest.testdrivers.disk_speed",
+        "reads or writes a block device past the page cache and counts: no channels",
+    ),
     "function": Entry(
         "vmbus_guest.testdrivers.function",
         "opens the PCI function, reads its registers, maps memory for it, and closes it: no channels",

@@ -173,8 +173,8 @@ class _Files:
             os.close(fd)
 
 
-def _wait_for(device: str, seconds: float) -> None:
-    """Until the device is there, with a size."""
+def wait_for_device(device: str, seconds: float) -> None:
+    """Return when the device is there, with a size. Raises WaitTimeout."""
     name = os.path.basename(device)
     deadline = time.monotonic() + seconds
     while True:
@@ -214,7 +214,7 @@ def run(context: Context) -> dict[str, Any]:
     context.parameters.check()
     if mode not in ("write", "check"):
         raise UsageError(f"parameter 'mode' is 'write' or 'check', not '{mode}'")
-    _wait_for(device, appear)
+    wait_for_device(device, appear)
     if mode == "write" and make:
         run_tool("mke2fs", "-q", "-F", "-t", "ext4", device)
     os.makedirs(MOUNT_POINT, exist_ok=True)
