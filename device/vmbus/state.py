@@ -7,7 +7,8 @@ then every field's type and range, then whether it fits the device it is to be r
 
 import hashlib
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from struct import Struct
 from typing import Annotated, Any, NamedTuple
 from uuid import UUID
@@ -497,17 +498,25 @@ def _check_chunks(number: int, record: ChannelRecord, is_open: bool) -> None:
             decode_lib(chunk.lib)
 
 
-def restore_device(state: DeviceState, device: Device, providers: list[Provider]) -> Restored:
+def restore_device(
+    state: DeviceState,
+    device: Device,
+    providers: list[Provider],
+    *,
+    files: Mapping[str, Mapping[str, Path]] | None = None,
+    before_start: Callable[[], None] | None = None,
+) -> Restored:
     """Put a checked state into a fresh device whose guest memory is mapped. Nothing runs yet: `Device.thaw` starts it.
 
     Order: registers, bus, GPADLs, rings; then each provider's own state, with which it makes its sub-channels again;
     the sub-channels' rings; then the packets through the restore callbacks, and only when all is there the channels are
     started. Channels with `force_new_channel` are rescinded instead, and their packets dropped; they are offered anew
     once the guest has released them. When the guest's driver was dead at the save (`_driver_gone`), the device comes
-    back without a connection, and all packets are dropped. Raises StateError; the device is then reset.
+    back without a connection, and all packets are dropped. `files`: those of each provider, by its name. `before_start`
+    is called when the packets are back and no channel is started yet. Raises StateError; the device is then reset.
     """
     try:
-        return _restore(state, device, providers)
+        return _restore(state, device, providers, files or {}, before_start or (lambda: None))
     except (PeerError, KmclError, UsageError) as error:
         device.reset()
         raise StateError(f"the state could not be restored: {error}") from error
@@ -543,7 +552,13 @@ def _without_driver(state: DeviceState) -> DeviceState:
     return msgspec.structs.replace(state, synic=synic, bus=bus)
 
 
-def _restore(state: DeviceState, device: Device, providers: list[Provider]) -> Restored:
+def _restore(
+    state: DeviceState,
+    device: Device,
+    providers: list[Provider],
+    files: Mapping[str, Mapping[str, Path]],
+    before_start: Callable[[], None],
+) -> Restored:
     bus = device.bus
     bus.restoring = True
     gone = _driver_gone(state, device)
@@ -574,6 +589,7 @@ def _restore(state: DeviceState, device: Device, providers: list[Provider]) -> R
         adoption.renewed.update((record.instance, record.subchannel) for record in state.channels)
     adoption.primaries()
     for provider_record, provider in zip(state.providers, providers, strict=True):
+        provider.restore_files(files.get(provider.name, {}))
         provider.restore(provider_record.state)
     adoption.subchannels()
     renewed = adoption.renewed
@@ -605,6 +621,7 @@ def _restore(state: DeviceState, device: Device, providers: list[Provider]) -> R
         )
     if device.recorder is not None:
         device.recorder.restored(device.channels)
+    before_start()
     saved_keys = {(record.instance, record.subchannel) for record in state.channels}
     for channel in device.channels:
         if channel.state is ChannelState.DISABLED:

@@ -15,6 +15,9 @@ Rules that make it survive a VM's save and restore, where the host's end of the 
 * All buffers are bounded. While the host does not read, events are dropped first, then answers (ask again).
 
 Every test driver runs in a process of its own, so that one can be killed in mid-traffic; its death is reported.
+
+The services that the kernel's command line asks for are such a job, too. It is started with the agent, and started
+again when it ends without having been stopped or killed by the host.
 """
 
 # Imports are kept few, os instead of pathlib and subprocess: each costs boot time in an emulated guest.
@@ -31,6 +34,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 
+from vmbus_guest.services import wanted_services
 from vmbus_guest.testdrivers import CATALOGUE
 
 TYPE_CHECKING = False  # without `typing`, which costs a tenth of a second under TCG
@@ -55,6 +59,9 @@ LONGEST_WAIT = 3600.0
 """Seconds."""
 KILL_PATIENCE = 10.0
 """Seconds that a killed process gets to be gone."""
+
+RESTART_DELAYS = (1.0, 30.0)
+"""Seconds until services that died are started again, the first time and at most; it doubles each time."""
 
 _READ = 64 << 10
 
@@ -91,6 +98,7 @@ class Job:
         self.error: dict[str, str] | None = None
         self.status: int | None = None  # as of waitpid
         self.kill_requested = False
+        self.stop_requested = False
         self._line = bytearray()
         self._tail = bytearray()
 
@@ -242,6 +250,7 @@ class Agent:
         descriptor: int,
         *,
         poweroff: Callable[[], None],
+        services: Iterable[str] = (),
         runner: tuple[str, ...] = (sys.executable, "-S", "-m", "vmbus_guest.testdrivers"),
         audit: str | None = None,
     ) -> None:
@@ -256,6 +265,10 @@ class Agent:
         self._open: set[int | str] = set()  # ids that are still being worked on
         self._waits: list[tuple[float, int, int | str]] = []  # deadline, job, id of the request
         self._running = True
+        self._services = list(services)
+        self._services_job: Job | None = None
+        self._services_delay = RESTART_DELAYS[0]
+        self._services_due = 0.0 if self._services else None
         self._epoll = select.epoll()
         self._by_descriptor: dict[int, Job] = {}
         self._epoll.register(descriptor, select.EPOLLIN | select.EPOLLOUT | select.EPOLLET)
@@ -280,6 +293,7 @@ class Agent:
         """Work until the host asks for poweroff; then call the function given for it."""
         self._greet()
         while self._running:
+            self._start_services()
             for descriptor, events in self._epoll.poll(self._timeout()):
                 if descriptor == self._port.descriptor:
                     self._port_events(events)
@@ -393,6 +407,7 @@ class Agent:
 
     def _stop(self, identity: int | str, arguments: dict[str, Any]) -> dict[str, Any]:
         job = self._job(arguments)
+        job.stop_requested = True
         self._signal(job, signal.SIGTERM)
         return job.report()
 
@@ -534,6 +549,21 @@ class Agent:
             del self._jobs[number]
         return job
 
+    def _start_services(self) -> None:
+        """Start the services if that is due."""
+        if self._services_due is None or time.monotonic() < self._services_due:
+            return
+        self._services_due = None
+        try:
+            self._services_job = self._launch({"driver": "services", "parameters": {"services": self._services}})
+        except RequestError as error:
+            self._services_ended(str(error))
+
+    def _services_ended(self, why: str) -> None:
+        print(f"agent: the services ended ({why}); next try in {self._services_delay:g} s", file=sys.stderr)
+        self._services_due = time.monotonic() + self._services_delay
+        self._services_delay = min(2 * self._services_delay, RESTART_DELAYS[1])
+
     def _signal(self, job: Job, number: signal.Signals) -> None:
         if job.state == "running":
             signal.pidfd_send_signal(job.pidfd, number)
@@ -549,6 +579,10 @@ class Agent:
                 self._drop(other)
             job.end(status)
             self._port.send({"event": "finished", "job": job.number, "state": job.state}, event=True)
+            if job is self._services_job:
+                self._services_job = None
+                if not (job.stop_requested or job.kill_requested):
+                    self._services_ended((job.error or {}).get("message", job.state))
             for wait in [wait for wait in self._waits if wait[1] == job.number]:
                 self._waits.remove(wait)
                 self._answer(wait[2], {"result": job.report()})
@@ -589,9 +623,10 @@ class Agent:
             self._answer(identity, {"result": job.report()})
 
     def _timeout(self) -> float | None:
-        if not self._waits:
-            return None
-        return max(0.0, min(deadline for deadline, _, _ in self._waits) - time.monotonic())
+        due = [deadline for deadline, _, _ in self._waits]
+        if self._services_due is not None:
+            due.append(self._services_due)
+        return max(0.0, min(due) - time.monotonic()) if due else None
 
     def _expire(self) -> None:
         now = time.monotonic()
@@ -644,9 +679,10 @@ def main() -> None:
         descriptor = os.open(find_port(), os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
     except (OSError, TimeoutError) as error:
         sys.exit(f"agent: {error}")
-    with open("/proc/cmdline", encoding="utf-8") as file:
-        audit = AUDIT_DIRECTORY if AUDIT_WORD in file.read().split() else None
-    Agent(descriptor, poweroff=poweroff, audit=audit).serve()
+    with open("/proc/cmdline", encoding="ascii", errors="replace") as file:
+        command_line = file.read()
+    audit = AUDIT_DIRECTORY if AUDIT_WORD in command_line.split() else None
+    Agent(descriptor, poweroff=poweroff, services=wanted_services(command_line), audit=audit).serve()
 
 
 if __name__ == "__main__":

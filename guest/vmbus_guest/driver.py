@@ -34,6 +34,7 @@ from vmbus.synic import (
     PostStatus,
     Register,
 )
+from vmbus.watches import Watches
 from vmbus.wire import messages as m
 from vmbus.wire.gpa import PAGE_SIZE, range_for
 from vmbus_guest.pci import DmaBuffer, PciFunction
@@ -152,9 +153,11 @@ class VmbusDriver:
         self.on_rescind: Callable[[ClientChannel], None] | None = None
         self._waiting: list[ClientChannel] = []
         self._opening = False
+        self._opening_waiting = False
         self._links: dict[int, ClientLink] = {}
         self._ready: dict[Channel, None] = {}
         self._buffers: list[DmaBuffer] = []
+        self._watches: Watches | None = None
         if function.read32(Register.MAGIC) != MAGIC:
             raise EnvironmentProblem(f"BAR0 reads {function.read32(Register.MAGIC):#x}: this is not a VMBus function")
         abi = function.read32(Register.ABI_VERSION)
@@ -260,6 +263,9 @@ class VmbusDriver:
                 view.release()
             for buffer in list(self._buffers):
                 self.free(buffer)
+            if self._watches is not None:
+                self._watches.close()
+                self._watches = None
             self.function.close()
 
     # ---- channels --------------------------------------------------------------------------------------------------
@@ -304,18 +310,27 @@ class VmbusDriver:
         return self.bus.find_offer(channel.interface_type, channel.interface_instance, channel.subchannel_index)
 
     def _open_waiting(self) -> None:
-        for channel in list(self._waiting):
-            if channel.state is not ChannelState.CLOSED:
-                self._waiting.remove(channel)
-                continue
-            offer = self._offer_for(channel)
-            if offer is None or offer.relid in self._links:
-                continue
-            self._waiting.remove(channel)
-            try:
-                self._open(channel, offer, DEFAULT_TIMEOUT)
-            except (PeerError, WaitTimeout) as error:
-                self.failures.append(f"channel {channel.name}: {error}")
+        # Opening one pumps; the others have their turn when it is open.
+        self._opening_waiting = True
+        try:
+            for channel in list(self._waiting):
+                if channel.state is not ChannelState.CLOSED:
+                    self._waiting.remove(channel)
+                    continue
+                offer = self._offer_for(channel)
+                if offer is not None and offer.relid not in self._links:
+                    self._waiting.remove(channel)
+                    self._open_one(channel, offer)
+        finally:
+            self._opening_waiting = False
+
+    def _open_one(self, channel: ClientChannel, offer: m.OfferChannel) -> None:
+        try:
+            self._open(channel, offer, DEFAULT_TIMEOUT)
+        except ChannelRescinded:
+            self._waiting.append(channel)  # for the next offer
+        except (PeerError, WaitTimeout) as error:
+            self.failures.append(f"channel {channel.name}: {error}")
 
     def enable(self, channel: ClientChannel, timeout: float = DEFAULT_TIMEOUT) -> None:
         """Wait for the channel's offer, donate its rings and open it; it is active when this returns.
@@ -458,6 +473,37 @@ class VmbusDriver:
         if link is not None and self.on_rescind is not None:
             self.on_rescind(link.channel)
 
+    # ---- other descriptors ---------------------------------------------------------------------------------------
+
+    def watch(self, fd: int, call: Callable[[], None]) -> None:
+        """Have `call` made in a step whenever `fd` is readable, or hung up (level-triggered).
+
+        `step` returns when it is, as it does for an interrupt. `fd` is non-blocking; `unwatch` it before closing it.
+        Raises UsageError for a descriptor that cannot be watched.
+        """
+        self._watched().add_reader(fd, call)
+
+    def watch_writable(self, fd: int, call: Callable[[], None]) -> None:
+        """As `watch`, whenever `fd` can be written to."""
+        self._watched().add_writer(fd, call)
+
+    def unwatch(self, fd: int) -> None:
+        """End `watch`. Harmless without one."""
+        if self._watches is not None:
+            self._watches.remove_reader(fd)
+
+    def unwatch_writable(self, fd: int) -> None:
+        """End `watch_writable`. Harmless without one."""
+        if self._watches is not None:
+            self._watches.remove_writer(fd)
+
+    def _watched(self) -> Watches:
+        if self._watches is None:
+            self._watches = Watches()
+            # So that one wait serves all; `step` drains it.
+            self._watches.add_reader(self.function.interrupt_fd, lambda: None)
+        return self._watches
+
     # ---- the pump --------------------------------------------------------------------------------------------------
 
     def wake(self, channel: Channel) -> None:
@@ -488,22 +534,27 @@ class VmbusDriver:
         full_fence()
 
     def step(self, timeout: float) -> bool:
-        """Do what is to be done now; with nothing to do, wait up to `timeout` seconds for an interrupt.
+        """Do what is to be done now; with nothing to do, wait up to `timeout` seconds for an interrupt or a watched
+        descriptor.
 
         Returns whether there was anything.
         """
         if self._ready:
+            timeout = 0.0
+        called = False
+        if self._watches is not None:
+            called = self._watches.poll(timeout)
             timeout = 0.0
         interrupted = self.function.wait_interrupt(timeout)
         if interrupted:
             while self._take_message():
                 pass
             self._take_events()
-        if self._waiting:
+        if self._waiting and not self._opening_waiting:
             self._open_waiting()
         ready = self._ready
         if not ready:
-            return interrupted
+            return interrupted or called
         self._ready = {}
         for channel in ready:
             if channel.process():

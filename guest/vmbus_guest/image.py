@@ -1,10 +1,11 @@
-"""Build the guest's initial file system: Debian's busybox, Python and kernel modules, and our packages.
+"""Build the guest's initial file system: Debian's busybox, Python, ext4 tools and kernel modules, and our packages.
 
 Runs on the host, needs no root rights and no cpio program. The image is two newc archives in one file, uncompressed
 (unpacking under an emulated CPU costs more than reading):
 
-* the *base*: busybox with its applets, Python with a pruned, precompiled standard library, the shared libraries they
-  need, the kernel modules. It changes only when one of the Debian packages or this module changes.
+* the *base*: busybox with its applets, Python with a pruned, precompiled standard library, mke2fs and e2fsck, the
+  shared libraries they need, the kernel modules. It changes only when one of the Debian packages or this module
+  changes.
 * *ours*: the guest's part of `vmbus`, `vmbus_guest`, and the tree `rootfs/` beside this module (whose `init` the kernel
   starts). Files of `rootfs/` replace those of the base. It is written again whenever a source file changes.
 
@@ -73,6 +74,9 @@ UNUSED_PYTHON = (
 """Patterns for what is left out of Python's standard library: a path relative to it, or any of its parents.
 
 `_hashlib` needs 8 MB of OpenSSL; hashlib has its own implementations of everything that is used here."""
+
+TOOLS = ("usr/sbin/mke2fs", "usr/sbin/e2fsck", "etc/mke2fs.conf")
+"""Taken from Debian's e2fsprogs; busybox cannot make or check an ext4 file system."""
 
 COMPILE_TIMEOUT = 300.0
 KEPT_IMAGES = 8
@@ -181,6 +185,8 @@ def _base(userland: Root, kernel: Kernel, cache: Cache, reporter: Reporter) -> P
             *_skeleton(),
             *_busybox(userland),
             *_python(userland, Path(scratch)),
+            *_tools(userland),
+            *_libraries(userland),
             *_modules(kernel),
         ]
         data = newc.write(entries)
@@ -213,13 +219,14 @@ def _busybox(userland: Root) -> Iterator[newc.Entry]:
         folder, _, name = path.rpartition("/")
         if name and name != "busybox" and not path.startswith("linuxrc"):
             place = "usr/sbin" if folder.endswith("sbin") else "usr/bin"
+            if f"{place}/{name}" in TOOLS:
+                continue  # the real one, which knows more
             yield newc.symlink(f"{place}/{name}", "/usr/bin/busybox")
 
 
 def _python(userland: Root, scratch: Path) -> Iterator[newc.Entry]:
     library = userland.path / "usr/lib" / PYTHON
     jobs: list[tuple[str, str, str]] = []
-    objects: list[Path] = [userland.path / "usr/bin" / PYTHON]
     compiled: list[tuple[str, Path]] = []
     for path in sorted(library.rglob("*")):
         relative = path.relative_to(library)
@@ -233,18 +240,35 @@ def _python(userland: Root, scratch: Path) -> Iterator[newc.Entry]:
                 target = scratch / name
                 jobs.append((str(path), str(target), f"/usr/lib/{PYTHON}/{relative}"))
                 compiled.append((f"usr/lib/{PYTHON}/{name}", target))
-        elif path.suffix == ".so" and not _unused(str(relative)):
-            objects.append(path)
     _compile(userland, jobs, optimize=2)  # documentation strings are a fifth of the library
     for name, target in compiled:
         yield newc.file(name, target.read_bytes())
-    for path in objects:
+    for path in _python_objects(userland):
         yield newc.file(str(path.relative_to(userland.path)), path.read_bytes(), 0o755)
     yield newc.symlink("usr/bin/python3", PYTHON)
     yield newc.symlink("usr/bin/python", PYTHON)
+
+
+def _python_objects(userland: Root) -> list[Path]:
+    """Python and the extension modules that are kept."""
+    library = userland.path / "usr/lib" / PYTHON
+    modules = [path for path in sorted(library.rglob("*.so")) if path.is_file() and not path.is_symlink()]
+    return [
+        userland.path / "usr/bin" / PYTHON,
+        *(path for path in modules if not _unused(str(path.relative_to(library)))),
+    ]
+
+
+def _tools(userland: Root) -> Iterator[newc.Entry]:
+    for name in TOOLS:
+        yield newc.file(name, (userland.path / name).read_bytes(), 0o644 if name.startswith("etc/") else 0o755)
+
+
+def _libraries(userland: Root) -> Iterator[newc.Entry]:
     loader = userland.libraries / "ld-linux-x86-64.so.2"
     yield newc.file("usr/lib64/ld-linux-x86-64.so.2", loader.read_bytes(), 0o755)
-    for name, path in sorted(_shared_libraries(userland, objects).items()):
+    tools = [userland.path / name for name in TOOLS if not name.startswith("etc/")]
+    for name, path in sorted(_shared_libraries(userland, [*_python_objects(userland), *tools]).items()):
         yield newc.file(f"usr/lib/x86_64-linux-gnu/{name}", path.read_bytes(), 0o755)
 
 

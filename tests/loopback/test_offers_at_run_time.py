@@ -192,9 +192,9 @@ def test_bad_rescinds(server: LoopbackServer) -> None:
     with pytest.raises(UsageError, match="0 to 3600 seconds"):
         server.command("rescind", name="echo", seconds=-1)
     server.command("pause")
-    for command in ({"command": "rescind", "name": "echo"}, {"command": "offer", "provider": NEW}):
+    for command, arguments in (("rescind", {"name": "echo"}), ("offer", {"provider": NEW})):
         with pytest.raises(UsageError, match="needs a server that is running; this one is paused"):
-            server.command(**command)  # type: ignore[arg-type]
+            server.command(command, **arguments)
 
 
 def test_a_provider_that_does_not_let_go_stays(server: LoopbackServer, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -177,6 +177,43 @@ def test_stale_views_reach_nothing(server: ServerThread, memory: int, how: str) 
     assert bytes(stale[3 * PAGE : 3 * PAGE + 5]) == bytes(5)
 
 
+def test_a_range_with_several_regions_is_taken_back_at_once(
+    server: ServerThread, client: VfioUserClient, memory: int
+) -> None:
+    """As QEMU does with all that a guest's driver had mapped, when the driver is gone."""
+    for number in range(4):
+        client.dma_map(BASE + number * 2 * PAGE, PAGE, memory, number * PAGE)
+    server.device.events.clear()
+    for start, size, gone in (
+        (0xFEF0_0000, BASE + 5 * PAGE - 0xFEF0_0000, [0, 1, 2]),
+        (0, 1 << 63, [3]),
+        (BASE, PAGE, []),
+    ):
+        if gone:
+            client.dma_unmap(start, size)
+        else:
+            with pytest.raises(RemoteError):  # nothing is there any more
+                client.dma_unmap(start, size)
+        unmapped = [call for call in server.device.events if call[0] == "unmap"]
+        assert unmapped == [("unmap", BASE + number * 2 * PAGE, PAGE) for number in gone]
+        server.device.events.clear()
+    assert server.context.dma_regions == []
+    # The same addresses, other memory: the library has let go of them as well.
+    client.dma_map(BASE, PAGE, memory, 9 * PAGE)
+    device_writes(client, BASE, b"new")
+    assert os.pread(memory, 3, 9 * PAGE) == b"new" and os.pread(memory, 3, 0) == bytes(3)
+
+
+def test_regions_that_lie_only_partly_in_a_range_stay(
+    server: ServerThread, client: VfioUserClient, memory: int
+) -> None:
+    for number in range(3):
+        client.dma_map(BASE + number * 2 * PAGE, 2 * PAGE, memory, number * 2 * PAGE)
+    client.dma_unmap(BASE + PAGE, 4 * PAGE)
+    assert [iova for iova, _, _ in server.context.dma_regions] == [BASE, BASE + 4 * PAGE]
+    device_writes(client, BASE, b"still there")
+
+
 def test_mapping_again_after_unmapping_gives_live_memory(
     server: ServerThread, client: VfioUserClient, memory: int
 ) -> None:

@@ -33,7 +33,7 @@ def run(*words: str) -> Any:
 
 def test_the_commands_are_there() -> None:
     help_text = run("--help").output
-    for command in ("run-vm", "save", "restore", "checkpoint", "revert", "list", "agent"):
+    for command in ("run-vm", "save", "restore", "checkpoint", "revert", "list", "agent", "provider"):
         assert command in help_text
         assert run(command, "--help").exit_code == 0
 
@@ -51,6 +51,8 @@ def test_the_commands_are_there() -> None:
         (["checkpoint", "--delete"], "error: give [NAME] TAG"),
         (["revert", "now"], "error: no VM is running"),
         (["revert"], "error: give [NAME] TAG"),
+        (["provider", "services", "kvp-set", "key"], "error: 'key' is not of the form key=value"),
+        (["provider", "services", "heartbeat"], "error: no VM is running"),
         (["agent", "run"], "error: agent run: name a test driver"),
         (["agent", "wait", "x"], "error: agent wait: give a job number"),
         (["agent", "start", "echo", "count"], "error: 'count' is not of the form key=value"),

@@ -147,6 +147,25 @@ def test_a_packet_without_completion_is_done_once_it_is_in_the_ring(pair, vsp, g
     assert vsp.answers == [(0, Status.SUCCESS, b"")]
 
 
+def test_the_guest_may_repeat_a_transaction_id(pair, vsp, guest) -> None:
+    pair.open()
+    for number in (77, 77, 0, (1 << 64) - 1):
+        pair.client.allocate_packet().send(b"answer..", wait_for_completion=False, transaction=number)
+    pair.client.allocate_packet().send(b"its own.", wait_for_completion=False)
+    pair.run()
+    taken = [completion.transaction for completion, _ in vsp.incoming]
+    assert taken == [77, 77, 0, (1 << 64) - 1, 1], "ids of its own go on as if there had been no others"
+    for end, arguments in (
+        (pair.client, {"wait_for_completion": True, "transaction": 7}),
+        (pair.client, {"wait_for_completion": False, "transaction": 1 << 64}),
+        (pair.server, {"wait_for_completion": False, "transaction": 7}),
+    ):
+        with pytest.raises(KmclError, match="only the guest's end may choose it"):
+            end.allocate_packet().send(b"wrong...", **arguments)
+    for completion, _ in vsp.incoming:
+        completion.complete()
+
+
 def test_a_full_ring_queues_and_order_is_kept(pair, vsp, guest) -> None:
     pair.open()
     for _ in range(500):

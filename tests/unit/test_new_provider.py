@@ -20,6 +20,7 @@ from vmbus.providers import PROVIDERS, provider_class
 from vmbus.providers.loading import ALLOW_VARIABLE, PATH_VARIABLE
 from vmbus.qemu.description import load_description
 from vmbus.server.life import Life
+from vmbus.server.services import Services
 from vmbus.server.timers import Timers
 from vmbus.testkit import ProviderTest
 
@@ -208,7 +209,7 @@ def test_the_server_knows_a_restore_from_a_start(modules: Path) -> None:
     loop = asyncio.new_event_loop()
 
     def build(*, from_snapshot: bool, trusted: tuple[str, ...] = ()) -> Life:
-        life = Life(description, Device(lambda: None, lambda: None), Timers(loop))
+        life = Life(description, Device(lambda: None, lambda: None), Timers(loop), Services(loop))
         life.build(from_snapshot=from_snapshot, trusted=trusted)
         return life
 

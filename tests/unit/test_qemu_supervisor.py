@@ -50,6 +50,11 @@ class DummyVm:
     async def _request(self, command: str, arguments: dict[str, Any], *, timeout: float) -> dict[str, Any]:
         return {"command": command, "arguments": arguments}
 
+    async def command_provider(
+        self, provider: str, command: str, arguments: dict[str, Any], *, timeout: float
+    ) -> dict[str, Any]:
+        return {"provider": provider, "command": command, "arguments": arguments, "timeout": timeout}
+
     async def guard(self, work: Awaitable[Any], what: str, timeout: float) -> Any:
         return await work
 
@@ -121,6 +126,9 @@ def test_status_and_agent_requests() -> None:
             assert (await ask("demo", "status", timeout=10))["qemu"] == "11.1.3"
             found = await ask("demo", "agent", {"command": "echo", "arguments": {"data": 1}}, timeout=10)
             assert found == {"command": "echo", "arguments": {"data": 1}}
+            wish = {"provider": "services", "command": "kvp-get", "arguments": {"key": "a"}, "seconds": 3.0}
+            found = await ask("demo", "provider", wish, timeout=10)
+            assert found == {"provider": "services", "command": "kvp-get", "arguments": {"key": "a"}, "timeout": 3.0}
 
     asyncio.run(body())
 

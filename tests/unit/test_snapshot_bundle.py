@@ -299,7 +299,7 @@ def test_names_in_the_manifest_lead_nowhere(snapshot: Path) -> None:
 
     rewrite_unchecked = encode_manifest(escape(decode_manifest((snapshot / MANIFEST).read_bytes(), "x")))
     (snapshot / MANIFEST).write_bytes(rewrite_unchecked)
-    with pytest.raises(StateError, match="a snapshot has exactly"):
+    with pytest.raises(StateError, match="a snapshot has"):
         load(snapshot)
 
 

@@ -651,6 +651,21 @@ def test_the_page_fills_memory(page: dict[str, Any]) -> None:
         assert int.from_bytes(status[:4], "little") == Status.DATA_ERROR
 
 
+def test_the_page_reads_a_file(page: dict[str, Any], tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    path.write_bytes(b"-" * 100 + b"the end!")
+
+    def script(kit: ProviderTest) -> object:
+        guest = kit.open()
+        return guest.request(b"1"), guest.request(b"2")
+
+    assert every_step(script, page["Tail"], options={"path": str(path)}) > 3
+    with ProviderTest(page["Tail"], options={"path": str(path)}) as kit:
+        assert kit.open().request(b"x") == b"-" * 56 + b"the end!"
+        with pytest.raises(BlockingIOError):  # the file is one provider's at a time
+            ProviderTest(page["Tail"], options={"path": str(path)})
+
+
 def test_the_pages_alarm_refuses_damage_and_wrong_options(page: dict[str, Any]) -> None:
     with ProviderTest(page["Alarm"]) as kit:
         kit.check_refuses(b"short")

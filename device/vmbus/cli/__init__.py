@@ -16,6 +16,7 @@ from vmbus.cli.checkpoint import checkpoint, revert
 from vmbus.cli.demo import demo
 from vmbus.cli.migrate import migrate
 from vmbus.cli.new_provider import new_provider
+from vmbus.cli.provider import provider
 from vmbus.cli.vm import list_vms, restore, run_vm, save
 from vmbus.errors import VmbusError
 
@@ -46,3 +47,4 @@ main.add_command(list_vms)
 main.add_command(agent)
 main.add_command(audit)
 main.add_command(new_provider)
+main.add_command(provider)

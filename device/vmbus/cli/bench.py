@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from vmbus_bench.figures import Part, Report
 
 _MEASUREMENTS = Path(__file__).resolve().parents[3] / "bench"
-PARTS = ("guest", "host", "save-restore", "downtime", "audit")
+PARTS = ("guest", "host", "save-restore", "block", "downtime", "audit")
 
 
 @click.command()
@@ -82,7 +82,7 @@ def bench(json_file: Path | None, quick: bool, names: tuple[str, ...]) -> None:
 
 
 def _measure(name: str, provisioned: Provisioned, quick: bool, steps: Steps) -> Part:
-    from vmbus_bench import audit, downtime, guest, host, save_restore
+    from vmbus_bench import audit, block, downtime, guest, host, save_restore
 
     if name == "host":
         return host.measure(provisioned.libvfio_user, quick=quick, step=steps)
@@ -90,6 +90,9 @@ def _measure(name: str, provisioned: Provisioned, quick: bool, steps: Steps) -> 
         return audit.measure(provisioned.libvfio_user, quick=quick, step=steps)
     if name == "save-restore":
         return save_restore.measure(provisioned.libvfio_user, quick=quick, step=steps)
+    if name == "block":
+        disk = load_description(CONFIGURATIONS / "disk.toml")
+        return run(block.measure(disk, programs_from(provisioned), quick=quick, step=steps))
     description = load_description(CONFIGURATIONS / "echo.toml")
     if name == "downtime":
         return run(downtime.measure(description, programs_from(provisioned), quick=quick, step=steps))

@@ -313,6 +313,8 @@ class Channel(Settings):
         self._end_trace()
         link, self._link = self._link, None
         self._generation += 1
+        for completion in self._outstanding:
+            completion.orphan()
         self._outstanding.clear()
         self._deferred.clear()
         self._blocked_on_quota = False
@@ -403,10 +405,17 @@ class Channel(Settings):
                 self._guarded(self._flush)
 
     def send_packet(
-        self, packet: Packet, payload: bytes, external: Sequence[GpaRange] | None, wait_for_completion: bool
+        self,
+        packet: Packet,
+        payload: bytes,
+        external: Sequence[GpaRange] | None,
+        wait_for_completion: bool,
+        transaction: int | None = None,
     ) -> None:
         """`Packet.send` does this."""
         self._prepare(packet, payload, external, wait_for_completion)
+        if transaction is not None:
+            self._take_transaction(packet, transaction)
         self.counters["sent"] += 1
         if self.state is _ACTIVE and not self._queue and self._put(packet):
             return
@@ -481,6 +490,19 @@ class Channel(Settings):
         packet.offset8 = offset8
         packet.flags = FLAG_COMPLETION_REQUESTED if wait_for_completion else 0
         packet.body = body
+
+    def _take_transaction(self, packet: Packet, transaction: int) -> None:
+        """Give a prepared packet the id that its owner wants instead of the next one of ours."""
+        self._next_transaction -= 1
+        # A server's packets are saved under their ids, and those that wait for a completion are found by them.
+        if packet.flags or not self.can_describe_memory or not 0 <= transaction < 1 << 64:
+            packet.body = b""
+            raise self._refuse(
+                f"transaction {transaction} for a packet: only the guest's end may choose it, 0 to 2^64 - 1, and only "
+                "where no completion is waited for",
+                Status.INVALID_PARAMETER,
+            )
+        packet.transaction = transaction
 
     def send_synchronous_request(
         self,

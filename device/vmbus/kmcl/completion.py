@@ -85,6 +85,11 @@ class Completion:
             self._grant.release()
         self.channel.complete_incoming(self, self._generation, reply)
 
+    def orphan(self) -> None:
+        """For the channel: it is closed by force, and nobody will complete this packet. Its memory is given back."""
+        if self._grant is not None:
+            self._grant.release()
+
     def defer_to_passive(self) -> None:
         """Have this packet handed over once more, where blocking calls are possible (VmbChannelPacketDeferToPassive).
 

@@ -79,6 +79,7 @@ class Packet:
         external: Sequence[tuple[int, int]] | None = None,
         external_ranges: Sequence[GpaRange] | None = None,
         wait_for_completion: bool = True,
+        transaction: int | None = None,
     ) -> None:
         """Send `payload` (VmbPacketSend); queued on the channel, in order, when the ring is full or paused.
 
@@ -88,6 +89,8 @@ class Packet:
                 (VmbPacketSendWithExternalMdl); client endpoint only, needs `wait_for_completion`.
             external_ranges: the same as ranges of pages (VmbPacketSendWithExternalPfns); one or the other.
             wait_for_completion: ask the other end for a completion packet (WAIT_FOR_COMPLETION).
+            transaction: the id on the wire, for protocols whose answers are packets that repeat the request's id;
+                client endpoint only, without `wait_for_completion`.
 
         Raises ChannelStateError when the packet is in use or freed, or the channel is not open; KmclError
         (INVALID_PARAMETER) when the payload is too long.
@@ -110,7 +113,7 @@ class Packet:
                     Status.INVALID_PARAMETER,
                 )
             external_ranges = [range_for(address, length) for address, length in external]
-        self.channel.send_packet(self, payload, external_ranges, wait_for_completion)
+        self.channel.send_packet(self, payload, external_ranges, wait_for_completion, transaction)
 
     def free(self) -> None:
         """Give the packet up (VmbPacketFree). Raises ChannelStateError while it is queued or sent."""

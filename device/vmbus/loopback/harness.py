@@ -56,9 +56,10 @@ class LoopbackServer:
         *,
         restore: saved.DeviceState | None = None,
         awaiting: bool = False,
+        files: Path | None = None,
         audit: Path | None = None,
     ) -> None:
-        """Starts it. Raises what the server raises."""
+        """Starts it; arguments as for the server. Raises what the server raises."""
         self._stack = contextlib.ExitStack()
         self.directory = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="vmbus-loopback-")))
         self.socket_path = self.directory / "vfio.sock"
@@ -68,7 +69,7 @@ class LoopbackServer:
         started: concurrent.futures.Future[None] = concurrent.futures.Future()
         self._thread = threading.Thread(
             target=self._run,
-            args=(description, library, restore, awaiting, audit, started),
+            args=(description, library, restore, awaiting, files, audit, started),
             name="device-server",
             daemon=True,
         )
@@ -86,6 +87,7 @@ class LoopbackServer:
         library: Library,
         restore: saved.DeviceState | None,
         awaiting: bool,
+        files: Path | None,
         audit: Path | None,
         started: "concurrent.futures.Future[None]",
     ) -> None:
@@ -98,6 +100,7 @@ class LoopbackServer:
                 self.control_path,
                 restore=restore,
                 awaiting=awaiting,
+                files=files,
                 audit=audit,
             )
             await self.server.run(lambda: started.set_result(None))
@@ -118,7 +121,7 @@ class LoopbackServer:
 
         return asyncio.run_coroutine_threadsafe(run(), self._loop).result(timeout)
 
-    def command(self, command: str, timeout: float = 30.0, **arguments: Any) -> dict[str, Any]:
+    def command(self, command: str, /, timeout: float = 30.0, **arguments: Any) -> dict[str, Any]:
         """A control command, without the socket in between."""
         work = asyncio.run_coroutine_threadsafe(self.server._command(command, arguments), self._loop)
         try:
@@ -130,11 +133,12 @@ class LoopbackServer:
         """Connect a guest, which is the caller's to close; arguments as for `LoopbackFunction`."""
         return LoopbackFunction(self.socket_path, **arguments)
 
-    def save(self) -> saved.DeviceState:
-        """Pause the server and take its state, through the file as it would be written."""
+    def save(self, files: Path | None = None) -> saved.DeviceState:
+        """Pause the server and take its state, through the file as it would be written; providers' files go into the
+        directory `files`."""
         self.command("pause")
         path = self.directory / f"state-{uuid.uuid4().hex}.bin"
-        self.command("save", path=str(path))
+        self.command("save", path=str(path), files=None if files is None else str(files))
         return saved.decode(path.read_bytes())
 
     def stop(self) -> None:

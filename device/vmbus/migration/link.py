@@ -38,6 +38,7 @@ class Link:
         self.failure: asyncio.Future[VmbusError] = asyncio.get_running_loop().create_future()
         """Done when the link is of no use any more: `LinkLost`, or `PeerFailed`."""
         self._silence = silence
+        self._called_off = False
         self._waiting: deque[Message] = deque()
         self._changed = asyncio.Event()
         self._room = asyncio.Event()
@@ -104,6 +105,13 @@ class Link:
             async with asyncio.timeout(timeout):
                 await self.send(Failed(reason=short(error)))
 
+    async def call_off(self, error: object, timeout: float) -> None:
+        """Tells the other side that we give up, and waits at most `timeout` seconds for its word that it has ended
+        everything, or for the end of the link. Never raises, and interrupts no `watch`."""
+        self._called_off = True
+        await self.tell_failure(error)
+        await asyncio.wait({self.failure}, timeout=timeout)
+
     @overload
     async def expect(self, first: type[A], /, *, timeout: float, what: str) -> A: ...
     @overload
@@ -143,6 +151,8 @@ class Link:
 
         def strike(_: object) -> None:
             nonlocal struck
+            if self._called_off:
+                return
             struck = True
             task.cancel("the link failed")
 

@@ -68,6 +68,8 @@ RUNNING_TIMEOUT = 30.0
 """Seconds from Go to Running before the destination is asked over a new connection."""
 ASK_TIMEOUT = 60.0
 """Seconds for which a silent destination is asked what became of the VM."""
+CALL_OFF_TIMEOUT = 5.0
+"""Seconds for a destination that is told to give up to end everything; the VM stands still meanwhile."""
 ASK_INTERVAL = 0.5
 _ASK_ONCE = 5.0
 
@@ -142,6 +144,7 @@ class _Stream:
         self._link = link
         self._prepared: Prepared | None = first
         self.state = source.vm.folder / STATE_FILE
+        self.files = None
         self.sent_at = 0.0
 
     async def begin(self) -> list[dict[str, object]]:
@@ -290,8 +293,13 @@ class Source:
                 async with self._capture.taken() as captured:
                     self._captured = captured
                     self.ownership.move(SourceStage.HANDING_OVER)
-                    await self._until_restored(link, captured)
-                    await self._at(Moment.BEFORE_GO)
+                    try:
+                        await self._until_restored(link, captured)
+                        await self._at(Moment.BEFORE_GO)
+                    except BaseException as error:
+                        # Its providers may own their outside resources by now, and ours are about to take them back.
+                        await uninterrupted(link.call_off(str(error) or "it was interrupted", CALL_OFF_TIMEOUT))
+                        raise
                     # The decision. Nothing is awaited from here to Go, and nothing is undone any more.
                     self._capture.hand_over()
                     self.ownership.move(SourceStage.DECIDED)

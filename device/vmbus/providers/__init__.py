@@ -1,20 +1,25 @@
 """Providers (VSPs): what a device does with its channels.
 
 base.py        what every provider has, and what it may ask of its host
+block/         a disk in a raw file
 echo.py        answers each request with a transform of it
+integration/   heartbeat, time, shutdown, key-value exchange
 burst.py       the host sends, as fast as the guest takes it
 ddi_sample.py  burst once more, written against `vmbus.kmcl.ddi` alone
 loading.py     finds a provider by its kind, also in the modules of authors
 """
 
 from vmbus.providers.base import Host, Provider
+from vmbus.providers.block import BlockProvider
 from vmbus.providers.burst import BurstProvider
 from vmbus.providers.ddi_sample import DdiBurstProvider
 from vmbus.providers.echo import EchoProvider
+from vmbus.providers.integration import IntegrationProvider
 from vmbus.providers.loading import find_provider
 
 PROVIDERS: dict[str, type[Provider]] = {
-    provider.kind: provider for provider in (EchoProvider, BurstProvider, DdiBurstProvider)
+    provider.kind: provider
+    for provider in (EchoProvider, BurstProvider, DdiBurstProvider, BlockProvider, IntegrationProvider)
 }
 
 

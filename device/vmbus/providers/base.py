@@ -2,7 +2,9 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, Protocol
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any, ClassVar, Protocol, TypeVar
 from uuid import UUID
 
 import msgspec
@@ -11,6 +13,8 @@ from vmbus.description import explain
 from vmbus.errors import StateError, UsageError
 from vmbus.kmcl.client import ClientChannel
 from vmbus.kmcl.server import ServerChannel
+
+Result = TypeVar("Result")
 
 
 class Timer(Protocol):
@@ -34,6 +38,32 @@ class Host(Protocol):
 
     def call_later(self, seconds: float, call: Callable[[], None]) -> Timer:
         """Call from the event loop after `seconds`."""
+
+    def add_reader(self, fd: int, call: Callable[[], None]) -> None:
+        """Call from the event loop whenever `fd` is readable, or hung up, as long as the provider is active.
+
+        Level-triggered: again and again until everything was read. `fd` is non-blocking, and removed before it is
+        closed. A call that raises is logged and removed. Raises UsageError for a descriptor that cannot be watched.
+        """
+
+    def remove_reader(self, fd: int) -> bool:
+        """End that. Returns whether there was a call."""
+
+    def add_writer(self, fd: int, call: Callable[[], None]) -> None:
+        """As `add_reader`, whenever `fd` can be written to."""
+
+    def remove_writer(self, fd: int) -> bool:
+        """End that. Returns whether there was a call."""
+
+    def run_blocking(
+        self, work: Callable[[], Result], done: Callable[[Result | None, BaseException | None], None]
+    ) -> None:
+        """Do `work` on another thread, a few at a time, then call `done(result, error)` from the event loop.
+
+        Calls of `done` may come in another order than that of the work. `work` touches nothing but what it was given:
+        views of granted memory among it, which stay harmless when the guest takes the memory back. A pause waits until
+        all work has ended. Work that was not begun when the provider is stopped is dropped.
+        """
 
 
 class NoOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -63,19 +93,60 @@ class Provider(ABC):
 
     @abstractmethod
     def start(self) -> None:
-        """Allocate the channels, enable and start them. Called once, also before a restore."""
+        """Allocate the channels, enable and start them. Called once, also before a restore.
+
+        Takes nothing that another host may still own: see `activate`.
+        """
+
+    def activate(self) -> None:  # noqa: B027 - optional to override
+        """The device begins to run: take what only one host may own at a time (files, locks, interfaces).
+
+        Called at power-on, when the device goes on after a pause, and in a restore once the packets are back; always
+        before a `started` callback. May block for a moment: the guest stands still. Raising fails what is going on.
+        """
+
+    def deactivate(self) -> None:  # noqa: B027 - optional to override
+        """The device has come to rest, and may go on somewhere else: give up what `activate` took.
+
+        No incoming packet is held and no work is under way. Flush what others shall find. May block for a moment.
+        """
 
     def stop(self) -> None:  # noqa: B027 - optional to override
-        """The server is ending: give up timers and files."""
+        """The server is ending: give up timers, files and all that `activate` took."""
 
     def save(self) -> bytes:
-        """The provider's own state, beside that of its packets; all its channels are paused."""
+        """The provider's own state, beside that of its packets; all its channels are paused.
+
+        Raising fails the save; the device runs on.
+        """
         return b""
 
     def restore(self, state: bytes) -> None:
         """`save`'s bytes again, before any packet is restored. Raise StateError to refuse them."""
         if state:
             raise StateError(f"provider {self.name!r} ({self.kind}) has no state, but {len(state)} bytes were saved")
+
+    def files(self) -> dict[str, Path]:
+        """Files outside of the state that a snapshot has to contain, by a name of your own (a-z, 0-9, `_`, `-`).
+
+        Asked for while the provider is inactive. They are copied into the snapshot's directory. A live migration
+        copies no files, and is refused while there are some: a provider whose files both hosts share returns none.
+        """
+        return {}
+
+    def restore_files(self, files: Mapping[str, Path]) -> None:  # noqa: B027 - optional to override
+        """Where the copies of `files` are, by their names; called before `restore`. Raise StateError to refuse them.
+
+        Without a snapshot's directory (a live migration) there are none. They belong to the snapshot: copy them, in
+        `activate`, and write to the copy.
+        """
+
+    def command(self, name: str, arguments: Mapping[str, Any]) -> "dict[str, Any] | Future[dict[str, Any]]":
+        """A command from a tool, while the device runs. Returns the answer (plain data), or a future that gets it.
+
+        Raises UsageError for what it does not know.
+        """
+        raise UsageError(f"provider {self.name!r} ({self.kind}) has no commands")
 
     def status(self) -> dict[str, Any]:
         """Counters and state for tools, as plain data."""

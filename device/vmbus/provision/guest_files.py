@@ -1,4 +1,5 @@
-"""What the guest runs that is not ours: Debian's cloud kernel with some of its modules, busybox and Python.
+"""What the guest runs that is not ours: Debian's cloud kernel with some of its modules, busybox, Python and the tools
+for ext4 file systems.
 
 The kernel package is large and most of it is of no use here, so only the image and the wanted modules (with whatever
 they depend on) are unpacked from it, decompressed: the guest's loader is then as simple as can be.
@@ -29,6 +30,8 @@ MODULES = (
     "vfio-pci-core",
     "vfio-pci",
     "nbd",
+    "ext4",
+    "crc32c_generic",  # ext4 asks for it by name only when it is used
     "tun",
     "veth",
     "virtio_blk",
@@ -39,7 +42,7 @@ MODULES = (
 USERLAND_RECIPE = RootRecipe(
     name="guest",
     suites=(SUITE,),
-    packages=("busybox-static", "python3.13-minimal", "libpython3.13-minimal", "libpython3.13-stdlib"),
+    packages=("busybox-static", "python3.13-minimal", "libpython3.13-minimal", "libpython3.13-stdlib", "e2fsprogs"),
 )
 
 PYTHON = "python3.13"
@@ -95,8 +98,8 @@ def find_kernel(cache: Cache | None = None, reporter: Reporter | None = None, ap
 
 
 def find_userland(cache: Cache | None = None, reporter: Reporter | None = None, apt: Apt | None = None) -> Root:
-    """Return the root with busybox and Python, fetched (with `apt` for the suite, if given) if need be. The caller
-    holds the cache's lock.
+    """Return the root with busybox, Python and e2fsprogs, fetched (with `apt` for the suite, if given) if need be. The
+    caller holds the cache's lock.
 
     Raises EnvironmentProblem, AptError, WaitTimeout.
     """

@@ -30,6 +30,8 @@ class Programs:
     kernel: Path
     initramfs: Path
     libvfio_user: Path | None = None
+    extra: tuple[str, ...] = ()
+    """Arguments added to QEMU's own: for measurements against its devices. They are in no snapshot."""
 
 
 def programs_from(provisioned: Provisioned) -> Programs:
@@ -109,6 +111,7 @@ def kernel_arguments(description: VmDescription, *, audit: bool = False) -> str:
         "iommu=pt",
         f"hugepages={description.guest.huge_pages}",
         *([AUDIT_WORD] if audit else []),
+        *([f"vmbus.services={','.join(description.guest.services)}"] if description.guest.services else []),
         *description.guest.kernel_arguments,
     ]
     return " ".join(words)
@@ -179,6 +182,7 @@ def qemu_arguments(
         *("-initrd", str(programs.initramfs)),
         *("-append", kernel_arguments(description, audit=audit)),
     ]
+    arguments += programs.extra
     if incoming:
         arguments += ["-S", "-incoming", "defer"]
     return arguments

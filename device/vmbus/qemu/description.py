@@ -24,6 +24,10 @@ class GuestDescription(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         list[Annotated[str, msgspec.Meta(pattern=r"^[!-~]+$")]], msgspec.Meta(max_length=32)
     ] = []
     """Words added to the guest kernel's command line."""
+    services: Annotated[
+        list[Annotated[str, msgspec.Meta(pattern=r"^[a-z][a-z0-9-]{0,31}$")]], msgspec.Meta(max_length=16)
+    ] = []
+    """The guest's services that are started at boot, such as ``integration``: see `vmbus_guest.services`."""
 
 
 class VmDescription(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

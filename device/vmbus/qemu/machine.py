@@ -268,14 +268,19 @@ class VirtualMachine:
         with phases("qemu"):
             await self._start_qemu(incoming=True)
 
-    async def _start(self, phases: Phases, *, state: Path | None = None, incoming: bool = False) -> None:
+    async def _start(
+        self, phases: Phases, *, state: Path | None = None, files: Path | None = None, incoming: bool = False
+    ) -> None:
         with phases("server"):
-            await self._start_server(state)
+            await self._start_server(state, files)
         with phases("qemu"):
             await self._start_qemu(incoming)
 
-    async def _start_server(self, state: Path | None = None, *, awaiting: bool = False) -> None:
-        """From power-on, from a `state`, or `awaiting` one that the command `load` brings."""
+    async def _start_server(
+        self, state: Path | None = None, files: Path | None = None, *, awaiting: bool = False
+    ) -> None:
+        """From power-on, from a `state` (`files`: the directory with its providers' files), or `awaiting` one that the
+        command `load` brings."""
         file = self.run_directory / "device.json"
         try:
             file.write_bytes(self.description.device.to_json())
@@ -289,6 +294,8 @@ class VirtualMachine:
             arguments += ["--libvfio-user", str(self.programs.libvfio_user)]
         if state is not None:
             arguments += ["--restore", str(state)]
+        if files is not None:
+            arguments += ["--files", str(files)]
         if awaiting:
             arguments.append("--await-state")
         if self.audit is not None:
@@ -362,7 +369,7 @@ class VirtualMachine:
         if in_stream:
             await self.start_incoming(phases)
         else:
-            await self._start(phases, state=state, incoming=True)
+            await self._start(phases, state=state, files=snapshot.directory, incoming=True)
         assert self.control is not None
         await self.guard(
             require_same(self.control, in_stream=in_stream, what=f"the snapshot {snapshot.directory}"),
@@ -500,6 +507,25 @@ class VirtualMachine:
         if self.audit is None and directory is None:
             raise UsageError(f"VM {self.name!r} keeps no audit records: start it with an audit directory")
         return await collect(self, directory or cast(Path, self.audit))
+
+    async def command_provider(
+        self, provider: str, command: str, arguments: Mapping[str, Any] | None = None, *, timeout: float = 10.0
+    ) -> dict[str, Any]:
+        """A command of a provider's own (see its page in docs/), such as `kvp-get` of the integration services."""
+        # A connection of its own: an answer may take its time, and a save must not wait for it.
+        control = ControlClient(self.paths.control)
+        try:
+            work = control.call(
+                "provider",
+                timeout + 5,
+                name=provider,
+                command=command,
+                arguments=dict(arguments or {}),
+                seconds=timeout,
+            )
+            return await self.guard(work, f"the answer of provider {provider!r} to {command!r}", timeout + 6)
+        finally:
+            control.close()
 
     async def stop(self) -> None:
         """Stops the vCPUs."""
@@ -755,6 +781,8 @@ class VirtualMachine:
                 await at(Moment.SEALING)
                 ram = await writer.seal(RAM)
                 state = await writer.seal(STATE)
+                for name in taken.files:
+                    await writer.seal(name)
                 if state.sha256 != taken.state_sha256:
                     raise StateError("the device's state on disk is not what the server wrote: its digest differs")
                 await writer.commit(self._manifest(writer, taken, live=live, server=target.server))
@@ -936,7 +964,7 @@ class _GuardedControl:
         self._vm = vm
         self._control = control
 
-    async def call(self, command: str, timeout: float = CONTROL_TIMEOUT, **arguments: Any) -> dict[str, Any]:
+    async def call(self, command: str, /, timeout: float = CONTROL_TIMEOUT, **arguments: Any) -> dict[str, Any]:
         work = self._control.call(command, timeout=timeout, **arguments)
         try:
             return await self._vm.guard(work, f"the device server's answer to {command!r}", timeout + 1)

@@ -26,7 +26,7 @@ PROPERTY = "enable-migration"
 class Control(Protocol):
     """The device server's control connection."""
 
-    async def call(self, command: str, timeout: float = ..., **arguments: Any) -> dict[str, Any]: ...
+    async def call(self, command: str, /, timeout: float = ..., **arguments: Any) -> dict[str, Any]: ...
 
 
 class QemuMonitor(Protocol):

@@ -3,11 +3,12 @@
 QEMU keeps its part of a checkpoint (memory, CPUs, devices) as a snapshot in a qcow2 image that no guest device uses;
 the device's part lies beside it (`vmbus.snapshot.checkpoints`).
 
-Taking one: the vCPUs stop, barrier, the device comes to rest and saves its state, QEMU's snapshot-save, and all runs
-on.
+Taking one: the vCPUs stop, barrier, the device comes to rest and saves its state, its providers' files are copied,
+QEMU's snapshot-save, and all runs on.
 
-Going back: first everything is checked that can be, and a refusal changes nothing: the record, the digest of the
-device's state, whether it fits a device of its description, whether the image has the very snapshot. Then
+Going back: first everything is checked that can be, and a refusal changes nothing: the record, the digests of the
+device's state and of its files, whether the state fits a device of its description, whether the image has the very
+snapshot. Then
 
 1. the vCPUs stop, and the device comes to rest, so that nobody writes into guest memory while it is replaced. A
    provider that does not come to rest does not prevent it: its device is discarded at once (step 3 before step 2);
@@ -25,11 +26,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import shutil
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -254,6 +255,7 @@ class Checkpoints:
             incoming_held=taken.incoming_held,
             state=FileRecord(taken.state_bytes, taken.state_sha256),
             image=image,
+            files=(await asyncio.to_thread(self.store.seal_files, tag, taken.files)) or msgspec.UNSET,
         )
         self.store.verify_state(record)
         await asyncio.to_thread(self.store.commit, record)
@@ -317,6 +319,7 @@ class Checkpoints:
     async def _verified(self, tag: str) -> Checkpoint:
         record = self.store.record(tag)
         saved.decode(self.store.verify_state(record))
+        await asyncio.to_thread(self.store.verify_files, record)
         vm = self._vm
         here = (vm.machine_type, vm.accelerator, vm.pci_address)
         there = (record.machine.type, record.machine.accelerator, record.machine.pci_address)
@@ -341,6 +344,7 @@ class Checkpoints:
         return record
 
     async def _load(self, record: Checkpoint, *, check: bool) -> dict[str, Any]:
+        files: dict[str, Any] = {"files": str(self.store.files(record.tag).absolute())} if record.files else {}
         return await self._control.call(
             "load",
             timeout=60.0,
@@ -348,6 +352,7 @@ class Checkpoints:
             sha256=record.state.sha256,
             description=msgspec.to_builtins(record.vm.device),
             check=check,
+            **files,
         )
 
     async def _rest(self) -> bool:
@@ -469,7 +474,7 @@ class _Capture(Capture):
         super().__init__(
             checkpoints._monitor,
             checkpoints._control,
-            _StateOnly(checkpoints.store.state(tag).absolute()),
+            _BesideImage(checkpoints.store, tag),
             phases,
             live=False,
             at=at,
@@ -483,20 +488,28 @@ class _Capture(Capture):
         await self._checkpoints._job("snapshot-save", self._tag, f"taking checkpoint {self._tag!r}")
 
 
-class _StateOnly:
-    """Only the device's state goes into a file: implements `vmbus.qemu.save.Target`."""
+class _BesideImage:
+    """The device's state and its providers' files, without memory: implements `vmbus.qemu.save.Target`."""
 
-    def __init__(self, state: Path) -> None:
-        self.state = state
+    def __init__(self, store: Store, tag: str) -> None:
+        self.state = store.state(tag).absolute()
+        self.files = store.files(tag).absolute()
 
     async def begin(self) -> list[dict[str, object]]:
+        try:
+            self.files.mkdir(mode=0o700)
+        except OSError as error:
+            raise EnvironmentProblem(f"cannot make {self.files}: {error.strerror}") from error
         return []
 
     async def saved(self, captured: Captured) -> None:
-        pass
+        if not captured.files:
+            self.files.rmdir()
 
     def discard(self) -> None:
         self.state.unlink(missing_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            shutil.rmtree(self.files)
 
 
 __all__ = [

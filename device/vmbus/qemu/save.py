@@ -26,7 +26,7 @@ import contextlib
 import time
 from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Iterator, Mapping
 from contextlib import AbstractContextManager, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -38,6 +38,7 @@ from vmbus.qemu.moments import Hook, Moment, no_hook
 from vmbus.qemu.probe import driven_by_client
 from vmbus.qemu.qmp import MIGRATION_ENDS, MigrationFailed, file_channel
 from vmbus.qemu.timing import Phases
+from vmbus.snapshot.manifest import FILE_PREFIX
 
 T = TypeVar("T")
 
@@ -70,6 +71,13 @@ PROVIDERS_TIMEOUT = 30.0
 SAVE_TIMEOUT = 60.0
 """Seconds for the server to ask its providers for their state and to write it; the vCPUs stand meanwhile."""
 
+FILES_TIMEOUT = 600.0
+"""The same where the providers' files are copied too."""
+
+TAKE_BACK_TIMEOUT = 30.0
+"""Seconds for which a device that runs on tries to take back what its providers gave up at the pause (locks). Whoever
+has it is a destination that is just ending: it hears of a cut link within `vmbus.migration.link.SILENCE`."""
+
 
 class SaveFailed(EnvironmentProblem):
     """A save did not work out. `source_alive` tells whether the VM runs on as before."""
@@ -82,7 +90,7 @@ class SaveFailed(EnvironmentProblem):
 class Control(Protocol):
     """The device server's control connection (see `vmbus.server.control.ControlClient`)."""
 
-    async def call(self, command: str, timeout: float = ..., **arguments: Any) -> dict[str, Any]: ...
+    async def call(self, command: str, /, timeout: float = ..., **arguments: Any) -> dict[str, Any]: ...
 
 
 class QemuMonitor(Protocol):
@@ -146,6 +154,8 @@ class Captured:
     state_sha256: str
     pci_config: bytes
     state_bytes: int = 0
+    files: dict[str, int] = field(default_factory=dict)
+    """Providers' files that were copied beside the state: name and size in bytes."""
     flushed_pages: int = 0
     flushed_bytes: int = 0
     attempts: int = 1
@@ -181,6 +191,10 @@ class Target(Protocol):
     def state(self) -> Path:
         """The file, not there yet, that the device server writes its state into."""
 
+    @property
+    def files(self) -> Path | None:
+        """The directory for copies of the providers' files. None: they cannot go along, and prevent the save."""
+
     async def begin(self) -> list[dict[str, object]]:
         """A pass begins: the `channels` for QEMU's migrate. The VM runs as ever and has not been touched."""
 
@@ -197,6 +211,7 @@ class FileTarget:
     def __init__(self, ram: Path, state: Path) -> None:
         self.ram = ram
         self.state = state
+        self.files = state.parent
 
     async def begin(self) -> list[dict[str, object]]:
         return file_channel(self.ram)
@@ -205,7 +220,7 @@ class FileTarget:
         pass
 
     def discard(self) -> None:
-        for path in (self.ram, self.state):
+        for path in (self.ram, self.state, *self.files.glob(f"{FILE_PREFIX}*")):
             path.unlink(missing_ok=True)
 
 
@@ -299,7 +314,7 @@ class Capture:
     async def resume(self) -> None:
         """Lets a VM that was saved run on: the checkpoint's last step."""
         if not self._driven:
-            await self._control.call("resume")
+            await _resume(self._control)
         if self._was_running:
             await self._monitor.cont()
         self._touched = False
@@ -401,8 +416,11 @@ class Capture:
                 await barrier(self._monitor, self._control)
                 await self._control.call("pause", timeout=PAUSE_TIMEOUT)
             await self._at(Moment.SAVING)
+            arguments: dict[str, Any] = {"path": str(self._target.state), "seconds": PROVIDERS_TIMEOUT}
+            if self._target.files is not None:
+                arguments["files"] = str(self._target.files)
             saved = await self._control.call(
-                "save", timeout=SAVE_TIMEOUT, path=str(self._target.state), seconds=PROVIDERS_TIMEOUT
+                "save", timeout=SAVE_TIMEOUT if self._target.files is None else FILES_TIMEOUT, **arguments
             )
             config = (await self._control.call("pci"))["config"]
         packets = saved.get("packets", {})
@@ -414,6 +432,7 @@ class Capture:
             state_sha256=str(saved["sha256"]),
             state_bytes=int(saved.get("bytes", 0)),
             pci_config=bytes.fromhex(config),
+            files={str(name): int(size) for name, size in saved.get("files", {}).items()},
             saved_at=time.monotonic(),
             driven=self._driven,
         )
@@ -439,7 +458,7 @@ class Capture:
                 self._migrating = False
         with _collect(failures):
             if (await self._control.call("status"))["phase"] in ("pausing", "paused"):
-                await self._control.call("resume")
+                await _resume(self._control)
         if self._logging:
             with _collect(failures):
                 await self._control.call("log-stop")
@@ -453,6 +472,10 @@ class Capture:
         if failures:
             raise failures[0]
         self._touched = False
+
+
+async def _resume(control: Control) -> None:
+    await control.call("resume", timeout=TAKE_BACK_TIMEOUT + 10.0, seconds=TAKE_BACK_TIMEOUT)
 
 
 async def refuse_unsafe_settings(monitor: QemuMonitor) -> None:

@@ -72,6 +72,13 @@ class _AgentArguments(msgspec.Struct, forbid_unknown_fields=True):
     timeout: float = 30.0
 
 
+class _ProviderArguments(msgspec.Struct, forbid_unknown_fields=True):
+    provider: str
+    command: str
+    arguments: dict[str, Any] = {}
+    seconds: float = 10.0
+
+
 class Supervisor:
     """Serves a VM's socket until the VM ends.
 
@@ -216,11 +223,16 @@ class Supervisor:
                 files = await vm.collect_audit()
                 server = await vm.call_server("audit")
                 return {"directory": str(vm.audit), "files": len(files), "uid": server["uid"]}, None
+            case "provider":
+                wish = msgspec.convert(request.arguments, _ProviderArguments)
+                return await vm.command_provider(
+                    wish.provider, wish.command, wish.arguments, timeout=wish.seconds
+                ), None
             case "stop":
                 return {}, "stopped on request"
         raise UsageError(
             f"a VM's supervisor has no command {request.command!r}; it has status, save, migrate, resolve, "
-            "checkpoint, checkpoints, delete-checkpoint, revert, agent, audit, stop"
+            "checkpoint, checkpoints, delete-checkpoint, revert, agent, audit, provider, stop"
         )
 
     async def _go_to(

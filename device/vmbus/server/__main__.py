@@ -32,12 +32,20 @@ async def _serve(
     library: Library,
     restore: Path | None,
     await_state: bool,
+    files: Path | None,
     audit: Path | None,
 ) -> None:
     description = load_device(description_path)
     state = None if restore is None else read_state(restore)
     server = DeviceServer(
-        description, library, socket_path, control_path, restore=state, awaiting=await_state, audit=audit
+        description,
+        library,
+        socket_path,
+        control_path,
+        restore=state,
+        awaiting=await_state,
+        files=files,
+        audit=audit,
     )
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -56,6 +64,7 @@ async def _serve(
 @click.option("--control", "control_path", type=click.Path(path_type=Path), required=True, help="control socket")
 @click.option("--libvfio-user", "library_path", type=click.Path(path_type=Path), help="libvfio-user.so.0 to load")
 @click.option("--restore", type=click.Path(path_type=Path), help="saved device state to come up from")
+@click.option("--files", type=click.Path(path_type=Path), help="directory with the providers' files that belong to it")
 @click.option("--await-state", is_flag=True, help="do nothing until the command `load` brings the device's state")
 @click.option("--audit", type=click.Path(path_type=Path), help="directory for the audit record (docs/audit.md)")
 @click.option("--verbose", is_flag=True, help="log what happens in detail")
@@ -65,6 +74,7 @@ def main(
     control_path: Path,
     library_path: Path | None,
     restore: Path | None,
+    files: Path | None,
     await_state: bool,
     audit: Path | None,
     verbose: bool,
@@ -76,7 +86,7 @@ def main(
     description_path = description
     try:
         library = find_and_load(library_path)
-        asyncio.run(_serve(description_path, socket_path, control_path, library, restore, await_state, audit))
+        asyncio.run(_serve(description_path, socket_path, control_path, library, restore, await_state, files, audit))
     except VmbusError as error:
         print(f"device server: {error}", file=sys.stderr, flush=True)
         sys.exit(1)

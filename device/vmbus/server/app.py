@@ -41,7 +41,9 @@ from vmbus.server.driven import Driven
 from vmbus.server.interrupt import bounded
 from vmbus.server.life import Life
 from vmbus.server.phase import Phase
+from vmbus.server.services import Services
 from vmbus.server.timers import Timers
+from vmbus.snapshot.files import copy_files, files_of, wanted_files
 from vmbus.vfio_user.context import (
     AddressNotMapped,
     ClientBusy,
@@ -61,6 +63,7 @@ _DRAIN_LIMIT = 10_000
 _FLUSH_TRIES = 100
 _LONGEST_PAUSE = 3600.0  # seconds
 _OFFER_SECONDS = 30.0
+_TAKE_AGAIN = 0.05  # seconds between tries to take outside resources that somebody else still has
 
 
 class DeviceServer:
@@ -78,9 +81,11 @@ class DeviceServer:
         *,
         restore: saved.DeviceState | None = None,
         awaiting: bool = False,
+        files: Path | None = None,
         audit: Path | None = None,
     ) -> None:
         """Builds the device and listens. `awaiting`: the device does nothing until `load` brings its state.
+        `files`: the directory with the providers' files that belong to `restore`.
         `audit`: the directory for audit records, made if need be; None: nothing is recorded.
 
         Raises StateError when `restore` is not of such a device (before anything listens), EnvironmentProblem for
@@ -97,6 +102,7 @@ class DeviceServer:
         self._changing = asyncio.Lock()
         self._scheduled = False
         self._restore = restore
+        self._files = files
         self._held_at_pause = 0
         self._quiet: asyncio.Future[None] | None = None
         self._ended: asyncio.Future[None] = self._loop.create_future()
@@ -149,6 +155,11 @@ class DeviceServer:
         return self._life.timers
 
     @property
+    def services(self) -> Services:
+        """What the providers of the present life have watched and done on other threads."""
+        return self._life.services
+
+    @property
     def changing(self) -> bool:
         """Whether a command is under way that adds, withdraws or pauses providers."""
         return self._changing.locked()
@@ -159,7 +170,7 @@ class DeviceServer:
         device = Device(self._interrupt, self._schedule, waiter=self.wait, loopback_schedule=self._schedule)
         if self._audit is not None and recorded:
             device.recorder = recorder_in(self._audit, "host", description.name)
-        return Life(description, device, Timers(self._loop))
+        return Life(description, device, Timers(self._loop), Services(self._loop))
 
     async def run(self, ready: Callable[[], None]) -> None:
         """Serve until `stop`; `ready` is called when both sockets listen."""
@@ -167,6 +178,8 @@ class DeviceServer:
         assert context is not None
         try:
             await self._control.start()
+            if self.phase is Phase.RUNNING:
+                self._life.activate()
             self._loop.add_reader(context.poll_fd(), self._on_transport)
             ready()
             await self._ended
@@ -229,10 +242,12 @@ class DeviceServer:
             )
         poller = select.poll()
         poller.register(self._context.poll_fd(), select.POLLIN)
+        poller.register(self.services.fileno(), select.POLLIN)
         deadline = time.monotonic() + timeout
         while True:
             self._on_transport()
             self.timers.run_due()
+            self.services.run_ready()
             self._service()
             if condition():
                 return
@@ -384,8 +399,11 @@ class DeviceServer:
         try:
             if channels:
                 await asyncio.wait_for(quiet, seconds)
-            if self.phase is Phase.PAUSING:
-                self.phase = Phase.PAUSED
+            await self.services.idle(started + seconds - time.monotonic())
+            if self.phase is not Phase.PAUSING:
+                raise UsageError(_CALLED_OFF)
+            self._life.deactivate()
+            self.phase = Phase.PAUSED
         except TimeoutError:
             missing = {channel.name: channel.outstanding[:8] for channel in channels if channel.outstanding}
             raise WaitTimeout(f"the owners of channels to complete incoming packets {missing}", seconds) from None
@@ -400,21 +418,33 @@ class DeviceServer:
                 return
         raise EnvironmentProblem("the client sends requests without end; stop the vCPUs before pausing the device")
 
-    async def _save(self, path: str, seconds: float = 30.0) -> dict[str, Any]:
+    async def _save(self, path: str, files: str | None = None, seconds: float = 30.0) -> dict[str, Any]:
         """Write the state into a new file: if the client migrates the device, the one that it reads.
 
-        `seconds`: what the providers' callbacks may take.
+        `files`: the directory for copies of the providers' files. `seconds`: what the providers' callbacks may take.
         """
         _check_seconds("save", seconds)
         given = self.driven.given if self.phase is Phase.DRIVEN else None
         if given is None:
             self._require(Phase.PAUSED, "save")
-        if not isinstance(path, str):
-            raise UsageError(f"save: the path is a string, not {path!r}")
+        if not isinstance(path, str) or not isinstance(files, str | None):
+            raise UsageError(f"save: path and files are strings, not {path!r} and {files!r}")
         started = time.monotonic()
+        sizes: dict[str, int] = {}
         if given is not None:
             state, data = saved.decode(given), given
         else:
+            wanted = wanted_files(self.providers)
+            if wanted and files is None:
+                raise UsageError(
+                    f"the files {sorted(map(str, wanted.values()))} of providers belong to the device's state, and "
+                    "nothing takes them along here; for a live migration, keep them where both hosts reach them and "
+                    "say so in the provider's options"
+                )
+            if wanted:
+                assert files is not None
+                sizes = await asyncio.to_thread(copy_files, wanted, Path(files))
+                self._require(Phase.PAUSED, "save")
             with bounded(seconds, "the providers to give their state"):
                 state = saved.save_device(self.description.name, self.config.snapshot(), self.device, self.providers)
             data = saved.encode(state)
@@ -435,6 +465,7 @@ class DeviceServer:
         return {
             "bytes": len(data),
             "sha256": hashlib.sha256(data).hexdigest(),
+            "files": sizes,
             "packets": {"queued": counts.queued, "sent": counts.sent},
             "completions_queued": counts.completions,
             "incoming_held": self._held_at_pause if given is None else self.driven.held,
@@ -464,17 +495,40 @@ class DeviceServer:
             size += length
         return {"pages": pages, "bytes": size, "seconds": time.monotonic() - started}
 
-    async def _resume(self) -> dict[str, Any]:
-        """Go on as if there had been no pause; a pause that still waits for providers is called off."""
+    async def _resume(self, seconds: float = 0.0) -> dict[str, Any]:
+        """Go on as if there had been no pause; a pause that still waits for providers is called off.
+
+        `seconds`: for how long it is tried if a provider cannot take back what it gave up at the pause. If that is in
+        vain the server stays paused, and `resume` may be repeated.
+        """
+        _check_seconds("resume", seconds)
         if self.phase is not Phase.PAUSING:
             self._require(Phase.PAUSED, "resume")
         elif self._quiet is not None and not self._quiet.done():
-            self._quiet.set_exception(UsageError("the pause was called off: resume came while it waited"))
+            self._quiet.set_exception(UsageError(_CALLED_OFF))
+        await self._take_back(seconds)
         self.run_on()
         return {}
 
+    async def _take_back(self, seconds: float) -> None:
+        """Activate the providers; for `seconds` again and again: whoever has what they want may just be ending."""
+        phase, deadline = self.phase, time.monotonic() + seconds
+        while True:
+            try:
+                return self._life.activate()
+            except EnvironmentProblem as error:
+                if time.monotonic() >= deadline:
+                    raise
+                log.info("%s; trying again", error)
+            await asyncio.sleep(_TAKE_AGAIN)
+            self._require(phase, "resume")
+
     def run_on(self) -> None:
-        """Phase `running`: channels are released and get their turns."""
+        """Phase `running`: channels are released and get their turns.
+
+        Raises EnvironmentProblem, and changes nothing, if a provider cannot take its outside resources.
+        """
+        self._life.activate()
         self.phase = Phase.RUNNING
         for channel in self.device.channels:
             channel.unhold()
@@ -504,7 +558,7 @@ class DeviceServer:
                 raise UsageError(f"offer: {explain(error)}") from error
             one = description.providers[-1]
             try:
-                self._life.add_provider(one)
+                self._life.join(one)
             except VmbusError:
                 raise
             except Exception as error:
@@ -523,9 +577,7 @@ class DeviceServer:
         self._require(Phase.RUNNING, "rescind")
         async with self._no_changes("rescind", seconds):
             self._require(Phase.RUNNING, "rescind")
-            provider = next((one for one in self.providers if one.name == name), None)
-            if provider is None:
-                raise UsageError(f"there is no provider {name!r}; there are {[one.name for one in self.providers]}")
+            provider = self._provider(name)
             if len(self.providers) == 1:
                 raise UsageError(
                     f"provider {name!r} is the only one, and a device has at least one: offer another first"
@@ -534,16 +586,42 @@ class DeviceServer:
             host = self._life.hosts[name]
             await self._suspend(host.channels, seconds)
             offers = [offer for offer in self.device.bus.offers if offer.owner in host.channels]
-            host.withdraw()
-            provider.stop()
-            self.providers.remove(provider)
-            del self._life.hosts[name]
+            try:
+                await self.services.idle(started + seconds - time.monotonic(), host)
+            except WaitTimeout:
+                for channel in host.channels:
+                    channel.unhold()
+                raise
+            self._life.drop_provider(provider)
             self._life.description = msgspec.structs.replace(
                 self.description, providers=[one for one in self.description.providers if one.name != name]
             )
             self._schedule()
             released = await self._released(offers, max(0.0, started + seconds - time.monotonic()))
             return {"name": name, "released": released, "seconds": time.monotonic() - started}
+
+    async def _command_provider(
+        self, name: str, command: str, arguments: dict[str, Any] | None = None, seconds: float = 10.0
+    ) -> dict[str, Any]:
+        """A command of a provider's own."""
+        _check_seconds("provider", seconds)
+        self._require(Phase.RUNNING, "provider")
+        provider = self._provider(name)
+        if not isinstance(command, str) or not isinstance(arguments, dict | None):
+            raise UsageError(f"provider: command is a string and arguments an object, not {command!r}, {arguments!r}")
+        answer = provider.command(command, arguments or {})
+        if isinstance(answer, dict):
+            return answer
+        try:
+            return await asyncio.wait_for(asyncio.wrap_future(answer), seconds)
+        except TimeoutError:
+            raise WaitTimeout(f"the answer of provider {name!r} to {command!r}", seconds) from None
+
+    def _provider(self, name: str) -> Provider:
+        for provider in self.providers:
+            if provider.name == name:
+                return provider
+        raise UsageError(f"there is no provider {name!r}; there are {[one.name for one in self.providers]}")
 
     async def _suspend(self, channels: list[ServerChannel], seconds: float) -> None:
         """Suspend channels and wait until their owner has completed what it holds."""
@@ -589,18 +667,27 @@ class DeviceServer:
         return True
 
     async def _load(
-        self, path: str, sha256: str, description: dict[str, Any] | None = None, check: bool = False
+        self,
+        path: str,
+        sha256: str,
+        description: dict[str, Any] | None = None,
+        check: bool = False,
+        files: str | None = None,
     ) -> dict[str, Any]:
         """Take the state in a file for the device's own, and discard what the device is now.
 
-        `description`: of the device in the state, when it is not the present one. Everything is checked first: a
-        refusal leaves the server as it was. Then QEMU's part and restore-finish are awaited, as with a start from
-        saved state. `check`: only say whether the state would be taken.
+        `description`: of the device in the state, when it is not the present one. `files`: the directory with the
+        providers' files that belong to the state. Everything is checked first: a refusal leaves the server as it was.
+        Then QEMU's part and restore-finish are awaited, as with a start from saved state. `check`: only say whether
+        the state would be taken.
         """
+        if not isinstance(files, str | None):
+            raise UsageError(f"load: files is a string, not {files!r}")
         self._require_loadable()
         async with self._no_changes("load", _OFFER_SECONDS):
             self._require_loadable()
-            return self._load_now(path, sha256, description, check=check)
+            directory = None if files is None else Path(files)
+            return self._load_now(path, sha256, description, check=check, files=directory)
 
     def _require_loadable(self) -> None:
         if self.phase not in _LOADABLE:
@@ -610,7 +697,13 @@ class DeviceServer:
             raise UsageError("load: a dirty log is running, so the device is being saved; end that first (log-stop)")
 
     def _load_now(
-        self, path: str, sha256: str, description: dict[str, Any] | None, *, check: bool = False
+        self,
+        path: str,
+        sha256: str,
+        description: dict[str, Any] | None,
+        *,
+        check: bool = False,
+        files: Path | None = None,
     ) -> dict[str, Any]:
         started = time.monotonic()
         state = _read_state(path, sha256)
@@ -626,6 +719,7 @@ class DeviceServer:
             self._change_life(state, wanted, before=self._drain)
             self.phase = Phase.RESTORING
             self._restore = state
+            self._files = files
             self._held_at_pause = 0
         return {
             "packets": {"queued": counts.queued, "sent": counts.sent},
@@ -650,6 +744,14 @@ class DeviceServer:
             log.exception("the device in a state could not be built")
             raise StateError(f"load: a provider of the state could not be started: {error!r}") from error
         return life
+
+    def activate(self) -> None:
+        """All providers own their outside resources from here on. Raises EnvironmentProblem; then none took any."""
+        self._life.activate()
+
+    def deactivate(self) -> None:
+        """The providers have given up their outside resources. Raises EnvironmentProblem or WaitTimeout."""
+        self._life.deactivate()
 
     def new_life(self, state: saved.DeviceState) -> None:
         """Put a fresh device, to which the state fits, in the place of the present one; it stands still.
@@ -684,7 +786,13 @@ class DeviceServer:
                 "the PCI function was not put back as it was saved: its configuration space is "
                 f"{self.config.snapshot().hex()}, saved was {self._restore.config.hex()}"
             )
-        restored = saved.restore_device(self._restore, self.device, self.providers)
+        restored = saved.restore_device(
+            self._restore,
+            self.device,
+            self.providers,
+            files={provider.name: files_of(provider, self._files) for provider in self.providers},
+            before_start=self._life.activate,
+        )
         self._restore = None
         self.phase = Phase.RUNNING
         self.device.thaw()
@@ -706,6 +814,7 @@ def _check_seconds(command: str, seconds: float) -> None:
         raise UsageError(f"{command}: it may take 0 to {_LONGEST_PAUSE:g} seconds, not {seconds!r}")
 
 
+_CALLED_OFF = "the pause was called off: resume came while it waited"
 # In these phases providers work: their timers run out, and their loopback channels move.
 _WORKING = (Phase.RUNNING, Phase.PAUSING)
 # In these phases another state can take the place of what the device is.
@@ -739,6 +848,7 @@ _COMMANDS: dict[str, Any] = {
     "resume": DeviceServer._resume,
     "offer": DeviceServer._offer,
     "rescind": DeviceServer._rescind,
+    "provider": DeviceServer._command_provider,
     "load": DeviceServer._load,
     "restore-finish": DeviceServer._restore_finish,
     "stop": DeviceServer._stop,

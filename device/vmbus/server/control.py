@@ -170,7 +170,7 @@ class ControlClient:
         self._lock = asyncio.Lock()
         self._id = 0
 
-    async def call(self, command: str, timeout: float = 30.0, **arguments: Any) -> dict[str, Any]:
+    async def call(self, command: str, /, timeout: float = 30.0, **arguments: Any) -> dict[str, Any]:
         """One command. Raises ControlError (the server refused), WaitTimeout, EnvironmentProblem (no server)."""
         async with self._lock:
             try:

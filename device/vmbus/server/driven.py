@@ -9,7 +9,7 @@ State machine: `_STEPS`. The library lets through only those steps, and leads fr
 
 | from | to | what happens |
 | --- | --- | --- |
-| RUNNING | STOP | channels are held, providers complete what they hold |
+| RUNNING | STOP | channels are held, providers complete what they hold and give up what they own outside |
 | RUNNING | PRE_COPY | nothing: guest memory is the client's, and our own state is only taken when nothing moves |
 | PRE_COPY | RUNNING | nothing |
 | PRE_COPY | STOP_COPY | as RUNNING to STOP, then as STOP to STOP_COPY; if the second fails, the device runs on |
@@ -17,9 +17,10 @@ State machine: `_STEPS`. The library lets through only those steps, and leads fr
 | STOP_COPY | STOP | it is forgotten |
 | STOP | RESUMING | a state is expected |
 | RESUMING | STOP | it is checked; only if it is good, a new device takes the present one's place |
-| STOP | RUNNING | channels go on; after RESUMING, rings and packets are put back first |
+| STOP | RUNNING | providers take what they own outside, channels go on; after RESUMING, rings and packets come first |
 
-Rings and packets are put back that late because only then guest memory is complete for certain.
+A device whose providers have files that belong to its state is not saved in this way: the client would not take them
+along. Rings and packets are put back that late because only then guest memory is complete for certain.
 
 A step that fails changes nothing: the client gets an errno, our log the reason. So a source on which anything failed
 is told to go back to RUNNING, and runs on.
@@ -35,11 +36,13 @@ from typing import Protocol
 from vmbus import state as saved
 from vmbus.description import DeviceDescription
 from vmbus.device import Device
-from vmbus.errors import PeerError, StateError, VmbusError, WaitTimeout
+from vmbus.errors import EnvironmentProblem, PeerError, StateError, UsageError, VmbusError, WaitTimeout
 from vmbus.memory import DirtyLogBroken
 from vmbus.providers import Provider
 from vmbus.server.phase import Phase
+from vmbus.server.services import Services
 from vmbus.server.timers import Timers
+from vmbus.snapshot.files import wanted_files
 from vmbus.vfio_user.context import ResetKind
 from vmbus.vfio_user.migration import MigrationRefused, MigrationState
 from vmbus.vfio_user.pci import ConfigSpace
@@ -50,7 +53,7 @@ log = logging.getLogger(__name__)
 STOP_SECONDS = 4.0
 """How long providers may take to complete what they hold. QEMU waits for an answer for 5 s."""
 
-# Without timers to run, we look again after this many seconds: a completion may also come from elsewhere.
+# Without timers or work that ends, we look again after this many seconds: a completion may also come from elsewhere.
 _LONGEST_NAP = 0.05
 
 
@@ -69,11 +72,19 @@ class Server(Protocol):
     @property
     def timers(self) -> Timers: ...
     @property
+    def services(self) -> Services: ...
+    @property
     def changing(self) -> bool:
         """Whether a command that adds, removes or pauses providers is under way."""
 
     def run_on(self) -> None:
-        """Phase RUNNING, channels released, turns given."""
+        """Phase RUNNING, providers activated, channels released, turns given. Raises EnvironmentProblem."""
+
+    def activate(self) -> None:
+        """Providers own their outside resources. Raises EnvironmentProblem."""
+
+    def deactivate(self) -> None:
+        """Providers have given up their outside resources. Raises EnvironmentProblem or WaitTimeout."""
 
     def new_life(self, state: saved.DeviceState) -> None:
         """Put a fresh device, to which the state fits, in the place of the present one; it stands still.
@@ -254,7 +265,15 @@ class Driven:
             if self._stopped_from is Phase.AWAITING:
                 self._server.phase = Phase.AWAITING
             else:
-                self._server.run_on()
+                self._run_without_client()
+
+    def _run_without_client(self) -> None:
+        """The next client finds a running device; but what it owned outside may be another host's by now."""
+        try:
+            self._server.run_on()
+        except VmbusError as error:
+            self._server.phase = Phase.PAUSED
+            log.error("the device stays paused, until the command resume: %s", error)
 
     # ---- steps ---------------------------------------------------------------------------------------------------
 
@@ -286,19 +305,35 @@ class Driven:
             channel.hold()
         # Nothing to wait on: what we wait for happens in our own timers.
         nap = select.poll()
+        nap.register(server.services.fileno(), select.POLLIN)
         deadline = time.monotonic() + self.stop_seconds
-        while not all(channel.quiescent for channel in channels):
+        while server.services.busy or not all(channel.quiescent for channel in channels):
             left = deadline - time.monotonic()
             if left <= 0:
                 missing = {channel.name: channel.outstanding[:8] for channel in channels if channel.outstanding}
+                what = f"the owners of channels to complete incoming packets {missing}"
+                if not missing:
+                    what = f"work that providers have done on other threads to end {server.services.busy}"
                 server.run_on()
-                error = WaitTimeout(f"the owners of channels to complete incoming packets {missing}", self.stop_seconds)
-                raise MigrationRefused(f"{error}; the device runs on", errno.ETIMEDOUT)
+                raise MigrationRefused(f"{WaitTimeout(what, self.stop_seconds)}; the device runs on", errno.ETIMEDOUT)
             due = server.timers.next_in()
             nap.poll(1000 * min(left, _LONGEST_NAP if due is None else due))
             server.timers.run_due()
+            server.services.run_ready()
             if server.device.loopback.busy:
                 server.device.loopback.service()
+        try:
+            server.deactivate()
+        except VmbusError as error:
+            self._go_on()
+            raise MigrationRefused(f"{error}; the device runs on", errno.EIO) from error
+
+    def _go_on(self) -> None:
+        """As before the stop. Raises MigrationRefused if a provider cannot take back what it gave up."""
+        try:
+            self._server.run_on()
+        except VmbusError as error:
+            raise MigrationRefused(f"{error}; try again", errno.EAGAIN) from error
 
     def _save(self) -> None:
         self._check_log()
@@ -313,6 +348,12 @@ class Driven:
     def _saved(self) -> bytes:
         server = self._server
         try:
+            if wanted := wanted_files(server.providers):
+                raise UsageError(
+                    f"the files {sorted(map(str, wanted.values()))} of providers belong to the device's state, and the "
+                    "client does not take them along; keep them where both hosts reach them and say so in the "
+                    "provider's options"
+                )
             state = saved.save_device(
                 server.description.name, server.config.snapshot(), server.device, server.providers
             )
@@ -341,7 +382,7 @@ class Driven:
             if self._stopped_from is Phase.AWAITING:
                 self._server.phase = Phase.AWAITING
             else:
-                self._server.run_on()
+                self._go_on()
             raise
 
     def _forget_outgoing(self) -> None:
@@ -374,7 +415,9 @@ class Driven:
         if self._loaded is not None:
             state, _ = self._loaded
             try:
-                restored = saved.restore_device(state, server.device, server.providers)
+                restored = saved.restore_device(state, server.device, server.providers, before_start=server.activate)
+            except EnvironmentProblem as error:
+                raise MigrationRefused(f"the device cannot be restored: {error}", errno.EIO) from error
             except (StateError, PeerError) as error:
                 raise MigrationRefused(
                     f"{error}; guest memory has to be there before the device runs", errno.EINVAL
@@ -390,8 +433,8 @@ class Driven:
             )
         elif self._stopped_from is Phase.AWAITING:
             raise MigrationRefused("this server awaits a state, and none was written", errno.EINVAL)
+        self._go_on()
         self._given = None
-        server.run_on()
 
 
 _STEPS: dict[tuple[MigrationState, MigrationState], Callable[[Driven], None]] = {

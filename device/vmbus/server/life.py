@@ -16,15 +16,22 @@ from vmbus.kmcl.client import ClientChannel
 from vmbus.kmcl.server import ServerChannel
 from vmbus.kmcl.states import ChannelState
 from vmbus.providers import Provider, provider_class
+from vmbus.server.activation import Activation
+from vmbus.server.interrupt import bounded
+from vmbus.server.services import ProviderServices, Services
 from vmbus.server.timers import TimerEntry, Timers
 
 log = logging.getLogger(__name__)
 
+_END_SECONDS = 10.0  # for work of providers that is under way
+_DEACTIVATE_SECONDS = 3.0  # the guest stands still, and a client that drives the device waits for 5 s
 
-class ProviderHost:
+
+class ProviderHost(ProviderServices):
     """What one provider asks of the server: implements `vmbus.providers.Host`, and knows whose channels are whose."""
 
-    def __init__(self, device: Device, timers: Timers) -> None:
+    def __init__(self, device: Device, timers: Timers, services: Services, name: str) -> None:
+        super().__init__(services, name)
         self._device = device
         self._timers = timers
         self.channels: list[ServerChannel] = []
@@ -66,17 +73,20 @@ class Life:
 
     Attributes:
         description: of the device and the providers that are there now.
-        device, timers: theirs alone.
+        device, timers, services: theirs alone.
         providers: in the description's order. hosts: by the provider's name.
+        activation: which of them own their outside resources.
     """
 
-    def __init__(self, description: DeviceDescription, device: Device, timers: Timers) -> None:
+    def __init__(self, description: DeviceDescription, device: Device, timers: Timers, services: Services) -> None:
         """Without providers: see `build`."""
         self.description = description
         self.device = device
         self.timers = timers
         self.providers: list[Provider] = []
+        self.services = services
         self.hosts: dict[str, ProviderHost] = {}
+        self.activation = Activation(self.hosts)
 
     def build(self, *, from_snapshot: bool, trusted: Collection[str] = ()) -> None:
         """Start all providers. `from_snapshot`: only kinds in `trusted` were chosen by this program's owner.
@@ -97,7 +107,7 @@ class Life:
 
     def add_provider(self, one: ProviderDescription, *, from_snapshot: bool = False) -> Provider:
         """Make and start one provider. Raises what it raises; nothing is left of it then."""
-        host = ProviderHost(self.device, self.timers)
+        host = ProviderHost(self.device, self.timers, self.services, one.name)
         provider = provider_class(one.kind, from_snapshot=from_snapshot)(
             host, one.name, UUID(one.instance), one.options
         )
@@ -106,28 +116,64 @@ class Life:
         except BaseException:
             host.withdraw()
             provider.stop()
+            host.release()
             raise
         self.providers.append(provider)
         self.hosts[one.name] = host
         return provider
 
+    def join(self, one: ProviderDescription) -> None:
+        """`add_provider` while the device runs. Raises also what the activation does; nothing is left of it then."""
+        provider = self.add_provider(one)
+        try:
+            self.activation.activate([provider])
+        except BaseException:
+            self.drop_provider(provider)
+            raise
+
+    def drop_provider(self, provider: Provider) -> None:
+        """Withdraw a provider's channels, have it give up what it owns, and stop it."""
+        host = self.hosts[provider.name]
+        host.withdraw()
+        self.activation.leave(provider)
+        provider.stop()
+        host.release()
+        self.providers.remove(provider)
+        del self.hosts[provider.name]
+
+    def activate(self) -> None:
+        """All providers own their outside resources from here on. Raises EnvironmentProblem; then none took any."""
+        self.activation.activate(self.providers)
+
+    def deactivate(self) -> None:
+        """The providers, which are at rest, have given up their outside resources.
+
+        Raises EnvironmentProblem, and WaitTimeout for one that hangs; `activate` has them take everything again.
+        """
+        with bounded(_DEACTIVATE_SECONDS, "the providers to give up their outside resources"):
+            self.activation.deactivate()
+
     def stop(self) -> None:
         """The server ends: stop the providers, call nothing any more. The guest's channels are left as they are."""
+        self.services.finish(_END_SECONDS)
         for provider in self.providers:
             provider.stop()
+        self.services.close()
         self.timers.close()
         self._end_record()
 
     def end(self) -> None:
         """Another life takes over: close all channels by force, stop the providers, call nothing any more.
 
-        Errors of providers are logged.
+        What they own outside is given up by `stop`. Errors of providers are logged.
         """
         self.device.freeze()
         self._tried("the device's reset", self.device.reset)
+        self.services.finish(_END_SECONDS)
         for provider in self.providers:
             self._tried(f"stop() of provider {provider.name}", provider.stop)
             self._tried(f"withdrawing the channels of provider {provider.name}", self.hosts[provider.name].withdraw)
+        self.services.close()
         self.timers.close()
         self._end_record()
 

@@ -40,6 +40,7 @@ from vmbus.snapshot.manifest import (
     Manifest,
     decode_manifest,
     encode_manifest,
+    is_content,
 )
 
 _UNLOCKED_AGE = 60.0  # seconds after which a partial snapshot that nobody holds locked is taken for abandoned
@@ -99,7 +100,7 @@ class SnapshotWriter:
 
     async def seal(self, name: str) -> FileRecord:
         """Flushes a file that is complete to disk and notes its size and digest."""
-        if name not in CONTENTS:
+        if not is_content(name):
             raise UsageError(f"{name!r} is not a file of a snapshot")
         record = await asyncio.to_thread(_seal, self.directory / name)
         self._records[name] = record
@@ -193,7 +194,7 @@ async def open_snapshot(
     _check_device(directory, manifest, expected)
     if programs is not None:
         _check_programs(directory, manifest, programs)
-    for name in CONTENTS:
+    for name in (*CONTENTS, *sorted(set(manifest.files) - set(CONTENTS))):
         if progress is not None:
             progress(name)
         await asyncio.to_thread(_verify, directory / name, manifest.files[name])
@@ -209,17 +210,17 @@ def _read_manifest(directory: Path) -> Manifest:
         raise StateError(f"cannot read the snapshot {directory}: {error.strerror}") from error
     if MANIFEST not in present:
         raise StateError(f"{directory} is not a snapshot: it has no {MANIFEST}")
-    allowed = {MANIFEST, *CONTENTS}
     # A manifest of another version may well go with other files: its version is the better reason.
     with _open_regular(directory / MANIFEST) as file:
         data = file.read(_MANIFEST_LIMIT + 1)
     if len(data) > _MANIFEST_LIMIT:
         raise StateError(f"{directory / MANIFEST} has more than {_MANIFEST_LIMIT} bytes: not a snapshot's manifest")
     manifest = decode_manifest(data, str(directory / MANIFEST))
+    allowed = {MANIFEST, *CONTENTS, *manifest.files}
     if missing := sorted(allowed - present):
         raise StateError(f"the snapshot {directory} lacks the file {missing[0]}")
     if extra := sorted(present - allowed):
-        raise StateError(f"the snapshot {directory} contains {extra[0]!r}, which no snapshot has")
+        raise StateError(f"the snapshot {directory} contains {extra[0]!r}, which does not belong to it")
     return manifest
 
 

@@ -2,10 +2,11 @@
 
     vmstate.qcow2   QEMU's part of all of them: an image whose internal snapshots hold the VM's memory and devices
     TAG.state       the device server's part of one
+    TAG.files/      copies of its providers' files, if they have any (see `vmbus.snapshot.files`)
     TAG.json        the record of one, written last: without it there is no such checkpoint
 
-A record names the digest of its state, and the very snapshot in the image that goes with it. So the parts of different
-moments are never put together.
+A record names the digests of its state and of its files, and the very snapshot in the image that goes with it. So the
+parts of different moments are never put together.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import contextlib
 import hashlib
 import os
 import re
+import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
 
@@ -60,6 +63,8 @@ class Checkpoint(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     incoming_held: _Count
     state: FileRecord
     image: ImageSnapshot
+    files: dict[str, FileRecord] | msgspec.UnsetType = msgspec.UNSET
+    """Providers' files; absent if there are none."""
 
 
 class _File(msgspec.Struct, forbid_unknown_fields=True):
@@ -87,6 +92,10 @@ class Store:
     def state(self, tag: str) -> Path:
         """The device server's part."""
         return self.directory / f"{tag}.state"
+
+    def files(self, tag: str) -> Path:
+        """The directory with the providers' files."""
+        return self.directory / f"{tag}.files"
 
     def _record(self, tag: str) -> Path:
         return self.directory / f"{tag}.json"
@@ -154,6 +163,36 @@ class Store:
             )
         return data
 
+    def seal_files(self, tag: str, names: Iterable[str]) -> dict[str, FileRecord]:
+        """The records of the files that were copied for a checkpoint. Raises `EnvironmentProblem`."""
+        try:
+            found = {name: _file_record(self.files(tag) / name) for name in names}
+            if found:
+                _sync(self.files(tag))
+        except OSError as error:
+            raise EnvironmentProblem(f"cannot read back the files of checkpoint {tag!r}: {error.strerror}") from error
+        return found
+
+    def verify_files(self, one: Checkpoint) -> Path | None:
+        """The directory with the providers' files, None without any. Raises `StateError` if they are others."""
+        if not one.files:
+            return None
+        directory = self.files(one.tag)
+        for name, record in one.files.items():
+            try:
+                found = _file_record(directory / name)
+            except OSError as error:
+                raise StateError(
+                    f"cannot read {directory / name}, which belongs to the checkpoint: {error.strerror}"
+                ) from error
+            if found != record:
+                raise StateError(
+                    f"{directory / name} is not the file of checkpoint {one.tag!r}: its digest is not the recorded one"
+                )
+        if strange := {path.name for path in directory.iterdir()} - set(one.files):
+            raise StateError(f"{directory} has files that do not belong to the checkpoint: {sorted(strange)}")
+        return directory
+
     def commit(self, one: Checkpoint) -> None:
         """Writes the record, after which the checkpoint is there. Raises `EnvironmentProblem`."""
         path = self._record(one.tag)
@@ -177,10 +216,18 @@ class Store:
         """Forgets a checkpoint. Its snapshot in the image is the caller's to delete."""
         for path in (self._record(tag), self.state(tag)):
             path.unlink(missing_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            shutil.rmtree(self.files(tag))
 
 
 def _digest(one: Checkpoint) -> str:
     return hashlib.sha256(msgspec.json.encode(one)).hexdigest()
+
+
+def _file_record(path: Path) -> FileRecord:
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256")
+        return FileRecord(file.tell(), digest.hexdigest())
 
 
 def _encode(one: Checkpoint) -> bytes:

@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 
 import msgspec
 
-from vmbus.description import explain
+from vmbus.description import NAME_PATTERN, explain
 from vmbus.errors import StateError
 from vmbus.qemu.description import VmDescription
 
@@ -28,6 +28,16 @@ INITRAMFS = "initramfs.cpio"
 
 CONTENTS = (RAM, STATE, KERNEL, INITRAMFS)
 """Every snapshot's files besides the manifest: QEMU's stream, the device server's state, and what QEMU booted."""
+
+FILE_PREFIX = "file."
+FILE_NAME = re.compile(rf"file\.{NAME_PATTERN.strip('^$')}\.[a-z0-9][a-z0-9_-]{{0,31}}")
+"""Files of providers: `file.PROVIDER.NAME`. A snapshot may have any number of them."""
+
+
+def is_content(name: str) -> bool:
+    """Whether a snapshot may have a file of this name besides the manifest."""
+    return name in CONTENTS or FILE_NAME.fullmatch(name) is not None
+
 
 _Count = Annotated[int, msgspec.Meta(ge=0)]
 
@@ -129,9 +139,10 @@ def decode_manifest(data: bytes, source: str) -> Manifest:
     manifest = found.manifest
     if hashlib.sha256(msgspec.json.encode(manifest)).hexdigest() != found.sha256 or encode_manifest(manifest) != data:
         raise StateError(f"{source} was changed after it was written: its digest does not match")
-    if set(manifest.files) != set(CONTENTS):
+    if not set(manifest.files) >= set(CONTENTS) or not all(map(is_content, manifest.files)):
         raise StateError(
-            f"{source} lists the files {sorted(manifest.files)}; a snapshot has exactly {sorted(CONTENTS)}"
+            f"{source} lists the files {sorted(manifest.files)}; a snapshot has {sorted(CONTENTS)}, "
+            f"and files of providers are called {FILE_PREFIX}PROVIDER.NAME"
         )
     if re.fullmatch(r"[0-9A-Za-z._ -]{1,64}", manifest.machine.type) is None:
         raise StateError(f"{source}: {manifest.machine.type!r} is not a machine type")

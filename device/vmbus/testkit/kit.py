@@ -1,8 +1,10 @@
 """`ProviderTest`: one provider under test; `every_step`: a script with a save and restore at every step of it."""
 
 import logging
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
 from uuid import UUID
@@ -13,6 +15,7 @@ from vmbus.kmcl.channel import Channel
 from vmbus.kmcl.client import ClientChannel
 from vmbus.kmcl.server import ServerChannel
 from vmbus.providers import Provider, provider_class
+from vmbus.snapshot.files import copy_files, files_of, wanted_files
 from vmbus.testkit import contract
 from vmbus.testkit.client import Client
 from vmbus.testkit.contract import ContractViolation, shorten
@@ -85,6 +88,7 @@ class ProviderTest:
         self._in_turn = False
         self._save_at: Callable[[int], bool] | None = None
         self._last_exception = _LastException()
+        self._scratch = tempfile.TemporaryDirectory(prefix="vmbus-testkit-")
         self.steps = 0
         self.last_step = "the start"
         self.saves = 0
@@ -94,6 +98,7 @@ class ProviderTest:
         self._host: FakeHost
         logging.getLogger("vmbus.kmcl").addHandler(self._last_exception)
         self._start_provider()
+        self._activate()
 
     def __enter__(self) -> "ProviderTest":
         return self
@@ -106,11 +111,22 @@ class ProviderTest:
                 self.finish()
         finally:
             logging.getLogger("vmbus.kmcl").removeHandler(self._last_exception)
+            self._scratch.cleanup()
 
     def _start_provider(self) -> None:
         self._host = FakeHost(self._clock, self.bus)
         self.provider = self._class(self._host, self._name, self._instance, self._options)
         self.provider.start()
+
+    def _activate(self) -> None:
+        self.provider.activate()
+        self._host.active = True
+
+    def _deactivate(self) -> None:
+        try:
+            self.provider.deactivate()
+        finally:
+            self._host.active = False
 
     # ---- time and turns ------------------------------------------------------------------------------------------
 
@@ -300,7 +316,11 @@ class ProviderTest:
     def _save_and_restore(self) -> Saved:
         self.saves += 1
         self._quiesce("saved")
+        self._deactivate()
         old = list(self.bus.offers)
+        directory = Path(self._scratch.name) / str(self.saves)
+        directory.mkdir()
+        copy_files(wanted_files([self.provider]), directory)
         state = self._save_provider()
         chunks = {_key(channel): self._save_channel(channel) for channel in old}
         packets = {_key(channel): contract.packets_of(channel) for channel in old}
@@ -328,6 +348,7 @@ class ProviderTest:
         def before_packets() -> None:
             nonlocal early
             try:
+                self.provider.restore_files(files_of(self.provider, directory))
                 self.provider.restore(state)
             except Exception as error:
                 raise ContractViolation(
@@ -345,6 +366,7 @@ class ProviderTest:
                     contract.check_packets(channel, packets[key])
                     again = channel.save()
                     contract.check_channel_state(channel, chunks[key][1:], again[1:])
+            self._activate()
 
         try:
             self.bus.save_and_restore(make, before_packets, after_packets)
@@ -362,13 +384,13 @@ class ProviderTest:
             channel.hold()
         self._raise_failures()
         deadline = self._clock.now + self._pause_timeout
-        while any(channel.outstanding for channel in channels):
+        while any(channel.outstanding for channel in channels) or self._host.jobs:
             due = self._host.next_due()
             if self._host.busy:
                 self._host.run_soon()
             elif due is not None and due <= deadline:
                 self._host.fire_next()
-            else:
+            elif any(channel.outstanding for channel in channels):
                 self._complain(channels, what)
             self._raise_failures()
 
@@ -438,13 +460,37 @@ class ProviderTest:
             for channel in self.bus.offers:
                 self.bus.disabled(channel)
         with self._turn():
+            self._deactivate()
             self.provider.stop()
+        if self._host.watched:
+            raise ContractViolation(
+                f"stop() of provider {self._name} leaves descriptors {self._host.watched} watched; expected: "
+                "remove_reader() and remove_writer(), before they are closed"
+            )
         due = self._host.next_due()
         if due is not None:
             raise ContractViolation(
                 f"stop() of provider {self._name} leaves a timer that runs out in {due - self.now:g} s; expected: "
                 "Timer.cancel() of every one"
             )
+
+    def command(self, name: str, /, seconds: float = 10.0, **arguments: Any) -> dict[str, Any]:
+        """A tool's command to the provider; the kit runs until it has answered. One step: a command does not outlive
+        the process that it was given to.
+
+        Raises what the provider raises, and ContractViolation when it has not answered after `seconds` of virtual time.
+        """
+        with self._turn():
+            answer = self.provider.command(name, arguments)
+            if not isinstance(answer, dict):
+                try:
+                    self.run()
+                    self._wait(answer.done, seconds, f"the answer of provider {self._name} to command {name!r}")
+                except WaitTimeout as error:
+                    raise ContractViolation(str(error)) from error
+                answer = answer.result(0)
+        self.step(f"command {name!r}")
+        return answer
 
     def transcript(self) -> dict[str, object]:
         """All that guests could tell, by channel."""

@@ -322,8 +322,8 @@ class VfioUserClient:
                     return
                 try:
                     self.serve()
-                except (VmbusError, OSError, ValueError):
-                    return  # the connection is gone, or closed by us: the next request will say so
+                except (VmbusError, OSError, ValueError):  # the last one: closed meanwhile, a descriptor of -1
+                    return  # the connection is gone: the next request will say so
 
         thread = threading.Thread(target=loop, name="vfio-user client", daemon=True)
         thread.start()

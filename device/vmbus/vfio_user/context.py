@@ -17,6 +17,9 @@ How it treats the library:
 * Configuration space is the handler's alone (the callback gets every access, unsplit).
 * Migration. Where the library has migration v2 and there is a `MigrationHandler`, the client can migrate the device
   through the protocol; see `migration` for what is looked at before the library gets it.
+* Taking memory back. The library removes a region when it is named exactly. A client may also name a range with several
+  regions in it: QEMU does so with all that a guest's driver had mapped, when the guest takes the device out of that
+  address space, and relies on it. Such a request is answered here; the library is told of each region.
 * Interrupts are MSI only. ERR and REQ have no vectors: the 2022 generation would put the client's ERR eventfd in the
   place of vector 0.
 * Views of guest memory are over our own second mapping, see `mapping`.
@@ -36,6 +39,7 @@ import os
 import re
 import select
 import socket
+import struct
 import tempfile
 import time
 from collections.abc import Callable
@@ -69,8 +73,8 @@ _LONGEST_VERSION_MESSAGE = 65536
 _MOST_PENDING = 8
 # Errors that only the client's answer can be, so that the stream is in step after them.
 _REFUSALS = frozenset({errno.ENODEV, errno.ENXIO, errno.EFAULT, errno.EACCES, errno.ENOENT})
-# QEMU unmaps what it never mapped whenever the guest switches its IOMMU address space. The advice about twin_socket is
-# for servers that send messages while the guest runs; `write_through_client` does not.
+# QEMU takes back ranges in which nothing is left whenever the guest switches its IOMMU address space. The advice about
+# twin_socket is for servers that send messages while the guest runs; `write_through_client` does not.
 _NOISE = re.compile(r"cmd 3 failed: No such file|failed to remove DMA region .*No such file|without the twin_socket")
 
 
@@ -462,7 +466,7 @@ class Context:
             return self._refuse(size, refusal.code)
         except OSError:
             return ""
-        problem = self._run_library()
+        problem = self._run_unmap(size) if command == protocol.Command.DMA_UNMAP else self._run_library()
         if problem is None and after is not None:
             after()
         return problem
@@ -493,6 +497,63 @@ class Context:
         if error in (errno.ENOTCONN, errno.EBADF):
             return ""
         return f"the library gave up on it: {os.strerror(error)}"
+
+    def _run_unmap(self, size: int) -> str | None:
+        """A DMA_UNMAP request of `size` bytes, to which nothing else is to be said. Returns as `_run_library`."""
+        assert self._client is not None
+        wanted = HEADER.size + protocol.DMA_UNMAP.size
+        try:
+            start = self._client.recv(wanted, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        except OSError:
+            return ""
+        if size != wanted or len(start) != wanted:
+            return self._run_library()
+        _, flags, iova, length = protocol.DMA_UNMAP.unpack_from(start, HEADER.size)
+        exact = self._regions.get(iova)
+        inside = [] if flags else self._regions_inside(iova, length)
+        if not inside or (exact is not None and exact.size == length):
+            return self._run_library()
+        if (problem := self._unmap_through_library(inside)) is not None:
+            return problem
+        try:
+            request = self._client.recv(size, socket.MSG_WAITALL)
+            message_id, command, _, header_flags, _ = HEADER.unpack_from(request)
+            if not header_flags & protocol.FLAG_NO_REPLY:
+                body = request[HEADER.size :]
+                self._client.sendall(protocol.encode(message_id, command, body, flags=protocol.TYPE_REPLY))
+        except OSError as error:
+            return f"its request to take back memory could not be answered ({error})"
+        return None
+
+    def _regions_inside(self, iova: int, length: int) -> list[_Region]:
+        """The regions that lie in a range, all of each."""
+        first = bisect.bisect_left(self._region_starts, iova)
+        regions = [self._regions[start] for start in self._region_starts[first:] if start < iova + length]
+        return [region for region in regions if region.iova + region.size <= iova + length]
+
+    def _unmap_through_library(self, regions: list[_Region]) -> str | None:
+        """Have the library remove regions one by one, with requests on a connection of our own. Returns as above."""
+        assert self._context is not None and self._client is not None
+        descriptor = self._vfu.vfu_get_poll_fd(self._context.pointer)
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            for end in (ours, theirs):
+                bound_blocking(end, self._message_timeout)
+            os.dup2(theirs.fileno(), descriptor, inheritable=False)
+            try:
+                for region in regions:
+                    body = protocol.DMA_UNMAP.pack(protocol.DMA_UNMAP.size, 0, region.iova, region.size)
+                    ours.sendall(protocol.encode(0, protocol.Command.DMA_UNMAP, body))
+                    if (problem := self._run_library()) is not None:
+                        return problem or "the library gave up on it while memory was taken back"
+                    reply = ours.recv(bindings.MAX_MESSAGE)
+                    if HEADER.unpack_from(reply)[3] & protocol.FLAG_ERROR:
+                        return f"the library does not take back memory at {region.iova:#x}"
+            except (OSError, struct.error) as error:
+                return f"the library does not take back memory ({error})"
+            finally:
+                os.dup2(self._client.fileno(), descriptor, inheritable=False)
+        return None
 
     def _raise_escaped(self) -> None:
         """Raise what a callback could not raise through C."""

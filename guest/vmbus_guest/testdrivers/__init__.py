@@ -56,6 +56,22 @@ CATALOGUE: dict[str, Entry] = {
         "vmbus_guest.testdrivers.mixed",
         "runs several of the others side by side over one connection to the device",
     ),
+    "services": Entry(
+        "vmbus_guest.services.run",
+        "runs the guest's ends of network, disk and integration services until it is stopped",
+    ),
+    "disk-writer": Entry(
+        "vmbus_guest.testdrivers.disk_writer",
+        "makes a file system on a block device, writes and syncs, and checks what it holds: no channels",
+    ),
+    "kvp": Entry(
+        "vmbus_guest.testdrivers.kvp",
+        "reads and writes the key-value pools of the guest, as its programs do: no device",
+    ),
+    "disk-speed": Entry(
+        "vmbus_guest.testdrivers.disk_speed",
+        "reads or writes a block device past the page cache and counts: no channels",
+    ),
     "function": Entry(
         "vmbus_guest.testdrivers.function",
         "opens the PCI function, reads its registers, maps memory for it, and closes it: no channels",

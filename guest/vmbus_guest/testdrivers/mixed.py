@@ -1,8 +1,8 @@
 """Test driver `mixed`: several workloads side by side over one connection, since a function has one driver process.
 
-Parameter: `workloads`, a list of objects, each with `driver` ("echo", "raw-echo", "burst", "bulk" or "remap") and that
-one's parameters.
-The result has their results, in the same order, and one verdict.
+Parameter: `workloads`, a list of objects, each with `driver` ("echo", "raw-echo", "burst", "bulk", "remap", or a
+service such as "integration") and that one's parameters. Services end with the last test driver. The result has their
+results, in the same order, and one verdict.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from vmbus.errors import UsageError
+from vmbus_guest.services import CATALOGUE
 from vmbus_guest.testdrivers.bulk import BulkWorkload
 from vmbus_guest.testdrivers.burst import BurstWorkload
 from vmbus_guest.testdrivers.context import Context, Parameters
@@ -29,9 +30,10 @@ def run(context: Context) -> dict[str, Any]:
     for values in context.parameters.objects("workloads"):
         parameters = Parameters(values)
         name = parameters.get("driver", "")
-        if name not in KINDS:
-            raise UsageError(f"no workload '{name}'; there are {', '.join(sorted(KINDS))}")
-        workloads.append(KINDS[name](parameters))
+        kind = KINDS[name] if name in KINDS else CATALOGUE[name].load() if name in CATALOGUE else None
+        if kind is None:
+            raise UsageError(f"no workload '{name}'; there are {', '.join(sorted({**KINDS, **CATALOGUE}))}")
+        workloads.append(kind(parameters))
         parameters.check()
     context.parameters.check()
     results = run_workloads(context, workloads)

@@ -1,7 +1,8 @@
-"""Running workloads: what all test drivers with channels have in common.
+"""Running workloads: what all test drivers and services have in common.
 
-A workload drives one channel. Several may share the device (a PCI function has one driver process), so they have no
-loop of their own: `run_workloads` connects, opens a channel for each, pumps, and collects the results.
+A workload drives one channel, or several. Several workloads may share the device (a PCI function has one driver
+process), so they have no loop of their own: `run_workloads` connects, opens their channels, pumps, and collects the
+results. A test driver ends when its work is done; a service (`vmbus_guest.services`) ends only on request.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ LONGEST_STEP = 0.25
 
 
 class Workload(ABC):
-    """One channel and what is done with it.
+    """A channel (or several) and what is done with it.
 
     Common parameters: `instance` (UUID of the channel's instance; default: the first of the type), `ring_pages_in`,
     `ring_pages_out` (data pages of 4096 bytes), `stall_seconds` (without any progress for so long the run is given
@@ -32,6 +33,8 @@ class Workload(ABC):
 
     name: str
     interface_type: UUID
+    lasting = False
+    """Whether it goes on until it is stopped."""
 
     def __init__(self, parameters: Parameters) -> None:
         instance = parameters.get("instance", "")
@@ -93,6 +96,21 @@ class Workload(ABC):
         """Do what is due at `now` (monotonic seconds); returns when to be called again at the latest."""
         return now + LONGEST_STEP
 
+    def trouble_now(self, now: float, driver: VmbusDriver) -> str | None:
+        """Why the work cannot go on, None while it can."""
+        if not self.channel.active:
+            reasons = "; ".join(driver.failures) or "rescinded or closed by the host"
+            return f"channel {self.name} is {self.channel.state.value}: {reasons}"
+        if now - self.moved_at >= self.stall_seconds:
+            return f"no progress on channel {self.name} for {self.stall_seconds:g} s"
+        return None
+
+    def rescinded(self, channel: ClientChannel) -> None:  # noqa: B027 - the end of a test driver, by default
+        """The host has withdrawn a channel that was open; it is disabled. Not every one of them is this workload's."""
+
+    def close(self) -> None:  # noqa: B027 - most have nothing to give back
+        """The run is over, the device is still there: give up descriptors and memory."""
+
     @property
     def seconds(self) -> float:
         """Of the work itself, without opening and closing."""
@@ -121,6 +139,12 @@ def run_workloads(context: Context, workloads: Sequence[Workload]) -> list[dict[
     Raises what opening the device and its channels raises; once the work runs, trouble goes into the results.
     """
     with _connected(context, workloads) as driver:
+
+        def rescinded(channel: ClientChannel) -> None:
+            for workload in workloads:
+                workload.rescinded(channel)
+
+        driver.on_rescind = rescinded
         for workload in workloads:
             workload.open(driver)
         now = time.monotonic()
@@ -129,9 +153,12 @@ def run_workloads(context: Context, workloads: Sequence[Workload]) -> list[dict[
         for workload in workloads:
             workload.begin()
         running = list(workloads)
+        passing = not all(workload.lasting for workload in workloads)
         stopping = False
         while running:
-            if context.stop_requested and not stopping:
+            # Services that came along with test drivers end with the last of these.
+            alone = passing and all(workload.lasting for workload in running)
+            if (context.stop_requested or alone) and not stopping:
                 stopping = True
                 for workload in running:
                     workload.stop()
@@ -141,16 +168,17 @@ def run_workloads(context: Context, workloads: Sequence[Workload]) -> list[dict[
             now = time.monotonic()
             context.look_for_flush(now)
             for workload in list(running):
-                if workload.finished():
-                    running.remove(workload)
-                elif workload.channel.active and now - workload.moved_at < workload.stall_seconds:
-                    continue
-                else:
-                    running.remove(workload)
-                    workload.trouble.append(_trouble(workload, driver))
+                if not workload.finished():
+                    trouble = workload.trouble_now(now, driver)
+                    if trouble is None:
+                        continue
+                    workload.trouble.append(trouble)
+                running.remove(workload)
                 workload.ended_at = now
             if context.progress_due:
                 context.progress(**_progress(workloads))
+        for workload in workloads:
+            workload.close()
     return [workload.summary() for workload in workloads]
 
 
@@ -169,13 +197,6 @@ def _connected(context: Context, workloads: Sequence[Workload]) -> Iterator[Vmbu
         raise
     # With transactions outstanding the channels would not close: then only a reset gets the memory back.
     driver.close(graceful=not any(workload.trouble for workload in workloads))
-
-
-def _trouble(workload: Workload, driver: VmbusDriver) -> str:
-    if not workload.channel.active:
-        reasons = "; ".join(driver.failures) or "rescinded or closed by the host"
-        return f"channel {workload.name} is {workload.channel.state.value}: {reasons}"
-    return f"no progress on channel {workload.name} for {workload.stall_seconds:g} s"
 
 
 def _progress(workloads: Sequence[Workload]) -> dict[str, Any]:

@@ -1,0 +1,145 @@
+"""The block device of a Linux guest in QEMU, against QEMU's own virtio-blk in the same guest and run.
+
+Both disks are raw files of the same size beside each other, read and written past the guest's page cache by the same
+program in the guest; on the host both go through the page cache (virtio-blk with cache=writeback and threads).
+Virtio-blk is served by C in QEMU and by a driver in the guest's kernel. Ours goes through the kernel's nbd driver and
+two Python programs, of which the one in the guest runs on the same (emulated) processor as the program that asks.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgspec
+
+from vmbus.errors import VmbusError
+from vmbus.providers.block.image import DIRECTORY_VARIABLE
+from vmbus.qemu.command_line import Programs
+from vmbus.qemu.description import VmDescription
+from vmbus.qemu.machine import VirtualMachine
+from vmbus_bench.figures import Part, Row, Sample, ratio
+
+SIZE_MIB = 64
+_OURS, _THEIRS = "/dev/nbd0", "/dev/vda"
+_SLOT = 0x10
+
+
+class _Case(NamedTuple):
+    """One way to use a disk. `size` in bytes; `depth` requests in flight."""
+
+    name: str
+    write: bool
+    random: bool
+    size: int
+    depth: int
+    requests: int
+
+
+CASES = (
+    _Case("random reads of 4 KiB, one at a time", False, True, 4096, 1, 400),
+    _Case("random reads of 4 KiB, 16 in flight", False, True, 4096, 16, 800),
+    _Case("random writes of 4 KiB, 16 in flight", True, True, 4096, 16, 800),
+    _Case("reads of 256 KiB in order, 4 in flight", False, False, 256 << 10, 4, 160),
+    _Case("writes of 256 KiB in order, 4 in flight", True, False, 256 << 10, 4, 160),
+)
+
+
+@contextmanager
+def _disks() -> Iterator[Path]:
+    """A disk directory for as long as the block runs, with the baseline's image in it."""
+    before = os.environ.get(DIRECTORY_VARIABLE)
+    with tempfile.TemporaryDirectory(prefix="vmbus-bench-disks-") as directory:
+        os.environ[DIRECTORY_VARIABLE] = directory
+        try:
+            yield Path(directory)
+        finally:
+            if before is None:
+                del os.environ[DIRECTORY_VARIABLE]
+            else:
+                os.environ[DIRECTORY_VARIABLE] = before
+
+
+async def _measure(vm: VirtualMachine, device: str, case: _Case, count: int) -> float:
+    """Requests per second."""
+    parameters: dict[str, Any] = {
+        "device": device,
+        "module": "virtio_blk" if device == _THEIRS else "",
+        "write": case.write,
+        "random": case.random,
+        "size": case.size,
+        "depth": case.depth,
+        "count": count,
+        "span_mib": SIZE_MIB // 2,
+    }
+    report = await vm.call_agent("run", driver="disk-speed", parameters=parameters, timeout=120.0)
+    result = report.get("result")
+    if not isinstance(result, dict) or result.get("verdict") != "passed":
+        raise VmbusError(f"the guest could not use {device}: {report}")
+    return float(result["per_second"])
+
+
+async def measure(description: VmDescription, programs: Programs, *, quick: bool, step: Callable[[str], None]) -> Part:
+    """Run this part in a fresh VM. `step` is told what is being done."""
+    repeats = 3 if quick else 5
+    rates: dict[_Case, list[float]] = {case: [] for case in CASES}
+    base: dict[_Case, list[float]] = {case: [] for case in CASES}
+    with _disks() as disks:
+        image = disks / "virtio.img"
+        with image.open("wb") as file:
+            file.truncate(SIZE_MIB << 20)
+        programs = dataclasses.replace(
+            programs,
+            extra=(
+                *("-blockdev", f"driver=raw,node-name=base,file.driver=file,file.aio=threads,file.filename={image}"),
+                *("-device", f"virtio-blk-pci,drive=base,addr={_SLOT:#x}"),
+            ),
+        )
+        plain = msgspec.to_builtins(description)
+        plain["device"]["providers"][0]["options"]["size_mib"] = SIZE_MIB
+        step("the VM boots")
+        vm = await VirtualMachine.launch(msgspec.convert(plain, VmDescription), programs)
+        try:
+            await vm.wait_ready()
+            for device in (_OURS, _THEIRS):  # both images get their blocks
+                fill = _Case("", True, False, 1 << 20, 2, 0)
+                await _measure(vm, device, fill, SIZE_MIB // 2)
+            for repeat in range(repeats):
+                for case in CASES:
+                    count = case.requests // (2 if quick else 1)
+                    step(f"{case.name}, round {repeat + 1} of {repeats}")
+                    base[case].append(await _measure(vm, _THEIRS, case, count))
+                    rates[case].append(await _measure(vm, _OURS, case, count))
+            await vm.shutdown()
+        finally:
+            await vm.kill()
+    rows = []
+    for case in CASES:
+        unit, factor = ("/s", 1.0) if case.size == 4096 else ("MiB/s", case.size / (1 << 20))
+        rows.append(
+            Row(
+                case.name,
+                Sample.of([factor * rate for rate in rates[case]], unit),
+                Sample.of([factor * rate for rate in base[case]], unit),
+                ratio(rates[case], base[case]),
+            )
+        )
+    return Part(
+        name="block",
+        title=f"the block device of a Linux guest ({programs.accelerator})",
+        parameters={
+            "size_mib": SIZE_MIB,
+            "repeats": repeats,
+            "accelerator": programs.accelerator,
+            "qemu_version": programs.qemu_version,
+            "cpus": description.cpus,
+        },
+        baseline="QEMU's virtio-blk in the same guest",
+        rows=rows,
+        targets=[],
+    )

@@ -1,0 +1,210 @@
+"""The image of a disk: finding it, making it, and being the only one who uses it.
+
+Descriptions, and with them snapshots, which may come from anybody, name an image in the *disk directory*, never a path:
+the directory is the owner's choice (the environment variable VMBUS_DISKS). A block device, or an image somewhere else,
+is reached by a symbolic link that the owner puts there.
+
+Whoever uses an image holds a lock over all of it: an exclusive one, or for a read-only disk a shared one. It belongs to
+the open file, so it ends with the process at the latest, and other programs that lock images (QEMU's among them) see
+it too.
+"""
+
+import errno
+import fcntl
+import os
+import stat
+from contextlib import suppress
+from pathlib import Path
+from struct import Struct
+
+from vmbus.errors import EnvironmentProblem
+from vmbus.providers.block.backend import FileBackend, size_of
+
+DIRECTORY_VARIABLE = "VMBUS_DISKS"
+_FLOCK = Struct("@hhqqi4x")  # struct flock: type, whence, start, length (0: to the end), pid (0 for these locks)
+_FICLONE = 0x40049409  # linux/fs.h: _IOW(0x94, 9, int)
+_CHUNK = 1 << 20
+_TRIES = 20
+MEBIBYTE = 1 << 20
+
+
+def disk_directory() -> Path:
+    """Where images are."""
+    named = os.environ.get(DIRECTORY_VARIABLE)
+    if named:
+        return Path(named)
+    data = os.environ.get("XDG_DATA_HOME") or "~/.local/share"
+    return Path(data).expanduser() / "vmbus-device" / "disks"
+
+
+def image_path(name: str) -> Path:
+    """Where an image is, or would be."""
+    return disk_directory() / name
+
+
+class Image:
+    """An image that is open and locked. `close` gives both up.
+
+    Attributes: `path`, `size` (bytes), `regular` (a file, not a block device), `backend`, which owns the descriptor.
+    """
+
+    def __init__(self, path: Path, fd: int) -> None:
+        self.path = path
+        self.size = size_of(fd)
+        self.regular = stat.S_ISREG(os.fstat(fd).st_mode)
+        self.fd = fd
+        self.backend = FileBackend(fd)
+
+    @property
+    def stamp(self) -> int:
+        """Changes with every write to a file: the time of the last one, in ns. 0 for a block device."""
+        return os.fstat(self.fd).st_mtime_ns if self.regular else 0
+
+    def close(self) -> None:
+        """Close it, which ends the lock once no operation on it is under way. Repeating it does nothing."""
+        self.backend.close()
+
+
+def open_image(name: str, *, read_only: bool, create: int | None) -> Image:
+    """Open and lock an image. `create`: make it, with so many bytes, all zero, if it is not there.
+
+    Raises EnvironmentProblem that says what is wrong: it is not there, in use, or no image at all.
+    """
+    path = image_path(name)
+    flags = (os.O_RDONLY if read_only else os.O_RDWR) | os.O_CLOEXEC | os.O_NONBLOCK
+    if create is not None and not read_only:
+        flags |= os.O_CREAT
+        with suppress(OSError):  # the open tells
+            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    for _ in range(_TRIES):
+        try:
+            fd = os.open(path, flags, 0o600)
+        except OSError as error:
+            hint = "; 'create = true' and 'size_mib' make one" if error.errno == errno.ENOENT and create is None else ""
+            raise EnvironmentProblem(f"cannot open the disk image {path}: {error.strerror}{hint}") from error
+        try:
+            kind = os.fstat(fd).st_mode
+            if not stat.S_ISREG(kind) and not stat.S_ISBLK(kind):
+                raise EnvironmentProblem(f"{path} is neither a file nor a block device: no disk image")
+            os.set_blocking(fd, True)
+            _lock(fd, path, read_only)
+            if not _still_there(fd, path):
+                os.close(fd)
+                continue  # replaced between the open and the lock
+            if create is not None and not read_only and stat.S_ISREG(kind) and os.fstat(fd).st_size == 0:
+                os.ftruncate(fd, create)
+            return Image(path, fd)
+        except OSError as error:
+            os.close(fd)
+            raise EnvironmentProblem(f"cannot use the disk image {path}: {error.strerror}") from error
+        except BaseException:
+            os.close(fd)
+            raise
+    raise EnvironmentProblem(f"the disk image {path} is replaced again and again: who does that?")
+
+
+def _lock(fd: int, path: Path, shared: bool) -> None:
+    kind = fcntl.F_RDLCK if shared else fcntl.F_WRLCK
+    try:
+        fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _FLOCK.pack(kind, os.SEEK_SET, 0, 0, 0))
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EAGAIN):
+            raise
+        raise EnvironmentProblem(
+            f"the disk image {path} is in use: another virtual machine, or a tool, has it locked; end that first, or "
+            "give this disk an image of its own"
+        ) from error
+
+
+def _still_there(fd: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(fd), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def replace_content(image: Image, source: Path) -> Image:
+    """Give a locked image the content of the file `source`; returns the image, which may be another file now.
+
+    A file is replaced as a whole, in one step: after a crash it has the old content or the new. A block device is
+    written over. Raises EnvironmentProblem; the image is then closed.
+    """
+    try:
+        source_fd = os.open(source, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            if image.regular:
+                return _replace_file(image, source_fd)
+            if size_of(source_fd) != image.size:
+                raise OSError(errno.EFBIG, f"{size_of(source_fd)} bytes do not fit a device of {image.size}")
+            copy_content(source_fd, image.fd)
+            return image
+        finally:
+            os.close(source_fd)
+    except OSError as error:
+        image.close()
+        raise EnvironmentProblem(f"cannot put {source} into the disk image {image.path}: {error.strerror}") from error
+
+
+def _replace_file(image: Image, source_fd: int) -> Image:
+    path = image.path.resolve()
+    # One name only, and only whoever has the lock uses it: what a crash leaves is overwritten by the next restore.
+    new = path.with_name(f".{path.name}.new")
+    fd = os.open(new, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    try:
+        _lock(fd, new, False)
+        os.fchmod(fd, stat.S_IMODE(os.fstat(image.fd).st_mode))
+        copy_content(source_fd, fd)
+        new.rename(path)
+        directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
+    except BaseException:
+        os.close(fd)
+        with suppress(OSError):
+            new.unlink()
+        raise
+    image.close()
+    return Image(image.path, fd)
+
+
+def copy_content(source: int, target: int) -> None:
+    """Make a file (just made), or a block device of that size, equal to the file `source`, on stable storage.
+
+    Shares the blocks where the file system can, and keeps holes where it cannot. Raises OSError.
+    """
+    size = size_of(source)
+    if stat.S_ISREG(os.fstat(target).st_mode):
+        with suppress(OSError):
+            fcntl.ioctl(target, _FICLONE, source)
+            os.fsync(target)
+            return
+        os.ftruncate(target, size)
+        _copy_data(source, target, size)
+    else:
+        backend = FileBackend(os.dup(target))
+        try:
+            backend.write_zeroes(0, size, may_unmap=True, durable=False)
+        finally:
+            backend.close()
+        _copy_data(source, target, size)
+    os.fsync(target)
+
+
+def _copy_data(source: int, target: int, size: int) -> None:
+    """Copy all that is no hole."""
+    offset = 0
+    while offset < size:
+        try:
+            offset = os.lseek(source, offset, os.SEEK_DATA)
+        except OSError as error:
+            if error.errno == errno.ENXIO:  # a hole up to the end
+                return
+            raise
+        end = os.lseek(source, offset, os.SEEK_HOLE)
+        while offset < end:
+            data = os.pread(source, min(end - offset, _CHUNK), offset)
+            if not data:
+                raise OSError(errno.EIO, "it became shorter while it was copied")
+            offset += os.pwrite(target, data, offset)

@@ -1,0 +1,299 @@
+"""What each of the services does with its exchange."""
+
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from typing import Any
+
+from vmbus.errors import UsageError, VmbusError
+from vmbus.providers.base import Host, Timer
+from vmbus.providers.integration.exchange import Exchange, Request
+from vmbus.wire import ic
+
+LOST_AFTER = 3
+"""Heartbeats that may be due without an answer before the guest counts as lost."""
+MOST_KEYS = 1024
+"""Keys of a pool that are listed at most."""
+
+Answer = Future[dict[str, Any]]
+
+
+def settle(answer: Answer, result: dict[str, Any] | None, error: Exception | None = None) -> None:
+    """Answer a command, unless whoever gave it has gone."""
+    if answer.done():
+        return
+    if result is None:
+        answer.set_exception(error or UsageError("the guest gave no answer"))
+    else:
+        answer.set_result(result)
+
+
+class Periodic:
+    """A call every so often while its channel is started; nothing with 0 seconds."""
+
+    def __init__(self, host: Host, seconds: float, call: Callable[[], None]) -> None:
+        self._host = host
+        self._seconds = seconds
+        self._call = call
+        self._timer: Timer | None = None
+
+    def start(self) -> None:
+        """The first call is due after one interval."""
+        if self._seconds and self._timer is None:
+            self._timer = self._host.call_later(self._seconds, self._fire)
+
+    def stop(self) -> None:
+        """No more calls."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _fire(self) -> None:
+        self._timer = None
+        self.start()
+        self._call()
+
+
+class Part:
+    """One service. Its `numbers` are saved."""
+
+    def __init__(self, exchange: Exchange) -> None:
+        self.exchange = exchange
+        self.numbers: dict[str, int] = {}
+        exchange.on_ready = self.ready
+        exchange.on_suspend = self.suspend
+        exchange.on_closed = self.closed
+
+    def ready(self) -> None:
+        """Requests can go out, for the first time or again."""
+
+    def suspend(self) -> None:
+        """The channel comes to rest: no timers."""
+
+    def closed(self) -> None:
+        """The guest's service has gone."""
+
+    def status(self) -> dict[str, Any]:
+        """For tools."""
+        return self.exchange.status() | self.numbers
+
+
+class Heartbeat(Part):
+    """Asks the guest every so often whether it is still there; never twice at once."""
+
+    def __init__(self, exchange: Exchange, host: Host, seconds: float) -> None:
+        super().__init__(exchange)
+        self.numbers = {"sequence": 0, "beats": 0, "wrong": 0, "silent": 0}
+        self._timer = Periodic(host, seconds, self._beat)
+        exchange.on_old_answer = self._answered
+
+    def ready(self) -> None:
+        self._timer.start()
+
+    def suspend(self) -> None:
+        self._timer.stop()
+
+    def _beat(self) -> None:
+        if not self.exchange.idle:
+            self.numbers["silent"] += 1
+            return
+        sequence = self.numbers["sequence"]
+        self.exchange.ask(
+            Request(ic.MessageType.HEARTBEAT, ic.heartbeat(sequence), self._answered, patient=True),
+        )
+
+    def _answered(self, message: ic.Message | None, error: VmbusError | None) -> None:
+        if message is None:
+            return
+        try:
+            right = ic.parse_heartbeat(message.body) == (self.numbers["sequence"] + 1) % (1 << 64)
+        except ic.IcError:
+            right = False
+        self.numbers["beats" if right else "wrong"] += 1
+        self.numbers["silent"] = 0
+        self.numbers["sequence"] = (self.numbers["sequence"] + 1) % (1 << 63)
+
+    def status(self) -> dict[str, Any]:
+        alive = self.numbers["beats"] > 0 and self.numbers["silent"] < LOST_AFTER
+        return super().status() | {"alive": alive and self.exchange.version is not None}
+
+
+class Time(Part):
+    """Tells the guest the time whenever it may have lost it, that is when the device begins to run again, and now and
+    then besides."""
+
+    def __init__(self, exchange: Exchange, host: Host, seconds: float, clock: Callable[[], float]) -> None:
+        super().__init__(exchange)
+        self.numbers = {"syncs": 0, "samples": 0}
+        self._clock = clock
+        self._waits = False  # to be told the time that it is then
+        self._timer = Periodic(host, seconds, self._sample)
+
+    def ready(self) -> None:
+        self._timer.start()
+        if not self._waits:
+            self.tell(ic.TimeFlag.SYNC)
+
+    def suspend(self) -> None:
+        self._timer.stop()
+
+    def _sample(self) -> None:
+        if self.exchange.idle:
+            self.tell(ic.TimeFlag.SAMPLE)
+
+    def tell(
+        self, flag: ic.TimeFlag, done: Callable[[ic.Message | None, VmbusError | None], None] | None = None
+    ) -> None:
+        """Send the time, as it is at the moment of the send."""
+
+        def body() -> bytes:
+            assert self.exchange.version is not None
+            self._waits = False
+            return ic.time_sync(ic.TimeSync(self._clock(), flag), self.exchange.version)
+
+        request = Request(ic.MessageType.TIME, body)
+        if done is not None:
+            request.done = done
+        self._waits = True
+        self.exchange.ask(request, bounded=done is not None)
+        self.numbers["syncs" if flag is ic.TimeFlag.SYNC else "samples"] += 1
+
+
+class Shutdown(Part):
+    """Asks the guest to end."""
+
+    MODES: Mapping[str, tuple[int, tuple[int, int]]] = {
+        "power-off": (0, (1, 0)),
+        "restart": (ic.ShutdownFlag.RESTART, (3, 1)),
+        "hibernate": (ic.ShutdownFlag.HIBERNATE, (3, 2)),
+    }
+    """Flags, and the version from which the guest knows them."""
+
+    def request(self, mode: str, *, force: bool, text: str) -> Answer:
+        """The answer says whether the guest does it: `accepted`, and its `status`. Raises UsageError."""
+        if mode not in self.MODES:
+            raise UsageError(f"there is no way {mode!r} to shut down; there are {', '.join(self.MODES)}")
+        flags, since = self.MODES[mode]
+        version = self.exchange.version
+        if version is not None and version < since:
+            raise UsageError(f"the guest's shutdown service speaks version {version}, and cannot {mode}")
+        answer: Answer = Future()
+
+        def done(message: ic.Message | None, error: VmbusError | None) -> None:
+            accepted = message is not None and message.status == ic.IcStatus.OK
+            settle(answer, None if message is None else {"accepted": accepted, "status": message.status}, error)
+
+        body = ic.shutdown(ic.Shutdown(flags | (ic.ShutdownFlag.FORCE if force else 0), text=text))
+        self.exchange.ask(Request(ic.MessageType.SHUTDOWN, body, done, keep=True))
+        return answer
+
+
+class Kvp(Part):
+    """Keys and values, in the guest's pools."""
+
+    def __init__(self, exchange: Exchange, values: Mapping[str, str]) -> None:
+        super().__init__(exchange)
+        self._values = dict(values)
+        self.numbers = {"told": 0}
+
+    def ready(self) -> None:
+        """The guest is told the values of the description once after each open."""
+        if self.numbers["told"]:
+            return
+        self.numbers["told"] = 1
+        for key, value in self._values.items():
+            told = ic.Kvp(ic.KvpOperation.SET, ic.Pool.EXTERNAL, key, value)
+            self._ask(told, lambda _: None, keep=True, bounded=False)
+
+    def closed(self) -> None:
+        """The next open is another guest, or the same one without its memory."""
+        self.numbers["told"] = 0
+
+    def set(self, key: str, value: str, pool: int, value_type: int) -> Answer:
+        """Set a key's value in a pool."""
+        return self._single(ic.Kvp(ic.KvpOperation.SET, pool, key, value, value_type), lambda found: {}, keep=True)
+
+    def delete(self, key: str, pool: int) -> Answer:
+        """Remove a key."""
+        return self._single(ic.Kvp(ic.KvpOperation.DELETE, pool, key), lambda found: {}, keep=True)
+
+    def get(self, key: str, pool: int) -> Answer:
+        """A key's `value` and its `type`."""
+        return self._single(
+            ic.Kvp(ic.KvpOperation.GET, pool, key),
+            lambda found: {"value": found.value, "type": ic.ValueType(found.value_type).name.lower()},
+        )
+
+    def list(self, pool: int) -> Answer:
+        """All `values` of a pool, by key."""
+        answer: Answer = Future()
+        values: dict[str, str] = {}
+
+        def following(position: int) -> None:
+            try:
+                self._ask(ic.Kvp(ic.KvpOperation.ENUMERATE, pool, position=position), partly, answer=answer)
+            except UsageError as error:
+                settle(answer, None, error)
+
+        def partly(found: ic.Kvp | None) -> None:
+            if found is None or len(values) >= MOST_KEYS or answer.done():
+                settle(answer, {"values": values})
+                return
+            values[found.key] = found.value
+            following(found.position + 1)
+
+        following(0)
+        return answer
+
+    def _single(self, request: ic.Kvp, result: Callable[[ic.Kvp], dict[str, Any]], *, keep: bool = False) -> Answer:
+        answer: Answer = Future()
+
+        def done(found: ic.Kvp | None) -> None:
+            if found is None:
+                pool = ic.Pool(request.pool).name.lower().replace("_", "-")
+                settle(answer, None, UsageError(f"the guest has no key {request.key!r} in its pool {pool}"))
+            else:
+                settle(answer, result(found))
+
+        self._ask(request, done, answer=answer, keep=keep)
+        return answer
+
+    def _ask(
+        self,
+        request: ic.Kvp,
+        done: Callable[[ic.Kvp | None], None],
+        *,
+        answer: Answer | None = None,
+        keep: bool = False,
+        bounded: bool = True,
+    ) -> None:
+        """Ask for something; `done` gets the answer, or None for what is not there."""
+        try:
+            body = ic.kvp(request)
+        except ValueError as error:
+            raise UsageError(f"key-value exchange: {error}") from error
+
+        def failed(error: VmbusError | None) -> None:
+            if answer is not None:
+                settle(answer, None, error)
+
+        def answered(message: ic.Message | None, error: VmbusError | None) -> None:
+            if message is None:
+                failed(error)
+            elif message.status == ic.IcStatus.NO_MORE_ITEMS:
+                done(None)
+            elif message.status != ic.IcStatus.OK:
+                if request.operation in (ic.KvpOperation.GET, ic.KvpOperation.ENUMERATE, ic.KvpOperation.DELETE):
+                    done(None)
+                else:
+                    failed(UsageError(f"the guest refused key {request.key!r}: status {message.status:#010x}"))
+            else:
+                try:
+                    found = ic.parse_kvp(message.body)
+                    if found.operation != request.operation or found.position != request.position:
+                        raise ic.IcError("an answer to another request")
+                except ic.IcError as wrong:
+                    failed(UsageError(f"the guest's key-value service: {wrong}"))
+                else:
+                    done(found)
+
+        self.exchange.ask(Request(ic.MessageType.KVP, body, answered, keep=keep), bounded=bounded)

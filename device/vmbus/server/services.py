@@ -1,0 +1,270 @@
+"""What providers ask of the server beside channels and timers: descriptors to be watched, and work that blocks.
+
+Like the timers, both are kept by us, and not by the event loop: so that they also go on inside a blocking wait.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import queue
+import select
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+from vmbus.errors import UsageError, WaitTimeout
+from vmbus.watches import Watches
+
+log = logging.getLogger(__name__)
+
+Done = Callable[[Any, BaseException | None], None]
+
+THREADS = 8
+"""Most pieces of one provider's work that are done at the same time."""
+
+
+class Services:
+    """Of one device: the one descriptor behind which everything below is ready. `close` ends it."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._watches = Watches()
+        self._lock = threading.Lock()
+        self._event = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._closed = False
+        self._finished: deque[_Job] = deque()
+        self._owners: list[ProviderServices] = []
+        self._idle: list[tuple[asyncio.Future[None], ProviderServices | None]] = []
+        self._watches.add_reader(self._event, self._take_finished)
+        loop.add_reader(self._watches.fileno(), self.run_ready)
+
+    def fileno(self) -> int:
+        """Readable while there is something to do for `run_ready`."""
+        return self._watches.fileno()
+
+    def run_ready(self) -> bool:
+        """Make the calls for descriptors that are ready and for work that has ended. Returns whether there was any."""
+        return not self._closed and self._watches.poll()
+
+    @property
+    def busy(self) -> dict[str, int]:
+        """Pieces of work under way, by provider, those whose end was not told yet included."""
+        return {owner.name: owner.jobs for owner in self._owners if owner.jobs}
+
+    async def idle(self, seconds: float, owner: ProviderServices | None = None) -> None:
+        """Return when no work is under way, of one owner or of all. Raises WaitTimeout naming whose it is."""
+        if not (self.busy if owner is None else owner.jobs):
+            return
+        entry = (self._loop.create_future(), owner)
+        self._idle.append(entry)
+        try:
+            await asyncio.wait_for(entry[0], max(seconds, 0.0))
+        except TimeoutError:
+            raise WaitTimeout(f"work that providers have done on other threads to end {self.busy}", seconds) from None
+        finally:
+            self._idle.remove(entry)
+
+    def finish(self, seconds: float) -> bool:
+        """Give up work that was not begun, and block until what was has ended. Returns whether it has, in time."""
+        for owner in self._owners:
+            owner.drop_waiting()
+        deadline = time.monotonic() + seconds
+        poller = select.poll()
+        poller.register(self._event, select.POLLIN)
+        while self.busy:
+            left = deadline - time.monotonic()
+            if left <= 0:
+                log.error("work of providers has not ended after %g s: %s", seconds, self.busy)
+                return False
+            poller.poll(1000 * left + 1)
+            self._take_finished()
+        return True
+
+    def close(self) -> None:
+        """Watch nothing and call nothing any more. Threads that still work end when their work does."""
+        if self._closed:
+            return
+        for owner in list(self._owners):
+            owner.release()
+        self._loop.remove_reader(self._watches.fileno())
+        with self._lock:
+            self._closed = True
+            self._watches.close()
+            os.close(self._event)
+
+    # ---- for ProviderServices ------------------------------------------------------------------------------------
+
+    def join(self, owner: ProviderServices) -> None:
+        """One more provider."""
+        self._owners.append(owner)
+
+    def leave(self, owner: ProviderServices) -> None:
+        """It is gone."""
+        if owner in self._owners:
+            self._owners.remove(owner)
+        self._look_idle()
+
+    def watch(self, owner: ProviderServices, wanted: bool) -> None:
+        """Whether the provider's descriptors are looked at."""
+        if wanted:
+            self._watches.add_reader(owner.watches.fileno(), owner.poll)
+        else:
+            self._watches.remove_reader(owner.watches.fileno())
+
+    def finished(self, job: _Job) -> None:
+        """Called on the thread that did the work."""
+        self._finished.append(job)
+        with self._lock:
+            if not self._closed:
+                os.eventfd_write(self._event, 1)
+
+    def _take_finished(self) -> None:
+        try:
+            os.eventfd_read(self._event)
+        except BlockingIOError:
+            return
+        for _ in range(len(self._finished)):
+            if not self._finished:
+                break  # a call waited inside, and took the rest
+            self._finished.popleft().tell()
+        if self._finished:
+            with self._lock:
+                os.eventfd_write(self._event, 1)
+        self._look_idle()
+
+    def _look_idle(self) -> None:
+        for waiter, owner in self._idle:
+            if not (self.busy if owner is None else owner.jobs) and not waiter.done():
+                waiter.set_result(None)
+
+
+class _Job:
+    """One piece of work."""
+
+    __slots__ = ("done", "error", "owner", "result", "work")
+
+    def __init__(self, owner: ProviderServices, work: Callable[[], Any], done: Done) -> None:
+        self.owner = owner
+        self.work: Callable[[], Any] | None = work
+        self.done = done
+        self.result: Any = None
+        self.error: BaseException | None = None
+
+    def run(self) -> None:
+        """On a thread."""
+        work, self.work = self.work, None
+        assert work is not None
+        try:
+            self.result = work()
+        except BaseException as error:  # whatever it is, its owner must hear of it
+            self.error = error
+
+    def tell(self) -> None:
+        """On the loop."""
+        owner = self.owner
+        try:
+            if not owner.released:
+                self.done(self.result, self.error)
+        except Exception:
+            log.exception("provider %s: the call that its work has ended raised", owner.name)
+        finally:
+            owner.jobs -= 1
+
+
+class ProviderServices:
+    """One provider's share: implements this part of `vmbus.providers.Host`.
+
+    Descriptors are looked at only while the provider is active (`active`), between `Provider.activate` and
+    `Provider.deactivate`: input from outside that comes after a save would be lost with the process.
+    """
+
+    def __init__(self, services: Services, name: str) -> None:
+        self._services = services
+        self.name = name
+        self.watches = Watches()
+        self.jobs = 0
+        self.released = False
+        self._active = False
+        self._threads = 0
+        self._waiting: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        services.join(self)
+
+    # ---- what providers call ---------------------------------------------------------------------------------------
+
+    def add_reader(self, fd: int, call: Callable[[], None]) -> None:
+        """Call from the event loop while `fd` is readable."""
+        self.watches.add_reader(fd, call)
+
+    def remove_reader(self, fd: int) -> bool:
+        """Do not call any more; returns whether there was a call."""
+        return not self.released and self.watches.remove_reader(fd)
+
+    def add_writer(self, fd: int, call: Callable[[], None]) -> None:
+        """Call from the event loop while `fd` can be written to."""
+        self.watches.add_writer(fd, call)
+
+    def remove_writer(self, fd: int) -> bool:
+        """Do not call any more; returns whether there was a call."""
+        return not self.released and self.watches.remove_writer(fd)
+
+    def run_blocking(self, work: Callable[[], Any], done: Done) -> None:
+        """Do `work` on another thread, then call `done(result, error)` from the event loop."""
+        if self.released:
+            raise UsageError(f"provider {self.name!r} is gone: it has no work done any more")
+        self.jobs += 1
+        self._waiting.put(_Job(self, work, done))
+        if self._threads < min(self.jobs, THREADS):
+            self._threads += 1
+            # Daemons: work that hangs in the kernel must not keep a server that ends from ending.
+            threading.Thread(target=self._serve, name=f"{self.name}-work-{self._threads}", daemon=True).start()
+
+    # ---- what the server calls -------------------------------------------------------------------------------------
+
+    @property
+    def active(self) -> bool:
+        """Whether descriptors are looked at."""
+        return self._active
+
+    @active.setter
+    def active(self, active: bool) -> None:
+        if active is not self._active and not self.released:
+            self._active = active
+            self._services.watch(self, active)
+
+    def poll(self) -> None:
+        """Make the calls for what is ready now."""
+        if not self.released:
+            self.watches.poll()
+
+    def drop_waiting(self) -> None:
+        """Forget work that was not begun; nobody is told."""
+        while True:
+            try:
+                job = self._waiting.get_nowait()
+            except queue.Empty:
+                return
+            if job is not None:
+                self.jobs -= 1
+
+    def release(self) -> None:
+        """The provider is stopped: watch nothing for it, and tell it nothing any more. Repeating it does nothing."""
+        if self.released:
+            return
+        self.active = False
+        self.released = True
+        self.drop_waiting()
+        for _ in range(self._threads):
+            self._waiting.put(None)
+        self.watches.close()
+        self._services.leave(self)
+
+    def _serve(self) -> None:
+        """One thread."""
+        while (job := self._waiting.get()) is not None:
+            job.run()
+            self._services.finished(job)
+            del job  # or what the work holds would live until the next one

@@ -1,0 +1,303 @@
+"""Outside resources of a provider, and its work on other threads, on a real server."""
+
+import fcntl
+import os
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from support.outside import OUTSIDE_TYPE, OutsideProvider
+from vmbus import providers
+from vmbus.description import DeviceDescription
+from vmbus.errors import EnvironmentProblem, StateError, UsageError, WaitTimeout
+from vmbus.kmcl.client import ClientChannel
+from vmbus.loopback.function import LoopbackFunction
+from vmbus.loopback.harness import LoopbackServer, describe
+from vmbus.vfio_user.library import Library
+from vmbus_guest.driver import VmbusDriver
+
+pytestmark = pytest.mark.loopback
+
+
+@pytest.fixture(autouse=True)
+def outside(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setitem(providers.PROVIDERS, "outside", OutsideProvider)
+    yield
+    for one in OutsideProvider.alive:
+        one.go.set()
+    OutsideProvider.alive.clear()
+    OutsideProvider.fail.clear()
+
+
+class Guest:
+    """A driver with the provider's channel open."""
+
+    def __init__(self, server: LoopbackServer) -> None:
+        self.function: LoopbackFunction = server.function()
+        self.driver = VmbusDriver(self.function)
+        self.channel: ClientChannel = self.driver.client_channel(OUTSIDE_TYPE, name="outside")
+        self.driver.enable(self.channel)
+        self.replies: list[bytes] = []
+
+    def send(self, text: bytes) -> None:
+        packet = self.channel.allocate_packet()
+        packet.completion_routine = lambda packet, status, reply: self.replies.append(reply.rstrip(b"\0"))
+        packet.send(text)
+
+    def request(self, text: bytes) -> bytes:
+        expected = len(self.replies) + 1
+        self.send(text)
+        self.driver.run_until(lambda: len(self.replies) >= expected, 10, f"the answer to {text!r}")
+        return self.replies[-1]
+
+    def close(self) -> None:
+        self.driver.close(graceful=False)
+
+
+def provider_of(server: LoopbackServer) -> OutsideProvider:
+    found: Any = server.server.providers[0]
+    assert isinstance(found, OutsideProvider)
+    return found
+
+
+def description(path: Path, **options: Any) -> DeviceDescription:
+    return describe("outside", outside={"path": str(path), **options})
+
+
+def locked(path: Path) -> bool:
+    """Whether somebody has the file locked."""
+    fd = os.open(path, os.O_RDWR)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(fd)
+    return False
+
+
+def until(condition: Any, what: str) -> None:
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.001)
+
+
+def test_resources_are_owned_only_while_the_device_runs(libvfio_user: Library, tmp_path: Path) -> None:
+    path = tmp_path / "data"
+    path.write_bytes(b"content")
+    with LoopbackServer(description(path), libvfio_user) as server:
+        provider = provider_of(server)
+        assert locked(path) and provider.calls == ["start", "activate"]
+        guest = Guest(server)
+        assert guest.request(b"read") == b"content"
+        assert guest.request(b"raise") == b"ZeroDivisionError"
+        provider.outside.send(b"one")
+        until(lambda: provider.heard == [b"one"], "the loop to read from the provider's socket")
+        server.command("pause")
+        assert not locked(path)
+        provider.outside.send(b"two")  # left for whoever runs the device next
+        server.command("status")
+        assert provider.heard == [b"one"]
+        server.command("resume")
+        assert locked(path)
+        until(lambda: provider.heard == [b"one", b"two"], "what came during the pause")
+        assert provider.calls == ["start", "activate", "started", "deactivate", "activate", "started"]
+        assert guest.request(b"read") == b"content"
+        # A call that raises harms nobody else.
+        provider.outside.send(b"bad")
+        assert guest.request(b"other") == b"other"
+        guest.close()
+    assert not locked(path) and provider.calls[-1] == "stop"
+
+
+def test_a_snapshot_has_the_files_and_a_restore_uses_a_copy(libvfio_user: Library, tmp_path: Path) -> None:
+    path = tmp_path / "data"
+    path.write_bytes(b"as saved")
+    snapshot = tmp_path / "snapshot"
+    snapshot.mkdir()
+    server = LoopbackServer(description(path), libvfio_user)
+    guest = Guest(server)
+    state = server.save(snapshot)
+    assert {one.name: one.read_bytes() for one in snapshot.iterdir()} == {"file.outside.data": b"as saved"}
+    config = bytes.fromhex(server.command("pci")["config"])
+    server.command("resume")
+    path.write_bytes(b"and then changed")
+    # Started beside the one that still runs: nothing is taken before the restore is finished.
+    restored = LoopbackServer(description(path), libvfio_user, restore=state, files=snapshot)
+    assert provider_of(restored).calls == ["start"]
+    server.stop()
+    try:
+        guest.function.reconnect(restored.socket_path, config)
+        restored.command("restore-finish")
+        assert provider_of(restored).calls == ["start", "activate", "started"]
+        assert guest.request(b"read") == b"as saved"
+        path.write_bytes(b"a new life")
+        assert (snapshot / "file.outside.data").read_bytes() == b"as saved"
+    finally:
+        guest.close()
+        restored.stop()
+
+
+def test_files_that_nothing_takes_along_fail_the_save(libvfio_user: Library, tmp_path: Path) -> None:
+    path = tmp_path / "data"
+    path.write_bytes(b"content")
+    with LoopbackServer(description(path), libvfio_user) as server:
+        server.command("pause")
+        with pytest.raises(UsageError, match="belong to the device's state, and nothing takes them along"):
+            server.command("save", path=str(tmp_path / "state"))
+        server.command("resume")
+    with LoopbackServer(description(path, snapshot=False), libvfio_user) as server:
+        server.save()
+
+
+def test_a_provider_that_cannot_be_activated(libvfio_user: Library, tmp_path: Path) -> None:
+    path = tmp_path / "data"
+    path.write_bytes(b"content")
+    with LoopbackServer(description(path, snapshot=False), libvfio_user) as server:
+        guest = Guest(server)
+        state = server.save()
+        config = bytes.fromhex(server.command("pci")["config"])
+        # At a resume: the server stays paused, and resume can be tried again.
+        OutsideProvider.fail.add("activate")
+        with pytest.raises(EnvironmentProblem, match=r"provider 'outside' .* could not take over"):
+            server.command("resume")
+        assert server.command("status")["phase"] == "paused"
+        OutsideProvider.fail.clear()
+        server.command("resume")
+        assert guest.request(b"read") == b"content"
+        # At a power-on: there is no server. Here the file is locked by the one that runs.
+        with pytest.raises(EnvironmentProblem, match="could not take over"):
+            LoopbackServer(description(path), libvfio_user)
+        # At a restore: it fails, and no channel is started.
+        with LoopbackServer(description(path, snapshot=False), libvfio_user, restore=state) as second:
+            guest.function.reconnect(second.socket_path, config)
+            with pytest.raises(EnvironmentProblem, match="could not take over"):
+                second.command("restore-finish")
+            assert second.command("status")["phase"] == "restoring"
+            assert "started" not in provider_of(second).calls
+            guest.close()
+        assert locked(path)
+
+
+def test_a_pause_waits_for_work_and_is_bounded(libvfio_user: Library, tmp_path: Path) -> None:
+    path = tmp_path / "data"
+    path.write_bytes(b"content")
+    with LoopbackServer(description(path), libvfio_user) as server:
+        guest = Guest(server)
+        provider = provider_of(server)
+        assert guest.request(b"orphan") == b"orphan"  # its work goes on
+        with pytest.raises(WaitTimeout, match=r"work that providers have done on other threads to end .*'outside': 1"):
+            server.command("pause", seconds=0.05)
+        assert server.command("status")["phase"] == "running" and locked(path)
+        with pytest.raises(WaitTimeout, match="work that providers have done"):
+            server.command("offer", provider={"kind": "echo", "name": "echo", "instance": "0" * 31 + "1"})
+            server.command("rescind", name="outside", seconds=0.05)
+        assert guest.request(b"read") == b"content"
+        guest.send(b"stay")
+        guest.driver.step(0.01)
+        threading.Timer(0.1, provider.go.set).start()
+        server.command("pause", seconds=10)
+        assert provider.calls[-1] == "deactivate" and "orphan done" in provider.calls
+        server.command("resume")
+        guest.driver.run_until(lambda: guest.replies[-1] == b"went", 10, "the answer to b'stay'")
+        server.command("rescind", name="outside", seconds=0.2)  # the guest does not look, so it releases nothing
+        assert provider.calls[-2:] == ["deactivate", "stop"] and not locked(path)
+        guest.close()
+
+
+def test_sabotage_a_pause_that_does_not_wait_gives_files_up_under_work(
+    libvfio_user: Library, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def at_once(*_: object) -> None:
+        pass
+
+    path = tmp_path / "data"
+    path.write_bytes(b"content")
+    with LoopbackServer(description(path), libvfio_user) as server:
+        guest = Guest(server)
+        provider = provider_of(server)
+        assert guest.request(b"orphan") == b"orphan"
+        monkeypatch.setattr(server.server.services, "idle", at_once)
+        server.command("pause")
+        assert provider.calls[-1] == "deactivate" and "orphan done" not in provider.calls
+        provider.go.set()
+        server.command("resume")
+        guest.close()
+
+
+def test_a_resume_calls_a_pause_off_that_waits_for_work(libvfio_user: Library, tmp_path: Path) -> None:
+    path = tmp_path / "data"
+    path.write_bytes(b"content")
+    with LoopbackServer(description(path), libvfio_user) as server:
+        guest = Guest(server)
+        provider = provider_of(server)
+        assert guest.request(b"orphan") == b"orphan"
+        failed: list[BaseException] = []
+
+        def pause() -> None:
+            try:
+                server.command("pause", seconds=10)
+            except UsageError as error:
+                failed.append(error)
+
+        thread = threading.Thread(target=pause)
+        thread.start()
+        until(lambda: server.command("status")["phase"] == "pausing", "the pause to begin")
+        server.command("resume")
+        provider.go.set()
+        thread.join(10)
+        assert "called off" in str(failed[0])
+        assert server.command("status")["phase"] == "running" and "deactivate" not in provider.calls
+        guest.close()
+
+
+def test_the_end_of_the_server_waits_for_work(libvfio_user: Library, tmp_path: Path) -> None:
+    path = tmp_path / "data"
+    path.write_bytes(b"content")
+    server = LoopbackServer(description(path), libvfio_user)
+    guest = Guest(server)
+    provider = provider_of(server)
+    assert guest.request(b"orphan") == b"orphan"
+    guest.close()
+    threading.Timer(0.1, provider.go.set).start()
+    server.stop()
+    assert provider.calls[-2:] == ["orphan done", "stop"]
+
+
+def test_commands_of_providers(libvfio_user: Library, tmp_path: Path) -> None:
+    with LoopbackServer(describe("outside", "echo"), libvfio_user) as server:
+        ask = server.command
+        assert ask("provider", name="outside", command="hello", arguments={"who": "me"}) == {"hello": "me"}
+        assert ask("provider", name="outside", command="later") == {"late": True}
+        with pytest.raises(WaitTimeout, match="the answer of provider 'outside' to 'never'"):
+            ask("provider", name="outside", command="never", seconds=0.01)
+        for wrong, message in (
+            ({"name": "outside", "command": "what"}, "no command 'what'"),
+            ({"name": "echo", "command": "what"}, r"provider 'echo' \(echo\) has no commands"),
+            ({"name": "nobody", "command": "what"}, "there is no provider 'nobody'"),
+            ({"name": "outside", "command": 3}, "command is a string"),
+            ({"name": "outside", "command": "hello", "arguments": []}, "arguments an object"),
+        ):
+            with pytest.raises(UsageError, match=message):
+                ask("provider", **wrong)
+        ask("pause")
+        with pytest.raises(UsageError, match="needs a server that is running"):
+            ask("provider", name="outside", command="hello")
+
+
+def test_a_save_that_the_provider_refuses(libvfio_user: Library, tmp_path: Path) -> None:
+    with LoopbackServer(describe("outside"), libvfio_user) as server:
+        guest = Guest(server)
+        OutsideProvider.fail.add("save")
+        server.command("pause")
+        with pytest.raises((OSError, StateError), match="save fails on purpose"):
+            server.command("save", path=str(tmp_path / "state"))
+        server.command("resume")
+        assert guest.request(b"other") == b"other"
+        assert not (tmp_path / "state").exists()
+        guest.close()

@@ -1,0 +1,436 @@
+"""The integration provider against the guest's service, in the test kit."""
+
+from __future__ import annotations
+
+import itertools
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from support.integration import KitGuest
+from vmbus.errors import UsageError
+from vmbus.kmcl.pipe import frame
+from vmbus.providers.integration import IntegrationProvider
+from vmbus.providers.integration.exchange import QUEUE
+from vmbus.providers.integration.provider import TIME_VERSIONS, IntegrationOptions
+from vmbus.testkit import ContractViolation, ProviderTest, every_step
+from vmbus.wire import ic
+from vmbus.wire.ic import MessageType
+
+pytestmark = pytest.mark.unit
+
+
+class Provider(IntegrationProvider):
+    """Its clock goes one second further each time that it is looked at."""
+
+    now = itertools.count(2_000_000)
+    clock = staticmethod(lambda: float(next(Provider.now)))
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(dir=tmp_path) as fresh:
+        yield Path(fresh)
+
+
+def test_versions_are_negotiated_and_heartbeats_answered(directory: Path) -> None:
+    with ProviderTest(Provider) as kit:
+        guest = KitGuest(kit, directory)
+        status = kit.provider.status()
+        assert {name: part["version"] for name, part in status.items()} == {
+            "heartbeat": "3.0",
+            "shutdown": "3.2",
+            "time": "3.0",
+            "kvp": "4.0",
+        }
+        assert not status["heartbeat"]["alive"]
+        kit.advance(9)
+        beats = [one for one in guest.asked["heartbeat"] if one.kind == MessageType.HEARTBEAT]
+        assert [ic.parse_heartbeat(one.body) for one in beats] == [0, 1, 2, 3]
+        assert all(one.framework == (3, 0) and one.version == (3, 0) and one.flags == 3 for one in beats)
+        assert [one.transaction for one in guest.asked["heartbeat"]] == [1, 2, 3, 4, 5]
+        heartbeat = kit.command("heartbeat")
+        assert heartbeat["alive"] and (heartbeat["beats"], heartbeat["wrong"], heartbeat["silent"]) == (4, 0, 0)
+        guest.silent = True
+        kit.advance(20)
+        assert not kit.command("heartbeat")["alive"]
+        assert len(guest.asked["heartbeat"]) == 6, "a guest that does not answer is not asked again"
+        guest.answer()
+        guest.silent = False
+        kit.advance(2)
+        assert kit.command("heartbeat")["alive"]
+
+
+def test_the_guest_is_told_the_time_at_the_start_after_a_restore_and_on_request(directory: Path) -> None:
+    with ProviderTest(Provider, options={"time_seconds": 5}) as kit:
+        guest = KitGuest(kit, directory, "time")
+        system = guest.service.fake
+        assert len(system.sets) == 1
+        kit.advance(12)
+        flags = [ic.parse_time_sync(one.body, ic.Version(3, 0)).flag for one in guest.asked["time"][1:]]
+        assert flags == [ic.TimeFlag.SYNC, ic.TimeFlag.SAMPLE, ic.TimeFlag.SAMPLE]
+        system.time -= 3600  # the time between the save and the restore
+        kit.save_and_restore()
+        kit.run()
+        assert len(system.sets) == 2 and guest.service.largest_offset > 3600
+        assert kit.command("time-sync") == {"status": 0}
+        assert len(system.sets) == 3 and system.sets == sorted(system.sets)
+        assert kit.provider.status()["time"]["syncs"] == 3
+        # A request that the guest has not taken at the save does not keep the new time back for long.
+        guest.silent = True
+        kit.save_and_restore()
+        kit.save_and_restore()
+        guest.silent = False
+        kit.run()
+        guest.answer()
+        kit.run()
+        assert len(system.sets) in (4, 5) and system.time == system.sets[-1] == max(system.sets)
+
+
+def test_a_shutdown_is_asked_for_and_answered(directory: Path) -> None:
+    with ProviderTest(Provider) as kit:
+        with pytest.raises(UsageError, match="shutdown service is not there: it has not opened"):
+            kit.command("shutdown")
+        guest = KitGuest(kit, directory, "shutdown")
+        system = guest.service.fake
+        assert kit.command("shutdown", text="bye") == {"accepted": True, "status": 0}
+        guest.service.tick(0)
+        assert kit.command("shutdown", mode="restart", force=True)["accepted"]
+        guest.service.tick(0)
+        assert system.ends == [(False, False), (True, True)]
+        refused = kit.command("shutdown", mode="hibernate")
+        assert refused == {"accepted": False, "status": ic.IcStatus.NOT_SUPPORTED}
+        assert ic.parse_shutdown(guest.asked["shutdown"][1].body) == ic.Shutdown(text="bye")
+        for arguments, message in (({"mode": "explode"}, "no way 'explode'"), ({"loud": True}, "loud")):
+            with pytest.raises(UsageError, match=message):
+                kit.command("shutdown", **arguments)
+
+
+def test_keys_and_values_go_both_ways(directory: Path) -> None:
+    with ProviderTest(Provider, options={"values": {"role": "web", "zone": "b"}}) as kit:
+        guest = KitGuest(kit, directory, "kvp")
+        store = guest.service.store
+        assert store.values("external") == {"role": (1, "web"), "zone": (1, "b")}
+        assert kit.command("kvp-set", key="größe", value=4711, type="u32") == {}
+        assert store.values("external")["größe"] == (4, "4711")
+        store.set("guest", "answer", "42")
+        assert kit.command("kvp-get", key="answer") == {"value": "42", "type": "string"}
+        assert kit.command("kvp-get", key="größe", pool="external") == {"value": "4711", "type": "u32"}
+        assert kit.command("kvp-list", pool="auto")["values"] == guest.service.fake.facts()
+        assert kit.command("kvp-list", pool="auto-external")["values"] == {}
+        assert kit.command("kvp-delete", key="zone") == {}
+        assert list(kit.command("kvp-list", pool="external")["values"]) == ["role", "größe"]
+        for command, arguments, message in (
+            ("kvp-get", {"key": "nothing"}, "no key 'nothing' in its pool guest"),
+            ("kvp-delete", {"key": "zone"}, "no key 'zone' in its pool external"),
+            ("kvp-set", {"key": "a", "value": "b", "pool": "auto"}, "the guest refused key 'a'"),
+            ("kvp-set", {"key": "a", "value": "x" * 1024}, "at most 1023"),
+            ("kvp-set", {"key": "a", "value": "x", "type": "u32"}, "key-value exchange"),
+            ("kvp-set", {"key": "", "value": "x"}, "kvp-set: field 'key'"),
+            ("kvp-get", {"key": "x", "pool": "moon"}, "pool"),
+            ("dance", {}, "no command 'dance'; it has"),
+        ):
+            with pytest.raises(UsageError, match=message):
+                kit.command(command, **arguments)
+        # Another open is another life of the guest: it is told again.
+        guest.clients["kvp"].close()
+        (directory / "pool-external.json").unlink()
+        guest.open(ic.KVP)
+        assert store.values("external") == {"role": (1, "web"), "zone": (1, "b")}
+        assert kit.provider.status()["kvp"]["stray"] == 0
+
+
+def test_a_save_at_every_step(directory: Path) -> None:
+    """Heartbeats keep their numbers, the guest's books are right, and no answer is stray."""
+
+    def script(kit: ProviderTest) -> object:
+        with tempfile.TemporaryDirectory(dir=directory) as fresh:
+            guest = KitGuest(kit, Path(fresh), "heartbeat", "shutdown", "kvp")
+            kit.advance(5)
+            kit.command("kvp-set", key="one", value="1")
+            guest.silent = True
+            # The tool that asked goes with the process; the request does not.
+            for name in ("two", "three"):
+                kit.provider.command("kvp-set", {"key": name, "value": name})
+            kit.provider.command("shutdown", {})
+            kit.step("requests are under way and waiting")
+            kit.run()
+            kit.advance(1)
+            guest.silent = False
+            guest.answer()
+            kit.run()
+            kit.advance(5)
+            guest.service.tick(0)
+            beats = [ic.parse_heartbeat(one.body) for one in guest.asked["heartbeat"][1:]]
+            assert beats == list(range(len(beats))), beats
+            status = kit.provider.status()
+            assert status["heartbeat"]["beats"] == len(beats) and status["heartbeat"]["wrong"] == 0
+            assert [part["stray"] + part["unanswered"] for part in status.values()] == [0] * 3
+            assert [part["sent"] - part["answered"] for part in status.values()] == [0] * 3
+            negotiations = [sum(one.kind == 0 for one in asked) for asked in guest.asked.values()]
+            sets = [ic.parse_kvp(one.body).key for one in guest.asked["kvp"][1:]]
+            return guest.service.store.values("external"), guest.service.fake.ends, negotiations, sets
+
+    # Without the time: it is told after every restore, so with a save at every step there would be no end of it.
+    options = {"services": ["heartbeat", "shutdown", "kvp"]}
+    assert every_step(script, Provider, options=options, outcome=lambda kit, returned: returned) > 25
+
+
+def test_the_time_is_right_wherever_a_save_is(directory: Path) -> None:
+    def script(kit: ProviderTest) -> None:
+        guest = KitGuest(kit, directory, "time")
+        kit.advance(4)
+        guest.silent = True
+        kit.provider.command("time-sync", {})
+        kit.run()
+        guest.silent = False
+        guest.answer()
+        kit.advance(2)
+        sets = guest.service.fake.sets
+        assert sets == sorted(sets) and 2 <= len(sets) <= 2 + kit.saves, (sets, kit.saves)
+        status = kit.provider.status()["time"]
+        assert (status["stray"], status["unanswered"], status["sent"]) == (0, 0, status["answered"])
+
+    with ProviderTest(Provider, options={"time_seconds": 1.5}) as kit:
+        script(kit)
+        steps = kit.steps
+    assert steps > 10
+    for point in range(1, steps + 1):
+        with ProviderTest(Provider, options={"time_seconds": 1.5}) as kit:
+            kit._save_at = lambda step, point=point: step == point  # type: ignore[misc]
+            script(kit)
+
+
+def test_sabotage_without_the_request_in_the_state_its_answer_is_stray(directory: Path) -> None:
+    with ProviderTest(Provider, options={"services": ["heartbeat"]}) as kit:
+        guest = KitGuest(kit, directory, "heartbeat")
+        guest.silent = True
+        kit.advance(2.5)
+        kit.save_and_restore()
+        exchange = kit.provider.parts["heartbeat"].exchange  # type: ignore[attr-defined]
+        assert exchange._under_way.kind == MessageType.HEARTBEAT
+        exchange._under_way = None
+        guest.answer()
+        kit.run()
+        heartbeat = kit.command("heartbeat")
+        assert (heartbeat["stray"], heartbeat["beats"], heartbeat["alive"]) == (1, 0, False)
+
+
+def test_answers_that_do_not_come_are_given_up(directory: Path) -> None:
+    with ProviderTest(Provider, options={"answer_seconds": 3}) as kit:
+        guest = KitGuest(kit, directory, "kvp")
+        guest.silent = True
+        first = kit.provider.command("kvp-get", {"key": "a"})
+        second = kit.provider.command("kvp-get", {"key": "b"})
+        assert not isinstance(first, dict) and not isinstance(second, dict)
+        kit.advance(2.9)
+        assert not first.done()
+        kit.advance(0.2)
+        assert "the guest's answer (kvp service)" in str(first.exception(0)) and not second.done()
+        for _ in range(QUEUE):
+            kit.provider.command("kvp-get", {"key": "c"})
+        with pytest.raises(UsageError, match="does not answer: 64 requests wait"):
+            kit.provider.command("kvp-get", {"key": "c"})
+        guest.answer()  # the first one, too late, and the second
+        kit.run()
+        assert "no key 'b'" in str(second.exception(0))
+        assert kit.provider.status()["kvp"]["stray"] == 1
+        waiting = kit.provider.command("kvp-get", {"key": "d"})
+        guest.clients["kvp"].close()
+        assert not isinstance(waiting, dict) and "went away: it has closed" in str(waiting.exception(0))
+
+
+def test_a_tool_that_has_gone_harms_nobody(directory: Path) -> None:
+    with ProviderTest(Provider) as kit:
+        guest = KitGuest(kit, directory)
+        guest.silent = True
+        for name, arguments in (
+            ("kvp-list", {"pool": "auto"}),
+            ("kvp-set", {"key": "a", "value": "b"}),
+            ("shutdown", {}),
+            ("time-sync", {}),
+        ):
+            answer = kit.provider.command(name, arguments)
+            assert not isinstance(answer, dict) and answer.cancel()
+        kit.run()
+        guest.silent = False
+        guest.answer()
+        kit.advance(3)
+        assert guest.service.store.values("external") == {"a": (1, "b")}
+        assert kit.command("kvp-list", pool="external")["values"] == {"a": "b"}
+
+
+def test_a_guest_that_speaks_other_versions(directory: Path) -> None:
+    with ProviderTest(Provider) as kit:
+        guest = KitGuest(kit, directory, "heartbeat")
+        guest.silent = True
+        guest.open(ic.SHUTDOWN)
+        client, _, transaction, message = guest.unanswered.pop()
+        guest.send(client, message.reply(ic.answer_negotiation(None)), transaction)
+        kit.run()
+        assert kit.provider.status()["shutdown"]["phase"] == "unsupported"
+        with pytest.raises(UsageError, match="takes none of our versions"):
+            kit.command("shutdown")
+        kit.save_and_restore()
+        assert kit.provider.status()["shutdown"]["phase"] == "unsupported"
+        # An older one, which knows no restart.
+        client.close()
+        guest.open(ic.SHUTDOWN)
+        client, _, transaction, message = guest.unanswered.pop()
+        choice = (ic.Version(1, 0), ic.Version(3, 0))
+        guest.send(client, message.reply(ic.answer_negotiation(choice)), transaction)
+        kit.run()
+        with pytest.raises(UsageError, match=r"speaks version 3.0, and cannot restart"):
+            kit.command("shutdown", mode="restart")
+
+
+HOSTILE = {
+    "no pipe header": b"\0" * 32,
+    "a length beyond the packet": frame(bytes(40))[:-32],
+    "no header": frame(b"short"),
+    "a size beyond the message": frame(ic.HEADER.pack(3, 0, 1, 3, 0, 500, 0, 1, 5, 0)),
+    "a version that was not offered": None,
+    "a negotiation that is cut": None,
+}
+
+
+@pytest.mark.parametrize("what", HOSTILE)
+def test_hostile_bytes_close_their_channel_only(directory: Path, what: str) -> None:
+    with ProviderTest(Provider) as kit:
+        guest = KitGuest(kit, directory, "time", "kvp")
+        guest.silent = True
+        guest.open(ic.HEARTBEAT)
+        client, _, transaction, message = guest.unanswered.pop()
+        payload = HOSTILE[what]
+        if what == "a version that was not offered":
+            payload = frame(message.reply(ic.negotiation([(3, 0)], [(7, 7)])).pack())  # type: ignore[list-item]
+        elif what == "a negotiation that is cut":
+            payload = frame(message._replace(body=b"\1\0\1\0", flags=5).pack())
+        assert payload is not None
+        client.channel.allocate_packet().send(payload, wait_for_completion=False, transaction=transaction)
+        assert "heartbeat service" in kit.expect_failure()
+        guest.silent = False
+        assert kit.command("kvp-list", pool="auto")["values"]
+        guest.open(ic.HEARTBEAT)
+        kit.advance(3)
+        assert kit.command("heartbeat")["alive"]
+
+
+def test_strange_but_harmless_messages_are_only_counted(directory: Path) -> None:
+    with ProviderTest(Provider) as kit:
+        guest = KitGuest(kit, directory, "heartbeat")
+        client = guest.clients["heartbeat"]
+        for _ in range(300):
+            guest.send(client, ic.Message(MessageType.HEARTBEAT, b"", transaction=9, flags=5))
+            guest.send(client, ic.Message(MessageType.NEGOTIATE, b"", transaction=1, flags=5))
+            kit.run()
+        assert kit.provider.status()["heartbeat"]["stray"] == 600
+        kit.advance(5)
+        assert kit.command("heartbeat")["alive"]
+        guest.silent = True
+        kit.advance(2)
+        transaction, message = guest.unanswered[0][2:]
+        guest.unanswered.clear()
+        guest.send(client, message.reply(ic.heartbeat(12345)), transaction)
+        guest.silent = False
+        kit.run()
+        assert kit.command("heartbeat")["wrong"] == 1
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.binary(max_size=200), max_size=6), st.sampled_from([one.name for one in ic.SERVICES]))
+def test_no_bytes_of_the_guest_harm_another_service(payloads: list[bytes], name: str) -> None:
+    with tempfile.TemporaryDirectory() as fresh, ProviderTest(Provider) as kit:
+        guest = KitGuest(kit, Path(fresh))
+        client = guest.clients[name]
+        for payload in payloads:
+            if not client.is_open:
+                break
+            raw = payload if len(payload) % 2 else frame(payload)
+            client.channel.allocate_packet().send(raw, wait_for_completion=False)
+            try:
+                kit.run()
+            except ContractViolation:
+                kit.run()
+        other = "heartbeat" if name == "kvp" else "kvp"
+        kit.advance(3)
+        if other == "kvp":
+            assert kit.command("kvp-list", pool="auto")["values"]
+        else:
+            assert kit.command("heartbeat")["alive"]
+
+
+def test_states_of_others_and_damage_are_refused(directory: Path) -> None:
+    with ProviderTest(Provider) as kit:
+        KitGuest(kit, directory)
+        kit.advance(3)
+        kit.provider.restore(kit.provider.save())
+        state: dict[str, Any] = msgspec.msgpack.decode(kit.provider.save())
+    with ProviderTest(Provider) as kit:
+        for change, message in (
+            (lambda s: s.update(version=2), "version"),
+            (lambda s: s["parts"].pop("kvp"), "was saved with the services"),
+            (lambda s: s["parts"]["time"]["numbers"].update(more=1), "other numbers"),
+            (lambda s: s["parts"]["time"]["exchange"].update(version=[4, 0]), "agreed on versions"),
+            (lambda s: s["parts"]["time"]["exchange"].update(last_transaction=256), "last_transaction"),
+            (lambda s: s["parts"]["time"]["exchange"]["counters"].pop("sent"), "other counters"),
+            (lambda s: s["parts"]["kvp"]["exchange"].update(waiting=[{"kind": 2, "body": bytes(9999)}]), "body"),
+        ):
+            damaged = msgspec.msgpack.decode(msgspec.msgpack.encode(state))
+            change(damaged)
+            assert message in kit.check_refuses(msgspec.msgpack.encode(damaged))
+        kit.check_refuses(b"")
+
+
+def test_options_are_checked() -> None:
+    with ProviderTest(Provider, options={"services": ["heartbeat"]}) as kit:
+        assert [channel.name for channel in kit.channels] == ["integration-heartbeat"]
+        with pytest.raises(UsageError, match="does not have the service 'kvp'"):
+            kit.command("kvp-list")
+    for options, message in (
+        ({"services": []}, "at least one"),
+        ({"services": ["kvp", "kvp"]}, "at most once"),
+        ({"services": ["vss"]}, "vss"),
+        ({"heartbeat_seconds": 0}, "heartbeat_seconds"),
+        ({"values": {"": "x"}}, "values"),
+        ({"values": {"x": "y" * 1024}}, "values"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            ProviderTest(Provider, options=options)
+
+
+# ---- docs/provider-integration.md ------------------------------------------------------------------------------------
+
+PAGE = (Path(__file__).resolve().parents[2] / "docs" / "provider-integration.md").read_text()
+
+
+def rows(heading: str) -> list[list[str]]:
+    """The cells of the first table below a heading."""
+    table = PAGE.partition(f"\n{heading}\n")[2].partition("| --- |")[2].partition("\n\n")[0]
+    return [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in table.splitlines()[1:]]
+
+
+def test_the_page_has_the_options() -> None:
+    assert [row[0].strip("`") for row in rows("## Options")] == list(IntegrationOptions.__struct_fields__)
+    plain = IntegrationOptions()
+    defaults = {row[0].strip("`"): row[1] for row in rows("## Options")}
+    for name in ("heartbeat_seconds", "time_seconds", "answer_seconds"):
+        assert float(defaults[name]) == getattr(plain, name)
+
+
+def test_the_page_has_the_commands_and_versions() -> None:
+    with ProviderTest(Provider) as kit, pytest.raises(UsageError) as error:
+        kit.command("?")
+    known = str(error.value).partition("it has ")[2].split(", ")
+    assert [row[0].strip("`") for row in rows("## Commands")] == known
+    for service in ic.SERVICES:
+        versions = TIME_VERSIONS if service is ic.TIME else service.versions
+        name = "key-value" if service is ic.KVP else service.name
+        assert f"{name} {', '.join(map(str, versions))}" in PAGE.replace("\n", " "), service.name
+    assert f"at most {QUEUE} wait" in PAGE

@@ -1,0 +1,304 @@
+"""A file system on the block device, with a writer that knows what it wrote: through saves, restores, checkpoints, a
+server that is killed, a disk that goes and comes back, and a guest's driver that dies."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import signal
+import time
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from support import slow_disk
+from support.boot import boot
+from vmbus.errors import VmbusError, WaitTimeout
+from vmbus.qemu.command_line import Programs
+from vmbus.qemu.description import VmDescription, load_description
+from vmbus.qemu.machine import VirtualMachine
+
+pytestmark = pytest.mark.vm
+
+Run = Callable[[Coroutine[Any, Any, Any]], Any]
+CHECKOUT = Path(__file__).resolve().parents[2]
+ENDLESS = {"count": 0, "slots": 400, "batch": 16, "verify_every": 10}
+ECHO = {"kind": "echo", "name": "echo", "instance": "6f1b4b0e-5d2c-4a53-9d0a-0f2f1f3c7a01"}
+
+
+@pytest.fixture(autouse=True)
+def disks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    directory = tmp_path / "disks"
+    monkeypatch.setenv("VMBUS_DISKS", str(directory))
+    return directory
+
+
+@pytest.fixture(scope="module")
+def description() -> VmDescription:
+    """The disk of qemu_configs, and something beside it: so that the disk can be withdrawn."""
+    return described()
+
+
+def described(**options: Any) -> VmDescription:
+    plain = msgspec.to_builtins(load_description(CHECKOUT / "qemu_configs" / "disk.toml"))
+    plain["device"]["providers"][0]["options"] |= options
+    plain["device"]["providers"].append(ECHO)
+    return msgspec.convert(plain, VmDescription)
+
+
+async def writing(description: VmDescription, programs: Programs, **parameters: Any) -> tuple[VirtualMachine, int]:
+    """A VM whose writer has begun."""
+    vm = await boot(description, programs)
+    try:
+        await vm.wait_ready()
+        job = int((await vm.call_agent("start", driver="disk-writer", parameters=ENDLESS | parameters))["job"])
+        await until_acknowledged(vm, job, 100)
+    except BaseException:
+        await vm.kill()
+        raise
+    return vm, job
+
+
+async def until_acknowledged(vm: VirtualMachine, job: int, count: int, seconds: float = 60.0) -> int:
+    """Wait until so many writes were acknowledged; returns how many."""
+    deadline = time.monotonic() + seconds
+    while True:
+        report = await vm.call_agent("poll", job=job)
+        progress = report["progress"] or {"acknowledged": 0, "wrong": 0}
+        if report["state"] != "running" or progress["wrong"]:
+            raise AssertionError(f"the writer: {report}")
+        if progress["acknowledged"] >= count:
+            return int(progress["acknowledged"])
+        if time.monotonic() > deadline:
+            raise WaitTimeout(f"{count} acknowledged writes; {report}", seconds)
+        await asyncio.sleep(0.02)
+
+
+async def more(vm: VirtualMachine, job: int, count: int = 100) -> int:
+    return await until_acknowledged(vm, job, await until_acknowledged(vm, job, 0) + count)
+
+
+async def finish(vm: VirtualMachine, job: int) -> dict[str, Any]:
+    """Stop the writer: it reads everything again, unmounts, and has the file system checked."""
+    await vm.call_agent("stop", job=job)
+    report = await vm.call_agent("wait", job=job, timeout=90.0)
+    assert report["state"] == "finished", report
+    return dict(report["result"])
+
+
+def clean(result: dict[str, Any], at_least: int = 0) -> None:
+    print(f"the writer: {result}")
+    assert result["verdict"] == "passed" and result["wrong"] == 0, result
+    assert result["acknowledged"] >= at_least
+    assert "files" in result["fsck"] and "blocks" in result["fsck"]
+
+
+async def disk(vm: VirtualMachine) -> dict[str, Any]:
+    assert vm.control is not None
+    return dict((await vm.control.call("status"))["providers"]["disk"])
+
+
+# ---- saves and restores ----------------------------------------------------------------------------------------------
+
+
+def test_block_survives_saves_restores_and_checkpoints(
+    run: Run, programs: Programs, tmp_path: Path, disks: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Storage that takes its time, so that requests are in flight at the saves.
+    monkeypatch.setenv("VMBUS_PROVIDER_PATH", str(CHECKOUT / "tests"))
+    monkeypatch.setenv("VMBUS_PROVIDERS", slow_disk.KIND)
+    plain = msgspec.to_builtins(described())
+    plain["device"]["providers"][0]["kind"] = slow_disk.KIND
+    description = msgspec.convert(plain, VmDescription)
+
+    async def story() -> tuple[list[dict[str, Any]], list[int]]:
+        vm, job = await writing(description, programs)
+        first = tmp_path / "save-0"
+        held = []
+        directory = first
+        for generation, live in enumerate((False, True, True)):
+            async with vm:
+                await more(vm, job)
+                directory = tmp_path / f"save-{generation}"
+                report = await vm.save(directory, live=live)
+                held.append(report.incoming_held)
+            vm = await VirtualMachine.restore(directory, programs)
+        results = []
+        async with vm:
+            await more(vm, job)
+            checkpoint = await vm.save(tmp_path / "checkpoint", live=True, keep=True)
+            print(f"checkpoint: downtime {checkpoint.downtime:.3f} s, phases {checkpoint.phases}")
+            await more(vm, job)
+            results.append(await finish(vm, job))
+            assert (await disk(vm))["errors"] == 0
+        # An old snapshot has the disk of its time, however far the image went on; and it has it again and again.
+        for directory in (tmp_path / "checkpoint", first):
+            vm = await VirtualMachine.restore(directory, programs)
+            async with vm:
+                await more(vm, job, 50)
+                results.append(await finish(vm, job))
+        return results, held
+
+    results, held = run(story())
+    print(f"requests in flight at the saves, and finished: {held}")
+    assert sum(held) > 0
+    for result in results:
+        clean(result, 150)
+    assert results[0]["acknowledged"] > results[-1]["acknowledged"]
+    assert [path.name for path in disks.iterdir()] == ["disk.img"]
+
+
+def test_block_survives_a_server_that_is_killed(
+    run: Run, description: VmDescription, programs: Programs, tmp_path: Path, disks: Path
+) -> None:
+    """Twice: from the last snapshot with its disk, and from the image alone in a fresh machine."""
+
+    async def story() -> tuple[int, int, dict[str, Any], dict[str, Any]]:
+        vm, job = await writing(description, programs)
+        seen = 0
+
+        def progress(event: dict[str, Any]) -> None:
+            nonlocal seen
+            if event.get("job") == job and event.get("event") == "progress":
+                seen = max(seen, event["progress"]["acknowledged"])
+
+        async with vm:
+            await more(vm, job)
+            await vm.save(tmp_path / "checkpoint", live=True, keep=True)
+            saved = await until_acknowledged(vm, job, 0)
+            vm.on_agent_event = progress
+            await more(vm, job, 200)
+            assert vm.server is not None
+            os.kill(vm.server.process.pid, signal.SIGKILL)
+            with pytest.raises(VmbusError):
+                await vm.wait_ended()
+        shutil.copyfile(disks / "disk.img", disks / "after.img")
+        vm = await boot(described(image="after.img", create=False), programs)
+        async with vm:
+            await vm.wait_ready()
+            report = await vm.call_agent(
+                "run",
+                driver="disk-writer",
+                parameters={"mode": "check", "slots": ENDLESS["slots"], "acknowledged": seen},
+                timeout=90.0,
+            )
+            after = report["result"]
+        vm = await VirtualMachine.restore(tmp_path / "checkpoint", programs)
+        async with vm:
+            await more(vm, job)
+            return saved, seen, after, await finish(vm, job)
+
+    saved, seen, after, restored = run(story())
+    print(f"acknowledged: {saved} at the checkpoint, {seen} at the kill, {after['acknowledged']} in the journal then")
+    assert seen > saved
+    clean(after, seen)
+    clean(restored, 200)
+
+
+def test_block_survives_with_a_shared_image_and_refuses_an_old_one(
+    run: Run, programs: Programs, tmp_path: Path, disks: Path
+) -> None:
+    shared = described(snapshot="shared")
+
+    async def story() -> tuple[dict[str, Any], str]:
+        vm, job = await writing(shared, programs)
+        async with vm:
+            await vm.save(tmp_path / "save", live=True)
+        assert not list((tmp_path / "save").glob("file.*"))
+        vm = await VirtualMachine.restore(tmp_path / "save", programs)
+        async with vm:
+            await more(vm, job)
+            result = await finish(vm, job)
+        with pytest.raises(VmbusError) as caught:
+            await VirtualMachine.restore(tmp_path / "save", programs)
+        return result, str(caught.value)
+
+    result, refusal = run(story())
+    clean(result, 200)
+    print(refusal)
+    assert "was written to after the VM was saved" in refusal
+
+
+def test_block_survives_alone_on_its_image(
+    run: Run, description: VmDescription, programs: Programs, tmp_path: Path
+) -> None:
+    """Another VM on the same image is refused, at power-on and at a restore; the first one notices nothing."""
+
+    async def story() -> tuple[list[str], dict[str, Any]]:
+        refusals = []
+        vm, job = await writing(description, programs)
+        async with vm:
+            await vm.save(tmp_path / "checkpoint", live=True, keep=True)
+            with pytest.raises(VmbusError) as caught:
+                await VirtualMachine.launch(description, programs)  # as booted: it is refused
+            refusals.append(str(caught.value))
+            with pytest.raises(VmbusError) as caught:
+                await VirtualMachine.restore(tmp_path / "checkpoint", programs)
+            refusals.append(str(caught.value))
+            await more(vm, job)
+            return refusals, await finish(vm, job)
+
+    refusals, result = run(story())
+    for refusal in refusals:
+        print(refusal)
+        assert "is in use: another virtual machine" in refusal
+    clean(result, 200)
+
+
+# ---- a disk that goes and comes back, a driver that dies -------------------------------------------------------------
+
+
+def test_block_survives_being_withdrawn_and_offered_again(
+    run: Run, description: VmDescription, programs: Programs, tmp_path: Path
+) -> None:
+    offer = msgspec.to_builtins(description.device.providers[0])
+
+    async def story() -> tuple[dict[str, Any], dict[str, Any]]:
+        vm, job = await writing(description, programs)
+        async with vm:
+            assert vm.control is not None
+            for number in range(3):
+                await vm.control.call("rescind", name="disk")
+                if number == 2:
+                    # Saved while the disk is away: the requests wait in the guest.
+                    await vm.save(tmp_path / "away", live=True, keep=True)
+                await vm.control.call("offer", provider=offer)
+                await more(vm, job)
+            services = await vm.call_agent("poll", job=1)
+            return services["progress"], await finish(vm, job)
+
+    service, result = run(story())
+    print(f"the service: {service}")
+    assert service["reopened"] == 3 and service["errors"] == 0
+    clean(result, 300)
+
+
+def test_block_survives_a_guest_driver_that_is_killed(
+    run: Run, description: VmDescription, programs: Programs, tmp_path: Path
+) -> None:
+    """The kernel loses its device in mid-write; what was acknowledged is on the disk, and a new driver finds it."""
+
+    async def story() -> tuple[int, dict[str, Any]]:
+        vm, job = await writing(description, programs)
+        async with vm:
+            acknowledged = await more(vm, job)
+            assert (await vm.call_agent("kill", job=1))["state"] == "killed"
+            report = await vm.call_agent("wait", job=job, timeout=60.0)
+            assert report["state"] != "running"
+            print(f"the writer on a disk that is gone: {report.get('error') or report['result']}")
+            await vm.call_agent("start", driver="services", parameters={"services": ["block"]})
+            report = await vm.call_agent(
+                "run",
+                driver="disk-writer",
+                parameters={"mode": "check", "slots": ENDLESS["slots"], "acknowledged": acknowledged},
+                timeout=90.0,
+            )
+            assert report["state"] == "finished", report
+            return acknowledged, report["result"]
+
+    acknowledged, result = run(story())
+    clean(result, acknowledged)
