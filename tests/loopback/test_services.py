@@ -1,10 +1,12 @@
 """Outside resources of a provider, and its work on other threads, on a real server."""
 
+import asyncio
 import fcntl
 import os
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +15,16 @@ import pytest
 from support.outside import OUTSIDE_TYPE, OutsideProvider
 from vmbus import providers
 from vmbus.description import DeviceDescription
+from vmbus.device import Device
 from vmbus.errors import EnvironmentProblem, StateError, UsageError, WaitTimeout
 from vmbus.kmcl.client import ClientChannel
 from vmbus.loopback.function import LoopbackFunction
 from vmbus.loopback.harness import LoopbackServer, describe
+from vmbus.server.life import Life
+from vmbus.server.services import Services
+from vmbus.server.timers import Timers
 from vmbus.vfio_user.library import Library
+from vmbus.vfio_user.migration import MigrationRefused, MigrationState
 from vmbus_guest.driver import VmbusDriver
 
 pytestmark = pytest.mark.loopback
@@ -182,6 +189,181 @@ def test_a_provider_that_cannot_be_activated(libvfio_user: Library, tmp_path: Pa
             assert "started" not in provider_of(second).calls
             guest.close()
         assert locked(path)
+
+
+def test_a_destination_owns_nothing_before_the_source_gave_it_up(libvfio_user: Library, tmp_path: Path) -> None:
+    """The steps of a live migration, with a file that both hosts share; docs/migration.md has who owns it when."""
+    path = tmp_path / "data"
+    path.write_bytes(b"content")
+    shared = description(path, snapshot=False)
+    state = tmp_path / "state"
+    source = LoopbackServer(shared, libvfio_user)
+    destination = LoopbackServer(shared, libvfio_user, awaiting=True)
+    try:
+        guest = Guest(source)
+        source.command("pause")
+        report = source.command("save", path=str(state))
+        config = bytes.fromhex(source.command("pci")["config"])
+        destination.command("load", path=str(state), sha256=report["sha256"])
+        assert not locked(path) and "activate" not in provider_of(destination).calls
+        # It is given up: nobody has anything to wait for.
+        source.command("resume")
+        assert locked(path) and guest.request(b"read") == b"content"
+        # Again, and this time it goes on at the destination, up to a source that wants it back.
+        source.command("pause")
+        state.unlink()
+        report = source.command("save", path=str(state))
+        destination.stop()
+        destination = LoopbackServer(shared, libvfio_user, awaiting=True)
+        destination.command("load", path=str(state), sha256=report["sha256"])
+        guest.function.reconnect(destination.socket_path, config)
+        destination.command("restore-finish")
+        assert provider_of(destination).calls[-2:] == ["activate", "started"]
+        with pytest.raises(EnvironmentProblem, match="could not take over"):
+            source.command("resume", seconds=0.2)
+        assert source.command("status")["phase"] == "paused"
+        end = threading.Timer(0.2, destination.stop)
+        end.start()
+        source.command("resume", seconds=20)
+        end.join()
+        assert source.command("status")["phase"] == "running" and locked(path)
+        guest.function.close()
+    finally:
+        destination.stop()
+        source.stop()
+
+
+def test_a_resume_that_waits_for_resources_gives_way_to_another(libvfio_user: Library, tmp_path: Path) -> None:
+    path = tmp_path / "data"
+    path.write_bytes(b"content")
+    with LoopbackServer(description(path, snapshot=False), libvfio_user) as server:
+        server.command("pause")
+        OutsideProvider.fail.add("activate")
+        with ThreadPoolExecutor() as threads:
+            first = threads.submit(server.command, "resume", seconds=20)
+            until(lambda: provider_of(server).calls.count("activate") > 2, "several tries")
+            assert not locked(path)
+            OutsideProvider.fail.clear()
+            first.result(10)
+        assert server.command("status")["phase"] == "running" and locked(path)
+
+
+def test_a_provider_that_hangs_in_deactivate_fails_the_pause(
+    libvfio_user: Library, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the main thread, where the bound works: so with the life alone."""
+    path = tmp_path / "data"
+    path.write_bytes(b"content")
+    monkeypatch.setattr("vmbus.server.life._DEACTIVATE_SECONDS", 0.1)
+    loop = asyncio.new_event_loop()
+    life = Life(description(path), Device(lambda: None, lambda: None), Timers(loop), Services(loop))
+    life.build(from_snapshot=False)
+    life.activate()
+    monkeypatch.setattr(OutsideProvider, "deactivate", lambda _: time.sleep(10))
+    with pytest.raises(WaitTimeout, match="the providers to give up their outside resources; it was interrupted in"):
+        life.deactivate()
+    monkeypatch.undo()
+    life.activate()
+    life.end()
+    loop.close()
+    assert not locked(path)
+
+
+def transition(server: LoopbackServer, *states: MigrationState) -> None:
+    """What a client's requests lead to, without a library that has them."""
+    for state in states:
+        server.on_loop(lambda state=state: server.server.driven.transition(state))
+
+
+def test_a_client_that_drives_the_device_stops_it_without_resources(libvfio_user: Library, tmp_path: Path) -> None:
+    path = tmp_path / "data"
+    path.write_bytes(b"content")
+    shared = description(path, snapshot=False)
+    with LoopbackServer(shared, libvfio_user) as server:
+        guest = Guest(server)
+        provider = provider_of(server)
+        # Work under way is waited for, with a bound, and what is held goes on if it is in vain.
+        server.server.driven.stop_seconds = 0.2
+        assert guest.request(b"orphan") == b"orphan"
+        with pytest.raises(MigrationRefused, match=r"work that providers have done .*; the device runs on"):
+            transition(server, MigrationState.STOP)
+        assert locked(path) and server.command("status")["phase"] == "running"
+        server.server.driven.stop_seconds = 10
+        threading.Timer(0.1, provider.go.set).start()
+        transition(server, MigrationState.STOP)
+        assert "orphan done" in provider.calls and provider.calls[-1] == "deactivate" and not locked(path)
+        # Back again; a provider that cannot take its resources leaves the device stopped.
+        OutsideProvider.fail.add("activate")
+        with pytest.raises(MigrationRefused, match="could not take over"):
+            transition(server, MigrationState.RUNNING)
+        assert server.command("status")["phase"] == "driven"
+        OutsideProvider.fail.clear()
+        transition(server, MigrationState.RUNNING)
+        assert locked(path) and guest.request(b"read") == b"content"
+        # The way to another server.
+        transition(server, MigrationState.PRE_COPY, MigrationState.STOP_COPY)
+        driven = server.server.driven
+        data = server.on_loop(lambda: driven.read_data(1 << 20))
+        transition(server, MigrationState.STOP)
+        config = bytes.fromhex(server.command("pci")["config"])
+        with LoopbackServer(shared, libvfio_user) as other:
+            assert locked(path)
+            transition(other, MigrationState.STOP, MigrationState.RESUMING)
+            other.on_loop(lambda: other.server.driven.write_data(data))
+            transition(other, MigrationState.STOP)
+            assert not locked(path)
+            guest.function.reconnect(other.socket_path, config)
+            # The client has left with the state: the device may live elsewhere, and what it owned is not taken again.
+            until(lambda: server.command("status")["phase"] == "paused", "the source to see its client go")
+            assert not locked(path)
+            # Back at the start, as a client that leaves before its migration has ended finds it.
+            until(lambda: other.command("status")["phase"] == "driven", "the destination to be driven")
+            transition(other, MigrationState.RUNNING)
+            assert provider_of(other).calls[-2:] == ["activate", "started"] and locked(path)
+            assert guest.request(b"read") == b"content"
+            guest.close()
+
+
+def test_files_that_the_client_does_not_take_along_fail_its_save(libvfio_user: Library, tmp_path: Path) -> None:
+    path = tmp_path / "data"
+    path.write_bytes(b"content")
+    with LoopbackServer(description(path), libvfio_user) as server:
+        with pytest.raises(MigrationRefused, match="the client does not take them along"):
+            transition(server, MigrationState.PRE_COPY, MigrationState.STOP_COPY)
+        assert server.command("status")["phase"] == "running" and locked(path)
+
+
+def test_a_life_that_is_discarded_gives_its_files_to_the_next(libvfio_user: Library, tmp_path: Path) -> None:
+    """A revert: the copy that belongs to the checkpoint takes the place of what became of the file."""
+    path, directory = tmp_path / "data", tmp_path / "checkpoint"
+    path.write_bytes(b"as saved")
+    directory.mkdir()
+    state = directory / "state"
+    with LoopbackServer(description(path), libvfio_user) as server:
+        guest = Guest(server)
+        server.command("pause")
+        report = server.command("save", path=str(state), files=str(directory))
+        assert report["files"] == {"file.outside.data": 8}
+        config = bytes.fromhex(server.command("pci")["config"])
+        for text in (b"another life", b"and another"):
+            server.command("resume")
+            path.write_bytes(text)
+            with pytest.raises(UsageError, match="files is a string"):
+                server.command("load", path=str(state), sha256=report["sha256"], files=7)
+            server.command("load", path=str(state), sha256=report["sha256"], files=str(directory), check=True)
+            assert locked(path), "a check takes nothing from the present life"
+            server.command("pause")
+            ram = bytes(guest.function._ram)
+            guest.function.reset()
+            guest.function._ram[:] = ram
+            server.command("load", path=str(state), sha256=report["sha256"], files=str(directory))
+            assert not locked(path) and path.read_bytes() == text
+            guest.function.replay(config)
+            server.command("restore-finish")
+            assert locked(path) and guest.request(b"read") == b"as saved"
+            server.command("pause")
+        server.command("resume")
+        guest.close()
 
 
 def test_a_pause_waits_for_work_and_is_bounded(libvfio_user: Library, tmp_path: Path) -> None:

@@ -45,8 +45,20 @@ class World:
     def __init__(self) -> None:
         self._running: set[str] = set()
         self.both = False
+        self.lock: str | None = "source"
+        """Which side owns what only one may own (a provider's outside resources)."""
         self.stream: asyncio.Event = asyncio.Event()
         """Set when the source's QEMU has sent everything."""
+
+    def take(self, side: str) -> None:
+        """Raises as a server whose provider cannot be activated."""
+        if self.lock not in (None, side):
+            raise EnvironmentProblem(f"the lock is the {self.lock}'s")
+        self.lock = side
+
+    def give_up(self, side: str) -> None:
+        if self.lock == side:
+            self.lock = None
 
     def set_running(self, side: str, running: bool) -> None:
         (self._running.add if running else self._running.discard)(side)
@@ -91,6 +103,7 @@ class LeavingVm:
     async def end(self) -> None:
         self.ended = True
         self.world.set_running("source", False)
+        self.world.give_up("source")
 
     def step(self, name: str) -> None:
         self.steps.append(name)
@@ -161,6 +174,7 @@ class LeavingVm:
             case "pause":
                 assert self.device == "running" and "source" not in self.world.running
                 self.device = "paused"
+                self.world.give_up("source")
             case "save":
                 assert self.device == "paused"
                 _write_new(Path(arguments["path"]), STATE)
@@ -171,8 +185,20 @@ class LeavingVm:
                 return {"pages": 6, "bytes": 6 * 4096}
             case "resume":
                 assert self.device == "paused"
+                await self._take_back(arguments["seconds"])
                 self.device = "running"
         return {}
+
+
+    async def _take_back(self, seconds: float) -> None:
+        deadline = asyncio.get_running_loop().time() + seconds
+        while True:
+            try:
+                return self.world.take("source")
+            except EnvironmentProblem:
+                if asyncio.get_running_loop().time() >= deadline:
+                    raise
+            await asyncio.sleep(0.01)
 
 
 class ArrivingVm:
@@ -221,10 +247,12 @@ class ArrivingVm:
 
     async def rebuild(self) -> tuple[Packets, int]:
         self.step("rebuild")
+        self.world.take("destination")
         return Packets(**PACKETS), 2
 
     async def run(self) -> None:
         self.step("run")
+        assert self.world.lock == "destination"
         self.world.set_running("destination", True)
 
     async def start_over(self) -> None:
@@ -233,6 +261,7 @@ class ArrivingVm:
     async def discard(self) -> None:
         self.discarded = True
         self.world.set_running("destination", False)
+        self.world.give_up("destination")
 
 
 def _write_new(path: Path, data: bytes) -> None:

@@ -72,8 +72,15 @@ class OutsideProvider(Provider):
         path = Path(self.options.path)
         if self.copies:
             shutil.copyfile(self.copies.pop("data"), path)
-        self.fd = os.open(path, os.O_RDWR)
-        fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if self.fd is not None:
+            return  # it was not given up
+        fd = os.open(path, os.O_RDWR)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(fd)
+            raise
+        self.fd = fd
 
     def deactivate(self) -> None:
         self._called("deactivate")

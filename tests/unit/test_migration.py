@@ -20,6 +20,7 @@ from vmbus.migration.link import SILENCE, Link
 from vmbus.migration.messages import Fate, Go, Hello, Wanted
 from vmbus.migration.ownership import DESTINATION, SOURCE, DestinationStage, Ownership, SourceStage
 from vmbus.migration.source import ASK_TIMEOUT, MigrateFailed, MigrationInDoubt
+from vmbus.qemu import save
 from vmbus.qemu.moments import Hook, Moment
 from vmbus.qemu.save import REFUSED_CAPABILITIES
 
@@ -84,6 +85,7 @@ def runs_on(both: Pair) -> None:
     assert both.leaving.migration in ("none", "cancelled", "completed")
     assert both.source.stage is SourceStage.KEPT
     assert both.arriving.discarded or not both.arriving.steps
+    assert both.world.lock == "source", "it has its outside resources back"
 
 
 def test_a_vm_moves(tmp_path: Path) -> None:
@@ -92,6 +94,7 @@ def test_a_vm_moves(tmp_path: Path) -> None:
             found = await both.migrate()
             assert found.problem is None and found.arrived, found
             assert both.world.running == {"destination"} and both.leaving.ended
+            assert both.world.lock == "destination"
             assert (both.source.stage, both.destination.stage) == (SourceStage.MOVED, DestinationStage.RUNNING)
             assert both.arriving.state == STATE
             assert both.boot_files == [
@@ -383,6 +386,7 @@ def test_a_destination_whose_owner_is_gone_leaves_the_vm_here(tmp_path: Path, mo
                     # As SIGKILL does: no word, the sockets are closed, nothing of it goes on.
                     both.listener.close()
                     links[0].channel.abort()
+                    asyncio.get_running_loop().call_later(0.1, both.world.give_up, "destination")
                     await asyncio.sleep(3600)
 
             serve = both.destination._serve
@@ -397,8 +401,55 @@ def test_a_destination_whose_owner_is_gone_leaves_the_vm_here(tmp_path: Path, mo
             with pytest.raises(MigrateFailed, match=r"after the decision: .*nobody listens at unix:.*runs on here"):
                 await both.source.run()
             assert both.world.running == {"source"} and both.source.stage is SourceStage.KEPT
+            assert both.world.lock == "source"
             receiving.cancel()
             await asyncio.wait({receiving})
+
+    run(body())
+
+
+@pytest.mark.parametrize("patience", [30.0, 0.0])
+def test_the_source_waits_for_outside_resources_of_a_destination_that_is_ending(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, patience: float
+) -> None:
+    """Its death takes a moment; a source without patience is lost."""
+    monkeypatch.setattr(save, "TAKE_BACK_TIMEOUT", patience)
+
+    async def body() -> None:
+        async with pair(tmp_path, source_at=at(Moment.BEFORE_GO, on_purpose())) as both:
+            discard = both.arriving.discard
+
+            async def slowly() -> None:
+                asyncio.get_running_loop().call_later(0.3, both.world.give_up, "destination")
+                give_up, both.world.give_up = both.world.give_up, lambda _: None  # type: ignore[method-assign]
+                await discard()
+                both.world.give_up = give_up  # type: ignore[method-assign]
+
+            both.arriving.discard = slowly  # type: ignore[method-assign]
+            found = await both.migrate()
+            assert isinstance(found.problem, MigrateFailed)
+            assert found.problem.source_alive is (patience > 0), found.problem
+            if patience:
+                runs_on(both)
+            else:
+                assert "the lock is the destination's" in str(found.problem)
+
+    run(body())
+
+
+def test_sabotage_a_destination_that_is_not_told_keeps_what_the_source_needs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def nothing(*_: Any) -> None:
+        pass
+
+    monkeypatch.setattr(save, "TAKE_BACK_TIMEOUT", 0.3)
+    monkeypatch.setattr(Link, "call_off", nothing)
+
+    async def body() -> None:
+        async with pair(tmp_path, source_at=at(Moment.BEFORE_GO, on_purpose())) as both:
+            found = await both.migrate()
+            assert isinstance(found.problem, MigrateFailed) and not found.problem.source_alive
 
     run(body())
 

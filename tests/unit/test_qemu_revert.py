@@ -77,6 +77,8 @@ class Model:
         self.capabilities: dict[str, bool] = dict.fromkeys(REFUSED_CAPABILITIES, False) | {"multifd": True}
         self.images = 0
         self.loaded: int | None = None
+        self.disk: bytes | None = None
+        """A provider's file, which belongs to the state."""
 
     def work(self) -> None:
         assert self.vcpus and self.phase == "running"
@@ -196,7 +198,12 @@ class Model:
             case "save":
                 data = state_of(self.device)
                 write_new(arguments["path"], data)
+                files = {}
+                if self.disk is not None:
+                    write_new(f"{arguments['files']}/file.disk.image", self.disk)
+                    files["file.disk.image"] = len(self.disk)
                 return {
+                    "files": files,
                     "sha256": hashlib.sha256(data).hexdigest(),
                     "bytes": len(data),
                     "packets": {"queued": 1, "sent": 2},
@@ -208,6 +215,8 @@ class Model:
                 assert arguments["description"] == msgspec.to_builtins(DEVICE)
                 if not arguments["check"]:
                     self.phase = "restoring"
+                    if self.disk is not None:
+                        self.disk = read(f"{arguments['files']}/file.disk.image")
                     self.loaded = int.from_bytes(saved.decode(data).synic.outbox[0], "big")
                 return {"packets": {"queued": 1, "sent": 2}, "channels": 2}
             case "restore-finish":
@@ -319,6 +328,43 @@ def test_a_provider_that_does_not_come_to_rest_is_ended_before_memory_is_replace
     assert report.forced
     assert vm.model.steps.index("load") < vm.model.steps.index("snapshot-load")
     assert vm.model.memory == vm.model.device == 1 and vm.model.vcpus
+
+
+def test_files_of_providers_belong_to_a_checkpoint(tmp_path: Path) -> None:
+    vm = Vm(tmp_path / "checkpoints")
+    store, model = vm.checkpoints.store, vm.model
+    model.disk = b"as in d"
+    vm.take("d")
+    model.work()
+    model.disk = b"as in e"
+    vm.take("e")
+    names = {path.name for path in store.directory.iterdir()}
+    assert {"d.files", "e.files"} <= names and "a.files" not in names
+    vm.revert("d")
+    assert model.disk == b"as in d" and model.memory == model.device == 4
+    vm.revert("e")
+    assert model.disk == b"as in e" and model.memory == model.device == 5
+    # What is not the file that was saved is refused before anything is done.
+    model.steps.clear()
+    copy = store.files("d") / "file.disk.image"
+    copy.write_bytes(b"as in D")
+    with pytest.raises(StateError, match="is not the file of checkpoint 'd'"):
+        vm.revert("d")
+    copy.unlink()
+    with pytest.raises(StateError, match="which belongs to the checkpoint"):
+        vm.revert("d")
+    copy.write_bytes(b"as in d")
+    (store.files("d") / "file.disk.other").write_bytes(b"")
+    with pytest.raises(StateError, match="do not belong to the checkpoint"):
+        vm.revert("d")
+    assert model.steps == []
+    asyncio.run(vm.checkpoints.delete("d"))
+    assert not store.files("d").exists()
+    # A checkpoint that fails leaves nothing of them.
+    model.fail["snapshot-save"] = [EnvironmentProblem("on purpose")]
+    with pytest.raises(SaveFailed):
+        vm.take("f")
+    assert not store.files("f").exists()
 
 
 # ---- what fails ------------------------------------------------------------------------------------------------------

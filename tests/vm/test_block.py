@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import secrets
 import shutil
 import signal
 import time
@@ -17,14 +18,19 @@ import pytest
 
 from support import slow_disk
 from support.boot import boot
-from vmbus.errors import VmbusError, WaitTimeout
+from vmbus.errors import EnvironmentProblem, VmbusError, WaitTimeout
+from vmbus.migration.address import parse_address
+from vmbus.migration.channel import listen
+from vmbus.migration.source import MigrateFailed
 from vmbus.qemu.command_line import Programs
 from vmbus.qemu.description import VmDescription, load_description
 from vmbus.qemu.machine import VirtualMachine
+from vmbus.qemu.moments import Hook, Moment, no_hook
 
 pytestmark = pytest.mark.vm
 
 Run = Callable[[Coroutine[Any, Any, Any]], Any]
+SECRET = secrets.token_bytes(32)
 CHECKOUT = Path(__file__).resolve().parents[2]
 ENDLESS = {"count": 0, "slots": 400, "batch": 16, "verify_every": 10}
 ECHO = {"kind": "echo", "name": "echo", "instance": "6f1b4b0e-5d2c-4a53-9d0a-0f2f1f3c7a01"}
@@ -247,6 +253,89 @@ def test_block_survives_alone_on_its_image(
         print(refusal)
         assert "is in use: another virtual machine" in refusal
     clean(result, 200)
+
+
+def test_block_survives_reverts_and_in_clones(
+    run: Run, description: VmDescription, programs: Programs, tmp_path: Path, disks: Path
+) -> None:
+    """Taken back in place the VM has the disk of that moment, and clones have disks of their own."""
+
+    async def story() -> tuple[list[dict[str, Any]], dict[str, float], dict[str, float]]:
+        vm, job = await writing(description, programs)
+        async with vm:
+            taken = await vm.checkpoint("then")
+            noted = await until_acknowledged(vm, job, 0)
+            await more(vm, job, 200)
+            reverted = await vm.revert("then")
+            await vm.revert("then")
+            await more(vm, job, noted // 2)
+            await vm.save(tmp_path / "save", live=True, keep=True)
+            results = [await finish(vm, job)]
+            own = sorted(path.name for path in disks.iterdir())
+            clones = [await VirtualMachine.restore(tmp_path / "save", programs, clone=True) for _ in range(2)]
+            async with clones[0], clones[1]:
+                for clone in clones:
+                    await more(clone, job)
+                await clones[1].stop()
+                await clones[1].cont()
+                await clones[0].checkpoint("clone")
+                await clones[0].revert("clone")
+                results += [await finish(clone, job) for clone in clones]
+                assert sorted(path.name for path in disks.iterdir()) == own == ["disk.img"]
+            assert not [clone for clone in clones if clone.run_directory.path.exists()]
+            return results, taken.phases, reverted.phases
+
+    results, taken, reverted = run(story())
+    print(f"checkpoint: {taken}; revert: {reverted}")
+    for result in results:
+        clean(result, 100)
+
+
+def test_block_survives_a_live_migration_with_a_shared_image(
+    run: Run, programs: Programs, tmp_path: Path, disks: Path
+) -> None:
+    """There and back; in between one that fails when the destination has the lock. Without sharing it is refused."""
+
+    async def fail(now: Moment) -> None:
+        if now is Moment.BEFORE_GO:
+            raise EnvironmentProblem("on purpose")
+
+    async def move(vm: VirtualMachine, at: Hook = no_hook) -> VirtualMachine:
+        listener = await listen(parse_address(f"unix:{tmp_path / 'm.sock'}"), SECRET)
+        receiving = asyncio.create_task(VirtualMachine.receive(listener, programs, timeout=60))
+        try:
+            report = await vm.migrate(str(listener.address), SECRET, at=at)
+            print(f"downtime {report.downtime * 1000:.0f} ms: {report.spans}")
+            return await receiving
+        finally:
+            await asyncio.wait({receiving}, timeout=30)
+            receiving.cancel()
+
+    async def story() -> tuple[dict[str, Any], str]:
+        vm, job = await writing(described(snapshot="shared"), programs)
+        async with vm:
+            for _ in range(2):
+                with pytest.raises(MigrateFailed, match="on purpose.*the VM runs on"):
+                    await move(vm, fail)
+                await more(vm, job)
+                there = await move(vm)
+                assert vm.ended and (await disk(there))["locked"]
+                vm = there
+                await more(vm, job)
+            result = await finish(vm, job)
+            await vm.kill()
+        vm, job = await writing(described(), programs)
+        async with vm:
+            with pytest.raises(MigrateFailed, match="nothing takes them along.*the VM runs on") as caught:
+                await move(vm)
+            await more(vm, job)
+            clean(await finish(vm, job), 200)
+        return result, str(caught.value)
+
+    result, refusal = run(story())
+    print(refusal)
+    clean(result, 500)
+    assert [path.name for path in disks.iterdir()] == ["disk.img"]
 
 
 # ---- a disk that goes and comes back, a driver that dies -------------------------------------------------------------

@@ -161,7 +161,7 @@ async def _restore_clones(
 ) -> None:
     async def one() -> VirtualMachine:
         run_directory = None if name is None else RunDirectory.create(name)
-        return await VirtualMachine.restore(directory, programs, run_directory, audit=audit)
+        return await VirtualMachine.restore(directory, programs, run_directory, audit=audit, clone=True)
 
     async def serve(vm: VirtualMachine) -> None:
         reason = await Supervisor(vm, lambda text: _notice(f"VM {vm.name!r}: {text}")).run()

@@ -102,7 +102,8 @@ class Provider(ABC):
         """The device begins to run: take what only one host may own at a time (files, locks, interfaces).
 
         Called at power-on, when the device goes on after a pause, and in a restore once the packets are back; always
-        before a `started` callback. May block for a moment: the guest stands still. Raising fails what is going on.
+        before a `started` callback. May block for a moment: the guest stands still. Raising fails what is going on, and
+        leaves nothing taken: it is tried again. What an earlier `deactivate` that failed has not given up is kept.
         """
 
     def deactivate(self) -> None:  # noqa: B027 - optional to override

@@ -32,6 +32,7 @@ from vmbus.migration.channel import Listener
 from vmbus.migration.destination import GO_TIMEOUT, Destination
 from vmbus.migration.link import SILENCE
 from vmbus.migration.source import ASK_TIMEOUT, Departing, MigrationInDoubt, MigrationReport, Source
+from vmbus.providers.block.image import CLONE_VARIABLE
 from vmbus.qemu.agent import AgentClient
 from vmbus.qemu.audit import collect
 from vmbus.qemu.command_line import Programs, Sockets, machine_version, qemu_arguments
@@ -120,6 +121,8 @@ class VirtualMachine:
         self.server: Child | None = None
         self.qemu: Child | None = None
         self.control: ControlClient | None = None
+        self.clone = False
+        """Whether disks whose content came with the snapshot are in the run directory, and end with it."""
         self.restored: RestoreReport | None = None
         self.phases: dict[str, float] = {}
         self.on_agent_event: Callable[[dict[str, Any]], None] | None = None
@@ -173,9 +176,12 @@ class VirtualMachine:
         progress: Progress | None = None,
         sabotage: Sabotage = NO_SABOTAGE,
         audit: Path | None = None,
+        clone: bool = False,
         at: Hook = no_hook,
     ) -> VirtualMachine:
         """Brings a VM back from the snapshot in `directory`, running; `vm.restored` has the report.
+
+        `clone`: one of several that run at the same time; its disks are in its run directory, and end with it.
 
         The snapshot is verified before anything is started. Raises `StateError` if it is refused, by us or by the
         device server, and `EnvironmentProblem` or `WaitTimeout`; nothing is left behind then.
@@ -192,6 +198,7 @@ class VirtualMachine:
                 run_directory.remove()
             raise
         vm = cls(snapshot.manifest.vm, programs, run_directory, audit=audit)
+        vm.clone = clone
         try:
             await vm._restore(snapshot, phases, sabotage, at)
         except BaseException:
@@ -301,11 +308,14 @@ class VirtualMachine:
         if self.audit is not None:
             arguments += ["--audit", str(self.audit.absolute())]
         inherited = os.environ.get("PYTHONPATH")
+        environment = {"PYTHONPATH": f"{_IMPORT_ROOT}:{inherited}" if inherited else _IMPORT_ROOT}
+        if self.clone:
+            environment[CLONE_VARIABLE] = str(self.run_directory / "disks")
         self.server = await Child.spawn(
             f"the device server of VM {self.name!r}",
             arguments,
             self.run_directory / "server.log",
-            environment={"PYTHONPATH": f"{_IMPORT_ROOT}:{inherited}" if inherited else _IMPORT_ROOT},
+            environment=environment,
             capture_stdout=True,
         )
         await self.server.guard(self._listening(), "the device server to listen", START_TIMEOUT)

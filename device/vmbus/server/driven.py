@@ -250,7 +250,10 @@ class Driven:
             raise MigrationRefused(f"the log of written memory is lost: {error}", errno.EIO) from error
 
     def reset(self, kind: ResetKind) -> None:
-        """The function was reset. A lost client also leaves its migration behind: the next begins in RUNNING."""
+        """The function was reset. A lost client also leaves its migration behind: the next begins in RUNNING.
+
+        If it has read a whole state, the device may live on elsewhere: ours then stays paused until `resume`.
+        """
         if kind is not ResetKind.LOST_CONNECTION:
             return
         if self.state is not MigrationState.RUNNING:
@@ -259,21 +262,25 @@ class Driven:
             log.log(level, "the client left in migration state %s; the device was reset", self.state.name)
         self.log_stop()
         self.state = MigrationState.RUNNING
+        gone = self._given is not None and self._read == len(self._given)
         self._outgoing = self._loaded = self._given = None
         self._incoming = Incoming()
         if self._server.phase is Phase.DRIVEN:
             if self._stopped_from is Phase.AWAITING:
                 self._server.phase = Phase.AWAITING
+            elif gone:
+                # The device may live on elsewhere by now, and what our providers owned outside with it.
+                self._server.phase = Phase.PAUSED
+                log.info("the client left with the device's state; the device stays paused until the command resume")
             else:
                 self._run_without_client()
 
     def _run_without_client(self) -> None:
-        """The next client finds a running device; but what it owned outside may be another host's by now."""
         try:
             self._server.run_on()
         except VmbusError as error:
             self._server.phase = Phase.PAUSED
-            log.error("the device stays paused, until the command resume: %s", error)
+            log.error("the device stays paused until the command resume: %s", error)
 
     # ---- steps ---------------------------------------------------------------------------------------------------
 

@@ -21,6 +21,7 @@ from vmbus.errors import EnvironmentProblem
 from vmbus.providers.block.backend import FileBackend, size_of
 
 DIRECTORY_VARIABLE = "VMBUS_DISKS"
+CLONE_VARIABLE = "VMBUS_CLONE_DISKS"
 _FLOCK = Struct("@hhqqi4x")  # struct flock: type, whence, start, length (0: to the end), pid (0 for these locks)
 _FICLONE = 0x40049409  # linux/fs.h: _IOW(0x94, 9, int)
 _CHUNK = 1 << 20
@@ -37,9 +38,15 @@ def disk_directory() -> Path:
     return Path(data).expanduser() / "vmbus-device" / "disks"
 
 
-def image_path(name: str) -> Path:
+def clone_directory() -> Path | None:
+    """Where a clone has its own images of those disks whose content came with the snapshot; None: no clone."""
+    named = os.environ.get(CLONE_VARIABLE)
+    return Path(named) if named else None
+
+
+def image_path(name: str, directory: Path | None = None) -> Path:
     """Where an image is, or would be."""
-    return disk_directory() / name
+    return (directory or disk_directory()) / name
 
 
 class Image:
@@ -65,12 +72,13 @@ class Image:
         self.backend.close()
 
 
-def open_image(name: str, *, read_only: bool, create: int | None) -> Image:
-    """Open and lock an image. `create`: make it, with so many bytes, all zero, if it is not there.
+def open_image(name: str, *, read_only: bool, create: int | None, directory: Path | None = None) -> Image:
+    """Open and lock an image. `create`: make it, with so many bytes, all zero, if it is not there. `directory`: where
+    it is, if not among the others.
 
     Raises EnvironmentProblem that says what is wrong: it is not there, in use, or no image at all.
     """
-    path = image_path(name)
+    path = image_path(name, directory)
     flags = (os.O_RDONLY if read_only else os.O_RDWR) | os.O_CLOEXEC | os.O_NONBLOCK
     if create is not None and not read_only:
         flags |= os.O_CREAT

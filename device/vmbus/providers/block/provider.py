@@ -21,7 +21,7 @@ from vmbus.kmcl.status import KmclError
 from vmbus.providers.base import Host, Provider
 from vmbus.providers.block.backend import Backend
 from vmbus.providers.block.core import Core, Geometry, Job, JobState, Outcome
-from vmbus.providers.block.image import MEBIBYTE, Image, image_path, open_image, replace_content
+from vmbus.providers.block.image import MEBIBYTE, Image, clone_directory, image_path, open_image, replace_content
 from vmbus.wire.block import (
     BLOCK_TYPE,
     VERSION,
@@ -99,6 +99,7 @@ class BlockProvider(Provider):
         self._features: int | None = None  # as agreed on with the guest; None before its HELLO
         self._left: int | None = None  # the image's stamp when it was closed last
         self._copy: Path | None = None
+        self._directory: Path | None = None  # of the image, if it is not among the others
         self._restored: _State | None = None
         self._resting = False
         self._under_way = UnderWay()
@@ -126,7 +127,7 @@ class BlockProvider(Provider):
         create = None if options.size_mib is None or not options.create else options.size_mib * MEBIBYTE
         if self._copy is not None:
             create = create or 0
-        image = open_image(options.image, read_only=options.read_only, create=create)
+        image = open_image(options.image, read_only=options.read_only, create=create, directory=self._directory)
         if self._copy is not None:
             image = replace_content(image, self._copy)
         try:
@@ -347,13 +348,15 @@ class BlockProvider(Provider):
         options: BlockOptions = self.options
         if options.snapshot == "shared" or options.read_only:
             return {}
-        return {FILE: image_path(options.image)}
+        return {FILE: image_path(options.image, self._directory)}
 
     def restore_files(self, files: Mapping[str, Path]) -> None:
         unknown = sorted(set(files) - {FILE})
         if unknown:
             raise StateError(f"disk {self.name!r} has one file, {FILE!r}; the snapshot has {unknown} too")
         self._copy = files.get(FILE)
+        if self._copy is not None:
+            self._directory = clone_directory()
 
     def status(self) -> dict[str, Any]:
         core = self.core
