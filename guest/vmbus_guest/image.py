@@ -50,6 +50,7 @@ HOST_ONLY = {
         "loopback",
         "state.py",
         "description.py",
+        "copying.py",
     ),
     "vmbus_guest": ("image.py", "newc.py", "rootfs"),
 }

@@ -16,10 +16,11 @@ import msgspec
 import pytest
 
 from support.disk import Fault, FaultyBackend
+from vmbus.copying import copy_content
 from vmbus.errors import EnvironmentProblem, StateError, UsageError
 from vmbus.providers.block import BlockProvider
 from vmbus.providers.block.backend import Backend, FileBackend
-from vmbus.providers.block.image import Image, copy_content, open_image
+from vmbus.providers.block.image import Image, open_image
 from vmbus.testkit import ContractViolation, ProviderTest, every_step
 from vmbus.testkit.client import Client, Request
 from vmbus.wire import block as wire

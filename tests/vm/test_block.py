@@ -94,6 +94,7 @@ def clean(result: dict[str, Any], at_least: int = 0) -> None:
     assert result["verdict"] == "passed" and result["wrong"] == 0, result
     assert result["acknowledged"] >= at_least
     assert "files" in result["fsck"] and "blocks" in result["fsck"]
+    assert all(result["queue"].values()), "the kernel does not know all that the disk can do"
 
 
 async def disk(vm: VirtualMachine) -> dict[str, Any]:
