@@ -56,6 +56,10 @@ CATALOGUE: dict[str, Entry] = {
         "vmbus_guest.testdrivers.disk_writer",
         "makes a file system on a block device, writes and syncs, and checks what it holds: no channels",
     ),
+    "ping": Entry(
+        "vmbus_guest.testdrivers.ping",
+        "asks a host for echoes, and reports which came back: no device",
+    ),
     "kvp": Entry(
         "vmbus_guest.testdrivers.kvp",
         "reads and writes the key-value pools of the guest, as its programs do: no device",

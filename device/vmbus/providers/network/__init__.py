@@ -1,0 +1,10 @@
+"""Network: a synthetic NIC, whose other end is an interface of the host's.
+
+provider.py   the channels, options, link, saved state
+queue.py      one channel's frames to the guest: batches, the window, what is saved of a packet
+interface.py  the host's end: made, configured and removed, in a network namespace if asked
+"""
+
+from vmbus.providers.network.provider import NetworkProvider
+
+__all__ = ["NetworkProvider"]

@@ -1,0 +1,162 @@
+"""The host's end of a NIC: a TAP interface, made and configured over netlink, in a network namespace if asked.
+
+All of it is done on a thread of its own for the moment: joining a namespace concerns a thread, and pyroute2 brings an
+event loop with it, which does not get on with one that runs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import os
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, TypeVar
+
+from vmbus.errors import EnvironmentProblem
+from vmbus.tap import Tap
+
+NAMESPACES = Path("/var/run/netns")
+"""Where named network namespaces are, as `ip netns` has them."""
+
+_CLONE_NEWNET = 0x40000000
+_libc = ctypes.CDLL(None, use_errno=True)
+
+Result = TypeVar("Result")
+
+
+class Port(Protocol):
+    """The host's end of a NIC: see `vmbus.tap.Tap`. Frames have an offload header in front."""
+
+    fd: int
+
+    def read(self) -> bytes | None: ...
+
+    def write(self, frame: bytes | memoryview) -> bool: ...
+
+    def set_offload(self, wanted: bool) -> None: ...
+
+    def set_carrier(self, up: bool) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class Settings(NamedTuple):
+    """What the interface is to be. `address` as "192.0.2.1/24" or None; `bridge` is an interface that is there."""
+
+    name: str
+    mac: bytes
+    mtu: int
+    namespace: str | None = None
+    address: str | None = None
+    bridge: str | None = None
+
+
+def open_port(settings: Settings) -> Port:
+    """Make the interface, without a link, and switch it on. Raises EnvironmentProblem saying what is missing."""
+
+    def make() -> Port:
+        tap = Tap(settings.name)
+        try:
+            tap.set_carrier(False)
+            configure(settings)
+        except BaseException:
+            tap.close()
+            raise
+        return tap
+
+    return in_namespace(settings.namespace, make)
+
+
+def configure(settings: Settings) -> None:
+    """Give the interface, which is there, its settings, and switch it on. Raises EnvironmentProblem."""
+    with _netlink() as netlink, _explained(settings):
+        index = _index(netlink, settings.name)
+        netlink.link("set", index=index, mtu=settings.mtu, address=settings.mac.hex(":"))
+        if settings.bridge is not None:
+            netlink.link("set", index=index, master=_index(netlink, settings.bridge))
+        if settings.address is not None:
+            address, _, prefix = settings.address.partition("/")
+            netlink.addr("replace", index=index, address=address, prefixlen=int(prefix))
+        netlink.link("set", index=index, state="up")
+
+
+def set_mtu(settings: Settings, mtu: int) -> None:
+    """Change the MTU of the interface. Blocks for a moment. Raises EnvironmentProblem."""
+
+    def work() -> None:
+        with _netlink() as netlink, _explained(settings):
+            netlink.link("set", index=_index(netlink, settings.name), mtu=mtu)
+
+    in_namespace(settings.namespace, work)
+
+
+def in_namespace(name: str | None, work: Callable[[], Result]) -> Result:
+    """Do `work` on a thread in that network namespace (None: ours), and return what it returns, or raise what it
+    raises. Raises EnvironmentProblem when the namespace cannot be joined."""
+    results: list[Result] = []
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            if name is not None:
+                _join(name)
+            results.append(work())
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=run, name="network")
+    thread.start()
+    thread.join()
+    if errors:
+        raise errors[0]
+    return results[0]
+
+
+def _join(name: str) -> None:
+    path = NAMESPACES / name
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise EnvironmentProblem(
+            f"there is no network namespace {name!r} ({path}: {error.strerror}); make it: ip netns add {name}"
+        ) from error
+    try:
+        if _libc.setns(descriptor, _CLONE_NEWNET) != 0:
+            number = ctypes.get_errno()
+            needed = "; it needs the capability CAP_SYS_ADMIN, as root has it" if number == errno.EPERM else ""
+            raise EnvironmentProblem(f"cannot enter the network namespace {name!r}: {os.strerror(number)}{needed}")
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _netlink() -> Iterator[Any]:
+    try:
+        from pyroute2 import IPRoute  # type: ignore[import-untyped]
+    except ImportError as error:
+        raise EnvironmentProblem("the network provider needs the Python package pyroute2; run scripts/setup") from error
+    with IPRoute() as netlink:
+        yield netlink
+
+
+@contextlib.contextmanager
+def _explained(settings: Settings) -> Iterator[None]:
+    from pyroute2.netlink.exceptions import NetlinkError  # type: ignore[import-untyped]
+
+    where = f"interface {settings.name!r}" + (f" in namespace {settings.namespace!r}" if settings.namespace else "")
+    try:
+        yield
+    except (NetlinkError, OSError) as error:
+        number = error.code if isinstance(error, NetlinkError) else error.errno or 0
+        needed = "; it needs the capability CAP_NET_ADMIN in this network namespace" if number == errno.EPERM else ""
+        raise EnvironmentProblem(f"cannot configure {where}: {os.strerror(number)}{needed}") from error
+
+
+def _index(netlink: Any, name: str) -> int:
+    found = netlink.link_lookup(ifname=name)
+    if not found:
+        raise EnvironmentProblem(f"there is no interface {name!r} in this network namespace")
+    return int(found[0])
