@@ -339,6 +339,14 @@ def test_other_programs_see_the_lock(disks: Path) -> None:
     lock()
 
 
+def test_what_a_killed_restore_has_left_is_removed(disks: Path) -> None:
+    disks.mkdir()
+    (disks / ".disk.img.new").write_bytes(b"half a copy")
+    (disks / ".other.img.new").write_bytes(b"somebody else's")
+    with ProviderTest(BlockProvider, options=OPTIONS):
+        assert sorted(path.name for path in disks.iterdir()) == [".other.img.new", "disk.img"]
+
+
 def test_a_read_only_disk(disks: Path) -> None:
     disks.mkdir()
     data = pattern(MIB)

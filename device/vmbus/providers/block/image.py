@@ -98,6 +98,8 @@ def open_image(name: str, *, read_only: bool, create: int | None) -> Image:
             if not _still_there(fd, path):
                 os.close(fd)
                 continue  # replaced between the open and the lock
+            if not read_only:
+                _new_name(path).unlink(missing_ok=True)  # a restore that was killed may have left it
             if create is not None and not read_only and stat.S_ISREG(kind) and os.fstat(fd).st_size == 0:
                 os.ftruncate(fd, create)
                 # A flush of the guest's would be worth nothing if the name could get lost.
@@ -164,10 +166,15 @@ def replace_content(image: Image, source: Path) -> Image:
         raise EnvironmentProblem(f"cannot put {source} into the disk image {image.path}: {error.strerror}") from error
 
 
+def _new_name(path: Path) -> Path:
+    """Where an image's new content is made. One name only, and only whoever has the image's lock uses it."""
+    path = path.resolve()
+    return path.with_name(f".{path.name}.new")
+
+
 def _replace_file(image: Image, source_fd: int) -> Image:
     path = image.path.resolve()
-    # One name only, and only whoever has the lock uses it: what a crash leaves is overwritten by the next restore.
-    new = path.with_name(f".{path.name}.new")
+    new = _new_name(path)
     fd = os.open(new, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     try:
         _lock(fd, new, False)
