@@ -82,6 +82,7 @@ class CablePort:
         self.settings = settings
         self.fd = cable.inside.fileno()
         cable.ports += 1
+        cable.carrier = settings.carrier
 
     def read(self) -> bytes | None:
         try:

@@ -60,6 +60,10 @@ CATALOGUE: dict[str, Entry] = {
         "vmbus_guest.testdrivers.ping",
         "asks a host for echoes, and reports which came back: no device",
     ),
+    "transfer": Entry(
+        "vmbus_guest.testdrivers.transfer",
+        "sends and takes TCP streams whose every byte is known, and checks them: no device",
+    ),
     "kvp": Entry(
         "vmbus_guest.testdrivers.kvp",
         "reads and writes the key-value pools of the guest, as its programs do: no device",

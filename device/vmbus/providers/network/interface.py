@@ -44,7 +44,10 @@ class Port(Protocol):
 
 
 class Settings(NamedTuple):
-    """What the interface is to be. `address` as "192.0.2.1/24" or None; `bridge` is an interface that is there."""
+    """What the interface is to be. `address` as "192.0.2.1/24" or None; `bridge` is an interface that is there.
+
+    `carrier`: whether it has a link from the beginning. It takes the kernel a while to follow a change.
+    """
 
     name: str
     mac: bytes
@@ -52,15 +55,16 @@ class Settings(NamedTuple):
     namespace: str | None = None
     address: str | None = None
     bridge: str | None = None
+    carrier: bool = False
 
 
 def open_port(settings: Settings) -> Port:
-    """Make the interface, without a link, and switch it on. Raises EnvironmentProblem saying what is missing."""
+    """Make the interface, and switch it on. Raises EnvironmentProblem saying what is missing."""
 
     def make() -> Port:
         tap = Tap(settings.name)
         try:
-            tap.set_carrier(False)
+            tap.set_carrier(settings.carrier)
             configure(settings)
         except BaseException:
             tap.close()

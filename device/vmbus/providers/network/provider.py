@@ -131,6 +131,7 @@ class NetworkProvider(Provider):
         self._link = True  # as tools want it
         self._link_told = True  # as the guest knows it
         self._link_in_flight = False
+        self._carrier = False  # whether the interface has a link
         self._reading = False
         self._announcements: list[Timer] = []
         self._lost_reason = ""
@@ -168,8 +169,9 @@ class NetworkProvider(Provider):
         if self.port is not None:
             return
         mtu = self.options.mtu if self._agreed is None else self._agreed.mtu
-        self.port = self.make_port(self.settings._replace(mtu=mtu))
         self._lost_reason = ""
+        self._carrier = self._has_link
+        self.port = self.make_port(self.settings._replace(mtu=mtu, carrier=self._carrier))
         if self._agreed is not None:
             try:
                 self.port.set_offload(bool(self._agreed.features & Feature.OFFLOAD))
@@ -220,18 +222,25 @@ class NetworkProvider(Provider):
 
     # ---- the interface -------------------------------------------------------------------------------------------
 
+    @property
+    def _has_link(self) -> bool:
+        """Whether there is a guest that may be sent frames (later, while it is paused)."""
+        return self._agreed is not None and self._link and self.queues[0].open
+
     def _update(self) -> None:
-        """Let the interface have a link, and read it, exactly when the guest can take frames."""
+        """Let the interface have a link, and read it, exactly when there is a guest for its frames."""
         port = self.port
-        if port is None:
+        if port is None or self._lost_reason:
             return
-        ready = self._agreed is not None and self._link and self.queues[0].channel.active and not self._lost_reason
-        try:
-            port.set_carrier(ready)
-        except OSError as error:
-            self._lost(error)
-            return
-        if ready:
+        link = self._has_link
+        if link is not self._carrier:
+            self._carrier = link
+            try:
+                port.set_carrier(link)
+            except OSError as error:
+                self._lost(error)
+                return
+        if link:
             self._read_on()
         else:
             self._stop_reading()
