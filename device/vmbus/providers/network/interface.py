@@ -21,6 +21,7 @@ from vmbus.tap import Tap
 NAMESPACES = Path("/var/run/netns")
 """Where named network namespaces are, as `ip netns` has them."""
 
+_REACHABLE = 0x02  # until it has to be confirmed
 _CLONE_NEWNET = 0x40000000
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -47,6 +48,8 @@ class Settings(NamedTuple):
     """What the interface is to be. `address` as "192.0.2.1/24" or None; `bridge` is an interface that is there.
 
     `carrier`: whether it has a link from the beginning. It takes the kernel a while to follow a change.
+    `neighbour`: an IP address and an Ethernet address that are known to belong together, from before a move: while
+    the kernel would ask for it, it would lose most of what is sent.
     """
 
     name: str
@@ -56,6 +59,7 @@ class Settings(NamedTuple):
     address: str | None = None
     bridge: str | None = None
     carrier: bool = False
+    neighbour: tuple[str, bytes] | None = None
 
 
 def open_port(settings: Settings) -> Port:
@@ -85,6 +89,9 @@ def configure(settings: Settings) -> None:
             address, _, prefix = settings.address.partition("/")
             netlink.addr("replace", index=index, address=address, prefixlen=int(prefix))
         netlink.link("set", index=index, state="up")
+        if settings.neighbour is not None:
+            address, mac = settings.neighbour
+            netlink.neigh("replace", ifindex=index, dst=address, lladdr=mac.hex(":"), state=_REACHABLE)
 
 
 def set_mtu(settings: Settings, mtu: int) -> None:

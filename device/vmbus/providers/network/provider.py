@@ -171,7 +171,12 @@ class NetworkProvider(Provider):
         mtu = self.options.mtu if self._agreed is None else self._agreed.mtu
         self._lost_reason = ""
         self._carrier = self._has_link
-        self.port = self.make_port(self.settings._replace(mtu=mtu, carrier=self._carrier))
+        settings = self.settings._replace(mtu=mtu, carrier=self._carrier)
+        if self._carrier and self.options.address is not None and self.options.guest_address is not None:
+            address = ipaddress.IPv4Interface(self.options.guest_address).ip
+            if address in ipaddress.ip_interface(self.options.address).network:
+                settings = settings._replace(neighbour=(str(address), self.mac))
+        self.port = self.make_port(settings)
         if self._agreed is not None:
             try:
                 self.port.set_offload(bool(self._agreed.features & Feature.OFFLOAD))
