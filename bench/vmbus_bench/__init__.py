@@ -6,4 +6,5 @@ host            host-only transactions: the real server and library, the guest's
 save_restore    a server with packets in flight, saved and restored
 guest           the same driver in a Linux guest, against virtio-serial
 block           the block device of a Linux guest, against QEMU's virtio-blk
+network         the network card of a Linux guest, against QEMU's virtio-net
 """

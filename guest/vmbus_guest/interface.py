@@ -40,11 +40,10 @@ def load_module() -> None:
         raise EnvironmentProblem(f"the kernel's tun module could not be inserted from {MODULE}: status {status}")
 
 
-class Interface:
-    """A TAP interface and its settings. Raises EnvironmentProblem from every method but those of `tap`."""
+class Settings:
+    """The settings of an interface that is there. Raises EnvironmentProblem from every method."""
 
     def __init__(self, name: str) -> None:
-        self.tap = Tap(name)
         self.name = name
         self._socket = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
 
@@ -52,6 +51,10 @@ class Interface:
         """Set address and MTU, and switch it on."""
         self._set("its Ethernet address", _SET_MAC, struct.pack("H14s", _ETHERNET, mac))
         self._set("its MTU", _SET_MTU, struct.pack("i", mtu))
+        self.switch_on()
+
+    def switch_on(self) -> None:
+        """Have it used."""
         answer = self._set("its flags", _GET_FLAGS, bytes(16))
         (flags,) = struct.unpack_from("H", answer, 16)
         self._set("it on", _SET_FLAGS, struct.pack("H", flags | _UP))
@@ -74,8 +77,7 @@ class Interface:
                 raise EnvironmentProblem(f"cannot set the gateway of {self.name}: {error.strerror}") from error
 
     def close(self) -> None:
-        """Remove it."""
-        self.tap.close()
+        """Set nothing any more."""
         self._socket.close()
 
     def _set(self, what: str, request: int, value: bytes) -> bytes:
@@ -83,6 +85,19 @@ class Interface:
             return fcntl.ioctl(self._socket, request, struct.pack("16s24s", self.name.encode(), value))
         except OSError as error:
             raise EnvironmentProblem(f"cannot set {what} of interface {self.name}: {error.strerror}") from error
+
+
+class Interface(Settings):
+    """A TAP interface and its settings, until `close`."""
+
+    def __init__(self, name: str) -> None:
+        self.tap = Tap(name)
+        super().__init__(name)
+
+    def close(self) -> None:
+        """Remove it."""
+        self.tap.close()
+        super().close()
 
 
 def _internet(address: bytes) -> bytes:

@@ -84,7 +84,7 @@ class NetworkService(Service):
         self._pages_in = parameters.get("ring_pages_in", RING_PAGES)
         self._pages_out = parameters.get("ring_pages_out", RING_PAGES)
         self._name = parameters.get("interface", "")
-        self._address = _parse_address(parameters.get("address", ""))
+        self._address = parse_address(parameters.get("address", ""))
         self._gateway = parameters.get("gateway", "")
         self._mtu = parameters.get("mtu", 0, minimum=0, maximum=MTU_MAXIMUM)
         self._wanted = parameters.get("queues", 1, minimum=1, maximum=QUEUES_MAXIMUM)
@@ -329,7 +329,7 @@ class _Batch:
         self.size += len(frame)
 
 
-def _parse_address(text: str) -> tuple[bytes, int] | None:
+def parse_address(text: str) -> tuple[bytes, int] | None:
     """("192.0.2.2/24"); None without a wish, no bytes for "none"."""
     if not text:
         return None

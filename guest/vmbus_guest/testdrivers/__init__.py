@@ -60,6 +60,10 @@ CATALOGUE: dict[str, Entry] = {
         "vmbus_guest.testdrivers.ping",
         "asks a host for echoes, and reports which came back: no device",
     ),
+    "interface": Entry(
+        "vmbus_guest.testdrivers.interface",
+        "switches an interface of another driver's on, such as virtio_net's, and gives it an address: no device",
+    ),
     "transfer": Entry(
         "vmbus_guest.testdrivers.transfer",
         "sends and takes TCP streams whose every byte is known, and checks them: no device",
