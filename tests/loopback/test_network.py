@@ -21,7 +21,8 @@ from support.streams import agree
 from vmbus.errors import EnvironmentProblem, UsageError
 from vmbus.kmcl.packet import Packet
 from vmbus.loopback.harness import LoopbackServer, describe
-from vmbus.providers.network.interface import NAMESPACES, Settings, in_namespace, open_port
+from vmbus.providers.network.interface import NAMESPACES, Port, Settings, in_namespace, open_port
+from vmbus.providers.network.veth import open_veth
 from vmbus.tap import Tap
 from vmbus.vfio_user.library import Library
 from vmbus.wire.network import NETWORK_TYPE, Hello, Queues, Status, pack_frames, parse_nic, parse_status
@@ -102,7 +103,8 @@ def status(server: LoopbackServer) -> dict[str, Any]:
 # ---- interfaces ------------------------------------------------------------------------------------------------------
 
 
-def test_an_interface_is_made_configured_and_gone(outside: Namespace) -> None:
+@pytest.mark.parametrize("open_port", [open_port, open_veth])
+def test_an_interface_is_made_configured_and_gone(outside: Namespace, open_port: Callable[[Settings], Port]) -> None:
     settings = Settings("host0", b"\xfe\0\0\0\0\1", 4000, outside.name, "192.0.2.1/24")
     port = open_port(settings)
 
@@ -121,7 +123,7 @@ def test_an_interface_is_made_configured_and_gone(outside: Namespace) -> None:
     assert outside.configure(look) == expected
     port.set_carrier(True)
     assert outside.configure(look)["carrier"] == 1
-    with pytest.raises(EnvironmentProblem, match="'host0': another process has it"):
+    with pytest.raises(EnvironmentProblem, match=r"'host0'.*(another process has it|of this name)"):
         open_port(settings)
     port.close()
     port.close()
@@ -178,11 +180,14 @@ def test_a_port_of_a_bridge(outside: Namespace) -> None:
     outside.configure(lambda netlink: netlink.link("del", ifname="br0"))
 
 
-def test_nothing_outlives_a_killed_owner(outside: Namespace) -> None:
+@pytest.mark.parametrize("function", ["interface.open_port", "veth.open_veth"])
+def test_nothing_outlives_a_killed_owner(outside: Namespace, function: str) -> None:
+    module, _, name = function.partition(".")
     script = (
         "import sys, time\n"
-        "from vmbus.providers.network.interface import Settings, open_port\n"
-        f"port = open_port(Settings('host0', bytes([254,0,0,0,0,1]), 1500, {outside.name!r}, '192.0.2.1/24'))\n"
+        "from vmbus.providers.network.interface import Settings\n"
+        f"from vmbus.providers.network.{module} import {name}\n"
+        f"port = {name}(Settings('host0', bytes([254,0,0,0,0,1]), 1500, {outside.name!r}, '192.0.2.1/24'))\n"
         "print('made', flush=True)\n"
         "time.sleep(60)\n"
     )
@@ -209,8 +214,9 @@ def test_namespaces_of_dead_owners_are_removed(outside: Namespace) -> None:
 # ---- the whole way ---------------------------------------------------------------------------------------------------
 
 
-def test_programs_use_the_network(libvfio_user: Library, outside: Namespace, inside: Namespace) -> None:
-    options = {**OPTIONS, "namespace": outside.name, "queues": 3, "mtu": 9000}
+@pytest.mark.parametrize("end", ["tap", "veth"])
+def test_programs_use_the_network(libvfio_user: Library, outside: Namespace, inside: Namespace, end: str) -> None:
+    options = {**OPTIONS, "namespace": outside.name, "queues": 3, "mtu": 9000, "end": end}
     with LoopbackServer(describe("network", network=options), libvfio_user) as server:
         service = Service(server, queues=2)
         pings = [
@@ -233,13 +239,13 @@ def test_programs_use_the_network(libvfio_user: Library, outside: Namespace, ins
     assert outside.interfaces() == inside.interfaces() == []
 
 
+@pytest.mark.parametrize("end", ["tap", "veth"])
 @pytest.mark.parametrize("offload", [True, False])
-def test_network_survives_saves_in_mid_transfer(
-    libvfio_user: Library, outside: Namespace, inside: Namespace, offload: bool
+def test_network_survives_pauses_in_mid_transfer(
+    libvfio_user: Library, outside: Namespace, inside: Namespace, offload: bool, end: str
 ) -> None:
-    """The device moves to another server, in mid-traffic; guests of the loopback do not move, so only a pause and a
-    resume are possible here. The interface is made anew each time."""
-    options = {**OPTIONS, "namespace": outside.name, "offload": offload}
+    """The interface is removed at each pause, and made anew when the device goes on."""
+    options = {**OPTIONS, "namespace": outside.name, "offload": offload, "end": end}
     with LoopbackServer(describe("network", network=options), libvfio_user) as server:
         service = Service(server)
         serving = inside.start("transfer", streams=3)

@@ -80,40 +80,46 @@ def open_port(settings: Settings) -> Port:
 
 def configure(settings: Settings) -> None:
     """Give the interface, which is there, its settings, and switch it on. Raises EnvironmentProblem."""
-    with _netlink() as netlink, _explained(settings):
-        index = _index(netlink, settings.name)
-        netlink.link("set", index=index, mtu=settings.mtu, address=settings.mac.hex(":"))
+    with netlink() as link, explained(settings):
+        index = _index(link, settings.name)
+        link.link("set", index=index, mtu=settings.mtu, address=settings.mac.hex(":"))
         if settings.bridge is not None:
-            netlink.link("set", index=index, master=_index(netlink, settings.bridge))
+            link.link("set", index=index, master=_index(link, settings.bridge))
         if settings.address is not None:
             address, _, prefix = settings.address.partition("/")
-            netlink.addr("replace", index=index, address=address, prefixlen=int(prefix))
-        netlink.link("set", index=index, state="up")
+            link.addr("replace", index=index, address=address, prefixlen=int(prefix))
+        link.link("set", index=index, state="up")
         if settings.neighbour is not None:
             address, mac = settings.neighbour
-            netlink.neigh("replace", ifindex=index, dst=address, lladdr=mac.hex(":"), state=_REACHABLE)
+            link.neigh("replace", ifindex=index, dst=address, lladdr=mac.hex(":"), state=_REACHABLE)
 
 
 def set_mtu(settings: Settings, mtu: int) -> None:
     """Change the MTU of the interface. Blocks for a moment. Raises EnvironmentProblem."""
 
     def work() -> None:
-        with _netlink() as netlink, _explained(settings):
-            netlink.link("set", index=_index(netlink, settings.name), mtu=mtu)
+        with netlink() as link, explained(settings):
+            link.link("set", index=_index(link, settings.name), mtu=mtu)
 
     in_namespace(settings.namespace, work)
 
 
-def in_namespace(name: str | None, work: Callable[[], Result]) -> Result:
-    """Do `work` on a thread in that network namespace (None: ours), and return what it returns, or raise what it
-    raises. Raises EnvironmentProblem when the namespace cannot be joined."""
+def in_namespace(name: str | int | None, work: Callable[[], Result]) -> Result:
+    """Do `work` on a thread in that network namespace (None: ours; or an open descriptor of one), and return what it
+    returns, or raise what it raises. Raises EnvironmentProblem when the namespace cannot be joined."""
     results: list[Result] = []
     errors: list[BaseException] = []
 
     def run() -> None:
         try:
-            if name is not None:
-                _join(name)
+            if isinstance(name, int):
+                _enter(name, "of the interface's other end")
+            elif name is not None:
+                descriptor = open_namespace(name)
+                try:
+                    _enter(descriptor, repr(name))
+                finally:
+                    os.close(descriptor)
             results.append(work())
         except BaseException as error:
             errors.append(error)
@@ -126,35 +132,46 @@ def in_namespace(name: str | None, work: Callable[[], Result]) -> Result:
     return results[0]
 
 
-def _join(name: str) -> None:
-    path = NAMESPACES / name
+def open_namespace(name: str | None) -> int:
+    """A descriptor of a network namespace: the calling thread's, or one with a name. Raises EnvironmentProblem."""
+    path = Path("/proc/thread-self/ns/net") if name is None else NAMESPACES / name
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError as error:
         raise EnvironmentProblem(
             f"there is no network namespace {name!r} ({path}: {error.strerror}); make it: ip netns add {name}"
         ) from error
-    try:
-        if _libc.setns(descriptor, _CLONE_NEWNET) != 0:
-            number = ctypes.get_errno()
-            needed = "; it needs the capability CAP_SYS_ADMIN, as root has it" if number == errno.EPERM else ""
-            raise EnvironmentProblem(f"cannot enter the network namespace {name!r}: {os.strerror(number)}{needed}")
-    finally:
-        os.close(descriptor)
+
+
+def enter_new_namespace() -> None:
+    """A network namespace of its own for the calling thread. Raises EnvironmentProblem."""
+    if _libc.unshare(_CLONE_NEWNET) != 0:
+        raise _not_entered("of its own")
+
+
+def _enter(descriptor: int, what: str) -> None:
+    if _libc.setns(descriptor, _CLONE_NEWNET) != 0:
+        raise _not_entered(what)
+
+
+def _not_entered(what: str) -> EnvironmentProblem:
+    number = ctypes.get_errno()
+    needed = "; it needs the capability CAP_SYS_ADMIN, as root has it" if number == errno.EPERM else ""
+    return EnvironmentProblem(f"cannot enter the network namespace {what}: {os.strerror(number)}{needed}")
 
 
 @contextlib.contextmanager
-def _netlink() -> Iterator[Any]:
+def netlink() -> Iterator[Any]:
     try:
         from pyroute2 import IPRoute  # type: ignore[import-untyped]
     except ImportError as error:
         raise EnvironmentProblem("the network provider needs the Python package pyroute2; run scripts/setup") from error
-    with IPRoute() as netlink:
-        yield netlink
+    with IPRoute() as opened:
+        yield opened
 
 
 @contextlib.contextmanager
-def _explained(settings: Settings) -> Iterator[None]:
+def explained(settings: Settings) -> Iterator[None]:
     from pyroute2.netlink.exceptions import NetlinkError  # type: ignore[import-untyped]
 
     where = f"interface {settings.name!r}" + (f" in namespace {settings.namespace!r}" if settings.namespace else "")
@@ -162,12 +179,16 @@ def _explained(settings: Settings) -> Iterator[None]:
         yield
     except (NetlinkError, OSError) as error:
         number = error.code if isinstance(error, NetlinkError) else error.errno or 0
-        needed = "; it needs the capability CAP_NET_ADMIN in this network namespace" if number == errno.EPERM else ""
-        raise EnvironmentProblem(f"cannot configure {where}: {os.strerror(number)}{needed}") from error
+        reason = os.strerror(number)
+        if number == errno.EPERM:
+            reason += "; it needs the capability CAP_NET_ADMIN in this network namespace"
+        elif number == errno.EEXIST:
+            reason = "there is another one of this name"
+        raise EnvironmentProblem(f"cannot make or configure {where}: {reason}") from error
 
 
-def _index(netlink: Any, name: str) -> int:
-    found = netlink.link_lookup(ifname=name)
+def _index(link: Any, name: str) -> int:
+    found = link.link_lookup(ifname=name)
     if not found:
         raise EnvironmentProblem(f"there is no interface {name!r} in this network namespace")
     return int(found[0])

@@ -19,6 +19,7 @@ from vmbus.kmcl.status import Status as PacketStatus
 from vmbus.providers.base import Host, Provider, Timer
 from vmbus.providers.network.interface import Port, Settings, open_port, set_mtu
 from vmbus.providers.network.queue import Kind, Queue, Sent
+from vmbus.providers.network.veth import open_veth
 from vmbus.wire.network import (
     MESSAGE_LIMIT,
     MTU_MAXIMUM,
@@ -64,6 +65,7 @@ class NetworkOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     queues: Annotated[int, msgspec.Meta(ge=1, le=QUEUES_MAXIMUM)] = 1
     offload: bool = True
     window_kib: Annotated[int, msgspec.Meta(ge=64, le=16384)] = 512
+    end: Literal["tap", "veth"] = "tap"
     interface: _Interface | None = None
     namespace: Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")] | None = None
     bridge: _Interface | None = None
@@ -192,7 +194,7 @@ class NetworkProvider(Provider):
 
     def make_port(self, settings: Settings) -> Port:
         """The host's end. Tests put another one here."""
-        return open_port(settings)
+        return open_port(settings) if self.options.end == "tap" else open_veth(settings)
 
     def deactivate(self) -> None:
         """Take along what the interface holds for the guest, then remove it: another host may have one now."""
