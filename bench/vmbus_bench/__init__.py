@@ -8,4 +8,5 @@ guest           the same driver in a Linux guest, against virtio-serial
 audit           transactions with audit records, against the same without
 downtime        live migration with the device, against the same VM without it
 block           the block device of a Linux guest, against QEMU's virtio-blk
+network         the network card of a Linux guest, against QEMU's virtio-net
 """

@@ -52,6 +52,7 @@ HOST_ONLY = {
         "testbed",
         "state.py",
         "description.py",
+        "copying.py",
     ),
     "vmbus_guest": ("image.py", "newc.py", "rootfs"),
 }

@@ -16,10 +16,11 @@ import msgspec
 import pytest
 
 from support.disk import Fault, FaultyBackend
+from vmbus.copying import copy_content
 from vmbus.errors import EnvironmentProblem, StateError, UsageError
 from vmbus.providers.block import BlockProvider
 from vmbus.providers.block.backend import Backend, FileBackend
-from vmbus.providers.block.image import Image, copy_content, open_image
+from vmbus.providers.block.image import Image, open_image
 from vmbus.testkit import ContractViolation, ProviderTest, every_step
 from vmbus.testkit.client import Client, Request
 from vmbus.wire import block as wire
@@ -336,6 +337,14 @@ def test_other_programs_see_the_lock(disks: Path) -> None:
     with ProviderTest(BlockProvider, options=OPTIONS), pytest.raises(BlockingIOError):
         lock()
     lock()
+
+
+def test_what_a_killed_restore_has_left_is_removed(disks: Path) -> None:
+    disks.mkdir()
+    (disks / ".disk.img.new").write_bytes(b"half a copy")
+    (disks / ".other.img.new").write_bytes(b"somebody else's")
+    with ProviderTest(BlockProvider, options=OPTIONS):
+        assert sorted(path.name for path in disks.iterdir()) == [".other.img.new", "disk.img"]
 
 
 def test_a_read_only_disk(disks: Path) -> None:

@@ -13,10 +13,14 @@ import pytest
 from vmbus import kmcl, state, synic
 from vmbus.kmcl import saved, server
 from vmbus.memory import GuestMemory
+from vmbus.providers.block.provider import MAXIMUM_DATA, MAXIMUM_RANGE, PATIENCE, BlockOptions
+from vmbus.providers.network.provider import ANNOUNCE_AFTER, DRAIN_BYTES, NetworkOptions
 from vmbus.snapshot import manifest
 from vmbus.synic import PostStatus, Register, Synic
 from vmbus.vfio_user.pci import ConfigSpace
+from vmbus.wire import block as block_wire
 from vmbus.wire import messages, packet
+from vmbus.wire import network as network_wire
 
 pytestmark = pytest.mark.unit
 
@@ -225,6 +229,58 @@ def test_the_messages_of_refusals_exist() -> None:
     fragments = [fragment for row in rows for fragment in code_spans(row["The message says"])]
     assert len(fragments) > 30
     assert [fragment for fragment in fragments if fragment not in sources] == []
+
+
+# ---- provider-block.md -----------------------------------------------------------------------------------------------
+
+
+def test_the_tables_of_the_block_provider() -> None:
+    text = page("provider-block.md")
+    options = {row["Option"].strip("`"): row["Default"].strip("`") for row in table(text, "Option", "Default")}
+    fields = {field.name: field.default for field in msgspec.structs.fields(BlockOptions)}
+    assert list(options) == list(fields)
+    for name, default in fields.items():
+        if name not in ("image", "size_mib"):
+            assert options[name] == str(default).lower(), name
+    operations = {row["Operation"]: int(row["Number"]) for row in table(text, "Operation", "Number")}
+    assert operations == {op.name: op.value for op in block_wire.Op if op is not block_wire.Op.HELLO}
+    statuses = {row["Status"]: int(row["Number"]) for row in table(text, "Status", "Number")}
+    assert statuses == {status.name: status.value for status in block_wire.Status}
+    for kind in (block_wire.Feature, block_wire.Flag):
+        for one in kind:
+            assert re.search(rf"\b{one.name} {one.value}\b", text), one
+    assert str(block_wire.BLOCK_TYPE) in text
+    for limit in (f"up to {MAXIMUM_DATA >> 20} MiB", f"up to {MAXIMUM_RANGE >> 20} MiB", f"{PATIENCE:g} s at most"):
+        assert limit in text
+
+
+# ---- provider-network.md ---------------------------------------------------------------------------------------------
+
+
+def test_the_tables_of_the_network_provider() -> None:
+    text = page("provider-network.md")
+    options = {row["Option"].strip("`"): row["Default"].strip("`") for row in table(text, "Option", "Default")}
+    fields = {field.name: field.default for field in msgspec.structs.fields(NetworkOptions)}
+    assert list(options) == list(fields)
+    for name, default in fields.items():
+        if default is not None:
+            assert options[name] == str(default).lower(), name
+    messages = {row["Message"]: int(row["Number"]) for row in table(text, "Message", "Number")}
+    assert messages == {op.name: op.value for op in network_wire.Op}
+    statuses = {row["Status"]: int(row["Number"]) for row in table(text, "Status", "Number")}
+    assert statuses == {status.name: status.value for status in network_wire.Status}
+    limits = {row["Limit"]: row["Value"] for row in table(text, "Limit", "Value")}
+    assert list(limits.values()) == [
+        str(network_wire.MTU_MAXIMUM),
+        str(network_wire.QUEUES_MAXIMUM),
+        str(network_wire.FRAMES_MAXIMUM),
+        str(network_wire.BATCH_BYTES),
+        str(network_wire.frame_limit(1500, network_wire.Feature.OFFLOAD)),
+        f"{DRAIN_BYTES >> 20} MiB",
+    ]
+    assert f"The answer to HELLO has {len(network_wire.Nic(1, 0, 1500, 1, True, bytes(6), '').pack())} bytes" in text
+    assert f"{ANNOUNCE_AFTER[-1]:g} s" in text and len(ANNOUNCE_AFTER) == 4 and "and four more" in text
+    assert "OFFLOAD, 1" in text and str(network_wire.NETWORK_TYPE) in text
 
 
 # ---- all pages -------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ base.py        what every provider has, and what it may ask of its host
 block/         a disk in a raw file
 echo.py        answers each request with a transform of it
 integration/   heartbeat, time, shutdown, key-value exchange
+network/       a network card, on a TAP interface of the host's
 burst.py       the host sends, as fast as the guest takes it
 ddi_sample.py  burst once more, written against `vmbus.kmcl.ddi` alone
 loading.py     finds a provider by its kind, also in the modules of authors
@@ -16,10 +17,18 @@ from vmbus.providers.ddi_sample import DdiBurstProvider
 from vmbus.providers.echo import EchoProvider
 from vmbus.providers.integration import IntegrationProvider
 from vmbus.providers.loading import find_provider
+from vmbus.providers.network import NetworkProvider
 
 PROVIDERS: dict[str, type[Provider]] = {
     provider.kind: provider
-    for provider in (EchoProvider, BurstProvider, DdiBurstProvider, BlockProvider, IntegrationProvider)
+    for provider in (
+        EchoProvider,
+        BurstProvider,
+        DdiBurstProvider,
+        BlockProvider,
+        IntegrationProvider,
+        NetworkProvider,
+    )
 }
 
 

@@ -6,23 +6,18 @@ its blocks with the original where the file system can do that, and keeps its ho
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from vmbus.copying import copy_content
 from vmbus.errors import EnvironmentProblem, UsageError
 from vmbus.providers import Provider
 from vmbus.snapshot.manifest import FILE_PREFIX as PREFIX
 
 FILE_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,31}")
 """What a provider may call its file."""
-
-_FICLONE = 0x40049409  # linux/fs.h: _IOW(0x94, 9, int)
-_CHUNK = 16 << 20
-_NO_CLONE = (errno.EOPNOTSUPP, errno.EXDEV, errno.EINVAL, errno.ENOTTY, errno.ENOSYS, errno.EPERM)
 
 
 def wanted_files(providers: Sequence[Provider]) -> dict[str, Path]:
@@ -68,52 +63,12 @@ def copy_file(source: Path, target: Path, *, made: list[Path] | None = None) -> 
         if made is not None:
             made.append(target)
         try:
-            size = os.lseek(fd, 0, os.SEEK_END)
-            if not _clone(fd, out):
-                os.ftruncate(out, size)
-                _copy_data(fd, out, size)
-            os.fsync(out)
+            size = copy_content(fd, out)
         finally:
             os.close(out)
     finally:
         os.close(fd)
     return size
-
-
-def _clone(source: int, target: int) -> bool:
-    """Let the target share the source's blocks, if the file system can."""
-    try:
-        fcntl.ioctl(target, _FICLONE, source)
-    except OSError as error:
-        if error.errno not in _NO_CLONE:
-            raise
-        return False
-    return True
-
-
-def _copy_data(source: int, target: int, size: int) -> None:
-    """Copy all that is not a hole."""
-    offset = 0
-    while offset < size:
-        offset, end = _next_data(source, offset, size)
-        while offset < end:
-            data = os.pread(source, min(_CHUNK, end - offset), offset)
-            if not data:
-                raise OSError(errno.EIO, "the file became shorter while it was copied")
-            offset += os.pwrite(target, data, offset)
-
-
-def _next_data(source: int, offset: int, size: int) -> tuple[int, int]:
-    """Where the next data begins and ends, from `offset` on."""
-    try:
-        start = os.lseek(source, offset, os.SEEK_DATA)
-        return start, os.lseek(source, start, os.SEEK_HOLE)
-    except OSError as error:
-        if error.errno == errno.ENXIO:  # a hole to the end
-            return size, size
-        if error.errno == errno.EINVAL:  # a block device knows no holes
-            return offset, size
-        raise
 
 
 def files_of(provider: Provider, directory: Path | None) -> dict[str, Path]:

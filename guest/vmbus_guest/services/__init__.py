@@ -42,6 +42,11 @@ CATALOGUE: dict[str, Entry] = {
         "BlockService",
         "makes a disk of the host's a block device of the kernel's: /dev/nbd0",
     ),
+    "network": Entry(
+        "vmbus_guest.services.network",
+        "NetworkService",
+        "makes a network card of the host's an interface of the kernel's: vmnet0",
+    ),
 }
 """By name."""
 

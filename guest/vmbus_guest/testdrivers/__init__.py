@@ -64,6 +64,18 @@ CATALOGUE: dict[str, Entry] = {
         "vmbus_guest.testdrivers.disk_writer",
         "makes a file system on a block device, writes and syncs, and checks what it holds: no channels",
     ),
+    "ping": Entry(
+        "vmbus_guest.testdrivers.ping",
+        "asks a host for echoes, and reports which came back: no device",
+    ),
+    "interface": Entry(
+        "vmbus_guest.testdrivers.interface",
+        "switches an interface of another driver's on, such as virtio_net's, and gives it an address: no device",
+    ),
+    "transfer": Entry(
+        "vmbus_guest.testdrivers.transfer",
+        "sends and takes TCP streams whose every byte is known, and checks them: no device",
+    ),
     "kvp": Entry(
         "vmbus_guest.testdrivers.kvp",
         "reads and writes the key-value pools of the guest, as its programs do: no device",

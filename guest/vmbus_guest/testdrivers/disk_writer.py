@@ -189,6 +189,15 @@ def wait_for_device(device: str, seconds: float) -> None:
         time.sleep(0.05)
 
 
+def _queue(device: str, name: str) -> int:
+    """What the kernel says about the device's queue."""
+    try:
+        with open(f"/sys/block/{os.path.basename(device)}/queue/{name}", encoding="ascii") as file:
+            return int(file.read())
+    except (OSError, ValueError):
+        return 0
+
+
 def _journal() -> int:
     try:
         with open(f"{MOUNT_POINT}/journal", encoding="ascii") as file:
@@ -255,6 +264,7 @@ def run(context: Context) -> dict[str, Any]:
     except ToolFailed as error:
         wrong.append(str(error))
     return {
+        "queue": {name: _queue(device, name) for name in ("fua", "discard_max_bytes", "write_zeroes_max_bytes")},
         "written": books.written,
         "acknowledged": books.acknowledged,
         "verified": verified,

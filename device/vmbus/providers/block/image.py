@@ -17,14 +17,13 @@ from contextlib import suppress
 from pathlib import Path
 from struct import Struct
 
+from vmbus.copying import copy_content, copy_data
 from vmbus.errors import EnvironmentProblem
 from vmbus.providers.block.backend import FileBackend, size_of
 
 DIRECTORY_VARIABLE = "VMBUS_DISKS"
 CLONE_VARIABLE = "VMBUS_CLONE_DISKS"
 _FLOCK = Struct("@hhqqi4x")  # struct flock: type, whence, start, length (0: to the end), pid (0 for these locks)
-_FICLONE = 0x40049409  # linux/fs.h: _IOW(0x94, 9, int)
-_CHUNK = 1 << 20
 _TRIES = 20
 MEBIBYTE = 1 << 20
 
@@ -67,6 +66,14 @@ class Image:
         """Changes with every write to a file: the time of the last one, in ns. 0 for a block device."""
         return os.fstat(self.fd).st_mtime_ns if self.regular else 0
 
+    def leave(self) -> int:
+        """Close it, and return the stamp that it keeps, also over a crash of the host. Raises OSError."""
+        if self.regular:
+            os.fsync(self.fd)  # a flush does not bring the time of the last change to stable storage
+        stamp = self.stamp
+        self.close()
+        return stamp
+
     def close(self) -> None:
         """Close it, which ends the lock once no operation on it is under way. Repeating it does nothing."""
         self.backend.close()
@@ -99,8 +106,13 @@ def open_image(name: str, *, read_only: bool, create: int | None, directory: Pat
             if not _still_there(fd, path):
                 os.close(fd)
                 continue  # replaced between the open and the lock
+            if not read_only:
+                _new_name(path).unlink(missing_ok=True)  # a restore that was killed may have left it
             if create is not None and not read_only and stat.S_ISREG(kind) and os.fstat(fd).st_size == 0:
                 os.ftruncate(fd, create)
+                # A flush of the guest's would be worth nothing if the name could get lost.
+                os.fsync(fd)
+                _sync_directory(path)
             return Image(path, fd)
         except OSError as error:
             os.close(fd)
@@ -124,6 +136,15 @@ def _lock(fd: int, path: Path, shared: bool) -> None:
         ) from error
 
 
+def _sync_directory(path: Path) -> None:
+    """The name of a file is on stable storage."""
+    directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+
+
 def _still_there(fd: int, path: Path) -> bool:
     try:
         return os.path.samestat(os.fstat(fd), path.stat())
@@ -144,7 +165,7 @@ def replace_content(image: Image, source: Path) -> Image:
                 return _replace_file(image, source_fd)
             if size_of(source_fd) != image.size:
                 raise OSError(errno.EFBIG, f"{size_of(source_fd)} bytes do not fit a device of {image.size}")
-            copy_content(source_fd, image.fd)
+            _overwrite(source_fd, image.fd)
             return image
         finally:
             os.close(source_fd)
@@ -153,21 +174,22 @@ def replace_content(image: Image, source: Path) -> Image:
         raise EnvironmentProblem(f"cannot put {source} into the disk image {image.path}: {error.strerror}") from error
 
 
+def _new_name(path: Path) -> Path:
+    """Where an image's new content is made. One name only, and only whoever has the image's lock uses it."""
+    path = path.resolve()
+    return path.with_name(f".{path.name}.new")
+
+
 def _replace_file(image: Image, source_fd: int) -> Image:
     path = image.path.resolve()
-    # One name only, and only whoever has the lock uses it: what a crash leaves is overwritten by the next restore.
-    new = path.with_name(f".{path.name}.new")
+    new = _new_name(path)
     fd = os.open(new, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     try:
         _lock(fd, new, False)
         os.fchmod(fd, stat.S_IMODE(os.fstat(image.fd).st_mode))
         copy_content(source_fd, fd)
         new.rename(path)
-        directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
+        _sync_directory(path)
     except BaseException:
         os.close(fd)
         with suppress(OSError):
@@ -177,42 +199,12 @@ def _replace_file(image: Image, source_fd: int) -> Image:
     return Image(image.path, fd)
 
 
-def copy_content(source: int, target: int) -> None:
-    """Make a file (just made), or a block device of that size, equal to the file `source`, on stable storage.
-
-    Shares the blocks where the file system can, and keeps holes where it cannot. Raises OSError.
-    """
-    size = size_of(source)
-    if stat.S_ISREG(os.fstat(target).st_mode):
-        with suppress(OSError):
-            fcntl.ioctl(target, _FICLONE, source)
-            os.fsync(target)
-            return
-        os.ftruncate(target, size)
-        _copy_data(source, target, size)
-    else:
-        backend = FileBackend(os.dup(target))
-        try:
-            backend.write_zeroes(0, size, may_unmap=True, durable=False)
-        finally:
-            backend.close()
-        _copy_data(source, target, size)
+def _overwrite(source: int, target: int) -> None:
+    """Make a block device equal to a file of its size."""
+    backend = FileBackend(os.dup(target))
+    try:
+        backend.write_zeroes(0, size_of(source), may_unmap=True, durable=False)
+    finally:
+        backend.close()
+    copy_data(source, target, size_of(source))
     os.fsync(target)
-
-
-def _copy_data(source: int, target: int, size: int) -> None:
-    """Copy all that is no hole."""
-    offset = 0
-    while offset < size:
-        try:
-            offset = os.lseek(source, offset, os.SEEK_DATA)
-        except OSError as error:
-            if error.errno == errno.ENXIO:  # a hole up to the end
-                return
-            raise
-        end = os.lseek(source, offset, os.SEEK_HOLE)
-        while offset < end:
-            data = os.pread(source, min(end - offset, _CHUNK), offset)
-            if not data:
-                raise OSError(errno.EIO, "it became shorter while it was copied")
-            offset += os.pwrite(target, data, offset)

@@ -176,9 +176,13 @@ class BlockProvider(Provider):
 
     def deactivate(self) -> None:
         """Close the image, and let go of its lock. Everything is on stable storage: `suspend` has seen to it."""
-        if self._image is not None:
-            self._left = self._image.stamp
-            self._close()
+        image, self._image = self._image, None
+        if image is not None:
+            try:
+                self._left = image.leave()
+            finally:
+                image.close()
+                self._close()
 
     def stop(self) -> None:
         self._close()

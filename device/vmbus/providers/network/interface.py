@@ -1,0 +1,194 @@
+"""The host's end of a NIC: a TAP interface, made and configured over netlink, in a network namespace if asked.
+
+All of it is done on a thread of its own for the moment: joining a namespace concerns a thread, and pyroute2 brings an
+event loop with it, which does not get on with one that runs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import os
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, TypeVar
+
+from vmbus.errors import EnvironmentProblem
+from vmbus.tap import Tap
+
+NAMESPACES = Path("/var/run/netns")
+"""Where named network namespaces are, as `ip netns` has them."""
+
+_REACHABLE = 0x02  # until it has to be confirmed
+_CLONE_NEWNET = 0x40000000
+_libc = ctypes.CDLL(None, use_errno=True)
+
+Result = TypeVar("Result")
+
+
+class Port(Protocol):
+    """The host's end of a NIC: see `vmbus.tap.Tap`. Frames have an offload header in front."""
+
+    fd: int
+
+    def read(self) -> bytes | None: ...
+
+    def write(self, frame: bytes | memoryview) -> bool: ...
+
+    def set_offload(self, wanted: bool) -> None: ...
+
+    def set_carrier(self, up: bool) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class Settings(NamedTuple):
+    """What the interface is to be. `address` as "192.0.2.1/24" or None; `bridge` is an interface that is there.
+
+    `carrier`: whether it has a link from the beginning. It takes the kernel a while to follow a change.
+    `neighbour`: an IP address and an Ethernet address that are known to belong together, from before a move: while
+    the kernel would ask for it, it would lose most of what is sent.
+    """
+
+    name: str
+    mac: bytes
+    mtu: int
+    namespace: str | None = None
+    address: str | None = None
+    bridge: str | None = None
+    carrier: bool = False
+    neighbour: tuple[str, bytes] | None = None
+
+
+def open_port(settings: Settings) -> Port:
+    """Make the interface, and switch it on. Raises EnvironmentProblem saying what is missing."""
+
+    def make() -> Port:
+        tap = Tap(settings.name)
+        try:
+            tap.set_carrier(settings.carrier)
+            configure(settings)
+        except BaseException:
+            tap.close()
+            raise
+        return tap
+
+    return in_namespace(settings.namespace, make)
+
+
+def configure(settings: Settings) -> None:
+    """Give the interface, which is there, its settings, and switch it on. Raises EnvironmentProblem."""
+    with netlink() as link, explained(settings):
+        index = _index(link, settings.name)
+        link.link("set", index=index, mtu=settings.mtu, address=settings.mac.hex(":"))
+        if settings.bridge is not None:
+            link.link("set", index=index, master=_index(link, settings.bridge))
+        if settings.address is not None:
+            address, _, prefix = settings.address.partition("/")
+            link.addr("replace", index=index, address=address, prefixlen=int(prefix))
+        link.link("set", index=index, state="up")
+        if settings.neighbour is not None:
+            address, mac = settings.neighbour
+            link.neigh("replace", ifindex=index, dst=address, lladdr=mac.hex(":"), state=_REACHABLE)
+
+
+def set_mtu(settings: Settings, mtu: int) -> None:
+    """Change the MTU of the interface. Blocks for a moment. Raises EnvironmentProblem."""
+
+    def work() -> None:
+        with netlink() as link, explained(settings):
+            link.link("set", index=_index(link, settings.name), mtu=mtu)
+
+    in_namespace(settings.namespace, work)
+
+
+def in_namespace(name: str | int | None, work: Callable[[], Result]) -> Result:
+    """Do `work` on a thread in that network namespace (None: ours; or an open descriptor of one), and return what it
+    returns, or raise what it raises. Raises EnvironmentProblem when the namespace cannot be joined."""
+    results: list[Result] = []
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            if isinstance(name, int):
+                _enter(name, "of the interface's other end")
+            elif name is not None:
+                descriptor = open_namespace(name)
+                try:
+                    _enter(descriptor, repr(name))
+                finally:
+                    os.close(descriptor)
+            results.append(work())
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=run, name="network")
+    thread.start()
+    thread.join()
+    if errors:
+        raise errors[0]
+    return results[0]
+
+
+def open_namespace(name: str | None) -> int:
+    """A descriptor of a network namespace: the calling thread's, or one with a name. Raises EnvironmentProblem."""
+    path = Path("/proc/thread-self/ns/net") if name is None else NAMESPACES / name
+    try:
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise EnvironmentProblem(
+            f"there is no network namespace {name!r} ({path}: {error.strerror}); make it: ip netns add {name}"
+        ) from error
+
+
+def enter_new_namespace() -> None:
+    """A network namespace of its own for the calling thread. Raises EnvironmentProblem."""
+    if _libc.unshare(_CLONE_NEWNET) != 0:
+        raise _not_entered("of its own")
+
+
+def _enter(descriptor: int, what: str) -> None:
+    if _libc.setns(descriptor, _CLONE_NEWNET) != 0:
+        raise _not_entered(what)
+
+
+def _not_entered(what: str) -> EnvironmentProblem:
+    number = ctypes.get_errno()
+    needed = "; it needs the capability CAP_SYS_ADMIN, as root has it" if number == errno.EPERM else ""
+    return EnvironmentProblem(f"cannot enter the network namespace {what}: {os.strerror(number)}{needed}")
+
+
+@contextlib.contextmanager
+def netlink() -> Iterator[Any]:
+    try:
+        from pyroute2 import IPRoute  # type: ignore[import-untyped]
+    except ImportError as error:
+        raise EnvironmentProblem("the network provider needs the Python package pyroute2; run scripts/setup") from error
+    with IPRoute() as opened:
+        yield opened
+
+
+@contextlib.contextmanager
+def explained(settings: Settings) -> Iterator[None]:
+    from pyroute2.netlink.exceptions import NetlinkError  # type: ignore[import-untyped]
+
+    where = f"interface {settings.name!r}" + (f" in namespace {settings.namespace!r}" if settings.namespace else "")
+    try:
+        yield
+    except (NetlinkError, OSError) as error:
+        number = error.code if isinstance(error, NetlinkError) else error.errno or 0
+        reason = os.strerror(number)
+        if number == errno.EPERM:
+            reason += "; it needs the capability CAP_NET_ADMIN in this network namespace"
+        elif number == errno.EEXIST:
+            reason = "there is another one of this name"
+        raise EnvironmentProblem(f"cannot make or configure {where}: {reason}") from error
+
+
+def _index(link: Any, name: str) -> int:
+    found = link.link_lookup(ifname=name)
+    if not found:
+        raise EnvironmentProblem(f"there is no interface {name!r} in this network namespace")
+    return int(found[0])

@@ -1,0 +1,171 @@
+"""A cable for tests of the network provider: frames in and out of a descriptor, without rights and namespaces."""
+
+from __future__ import annotations
+
+import socket
+import struct
+from typing import Any, ClassVar
+
+from vmbus.providers.network import NetworkProvider
+from vmbus.providers.network.interface import Port, Settings
+from vmbus.testkit import ProviderTest
+from vmbus.testkit.client import Client, HostPacket
+from vmbus.wire.network import (
+    OFFLOAD_SIZE,
+    Frames,
+    Hello,
+    Link,
+    Nic,
+    Queues,
+    announcement,
+    pack_frames,
+    parse,
+    parse_nic,
+)
+
+GUEST = bytes.fromhex("020000000001")
+PEER = bytes.fromhex("020000000002")
+
+
+def frame(payload: bytes = b"", *, source: bytes = PEER, target: bytes = GUEST, kind: int = 0x88B5) -> bytes:
+    """An Ethernet frame with an empty offload header."""
+    return bytes(OFFLOAD_SIZE) + target + source + struct.pack("!H", kind) + payload
+
+
+def udp(number: int, port: int, *, size: int = 32, to_guest: bool = True) -> bytes:
+    """A UDP datagram's frame, of the flow that `port` names, with a number in it."""
+    one, other = b"\xc0\0\2\1", b"\xc0\0\2\2"
+    body = struct.pack("!I", number) + bytes(size)
+    ports = (9, port) if to_guest else (port, 9)
+    datagram = struct.pack("!HHHH", *ports, 8 + len(body), 0) + body
+    addresses = one + other if to_guest else other + one
+    packet = struct.pack("!BBHHHBBH", 0x45, 0, 20 + len(datagram), 0, 0, 64, 17, 0) + addresses + datagram
+    source, target = (PEER, GUEST) if to_guest else (GUEST, PEER)
+    return frame(packet, source=source, target=target, kind=0x0800)
+
+
+def number_of(data: bytes | memoryview) -> int:
+    """The number in a frame of `udp`."""
+    return int(struct.unpack_from("!I", data, OFFLOAD_SIZE + 14 + 20 + 8)[0])
+
+
+class Cable:
+    """What is outside of the host's interface. It stays when the device moves."""
+
+    def __init__(self) -> None:
+        self.inside, self.outside = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        for end in (self.inside, self.outside):
+            end.setblocking(False)
+            end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 22)
+        self.ports = 0
+        self.carrier = False
+        self.offload = False
+        self.sent: list[bytes] = []
+        self.announced = 0
+        self.refusing = False
+
+    def push(self, *frames: bytes) -> None:
+        """Frames on their way to the guest."""
+        for one in frames:
+            self.outside.send(one)
+
+    def close(self) -> None:
+        self.inside.close()
+        self.outside.close()
+
+
+class CablePort:
+    """The host's end."""
+
+    def __init__(self, cable: Cable, settings: Settings) -> None:
+        self.cable = cable
+        self.settings = settings
+        self.fd = cable.inside.fileno()
+        cable.ports += 1
+        cable.carrier = settings.carrier
+
+    def read(self) -> bytes | None:
+        try:
+            return self.cable.inside.recv(1 << 17)
+        except BlockingIOError:
+            return None
+
+    def write(self, data: bytes | memoryview) -> bool:
+        if self.cable.refusing:
+            return False
+        if bytes(data[16:22]) == bytes(data[32:38]) and data[22:24] == b"\x80\x35":
+            self.cable.announced += 1
+            assert bytes(data) == announcement(bytes(data[16:22]))
+        else:
+            self.cable.sent.append(bytes(data))
+        return True
+
+    def set_offload(self, wanted: bool) -> None:
+        self.cable.offload = wanted
+
+    def set_carrier(self, up: bool) -> None:
+        self.cable.carrier = up
+
+    def close(self) -> None:
+        self.cable.ports -= 1
+        self.cable.carrier = False
+        while self.read() is not None:
+            pass  # what an interface holds is gone with it
+
+
+class CabledNetwork(NetworkProvider):
+    """The provider, with a cable for each kit."""
+
+    cables: ClassVar[dict[object, Cable]] = {}
+
+    def make_port(self, settings: Settings) -> Port:
+        clock = self.host.clock  # type: ignore[attr-defined]
+        if clock not in self.cables:
+            self.cables[clock] = Cable()
+        return CablePort(self.cables[clock], settings)
+
+
+class Guest:
+    """The guest's end of a NIC, driven by a test. It completes what comes, unless `holding`."""
+
+    def __init__(self, kit: ProviderTest, *, queues: int = 1, ring_pages: int = 32, **hello: Any) -> None:
+        self.kit = kit
+        self.cable = CabledNetwork.cables[kit._clock]
+        self.holding = False
+        self.held: list[HostPacket] = []
+        self.frames: list[bytes] = []
+        self.by_queue: dict[str, list[int]] = {}
+        self.links: list[bool] = []
+        self.primary: Client = kit.open(0, ring_pages=ring_pages, answer=self._answer)
+        self.nic: Nic | None = parse_nic(self.primary.request(Hello(queues=queues, **hello).pack()))
+        self.clients = [self.primary]
+        if self.nic is not None and self.nic.queues > 1:
+            for index in range(1, self.nic.queues):
+                self.clients.append(kit.open(index, ring_pages=ring_pages, answer=self._answer))
+            self.primary.request(Queues(self.nic.queues).pack())
+
+    def _answer(self, packet: HostPacket) -> bytes | None:
+        message = parse(packet.payload)
+        if isinstance(message, Link):
+            self.links.append(message.up)
+        else:
+            assert isinstance(message, Frames)
+            self.frames += [bytes(one) for one in message.frames]
+            self.by_queue.setdefault(packet.client.name, []).extend(
+                number_of(one) for one in message.frames if one[22:24] == b"\x08\0"
+            )
+        if self.holding:
+            self.held.append(packet)
+            return None
+        return b""
+
+    def release(self) -> None:
+        """Complete what was held."""
+        self.holding = False
+        held, self.held = self.held, []
+        for packet in held:
+            packet.complete()
+
+    def send(self, *frames: bytes, queue: int = 0) -> bytes:
+        """Frames to the host in one message; returns the reply."""
+        return self.clients[queue].request(pack_frames(frames))

@@ -1,0 +1,203 @@
+"""A network card of the host's in a Linux guest: ping and checked TCP streams in both directions, through saves and
+restores in fresh processes and a checkpoint. No connection drops, every byte is right; retransmissions are counted."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import time
+from collections.abc import Callable, Coroutine, Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from support.namespace import Namespace, NotPermitted, Program, namespace
+from support.streams import agree, good_ping
+from vmbus.errors import VmbusError, WaitTimeout
+from vmbus.qemu.command_line import Programs
+from vmbus.qemu.description import VmDescription, load_description
+from vmbus.qemu.machine import VirtualMachine
+
+pytestmark = pytest.mark.vm
+
+Run = Callable[[Coroutine[Any, Any, Any]], Any]
+CHECKOUT = Path(__file__).resolve().parents[2]
+HOST, GUEST = "192.0.2.1", "192.0.2.2"
+STREAMS = 4
+
+
+@pytest.fixture
+def outside() -> Iterator[Namespace]:
+    try:
+        with namespace() as found:
+            yield found
+            assert found.interfaces() == [], "an interface outlives the VM"
+    except NotPermitted as error:
+        pytest.skip(str(error))
+
+
+def described(outside: Namespace, **options: Any) -> VmDescription:
+    """The card of qemu_configs, in the test's namespace."""
+    plain = msgspec.to_builtins(load_description(CHECKOUT / "qemu_configs" / "network.toml"))
+    plain["device"]["providers"][0]["options"] |= {"namespace": outside.name, **options}
+    return msgspec.convert(plain, VmDescription)
+
+
+async def until(condition: Callable[[], Any], what: str, seconds: float = 60.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            raise WaitTimeout(what, seconds)
+        await asyncio.sleep(0.05)
+
+
+async def moved(program: Program, more: int) -> None:
+    """Wait until each stream (in both directions together) has moved so many bytes more."""
+    before = program.progress().get("slowest", 0)
+    await until(
+        lambda: program.progress().get("slowest", 0) >= before + more and program.progress()["streams"] == STREAMS,
+        f"{more} bytes on every stream; {program.progress()}",
+    )
+
+
+async def card(vm: VirtualMachine) -> dict[str, Any]:
+    assert vm.control is not None
+    return dict((await vm.control.call("status"))["providers"]["network"])
+
+
+class Traffic:
+    """Ping and streams between the host's namespace and the guest."""
+
+    def __init__(self, client: Program, ping: Program, server_job: int, ping_job: int) -> None:
+        self.client = client
+        self.ping = ping
+        self.server_job = server_job
+        self.ping_job = ping_job
+
+    @classmethod
+    async def start(cls, vm: VirtualMachine, outside: Namespace) -> Traffic:
+        await vm.wait_ready()
+        serving = await vm.call_agent("start", driver="transfer", parameters={"streams": STREAMS})
+        pinging = await vm.call_agent("start", driver="ping", parameters={"host": HOST, "count": 0})
+        client = outside.start("transfer", mode="connect", host=GUEST, streams=STREAMS)
+        ping = outside.start("ping", host=GUEST, count=0)
+        await until(lambda: ping.progress().get("received", 0) > 3, "pings to come back")
+        return cls(client, ping, int(serving["job"]), int(pinging["job"]))
+
+    async def finish(self, vm: VirtualMachine) -> None:
+        """End it, and check that everything was right."""
+        self.client.stop()
+        self.ping.stop()
+        await vm.call_agent("stop", job=self.ping_job)
+        theirs = await self._result(vm, self.server_job)
+        ping = await self._result(vm, self.ping_job)
+        ours = self.client.result()
+        agree(ours, theirs)
+        for name, one in (("host", self.ping.result()), ("guest", ping)):
+            print(f"ping from the {name}: {good_ping(one)}")
+
+    @staticmethod
+    async def _result(vm: VirtualMachine, job: int) -> dict[str, Any]:
+        report = await vm.call_agent("wait", job=job, timeout=60.0)
+        assert report["state"] == "finished", report
+        return dict(report["result"])
+
+
+def test_network_survives_saves_restores_and_checkpoints(
+    run: Run, programs: Programs, tmp_path: Path, outside: Namespace
+) -> None:
+    async def story() -> None:
+        vm = await VirtualMachine.launch(described(outside), programs)
+        in_flight = []
+        async with vm:
+            traffic = await Traffic.start(vm, outside)
+            await moved(traffic.client, 1 << 20)
+            report = await vm.save(tmp_path / "stopped", live=False)
+            in_flight.append((report.packets["queued"], report.packets["sent"]))
+        assert outside.interfaces() == []
+        for generation in range(2):
+            vm = await VirtualMachine.restore(tmp_path / ("stopped" if not generation else "live"), programs)
+            async with vm:
+                await moved(traffic.client, 1 << 20)
+                if not generation:
+                    report = await vm.save(tmp_path / "live", live=True)
+                    in_flight.append((report.packets["queued"], report.packets["sent"]))
+                    continue
+                report = await vm.save(tmp_path / "checkpoint", live=True, keep=True)
+                in_flight.append((report.packets["queued"], report.packets["sent"]))
+                print(f"checkpoint: downtime {report.downtime:.3f} s")
+                await moved(traffic.client, 1 << 20)
+                state = await card(vm)
+                await traffic.finish(vm)
+                services = await vm.call_agent("poll", job=1)
+        print(f"packets with frames in flight at the saves (queued, sent): {in_flight}")
+        print(f"the card: {state}")
+        print(f"the service: {services['progress']}")
+        assert sum(map(sum, in_flight)) + state["drained"] > 0
+        assert state["announced"] >= 3 and state["refused"] == 0
+        assert services["progress"]["refused"] == services["progress"]["lost"] == 0
+
+    run(story())
+
+
+def test_network_survives_with_long_frames_and_several_queues(
+    run: Run, programs: Programs, tmp_path: Path, outside: Namespace
+) -> None:
+    description = described(outside, mtu=9000, queues=3, offload=False)
+
+    async def story() -> None:
+        vm = await VirtualMachine.launch(description, programs)
+        async with vm:
+            await vm.wait_ready()
+            await vm.call_agent("stop", job=1)
+            await vm.call_agent("wait", job=1)
+            service = {"service": "network", "queues": 3}
+            job = int((await vm.call_agent("start", driver="services", parameters={"services": [service]}))["job"])
+            traffic = await Traffic.start(vm, outside)
+            await moved(traffic.client, 1 << 20)
+            await vm.save(tmp_path / "save", live=True)
+        vm = await VirtualMachine.restore(tmp_path / "save", programs)
+        async with vm:
+            await moved(traffic.client, 1 << 20)
+            large = outside.start("ping", host=GUEST, count=5, size=8900)
+            await until(lambda: large.process.poll() is not None, "large pings")
+            assert large.result()["received"] == 5
+            await traffic.finish(vm)
+            state = await card(vm)
+            report = await vm.call_agent("poll", job=job)
+        print(f"the card: {state}")
+        assert state["guest"] == {"features": 0, "mtu": 9000, "queues": 3, "in_use": 3}
+        assert sum(queue["frames"] > 0 for queue in state["queues"]) > 1
+        assert report["progress"]["mtu"] == 9000
+
+    run(story())
+
+
+def test_network_survives_a_guest_driver_and_a_server_that_are_killed(
+    run: Run, programs: Programs, tmp_path: Path, outside: Namespace
+) -> None:
+    """The guest's interface goes with its driver, and comes back with the next one; the host's goes with its server."""
+
+    async def story() -> None:
+        vm = await VirtualMachine.launch(described(outside), programs)
+        async with vm:
+            traffic = await Traffic.start(vm, outside)
+            await moved(traffic.client, 1 << 18)
+            assert (await vm.call_agent("kill", job=1))["state"] == "killed"
+            deadline = time.monotonic() + 30
+            while (await card(vm))["guest"] is not None:
+                assert time.monotonic() < deadline, "the card still has a guest"
+                await asyncio.sleep(0.1)
+            await vm.call_agent("start", driver="services", parameters={"services": ["network"]})
+            await moved(traffic.client, 1 << 18)
+            await traffic.finish(vm)
+            assert vm.server is not None
+            os.kill(vm.server.process.pid, signal.SIGKILL)
+            with pytest.raises(VmbusError):
+                await vm.wait_ended()
+            await until(lambda: outside.interfaces() == [], "the interface to be gone")
+
+    run(story())
