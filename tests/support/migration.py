@@ -189,7 +189,6 @@ class LeavingVm:
                 self.device = "running"
         return {}
 
-
     async def _take_back(self, seconds: float) -> None:
         deadline = asyncio.get_running_loop().time() + seconds
         while True:

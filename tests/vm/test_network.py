@@ -14,6 +14,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from support.boot import boot
 from support.namespace import Namespace, NotPermitted, Program, namespace
 from support.streams import agree, good_ping
 from vmbus.errors import VmbusError, WaitTimeout
@@ -110,7 +111,7 @@ def test_network_survives_saves_restores_and_checkpoints(
     run: Run, programs: Programs, tmp_path: Path, outside: Namespace
 ) -> None:
     async def story() -> None:
-        vm = await VirtualMachine.launch(described(outside), programs)
+        vm = await boot(described(outside), programs)
         in_flight = []
         async with vm:
             traffic = await Traffic.start(vm, outside)
@@ -149,7 +150,7 @@ def test_network_survives_with_long_frames_and_several_queues(
     description = described(outside, mtu=9000, queues=3, offload=False)
 
     async def story() -> None:
-        vm = await VirtualMachine.launch(description, programs)
+        vm = await boot(description, programs)
         async with vm:
             await vm.wait_ready()
             await vm.call_agent("stop", job=1)
@@ -182,7 +183,7 @@ def test_network_survives_a_guest_driver_and_a_server_that_are_killed(
     """The guest's interface goes with its driver, and comes back with the next one; the host's goes with its server."""
 
     async def story() -> None:
-        vm = await VirtualMachine.launch(described(outside), programs)
+        vm = await boot(described(outside), programs)
         async with vm:
             traffic = await Traffic.start(vm, outside)
             await moved(traffic.client, 1 << 18)
