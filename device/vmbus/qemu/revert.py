@@ -426,6 +426,7 @@ class Checkpoints:
             with phases("cont"):
                 await at(Moment.BEFORE_CONT)
                 await self._vm.forget(f"the VM was taken back to checkpoint {tag!r} meanwhile: ask again")
+                await self._control.call("status")  # a server that is dead may be noticed only by who asks it
                 if was_running:
                     await self._monitor.cont()
                     if in_stream:
@@ -485,6 +486,8 @@ class _Capture(Capture):
 
 class _StateOnly:
     """Only the device's state goes into a file: implements `vmbus.qemu.save.Target`."""
+
+    durable = True
 
     def __init__(self, state: Path) -> None:
         self.state = state
