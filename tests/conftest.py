@@ -15,6 +15,10 @@ NEEDS_MIGRATION_V2 = "needs_migration_v2"
 NO_MIGRATION_V2 = "the installed libvfio-user has no migration v2"
 
 
+MATRIX_TEST = "test_failure_matrix.py::test_failure_matrix["
+"""One cell of the failure matrix each: see support/failure_matrix.py."""
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--all-layers",
@@ -33,6 +37,7 @@ class _Tally:
         self.layer_of: dict[str, str] = {}
         self.excused: Counter[str] = Counter()
         self.excuse = ""
+        self.matrix: Counter[str] = Counter()  # cells of the failure matrix that hold, by layer
 
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
         for item in items:
@@ -48,6 +53,8 @@ class _Tally:
         self.seconds[layer] += report.duration
         if report.when == "call" or report.outcome != "passed":
             self.counts[layer][report.outcome] += 1
+        if report.when == "call" and report.passed and MATRIX_TEST in report.nodeid:
+            self.matrix[layer] += 1
         if report.skipped and NEEDS_MIGRATION_V2 in report.keywords:
             reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else ""
             reason = reason.removeprefix("Skipped: ")
@@ -76,6 +83,13 @@ class _Tally:
             terminalreporter.line(
                 f"{layer:9} {count['passed']:5} passed {count['failed']:3} failed {count['skipped']:3} skipped "
                 f"{self.seconds[layer]:7.1f} s"
+            )
+        if self.matrix:
+            from support.failure_matrix import CELLS, GAPS, IN_QEMU
+
+            terminalreporter.line(
+                f"failure matrix: {self.matrix['loopback']} of {len(CELLS)} cells hold, {self.matrix['vm']} of "
+                f"{len(IN_QEMU)} in QEMU; {len(GAPS)} combinations are left out with a reason"
             )
         if self.excused:
             terminalreporter.line(f"{self.excused.total()} tests left out: {self.excuse}", yellow=True)

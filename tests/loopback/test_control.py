@@ -155,8 +155,11 @@ def test_a_second_save_to_the_same_file_is_refused_and_the_first_stays(server: L
     with pytest.raises(EnvironmentProblem, match="exists"):
         server.command("save", path=str(path))
     assert path.read_bytes() == data
-    server.command("save", path=str(tmp_path / "other"))
+    other = server.command("save", path=str(tmp_path / "other"), durable=False)
     assert (tmp_path / "other").read_bytes() == data
+    assert other["sha256"] == report["sha256"]
+    assert other["config"] == server.command("pci")["config"]
+    assert other["description"] == server.command("status")["description"]
 
 
 def test_lines_may_come_in_pieces_and_in_crowds(raw: Raw) -> None:

@@ -441,6 +441,41 @@ def test_a_server_that_awaits_its_state(vm: Vm, libvfio_user: Library, tmp_path:
     vm.traffic.finish()
 
 
+@pytest.mark.parametrize("ahead", ["all", "less", "nothing"])
+def test_a_live_migration_puts_the_function_back_ahead_and_holds_the_device(
+    vm: Vm, libvfio_user: Library, ahead: str
+) -> None:
+    """The function gets its configuration before the state comes. Without it, or with half of it, nothing is rebuilt;
+    and what is rebuilt stands still, whatever there is to do, until it is told to go on."""
+    vm.start()
+    checkpoint = vm.checkpoint()
+    old = vm.server
+    vm.server = LoopbackServer(DESCRIPTION, libvfio_user, awaiting=True)
+    vm.function.reconnect(vm.server.socket_path, None)
+    if ahead != "nothing":
+        vm.function.replay(checkpoint.config)
+    if ahead == "less":
+        vm.function.config_write(0x42, bytes(2))  # as if MSI had been off then
+    assert vm.server.command("status")["phase"] == "awaiting"
+    checkpoint.load(vm.server)
+    assert (bytes.fromhex(vm.server.command("pci")["config"]) == checkpoint.config) == (ahead == "all")
+    if ahead != "all":
+        with pytest.raises(StateError, match="was not put back as it was saved"):
+            vm.server.command("restore-finish", hold=True)
+        vm.function.replay(checkpoint.config)
+    assert vm.server.command("restore-finish", hold=True)["packets"] == checkpoint.packets
+    before = counts(vm)
+    assert before[0] == "paused"
+    for _ in range(20):
+        vm.driver.step(0.0)  # the rings are full of work
+        vm.function.barrier()
+    assert counts(vm) == before
+    vm.server.command("resume")
+    vm.wander(0)
+    old.stop()
+    vm.traffic.finish()
+
+
 def test_a_server_that_awaits_its_state_gets_another_description(vm: Vm, libvfio_user: Library) -> None:
     vm.start()
     vm.server.command("offer", provider=NEW)

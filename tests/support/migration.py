@@ -85,6 +85,8 @@ class LeavingVm:
         self.fail: dict[str, list[Exception]] = {}
         self.ended = False
         self.dead = False
+        self.driven = False
+        self.config = CONFIG
         world.set_running("source", True)
         self.programs = make_programs(folder)
 
@@ -166,9 +168,9 @@ class LeavingVm:
             raise EnvironmentProblem("the source's processes are gone")
         match command:
             case "status":
-                return {"phase": self.device, "description": {"name": DEVICE.name, "providers": _providers()}}
+                return {"phase": self.device, "description": _description(), "driven_by_client": self.driven}
             case "pci":
-                return {"config": CONFIG.hex(), "bar0": 0xFEBF1000}
+                return {"config": self.config.hex(), "bar0": 0xFEBF1000}
             case "log-start" | "log-stop":
                 self.logging = command == "log-start"
             case "pause":
@@ -179,7 +181,14 @@ class LeavingVm:
                 assert self.device == "paused"
                 _write_new(Path(arguments["path"]), STATE)
                 digest = hashlib.sha256(STATE).hexdigest()
-                return {"sha256": digest, "bytes": len(STATE), "packets": PACKETS, "incoming_held": 5}
+                return {
+                    "sha256": digest,
+                    "bytes": len(STATE),
+                    "packets": PACKETS,
+                    "incoming_held": 5,
+                    "config": self.config.hex(),
+                    "description": _description(),
+                }
             case "flush":
                 assert self.device == "paused" and self.logging and self.migration == "pre-switchover"
                 return {"pages": 6, "bytes": 6 * 4096}
@@ -210,6 +219,9 @@ class ArrivingVm:
         self.steps: list[str] = []
         self.fail: dict[str, list[Exception]] = {}
         self.discarded = False
+        self.working = False
+        self.qemu_drives = False
+        self.config = bytes(256)  # of the PCI function
         self.state = b""
 
     def step(self, name: str) -> None:
@@ -223,9 +235,17 @@ class ArrivingVm:
 
     async def start(self, phases: Any, multifd: int) -> int | str:
         self.step("start")
+        self.config = bytes(256)
         self.starts += 1
         self.world.stream.clear()
         return str(self._folder / "stream.sock")
+
+    async def driven(self) -> bool:
+        return self.qemu_drives
+
+    async def replay_ahead(self, config: bytes) -> None:
+        self.step("replay_ahead")
+        self.config = config
 
     async def load_state(self, path: Path, sha256: str, device: DeviceDescription) -> Packets:
         self.step("load_state")
@@ -241,17 +261,23 @@ class ArrivingVm:
 
     async def replay(self, config: bytes) -> int:
         self.step("replay")
-        assert config == CONFIG
-        return 7
+        written = 7 if config == self.config else 14
+        self.config = config
+        return written
 
     async def rebuild(self) -> tuple[Packets, int]:
         self.step("rebuild")
         self.world.take("destination")
         return Packets(**PACKETS), 2
 
+    async def release(self) -> None:
+        self.step("release")
+        self.working = True
+
     async def run(self) -> None:
         self.step("run")
         assert self.world.lock == "destination"
+        assert self.working
         self.world.set_running("destination", True)
 
     async def start_over(self) -> None:
@@ -266,6 +292,10 @@ class ArrivingVm:
 def _write_new(path: Path, data: bytes) -> None:
     with path.open("xb") as file:
         file.write(data)
+
+
+def _description() -> dict[str, Any]:
+    return {"name": DEVICE.name, "providers": _providers()}
 
 
 def _providers() -> list[dict[str, Any]]:

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Coroutine
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from support.migration import PACKETS, SECRET, STATE, LogBroken, Pair, make_programs
@@ -123,7 +124,16 @@ def test_the_order_of_steps(tmp_path: Path) -> None:
                 "log-start", "migrate", "wait pre-switchover", "pause", "save", "flush", "migrate-continue",
                 "wait completed",
             ]  # fmt: skip
-            assert both.arriving.steps == ["start", "loaded", "load_state", "replay", "rebuild", "run"]
+            assert both.arriving.steps == [
+                "start",
+                "replay_ahead",
+                "loaded",
+                "load_state",
+                "replay",
+                "rebuild",
+                "release",
+                "run",
+            ]
 
     run(body())
 
@@ -210,7 +220,9 @@ def test_a_step_that_fails_at_the_source(tmp_path: Path, step: str) -> None:
     run(body())
 
 
-@pytest.mark.parametrize("step", ["start", "loaded", "load_state", "replay", "rebuild", "run"])
+@pytest.mark.parametrize(
+    "step", ["start", "replay_ahead", "loaded", "load_state", "replay", "rebuild", "release", "run"]
+)
 def test_a_step_that_fails_at_the_destination(tmp_path: Path, step: str) -> None:
     async def body() -> None:
         async with pair(tmp_path) as both:
@@ -261,18 +273,103 @@ def test_a_source_that_cannot_be_set_running_again_is_said_to_be_lost(tmp_path: 
     run(body())
 
 
+# --- what both sides must agree on, and what is done ahead ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_both_sides_leave_the_device_to_the_same_program(tmp_path: Path, there: bool) -> None:
+    async def body() -> None:
+        async with pair(tmp_path) as both:
+            both.leaving.driven, both.arriving.qemu_drives = not there, there
+            found = await both.migrate()
+            assert "the device's state would be lost between them" in str(found.problem)
+            assert "VMBUS_LIBVFIO_USER" in str(found.problem) and found.problem.source_alive
+            assert both.leaving.steps == []  # nobody has touched the VM
+            runs_on(both)
+
+    run(body())
+
+
+def test_a_pci_function_that_changed_on_the_way_is_written_again(tmp_path: Path) -> None:
+    """What was put back ahead is only as good as the comparison with what was saved."""
+
+    async def body() -> None:
+        later = bytes.fromhex("4256564d") + bytes(252)
+
+        async def change(now: Moment) -> None:
+            if now is Moment.RAM_COPY:
+                both.leaving.config = later
+
+        async with pair(tmp_path, source_at=change) as both:
+            found = await both.migrate()
+            assert found.arrived and both.arriving.config == later
+            assert both.destination.restored is not None and both.destination.restored.pci_writes == 14
+
+    run(body())
+
+
+def test_the_state_goes_over_while_pages_are_flushed_and_is_accepted_before_qemu_goes_on(tmp_path: Path) -> None:
+    async def body() -> None:
+        flushed = asyncio.Event()
+        accepted = asyncio.Event()
+        async with pair(tmp_path) as both:
+            call, execute, load = both.leaving.call, both.leaving.execute, both.arriving.load_state
+
+            async def calls(command: str, *arguments: Any, **options: Any) -> Any:
+                result = await call(command, *arguments, **options)
+                if command == "flush":
+                    flushed.set()
+                return result
+
+            async def executes(command: str, *arguments: Any, **options: Any) -> Any:
+                assert command != "migrate-continue" or accepted.is_set()
+                return await execute(command, *arguments, **options)
+
+            async def loads(*arguments: Any) -> Any:
+                await asyncio.wait_for(flushed.wait(), 10)
+                await asyncio.sleep(0.1)
+                accepted.set()
+                return await load(*arguments)
+
+            both.leaving.call = calls  # type: ignore[method-assign]
+            both.leaving.execute = executes  # type: ignore[method-assign]
+            both.arriving.load_state = loads  # type: ignore[method-assign]
+            found = await both.migrate()
+            assert found.arrived
+            assert found.report.spans["transfer"] > 0.1 > found.report.spans["flush"]
+
+    run(body())
+
+
+@pytest.mark.parametrize("moment", [Moment.BEFORE_GO, Moment.LOADING])
+def test_the_device_does_nothing_at_the_destination_before_go(tmp_path: Path, moment: Moment) -> None:
+    """Else a provider would have done there what it does at the source once more."""
+
+    async def body() -> None:
+        async with pair(tmp_path, source_at=at(moment, on_purpose())) as both:
+            await both.migrate()
+            runs_on(both)
+            assert not both.arriving.working
+
+    run(body())
+
+
 # --- around the decision ----------------------------------------------------------------------------------------------
 
 
 class Interceptor:
-    """Lets a test lose messages of the destination, from a certain kind on."""
+    """Lets a test lose messages of the destination, from a certain kind on. `running_for`: what it says in its Fate."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, kinds: tuple[type, ...]) -> None:
+    def __init__(
+        self, monkeypatch: pytest.MonkeyPatch, kinds: tuple[type, ...], *, running_for: float | None = None
+    ) -> None:
         send = Link.send
 
         async def lossy(link: Link, message: Any) -> None:
             if isinstance(message, kinds):
                 link.channel.abort()  # the cut comes with the message
+            if isinstance(message, Fate) and running_for is not None:
+                message = msgspec.structs.replace(message, running_for=running_for)
             await send(link, message)
 
         monkeypatch.setattr(Link, "send", lossy)
@@ -290,15 +387,47 @@ def test_a_lost_go_leaves_the_vm_at_the_source(tmp_path: Path, monkeypatch: pyte
     run(body())
 
 
-def test_a_lost_running_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("clock", ["right", "mad"])
+def test_a_lost_running_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clock: str) -> None:
+    """The VM runs there while it is asked about: that is no downtime, whatever a destination may say of its clock."""
+    from vmbus.migration import source
+    from vmbus.migration.messages import Running
+
+    silence = 1.0  # before it can be asked
+
+    async def later(*arguments: Any) -> Any:
+        await asyncio.sleep(silence)
+        return await connect(*arguments)
+
+    async def body() -> None:
+        async def cut(now: Moment) -> None:
+            if now is Moment.AFTER_GO:
+                monkeypatch.setattr(source, "connect", later)
+
+        async with pair(tmp_path, source_at=cut) as both:
+            Interceptor(monkeypatch, (Running,), running_for=1e9 if clock == "mad" else None)
+            found = await both.migrate()
+            assert found.arrived and found.report.asked
+            assert both.world.running == {"destination"} and both.leaving.ended
+            report = found.report
+            assert report.phases["go"] > silence
+            assert 0 < report.downtime < silence and min(report.spans.values()) >= 0
+            assert abs(sum(report.spans.values()) - report.downtime) < 0.02
+
+    run(body())
+
+
+def test_a_destination_that_does_not_say_how_long_the_vm_has_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Then what is measured is what is known here: the figure never becomes too small."""
     from vmbus.migration.messages import Running
 
     async def body() -> None:
         async with pair(tmp_path) as both:
-            Interceptor(monkeypatch, (Running,))
+            Interceptor(monkeypatch, (Running,), running_for=0.0)
             found = await both.migrate()
-            assert found.arrived and found.report.asked
-            assert both.world.running == {"destination"} and both.leaving.ended
+            assert found.report.asked and found.report.downtime > found.report.phases["go"]
 
     run(body())
 

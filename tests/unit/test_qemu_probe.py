@@ -76,6 +76,8 @@ class Driving:
                 self.migration = "completed"
             case "migrate_cancel":
                 self.migration = "cancelled"
+            case "cont":
+                self.vcpus, self.device = True, "running"
         return None
 
     async def human(self, line: str, *, timeout: float = 1.0) -> str:
@@ -116,6 +118,8 @@ class Driving:
             "bytes": 5,
             "packets": {"queued": 3, "sent": 4},
             "incoming_held": 5,
+            "config": CONFIG.hex(),
+            "description": {"name": "vmbus0"},
         }
 
 
@@ -236,7 +240,9 @@ def test_an_arrival_leaves_the_device_to_qemu(tmp_path: Path) -> None:
         return await work
 
     device = DeviceDescription("vmbus0", [ProviderDescription("echo", "echo", "6f1b4b0e-5d2c-4a53-9d0a-0f2f1f3c7a01")])
-    vm: Any = SimpleNamespace(control=model, guard=guard, cont=model.cont, description=manifest.FileRecord(0, "0" * 64))
+    vm: Any = SimpleNamespace(
+        control=model, guard=guard, execute=model.execute, description=manifest.FileRecord(0, "0" * 64)
+    )
     vm.description = _Described(device=device)
     asked: list[str] = []
 
@@ -247,6 +253,8 @@ def test_an_arrival_leaves_the_device_to_qemu(tmp_path: Path) -> None:
 
     async def body() -> None:
         arrival = Arrival(vm, None)
+        assert await arrival.driven()
+        await arrival.replay_ahead(CONFIG)
         with pytest.raises(StateError, match="digest"):
             await arrival.load_state(path, "0" * 64, device)
         packets = await arrival.load_state(path, hashlib.sha256(data).hexdigest(), device)
@@ -256,6 +264,7 @@ def test_an_arrival_leaves_the_device_to_qemu(tmp_path: Path) -> None:
             await arrival.rebuild()
         model.complete = True
         assert (await arrival.rebuild())[1] == 1
+        await arrival.release()
         await arrival.run()
 
     asyncio.run(body())

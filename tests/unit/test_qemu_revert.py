@@ -208,6 +208,8 @@ class Model:
                     "bytes": len(data),
                     "packets": {"queued": 1, "sent": 2},
                     "incoming_held": 3,
+                    "config": self.config.hex(),
+                    "description": msgspec.to_builtins(DEVICE),
                 }
             case "load":
                 data = read(arguments["path"])

@@ -17,9 +17,19 @@ import pytest
 from qemu.qmp.events import EventListener
 
 from vmbus.errors import EnvironmentProblem, VmbusError
+from vmbus.qemu import save
 from vmbus.qemu.moments import Hook, Moment
 from vmbus.qemu.qmp import MigrationFailed
-from vmbus.qemu.save import MAGIC, REFUSED_CAPABILITIES, Capture, Captured, FileTarget, Sabotage, SaveFailed
+from vmbus.qemu.save import (
+    MAGIC,
+    REFUSED_CAPABILITIES,
+    Capture,
+    Captured,
+    FileTarget,
+    Sabotage,
+    SaveFailed,
+    StreamSettings,
+)
 from vmbus.qemu.timing import Phases
 
 pytestmark = pytest.mark.unit
@@ -149,6 +159,8 @@ class Model:
                     "sha256": hashlib.sha256(b"state").hexdigest(),
                     "packets": {"queued": 3, "sent": 4},
                     "incoming_held": 5,
+                    "config": CONFIG.hex(),
+                    "description": {"name": "vmbus0"},
                 }
             case "flush":
                 assert self.device == "paused" and self.logging and not self.vcpus
@@ -340,6 +352,38 @@ def test_cont_is_tried_even_if_the_server_does_not_resume(tmp_path: Path) -> Non
     assert model.steps[-1] == "cont"
 
 
+def test_the_vcpus_stand_until_an_interrupted_flush_is_over(tmp_path: Path) -> None:
+    """Whoever asked for it may be gone: the server flushes on, and answers nothing else before it has done."""
+
+    class Flushing(Model):
+        def __init__(self) -> None:
+            super().__init__()
+            self.flushes, self.flushed = asyncio.Event(), asyncio.Event()
+
+        async def call(self, command: str, timeout: float = 1.0, **arguments: Any) -> dict[str, Any]:
+            if self.flushes.is_set():
+                await self.flushed.wait()
+            if command == "flush":
+                self.flushes.set()
+                await self.flushed.wait()
+            return await super().call(command, timeout, **arguments)
+
+    async def body() -> None:
+        model = Flushing()
+        saving = asyncio.create_task(take(model, tmp_path, live=True))
+        await model.flushes.wait()
+        saving.cancel()
+        for _ in range(20):
+            await asyncio.sleep(0)
+            assert not model.vcpus and "migrate_cancel" not in model.steps
+        model.flushed.set()
+        with pytest.raises(asyncio.CancelledError):
+            await saving
+        assert model.vcpus and model.device == "running"
+
+    asyncio.run(body())
+
+
 def test_a_broken_dirty_log_starts_the_live_save_again(tmp_path: Path) -> None:
     model = Model()
     model.fail["flush"] = [Broken("unmapped"), Broken("unmapped")]
@@ -364,6 +408,92 @@ def test_a_device_that_does_not_answer_its_bar_is_noticed(tmp_path: Path) -> Non
         asyncio.run(take(model, tmp_path, live=False))
     assert model.vcpus
     assert "pause" not in model.steps
+
+
+@pytest.mark.parametrize("live", [False, True])
+@pytest.mark.parametrize("now", [0xFEBF2000, None])
+def test_a_bar_that_moved_before_the_vcpus_stopped_is_looked_for(
+    tmp_path: Path, live: bool, now: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = Model()
+    places = [0xFEBF1000, now]
+    asked: list[int] = []
+
+    async def human(line: str, *, timeout: float = 1.0) -> str:
+        asked.append(int(line.split()[-1], 16))
+        return f"{asked[-1]:016x}: {MAGIC if asked[-1] == now else 0xFFFFFFFF:#x}"
+
+    call = model.call
+
+    async def calls(command: str, timeout: float = 1.0, **arguments: Any) -> dict[str, Any]:
+        if command == "pci":
+            return {"config": CONFIG.hex(), "bar0": places.pop(0)}
+        return await call(command, **arguments)
+
+    monkeypatch.setattr(model, "human", human)
+    monkeypatch.setattr(model, "call", calls)
+    asyncio.run(take(model, tmp_path, live=live))
+    assert asked == ([0xFEBF1000] if now is None else [0xFEBF1000, now]) and places == []
+
+
+class Slow(Model):
+    """A guest that writes faster than QEMU can send, until it may stop it for `enough` milliseconds."""
+
+    def __init__(self, enough: int, *, first_pass: int = 0) -> None:
+        super().__init__()
+        self.enough = enough
+        self.looks = -first_pass
+        self.limits: list[int] = []
+        self.caught_up = asyncio.Event()
+
+    async def execute(
+        self, command: str, arguments: Mapping[str, object] | None = None, *, timeout: float = 1.0
+    ) -> Any:
+        if command == "query-migrate":
+            self.looks += 1
+            return {"ram": {"dirty-sync-count": 1 if self.looks <= 0 else 2}}
+        if command == "migrate-set-parameters" and "downtime-limit" in (arguments or {}):
+            self.limits.append(int(arguments["downtime-limit"]))  # type: ignore[index,call-overload]
+            if self.limits[-1] >= self.enough:
+                self.caught_up.set()
+        return await super().execute(command, arguments, timeout=timeout)
+
+    async def wait_migration(self, wanted: Collection[str], timeout: float, what: str) -> str:
+        if "pre-switchover" in wanted:
+            try:
+                await asyncio.wait_for(self.caught_up.wait(), 1)
+            except TimeoutError:
+                raise MigrationFailed(what) from None
+        return await super().wait_migration(wanted, timeout, what)
+
+
+@pytest.mark.parametrize(
+    ("enough", "given", "limits"),
+    [
+        (20, None, [20]),
+        (80, None, [20, 40, 80]),
+        (1000, None, [20, 40, 80, 160, 300]),
+        (30, 30, [30]),
+        (80, 30, [30]),
+    ],
+)
+def test_qemu_plans_for_little_downtime_and_for_more_where_that_does_not_suffice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, enough: int, given: int | None, limits: list[int]
+) -> None:
+    monkeypatch.setattr(save, "DOWNTIME_PATIENCE", 0.01)
+    model = Slow(enough, first_pass=3)
+
+    async def body() -> None:
+        one = Capture(model, model, files(tmp_path), Phases(), live=True, stream=StreamSettings(downtime_limit=given))
+        async with one.taken():
+            assert len(limits) == 1 or model.looks == len(limits) - 1  # those of the first pass changed nothing
+
+    if enough > limits[-1]:
+        with pytest.raises(SaveFailed, match="to catch up with it; the VM runs on"):
+            asyncio.run(body())
+    else:
+        asyncio.run(body())
+    assert model.limits == limits
 
 
 def test_an_unmapped_bar_needs_no_barrier(tmp_path: Path) -> None:

@@ -420,7 +420,8 @@ class _Pair:
             return packets
         back = TO_HOST if direction == TO_GUEST else TO_GUEST
         left = self._match(wanted, done, back, f"at its sender ({who})")
-        self._match(wanted, answered, back, "at its receiver")
+        # Of packets as the receiver took them: its record may be fetched later than the sender's.
+        self._match(_select(receiver.incoming, wanted=True), answered, back, "at its receiver")
         if left is None:
             return packets
         ends = sender.closed if sender.closed is not None else sender.last_in_use()

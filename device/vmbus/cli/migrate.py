@@ -32,7 +32,9 @@ def absolute(text: str) -> Address:
 @click.option("--multifd", default=0, metavar="N", type=click.IntRange(0, 16), help="Send memory over N connections.")
 @click.option("--timeout", type=click.FloatRange(min=1), help="Seconds that the copy of memory may take.")
 @click.option(
-    "--downtime-limit", type=click.IntRange(1, 60_000), help="Milliseconds that QEMU may plan for its last pass."
+    "--downtime-limit",
+    type=click.IntRange(1, 60_000),
+    help="Milliseconds that QEMU may plan for its last pass; else 20, and more if the copy does not end with that.",
 )
 @click.option(
     "--resolve",

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 STREAM_SOCKET = "stream.sock"
 LOAD_TIMEOUT = 60.0
 """Seconds that the server may take to check the state, and to rebuild from it."""
+_STATUS_TIMEOUT = 30.0
 _STREAM_TIMEOUT = 3600.0  # the source bounds it
 
 
@@ -40,6 +41,8 @@ class Arrival:
         self._host = host
         # A copy of what QEMU has in its stream, if it migrates the device itself: then it puts everything back.
         self._in_stream: saved.DeviceState | None = None
+        self._driven = False
+        self._ahead = 0  # writes to the PCI function before QEMU loaded its stream
 
     @property
     def folder(self) -> Path:
@@ -73,10 +76,18 @@ class Arrival:
                     return int(one["port"])
             raise EnvironmentProblem(f"QEMU does not say on which port it waits for its stream: {listening}")
 
+    async def driven(self) -> bool:
+        assert self.vm.control is not None
+        self._driven = await driven_by_client(self.vm.control)
+        return self._driven
+
+    async def replay_ahead(self, config: bytes) -> None:
+        self._ahead = 0 if self._driven else await self.vm.put_back(config)
+
     async def load_state(self, path: Path, sha256: str, device: DeviceDescription) -> Packets:
         vm = self.vm
         assert vm.control is not None
-        if await driven_by_client(vm.control):
+        if self._driven:
             data = await asyncio.to_thread(path.read_bytes)
             if hashlib.sha256(data).hexdigest() != sha256:
                 raise StateError(f"the device state in {path} is not the one meant: its digest differs")
@@ -101,13 +112,15 @@ class Arrival:
             await self.vm.guard(
                 self.vm.monitor.wait_migration({"completed"}, _STREAM_TIMEOUT, what), what, _STREAM_TIMEOUT + 1
             )
-        if await self.vm.monitor.running():
+        if await self.vm.guard(self.vm.monitor.running(), "QEMU's run state", _STATUS_TIMEOUT):
             raise StateError("QEMU runs the guest before its device was put back")
 
     async def replay(self, config: bytes) -> int:
         if self._in_stream is not None:
             return 0
-        return await self.vm.put_back(config)
+        if await self.vm.is_back(config):
+            return self._ahead
+        return self._ahead + await self.vm.put_back(config)
 
     async def rebuild(self) -> tuple[Packets, int]:
         vm = self.vm
@@ -117,13 +130,18 @@ class Arrival:
             counts = saved.count_packets(self._in_stream)
             channels = sum(offer.open is not None for offer in self._in_stream.bus.offers)
             return Packets(queued=counts.queued, sent=counts.sent), channels
-        work = vm.control.call("restore-finish", timeout=LOAD_TIMEOUT)
+        work = vm.control.call("restore-finish", timeout=LOAD_TIMEOUT, hold=True)
         found = await vm.guard(work, "the device server to rebuild its channels", LOAD_TIMEOUT + 1)
         return _packets(found), int(found.get("channels", 0))
 
+    async def release(self) -> None:
+        if self._in_stream is None:
+            await self.vm.call_server("resume")
+        else:
+            await self.vm.require_device()
+
     async def run(self) -> None:
-        await self.vm.require_device()
-        await self.vm.cont()
+        await self.vm.execute("cont")  # since `loaded` QEMU stands, and may run
         if self._in_stream is not None:
             assert self.vm.control is not None
             await require_running(self.vm.control)

@@ -67,6 +67,12 @@ class Arriving(Protocol):
     async def start(self, phases: Phases, multifd: int) -> int | str:
         """A server that awaits its state and a QEMU that awaits its stream: the stream's TCP port or unix path."""
 
+    async def driven(self) -> bool:
+        """Whether QEMU migrates the device itself here."""
+
+    async def replay_ahead(self, config: bytes) -> None:
+        """Puts the PCI function back as far as it is known before the end of the stream."""
+
     async def load_state(self, path: Path, sha256: str, device: DeviceDescription) -> Packets:
         """Gives the server its state; the packets found in it. Raises if it is refused."""
 
@@ -74,10 +80,13 @@ class Arriving(Protocol):
         """Waits until QEMU has loaded its stream. Raises with QEMU's reason if it cannot."""
 
     async def replay(self, config: bytes) -> int:
-        """Puts the PCI function back; the number of writes."""
+        """Makes sure that the PCI function is back, and writes it if it is not; the number of writes, ahead or now."""
 
     async def rebuild(self) -> tuple[Packets, int]:
-        """Rebuilds the channels: the packets, and the number of channels."""
+        """Rebuilds the channels: the packets, and the number of channels. Providers do nothing yet."""
+
+    async def release(self) -> None:
+        """Lets the device work. Raises if it is not there any more, as it has to be before the vCPUs run."""
 
     async def run(self) -> None:
         """Lets the vCPUs run."""
@@ -170,6 +179,10 @@ class Destination:
             if self._session is not None:
                 self._session.cancel()
 
+    @property
+    def _cont_seconds(self) -> dict[str, float]:
+        return {"cont": self.phases.seconds["cont"]}
+
     async def _end_session(self) -> None:
         if self._session is not None and not self._session.done():
             self._session.cancel()
@@ -202,10 +215,18 @@ class Destination:
                 self._why_ended = self._why_ended or StateError("its source asks what became of it: Go was lost")
                 await self._end_session()
             fate = self.ownership.row.fate
+            running_for = time.monotonic() - self.running_at if fate == "running" else 0.0
             if fate == "gone" and self.stage is not DestinationStage.DISCARDED:
                 fate = "undecided"  # it takes longer than it should; the source asks again
             assert fate is not None
-            await link.send(Fate(fate=fate, reason=short(self._why_ended or "")))
+            await link.send(
+                Fate(
+                    fate=fate,
+                    reason=short(self._why_ended or ""),
+                    running_for=running_for,
+                    seconds=self._cont_seconds if fate == "running" else {},
+                )
+            )
         with contextlib.suppress(VmbusError):  # the asking side hangs up when it has read the answer
             await link.expect(Released, timeout=HELLO_TIMEOUT, what="to hang up")
 
@@ -221,6 +242,7 @@ class Destination:
             await self._at(Moment.BEFORE_CONT)
             assert self._vm is not None
             with self.phases("cont"):
+                await self._vm.release()
                 if state.run:
                     await self._vm.run()
             self.running_at = time.monotonic()
@@ -233,7 +255,7 @@ class Destination:
         # From here on nothing can be taken back: the VM runs, whoever may know it.
         self._done.set_result(None)
         with contextlib.suppress(VmbusError):
-            await link.send(Running(seconds={"cont": self.phases.seconds["cont"]}))
+            await link.send(Running(seconds=self._cont_seconds))
             await link.expect(Released, timeout=_SOURCE_TIMEOUT, what="to end its VM")
             return
         # The source does not know. It asks over another connection; `stay` bounds how long we wait for that.
@@ -273,6 +295,10 @@ class Destination:
         while True:
             await self._at(Moment.BEFORE_STREAM)
             stream = await vm.start(self.phases, prepare.multifd)
+            await self._check_driven(vm, link, source=prepare.driven)
+            # While the VM still runs at the source. What the guest changes until it stops is written then.
+            with self.phases("pci ahead"):
+                await vm.replay_ahead(bytes.fromhex(prepare.machine.pci_config))
             self.ownership.move(DestinationStage.LOADING)
             await link.send(Prepared(stream=stream))
             loading = asyncio.create_task(vm.loaded(), name="QEMU loads its stream")
@@ -284,7 +310,7 @@ class Destination:
             finally:
                 if not loading.done():
                     loading.cancel()
-                await asyncio.wait({loading})
+                await asyncio.gather(loading, return_exceptions=True)  # its error is told, or is only a consequence
             # The source gave the pass up and begins another; QEMU cannot load a second stream.
             self.ownership.move(DestinationStage.PREPARING)
             await vm.start_over()
@@ -347,6 +373,18 @@ class Destination:
             )
         if bytes.fromhex(prepare.machine.pci_config)[:4] != _VENDOR_DEVICE:
             raise StateError(f"{link.name} sends a VM with another PCI device than 5642:4d56")
+
+    async def _check_driven(self, vm: Arriving, link: Link, *, source: bool) -> None:
+        """Raises `StateError` unless QEMU treats the device here as it does at the source, where nothing has been done
+        to the VM yet. What one has in its stream the other would not look for."""
+        here = await vm.driven()
+        if source == here:
+            return
+        ways = {True: "QEMU migrates the device itself", False: "QEMU leaves the device to the device server"}
+        raise StateError(
+            f"at {link.name} {ways[source]}, and here {ways[here]}: the device's state would be lost between them; use "
+            "the QEMU and the libvfio-user of the source (VMBUS_QEMU, VMBUS_LIBVFIO_USER)"
+        )
 
     async def _boot_files(self, link: Link, prepare: Prepare, folder: Path) -> tuple[Path, Path]:
         """The source's kernel and initramfs: ours if they are the same, else received into the folder."""

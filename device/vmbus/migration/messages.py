@@ -59,6 +59,10 @@ class Fate(_Message):
 
     fate: Literal["running", "gone", "undecided"]
     reason: _Text = ""
+    running_for: Annotated[float, msgspec.Meta(ge=0)] = 0.0
+    """Seconds for which the VM has been running there (the time, not the clock: clocks of two hosts differ)."""
+    seconds: dict[str, float] = {}
+    """As in `Running`."""
 
 
 class Prepare(_Message):
@@ -69,6 +73,8 @@ class Prepare(_Message):
     versions: Versions
     kernel: FileRecord
     initramfs: FileRecord
+    driven: bool
+    """QEMU migrates the device itself: see `vmbus.qemu.probe`. Both sides have to do it in the same way."""
     multifd: Annotated[int, msgspec.Meta(ge=0, le=16)]
 
 

@@ -44,6 +44,7 @@ from vmbus.migration.ownership import SOURCE, Ownership, SourceStage
 from vmbus.qemu.command_line import Programs, machine_version
 from vmbus.qemu.description import VmDescription
 from vmbus.qemu.moments import Hook, Moment, no_hook
+from vmbus.qemu.probe import driven
 from vmbus.qemu.qmp import MigrationFailed
 from vmbus.qemu.save import (
     NO_SABOTAGE,
@@ -90,7 +91,8 @@ class MigrationReport(msgspec.Struct, kw_only=True):
     phases: dict[str, float]
     """All that was done, by phase."""
     downtime: float
-    """From the stop of the vCPUs to the news that they run at the destination."""
+    """From the stop of the vCPUs to the news that they run at the destination. If that had to be fetched, the time that
+    they ran there before it was told is taken off: the destination says how long that was."""
     downtime_qemu: float
     """QEMU's share: its stop, its last pages, its load, its start."""
     downtime_device: float
@@ -139,11 +141,11 @@ class Departing:
 class _Stream:
     """The target of a capture that goes to another host: see `vmbus.qemu.save.Target`."""
 
-    def __init__(self, source: Source, link: Link, first: Prepared) -> None:
-        self._source = source
+    def __init__(self, folder: Path, link: Link, first: Prepared) -> None:
         self._link = link
         self._prepared: Prepared | None = first
-        self.state = source.vm.folder / STATE_FILE
+        self.durable = False  # whatever ends this host ends the VM, and the file is of no use then
+        self.state = folder / STATE_FILE
         self.files = None
         self.sent_at = 0.0
 
@@ -164,22 +166,19 @@ class _Stream:
         return TcpAddress(host, prepared.stream)
 
     async def saved(self, captured: Captured) -> None:
-        source = self._source
-        with source.phases("transfer"):
-            status = await source.vm.control.call("status")
-            packets = Packets(**captured.packets)
-            announced = State(
-                file=FileRecord(captured.state_bytes, captured.state_sha256),
-                device=msgspec.convert(status["description"], DeviceDescription),
-                pci_config=captured.pci_config,
-                packets=packets,
-                run=captured.was_running,
-            )
-            await self._link.send(announced)
-            await send_file(self._link, self.state)
-            accepted = await self._link.expect(Accepted, timeout=ACCEPT_TIMEOUT, what="its server to take the state")
-            if accepted.packets != packets:
-                raise StateError(f"{self._link.name} found {accepted.packets} in the state that has {packets}")
+        packets = Packets(**captured.packets)
+        announced = State(
+            file=FileRecord(captured.state_bytes, captured.state_sha256),
+            device=msgspec.convert(captured.device, DeviceDescription),
+            pci_config=captured.pci_config,
+            packets=packets,
+            run=captured.was_running,
+        )
+        await self._link.send(announced)
+        await send_file(self._link, self.state)
+        accepted = await self._link.expect(Accepted, timeout=ACCEPT_TIMEOUT, what="its server to take the state")
+        if accepted.packets != packets:
+            raise StateError(f"{self._link.name} found {accepted.packets} in the state that has {packets}")
         self.sent_at = time.monotonic()
 
     def discard(self) -> None:
@@ -217,7 +216,7 @@ class Source:
         self._captured: Captured | None = None
         self._target: _Stream | None = None
         self._restored: Restored | None = None
-        self._running: Running | None = None
+        self._cont = 0.0
         self._times: dict[str, float] = {}
 
     @property
@@ -276,7 +275,7 @@ class Source:
     async def _until_decision(self, link: Link) -> None:
         try:
             async with link.watch():
-                self._target = _Stream(self, link, await self._prepare(link))
+                self._target = _Stream(self.vm.folder, link, await self._prepare(link))
                 self._capture = Capture(
                     self.vm.monitor,
                     self.vm.control,
@@ -339,6 +338,7 @@ class Source:
                     ),
                     kernel=kernel,
                     initramfs=initramfs,
+                    driven=driven(status),
                     multifd=self._stream.multifd,
                 )
             )
@@ -363,24 +363,29 @@ class Source:
 
     async def _settle(self, link: Link) -> MigrationReport:
         asked = False
+        decided = time.monotonic()
         with self.phases("go"):
             try:
                 await link.send(Go())
                 await self._at(Moment.AFTER_GO)
-                self._running = await link.expect(Running, timeout=RUNNING_TIMEOUT, what="the vCPUs to run")
+                running = await link.expect(Running, timeout=RUNNING_TIMEOUT, what="the vCPUs to run")
+                self._ran(time.monotonic(), running.seconds)
                 fate, reason = "running", ""
             except PeerFailed as error:  # said after everything there was discarded
                 fate, reason = "gone", str(error)
             except Exception as error:  # whatever it is, only the destination knows now
                 asked = True
-                fate, reason = await self._ask(error)
+                answer = await self._ask(error)
+                fate, reason = answer.fate, answer.reason
+                if fate == "running":  # no sooner than Go was sent, whatever clock the destination may have
+                    self._ran(max(decided, time.monotonic() - answer.running_for), answer.seconds)
         if fate == "gone":
             await self._run_on()
             raise MigrateFailed(
                 f"migration failed after the decision: {reason}; the VM is gone there and runs on here",
                 source_alive=True,
             )
-        if fate == "unknown":
+        if fate == "undecided":
             self.ownership.move(SourceStage.IN_DOUBT)
             raise MigrationInDoubt(
                 f"the link to {self.address} broke at the moment of the decision ({reason}), and for "
@@ -388,17 +393,21 @@ class Source:
                 "It stays stopped here. Look there: if it runs, end it here (resolve(run=False), or scripts/migrate "
                 "--resolve end); if it certainly does not, let it run here (resolve(run=True), or --resolve run)"
             )
-        now = time.monotonic()
         self.ownership.move(SourceStage.MOVED)
         try:
-            return await self._report(now, asked)
+            return await self._report(asked)
         finally:
             await self.vm.end()
             with contextlib.suppress(VmbusError):  # if it cannot be told, it stops listening after a while
                 await link.send(Released())
 
-    async def _ask(self, problem: Exception) -> tuple[str, str]:
-        """What became of the VM: ``running``, ``gone`` or ``unknown``, and why."""
+    def _ran(self, at: float, seconds: dict[str, float]) -> None:
+        """The vCPUs run at the destination since then, and took so long for it."""
+        self._times["running"] = at
+        self._cont = seconds.get("cont", 0.0)
+
+    async def _ask(self, problem: Exception) -> Fate:
+        """What became of the VM, and why; still ``undecided`` if nobody could tell in time."""
         deadline = time.monotonic() + self._ask_timeout
         refused = 0
         reason = str(problem) or type(problem).__name__
@@ -410,18 +419,18 @@ class Source:
                     answer = await link.expect(Fate, timeout=_ASK_ONCE, what="what became of the VM")
                 refused = 0
                 if answer.fate != "undecided":
-                    return answer.fate, answer.reason or reason
+                    return msgspec.structs.replace(answer, reason=answer.reason or reason)
             except ConnectionRefusedError:
                 # The owner of the VM there listens as long as it may be asked, and all that it started ends with it.
                 # Asked twice, since its listening socket is closed a moment before its processes are dead.
                 refused += 1
                 if refused == 2:
-                    return "gone", f"{reason}; nobody listens at {self.address} any more"
+                    return Fate(fate="gone", reason=f"{reason}; nobody listens at {self.address} any more")
             except VmbusError as error:
                 refused = 0
                 reason = str(error)
             if time.monotonic() >= deadline:
-                return "unknown", reason
+                return Fate(fate="undecided", reason=reason)
             await asyncio.sleep(ASK_INTERVAL)
 
     async def _run_on(self) -> None:
@@ -436,13 +445,13 @@ class Source:
             ) from error
         self.ownership.move(SourceStage.KEPT)
 
-    async def _report(self, now: float, asked: bool) -> MigrationReport:
+    async def _report(self, asked: bool) -> MigrationReport:
         captured, restored, target = self._captured, self._restored, self._target
         assert captured is not None and restored is not None and target is not None
         there = restored.seconds
         rebuilt = there.get("pci", 0.0) + there.get("device", 0.0)
         after_sent = self._times["restored"] - captured.written_at
-        cont = self._running.seconds.get("cont", 0.0) if self._running is not None else 0.0
+        running, cont = self._times["running"], self._cont
         spans = {
             "stop": captured.reached_at - captured.stopped_at,
             "save": captured.saved_at - captured.reached_at,
@@ -451,10 +460,10 @@ class Source:
             "switchover": captured.written_at - captured.flushed_at,
             "load": max(0.0, after_sent - rebuilt),
             "rebuild": min(rebuilt, after_sent),
-            "messages": max(0.0, now - self._times["restored"] - cont),
+            "messages": max(0.0, running - self._times["restored"] - cont),
             "cont": cont,
         }
-        downtime = now - captured.stopped_at
+        downtime = running - captured.stopped_at
         qemu = sum(spans[name] for name in _QEMU_SPANS)
         found: dict[str, Any] = {}
         with contextlib.suppress(VmbusError):  # QEMU may have ended meanwhile; the VM does not need it any more

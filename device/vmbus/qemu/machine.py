@@ -451,6 +451,21 @@ class VirtualMachine:
         """
         return await self.guard(self._put_back(config), "the PCI function to be put back", 60.0)
 
+    async def is_back(self, config: bytes) -> bool:
+        """Whether the PCI function is as `config` says, and its BAR answers; the VM is paused.
+
+        For a function that was put back before QEMU loaded its stream: that has nothing of the function in it. QEMU
+        tells the server of each configuration write and of each reset, so what the server has is what QEMU has.
+
+        Raises `StateError` if it is, and does not answer.
+        """
+        assert self.control is not None
+        pci = await self.call_server("pci")
+        if bytes.fromhex(pci["config"]) != config:
+            return False
+        await self.guard(barrier(self.monitor, self.control, pci["bar0"]), "the BAR to answer", START_TIMEOUT)
+        return True
+
     async def _put_back(self, config: bytes) -> int:
         assert self.control is not None
         count = await replay(self.monitor.human, self.pci_address, replay_writes(config))
@@ -656,11 +671,14 @@ class VirtualMachine:
                 control=_GuardedControl(self, self.control),
                 put_back=self.put_back,
                 own_migration=self.own_migration,
-                forget=self.agent.go_back,
+                forget=self._forget,
             )
             store = Store(path, own=directory is None)
             self._checkpoints[path] = Checkpoints(patient, store, len(self._checkpoints))
         return self._checkpoints[path]
+
+    async def _forget(self, reason: str) -> None:
+        await self.guard(self.agent.go_back(reason), "the agent's socket", START_TIMEOUT)
 
     def _begin(self, what: str) -> None:
         """Nothing else that stops or moves the VM may run from here until `_idle` is set. Raises `UsageError`."""
@@ -764,7 +782,10 @@ class VirtualMachine:
     ) -> SaveReport:
         assert self.control is not None
         with phases("boot files"):  # while the guest still runs
-            await writer.add_boot_files(self.programs.kernel, self.programs.initramfs)
+            try:
+                await writer.add_boot_files(self.programs.kernel, self.programs.initramfs)
+            except EnvironmentProblem as error:
+                raise SaveFailed(f"save failed: {error}; the VM runs on", source_alive=True) from error
         control = _GuardedControl(self, self.control)
         target = _Bundle(writer, control)
         capture = Capture(

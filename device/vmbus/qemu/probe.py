@@ -52,9 +52,14 @@ class Probe:
         return "the device server migrates the device: QEMU did not ask it whether it could"
 
 
+def driven(status: Mapping[str, Any]) -> bool:
+    """Whether QEMU drives the device's migration, by what the device server's `status` says."""
+    return status.get("driven_by_client") is True
+
+
 async def driven_by_client(control: Control) -> bool:
-    """Whether QEMU drives the device's migration. It has asked by the time that it answers on its monitor."""
-    return (await control.call("status")).get("driven_by_client") is True
+    """The same, asked for. QEMU has asked the server by the time that it answers on its monitor."""
+    return driven(await control.call("status"))
 
 
 async def probe(monitor: QemuMonitor, control: Control) -> Probe:
@@ -76,13 +81,13 @@ async def require_same(control: Control, *, in_stream: bool, what: str) -> None:
 
 def check_same(status: Mapping[str, Any], *, in_stream: bool, what: str) -> None:
     """The same by what the device server's `status` says."""
-    driven = status.get("driven_by_client") is True
-    if in_stream and not driven:
+    here = driven(status)
+    if in_stream and not here:
         raise StateError(
             f"{what} has the device in QEMU's stream, and here QEMU does not migrate devices itself: use the QEMU and "
             "the libvfio-user that it was saved with (VMBUS_QEMU, VMBUS_LIBVFIO_USER)"
         )
-    if driven and not in_stream:
+    if here and not in_stream:
         raise StateError(
             f"{what} has the device beside QEMU's stream, and here QEMU expects it in there: use the libvfio-user that "
             "it was saved with (VMBUS_LIBVFIO_USER)"

@@ -27,7 +27,7 @@ from typing import TypeVar
 
 import msgspec
 
-from vmbus.errors import EnvironmentProblem, UsageError, WaitTimeout
+from vmbus.errors import EnvironmentProblem, UsageError, VmbusError, WaitTimeout
 
 T = TypeVar("T")
 
@@ -170,8 +170,9 @@ async def guard_all(children: Iterable[Child], work: Awaitable[T], what: str, ti
     try:
         await asyncio.wait({task, *ends}, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
         problem = task.exception() if task.done() and not task.cancelled() else None
-        if isinstance(problem, (EnvironmentProblem, OSError, EOFError)) and ends:
-            # Often the first sign of a dying process is its broken connection: let the death be the error.
+        if isinstance(problem, (VmbusError, OSError, EOFError)) and ends:
+            # Often the first sign of a dying process is its broken connection, or what the other one says of that: let
+            # the death be the error.
             await asyncio.wait(ends, timeout=0.2, return_when=asyncio.FIRST_COMPLETED)
         elif task.done():
             return task.result()

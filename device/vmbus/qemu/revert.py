@@ -431,6 +431,7 @@ class Checkpoints:
             with phases("cont"):
                 await at(Moment.BEFORE_CONT)
                 await self._vm.forget(f"the VM was taken back to checkpoint {tag!r} meanwhile: ask again")
+                await self._control.call("status")  # a server that is dead may be noticed only by who asks it
                 if was_running:
                     await self._monitor.cont()
                     if in_stream:
@@ -490,6 +491,8 @@ class _Capture(Capture):
 
 class _BesideImage:
     """The device's state and its providers' files, without memory: implements `vmbus.qemu.save.Target`."""
+
+    durable = True
 
     def __init__(self, store: Store, tag: str) -> None:
         self.state = store.state(tag).absolute()

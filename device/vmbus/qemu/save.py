@@ -48,6 +48,14 @@ MAGIC = 0x53424D56
 MAX_BANDWIDTH = 8 << 30
 """Bytes per second for QEMU's stream into a file: no limit in practice (its default suits a shared network)."""
 
+DOWNTIME_LIMITS = (20, 40, 80, 160, 300)
+"""Milliseconds that QEMU may plan for its last pass of a live copy: the first at first, the next ones if that does not
+suffice. QEMU's own default is the last. It stops the vCPUs as soon as it expects to send the rest in that time, so on a
+fast way it would stop them with a hundred megabytes to go, where a further pass of the running VM leaves nearly none.
+Where the guest writes faster than that, only a higher limit lets the copy end."""
+DOWNTIME_PATIENCE = 2.0
+"""Seconds with one of these limits, counted from the end of QEMU's first pass."""
+
 LIVE_ATTEMPTS = 3
 """How often a live save starts again when the dirty log could not be kept (the guest unmapped a dirty page)."""
 
@@ -153,6 +161,8 @@ class Captured:
     incoming_held: int
     state_sha256: str
     pci_config: bytes
+    device: dict[str, Any]
+    """The description of the device at this moment: providers may have come and gone since the launch."""
     state_bytes: int = 0
     files: dict[str, int] = field(default_factory=dict)
     """Providers' files that were copied beside the state: name and size in bytes."""
@@ -164,7 +174,7 @@ class Captured:
     saved_at: float = 0.0
     """When the device server had written its state."""
     flushed_at: float = 0.0
-    """When the logged pages had been written through QEMU."""
+    """When the logged pages had been written through QEMU, and the target was done with the state."""
     written_at: float = 0.0
     """When QEMU had sent its last page (live only)."""
     driven: bool = False
@@ -176,7 +186,7 @@ class StreamSettings:
     """How QEMU sends its stream. `multifd` is the number of connections for memory, 0 for none of their own.
 
     `timeout` bounds, in seconds, the copy of memory while the guest runs; None allows for a slow disk.
-    `downtime_limit` is what QEMU may plan for its last pass, in milliseconds; None leaves it as it is set.
+    `downtime_limit` is what QEMU may plan for its last pass, in milliseconds; None: `DOWNTIME_LIMITS`.
     """
 
     multifd: int = 0
@@ -186,6 +196,11 @@ class StreamSettings:
 
 class Target(Protocol):
     """Where a capture goes."""
+
+    @property
+    def durable(self) -> bool:
+        """Whether the state has to be on the disk as soon as it is written: a file that only lives for a while need
+        not."""
 
     @property
     def state(self) -> Path:
@@ -199,7 +214,8 @@ class Target(Protocol):
         """A pass begins: the `channels` for QEMU's migrate. The VM runs as ever and has not been touched."""
 
     async def saved(self, captured: Captured) -> None:
-        """The device's state is in its file. The vCPUs stand, and QEMU has still to write its last pages."""
+        """The device's state is in its file. The vCPUs stand, and QEMU has still to write its last pages; it does not
+        before this returns. In a live capture the logged pages are written through QEMU meanwhile."""
 
     def discard(self) -> None:
         """The pass is given up: removes what it left."""
@@ -207,6 +223,8 @@ class Target(Protocol):
 
 class FileTarget:
     """QEMU's stream and the device's state go into two files."""
+
+    durable = True
 
     def __init__(self, ram: Path, state: Path) -> None:
         self.ram = ram
@@ -258,8 +276,10 @@ class Capture:
         self._was_running = False
         self._migrating = False
         self._logging = False
+        self._flushing = False  # whether the server may still be writing memory through QEMU
         self._driven = False  # whether QEMU migrates the device: then what follows is its affair, not ours
         self._touched = False  # whether there is anything to undo
+        self._bar0: int | None = None  # where it was before the vCPUs stopped
         # A slow disk takes 20 MiB/s; whatever is slower than that is stuck.
         self._stream_timeout = self._stream.timeout or 60.0 + memory_mib / 20
 
@@ -325,19 +345,25 @@ class Capture:
     async def _take_stopped(self) -> Captured:
         self._was_running = await self._monitor.running()
         await self._set_migration(pause_before_switchover=False)
-        self._driven = await driven_by_client(self._control)
+        await self._look_at_device()
         await self._at(Moment.BEFORE_STREAM)
         channels = await self._target.begin()
         self._touched = True
         with self._phases("stop"):
             stopped_at = await self._stop()
         if not self._driven:
-            captured = await self._save_device(stopped_at)
+            captured = await self._save_stopped(stopped_at)
         with self._phases("ram"):
             await self._write_ram(channels)
         if self._driven:  # it has taken the state by now
-            captured = await self._save_device(stopped_at)
+            captured = await self._save_stopped(stopped_at)
         await self._at(Moment.STOPPED)
+        return captured
+
+    async def _save_stopped(self, stopped_at: float) -> Captured:
+        with self._phases("device"):
+            captured = await self._save_device(stopped_at)
+            await self._target.saved(captured)
         return captured
 
     async def _write_ram(self, channels: list[dict[str, object]]) -> None:
@@ -349,7 +375,7 @@ class Capture:
     async def _take_live(self) -> Captured:
         self._was_running = await self._monitor.running()
         await self._set_migration(pause_before_switchover=True)
-        self._driven = await driven_by_client(self._control)
+        await self._look_at_device()
         await self._at(Moment.BEFORE_STREAM)
         channels = await self._target.begin()
         self._touched = True
@@ -360,19 +386,19 @@ class Capture:
             with self._monitor.listen("STOP") as stops:
                 await self._migrate(channels)
                 await self._at(Moment.RAM_COPY)
-                await self._monitor.wait_migration(
-                    {"pre-switchover"}, self._stream_timeout, "the copy of the guest's memory to catch up with it"
-                )
+                async with self._growing_limit():
+                    await self._monitor.wait_migration(
+                        {"pre-switchover"}, self._stream_timeout, "the copy of the guest's memory to catch up with it"
+                    )
                 stopped_at = _stop_time(stops)
         reached_at = time.monotonic()
         await self._at(Moment.PRE_SWITCHOVER)
-        captured = await self._save_device(stopped_at)
-        captured.reached_at = reached_at
+        with self._phases("device"):
+            captured = await self._save_device(stopped_at)
+            captured.reached_at = reached_at
         with self._phases("flush"):
-            if not self._sabotage.skip_flush and not self._driven:
-                flushed = await self._control.call("flush", timeout=self._stream_timeout)
-                captured.flushed_pages = int(flushed.get("pages", 0))
-                captured.flushed_bytes = int(flushed.get("bytes", 0))
+            # Two ways that do not meet: pages through QEMU, and the state to where it goes.
+            await _both(self._target.saved(captured), self._flush(captured))
         captured.flushed_at = time.monotonic()
         with self._phases("switchover"):
             await self._monitor.execute("migrate-continue", {"state": "pre-switchover"})
@@ -380,6 +406,20 @@ class Capture:
         captured.written_at = time.monotonic()
         await self._at(Moment.STOPPED)
         return captured
+
+    async def _look_at_device(self) -> None:
+        """What need not be asked for again while the vCPUs stand."""
+        self._driven = await driven_by_client(self._control)
+        self._bar0 = (await self._control.call("pci"))["bar0"]
+
+    async def _flush(self, captured: Captured) -> None:
+        if self._sabotage.skip_flush or self._driven:
+            return
+        self._flushing = True
+        flushed = await self._control.call("flush", timeout=self._stream_timeout)
+        self._flushing = False
+        captured.flushed_pages = int(flushed.get("pages", 0))
+        captured.flushed_bytes = int(flushed.get("bytes", 0))
 
     async def _stop(self) -> float:
         with self._monitor.listen("STOP") as stops:
@@ -401,9 +441,36 @@ class Capture:
         parameters: dict[str, object] = {"max-bandwidth": MAX_BANDWIDTH}
         if self._stream.multifd:
             parameters["multifd-channels"] = self._stream.multifd
-        if self._stream.downtime_limit is not None:
-            parameters["downtime-limit"] = self._stream.downtime_limit
+        if self._live:
+            parameters["downtime-limit"] = self._stream.downtime_limit or DOWNTIME_LIMITS[0]
         await self._monitor.execute("migrate-set-parameters", parameters)
+
+    @asynccontextmanager
+    async def _growing_limit(self) -> AsyncIterator[None]:
+        """While the block waits for the copy to catch up: see `DOWNTIME_LIMITS`."""
+        caught_up = asyncio.Event()
+        growing = asyncio.create_task(self._grow_limit(caught_up))
+        try:
+            yield
+        except BaseException:
+            caught_up.set()
+            await asyncio.gather(growing, return_exceptions=True)  # what the block says is what matters
+            raise
+        caught_up.set()
+        await growing
+
+    async def _grow_limit(self, caught_up: asyncio.Event) -> None:
+        if self._stream.downtime_limit is not None:
+            return
+        limits = iter(DOWNTIME_LIMITS[1:])
+        while not await _set_within(caught_up, DOWNTIME_PATIENCE):
+            ram = (await self._monitor.execute("query-migrate")).get("ram", {})
+            if int(ram.get("dirty-sync-count", 0)) < 2:  # all of memory is sent once, however long that takes
+                continue
+            limit = next(limits, None)
+            if limit is None:
+                return
+            await self._monitor.execute("migrate-set-parameters", {"downtime-limit": limit})
 
     async def _migrate(self, channels: list[dict[str, object]]) -> None:
         self._migrating = True
@@ -411,18 +478,17 @@ class Capture:
 
     async def _save_device(self, stopped_at: float) -> Captured:
         """Barrier, pause and state, with the vCPUs stopped."""
-        with self._phases("device"):
-            if not self._driven:
-                await barrier(self._monitor, self._control)
-                await self._control.call("pause", timeout=PAUSE_TIMEOUT)
-            await self._at(Moment.SAVING)
-            arguments: dict[str, Any] = {"path": str(self._target.state), "seconds": PROVIDERS_TIMEOUT}
-            if self._target.files is not None:
-                arguments["files"] = str(self._target.files)
-            saved = await self._control.call(
-                "save", timeout=SAVE_TIMEOUT if self._target.files is None else FILES_TIMEOUT, **arguments
-            )
-            config = (await self._control.call("pci"))["config"]
+        if not self._driven:
+            await barrier(self._monitor, self._control, self._bar0)
+            await self._control.call("pause", timeout=PAUSE_TIMEOUT)
+        await self._at(Moment.SAVING)
+        target = self._target
+        arguments: dict[str, Any] = {"seconds": PROVIDERS_TIMEOUT, "durable": target.durable}
+        if target.files is not None:
+            arguments["files"] = str(target.files)
+        saved = await self._control.call(
+            "save", timeout=SAVE_TIMEOUT if target.files is None else FILES_TIMEOUT, path=str(target.state), **arguments
+        )
         packets = saved.get("packets", {})
         captured = Captured(
             stopped_at=stopped_at,
@@ -431,13 +497,13 @@ class Capture:
             incoming_held=int(saved.get("incoming_held", 0)),
             state_sha256=str(saved["sha256"]),
             state_bytes=int(saved.get("bytes", 0)),
-            pci_config=bytes.fromhex(config),
+            pci_config=bytes.fromhex(saved["config"]),
             files={str(name): int(size) for name, size in saved.get("files", {}).items()},
+            device=saved["description"],
             saved_at=time.monotonic(),
             driven=self._driven,
         )
         await self._at(Moment.WRITING)
-        await self._target.saved(captured)
         return captured
 
     async def _undo(self) -> None:
@@ -446,6 +512,13 @@ class Capture:
         Each step is tried even if an earlier one fails: a dead server must not keep QEMU's migration going.
         """
         failures: list[Exception] = []
+        if self._flushing:
+            # We may have been interrupted while the server flushes, and it goes on. Cancelling makes QEMU set the
+            # vCPUs running, and a request of the guest's in between would garble the flush: the connection would be
+            # lost, and the device with it. The answer to this comes when the flush is over.
+            with _collect(failures):
+                await self._control.call("status")
+            self._flushing = False
         if self._migrating:
             with _collect(failures):
                 status, _ = await self._monitor.migration_status()
@@ -495,23 +568,49 @@ async def refuse_unsafe_settings(monitor: QemuMonitor) -> None:
         )
 
 
-async def barrier(monitor: QemuMonitor, control: Control) -> None:
+async def barrier(monitor: QemuMonitor, control: Control, known: int | None = None) -> None:
     """Makes sure that every register write which the guest has posted reached the device server.
 
     Writes are posted: QEMU may still have some under way when the vCPUs stop. A read comes after them on the same
     connection, and its answer proves that they were handled. Without a mapped BAR there cannot be any.
+
+    `known`: where BAR0 was a while ago. The device is asked for its place only if it does not answer there any more.
     """
+    if known is not None and _value(await _read(monitor, known)) == MAGIC:
+        return
     bar0 = (await control.call("pci"))["bar0"]
     if bar0 is None:
         return
-    output = await monitor.human(f"xp /1xw {bar0:#x}")
-    word = output.rpartition(":")[2].strip()
-    try:
-        value = int(word, 16)
-    except ValueError:
-        value = -1
-    if value != MAGIC:
+    output = await _read(monitor, bar0)
+    if _value(output) != MAGIC:
         raise StateError(f"the VMBus device does not answer at its BAR0 {bar0:#x}: QEMU's monitor says {output!r}")
+
+
+async def _read(monitor: QemuMonitor, address: int) -> str:
+    return await monitor.human(f"xp /1xw {address:#x}")
+
+
+def _value(output: str) -> int:
+    """The word in the output of the monitor's ``xp``; -1 if there is none."""
+    try:
+        return int(output.rpartition(":")[2].strip(), 16)
+    except ValueError:
+        return -1
+
+
+async def _set_within(event: asyncio.Event, seconds: float) -> bool:
+    """Whether the event is set by then."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(seconds):
+            await event.wait()
+    return event.is_set()
+
+
+async def _both(first: Coroutine[Any, Any, None], second: Coroutine[Any, Any, None]) -> None:
+    """Waits for the end of both, also if one fails, so that neither is left half done; the first's error wins."""
+    for result in await asyncio.gather(first, second, return_exceptions=True):
+        if isinstance(result, BaseException):
+            raise result
 
 
 async def uninterrupted(work: Coroutine[Any, Any, T]) -> T:

@@ -131,8 +131,10 @@ class DeviceServer:
         self._phase = phase
         if phase in _WORKING:
             self.timers.release()
+            self.services.release()
         else:
             self.timers.hold()
+            self.services.hold()
 
     @property
     def device(self) -> Device:
@@ -418,10 +420,14 @@ class DeviceServer:
                 return
         raise EnvironmentProblem("the client sends requests without end; stop the vCPUs before pausing the device")
 
-    async def _save(self, path: str, files: str | None = None, seconds: float = 30.0) -> dict[str, Any]:
+    async def _save(
+        self, path: str, files: str | None = None, seconds: float = 30.0, durable: bool = True
+    ) -> dict[str, Any]:
         """Write the state into a new file: if the client migrates the device, the one that it reads.
 
         `files`: the directory for copies of the providers' files. `seconds`: what the providers' callbacks may take.
+        `durable`: the file is on the disk when this answers, as it has to be unless it only lives for a while, or the
+        caller sees to that.
         """
         _check_seconds("save", seconds)
         given = self.driven.given if self.phase is Phase.DRIVEN else None
@@ -444,7 +450,12 @@ class DeviceServer:
             if wanted:
                 assert files is not None
                 sizes = await asyncio.to_thread(copy_files, wanted, Path(files))
-                self._require(Phase.PAUSED, "save")
+                try:
+                    self._require(Phase.PAUSED, "save")
+                except UsageError:  # resumed meanwhile: what was copied may be of no moment at all
+                    for name in sizes:
+                        (Path(files) / name).unlink(missing_ok=True)
+                    raise
             with bounded(seconds, "the providers to give their state"):
                 state = saved.save_device(self.description.name, self.config.snapshot(), self.device, self.providers)
             data = saved.encode(state)
@@ -456,7 +467,8 @@ class DeviceServer:
             with os.fdopen(fd, "wb") as file:
                 file.write(data)
                 file.flush()
-                os.fsync(file.fileno())
+                if durable:
+                    os.fsync(file.fileno())
         except OSError as error:
             with contextlib.suppress(OSError):
                 os.unlink(path)  # noqa: PTH108 - one call on a local file
@@ -469,6 +481,8 @@ class DeviceServer:
             "packets": {"queued": counts.queued, "sent": counts.sent},
             "completions_queued": counts.completions,
             "incoming_held": self._held_at_pause if given is None else self.driven.held,
+            "config": self.config.snapshot().hex(),
+            "description": msgspec.to_builtins(self.description),
             "seconds": time.monotonic() - started,
         }
 
@@ -775,8 +789,12 @@ class DeviceServer:
         ended.end()
         ended.device.memory.move_to(life.device.memory)
 
-    async def _restore_finish(self) -> dict[str, Any]:
-        """QEMU has loaded the guest and the PCI function is back: rebuild everything and run."""
+    async def _restore_finish(self, hold: bool = False) -> dict[str, Any]:
+        """QEMU has loaded the guest and the PCI function is back: rebuild everything and run.
+
+        `hold`: stand still until `resume`, as after a pause. Until then no provider does anything that another server,
+        with the same state, would do once more.
+        """
         self._require(Phase.RESTORING, "restore-finish")
         assert self._restore is not None
         started = time.monotonic()
@@ -794,8 +812,11 @@ class DeviceServer:
             before_start=self._life.activate,
         )
         self._restore = None
-        self.phase = Phase.RUNNING
-        self.device.thaw()
+        if hold:
+            self.phase = Phase.PAUSED
+        else:
+            self.phase = Phase.RUNNING
+            self.device.thaw()
         return {
             "packets": {"queued": restored.packets.queued, "sent": restored.packets.sent},
             "dropped": {"queued": restored.dropped.queued, "sent": restored.dropped.sent},

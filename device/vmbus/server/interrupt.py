@@ -9,15 +9,26 @@ import contextlib
 import signal
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from types import FrameType
 
 from vmbus.errors import WaitTimeout
 
+_CALLS = 4  # that the error names
 _AGAIN = 1.0  # seconds after which code that went on all the same is interrupted once more
 
 
 class _Interrupted(BaseException):
     """Not an Exception, so that a callback that catches those does not catch this one."""
+
+
+def _where(frame: FrameType | None) -> str:
+    """The innermost calls, the last one first."""
+    calls = []
+    while frame is not None and len(calls) < _CALLS:
+        calls.append(f"{frame.f_code.co_qualname} ({Path(frame.f_code.co_filename).name}:{frame.f_lineno})")
+        frame = frame.f_back
+    return ", called by ".join(calls) or "code that cannot be named"
 
 
 @contextlib.contextmanager
@@ -32,8 +43,7 @@ def bounded(seconds: float, what: str) -> Iterator[None]:
     def strike(_: int, frame: FrameType | None) -> None:
         nonlocal place
         if armed:
-            if frame is not None:
-                place = f"{frame.f_code.co_filename}:{frame.f_lineno} ({frame.f_code.co_qualname})"
+            place = place or _where(frame)
             raise _Interrupted
 
     before = signal.signal(signal.SIGALRM, strike)

@@ -38,6 +38,8 @@ class Services:
         self._closed = False
         self._finished: deque[_Job] = deque()
         self._owners: list[ProviderServices] = []
+        self._watching: list[ProviderServices] = []
+        self._held = False
         self._idle: list[tuple[asyncio.Future[None], ProviderServices | None]] = []
         self._watches.add_reader(self._event, self._take_finished)
         loop.add_reader(self._watches.fileno(), self.run_ready)
@@ -111,9 +113,31 @@ class Services:
     def watch(self, owner: ProviderServices, wanted: bool) -> None:
         """Whether the provider's descriptors are looked at."""
         if wanted:
+            self._watching.append(owner)
+        else:
+            self._watching.remove(owner)
+        if not self._held:
+            self._look(owner, wanted)
+
+    def _look(self, owner: ProviderServices, wanted: bool) -> None:
+        if wanted:
             self._watches.add_reader(owner.watches.fileno(), owner.poll)
         else:
             self._watches.remove_reader(owner.watches.fileno())
+
+    def hold(self) -> None:
+        """Look at no provider's descriptors until `release`. Repeating it does nothing."""
+        if not self._held:
+            for owner in self._watching:
+                self._look(owner, False)
+        self._held = True
+
+    def release(self) -> None:
+        """End `hold`. Repeating it does nothing."""
+        if self._held:
+            for owner in self._watching:
+                self._look(owner, True)
+        self._held = False
 
     def finished(self, job: _Job) -> None:
         """Called on the thread that did the work."""
