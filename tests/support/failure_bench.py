@@ -249,6 +249,7 @@ class Bench:
         self.disk = Disk(self.base)
         self.switch = self.root / "switch"
         self.log = self.root / "log"
+        self.socket = self.root / "d"  # where destinations wait
         self.log.touch()
         self.programs = programs(self.root)
         patch.setenv("XDG_RUNTIME_DIR", str(self.base))
@@ -455,6 +456,10 @@ class Bench:
 
     # --- save and checkpoint
 
+    @staticmethod
+    def absent(folder: Path) -> None:
+        assert not folder.exists(), "a snapshot is there that was not finished"
+
     def partial(self, folder: Path) -> list[Path]:
         return list(folder.parent.glob(f".{folder.name}.partial-*"))
 
@@ -520,7 +525,7 @@ class Bench:
             await open_snapshot(folder, self.programs)
             self.keep(folder)
         else:
-            assert not folder.exists()
+            self.absent(folder)
         return found
 
     def keep(self, folder: Path) -> None:
@@ -541,7 +546,7 @@ class Bench:
 
         setattr(vm, name, hooked)
         try:
-            reader, writer = await asyncio.open_unix_connection(str(vm.paths.supervisor))
+            _, writer = await asyncio.open_unix_connection(str(vm.paths.supervisor))
             asker.append(writer)
             writer.write(msgspec.json.encode({"command": name, "arguments": arguments}) + b"\n")
             async with asyncio.timeout(SOON):
@@ -563,7 +568,7 @@ class Bench:
             assert not list((self.root / "orphaned").glob("*.json"))
             shutil.rmtree(self.root / "orphaned")
             return Found()
-        assert not folder.exists()
+        self.absent(folder)
         for path in self.partial(folder):  # the kernel has let go of the dead owner's lock, so the next save removes it
             os.utime(path, (0, 0))
         SnapshotWriter.begin(folder).abort()
@@ -661,13 +666,13 @@ class Bench:
             await self.source()
         else:
             await self.end_source()
-        address = UnixAddress(str(self.root / "d"))
+        address = UnixAddress(str(self.socket))
         if cell.failure is Failure.LINK_CUT:
             async with Wire(self.root / "w", address) as wire:
                 found = await self._migration(cell, address, wire)
         else:
             found = await (self._migration(cell, address) if here else self._orphaned(cell, address))
-        Path(address.path).unlink(missing_ok=True)  # a dead owner's socket; who listens there next takes its place
+        self.socket.unlink(missing_ok=True)  # a dead owner's; who listens there next takes its place
         return found
 
     @contextlib.asynccontextmanager

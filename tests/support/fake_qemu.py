@@ -25,7 +25,6 @@ import sys
 import time
 from collections.abc import AsyncIterator
 from itertools import pairwise
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+import os
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -19,8 +22,13 @@ from support.failure_matrix import (
     Outcome,
     markdown,
 )
+from support.fake_qemu import running
+from vmbus.description import DeviceDescription, ProviderDescription
 from vmbus.qemu import machine, save
+from vmbus.qemu.command_line import Programs
+from vmbus.qemu.description import VmDescription
 from vmbus.qemu.moments import Moment
+from vmbus.qemu.process import Child, ProcessDied, RunDirectory
 
 pytestmark = pytest.mark.unit
 
@@ -60,3 +68,42 @@ def test_the_failure_matrix_in_the_docs_is_this_one() -> None:
         assert seconds == 30.0
     assert save.SAVE_TIMEOUT == 60.0
     assert "with 30 seconds and" in page and "after 60 seconds, waits for the server another 30 seconds" in page
+
+
+def test_failure_matrix_sees_a_vm_that_runs_twice() -> None:
+    """What the loopback cells find that out with."""
+    dead = subprocess.Popen(["true"])
+    log = f"{dead.pid} run\n{os.getpid()} run\n1 run\n1 stop\n"
+    dead.wait()
+    assert running(log) == {os.getpid()}  # the dead one cannot run, and the other has stopped
+    assert running(log + f"{os.getpid()} stop\n") == set()
+
+
+def test_failure_matrix_owner_lets_a_migration_end_that_does_not_need_the_dead(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The destination may have everything when the source's QEMU dies: then nobody else could run the VM."""
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    provider = ProviderDescription("echo", "echo", "00000000-0000-4000-8000-000000000001")
+    description = VmDescription("demo", DeviceDescription("vmbus0", [provider]))
+    programs = Programs(("qemu",), "11.1.3", "tcg", tmp_path, tmp_path)
+
+    async def body() -> None:
+        vm = machine.VirtualMachine(description, programs, RunDirectory.create("demo"))
+        try:
+            vm.server, vm.qemu = [
+                await Child.spawn(name, ["sleep", "60"], tmp_path / name) for name in ("server", "qemu")
+            ]
+            vm._begin("migrate")
+            waiting = asyncio.create_task(vm.wait_ended())
+            vm.qemu.process.kill()
+            await vm.qemu.exited
+            await asyncio.wait({waiting}, timeout=0.1)
+            assert not waiting.done(), "the migration would be torn down now"
+            vm._idle.set()
+            with pytest.raises(ProcessDied, match="SIGKILL"):
+                await asyncio.wait_for(waiting, 10)
+        finally:
+            await vm.kill()
+
+    asyncio.run(body())

@@ -24,7 +24,7 @@ class _Interrupted(BaseException):
 
 def _where(frame: FrameType | None) -> str:
     """The innermost calls, the last one first."""
-    calls = []
+    calls: list[str] = []
     while frame is not None and len(calls) < _CALLS:
         calls.append(f"{frame.f_code.co_qualname} ({Path(frame.f_code.co_filename).name}:{frame.f_lineno})")
         frame = frame.f_back
