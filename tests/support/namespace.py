@@ -74,6 +74,15 @@ class Namespace:
         self.programs.append(program)
         return program
 
+    def serve_files(self, directory: Path, port: int) -> subprocess.Popen[bytes]:
+        """A web server for a directory, here; the caller ends it."""
+        arguments = [str(port), "--bind", "0.0.0.0", "--directory", str(directory)]
+        return subprocess.Popen(
+            [sys.executable, "-c", _LAUNCHER, str(NAMESPACES / self.name), str(os.getpid()), "http.server", *arguments],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+
     def interfaces(self) -> list[str]:
         """Names of what is in it, `lo` excepted."""
 

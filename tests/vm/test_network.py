@@ -4,6 +4,7 @@ restores in fresh processes and a checkpoint. No connection drops, every byte is
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import os
 import signal
 import time
@@ -202,3 +203,72 @@ def test_network_survives_a_guest_driver_and_a_server_that_are_killed(
             await until(lambda: outside.interfaces() == [], "the interface to be gone")
 
     run(story())
+
+
+class Console:
+    """The shell on the guest's console."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.reader = reader
+        self.writer = writer
+        self.text = ""
+
+    @classmethod
+    async def open(cls, vm: VirtualMachine) -> Console:
+        return cls(*await asyncio.open_unix_connection(str(vm.paths.console)))
+
+    async def read_until(self, wanted: str, seconds: float = 60.0) -> str:
+        async def read() -> None:
+            while wanted not in self.text:
+                data = await self.reader.read(4096)
+                assert data, "the console is gone"
+                self.text += data.decode(errors="replace").replace("\r", "")
+
+        try:
+            await asyncio.wait_for(read(), seconds)
+        except TimeoutError:
+            raise WaitTimeout(f"{wanted!r} on the console, which shows {self.text[-1000:]!r}", seconds) from None
+        found, _, self.text = self.text.partition(wanted)
+        return found
+
+    def type(self, line: str) -> None:
+        self.writer.write(line.encode() + b"\n")
+
+
+def test_network_survives_a_checkpoint_under_ordinary_programs(
+    run: Run, programs: Programs, tmp_path: Path, outside: Namespace
+) -> None:
+    """busybox' ping and wget, typed on the guest's console."""
+    served = tmp_path / "served"
+    served.mkdir()
+    content = os.urandom(8 << 20)
+    (served / "file").write_bytes(content)
+
+    async def story() -> tuple[str, str]:
+        vm = await boot(described(outside), programs)
+        async with vm:
+            await vm.wait_ready()
+            console = await Console.open(vm)
+            # What is typed is echoed: the quotes keep it from being taken for the answer.
+            console.type(f"until ping -c 1 -W 1 {HOST} > /dev/null 2>&1; do sleep 0.1; done; echo 'the''re'")
+            await console.read_until("there")
+            console.type(f"ping -c 40 -i 0.1 {HOST}; echo 'pin''ged'")
+            await console.read_until("seq=5 ")
+            await vm.save(tmp_path / "one", live=True, keep=True)
+            pinged = await console.read_until("pinged")
+            console.type(f"wget -q -O - http://{HOST}:8000/file | sha256sum; echo 'go''t it'")
+            await asyncio.sleep(0.3)
+            await vm.save(tmp_path / "two", live=True, keep=True)
+            got = await console.read_until("got it")
+            console.writer.close()
+            return pinged, got
+
+    server = outside.serve_files(served, 8000)
+    try:
+        pinged, got = run(story())
+    finally:
+        server.kill()
+        server.wait()
+    print(pinged[-400:])
+    assert "40 packets transmitted, 40 packets received, 0% packet loss" in pinged
+    assert hashlib.sha256(content).hexdigest() in got, got
