@@ -192,6 +192,7 @@ class Model:
             case "pause":
                 assert not self.vcpus
                 self.phase = "paused"
+                return {"files": [] if self.disk is None else ["file.disk.image"]}
             case "resume":
                 assert self.phase == "paused"
                 self.phase = "running"

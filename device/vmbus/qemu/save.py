@@ -80,7 +80,7 @@ SAVE_TIMEOUT = 60.0
 """Seconds for the server to ask its providers for their state and to write it; the vCPUs stand meanwhile."""
 
 FILES_TIMEOUT = 600.0
-"""The same where the providers' files are copied too."""
+"""Seconds more for that where providers have files which are copied, too."""
 
 TAKE_BACK_TIMEOUT = 30.0
 """Seconds for which a device that runs on tries to take back what its providers gave up at the pause (locks). Whoever
@@ -478,17 +478,17 @@ class Capture:
 
     async def _save_device(self, stopped_at: float) -> Captured:
         """Barrier, pause and state, with the vCPUs stopped."""
-        if not self._driven:
-            await barrier(self._monitor, self._control, self._bar0)
-            await self._control.call("pause", timeout=PAUSE_TIMEOUT)
-        await self._at(Moment.SAVING)
         target = self._target
         arguments: dict[str, Any] = {"seconds": PROVIDERS_TIMEOUT, "durable": target.durable}
-        if target.files is not None:
-            arguments["files"] = str(target.files)
-        saved = await self._control.call(
-            "save", timeout=SAVE_TIMEOUT if target.files is None else FILES_TIMEOUT, path=str(target.state), **arguments
-        )
+        timeout = SAVE_TIMEOUT
+        if not self._driven:
+            await barrier(self._monitor, self._control, self._bar0)
+            paused = await self._control.call("pause", timeout=PAUSE_TIMEOUT)
+            if paused.get("files") and target.files is not None:
+                arguments["files"] = str(target.files)
+                timeout += FILES_TIMEOUT
+        await self._at(Moment.SAVING)
+        saved = await self._control.call("save", timeout=timeout, path=str(target.state), **arguments)
         packets = saved.get("packets", {})
         captured = Captured(
             stopped_at=stopped_at,

@@ -405,6 +405,7 @@ class DeviceServer:
             if self.phase is not Phase.PAUSING:
                 raise UsageError(_CALLED_OFF)
             self._life.deactivate()
+            files = sorted(wanted_files(self.providers))
             self.phase = Phase.PAUSED
         except TimeoutError:
             missing = {channel.name: channel.outstanding[:8] for channel in channels if channel.outstanding}
@@ -412,7 +413,8 @@ class DeviceServer:
         finally:
             if self.phase is Phase.PAUSING:
                 self.run_on()
-        return {"incoming_held": self._held_at_pause, "seconds": time.monotonic() - started}
+        # Whoever saves now has to allow for the time that the copies of these take.
+        return {"incoming_held": self._held_at_pause, "files": files, "seconds": time.monotonic() - started}
 
     def _drain(self) -> None:
         for _ in range(_DRAIN_LIMIT):
