@@ -45,6 +45,7 @@ from vmbus.snapshot.bundle import SnapshotWriter, open_snapshot
 TESTS = Path(__file__).resolve().parents[1]
 SECRET = secrets.token_bytes(32)
 SOON = 30.0
+_PREFIX = "vmbus-fm-"  # directories of benches; short, since sockets lie in them
 SOURCE_SIDE = (
     Moment.BEFORE_STREAM,
     Moment.RAM_COPY,
@@ -118,6 +119,15 @@ class Disk:
     def remove(self) -> None:
         _libc.umount2(bytes(self.path), 2)  # MNT_DETACH
         self.path.rmdir()
+
+
+def _clean_stale() -> None:
+    """Removes what a test run that was killed has left: the file system, above all."""
+    for path in Path("/tmp").glob(f"{_PREFIX}*"):
+        process = path.name.removeprefix(_PREFIX).partition("-")[0]
+        if not Path(f"/proc/{process}").exists():
+            _libc.umount2(bytes(path / "b"), 2)
+            shutil.rmtree(path, ignore_errors=True)
 
 
 class Wire:
@@ -243,7 +253,8 @@ class Bench:
     """See the module. `programs` may name the real QEMU, or one that stands in for it."""
 
     def __init__(self, programs: Callable[[Path], Programs], patch: pytest.MonkeyPatch) -> None:
-        self.root = Path("/tmp") / f"vmbus-fm-{secrets.token_hex(3)}"
+        _clean_stale()
+        self.root = Path("/tmp") / f"{_PREFIX}{os.getpid()}-{secrets.token_hex(2)}"
         self.root.mkdir(mode=0o700)
         self.base = self.root / "b"
         self.disk = Disk(self.base)
