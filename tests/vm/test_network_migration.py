@@ -1,0 +1,235 @@
+"""A guest with a network card moves to another host and back, while both hosts talk to it over TCP and ping.
+
+One network: a bridge in each host, the link between them a port of both. The guest's card becomes a port of the bridge
+of the host it is on, so its frames take another way after each move, which the switches have to learn.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import secrets
+import signal
+import sys
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+import vmbus
+import vmbus_guest
+from support import network_owner, vm_owner
+from support.streams import agree, good_ping
+from vmbus.errors import VmbusError, WaitTimeout
+from vmbus.qemu.command_line import Programs
+from vmbus.qemu.description import VmDescription, load_description
+from vmbus.qemu.process import Child, log_tail
+from vmbus.testbed.hosts import TEMPORARY, Forbidden, Host, TwoHosts
+
+pytestmark = [pytest.mark.vm, pytest.mark.timeout(300)]
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+SOCKET = TEMPORARY / "owner.sock"
+GUEST = "192.0.2.10"
+MAC = "02:00:00:00:00:0a"
+PORT = 4711
+SECRET = secrets.token_hex(32)
+STREAMS = 2
+IMPORT_PATH = os.pathsep.join(
+    str(Path(path).resolve().parents[1]) for path in (vmbus.__file__, vmbus_guest.__file__, vm_owner.__file__)
+)
+
+
+def described() -> VmDescription:
+    """The card of qemu_configs, as a port of a host's bridge."""
+    plain = msgspec.to_builtins(load_description(CHECKOUT / "qemu_configs" / "network.toml"))
+    plain["device"]["providers"][0]["options"] = {
+        "interface": "vmnet0",
+        "bridge": network_owner.BRIDGE,
+        "mac": MAC,
+        "guest_address": f"{GUEST}/24",
+    }
+    return msgspec.convert(plain, VmDescription)
+
+
+async def until(condition: Callable[[], Awaitable[bool]], timeout: float, what: str) -> None:
+    deadline = time.monotonic() + timeout
+    while not await condition():
+        if time.monotonic() > deadline:
+            raise WaitTimeout(what, timeout)
+        await asyncio.sleep(0.02)
+
+
+class Program:
+    """One of the guest's test drivers in a host."""
+
+    def __init__(self, child: Child) -> None:
+        self.child = child
+
+    def _lines(self) -> list[dict[str, Any]]:
+        whole = [line for line in self.child.log.read_text().split("\n")[:-1] if line.startswith("{")]
+        return [json.loads(line) for line in whole]
+
+    def progress(self) -> dict[str, Any]:
+        found = [line for line in self._lines() if line["event"] == "progress"]
+        return found[-1] if found else {}
+
+    def stop(self) -> None:
+        os.killpg(self.child.pid, signal.SIGTERM)
+
+    async def result(self) -> dict[str, Any]:
+        await asyncio.wait({self.child.exited}, timeout=60)
+        results = [line["result"] for line in self._lines() if line["event"] == "result"]
+        assert results, log_tail(self.child.log, 20)
+        return dict(results[0])
+
+
+class Place:
+    """A host and its owner."""
+
+    def __init__(self, host: Host, owner: Child) -> None:
+        self.host = host
+        self.owner = owner
+        self.address = f"tcp:{host.address}:{PORT}"
+
+    async def ask(self, command: str, /, **arguments: Any) -> dict[str, Any]:
+        return await self.owner.guard(self._ask(command, arguments), f"host {self.host.name} to {command}", 120.0)
+
+    async def _ask(self, command: str, arguments: dict[str, Any]) -> dict[str, Any]:
+        path = str(self.host.path(SOCKET))
+        reader, writer = await asyncio.open_unix_connection(path, limit=vm_owner.LINE_LIMIT)
+        try:
+            writer.write(json.dumps({"command": command, **arguments}).encode() + b"\n")
+            line = await reader.readline()
+        finally:
+            writer.close()
+        answer = json.loads(line) if line else {"error": log_tail(self.owner.log, 40)}
+        if "error" in answer:
+            raise VmbusError(f"host {self.host.name}: {command}: {answer['error']}")
+        return dict(answer["result"])
+
+    async def agent(self, name: str, /, **arguments: Any) -> dict[str, Any]:
+        return await self.ask("agent", name=name, arguments=arguments, timeout=70.0)
+
+    async def start(self, driver: str, **parameters: Any) -> Program:
+        words = [sys.executable, "-m", "vmbus_guest.testdrivers", driver, "--parameters", json.dumps(parameters)]
+        return Program(await self.host.spawn(driver, words, environment={"PYTHONPATH": IMPORT_PATH}))
+
+    async def port_of_the_guest(self) -> str:
+        """Which of the bridge's ports leads to the guest, as far as it knows."""
+        return str((await self.ask("stations"))["stations"].get(MAC, ""))
+
+
+@asynccontextmanager
+async def places(programs: Programs) -> AsyncIterator[tuple[Place, Place]]:
+    """Two hosts on one network. Raises Forbidden."""
+    async with await TwoHosts.create(keep=[programs.kernel, programs.initramfs]) as hosts:
+        found = []
+        words = msgspec.json.encode(programs, enc_hook=str).decode()
+        for host in hosts.hosts:
+            owner = await host.spawn(
+                "the owner",
+                [sys.executable, "-m", "support.network_owner", str(SOCKET), words, host.address],
+                environment={"PYTHONPATH": IMPORT_PATH},
+            )
+
+            async def said(owner: Child = owner) -> bool:
+                text = owner.log.read_text()
+                if network_owner.REFUSED in text:
+                    raise Forbidden(f"{text.strip()}; it needs root's rights")
+                return vm_owner.READY in text
+
+            await until(said, 30, "the owner to listen")
+            found.append(Place(host, owner))
+        try:
+            yield found[0], found[1]
+        except BaseException:
+            for place in found:
+                print(f"--- {place.host.name}\n{log_tail(place.owner.log, 60)}")
+            raise
+
+
+async def move(source: Place, target: Place) -> dict[str, Any]:
+    arrival = asyncio.create_task(target.ask("receive", address=target.address, secret=SECRET))
+
+    async def listens() -> bool:
+        if arrival.done():
+            arrival.result()
+        return bool((await target.ask("listens", port=PORT))["listens"])
+
+    try:
+        await until(listens, 30, f"host {target.host.name} to listen")
+        report = await source.ask("migrate", address=target.address, secret=SECRET)
+        await arrival
+    finally:
+        arrival.cancel()
+    print(f"{source.host.name} to {target.host.name}: downtime {report['downtime']:.3f} s")
+    return report
+
+
+def test_network_survives_live_migration_there_and_back(programs: Programs) -> None:
+    async def story() -> None:
+        async with places(programs) as (a, b):
+            await a.ask("launch", description=msgspec.to_builtins(described()))
+            jobs = []
+            for index, _ in enumerate((a, b)):
+                started = await a.agent(
+                    "start", driver="transfer", parameters={"streams": STREAMS, "port": 5001 + index}
+                )
+                jobs.append(int(started["job"]))
+            pinging = await a.agent("start", driver="ping", parameters={"host": b.host.address, "count": 0})
+            clients = [
+                await place.start("transfer", mode="connect", host=GUEST, port=5001 + index, streams=STREAMS)
+                for index, place in enumerate((a, b))
+            ]
+            pings = [await place.start("ping", host=GUEST, count=0) for place in (a, b)]
+
+            async def moved(more: int = 1 << 19) -> None:
+                for client in clients:
+                    before = client.progress().get("slowest", 0)
+
+                    async def enough(client: Program = client, before: int = before) -> bool:
+                        now = client.progress()
+                        return now.get("slowest", 0) >= before + more and now["streams"] == STREAMS
+
+                    await until(enough, 60, f"bytes on every stream: {client.progress()}")
+
+            await moved()
+            here, there = a, b
+            for _ in range(2):
+                assert await here.port_of_the_guest() == "vmnet0"
+                assert await there.port_of_the_guest() == network_owner.LINK
+                await move(here, there)
+                here, there = there, here
+                await moved()
+            assert here is a and await a.port_of_the_guest() == "vmnet0"
+            state = (await a.ask("device"))["providers"]["network"]
+            print(f"the card: {state}")
+            assert state["announced"] >= 4 and state["refused"] == 0
+            for program in (*clients, *pings):
+                program.stop()
+            await a.agent("stop", job=int(pinging["job"]))
+            for place, client, job in zip((a, b), clients, jobs, strict=True):
+                report = await a.agent("wait", job=job)
+                assert report["state"] == "finished", report
+                print(f"host {place.host.name}:", end=" ")
+                agree(await client.result(), dict(report["result"]))
+            for place, ping in zip((a, b), pings, strict=True):
+                print(f"ping from host {place.host.name}: {good_ping(await ping.result())}")
+            report = await a.agent("wait", job=int(pinging["job"]))
+            print(f"ping from the guest: {good_ping(dict(report['result']))}")
+            await a.ask("kill")
+
+    async def bounded() -> None:
+        async with asyncio.timeout(280):
+            await story()
+
+    try:
+        asyncio.run(bounded())
+    except Forbidden as error:
+        pytest.skip(str(error))
