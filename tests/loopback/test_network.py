@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -21,7 +22,7 @@ from support.streams import agree
 from vmbus.errors import EnvironmentProblem, UsageError
 from vmbus.kmcl.packet import Packet
 from vmbus.loopback.harness import LoopbackServer, describe
-from vmbus.providers.network.interface import NAMESPACES, Port, Settings, in_namespace, open_port
+from vmbus.providers.network.interface import NAMESPACES, Port, Settings, in_namespace, open_port, set_mtu
 from vmbus.providers.network.veth import open_veth
 from vmbus.tap import Tap
 from vmbus.vfio_user.library import Library
@@ -314,7 +315,7 @@ def test_an_interface_that_somebody_removes(libvfio_user: Library, outside: Name
 # ---- hostile guests --------------------------------------------------------------------------------------------------
 
 
-def test_a_hostile_guest_harms_only_itself(libvfio_user: Library, outside: Namespace) -> None:
+def test_network_survives_a_hostile_guest(libvfio_user: Library, outside: Namespace) -> None:
     options = {**OPTIONS, "namespace": outside.name, "queues": 2, "window_kib": 64}
     with LoopbackServer(describe("network", network=options), libvfio_user) as server:
         with VmbusDriver(server.function()) as driver:
@@ -375,3 +376,75 @@ def test_a_hostile_guest_harms_only_itself(libvfio_user: Library, outside: Names
             channel = driver.client_channel(NETWORK_TYPE, ring_pages_in=32, ring_pages_out=32)
             channel.set_process_packet_callbacks(lambda _, completion, payload: completion.complete())
             driver.enable(channel)
+
+
+def test_mtus_without_end_are_one_change_at_a_time(
+    libvfio_user: Library, outside: Namespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A guest says HELLO faster than an interface can be changed: a pause waits for no more than two changes."""
+    asked: list[int] = []
+    go = threading.Event()
+
+    def slowly(settings: Settings, mtu: int) -> None:
+        asked.append(mtu)
+        assert go.wait(10)
+        set_mtu(settings, mtu)
+
+    monkeypatch.setattr("vmbus.providers.network.provider.set_mtu", slowly)
+    description = describe("network", network={**OPTIONS, "namespace": outside.name})
+    with LoopbackServer(description, libvfio_user) as server, VmbusDriver(server.function()) as driver:
+        channel = driver.client_channel(NETWORK_TYPE, ring_pages_in=32, ring_pages_out=32)
+        channel.set_process_packet_callbacks(lambda _, completion, payload: completion.complete())
+        driver.enable(channel)
+        answers: list[bytes] = []
+        for number in range(201):
+            packet: Packet = channel.allocate_packet()
+            packet.completion_routine = lambda packet, _, reply: answers.append(reply)
+            packet.send(Hello(mtu=1000 + number).pack())
+        driver.run_until(lambda: len(answers) == 201, 10, "answers")
+        assert asked == [1000]
+        go.set()
+        server.command("pause", seconds=5.0)
+        assert asked == [1000, 1200]
+        server.command("resume")
+        (mtu,) = outside.configure(
+            lambda link: [one.get_attr("IFLA_MTU") for one in link.get_links(*link.link_lookup(ifname="host0"))]
+        )
+        assert mtu == 1200
+
+
+def test_it_is_announced_where_it_runs_and_not_before(
+    libvfio_user: Library, outside: Namespace, inside: Namespace
+) -> None:
+    """A destination that has everything, but still waits for the decision, draws no frames to itself."""
+    description = describe("network", network={**OPTIONS, "namespace": outside.name})
+
+    def announcements(listener: socket.socket) -> int:
+        count = 0
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                count += listener.recv(2048)[6:14] == MAC + b"\x80\x35"
+        return count
+
+    # On all interfaces of the namespace, those to come included.
+    listener = in_namespace(
+        outside.name, lambda: socket.socket(socket.AF_PACKET, socket.SOCK_RAW | socket.SOCK_NONBLOCK, socket.htons(3))
+    )
+    with listener, LoopbackServer(description, libvfio_user) as source:
+        driver = VmbusDriver(source.function())
+        channel = driver.client_channel(NETWORK_TYPE, ring_pages_in=32, ring_pages_out=32)
+        driver.enable(channel)
+        channel.allocate_packet().send(Hello().pack())
+        until(lambda: (driver.step(0.001), status(source)["guest"])[1], "the card to have a guest")
+        state = source.save()
+        config = bytes.fromhex(source.command("pci")["config"])
+        assert outside.interfaces() == []
+        with LoopbackServer(description, libvfio_user, restore=state) as destination:
+            driver.function.reconnect(destination.socket_path, config)
+            destination.command("restore-finish", hold=True)
+            assert outside.interfaces() == ["host0"]
+            time.sleep(0.05)  # nothing shall happen meanwhile
+            assert announcements(listener) == 0 and status(destination)["announced"] == 0
+            destination.command("resume")
+            until(lambda: announcements(listener), "the announcement")
+            driver.close(graceful=False)

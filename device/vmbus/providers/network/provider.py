@@ -50,8 +50,8 @@ FRAMES_PER_TURN = 64
 """Frames read from the interface before others on the loop get their turn."""
 DRAIN_BYTES = 4 << 20
 """At a pause, most bytes of frames taken out of the interface, to travel with the state."""
-ANNOUNCE_AFTER = (0.1, 0.3, 0.6, 1.2)
-"""Seconds after the device has begun to run here in which the guest's address is announced once more."""
+ANNOUNCE_AFTER = (0.01, 0.1, 0.3, 0.6, 1.2)
+"""Seconds after the interface was made in which the guest's address is announced; not before the device runs here."""
 
 _Interface = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,14}$")]
 _COUNTERS = ("to_guest", "to_host", "bytes_to_host", "refused", "no_link", "not_taken", "drained", "announced")
@@ -136,6 +136,8 @@ class NetworkProvider(Provider):
         self._carrier = False  # whether the interface has a link
         self._reading = False
         self._announcements: list[Timer] = []
+        self._mtu_wanted = 0
+        self._mtu_changing = False
         self._lost_reason = ""
         self.queues = [self._make_queue(0)]
 
@@ -188,7 +190,8 @@ class NetworkProvider(Provider):
                 ) from error
         self._update()
         if self._agreed is not None:
-            self._announce()
+            # By timers, which stand still until the device runs: a destination that has everything, but may still be
+            # discarded, must not draw the guest's frames to itself.
             for seconds in ANNOUNCE_AFTER:
                 self._announcements.append(self.host.call_later(seconds, self._announce))
 
@@ -397,10 +400,20 @@ class NetworkProvider(Provider):
         self._update()
 
     def _change_mtu(self, mtu: int) -> None:
+        """Bring the interface's MTU to this. One change at a time: a guest may say HELLO faster than they are made, and
+        a pause waits for those under way."""
+        self._mtu_wanted = mtu
+        if self._mtu_changing:
+            return
+
         def done(_: None, error: BaseException | None) -> None:
+            self._mtu_changing = False
             if error is not None:
                 log.error("network %s: %s", self.name, error)
+            if self._mtu_wanted != mtu and self.port is not None:
+                self._change_mtu(self._mtu_wanted)
 
+        self._mtu_changing = True
         self.host.run_blocking(partial(set_mtu, self.settings, mtu), done)
 
     def _use_queues(self, count: int) -> Status:
