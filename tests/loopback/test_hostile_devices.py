@@ -1,0 +1,378 @@
+"""Hostile guests of the devices that people use: bad GPADLs for their buffers, and a guest that goes on with nonsense
+while the device is saved. Each harms its own channel at most, and no save."""
+
+from __future__ import annotations
+
+import random
+import struct
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+from uuid import UUID
+
+import pytest
+
+from support.namespace import Namespace, NotPermitted, namespace
+from vmbus import state as saved
+from vmbus.bus.server import REFUSED
+from vmbus.kmcl.channel import Channel
+from vmbus.kmcl.client import ClientChannel
+from vmbus.kmcl.completion import Completion
+from vmbus.kmcl.pipe import frame, unframe
+from vmbus.kmcl.settings import FLAG_IS_PIPE
+from vmbus.kmcl.states import ChannelState
+from vmbus.loopback.harness import LoopbackServer, describe
+from vmbus.vfio_user.library import Library
+from vmbus.wire import block, ic, network
+from vmbus.wire.gpa import range_for
+from vmbus_guest.driver import VmbusDriver
+
+pytestmark = pytest.mark.loopback
+
+PAGE = 4096
+MIB = 1 << 20
+SIZE = 2 * MIB
+NOWHERE = 0x7_0000_0000
+READ_ONLY = 0x9_0000_0000
+KEPT = b"what nonsense must not change..." * 128
+"""The disk's first page."""
+
+
+class Kind(NamedTuple):
+    """One of the devices: the channel's type, and pages of each of its rings."""
+
+    interface_type: UUID
+    ring_pages: int
+
+
+KINDS = {
+    "network_survives": Kind(network.NETWORK_TYPE, 32),
+    "block_survives": Kind(block.BLOCK_TYPE, 4),
+    "integration_service": Kind(ic.HEARTBEAT.interface_type, 4),
+}
+
+
+@pytest.fixture
+def outside() -> Iterator[Namespace]:
+    try:
+        with namespace() as found:
+            yield found
+            assert found.interfaces() == [], "an interface outlives its device"
+    except NotPermitted as error:
+        pytest.skip(str(error))
+
+
+class Device:
+    """How the device is described: all three kinds on one."""
+
+    def __init__(self, outside: Namespace, disks: Path, library: Library) -> None:
+        self.library = library
+        self.image = disks / "disk.img"
+        self.description = describe(
+            "network",
+            "block",
+            "integration",
+            network={"interface": "host0", "namespace": outside.name, "queues": 2, "address": "192.0.2.1/24"},
+            block={"image": self.image.name, "size_mib": SIZE // MIB, "create": True},
+            integration={"heartbeat_seconds": 0.02, "services": ["heartbeat", "kvp"]},
+        )
+
+    def serve(self, **more: Any) -> LoopbackServer:
+        return LoopbackServer(self.description, self.library, **more)
+
+
+@pytest.fixture
+def device(outside: Namespace, libvfio_user: Library, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Device:
+    monkeypatch.setenv("VMBUS_DISKS", str(tmp_path / "disks"))
+    return Device(outside, tmp_path / "disks", libvfio_user)
+
+
+def settle(driver: VmbusDriver) -> None:
+    """Let the server handle all that was said, and hear the answers."""
+    driver.function.barrier()
+    while driver.step(0.0):
+        driver.function.barrier()
+
+
+def ask(driver: VmbusDriver, channel: ClientChannel, message: bytes, **more: Any) -> bytes:
+    replies: list[bytes] = []
+    packet = channel.allocate_packet()
+    packet.completion_routine = lambda packet, status, reply: replies.append(reply)
+    packet.send(message, **more)
+    driver.run_until(lambda: bool(replies), 10, "an answer")
+    return replies[0]
+
+
+def serves(driver: VmbusDriver, name: str) -> None:
+    """A fresh channel of this kind does its work."""
+    kind = KINDS[name]
+    beats: list[ic.Message] = []
+
+    def take(channel: Channel, completion: Completion, payload: bytes) -> None:
+        if kind.interface_type == ic.HEARTBEAT.interface_type:
+            beats.append(ic.parse(unframe(payload)))
+        completion.complete()
+
+    channel = driver.client_channel(
+        kind.interface_type, ring_pages_in=kind.ring_pages, ring_pages_out=kind.ring_pages, name=name
+    )
+    if name == "integration_service":
+        channel.set_flags(FLAG_IS_PIPE)
+    channel.set_process_packet_callbacks(take)
+    driver.enable(channel)
+    if name == "integration_service":
+        driver.run_until(lambda: bool(beats), 10, "the host to negotiate versions")
+    elif name == "block_survives":
+        assert block.parse_disk(ask(driver, channel, block.Hello().pack())) is not None
+        memory = driver.allocate(PAGE)
+        for op, offset in ((block.Op.WRITE, MIB), (block.Op.READ, 0)):
+            request = block.Request(op, 0, offset, PAGE).pack()
+            assert block.parse_status(ask(driver, channel, request, external=[(memory.iova, PAGE)])) == block.Status.OK
+        intact = bytes(memory.view) == KEPT
+        assert intact, "the disk holds other bytes than were written"
+        driver.free(memory)
+    else:
+        nic = network.parse_nic(ask(driver, channel, network.Hello().pack()))
+        assert nic is not None
+        sound = bytes(10) + b"\xff" * 6 + nic.mac + b"\x88\xb5" + bytes(46)
+        assert network.parse_status(ask(driver, channel, network.pack_frames([sound]))) == network.Status.OK
+    driver.close_channel(channel)
+
+
+def write_kept(driver: VmbusDriver) -> None:
+    channel = driver.client_channel(block.BLOCK_TYPE, ring_pages_in=4, ring_pages_out=4)
+    driver.enable(channel)
+    ask(driver, channel, block.Hello().pack())
+    memory = driver.allocate(PAGE)
+    memory.view[:] = KEPT
+    request = block.Request(block.Op.WRITE, 0, 0, PAGE).pack()
+    assert block.parse_status(ask(driver, channel, request, external=[(memory.iova, PAGE)])) == block.Status.OK
+    driver.close_channel(channel)
+    driver.free(memory)
+
+
+# ---- buffers ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_bad_gpadls_for_its_buffers(device: Device, name: str) -> None:
+    with device.serve() as server:
+        driver = VmbusDriver(server.function())
+        write_kept(driver)
+        offers = driver.bus.offers
+        relid = next(one.relid for one in offers.values() if one.interface_type == KINDS[name].interface_type)
+        other = next(one.relid for one in offers.values() if one.relid != relid)
+        pages = 2 * (KINDS[name].ring_pages + 1)
+        half = pages // 2
+        good = driver.allocate(pages * PAGE)
+        driver.function.map(READ_ONLY, pages * PAGE, good.file_pages[0] * PAGE, writable=False)
+
+        def opened(gpadl: int, split: int) -> bool:
+            settle(driver)
+            if driver.bus.created.get(gpadl, 0) == REFUSED:
+                return False
+            driver.bus.open_channel(relid, gpadl, split)
+            settle(driver)
+            return driver.bus.open_results[relid] == 0
+
+        whole = range_for(good.iova, good.size)
+        for ranges, split, what in (
+            ([range_for(NOWHERE, good.size)], half, "memory that is not there"),
+            ([range_for(good.iova, 4 * PAGE), range_for(NOWHERE, good.size - 4 * PAGE)], half, "partly not there"),
+            ([range_for(READ_ONLY, good.size)], half, "memory that may not be written to"),
+            ([range_for(good.iova + 8, good.size - 16)], half, "not whole pages"),
+            ([range_for(good.iova, PAGE)], 1, "no room for two rings"),
+            ([whole], 0, "no room for the ring to the host"),
+            ([whole], pages, "no room for the ring to the guest"),
+            ([whole], 0xFFFF_FFFF, "a ring beyond all memory"),
+        ):
+            assert not opened(driver.bus.create_gpadl(relid, ranges), split), what
+        foreign = driver.bus.create_gpadl(other, [whole])
+        assert not opened(foreign, half), "lent to another channel"
+        assert not opened(0xABCDE, half), "a GPADL that was never made"
+        # The good one opens it. Taken back under the open channel it costs the channel, which is offered anew.
+        ours = driver.bus.create_gpadl(relid, [whole])
+        assert opened(ours, half)
+        withdrawn = len(driver.rescinded)
+        driver.bus.teardown_gpadl(relid, ours)
+        settle(driver)
+        assert ours in driver.bus.torndown and len(driver.rescinded) == withdrawn + 1
+        for one in KINDS:
+            serves(driver, one)
+        driver.close(graceful=False)
+
+
+# ---- while a save is in progress -------------------------------------------------------------------------------------
+
+
+class Hostile:
+    """A guest that asks for nonsense on all channels, without end, on a thread of its own.
+
+    What would change the disk's first half is left out; of the rest nothing is sacred. Attributes: said: messages so
+    far. trouble: what ended the thread.
+    """
+
+    def __init__(self, driver: VmbusDriver, seed: int) -> None:
+        self.driver = driver
+        self.choose = random.Random(seed)
+        self.said = 0
+        self.reopened = 0
+        self.trouble: list[BaseException] = []
+        self.memory = driver.allocate(64 * PAGE)
+        self._end = threading.Event()
+        self._held: list[Completion] = []
+        self._channels: dict[str, ClientChannel] = {}
+        for name, kind in KINDS.items():
+            channel = driver.client_channel(
+                kind.interface_type, ring_pages_in=kind.ring_pages, ring_pages_out=kind.ring_pages, name=name
+            )
+            if name == "integration_service":
+                channel.set_flags(FLAG_IS_PIPE)
+            channel.set_process_packet_callbacks(self._take)
+            driver.enable(channel)
+            self._channels[name] = channel
+        driver.on_rescind = lambda channel: channel.enable()
+        self._start()
+
+    def _start(self) -> None:
+        self._end.clear()
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+
+    def go_on(self) -> None:
+        """After `halt`."""
+        self._start()
+
+    def halt(self) -> None:
+        """Leave everything as it is at this moment."""
+        self._end.set()
+        self._thread.join(20)
+        assert not self._thread.is_alive()
+        assert not self.trouble, self.trouble
+
+    def _take(self, channel: Channel, completion: Completion, payload: bytes) -> None:
+        if self.choose.random() < 0.5 or len(self._held) > 50:
+            completion.complete(self.choose.randbytes(self.choose.choice([0, 8, 2000])))
+        else:
+            self._held.append(completion)
+
+    def _run(self) -> None:
+        try:
+            while not self._end.is_set():
+                for name, channel in self._channels.items():
+                    if channel.state is not ChannelState.ACTIVE:
+                        continue
+                    if channel.packets_sent < 50:
+                        self.said += 1
+                        getattr(self, name)(channel)
+                if self.choose.random() < 0.01 and self._held:
+                    self._held.clear()  # never answered
+                self.driver.step(0.001)
+        except BaseException as error:
+            self.trouble.append(error)
+
+    def _send(self, channel: ClientChannel, message: bytes, **more: Any) -> None:
+        packet = channel.allocate_packet()
+        packet.completion_routine = lambda packet, *_: packet.free()
+        packet.send(message, **more)
+
+    def network_survives(self, channel: ClientChannel) -> None:
+        choose = self.choose
+        sound = bytes(10) + b"\xff" * 6 + choose.randbytes(6) + b"\x88\xb5" + bytes(46)
+        self._send(
+            channel,
+            choose.choice(
+                (
+                    network.Hello(mtu=choose.choice([0, 20, 68, 1000, 1400, 0xFFFF_FFFF]), queues=2).pack(),
+                    network.Queues(choose.choice([0, 1, 2, 0xFFFF_FFFF])).pack(),
+                    network.pack_frames([sound] * choose.randint(1, 20)),
+                    network.pack_frames([sound + bytes(60000)]),
+                    network.pack_frames([struct.pack("<BBHHHH", 1, 1, 65535, 1, 65535, 65535) + sound[10:]]),
+                    struct.pack("<III", 3, choose.randrange(300), 0xFFFF_FFF0) + bytes(64),
+                    choose.randbytes(choose.randrange(200)),
+                )
+            ),
+        )
+
+    def block_survives(self, channel: ClientChannel) -> None:
+        choose = self.choose
+        op = choose.choice([*block.Op, 0, 7, 0xFFFF_FFFF])
+        offset = choose.choice([0, 511, PAGE, MIB, SIZE - 512, SIZE, 1 << 40, (1 << 64) - 512])
+        length = choose.choice([0, 1, 512, PAGE, MIB, SIZE, 1 << 32, (1 << 64) - 512])
+        if op in (block.Op.WRITE, block.Op.DISCARD, block.Op.WRITE_ZEROES) and offset < MIB:
+            offset += MIB
+        external = choose.choice(
+            (
+                None,
+                [(self.memory.iova, length % (64 * PAGE))] if length % (64 * PAGE) else None,
+                [(self.memory.iova, PAGE)],
+                [(NOWHERE, PAGE)],
+                [((1 << 64) - PAGE, PAGE)],
+            )
+        )
+        message = block.Request(op, choose.choice([0, 1, 2, 0xFFFF_FFFF]), offset, length).pack()
+        if choose.random() < 0.1:
+            message, external = block.Hello().pack(), None
+        self._send(channel, message[: choose.choice([24, 24, 24, 8])], external=external)
+
+    def integration_service(self, channel: ClientChannel) -> None:
+        choose = self.choose
+        if choose.random() < 0.9:
+            kind = choose.choice([ic.MessageType.HEARTBEAT, ic.MessageType.SHUTDOWN])
+            data = frame(ic.Message(kind, b"", transaction=choose.randrange(1, 256), flags=5).pack())
+        else:
+            data = frame(b"\xff" * choose.randrange(100))  # it costs the channel
+            self.reopened += 1
+        channel.allocate_packet().send(data, wait_for_completion=False)
+
+
+def test_nonsense_while_a_save_is_in_progress(device: Device, tmp_path: Path) -> None:
+    """Fifteen saves of a device whose guest does not stop, then a restore of the last one, where it goes on."""
+    server = device.serve()
+    try:
+        function = server.function()
+        driver = VmbusDriver(function)
+        write_kept(driver)
+        hostile = Hostile(driver, 5)
+        held = 0
+        for number in range(15):
+            said = hostile.said
+            deadline = time.monotonic() + 20
+            while hostile.said < said + 50 and not hostile.trouble:
+                assert time.monotonic() < deadline, "the guest says nothing"
+                time.sleep(0.001)
+            directory = tmp_path / f"save-{number}"
+            directory.mkdir()
+            held += server.command("pause", seconds=10.0)["incoming_held"]
+            if number == 14:
+                hostile.halt()
+            server.command("save", path=str(directory / "state"), files=str(directory))
+            assert (directory / "file.block.disk").read_bytes()[:PAGE] == KEPT
+            state = saved.decode((directory / "state").read_bytes())
+            if number < 14:
+                server.command("resume")
+        config = bytes.fromhex(server.command("pci")["config"])
+        server.stop()
+        server = device.serve(restore=state, files=directory)
+        function.reconnect(server.socket_path, config)
+        server.command("restore-finish")
+        said = hostile.said
+        hostile.go_on()
+        deadline = time.monotonic() + 20
+        while hostile.said < said + 500 and not hostile.trouble:
+            assert time.monotonic() < deadline, "the guest says nothing"
+            time.sleep(0.001)
+        hostile.halt()
+        print(f"{hostile.said} messages, {held} of them held at a save; {len(driver.rescinded)} channels lost")
+        status = server.command("status")["providers"]
+        assert status["network"]["refused"] > 0 and status["block"]["errors"] == 0
+        driver.close(graceful=False)
+        again = VmbusDriver(server.function())
+        for one in KINDS:
+            serves(again, one)
+        again.close(graceful=False)
+    finally:
+        server.stop()
+    assert device.image.read_bytes()[:PAGE] == KEPT
