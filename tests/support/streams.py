@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+reports: list[str] = []
+"""What each pair of ends of streams has come to, for the summary of a test run."""
+
 
 def agree(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
     """Both ends of the streams saw no connection drop and agree about every byte."""
@@ -14,11 +17,13 @@ def agree(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
         assert one["stream"] == other["stream"]
         assert (one["sent"], one["sent_crc"]) == (other["received"], other["received_crc"]), (one, other)
         assert (one["received"], one["received_crc"]) == (other["sent"], other["sent_crc"]), (one, other)
-    print(
+    report = (
         f"{ours['streams']} streams: {ours['sent'] / 1e6:.1f} MB to the guest, {ours['received'] / 1e6:.1f} MB from it "
         f"in {ours['seconds']:.1f} s; segments sent again: {ours['retransmissions']} by the host, "
         f"{theirs['retransmissions']} by the guest; longest silence of a stream {ours['longest_gap']:.2f} s"
     )
+    reports.append(report)
+    print(report)
 
 
 def good_ping(result: dict[str, Any]) -> str:

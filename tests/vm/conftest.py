@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from support import boot
+from support import boot, streams
 from vmbus.provision import provision
 from vmbus.qemu.command_line import Programs, programs_from
 from vmbus.qemu.description import VmDescription, load_description
@@ -73,3 +73,5 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
         terminalreporter.line(
             f"{len(boot.seconds)} guests were saved and restored right after their boot, in {sum(boot.seconds):.1f} s"
         )
+    for report in streams.reports:
+        terminalreporter.line(f"TCP through all of this: {report}")

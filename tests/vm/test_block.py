@@ -10,6 +10,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable, Coroutine
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import pytest
 
 from support import slow_disk
 from support.boot import boot
+from support.locks import in_use
 from vmbus.errors import EnvironmentProblem, VmbusError, WaitTimeout
 from vmbus.migration.address import parse_address
 from vmbus.migration.channel import listen
@@ -298,6 +300,12 @@ def test_block_survives_a_live_migration_with_a_shared_image(
     run: Run, programs: Programs, tmp_path: Path, disks: Path
 ) -> None:
     """There and back; in between one that fails when the destination has the lock. Without sharing it is refused."""
+    seen: list[tuple[str, bool, bool]] = []
+
+    async def look(vm: VirtualMachine, now: Moment) -> None:
+        """Who has the image: the source by its own word, anybody by the kernel's."""
+        if now in (Moment.RAM_COPY, Moment.WRITING, Moment.BEFORE_GO, Moment.AFTER_GO):
+            seen.append((now.name, bool((await disk(vm))["locked"]), in_use(disks / "disk.img")))
 
     async def fail(now: Moment) -> None:
         if now is Moment.BEFORE_GO:
@@ -320,8 +328,9 @@ def test_block_survives_a_live_migration_with_a_shared_image(
             for _ in range(2):
                 with pytest.raises(MigrateFailed, match=r"on purpose.*the VM runs on"):
                     await move(vm, fail)
+                assert (await disk(vm))["locked"]
                 await more(vm, job)
-                there = await move(vm)
+                there = await move(vm, partial(look, vm))
                 assert vm.ended and (await disk(there))["locked"]
                 vm = there
                 await more(vm, job)
@@ -337,7 +346,15 @@ def test_block_survives_a_live_migration_with_a_shared_image(
 
     result, refusal = run(story())
     print(refusal)
+    print(seen)
     clean(result, 500)
+    # Who has it: the source while it runs, then nobody, and the destination before the decision that it may run.
+    assert list(dict.fromkeys(seen)) == [
+        ("RAM_COPY", True, True),
+        ("WRITING", False, False),
+        ("BEFORE_GO", False, True),
+        ("AFTER_GO", False, True),
+    ]
     assert [path.name for path in disks.iterdir()] == ["disk.img"]
 
 
