@@ -22,7 +22,7 @@ from vmbus.providers.block import BlockProvider
 from vmbus.providers.block.backend import Backend
 from vmbus.providers.block.image import Image
 from vmbus.vfio_user.library import Library
-from vmbus.wire.block import Disk
+from vmbus.wire.block import Disk, Feature
 from vmbus_guest import nbd
 from vmbus_guest.services.block import BlockService
 from vmbus_guest.testdrivers import CATALOGUE
@@ -229,6 +229,28 @@ def test_errors_reach_the_kernel(server: LoopbackServer, monkeypatch: pytest.Mon
     assert kernel.wait(kernel.write(0, bytes(3 * MIB))) == [(errno.EIO, b"")]
     assert kernel.wait(kernel.write(0, bytes(3 * MIB))) == [(0, b"")]
     assert run.stop()["errors"] == 3
+
+
+def test_a_read_only_disk(libvfio_user: Library, monkeypatch: pytest.MonkeyPatch, disks: Path) -> None:
+    disks.mkdir()
+    content = pattern(MIB, 4)
+    (disks / "disk.img").write_bytes(content)
+    description = describe("block", "echo", block={"image": "disk.img", "read_only": True})
+    # Two VMs may read one image.
+    with LoopbackServer(description, libvfio_user), LoopbackServer(description, libvfio_user) as server:
+        run = Run(server, monkeypatch)
+        assert run.disks[0].features & Feature.READ_ONLY and run.disks[0].size == MIB
+        kernel = run.kernel
+        assert kernel.wait(kernel.ask(nbd.READ, 4096, 4096)) == [(0, content[4096:8192])]
+        for asked in (
+            kernel.write(0, bytes(4096)),
+            kernel.ask(nbd.TRIM, 0, 4096),
+            kernel.ask(nbd.WRITE_ZEROES, 0, 4096),
+        ):
+            assert kernel.wait(asked)[0][0]
+        run.stop()
+    same = (disks / "disk.img").read_bytes() == content
+    assert same, "a read-only disk was written to"
 
 
 def test_requests_wait_for_a_disk_that_was_withdrawn_and_are_sent_again(

@@ -138,7 +138,7 @@ class Script:
 
 @settings(max_examples=400, deadline=None)
 @given(st.integers(min_value=0), st.integers(min_value=1, max_value=150))
-def test_a_power_cut_takes_nothing_back_that_was_flushed(seed: int, steps: int) -> None:
+def test_block_survives_a_power_cut_with_all_that_was_flushed(seed: int, steps: int) -> None:
     script = Script(seed)
     for _ in range(steps):
         script.one_step()

@@ -434,7 +434,7 @@ def script(kit: ProviderTest) -> object:
     return result
 
 
-def test_a_save_and_restore_at_every_step_changes_nothing() -> None:
+def test_block_survives_a_save_and_restore_at_every_step() -> None:
     # All runs use one image, so the script writes whatever it reads.
     assert every_step(script, BlockProvider, options=OPTIONS) > 8
 

@@ -146,7 +146,7 @@ def test_keys_and_values_go_both_ways(directory: Path) -> None:
         assert kit.provider.status()["kvp"]["stray"] == 0
 
 
-def test_a_save_at_every_step(directory: Path) -> None:
+def test_integration_service_saved_at_every_step(directory: Path) -> None:
     """Heartbeats keep their numbers, the guest's books are right, and no answer is stray."""
 
     def script(kit: ProviderTest) -> object:
@@ -301,7 +301,7 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("what", HOSTILE)
-def test_hostile_bytes_close_their_channel_only(directory: Path, what: str) -> None:
+def test_integration_service_hostile_bytes_close_their_channel_only(directory: Path, what: str) -> None:
     with ProviderTest(Provider) as kit:
         guest = KitGuest(kit, directory, "time", "kvp")
         guest.silent = True
