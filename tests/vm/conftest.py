@@ -74,4 +74,4 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
             f"{len(boot.seconds)} guests were saved and restored right after their boot, in {sum(boot.seconds):.1f} s"
         )
     for report in streams.reports:
-        terminalreporter.line(f"TCP through all of this: {report}")
+        terminalreporter.line(f"TCP in one of these tests: {report}")
