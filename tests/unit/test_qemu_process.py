@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import signal
 import stat
 import subprocess
@@ -236,3 +237,17 @@ def test_a_zombie_is_not_alive() -> None:
         assert process._start_time(child.pid) is None
     finally:
         child.wait()
+
+
+def test_a_death_without_a_reason_of_its_own_is_explained_by_the_witness(tmp_path: Path) -> None:
+    async def body() -> None:
+        console = tmp_path / "console.log"
+        console.write_text("Kernel panic - not syncing: out of tea\n")
+        child = await spawn(tmp_path, "exit 0")
+        child.witness = ("the guest's console", console)
+        await child.exited
+        assert re.search(r"ended with status 0(.|\n)*the guest's console:\n.*out of tea", str(child.death()))
+        console.write_text("")
+        assert "the guest's console is empty" in str(child.death())
+
+    asyncio.run(body())

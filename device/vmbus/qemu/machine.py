@@ -360,6 +360,8 @@ class VirtualMachine:
                 self.run_directory / "qemu.log",
                 pass_fds=[listener.fileno()],
             )
+            # A guest that panics ends QEMU with status 0 (`panic=-1`, `-no-reboot`).
+            self.qemu.witness = ("the guest's console", self.paths.console_log)
         finally:
             listener.close()
         await self.guard(self.monitor.connect(self.paths.qmp, START_TIMEOUT), "QEMU to start", START_TIMEOUT)

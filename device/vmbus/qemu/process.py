@@ -62,12 +62,14 @@ def log_tail(path: Path, lines: int = 12) -> str:
 class Child:
     """One running child process.
 
-    Use `spawn` to make one. `exited` is a future of the exit status (negative: the signal that killed it).
+    Use `spawn` to make one. `exited` is a future of the exit status (negative: the signal that killed it). A death with
+    status 0 has its reason elsewhere: then the error quotes `witness`, if there is one: what it is, and its file.
     """
 
     def __init__(self, name: str, process: asyncio.subprocess.Process, log: Path) -> None:
         self.name = name
         self.log = log
+        self.witness: tuple[str, Path] | None = None
         self.process = process
         self.exited: asyncio.Task[int] = asyncio.create_task(process.wait(), name=f"exit of {name}")
 
@@ -132,9 +134,12 @@ class Child:
             how = f"ended with status {status}"
         during = f" while we waited for {doing}" if doing else ""
         tail = log_tail(self.log)
-        return ProcessDied(
-            f"{self.name} {how}{during}" + (f"; its last words:\n{tail}" if tail else "; its log says nothing")
-        )
+        text = f"{self.name} {how}{during}" + (f"; its last words:\n{tail}" if tail else "; its log says nothing")
+        if status == 0 and self.witness is not None:
+            what, file = self.witness
+            told = log_tail(file)
+            text += f"\n{what}:\n{told}" if told else f"\n{what} is empty"
+        return ProcessDied(text)
 
     async def guard(self, work: Awaitable[T], what: str, timeout: float) -> T:
         """Waits for `work`, at most `timeout` seconds and only while this child lives. See `guard_all`."""
