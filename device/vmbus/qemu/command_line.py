@@ -106,8 +106,8 @@ def kernel_arguments(description: VmDescription, *, audit: bool = False) -> str:
         "console=ttyS0",
         "rdinit=/init",
         "panic=-1",
-        # The kernel counts the timer's interrupts for a few milliseconds of the CPU's time, and panics without any: on a
-        # busy host, an emulated machine has had no turn to raise them yet.
+        # The kernel counts the timer's interrupts for some milliseconds of the CPU's time, and panics without any: on a
+        # busy host, an emulated machine may have had no turn to raise them yet.
         "no_timer_check",
         "quiet",
         "intel_iommu=on",
