@@ -8,6 +8,8 @@ layer is one of its properties, and the lines for the summary are part of what a
 from __future__ import annotations
 
 import os
+import signal
+import threading
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -164,6 +166,9 @@ class _Tally:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[NOTES] = []
+    if threading.current_thread() is threading.main_thread():
+        # Whoever ends the run (`timeout` in CI) gets what a Ctrl-C gets: tests clean up, and what has failed is told.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
     config.pluginmanager.register(_Tally(config), "layer-tally")
 
 
