@@ -1,10 +1,19 @@
-"""What all layers share: the library fixture, the tally by layer, and the option that makes CI fail on a gap."""
+"""What all layers share: the library fixture, the tally by layer, and the option that makes CI fail on a gap.
+
+A complete run has several tests at a time; each worker of pytest-xdist is a process. Tests are collected and run
+there; the controller hears of them by their reports only. So what the tally has to know goes along with those: a test's
+layer is one of its properties, and the lines for the summary are part of what a worker says when it ends.
+"""
 
 from __future__ import annotations
 
 import os
+import signal
+import threading
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,6 +28,10 @@ MATRIX_TEST = "test_failure_matrix.py::test_failure_matrix["
 """One cell of the failure matrix each: see support/failure_matrix.py."""
 
 
+NOTES = pytest.StashKey[list[str]]()
+"""Lines for the summary, see `note`."""
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--all-layers",
@@ -28,29 +41,57 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+def is_worker(config: pytest.Config) -> bool:
+    return hasattr(config, "workerinput")
+
+
+@pytest.hookimpl(optionalhook=True)  # where pytest-xdist is not installed, tests run one after the other
+def pytest_xdist_auto_num_workers() -> int:
+    """One test at a time for each core. Not more than four: each may have two guests of 512 MiB."""
+    return min(4, len(os.sched_getaffinity(0)))
+
+
+def _layer(report: pytest.TestReport) -> str:
+    """A test's layer. The report of a worker's death is pytest-xdist's own and has no properties: by directory."""
+    layer = dict(report.user_properties).get("layer")
+    return str(layer or next((layer for layer in LAYERS if f"/{layer}/" in f"/{report.nodeid}"), LAYERS[-1]))
+
+
 class _Tally:
     """Outcomes by layer."""
 
-    def __init__(self) -> None:
+    def __init__(self, config: pytest.Config) -> None:
+        self.config = config
         self.counts: dict[str, Counter[str]] = {layer: Counter() for layer in LAYERS}
         self.seconds: Counter[str] = Counter()
-        self.layer_of: dict[str, str] = {}
         self.excused: Counter[str] = Counter()
         self.excuse = ""
         self.matrix: Counter[str] = Counter()  # cells of the failure matrix that hold, by layer
+        self.notes: list[str] = []
+        self.took: Counter[str] = Counter()  # seconds, by test
 
-    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+    def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
+        layer_of: dict[str, str] = {}
         for item in items:
             marked = [layer for layer in LAYERS if item.get_closest_marker(layer)]
             if len(marked) != 1:
                 raise pytest.UsageError(f"{item.nodeid} must be marked with exactly one of {LAYERS}, not {marked}")
-            self.layer_of[item.nodeid] = marked[0]
+            layer_of[item.nodeid] = marked[0]
+            item.user_properties.append(("layer", marked[0]))
         # The cheap layers first: what they find needs no virtual machine.
-        items.sort(key=lambda item: LAYERS.index(self.layer_of[item.nodeid]))
+        items.sort(key=lambda item: LAYERS.index(layer_of[item.nodeid]))
+        if is_worker(config):
+            # Files go to the workers in this order. In a layer the long ones first, so that in the end no worker is
+            # left alone with one.
+            long = {item.path for item in items if item.get_closest_marker("long")}
+            items.sort(key=lambda item: (LAYERS.index(layer_of[item.nodeid]), item.path not in long))
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        layer = self.layer_of[report.nodeid]
+        layer = _layer(report)
         self.seconds[layer] += report.duration
+        self.took[report.nodeid] += report.duration
+        if self.config.pluginmanager.hasplugin("dsession"):
+            self._tell(report)
         if report.when == "call" or report.outcome != "passed":
             self.counts[layer][report.outcome] += 1
         if report.when == "call" and report.passed and MATRIX_TEST in report.nodeid:
@@ -61,6 +102,26 @@ class _Tally:
             if reason.startswith(NO_MIGRATION_V2):
                 self.excused[layer] += 1
                 self.excuse = reason
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_testnodedown(self, node: Any) -> None:
+        self.notes += getattr(node, "workeroutput", {}).get("notes", [])
+
+    def pytest_report_teststatus(self, report: pytest.TestReport, config: pytest.Config) -> tuple[str, str, str] | None:
+        """With several at a time files come in no order: a VM test has a line of its own (`_tell`), no dot."""
+        if config.pluginmanager.hasplugin("dsession") and _layer(report) == "vm" and report.passed:
+            return ("passed" if report.when == "call" else "", "", "PASSED" if report.when == "call" else "")
+        return None
+
+    def _tell(self, report: pytest.TestReport) -> None:
+        """Progress of a run with several tests at a time: VM tests that have ended, and what has failed at once."""
+        reporter = self.config.pluginmanager.getplugin("terminalreporter")
+        if report.failed:
+            crash = getattr(report.longrepr, "reprcrash", None)
+            why = (crash.message if crash else str(report.longrepr)).partition("\n")[0]
+            reporter.write_line(f"FAILED {report.nodeid} ({report.when}): {why[:300]}", red=True)
+        elif report.when == "teardown" and _layer(report) == "vm":
+            reporter.write_line(f"{self.took[report.nodeid]:6.1f} s  {report.nodeid}")
 
     @property
     def gaps(self) -> list[str]:
@@ -73,11 +134,16 @@ class _Tally:
 
     @pytest.hookimpl(trylast=True)
     def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
+        if is_worker(session.config):
+            session.config.workeroutput["notes"] = session.config.stash[NOTES]
+            return  # the controller has all the reports, and judges
         if session.config.option.all_layers and exitstatus == pytest.ExitCode.OK and self.gaps:
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
     def pytest_terminal_summary(self, terminalreporter, exitstatus: int, config: pytest.Config) -> None:
         terminalreporter.section("layers")
+        for note in [*self.notes, *config.stash[NOTES]]:
+            terminalreporter.line(note)
         for layer in LAYERS:
             count = self.counts[layer]
             terminalreporter.line(
@@ -99,7 +165,17 @@ class _Tally:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.pluginmanager.register(_Tally(), "layer-tally")
+    config.stash[NOTES] = []
+    if threading.current_thread() is threading.main_thread():
+        # Whoever ends the run (`timeout` in CI) gets what a Ctrl-C gets: tests clean up, and what has failed is told.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+    config.pluginmanager.register(_Tally(config), "layer-tally")
+
+
+@pytest.fixture(scope="session")
+def note(request: pytest.FixtureRequest) -> Callable[[str], None]:
+    """Puts a line into the summary of the test run."""
+    return request.config.stash[NOTES].append
 
 
 @pytest.fixture(autouse=True)

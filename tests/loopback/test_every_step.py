@@ -46,12 +46,10 @@ def make(libvfio_user: Library) -> Make:
 
 
 @pytest.fixture(scope="module")
-def total(request: pytest.FixtureRequest) -> Iterator[Report]:
+def total(note: Callable[[str], None]) -> Iterator[Report]:
     total = Report("every step, loopback")
     yield total
-    capture = request.config.pluginmanager.getplugin("capturemanager")
-    with capture.global_and_fixture_disabled():
-        print(f"\n{total}")
+    note(str(total))
 
 
 def in_place(world: LoopbackWorld, what: str) -> None:

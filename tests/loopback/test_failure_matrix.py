@@ -11,7 +11,7 @@ from support.failure_bench import Bench, stand_in
 from support.failure_matrix import CELLS, Cell, Failure, Outcome
 from vmbus.provision.libvfio_user import find_library
 
-pytestmark = pytest.mark.loopback
+pytestmark = [pytest.mark.loopback, pytest.mark.long]
 
 # Those that leave the source running come first, one after the other in the same VM.
 ORDER = sorted(CELLS, key=lambda cell: (cell.outcome is not Outcome.SOURCE, cell.failure is Failure.SOURCE_OWNER))

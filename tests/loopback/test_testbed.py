@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
@@ -10,7 +11,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,14 @@ def members(host: Host) -> set[int]:
     """Every process that lives in a host's network, as seen from outside."""
     wanted = (Path("/proc") / str(host.pid) / "ns" / "net").stat().st_ino
     return in_network(wanted)
+
+
+@contextlib.contextmanager
+def held(processes: Iterable[int]) -> Iterator[list[int]]:
+    """The networks of processes by number, held open: else a new one, of another test's, could get the same number."""
+    with contextlib.ExitStack() as stack:
+        files = [stack.enter_context((Path("/proc") / str(pid) / "ns" / "net").open("rb")) for pid in processes]
+        yield [os.fstat(file.fileno()).st_ino for file in files]
 
 
 def in_network(inode: int) -> set[int]:
@@ -285,9 +294,9 @@ def test_a_program_ends_as_it_wants_and_with_its_host(tmp_path: Path) -> None:
         await hosts.b.run([SHELL, "-c", "setsid sleep 1002 > /dev/null 2>&1 &"])
         await until(lambda: _count(hosts.b, "sleep 1002", 1), 10, "the daemon to run")
         last = await hosts.b.spawn("last", ["/bin/sleep", "1003"])
-        network = (Path("/proc") / str(hosts.b.pid) / "ns" / "net").stat().st_ino
-        await hosts.b.end()
-        assert in_network(network) == set()
+        with held([hosts.b.pid]) as (network,):
+            await hosts.b.end()
+            assert in_network(network) == set()
         await asyncio.wait_for(asyncio.shield(last.exited), 10)
         with pytest.raises(EnvironmentProblem, match="host 'b'"):
             await hosts.b.counters()
@@ -325,8 +334,7 @@ async def main():
     await hosts.a.spawn("a sleeper", ["/bin/sleep", "1000"])
     await hosts.b.run(["/bin/sh", "-c", "setsid sleep 1000 > /dev/null 2>&1 &"])
     await hosts.shape(latency=0.01)
-    inodes = [pathlib.Path(f"/proc/{host.pid}/ns/net").stat().st_ino for host in hosts.hosts]
-    print(json.dumps(inodes), flush=True)
+    print(json.dumps([host.pid for host in hosts.hosts]), flush=True)
     await asyncio.Event().wait()
 
 asyncio.run(main())
@@ -339,19 +347,20 @@ def test_nothing_survives_an_owner_that_is_killed(tmp_path: Path) -> None:
     owner = subprocess.Popen(
         [sys.executable, "-c", OWNER, str(tmp_path)], stdout=subprocess.PIPE, env=environment, start_new_session=True
     )
-    try:
-        assert owner.stdout is not None
-        networks = json.loads(owner.stdout.readline())
-        assert all(len(in_network(inode)) >= 2 for inode in networks)
-    finally:
-        owner.kill()
-        owner.wait(10)
-        if owner.stdout is not None:
-            owner.stdout.close()
-    deadline = time.monotonic() + 20
-    while left := set().union(*map(in_network, networks)):
-        assert time.monotonic() < deadline, f"these processes survive their owner: {left}"
-        time.sleep(0.01)
+    with contextlib.ExitStack() as stack:
+        try:
+            assert owner.stdout is not None
+            networks = stack.enter_context(held(json.loads(owner.stdout.readline())))
+            assert all(len(in_network(inode)) >= 2 for inode in networks)
+        finally:
+            owner.kill()
+            owner.wait(10)
+            if owner.stdout is not None:
+                owner.stdout.close()
+        deadline = time.monotonic() + 20
+        while left := set().union(*map(in_network, networks)):
+            assert time.monotonic() < deadline, f"these processes survive their owner: {left}"
+            time.sleep(0.01)
     # Its logs are still there, for whoever wants to know; the next start clears them away.
     (stale,) = tmp_path.iterdir()
     assert (stale / "owner.json").exists()

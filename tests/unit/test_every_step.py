@@ -37,12 +37,10 @@ def quiet(caplog: pytest.LogCaptureFixture) -> None:
 
 
 @pytest.fixture(scope="module")
-def total(request: pytest.FixtureRequest) -> Iterator[Report]:
+def total(note: Callable[[str], None]) -> Iterator[Report]:
     total = Report("every step, in process")
     yield total
-    capture = request.config.pluginmanager.getplugin("capturemanager")
-    with capture.global_and_fixture_disabled():
-        print(f"\n{total}; {len(total.kinds)} kinds of steps")
+    note(f"{total}; {len(total.kinds)} kinds of steps")
 
 
 @pytest.mark.parametrize("eager", [False, True], ids=["lazy", "eager"])

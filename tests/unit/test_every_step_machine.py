@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
+from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 from uuid import UUID
@@ -444,7 +445,7 @@ def test_every_step_machine_notices(tamper: Tamper) -> None:
     print(repr(caught.value)[:300])
 
 
-def test_every_step_machine_has_saved(capsys: pytest.CaptureFixture[str]) -> None:
-    """Runs behind the machine, and says what it did."""
-    with capsys.disabled():
-        print(f"\nevery step, random workloads: {sum(TOTAL.values())} saves {dict(TOTAL)}")
+@pytest.fixture(scope="module", autouse=True)
+def how_many(note: Callable[[str], None]) -> Iterator[None]:
+    yield
+    note(f"every step, random workloads: {sum(TOTAL.values())} saves {dict(TOTAL)}")

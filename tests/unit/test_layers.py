@@ -48,13 +48,17 @@ def test_migration(): pytest.skip(NO_MIGRATION_V2)
 """
 
 
-def outcome(folder: Path, tests: str) -> tuple[int, str]:
+SEVERAL = ("-n", "2", "--dist", "loadfile", "--no-loadscope-reorder", "--max-worker-restart", "0")
+"""As scripts/test has it for complete runs."""
+
+
+def outcome(folder: Path, tests: str, *options: str) -> tuple[int, str]:
     (folder / "conftest.py").write_bytes(CONFTEST.read_bytes())
     (folder / "test_it.py").write_text(TESTS + tests)
-    markers = "\n".join(f"    {name}: x" for name in ("unit", "loopback", "vm", "needs_migration_v2"))
+    markers = "\n".join(f"    {name}: x" for name in ("unit", "loopback", "vm", "long", "needs_migration_v2"))
     (folder / "pytest.ini").write_text(f"[pytest]\nmarkers =\n{markers}\naddopts = --strict-markers\n")
     result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--all-layers", "-q", str(folder)],
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--all-layers", "-q", *options, str(folder)],
         capture_output=True,
         text=True,
         timeout=60,
@@ -64,17 +68,65 @@ def outcome(folder: Path, tests: str) -> tuple[int, str]:
     return result.returncode, result.stdout + result.stderr
 
 
-def test_a_library_without_migration_v2_is_excused_and_said(tmp_path: Path) -> None:
-    code, text = outcome(tmp_path, EXCUSED)
+@pytest.mark.parametrize("options", [(), SEVERAL], ids=["one", "several"])
+def test_a_library_without_migration_v2_is_excused_and_said(tmp_path: Path, options: tuple[str, ...]) -> None:
+    code, text = outcome(tmp_path, EXCUSED, *options)
     assert code == 0, text
     assert "1 tests left out: the installed libvfio-user has no migration v2 (it is a library for this test)" in text
     assert "NOT COMPLETE" not in text
 
 
+@pytest.mark.parametrize("options", [(), SEVERAL], ids=["one", "several"])
 @pytest.mark.parametrize(
     "tests", [OTHER_REASON, WITHOUT_THE_MARKER, EXCUSED + WITHOUT_THE_MARKER.replace("test_m", "test_n")]
 )
-def test_every_other_skip_makes_the_run_fail(tmp_path: Path, tests: str) -> None:
-    code, text = outcome(tmp_path, tests)
+def test_every_other_skip_makes_the_run_fail(tmp_path: Path, tests: str, options: tuple[str, ...]) -> None:
+    code, text = outcome(tmp_path, tests, *options)
     assert code == 1, text
     assert "NOT COMPLETE: 1 tests of layer loopback were skipped" in text
+
+
+def test_with_several_at_a_time_all_is_told(tmp_path: Path) -> None:
+    """Lines for the summary come from the workers, and failures are said at once."""
+    (tmp_path / "test_another.py").write_text(
+        "import pytest\n"
+        "@pytest.mark.unit\ndef test_note(note): note('this was noted')\n"
+        "@pytest.mark.loopback\ndef test_wrong(): assert 1 == 2\n"
+    )
+    code, text = outcome(tmp_path, "", *SEVERAL)
+    assert code == 1, text
+    assert "this was noted" in text
+    assert "FAILED test_another.py::test_wrong (call): assert 1 == 2" in text.partition("= FAILURES =")[0], text
+    assert _counts(text) == {"unit": (2, 0), "loopback": (1, 1), "vm": (1, 0)}, text
+
+
+def test_a_worker_that_dies_ends_the_run_with_a_failure(tmp_path: Path) -> None:
+    (tmp_path / "loopback").mkdir()
+    (tmp_path / "loopback" / "test_dies.py").write_text(
+        "import os, pytest\n@pytest.mark.loopback\ndef test_dies(): os.kill(os.getpid(), 9)\n"
+    )
+    code, text = outcome(tmp_path, "", *SEVERAL)
+    assert code == 1, text
+    assert "FAILED loopback/test_dies.py::test_dies" in text and "crashed while running" in text
+
+
+def _counts(text: str) -> dict[str, tuple[int, int]]:
+    """Passed and failed, by layer, as the summary has them."""
+    rows = [line.split() for line in text.splitlines() if line.startswith(("unit ", "loopback ", "vm "))]
+    return {row[0]: (int(row[1]), int(row[3])) for row in rows}
+
+
+def test_a_layer_without_a_test_makes_the_run_fail_with_several_at_a_time_too(tmp_path: Path) -> None:
+    code, text = outcome(tmp_path, "", *SEVERAL, "-m", "unit or loopback")
+    assert code == 1 and "NOT COMPLETE: layer vm passed no test" in text, text
+
+
+def test_the_long_files_of_a_layer_come_first_but_no_layer_before_a_cheaper_one(tmp_path: Path) -> None:
+    for name, marks in {"b": "vm", "c": "vm, pytest.mark.long", "d": "loopback", "e": "unit, pytest.mark.long"}.items():
+        (tmp_path / f"test_{name}.py").write_text(
+            f"import pytest\npytestmark = [pytest.mark.{marks}]\ndef test(): pass\n"
+        )
+    code, text = outcome(tmp_path, "", *SEVERAL[:1], "1", *SEVERAL[2:], "-vv")
+    assert code == 0, text
+    ran = [line.split()[-1].partition("::")[0] for line in text.splitlines() if " PASSED " in line]
+    assert list(dict.fromkeys(ran)) == [f"test_{name}.py" for name in ("e", "it", "d", "c", "b")], text

@@ -1,4 +1,9 @@
-"""VMs for tests. Nothing that a test starts may outlive it: the check after every test looks for processes."""
+"""VMs for tests. Nothing that a test starts may outlive it: the check after every test looks for processes, and for
+directories of VMs.
+
+Several of these tests may run at a time, each in a worker of its own. What belongs to a worker is told apart by descent
+(processes) and by place (its own directories for temporary and for runtime files).
+"""
 
 from __future__ import annotations
 
@@ -14,6 +19,7 @@ from support import boot, streams
 from vmbus.provision import provision
 from vmbus.qemu.command_line import Programs, programs_from
 from vmbus.qemu.description import VmDescription, load_description
+from vmbus.qemu.process import clean_stale, runtime_base
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 
@@ -37,12 +43,22 @@ def children() -> dict[int, str]:
     return {pid: parents[pid][1] for pid in found - {os.getpid()}}
 
 
+@pytest.fixture(scope="session", autouse=True)
+def runtime(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Where VMs have their directories that are given no other place; nobody else's are there."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_RUNTIME_DIR", str(tmp_path_factory.mktemp("r")))
+        yield runtime_base()
+
+
 @pytest.fixture(autouse=True)
-def nothing_outlives_the_test() -> Iterator[None]:
+def nothing_outlives_the_test(runtime: Path) -> Iterator[None]:
     before = set(children())
     yield
     left = {pid: command[:120] for pid, command in children().items() if pid not in before}
     assert not left, f"processes outlive the test: {left}"
+    clean_stale(runtime)  # of owners that the test has killed
+    assert not list(runtime.iterdir()), f"directories of VMs outlive the test: {list(runtime.iterdir())}"
 
 
 @pytest.fixture(scope="session")
@@ -68,10 +84,10 @@ def run() -> Callable[[Coroutine[Any, Any, Any]], Any]:
     return run
 
 
-def pytest_terminal_summary(terminalreporter: Any) -> None:
+@pytest.fixture(scope="session", autouse=True)
+def boots(note: Callable[[str], None]) -> Iterator[None]:
+    yield
     if boot.seconds:
-        terminalreporter.line(
-            f"{len(boot.seconds)} guests were saved and restored right after their boot, in {sum(boot.seconds):.1f} s"
-        )
+        note(f"{len(boot.seconds)} guests were saved and restored right after their boot, in {sum(boot.seconds):.1f} s")
     for report in streams.reports:
-        terminalreporter.line(f"TCP in one of these tests: {report}")
+        note(f"TCP in one of these tests: {report}")

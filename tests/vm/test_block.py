@@ -29,7 +29,7 @@ from vmbus.qemu.description import VmDescription, load_description
 from vmbus.qemu.machine import VirtualMachine
 from vmbus.qemu.moments import Hook, Moment, no_hook
 
-pytestmark = pytest.mark.vm
+pytestmark = [pytest.mark.vm, pytest.mark.long]
 
 Run = Callable[[Coroutine[Any, Any, Any]], Any]
 SECRET = secrets.token_bytes(32)

@@ -24,7 +24,7 @@ from vmbus.qemu.machine import VirtualMachine
 from vmbus.qemu.process import running_vms
 from vmbus.qemu.story import Figures, Story, audit, finish, until_in_flight
 
-pytestmark = pytest.mark.vm
+pytestmark = [pytest.mark.vm, pytest.mark.long]
 
 Run = Callable[[Coroutine[Any, Any, Any]], Any]
 

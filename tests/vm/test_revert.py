@@ -27,7 +27,7 @@ from vmbus.qemu.revert import RevertFailed, RevertReport
 from vmbus.qemu.save import Sabotage
 from vmbus.qemu.story import Figures, Story, audit, finish, until_in_flight
 
-pytestmark = pytest.mark.vm
+pytestmark = [pytest.mark.vm, pytest.mark.long]
 
 Run = Callable[[Coroutine[Any, Any, Any]], Any]
 

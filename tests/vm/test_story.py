@@ -23,7 +23,7 @@ from vmbus.qemu.machine import VirtualMachine
 from vmbus.qemu.save import Sabotage
 from vmbus.qemu.story import Figures, Story, audit, finish, run_story, until_in_flight
 
-pytestmark = pytest.mark.vm
+pytestmark = [pytest.mark.vm, pytest.mark.long]
 
 Run = Callable[[Coroutine[Any, Any, Any]], Any]
 

@@ -38,7 +38,7 @@ from vmbus.qemu.story import Figures, audit
 from vmbus.server.control import ControlClient
 from vmbus.testbed.hosts import RUNTIME, TEMPORARY, Forbidden, Host, TwoHosts
 
-pytestmark = [pytest.mark.vm, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.vm, pytest.mark.long, pytest.mark.timeout(600)]
 
 Run = Callable[..., Any]
 Story = Callable[["Pair"], Coroutine[Any, Any, None]]
