@@ -11,6 +11,7 @@ signalled; the `Link` carries signals the other way.
 from __future__ import annotations
 
 import logging
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -38,6 +39,7 @@ from vmbus.wire.packet import (
 
 if TYPE_CHECKING:
     from vmbus.audit.recorder import Recorder, Trace
+    from vmbus.capture.capture import Capture
 
 log = logging.getLogger(__name__)
 
@@ -52,6 +54,7 @@ _CLOSING = ChannelState.CLOSING
 _IDLE = PacketState.IDLE
 _SENT = PacketState.SENT
 _SUCCESS = Status.SUCCESS
+_now = time.monotonic
 
 DEFAULT_TIMEOUT = 30.0  # seconds
 _LONGEST_REQUEST = 60.0  # seconds
@@ -83,6 +86,7 @@ class _QueuedCompletion(NamedTuple):
 
     transaction: int
     body: bytes
+    since: float = 0.0
 
 
 class Waiter(Protocol):
@@ -104,6 +108,7 @@ class Channel(Settings):
         counters: what happened so far, by name.
         waiter: how blocking calls wait; without one they raise ChannelStateError where they would have to.
         recorder: records what happens to packets from the next open on; None: nobody does. `trace`: while open.
+        capture: is told of opens and closes, and may look at packets in between; None: nobody does.
     """
 
     def __init__(self, name: str) -> None:
@@ -112,6 +117,7 @@ class Channel(Settings):
         self.waiter: Waiter | None = None
         self.recorder: Recorder | None = None
         self.trace: Trace | None = None
+        self.capture: Capture | None = None
         self.can_describe_memory = False
         self.started = False
         self.held = False
@@ -126,8 +132,13 @@ class Channel(Settings):
         self._cork = 0
         self._queue: deque[Packet | _QueuedCompletion] = deque()
         self._sent: dict[int, Packet] = {}
-        self._outstanding: set[Completion] = set()
+        # Incoming packets that the owner has not completed, oldest first, and since when it has them.
+        self._outstanding: dict[Completion, float] = {}
+        # When the present turn began. Within one, packets are dated by it: that costs less than to look at the clock.
+        self._turn_began = 0.0
         self._next_transaction = 1
+        # Packets below this came back with a restore: how old they really are is not known.
+        self._first_own = 1
         self._quota = 0
         self._blocked_on_quota = False
         self._when_quiet: list[Callable[[], None]] = []
@@ -248,10 +259,14 @@ class Channel(Settings):
         try:
             if self.recorder is not None:
                 self.trace = self.recorder.opened(self, link)
+            if self.capture is not None:
+                self.capture.opened(self, link)
             if self._opened is not None:
                 self._opened(self)
         except Exception:
             self._end_trace()
+            if self.capture is not None:
+                self.capture.closed(self, link)
             self._move(ChannelEvent.OPEN_FAILED)
             self._cancel_all()
             self._link = None
@@ -319,6 +334,8 @@ class Channel(Settings):
         self._deferred.clear()
         self._blocked_on_quota = False
         if link is not None:
+            if self.capture is not None:
+                self.capture.closed(self, link)
             self._closing_link = link
             link.reader.close()
             link.writer.close()
@@ -376,6 +393,8 @@ class Channel(Settings):
         log.error("channel %s failed: %s", self.name, reason)
         if self.trace is not None and breach:
             self.trace.failed(reason)
+        if self.capture is not None:
+            self.capture.noted(self, "failed", reason)
         link = self._link
         self.close(lambda: None, force=True)
         link.failed(reason)
@@ -490,6 +509,7 @@ class Channel(Settings):
         packet.offset8 = offset8
         packet.flags = FLAG_COMPLETION_REQUESTED if wait_for_completion else 0
         packet.body = body
+        packet.since = self._turn_began if self._in_process else _now()
 
     def _take_transaction(self, packet: Packet, transaction: int) -> None:
         """Give a prepared packet the id that its owner wants instead of the next one of ours."""
@@ -712,12 +732,12 @@ class Channel(Settings):
         if generation != self._generation or link is None:
             return
         outstanding = self._outstanding
-        outstanding.discard(completion)
+        outstanding.pop(completion, None)
         if completion.wanted and self.state is not _CLOSING:
             self.counters["answered"] += 1
             try:
                 if self._queue or not link.writer.put(_COMPLETION, 0, completion.transaction, reply):
-                    self._enqueue(_QueuedCompletion(completion.transaction, reply))
+                    self._enqueue(_QueuedCompletion(completion.transaction, reply, _now()))
                 elif not self._cork:
                     self._flush()
             except PeerError as error:
@@ -733,7 +753,7 @@ class Channel(Settings):
         """`Completion.fail` does this."""
         if generation != self._generation or self._link is None:
             return
-        self._outstanding.discard(completion)
+        self._outstanding.pop(completion, None)
         self.fail(reason)
         if not self._outstanding:
             self._run_when_quiet()
@@ -756,6 +776,7 @@ class Channel(Settings):
             if not self.active:
                 return False
         self._in_process = True
+        self._turn_began = _now()
         self._cork += 1
         try:
             return self._process()
@@ -770,7 +791,7 @@ class Channel(Settings):
         link = self._link
         assert link is not None
         reader = link.reader
-        trace = self.trace
+        tap, look = reader.tap, reader.look
         reader.mask()
         for _ in range(BATCHES_PER_TURN):
             self._drain_queue()
@@ -783,6 +804,8 @@ class Channel(Settings):
                 if reader.unmask():
                     return False
                 continue
+            if look is not None:
+                look(packets)
             if self._passive:
                 # Given back before the owner sees it: a nested turn must find the packets behind it.
                 taken = self._take_one(link, packets[0])
@@ -792,8 +815,8 @@ class Channel(Settings):
             else:
                 data = reader.batch
                 handled, consumed = self._deliver(packets)
-                if trace is not None and handled:
-                    trace.took(data[:consumed])
+                if tap is not None and handled:
+                    tap(data[:consumed])
                 if self._link is not link:
                     return False
                 if reader.advance(consumed):
@@ -826,6 +849,7 @@ class Channel(Settings):
         outstanding = self._outstanding
         sent = self._sent
         counters = self.counters
+        began = self._turn_began
         consumed = handled = 0
         process_packet = self._process_packet
         for kind, flags, transaction, body, payload, end in packets:
@@ -843,7 +867,7 @@ class Channel(Settings):
                     self.fail("a packet came, and nobody takes packets on this channel")
                     break
                 completion = Completion(self, transaction, flags != 0, body, generation)
-                outstanding.add(completion)
+                outstanding[completion] = began
                 counters["received"] += 1
                 self._delivering = completion
                 try:
@@ -872,8 +896,8 @@ class Channel(Settings):
             if self._process_packet is None:
                 self.fail("a packet came, and nobody takes packets on this channel")
                 return None
-        if self.trace is not None:
-            self.trace.took(link.reader.batch[:end])
+        if link.reader.tap is not None:
+            link.reader.tap(link.reader.batch[:end])
         if link.reader.advance(end):
             self.counters["signals"] += 1
             link.signal()
@@ -885,7 +909,7 @@ class Channel(Settings):
             self._finish(packet, _SUCCESS, payload)
         else:
             completion = Completion(self, transaction, flags != 0, body, self._generation)
-            self._outstanding.add(completion)
+            self._outstanding[completion] = self._turn_began
             self.counters["received"] += 1
             self._flush()
             if self._in_passive_turn:
