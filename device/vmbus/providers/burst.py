@@ -73,6 +73,12 @@ class BurstProvider(Provider):
     # ---- a run -------------------------------------------------------------------------------------------------
 
     def _process(self, _: Channel, completion: Completion, payload: bytes) -> None:
+        if workload.is_burst_stop(payload):
+            completion.complete(workload.STATUS_OK.to_bytes(4, "little"))
+            if self._run is not None:
+                self._run = self._run._replace(packets=self._issued)
+                self._finish_if_done()
+            return
         start = workload.parse_burst_start(payload)
         if start is None or self._run is not None:
             completion.complete(workload.STATUS_MALFORMED.to_bytes(4, "little"))
@@ -147,6 +153,11 @@ class BurstProvider(Provider):
             packet.pointer = _Transaction(sequence, digest)
             packet.completion_routine = self._completed
             self.restored += 1
+
+    @classmethod
+    def describe_packet(cls, saved: bytes) -> dict[str, Any]:
+        sequence, digest = _SAVED_TRANSACTION.unpack(saved)
+        return {"sequence": sequence, "digest": digest.hex()}
 
     def save(self) -> bytes:
         return msgspec.msgpack.encode(

@@ -2,7 +2,7 @@
 
 Parameters, besides the common ones of `Workload`:
 
-    count         packets that the host is asked to send
+    count         packets that the host is asked to send; 0: until stopped
     size          bytes of data in a packet
     window        packets of the host that may await their completion
     hold          packets taken but not completed yet: the newest ones are kept back
@@ -23,11 +23,13 @@ from vmbus.workload import (
     BURST_ANSWER,
     BURST_TYPE,
     STATUS_OK,
+    UNTIL_STOPPED,
     BurstDone,
     BurstStart,
     Sequence,
     Tally,
     burst_digest,
+    burst_stop,
     parse_burst_packet,
 )
 from vmbus_guest.testdrivers.context import Context, Parameters
@@ -63,7 +65,7 @@ class BurstWorkload(Workload):
         """Ask the host to start."""
         packet = self.channel.allocate_packet()
         packet.completion_routine = self._begun
-        packet.send(BurstStart(self._size, self._count, self._window).pack())
+        packet.send(BurstStart(self._size, self._count or UNTIL_STOPPED, self._window).pack())
 
     def tick(self, now: float) -> float:
         """When the host waits for completions, nothing arrives any more: then they are due."""
@@ -77,11 +79,16 @@ class BurstWorkload(Workload):
 
     def finished(self) -> bool:
         """The host said that it is done, or refused; or somebody stopped the run."""
-        return self._done is not None or self._stopped or bool(self.trouble)
+        return self._done is not None or bool(self.trouble)
 
     def stop(self) -> None:
-        """Close the channel in the middle of the run; the host's outstanding packets are cancelled."""
+        """Ask the host to send nothing new; it is done when all that it has sent is completed."""
+        if self._stopped or self._done is not None:
+            return
         self._stopped = True
+        packet = self.channel.allocate_packet()
+        packet.completion_routine = lambda packet, _status, _reply: packet.free()
+        packet.send(burst_stop())
 
     def counts(self) -> dict[str, Any]:
         """Where it is."""
@@ -90,7 +97,7 @@ class BurstWorkload(Workload):
     def result(self) -> dict[str, Any]:
         """The final counts, and the host's."""
         tally = self.tally
-        expected = self._sequence.next if self._stopped else self._count
+        expected = self._expected
         result: dict[str, Any] = {
             "received": self._received,
             "completed": tally.completed,
@@ -107,15 +114,20 @@ class BurstWorkload(Workload):
 
     def good(self) -> bool:
         """Every packet came once, in order and intact, and the host liked every answer."""
-        if self._stopped:
-            return self.tally.good
-        done = self._done
+        done, expected = self._done, self._expected
         return (
             self.tally.good
-            and self._received == self.tally.completed == self._sequence.next == self._count
+            and self._received == self.tally.completed == self._sequence.next == expected
             and done is not None
-            and (done.started, done.completed, done.wrong) == (self._count, self._count, 0)
+            and (done.started, done.completed, done.wrong) == (expected, expected, 0)
         )
+
+    @property
+    def _expected(self) -> int:
+        """Packets of the whole run: of one that was stopped the host tells at its end."""
+        if not self._stopped and self._count:
+            return self._count
+        return self._sequence.next if self._done is None else self._done.started
 
     def _begun(self, packet: Packet, status: int, reply: bytes) -> None:
         if status == Status.SUCCESS and int.from_bytes(reply[:4], "little") != STATUS_OK:
