@@ -6,8 +6,8 @@ reordering and corruption are each detected by the side that suffers from it.
 Echo, guest to host: request `u64 sequence, u32 length, u32 crc32, data` (data inline, or in external memory), reply
 `u64 sequence, u32 length, u32 crc32, u32 status, u32 0, transformed data` (inline, or in place).
 
-Burst, guest to host: START, answered when the run has begun, and STOP, which ends a run with the packets that
-were sent up to then. Host to guest: DATA packets with unpredictable bytes, each answered with its number and a digest; at
+Burst, guest to host: START, answered when the run has begun, and STOP, which ends a run with the packets that were
+sent up to then. Host to guest: DATA packets with unpredictable bytes, each answered with its number and a digest; at
 the end one DONE packet with the host's counts.
 """
 
