@@ -95,7 +95,18 @@ class RingWriter(_Ring):
     `look`: called with the ring bytes of packets that are about to be published; None: nobody looks.
     """
 
-    __slots__ = ("_free", "_index", "_packers", "_peer", "_published", "_requested", "_staged", "largest", "look", "tap")
+    __slots__ = (
+        "_free",
+        "_index",
+        "_packers",
+        "_peer",
+        "_published",
+        "_requested",
+        "_staged",
+        "largest",
+        "look",
+        "tap",
+    )
 
     def __init__(self, header: Window, data: Window) -> None:
         """Attach; our own write index is taken from the ring, so that this serves open and restore alike."""
@@ -209,6 +220,8 @@ class RingReader(_Ring):
         self._index = _index(header.load32(READ_INDEX), self.size, "read index")
         self._peer = _index(header.load32(WRITE_INDEX), self.size, "write index")
         self.batch = b""
+        self.tap: Callable[[bytes], None] | None = None
+        self.look: Callable[[list[RawPacket]], None] | None = None
 
     @property
     def own_index(self) -> int:

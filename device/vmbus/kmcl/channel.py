@@ -15,6 +15,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 from uuid import UUID
 
@@ -87,6 +88,23 @@ class _QueuedCompletion(NamedTuple):
     transaction: int
     body: bytes
     since: float = 0.0
+
+
+class InFlight(NamedTuple):
+    """What is in flight on a channel, for inspection: the oldest of each sort, and how many there are.
+
+    `held`: incoming packets that the owner has not completed, with the time since when. `sent`: outgoing packets in the
+    ring or taken. `waiting`: what waits for room, packets and completions in the order in which they will leave.
+    Times are of the monotonic clock.
+    """
+
+    held: list[tuple[Completion, float]]
+    sent: list[Packet]
+    waiting: list[Packet | _QueuedCompletion]
+    held_count: int
+    sent_count: int
+    queued_count: int
+    completions_count: int
 
 
 class Waiter(Protocol):
@@ -805,7 +823,7 @@ class Channel(Settings):
                     return False
                 continue
             if look is not None:
-                look(packets)
+                look(packets[:1] if self._passive else packets)
             if self._passive:
                 # Given back before the owner sees it: a nested turn must find the packets behind it.
                 taken = self._take_one(link, packets[0])
@@ -944,6 +962,33 @@ class Channel(Settings):
     def packets_sent(self) -> int:
         """Outgoing packets in the ring, or taken, that wait for their completion."""
         return len(self._sent)
+
+    def in_flight(self, most: int) -> InFlight:
+        """What is in flight, at most `most` of each sort one by one, the oldest first."""
+        queued = self.packets_queued
+        return InFlight(
+            list(islice(self._outstanding.items(), most)),
+            list(islice(self._sent.values(), most)),
+            list(islice(self._queue, most)),
+            len(self._outstanding),
+            len(self._sent),
+            queued,
+            len(self._queue) - queued,
+        )
+
+    def is_restored(self, packet: Packet) -> bool:
+        """Whether an outgoing packet in flight came back with a restore: it is older than it looks."""
+        return packet.transaction < self._first_own
+
+    @property
+    def next_transaction(self) -> int:
+        """The id that the next outgoing packet gets."""
+        return self._next_transaction
+
+    @property
+    def rings(self) -> tuple[RingReader, RingWriter] | None:
+        """The rings while the channel is open, for inspection: to be looked at only."""
+        return None if self._link is None else (self._link.reader, self._link.writer)
 
     def describe(self) -> dict[str, object]:
         """State, counters, packets in flight and rings, for inspection."""
