@@ -22,6 +22,9 @@ Outcome = Literal["done", "refused", "failed"]
 
 Count = dict[str, int]
 
+CAMPAIGN = -1
+"""Stands for the number of an episode in events of the campaign as a whole."""
+
 
 class Sample(msgspec.Struct, kw_only=True, omit_defaults=True):
     """Where an episode was at one moment."""
@@ -64,7 +67,9 @@ class EventRecord(msgspec.Struct, kw_only=True, omit_defaults=True):
     """Something that a reader should see: a VM booted, a process died, a disk is full."""
 
     episode: int
+    """CAMPAIGN for what is of no episode."""
     at: float
+    """Seconds since the episode's beginning; since the campaign's, not counting what lay between its sittings."""
     text: str
     serious: bool = False
 
@@ -119,6 +124,17 @@ class Environment(msgspec.Struct, kw_only=True, omit_defaults=True):
     accelerator: str = ""
     processors: int = 0
     memory_bytes: int = 0
+
+
+class State(msgspec.Struct, kw_only=True):
+    """`state.json`: how far a campaign has come. Written again from time to time, and at its end."""
+
+    ran: float = 0.0
+    """Seconds for which it ran, all sittings together."""
+    state: Literal["running", "interrupted", "finished"] = "running"
+    """`running` in the folder of a campaign that does not run: it was killed."""
+    reason: str = ""
+    """Why it ended before everything was done."""
 
 
 class Failure(msgspec.Struct, kw_only=True, omit_defaults=True):
