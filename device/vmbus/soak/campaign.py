@@ -174,7 +174,7 @@ class CampaignRun:
             self.interrupt(f"{self._folder.waiting} records found no room on the disk")
         finished = not self._stop.is_set()
         self._note(state="finished" if finished else "interrupted")
-        self._report()
+        self._folder.with_room(self._report)
         if self._failed:
             return "failed"
         return "passed" if finished and self._done else "interrupted"

@@ -23,8 +23,9 @@ import fcntl
 import os
 import shutil
 from collections import deque
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import msgspec
 
@@ -41,6 +42,7 @@ WAITING_LIMIT = 100_000
 """Lines that wait for room in memory, at most (some 50 MiB). Further ones are counted as missing."""
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
+T = TypeVar("T")
 Journal = Literal["operations", "events", "episodes"]
 JOURNALS: tuple[Journal, ...] = ("operations", "events", "episodes")
 
@@ -282,12 +284,16 @@ class CampaignFolder:
 
     def publish(self, name: str, data: bytes) -> None:
         """Replace a small file as a whole. Raises OSError when there is no room even without the reserve."""
+        self.with_room(lambda: publish_bytes(self.path / name, data))
+
+    def with_room(self, write: Callable[[], T]) -> T:
+        """Call `write`, which may be called twice: when the disk is full, the reserve is given up for it."""
         try:
-            publish_bytes(self.path / name, data)
+            return write()
         except OSError as error:
             if error.errno not in NO_ROOM or not self._give_up_reserve():
                 raise
-            publish_bytes(self.path / name, data)
+            return write()
 
     def save_state(self) -> None:
         """Write `state.json` (and `missing.json`, if something is). A full disk leaves the last ones."""
