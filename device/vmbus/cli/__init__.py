@@ -12,6 +12,7 @@ import click
 from vmbus.cli.agent import agent
 from vmbus.cli.audit import audit
 from vmbus.cli.bench import bench
+from vmbus.cli.capture import capture
 from vmbus.cli.checkpoint import checkpoint, revert
 from vmbus.cli.demo import demo
 from vmbus.cli.migrate import migrate
@@ -46,5 +47,6 @@ main.add_command(revert)
 main.add_command(list_vms)
 main.add_command(agent)
 main.add_command(audit)
+main.add_command(capture)
 main.add_command(new_provider)
 main.add_command(provider)

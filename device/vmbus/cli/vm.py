@@ -44,6 +44,7 @@ CONFIGURATIONS = Path(__file__).resolve().parents[3] / "qemu_configs"
 SAVE_TIMEOUT = 1800.0
 
 AUDIT_HELP = "Keep audit records in this directory; scripts/audit checks them."
+CAPTURE_HELP = "Capture all packets from the start on into this new pcapng file (docs/capture.md)."
 
 
 @click.command("run-vm")
@@ -57,6 +58,7 @@ AUDIT_HELP = "Keep audit records in this directory; scripts/audit checks them."
     help="Start this test driver in the guest once it is up. May be given more than once.",
 )
 @click.option("--audit", type=click.Path(path_type=Path, file_okay=False), help=AUDIT_HELP)
+@click.option("--capture", type=click.Path(path_type=Path, dir_okay=False), help=CAPTURE_HELP)
 @click.option("--receive", metavar="ADDRESS", help="Wait at tcp:HOST:PORT or unix:PATH for a VM that migrates here.")
 @click.option("--secret-file", type=click.Path(path_type=Path, dir_okay=False), help=SECRET_HELP)
 def run_vm(
@@ -64,6 +66,7 @@ def run_vm(
     name: str | None,
     drives: tuple[str, ...],
     audit: Path | None,
+    capture: Path | None,
     receive: str | None,
     secret_file: Path | None,
 ) -> None:
@@ -78,6 +81,8 @@ def run_vm(
         if secret_file is None:
             raise UsageError("--secret-file is missing: both sides of a migration need the same secret")
         address, secret = absolute(receive), read_secret(secret_file)
+        if capture is not None:
+            raise UsageError("--capture does not go with --receive: start it with scripts/capture when the VM is there")
         run(_receive(address, secret, programs_from(provision()), name, audit))
         return
     if secret_file is not None:
@@ -85,7 +90,7 @@ def run_vm(
     description = load_description(find_description(config or "demo", CONFIGURATIONS))
     wanted = [_parse_drive(text) for text in drives]
     programs = programs_from(provision())
-    run(_run_vm(description, programs, name, wanted, audit))
+    run(_run_vm(description, programs, name, wanted, audit, capture))
 
 
 @click.command()
@@ -107,14 +112,17 @@ def save(directory: Path, name: str | None, live: bool, keep: bool) -> None:
 @click.option("--name", help="Name of the running VM (default: the saved description's).")
 @click.option("--count", default=1, metavar="N", type=click.IntRange(1, 64), help="Bring N clones of it back at once.")
 @click.option("--audit", type=click.Path(path_type=Path, file_okay=False), help=AUDIT_HELP)
-def restore(directory: Path, name: str | None, count: int, audit: Path | None) -> None:
+@click.option("--capture", type=click.Path(path_type=Path, dir_okay=False), help=CAPTURE_HELP)
+def restore(directory: Path, name: str | None, count: int, audit: Path | None, capture: Path | None) -> None:
     """Bring the VM in snapshot DIRECTORY back and show its console.
 
     Of several clones no console is shown; each goes its own way under a name of its own until all have ended.
     """
     programs = programs_from(provision())
     if count == 1:
-        run(_restore(directory, programs, name, audit))
+        run(_restore(directory, programs, name, audit, capture))
+    elif capture is not None:
+        raise UsageError("--capture is for one VM: several clones cannot share the file")
     else:
         run(_restore_clones(directory, programs, name, count, audit))
 
@@ -132,21 +140,26 @@ async def _run_vm(
     name: str | None,
     drives: list[tuple[str, dict[str, Any]]],
     audit: Path | None,
+    capture: Path | None,
 ) -> None:
     directory = RunDirectory.create(name or description.name, exact=name is not None)
     start = time.monotonic()
     with Steps(
         f"start of VM {directory.name!r} (QEMU {programs.qemu_version}, {programs.accelerator})", START_LABELS
     ) as steps:
-        vm = await VirtualMachine.launch(description, programs, directory, progress=steps, audit=audit)
+        vm = await VirtualMachine.launch(description, programs, directory, progress=steps, audit=audit, capture=capture)
     await _attend(vm, start, drives)
 
 
-async def _restore(directory: Path, programs: Programs, name: str | None, audit: Path | None) -> None:
+async def _restore(
+    directory: Path, programs: Programs, name: str | None, audit: Path | None, capture: Path | None
+) -> None:
     start = time.monotonic()
     run_directory = RunDirectory.create(name, exact=True) if name is not None else None
     with Steps(f"restore of {directory}", RESTORE_LABELS) as steps:
-        vm = await VirtualMachine.restore(directory, programs, run_directory, progress=steps, audit=audit)
+        vm = await VirtualMachine.restore(
+            directory, programs, run_directory, progress=steps, audit=audit, capture=capture
+        )
     assert vm.restored is not None
     packets = vm.restored.packets
     console.print(
