@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import re
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from importlib import resources
@@ -65,6 +66,10 @@ def render(report: Report) -> str:
         surroundings=_surroundings(report),
         settings=[(name, _value(value)) for name, value in report.settings.items()],
         campaign=CAMPAIGN,
+        cell=_cell,
+        size=_size,
+        details=_details,
+        command=_command,
     )
 
 
@@ -104,6 +109,34 @@ def _value(value: object) -> str:
     if isinstance(value, str):
         return value
     return msgspec.json.encode(value).decode(errors="replace")
+
+
+def _cell(value: float | None) -> Markup:
+    """A cell with a duration; the exact value is for sorting."""
+    return _with_value(None if value is None else round(value, 6), seconds_text(value))
+
+
+def _size(value: int | None) -> Markup:
+    return _with_value(value, byte_text(value))
+
+
+def _with_value(value: float | None, text: str) -> Markup:
+    if value is None:
+        return Markup("<td></td>")
+    return Markup('<td class="n" data-v="{}">{}</td>').format(value, text)
+
+
+def _details(one: OperationRecord) -> str:
+    parameters = ", ".join(f"{name} {_value(value)}" for name, value in one.parameters.items())
+    return _short("; ".join(text for text in (parameters, one.message) if text))
+
+
+def _command(text: str) -> Markup:
+    """A command line that is broken before options only; what is copied is the same."""
+    words = re.split(r" (?=--?\w)", clean(text))
+    return Markup(" ").join(
+        Markup("<span>{}</span>").format(word) if len(word) < 40 else Markup("{}").format(word) for word in words
+    )
 
 
 def _moment(text: str) -> str:
@@ -183,6 +216,11 @@ def _figures(report: Report) -> list[tuple[str, str, Sequence[Markup]]]:
             _one(plots.downtime_by_kind(operations)),
         ),
         (
+            "Duration by kind of operation",
+            "From the request until the VM runs on.",
+            _one(plots.duration_by_kind(operations)),
+        ),
+        (
             "Downtime over the campaign",
             "Should neither grow nor scatter as time goes by.",
             _one(plots.downtime_over_time(operations)),
@@ -204,8 +242,8 @@ def _figures(report: Report) -> list[tuple[str, str, Sequence[Markup]]]:
         ),
         (
             "Throughput around each operation",
-            "Transactions a second from 4 s before an operation's start to 8 s after: the line is the median, "
-            "the band holds 80 % of the operations, the shade is how long one takes.",
+            "Transactions a second, as far as no other operation is near: the line is the median, the band holds "
+            "80 % of the operations, the shade is how long one takes.",
             plots.throughput(curves),
         ),
     ]

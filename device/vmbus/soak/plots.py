@@ -100,7 +100,7 @@ def _round_values(low: float, high: float, wanted: int) -> list[float]:
 
 def _decades(low: float, high: float, wanted: int) -> list[float]:
     first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
-    for factors in ((1, 2, 5), (1, 3), (1,)):
+    for factors in ((1, 1.5, 2, 3, 5, 7), (1, 2, 5), (1, 3), (1,)):
         values = [factor * 10.0**power for power in range(first, last + 1) for factor in factors]
         inside = [value for value in values if low * 0.999 <= value <= high * 1.001]
         if len(inside) <= wanted + 1:
@@ -292,37 +292,48 @@ def downtime_over_time(operations: Operations) -> Markup:
 
 
 def downtime_by_kind(operations: Operations) -> Markup:
-    """The downtimes of each kind of operation on a line of its own, with their median and their greatest."""
+    """The downtimes of each kind of operation on a line of its own."""
+    return _by_kind(operations, [(one.kind, one.downtime) for one in operations.ordered], "downtime")
+
+
+def duration_by_kind(operations: Operations) -> Markup:
+    """The same for how long the operations took."""
+    return _by_kind(operations, [(one.kind, one.seconds) for one in operations.ordered], "duration")
+
+
+def _by_kind(operations: Operations, values: Sequence[tuple[str, float | None]], what: str) -> Markup:
+    """Durations on a line for each kind of operation, with their median and their greatest; the shortest on top."""
     found: dict[str, list[float]] = {}
-    for one in operations.ordered:
-        if usable(one.downtime):
-            found.setdefault(one.kind, []).append(one.downtime or 0.0)
+    for kind, value in values:
+        if value is not None and usable(value):
+            found.setdefault(kind, []).append(value)
     kinds = [kind for kind in operations.kinds if kind in found][:MAXIMUM_ROWS]
     if not kinds:
         return Markup("")
     kinds.sort(key=lambda kind: median(found[kind]))
-    left, row = 150.0, max(19.0, (HEIGHT - TOP - BOTTOM) / max(len(kinds), 5))
+    left, right = 146.0, WIDTH - 116
+    row = max(19.0, (HEIGHT - TOP - BOTTOM) / max(len(kinds), 5))
     bottom = TOP + row * len(kinds)
-    x = _logarithmic([value for kind in kinds for value in found[kind]], left, WIDTH - 70)
-    contents = _x_axis(
-        x, x.ticks(4), seconds_text, bottom, "downtime; the bar is the median, the figures median and maximum"
-    )
+    x = _logarithmic([value for kind in kinds for value in found[kind]], left, right)
+    contents = _x_axis(x, x.ticks(3), seconds_text, bottom, what)
     for number, kind in enumerate(kinds):
-        values = sorted(found[kind])
+        ordered = sorted(found[kind])
         y = TOP + row * (number + 0.5)
-        middle, greatest = median(values), values[-1]
-        contents.append(tag("line", class_="grid", x1=left, x2=WIDTH - 70, y1=y, y2=y))
+        middle, greatest = median(ordered), ordered[-1]
+        contents.append(tag("line", class_="grid", x1=left, x2=right, y1=y, y2=y))
         contents.append(words(_shortened(kind, 21), class_="tick", x=left - 8, y=y + 4, text_anchor="end"))
-        places = sorted({round(x(value), 0) for value in values})
+        places = sorted({round(x(value)) for value in ordered})
         contents += [tag("circle", class_="dot s0", cx=place, cy=y, r=3) for place in places]
         at = x(middle)
-        title = f"{kind}: {len(values)} operations, median {seconds_text(middle)}, maximum {seconds_text(greatest)}"
+        title = f"{kind}: {len(ordered)} operations, median {seconds_text(middle)}, maximum {seconds_text(greatest)}"
         contents.append(
             tag("line", tag("title", escape(clean(title))), class_="median", x1=at, x2=at, y1=y - 7, y2=y + 7)
         )
-        said = f"{seconds_text(middle)} / {seconds_text(greatest)}"
-        contents.append(words(said, class_="tick figure", x=WIDTH - 2, y=y + 4, text_anchor="end"))
-    return _frame(contents, "Downtime by kind of operation", height=bottom + BOTTOM)
+        contents.append(words(seconds_text(middle), class_="tick figure", x=WIDTH - 58, y=y + 4, text_anchor="end"))
+        contents.append(words(seconds_text(greatest), class_="tick figure", x=WIDTH - 2, y=y + 4, text_anchor="end"))
+    heads = (("median", WIDTH - 58), ("max", WIDTH - 2))
+    contents += [words(name, class_="tick", x=place, y=bottom + 17, text_anchor="end") for name, place in heads]
+    return _frame(contents, f"{what.capitalize()} by kind of operation", height=bottom + BOTTOM)
 
 
 def save_and_restore(operations: Operations) -> Markup:
@@ -416,7 +427,10 @@ class Curve:
 
 
 def throughput_curves(operations: Operations, episodes: Sequence[EpisodeRecord]) -> list[Curve]:
-    """Return a curve for each kind of operation around which samples were taken."""
+    """Return a curve for each kind of operation around which samples were taken.
+
+    Around an operation means: from the end of the one before it to the start of the next one in its episode.
+    """
     samples = {}
     for episode in episodes:
         ordered = sorted(episode.samples, key=lambda sample: sample.at)
@@ -424,15 +438,17 @@ def throughput_curves(operations: Operations, episodes: Sequence[EpisodeRecord])
     cells = [-BEFORE + STEP * (number + 0.5) for number in range(int((BEFORE + AFTER) / STEP))]
     rates: dict[str, list[list[float]]] = {}
     durations: dict[str, list[float]] = {}
+    neighbours = _neighbours(operations.ordered)
     for one in operations.ordered:
         times, transactions = samples.get(one.episode, ([], []))
         if len(times) < 2:
             continue
+        earliest, latest = neighbours[one.episode, one.number]
         durations.setdefault(one.kind, []).append(one.seconds)
         of_kind = rates.setdefault(one.kind, [[] for _ in cells])
         for number, cell in enumerate(cells):
             after = bisect_right(times, one.at + cell)
-            if 0 < after < len(times):
+            if 0 < after < len(times) and earliest <= times[after - 1] and times[after] <= latest:
                 elapsed = times[after] - times[after - 1]
                 done = transactions[after] - transactions[after - 1]
                 if elapsed > 0 and done >= 0:  # a VM that goes back in time takes its transactions with it
@@ -447,6 +463,21 @@ def throughput_curves(operations: Operations, episodes: Sequence[EpisodeRecord])
         if len(points) > 1:
             curves.append(Curve(kind, len(durations[kind]), median(durations[kind]), points))
     return curves
+
+
+def _neighbours(ordered: Sequence[OperationRecord]) -> dict[tuple[int, int], tuple[float, float]]:
+    """For each operation, by episode and number: the end of the one before it, and the start of the one after it."""
+    episodes: dict[int, list[OperationRecord]] = {}
+    for one in ordered:
+        episodes.setdefault(one.episode, []).append(one)
+    found = {}
+    for some in episodes.values():
+        some.sort(key=lambda one: one.at)
+        ends = [-math.inf, *(one.at + one.seconds for one in some)]
+        starts = [*(one.at for one in some), math.inf]
+        for place, one in enumerate(some):
+            found[one.episode, one.number] = (ends[place], starts[place + 1])
+    return found
 
 
 def throughput(curves: Sequence[Curve]) -> list[Markup]:
@@ -464,7 +495,7 @@ def throughput(curves: Sequence[Curve]) -> list[Markup]:
         band = "M" + "L".join(f"{at:.1f} {value:.1f}" for at, value in ends) + "z"
         line = "M" + "L".join(f"{x(at):.1f} {y(middle):.1f}" for at, _, middle, _ in curve.points)
         contents = [
-            *_y_axis(y, y.ticks(3), lambda value: count_text(round(value)), left, width - 8),
+            *_y_axis(y, y.ticks(4), lambda value: count_text(round(value)), left, width - 8),
             tag("rect", class_="during", x=x(0), y=top, width=max(1.0, x(curve.seconds) - x(0)), height=bottom - top),
             tag("path", class_="band s0", d=band),
             tag("path", class_="line s0", d=line),
