@@ -35,6 +35,8 @@ OP_START = 1
 OP_STOP = 2
 UNTIL_STOPPED = 1 << 62
 """Packets of a run without an end of its own."""
+MOST_NEEDLESS = 64
+"""Signals without a reason for each packet of a run."""
 KIND_DATA = 1
 KIND_DONE = 2
 
@@ -136,25 +138,29 @@ def parse_echo_reply(payload: bytes) -> EchoReply | None:
 
 
 class BurstStart(NamedTuple):
-    """Parameters of a burst run: `packets` packets of `size` bytes, at most `window` of them not completed."""
+    """Parameters of a burst run: `packets` packets of `size` bytes, at most `window` of them not completed.
+
+    `needless`: so many signals without a reason follow each packet. Only the provider `burst` gives them.
+    """
 
     size: int
     packets: int
     window: int
+    needless: int = 0
 
     def pack(self) -> bytes:
         """The request."""
-        return BURST_START.pack(OP_START, self.size, self.packets, self.window, 0)
+        return BURST_START.pack(OP_START, self.size, self.packets, self.window, self.needless)
 
 
 def parse_burst_start(payload: bytes) -> BurstStart | None:
     """A START request, or None when it is not one."""
     if len(payload) < BURST_START.size:
         return None
-    operation, size, count, window, _ = BURST_START.unpack_from(payload)
-    if operation != OP_START or not 0 < window <= 1 << 20 or size > 60000:
+    operation, size, count, window, needless = BURST_START.unpack_from(payload)
+    if operation != OP_START or not 0 < window <= 1 << 20 or size > 60000 or needless > MOST_NEEDLESS:
         return None
-    return BurstStart(size, count, window)
+    return BurstStart(size, count, window, needless)
 
 
 def burst_stop() -> bytes:

@@ -80,7 +80,9 @@ def test_burst_refuses_impossible_parameters() -> None:
 
 
 def test_mixed_names_the_workloads_there_are() -> None:
-    with pytest.raises(UsageError, match=r"no workload 'function'; there are .*bulk.*burst.*echo.*raw-echo.*remap"):
+    with pytest.raises(UsageError, match=r"no workload 'nothing'; there are .*bulk.*burst.*echo.*raw-echo.*remap"):
+        CATALOGUE["mixed"].load()(Context({"workloads": [{"driver": "nothing"}]}, no_function))
+    with pytest.raises(UsageError, match="test driver 'function' runs alone"):
         CATALOGUE["mixed"].load()(Context({"workloads": [{"driver": "function"}]}, no_function))
 
 

@@ -44,6 +44,7 @@ class _State(msgspec.Struct, frozen=True):
     done_sent: bool
     restored: int
     runs: int
+    needless: int = 0
 
 
 class BurstProvider(Provider):
@@ -104,7 +105,10 @@ class BurstProvider(Provider):
         packet.pointer = _Transaction(sequence, workload.burst_digest(sequence, data))
         packet.completion_routine = self._completed
         self.tally.started += 1
+        needless = self._run.needless
         packet.send(workload.burst_data(sequence, data))
+        for _ in range(needless):
+            self.channel.signal_needlessly()
 
     def _completed(self, packet: Packet, status: int, reply: bytes) -> None:
         transaction: _Transaction = packet.pointer
@@ -162,7 +166,8 @@ class BurstProvider(Provider):
     def save(self) -> bytes:
         return msgspec.msgpack.encode(
             _State(
-                run=None if self._run is None else (self._run.size, self._run.packets, self._run.window),
+                run=None if self._run is None else self._run[:3],
+                needless=0 if self._run is None else self._run.needless,
                 issued=self._issued,
                 next_answer=self._answers.next,
                 tally=self.tally.as_dict(),
@@ -178,7 +183,7 @@ class BurstProvider(Provider):
             self.tally.load(saved.tally)
         except (msgspec.MsgspecError, KeyError) as error:
             raise StateError(f"the saved state of provider {self.name!r} (burst) is not valid: {error}") from error
-        self._run = None if saved.run is None else workload.BurstStart(*saved.run)
+        self._run = None if saved.run is None else workload.BurstStart(*saved.run, saved.needless)
         self._issued = saved.issued
         self._answers.next = saved.next_answer
         self._done_sent = saved.done_sent

@@ -32,8 +32,19 @@ from vmbus.workload import (
     burst_stop,
     parse_burst_packet,
 )
-from vmbus_guest.testdrivers.context import Context, Parameters
-from vmbus_guest.testdrivers.workload import LONGEST_STEP, Workload, run_workload
+from vmbus_guest.testdrivers.context import Parameters
+from vmbus_guest.testdrivers.workload import LONGEST_STEP, Workload
+
+
+class BurstDefaults:
+    """What parameters are when they are not given."""
+
+    __slots__ = ("count", "size", "window")
+
+    def __init__(self, *, count: int = 1000, size: int = 64, window: int = 256) -> None:
+        self.count = count
+        self.size = size
+        self.window = window
 
 
 class BurstWorkload(Workload):
@@ -41,12 +52,15 @@ class BurstWorkload(Workload):
 
     name = "burst"
     interface_type = BURST_TYPE
+    defaults = BurstDefaults()
+    needless = 0
+    """Signals without a reason that the host gives with each packet."""
 
     def __init__(self, parameters: Parameters) -> None:
         super().__init__(parameters)
-        self._count = parameters.get("count", 1000, minimum=0, maximum=1 << 48)
-        self._size = parameters.get("size", 64, minimum=0, maximum=60000)
-        self._window = parameters.get("window", 256, minimum=1, maximum=1 << 20)
+        self._count = parameters.get("count", self.defaults.count, minimum=0, maximum=1 << 48)
+        self._size = parameters.get("size", self.defaults.size, minimum=0, maximum=60000)
+        self._window = parameters.get("window", self.defaults.window, minimum=1, maximum=1 << 20)
         self._hold = parameters.get("hold", 0, minimum=0, maximum=65536)
         self._hold_seconds = parameters.get("hold_seconds", 0.05, minimum=0, maximum=10)
         self.tally = Tally()
@@ -65,7 +79,8 @@ class BurstWorkload(Workload):
         """Ask the host to start."""
         packet = self.channel.allocate_packet()
         packet.completion_routine = self._begun
-        packet.send(BurstStart(self._size, self._count or UNTIL_STOPPED, self._window).pack())
+        start = BurstStart(self._size, self._count or UNTIL_STOPPED, self._window, self.needless)
+        packet.send(start.pack())
 
     def tick(self, now: float) -> float:
         """When the host waits for completions, nothing arrives any more: then they are due."""
@@ -171,6 +186,4 @@ class BurstWorkload(Workload):
         self._release()
 
 
-def run(context: Context) -> dict[str, Any]:
-    """Run the workload alone."""
-    return run_workload(context, BurstWorkload)
+WORKLOAD = BurstWorkload
