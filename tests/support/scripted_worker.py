@@ -73,7 +73,8 @@ def main(folder: Path) -> None:
             case "touch":
                 Path(arguments[0]).touch()
             case "pid":
-                Path(arguments[0]).write_text(str(os.getpid()))
+                Path(arguments[0] + ".new").write_text(str(os.getpid()))
+                Path(arguments[0] + ".new").rename(arguments[0])
             case "wait-for":  # a file, at most a minute
                 for _ in range(6000):
                     if Path(arguments[0]).exists():

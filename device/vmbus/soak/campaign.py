@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import msgspec
+from msgspec.structs import replace
 
 from vmbus.errors import VmbusError
 from vmbus.soak import keep
@@ -260,15 +261,15 @@ class CampaignRun:
         except EngineLost:
             self._folder.discard(working)
             raise
-        if record.verdict == "failed" and self._spoilt_by_full_disk(record):
+        spoilt = self._spoilt(record)
+        if spoilt:
             self._folder.discard(working)
             if self._attempts[episode] < self._limits.attempts:
-                self._say(
-                    f"the disk got full during episode {episode}, which is run again: {record.failure}", serious=True
-                )
+                self._say(f"episode {episode} is run again: {spoilt}", serious=True)
                 self._again.append(episode)
             else:
-                self.interrupt(f"the disk got full during episode {episode} again and again")
+                self.interrupt(f"episode {episode} was run {self._limits.attempts} times in vain: {spoilt}")
+            self._view.ended(replace(record, verdict="interrupted"), "")
             return
         replay = ""
         if record.verdict == "failed":
@@ -309,8 +310,17 @@ class CampaignRun:
                 return f"{path} has {free >> 20} MiB left, and {needed >> 20} MiB are needed"
         return ""
 
-    def _spoilt_by_full_disk(self, record: EpisodeRecord) -> bool:
-        return any(text in record.failure for text in _FULL) and bool(self._short_of_room())
+    def _spoilt(self, record: EpisodeRecord) -> str:
+        """Why an episode says nothing about the device, and has to be run again; empty if it does say something.
+
+        One that got into a full disk fails, and says so itself; one that nobody asked to end early has lost its engine.
+        """
+        if record.verdict == "failed" and any(text in record.failure for text in _FULL):
+            short = self._short_of_room()
+            return f"the disk got full: {short}; {record.failure}" if short else ""
+        if record.verdict == "interrupted" and not self._stop.is_set():
+            return record.failure or "it ended early, unasked"
+        return ""
 
     async def _room(self) -> bool:
         """Wait for room on the disk, while nothing new begins. False if the campaign ends meanwhile."""

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Protocol
 
 from vmbus.errors import EnvironmentProblem
-from vmbus.soak.job import Job, Sink, run_job
+from vmbus.soak.job import Job, run_job
 from vmbus.soak.records import EpisodeRecord
+from vmbus.soak.sink import Sink
 
 PROCESSORS_EACH = 2
 """An episode keeps a QEMU and a device server busy, and at times a second pair of them."""

@@ -19,7 +19,6 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import Protocol
 
 import msgspec
 
@@ -28,6 +27,7 @@ import vmbus_guest
 from vmbus.errors import VmbusError
 from vmbus.qemu.process import Child
 from vmbus.soak.records import EpisodeRecord, EventRecord, OperationRecord, Sample
+from vmbus.soak.sink import Sink
 
 WORKER = (sys.executable, "-m", "vmbus.soak.worker")
 PLAN = "plan.json"
@@ -43,22 +43,6 @@ _IMPORT_ROOTS = list(
 LINE_LIMIT = 32 << 20
 """Bytes that a line may have. An episode's record carries all its samples."""
 _QUOTED = 200
-
-
-class Sink(Protocol):
-    """Is told of an episode as it happens."""
-
-    def operation(self, record: OperationRecord) -> None:
-        """An operation has ended."""
-
-    def event(self, record: EventRecord) -> None:
-        """Something that a reader should see."""
-
-    def sample(self, sample: Sample) -> None:
-        """Where the episode is now."""
-
-    def phase(self, text: str) -> None:
-        """What the episode does from now on."""
 
 
 class Bounds(msgspec.Struct, frozen=True, kw_only=True):
