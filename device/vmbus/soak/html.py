@@ -7,7 +7,9 @@ text in the records that got past the escaping could do nothing.
 from __future__ import annotations
 
 import base64
+import functools
 import hashlib
+import json
 import re
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
@@ -16,7 +18,6 @@ from statistics import median
 from typing import Any
 
 import jinja2
-import msgspec
 from markupsafe import Markup
 
 from vmbus.soak import plots
@@ -36,16 +37,7 @@ _MARKS = {"passed": "✓", "failed": "✗", "interrupted": "–"}
 def render(report: Report) -> str:
     """Return the page. Everything from the records is escaped, and shortened where it is long."""
     style, script = _template("report.css"), _template("report.js")
-    environment = jinja2.Environment(
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        finalize=_shown,
-    )
-    environment.filters |= {"count": count_text, "seconds": seconds_text, "bytes": byte_text, "short": _short}
-    page = environment.from_string(_template("report.html.j2"))
-    return page.render(
+    return _page().render(
         style=Markup(style),
         script=Markup(script),
         policy=f"default-src 'none'; img-src data:; style-src {_digest(style)}; script-src {_digest(script)}; "
@@ -71,6 +63,19 @@ def render(report: Report) -> str:
         details=_details,
         command=_command,
     )
+
+
+@functools.cache
+def _page() -> jinja2.Template:
+    environment = jinja2.Environment(
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=_shown,
+    )
+    environment.filters |= {"count": count_text, "seconds": seconds_text, "bytes": byte_text, "short": _short}
+    return environment.from_string(_template("report.html.j2"))
 
 
 def lead(report: Report) -> str:
@@ -108,7 +113,7 @@ def _short(text: str, limit: int = 300) -> str:
 def _value(value: object) -> str:
     if isinstance(value, str):
         return value
-    return msgspec.json.encode(value).decode(errors="replace")
+    return json.dumps(value, ensure_ascii=False, default=str)
 
 
 def _cell(value: float | None) -> Markup:

@@ -45,7 +45,7 @@ def build(folder: Path) -> Report:
 
     Raises UsageError when there is none, or one of another version; EnvironmentProblem when it cannot be read.
     """
-    from vmbus.soak import replay
+    from vmbus.soak.replay import campaign_command, replay_command
 
     campaign = folders.read_campaign(folder)
     missing: list[str] = []
@@ -61,7 +61,7 @@ def build(folder: Path) -> Report:
         Failure(
             episode=number,
             message=message,
-            replay=replay.replay_command(campaign.settings, number, folder),
+            replay=replay_command(campaign.settings, number, folder),
             kept=episodes[number].kept if number in episodes else "",
         )
         for number, message in sorted(_failed(episodes, operations, unfinished).items())
@@ -78,7 +78,7 @@ def build(folder: Path) -> Report:
         episodes_planned=campaign.episodes_planned,
         failures=failures,
         by_kind=_by_kind(operations),
-        command=replay.campaign_command(campaign.settings, folder),
+        command=campaign_command(campaign.settings, folder),
         environment=campaign.environment,
         settings=campaign.settings,
         episode_records=[episodes[number] for number in sorted(episodes)],
@@ -93,11 +93,11 @@ def write(folder: Path) -> Report:
 
     Raises what `build` raises, and OSError when a file cannot be written (the old one is still there then).
     """
-    from vmbus.soak import html
+    from vmbus.soak.html import render  # the template engine takes a tenth of a second, and is wanted here only
 
     report = build(folder)
     publish_bytes(folder / JSON_NAME, encode(report))
-    publish_bytes(folder / HTML_NAME, html.render(report).encode(errors="replace"))
+    publish_bytes(folder / HTML_NAME, render(report).encode(errors="replace"))
     return report
 
 
