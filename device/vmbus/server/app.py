@@ -20,7 +20,7 @@ import logging
 import os
 import select
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,13 +34,15 @@ from vmbus.capture.capture import Capture, CaptureOptions
 from vmbus.description import DeviceDescription, explain
 from vmbus.device import Device
 from vmbus.errors import EnvironmentProblem, PeerError, StateError, UsageError, VmbusError, WaitTimeout
+from vmbus.inspection.collect import Listing, inspect_device
+from vmbus.inspection.document import DEFAULT_PACKETS, ServerInfo, as_answer
 from vmbus.kmcl.server import ServerChannel
 from vmbus.memory import DirtyLogBroken
 from vmbus.providers import Provider
 from vmbus.server.control import ControlServer
 from vmbus.server.driven import Driven
 from vmbus.server.interrupt import bounded
-from vmbus.server.life import Life, ProviderHost
+from vmbus.server.life import Life
 from vmbus.server.phase import Phase
 from vmbus.server.services import Services
 from vmbus.server.timers import Timers
@@ -110,6 +112,8 @@ class DeviceServer:
         self._quiet: asyncio.Future[None] | None = None
         self._ended: asyncio.Future[None] = self._loop.create_future()
         self._audit = audit
+        self._began = time.monotonic()
+        self._lives = 1
         if audit is not None:
             make_directory(audit)
         self._capture: Capture | None = None if capture is None else Capture(capture.absolute(), CaptureOptions())
@@ -154,11 +158,6 @@ class DeviceServer:
     def providers(self) -> list[Provider]:
         """The providers of the present life, in the order of the description."""
         return self._life.providers
-
-    @property
-    def hosts(self) -> Mapping[str, ProviderHost]:
-        """What each provider has of the present life, by its name."""
-        return self._life.hosts
 
     @property
     def timers(self) -> Timers:
@@ -357,11 +356,39 @@ class DeviceServer:
             "description": msgspec.to_builtins(self.description),
         }
 
-    async def _inspect(self) -> dict[str, Any]:
-        return await self._status() | {
-            "device": self.device.describe() | {"name": self.description.name},
-            "config": self.config.snapshot().hex(),
-        }
+    async def _inspect(self, packets: int = DEFAULT_PACKETS, channels: list[str] | None = None) -> dict[str, Any]:
+        """Everything about the device, see `vmbus.inspection`.
+
+        `packets`: how many of each sort are listed for each channel; 0: they are only counted. `channels`: of which
+        channels, by name; None: of all.
+        """
+        if isinstance(packets, bool) or not isinstance(packets, int) or packets < 0:
+            raise UsageError(f"inspect: packets is a number from 0, not {packets!r}")
+        if channels is not None and not (isinstance(channels, list) and all(isinstance(one, str) for one in channels)):
+            raise UsageError(f"inspect: channels is a list of names, not {channels!r}")
+        context = self._context
+        document = inspect_device(
+            self.description.name,
+            self.config.snapshot(),
+            self.device,
+            self.providers,
+            self._life.hosts,
+            Listing(packets, channels),
+        )
+        document.description = msgspec.to_builtins(self.description)
+        document.server = ServerInfo(
+            pid=os.getpid(),
+            version=vmbus.__version__,
+            libvfio_user=self.library.description,
+            phase=self.phase.value,
+            connected=context is not None and context.attached,
+            driven_by_client=context is not None and context.driven_by_client,
+            migration={"state": self.driven.state.name.lower(), "complete": self.driven.complete},
+            life=self._lives,
+            resets=self.device.resets,
+            uptime=time.monotonic() - self._began,
+        )
+        return as_answer(document)
 
     async def _pci(self) -> dict[str, Any]:
         return {"config": self.config.snapshot().hex(), "bar0": self.config.bar0_address}
@@ -836,6 +863,7 @@ class DeviceServer:
             life.end()
             raise
         ended, self._life = self._life, life
+        self._lives += 1
         self.phase = self._phase
         ended.end()
         ended.device.memory.move_to(life.device.memory)
