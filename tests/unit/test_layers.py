@@ -19,6 +19,9 @@ from conftest import NO_MIGRATION_V2
 @pytest.mark.unit
 def test_one(): pass
 
+@pytest.mark.browser
+def test_in_a_browser(): pass
+
 @pytest.mark.vm
 def test_two(): pass
 
@@ -51,7 +54,7 @@ def test_migration(): pytest.skip(NO_MIGRATION_V2)
 def outcome(folder: Path, tests: str) -> tuple[int, str]:
     (folder / "conftest.py").write_bytes(CONFTEST.read_bytes())
     (folder / "test_it.py").write_text(TESTS + tests)
-    markers = "\n".join(f"    {name}: x" for name in ("unit", "loopback", "vm", "needs_migration_v2"))
+    markers = "\n".join(f"    {name}: x" for name in ("unit", "loopback", "browser", "vm", "needs_migration_v2"))
     (folder / "pytest.ini").write_text(f"[pytest]\nmarkers =\n{markers}\naddopts = --strict-markers\n")
     result = subprocess.run(
         [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--all-layers", "-q", str(folder)],

@@ -89,9 +89,7 @@ def find_chromium(
         try:
             return query(Path(explicit).expanduser().absolute(), "VMBUS_CHROMIUM")
         except EnvironmentProblem as error:
-            raise EnvironmentProblem(
-                f"VMBUS_CHROMIUM cannot be used: {error}; unset it to have one fetched"
-            ) from error
+            raise EnvironmentProblem(f"VMBUS_CHROMIUM cannot be used: {error}; unset it to have one fetched") from error
     for name in ON_PATH:
         installed = shutil.which(name, path=environment.get("PATH"))
         if installed is not None and not _is_a_snap(Path(installed)):

@@ -172,8 +172,9 @@ def _x_axis(scale: Scale, values: Sequence[float], text: Text, bottom: float, la
         x = scale(value)
         parts.append(tag("line", class_="axis", x1=x, x2=x, y1=bottom, y2=bottom + 4))
         parts.append(words(text(value), class_="tick", x=x, y=bottom + 17, text_anchor="middle"))
-    middle = (scale.start + scale.end) / 2
-    parts.append(words(label, class_="label", x=middle, y=bottom + 38, text_anchor="middle"))
+    if label:
+        middle = (scale.start + scale.end) / 2
+        parts.append(words(label, class_="label", x=middle, y=bottom + 38, text_anchor="middle"))
     return parts
 
 
