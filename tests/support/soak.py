@@ -62,7 +62,7 @@ class Sitting:
         self, path: Path, row: Script, *, engine: Engine | None = None, limits: Limits = QUICK, **more: Any
     ) -> None:
         only = more.pop("only", None)
-        self.folder = CampaignFolder.open(path, campaign(only=only))
+        self.folder = CampaignFolder.open(path, more.pop("campaign", None) or campaign(only=only))
         self.told = Told()
         self.reports = 0
         figures = Figures(planned=None, seconds=None)

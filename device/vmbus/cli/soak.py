@@ -39,24 +39,22 @@ STATUS = {"passed": PASSED, "failed": FAILED, "interrupted": INTERRUPTED}
 _UNITS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
-class _Duration(click.ParamType):
+def _seconds(context: click.Context, parameter: click.Parameter, value: str | None) -> float | None:
     """Seconds, or a number with its unit: 90, 20m, 8h."""
-
-    name = "time"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        if isinstance(value, float):
-            return value
-        found = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd]?)", str(value))
-        if found is None:
-            self.fail(f"{value!r} is no time, such as 90, 20m or 8h", param, ctx)
-        return float(found[1]) * _UNITS[found[2]]
+    if value is None:
+        return None
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd]?)", value)
+    if found is None:
+        raise click.BadParameter(f"{value!r} is no time, such as 90, 20m or 8h", context, parameter)
+    return float(found[1]) * _UNITS[found[2]]
 
 
 @click.command()
 @click.option("--seed", type=click.IntRange(0), help="All of the schedule follows from it (default: one is drawn).")
 @click.option("--operations", type=click.IntRange(1), metavar="N", help="Carry out N operations (default: 100).")
-@click.option("--seconds", "--for", type=_Duration(), help="Instead, begin episodes for so long: 90, 20m, 8h.")
+@click.option(
+    "--seconds", "--for", metavar="TIME", callback=_seconds, help="Instead, begin episodes for so long: 90, 20m, 8h."
+)
 @click.option("--report", "folder", type=click.Path(path_type=Path, file_okay=False), metavar="DIR",
               help="The campaign's folder; one that was interrupted is gone on with (default: soak-SEED).")  # fmt: skip
 @click.option(

@@ -9,10 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import itertools
-import os
-import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -35,12 +32,7 @@ from vmbus.soak.records import (
     State,
     Verdict,
 )
-
-ROOM_FOR_AN_EPISODE = 1 << 30
-"""Bytes that must be free where episodes keep their big files before one begins."""
-ROOM_FOR_RECORDS = 64 << 20
-"""The same for the campaign's folder, where this is another file system."""
-_FULL = tuple(os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT))
+from vmbus.soak.room import ROOM_FOR_AN_EPISODE, ROOM_FOR_RECORDS, short_of_room, tells_of_full_disk
 
 
 class Row(Protocol):
@@ -301,21 +293,14 @@ class CampaignRun:
         places = [(self._folder.path, min(ROOM_FOR_RECORDS, self._limits.room))]
         if self._scratch is not None:
             places.append((self._scratch, self._limits.room))
-        for path, needed in places:
-            try:
-                free = shutil.disk_usage(path).free
-            except OSError as error:
-                return f"{path} cannot be looked at: {error.strerror}"
-            if free < needed:
-                return f"{path} has {free >> 20} MiB left, and {needed >> 20} MiB are needed"
-        return ""
+        return short_of_room(places)
 
     def _spoilt(self, record: EpisodeRecord) -> str:
         """Why an episode says nothing about the device, and has to be run again; empty if it does say something.
 
         One that got into a full disk fails, and says so itself; one that nobody asked to end early has lost its engine.
         """
-        if record.verdict == "failed" and any(text in record.failure for text in _FULL):
+        if record.verdict == "failed" and tells_of_full_disk(record.failure):
             short = self._short_of_room()
             return f"the disk got full: {short}; {record.failure}" if short else ""
         if record.verdict == "interrupted" and not self._stop.is_set():

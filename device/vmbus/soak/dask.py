@@ -28,12 +28,13 @@ from vmbus.soak.sink import Sink
 
 try:
     import distributed
-    from distributed.comm import CommClosedError
+    from distributed.comm.core import CommClosedError
 except ImportError as error:  # pragma: no cover - the complete test run has it
     raise EnvironmentProblem(
         f"--scheduler needs the Python package 'distributed' (extra: dask), and it cannot be imported: {error}"
     ) from error
 
+_dask: Any = distributed  # half of it has no types
 CONNECT_TIMEOUT = 30.0
 WORKERS_TIMEOUT = 300.0
 """Seconds for which a scheduler without any worker is waited for."""
@@ -72,7 +73,7 @@ class DaskEngine:
         self._beat = beat
         self._patience = patience
         self._name = f"vmbus-soak-{secrets.token_hex(8)}"
-        self._life = distributed.Variable(self._name, client=client)
+        self._life: Any = _dask.Variable(self._name, client=client)
         self._listeners: dict[int, _Listener] = {}
         self._workers = 0
         self._last_worker = time.monotonic()
@@ -91,7 +92,7 @@ class DaskEngine:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of versions: those that matter are looked at below
-                client = await distributed.Client(
+                client = await _dask.Client(
                     address, asynchronous=True, timeout=CONNECT_TIMEOUT, set_as_default=False, name="vmbus-soak"
                 )
         except (OSError, TimeoutError, ValueError, CommClosedError, RuntimeError) as error:

@@ -230,7 +230,8 @@ class LiveView:
     def ended(self, record: EpisodeRecord, replay: str) -> None:
         self._figures.ended(record)
         if record.verdict == "failed":
-            self._console.print(failure_text(record, self._folder, replay), style="red", markup=False, soft_wrap=True)
+            text = failure_text(record, self._folder, replay)
+            self._console.print(text, style="red", markup=False, highlight=False, soft_wrap=True)
         else:
             self._note(f"episode {record.episode} {record.verdict} after {record.seconds:.1f} s", False)
 

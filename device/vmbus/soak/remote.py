@@ -19,6 +19,7 @@ import time
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -30,6 +31,7 @@ from vmbus.qemu.process import RunDirectory, private_base
 from vmbus.soak import keep
 from vmbus.soak.job import WORKER, Bounds, Job, run_job
 from vmbus.soak.records import EpisodeRecord, EventRecord, OperationRecord, Sample
+from vmbus.soak.room import ROOM_FOR_AN_EPISODE, short_of_room, tells_of_full_disk
 
 BEAT = 5.0
 """Seconds between two counts of a living campaign."""
@@ -56,6 +58,7 @@ class Request(msgspec.Struct, kw_only=True, frozen=True):
     """The digest of the campaign's sources."""
     command: tuple[str, ...] | None = None
     """Another worker program, for tests."""
+    room: int = ROOM_FOR_AN_EPISODE
     beat: float = BEAT
     patience: float = PATIENCE
 
@@ -136,7 +139,7 @@ def run_request(data: bytes) -> bytes:
 
     Raises EnvironmentProblem when this machine cannot run it.
     """
-    from distributed import Variable, get_client, get_worker
+    import distributed
 
     request = msgspec.msgpack.decode(data, type=Request)
     if request.code != code_digest():
@@ -144,8 +147,9 @@ def run_request(data: bytes) -> bytes:
             f"this worker runs other sources ({code_digest()}) than the campaign ({request.code}): "
             "update its checkout and start it again"
         )
-    worker, client = get_worker(), get_client()
-    life = Variable(request.life, client=client)
+    dask: Any = distributed  # half of it has no types
+    worker = dask.get_worker()
+    life = dask.Variable(request.life, client=dask.get_client())
     attempt = os.urandom(8).hex()
     telling = _Telling(
         lambda number, line: worker.log_event(request.topic, [attempt, request.episode, number, line.decode()])
@@ -159,6 +163,11 @@ def run_request(data: bytes) -> bytes:
         folder.mkdir(mode=0o700)
         record = asyncio.run(_run(request, folder, telling, lambda: int(life.get(timeout=request.patience))))
         record.where = str(worker.name)
+        short = short_of_room([(directory.path, request.room)])
+        if record.verdict == "failed" and short and tells_of_full_disk(record.failure):
+            # The campaign runs it again, here or elsewhere.
+            record.verdict = "interrupted"
+            record.failure = f"the disk of {worker.name} got full: {short}; {record.failure}"
         dropped: list[str] = []
         files: list[File] = []
         if record.verdict == "failed":
