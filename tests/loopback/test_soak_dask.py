@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from support.dask_cluster import Cluster
+from support.dask_cluster import Checkout, Cluster
 from support.failure_bench import until
 from support.soak import Script, Sitting, episodes, events, read
 from vmbus.errors import EnvironmentProblem, UsageError
@@ -25,9 +25,16 @@ pytestmark = pytest.mark.loopback
 GOOD: list[list[Any]] = [["phase", "boot"], ["operation"], ["sample"], ["event", "hello"], ["operation"]]
 
 
-@pytest.fixture(autouse=True)
-def runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Checkout:
+    return Checkout(tmp_path_factory.mktemp("checkout"))
+
+
+@pytest.fixture
+def cluster(tmp_path: Path, checkout: Checkout, monkeypatch: pytest.MonkeyPatch) -> Cluster:
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    monkeypatch.setattr(remote, "code_digest", lambda: checkout.digest)
+    return Cluster(tmp_path, checkout)
 
 
 async def connect(cluster: Cluster) -> DaskEngine:
@@ -46,7 +53,7 @@ def operations(folder: Path) -> list[tuple[int, int]]:
     return sorted((record.episode, record.number) for record in read(folder, OperationRecord))
 
 
-def test_a_campaign_over_two_workers(tmp_path: Path) -> None:
+def test_a_campaign_over_two_workers(tmp_path: Path, cluster: Cluster) -> None:
     """Passes, failures with their files, and nothing twice."""
     folder = tmp_path / "campaign"
     here, there = str(tmp_path / "here"), str(tmp_path / "there")
@@ -60,7 +67,7 @@ def test_a_campaign_over_two_workers(tmp_path: Path) -> None:
     )
 
     async def body() -> str:
-        async with Cluster(tmp_path) as cluster:
+        async with cluster:
             await cluster.worker()
             await cluster.worker()
             return await sit(folder, cluster, row)
@@ -78,13 +85,13 @@ def test_a_campaign_over_two_workers(tmp_path: Path) -> None:
     assert not any((tmp_path / "vmbus-soak").iterdir())  # nothing is left there
 
 
-def test_a_worker_that_is_killed_costs_nothing(tmp_path: Path) -> None:
+def test_a_worker_that_is_killed_costs_nothing(tmp_path: Path, cluster: Cluster) -> None:
     """Its episode is run again elsewhere; what it had said is kept, and is not there twice."""
     folder, marker, go = tmp_path / "campaign", tmp_path / "marker", tmp_path / "go"
     row = Script([*GOOD, ["pid", str(marker)], ["wait-for", str(go)], ["operation"]])
 
     async def body() -> str:
-        async with Cluster(tmp_path) as cluster:
+        async with cluster:
             first = await cluster.worker()
             running = asyncio.create_task(sit(folder, cluster, row))
             await until(marker.exists, "the episode's marker")
@@ -101,12 +108,12 @@ def test_a_worker_that_is_killed_costs_nothing(tmp_path: Path) -> None:
     assert set(operations(folder)) == {(0, 0), (0, 1), (0, 2)}
 
 
-def test_interrupted_and_gone_on_with(tmp_path: Path) -> None:
+def test_interrupted_and_gone_on_with(tmp_path: Path, cluster: Cluster) -> None:
     folder, marker, go = tmp_path / "campaign", tmp_path / "marker", tmp_path / "go"
     row = Script(GOOD, [["operation"], ["touch", str(marker)], ["wait-for", str(go)], ["operation"]])
 
     async def body() -> None:
-        async with Cluster(tmp_path) as cluster:
+        async with cluster:
             await cluster.worker()
             engine = await connect(cluster)
             sitting = Sitting(folder, row, engine=engine)
@@ -123,12 +130,12 @@ def test_interrupted_and_gone_on_with(tmp_path: Path) -> None:
     assert {number: record.verdict for number, record in episodes(folder).items()} == {0: "passed", 1: "passed"}
 
 
-def test_a_campaign_that_is_gone_leaves_nothing_running(tmp_path: Path) -> None:
+def test_a_campaign_that_is_gone_leaves_nothing_running(tmp_path: Path, cluster: Cluster) -> None:
     """Nobody tells the worker: that the campaign's sign of life is missing has to be enough."""
     marker = tmp_path / "marker"
 
     async def body() -> None:
-        async with Cluster(tmp_path) as cluster:
+        async with cluster:
             await cluster.worker()
             engine = await connect(cluster)
             running = asyncio.create_task(
@@ -146,12 +153,12 @@ def test_a_campaign_that_is_gone_leaves_nothing_running(tmp_path: Path) -> None:
     asyncio.run(body())
 
 
-def test_a_scheduler_that_dies_is_an_interruption(tmp_path: Path) -> None:
+def test_a_scheduler_that_dies_is_an_interruption(tmp_path: Path, cluster: Cluster) -> None:
     folder, marker = tmp_path / "campaign", tmp_path / "marker"
     row = Script(GOOD, [["operation"], ["touch", str(marker)], ["hang"]])
 
     async def body() -> str:
-        async with Cluster(tmp_path) as cluster:
+        async with cluster:
             await cluster.worker()
             running = asyncio.create_task(sit(folder, cluster, row))
             await until(marker.exists, "the episode's marker")
@@ -166,17 +173,14 @@ def test_a_scheduler_that_dies_is_an_interruption(tmp_path: Path) -> None:
     )
 
 
-def test_workers_that_cannot_do_it_are_refused(tmp_path: Path) -> None:
-    other = tmp_path / "other" / "vmbus"
-    other.mkdir(parents=True)
-
+def test_workers_that_cannot_do_it_are_refused(cluster: Cluster) -> None:
     async def body() -> None:
-        async with Cluster(tmp_path) as cluster:
+        async with cluster:
             worker = await cluster.worker(project=False)
             with pytest.raises(EnvironmentProblem, match=r"cannot import the project .*start it in a checkout"):
                 await connect(cluster)
             await worker.stop(10)
-            await cluster.worker(environment={"VMBUS_SOAK_TEST": "1"})
+            await cluster.worker()
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(remote, "code_digest", lambda: "0123")
                 with pytest.raises(

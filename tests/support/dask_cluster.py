@@ -4,23 +4,42 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
+import vmbus
+import vmbus_guest
 from support.failure_bench import until
 from vmbus.qemu.process import Child
-from vmbus.soak.job import _IMPORT_ROOTS
+from vmbus.soak import remote
 
 START = 60.0
+
+
+class Checkout:
+    """A copy of the project, as on another machine."""
+
+    def __init__(self, folder: Path) -> None:
+        packages = [(vmbus, folder / "device"), (vmbus_guest, folder / "guest")]
+        self.roots = [root for _, root in packages]
+        copies = []
+        for package, root in packages:
+            assert package.__file__ is not None
+            source = Path(package.__file__).parent
+            copies.append(root / source.name)
+            shutil.copytree(source, copies[-1], ignore=shutil.ignore_patterns("__pycache__"))
+        self.digest = remote.digest_of(copies)
 
 
 class Cluster:
     """Use it as an asynchronous context manager."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, checkout: Checkout) -> None:
         self._folder = folder
+        self._checkout = checkout
         self.address = ""
         self.scheduler: Child | None = None
         self.workers: list[Child] = []
@@ -46,17 +65,15 @@ class Cluster:
         self.address = log.read_text().partition("Scheduler at:")[2].split()[0]
         return self
 
-    async def worker(
-        self, *, threads: int = 1, project: bool = True, environment: Mapping[str, str] | None = None
-    ) -> Child:
+    async def worker(self, *, threads: int = 1, project: bool = True) -> Child:
         """Start one more worker, and wait for it."""
         name = f"worker-{len(self.workers)}"
-        path = os.pathsep.join(_IMPORT_ROOTS) if project else ""
+        path = os.pathsep.join(map(str, self._checkout.roots)) if project else ""
         child = await self._spawn(
             name,
             "dask_worker",
             [self.address, "--no-nanny", "--no-dashboard", "--nthreads", str(threads), "--name", name],
-            {"PYTHONPATH": path, **(environment or {})},
+            {"PYTHONPATH": path},
         )
         self.workers.append(child)
         log = self._folder / f"{name}.log"

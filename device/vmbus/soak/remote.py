@@ -96,10 +96,13 @@ class Said(msgspec.Struct, kw_only=True, omit_defaults=True):
 @functools.cache
 def code_digest() -> str:
     """A digest of the sources of the library and of the guest's programs."""
+    return digest_of([Path(package.__file__).parent for package in (vmbus, vmbus_guest) if package.__file__])
+
+
+def digest_of(packages: list[Path]) -> str:
+    """A digest of the sources of packages."""
     total = hashlib.sha256()
-    for package in (vmbus, vmbus_guest):
-        assert package.__file__ is not None
-        root = Path(package.__file__).parent
+    for root in packages:
         for path in sorted(root.rglob("*.py")):
             total.update(f"{path.relative_to(root)}\0".encode())
             total.update(path.read_bytes())
