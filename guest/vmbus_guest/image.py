@@ -53,6 +53,7 @@ HOST_ONLY = {
         "soak",
         "inspection",
         "capture",
+        "pytest_plugin.py",
         "state.py",
         "description.py",
         "copying.py",
