@@ -1,6 +1,6 @@
 """Test driver `gpadl`: memory is lent to the lab, which maps it, transforms what is in it, and lets go of it; then it
-is taken back. Some stay mapped at the host for a second transform, and are taken back while they are: then the host has to
-let go before the guest gets them.
+is taken back. Some stay mapped at the host for a second transform, and are taken back while they are: then the host has
+to let go before the guest gets them.
 
 Parameters:
 

@@ -22,6 +22,7 @@ from vmbus.kmcl.client import ClientChannel
 from vmbus.kmcl.states import ChannelState
 from vmbus.kmcl.status import Status as PacketStatus
 from vmbus.wire.lab import LAB_TYPE, Op, Status, parse_reply, request
+from vmbus_guest.driver import VmbusDriver
 from vmbus_guest.testdrivers.context import Parameters
 from vmbus_guest.testdrivers.requests import Books, LabWorkload, Requests, ask, post
 
@@ -44,6 +45,8 @@ class Target:
         self.number = 0
         """Of the sub-channel, or the station, as the lab knows it."""
         self.phase = Phase.COMING
+        self.since = 0.0
+        """When it came into its phase; not known yet: 0."""
         self.life: Requests | None = None
 
 
@@ -109,7 +112,7 @@ class HotplugWorkload(LabWorkload):
         assert target is not None
         self.opened += 1
         self.moved()
-        target.phase = Phase.HERE
+        target.phase, target.since = Phase.HERE, 0.0
         target.life = Requests(target.channel, window=self._window, size=self._size, moved=self.moved)
         target.life.begin()
 
@@ -117,16 +120,31 @@ class HotplugWorkload(LabWorkload):
         """Have those withdrawn that were used enough."""
         for target in self._targets:
             life = target.life
+            target.since = target.since or now
             if target.phase is not Phase.HERE or life is None:
                 continue
             if self._ending:
                 if life.tally.completed >= self._requests or self._stopped:
                     life.stop()
             elif life.tally.completed >= self._requests:
-                target.phase = Phase.LEAVING
+                target.phase, target.since = Phase.LEAVING, 0.0
                 self.withdrawn += 1
                 self._post(target, target.withdraw)
         return super().tick(now)
+
+    def trouble_now(self, now: float, driver: VmbusDriver) -> str | None:
+        """What the lab was asked for has to happen, whatever else goes on."""
+        for target in self._targets:
+            if target.phase is not Phase.HERE and target.since and now - target.since >= self.stall_seconds:
+                reasons = "".join(f"; {failure}" for failure in driver.failures)
+                return f"channel {target.channel.name} is {target.phase.value} for {self.stall_seconds:g} s{reasons}"
+        return super().trouble_now(now, driver)
+
+    def clock_jumped(self, seconds: float) -> None:
+        """That is no time in which something could have happened."""
+        super().clock_jumped(seconds)
+        for target in self._targets:
+            target.since += seconds if target.since else 0.0
 
     @property
     def _ending(self) -> bool:
@@ -151,7 +169,7 @@ class HotplugWorkload(LabWorkload):
         target.life = None
         if target.phase is not Phase.LEAVING:
             self.trouble.append(f"channel {channel.name} was rescinded, and nobody had asked for it")
-        target.phase = Phase.COMING
+        target.phase, target.since = Phase.COMING, 0.0
         channel.enable()
         self._post(target, target.offer)
 

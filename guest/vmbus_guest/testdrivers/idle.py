@@ -55,7 +55,7 @@ class IdleWorkload(LabWorkload):
         elif self._interval and elapsed >= self._next and not self._last:
             self._next = elapsed + self._interval
             self._sign_of_life()
-        return super().tick(now)
+        return now + max(0.0, self._next - elapsed) if self._interval else super().tick(now)
 
     def _sign_of_life(self) -> None:
         sequence = self._sent

@@ -1,6 +1,6 @@
 """Test driver `storm`: more interrupts than there is reason for. The burst provider sends small packets, a few at a
-time, so that each has to be signalled, and signals several times for each; the guest rings the channel's doorbell as often.
-All packets are checked as `burst` does.
+time, so that each has to be signalled, and signals several times for each; the guest rings the channel's doorbell as
+often. All packets are checked as `burst` does.
 
 Parameters, besides those of `burst`:
 

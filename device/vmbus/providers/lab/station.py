@@ -180,10 +180,9 @@ class Line:
         return self._one_subchannel(argument, Line.offer)
 
     def _one_subchannel(self, index: int, action: Callable[["Line"], None]) -> bytes:
-        line = self._station.lines.get(index)
-        if self.index or line is None or line is self:
+        if self.index or not 0 < index <= MAXIMUM_SUBCHANNELS:
             return REPLY.pack(Status.NOT_THERE, index)
-        action(line)
+        action(self._station.line(index))
         return REPLY.pack(Status.OK, index)
 
     def _unplug(self, argument: int, body: bytes) -> bytes:
@@ -331,6 +330,12 @@ class Station:
         """Plug or unplug another one. A station cannot withdraw itself: who asked would never hear of it."""
         return Status.MALFORMED if number == self.number else self._plug_another(number, plugged)
 
+    def line(self, index: int) -> Line:
+        """The channel with that index; made if need be, and then not offered yet."""
+        if index not in self.lines:
+            self.lines[index] = Line(self, index)
+        return self.lines[index]
+
     @property
     def plugged(self) -> bool:
         """Whether it is offered."""
@@ -347,9 +352,7 @@ class Station:
     def set_subchannels(self, count: int) -> None:
         """Sub-channels 1 to `count` are offered, others withdrawn."""
         for index in range(1, count + 1):
-            if index not in self.lines:
-                self.lines[index] = Line(self, index)
-            self.lines[index].offer()
+            self.line(index).offer()
         for index, line in self.lines.items():
             if index > count:
                 line.withdraw()
@@ -375,9 +378,8 @@ class Station:
     def restore(self, state: StationState) -> None:
         """It again; sub-channels are made anew. Raises KeyError."""
         for saved in state.lines:
-            if saved.index not in self.lines:
-                self.lines[saved.index] = Line(self, saved.index)
-                self.lines[saved.index].offer()
-            self.lines[saved.index].restore(saved)
+            line = self.line(saved.index)
+            line.offer()
+            line.restore(saved)
         if not state.plugged:
             self.lines[0].withdraw()
