@@ -8,6 +8,7 @@ runs, and all of it once more with the answer: nothing is missed.
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import contextlib
 import secrets
 import time
@@ -189,10 +190,7 @@ class DaskEngine:
                 pure=False,
             )
             data = await self._result(future, job, stop)
-        except (CommClosedError, asyncio.CancelledError, _Lost) as error:
-            task = asyncio.current_task()
-            if isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling():
-                raise  # it is we who are cancelled
+        except (CommClosedError, concurrent.futures.CancelledError, _Lost) as error:
             raise EngineLost(f"the Dask scheduler {self._address} has lost episode {job.episode}: {error}") from error
         except ImportError as error:
             raise EngineLost(_no_project("a Dask worker", error)) from error
