@@ -153,7 +153,10 @@ def test_a_campaign_that_is_gone_leaves_nothing_running(tmp_path: Path, cluster:
     asyncio.run(body())
 
 
-def test_a_scheduler_that_dies_is_an_interruption(tmp_path: Path, cluster: Cluster) -> None:
+def test_a_scheduler_that_dies_is_an_interruption(
+    tmp_path: Path, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vmbus.soak.dask.CONNECT_TIMEOUT", 5.0)
     folder, marker = tmp_path / "campaign", tmp_path / "marker"
     row = Script(GOOD, [["operation"], ["touch", str(marker)], ["hang"]])
 
