@@ -29,6 +29,7 @@ MAXIMUM_OPERATIONS = 3000
 MAXIMUM_EPISODES = 1000
 MAXIMUM_EVENTS = 300
 MAXIMUM_FAILURES = 100
+MAXIMUM_SERIOUS = 20
 
 _TITLES = {"passed": "Passed", "failed": "Failed", "interrupted": "Interrupted"}
 _MARKS = {"passed": "✓", "failed": "✗", "interrupted": "–"}
@@ -54,9 +55,9 @@ def render(report: Report) -> str:
         operations=_chosen(report.operation_records),
         episodes=_chosen_episodes(report.episode_records),
         events=_chosen_events(report.events),
-        serious=[event for event in report.events if event.serious][-20:],
+        serious=_serious(report),
         surroundings=_surroundings(report),
-        settings=[(name, _value(value)) for name, value in report.settings.items()],
+        settings=[(name, _value(value)) for name, value in report.settings.items() if value not in (None, "", {}, [])],
         campaign=CAMPAIGN,
         cell=_cell,
         size=_size,
@@ -74,13 +75,19 @@ def _page() -> jinja2.Template:
         lstrip_blocks=True,
         finalize=_shown,
     )
-    environment.filters |= {"count": count_text, "seconds": seconds_text, "bytes": byte_text, "short": _short}
+    environment.filters |= {
+        "count": count_text,
+        "seconds": seconds_text,
+        "bytes": byte_text,
+        "short": _short,
+        "things": _things,
+    }
     return environment.from_string(_template("report.html.j2"))
 
 
 def lead(report: Report) -> str:
     """Return the verdict in a sentence."""
-    done = f"{count_text(report.operations)} operations with {count_text(report.packets)} packets in flight"
+    done = f"{_things(report.operations, 'operation')} with {_things(report.packets, 'packet')} in flight"
     if report.verdict == "passed":
         return f"{done}: each packet came out exactly once, in order and intact."
     if report.verdict == "failed":
@@ -108,6 +115,11 @@ def _shown(value: Any) -> Any:
 
 def _short(text: str, limit: int = 300) -> str:
     return clean(text, limit)
+
+
+def _things(number: int, name: str) -> str:
+    """A number of things."""
+    return f"{count_text(number)} {name}" + ("" if number == 1 else "s")
 
 
 def _value(value: object) -> str:
@@ -161,7 +173,11 @@ def _tiles(report: Report) -> list[tuple[str, str, str]]:
     refused = sum(count.get("refused", 0) for count in report.by_kind.values())
     planned = report.episodes_planned
     tiles = [
-        ("Operations", count_text(report.operations), f"{count_text(refused)} of them refused, as meant"),
+        (
+            "Operations",
+            count_text(report.operations),
+            f"{count_text(refused)} of them refused, as meant" if refused else "carried out",
+        ),
         ("Packets in flight", count_text(report.packets), "carried through the operations"),
         ("Transactions", count_text(report.transactions), "completed and checked"),
         (
@@ -169,7 +185,7 @@ def _tiles(report: Report) -> list[tuple[str, str, str]]:
             count_text(len(report.episode_records)),
             f"of {count_text(planned)} planned" if planned is not None else "until the time was up",
         ),
-        ("Failures", count_text(len(report.failures)), "episodes"),
+        ("Failures", count_text(len(report.failures)), _things(len(report.failures), "episode").split(" ", 1)[1]),
     ]
     if downtimes:
         tiles.append(("Downtime", seconds_text(median(downtimes)), f"median; at most {seconds_text(max(downtimes))}"))
@@ -210,45 +226,52 @@ def _spread(values: Iterable[float | None]) -> tuple[float, float, float] | None
     return (median(known), plots.share(known, 0.95), known[-1]) if known else None
 
 
-def _figures(report: Report) -> list[tuple[str, str, Sequence[Markup]]]:
-    """The plots: heading, what to see in it, the plot (or several small ones)."""
+def _figures(report: Report) -> list[tuple[str, str, bool, Sequence[Markup]]]:
+    """The plots: heading, what to see in it, whether it is made of small ones, the plot (or these)."""
     operations = plots.Operations.of(report.operation_records, report.episode_records)
     curves = plots.throughput_curves(operations, report.episode_records)
     return [
         (
             "Downtime by kind of operation",
             "For how long the guest stood still.",
+            False,
             _one(plots.downtime_by_kind(operations)),
         ),
         (
             "Duration by kind of operation",
             "From the request until the VM runs on.",
+            False,
             _one(plots.duration_by_kind(operations)),
         ),
         (
             "Downtime over the campaign",
             "Should neither grow nor scatter as time goes by.",
+            False,
             _one(plots.downtime_over_time(operations)),
         ),
         (
             "Save and restore",
             "From the request to the end of each.",
+            False,
             _one(plots.save_and_restore(operations)),
         ),
         (
             "Size of snapshots and streams",
             "Guest memory and the device's own state.",
+            False,
             _one(plots.sizes(operations)),
         ),
         (
             "Packets in flight",
             "At the moment of each operation, by state. Each had to come out exactly once.",
+            False,
             _one(plots.packets_in_flight(operations)),
         ),
         (
             "Throughput around each operation",
             "Transactions a second, as far as no other operation is near: the line is the median, the band holds "
             "80 % of the operations, the shade is how long one takes.",
+            True,
             plots.throughput(curves),
         ),
     ]
@@ -278,6 +301,12 @@ def _chosen_episodes(records: Sequence[EpisodeRecord]) -> list[EpisodeRecord]:
 
 def _chosen_events(records: Sequence[EventRecord]) -> list[EventRecord]:
     return list(records[-MAXIMUM_EVENTS:])
+
+
+def _serious(report: Report) -> list[EventRecord]:
+    """What a reader should know besides the failures."""
+    failed = {failure.episode for failure in report.failures}
+    return [event for event in report.events if event.serious and event.episode not in failed][-MAXIMUM_SERIOUS:]
 
 
 def _surroundings(report: Report) -> list[tuple[str, str]]:

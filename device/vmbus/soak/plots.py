@@ -26,11 +26,15 @@ COLOURS = 8
 """Classes s0 to s7; beyond that, colours come again with another shape."""
 MAXIMUM_POINTS = 700
 MAXIMUM_BARS = 112
+MAXIMUM_BAR = 36.0
+"""The width of a bar."""
 MAXIMUM_ROWS = 14
 """Kinds of operations that a plot shows; the rarest are left out, and said."""
 
 BEFORE, AFTER, STEP = 4.0, 8.0, 0.5
 """Seconds around an operation's start, and the grid for throughput."""
+
+_STATES = {"queued": 0, "sent": 1, "held": 2}
 
 Text = Callable[[float], str]
 
@@ -371,7 +375,8 @@ def packets_in_flight(operations: Operations) -> Markup:
     for one in used:
         for state, count in one.packets.items():
             totals[state] = totals.get(state, 0) + max(0, count)
-    states = sorted(totals, key=lambda state: (-totals[state], state))
+    # Those that every report has come first: they keep their colours from one report to the next.
+    states = sorted(totals, key=lambda state: (_STATES.get(state, len(_STATES)), -totals[state], state))
     shown, others = states[: COLOURS - 1], states[COLOURS - 1 :]
     each = math.ceil(len(used) / MAXIMUM_BARS)
     groups = [used[begin : begin + each] for begin in range(0, len(used), each)]
@@ -382,10 +387,11 @@ def packets_in_flight(operations: Operations) -> Markup:
             heights.append(sum(max(0, one.packets.get(state, 0)) for one in group for state in others) / len(group))
         bars.append(heights)
     bottom, right = HEIGHT - BOTTOM, WIDTH - RIGHT
+    right = min(right, LEFT + MAXIMUM_BAR * len(bars))
     x = Scale(0, len(bars), LEFT, right)
     y = Scale(0, max(max(sum(bar) for bar in bars), 1) * 1.05, bottom, TOP)
     names = [*shown, *(["other states"] if others else [])]
-    contents = _y_axis(y, y.ticks(), lambda value: count_text(round(value)), LEFT, right)
+    contents = _y_axis(y, y.ticks(), lambda value: count_text(round(value)), LEFT, WIDTH - RIGHT)
     width = (right - LEFT) / len(bars)
     gap = min(2.0, width * 0.2)
     for series in range(len(names)):
@@ -402,10 +408,11 @@ def packets_in_flight(operations: Operations) -> Markup:
         said = f"{_name(group[0])}: {parts}" if len(group) == 1 else f"{len(group)} operations, on average: {parts}"
         area = {"x": x(number), "y": TOP, "width": width, "height": bottom - TOP}
         contents.append(tag("rect", tag("title", escape(clean(said))), class_="over", **area))
-    every = Scale(0, len(used), LEFT, right)
+    every = Scale(0.5, len(used) + 0.5, LEFT, right)
     at = [value for value in every.ticks(6) if value >= 1 and value == int(value)]
+    contents += _x_axis(every, at, lambda value: count_text(int(value)), bottom, "")
     label = "operations with packets in flight, in the order of time"
-    contents += _x_axis(every, at, lambda value: count_text(int(value)), bottom, label)
+    contents.append(words(label, class_="label", x=(LEFT + WIDTH - RIGHT) / 2, y=bottom + 38, text_anchor="middle"))
     said_of_all = [_frame(contents, "Packets in flight at each operation, by state"), legend(names)]
     if each > 1:
         said_of_all.append(note(f"Each bar is the average of {each} operations."))
