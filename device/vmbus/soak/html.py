@@ -176,7 +176,7 @@ def _tiles(report: Report) -> list[tuple[str, str, str]]:
         (
             "Operations",
             count_text(report.operations),
-            f"{count_text(refused)} of them refused, as meant" if refused else "carried out",
+            f"{count_text(refused)} refused, as meant" if refused else "carried out",
         ),
         ("Packets in flight", count_text(report.packets), "carried through the operations"),
         ("Transactions", count_text(report.transactions), "completed and checked"),
