@@ -21,12 +21,12 @@ import msgspec
 
 from vmbus.description import DeviceDescription, ProviderDescription, explain
 from vmbus.errors import EnvironmentProblem, UsageError
-from vmbus.qemu.description import VmDescription, find_description, load_description
+from vmbus.qemu.description import GuestDescription, VmDescription, find_description, load_description
 from vmbus.qemu.moments import Moment
 from vmbus.soak.draw import Draw, seed_of
 from vmbus.soak.records import FORMAT
 from vmbus.soak.settings import LOSE_ONE_IN_A_THOUSAND, WEIGHTS, Kind, Scalar, Settings, Step
-from vmbus.soak.workloads import RECIPES
+from vmbus.soak.workloads import LAB, LAB_OPTIONS, RECIPES
 
 CONFIGURATIONS = Path(__file__).resolve().parents[3] / "qemu_configs"
 """The VM descriptions that come with the project."""
@@ -136,7 +136,7 @@ def _description(name: str) -> VmDescription:
         return load_description(find_description(name, CONFIGURATIONS))
     # A device needs a provider; this one is a workload's, or idle.
     first = ProviderDescription("echo", "echo", str(_instance("echo")))
-    return VmDescription("soak", DeviceDescription("vmbus0", [first]))
+    return VmDescription("soak", DeviceDescription("vmbus0", [first]), guest=GuestDescription(huge_pages=24))
 
 
 def _instance(name: str) -> uuid.UUID:
@@ -154,6 +154,15 @@ def _machine(settings: Settings, draw: Draw) -> tuple[VmDescription, list[Worklo
         options = recipe.options(draw)
         parameters = recipe.parameters(draw, settings.packets)
         if not runs:
+            continue
+        if recipe.provider == LAB:
+            lab = next((one for one in providers if one.kind == LAB), None)
+            if lab is None:
+                taken = {provider.name for provider in providers}
+                lab = ProviderDescription(LAB, _unused(LAB, taken), str(_instance(LAB)), LAB_OPTIONS)
+                providers.append(lab)
+            parameters = {"stall_seconds": settings.stall_seconds, **parameters}
+            workloads.append(WorkloadPlan(driver=name, provider=lab.name, parameters=parameters))
             continue
         sabotaged = settings.sabotage == LOSE_ONE_IN_A_THOUSAND and recipe.provider == "burst"
         kind = LOSSY_PROVIDER if sabotaged else recipe.provider

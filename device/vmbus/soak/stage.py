@@ -257,6 +257,9 @@ class Stage:
             wrong = {kind: counted[kind] for kind in WRONGS if counted.get(kind)}
             if wrong:
                 raise Wrong(f"the books of provider {name!r} say: {_counts(wrong)}")
+        for name, provider in status["providers"].items():
+            if count := provider.get("wrong"):
+                raise Wrong(f"the books of provider {name!r} are wrong on {count} channels: {provider}")
 
     async def finish(self, subject: Subject) -> tuple[list[WorkloadRecord], str, list[str]]:
         """Stop the workloads, and compare all books: the records, the auditor's verdict, and what is wrong.
