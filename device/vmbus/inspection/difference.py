@@ -17,6 +17,7 @@ Kind = Literal["added", "removed", "changed"]
 
 # Of a packet: what says nothing about the packet itself.
 _VOLATILE = ("age", "restored")
+_PROVIDER = ("kind", "instance", "status", "problem", "state_bytes", "state", "preview")
 _MOST = 100_000  # changes; two snapshots of different VMs may have nothing in common
 
 
@@ -259,13 +260,15 @@ def _packet(packet: PacketInfo, alike: bool) -> dict[str, Any]:
 
 
 def _providers(a: Inspection, b: Inspection) -> Iterator[Change]:
+    live = [one.server is not None for one in (a, b)]
     named = [{provider.name: _builtins(provider) for provider in one.providers} for one in (a, b)]
     for name, one in named[0].items():
         other = named[1].get(name)
         if other is None:
             yield Change(where=["providers", name], kind="removed", before={"kind": one["kind"]})
         else:
-            yield from _known(["providers", name], one, other)
+            fields = _PROVIDER if live[0] is live[1] else ("kind", "instance")
+            yield from _known(["providers", name], *({field: both[field] for field in fields} for both in (one, other)))
     for name, one in named[1].items():
         if name not in named[0]:
             yield Change(where=["providers", name], kind="added", after={"kind": one["kind"]})

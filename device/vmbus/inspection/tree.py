@@ -155,8 +155,8 @@ def _server(server: ServerInfo, seconds: float | None) -> Text:
     if server.driven_by_client:
         words.append(f"(migrated by its client: {server.migration.get('state')})")
     if server.resets:
-        words.append(f", {server.resets} resets")
-    text = _titled("device server", _state(server.phase), " ".join(words).replace(" ,", ","))
+        words.append(f"(reset {server.resets} times)")
+    text = _titled("device server", _state(server.phase), " ".join(words))
     if seconds is not None:
         text.append(f"; looked at in {seconds * 1000:.1f} ms", style="not bold dim")
     return text
@@ -266,7 +266,7 @@ def _channel(branch: Tree, channel: ChannelInfo, rates: Rates | None) -> None:
     if not channel.started:
         words.append("paused by its owner")
     if channel.held:
-        words.append("held")
+        words.append("stopped for a save")
     words.append(f"next transaction {channel.next_transaction}")
     node = branch.add(_titled(channel.name, _state(channel.state), ", ".join(words)))
     if channel.rings_problem:
