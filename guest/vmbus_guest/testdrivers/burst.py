@@ -52,6 +52,7 @@ class BurstWorkload(Workload):
 
     name = "burst"
     interface_type = BURST_TYPE
+    provider = "burst"
     defaults = BurstDefaults()
     needless = 0
     """Signals without a reason that the host gives with each packet."""

@@ -2,13 +2,13 @@
 
 Parameters, besides the common ones of `Workload`:
 
-    count        requests in all; 0: until stopped
-    window       requests outstanding at any moment
-    size         bytes of data in a request
-    minimum_size the least; sizes vary between the two (default: `size`)
-    external     share (0 to 1) of the requests whose data is in external memory and transformed in place
-    seed         of data, sizes and choices
-    pace         seconds to wait between two requests (0: none), so that a short run lasts
+    count         requests in all; 0: until stopped
+    window        requests outstanding at any moment
+    size          bytes of data in a request
+    minimum_size  the least; sizes vary between the two (default: `size`)
+    external      share (0 to 1) of the requests whose data is in external memory and transformed in place
+    seed          of data, sizes and choices
+    pace          seconds to wait between two requests (0: none), so that a short run lasts
 """
 
 from __future__ import annotations
@@ -69,6 +69,7 @@ class EchoWorkload(Workload):
 
     name = "echo"
     interface_type = ECHO_TYPE
+    provider = "echo"
     defaults = EchoDefaults()
     head = b""
     """What comes before every request."""

@@ -3,7 +3,8 @@
 Parameters:
 
     pool       which pool of the key-value exchange
-    set, value  a key to set, and to what
+    set        a key to set
+    value      to what
     get        a key whose value is wanted: the result's `value`
     directory  where the pools are
 

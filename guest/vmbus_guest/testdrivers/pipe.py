@@ -110,6 +110,7 @@ class PipeWorkload(Workload):
 
     name = "pipe"
     interface_type = LAB_PIPE_TYPE
+    provider = "lab"
     default_pages = 4
 
     def __init__(self, parameters: Parameters) -> None:

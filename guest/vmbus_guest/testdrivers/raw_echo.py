@@ -29,6 +29,7 @@ class RawEchoWorkload(Workload):
 
     name = "raw-echo"
     interface_type = ECHO_TYPE
+    provider = "echo"
 
     def __init__(self, parameters: Parameters) -> None:
         super().__init__(parameters)

@@ -220,6 +220,7 @@ class LabWorkload(Workload):
     """A workload that uses a station of the lab: `channel` is its primary channel."""
 
     interface_type = LAB_TYPE
+    provider = "lab"
 
     def ask(self, op: Op, argument: int = 0, body: bytes = b"") -> int:
         """`ask` on the primary channel."""

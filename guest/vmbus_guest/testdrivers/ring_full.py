@@ -25,6 +25,7 @@ class RingFullWorkload(EchoWorkload):
 
     name = "ring-full"
     interface_type = LAB_TYPE
+    provider = "lab"
     defaults = EchoDefaults(window=200, size=700, minimum_size=1)
     default_pages = 1
     head = ECHO

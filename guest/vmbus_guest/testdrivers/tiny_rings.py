@@ -16,6 +16,7 @@ class TinyRingsWorkload(EchoWorkload):
 
     name = "tiny-rings"
     interface_type = LAB_TYPE
+    provider = "lab"
     defaults = EchoDefaults(window=8, size=4000, minimum_size=1, external=0.2)
     default_pages = 1
     head = ECHO

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 from uuid import UUID
 
-from vmbus.errors import UsageError, VmbusError
+from vmbus.errors import EnvironmentProblem, UsageError, VmbusError
 from vmbus.kmcl.client import ClientChannel
 from vmbus_guest.driver import LONGEST_TURN, VmbusDriver
 from vmbus_guest.testdrivers.context import Context, Parameters
@@ -36,6 +36,8 @@ class Workload(ABC):
 
     name: str
     interface_type: UUID
+    provider = ""
+    """The kind of provider that it needs, for messages; `interface_type` decides."""
     lasting = False
     """Whether it goes on until it is stopped."""
     default_pages = 16
@@ -63,10 +65,20 @@ class Workload(ABC):
     def open(self, driver: VmbusDriver) -> None:
         """Open the channel and take memory."""
         self.driver = driver
-        self._instance = driver.claim(self.interface_type, self._instance)
+        self._instance = self.claim(driver)
         self.channel: ClientChannel = self.new_channel()
         self.prepare()
         driver.enable(self.channel)
+
+    def claim(self, driver: VmbusDriver) -> UUID:
+        """Choose an instance that nobody uses. Raises EnvironmentProblem when there is none of this type."""
+        found = driver.claim(self.interface_type, self._instance)
+        if found is None:
+            raise EnvironmentProblem(
+                f"this device offers no channel of the type that test driver '{self.name}' needs"
+                + (f": give it a provider of kind '{self.provider}'" if self.provider else "")
+            )
+        return found
 
     def new_channel(self, *, subchannel_index: int = 0, name: str = "") -> ClientChannel:
         """A disabled channel of the workload's instance, with rings as the parameters ask for."""
