@@ -270,7 +270,11 @@ class Replay:
         self._answer_all(line)
         line.asked.clear()
         if channel is not None and channel.state in (ChannelState.OPENED, ChannelState.ACTIVE):
-            self._driver.close_channel(channel, self._options.timeout)
+            try:
+                self._driver.close_channel(channel, self._options.timeout)
+            except WaitTimeout as error:
+                self._differs(line, "channel", f"it cannot be closed: {error}")
+                line.silent = True
 
     def _answer_all(self, line: _Line) -> None:
         for completion in [*line.held.values(), *(completion for _, _, completion in line.arrived)]:
@@ -301,7 +305,8 @@ class Replay:
             self._expect(line, one.number, record)
         else:
             self._keep_time(one.at)
-            self._send(line, one.number, record)
+            if line.active:
+                self._send(line, one.number, record)
         if line.channel is not None and not line.active:
             line.silent = True
             self._differs(line, "channel", "the host has closed it, and in the capture it went on", one.number)
@@ -318,8 +323,8 @@ class Replay:
             self._note(_NO_OPENING)
             self._open(line, number, details)
         elif event == "closed":
-            self._close(line)
             line.silent = False
+            self._close(line)
         elif event == "failed":
             self._note(f"in the capture, channel {line.name} failed: {str(details.get('reason'))[:200]}")
 
@@ -556,7 +561,8 @@ def replay(
     report = ReplayReport(files=[str(path) for path in paths], provider=kind)
     with LoopbackServer(description, library) as server:
         function = server.function(ram_size=GUEST_MEMORY, map_size=_MAP_SIZE)
-        with VmbusDriver(function) as driver:
+        driver = VmbusDriver(function)
+        try:
             player = Replay(driver, options, report)
             for path in paths:
                 with CaptureReader(path) as reader:
@@ -569,6 +575,9 @@ def replay(
                             f"{lost} packets of channel {reader.interfaces[index].name} were not captured"
                         )
             player.finish()
+        finally:
+            # What is held is not waited for: a provider that never answers is a finding, and no reason to hang.
+            driver.close(graceful=False)
     if not report.channels:
         raise UsageError(f"provider {kind!r} offers none of the captured channels: {', '.join(report.left_out)}")
     report.seconds = time.monotonic() - began
