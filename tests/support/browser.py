@@ -9,7 +9,7 @@
 
 As a program, it takes a picture of a page:
 
-    browser.py PAGE.html PICTURE.png [WIDTH HEIGHT [dark] [whole]]
+    python3 tests/support/browser.py PAGE.html PICTURE.png [WIDTH HEIGHT [dark] [whole]]
 """
 
 from __future__ import annotations
@@ -20,11 +20,15 @@ import os
 import select
 import signal
 import subprocess
+import sys
 import tempfile
 import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "device"))
 
 from vmbus.errors import EnvironmentProblem, WaitTimeout
 from vmbus.provision.chromium import ChromiumProgram
@@ -248,8 +252,6 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    import sys
-
     if len(sys.argv) < 3:
         sys.exit(__doc__)
     main(sys.argv[1:])

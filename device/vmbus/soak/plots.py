@@ -31,7 +31,7 @@ MAXIMUM_BAR = 36.0
 MAXIMUM_ROWS = 14
 """Kinds of operations that a plot shows; the rarest are left out, and said."""
 
-BEFORE, AFTER, STEP = 4.0, 8.0, 0.5
+BEFORE, AFTER, STEP = 2.0, 8.0, 0.25
 """Seconds around an operation's start, and the grid for throughput."""
 
 _STATES = {"queued": 0, "sent": 1, "held": 2}
@@ -422,6 +422,10 @@ def packets_in_flight(operations: Operations) -> Markup:
 # --- throughput around operations ----------------------------------------------------------------------------------
 
 
+Moment = tuple[float, float, float, float]
+"""Seconds from the start; tenth percentile, median and ninetieth percentile of the throughput."""
+
+
 @dataclass(frozen=True)
 class Curve:
     """Throughput around the operations of one kind, in transactions a second, at each moment of the grid."""
@@ -430,8 +434,7 @@ class Curve:
     operations: int
     seconds: float
     """How long such an operation takes: the median."""
-    points: Sequence[tuple[float, float, float, float]]
-    """(seconds from the start, tenth, median and ninetieth percentile)"""
+    points: Sequence[Moment]
 
 
 def throughput_curves(operations: Operations, episodes: Sequence[EpisodeRecord]) -> list[Curve]:
@@ -456,10 +459,12 @@ def throughput_curves(operations: Operations, episodes: Sequence[EpisodeRecord])
         of_kind = rates.setdefault(one.kind, [[] for _ in cells])
         for number, cell in enumerate(cells):
             after = bisect_right(times, one.at + cell)
-            if 0 < after < len(times) and earliest <= times[after - 1] and times[after] <= latest:
+            if 0 < after < len(times) and earliest <= (times[after - 1] + times[after]) / 2 <= latest:
                 elapsed = times[after] - times[after - 1]
                 done = transactions[after] - transactions[after - 1]
-                if elapsed > 0 and done >= 0:  # a VM that goes back in time takes its transactions with it
+                # A VM that goes back in time takes its transactions with it; what counts them may be a step behind.
+                fallen = done < 0 or (after > 1 and transactions[after - 1] < transactions[after - 2])
+                if elapsed > 0 and not fallen:
                     of_kind[number].append(done / elapsed)
     curves = []
     for kind in [kind for kind in operations.kinds if kind in rates][:MAXIMUM_ROWS]:
@@ -488,6 +493,16 @@ def _neighbours(ordered: Sequence[OperationRecord]) -> dict[tuple[int, int], tup
     return found
 
 
+def _runs(points: Sequence[Moment]) -> list[list[Moment]]:
+    """Stretches of neighbouring points: what is not known in between is not drawn."""
+    runs: list[list[Moment]] = []
+    for point in points:
+        if not runs or point[0] - runs[-1][-1][0] > 1.5 * STEP:
+            runs.append([])
+        runs[-1].append(point)
+    return runs
+
+
 def throughput(curves: Sequence[Curve]) -> list[Markup]:
     """Return one small plot for each curve, all on the same scale."""
     if not curves:
@@ -495,20 +510,22 @@ def throughput(curves: Sequence[Curve]) -> list[Markup]:
     width, height, left, bottom, top = 270.0, 150.0, 48.0, 118.0, 22.0
     greatest = max(point[3] for curve in curves for point in curve.points)
     y = Scale(0, max(greatest, 1.0) * 1.05, bottom, top)
-    x = Scale(-BEFORE, AFTER, left, width - 8)
+    moments = [point[0] for curve in curves for point in curve.points]
+    x = Scale(min(math.floor(min(moments)), -1), max(math.ceil(max(moments)), 1), left, width - 8)
     plots = []
     for curve in curves:
-        ends = [*((x(at), y(high)) for at, _, _, high in curve.points)]
-        ends += [(x(at), y(low)) for at, low, _, _ in reversed(curve.points)]
-        band = "M" + "L".join(f"{at:.1f} {value:.1f}" for at, value in ends) + "z"
-        line = "M" + "L".join(f"{x(at):.1f} {y(middle):.1f}" for at, _, middle, _ in curve.points)
+        band, line = [], []
+        for some in _runs(curve.points):
+            ends = [(x(at), y(high)) for at, _, _, high in some] + [(x(at), y(low)) for at, low, _, _ in some[::-1]]
+            band.append("M" + "L".join(f"{at:.1f} {value:.1f}" for at, value in ends) + "z")
+            line.append("M" + "L".join(f"{x(at):.1f} {y(middle):.1f}" for at, _, middle, _ in some))
         contents = [
             *_y_axis(y, y.ticks(4), lambda value: count_text(round(value)), left, width - 8),
             tag("rect", class_="during", x=x(0), y=top, width=max(1.0, x(curve.seconds) - x(0)), height=bottom - top),
-            tag("path", class_="band s0", d=band),
-            tag("path", class_="line s0", d=line),
+            tag("path", class_="band s0", d="".join(band)),
+            tag("path", class_="line s0", d="".join(line)),
             tag("line", class_="start", x1=x(0), x2=x(0), y1=top, y2=bottom),
-            *_x_axis(x, (-4, 0, 4, 8), lambda value: f"{value:+g} s" if value else "0", bottom, ""),
+            *_x_axis(x, x.ticks(5), lambda value: f"{value:+g} s" if value else "0", bottom, ""),
             words(_shortened(curve.kind, 24), class_="name", x=left, y=14),
             words(f"{count_text(curve.operations)} ×", class_="tick", x=width - 8, y=14, text_anchor="end"),
         ]
