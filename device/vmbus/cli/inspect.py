@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,9 @@ from rich.tree import Tree
 from vmbus.cli.terminal import run
 from vmbus.errors import UsageError, VmbusError
 from vmbus.inspection.difference import Change, Difference, compare, lines
-from vmbus.inspection.document import MOST_PACKETS, Inspection
+from vmbus.inspection.document import MOST_PACKETS, Inspection, PacketInfo
 from vmbus.inspection.target import Running, find, look
-from vmbus.inspection.tree import clean, render
+from vmbus.inspection.tree import clean, counted, packet_text, render
 from vmbus.inspection.watch import View, Watch
 from vmbus.qemu.process import runtime_base
 from vmbus.snapshot.bundle import open_snapshot
@@ -267,11 +268,28 @@ def _show_difference(found: Difference) -> None:
             place = where
             console.print(Text(clean(where), style="bold cyan"))
         console.print(_change(what, change))
+    if not found.same:
+        kinds = Counter((change.kind, _is_packet(change)) for change in found.changes)
+        words = [
+            f"{kinds[kind, packets]} {'packets ' if packets else ''}{kind}"
+            for packets in (True, False)
+            for kind in ("removed", "added", "changed")
+            if kinds[kind, packets]
+        ]
+        console.print(Text(f"{counted(len(found.changes), 'difference')}: {', '.join(words)}", style="bold"))
     if found.truncated:
         console.print(Text("not everything was compared: not all packets were listed, or too much is different"))
 
 
+def _is_packet(change: Change) -> bool:
+    return len(change.where) == 4 and change.where[0] == "channels" and change.where[2] == "packets"
+
+
 def _change(what: str, change: Change) -> Text:
+    if _is_packet(change) and change.kind != "changed":
+        # The whole packet, as the tree shows it.
+        sign, style, value = ("+", "green", change.after) if change.kind == "added" else ("-", "red", change.before)
+        return Text.assemble((f"  {sign} packet {packet_text(msgspec.convert(value, PacketInfo)).plain}", style))
     if change.kind == "changed":
         return Text(f"  ~ {clean(what)}: {_value(change.before)} -> {_value(change.after)}", style="yellow")
     if change.kind == "added":

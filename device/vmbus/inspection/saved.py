@@ -124,7 +124,11 @@ def inspect_checkpoint(store: Store, tag: str) -> Inspection:
 
 def inspect_state(state: st.DeviceState, source: Source, description: DeviceDescription | None = None) -> Inspection:
     """A decoded device state. Raises StateError for chunks of channels that cannot be decoded."""
-    channels = [_channel(state, number) for number in range(len(state.channels))]
+    offers = {(one.instance, one.subchannel): one for one in state.bus.offers if not one.withdrawn}
+    channels = [
+        _channel(state, number, record, offers.get((record.instance, record.subchannel)))
+        for number, record in enumerate(state.channels)
+    ]
     return Inspection(
         source=source,
         device=state.device,
@@ -172,13 +176,6 @@ def _text(guid: bytes) -> str:
     return str(UUID(bytes_le=guid))
 
 
-def _offer_of(state: st.DeviceState, record: st.ChannelRecord) -> st.OfferStateRecord | None:
-    for offer in state.bus.offers:
-        if (offer.instance, offer.subchannel, offer.withdrawn) == (record.instance, record.subchannel, False):
-            return offer
-    return None
-
-
 def _owner_of(state: st.DeviceState, record: st.ChannelRecord) -> tuple[st.ProviderRecord | None, str]:
     """Whose a channel is, and what it is called: providers offer their own instance, or one derived from it for each
     of their services, or are alone."""
@@ -194,9 +191,9 @@ def _owner_of(state: st.DeviceState, record: st.ChannelRecord) -> tuple[st.Provi
     return (state.providers[0] if len(state.providers) == 1 else None), f"{instance}{subchannel}"
 
 
-def _channel(state: st.DeviceState, number: int) -> ChannelInfo:
-    record = state.channels[number]
-    offer = _offer_of(state, record)
+def _channel(
+    state: st.DeviceState, number: int, record: st.ChannelRecord, offer: st.OfferStateRecord | None
+) -> ChannelInfo:
     owner, name = _owner_of(state, record)
     chunks = [decode_chunk(data) for data in record.chunks]
     head = chunks[0] if chunks else None

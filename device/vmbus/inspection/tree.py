@@ -71,6 +71,11 @@ def age_text(seconds: float) -> str:
     return f"{seconds / 3600:.1f} h"
 
 
+def counted(number: int, what: str) -> str:
+    """1 packet, 2 packets."""
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+
+
 def in_flight_text(count: InFlight) -> str:
     """The four figures in words."""
     return (
@@ -127,13 +132,15 @@ def render(document: Inspection, *, channels: Iterable[str] = (), rates: Mapping
         _provider(branch, provider)
     if document.memory is not None:
         memory = document.memory
-        where = tree.add(_titled("guest memory", f"{memory.regions} regions, {size_text(memory.bytes)} within reach"))
+        where = tree.add(
+            _titled("guest memory", f"{counted(memory.regions, 'region')}, {size_text(memory.bytes)} within reach")
+        )
         if memory.log is None:
             where.add(_line("dirty log: none runs"))
         else:
             log = memory.log
             broken = f"; broken: {log.broken}" if log.broken else ""
-            where.add(_line(f"dirty log: {log.pages} pages ({size_text(log.bytes)}) written by us{broken}"))
+            where.add(_line(f"dirty log: {counted(log.pages, 'page')} ({size_text(log.bytes)}) written by us{broken}"))
     if document.audit is not None:
         audit = document.audit
         where = tree.add(_titled("audit record", f"{audit.uid}, {audit.position} events", audit.path))
@@ -155,7 +162,8 @@ def _server(server: ServerInfo, seconds: float | None) -> Text:
     if server.driven_by_client:
         words.append(f"(migrated by its client: {server.migration.get('state')})")
     if server.resets:
-        words.append(f"(reset {server.resets} times)")
+        often = {1: "once", 2: "twice"}.get(server.resets, f"{server.resets} times")
+        words.append(f"(reset {often})")
     text = _titled("device server", _state(server.phase), " ".join(words))
     if seconds is not None:
         text.append(f"; looked at in {seconds * 1000:.1f} ms", style="not bold dim")
@@ -168,7 +176,7 @@ def _saved(tree: Tree, saved: SavedInfo) -> None:
     branch = tree.add(
         _titled(
             "saved" + how,
-            f"VM {vm.get('name')}, {vm.get('memory_mib')} MiB, {vm.get('cpus')} CPUs; "
+            f"VM {vm.get('name')}, {vm.get('memory_mib')} MiB, {counted(int(vm.get('cpus') or 0), 'CPU')}; "
             f"{saved.machine} under {saved.accelerator}, QEMU {saved.qemu}"
             + (f"; by version {saved.project}" if saved.project else ""),
         )
@@ -246,7 +254,7 @@ def _offer(branch: Tree, offer: OfferInfo) -> None:
 def _gpadl(gpadl: GpadlInfo) -> Text:
     text = _line(
         f"{gpadl.handle:#x} of relid {gpadl.relid}: {size_text(gpadl.bytes)} in {gpadl.pages} pages,",
-        f"{gpadl.ranges} {'range' if gpadl.ranges == 1 else 'ranges'}, from {gpadl.address:#x}",
+        f"{counted(gpadl.ranges, 'range')}, from {gpadl.address:#x}",
     )
     if gpadl.use:
         text.append(f", {clean(gpadl.use)}")
@@ -281,7 +289,7 @@ def _channel(branch: Tree, channel: ChannelInfo, rates: Rates | None) -> None:
         )
     packets = node.add(_titled("packets", in_flight_text(channel.in_flight), style=""))
     for packet in channel.packets:
-        _packet(packets, packet)
+        packets.add(packet_text(packet))
     if channel.omitted:
         packets.add(_line(f"... {channel.omitted} more", style="dim"))
 
@@ -300,7 +308,8 @@ def _ring(ring: RingInfo) -> Text:
     return text
 
 
-def _packet(branch: Tree, packet: PacketInfo) -> None:
+def packet_text(packet: PacketInfo) -> Text:
+    """One packet on one line."""
     words = [_STATES[packet.state]]
     if packet.kind not in ("", "completion"):
         words.append(packet.kind)
@@ -328,7 +337,7 @@ def _packet(branch: Tree, packet: PacketInfo) -> None:
             text.append(
                 f" {packet.save}{'...' if packet.save_size > len(packet.save) // 2 else ''}", style="not bold dim"
             )
-    branch.add(text)
+    return text
 
 
 def _provider(branch: Tree, provider: ProviderInfo) -> None:
