@@ -206,8 +206,8 @@ def vmbus_loopback(request: pytest.FixtureRequest, vmbus_library: Library) -> It
         yield make
     finally:
         properties = request.node.user_properties
-        properties.append(("vmbus.save_restores", sum(pair.saves for pair in pairs)))
-        properties.append(("vmbus.packets", sum(pair.packets for pair in pairs)))
+        properties.append(("vmbus_save_restores", sum(pair.saves for pair in pairs)))
+        properties.append(("vmbus_packets", sum(pair.packets for pair in pairs)))
         for pair in pairs:
             pair.close()
 
@@ -230,16 +230,16 @@ def _tell(request: pytest.FixtureRequest, vms: list[BlockingVm]) -> None:
     """Figures for the report of the test: with --junitxml they are properties of its case."""
     operations = [operation for vm in vms for operation in vm.operations]
     properties: list[tuple[str, object]] = request.node.user_properties
-    properties.append(("vmbus.vms", len(vms)))
-    properties.append(("vmbus.operations", len(operations)))
+    properties.append(("vmbus_vms", len(vms)))
+    properties.append(("vmbus_operations", len(operations)))
     for kind in sorted({operation.kind for operation in operations}):
-        properties.append((f"vmbus.operations.{kind}", sum(one.kind == kind for one in operations)))
-    properties.append(("vmbus.transactions", sum(vm.transactions for vm in vms)))
+        properties.append((f"vmbus_operations_{kind}", sum(one.kind == kind for one in operations)))
+    properties.append(("vmbus_transactions", sum(vm.transactions for vm in vms)))
     for state in ("queued", "sent"):
-        properties.append((f"vmbus.in_flight.{state}", sum(one.packets.get(state, 0) for one in operations)))
+        properties.append((f"vmbus_in_flight_{state}", sum(one.packets.get(state, 0) for one in operations)))
     downtimes = [one.downtime for one in operations if one.downtime is not None]
     if downtimes:
-        properties.append(("vmbus.downtime_max_s", f"{max(downtimes):.3f}"))
+        properties.append(("vmbus_downtime_max_s", f"{max(downtimes):.3f}"))
 
 
 @pytest.hookimpl(wrapper=True)
