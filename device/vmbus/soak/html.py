@@ -122,6 +122,10 @@ def _things(number: int, name: str) -> str:
     return f"{count_text(number)} {name}" + ("" if number == 1 else "s")
 
 
+def _unbroken(text: str) -> str:
+    return text.replace(" ", "\N{NO-BREAK SPACE}")
+
+
 def _value(value: object) -> str:
     if isinstance(value, str):
         return value
@@ -188,7 +192,9 @@ def _tiles(report: Report) -> list[tuple[str, str, str]]:
         ("Failures", count_text(len(report.failures)), _things(len(report.failures), "episode").split(" ", 1)[1]),
     ]
     if downtimes:
-        tiles.append(("Downtime", seconds_text(median(downtimes)), f"median; at most {seconds_text(max(downtimes))}"))
+        tiles.append(
+            ("Downtime", seconds_text(median(downtimes)), f"median; at most {_unbroken(seconds_text(max(downtimes)))}")
+        )
     tiles.append(("Ran for", seconds_text(report.seconds), "all sittings together"))
     return tiles
 
