@@ -41,7 +41,7 @@ _KEEP_SECONDS = 30.0  # for each thing that is asked of a VM after a failure
 
 def scratch_base() -> Path:
     """Where the large files of running episodes are. Raises EnvironmentProblem if it cannot be made."""
-    return private_base("vmbus-soak")
+    return private_base("vmbus-soak", large=True)
 
 
 async def run_episode(

@@ -39,6 +39,9 @@ MOST_CHECKPOINTS = 2
 MOST_ADDED = 4
 """Providers that are there at once besides those of the description."""
 
+MOST_OPTIONAL = 3
+"""Workloads of a share below 1 that run at once: with more, each of them comes to very little."""
+
 Parameters = dict[str, Scalar]
 
 
@@ -148,12 +151,21 @@ def _machine(settings: Settings, draw: Draw) -> tuple[VmDescription, list[Worklo
     providers = list(vm.device.providers)
     free = {provider.name for provider in providers}
     workloads = []
+    # All is drawn, also for those that do not run: so a share that is changed leaves the others as they were.
+    drawn = {
+        name: (
+            draw.chance(settings.share(name)),
+            draw.number(0, 1),
+            recipe.options(draw),
+            recipe.parameters(draw, settings.packets),
+        )
+        for name, recipe in RECIPES.items()
+    }
+    optional = [name for name in RECIPES if drawn[name][0] and settings.share(name) < 1]
+    left_out = sorted(optional, key=lambda name: drawn[name][1])[MOST_OPTIONAL:]
     for name, recipe in RECIPES.items():
-        # All is drawn, also for those that do not run: so a share that is changed leaves the others as they were.
-        runs = draw.chance(settings.share(name))
-        options = recipe.options(draw)
-        parameters = recipe.parameters(draw, settings.packets)
-        if not runs:
+        runs, _, options, parameters = drawn[name]
+        if not runs or name in left_out:
             continue
         if recipe.provider == LAB:
             lab = next((one for one in providers if one.kind == LAB), None)
