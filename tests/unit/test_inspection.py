@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import shutil
+import struct
 import time
 import zlib
 from collections.abc import Callable
@@ -35,6 +36,7 @@ from vmbus.inspection.tree import clean, render
 from vmbus.inspection.watch import rates
 from vmbus.kmcl.saved import PacketChunk, decode_chunk, encode
 from vmbus.providers.echo import EchoProvider
+from vmbus.providers.network import NetworkProvider
 from vmbus.qemu.description import load_description
 from vmbus.ring import INTERRUPT_MASK, READ_INDEX, WRITE_INDEX
 from vmbus.snapshot.bundle import SnapshotWriter, utc_now
@@ -314,6 +316,7 @@ def test_plain_data_is_bounded() -> None:
     wide = plain([list(range(1000)) for _ in range(1000)])
     assert len(json.dumps(wide)) < 100_000 and wide[-1] == f"... {1000 - len(wide) + 1} more"
     assert plain({"data": bytes(100)}) == {"data": f"{'00' * 32}... (100 bytes)"}
+    assert len(plain("x" * 100_000)) < 2000
     assert plain(1 << 70) == hex(1 << 70) and plain(float("nan")) == "nan"
     assert decoded(b"\x07") == ("", None) and decoded(b"") == ("", None)
     assert decoded(msgspec.msgpack.encode({"a": 1})) == ("MessagePack", {"a": 1})
@@ -389,6 +392,15 @@ def test_what_a_provider_does_not_know_as_its_own_is_shown_as_bytes() -> None:
     )
     packet = channel_of(document, "burst1").packets[0]
     assert packet.save == b"other".hex() and "not what 'burst' saves" in packet.described["problem"]
+
+
+def test_what_the_network_saves_of_a_packet_is_told_in_words() -> None:
+    told = NetworkProvider.describe_packet
+    saved_frames, saved_link = (struct.pack("<HHII", 1, *rest) for rest in ((1, 3, 4500), (2, 1, 0)))
+    assert told(saved_frames) == {"kind": "frames", "frames": 3, "bytes": 4500}
+    assert told(saved_link) == {"kind": "link", "up": True}
+    with pytest.raises(struct.error):
+        told(b"other")
 
 
 async def make_snapshot(target: Path, sources: Path, state: saved.DeviceState) -> None:

@@ -29,6 +29,7 @@ PREVIEW = 32
 _MESSAGES_SHOWN = 16
 _MOST_ITEMS = 4096  # of plain data, all containers together
 _DEEPEST = 16
+_LONGEST = 1024  # characters of one text
 
 
 def preview(data: bytes) -> str:
@@ -121,7 +122,8 @@ def _plain(value: Any, budget: _Budget, depth: int) -> Any:
     if value is None or isinstance(value, bool):
         return value
     if isinstance(value, str):
-        return value.encode(errors="backslashreplace").decode()
+        text = value.encode(errors="backslashreplace").decode()
+        return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}... ({len(text)} characters)"
     if isinstance(value, int):
         return value if -(1 << 63) <= value < 1 << 64 else hex(value)
     if isinstance(value, float):
