@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import pytest
 
 from support.traffic import Traffic
@@ -252,11 +251,10 @@ def test_the_command_looks_watches_and_ends(server: LoopbackServer) -> None:
         traffic = Traffic(driver)
         traffic.start(100, 100, size=200, window=50)
         traffic.finish()
-        assert "├── bus connected" in run() and "\x1b" not in run()
-        document = from_answer(msgspec.json.decode(run("--json")), "x")
-        assert len(document.channels) == 2
-        lines = run("--watch", "--count", "3", "--json").splitlines()
-        assert len(lines) == 3 and all(json.loads(line)["inspection"]["device"] == "vmbus0" for line in lines)
+        shown = run()
+        assert "├── bus connected" in shown and "\x1b" not in shown
+        lines = [json.loads(line) for line in run("--watch", "--count", "2", "--json").splitlines()]
+        assert [len(from_answer(line["inspection"], "x").channels) for line in lines] == [2, 2]
         plain = run("--watch", "0.05", "--count", "2", "--channel", "echo")
         assert plain.count("ring from the guest") == 2 and "burst" not in plain
 
