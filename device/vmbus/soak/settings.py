@@ -51,7 +51,7 @@ WEIGHTS: dict[Kind, float] = {
 
 DEFAULT_OPERATIONS = 100
 
-LOSE_ONE_IN_A_THOUSAND = "lose-one-in-a-thousand"
+LOSE_ONE_IN_A_THOUSAND: Literal["lose-one-in-a-thousand"] = "lose-one-in-a-thousand"
 """A sabotage: the burst provider forgets every thousandth packet that is restored to it."""
 
 Scalar = str | int | float | bool
@@ -87,7 +87,7 @@ class Settings(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=
     """The machine: a VM description by name or path. Providers that workloads need are added. Empty: a small one."""
     packets: Annotated[int, msgspec.Meta(ge=1, le=4096)] = 64
     """Wanted in flight, queued and sent each, before an operation begins."""
-    pace: Annotated[int, msgspec.Meta(ge=1, le=1_000_000)] = 400
+    pace: Annotated[int, msgspec.Meta(ge=1, le=1_000_000)] = 1000
     """Transactions that are completed between two operations: drawn from a quarter of this to this."""
     operation_seconds: Annotated[float, msgspec.Meta(ge=1, le=3600)] = 180.0
     """Bound of one operation, with the wait for load before it."""

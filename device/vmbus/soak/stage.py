@@ -38,6 +38,7 @@ LOGS = ("server.log", "qemu.log", "console.log")
 MIXED = "mixed"
 WRONGS = ("lost", "duplicated", "reordered", "corrupted")
 
+_BETWEEN = ("awaiting", "restoring")  # phases of a server whose books are not those of the VM yet
 _JOB_INTERVAL = 1.0  # seconds between two looks whether the guest's driver still runs
 # What the auditor says of a killed driver: its record stops short, or has nothing of its last channels.
 _DEAD = re.compile(r"the guest's record of channel .*(stops short: its process died|is not here)")
@@ -350,6 +351,7 @@ class Stage:
         """Take a sample every `interval` seconds, at most `most` of them, until cancelled. Over a connection of its
         own: nobody waits for it."""
         while len(self.samples) < most:
+            await asyncio.sleep(interval)
             subject = self.subject
             if subject is not None and not subject.vm.ended:
                 with contextlib.suppress(VmbusError, OSError, KeyError, AssertionError):
@@ -358,12 +360,13 @@ class Stage:
                         status = await control.call("status", timeout=5.0)
                     finally:
                         control.close()
+                    if status["phase"] in _BETWEEN:
+                        continue
                     sample = Sample(
                         at=self.now, transactions=self.transactions(subject, status), in_flight=flight(status)
                     )
                     self.samples.append(sample)
                     self.sink.sample(sample)
-            await asyncio.sleep(interval)
 
 
 def tallies(status: dict[str, Any]) -> dict[str, Count]:
