@@ -19,9 +19,26 @@ from vmbus.qemu.command_line import Programs
 pytestmark = pytest.mark.vm
 
 
+CAPTURED = """
+
+from vmbus.capture.replay import ReplayOptions, replay
+
+
+def test_what_a_vm_did_is_played_again_without_one(vmbus_vms, vmbus_library, tmp_path):
+    path = tmp_path / "vm.pcapng"
+    vm = vmbus_vms(audit=True, capture=path)
+    vm.run("echo", count=1000, size=2000, external=0.5)
+    vm.save_restore()
+    report = replay([path], "echo", vmbus_library, options=ReplayOptions(channels=("echo",)))
+    assert report.same and report.answers == 1000, str(report)
+"""
+
+
 def test_the_migration_example_passes_and_its_report_has_the_figures(programs: Programs, tmp_path: Path) -> None:
     assert len(example("vmbus_vm.migrate").splitlines()) <= 10
-    text = example("vmbus_vm.migrate") + "\n\n" + example("check_audit")
+    # All audited, so that one boot does for them.
+    text = "import pytest\n\npytestmark = pytest.mark.vmbus(audit=True)\n\n\n" + example("vmbus_vm.migrate")
+    text += "\n\n" + example("check_audit") + CAPTURED
     done = run(tmp_path, text, "-p", PLUGIN, "--strict-markers", "--durations=6")
     print(done.stdout)
     assert done.returncode == 0, done.stdout + done.stderr

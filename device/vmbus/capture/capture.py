@@ -132,7 +132,8 @@ class _Traffic:
             return _Copy(0, b"", r.MALFORMED)
         size = sum(length for _, length in extents)
         copy = self._read(extents, size)
-        self._given[packet.transaction] = (extents, size, hash(copy.data))
+        if packet.flags:  # else no completion will ever take it out again
+            self._given[packet.transaction] = (extents, size, hash(copy.data))
         return copy
 
     def _read(self, extents: Sequence[tuple[int, int]], size: int) -> _Copy:
