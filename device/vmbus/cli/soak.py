@@ -197,6 +197,12 @@ async def _campaign(
         raise
     with ExitStack() as stack:
         stack.callback(folder.close)
+        there = folder.campaign.environment.project
+        if there != campaign.environment.project:
+            folder.problems.append(
+                f"the campaign was begun with version {there}, this is {campaign.environment.project}: "
+                "the same seed may be another schedule now"
+            )
         title = f"soak: seed {settings.seed}, {engine.description}, into {path}"
         total = (
             len(plan_episode(settings, settings.seed, episode).operations) if episode is not None else settings.total

@@ -8,12 +8,13 @@ import platform
 import vmbus
 from vmbus.provision import Provisioned
 from vmbus.soak.records import Environment
+from vmbus.soak.remote import code_digest
 
 
 def describe_environment(provisioned: Provisioned) -> Environment:
     """This machine, and what the set-up found or made."""
     return Environment(
-        project=vmbus.__version__,
+        project=f"{vmbus.__version__}, sources {code_digest()}",
         python=platform.python_version(),
         qemu=provisioned.qemu.version_text,
         libvfio_user=provisioned.libvfio_user_source,
