@@ -133,6 +133,18 @@ def test_more_than_the_lab_has_is_said(libvfio_user: Library) -> None:
         assert alone["verdict"] == "passed"
 
 
+@pytest.mark.parametrize("needless", [0, 5])
+def test_a_storm_signals_as_often_as_it_was_asked_to(needless: int, libvfio_user: Library) -> None:
+    with LoopbackServer(DEVICE, libvfio_user) as server:
+        parameters = {"count": 200, "needless": needless, "doorbells": needless}
+        result = CATALOGUE["storm"].load()(Context(parameters, server.function))
+        (burst,) = [one for one in server.server.device.channels if one.name == "burst"]
+        signals = burst.counters["signals"]
+    assert result["verdict"] == "passed"
+    assert (signals >= 200 * needless) and (needless or signals <= 201 + 10)
+    assert (result["doorbells"] > 0) is bool(needless)
+
+
 def test_the_host_plugs_and_unplugs_stations(libvfio_user: Library) -> None:
     with LoopbackServer(DEVICE, libvfio_user) as server:
         plug = {"name": "lab", "arguments": {"station": 7}}
