@@ -80,6 +80,7 @@ def captured(libvfio_user: Library, tmp_path: Path) -> Path:
 # ---- what is in a capture --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore:Field type should not be:DeprecationWarning")  # of the reader's own code
 def test_a_stock_reader_accepts_it_and_finds_every_packet(libvfio_user: Library, tmp_path: Path) -> None:
     path = tmp_path / "mixed.pcapng"
     with LoopbackServer(describe("echo", "burst"), libvfio_user, capture=path) as server:
