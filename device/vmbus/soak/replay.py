@@ -1,6 +1,6 @@
 """The commands that run a campaign, or one of its episodes, again; and settings as words of a command line.
 
-    scripts/soak --seed 7 --operations 500 --set weights.clone=0 --set audit=false --episode 17 --report night-episode-17
+    scripts/soak --seed 7 --operations 50 --set weights.clone=0 --set audit=false --episode 17 --report night-episode-17
 
 They are made of the settings alone, so a report that was sent to a colleague says all that is needed. They name a new
 folder in the current directory.
