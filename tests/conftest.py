@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-LAYERS = ("unit", "loopback", "vm")
+LAYERS = ("unit", "loopback", "browser", "vm")
 
 # The one marker whose tests may be left out although everything was asked for, and when: see docs/testing.md.
 NEEDS_MIGRATION_V2 = "needs_migration_v2"
@@ -36,7 +36,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--all-layers",
         action="store_true",
-        help="fail when a layer (unit, loopback, vm) passed no test, or when any test was skipped, except for those "
+        help=f"fail when a layer ({', '.join(LAYERS)}) passed no test, or when any test was skipped, except for those "
         f"marked {NEEDS_MIGRATION_V2} where {NO_MIGRATION_V2}",
     )
 

@@ -19,7 +19,8 @@ from vmbus.loopback.harness import describe
 from vmbus_bench.figures import Part, Row, Sample, Target, ratio
 from vmbus_bench.processes import ServerProcess, cpu_seconds
 from vmbus_guest.testdrivers.context import Context
-from vmbus_guest.testdrivers.raw_echo import run as run_raw_echo
+from vmbus_guest.testdrivers.raw_echo import RawEchoWorkload
+from vmbus_guest.testdrivers.workload import run_workload
 
 WINDOW = 256
 SIZE = 64
@@ -42,7 +43,7 @@ def _round(server: ServerProcess, count: int, audit: Path | None) -> tuple[float
     if audit is not None:
         context.keep_record(str(audit), "bench-0")
     before, own = cpu_seconds(server.pid), time.process_time()
-    result = run_raw_echo(context)
+    result = run_workload(context, RawEchoWorkload)
     costs = (cpu_seconds(server.pid) - before) / count, (time.process_time() - own) / count
     context.end_record()
     if result["verdict"] != "passed":

@@ -28,7 +28,8 @@ from vmbus.vfio_user.library import find_and_load
 from vmbus_bench.figures import Part, Row, Sample, Target, ratio
 from vmbus_bench.processes import ServerProcess, cpu_seconds, spawn
 from vmbus_guest.testdrivers.context import Context
-from vmbus_guest.testdrivers.raw_echo import run as run_raw_echo
+from vmbus_guest.testdrivers.raw_echo import RawEchoWorkload
+from vmbus_guest.testdrivers.workload import run_workload
 
 SIZE = 64
 RING_PAGES = 32
@@ -98,7 +99,7 @@ def _raw_echo(open_function: Callable[[], LoopbackFunction], count: int, window:
         "ring_pages_in": RING_PAGES,
         "ring_pages_out": RING_PAGES,
     }
-    result = run_raw_echo(Context(parameters, open_function))
+    result = run_workload(Context(parameters, open_function), RawEchoWorkload)
     if result["verdict"] != "passed":
         raise VmbusError(f"the echo transactions of the benchmark went wrong: {result}")
     return result

@@ -4,9 +4,11 @@ The surroundings give two callables: `interrupt` (raise the MSI) and `schedule` 
 on one thread.
 """
 
+from __future__ import annotations
+
 import logging
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vmbus.audit.recorder import Recorder
 from vmbus.bus.gpadl import Gpadl, GpadlError, Mappings
@@ -23,13 +25,16 @@ from vmbus.ring import RingReader, RingWriter
 from vmbus.synic import PostStatus, Synic
 from vmbus.wire.gpa import PAGE_SIZE
 
+if TYPE_CHECKING:
+    from vmbus.capture.capture import Capture
+
 log = logging.getLogger(__name__)
 
 
 class ServerLink:
     """What carries one open channel on the host: implements `vmbus.kmcl.channel.Link`."""
 
-    def __init__(self, device: "Device", offer: Offer, channel: ServerChannel, gpadl: Gpadl) -> None:
+    def __init__(self, device: Device, offer: Offer, channel: ServerChannel, gpadl: Gpadl) -> None:
         """Opens the rings in the GPADL's memory. Raises PeerError when the guest's description does not fit."""
         assert offer.request is not None
         split = offer.request.downstream_page_offset
@@ -95,6 +100,7 @@ class Device:
     """The device. `channels` are those that providers have allocated, in order.
 
     `recorder`, set before there are channels, records what happens to the packets of those that the guest is offered.
+    `capture`: see `set_capture`.
     """
 
     def __init__(
@@ -122,6 +128,7 @@ class Device:
         self.frozen = False
         self.waiter = waiter
         self.recorder: Recorder | None = None
+        self.capture: Capture | None = None
         self.loopback = LoopbackBus(loopback_schedule, waiter=waiter)
         self._offers: dict[int, Offer] = {}
         self._links: dict[int, ServerLink] = {}
@@ -157,6 +164,7 @@ class Device:
             self.loopback.offer_enabled(channel)
             return
         channel.recorder = self.recorder
+        channel.capture = self.capture
         offer = Offer(
             channel.interface_type,
             channel.interface_instance,
@@ -176,6 +184,17 @@ class Device:
         offer = self._offers.pop(id(channel), None)
         if offer is not None:
             self.bus.withdraw(offer)
+
+    def set_capture(self, capture: Capture | None) -> None:
+        """From here on `capture` is told what happens on the channels that the guest is offered, also on those that
+        are open; None ends that."""
+        self.capture = capture
+        for channel in self.channels:
+            channel.capture = capture
+            offer = self._offers.get(id(channel))
+            link = None if offer is None else self._links.get(id(offer))
+            if capture is not None and link is not None:
+                capture.opened(channel, link, "joined")
 
     def offer_of(self, channel: ServerChannel) -> Offer:
         """The offer behind an enabled channel."""

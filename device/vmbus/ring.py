@@ -52,9 +52,13 @@ def _index(value: int, size: int, what: str) -> int:
 
 
 class _Ring:
-    """What both ends share: the two windows and the indices as numbers for people."""
+    """What both ends share: the two windows, and figures for people.
 
-    __slots__ = ("data", "header", "size")
+    `batches`: how often packets were published (by the writer) or consumed (by the reader) together, each time one
+    index store; `signals`: for how many of these the other end had to be signalled.
+    """
+
+    __slots__ = ("batches", "data", "header", "signals", "size")
 
     def __init__(self, header: Window, data: Window) -> None:
         if header.size != HEADER_SIZE or data.size < PAGE_SIZE or data.size % PAGE_SIZE:
@@ -62,6 +66,8 @@ class _Ring:
         self.header = header
         self.data = data
         self.size = data.size
+        self.batches = 0
+        self.signals = 0
 
     def close(self) -> None:
         """Let go of the memory; every later access raises MemoryRevoked."""
@@ -86,9 +92,21 @@ class RingWriter(_Ring):
 
     `largest`: ring bytes of the largest packet (descriptor, padding and trailer included) that can ever fit.
     `tap`: called with the ring bytes of packets that were just published; None: nobody records them.
+    `look`: called with the ring bytes of packets that are about to be published; None: nobody looks.
     """
 
-    __slots__ = ("_free", "_index", "_packers", "_peer", "_published", "_requested", "_staged", "largest", "tap")
+    __slots__ = (
+        "_free",
+        "_index",
+        "_packers",
+        "_peer",
+        "_published",
+        "_requested",
+        "_staged",
+        "largest",
+        "look",
+        "tap",
+    )
 
     def __init__(self, header: Window, data: Window) -> None:
         """Attach; our own write index is taken from the ring, so that this serves open and restore alike."""
@@ -100,9 +118,15 @@ class RingWriter(_Ring):
         self._free = self.size - 8 - (self._index - self._peer) % self.size
         self._staged: list[bytes] = []
         self.tap: Callable[[bytes], None] | None = None
+        self.look: Callable[[bytes], None] | None = None
         self._packers: dict[int, Callable[..., bytes]] = {}
         self._requested = header.load32(PENDING_SEND_SIZE) != 0
         header.store32(FEATURE_BITS, header.load32(FEATURE_BITS) | FEATURE_PENDING_SEND_SIZE)
+
+    @property
+    def own_index(self) -> int:
+        """What we have published as write index; the ring's own word may have been overwritten since."""
+        return self._published
 
     @property
     def empty(self) -> bool:
@@ -141,6 +165,8 @@ class RingWriter(_Ring):
             return False
         data = self._staged[0] if len(self._staged) == 1 else b"".join(self._staged)
         self._staged.clear()
+        if self.look is not None:
+            self.look(data)
         old = self._published
         first = self.size - old
         if len(data) <= first:
@@ -153,8 +179,12 @@ class RingWriter(_Ring):
         self._published = self._index
         if self.tap is not None:
             self.tap(data)
+        self.batches += 1
         full_fence()
-        return not header.load32(INTERRUPT_MASK) and header.load32(READ_INDEX) == old
+        if header.load32(INTERRUPT_MASK) or header.load32(READ_INDEX) != old:
+            return False
+        self.signals += 1
+        return True
 
     def request_space(self, total: int) -> bool:
         """Ask to be signalled when `total` ring bytes are free (S4). True: they are free already, put again."""
@@ -176,9 +206,13 @@ class RingWriter(_Ring):
 
 
 class RingReader(_Ring):
-    """The reading end. `fetch` copies packets, `advance` gives their space back. `batch`: the last copy made."""
+    """The reading end. `fetch` copies packets, `advance` gives their space back. `batch`: the last copy made.
 
-    __slots__ = ("_index", "_peer", "batch")
+    `tap`: for whoever reads to call with the ring bytes of packets that it has dealt with; None: nobody records them.
+    `look`: likewise, with packets that it is about to hand over; None: nobody looks.
+    """
+
+    __slots__ = ("_index", "_peer", "batch", "look", "tap")
 
     def __init__(self, header: Window, data: Window) -> None:
         """Attach; our own read index is taken from the ring, so that this serves open and restore alike."""
@@ -186,6 +220,13 @@ class RingReader(_Ring):
         self._index = _index(header.load32(READ_INDEX), self.size, "read index")
         self._peer = _index(header.load32(WRITE_INDEX), self.size, "write index")
         self.batch = b""
+        self.tap: Callable[[bytes], None] | None = None
+        self.look: Callable[[list[RawPacket]], None] | None = None
+
+    @property
+    def own_index(self) -> int:
+        """What we have published as read index; the ring's own word may have been overwritten since."""
+        return self._index
 
     def available(self) -> int:
         """Bytes that the writer has published and we have not consumed. Raises RingCorrupt."""
@@ -230,12 +271,16 @@ class RingReader(_Ring):
         self._index = index = index - size if index >= size else index
         header = self.header
         header.store32(READ_INDEX, index)
+        self.batches += 1
         full_fence()
         pending = header.load32(PENDING_SEND_SIZE) & ~7
         if not pending:
             return False
         free = size - 8 - self.available()
-        return free - consumed < pending <= free
+        if not free - consumed < pending <= free:
+            return False
+        self.signals += 1
+        return True
 
     def mask(self) -> None:
         """We are awake: the writer need not signal."""

@@ -130,12 +130,25 @@ class BusState(msgspec.Struct, frozen=True):
     structure_version: StructVersion = 1
 
 
+class RingRecord(msgspec.Struct, frozen=True):
+    """The words that a ring's two ends share, as they were at the save. For people: a restore looks at the ring."""
+
+    size: U32
+    write_index: U32
+    read_index: U32
+    interrupt_mask: U32
+    pending_send_size: U32
+    structure_version: StructVersion = 1
+
+
 class ChannelRecord(msgspec.Struct, frozen=True):
-    """One channel's chunks, see `vmbus.kmcl.saved`."""
+    """One channel's chunks, see `vmbus.kmcl.saved`. `incoming`, `outgoing`: its rings, while it was open."""
 
     instance: Guid
     chunks: list[bytes]
     subchannel: U16 = 0
+    incoming: RingRecord | None = None
+    outgoing: RingRecord | None = None
     structure_version: StructVersion = 1
 
 
@@ -312,7 +325,9 @@ def save_device(name: str, config: bytes, device: Device, providers: list[Provid
             ],
         ),
         channels=[
-            ChannelRecord(channel.interface_instance.bytes_le, channel.save(), channel.subchannel_index)
+            ChannelRecord(
+                channel.interface_instance.bytes_le, channel.save(), channel.subchannel_index, *_ring_records(channel)
+            )
             for channel in device.channels
             # A sub-channel that its owner has disabled is nothing any more: its owner need not make it again.
             if not (channel.subchannel_index and channel.state is ChannelState.DISABLED)
@@ -323,6 +338,27 @@ def save_device(name: str, config: bytes, device: Device, providers: list[Provid
         ],
         audit=_audit_state(device),
     )
+
+
+def _ring_records(channel: ServerChannel) -> tuple[RingRecord, RingRecord] | tuple[()]:
+    rings = channel.rings
+    if rings is None:
+        return ()
+    try:
+        both = [ring.describe() for ring in rings]
+    except PeerError:
+        return ()
+    incoming, outgoing = (
+        RingRecord(
+            size=one["size"],
+            write_index=one["write_index"],
+            read_index=one["read_index"],
+            interrupt_mask=one["interrupt_mask"],
+            pending_send_size=one["pending_send_size"],
+        )
+        for one in both
+    )
+    return incoming, outgoing
 
 
 def _audit_state(device: Device) -> AuditState | None:

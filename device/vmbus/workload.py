@@ -6,8 +6,9 @@ reordering and corruption are each detected by the side that suffers from it.
 Echo, guest to host: request `u64 sequence, u32 length, u32 crc32, data` (data inline, or in external memory), reply
 `u64 sequence, u32 length, u32 crc32, u32 status, u32 0, transformed data` (inline, or in place).
 
-Burst, guest to host: START, answered when the run has begun. Host to guest: DATA packets with unpredictable bytes,
-each answered with its number and a digest; at the end one DONE packet with the host's counts.
+Burst, guest to host: START, answered when the run has begun, and STOP, which ends a run with the packets that were
+sent up to then. Host to guest: DATA packets with unpredictable bytes, each answered with its number and a digest; at
+the end one DONE packet with the host's counts.
 """
 
 import hashlib
@@ -31,6 +32,11 @@ BURST_DATA = Struct("<IIQII")
 BURST_ANSWER = Struct("<Q16s")
 BURST_DONE = Struct("<II4Q")
 OP_START = 1
+OP_STOP = 2
+UNTIL_STOPPED = 1 << 62
+"""Packets of a run without an end of its own."""
+MOST_NEEDLESS = 64
+"""Signals without a reason for each packet of a run."""
 KIND_DATA = 1
 KIND_DONE = 2
 
@@ -132,25 +138,39 @@ def parse_echo_reply(payload: bytes) -> EchoReply | None:
 
 
 class BurstStart(NamedTuple):
-    """Parameters of a burst run: `packets` packets of `size` bytes, at most `window` of them not completed."""
+    """Parameters of a burst run: `packets` packets of `size` bytes, at most `window` of them not completed.
+
+    `needless`: so many signals without a reason follow each packet. Only the provider `burst` gives them.
+    """
 
     size: int
     packets: int
     window: int
+    needless: int = 0
 
     def pack(self) -> bytes:
         """The request."""
-        return BURST_START.pack(OP_START, self.size, self.packets, self.window, 0)
+        return BURST_START.pack(OP_START, self.size, self.packets, self.window, self.needless)
 
 
 def parse_burst_start(payload: bytes) -> BurstStart | None:
     """A START request, or None when it is not one."""
     if len(payload) < BURST_START.size:
         return None
-    operation, size, count, window, _ = BURST_START.unpack_from(payload)
-    if operation != OP_START or not 0 < window <= 1 << 20 or size > 60000:
+    operation, size, count, window, needless = BURST_START.unpack_from(payload)
+    if operation != OP_START or not 0 < window <= 1 << 20 or size > 60000 or needless > MOST_NEEDLESS:
         return None
-    return BurstStart(size, count, window)
+    return BurstStart(size, count, window, needless)
+
+
+def burst_stop() -> bytes:
+    """The request to end the run."""
+    return BURST_START.pack(OP_STOP, 0, 0, 0, 0)
+
+
+def is_burst_stop(payload: bytes) -> bool:
+    """Whether a request is that."""
+    return len(payload) >= BURST_START.size and BURST_START.unpack_from(payload)[0] == OP_STOP
 
 
 def burst_digest(sequence: int, data: bytes) -> bytes:

@@ -2,7 +2,8 @@
 
 JSON lines both ways. A request is `{"id": ID, "command": NAME, "arguments": {...}}`, its answer `{"id": ID, "result":
 {...}}` or `{"id": ID, "error": {"kind": ..., "message": ...}}`. Lines with an `event` come unasked: `ready` when the
-agent is up and whenever the host connects again, `progress` and `finished` of a job.
+agent is up and whenever the host connects again, `progress` and `finished` of a job, `silent` when a job has reported
+nothing for long.
 
 Rules that make it survive a VM's save and restore, where the host's end of the port is torn away in mid-line:
 
@@ -14,14 +15,18 @@ Rules that make it survive a VM's save and restore, where the host's end of the 
 * Jobs belong to the agent, not to the connection.
 * All buffers are bounded. While the host does not read, events are dropped first, then answers (ask again).
 
-Every test driver runs in a process of its own, so that one can be killed in mid-traffic; its death is reported.
+Every test driver runs in a process of its own, so that one can be killed in mid-traffic; its death is reported. So is
+what it prints that is no report (`rubbish`), and for how long it has said nothing (`silent`); with `patience` one that
+says nothing for so long is killed.
+
+A user's own test drivers are installed at run time, with `install`.
 
 The services that the kernel's command line asks for are such a job, too. It is started with the agent, and started
 again when it ends without having been stopped or killed by the host.
 """
 
 # Imports are kept few, os instead of pathlib and subprocess: each costs boot time in an emulated guest.
-# ruff: noqa: PTH104, PTH112, PTH123, PTH208
+# ruff: noqa: PTH103, PTH104, PTH112, PTH123, PTH208
 
 from __future__ import annotations
 
@@ -35,7 +40,7 @@ import time
 from collections.abc import Callable, Iterable
 
 from vmbus_guest.services import wanted_services
-from vmbus_guest.testdrivers import CATALOGUE
+from vmbus_guest.testdrivers import CATALOGUE, NAME_RULE, directory, drivers, is_name
 
 TYPE_CHECKING = False  # without `typing`, which costs a tenth of a second under TCG
 if TYPE_CHECKING:
@@ -57,6 +62,12 @@ LOG_TAIL = 8 << 10
 """Bytes of a test driver's standard error that are kept."""
 LONGEST_WAIT = 3600.0
 """Seconds."""
+LOOK_EVERY = 2.0
+"""Seconds between two looks at who says nothing."""
+SILENT_AFTER = 20.0
+"""Seconds without a report after which the host is told. Test drivers report twice a second."""
+RUBBISH_SHOWN = 200
+"""Bytes of the first line that is no report."""
 KILL_PATIENCE = 10.0
 """Seconds that a killed process gets to be gone."""
 
@@ -99,7 +110,14 @@ class Job:
         self.status: int | None = None  # as of waitpid
         self.kill_requested = False
         self.stop_requested = False
+        self.patience = 0.0  # seconds; 0: endless
+        self.quiet = 0.0  # seconds since the last report
+        self.quiet_told = False
+        self.hung = False
+        self.rubbish = 0  # lines that are no reports
+        self.first_rubbish = ""
         self._line = bytearray()
+        self._skipping = False  # the rest of a line that was too long
         self._tail = bytearray()
 
     def feed(self, data: bytes) -> list[dict[str, Any]]:
@@ -107,13 +125,19 @@ class Job:
         self._line += data
         reports: list[dict[str, Any]] = []
         *lines, rest = bytes(self._line).split(b"\n")
-        self._line = bytearray(rest[:MAXIMUM_LINE])
+        if lines and self._skipping:
+            self._skipping = False
+            del lines[0]
+        if len(rest) > MAXIMUM_LINE:
+            self._take_rubbish(rest)
+            rest, self._skipping = b"", True
+        self._line = bytearray() if self._skipping else bytearray(rest)
         for line in lines:
             try:
                 report = json.loads(line)
                 event = report.pop("event")
             except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
-                self.feed_log(line + b"\n")  # a stray print
+                self._take_rubbish(line)  # a stray print
                 continue
             if event == "progress":
                 self.progress = report
@@ -122,7 +146,16 @@ class Job:
                 self.result = report.get("result")
             elif event == "error":
                 self.error = {key: str(report.get(key)) for key in ("kind", "message")}
+            else:
+                self._take_rubbish(line)
+                continue
+            self.quiet, self.quiet_told = 0.0, False
         return reports
+
+    def _take_rubbish(self, line: bytes) -> None:
+        self.rubbish += 1
+        self.first_rubbish = self.first_rubbish or repr(line[:RUBBISH_SHOWN])
+        self.feed_log(line[:LOG_TAIL] + b"\n")
 
     def feed_log(self, data: bytes) -> None:
         self._tail += data
@@ -132,14 +165,28 @@ class Job:
         """The process is gone and its pipes are read to their ends."""
         self.status = status
         self.seconds = time.monotonic() - self.started
-        if self.kill_requested and os.WIFSIGNALED(status):
+        if self.hung:
+            self.state = "failed"
+            message = f"the test driver reported nothing for {self.patience:g} s, and was killed"
+            self.error = {"kind": "hung", "message": message}
+        elif self.kill_requested and os.WIFSIGNALED(status):
             self.state = "killed"
-        elif status == 0 and self.error is None and self.result is not None:
+        elif status == 0 and self.error is None and isinstance(self.result, dict):
             self.state = "finished"
         else:
             self.state = "failed"
-            if self.error is None:
-                self.error = {"kind": "died", "message": f"the test driver {_describe_status(status)}"}
+            if self.error is None and status == 0 and self.result is not None:
+                message = f"its result is no JSON object, but {str(self.result)[:RUBBISH_SHOWN]!r}"
+                self.error = {"kind": "bad-report", "message": message}
+                self.result = None
+            elif self.error is None:
+                without = " without a result" if status == 0 else ""
+                message = f"the test driver {_describe_status(status)}{without}"
+                if self.rubbish:
+                    message += (
+                        f"; it printed {self.rubbish} lines that are no reports, the first of them {self.first_rubbish}"
+                    )
+                self.error = {"kind": "died", "message": message}
 
     def report(self) -> dict[str, Any]:
         """What the host is told about the job."""
@@ -155,6 +202,10 @@ class Job:
         }
         if self.error is not None:
             report["error"] = self.error
+        if self.rubbish:
+            report["rubbish"] = {"lines": self.rubbish, "first": self.first_rubbish}
+        if running and self.quiet >= LOOK_EVERY:
+            report["silent"] = round(self.quiet, 1)
         if self.status is not None:
             report["exit"] = _describe_status(self.status)
         if self.state == "failed" and self._tail:
@@ -269,12 +320,14 @@ class Agent:
         self._services_job: Job | None = None
         self._services_delay = RESTART_DELAYS[0]
         self._services_due = 0.0 if self._services else None
+        self._looked = time.monotonic()
         self._epoll = select.epoll()
         self._by_descriptor: dict[int, Job] = {}
         self._epoll.register(descriptor, select.EPOLLIN | select.EPOLLOUT | select.EPOLLET)
         self._commands: dict[str, Callable[[int | str, dict[str, Any]], dict[str, Any] | None]] = {
             "ping": self._ping,
             "list": self._list,
+            "install": self._install,
             "start": self._start,
             "run": self._run,
             "wait": self._wait,
@@ -320,7 +373,7 @@ class Agent:
                 "python": sys.version.split()[0],
                 "kernel": os.uname().release,
                 "uptime": uptime,
-                "drivers": sorted(CATALOGUE),
+                "drivers": sorted(drivers()),
                 "jobs": sorted(self._jobs),
             },
             event=True,
@@ -386,7 +439,25 @@ class Agent:
         return {"version": VERSION, "dropped": self._port.dropped}
 
     def _list(self, identity: int | str, arguments: dict[str, Any]) -> dict[str, Any]:
-        return {"drivers": {name: entry.summary for name, entry in sorted(CATALOGUE.items())}}
+        """The names and what they are for; what parameters they take, the test driver `catalogue` says."""
+        return {"drivers": {name: entry.summary for name, entry in sorted(drivers().items())}}
+
+    def _install(self, identity: int | str, arguments: dict[str, Any]) -> dict[str, Any]:
+        """Take a test driver of a user's: its `name`, and the `source` of its module. One of that name is replaced."""
+        name, source = arguments.get("name"), arguments.get("source")
+        if not is_name(name) or name in CATALOGUE:
+            raise RequestError("bad-argument", f"a test driver cannot be called {name!r}: a new name, {NAME_RULE}")
+        if not isinstance(source, str):
+            raise RequestError("bad-argument", "'source' is the text of a Python module")
+        path = f"{directory()}/{name}.py"
+        try:
+            os.makedirs(directory(), mode=0o700, exist_ok=True)
+            with open(f"{path}.new", "w", encoding="utf-8") as file:
+                file.write(source)
+            os.rename(f"{path}.new", path)
+        except (OSError, ValueError) as error:
+            raise RequestError("cannot-install", f"test driver '{name}': {error}") from error
+        return {"name": name}
 
     def _list_jobs(self, identity: int | str, arguments: dict[str, Any]) -> dict[str, Any]:
         return {"jobs": [job.report() for job in self._jobs.values()]}
@@ -504,8 +575,12 @@ class Agent:
     def _launch(self, arguments: dict[str, Any]) -> Job:
         driver = arguments.get("driver")
         parameters = arguments.get("parameters", {})
-        if not isinstance(driver, str) or driver not in CATALOGUE:
-            raise RequestError("unknown-driver", f"no test driver {driver!r}; there are {sorted(CATALOGUE)}")
+        patience = arguments.get("patience", 0)
+        known = CATALOGUE if isinstance(driver, str) and driver in CATALOGUE else drivers()
+        if not isinstance(driver, str) or driver not in known:
+            raise RequestError("unknown-driver", f"no test driver {driver!r}; there are {sorted(known)}")
+        if isinstance(patience, bool) or not isinstance(patience, int | float) or not 0 <= patience <= LONGEST_WAIT:
+            raise RequestError("bad-argument", f"'patience' is a number of seconds from 0 to {LONGEST_WAIT:g}")
         if not isinstance(parameters, dict):
             raise RequestError("bad-argument", f"the parameters of test driver '{driver}' are not an object")
         if sum(job.state == "running" for job in self._jobs.values()) >= RUNNING_JOBS:
@@ -538,6 +613,7 @@ class Agent:
             for descriptor in (output_end, log_end, null):
                 os.close(descriptor)
         job = Job(self._next_job, driver, pid, output, log)
+        job.patience = float(patience)
         self._next_job += 1
         self._jobs[job.number] = job
         for descriptor in (output, log, job.pidfd):
@@ -626,10 +702,40 @@ class Agent:
         due = [deadline for deadline, _, _ in self._waits]
         if self._services_due is not None:
             due.append(self._services_due)
+        if (look := self._look_interval()) is not None:
+            due.append(self._looked + look)
         return max(0.0, min(due) - time.monotonic()) if due else None
+
+    def _look_interval(self) -> float | None:
+        """Seconds between two looks at who says nothing; None while nobody could."""
+        running = [job for job in self._jobs.values() if job.state == "running"]
+        if not running:
+            return None
+        return min([LOOK_EVERY, *(job.patience / 4 for job in running if job.patience)])
+
+    def _look_for_silence(self, now: float) -> None:
+        interval = self._look_interval()
+        elapsed = now - self._looked
+        if interval is None:
+            self._looked = now
+        elif elapsed >= interval:
+            self._looked = now
+            for job in self._jobs.values():
+                if job.state != "running":
+                    continue
+                # The clock of a guest that is taken back to a checkpoint jumps: that is no silence.
+                job.quiet += min(elapsed, 2 * interval)
+                if job.patience and job.quiet >= job.patience and not job.hung:
+                    job.hung = True
+                    self._signal(job, signal.SIGKILL)
+                elif job.quiet >= SILENT_AFTER and not job.quiet_told:
+                    job.quiet_told = True
+                    seconds = round(job.quiet, 1)
+                    self._port.send({"event": "silent", "job": job.number, "seconds": seconds}, event=True)
 
     def _expire(self) -> None:
         now = time.monotonic()
+        self._look_for_silence(now)
         for wait in [wait for wait in self._waits if wait[0] <= now]:
             self._waits.remove(wait)
             self._answer(wait[2], {"result": self._jobs[wait[1]].report()})

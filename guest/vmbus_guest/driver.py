@@ -45,6 +45,26 @@ if TYPE_CHECKING:
 DEFAULT_TIMEOUT = 30.0
 
 
+LONGEST_TURN = 5.0
+"""Seconds between two looks at the clock beyond which it has jumped."""
+
+
+class SteadyClock:
+    """Seconds since it was made, as somebody counts them who looks at least every few seconds: jumps of the clock
+    count as `LONGEST_TURN`."""
+
+    def __init__(self) -> None:
+        self._elapsed = 0.0
+        self._looked = time.monotonic()
+
+    def elapsed(self) -> float:
+        """Seconds so far."""
+        now = time.monotonic()
+        self._elapsed += min(now - self._looked, LONGEST_TURN)
+        self._looked = now
+        return self._elapsed
+
+
 class GpadlRefused(PeerError):
     """The host does not take memory that was offered to it."""
 
@@ -133,6 +153,7 @@ class VmbusDriver:
         on_rescind: called with a client channel that was open when the host withdrew it; it is disabled by then, and
             can be enabled again when it is offered anew.
         recorder: records what happens to the packets of channels that are attached from here on; None: nobody does.
+        interrupts: how many were taken.
     """
 
     def __init__(
@@ -145,6 +166,8 @@ class VmbusDriver:
         """
         self.function = function
         self.recorder = recorder
+        self.interrupts = 0
+        self._claimed: set[tuple[UUID, UUID]] = set()
         self.memory = GuestMemory()
         self.bus = BusClient(self._post)
         self.bus.on_rescind = self._rescinded
@@ -295,6 +318,37 @@ class VmbusDriver:
         )
         self.attach(channel)
         return channel
+
+    def claim(
+        self,
+        interface_type: UUID,
+        instance: UUID | None = None,
+        *,
+        wanted: Callable[[m.OfferChannel], bool] = lambda offer: True,
+    ) -> UUID | None:
+        """Choose an instance that is offered and that nobody has claimed before; for users of one driver that would
+        otherwise open the same channel. None when no instance of the type is offered (yet).
+
+        Raises UsageError when `instance`, or every instance that is `wanted`, is somebody's already.
+        """
+        offers = [
+            offer.interface_instance
+            for relid, offer in self.bus.offers.items()
+            if offer.interface_type == interface_type
+            and not offer.subchannel_index
+            and relid not in self.bus.rescinded
+            and wanted(offer)
+        ]
+        free = [one for one in ([instance] if instance else offers) if (interface_type, one) not in self._claimed]
+        if free:
+            self._claimed.add((interface_type, free[0]))
+            return free[0]
+        if instance is None and not offers:
+            return None
+        raise UsageError(
+            f"all {len(offers)} channels of type {interface_type} that this device offers are in use by workloads that "
+            "run already: give the device another provider of that kind"
+        )
 
     def attach(self, channel: ClientChannel) -> None:
         """Tie a disabled channel that was made elsewhere to this driver."""
@@ -547,6 +601,7 @@ class VmbusDriver:
             timeout = 0.0
         interrupted = self.function.wait_interrupt(timeout)
         if interrupted:
+            self.interrupts += 1
             while self._take_message():
                 pass
             self._take_events()
@@ -562,10 +617,13 @@ class VmbusDriver:
         return True
 
     def run_until(self, condition: Callable[[], bool], timeout: float, what: str) -> None:
-        """Pump until `condition()` holds. Raises WaitTimeout after `timeout` seconds, saying `what`."""
-        deadline = time.monotonic() + timeout
+        """Pump until `condition()` holds. Raises WaitTimeout after `timeout` seconds, saying `what`.
+
+        When the clock jumps, as it does in a guest that is taken back to a checkpoint, that is no time that has passed.
+        """
+        clock = SteadyClock()
         while not condition():
-            left = deadline - time.monotonic()
+            left = timeout - clock.elapsed()
             if left <= 0:
                 raise WaitTimeout(what, timeout)
             self.step(min(left, 1.0))

@@ -248,6 +248,25 @@ def test_the_torn_end_of_a_killed_server_is_said_and_not_a_breach() -> None:
     assert "torn event" in report.notes[0]
 
 
+@given(SEEDS, st.integers(0, 1 << 20), st.sampled_from([1, 16]))
+@settings(max_examples=200, deadline=None)
+def test_the_record_of_a_killed_guest_is_no_breach_wherever_it_stops(seed: int, cut: int, grain: int) -> None:
+    """Its puts may be on the disk and not what it took before them, or the other way round."""
+    model = History(grain)
+    model.run(random.Random(seed), 60)
+    model.guest.recorder.flush("some")
+    model.run(random.Random(seed + 1), 60)
+    mark = {"uid": model.host.recorder.uid, "position": model.host.recorder.flush("before")}
+    records = model.records()
+    data = bytes(model.guest.records[-1][1].data)
+    collected = f.frame_json(f.COLLECTED, 0, mark)
+    stops = data[f.HEAD.size : f.HEAD.size + cut % (len(data) - f.HEAD.size)]
+    torn = Record(data[: f.HEAD.size] + collected + stops, "torn")
+    assume(not torn.empty and not torn.complete)
+    report = check_records([torn if record.side == "guest" else record for record in records])
+    assert report.verdict != "broken", str(report)
+
+
 @pytest.mark.parametrize(
     ("data", "message"),
     [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,11 @@ from vmbus.memory import GuestMemory
 from vmbus.providers.block.provider import MAXIMUM_DATA, MAXIMUM_RANGE, PATIENCE, BlockOptions
 from vmbus.providers.network.provider import ANNOUNCE_AFTER, DRAIN_BYTES, NetworkOptions
 from vmbus.snapshot import manifest
+from vmbus.soak import campaign as soak_campaign
+from vmbus.soak import folder as soak_folder
+from vmbus.soak import job as soak_job
+from vmbus.soak import room as soak_room
+from vmbus.soak import settings as soak_settings
 from vmbus.synic import PostStatus, Register, Synic
 from vmbus.vfio_user.pci import ConfigSpace
 from vmbus.wire import block as block_wire
@@ -281,6 +287,39 @@ def test_the_tables_of_the_network_provider() -> None:
     assert f"The answer to HELLO has {len(network_wire.Nic(1, 0, 1500, 1, True, bytes(6), '').pack())} bytes" in text
     assert f"{ANNOUNCE_AFTER[-1]:g} s" in text and len(ANNOUNCE_AFTER) == 5 and "and four more" in text
     assert "OFFLOAD, 1" in text and str(network_wire.NETWORK_TYPE) in text
+
+
+# ---- soak.md ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_tables_of_the_soak() -> None:
+    text = page("soak.md")
+    soak_command = importlib.import_module("vmbus.cli.soak")  # the package has the command by that name
+    told = {row["Setting"].strip("`"): row["Default"] for row in table(text, "Setting", "Default")}
+    defaults = msgspec.to_builtins(soak_settings.Settings())
+    assert {name: json.loads(default) for name, default in told.items()} == defaults
+    weights = {row["Operation"].strip("`"): float(row["Weight"]) for row in table(text, "Operation", "Weight")}
+    assert weights == soak_settings.WEIGHTS
+    options = {row["Option"].strip("`").split()[0] for row in table(text, "Option", "Meaning")}
+    known = {option for parameter in soak_command.soak.params for option in parameter.opts}
+    assert options <= known and known - options == {"--seconds"}
+    statuses = {int(row["Exit status"]): row["Meaning"].split(":")[0] for row in table(text, "Exit status", "Meaning")}
+    assert set(statuses) == {
+        soak_command.PASSED,
+        soak_command.FAILED,
+        soak_command.CANNOT,
+        soak_command.INTERRUPTED,
+    }
+    assert {statuses[number] for number in soak_command.STATUS.values()} == set(soak_command.STATUS)
+    assert f"{soak_room.ROOM_FOR_AN_EPISODE >> 30} GiB free" in text
+    assert f"{soak_room.ROOM_FOR_RECORDS >> 20} MiB)" in text
+    assert f"a reserve of {soak_folder.RESERVE >> 20} MiB" in text
+    limits, bounds = soak_campaign.Limits(), soak_job.Bounds()
+    assert limits.failures == 25 and "After 25 failures" in text
+    assert limits.keep_bytes == 256 << 20 and "(default: 256)" in text
+    assert limits.wait_for_room == 600 and "for up to 10 minutes" in text
+    assert limits.attempts == 3 and "three times in all" in text
+    assert (bounds.silence, bounds.longest) == (300, 3600)
 
 
 # ---- all pages -------------------------------------------------------------------------------------------------------

@@ -40,6 +40,13 @@ elif act == "error":
     report("error", kind="PeerError", message="the other side is silent"); sys.exit(1)
 elif act == "silent":
     pass
+elif act == "number":
+    report("result", result=7)
+elif act == "flood":
+    os.write(1, b"x" * (5 << 20)); os.write(1, b"y" * 100 + b"\\n\\0\\xff\\n")
+    if parameters.get("end") == "nothing":
+        sys.exit(0)
+    report("result", result={"flooded": True})
 elif act == "stray":
     print("not JSON"); print("[1]"); print('{"event": 7}')
     report("result", result={})
@@ -167,7 +174,67 @@ def test_the_death_of_a_driver_is_reported(host: Host, act: str, kind: str, mess
 
 
 def test_stray_output_of_a_driver_does_no_harm(host: Host) -> None:
-    assert host.call("run", driver="echo", parameters={"act": "stray"})["state"] == "finished"
+    report = host.call("run", driver="echo", parameters={"act": "stray"})
+    assert report["state"] == "finished"
+    assert report["rubbish"] == {"lines": 3, "first": "b'not JSON'"}
+    assert "rubbish" not in host.call("run", driver="echo")
+
+
+def test_rubbish_without_end_is_told_and_the_agent_goes_on(host: Host) -> None:
+    report = host.call("run", driver="echo", parameters={"act": "flood"})
+    assert report["state"] == "finished" and report["result"] == {"flooded": True}
+    assert report["rubbish"]["lines"] >= 2 and report["rubbish"]["first"].startswith("b'xxx")
+    report = host.call("run", driver="echo", parameters={"act": "flood", "end": "nothing"})
+    assert report["state"] == "failed" and len(report["log"]) <= agent_module.LOG_TAIL
+    message = report["error"]["message"]
+    assert "exited with status 0 without a result; it printed " in message and "lines that are no reports" in message
+    report = host.call("run", driver="echo", parameters={"act": "number"})
+    assert (report["state"], report["result"]) == ("failed", None)
+    assert report["error"] == {"kind": "bad-report", "message": "its result is no JSON object, but '7'"}
+    host.call("ping")
+
+
+def test_a_driver_that_says_nothing_is_told_and_killed_if_so_wished(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(agent_module, "SILENT_AFTER", 0.1)
+    report = host.call("run", driver="echo", parameters={"act": "hang"}, patience=0.6)
+    assert (report["state"], report["error"]["kind"]) == ("failed", "hung")
+    assert report["error"]["message"] == "the test driver reported nothing for 0.6 s, and was killed"
+    [silent] = [event for event in host.events if event["event"] == "silent"]
+    assert silent["job"] == report["job"] and silent["seconds"] >= 0.1
+    assert host.call("run", driver="echo", patience=5)["state"] == "finished", "one that ends is left alone"
+    for patience in (-1, "1", True):
+        assert host.fail("start", driver="echo", patience=patience)["kind"] == "bad-argument"
+
+
+def test_a_jump_of_the_clock_is_no_silence(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, theirs = socket.socketpair()
+    agent = Agent(theirs.detach(), poweroff=lambda: None, runner=(sys.executable, "-c", "input()"))
+    job = agent._launch({"driver": "echo", "patience": 60})
+    agent._look_for_silence(agent._looked + 1000.0)
+    assert 0 < job.quiet <= 2 * agent_module.LOOK_EVERY and not job.hung
+    os.kill(job.pid, 9)
+    os.waitpid(job.pid, 0)
+    ours.close()
+
+
+def test_a_users_driver_is_installed_and_known(host: Host, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("VMBUS_DRIVERS", str(tmp_path / "drivers"))
+    assert host.fail("start", driver="mine")["kind"] == "unknown-driver"
+    assert host.call("install", name="mine", source="text") == {"name": "mine"}
+    assert (tmp_path / "drivers" / "mine.py").read_text() == "text"
+    assert (tmp_path / "drivers").stat().st_mode & 0o777 == 0o700
+    assert host.call("list")["drivers"]["mine"] == "your own, from mine.py"
+    assert host.call("run", driver="mine")["result"]["driver"] == "mine"
+    assert host.call("install", name="mine", source="other") == {"name": "mine"}
+    for name in ("echo", "../x", "", 7, "Mine", "x" * 33):
+        assert "a test driver cannot be called" in host.fail("install", name=name, source="")["message"]
+    assert host.fail("install", name="mine", source=7)["kind"] == "bad-argument"
+    (tmp_path / "drivers" / "mine.py").unlink()
+    (tmp_path / "drivers").rmdir()
+    (tmp_path / "drivers").write_text("a file")
+    assert host.fail("install", name="mine", source="")["kind"] == "cannot-install"
 
 
 def test_a_repeated_id_is_answered_again_and_does_not_run_twice(host: Host) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from vmbus.errors import UsageError
+from vmbus_guest.driver import LONGEST_TURN, SteadyClock
 from vmbus_guest.pci import PciFunction
 from vmbus_guest.testdrivers import CATALOGUE
 from vmbus_guest.testdrivers.burst import BurstWorkload
@@ -80,7 +81,9 @@ def test_burst_refuses_impossible_parameters() -> None:
 
 
 def test_mixed_names_the_workloads_there_are() -> None:
-    with pytest.raises(UsageError, match=r"no workload 'function'; there are .*bulk.*burst.*echo.*raw-echo.*remap"):
+    with pytest.raises(UsageError, match=r"no workload 'nothing'; there are .*bulk.*burst.*echo.*raw-echo.*remap"):
+        CATALOGUE["mixed"].load()(Context({"workloads": [{"driver": "nothing"}]}, no_function))
+    with pytest.raises(UsageError, match="test driver 'function' runs alone"):
         CATALOGUE["mixed"].load()(Context({"workloads": [{"driver": "function"}]}, no_function))
 
 
@@ -128,3 +131,19 @@ def test_the_runner_reports_errors(parameters: str, kind: str, message: str) -> 
     assert [line["event"] for line in lines] == ["error"]
     assert lines[0]["kind"] == kind
     assert message in lines[0]["message"]
+
+
+def test_a_jump_of_the_clock_is_no_time_that_passed(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    clock = SteadyClock()
+    now[0] += 1.0
+    assert clock.elapsed() == 1.0
+    now[0] += 1000.0
+    assert clock.elapsed() == 1.0 + LONGEST_TURN
+    now[0] += 0.5
+    assert clock.elapsed() == 1.5 + LONGEST_TURN
+    workload = EchoWorkload(Parameters({}))
+    workload.moved_at = workload.started_at = 100.0
+    workload.clock_jumped(50.0)
+    assert (workload.moved_at, workload.started_at) == (150.0, 150.0)

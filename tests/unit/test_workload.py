@@ -117,6 +117,7 @@ def test_a_changed_burst_packet_is_not_intact(data: bytes, sequence: int, draw: 
 def test_any_bytes_can_be_parsed(data: bytes) -> None:
     w.parse_burst_packet(data)
     w.parse_burst_start(data)
+    w.is_burst_stop(data)
     w.parse_echo_reply(data)
 
 
@@ -126,6 +127,8 @@ def test_burst_control_packets() -> None:
     for bad in (w.BurstStart(60001, 1, 1), w.BurstStart(1, 1, 0), w.BurstStart(1, 1, (1 << 20) + 1)):
         assert w.parse_burst_start(bad.pack()) is None
     assert w.parse_burst_start(start.pack()[:-1]) is None
+    assert w.is_burst_stop(w.burst_stop()) and w.parse_burst_start(w.burst_stop()) is None
+    assert not w.is_burst_stop(start.pack()) and not w.is_burst_stop(w.burst_stop()[:-1])
     done = w.BurstDone(3, 2, 1)
     assert w.parse_burst_packet(done.pack()) == done
     assert w.parse_burst_packet(done.pack()[:-1]) is None

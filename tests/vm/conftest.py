@@ -8,7 +8,6 @@ Several of these tests may run at a time, each in a worker of its own. What belo
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,31 +15,13 @@ from typing import Any
 import pytest
 
 from support import boot, streams
+from support.processes import children
 from vmbus.provision import provision
 from vmbus.qemu.command_line import Programs, programs_from
 from vmbus.qemu.description import VmDescription, load_description
 from vmbus.qemu.process import clean_stale, runtime_base
 
 CHECKOUT = Path(__file__).resolve().parents[2]
-
-
-def children() -> dict[int, str]:
-    """Living processes that descend from this one, by process id."""
-    parents: dict[int, tuple[int, str]] = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                stat = (entry / "stat").read_text()
-                command = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-            except OSError:
-                continue
-            state, parent = stat.rsplit(") ", 1)[1].split()[:2]
-            if state != "Z":
-                parents[int(entry.name)] = (int(parent), command)
-    found = {os.getpid()}
-    while more := {pid for pid, (parent, _) in parents.items() if parent in found and pid not in found}:
-        found |= more
-    return {pid: parents[pid][1] for pid in found - {os.getpid()}}
 
 
 @pytest.fixture(scope="session", autouse=True)

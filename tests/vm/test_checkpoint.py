@@ -9,6 +9,9 @@ from typing import Any
 import pytest
 
 from support.boot import boot
+from vmbus.inspection.difference import compare
+from vmbus.inspection.saved import inspect_path
+from vmbus.inspection.target import Running
 from vmbus.qemu.command_line import Programs
 from vmbus.qemu.description import VmDescription
 from vmbus.qemu.machine import VirtualMachine
@@ -41,7 +44,7 @@ def test_checkpoint_chain_and_restores_of_old_ones(
     run: Run, demo_description: VmDescription, programs: Programs, tmp_path: Path
 ) -> None:
     """Five checkpoints of one VM, live and stopped, the source unharmed; then old and new ones, out of order, and a
-    chain that goes on from a restored one."""
+    chain that goes on from a restored one. The running VM and each of the snapshots are looked into."""
 
     async def body() -> None:
         reached: list[int] = []
@@ -50,8 +53,20 @@ def test_checkpoint_chain_and_restores_of_old_ones(
             job = int((await vm.call_agent("start", driver="mixed", parameters=STORY.workloads()))["job"])
             await until_in_flight(vm, job, STORY)
             processes = [child.pid for child in vm.children]
+            seen = await Running.vm(vm.name).look()
+            assert seen.server is not None and seen.server.phase == "running" and seen.seconds is not None
+            assert {channel.state for channel in seen.channels} == {"active"} and seen.in_flight.total > 0
+            assert all(not ring.problem for channel in seen.channels for ring in channel.rings)
+            print(f"looked into while it ran: {seen.in_flight}, {seen.seconds * 1000:.1f} ms on the server's loop")
             for number in range(5):
                 report = await vm.save(tmp_path / f"{number}", live=number % 2 == 0, keep=True)
+                inside = inspect_path(tmp_path / f"{number}")
+                assert (inside.in_flight.queued, inside.in_flight.sent) == (
+                    report.packets["queued"],
+                    report.packets["sent"],
+                )
+                assert sum(len(channel.packets) for channel in inside.channels) == inside.in_flight.total > 0
+                assert all(ring.used is not None for channel in inside.channels for ring in channel.rings)
                 assert report.downtime is not None and report.downtime < 10
                 reached.append(await completed(vm))
                 print(
@@ -59,6 +74,10 @@ def test_checkpoint_chain_and_restores_of_old_ones(
                     f"down {report.downtime:.3f} s, {reached[-1]} transactions completed"
                 )
             assert reached == sorted(reached)
+            one, other = (inspect_path(tmp_path / name) for name in ("0", "1"))
+            assert compare(one, one).same
+            places = {tuple(change.where[:1]) for change in compare(one, other).changes}
+            assert places >= {("channels",), ("providers",)} and ("description",) not in places
             await books(vm, job)
             assert [child.pid for child in vm.children] == processes
         for number in (3, 0):

@@ -419,13 +419,18 @@ class _Pair:
                 self._add("lost", direction, "on its way back", message)
             return packets
         back = TO_HOST if direction == TO_GUEST else TO_GUEST
-        left = self._match(wanted, done, back, f"at its sender ({who})")
         # Of packets as the receiver took them: its record may be fetched later than the sender's.
-        self._match(_select(receiver.incoming, wanted=True), answered, back, "at its receiver")
+        taken = _select(receiver.incoming, wanted=True)
+        # A record that stops short may have what was put and not what was taken before it, or the other way round.
+        cut = sender.closed is None and not sender.complete
+        known = max(wanted, taken, key=len) if cut else wanted
+        left = self._match(known, done, back, f"at its sender ({who})")
+        short = receiver.closed is None and not receiver.complete
+        self._match(max(wanted, taken, key=len) if short else taken, answered, back, "at its receiver")
         if left is None:
             return packets
         ends = sender.closed if sender.closed is not None else sender.last_in_use()
-        if ends is not None:
+        if ends is not None and not cut:
             waiting = set(ends.get("sent", []))
             for number in left:
                 if number not in waiting:

@@ -323,6 +323,7 @@ class Recorder:
         }
         self.event(f.OPENED, trace.life, body)
         link.writer.tap = trace.put
+        link.reader.tap = trace.took
         return trace
 
     def ended(self, trace: Trace) -> None:

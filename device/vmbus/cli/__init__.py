@@ -12,11 +12,14 @@ import click
 from vmbus.cli.agent import agent
 from vmbus.cli.audit import audit
 from vmbus.cli.bench import bench
+from vmbus.cli.capture import capture
 from vmbus.cli.checkpoint import checkpoint, revert
 from vmbus.cli.demo import demo
+from vmbus.cli.inspect import inspect
 from vmbus.cli.migrate import migrate
 from vmbus.cli.new_provider import new_provider
 from vmbus.cli.provider import provider
+from vmbus.cli.soak import soak
 from vmbus.cli.vm import list_vms, restore, run_vm, save
 from vmbus.errors import VmbusError
 
@@ -46,5 +49,8 @@ main.add_command(revert)
 main.add_command(list_vms)
 main.add_command(agent)
 main.add_command(audit)
+main.add_command(inspect)
+main.add_command(capture)
 main.add_command(new_provider)
 main.add_command(provider)
+main.add_command(soak)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import click
 import msgspec
@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from vmbus.cli import console as guest_console
-from vmbus.cli.agent import parse_parameters
+from vmbus.cli.drivers import Drive, DriverFile, install, jobs_for, outcome, parse_drive, read_driver_file, show_drivers
 from vmbus.cli.migrate import SECRET_HELP, absolute
 from vmbus.cli.terminal import (
     RECEIVE_LABELS,
@@ -43,7 +43,11 @@ CONFIGURATIONS = Path(__file__).resolve().parents[3] / "qemu_configs"
 
 SAVE_TIMEOUT = 1800.0
 
+_SILENT_AFTER = 20.0
+"""Seconds without a report after which a test driver may hang: they report twice a second."""
+
 AUDIT_HELP = "Keep audit records in this directory; scripts/audit checks them."
+CAPTURE_HELP = "Capture all packets from the start on into this new pcapng file (docs/capture.md)."
 
 
 @click.command("run-vm")
@@ -53,17 +57,30 @@ AUDIT_HELP = "Keep audit records in this directory; scripts/audit checks them."
     "--drive",
     "drives",
     multiple=True,
-    metavar="DRIVER[:KEY=VALUE,...]",
-    help="Start this test driver in the guest once it is up. May be given more than once.",
+    metavar="DRIVER[:KEY=VALUE,... | :JSON]",
+    help="Start this test driver in the guest once it is up. Several of them run side by side.",
 )
+@click.option(
+    "--driver-file",
+    "driver_files",
+    multiple=True,
+    metavar="FILE",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Put a test driver of your own into the guest; its name is the file's. See docs/test-drivers.md.",
+)
+@click.option("--list-drivers", is_flag=True, help="Show the test drivers and their parameters, and start nothing.")
 @click.option("--audit", type=click.Path(path_type=Path, file_okay=False), help=AUDIT_HELP)
+@click.option("--capture", type=click.Path(path_type=Path, dir_okay=False), help=CAPTURE_HELP)
 @click.option("--receive", metavar="ADDRESS", help="Wait at tcp:HOST:PORT or unix:PATH for a VM that migrates here.")
 @click.option("--secret-file", type=click.Path(path_type=Path, dir_okay=False), help=SECRET_HELP)
 def run_vm(
     config: str | None,
     name: str | None,
     drives: tuple[str, ...],
+    driver_files: tuple[Path, ...],
+    list_drivers: bool,
     audit: Path | None,
+    capture: Path | None,
     receive: str | None,
     secret_file: Path | None,
 ) -> None:
@@ -72,20 +89,26 @@ def run_vm(
     CONFIG is a VM description: a name in qemu_configs/ or a path to a .toml file (default: demo). On a terminal the
     console is interactive; Ctrl-] then q ends the VM. Without one the console is only shown.
     """
+    own = [read_driver_file(path) for path in driver_files]
+    if list_drivers:
+        show_drivers(console, own)
+        return
     if receive is not None:
-        if config is not None or drives:
-            raise UsageError("--receive takes no CONFIG and no --drive: the VM brings its own")
+        if config is not None or drives or own:
+            raise UsageError("--receive takes no CONFIG, no --drive and no --driver-file: the VM brings its own")
         if secret_file is None:
             raise UsageError("--secret-file is missing: both sides of a migration need the same secret")
         address, secret = absolute(receive), read_secret(secret_file)
+        if capture is not None:
+            raise UsageError("--capture does not go with --receive: start it with scripts/capture when the VM is there")
         run(_receive(address, secret, programs_from(provision()), name, audit))
         return
     if secret_file is not None:
         raise UsageError("--secret-file goes with --receive")
     description = load_description(find_description(config or "demo", CONFIGURATIONS))
-    wanted = [_parse_drive(text) for text in drives]
+    wanted = jobs_for([parse_drive(text) for text in drives], own)
     programs = programs_from(provision())
-    run(_run_vm(description, programs, name, wanted, audit))
+    run(_run_vm(description, programs, name, wanted, own, audit, capture))
 
 
 @click.command()
@@ -107,14 +130,17 @@ def save(directory: Path, name: str | None, live: bool, keep: bool) -> None:
 @click.option("--name", help="Name of the running VM (default: the saved description's).")
 @click.option("--count", default=1, metavar="N", type=click.IntRange(1, 64), help="Bring N clones of it back at once.")
 @click.option("--audit", type=click.Path(path_type=Path, file_okay=False), help=AUDIT_HELP)
-def restore(directory: Path, name: str | None, count: int, audit: Path | None) -> None:
+@click.option("--capture", type=click.Path(path_type=Path, dir_okay=False), help=CAPTURE_HELP)
+def restore(directory: Path, name: str | None, count: int, audit: Path | None, capture: Path | None) -> None:
     """Bring the VM in snapshot DIRECTORY back and show its console.
 
     Of several clones no console is shown; each goes its own way under a name of its own until all have ended.
     """
     programs = programs_from(provision())
     if count == 1:
-        run(_restore(directory, programs, name, audit))
+        run(_restore(directory, programs, name, audit, capture))
+    elif capture is not None:
+        raise UsageError("--capture is for one VM: several clones cannot share the file")
     else:
         run(_restore_clones(directory, programs, name, count, audit))
 
@@ -130,23 +156,29 @@ async def _run_vm(
     description: VmDescription,
     programs: Programs,
     name: str | None,
-    drives: list[tuple[str, dict[str, Any]]],
+    drives: list[Drive],
+    own: list[DriverFile],
     audit: Path | None,
+    capture: Path | None,
 ) -> None:
     directory = RunDirectory.create(name or description.name, exact=name is not None)
     start = time.monotonic()
     with Steps(
         f"start of VM {directory.name!r} (QEMU {programs.qemu_version}, {programs.accelerator})", START_LABELS
     ) as steps:
-        vm = await VirtualMachine.launch(description, programs, directory, progress=steps, audit=audit)
-    await _attend(vm, start, drives)
+        vm = await VirtualMachine.launch(description, programs, directory, progress=steps, audit=audit, capture=capture)
+    await _attend(vm, start, drives, own)
 
 
-async def _restore(directory: Path, programs: Programs, name: str | None, audit: Path | None) -> None:
+async def _restore(
+    directory: Path, programs: Programs, name: str | None, audit: Path | None, capture: Path | None
+) -> None:
     start = time.monotonic()
     run_directory = RunDirectory.create(name, exact=True) if name is not None else None
     with Steps(f"restore of {directory}", RESTORE_LABELS) as steps:
-        vm = await VirtualMachine.restore(directory, programs, run_directory, progress=steps, audit=audit)
+        vm = await VirtualMachine.restore(
+            directory, programs, run_directory, progress=steps, audit=audit, capture=capture
+        )
     assert vm.restored is not None
     packets = vm.restored.packets
     console.print(
@@ -208,7 +240,7 @@ async def _receive(address: Address, secret: bytes, programs: Programs, name: st
     await _attend(vm, start, [])
 
 
-async def _attend(vm: VirtualMachine, start: float, drives: list[tuple[str, dict[str, Any]]]) -> None:
+async def _attend(vm: VirtualMachine, start: float, drives: list[Drive], own: Sequence[DriverFile] = ()) -> None:
     """Shows the console and serves others' requests until the VM ends."""
     supervisor = Supervisor(vm, _notice)
     try:
@@ -218,7 +250,7 @@ async def _attend(vm: VirtualMachine, start: float, drives: list[tuple[str, dict
         )
         async with background(
             guest_console.attach(vm.paths.console, lambda: supervisor.finish("ended from the console")),
-            _drive(vm, start, drives),
+            _drive(vm, start, drives, own),
         ):
             reason = await supervisor.run()
     finally:
@@ -226,10 +258,11 @@ async def _attend(vm: VirtualMachine, start: float, drives: list[tuple[str, dict
     _notice(f"VM {vm.name!r}: {reason}")
 
 
-async def _drive(vm: VirtualMachine, start: float, drives: list[tuple[str, dict[str, Any]]]) -> None:
+async def _drive(vm: VirtualMachine, start: float, drives: list[Drive], own: Sequence[DriverFile]) -> None:
     try:
         await vm.wait_ready()
         _notice(f"the guest's agent is up after {time.monotonic() - start:.1f} s")
+        await install(vm, own)
         jobs = []
         for driver, parameters in drives:
             started = await vm.call_agent("start", driver=driver, parameters=parameters)
@@ -250,20 +283,16 @@ async def _follow(vm: VirtualMachine, driver: str, job: int) -> None:
                 continue
             raise
         if report.get("state") != "running":
-            detail = report.get("result") or report.get("error")
-            _notice(f"test driver {driver!r} (job {job}) {report.get('state')}: {detail}")
+            _notice(f"test driver {driver!r} (job {job}) {outcome(report)}")
             return
+        if report.get("silent", 0) >= _SILENT_AFTER:
+            _notice(
+                f"test driver {driver!r} (job {job}) has reported nothing for {report['silent']:g} s: does it hang?"
+            )
 
 
 def _notice(text: str) -> None:
     console.print(f"\n[bold]vmbus:[/bold] {escape(text)}", soft_wrap=True)
-
-
-def _parse_drive(text: str) -> tuple[str, dict[str, Any]]:
-    driver, _, settings = text.partition(":")
-    if not driver:
-        raise UsageError(f"--drive {text!r}: name a test driver, e.g. --drive echo:count=1000")
-    return driver, parse_parameters(settings.split(",") if settings else [])
 
 
 def _show_save(report: SaveReport) -> None:

@@ -11,9 +11,11 @@ signalled; the `Link` carries signals the other way.
 from __future__ import annotations
 
 import logging
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 from uuid import UUID
 
@@ -38,6 +40,7 @@ from vmbus.wire.packet import (
 
 if TYPE_CHECKING:
     from vmbus.audit.recorder import Recorder, Trace
+    from vmbus.capture.capture import Capture
 
 log = logging.getLogger(__name__)
 
@@ -52,6 +55,7 @@ _CLOSING = ChannelState.CLOSING
 _IDLE = PacketState.IDLE
 _SENT = PacketState.SENT
 _SUCCESS = Status.SUCCESS
+_now = time.monotonic
 
 DEFAULT_TIMEOUT = 30.0  # seconds
 _LONGEST_REQUEST = 60.0  # seconds
@@ -83,6 +87,24 @@ class _QueuedCompletion(NamedTuple):
 
     transaction: int
     body: bytes
+    since: float = 0.0
+
+
+class InFlight(NamedTuple):
+    """What is in flight on a channel, for inspection: the oldest of each sort, and how many there are.
+
+    `held`: incoming packets that the owner has not completed, with the time since when. `sent`: outgoing packets in the
+    ring or taken. `waiting`: what waits for room, packets and completions in the order in which they will leave.
+    Times are of the monotonic clock.
+    """
+
+    held: list[tuple[Completion, float]]
+    sent: list[Packet]
+    waiting: list[Packet | _QueuedCompletion]
+    held_count: int
+    sent_count: int
+    queued_count: int
+    completions_count: int
 
 
 class Waiter(Protocol):
@@ -104,6 +126,7 @@ class Channel(Settings):
         counters: what happened so far, by name.
         waiter: how blocking calls wait; without one they raise ChannelStateError where they would have to.
         recorder: records what happens to packets from the next open on; None: nobody does. `trace`: while open.
+        capture: is told of opens and closes, and may look at packets in between; None: nobody does.
     """
 
     def __init__(self, name: str) -> None:
@@ -112,6 +135,7 @@ class Channel(Settings):
         self.waiter: Waiter | None = None
         self.recorder: Recorder | None = None
         self.trace: Trace | None = None
+        self.capture: Capture | None = None
         self.can_describe_memory = False
         self.started = False
         self.held = False
@@ -126,8 +150,13 @@ class Channel(Settings):
         self._cork = 0
         self._queue: deque[Packet | _QueuedCompletion] = deque()
         self._sent: dict[int, Packet] = {}
-        self._outstanding: set[Completion] = set()
+        # Incoming packets that the owner has not completed, oldest first, and since when it has them.
+        self._outstanding: dict[Completion, float] = {}
+        # When the present turn began. Within one, packets are dated by it: that costs less than to look at the clock.
+        self._turn_began = 0.0
         self._next_transaction = 1
+        # Packets below this came back with a restore: how old they really are is not known.
+        self._first_own = 1
         self._quota = 0
         self._blocked_on_quota = False
         self._when_quiet: list[Callable[[], None]] = []
@@ -248,10 +277,14 @@ class Channel(Settings):
         try:
             if self.recorder is not None:
                 self.trace = self.recorder.opened(self, link)
+            if self.capture is not None:
+                self.capture.opened(self, link)
             if self._opened is not None:
                 self._opened(self)
         except Exception:
             self._end_trace()
+            if self.capture is not None:
+                self.capture.closed(self, link)
             self._move(ChannelEvent.OPEN_FAILED)
             self._cancel_all()
             self._link = None
@@ -319,6 +352,8 @@ class Channel(Settings):
         self._deferred.clear()
         self._blocked_on_quota = False
         if link is not None:
+            if self.capture is not None:
+                self.capture.closed(self, link)
             self._closing_link = link
             link.reader.close()
             link.writer.close()
@@ -376,6 +411,8 @@ class Channel(Settings):
         log.error("channel %s failed: %s", self.name, reason)
         if self.trace is not None and breach:
             self.trace.failed(reason)
+        if self.capture is not None:
+            self.capture.noted(self, "failed", reason)
         link = self._link
         self.close(lambda: None, force=True)
         link.failed(reason)
@@ -490,6 +527,7 @@ class Channel(Settings):
         packet.offset8 = offset8
         packet.flags = FLAG_COMPLETION_REQUESTED if wait_for_completion else 0
         packet.body = body
+        packet.since = self._turn_began if self._in_process else _now()
 
     def _take_transaction(self, packet: Packet, transaction: int) -> None:
         """Give a prepared packet the id that its owner wants instead of the next one of ours."""
@@ -627,6 +665,13 @@ class Channel(Settings):
             self.counters["signals"] += 1
             link.signal()
 
+    def signal_needlessly(self) -> None:
+        """Signal the other end though there is nothing new for it, which it has to bear: for tests. Harmless while the
+        channel is not open."""
+        if self._link is not None and self.state is _ACTIVE:
+            self.counters["signals"] += 1
+            self._link.signal()
+
     def _finish(self, packet: Packet, status: Status, reply: bytes) -> None:
         """The packet is its owner's again."""
         packet.state = _IDLE
@@ -712,12 +757,12 @@ class Channel(Settings):
         if generation != self._generation or link is None:
             return
         outstanding = self._outstanding
-        outstanding.discard(completion)
+        outstanding.pop(completion, None)
         if completion.wanted and self.state is not _CLOSING:
             self.counters["answered"] += 1
             try:
                 if self._queue or not link.writer.put(_COMPLETION, 0, completion.transaction, reply):
-                    self._enqueue(_QueuedCompletion(completion.transaction, reply))
+                    self._enqueue(_QueuedCompletion(completion.transaction, reply, _now()))
                 elif not self._cork:
                     self._flush()
             except PeerError as error:
@@ -733,7 +778,7 @@ class Channel(Settings):
         """`Completion.fail` does this."""
         if generation != self._generation or self._link is None:
             return
-        self._outstanding.discard(completion)
+        self._outstanding.pop(completion, None)
         self.fail(reason)
         if not self._outstanding:
             self._run_when_quiet()
@@ -756,6 +801,7 @@ class Channel(Settings):
             if not self.active:
                 return False
         self._in_process = True
+        self._turn_began = _now()
         self._cork += 1
         try:
             return self._process()
@@ -770,7 +816,7 @@ class Channel(Settings):
         link = self._link
         assert link is not None
         reader = link.reader
-        trace = self.trace
+        tap, look = reader.tap, reader.look
         reader.mask()
         for _ in range(BATCHES_PER_TURN):
             self._drain_queue()
@@ -783,6 +829,8 @@ class Channel(Settings):
                 if reader.unmask():
                     return False
                 continue
+            if look is not None:
+                look(packets[:1] if self._passive else packets)
             if self._passive:
                 # Given back before the owner sees it: a nested turn must find the packets behind it.
                 taken = self._take_one(link, packets[0])
@@ -792,8 +840,8 @@ class Channel(Settings):
             else:
                 data = reader.batch
                 handled, consumed = self._deliver(packets)
-                if trace is not None and handled:
-                    trace.took(data[:consumed])
+                if tap is not None and handled:
+                    tap(data[:consumed])
                 if self._link is not link:
                     return False
                 if reader.advance(consumed):
@@ -826,6 +874,7 @@ class Channel(Settings):
         outstanding = self._outstanding
         sent = self._sent
         counters = self.counters
+        began = self._turn_began
         consumed = handled = 0
         process_packet = self._process_packet
         for kind, flags, transaction, body, payload, end in packets:
@@ -843,7 +892,7 @@ class Channel(Settings):
                     self.fail("a packet came, and nobody takes packets on this channel")
                     break
                 completion = Completion(self, transaction, flags != 0, body, generation)
-                outstanding.add(completion)
+                outstanding[completion] = began
                 counters["received"] += 1
                 self._delivering = completion
                 try:
@@ -872,8 +921,8 @@ class Channel(Settings):
             if self._process_packet is None:
                 self.fail("a packet came, and nobody takes packets on this channel")
                 return None
-        if self.trace is not None:
-            self.trace.took(link.reader.batch[:end])
+        if link.reader.tap is not None:
+            link.reader.tap(link.reader.batch[:end])
         if link.reader.advance(end):
             self.counters["signals"] += 1
             link.signal()
@@ -885,7 +934,7 @@ class Channel(Settings):
             self._finish(packet, _SUCCESS, payload)
         else:
             completion = Completion(self, transaction, flags != 0, body, self._generation)
-            self._outstanding.add(completion)
+            self._outstanding[completion] = self._turn_began
             self.counters["received"] += 1
             self._flush()
             if self._in_passive_turn:
@@ -920,6 +969,33 @@ class Channel(Settings):
     def packets_sent(self) -> int:
         """Outgoing packets in the ring, or taken, that wait for their completion."""
         return len(self._sent)
+
+    def in_flight(self, most: int) -> InFlight:
+        """What is in flight, at most `most` of each sort one by one, the oldest first."""
+        queued = self.packets_queued
+        return InFlight(
+            list(islice(self._outstanding.items(), most)),
+            list(islice(self._sent.values(), most)),
+            list(islice(self._queue, most)),
+            len(self._outstanding),
+            len(self._sent),
+            queued,
+            len(self._queue) - queued,
+        )
+
+    def is_restored(self, packet: Packet) -> bool:
+        """Whether an outgoing packet in flight came back with a restore: it is older than it looks."""
+        return packet.transaction < self._first_own
+
+    @property
+    def next_transaction(self) -> int:
+        """The id that the next outgoing packet gets."""
+        return self._next_transaction
+
+    @property
+    def rings(self) -> tuple[RingReader, RingWriter] | None:
+        """The rings while the channel is open, for inspection: to be looked at only."""
+        return None if self._link is None else (self._link.reader, self._link.writer)
 
     def describe(self) -> dict[str, object]:
         """State, counters, packets in flight and rings, for inspection."""

@@ -46,6 +46,7 @@ class Packet:
             other end, or with CANCELLED when the channel closes, or at once when no completion was asked for and the
             packet is in the ring. The default frees the packet.
         transaction: the id on the wire of the current or last send, 0 before the first.
+        since: when that was (or when it came back with a restore), by the monotonic clock; to a turn of the channel.
     """
 
     __slots__ = (
@@ -56,6 +57,7 @@ class Packet:
         "kind",
         "offset8",
         "pointer",
+        "since",
         "state",
         "transaction",
     )
@@ -71,6 +73,7 @@ class Packet:
         self.flags = 0
         self.offset8 = 0
         self.body = b""
+        self.since = 0.0
 
     def send(
         self,

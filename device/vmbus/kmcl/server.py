@@ -4,6 +4,7 @@ What is saved is every outgoing packet object in use: sent and not completed, in
 Incoming packets are never saved: before a save the channel is paused and the owner completes what it holds.
 """
 
+import time
 from collections.abc import Callable, Sequence
 from struct import Struct
 from typing import NamedTuple, Protocol, cast
@@ -353,6 +354,8 @@ class ServerChannel(Channel):
         self._attach(link)
         if self.recorder is not None:
             self.trace = self.recorder.opened(self, link, resumed=True)
+        if self.capture is not None:
+            self.capture.opened(self, link, "resumed")
 
     def restore(self, chunks: Sequence[bytes]) -> bool:
         """Rebuild the packets of a saved channel, in order, through the owner's restore callback.
@@ -380,7 +383,7 @@ class ServerChannel(Channel):
             self._sent.clear()
             self._queue.clear()
             raise
-        self._next_transaction = head.next_transaction
+        self._next_transaction = self._first_own = head.next_transaction
         return head.started
 
     def restore_from_buffer(self, data: bytes) -> bool:
@@ -410,7 +413,7 @@ class ServerChannel(Channel):
             raise StateError(f"a second channel chunk in the state of channel {self.name}")
         if isinstance(chunk, CompletionChunk):
             self._check_fits(chunk.transaction, chunk.body)
-            self._queue.append(_QueuedCompletion(chunk.transaction, chunk.body))
+            self._queue.append(_QueuedCompletion(chunk.transaction, chunk.body, time.monotonic()))
             return
         lib = decode_lib(chunk.lib)
         if lib.transaction >= limit:
@@ -474,6 +477,7 @@ class ServerChannel(Channel):
         packet.kind = lib.kind
         packet.offset8 = lib.offset8
         packet.flags = lib.flags
+        packet.since = time.monotonic()
         self._restoring.append(packet)
         self._restored.add(lib.transaction)
         if lib.queued:

@@ -58,6 +58,7 @@ class LoopbackServer:
         awaiting: bool = False,
         files: Path | None = None,
         audit: Path | None = None,
+        capture: Path | None = None,
     ) -> None:
         """Starts it; arguments as for the server. Raises what the server raises."""
         self._stack = contextlib.ExitStack()
@@ -69,7 +70,7 @@ class LoopbackServer:
         started: concurrent.futures.Future[None] = concurrent.futures.Future()
         self._thread = threading.Thread(
             target=self._run,
-            args=(description, library, restore, awaiting, files, audit, started),
+            args=(description, library, restore, awaiting, files, audit, capture, started),
             name="device-server",
             daemon=True,
         )
@@ -89,6 +90,7 @@ class LoopbackServer:
         awaiting: bool,
         files: Path | None,
         audit: Path | None,
+        capture: Path | None,
         started: "concurrent.futures.Future[None]",
     ) -> None:
         async def serve() -> None:
@@ -102,6 +104,7 @@ class LoopbackServer:
                 awaiting=awaiting,
                 files=files,
                 audit=audit,
+                capture=capture,
             )
             await self.server.run(lambda: started.set_result(None))
 

@@ -4,6 +4,7 @@ base.py        what every provider has, and what it may ask of its host
 block/         a disk in a raw file
 echo.py        answers each request with a transform of it
 integration/   heartbeat, time, shutdown, key-value exchange
+lab/           does what the guest's test drivers ask for: sub-channels, hot plug, GPADLs, pipes
 network/       a network card, on a TAP interface of the host's
 burst.py       the host sends, as fast as the guest takes it
 ddi_sample.py  burst once more, written against `vmbus.kmcl.ddi` alone
@@ -16,6 +17,7 @@ from vmbus.providers.burst import BurstProvider
 from vmbus.providers.ddi_sample import DdiBurstProvider
 from vmbus.providers.echo import EchoProvider
 from vmbus.providers.integration import IntegrationProvider
+from vmbus.providers.lab import LabProvider
 from vmbus.providers.loading import find_provider
 from vmbus.providers.network import NetworkProvider
 
@@ -27,6 +29,7 @@ PROVIDERS: dict[str, type[Provider]] = {
         DdiBurstProvider,
         BlockProvider,
         IntegrationProvider,
+        LabProvider,
         NetworkProvider,
     )
 }

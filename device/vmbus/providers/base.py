@@ -152,3 +152,12 @@ class Provider(ABC):
     def status(self) -> dict[str, Any]:
         """Counters and state for tools, as plain data."""
         return {}
+
+    @classmethod
+    def describe_packet(cls, saved: bytes) -> dict[str, Any]:
+        """What the save callback's bytes of one packet say, as plain data for people who look into a snapshot.
+
+        No device exists then. An empty dictionary: nothing but the bytes is shown. May raise anything for bytes that
+        are not its own.
+        """
+        return {}

@@ -44,6 +44,7 @@ class _State(msgspec.Struct, frozen=True):
     done_sent: bool
     restored: int
     runs: int
+    needless: int = 0
 
 
 class BurstProvider(Provider):
@@ -73,6 +74,12 @@ class BurstProvider(Provider):
     # ---- a run -------------------------------------------------------------------------------------------------
 
     def _process(self, _: Channel, completion: Completion, payload: bytes) -> None:
+        if workload.is_burst_stop(payload):
+            completion.complete(workload.STATUS_OK.to_bytes(4, "little"))
+            if self._run is not None:
+                self._run = self._run._replace(packets=self._issued)
+                self._finish_if_done()
+            return
         start = workload.parse_burst_start(payload)
         if start is None or self._run is not None:
             completion.complete(workload.STATUS_MALFORMED.to_bytes(4, "little"))
@@ -98,7 +105,10 @@ class BurstProvider(Provider):
         packet.pointer = _Transaction(sequence, workload.burst_digest(sequence, data))
         packet.completion_routine = self._completed
         self.tally.started += 1
+        needless = self._run.needless
         packet.send(workload.burst_data(sequence, data))
+        for _ in range(needless):
+            self.channel.signal_needlessly()
 
     def _completed(self, packet: Packet, status: int, reply: bytes) -> None:
         transaction: _Transaction = packet.pointer
@@ -148,10 +158,16 @@ class BurstProvider(Provider):
             packet.completion_routine = self._completed
             self.restored += 1
 
+    @classmethod
+    def describe_packet(cls, saved: bytes) -> dict[str, Any]:
+        sequence, digest = _SAVED_TRANSACTION.unpack(saved)
+        return {"sequence": sequence, "digest": digest.hex()}
+
     def save(self) -> bytes:
         return msgspec.msgpack.encode(
             _State(
-                run=None if self._run is None else (self._run.size, self._run.packets, self._run.window),
+                run=None if self._run is None else self._run[:3],
+                needless=0 if self._run is None else self._run.needless,
                 issued=self._issued,
                 next_answer=self._answers.next,
                 tally=self.tally.as_dict(),
@@ -167,7 +183,7 @@ class BurstProvider(Provider):
             self.tally.load(saved.tally)
         except (msgspec.MsgspecError, KeyError) as error:
             raise StateError(f"the saved state of provider {self.name!r} (burst) is not valid: {error}") from error
-        self._run = None if saved.run is None else workload.BurstStart(*saved.run)
+        self._run = None if saved.run is None else workload.BurstStart(*saved.run, saved.needless)
         self._issued = saved.issued
         self._answers.next = saved.next_answer
         self._done_sent = saved.done_sent

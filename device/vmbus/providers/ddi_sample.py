@@ -156,6 +156,11 @@ class DdiBurstProvider(Provider):
         # The packet's default completion routine frees it.
         _check(ddi.VmbPacketSend(ddi.VmbPacketAllocate(self.channel), done, None, 0), "VmbPacketSend")
 
+    @classmethod
+    def describe_packet(cls, saved: bytes) -> dict[str, Any]:
+        sequence, digest = _SAVED_TRANSACTION.unpack(saved)
+        return {"sequence": sequence, "digest": digest.hex()}
+
     # ---- save and restore --------------------------------------------------------------------------------------
 
     def _evt_save_packet(self, _: Channel, packet: Packet, save_buf: memoryview, save_buf_size: int) -> tuple[int, int]:

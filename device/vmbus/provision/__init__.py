@@ -8,6 +8,7 @@ with a virtual environment made first.
     libvfio_user    VMBUS_LIBVFIO_USER, the system's, or built from Debian's QEMU source package
     guest_files     Debian's kernel, busybox and Python for the guest
     accel           KVM if it runs a guest, else TCG (VMBUS_ACCELERATOR overrides)
+    chromium        a browser for tests of the report, fetched by those only
     environment     the virtual environment with the Python packages of requirements.lock
     debian, cache, archive, report    apt with a state of its own, the cache directory, unpacking, progress
 

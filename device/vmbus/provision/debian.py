@@ -381,7 +381,7 @@ class Apt:
         self.update()
         release = ["-t", target_release] if target_release else []
         base = ["apt-get", *self._options, "-y", *release, "install", *packages]
-        return self._download(base, ", ".join(packages))
+        return self._download(base, _names(packages))
 
     def download(self, packages: Sequence[str]) -> list[Path]:
         """Download `packages` alone, without what they depend on; return the package files.
@@ -390,7 +390,7 @@ class Apt:
         """
         self.update()
         base = ["apt-get", *self._options, "download", *packages]
-        return self._download(base, ", ".join(packages))
+        return self._download(base, _names(packages))
 
     def source_archive(self, package: str, release: str) -> Path:
         """Download the upstream archive of a source package, verified by apt; return its path.
@@ -486,6 +486,11 @@ class Apt:
         if missing:
             raise AptError(f"apt reported success, but these files are missing: {', '.join(missing)}")
         return files
+
+
+def _names(packages: Sequence[str]) -> str:
+    """The packages' names, for a message; of many, the first ones."""
+    return ", ".join(packages) if len(packages) <= 6 else f"{', '.join(packages[:3])} and {len(packages) - 3} more"
 
 
 def parse_print_uris(lines: Iterable[str]) -> list[tuple[str, int]]:

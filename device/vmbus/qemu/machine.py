@@ -108,10 +108,13 @@ class VirtualMachine:
         run_directory: RunDirectory,
         *,
         audit: Path | None = None,
+        capture: Path | None = None,
     ) -> None:
-        """`audit`: the directory for the server's audit record; test drivers in the guest keep one, too, then."""
+        """`audit`: the directory for the server's audit record; test drivers in the guest keep one, too, then.
+        `capture`: a new file for all packets from the server's start on (docs/capture.md)."""
         self.description = description
         self.audit = audit
+        self.capture = capture
         self.programs = programs
         self.run_directory = run_directory
         self.paths = Sockets(run_directory.path)
@@ -149,13 +152,15 @@ class VirtualMachine:
         *,
         progress: Progress | None = None,
         audit: Path | None = None,
+        capture: Path | None = None,
     ) -> VirtualMachine:
         """Starts a VM from power-on and returns when it runs (the guest is then still booting; see `wait_ready`).
 
         The VM owns `run_directory` (made if not given) from here on. Raises `EnvironmentProblem` or `WaitTimeout`;
         nothing is left behind then.
         """
-        vm = cls(description, programs, run_directory or RunDirectory.create(description.name), audit=audit)
+        directory = run_directory or RunDirectory.create(description.name)
+        vm = cls(description, programs, directory, audit=audit, capture=capture)
         phases = Phases(progress)
         try:
             await vm._start(phases)
@@ -176,6 +181,7 @@ class VirtualMachine:
         progress: Progress | None = None,
         sabotage: Sabotage = NO_SABOTAGE,
         audit: Path | None = None,
+        capture: Path | None = None,
         clone: bool = False,
         at: Hook = no_hook,
     ) -> VirtualMachine:
@@ -197,7 +203,7 @@ class VirtualMachine:
             if run_directory is not None:
                 run_directory.remove()
             raise
-        vm = cls(snapshot.manifest.vm, programs, run_directory, audit=audit)
+        vm = cls(snapshot.manifest.vm, programs, run_directory, audit=audit, capture=capture)
         vm.clone = clone
         try:
             await vm._restore(snapshot, phases, sabotage, at)
@@ -307,6 +313,8 @@ class VirtualMachine:
             arguments.append("--await-state")
         if self.audit is not None:
             arguments += ["--audit", str(self.audit.absolute())]
+        if self.capture is not None:
+            arguments += ["--capture", str(self.capture.absolute())]
         inherited = os.environ.get("PYTHONPATH")
         environment = {"PYTHONPATH": f"{_IMPORT_ROOT}:{inherited}" if inherited else _IMPORT_ROOT}
         if self.clone:

@@ -235,14 +235,15 @@ def runtime_base() -> Path:
     return private_base("vmbus")
 
 
-def private_base(name: str) -> Path:
+def private_base(name: str, *, large: bool = False) -> Path:
     """A directory of this user for things that run: made if need be, 0700, ours.
 
-    It is $XDG_RUNTIME_DIR/NAME, or NAME-UID in the directory for temporary files. Raises `EnvironmentProblem` if it
+    It is $XDG_RUNTIME_DIR/NAME, or NAME-UID in the directory for temporary files, as it always is for what is `large`:
+    the other one is often a small file system in memory. Raises `EnvironmentProblem` if it
     belongs to somebody else, is not a directory, or cannot be made.
     """
     runtime = os.environ.get("XDG_RUNTIME_DIR")
-    if runtime and os.access(runtime, os.W_OK | os.X_OK):
+    if runtime and not large and os.access(runtime, os.W_OK | os.X_OK):
         base = Path(runtime) / name
     else:
         base = Path(tempfile.gettempdir()) / f"{name}-{os.getuid()}"

@@ -34,6 +34,7 @@ async def _serve(
     await_state: bool,
     files: Path | None,
     audit: Path | None,
+    capture: Path | None,
 ) -> None:
     description = load_device(description_path)
     state = None if restore is None else read_state(restore)
@@ -46,6 +47,7 @@ async def _serve(
         awaiting=await_state,
         files=files,
         audit=audit,
+        capture=capture,
     )
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -67,6 +69,7 @@ async def _serve(
 @click.option("--files", type=click.Path(path_type=Path), help="directory with the providers' files that belong to it")
 @click.option("--await-state", is_flag=True, help="do nothing until the command `load` brings the device's state")
 @click.option("--audit", type=click.Path(path_type=Path), help="directory for the audit record (docs/audit.md)")
+@click.option("--capture", type=click.Path(path_type=Path), help="new file for a capture from the beginning on")
 @click.option("--verbose", is_flag=True, help="log what happens in detail")
 def main(
     description: Path,
@@ -77,6 +80,7 @@ def main(
     files: Path | None,
     await_state: bool,
     audit: Path | None,
+    capture: Path | None,
     verbose: bool,
 ) -> None:
     """Run one device server until it is told to stop."""
@@ -86,7 +90,8 @@ def main(
     description_path = description
     try:
         library = find_and_load(library_path)
-        asyncio.run(_serve(description_path, socket_path, control_path, library, restore, await_state, files, audit))
+        work = _serve(description_path, socket_path, control_path, library, restore, await_state, files, audit, capture)
+        asyncio.run(work)
     except VmbusError as error:
         print(f"device server: {error}", file=sys.stderr, flush=True)
         sys.exit(1)

@@ -30,9 +30,12 @@ import vmbus
 from vmbus import state as saved
 from vmbus.audit.files import make_directory, recorder_in
 from vmbus.bus.server import Offer
+from vmbus.capture.capture import Capture, CaptureOptions
 from vmbus.description import DeviceDescription, explain
 from vmbus.device import Device
 from vmbus.errors import EnvironmentProblem, PeerError, StateError, UsageError, VmbusError, WaitTimeout
+from vmbus.inspection.collect import Listing, inspect_device
+from vmbus.inspection.document import DEFAULT_PACKETS, ServerInfo, as_answer
 from vmbus.kmcl.server import ServerChannel
 from vmbus.memory import DirtyLogBroken
 from vmbus.providers import Provider
@@ -83,10 +86,12 @@ class DeviceServer:
         awaiting: bool = False,
         files: Path | None = None,
         audit: Path | None = None,
+        capture: Path | None = None,
     ) -> None:
         """Builds the device and listens. `awaiting`: the device does nothing until `load` brings its state.
         `files`: the directory with the providers' files that belong to `restore`.
         `audit`: the directory for audit records, made if need be; None: nothing is recorded.
+        `capture`: the file for a capture of all packets from the beginning on (docs/capture.md); None: no capture yet.
 
         Raises StateError when `restore` is not of such a device (before anything listens), EnvironmentProblem for
         sockets and the library, UsageError for a wrong description.
@@ -107,8 +112,11 @@ class DeviceServer:
         self._quiet: asyncio.Future[None] | None = None
         self._ended: asyncio.Future[None] = self._loop.create_future()
         self._audit = audit
+        self._began = time.monotonic()
+        self._lives = 1
         if audit is not None:
             make_directory(audit)
+        self._capture: Capture | None = None if capture is None else Capture(capture.absolute(), CaptureOptions())
         self._life = self._new_life(description)
         self.phase = self._phase
         self._life.build(from_snapshot=restore is not None or awaiting)
@@ -172,6 +180,7 @@ class DeviceServer:
         device = Device(self._interrupt, self._schedule, waiter=self.wait, loopback_schedule=self._schedule)
         if self._audit is not None and recorded:
             device.recorder = recorder_in(self._audit, "host", description.name)
+        device.set_capture(self._capture)
         return Life(description, device, Timers(self._loop), Services(self._loop))
 
     async def run(self, ready: Callable[[], None]) -> None:
@@ -191,6 +200,8 @@ class DeviceServer:
             self._life.stop()
             context.close()
             self._context = None
+            if self._capture is not None:
+                self._capture.stop()
 
     def stop(self) -> None:
         """End `run`."""
@@ -345,11 +356,39 @@ class DeviceServer:
             "description": msgspec.to_builtins(self.description),
         }
 
-    async def _inspect(self) -> dict[str, Any]:
-        return await self._status() | {
-            "device": self.device.describe() | {"name": self.description.name},
-            "config": self.config.snapshot().hex(),
-        }
+    async def _inspect(self, packets: int = DEFAULT_PACKETS, channels: list[str] | None = None) -> dict[str, Any]:
+        """Everything about the device, see `vmbus.inspection`.
+
+        `packets`: how many of each sort are listed for each channel; 0: they are only counted. `channels`: of which
+        channels, by name; None: of all.
+        """
+        if isinstance(packets, bool) or not isinstance(packets, int) or packets < 0:
+            raise UsageError(f"inspect: packets is a number from 0, not {packets!r}")
+        if channels is not None and not (isinstance(channels, list) and all(isinstance(one, str) for one in channels)):
+            raise UsageError(f"inspect: channels is a list of names, not {channels!r}")
+        context = self._context
+        document = inspect_device(
+            self.description.name,
+            self.config.snapshot(),
+            self.device,
+            self.providers,
+            self._life.hosts,
+            Listing(packets, channels),
+        )
+        document.description = msgspec.to_builtins(self.description)
+        document.server = ServerInfo(
+            pid=os.getpid(),
+            version=vmbus.__version__,
+            libvfio_user=self.library.description,
+            phase=self.phase.value,
+            connected=context is not None and context.attached,
+            driven_by_client=context is not None and context.driven_by_client,
+            migration={"state": self.driven.state.name.lower(), "complete": self.driven.complete},
+            life=self._lives,
+            resets=self.device.resets,
+            uptime=time.monotonic() - self._began,
+        )
+        return as_answer(document)
 
     async def _pci(self) -> dict[str, Any]:
         return {"config": self.config.snapshot().hex(), "bar0": self.config.bar0_address}
@@ -361,6 +400,40 @@ class DeviceServer:
             return {"on": False}
         position = recorder.flush("asked for")
         return {"on": True, "uid": recorder.uid, "position": position, "path": recorder.path, "failed": recorder.failed}
+
+    async def _capture_start(self, path: str, options: dict[str, Any] | None = None) -> dict[str, Any]:
+        """Capture packets into a new file, or into a FIFO that is read; see docs/capture.md."""
+        if not isinstance(path, str):
+            raise UsageError(f"capture-start: path is a string, not {path!r}")
+        try:
+            wanted = msgspec.convert(options or {}, CaptureOptions)
+        except msgspec.ValidationError as error:
+            raise UsageError(f"capture-start: {error}") from error
+        if self._capture is not None and self._capture.status()["running"]:
+            raise UsageError(f"a capture is running already, to {self._capture.path}; stop that first (capture-stop)")
+        self._capture = Capture(Path(path), wanted)
+        self.device.set_capture(self._capture)
+        return self._capture.status()
+
+    async def _capture_stop(self) -> dict[str, Any]:
+        """End the capture and write what is left of it. Its figures, also if it had ended by itself."""
+        capture = self._capture
+        if capture is None:
+            raise UsageError("there is no capture to stop")
+        self.device.set_capture(None)
+        await asyncio.to_thread(capture.let_go())
+        if self._capture is capture:
+            self._capture = None
+        return capture.status()
+
+    async def _capture_status(self) -> dict[str, Any]:
+        """How the capture goes; `running` is False, and nothing else is told, without one."""
+        return {"running": False} if self._capture is None else self._capture.status()
+
+    def _note(self, event: str) -> None:
+        """Something that people want to see in a capture, between the packets."""
+        if self._capture is not None:
+            self._capture.note(event)
 
     async def _log_start(self) -> dict[str, Any]:
         self.device.memory.start_log()
@@ -407,6 +480,7 @@ class DeviceServer:
             self._life.deactivate()
             files = sorted(wanted_files(self.providers))
             self.phase = Phase.PAUSED
+            self._note("paused")
         except TimeoutError:
             missing = {channel.name: channel.outstanding[:8] for channel in channels if channel.outstanding}
             raise WaitTimeout(f"the owners of channels to complete incoming packets {missing}", seconds) from None
@@ -475,6 +549,7 @@ class DeviceServer:
             with contextlib.suppress(OSError):
                 os.unlink(path)  # noqa: PTH108 - one call on a local file
             raise EnvironmentProblem(f"cannot write device state to {path!r}: {error}") from error
+        self._note("saved")
         counts = saved.count_packets(state)
         return {
             "bytes": len(data),
@@ -546,6 +621,7 @@ class DeviceServer:
         """
         self._life.activate()
         self.phase = Phase.RUNNING
+        self._note("running")
         for channel in self.device.channels:
             channel.unhold()
         self.device.thaw()
@@ -787,6 +863,7 @@ class DeviceServer:
             life.end()
             raise
         ended, self._life = self._life, life
+        self._lives += 1
         self.phase = self._phase
         ended.end()
         ended.device.memory.move_to(life.device.memory)
@@ -814,6 +891,7 @@ class DeviceServer:
             before_start=self._life.activate,
         )
         self._restore = None
+        self._note("restored")
         if hold:
             self.phase = Phase.PAUSED
         else:
@@ -863,6 +941,9 @@ _COMMANDS: dict[str, Any] = {
     "inspect": DeviceServer._inspect,
     "pci": DeviceServer._pci,
     "audit": DeviceServer._audit_flush,
+    "capture-start": DeviceServer._capture_start,
+    "capture-stop": DeviceServer._capture_stop,
+    "capture": DeviceServer._capture_status,
     "log-start": DeviceServer._log_start,
     "log-stop": DeviceServer._log_stop,
     "pause": DeviceServer._pause,

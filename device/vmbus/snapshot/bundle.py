@@ -201,6 +201,22 @@ async def open_snapshot(
     return Snapshot(directory, manifest)
 
 
+def read_state(directory: Path) -> tuple[Manifest, bytes]:
+    """A snapshot's manifest and the bytes of its device state, for looking at: guest memory is not read.
+
+    Raises `StateError` as `open_snapshot` does, for what these two can have wrong.
+    """
+    manifest = _read_manifest(directory)
+    _check_device(directory, manifest, None)
+    path, record = directory / STATE, manifest.files[STATE]
+    _verify(path, record)
+    with _open_regular(path) as file:
+        data = file.read(record.size + 1)
+    if hashlib.sha256(data).hexdigest() != record.sha256:
+        raise StateError(f"{path} changed while it was read")
+    return manifest, data
+
+
 def _read_manifest(directory: Path) -> Manifest:
     try:
         present = set(os.listdir(directory))  # noqa: PTH208 - names only

@@ -1,6 +1,8 @@
 """Driver `services`: runs services until it is stopped.
 
-Parameter: `services`, a list of names, or of objects with `service` (a name) and that service's parameters.
+Parameters:
+
+    services  a list of names, or of objects with `service` (a name) and that service's parameters
 """
 
 from __future__ import annotations

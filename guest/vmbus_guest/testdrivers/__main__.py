@@ -15,22 +15,23 @@ from typing import Any
 
 from vmbus.errors import UsageError, VmbusError
 from vmbus_guest.pci import PciFunction
-from vmbus_guest.testdrivers import CATALOGUE
+from vmbus_guest.testdrivers import drivers
 from vmbus_guest.testdrivers.context import Context, Parameters, standard_output
 
 
 def main(arguments: list[str]) -> int:
     """Run the driver that the command line names."""
+    known = drivers()
     if (
         len(arguments) not in (1, 3, 5)
-        or arguments[0] not in CATALOGUE
+        or arguments[0] not in known
         or arguments[1:2] not in ([], ["--parameters"])
         or arguments[3:4] not in ([], ["--audit"])
     ):
         usage = "usage: python3 -m vmbus_guest.testdrivers NAME [--parameters JSON [--audit DIRECTORY]]"
         print(usage, file=sys.stderr)
-        for name, entry in sorted(CATALOGUE.items()):
-            print(f"  {name:10}  {entry.summary}", file=sys.stderr)
+        for name, entry in sorted(known.items()):
+            print(f"  {name:11}  {entry.summary}", file=sys.stderr)
         return 2
     output = standard_output()
     context = Context({}, _open_function, output)
@@ -47,7 +48,7 @@ def main(arguments: list[str]) -> int:
             context.stop_requested = True
 
         signal.signal(signal.SIGTERM, stop)
-        result = CATALOGUE[arguments[0]].load()(context)
+        result = known[arguments[0]].load()(context)
     except BrokenPipeError:
         return 1  # nobody listens any more
     except json.JSONDecodeError as error:

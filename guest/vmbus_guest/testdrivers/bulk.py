@@ -1,16 +1,14 @@
 """Test driver `bulk`: large buffers at full speed. As `echo`, with all data in external memory that the device
 transforms in place, and as much of it as a request may have.
 
-Parameters: those of `echo`, with other defaults. Give `instance` to use it beside `echo`: each needs a provider.
+Its parameters are those of `echo`, with other defaults. Beside `echo` it needs a provider of its own.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from vmbus_guest.testdrivers.context import Context
 from vmbus_guest.testdrivers.echo import LARGEST, EchoDefaults, EchoWorkload
-from vmbus_guest.testdrivers.workload import run_workload
 
 
 class BulkWorkload(EchoWorkload):
@@ -26,6 +24,4 @@ class BulkWorkload(EchoWorkload):
         return {**found, "bytes_per_second": round(2 * self.bytes / seconds) if seconds > 0 else 0}
 
 
-def run(context: Context) -> dict[str, Any]:
-    """Run the workload alone."""
-    return run_workload(context, BulkWorkload)
+WORKLOAD = BulkWorkload

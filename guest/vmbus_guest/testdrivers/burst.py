@@ -2,7 +2,7 @@
 
 Parameters, besides the common ones of `Workload`:
 
-    count         packets that the host is asked to send
+    count         packets that the host is asked to send; 0: until stopped
     size          bytes of data in a packet
     window        packets of the host that may await their completion
     hold          packets taken but not completed yet: the newest ones are kept back
@@ -23,15 +23,28 @@ from vmbus.workload import (
     BURST_ANSWER,
     BURST_TYPE,
     STATUS_OK,
+    UNTIL_STOPPED,
     BurstDone,
     BurstStart,
     Sequence,
     Tally,
     burst_digest,
+    burst_stop,
     parse_burst_packet,
 )
-from vmbus_guest.testdrivers.context import Context, Parameters
-from vmbus_guest.testdrivers.workload import LONGEST_STEP, Workload, run_workload
+from vmbus_guest.testdrivers.context import Parameters
+from vmbus_guest.testdrivers.workload import LONGEST_STEP, Workload
+
+
+class BurstDefaults:
+    """What parameters are when they are not given."""
+
+    __slots__ = ("count", "size", "window")
+
+    def __init__(self, *, count: int = 1000, size: int = 64, window: int = 256) -> None:
+        self.count = count
+        self.size = size
+        self.window = window
 
 
 class BurstWorkload(Workload):
@@ -39,12 +52,16 @@ class BurstWorkload(Workload):
 
     name = "burst"
     interface_type = BURST_TYPE
+    provider = "burst"
+    defaults = BurstDefaults()
+    needless = 0
+    """Signals without a reason that the host gives with each packet."""
 
     def __init__(self, parameters: Parameters) -> None:
         super().__init__(parameters)
-        self._count = parameters.get("count", 1000, minimum=0, maximum=1 << 48)
-        self._size = parameters.get("size", 64, minimum=0, maximum=60000)
-        self._window = parameters.get("window", 256, minimum=1, maximum=1 << 20)
+        self._count = parameters.get("count", self.defaults.count, minimum=0, maximum=1 << 48)
+        self._size = parameters.get("size", self.defaults.size, minimum=0, maximum=60000)
+        self._window = parameters.get("window", self.defaults.window, minimum=1, maximum=1 << 20)
         self._hold = parameters.get("hold", 0, minimum=0, maximum=65536)
         self._hold_seconds = parameters.get("hold_seconds", 0.05, minimum=0, maximum=10)
         self.tally = Tally()
@@ -63,7 +80,8 @@ class BurstWorkload(Workload):
         """Ask the host to start."""
         packet = self.channel.allocate_packet()
         packet.completion_routine = self._begun
-        packet.send(BurstStart(self._size, self._count, self._window).pack())
+        start = BurstStart(self._size, self._count or UNTIL_STOPPED, self._window, self.needless)
+        packet.send(start.pack())
 
     def tick(self, now: float) -> float:
         """When the host waits for completions, nothing arrives any more: then they are due."""
@@ -77,11 +95,16 @@ class BurstWorkload(Workload):
 
     def finished(self) -> bool:
         """The host said that it is done, or refused; or somebody stopped the run."""
-        return self._done is not None or self._stopped or bool(self.trouble)
+        return self._done is not None or bool(self.trouble)
 
     def stop(self) -> None:
-        """Close the channel in the middle of the run; the host's outstanding packets are cancelled."""
+        """Ask the host to send nothing new; it is done when all that it has sent is completed."""
+        if self._stopped or self._done is not None:
+            return
         self._stopped = True
+        packet = self.channel.allocate_packet()
+        packet.completion_routine = lambda packet, _status, _reply: packet.free()
+        packet.send(burst_stop())
 
     def counts(self) -> dict[str, Any]:
         """Where it is."""
@@ -90,7 +113,7 @@ class BurstWorkload(Workload):
     def result(self) -> dict[str, Any]:
         """The final counts, and the host's."""
         tally = self.tally
-        expected = self._sequence.next if self._stopped else self._count
+        expected = self._expected
         result: dict[str, Any] = {
             "received": self._received,
             "completed": tally.completed,
@@ -107,15 +130,20 @@ class BurstWorkload(Workload):
 
     def good(self) -> bool:
         """Every packet came once, in order and intact, and the host liked every answer."""
-        if self._stopped:
-            return self.tally.good
-        done = self._done
+        done, expected = self._done, self._expected
         return (
             self.tally.good
-            and self._received == self.tally.completed == self._sequence.next == self._count
+            and self._received == self.tally.completed == self._sequence.next == expected
             and done is not None
-            and (done.started, done.completed, done.wrong) == (self._count, self._count, 0)
+            and (done.started, done.completed, done.wrong) == (expected, expected, 0)
         )
+
+    @property
+    def _expected(self) -> int:
+        """Packets of the whole run: of one that was stopped the host tells at its end."""
+        if not self._stopped and self._count:
+            return self._count
+        return self._sequence.next if self._done is None else self._done.started
 
     def _begun(self, packet: Packet, status: int, reply: bytes) -> None:
         if status == Status.SUCCESS and int.from_bytes(reply[:4], "little") != STATUS_OK:
@@ -159,6 +187,4 @@ class BurstWorkload(Workload):
         self._release()
 
 
-def run(context: Context) -> dict[str, Any]:
-    """Run the workload alone."""
-    return run_workload(context, BurstWorkload)
+WORKLOAD = BurstWorkload

@@ -7,7 +7,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Mapping
-from typing import IO, TYPE_CHECKING, Any, TypeVar
+from typing import IO, TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from vmbus.errors import UsageError
 from vmbus_guest.pci import PciFunction
@@ -24,16 +24,25 @@ if TYPE_CHECKING:
 Value = TypeVar("Value", int, float, str, bool)
 
 
+class Asked(NamedTuple):
+    """A parameter that a driver has asked for. `default` None: a list of objects that must be given."""
+
+    default: Any
+    minimum: float | None
+    maximum: float | None
+
+
 class Parameters:
     """The parameters of a run, checked as they are asked for."""
 
     def __init__(self, values: Mapping[str, Any]) -> None:
         self._values = dict(values)
-        self._known: set[str] = set()
+        self.asked: dict[str, Asked] = {}
+        """Those that were asked for, by name."""
 
     def get(self, name: str, default: Value, *, minimum: float | None = None, maximum: float | None = None) -> Value:
         """Return a parameter, of its default's type. Raises `UsageError` for a wrong type or range."""
-        self._known.add(name)
+        self.asked[name] = Asked(default, minimum, maximum)
         value = self._values.get(name, default)
         if isinstance(default, float) and type(value) is int:
             value = float(value)
@@ -51,7 +60,7 @@ class Parameters:
 
         With `short`, a string stands for an object that has it under this key.
         """
-        self._known.add(name)
+        self.asked[name] = Asked(None, None, None)
         values = self._values.get(name)
         if short and isinstance(values, list):
             values = [{short: value} if isinstance(value, str) else value for value in values]
@@ -61,9 +70,9 @@ class Parameters:
 
     def check(self) -> None:
         """Raises `UsageError` if there is one that nobody asked for: most likely a typing error."""
-        unknown = sorted(set(self._values) - self._known)
+        unknown = sorted(set(self._values) - set(self.asked))
         if unknown:
-            raise UsageError(f"unknown parameter '{unknown[0]}'; known: {', '.join(sorted(self._known))}")
+            raise UsageError(f"unknown parameter '{unknown[0]}'; known: {', '.join(sorted(self.asked))}")
 
 
 class Context:

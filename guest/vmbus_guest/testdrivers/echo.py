@@ -2,13 +2,13 @@
 
 Parameters, besides the common ones of `Workload`:
 
-    count        requests in all; 0: until stopped
-    window       requests outstanding at any moment
-    size         bytes of data in a request
-    minimum_size the least; sizes vary between the two (default: `size`)
-    external     share (0 to 1) of the requests whose data is in external memory and transformed in place
-    seed         of data, sizes and choices
-    pace         seconds to wait between two requests (0: none), so that a short run lasts
+    count         requests in all; 0: until stopped
+    window        requests outstanding at any moment
+    size          bytes of data in a request
+    minimum_size  the least; sizes vary between the two (default: `size`)
+    external      share (0 to 1) of the requests whose data is in external memory and transformed in place
+    seed          of data, sizes and choices
+    pace          seconds to wait between two requests (0: none), so that a short run lasts
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from vmbus.workload import (
     parse_echo_reply,
     transform,
 )
-from vmbus_guest.testdrivers.context import Context, Parameters
-from vmbus_guest.testdrivers.workload import LONGEST_STEP, Workload, run_workload
+from vmbus_guest.testdrivers.context import Parameters
+from vmbus_guest.testdrivers.workload import LONGEST_STEP, Workload
 
 LARGEST = 60000
 """Bytes of data in a request at most."""
@@ -40,13 +40,14 @@ _ALIGNMENT = 64
 
 
 class EchoDefaults:
-    """What parameters are when they are not given."""
+    """What parameters are when they are not given. `minimum_size` 0: as `size`."""
 
-    __slots__ = ("external", "size", "window")
+    __slots__ = ("external", "minimum_size", "size", "window")
 
-    def __init__(self, *, window: int = 64, size: int = 64, external: float = 0.0) -> None:
+    def __init__(self, *, window: int = 64, size: int = 64, minimum_size: int = 0, external: float = 0.0) -> None:
         self.window = window
         self.size = size
+        self.minimum_size = minimum_size
         self.external = external
 
 
@@ -68,14 +69,18 @@ class EchoWorkload(Workload):
 
     name = "echo"
     interface_type = ECHO_TYPE
+    provider = "echo"
     defaults = EchoDefaults()
+    head = b""
+    """What comes before every request."""
 
     def __init__(self, parameters: Parameters) -> None:
         super().__init__(parameters)
         self._count = parameters.get("count", 1000, minimum=0)
         self._window = parameters.get("window", self.defaults.window, minimum=1, maximum=65536)
         self._size = parameters.get("size", self.defaults.size, minimum=1, maximum=LARGEST)
-        self._minimum_size = parameters.get("minimum_size", self._size, minimum=1, maximum=LARGEST)
+        least = min(self.defaults.minimum_size or self._size, self._size)
+        self._minimum_size = parameters.get("minimum_size", least, minimum=1, maximum=LARGEST)
         self._external = parameters.get("external", self.defaults.external, minimum=0, maximum=1)
         self._pace = parameters.get("pace", 0.0, minimum=0, maximum=10)
         seed = parameters.get("seed", 1)
@@ -172,9 +177,9 @@ class EchoWorkload(Workload):
         slot.external = self._external > 0 and (mixed >> 8) / (1 << 24) < self._external
         if slot.external:
             slot.view[:length] = data
-            packet.send(echo_request(sequence, data, inline=False), external=[(slot.iova, length)])
+            packet.send(self.head + echo_request(sequence, data, inline=False), external=[(slot.iova, length)])
         else:
-            packet.send(echo_request(sequence, data, inline=True))
+            packet.send(self.head + echo_request(sequence, data, inline=True))
 
     def _completed(self, packet: Packet, status: int, reply: bytes) -> None:
         if status != Status.SUCCESS:
@@ -202,6 +207,4 @@ class EchoWorkload(Workload):
         )
 
 
-def run(context: Context) -> dict[str, Any]:
-    """Run the workload alone."""
-    return run_workload(context, EchoWorkload)
+WORKLOAD = EchoWorkload

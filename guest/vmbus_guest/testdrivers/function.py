@@ -1,7 +1,10 @@
 """Test driver `function`: the PCI function alone, without a bus on top.
 
-Parameters: `vendor`, `device` (ids, default: ours), `registers` (how many 32-bit registers of BAR0 to read),
-`huge_pages` (how many 2 MiB pages to map).
+Parameters:
+
+    vendor, device  its ids (default: ours)
+    registers       how many 32-bit registers of BAR0 to read
+    huge_pages      how many 2 MiB pages to map
 """
 
 from __future__ import annotations

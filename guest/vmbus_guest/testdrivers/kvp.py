@@ -1,6 +1,14 @@
 """Test driver `kvp`: a program of the guest that exchanges keys and values with the host.
 
-Parameters: `pool`, `set` (a key; with `value`), `get` (a key). The result has the pool's `values`, and `value`.
+Parameters:
+
+    pool       which pool of the key-value exchange
+    set        a key to set
+    value      to what
+    get        a key whose value is wanted: the result's `value`
+    directory  where the pools are
+
+The result has the pool's `values`.
 """
 
 from __future__ import annotations

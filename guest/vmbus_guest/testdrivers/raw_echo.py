@@ -1,7 +1,13 @@
 """Test driver `raw-echo`: echo transactions as fast as they go, for the benchmark. Only their number is checked.
 
-Parameters, besides the common ones of `Workload`: `count`, `window`, `size` (bytes of data, inline), `warm_up`
-(transactions before the clock starts). With a window of 1 the result has `round_trip`: seconds per transaction, as
+Parameters, besides the common ones of `Workload`:
+
+    count    transactions in all
+    window   transactions outstanding at any moment
+    size     bytes of data in a request, inline
+    warm_up  transactions before the clock starts
+
+With a window of 1 the result has `round_trip`: seconds per transaction, as
 median, 95th percentile and maximum.
 """
 
@@ -14,8 +20,8 @@ from typing import Any
 from vmbus.kmcl.packet import Packet
 from vmbus.kmcl.status import Status
 from vmbus.workload import ECHO_REQUEST, ECHO_TYPE, Pattern
-from vmbus_guest.testdrivers.context import Context, Parameters
-from vmbus_guest.testdrivers.workload import Workload, run_workload
+from vmbus_guest.testdrivers.context import Parameters
+from vmbus_guest.testdrivers.workload import Workload
 
 
 class RawEchoWorkload(Workload):
@@ -23,6 +29,7 @@ class RawEchoWorkload(Workload):
 
     name = "raw-echo"
     interface_type = ECHO_TYPE
+    provider = "echo"
 
     def __init__(self, parameters: Parameters) -> None:
         super().__init__(parameters)
@@ -99,6 +106,4 @@ class RawEchoWorkload(Workload):
             self._issue(packet)
 
 
-def run(context: Context) -> dict[str, Any]:
-    """Run the workload alone."""
-    return run_workload(context, RawEchoWorkload)
+WORKLOAD = RawEchoWorkload

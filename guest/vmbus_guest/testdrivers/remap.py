@@ -4,7 +4,10 @@ memory that is mapped for the device before a round and unmapped after it.
 So at any moment the device has just written to memory that it is about to lose, which is what a live save dislikes
 most: a page that was written during the save and is not there any more cannot be copied again.
 
-Parameters: those of `echo`. `window` requests make a round, `pace` is the pause between two rounds in seconds.
+Parameters, besides those of `echo`:
+
+    window   requests in a round
+    pace     seconds to wait between two rounds
 """
 
 from __future__ import annotations
@@ -12,9 +15,9 @@ from __future__ import annotations
 from typing import Any
 
 from vmbus_guest.pci import DmaBuffer
-from vmbus_guest.testdrivers.context import Context, Parameters
+from vmbus_guest.testdrivers.context import Parameters
 from vmbus_guest.testdrivers.echo import EchoWorkload, Slot
-from vmbus_guest.testdrivers.workload import LONGEST_STEP, run_workload
+from vmbus_guest.testdrivers.workload import LONGEST_STEP
 
 _SPAN = 4 << 20
 """Bytes mapped for a round: at least one whole huge page of them is nobody else's."""
@@ -92,6 +95,4 @@ class RemapWorkload(EchoWorkload):
         return {**super().result(), "rounds": self.rounds, "unmapped": self.unmapped}
 
 
-def run(context: Context) -> dict[str, Any]:
-    """Run the workload alone."""
-    return run_workload(context, RemapWorkload)
+WORKLOAD = RemapWorkload

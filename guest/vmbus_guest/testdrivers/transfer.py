@@ -6,9 +6,11 @@ half-closed connection; who gets that says how many bytes came and their CRC, fo
 Parameters:
 
     mode        "serve" or "connect"
-    host, port  where; serve: which address and port to listen on ("0.0.0.0" by default)
+    host        which address to connect to; serve: to listen on
+    port        and which port
     streams     how many connections
-    send        whether the connecting end sends; receive: whether the serving end does (both: the connecting end says)
+    send        whether the connecting end sends (it says so)
+    receive     whether the serving end sends (the connecting end says so)
     bytes       in each direction of each stream; 0: until it is stopped (the connecting end says)
     stall_seconds   without a byte on a stream it counts as dropped
     appear_seconds  how long connecting, or the first connection, may take

@@ -8,16 +8,20 @@ results. A test driver ends when its work is done; a service (`vmbus_guest.servi
 from __future__ import annotations
 
 import contextlib
+import functools
 import time
+import traceback
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
 from uuid import UUID
 
-from vmbus.errors import UsageError
+from vmbus.errors import EnvironmentProblem, UsageError, VmbusError
 from vmbus.kmcl.client import ClientChannel
-from vmbus_guest.driver import VmbusDriver
+from vmbus_guest.driver import LONGEST_TURN, VmbusDriver
 from vmbus_guest.testdrivers.context import Context, Parameters
+
+Result = TypeVar("Result")
 
 LONGEST_STEP = 0.25
 """Seconds after which the loop looks around even if nothing happens."""
@@ -26,24 +30,28 @@ LONGEST_STEP = 0.25
 class Workload(ABC):
     """A channel (or several) and what is done with it.
 
-    Common parameters: `instance` (UUID of the channel's instance; default: the first of the type), `ring_pages_in`,
-    `ring_pages_out` (data pages of 4096 bytes), `stall_seconds` (without any progress for so long the run is given
-    up, and what is outstanding counts as lost).
+    Parameters that all of them have: `vmbus_guest.testdrivers.describe.COMMON`. They are read in `__init__`, with
+    `parameters.get`; wrong ones are refused there, before anything is opened.
     """
 
     name: str
     interface_type: UUID
+    provider = ""
+    """The kind of provider that it needs, for messages; `interface_type` decides."""
     lasting = False
     """Whether it goes on until it is stopped."""
+    default_pages = 16
+    """Data pages of each ring."""
 
     def __init__(self, parameters: Parameters) -> None:
+        default = self.default_pages
         instance = parameters.get("instance", "")
         try:
             self._instance = UUID(instance) if instance else None
         except ValueError:
             raise UsageError(f"parameter 'instance' is not a UUID: '{instance}'") from None
-        self._pages_in = parameters.get("ring_pages_in", 16, minimum=1, maximum=1024)
-        self._pages_out = parameters.get("ring_pages_out", 16, minimum=1, maximum=1024)
+        self._pages_in = parameters.get("ring_pages_in", default, minimum=1, maximum=1024)
+        self._pages_out = parameters.get("ring_pages_out", default, minimum=1, maximum=1024)
         self.stall_seconds = parameters.get("stall_seconds", 30.0, minimum=0.1)
         self.started_at = 0.0
         self.ended_at = 0.0
@@ -51,19 +59,41 @@ class Workload(ABC):
         """When there last was progress; the workload keeps it."""
         self.trouble: list[str] = []
         """What went wrong, in words."""
+        self.broken = False
+        """Whether one of its calls raised: it is not called any more."""
 
     def open(self, driver: VmbusDriver) -> None:
         """Open the channel and take memory."""
         self.driver = driver
-        self.channel: ClientChannel = driver.client_channel(
+        self._instance = self.claim(driver)
+        self.channel: ClientChannel = self.new_channel()
+        self.prepare()
+        driver.enable(self.channel)
+
+    def claim(self, driver: VmbusDriver) -> UUID:
+        """Choose an instance that nobody uses. Raises EnvironmentProblem when there is none of this type."""
+        found = driver.claim(self.interface_type, self._instance)
+        if found is None:
+            raise EnvironmentProblem(
+                f"this device offers no channel of the type that test driver '{self.name}' needs"
+                + (f": give it a provider of kind '{self.provider}'" if self.provider else "")
+            )
+        return found
+
+    def new_channel(self, *, subchannel_index: int = 0, name: str = "") -> ClientChannel:
+        """A disabled channel of the workload's instance, with rings as the parameters ask for."""
+        return self.driver.client_channel(
             self.interface_type,
             instance=self._instance,
             ring_pages_in=self._pages_in,
             ring_pages_out=self._pages_out,
-            name=self.name,
+            name=name or self.name,
+            subchannel_index=subchannel_index,
         )
-        self.prepare()
-        driver.enable(self.channel)
+
+    def moved(self) -> None:
+        """There was progress."""
+        self.moved_at = time.monotonic()
 
     def prepare(self) -> None:  # noqa: B027 - most have nothing to prepare
         """Set the channel's callbacks, before it is enabled."""
@@ -102,8 +132,14 @@ class Workload(ABC):
             reasons = "; ".join(driver.failures) or "rescinded or closed by the host"
             return f"channel {self.name} is {self.channel.state.value}: {reasons}"
         if now - self.moved_at >= self.stall_seconds:
-            return f"no progress on channel {self.name} for {self.stall_seconds:g} s"
+            reasons = "".join(f"; {failure}" for failure in driver.failures)
+            return f"no progress on channel {self.name} for {self.stall_seconds:g} s{reasons}"
         return None
+
+    def clock_jumped(self, seconds: float) -> None:
+        """The clock has jumped by so much, in which nothing could happen."""
+        self.moved_at += seconds
+        self.started_at += seconds
 
     def rescinded(self, channel: ClientChannel) -> None:  # noqa: B027 - the end of a test driver, by default
         """The host has withdrawn a channel that was open; it is disabled. Not every one of them is this workload's."""
@@ -120,6 +156,8 @@ class Workload(ABC):
         """The whole result."""
         summary = self.result()
         summary["seconds"] = round(self.seconds, 4)
+        if "completed" in summary and "per_second" not in summary and self.seconds > 0:
+            summary["per_second"] = round(summary["completed"] / self.seconds, 1)
         if self.trouble:
             summary["trouble"] = self.trouble
         summary["verdict"] = "passed" if self.good() and not self.trouble else "failed"
@@ -136,7 +174,8 @@ def run_workload(context: Context, kind: type[Workload]) -> dict[str, Any]:
 def run_workloads(context: Context, workloads: Sequence[Workload]) -> list[dict[str, Any]]:
     """Run workloads side by side over one connection to the device; returns their results.
 
-    Raises what opening the device and its channels raises; once the work runs, trouble goes into the results.
+    Raises what opening the device and its channels raises; once the work runs, trouble goes into the results. When the
+    clock jumps, as it does in a guest that is taken back to a checkpoint, that is no time in which something stalled.
     """
     with _connected(context, workloads) as driver:
 
@@ -151,28 +190,34 @@ def run_workloads(context: Context, workloads: Sequence[Workload]) -> list[dict[
         for workload in workloads:
             workload.started_at = workload.moved_at = workload.ended_at = now
         for workload in workloads:
-            workload.begin()
+            _guarded(workload, workload.begin)
         running = list(workloads)
         passing = not all(workload.lasting for workload in workloads)
         stopping = False
+        looked = time.monotonic()
         while running:
             # Services that came along with test drivers end with the last of these.
             alone = passing and all(workload.lasting for workload in running)
             if (context.stop_requested or alone) and not stopping:
                 stopping = True
                 for workload in running:
-                    workload.stop()
+                    _guarded(workload, workload.stop)
             now = time.monotonic()
-            until = min(workload.tick(now) for workload in running)
+            until = min(_guarded(workload, functools.partial(workload.tick, now)) or now for workload in running)
             driver.step(max(0.0, min(until - now, LONGEST_STEP)))
             now = time.monotonic()
+            if now - looked > LONGEST_TURN:
+                for workload in running:
+                    workload.clock_jumped(now - looked - LONGEST_TURN)
+            looked = now
             context.look_for_flush(now)
             for workload in list(running):
-                if not workload.finished():
-                    trouble = workload.trouble_now(now, driver)
-                    if trouble is None:
+                if workload.broken or not workload.finished():
+                    trouble = None if workload.broken else workload.trouble_now(now, driver)
+                    if trouble is not None:
+                        workload.trouble.append(trouble)
+                    elif not workload.broken:
                         continue
-                    workload.trouble.append(trouble)
                 running.remove(workload)
                 workload.ended_at = now
             if context.progress_due:
@@ -180,6 +225,20 @@ def run_workloads(context: Context, workloads: Sequence[Workload]) -> list[dict[
         for workload in workloads:
             workload.close()
     return [workload.summary() for workload in workloads]
+
+
+def _guarded(workload: Workload, call: Callable[[], Result]) -> Result | None:
+    """What goes wrong in one workload's own calls ends that one, and no other."""
+    if workload.broken:
+        return None
+    try:
+        return call()
+    except Exception as error:
+        if not isinstance(error, VmbusError):
+            traceback.print_exc()
+        workload.broken = True
+        workload.trouble.append(f"{type(error).__name__}: {error}")
+        return None
 
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ from vmbus.kmcl.server import ServerChannel
 from vmbus.kmcl.status import Status as PacketStatus
 from vmbus.providers.base import Host, Provider, Timer
 from vmbus.providers.network.interface import Port, Settings, open_port, set_mtu
-from vmbus.providers.network.queue import Kind, Queue, Sent
+from vmbus.providers.network.queue import Kind, Queue, Sent, describe_saved
 from vmbus.providers.network.veth import open_veth
 from vmbus.wire.network import (
     MESSAGE_LIMIT,
@@ -520,6 +520,10 @@ class NetworkProvider(Provider):
         self._link = saved.link
         self._link_told = saved.link_told
         self._add_queues(saved.channels)
+
+    @classmethod
+    def describe_packet(cls, saved: bytes) -> dict[str, Any]:
+        return describe_saved(saved)
 
     def status(self) -> dict[str, Any]:
         agreed = self._agreed

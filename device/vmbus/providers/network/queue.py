@@ -29,6 +29,15 @@ class Kind(IntEnum):
     LINK = 2
 
 
+def describe_saved(saved: bytes) -> dict[str, object]:
+    """What `Queue.save_packet` wrote, for people. Raises ValueError or struct.error for other bytes."""
+    _, number, count, size = _SAVED.unpack(saved)
+    kind = Kind(number)
+    if kind is Kind.LINK:
+        return {"kind": "link", "up": bool(count)}
+    return {"kind": "frames", "frames": count, "bytes": size}
+
+
 class Sent:
     """What is known of a packet in flight. `size`: bytes of frames; of a LINK packet, `count` is the link."""
 

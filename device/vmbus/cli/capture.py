@@ -1,0 +1,320 @@
+"""The command `capture`: a running VM's packets into a pcapng file, what is in such a file, and replaying it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import select
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+
+from vmbus.capture import record as r
+from vmbus.capture.capture import DEFAULT_EXTERNAL, DEFAULT_LIMIT, DEFAULT_SNAPLEN, selects
+from vmbus.capture.pcapng import CaptureReader
+from vmbus.cli.terminal import console, run
+from vmbus.errors import EnvironmentProblem, UsageError
+from vmbus.qemu.command_line import Sockets
+from vmbus.qemu.process import runtime_base
+from vmbus.qemu.supervisor import find_vm
+from vmbus.server.control import ControlClient
+from vmbus.wire.packet import PacketType
+
+_LOOK = 0.5  # seconds between looks at how a capture goes
+_PIPE_BYTES = 1 << 16
+_UNITS = {"k": 10, "m": 20, "g": 30}
+
+
+def parse_size(text: str) -> int:
+    """A number of bytes, such as 4096, 64K, 16M or 1G. Raises UsageError."""
+    digits, unit = (text[:-1], text[-1].lower()) if text[-1:].isalpha() else (text, "")
+    if not digits.isdigit() or (unit and unit not in _UNITS):
+        raise UsageError(f"{text!r} is no size such as 4096, 64K, 16M or 1G")
+    return int(digits) << _UNITS.get(unit, 0)
+
+
+class _Commands(click.Group):
+    """`record` may be left out."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if args and args[0] not in self.commands and args[0] not in ctx.help_option_names:
+            args = ["record", *args]
+        return super().parse_args(ctx, args)
+
+
+@click.group(cls=_Commands)
+def capture() -> None:
+    """Record a channel's packets, look at them, replay them.
+
+    \b
+    capture [record] [NAME] -o FILE   capture a running VM's packets until Ctrl-C
+    capture show FILE                 what is in a capture
+    capture replay FILE --provider K  play its guest to a provider, and compare the answers
+    """
+
+
+# ---- record --------------------------------------------------------------------------------------------------------
+
+
+@capture.command()
+@click.argument("name", required=False)
+@click.option("-o", "--output", metavar="FILE", help="A new pcapng file; - for standard output.")
+@click.option("--channel", "channels", multiple=True, metavar="WHICH", help="Name, interface type or instance [/N].")
+@click.option("--snaplen", default=str(DEFAULT_SNAPLEN), metavar="BYTES", help="Cut each record behind so many bytes.")
+@click.option("--external", default=str(DEFAULT_EXTERNAL), metavar="BYTES", help="Of each packet's external data.")
+@click.option("--limit", default=str(DEFAULT_LIMIT), metavar="BYTES", help="Of the file; the capture ends there.")
+@click.option("--seconds", type=click.FloatRange(min=0), help="End after this time.")
+@click.option("--packets", type=click.IntRange(min=1), help="End after about so many packets.")
+@click.option("--detach", is_flag=True, help="Start the capture and leave it running.")
+@click.option("--status", "ask_status", is_flag=True, help="How the running capture goes.")
+@click.option("--stop", "ask_stop", is_flag=True, help="End the running capture.")
+@click.option("--control", type=click.Path(path_type=Path), help="The control socket of a device server, not a VM's.")
+def record(
+    name: str | None,
+    output: str | None,
+    channels: tuple[str, ...],
+    snaplen: str,
+    external: str,
+    limit: str,
+    seconds: float | None,
+    packets: int | None,
+    detach: bool,
+    ask_status: bool,
+    ask_stop: bool,
+    control: Path | None,
+) -> None:
+    """Capture the packets of VM NAME (none for the only one) until Ctrl-C."""
+    socket = control or Sockets(runtime_base() / find_vm(name)).control
+    if ask_status or ask_stop:
+        if output is not None or (ask_status and ask_stop):
+            raise UsageError("--status and --stop go alone: without -o, and without each other")
+        click.echo(json.dumps(run(_ask(socket, "capture-stop" if ask_stop else "capture")), indent=2))
+        return
+    if output is None:
+        raise UsageError("-o FILE is missing: where should the capture go?")
+    options = {
+        "channels": list(channels),
+        "snaplen": parse_size(snaplen),
+        "external": parse_size(external),
+        "limit": parse_size(limit),
+    }
+    if output == "-":
+        if detach:
+            raise UsageError("--detach needs a file: standard output ends with this command")
+        if sys.stdout.isatty():
+            raise UsageError("a capture is no text: send standard output into a file or a program")
+        with _pipe() as path:
+            _watch(socket, path, options, seconds, packets)
+        return
+    path = Path(output).absolute()
+    if detach:
+        run(_ask(socket, "capture-start", path=str(path), options=options))
+        console.print(f"capturing to {path}; capture --stop ends it")
+        return
+    _watch(socket, path, options, seconds, packets)
+
+
+async def _ask(socket: Path, command: str, **arguments: Any) -> dict[str, Any]:
+    client = ControlClient(socket)
+    try:
+        return await client.call(command, **arguments)
+    finally:
+        client.close()
+
+
+def _watch(socket: Path, path: Path, options: dict[str, Any], seconds: float | None, packets: int | None) -> None:
+    status: dict[str, Any] = {}
+    gone = ""
+
+    async def attend() -> None:
+        nonlocal gone
+        client = ControlClient(socket)
+        try:
+            status.update(await client.call("capture-start", path=str(path), options=options))
+            console.print(f"capturing to {path}; Ctrl-C ends it")
+            end = None if seconds is None else time.monotonic() + seconds
+            try:
+                while status["running"] and (packets is None or status["packets"] < packets):
+                    left = _LOOK if end is None else min(_LOOK, end - time.monotonic())
+                    if left <= 0:
+                        break
+                    await asyncio.sleep(left)
+                    status.update(await client.call("capture"))
+            except EnvironmentProblem:
+                gone = "the device server has ended"
+            finally:
+                # Also when this is interrupted: the capture is ours.
+                if not gone:
+                    status.update(await asyncio.shield(client.call("capture-stop")))
+        except EnvironmentProblem:
+            if not status:
+                raise
+            gone = "the device server has ended"
+        finally:
+            client.close()
+
+    with contextlib.suppress(KeyboardInterrupt):
+        run(attend())
+    if not status:
+        raise KeyboardInterrupt
+    text = f"{status['packets']} packets of {len(status['channels'])} channels in {path}"
+    if status["dropped"]:
+        text += f"; {status['dropped']} were dropped, since they came faster than they could be written"
+    if gone:
+        text += f" (up to about the end: {gone})"
+    if status["ended"]:
+        text += f"; the capture has ended by itself: {status['ended']}"
+    console.print(text, soft_wrap=True)
+    if status["ended"] and not status["full"]:
+        sys.exit(1)
+
+
+@contextlib.contextmanager
+def _pipe() -> Iterator[Path]:
+    """A FIFO whose content goes to standard output. Nobody else can reach it; it is gone in the end."""
+    with tempfile.TemporaryDirectory(prefix="vmbus-capture-") as directory:
+        path = Path(directory) / "fifo"
+        os.mkfifo(path, 0o600)
+        # Open at both ends from here on, so that neither the server's open nor ours waits or fails.
+        reader = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        ended = threading.Event()
+
+        def copy() -> None:
+            try:
+                poll = select.poll()
+                poll.register(reader, select.POLLIN)
+                while True:
+                    poll.poll(100)
+                    try:
+                        data = os.read(reader, _PIPE_BYTES)
+                    except BlockingIOError:
+                        if ended.is_set():
+                            return
+                        continue
+                    if not data:
+                        if ended.wait(0.05):
+                            return
+                        continue
+                    view = memoryview(data)
+                    while view:
+                        view = view[os.write(1, view) :]
+            except OSError:
+                pass  # whoever read our standard output is gone
+            finally:
+                os.close(reader)  # which the server notices, and ends the capture
+
+        thread = threading.Thread(target=copy, name="capture to standard output", daemon=True)
+        thread.start()
+        try:
+            yield path
+        finally:
+            ended.set()
+            thread.join(5.0)
+
+
+# ---- show ----------------------------------------------------------------------------------------------------------
+
+
+@capture.command()
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("--channel", "channels", multiple=True, metavar="WHICH", help="Name, interface type or instance [/N].")
+@click.option("--count", type=click.IntRange(min=1), help="The first so many records.")
+def show(file: Path, channels: tuple[str, ...], count: int | None) -> None:
+    """Show what is in a capture FILE, a line each: number, seconds, channel, direction, kind, transaction, sizes."""
+    with CaptureReader(file) as reader:
+        first = shown = 0
+        for one in reader:
+            found = reader.interfaces[one.interface]
+            told = (found.name, str(found.type), str(found.instance), found.subchannel)
+            if channels and not any(selects(pattern, *told) for pattern in channels):
+                continue
+            first = first or one.at
+            if one.lost:
+                click.echo(f"... {one.lost} packets of channel {found.name} were not captured")
+            click.echo(f"{one.number:6} {(one.at - first) / 1e9:12.6f} {found.name:16} {_describe(one.record)}")
+            shown += 1
+            if count is not None and shown >= count:
+                return
+        if reader.torn:
+            click.echo(f"note: {reader.torn}")
+
+
+def _describe(record: r.Record) -> str:
+    if record.record == r.EVENT:
+        return record.payload.decode(errors="replace")
+    text = f"{'->' if record.direction == r.TO_HOST else '<-'} {PacketType(record.kind).name:10} {record.transaction:8}"
+    text += f" {len(record.payload):6} bytes"
+    if record.external_size:
+        text += f" + {record.external_size} external"
+        if record.bits & r.UNCHANGED:
+            text += " (unchanged)"
+        elif record.bits & r.UNREADABLE:
+            text += " (unreadable)"
+    return f"{text}  {record.payload[:24].hex()}"
+
+
+# ---- replay --------------------------------------------------------------------------------------------------------
+
+
+@capture.command()
+@click.argument("files", type=click.Path(path_type=Path), nargs=-1, required=True)
+@click.option("--provider", "kind", required=True, metavar="KIND", help="As in a description: echo, my_module:MyClass.")
+@click.option("--options", "provider_options", default="{}", metavar="JSON", help="The provider's options.")
+@click.option("--channel", "channels", multiple=True, metavar="WHICH", help="Name, interface type or instance [/N].")
+@click.option("--ignore", multiple=True, metavar="FIRST:BEHIND", help="Bytes of answers that may differ, such as 8:16.")
+@click.option(
+    "--ignore-packets", is_flag=True, help="Answer what the provider sends of its own, and compare none of it."
+)
+@click.option("--ignore-external", is_flag=True, help="Do not compare external data.")
+@click.option("--timed", is_flag=True, help="Keep the guest's distances in time; else all goes as fast as it can.")
+@click.option("--timeout", default=10.0, show_default=True, help="Seconds to wait for each thing that should come.")
+@click.option("--json", "as_json", is_flag=True, help="The report as JSON.")
+def replay(
+    files: tuple[Path, ...],
+    kind: str,
+    provider_options: str,
+    channels: tuple[str, ...],
+    ignore: tuple[str, ...],
+    ignore_packets: bool,
+    ignore_external: bool,
+    timed: bool,
+    timeout: float,
+    as_json: bool,
+) -> None:
+    """Play the guest of captures (FILES, in this order) to a provider, and compare what it sends with the capture.
+
+    The provider runs in this process, in a device server of its own; no VM is needed. The exit status is 0 only if
+    everything came as captured.
+    """
+    from vmbus.capture.replay import ReplayOptions, parse_ranges
+    from vmbus.capture.replay import replay as play
+    from vmbus.provision.libvfio_user import find_library
+    from vmbus.vfio_user.library import ENVIRONMENT_VARIABLE, load
+
+    try:
+        settings = json.loads(provider_options)
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"--options is not JSON: {error}") from error
+    if not isinstance(settings, dict):
+        raise UsageError("--options is not a JSON object")
+    options = ReplayOptions(
+        channels=channels,
+        ignore=parse_ranges(ignore),
+        ignore_packets=ignore_packets,
+        ignore_external=ignore_external,
+        timed=timed,
+        timeout=timeout,
+    )
+    named = os.environ.get(ENVIRONMENT_VARIABLE)
+    library = load(Path(named) if named else find_library())
+    report = play(files, kind, library, provider_options=settings, options=options)
+    click.echo(report.to_json() if as_json else str(report))
+    sys.exit(0 if report.same else 1)

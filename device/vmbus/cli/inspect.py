@@ -1,0 +1,303 @@
+"""The command `inspect`: looks into a running VM's device or into something saved, and compares two of them."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import click
+import msgspec
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.text import Text
+from rich.tree import Tree
+
+from vmbus.cli.terminal import run
+from vmbus.errors import UsageError, VmbusError
+from vmbus.inspection.difference import Change, Difference, compare, lines
+from vmbus.inspection.document import MOST_PACKETS, Inspection, PacketInfo
+from vmbus.inspection.target import Running, find, look
+from vmbus.inspection.tree import clean, counted, packet_text, render
+from vmbus.inspection.watch import View, Watch
+from vmbus.qemu.process import runtime_base
+from vmbus.snapshot.bundle import open_snapshot
+
+DEFAULT_SECONDS = 1.0
+_WATCHED_PACKETS = 4
+_NOTICES = 5
+_PLAIN_WIDTH = 4000
+_SHOWN = 400  # characters of a value in a difference
+TROUBLE = 2
+"""The exit status of `inspect diff` when it cannot compare, as with diff(1)."""
+
+
+class _Command(click.Command):
+    """Lets `--watch` stand alone before other words: its value is optional."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        words: list[str] = []
+        for index, word in enumerate(args):
+            words.append(word)
+            if word == "--watch" and not _is_number(args[index + 1 : index + 2]):
+                words[-1] = f"--watch={DEFAULT_SECONDS:g}"
+        return super().parse_args(ctx, words)
+
+
+def _is_number(words: list[str]) -> bool:
+    try:
+        return bool(words) and float(words[0]) >= 0
+    except ValueError:
+        return False
+
+
+@click.command(cls=_Command)
+@click.argument("words", nargs=-1, metavar="[TARGET | diff A B]")
+@click.option("--json", "as_json", is_flag=True, help="As JSON; with --watch one line for each look.")
+@click.option(
+    "--watch",
+    "seconds",
+    type=click.FloatRange(min=0.05),
+    metavar="[SECONDS]",
+    help=f"Look again and again, every SECONDS (default: {DEFAULT_SECONDS:g}), until Ctrl-C.",
+)
+@click.option("--count", type=click.IntRange(min=1), metavar="N", help="With --watch: end after N looks.")
+@click.option(
+    "--channel", "channels", multiple=True, metavar="NAME", help="Only this channel. May be given more often."
+)
+@click.option(
+    "--packets",
+    type=click.IntRange(min=0),
+    metavar="N",
+    help="List at most N packets of each sort for each channel (default: 64, with --watch 4, of something saved all).",
+)
+@click.option("--checkpoint", metavar="TAG", help="Look into checkpoint TAG of the running VM, not into the VM.")
+@click.option("--verify", is_flag=True, help="Verify every file of a snapshot first, guest memory too.")
+def inspect(
+    words: tuple[str, ...],
+    as_json: bool,
+    seconds: float | None,
+    count: int | None,
+    channels: tuple[str, ...],
+    packets: int | None,
+    checkpoint: str | None,
+    verify: bool,
+) -> None:
+    """Look inside: bus, channels, rings, GPADLs, packets in flight, providers, dirty log, counters.
+
+    TARGET is the name of a running VM, the directory of a snapshot, a checkpoint (DIRECTORY/TAG), or a file with a
+    device's state. Without it the only running VM is meant. A running device is not disturbed.
+
+    `inspect diff A B` compares two of them. Its exit status is 0 if they are the same, 1 if not, 2 if something is
+    wrong with one of them.
+    """
+    if words[:1] == ("diff",) and len(words) != 1:
+        if len(words) != 3:
+            raise click.UsageError("diff takes two: inspect diff A B")
+        if seconds is not None or checkpoint is not None or channels:
+            raise click.UsageError("diff goes with --json, --packets and --verify alone")
+        _compare(words[1], words[2], as_json=as_json, packets=packets, verify=verify)
+        return
+    if len(words) > 1:
+        raise click.UsageError("give one TARGET, or diff A B")
+    word = words[0] if words else None
+    if checkpoint is not None:
+        word = _checkpoint(word, checkpoint)
+    if seconds is None:
+        if count is not None:
+            raise click.UsageError("--count goes with --watch")
+        document = run(_look(word, packets, channels, verify=verify))
+        _show(document, channels, as_json=as_json)
+        return
+    if verify or checkpoint is not None:
+        raise click.UsageError("--watch looks at running VMs; --verify and --checkpoint are for what was saved")
+    with contextlib.suppress(KeyboardInterrupt):
+        run(_watch(word, seconds, count, packets, channels, as_json=as_json))
+
+
+def _checkpoint(word: str | None, tag: str) -> str:
+    """The path of a checkpoint that a running VM keeps with itself."""
+    target = find(word)
+    if not isinstance(target, Running):
+        raise UsageError(f"--checkpoint goes with a running VM; for a directory of checkpoints say {target}/{tag}")
+    return str(runtime_base() / target.name / "checkpoints" / tag)
+
+
+async def _look(word: str | None, packets: int | None, channels: tuple[str, ...], *, verify: bool) -> Inspection:
+    target = find(word)
+    if verify:
+        if isinstance(target, Running):
+            raise UsageError("--verify is for snapshots: a running VM has no digests")
+        await open_snapshot(target)
+    document = await look(target, packets, channels or None)
+    _require(document, channels)
+    return document
+
+
+def _require(document: Inspection, channels: tuple[str, ...]) -> None:
+    """Raises UsageError for a channel that is not there."""
+    present = [channel.name for channel in document.channels]
+    missing = [name for name in channels if name not in present]
+    if missing:
+        raise UsageError(f"there is no channel {missing[0]!r}; there are: {', '.join(present) or 'none'}")
+
+
+# ---- one look --------------------------------------------------------------------------------------------------------
+
+
+def _console() -> Console:
+    console = Console(highlight=False)
+    # Without a terminal a line stays a line, however long.
+    return console if console.is_terminal else Console(highlight=False, width=_PLAIN_WIDTH)
+
+
+def _show(document: Inspection, channels: tuple[str, ...], *, as_json: bool) -> None:
+    if as_json:
+        if channels:
+            document.channels = [channel for channel in document.channels if channel.name in channels]
+        _echo_json(document)
+    else:
+        _console().print(render(document, channels=channels))
+
+
+def _echo_json(value: Any) -> None:
+    click.echo(msgspec.json.format(msgspec.json.encode(value), indent=2))
+
+
+# ---- again and again -------------------------------------------------------------------------------------------------
+
+
+async def _watch(
+    word: str | None,
+    seconds: float,
+    count: int | None,
+    packets: int | None,
+    channels: tuple[str, ...],
+    *,
+    as_json: bool,
+) -> None:
+    target = find(word)
+    if not isinstance(target, Running):
+        raise UsageError(f"{target} does not change: --watch is for running VMs")
+    watch = Watch(target, packets=_WATCHED_PACKETS if packets is None else packets, channels=channels or None)
+    console = _console()
+    if as_json:
+        async for view in watch.views(seconds, count):
+            click.echo(msgspec.json.encode(_as_line(view)))
+            sys.stdout.flush()
+    elif console.is_terminal:
+        notices: list[str] = []
+        with Live(console=console, auto_refresh=False, vertical_overflow="ellipsis") as live:
+            async for view in watch.views(seconds, count):
+                notices += [f"{_clock(view.at)}  {notice}" for notice in view.notices]
+                live.update(_picture(view, notices[-_NOTICES:], channels), refresh=True)
+    else:
+        async for view in watch.views(seconds, count):
+            for notice in view.notices:
+                console.print(Text(f"{_clock(view.at)}  {clean(notice)}"))
+            if view.document is not None:
+                console.print(Text(_clock(view.at)), _tree(view, channels), sep="\n")
+            sys.stdout.flush()
+
+
+def _clock(at: float) -> str:
+    return time.strftime("%H:%M:%S", time.localtime(at))
+
+
+def _as_line(view: View) -> dict[str, Any]:
+    return {
+        "at": view.at,
+        "notices": view.notices,
+        "problem": view.problem,
+        "rates": view.rates,
+        "inspection": view.document,
+    }
+
+
+def _tree(view: View, channels: tuple[str, ...]) -> Tree:
+    assert view.document is not None
+    return render(view.document, channels=channels, rates=view.rates)
+
+
+def _picture(view: View, notices: list[str], channels: tuple[str, ...]) -> RenderableType:
+    above = [Text(clean(notice), style="yellow") for notice in notices]
+    below: RenderableType = Text(clean(view.problem), style="bold") if view.document is None else _tree(view, channels)
+    return Group(Text(_clock(view.at), style="dim"), *above, below)
+
+
+# ---- two of them -----------------------------------------------------------------------------------------------------
+
+
+def _compare(a: str, b: str, *, as_json: bool, packets: int | None, verify: bool) -> None:
+    try:
+        found = run(_difference(a, b, packets, verify=verify))
+    except VmbusError as error:
+        click.echo(f"error: {error}", err=True)
+        sys.exit(TROUBLE)
+    if as_json:
+        _echo_json(found)
+    else:
+        _show_difference(found)
+    sys.exit(0 if found.same else 1)
+
+
+async def _difference(a: str, b: str, packets: int | None, *, verify: bool) -> Difference:
+    found = []
+    for word in (a, b):
+        target = find(word)
+        if verify and isinstance(target, Path):
+            await open_snapshot(target)
+        most = MOST_PACKETS if packets is None and isinstance(target, Running) else packets
+        found.append(await look(target, most))
+    await asyncio.sleep(0)
+    return compare(*found)
+
+
+def _show_difference(found: Difference) -> None:
+    console = _console()
+    for sign, source in (("---", found.a), ("+++", found.b)):
+        when = f" of {source.created}" if source.created else ""
+        console.print(Text(f"{sign} {source.kind} {clean(source.name)}{when}", style="bold"))
+    place = ""
+    for where, what, change in lines(found.changes):
+        if where != place:
+            place = where
+            console.print(Text(clean(where), style="bold cyan"))
+        console.print(_change(what, change))
+    if not found.same:
+        kinds = Counter((change.kind, _is_packet(change)) for change in found.changes)
+        words = [
+            f"{kinds[kind, packets]} {'packets ' if packets else ''}{kind}"
+            for packets in (True, False)
+            for kind in ("removed", "added", "changed")
+            if kinds[kind, packets]
+        ]
+        console.print(Text(f"{counted(len(found.changes), 'difference')}: {', '.join(words)}", style="bold"))
+    if found.truncated:
+        console.print(Text("not everything was compared: not all packets were listed, or too much is different"))
+
+
+def _is_packet(change: Change) -> bool:
+    return len(change.where) == 4 and change.where[0] == "channels" and change.where[2] == "packets"
+
+
+def _change(what: str, change: Change) -> Text:
+    if _is_packet(change) and change.kind != "changed":
+        # The whole packet, as the tree shows it.
+        sign, style, value = ("+", "green", change.after) if change.kind == "added" else ("-", "red", change.before)
+        return Text.assemble((f"  {sign} packet {packet_text(msgspec.convert(value, PacketInfo)).plain}", style))
+    if change.kind == "changed":
+        return Text(f"  ~ {clean(what)}: {_value(change.before)} -> {_value(change.after)}", style="yellow")
+    if change.kind == "added":
+        return Text(f"  + {clean(what)}: {_value(change.after)}", style="green")
+    return Text(f"  - {clean(what)}: {_value(change.before)}", style="red")
+
+
+def _value(value: Any) -> str:
+    text = value if isinstance(value, str) else msgspec.json.encode(value).decode()
+    text = "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."

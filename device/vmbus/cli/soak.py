@@ -1,0 +1,283 @@
+"""The command `soak`: a campaign of random workloads and operations, its progress, its report."""
+
+from __future__ import annotations
+
+import asyncio
+import datetime
+import json
+import re
+import secrets
+import signal
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import click
+import msgspec
+
+from vmbus.cli.terminal import console
+from vmbus.errors import UsageError, VmbusError
+from vmbus.provision import provision
+from vmbus.soak import report as reports
+from vmbus.soak.campaign import CampaignRun, Limits
+from vmbus.soak.engine import Engine, LocalEngine
+from vmbus.soak.environment import describe_environment
+from vmbus.soak.episode import scratch_base
+from vmbus.soak.folder import CAMPAIGN_FILE, Campaign, CampaignFolder, read_campaign
+from vmbus.soak.job import Job
+from vmbus.soak.progress import Figures, LiveView, PlainView, failure_text
+from vmbus.soak.records import FORMAT, Report
+from vmbus.soak.replay import parse_words, replay_command
+from vmbus.soak.schedule import encode_plan, episodes_planned, plan_episode
+from vmbus.soak.settings import Settings, read_values, settings_from
+
+PASSED, FAILED, CANNOT, INTERRUPTED = 0, 1, 2, 3
+"""Exit statuses. CANNOT: it could not begin, or there is nothing to report."""
+STATUS = {"passed": PASSED, "failed": FAILED, "interrupted": INTERRUPTED}
+
+_UNITS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
+
+
+def _seconds(context: click.Context, parameter: click.Parameter, value: str | None) -> float | None:
+    """Seconds, or a number with its unit: 90, 20m, 8h."""
+    if value is None:
+        return None
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd]?)", value)
+    if found is None:
+        raise click.BadParameter(f"{value!r} is no time, such as 90, 20m or 8h", context, parameter)
+    return float(found[1]) * _UNITS[found[2]]
+
+
+@click.command()
+@click.option("--seed", type=click.IntRange(0), help="All of the schedule follows from it (default: one is drawn).")
+@click.option("--operations", type=click.IntRange(1), metavar="N", help="Carry out N operations (default: 100).")
+@click.option(
+    "--seconds", "--for", metavar="TIME", callback=_seconds, help="Instead, begin episodes for so long: 90, 20m, 8h."
+)
+@click.option("--report", "folder", type=click.Path(path_type=Path, file_okay=False), metavar="DIR",
+              help="The campaign's folder; one that was interrupted is gone on with (default: soak-SEED).")  # fmt: skip
+@click.option(
+    "--schedule", type=click.Path(path_type=Path, dir_okay=False), help="Settings from this TOML or JSON file."
+)
+@click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="One setting, such as weights.clone=0.")
+@click.option("--episode", type=click.IntRange(0), metavar="I", help="Only this episode: replays a failure.")
+@click.option(
+    "--parallel", type=click.IntRange(1, 256), metavar="N", help="VMs side by side (default: as the machine allows)."
+)
+@click.option("--scheduler", metavar="ADDRESS", help="Run the episodes on the machines of this Dask scheduler.")
+@click.option("--max-failures", default=Limits().failures, show_default=True, type=click.IntRange(1), metavar="N",
+              help="End after N failed episodes.")  # fmt: skip
+@click.option("--keep", default=Limits().keep_bytes >> 20, show_default=True, type=click.IntRange(1), metavar="MIB",
+              help="Keep so much of each failure, and eight times that of all.")  # fmt: skip
+@click.option("--resume", is_flag=True, help="Go on with the campaign in DIR, with its own settings.")
+@click.option("--plan", "only_plan", is_flag=True, help="Print the schedule, an episode a line, and do nothing.")
+@click.option("--report-only", is_flag=True, help="Only make the report of DIR anew.")
+def soak(
+    seed: int | None,
+    operations: int | None,
+    seconds: float | None,
+    folder: Path | None,
+    schedule: Path | None,
+    assignments: tuple[str, ...],
+    episode: int | None,
+    parallel: int | None,
+    scheduler: str | None,
+    max_failures: int,
+    keep: int,
+    resume: bool,
+    only_plan: bool,
+    report_only: bool,
+) -> None:
+    """Run random workloads and operations on VMs for long, and prove that no packet was lost.
+
+    DIR gets report.html and report.json. The exit status is 0 if all has passed, 1 if something has failed, 2 if the
+    campaign could not begin, 3 if it was interrupted: then the same command goes on with it.
+    """
+    try:
+        if report_only:
+            sys.exit(_show(reports.write(_needed(folder)), _needed(folder)))
+        if resume:
+            if any(one is not None for one in (seed, operations, seconds, schedule, episode)) or assignments:
+                raise UsageError("--resume takes the settings of the folder: leave --seed, --operations and so on away")
+            known = read_campaign(_needed(folder))
+            settings, episode = settings_from(known.settings, str(_needed(folder) / CAMPAIGN_FILE)), known.only
+        else:
+            settings = _settings(seed, operations, seconds, schedule, assignments, folder)
+        if only_plan:
+            _print_plan(settings, episode)
+            return
+        planned = episodes_planned(settings)
+        if episode is not None and planned is not None and episode >= planned:
+            raise UsageError(f"there is no episode {episode}: the campaign has {planned} of them, from 0")
+        folder = folder or Path(f"soak-{settings.seed}")
+        limits = Limits(seconds=settings.seconds, failures=max_failures, keep_bytes=keep << 20)
+        status = asyncio.run(_campaign(settings, folder, episode, limits, parallel, scheduler))
+    except (VmbusError, OSError) as error:
+        click.echo(f"error: {error}", err=True)
+        sys.exit(CANNOT)
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
+    sys.exit(status)
+
+
+def _needed(folder: Path | None) -> Path:
+    if folder is None:
+        raise UsageError("which campaign? name its folder with --report DIR")
+    return folder
+
+
+def _settings(
+    seed: int | None,
+    operations: int | None,
+    seconds: float | None,
+    schedule: Path | None,
+    assignments: tuple[str, ...],
+    folder: Path | None,
+) -> Settings:
+    """From the schedule file, then the command line. Without a seed: that of the folder, or a new one."""
+    values: dict[str, Any] = {} if schedule is None else read_values(schedule)
+    values = parse_words(values, assignments)
+    if operations is not None:
+        values = {**values, "operations": operations, "seconds": None}
+    if seconds is not None:
+        values = {**values, "seconds": seconds, "operations": None}
+    if operations is not None and seconds is not None:
+        raise UsageError("--operations and --seconds exclude each other")
+    if seed is not None:
+        values["seed"] = seed
+    elif "seed" not in values:
+        there = folder is not None and (folder / CAMPAIGN_FILE).exists()
+        values["seed"] = read_campaign(folder).seed if folder is not None and there else secrets.randbelow(1 << 31)
+    return settings_from(values, "settings" if schedule is None else str(schedule))
+
+
+def _print_plan(settings: Settings, episode: int | None) -> None:
+    planned = episodes_planned(settings)
+    for index in [episode] if episode is not None else range(10 if planned is None else planned):
+        click.echo(json.dumps(json.loads(encode_plan(plan_episode(settings, settings.seed, index)))))
+
+
+class _Row:
+    """The episodes of these settings, as jobs."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+
+    @property
+    def planned(self) -> int | None:
+        return episodes_planned(self._settings)
+
+    def job(self, episode: int) -> Job:
+        plan = plan_episode(self._settings, self._settings.seed, episode)
+        return Job(episode=episode, seed=plan.seed, plan=encode_plan(plan))
+
+
+async def _campaign(
+    settings: Settings, path: Path, episode: int | None, limits: Limits, parallel: int | None, scheduler: str | None
+) -> int:
+    """Run the campaign in its folder and show how it goes. Returns the exit status."""
+    provisioned = await asyncio.to_thread(provision)
+    row = _Row(settings)
+    plain: dict[str, Any] = msgspec.to_builtins(settings)
+    campaign = Campaign(
+        format=FORMAT,
+        seed=settings.seed,
+        started=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        settings=plain,
+        environment=describe_environment(provisioned),
+        episodes_planned=1 if episode is not None else row.planned,
+        only=episode,
+    )
+    engine = await _engine(parallel, scheduler)
+    try:
+        folder = CampaignFolder.open(path, campaign)
+    except BaseException:
+        await engine.close()
+        raise
+    with ExitStack() as stack:
+        stack.callback(folder.close)
+        there = folder.campaign.environment.project
+        if there != campaign.environment.project:
+            folder.problems.append(
+                f"the campaign was begun with version {there}, this is {campaign.environment.project}: "
+                "the same seed may be another schedule now"
+            )
+        title = f"soak: seed {settings.seed}, {engine.description}, into {path}"
+        total = (
+            len(plan_episode(settings, settings.seed, episode).operations) if episode is not None else settings.total
+        )
+        figures = Figures(planned=total, seconds=settings.seconds, before=folder.state.ran)
+        view: LiveView | PlainView
+        if console.is_terminal:
+            view = LiveView(figures, console, str(path), title)
+        else:
+            view = PlainView(figures, _print_line, str(path))
+            _print_line(title)
+        stack.enter_context(view)
+        run = CampaignRun(
+            folder,
+            row,
+            engine,
+            view,
+            limits=limits,
+            scratch=None if scheduler else scratch_base(),
+            replay=lambda index: replay_command(plain, index, path),
+            report=lambda: reports.write(path),
+        )
+        _on_signals(run)
+        try:
+            await run.run()
+        finally:
+            await engine.close()
+    return _show(reports.build(path), path)
+
+
+async def _engine(parallel: int | None, scheduler: str | None) -> Engine:
+    if scheduler is None:
+        return LocalEngine(parallel)
+    from vmbus.soak.dask import DaskEngine
+
+    return await DaskEngine.connect(scheduler, parallel)
+
+
+def _on_signals(run: CampaignRun) -> None:
+    """The first signal ends the campaign in good order, the second at once."""
+    signals = 0
+
+    def on_signal(number: signal.Signals) -> None:
+        nonlocal signals
+        signals += 1
+        if signals == 1:
+            run.interrupt(f"interrupted by {number.name}")
+        else:
+            run.abort()
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        asyncio.get_running_loop().add_signal_handler(number, on_signal, number)
+
+
+def _print_line(text: str) -> None:
+    # click's echo, not rich: lines are never wrapped, and a log gets them at once.
+    click.echo(text, err=True)
+
+
+def _show(report: Report, folder: Path) -> int:
+    """Print the verdict, and how to see each failure again. Returns the exit status."""
+    for failure in report.failures:
+        record = next((one for one in report.episode_records if one.episode == failure.episode), None)
+        if record is not None:
+            record.failure, record.kept = failure.message, failure.kept
+            click.echo(failure_text(record, str(folder), failure.replay))
+        else:
+            click.echo(f"FAILED  episode {failure.episode}: {failure.message}\n        replay: {failure.replay}")
+    for text in report.missing:
+        click.echo(f"missing: {text}")
+    kinds = ", ".join(f"{sum(count.values())} {kind}" for kind, count in report.by_kind.items())
+    click.echo(
+        f"{report.verdict.upper()}  seed {report.seed}: {report.operations} operations in {report.seconds:.0f} s"
+        + (f" ({kinds})" if kinds else "")
+        + f"; {report.packets} packets carried over, {report.transactions} transactions exactly once; "
+        f"{len(report.failures)} failures\nreport: {folder / reports.HTML_NAME}"
+    )
+    return STATUS[report.verdict]

@@ -1,0 +1,253 @@
+"""A pytest plugin: fixtures for tests of VMs, and of a device and its guest without a VM. docs/pytest.md is the manual.
+
+It is there once the package is installed; from a checkout, ask for it: `-p vmbus.pytest_plugin`, or in a conftest.py
+`pytest_plugins = ["vmbus.pytest_plugin"]`. It changes nothing for tests that use none of its fixtures.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Generator, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from vmbus.loopback.pair import LoopbackPair
+    from vmbus.qemu.blocking import BlockingVm, LoopThread
+    from vmbus.qemu.command_line import Programs
+    from vmbus.qemu.description import VmDescription
+    from vmbus.vfio_user.library import Library
+
+_PREFIX = "vmbus-pytest-"
+_OWNER = "owner.json"
+_LOG_LINES = 30
+
+_SUBJECTS: pytest.StashKey[list[BlockingVm]] = pytest.StashKey()
+"""The VMs of a test, for its report."""
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """--vmbus-config, and the same in the configuration file."""
+    group = parser.getgroup("vmbus", "VMs and devices")
+    text = "VM description for tests that name none: a .toml file, or one of those that come with the project"
+    group.addoption("--vmbus-config", metavar="CONFIG", help=text)
+    parser.addini("vmbus_config", text, default="demo")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """The marker."""
+    config.addinivalue_line(
+        "markers",
+        "vmbus(config=..., audit=False): which VM the fixture vmbus_vm gives (a description, its path or name), and "
+        "whether audit records are kept",
+    )
+
+
+# ---- what is there for the whole run ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def vmbus_library() -> Library:
+    """The libvfio-user that VMBUS_LIBVFIO_USER names, else the one that set-up has found or built."""
+    from vmbus.provision.libvfio_user import find_library
+    from vmbus.vfio_user.library import ENVIRONMENT_VARIABLE, load
+
+    named = os.environ.get(ENVIRONMENT_VARIABLE)
+    return load(Path(named) if named else find_library())
+
+
+@pytest.fixture(scope="session")
+def vmbus_programs() -> Programs:
+    """QEMU, the guest's files and the rest of what a VM needs; set up first where that has not been done."""
+    from vmbus.provision import provision
+    from vmbus.qemu.command_line import programs_from
+
+    return programs_from(provision())
+
+
+class _Booted:
+    """Guests that were booted once in this run: a snapshot of each description, from which each test gets its VM."""
+
+    def __init__(self, thread: LoopThread, programs: Programs, folder: Path) -> None:
+        self.thread = thread
+        self.programs = programs
+        self._folder = folder
+        self._snapshots: dict[tuple[bytes, bool], Path] = {}
+
+    def vm(self, description: VmDescription, *, audit: Path | None, capture: Path | None) -> BlockingVm:
+        """A VM as it was right after its boot."""
+        import msgspec
+
+        from vmbus.qemu.blocking import BlockingVm
+
+        key = (msgspec.json.encode(description), audit is not None)
+        if key not in self._snapshots:
+            self._snapshots[key] = self._boot(description, audit is not None, self._folder / str(len(self._snapshots)))
+        folder = self._snapshots[key]
+        vm = BlockingVm.restored_from(
+            self.thread, folder / "snapshot", self.programs, audit=audit, capture=capture, clone=True
+        )
+        if audit is not None:
+            vm.audit_before.append(folder / "audit")
+        return vm
+
+    def _boot(self, description: VmDescription, audited: bool, folder: Path) -> Path:
+        from vmbus.qemu.blocking import BlockingVm
+
+        folder.mkdir(mode=0o700)
+        audit = folder / "audit" if audited else None
+        with BlockingVm.launch(self.thread, description, self.programs, audit=audit) as vm:
+            vm.call(vm.machine.save(folder / "snapshot"))
+        return folder
+
+
+@pytest.fixture(scope="session")
+def vmbus_booted(vmbus_programs: Programs) -> Iterator[_Booted]:
+    """For the other fixtures."""
+    from vmbus.qemu.blocking import LoopThread
+
+    _clear_abandoned()
+    folder = Path(tempfile.mkdtemp(prefix=_PREFIX))
+    thread = LoopThread()
+    try:
+        _own(folder)
+        yield _Booted(thread, vmbus_programs, folder)
+    finally:
+        thread.close()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _own(folder: Path) -> None:
+    import msgspec
+
+    from vmbus.qemu.process import Owner
+
+    (folder / _OWNER).write_bytes(msgspec.json.encode(Owner.current()))
+
+
+def _clear_abandoned() -> None:
+    """Remove what killed runs of this user have left: their processes are gone with them, their snapshots are not."""
+    import msgspec
+
+    from vmbus.qemu.process import Owner
+
+    for folder in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
+        with contextlib.suppress(OSError, msgspec.MsgspecError):
+            status = folder.lstat()
+            if status.st_uid == os.getuid() and not folder.is_symlink():
+                owner = msgspec.json.decode((folder / _OWNER).read_bytes(), type=Owner)
+                if not owner.alive():
+                    shutil.rmtree(folder, ignore_errors=True)
+
+
+# ---- what a test asks for --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def vmbus_vms(
+    request: pytest.FixtureRequest, vmbus_booted: _Booted, tmp_path: Path
+) -> Iterator[Callable[..., BlockingVm]]:
+    """Call it for a VM: `vmbus_vms(config="demo", audit=False, capture=None)`. All of them end with the test."""
+    from vmbus.qemu.description import VmDescription
+
+    vms: list[BlockingVm] = []
+    request.node.stash[_SUBJECTS] = vms
+
+    def make(
+        config: str | Path | VmDescription | None = None, *, audit: bool = False, capture: Path | None = None
+    ) -> BlockingVm:
+        description = config if isinstance(config, VmDescription) else _description(request.config, config)
+        records = tmp_path / f"audit-{len(vms)}" if audit else None
+        vms.append(vmbus_booted.vm(description, audit=records, capture=capture))
+        return vms[-1]
+
+    try:
+        yield make
+    finally:
+        try:
+            _tell(request, vms)
+        finally:
+            for vm in vms:
+                vm.kill()
+
+
+@pytest.fixture
+def vmbus_vm(request: pytest.FixtureRequest, vmbus_vms: Callable[..., BlockingVm]) -> BlockingVm:
+    """A running VM (`vmbus.qemu.blocking.BlockingVm`), as it is right after its boot."""
+    marker = request.node.get_closest_marker("vmbus")
+    return vmbus_vms(**(marker.kwargs if marker is not None else {}))
+
+
+@pytest.fixture
+def vmbus_loopback(request: pytest.FixtureRequest, vmbus_library: Library) -> Iterator[Callable[..., LoopbackPair]]:
+    """Call it for a device and its guest without a VM: with kinds of providers, and their options by kind, as in
+    `vmbus_loopback("echo", echo={"hold": 8})`, or with a `DeviceDescription`. All of them end with the test."""
+    from vmbus.description import DeviceDescription
+    from vmbus.loopback.harness import describe
+    from vmbus.loopback.pair import LoopbackPair
+
+    pairs: list[LoopbackPair] = []
+
+    def make(*kinds: str | DeviceDescription, capture: Path | None = None, **options: dict[str, Any]) -> LoopbackPair:
+        first = kinds[0] if kinds else None
+        if isinstance(first, DeviceDescription):
+            description = first
+        else:
+            description = describe(*(kind for kind in kinds if isinstance(kind, str)), **options)
+        pairs.append(LoopbackPair(description, vmbus_library, capture=capture))
+        return pairs[-1]
+
+    try:
+        yield make
+    finally:
+        properties = request.node.user_properties
+        properties.append(("vmbus_save_restores", sum(pair.saves for pair in pairs)))
+        properties.append(("vmbus_packets", sum(pair.packets for pair in pairs)))
+        for pair in pairs:
+            pair.close()
+
+
+def _description(config: pytest.Config, wanted: str | Path | None) -> VmDescription:
+    from vmbus.cli.vm import CONFIGURATIONS
+    from vmbus.qemu.description import find_description, load_description
+
+    name = str(wanted or config.getoption("--vmbus-config") or config.getini("vmbus_config"))
+    found = find_description(name, CONFIGURATIONS)
+    if not found.is_absolute() and not found.exists():
+        found = config.rootpath / found
+    return load_description(found)
+
+
+# ---- what a test's report says ---------------------------------------------------------------------------------------
+
+
+def _tell(request: pytest.FixtureRequest, vms: list[BlockingVm]) -> None:
+    """Figures for the report of the test: with --junitxml they are properties of its case."""
+    operations = [operation for vm in vms for operation in vm.operations]
+    properties: list[tuple[str, object]] = request.node.user_properties
+    properties.append(("vmbus_vms", len(vms)))
+    properties.append(("vmbus_operations", len(operations)))
+    for kind in sorted({operation.kind for operation in operations}):
+        properties.append((f"vmbus_operations_{kind}", sum(one.kind == kind for one in operations)))
+    properties.append(("vmbus_transactions", sum(vm.transactions for vm in vms)))
+    for state in ("queued", "sent"):
+        properties.append((f"vmbus_in_flight_{state}", sum(one.packets.get(state, 0) for one in operations)))
+    downtimes = [one.downtime for one in operations if one.downtime is not None]
+    if downtimes:
+        properties.append(("vmbus_downtime_max_s", f"{max(downtimes):.3f}"))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """The ends of a VM's logs, where a test of it has failed."""
+    report = yield
+    if report.failed:
+        for vm in item.stash.get(_SUBJECTS, []):
+            for name, text in vm.logs(_LOG_LINES).items():
+                report.sections.append((f"{name} of VM {vm.name!r}", text))
+    return report

@@ -1,0 +1,229 @@
+"""One episode of a campaign: a VM is booted, its workloads start, the plan's operations are carried out one after the
+other while they run, then the workloads are stopped and all books are compared.
+
+The first thing that goes wrong ends the episode: what would come after it says nothing any more. What is left in its
+folder then, for people: ``plan.json`` (written by whoever runs it), ``logs/NNN`` of each VM in the order of their
+starts, ``audit`` with the records of both ends, ``snapshot`` (the last one), ``inspect.json`` and ``guest.json`` (what
+the server and the guest said last), and ``traceback.txt`` for an error that nobody foresaw.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import shutil
+import traceback
+from pathlib import Path
+
+import msgspec
+
+from vmbus.errors import VmbusError, WaitTimeout
+from vmbus.providers.loading import ALLOW_VARIABLE
+from vmbus.provision import provision
+from vmbus.qemu.command_line import Programs, programs_from
+from vmbus.qemu.process import RunDirectory, private_base
+from vmbus.snapshot.bundle import utc_now
+from vmbus.soak.operations import OPERATIONS, Figures
+from vmbus.soak.records import EpisodeRecord, OperationRecord, Verdict, WorkloadRecord
+from vmbus.soak.schedule import LOSSY_PROVIDER, EpisodePlan, OperationPlan
+from vmbus.soak.sink import Sink
+from vmbus.soak.stage import Stage, flight
+
+SAMPLE_INTERVAL = 0.5
+"""Seconds between two samples."""
+MOST_SAMPLES = 2000
+STOP_PATIENCE = 15.0
+"""Seconds that an operation has to end when the episode is interrupted."""
+_BOOT_SECONDS = 300.0
+_KEEP_SECONDS = 30.0  # for each thing that is asked of a VM after a failure
+
+
+def scratch_base() -> Path:
+    """Where the large files of running episodes are. Raises EnvironmentProblem if it cannot be made."""
+    return private_base("vmbus-soak", large=True)
+
+
+async def run_episode(
+    plan: EpisodePlan,
+    folder: Path,
+    sink: Sink,
+    *,
+    stop: asyncio.Event | None = None,
+    programs: Programs | None = None,
+) -> EpisodeRecord:
+    """Carry out a plan. What is kept of a failure is in `folder`; nothing of the episode runs on when this returns.
+
+    `stop`: once set, the episode ends early. Whatever goes wrong is in the record; raises only what prevents an episode
+    from beginning (EnvironmentProblem, UsageError).
+    """
+    started = utc_now()
+    if programs is None:
+        programs = programs_from(await asyncio.to_thread(provision))
+    if plan.sabotage:
+        os.environ[ALLOW_VARIABLE] = LOSSY_PROVIDER  # what a snapshot may ask for
+    scratch = RunDirectory.create(f"e{plan.episode}", base=scratch_base())
+    stage = Stage(plan, folder, scratch.path, programs, sink)
+    episode = _Episode(stage, stop or asyncio.Event())
+    sampling = asyncio.create_task(stage.sample(SAMPLE_INTERVAL, MOST_SAMPLES), name="samples")
+    try:
+        await episode.run()
+        if episode.failure:
+            await episode.keep()
+    finally:
+        sampling.cancel()
+        await asyncio.wait({sampling})
+        await stage.end()
+        await asyncio.to_thread(scratch.remove)
+    return EpisodeRecord(
+        episode=plan.episode,
+        seed=plan.seed,
+        verdict=episode.verdict,
+        started=started,
+        seconds=stage.now,
+        workloads=episode.workloads,
+        operations=episode.operations,
+        audit=episode.audit,
+        samples=stage.samples,
+        failure=episode.failure,
+    )
+
+
+class _Episode:
+    def __init__(self, stage: Stage, stop: asyncio.Event) -> None:
+        self._stage = stage
+        self._stop = stop
+        self.failure = ""
+        self.operations = 0
+        self.workloads: list[WorkloadRecord] = []
+        self.audit = ""
+
+    @property
+    def verdict(self) -> Verdict:
+        if self.failure:
+            return "failed"
+        return "interrupted" if self._stop.is_set() else "passed"
+
+    async def run(self) -> None:
+        """All of it, up to the first failure."""
+        stage = self._stage
+        work = asyncio.create_task(self._all(), name="episode")
+        stopping = asyncio.create_task(self._stop.wait(), name="interruption")
+        try:
+            await asyncio.wait({work, stopping}, return_when=asyncio.FIRST_COMPLETED)
+            if not work.done():
+                stage.event("the episode is interrupted")
+                await asyncio.wait({work}, timeout=STOP_PATIENCE)
+        finally:
+            stopping.cancel()
+            work.cancel()
+            await asyncio.wait({work, stopping})
+        if not work.cancelled() and (error := work.exception()) is not None:
+            self._fail("", error)
+
+    async def _all(self) -> None:
+        stage, plan = self._stage, self._stage.plan
+        stage.sink.phase("boot")
+        async with asyncio.timeout(_BOOT_SECONDS):
+            await stage.boot()
+        stage.event(f"the VM is up, with {', '.join(one.driver for one in plan.workloads)}")
+        for number, operation in enumerate(plan.operations):
+            if self._stop.is_set() or self.failure:
+                return
+            await self._carry_out(number, operation)
+        if self._stop.is_set() or self.failure:
+            return
+        stage.sink.phase("end of the workloads")
+        await stage.until_loaded(stage.here, 1, plan.operation_seconds)
+        self.workloads, self.audit, wrong = await stage.finish(stage.here)
+        if wrong:
+            self.failure = f"at the end: {'; '.join(wrong)}"
+            stage.event(self.failure, serious=True)
+
+    async def _carry_out(self, number: int, operation: OperationPlan) -> None:
+        stage, plan = self._stage, self._stage.plan
+        words = ", ".join(f"{key} {value}" for key, value in operation.parameters.items())
+        text = f"operation {number}, {operation.kind}" + (f" ({words})" if words else "")
+        stage.sink.phase(text)
+        begin = stage.now
+        figures = Figures(outcome="failed")
+        before = None
+        try:
+            async with asyncio.timeout(plan.operation_seconds):
+                status = await stage.until_loaded(stage.here, operation.after, plan.operation_seconds)
+                before = flight(status)
+                begin = stage.now
+                figures = await OPERATIONS[operation.kind](stage, operation.parameters)
+                seconds = stage.now - begin
+                # What the operation broke shows at once, and is told of this one and not of the next.
+                await stage.until_loaded(stage.here, 1, plan.operation_seconds)
+            self.operations += 1
+        except Exception as error:
+            seconds = stage.now - begin
+            if isinstance(error, TimeoutError):
+                error = WaitTimeout(f"{text} to end", plan.operation_seconds)
+            figures = Figures(outcome="failed", message=str(error) or repr(error))
+            self._fail(text, error)
+        stage.sink.operation(
+            OperationRecord(
+                episode=plan.episode,
+                number=number,
+                kind=operation.kind,
+                parameters=operation.parameters,
+                outcome=figures.outcome,
+                at=begin,
+                seconds=round(seconds, 3),
+                downtime=_rounded(figures.downtime),
+                save_seconds=_rounded(figures.save_seconds),
+                restore_seconds=_rounded(figures.restore_seconds),
+                memory_bytes=figures.memory_bytes,
+                state_bytes=figures.state_bytes,
+                packets=figures.packets or before or {},
+                message=figures.message,
+            )
+        )
+
+    def _fail(self, where: str, error: BaseException) -> None:
+        text = str(error) or repr(error)
+        if isinstance(error, TimeoutError) and not isinstance(error, VmbusError):
+            text = f"it took longer than it may: {error!r}"
+        self.failure = self.failure or (f"{where}: {text}" if where else text)
+        self._stage.event(self.failure, serious=True)
+        if not isinstance(error, (VmbusError, OSError, TimeoutError)):
+            with contextlib.suppress(OSError):
+                _write(self._stage.folder / "traceback.txt", "".join(traceback.format_exception(error)).encode())
+
+    async def keep(self) -> None:
+        """What people will want to see of a failure, as far as it can be had."""
+        stage = self._stage
+        stage.sink.phase("keeping what is left of the failure")
+        subject = stage.subject
+        if subject is not None and not subject.vm.ended:
+            vm = subject.vm
+            with contextlib.suppress(VmbusError, OSError, TimeoutError):
+                async with asyncio.timeout(_KEEP_SECONDS):
+                    _write(stage.folder / "inspect.json", _json(await vm.call_server("inspect")))
+            with contextlib.suppress(VmbusError, OSError, TimeoutError):
+                async with asyncio.timeout(_KEEP_SECONDS):
+                    _write(stage.folder / "guest.json", _json(await vm.call_agent("poll", job=subject.life.job)))
+            with contextlib.suppress(VmbusError, OSError, TimeoutError):
+                async with asyncio.timeout(_KEEP_SECONDS):
+                    if stage.audit is not None and not self.audit:
+                        await vm.collect_audit()
+        if stage.snapshot is not None:
+            with contextlib.suppress(OSError):
+                await asyncio.to_thread(shutil.move, stage.snapshot.directory, stage.folder / "snapshot")
+
+
+def _rounded(seconds: float | None) -> float | None:
+    return None if seconds is None else round(seconds, 4)
+
+
+def _json(value: object) -> bytes:
+    return msgspec.json.format(msgspec.json.encode(value), indent=2) + b"\n"
+
+
+def _write(path: Path, data: bytes) -> None:
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(data)

@@ -1,0 +1,406 @@
+"""A campaign's folder: what is written down, and what of it survives a crash, a full disk and a second sitting.
+
+    campaign.json       what the campaign is (`Campaign`): it cannot be gone on with under other settings
+    state.json          how far it has come (`records.State`)
+    operations.jsonl    one `records.OperationRecord` a line      events.jsonl  `records.EventRecord`
+    episodes.jsonl      one `records.EpisodeRecord` a line: an episode without one, or with an interrupted one, is run
+    episodes/NNNNN/     the working folder of a running episode; removed when it has passed
+    failures/NNNNN/     what was kept of a failed one (`keep`)
+    missing.json        what could not be written, as text; only there if there is such a thing
+    report.html, report.json    made of all that
+    lock                held by the process that writes here
+    reserve             space for the records' last lines, given up when the disk is full
+
+A line is written whole or not at all: what a full disk leaves of one is taken back at once, what a crash leaves of one
+at the next opening. Lines that find no room wait in memory, in order, and are written as soon as there is room.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import shutil
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import msgspec
+
+from vmbus.errors import EnvironmentProblem, UsageError
+from vmbus.provision.cache import publish_bytes
+from vmbus.soak.records import FORMAT, Environment, EpisodeRecord, EventRecord, OperationRecord, State
+
+CAMPAIGN_FILE = "campaign.json"
+STATE_FILE = "state.json"
+MISSING_FILE = "missing.json"
+RESERVE = 4 << 20
+"""Bytes that are kept free for records: some ten thousand operations."""
+WAITING_LIMIT = 100_000
+"""Lines that wait for room in memory, at most (some 50 MiB). Further ones are counted as missing."""
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+
+T = TypeVar("T")
+Journal = Literal["operations", "events", "episodes"]
+JOURNALS: tuple[Journal, ...] = ("operations", "events", "episodes")
+
+
+class Campaign(msgspec.Struct, kw_only=True):
+    """`campaign.json`: which campaign this is."""
+
+    format: int = FORMAT
+    seed: int
+    started: str
+    """UTC, as ISO 8601."""
+    settings: dict[str, Any]
+    environment: Environment
+    episodes_planned: int | None = None
+    """None when it runs for a time."""
+    only: int | None = None
+    """The one episode that is replayed."""
+
+
+class _Format(msgspec.Struct):
+    format: int
+
+
+def read_campaign(path: Path) -> Campaign:
+    """What campaign the folder `path` holds. Raises `UsageError` when there is none, or one of another version."""
+    file = path / CAMPAIGN_FILE
+    try:
+        data = file.read_bytes()
+    except FileNotFoundError:
+        raise UsageError(f"{path} is no folder of a campaign: it has no {CAMPAIGN_FILE}") from None
+    except OSError as error:
+        raise EnvironmentProblem(f"cannot read {file}: {error.strerror}") from error
+    try:
+        found = msgspec.json.decode(data, type=_Format).format
+    except msgspec.DecodeError as error:
+        raise UsageError(
+            f"{file} is damaged ({error}); its records are beside it, a new campaign needs a new folder"
+        ) from error
+    if found != FORMAT:
+        raise UsageError(
+            f"{path} holds a campaign of format {found}, this version reads and writes {FORMAT}: "
+            "go on with the version that began it, or choose a new folder"
+        )
+    try:
+        return msgspec.json.decode(data, type=Campaign)
+    except msgspec.DecodeError as error:
+        raise UsageError(
+            f"{file} is damaged ({error}); its records are beside it, a new campaign needs a new folder"
+        ) from error
+
+
+def read_state(path: Path) -> State:
+    """How far the campaign has come; the beginning, if that cannot be read."""
+    try:
+        return msgspec.json.decode((path / STATE_FILE).read_bytes(), type=State)
+    except (OSError, msgspec.DecodeError):
+        return State()
+
+
+def episode_name(episode: int) -> str:
+    """The name of an episode's folder."""
+    return f"{episode:05}"
+
+
+class _Lines:
+    """One journal: appends whole lines, and takes back what became of one that found no room."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self.descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise EnvironmentProblem(f"cannot write {path}: {error.strerror}") from error
+        self.torn = self._cut_torn_line()
+
+    def _cut_torn_line(self) -> int:
+        """Take away a last line without its end, which a crash has left. Returns how many bytes that were."""
+        size = os.fstat(self.descriptor).st_size
+        end = size
+        while end > 0:
+            start = max(0, end - 65536)
+            found = os.pread(self.descriptor, end - start, start).rfind(b"\n")
+            if found >= 0:
+                end = start + found + 1
+                break
+            end = start
+        if end < size:
+            os.ftruncate(self.descriptor, end)
+        return size - end
+
+    def append(self, line: bytes, *, sync: bool) -> None:
+        """Write one line. Raises OSError, and then nothing of it is there."""
+        before = os.fstat(self.descriptor).st_size
+        try:
+            rest = memoryview(line)
+            while rest:
+                rest = rest[os.write(self.descriptor, rest) :]
+            if sync:
+                os.fsync(self.descriptor)
+        except OSError:
+            os.ftruncate(self.descriptor, before)
+            raise
+
+    def close(self) -> None:
+        os.close(self.descriptor)
+
+
+class CampaignFolder:
+    """The folder of a campaign that this process runs. Use `open`, and `close` it.
+
+    `problems` has texts of what went wrong with the folder, for people; whoever shows them empties it.
+    """
+
+    def __init__(self, path: Path, campaign: Campaign, lock: int) -> None:
+        """Use `open`."""
+        self.path = path
+        self.campaign = campaign
+        self.state = read_state(path)
+        self.problems: list[str] = []
+        self._lock = lock
+        self._waiting: deque[tuple[Journal, bytes]] = deque()
+        self._lost = 0
+        self._full = False
+        self._journals = {name: _Lines(path / f"{name}.jsonl") for name in JOURNALS}
+        for name, lines in self._journals.items():
+            if lines.torn:
+                self.problems.append(
+                    f"{name}.jsonl ended in the middle of a record ({lines.torn} bytes), which is gone"
+                )
+        self.resumed = bool(self.state.ran)
+        self._reserve()
+
+    @classmethod
+    def open(cls, path: Path, campaign: Campaign) -> CampaignFolder:
+        """Begin `campaign` in the new or empty folder `path`, or go on with it where it is that of the same one.
+
+        Raises `UsageError` for a folder of something else, of another version, of other settings, or in use, and
+        `EnvironmentProblem` when it cannot be written.
+        """
+        path = path.absolute()
+        try:
+            path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            found = {entry.name for entry in path.iterdir()}
+        except OSError as error:
+            raise EnvironmentProblem(f"cannot make the campaign's folder {path}: {error.strerror}") from error
+        if CAMPAIGN_FILE not in found and found - {"lock"}:
+            raise UsageError(f"{path} holds other things than a campaign; choose a new or an empty folder")
+        lock = _lock(path)
+        try:
+            if CAMPAIGN_FILE in found:
+                campaign = _same(path, read_campaign(path), campaign)
+            else:
+                try:
+                    path.chmod(0o700)
+                    publish_bytes(path / CAMPAIGN_FILE, _pretty(campaign))
+                    for name in ("episodes", "failures"):
+                        (path / name).mkdir(mode=0o700, exist_ok=True)
+                    _sync_directory(path)
+                except OSError as error:
+                    raise EnvironmentProblem(f"cannot write in {path}: {error.strerror}") from error
+            return cls(path, campaign, lock)
+        except BaseException:
+            os.close(lock)
+            raise
+
+    def close(self) -> None:
+        """Writes what waits, if it can, and lets go of the folder."""
+        self.flush()
+        for lines in self._journals.values():
+            lines.close()
+        (self.path / "reserve").unlink(missing_ok=True)
+        os.close(self._lock)
+
+    # --- records ---------------------------------------------------------------------------------------------------
+
+    def write(self, record: OperationRecord | EventRecord | EpisodeRecord) -> None:
+        """Write one record down. Never raises for want of room: then it waits (see `waiting`)."""
+        journal: Journal = "operations"
+        if isinstance(record, EventRecord):
+            journal = "events"
+        elif isinstance(record, EpisodeRecord):
+            journal = "episodes"
+        if len(self._waiting) >= WAITING_LIMIT:
+            self._lost += 1
+        else:
+            self._waiting.append((journal, msgspec.json.encode(record) + b"\n"))
+        self.flush()
+
+    def flush(self) -> bool:
+        """Write what waits for room. Returns whether nothing waits any more."""
+        while self._waiting:
+            journal, line = self._waiting[0]
+            try:
+                self._journals[journal].append(line, sync=journal == "episodes")
+            except OSError as error:
+                if self._give_up_reserve():
+                    continue
+                if not self._full:
+                    self._full = True
+                    self.problems.append(
+                        f"cannot write {self._journals[journal].path}: {error.strerror}; records wait in memory until "
+                        "there is room"
+                    )
+                return False
+            self._waiting.popleft()
+        if self._full:
+            self._full = False
+            self.problems.append("there is room again: all records that waited are written")
+            self._reserve()
+        return True
+
+    @property
+    def waiting(self) -> int:
+        """Records that are only in memory."""
+        return len(self._waiting)
+
+    def missing(self) -> list[str]:
+        """What could not be written, for people."""
+        said = []
+        if self._waiting:
+            said.append(f"{len(self._waiting)} records, which found no room on the disk")
+        if self._lost:
+            said.append(f"{self._lost} records, which found no room on the disk and then none in memory")
+        return said
+
+    def finished(self) -> dict[int, EpisodeRecord]:
+        """The last record of each episode that need not be run again. Lines that are no records are left out."""
+        last: dict[int, EpisodeRecord] = {}
+        decoder = msgspec.json.Decoder(EpisodeRecord)
+        with (self.path / "episodes.jsonl").open("rb") as file:
+            for number, line in enumerate(file, 1):
+                try:
+                    record = decoder.decode(line)
+                except msgspec.DecodeError as error:
+                    self.problems.append(f"line {number} of episodes.jsonl is no record: {error}")
+                    continue
+                last[record.episode] = record
+        return {number: record for number, record in last.items() if record.verdict != "interrupted"}
+
+    def publish(self, name: str, data: bytes) -> None:
+        """Replace a small file as a whole. Raises OSError when there is no room even without the reserve."""
+        self.with_room(lambda: publish_bytes(self.path / name, data))
+
+    def with_room(self, write: Callable[[], T]) -> T:
+        """Call `write`, which may be called twice: when the disk is full, the reserve is given up for it."""
+        try:
+            return write()
+        except OSError as error:
+            if error.errno not in NO_ROOM or not self._give_up_reserve():
+                raise
+            return write()
+
+    def save_state(self) -> None:
+        """Write `state.json` (and `missing.json`, if something is). A full disk leaves the last ones."""
+        said = self.missing()
+        with contextlib.suppress(OSError):
+            self.publish(STATE_FILE, _pretty(self.state))
+            if said:
+                self.publish(MISSING_FILE, msgspec.json.encode(said))
+            else:
+                (self.path / MISSING_FILE).unlink(missing_ok=True)
+
+    # --- the folders of episodes -------------------------------------------------------------------------------------
+
+    def working(self, episode: int) -> Path:
+        """A new, empty working folder of an episode. What an earlier, cut off run of it left is removed."""
+        path = self.path / "episodes" / episode_name(episode)
+        try:
+            if path.exists():
+                shutil.rmtree(path)
+            path.mkdir(mode=0o700, parents=True)
+        except OSError as error:
+            raise EnvironmentProblem(f"cannot make {path}: {error.strerror}") from error
+        return path
+
+    def discard(self, working: Path) -> None:
+        """Remove the working folder of an episode that has passed, or that will be run again."""
+        shutil.rmtree(working, ignore_errors=True)
+
+    def keep(self, working: Path) -> str:
+        """Move the working folder of a failed episode to those that are kept; returns where, relative to the folder."""
+        kept = self.path / "failures"
+        kept.mkdir(mode=0o700, exist_ok=True)
+        number = 1
+        while (target := kept / (working.name if number == 1 else f"{working.name}-{number}")).exists():
+            number += 1
+        try:
+            working.rename(target)
+        except OSError as error:
+            self.problems.append(f"cannot move {working} to {target}: {error.strerror}")
+            target = working
+        return str(target.relative_to(self.path))
+
+    # --- room ------------------------------------------------------------------------------------------------------
+
+    def _reserve(self) -> None:
+        with contextlib.suppress(OSError):
+            descriptor = os.open(self.path / "reserve", os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            try:
+                os.posix_fallocate(descriptor, 0, RESERVE)
+            finally:
+                os.close(descriptor)
+
+    def _give_up_reserve(self) -> bool:
+        """Free the reserve; False if there is none any more."""
+        try:
+            (self.path / "reserve").unlink()
+        except OSError:
+            return False
+        self.problems.append("the disk is full: the reserve for records is given up")
+        return True
+
+
+def _lock(path: Path) -> int:
+    try:
+        descriptor = os.open(path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise EnvironmentProblem(f"cannot write in {path}: {error.strerror}") from error
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        raise UsageError(
+            f"another process runs the campaign in {path}; choose another folder, or wait for it"
+        ) from None
+    return descriptor
+
+
+def _same(path: Path, there: Campaign, wanted: Campaign) -> Campaign:
+    """The campaign of the folder, if it is the one that is wanted."""
+    differences = [
+        f"{name} is {getattr(there, name)} there and {getattr(wanted, name)} here"
+        for name in ("seed", "only")
+        if getattr(there, name) != getattr(wanted, name)
+    ]
+    # Through JSON, so that what only differs in type there (a tuple, a list) does not differ here.
+    ours = msgspec.json.decode(msgspec.json.encode(wanted.settings))
+    differences += [
+        f"{name} is {msgspec.json.encode(there.settings.get(name)).decode()} there and "
+        f"{msgspec.json.encode(ours.get(name)).decode()} here"
+        for name in sorted({*there.settings, *ours} - {"seed"})
+        if there.settings.get(name) != ours.get(name)
+    ]
+    if differences:
+        raise UsageError(
+            f"{path} holds a campaign with other settings: {'; '.join(differences)}. "
+            "Go on with it (scripts/soak --resume), or choose a new folder"
+        )
+    return there
+
+
+def _pretty(value: Any) -> bytes:
+    return msgspec.json.format(msgspec.json.encode(value), indent=1) + b"\n"
+
+
+def _sync_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,122 @@
+"""The pytest plugin, as a user has it: a run of its own, in a directory of its own, of what docs/pytest.md shows."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import tomllib
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+import pytest
+
+from vmbus.loopback.pair import LoopbackPair
+from vmbus.pytest_plugin import pytest_addoption, pytest_configure
+
+pytestmark = pytest.mark.loopback
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+PLUGIN = "vmbus.pytest_plugin"
+
+
+def example(word: str) -> str:
+    """The example of the page in which a word stands."""
+    page = (CHECKOUT / "docs" / "pytest.md").read_text()
+    (found,) = (
+        block for block in re.findall(r"^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE) if word in block
+    )
+    return str(found)
+
+
+def run(folder: Path, text: str, *words: str) -> subprocess.CompletedProcess[str]:
+    (folder / "test_mine.py").write_text(text)
+    roots = os.pathsep.join([str(CHECKOUT / "device"), str(CHECKOUT / "guest")])
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")}
+    return subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--junitxml=result.xml", *words],
+        cwd=folder,
+        env={**environment, "PYTHONPATH": roots},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+
+
+def properties(folder: Path) -> dict[str, dict[str, str]]:
+    """The properties in the report, by test."""
+    root = ElementTree.parse(folder / "result.xml")
+    return {
+        str(case.get("name")): {str(one.get("name")): str(one.get("value")) for one in case.iter("property")}
+        for case in root.iter("testcase")
+    }
+
+
+MORE = """
+
+from vmbus.workload import BURST_TYPE, BurstStart
+
+
+def test_memory(vmbus_loopback, tmp_path):
+    pair = vmbus_loopback("echo", "burst")
+    guest = pair.open(ECHO_TYPE)
+    memory = pair.memory(5000, b"x" * 5000)
+    with pair.capture(tmp_path / "packets.pcapng"):
+        guest.request(echo_request(3, b"x" * 5000, inline=False), external=memory.part())
+    assert memory.data == transform(b"x" * 5000, 3)
+    assert (tmp_path / "packets.pcapng").stat().st_size > 5000
+    assert pair.status()["phase"] == "running"
+
+
+def test_packets(vmbus_loopback):
+    pair = vmbus_loopback("burst")
+    guest = pair.open(BURST_TYPE)
+    guest.send(BurstStart(32, 2, 1).pack())
+    assert len(guest.receive(reply=bytes(24))) >= 32
+
+
+def test_nothing():
+    pass
+"""
+
+
+def test_the_example_passes_and_the_report_has_the_figures(tmp_path: Path) -> None:
+    """Also when the plugin is asked for twice."""
+    (tmp_path / "conftest.py").write_text(f'pytest_plugins = ["{PLUGIN}"]\n')
+    done = run(tmp_path, example("vmbus_loopback(") + MORE, "-p", PLUGIN, "--strict-markers")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert properties(tmp_path) == {
+        "test_requests_go_over_a_restore": {"vmbus_save_restores": "1", "vmbus_packets": "4"},
+        "test_memory": {"vmbus_save_restores": "0", "vmbus_packets": "1"},
+        "test_packets": {"vmbus_save_restores": "0", "vmbus_packets": "2"},
+        "test_nothing": {},
+    }
+    entry = tomllib.loads((CHECKOUT / "pyproject.toml").read_text())["project"]["entry-points"]["pytest11"]
+    assert entry == {PLUGIN: PLUGIN}, "under another name, pytest would refuse the second one"
+
+
+def test_a_test_that_fails_leaves_nothing_and_the_next_one_passes(tmp_path: Path) -> None:
+    text = """
+import threading
+from vmbus.workload import ECHO_TYPE, echo_request
+
+def test_fails(vmbus_loopback):
+    pair = vmbus_loopback("echo", echo={"hold": 4, "hold_seconds": 5})
+    guest = pair.open(ECHO_TYPE)
+    guest.send(echo_request(0, b"held", inline=True)).wait(timeout=0.1)
+
+def test_passes(vmbus_loopback):
+    assert not [thread.name for thread in threading.enumerate() if thread.name == "device-server"]
+    pair = vmbus_loopback("echo")
+    pair.open(ECHO_TYPE).request(echo_request(0, b"hello", inline=True))
+"""
+    done = run(tmp_path, text, "-p", PLUGIN)
+    assert "1 failed, 1 passed" in done.stdout, done.stdout + done.stderr
+    assert "waited 0.1 s in vain for the completion of a request" in done.stdout
+
+
+def test_the_project_does_without_it(request: pytest.FixtureRequest) -> None:
+    """Our own tests have fixtures of their own."""
+    assert not request.config.pluginmanager.has_plugin(PLUGIN)
+    assert all(callable(one) for one in (pytest_addoption, pytest_configure, LoopbackPair))

@@ -1,0 +1,66 @@
+"""The command `soak` with real VMs: a campaign is interrupted, gone on with, and reports."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+
+from support.failure_bench import until
+from support.soak import events, read
+from vmbus.qemu.process import Child
+from vmbus.soak.folder import read_state
+from vmbus.soak.records import EpisodeRecord, OperationRecord
+
+pytestmark = pytest.mark.vm
+
+SETTINGS = [
+    *("--seed", "11", "--operations", "2", "--set", "packets=32", "--set", "pace=50"),
+    *("--set", "workloads.bulk=0", "--set", "workloads.remap=0"),
+    *("--set", 'script=[{"kind":"save_restore_live"},{"kind":"pause"}]'),
+]
+
+
+async def soak(folder: Path, log: Path) -> Child:
+    path = os.pathsep.join(path for path in sys.path if path)
+    arguments = [sys.executable, "-m", "vmbus.cli", "soak", *SETTINGS, "--report", str(folder)]
+    return await Child.spawn("the campaign", arguments, log, environment={"PYTHONPATH": path})
+
+
+async def status(child: Child, timeout: float) -> int:
+    await asyncio.wait({child.exited}, timeout=timeout)
+    try:
+        assert not child.running, "the campaign does not end"
+    finally:
+        await child.stop()
+    return child.exited.result()
+
+
+# as booted: the campaign boots its VMs itself
+def test_a_campaign_is_interrupted_gone_on_with_and_reports(tmp_path: Path) -> None:
+    folder, first, second = tmp_path / "night", tmp_path / "first.log", tmp_path / "second.log"
+    operations = folder / "operations.jsonl"
+
+    async def body() -> tuple[int, int]:
+        child = await soak(folder, first)
+        await until(lambda: operations.exists() and operations.stat().st_size > 0, "the first operation", 120)
+        os.kill(child.pid, signal.SIGTERM)
+        interrupted = await status(child, 90)
+        return interrupted, await status(await soak(folder, second), 180)
+
+    assert asyncio.run(body()) == (3, 0), first.read_text() + second.read_text()
+    assert "interrupted by SIGTERM" in events(folder)
+    assert "INTERRUPTED  seed 11" in first.read_text() and "PASSED  seed 11: 2 operations" in second.read_text()
+    assert [record.verdict for record in read(folder, EpisodeRecord)] == ["interrupted", "passed"]
+    assert [record.number for record in read(folder, OperationRecord)][-2:] == [0, 1]  # and those of the first sitting
+    assert read_state(folder).state == "finished"
+    report = json.loads((folder / "report.json").read_bytes())
+    assert (report["verdict"], report["seed"], report["operations"]) == ("passed", 11, 2)
+    assert report["packets"] >= 32 and report["failures"] == [] and report["missing"] == []
+    assert (folder / "report.html").read_text().lower().startswith("<!doctype html>")
+    assert list((folder / "episodes").iterdir()) == list((folder / "failures").iterdir()) == []

@@ -1,0 +1,186 @@
+"""Episodes of a soak: every operation under load, the sabotage that must be found, and what happens when things die."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import vmbus
+import vmbus_guest
+from support.processes import children
+from vmbus.qemu.command_line import Programs
+from vmbus.soak.episode import run_episode, scratch_base
+from vmbus.soak.records import EpisodeRecord, OperationRecord
+from vmbus.soak.schedule import EpisodePlan, encode_plan, plan_episode
+from vmbus.soak.settings import LOSE_ONE_IN_A_THOUSAND, WEIGHTS, settings_from
+from vmbus.soak.sink import NoSink
+
+pytestmark = pytest.mark.vm
+
+Run = Callable[[Coroutine[Any, Any, Any]], Any]
+
+EVERYTHING: list[dict[str, Any]] = [
+    {"kind": "checkpoint"},
+    {"kind": "hot_add"},
+    {"kind": "migrate", "parameters": {"transport": "tcp", "multifd": 2}},
+    {"kind": "save_restore_live"},
+    {"kind": "rescind"},
+    {"kind": "pause", "parameters": {"seconds": 0.2}},
+    {"kind": "cancelled_migration", "parameters": {"moment": "WRITING"}},
+    {"kind": "sabotaged_migration", "parameters": {"blow": "destination_server", "moment": "PACKET_RESTORE"}},
+    {"kind": "sabotaged_migration", "parameters": {"blow": "link", "moment": "RAM_COPY"}},
+    {"kind": "full_disk", "parameters": {"live": True}},
+    {"kind": "kill", "parameters": {"victim": "qemu", "snapshot": "last"}},
+    {"kind": "driver_kill"},
+    {"kind": "clone"},
+    {"kind": "revert"},
+    {"kind": "save_restore"},
+]
+REFUSED = {"cancelled_migration", "sabotaged_migration", "full_disk"}
+
+
+class Recording(NoSink):
+    """Keeps the operations; `on_phase` is called at the beginning of each phase."""
+
+    def __init__(self, on_phase: Callable[[str], None] = lambda _: None) -> None:
+        self.operations: list[OperationRecord] = []
+        self._on_phase = on_phase
+
+    def operation(self, record: OperationRecord) -> None:
+        self.operations.append(record)
+
+    def phase(self, text: str) -> None:
+        print(text)
+        self._on_phase(text)
+
+
+def plan(**values: Any) -> EpisodePlan:
+    optional = dict.fromkeys(("bulk", "remap", "many", "churn", "gpadl", "hotplug", "ring-full"), 0.0)
+    optional |= dict.fromkeys(("tiny-rings", "maximum", "pipe", "sync", "storm", "idle"), 0.0)
+    chosen = settings_from({**values, "workloads": {**optional, **values.get("workloads", {})}}, "test")
+    return plan_episode(chosen, chosen.seed, 0)
+
+
+def scratch_left() -> list[str]:
+    return [path.name for path in scratch_base().iterdir()]
+
+
+def test_every_operation_under_load(run: Run, programs: Programs, tmp_path: Path) -> None:
+    assert {step["kind"] for step in EVERYTHING} == set(WEIGHTS)
+    sink = Recording()
+    chosen = plan(script=EVERYTHING, pace=100, workloads={"pipe": 1.0})
+    record: EpisodeRecord = run(run_episode(chosen, tmp_path, sink, programs=programs))
+    for operation in sink.operations:
+        print(operation.kind, operation.outcome, operation.seconds, operation.downtime, operation.packets)
+    assert record.verdict == "passed" and not record.failure, record.failure
+    assert record.operations == len(EVERYTHING) == len(sink.operations)
+    assert record.audit == "clean", "the revert has undone the driver's death"
+    assert [one.driver for one in record.workloads] == ["echo", "burst", "pipe"]
+    for operation in sink.operations:
+        assert operation.outcome == ("refused" if operation.kind in REFUSED else "done"), operation
+        if operation.kind != "driver_kill":
+            assert min(operation.packets["queued"], operation.packets["sent"]) >= chosen.packets, operation
+    for workload in record.workloads:
+        assert workload.verdict == "passed" and workload.transactions > 0
+    assert any(sample.in_flight["queued"] for sample in record.samples)
+    assert not scratch_left()
+
+
+def test_sabotage_is_found_and_found_again(run: Run, programs: Programs, tmp_path: Path) -> None:
+    script = [{"kind": "save_restore"}, {"kind": "migrate"}, {"kind": "save_restore_live"}]
+    chosen = plan(script=script, sabotage=LOSE_ONE_IN_A_THOUSAND, packets=256, pace=50, audit=False)
+    failures = []
+    for name in ("first", "again"):
+        folder = tmp_path / name
+        folder.mkdir(mode=0o700)
+        sink = Recording()
+        record: EpisodeRecord = run(run_episode(chosen, folder, sink, programs=programs))
+        print(record.failure)
+        assert record.verdict == "failed" and "1 lost" in record.failure
+        assert sink.operations[-1].outcome == "failed" and sink.operations[-1].message in record.failure
+        failures.append((sink.operations[-1].number, sink.operations[-1].kind))
+        assert (folder / "inspect.json").exists() and (folder / "guest.json").exists()
+        assert (folder / "snapshot" / "manifest.json").exists()
+        assert (folder / "logs" / "000" / "console.log").stat().st_size > 0
+    assert failures[0] == failures[1]
+    assert not scratch_left()
+
+
+def test_a_vm_that_dies_by_itself_is_a_failure_that_says_so(run: Run, programs: Programs, tmp_path: Path) -> None:
+    def strike(text: str) -> None:
+        if "operation 1" in text:
+            for pid, command in children().items():
+                if "-chardev" in command:
+                    os.kill(pid, signal.SIGKILL)
+
+    sink = Recording(strike)
+    chosen = plan(script=[{"kind": "pause", "parameters": {"seconds": 0.1}}, {"kind": "migrate"}], pace=50)
+    record: EpisodeRecord = run(run_episode(chosen, tmp_path, sink, programs=programs))
+    print(record.failure)
+    assert record.verdict == "failed" and record.operations == 1
+    assert "operation 1, migrate" in record.failure and "was killed by SIGKILL" in record.failure
+    assert (tmp_path / "logs" / "000" / "server.log").exists()
+    assert not scratch_left()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_worker_that_is_told_to_end_or_killed(number: signal.Signals, tmp_path: Path) -> None:
+    chosen = plan(script=[{"kind": "pause", "parameters": {"seconds": 1.0}}] * 30, pace=50, audit=False)
+    (tmp_path / "plan.json").write_bytes(encode_plan(chosen))
+    roots = [str(Path(package.__file__ or "").parents[1]) for package in (vmbus, vmbus_guest)]
+    worker = subprocess.Popen(
+        [sys.executable, "-m", "vmbus.soak.worker", str(tmp_path)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(roots)},
+        stdout=subprocess.PIPE,
+        stdin=subprocess.DEVNULL,
+    )
+    lines: list[dict[str, Any]] = []
+    try:
+        assert worker.stdout is not None
+        for line in worker.stdout:
+            lines.append(json.loads(line))
+            if lines[-1]["kind"] == "phase" and "operation 1" in lines[-1]["record"]:
+                worker.send_signal(number)
+        status = worker.wait(60)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            worker.kill()
+        worker.wait()
+    kinds = {line["kind"] for line in lines}
+    assert {"phase", "event", "sample", "operation"} <= kinds
+    if number == signal.SIGTERM:
+        assert status == 0 and lines[-1]["kind"] == "episode"
+        record = lines[-1]["record"]
+        assert record["verdict"] == "interrupted" and 1 <= record["operations"] < 30 and "failure" not in record
+        assert not scratch_left()
+    else:
+        assert status == -signal.SIGKILL and "episode" not in kinds
+        deadline = time.monotonic() + 20
+        while left := [
+            command for command in children().values() if "vmbus.server" in command or "-chardev" in command
+        ]:
+            assert time.monotonic() < deadline, left
+            time.sleep(0.05)
+
+
+def test_the_worker_says_what_is_wrong_with_its_plan(tmp_path: Path) -> None:
+    roots = os.pathsep.join(str(Path(package.__file__ or "").parents[1]) for package in (vmbus, vmbus_guest))
+    (tmp_path / "plan.json").write_text('{"format": 99}')
+    done = subprocess.run(
+        [sys.executable, "-m", "vmbus.soak.worker", str(tmp_path)],
+        env={**os.environ, "PYTHONPATH": roots},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 1 and not done.stdout and "a plan of format 99" in done.stderr
