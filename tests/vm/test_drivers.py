@@ -26,16 +26,16 @@ PAGE = CHECKOUT / "docs" / "test-drivers.md"
 
 # Small, since an emulated guest is slow and they share it; none has an end of its own.
 PARAMETERS: dict[str, dict[str, Any]] = {
-    "echo": {"count": 0, "window": 32, "external": 0.3, "pace": 0.002},
+    "echo": {"count": 0, "window": 8, "external": 0.3},
     "burst": {"count": 0, "window": 16, "hold": 4, "ring_pages_in": 1, "size": 300},
-    "bulk": {"count": 0, "window": 4, "size": 20_000, "pace": 0.01},
+    "bulk": {"count": 0, "window": 2, "size": 20_000},
     "remap": {"count": 0, "window": 8, "pace": 0.1},
     "many": {"count": 0, "channels": 6, "window": 2, "push": 4},
     "churn": {"count": 0, "requests": 4, "window": 8},
     "gpadl": {"count": 0, "live": 2, "size": 65_536},
     "hotplug": {"count": 0, "subchannels": 1, "requests": 4, "window": 4},
-    "ring-full": {"count": 0, "window": 40, "size": 400, "pace": 0.002, "pause_every": 50, "push": 16},
-    "tiny-rings": {"count": 0, "window": 4, "pace": 0.005},
+    "ring-full": {"count": 0, "window": 24, "size": 400, "pause_every": 50, "push": 16},
+    "tiny-rings": {"count": 0, "window": 4},
     "maximum": {"count": 0, "external_size": 65_536, "pieces": 200, "size": 60_000},
     "pipe": {"count": 0, "window": 4},
     "sync": {"count": 0},
@@ -94,7 +94,7 @@ def test_the_whole_catalogue_in_one_guest_saved_and_restored(
             with pytest.raises(UsageError, match=r"'does-not-load' does not load in the guest: .*line 1: NameError"):
                 await install(vm, [own["does_not_load"]])
             job = int((await vm.call_agent("start", driver=mixed.driver, parameters=mixed.parameters))["job"])
-            hangs = int((await vm.call_agent("start", driver="hangs", patience=20.0))["job"])
+            hangs = int((await vm.call_agent("start", driver="hangs", patience=10.0))["job"])
             before = await until_all_have_moved(vm, job, {})
             saved = await vm.save(tmp_path / "snapshot")
         async with await VirtualMachine.restore(tmp_path / "snapshot", programs) as vm:

@@ -31,6 +31,11 @@ def test_what_a_vm_did_is_played_again_without_one(vmbus_vms, vmbus_library, tmp
     vm.save_restore()
     report = replay([path], "echo", vmbus_library, options=ReplayOptions(channels=("echo",)))
     assert report.same and report.answers == 1000, str(report)
+
+
+def test_whose_vm_dies(vmbus_vm):
+    vmbus_vm.call(vmbus_vm.machine.qemu.stop())
+    vmbus_vm.run("echo", count=10)
 """
 
 
@@ -41,7 +46,9 @@ def test_the_migration_example_passes_and_its_report_has_the_figures(programs: P
     text += "\n\n" + example("check_audit") + CAPTURED
     done = run(tmp_path, text, "-p", PLUGIN, "--strict-markers", "--durations=6")
     print(done.stdout)
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert "1 failed, 3 passed" in done.stdout, done.stdout + done.stderr
+    assert "was killed by SIGKILL while we waited for the agent's answer to 'start'" in done.stdout
+    assert "--- device server of VM 'demo" in done.stdout, "a failure comes with the logs"
     found = properties(tmp_path)
     migration = found["test_packets_survive_a_migration"]
     assert (migration["vmbus_operations_migrate"], migration["vmbus_transactions"]) == ("1", "10000")

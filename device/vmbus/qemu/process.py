@@ -239,8 +239,8 @@ def private_base(name: str, *, large: bool = False) -> Path:
     """A directory of this user for things that run: made if need be, 0700, ours.
 
     It is $XDG_RUNTIME_DIR/NAME, or NAME-UID in the directory for temporary files, as it always is for what is `large`:
-    the other one is often a small file system in memory. Raises `EnvironmentProblem` if it
-    belongs to somebody else, is not a directory, or cannot be made.
+    the other one is often a small file system in memory. Raises `EnvironmentProblem` if it belongs to somebody else, is
+    not a directory, or cannot be made.
     """
     runtime = os.environ.get("XDG_RUNTIME_DIR")
     if runtime and not large and os.access(runtime, os.W_OK | os.X_OK):

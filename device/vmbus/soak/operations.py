@@ -14,7 +14,7 @@ import secrets
 import signal
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -32,10 +32,13 @@ from vmbus.soak.schedule import MOST_CHECKPOINTS, Parameters
 from vmbus.soak.settings import Kind
 from vmbus.soak.stage import Kept, Stage, Subject, Wrong, flight
 
+T = TypeVar("T")
+
 SILENCE = 4 * PING_INTERVAL
 """Seconds after which a cut link is noticed, where one is cut on purpose."""
 GAVE_UP = "each time the guest unmapped memory"
 """In the message of a live save or migration that gave up after its last pass."""
+LIVE_TRIES = 5
 _SOON = 30.0
 _INSTANCES = "0a5e0000-0000-4000-8000-{:012x}"
 
@@ -82,10 +85,19 @@ async def _require_running(subject: Subject, after: str) -> None:
         raise Wrong(f"the device is {phase} after {after}, and was to run on")
 
 
-def _gave_up(error: SaveFailed) -> bool:
-    """Whether a live copy gave up since the guest took back, in each of its passes, memory that the device had just
-    written: some workloads do little else. The VM runs on then. Any other failure is one."""
-    return error.source_alive and GAVE_UP in str(error)
+async def _until_it_converges(stage: Stage, attempt: Callable[[], Awaitable[T]]) -> T:
+    """A live copy gives up when the guest takes back, in each of its passes, memory that the device has just written:
+    some workloads do that. The VM runs on then, and it is tried again, LIVE_TRIES times. Any other failure is one."""
+    for left in reversed(range(LIVE_TRIES)):
+        try:
+            return await attempt()
+        except SaveFailed as error:
+            if not (left and error.source_alive and GAVE_UP in str(error)):
+                raise
+            await _require_running(stage.here, "a live copy that gave up")
+            stage.event(f"tried again: {error}")
+            await stage.until_loaded(stage.here, 10, stage.plan.operation_seconds)
+    raise AssertionError("no try at all")
 
 
 # ---- save and restore ------------------------------------------------------------------------------------------------
@@ -98,17 +110,10 @@ async def _save_and_end(stage: Stage, *, live: bool) -> tuple[SaveReport, Kept]:
 
 
 async def _save(stage: Stage, *, live: bool, keep: bool) -> tuple[SaveReport, Kept]:
-    """A snapshot, which is the last one then. A live one that gives up is taken of the stopped VM."""
+    """A snapshot, which is the last one then."""
     subject = stage.here
     kept = Kept(stage.path("snapshot"), subject.life)
-    try:
-        report = await subject.vm.save(kept.directory, live=live, keep=keep)
-    except SaveFailed as error:
-        if not _gave_up(error):
-            raise
-        await _require_running(subject, "a live save that gave up")
-        stage.event(f"stopped for its save: {error}")
-        report = await subject.vm.save(kept.directory, live=False, keep=keep)
+    report = await _until_it_converges(stage, lambda: subject.vm.save(kept.directory, live=live, keep=keep))
     await stage.keep(kept)
     return report, kept
 
@@ -369,17 +374,15 @@ def _address(stage: Stage, transport: str) -> Address:
 
 async def migrate(stage: Stage, parameters: Parameters) -> Figures:
     """To another QEMU and another server on this machine, while the guest runs."""
-    journey = _Journey(stage, _address(stage, str(parameters["transport"])))
     source = stage.here
-    async with journey.destination() as destination:
-        try:
+
+    async def attempt() -> tuple[MigrationReport, VirtualMachine]:
+        journey = _Journey(stage, _address(stage, str(parameters["transport"])))
+        async with journey.destination() as destination:
             report = await journey.leave(multifd=int(parameters["multifd"]))
-        except MigrateFailed as error:
-            if not _gave_up(error):
-                raise
-            await _require_running(source, "a migration that gave up")
-            return Figures(outcome="refused", message=str(error))
-        vm = await destination
+            return report, await destination
+
+    report, vm = await _until_it_converges(stage, attempt)
     vm.programs = stage.programs
     stage.subject = Subject(vm, source.life)
     if not source.vm.ended:
