@@ -58,7 +58,9 @@ SEVERAL = ("-n", "2", "--dist", "loadfile", "--no-loadscope-reorder", "--max-wor
 def outcome(folder: Path, tests: str, *options: str) -> tuple[int, str]:
     (folder / "conftest.py").write_bytes(CONFTEST.read_bytes())
     (folder / "test_it.py").write_text(TESTS + tests)
-    markers = "\n".join(f"    {name}: x" for name in ("unit", "loopback", "browser", "vm", "long", "needs_migration_v2"))
+    markers = "\n".join(
+        f"    {name}: x" for name in ("unit", "loopback", "browser", "vm", "long", "needs_migration_v2")
+    )
     (folder / "pytest.ini").write_text(f"[pytest]\nmarkers =\n{markers}\naddopts = --strict-markers\n")
     result = subprocess.run(
         [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--all-layers", "-q", *options, str(folder)],
