@@ -49,7 +49,11 @@ class Cluster:
             name,
             [sys.executable, "-m", f"distributed.cli.{module}", *arguments],
             self._folder / f"{name}.log",
-            environment={"DASK_DISTRIBUTED__SCHEDULER__WORKER_TTL": "30s", **environment},
+            environment={
+                "DASK_DISTRIBUTED__SCHEDULER__WORKER_TTL": "30s",
+                "DASK_TEMPORARY_DIRECTORY": str(self._folder),
+                **environment,
+            },
         )
 
     async def __aenter__(self) -> Cluster:

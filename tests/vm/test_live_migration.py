@@ -17,7 +17,7 @@ import pytest
 
 import vmbus
 from support.boot import boot
-from vmbus.errors import EnvironmentProblem
+from vmbus.errors import EnvironmentProblem, WaitTimeout
 from vmbus.migration.address import parse_address
 from vmbus.migration.channel import listen
 from vmbus.migration.source import MigrateFailed, MigrationReport
@@ -250,6 +250,20 @@ def test_a_foreign_migration_is_cancelled_and_told(
     clean(figures)
 
 
+async def until_written(vm: VirtualMachine) -> None:
+    """Wait until the device has written to memory since the log was started."""
+    assert vm.control is not None
+    deadline = time.monotonic() + 20
+    while True:
+        log = (await vm.control.call("inspect", packets=0))["memory"]["log"]
+        assert log is not None, "no dirty log runs while memory is copied"
+        if log["pages"]:
+            return
+        if time.monotonic() > deadline:
+            raise WaitTimeout("the device to write to the guest's memory while it is copied", 20)
+        await asyncio.sleep(0.01)
+
+
 def test_a_broken_dirty_log_starts_another_pass(
     run: Run, demo_description: VmDescription, programs: Programs, tmp_path: Path
 ) -> None:
@@ -269,6 +283,7 @@ def test_a_broken_dirty_log_starts_another_pass(
                 return
             # Slow enough that the vCPUs still run when the driver dies.
             await vm.monitor.execute("migrate-set-parameters", {"max-bandwidth": 1 << 20})
+            await until_written(vm)
             report = await vm.call_agent("kill", job=jobs[0])
             assert report["state"] == "killed", report
             jobs.append(await start())

@@ -275,16 +275,16 @@ class RunDirectory:
         return self.path / name
 
     @classmethod
-    def create(cls, name: str, *, exact: bool = False, base: Path | None = None) -> RunDirectory:
+    def create(cls, name: str, *, exact: bool = False, base: Path | None = None, sockets: bool = True) -> RunDirectory:
         """Claims a directory called `name`, or ``name-2`` and so on if that is in use (unless `exact`).
 
         Directories of owners that are gone are cleared away first. Raises `UsageError` if `exact` and in use, and
-        `EnvironmentProblem` if the directory cannot be made or its path is too long for sockets.
+        `EnvironmentProblem` if the directory cannot be made, or its path is too long for `sockets`.
         """
         base = base or runtime_base()
         clean_stale(base)
         longest = len(os.fsencode(base)) + 1 + len(name) + len("-99") + _LONGEST_SOCKET_NAME
-        if longest > SOCKET_PATH_LIMIT:
+        if sockets and longest > SOCKET_PATH_LIMIT:
             raise EnvironmentProblem(
                 f"socket paths under {base / name} would have {longest} bytes; a socket's path may have "
                 f"{SOCKET_PATH_LIMIT}: use a shorter XDG_RUNTIME_DIR or TMPDIR"

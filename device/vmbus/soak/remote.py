@@ -160,7 +160,7 @@ def run_request(data: bytes) -> bytes:
     if request.command is None:
         provision()  # its own bounds, which are not an episode's
     with contextlib.ExitStack() as stack:
-        directory = RunDirectory.create(f"episode-{request.episode}", base=private_base("vmbus-soak"))
+        directory = RunDirectory.create(f"episode-{request.episode}", base=private_base("vmbus-soak"), sockets=False)
         stack.callback(directory.remove)
         folder = directory / "episode"
         folder.mkdir(mode=0o700)
