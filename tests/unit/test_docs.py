@@ -22,6 +22,7 @@ from vmbus.soak import folder as soak_folder
 from vmbus.soak import job as soak_job
 from vmbus.soak import room as soak_room
 from vmbus.soak import settings as soak_settings
+from vmbus.soak.records import Report
 from vmbus.synic import PostStatus, Register, Synic
 from vmbus.vfio_user.pci import ConfigSpace
 from vmbus.wire import block as block_wire
@@ -290,6 +291,20 @@ def test_the_tables_of_the_network_provider() -> None:
 
 
 # ---- soak.md ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_example_report_is_what_the_readme_says() -> None:
+    """A campaign of 20 minutes that passed; nothing in it tells of the machine."""
+    folder = DOCS / "examples" / "soak"
+    report = msgspec.json.decode((folder / "report.json").read_bytes(), type=Report)
+    assert report.verdict == "passed" and not report.failures and report.seconds >= 1200
+    moved = sum(report.by_kind[kind].get("done", 0) for kind in ("save_restore", "save_restore_live", "migrate"))
+    assert moved >= 60
+    assert report.environment.kernel == "" and report.environment.memory_bytes == 0
+    html = (folder / "report.html").read_text()
+    assert f"seed {report.seed}" in html and f"{report.transactions:,}" in html
+    numbers = (f"{moved} save", f"{report.packets:,} packets", f"{report.transactions:,} transactions")
+    assert all(number in page("soak.md") for number in numbers), numbers
 
 
 def test_the_tables_of_the_soak() -> None:

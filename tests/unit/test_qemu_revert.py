@@ -24,7 +24,7 @@ from vmbus.errors import EnvironmentProblem, StateError, UsageError
 from vmbus.qemu.description import VmDescription
 from vmbus.qemu.jobs import run_job
 from vmbus.qemu.qmp import QmpCommandFailed
-from vmbus.qemu.revert import Checkpoints, Patient, RevertFailed
+from vmbus.qemu.revert import THROWN_AWAY, Checkpoints, Patient, RevertFailed
 from vmbus.qemu.save import MAGIC, REFUSED_CAPABILITIES, Sabotage, SaveFailed
 from vmbus.qemu.timing import Phases
 from vmbus.server.control import ControlError
@@ -76,6 +76,7 @@ class Model:
         self.forgotten: list[str] = []
         self.capabilities: dict[str, bool] = dict.fromkeys(REFUSED_CAPABILITIES, False) | {"multifd": True}
         self.images = 0
+        self.migration_error = ""
         self.loaded: int | None = None
         self.disk: bytes | None = None
         """A provider's file, which belongs to the state."""
@@ -103,6 +104,8 @@ class Model:
         if not command.startswith("query-"):
             self.step(command)
         match command:
+            case "query-migrate":
+                return {"error-desc": self.migration_error} if self.migration_error else {}
             case "query-migrate-capabilities":
                 return [{"capability": name, "state": state} for name, state in self.capabilities.items()]
             case "query-migrate-parameters":
@@ -144,14 +147,16 @@ class Model:
             return None
         assert not self.vcpus and given["vmstate"] in given["devices"]
         if command == "snapshot-save":
-            assert self.phase == "paused", "nobody may write into guest memory meanwhile"
+            if tag != f"vmbus-{THROWN_AWAY}":
+                assert self.phase == "paused", "nobody may write into guest memory meanwhile"
+            self.migration_error = ""
             self.images += 1
             self.snapshots[tag] = {"memory": self.memory, "made": self.images}
             return None
         assert self.phase in ("paused", "restoring"), "nobody may write into guest memory meanwhile"
         self.resets += 1
         self.config = bytes(256)
-        if self.load_fails_after_reset:
+        if self.load_fails_after_reset or self.migration_error:
             self.memory = -1
             return "the stream is broken"
         self.memory = self.snapshots[tag]["memory"]
@@ -315,6 +320,32 @@ def test_to_any_and_forward_again(vm: Vm) -> None:
         assert vm.model.memory == vm.model.device == moment
         vm.model.work()
         assert [one.tag for one in vm.checkpoints.store.list()] == ["a", "b", "c"]
+
+
+def test_after_a_migration_that_failed(vm: Vm) -> None:
+    """QEMU fails every load while it remembers that error."""
+    vm.model.migration_error = "Switchover is interrupted"
+    before = dict(vm.model.snapshots)
+    vm.revert("b")
+    assert vm.model.memory == vm.model.device == 2 and vm.model.vcpus
+    assert vm.model.snapshots == before, "what was saved to make QEMU forget is gone"
+    with pytest.raises(UsageError):
+        check_tag(THROWN_AWAY)
+
+
+def test_after_a_migration_that_failed_and_what_a_killed_revert_left(vm: Vm) -> None:
+    vm.model.snapshots[f"vmbus-{THROWN_AWAY}"] = {"memory": 0, "made": 99}
+    vm.revert("b")
+    assert sorted(vm.model.snapshots) == ["vmbus-a", "vmbus-b", "vmbus-c"]
+
+
+def test_without_room_to_make_qemu_forget_nothing_is_changed(vm: Vm) -> None:
+    vm.model.migration_error = "Switchover is interrupted"
+    vm.model.job_errors["snapshot-save"] = "No space left on device"
+    with pytest.raises(RevertFailed, match=r"forget that a migration failed.*No space.*the VM runs on") as failed:
+        vm.revert("b")
+    assert failed.value.source_alive and vm.model.consistent() and vm.model.vcpus
+    assert vm.model.memory == vm.model.device == 4
 
 
 def test_a_paused_vm_stays_paused(vm: Vm) -> None:

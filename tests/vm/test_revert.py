@@ -7,6 +7,7 @@ runs to its end, and both are compared.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import time
@@ -23,6 +24,7 @@ from vmbus.qemu.command_line import Programs
 from vmbus.qemu.description import VmDescription
 from vmbus.qemu.machine import VirtualMachine
 from vmbus.qemu.process import ProcessDied
+from vmbus.qemu.qmp import QmpCommandFailed
 from vmbus.qemu.revert import RevertFailed, RevertReport
 from vmbus.qemu.save import Sabotage
 from vmbus.qemu.story import Figures, Story, audit, finish, until_in_flight
@@ -98,6 +100,9 @@ def test_revert_in_mid_traffic_to_any_checkpoint_and_forward_again(
                 seen[tag] = taken.packets["queued"] + taken.packets["sent"]
                 await until_ahead(vm, await progress(vm) + 1000)
             assert [one.tag for one in vm.checkpoints()] == ["3", "1", "2"]
+            with vm.own_migration(), contextlib.suppress(QmpCommandFailed):
+                await vm.execute("migrate", {"uri": "unix:/no/such/socket"})
+            assert "error-desc" in await vm.execute("query-migrate"), "what makes QEMU fail its next load"
             for tag in ("1", "3", "2"):
                 report = await vm.revert(tag)
                 show("back to", report)

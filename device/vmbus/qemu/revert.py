@@ -12,7 +12,9 @@ snapshot. Then
 
 1. the vCPUs stop, and the device comes to rest, so that nobody writes into guest memory while it is replaced. A
    provider that does not come to rest does not prevent it: its device is discarded at once (step 3 before step 2);
-2. QEMU's snapshot-load: it resets the device, and then replaces memory and everything else;
+2. QEMU's snapshot-load: it resets the device, and then replaces memory and everything else. (QEMU keeps the error of a
+   migration that failed or was called off until it begins another one, and any load meanwhile fails for it, at its end.
+   So where there is such an error, a snapshot is saved first, and thrown away.);
 3. the server takes the checkpoint's state for its own (`load`) and discards what the device was;
 4. the PCI function is put back, the server rebuilds channels and packets (`restore-finish`), the vCPUs run.
 
@@ -66,6 +68,8 @@ _IMAGE_TIMEOUT = 60.0
 _FINISH_TIMEOUT = 120.0
 # In front of a tag in the image: QEMU takes a name of digits for the number of a snapshot, and would load another one.
 _PREFIX = "vmbus-"
+THROWN_AWAY = ".thrown-away"
+"""Name in the image, and of no checkpoint's, of a snapshot that is only there to have QEMU forget an error."""
 
 
 class RevertFailed(EnvironmentProblem):
@@ -304,6 +308,12 @@ class Checkpoints:
             await self._run_on(tag, was_running, error)
             raise
         with self._vm.own_migration():
+            try:
+                with phases("forget"):
+                    await self._forget_error()
+            except BaseException as error:
+                await self._run_on(tag, was_running, error)
+                raise
             task = asyncio.create_task(self._go_back(record, phases, forced, resets, was_running, sabotage, at))
             try:
                 report = await asyncio.shield(task)
@@ -354,6 +364,17 @@ class Checkpoints:
             check=check,
             **files,
         )
+
+    async def _forget_error(self) -> None:
+        """Has QEMU forget the error of its last migration: see above, step 2."""
+        left_over = await self._in_image(THROWN_AWAY) is not None  # of one that was killed
+        if "error-desc" in await self._monitor.execute("query-migrate"):
+            if left_over:
+                await self._job("snapshot-delete", THROWN_AWAY, "removing a snapshot that nobody needs")
+            await self._job("snapshot-save", THROWN_AWAY, "having QEMU forget that a migration failed")
+            left_over = True
+        if left_over:
+            await self._job("snapshot-delete", THROWN_AWAY, "removing a snapshot that nobody needs")
 
     async def _rest(self) -> bool:
         """Brings the device to rest, with the vCPUs stopped; False if its providers do not come to rest."""
