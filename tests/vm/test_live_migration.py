@@ -29,7 +29,7 @@ from vmbus.qemu.qmp import Monitor, file_channel
 from vmbus.qemu.save import Sabotage
 from vmbus.qemu.story import Figures, Story, audit, finish, until_in_flight
 
-pytestmark = pytest.mark.vm
+pytestmark = [pytest.mark.vm, pytest.mark.long]
 
 Run = Callable[[Coroutine[Any, Any, Any]], Any]
 

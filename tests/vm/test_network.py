@@ -29,7 +29,7 @@ from vmbus.qemu.description import VmDescription, load_description
 from vmbus.qemu.machine import VirtualMachine
 from vmbus.qemu.process import clean_stale, runtime_base
 
-pytestmark = pytest.mark.vm
+pytestmark = [pytest.mark.vm, pytest.mark.long]
 
 Run = Callable[[Coroutine[Any, Any, Any]], Any]
 CHECKOUT = Path(__file__).resolve().parents[2]

@@ -27,7 +27,7 @@ from vmbus.qemu.process import ProcessDied, running_vms
 from vmbus.qemu.save import Sabotage, SaveFailed
 from vmbus.snapshot.bundle import SnapshotWriter, open_snapshot
 
-pytestmark = pytest.mark.vm
+pytestmark = [pytest.mark.vm, pytest.mark.long]
 
 CHECKOUT = Path(__file__).parents[2]
 DEMO = load_description(CHECKOUT / "qemu_configs" / "demo.toml")
