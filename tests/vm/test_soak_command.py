@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import shlex
 import signal
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ from support.soak import events, read
 from vmbus.qemu.process import Child
 from vmbus.soak.folder import read_state
 from vmbus.soak.records import EpisodeRecord, OperationRecord
+from vmbus.soak.settings import LOSE_ONE_IN_A_THOUSAND
 
 pytestmark = pytest.mark.vm
 
@@ -24,11 +27,17 @@ SETTINGS = [
     *("--set", "workloads.bulk=0", "--set", "workloads.remap=0"),
     *("--set", 'script=[{"kind":"save_restore_live"},{"kind":"pause"}]'),
 ]
+SABOTAGE = [
+    *("--seed", "12", "--operations", "3", "--set", "packets=256", "--set", "pace=50", "--set", "audit=false"),
+    *("--set", "workloads.bulk=0", "--set", "workloads.remap=0"),
+    *("--set", 'script=[{"kind":"save_restore"},{"kind":"migrate"},{"kind":"save_restore_live"}]'),
+    *("--set", f"sabotage={LOSE_ONE_IN_A_THOUSAND}"),
+]
 
 
-async def soak(folder: Path, log: Path) -> Child:
+async def soak(folder: Path, log: Path, settings: Sequence[str] = SETTINGS) -> Child:
     path = os.pathsep.join(path for path in sys.path if path)
-    arguments = [sys.executable, "-m", "vmbus.cli", "soak", *SETTINGS, "--report", str(folder)]
+    arguments = [sys.executable, "-m", "vmbus.cli", "soak", *settings, "--report", str(folder)]
     return await Child.spawn("the campaign", arguments, log, environment={"PYTHONPATH": path})
 
 
@@ -64,3 +73,29 @@ def test_a_campaign_is_interrupted_gone_on_with_and_reports(tmp_path: Path) -> N
     assert report["packets"] >= 32 and report["failures"] == [] and report["missing"] == []
     assert (folder / "report.html").read_text().lower().startswith("<!doctype html>")
     assert list((folder / "episodes").iterdir()) == list((folder / "failures").iterdir()) == []
+
+
+# as booted: the campaign boots its VMs itself
+def test_sabotage_is_found_and_the_printed_command_finds_it_again(tmp_path: Path) -> None:
+    """A provider loses one packet in a thousand restored ones."""
+    folder, again = tmp_path / "night", tmp_path / "again"
+    first, second = tmp_path / "first.log", tmp_path / "second.log"
+
+    async def body() -> None:
+        assert await status(await soak(folder, first, SABOTAGE), 120) == 1, first.read_text()
+        printed = next(line for line in first.read_text().splitlines() if "replay: " in line).partition("replay: ")[2]
+        program, *words = shlex.split(printed)
+        assert program == "scripts/soak" and words[-2] == "--report"
+        assert await status(await soak(again, second, words[:-2]), 120) == 1, second.read_text()
+
+    asyncio.run(body())
+    found = []
+    for one in (folder, again):
+        report = json.loads((one / "report.json").read_bytes())
+        (failure,) = report["failures"]
+        print(failure["message"])
+        assert report["verdict"] == "failed" and "1 lost" in failure["message"]
+        assert (one / failure["kept"] / "logs").is_dir() and (one / failure["kept"] / "plan.json").is_file()
+        operation = read(one, OperationRecord)[-1]
+        found.append((operation.number, operation.kind, operation.outcome))
+    assert found[0] == found[1] and found[0][2] == "failed"
