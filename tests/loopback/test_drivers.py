@@ -61,7 +61,7 @@ def check(name: str, result: dict[str, Any]) -> None:
     assert result["completed"] > 0
     assert [result[count] for count in COUNTS] == [0, 0, 0, 0]
     if name == "ring-full":
-        assert result["queued"] > 100 and result["pauses"] > 2 and result["pushed"] > 0
+        assert result["queued"] > 100 and result["pauses"] >= 1 and result["pushed"] > 0
     elif name == "storm":
         assert result["interrupts"] > 0 and result["doorbells"] > 0
     elif name == "sync":

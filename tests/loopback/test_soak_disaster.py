@@ -161,7 +161,7 @@ def test_records_that_find_no_room_wait_and_none_is_torn_or_lost(disk: Disk) -> 
 def test_an_episode_whose_record_found_no_room_is_run_again(tmp_path: Path, disk: Disk) -> None:
     """The disk is full to the last byte, and stays so to the end of the sitting."""
     folder, marker, go = disk.path / "campaign", tmp_path / "marker", tmp_path / "go"
-    row = Script([*GOOD, ["touch", str(marker)], ["wait-for", str(go)], ["operation", {"message": "x" * 200_000}]])
+    row = Script([*GOOD, ["touch", str(marker)], ["wait-for", str(go)], ["operation", {"letters": 200_000}]])
 
     async def body() -> str:
         sitting = Sitting(folder, row, limits=Limits(beat=0.05, room=0))

@@ -54,7 +54,10 @@ def main(folder: Path) -> None:
                     "downtime": 0.5,
                     "packets": {"queued": 3, "sent": 4},
                 }
-                say("operation", record | (arguments[0] if arguments else {}))
+                more = dict(arguments[0]) if arguments else {}
+                if "letters" in more:  # a long message, of which the plan knows only the length
+                    more["message"] = "x" * more.pop("letters")
+                say("operation", record | more)
                 operations += 1
             case "event":
                 say("event", {"episode": episode, "at": 0.1, "text": arguments[0]})
