@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import time
 from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from vmbus.qemu import save
 from vmbus.qemu.command_line import Programs
 from vmbus.qemu.description import VmDescription, load_description
 from vmbus.qemu.machine import VirtualMachine
+from vmbus.qemu.moments import Moment
 from vmbus.qemu.save import SaveFailed
 from vmbus.qemu.story import finish
 
@@ -24,7 +26,7 @@ pytestmark = pytest.mark.vm
 
 Run = Callable[[Coroutine[Any, Any, Any]], Any]
 
-ENDLESS = {"count": 0, "window": 8, "size": 20_000, "pace": 0.002, "stall_seconds": 20.0}
+ENDLESS: dict[str, Any] = {"count": 0, "window": 8, "size": 20_000, "pace": 0.002, "stall_seconds": 20.0}
 
 
 @pytest.fixture
@@ -46,6 +48,21 @@ async def in_rounds(description: VmDescription, programs: Programs) -> tuple[Vir
         await vm.kill()
         raise
     return vm, job
+
+
+async def completed(vm: VirtualMachine) -> int:
+    assert vm.control is not None
+    return int((await vm.control.call("status"))["providers"]["echo"]["tally"]["completed"])
+
+
+async def some_rounds(vm: VirtualMachine) -> None:
+    """Has memory be copied slowly until the guest has certainly unmapped what was written since the pass began."""
+    await vm.monitor.execute("migrate-set-parameters", {"max-bandwidth": 1 << 20})
+    wanted = await completed(vm) + 3 * ENDLESS["window"]
+    deadline = time.monotonic() + 20
+    while await completed(vm) < wanted:
+        assert time.monotonic() < deadline, "the guest did not come through 3 rounds in 20 s"
+    await vm.monitor.execute("migrate-set-parameters", {"max-bandwidth": 8 << 30})
 
 
 async def books(vm: VirtualMachine, job: int) -> dict[str, Any]:
@@ -78,8 +95,12 @@ def test_unmapped_while_dirty_the_pass_is_repeated_and_converges(
                 if passes == 2:
                     stopping.append(asyncio.ensure_future(vm.call_agent("stop", job=job)))
 
+        async def at(moment: Moment) -> None:
+            if moment is Moment.RAM_COPY and passes == 1:
+                await some_rounds(vm)
+
         async with vm:
-            report = await vm.save(tmp_path / "s", live=True, keep=True, progress=watch)
+            report = await vm.save(tmp_path / "s", live=True, keep=True, progress=watch, at=at)
             await stopping[0]
             assert 2 <= report.attempts == passes
             result = await books(vm, job)
@@ -97,11 +118,16 @@ def test_unmapped_while_dirty_without_end_is_said_and_the_source_runs_on(
 ) -> None:
     async def body() -> None:
         vm, job = await in_rounds(description, programs)
+
+        async def at(moment: Moment) -> None:
+            if moment is Moment.RAM_COPY:
+                await some_rounds(vm)
+
         async with vm:
             with pytest.raises(
                 SaveFailed, match=r"the guest unmapped .*, written by us.*attempt 3 of 3.*the VM runs on"
             ) as caught:
-                await vm.save(tmp_path / "s", live=True, keep=True)
+                await vm.save(tmp_path / "s", live=True, keep=True, at=at)
             print(f"given up: {caught.value}")
             assert caught.value.source_alive and await vm.monitor.running() and not os.listdir(tmp_path)  # noqa: PTH208
             # Stopped, nothing can be unmapped, and nothing is written behind QEMU's back.
