@@ -44,13 +44,12 @@ from vmbus.migration.ownership import SOURCE, Ownership, SourceStage
 from vmbus.qemu.command_line import Programs, machine_version
 from vmbus.qemu.description import VmDescription
 from vmbus.qemu.moments import Hook, Moment, no_hook
-from vmbus.qemu.probe import driven
+from vmbus.qemu.probe import Control, driven
 from vmbus.qemu.qmp import MigrationFailed
 from vmbus.qemu.save import (
     NO_SABOTAGE,
     Capture,
     Captured,
-    Control,
     QemuMonitor,
     Sabotage,
     SaveFailed,

@@ -24,7 +24,7 @@ PROPERTY = "enable-migration"
 
 
 class Control(Protocol):
-    """The device server's control connection."""
+    """The device server's control connection (see `vmbus.server.control.ControlClient`)."""
 
     async def call(self, command: str, /, timeout: float = ..., **arguments: Any) -> dict[str, Any]: ...
 

@@ -43,13 +43,12 @@ from vmbus.errors import EnvironmentProblem, StateError, UsageError, VmbusError
 from vmbus.qemu.description import VmDescription
 from vmbus.qemu.jobs import run_job
 from vmbus.qemu.moments import Hook, Moment, no_hook
-from vmbus.qemu.probe import check_same, require_complete, require_running
+from vmbus.qemu.probe import Control, check_same, require_complete, require_running
 from vmbus.qemu.save import (
     NO_SABOTAGE,
     PAUSE_TIMEOUT,
     Capture,
     Captured,
-    Control,
     QemuMonitor,
     Sabotage,
     SaveFailed,
@@ -367,14 +366,12 @@ class Checkpoints:
 
     async def _forget_error(self) -> None:
         """Has QEMU forget the error of its last migration: see above, step 2."""
-        left_over = await self._in_image(THROWN_AWAY) is not None  # of one that was killed
+        removing = "removing a snapshot that nobody needs"
+        if await self._in_image(THROWN_AWAY) is not None:  # of a revert that was killed
+            await self._job("snapshot-delete", THROWN_AWAY, removing)
         if "error-desc" in await self._monitor.execute("query-migrate"):
-            if left_over:
-                await self._job("snapshot-delete", THROWN_AWAY, "removing a snapshot that nobody needs")
             await self._job("snapshot-save", THROWN_AWAY, "having QEMU forget that a migration failed")
-            left_over = True
-        if left_over:
-            await self._job("snapshot-delete", THROWN_AWAY, "removing a snapshot that nobody needs")
+            await self._job("snapshot-delete", THROWN_AWAY, removing)
 
     async def _rest(self) -> bool:
         """Brings the device to rest, with the vCPUs stopped; False if its providers do not come to rest."""

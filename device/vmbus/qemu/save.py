@@ -35,7 +35,7 @@ from qemu.qmp.events import EventListener
 
 from vmbus.errors import EnvironmentProblem, StateError, UsageError, VmbusError
 from vmbus.qemu.moments import Hook, Moment, no_hook
-from vmbus.qemu.probe import driven_by_client
+from vmbus.qemu.probe import Control, driven_by_client
 from vmbus.qemu.qmp import MIGRATION_ENDS, MigrationFailed, file_channel
 from vmbus.qemu.timing import Phases
 from vmbus.snapshot.manifest import FILE_PREFIX
@@ -93,12 +93,6 @@ class SaveFailed(EnvironmentProblem):
     def __init__(self, message: str, *, source_alive: bool) -> None:
         super().__init__(message)
         self.source_alive = source_alive
-
-
-class Control(Protocol):
-    """The device server's control connection (see `vmbus.server.control.ControlClient`)."""
-
-    async def call(self, command: str, /, timeout: float = ..., **arguments: Any) -> dict[str, Any]: ...
 
 
 class QemuMonitor(Protocol):
