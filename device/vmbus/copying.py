@@ -1,10 +1,14 @@
-"""Copying large files with holes: sharing their blocks where the file system can, keeping the holes where it cannot."""
+"""Copying large files with holes: sharing their blocks where the file system can, keeping the holes where it cannot.
+
+And flushing the directories that name them.
+"""
 
 from __future__ import annotations
 
 import errno
 import fcntl
 import os
+from pathlib import Path
 
 _FICLONE = 0x40049409  # linux/fs.h: _IOW(0x94, 9, int)
 _CHUNK = 4 << 20
@@ -22,6 +26,15 @@ def copy_content(source: int, target: int) -> int:
         copy_data(source, target, size)
     os.fsync(target)
     return size
+
+
+def sync_directory(path: Path) -> None:
+    """Flush a directory: the names in it are on stable storage. Raises OSError."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _clone(source: int, target: int) -> bool:

@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
 
+from vmbus.copying import sync_directory
 from vmbus.errors import EnvironmentProblem, StateError, UsageError
 from vmbus.qemu.command_line import Programs, machine_version
 from vmbus.qemu.description import VmDescription
@@ -130,11 +131,11 @@ class SnapshotWriter:
                 file.write(manifest)
                 file.flush()
                 os.fsync(file.fileno())
-            _sync_directory(self.directory)
+            sync_directory(self.directory)
             if os.path.lexists(self.target):  # rename() would silently take the place of an empty directory
                 raise FileExistsError(errno.EEXIST, "exists already")
             self.directory.rename(self.target)
-            _sync_directory(self.target.parent)
+            sync_directory(self.target.parent)
         except OSError as error:
             raise EnvironmentProblem(f"cannot finish the snapshot {self.target}: {error.strerror}") from error
 
@@ -342,11 +343,3 @@ def _remove_abandoned(parent: Path, prefix: str) -> None:
                     shutil.rmtree(path, ignore_errors=True)
                 finally:
                     os.close(lock)
-
-
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -29,6 +29,7 @@ from typing import Any, Literal, TypeVar
 
 import msgspec
 
+from vmbus.copying import sync_directory
 from vmbus.errors import EnvironmentProblem, UsageError
 from vmbus.provision.cache import publish_bytes
 from vmbus.soak.records import FORMAT, Environment, EpisodeRecord, EventRecord, OperationRecord, State
@@ -200,7 +201,7 @@ class CampaignFolder:
                     publish_bytes(path / CAMPAIGN_FILE, _pretty(campaign))
                     for name in ("episodes", "failures"):
                         (path / name).mkdir(mode=0o700, exist_ok=True)
-                    _sync_directory(path)
+                    sync_directory(path)
                 except OSError as error:
                     raise EnvironmentProblem(f"cannot write in {path}: {error.strerror}") from error
             return cls(path, campaign, lock)
@@ -396,11 +397,3 @@ def _same(path: Path, there: Campaign, wanted: Campaign) -> Campaign:
 
 def _pretty(value: Any) -> bytes:
     return msgspec.json.format(msgspec.json.encode(value), indent=1) + b"\n"
-
-
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

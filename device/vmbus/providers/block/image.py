@@ -17,7 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 from struct import Struct
 
-from vmbus.copying import copy_content, copy_data
+from vmbus.copying import copy_content, copy_data, sync_directory
 from vmbus.errors import EnvironmentProblem
 from vmbus.providers.block.backend import FileBackend, size_of
 
@@ -112,7 +112,7 @@ def open_image(name: str, *, read_only: bool, create: int | None, directory: Pat
                 os.ftruncate(fd, create)
                 # A flush of the guest's would be worth nothing if the name could get lost.
                 os.fsync(fd)
-                _sync_directory(path)
+                sync_directory(path.parent)
             return Image(path, fd)
         except OSError as error:
             os.close(fd)
@@ -134,15 +134,6 @@ def _lock(fd: int, path: Path, shared: bool) -> None:
             f"the disk image {path} is in use: another virtual machine, or a tool, has it locked; end that first, or "
             "give this disk an image of its own"
         ) from error
-
-
-def _sync_directory(path: Path) -> None:
-    """The name of a file is on stable storage."""
-    directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
 
 
 def _still_there(fd: int, path: Path) -> bool:
@@ -189,7 +180,7 @@ def _replace_file(image: Image, source_fd: int) -> Image:
         os.fchmod(fd, stat.S_IMODE(os.fstat(image.fd).st_mode))
         copy_content(source_fd, fd)
         new.rename(path)
-        _sync_directory(path)
+        sync_directory(path.parent)
     except BaseException:
         os.close(fd)
         with suppress(OSError):
