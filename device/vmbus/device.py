@@ -163,8 +163,7 @@ class Device:
             self.channels.remove(channel)
             self.loopback.offer_enabled(channel)
             return
-        channel.recorder = self.recorder
-        channel.capture = self.capture
+        channel.observers = [one for one in (self.recorder, self.capture) if one is not None]
         offer = Offer(
             channel.interface_type,
             channel.interface_instance,
@@ -188,13 +187,14 @@ class Device:
     def set_capture(self, capture: Capture | None) -> None:
         """From here on `capture` is told what happens on the channels that the guest is offered, also on those that
         are open; None ends that."""
-        self.capture = capture
+        before, self.capture = self.capture, capture
         for channel in self.channels:
-            channel.capture = capture
-            offer = self._offers.get(id(channel))
-            link = None if offer is None else self._links.get(id(offer))
-            if capture is not None and link is not None:
-                capture.opened(channel, link, "joined")
+            if before in channel.observers:
+                channel.observers.remove(before)
+            if capture is not None and not channel.loopback_offer:
+                channel.observers.append(capture)
+                if channel.link is not None:
+                    channel.observe("joined", [capture])
 
     def offer_of(self, channel: ServerChannel) -> Offer:
         """The offer behind an enabled channel."""

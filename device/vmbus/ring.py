@@ -91,8 +91,6 @@ class RingWriter(_Ring):
     """The writing end. Packets are staged with `put` and become visible together with `commit`.
 
     `largest`: ring bytes of the largest packet (descriptor, padding and trailer included) that can ever fit.
-    `tap`: called with the ring bytes of packets that were just published; None: nobody records them.
-    `look`: called with the ring bytes of packets that are about to be published; None: nobody looks.
     """
 
     __slots__ = (
@@ -104,8 +102,6 @@ class RingWriter(_Ring):
         "_requested",
         "_staged",
         "largest",
-        "look",
-        "tap",
     )
 
     def __init__(self, header: Window, data: Window) -> None:
@@ -117,8 +113,6 @@ class RingWriter(_Ring):
         self._peer = _index(header.load32(READ_INDEX), self.size, "read index")
         self._free = self.size - 8 - (self._index - self._peer) % self.size
         self._staged: list[bytes] = []
-        self.tap: Callable[[bytes], None] | None = None
-        self.look: Callable[[bytes], None] | None = None
         self._packers: dict[int, Callable[..., bytes]] = {}
         self._requested = header.load32(PENDING_SEND_SIZE) != 0
         header.store32(FEATURE_BITS, header.load32(FEATURE_BITS) | FEATURE_PENDING_SEND_SIZE)
@@ -127,6 +121,13 @@ class RingWriter(_Ring):
     def own_index(self) -> int:
         """What we have published as write index; the ring's own word may have been overwritten since."""
         return self._published
+
+    @property
+    def staged(self) -> bytes:
+        """What `commit` would publish now: ring bytes of whole packets, or nothing."""
+        if len(self._staged) > 1:
+            self._staged = [b"".join(self._staged)]
+        return self._staged[0] if self._staged else b""
 
     @property
     def empty(self) -> bool:
@@ -165,8 +166,6 @@ class RingWriter(_Ring):
             return False
         data = self._staged[0] if len(self._staged) == 1 else b"".join(self._staged)
         self._staged.clear()
-        if self.look is not None:
-            self.look(data)
         old = self._published
         first = self.size - old
         if len(data) <= first:
@@ -177,8 +176,6 @@ class RingWriter(_Ring):
         header = self.header
         header.store32(WRITE_INDEX, self._index)
         self._published = self._index
-        if self.tap is not None:
-            self.tap(data)
         self.batches += 1
         full_fence()
         if header.load32(INTERRUPT_MASK) or header.load32(READ_INDEX) != old:
@@ -206,13 +203,9 @@ class RingWriter(_Ring):
 
 
 class RingReader(_Ring):
-    """The reading end. `fetch` copies packets, `advance` gives their space back. `batch`: the last copy made.
+    """The reading end. `fetch` copies packets, `advance` gives their space back. `batch`: the last copy made."""
 
-    `tap`: for whoever reads to call with the ring bytes of packets that it has dealt with; None: nobody records them.
-    `look`: likewise, with packets that it is about to hand over; None: nobody looks.
-    """
-
-    __slots__ = ("_index", "_peer", "batch", "look", "tap")
+    __slots__ = ("_index", "_peer", "batch")
 
     def __init__(self, header: Window, data: Window) -> None:
         """Attach; our own read index is taken from the ring, so that this serves open and restore alike."""
@@ -220,8 +213,6 @@ class RingReader(_Ring):
         self._index = _index(header.load32(READ_INDEX), self.size, "read index")
         self._peer = _index(header.load32(WRITE_INDEX), self.size, "write index")
         self.batch = b""
-        self.tap: Callable[[bytes], None] | None = None
-        self.look: Callable[[list[RawPacket]], None] | None = None
 
     @property
     def own_index(self) -> int:

@@ -353,7 +353,7 @@ class VmbusDriver:
     def attach(self, channel: ClientChannel) -> None:
         """Tie a disabled channel that was made elsewhere to this driver."""
         channel.bind(self._channel_enabled)
-        channel.recorder = self.recorder
+        channel.observers = [] if self.recorder is None else [self.recorder]
         channel.waiter = self.run_until
 
     def _channel_enabled(self, channel: ClientChannel) -> None:

@@ -299,7 +299,7 @@ def test_bad_external_data_is_answered_with_an_error(two: tuple[VmbusDriver, Tra
     answers: list[bytes] = []
     waiting = traffic.echo.channel.allocate_packet()
     waiting.completion_routine = lambda packet, status, reply: answers.append(reply)
-    traffic.echo.channel._sent[1 << 40] = waiting
+    traffic.echo.channel.flow.sent[1 << 40] = waiting
     break_ring(driver, traffic, put(packet + body + payload))
     driver.run_until(lambda: bool(answers), 10, "an answer")
     sequence, _, _, status, _ = struct.unpack_from("<QIIII", answers[0])

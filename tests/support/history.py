@@ -47,7 +47,6 @@ class Half:
 
     def __init__(self, header: Header) -> None:
         self.header = header
-        self.tap: Any = None
 
 
 class Link:
@@ -111,7 +110,7 @@ class History:
         self.victim: tuple[int, int] | None = None
         self.taken = {"host": 0, "guest": 0}
         for end, other in ((self.host, "guest"), (self.guest, "host")):
-            end.trace = end.recorder.opened(end, Link(self.headers[end.side], self.headers[other]))
+            end.trace = end.recorder.opened(end, Link(self.headers[end.side], self.headers[other]), "opened")
 
     def put(self, end: End, count: int) -> None:
         """Some of an end's queue goes into the ring, as one commit."""
@@ -134,7 +133,7 @@ class History:
             seen += self._next(end, ring)
         if seen:
             assert end.trace is not None
-            end.trace.took(b"".join(seen))
+            end.trace.taken(b"".join(seen))
 
     def _next(self, end: End, ring: list[bytes]) -> list[bytes]:
         number, self.taken[end.side] = self.taken[end.side], self.taken[end.side] + 1
@@ -188,7 +187,7 @@ class History:
         host.start()
         host.recorder.resume(old.uid, position, lives)
         link = Link(self.headers["host"], self.headers["guest"])
-        host.trace = host.recorder.opened(host, link, resumed=True)  # type: ignore[arg-type]
+        host.trace = host.recorder.opened(host, link, "resumed")  # type: ignore[arg-type]
         host.recorder.restored([host])  # type: ignore[list-item]
 
     def run(self, choose: random.Random, steps: int) -> None:

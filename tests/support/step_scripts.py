@@ -4,6 +4,7 @@ bus, every state of a channel, and every way in which a packet, a message or an 
 
 from __future__ import annotations
 
+import math
 from unittest import mock
 from uuid import UUID
 
@@ -463,9 +464,9 @@ def completions_wait(run: Run) -> None:
         end.send(b"ask_", data=bytes([number]) * 200)
         if number % 4 == 3:
             run.world.work()
-            end.channel._drain_queue()
+            end.channel.outgoing.drain(math.inf)
     end.push(2)
-    end.channel._flush()
+    end.channel.outgoing.publish()
     run.world.work()
     run.settle()
     driver.close_channel(end.channel)
@@ -608,7 +609,7 @@ def pipes(run: Run) -> None:
         end.pipe.write(bytes(range(number, number + 90)) * 3)
         if number % 7 == 6:
             run.world.work()
-    end.channel._drain_queue()
+    end.channel.outgoing.drain(math.inf)
     run.world.work()
     run.settle()
     end.pipe.write(b"")
@@ -621,7 +622,7 @@ def byte_pipes(run: Run) -> None:
     end = PipeEnd(run.driver, byte_mode=True)
     run.books["pipe"] = end.books
     end.pipe.write(bytes(range(256)) * 40)
-    end.channel._drain_queue()
+    end.channel.outgoing.drain(math.inf)
     run.world.work()
     end.pipe.write(b"the end")
     run.settle()

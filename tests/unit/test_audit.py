@@ -142,7 +142,7 @@ def test_damage_between_a_save_and_its_restore_is_named(seed: int, what: str, da
     position = old.position
     host.start()
     host.recorder.resume(old.uid, position, lives)
-    host.trace = host.recorder.opened(host, Link(model.headers["host"], model.headers["guest"]), resumed=True)  # type: ignore[arg-type]
+    host.trace = host.recorder.opened(host, Link(model.headers["host"], model.headers["guest"]), "resumed")  # type: ignore[arg-type]
     host.recorder.restored([host])  # type: ignore[list-item]
     report = model.check()
     names = {"drop": "lost", "double": "doubled", "swap": "reordered", "body": "corrupted"}
@@ -204,7 +204,7 @@ def test_the_leaf_can_be_chosen() -> None:
 def test_what_the_guest_took_before_anybody_put_it_is_invented() -> None:
     model = History()
     assert model.guest.trace is not None
-    model.guest.trace.took(ring_bytes(6, True, 1, b"from nowhere"))
+    model.guest.trace.taken(ring_bytes(6, True, 1, b"from nowhere"))
     report = model.check()
     assert [problem.kind for problem in report.problems] == ["invented"]
     assert report.problems[0].first == 1
@@ -215,7 +215,7 @@ def test_a_failed_channel_is_a_breach_that_names_the_packet() -> None:
     model.host.accept(True, b"x")
     model.put(model.host, 1)
     assert model.guest.trace is not None
-    model.guest.trace.failed("I do not like it")
+    model.guest.trace.failed("I do not like it", True)
     report = model.check()
     assert (report.problems[0].kind, report.problems[0].first) == ("failed", 1)
     assert "I do not like it" in str(report)
@@ -305,7 +305,8 @@ def test_a_store_that_fails_ends_the_record_and_nothing_else() -> None:
             raise OSError(errno.ENOSPC, "No space left on device")
 
     pair = Pair()
-    pair.server.recorder = Recorder(Full(), side="host", name="x")
+    recorder = Recorder(Full(), side="host", name="x")
+    pair.server.observers.append(recorder)
     pair.server.set_process_packet_callbacks(lambda channel, completion, payload: completion.complete(payload))
     pair.open()
     answers: list[bytes] = []
@@ -314,9 +315,9 @@ def test_a_store_that_fails_ends_the_record_and_nothing_else() -> None:
         packet.completion_routine = lambda packet, status, reply: answers.append(reply)
         packet.send(number.to_bytes(8, "little"))
         pair.run()
-        pair.server.recorder.flush("now")
+        recorder.flush("now")
     assert len(answers) == 5
-    assert "No space left" in pair.server.recorder.failed
+    assert "No space left" in recorder.failed
 
 
 def test_files_are_private_and_found(tmp_path: Path) -> None:
@@ -356,15 +357,16 @@ def test_a_full_guest_keeps_brief_records(tmp_path: Path) -> None:
 def recorded_pair(**pages: int) -> tuple[Pair, MemoryStore, MemoryStore]:
     pair = Pair(**pages)
     stores = MemoryStore(), MemoryStore()
-    pair.server.recorder = Recorder(stores[0], side="host", name="server")
-    pair.client.recorder = Recorder(stores[1], side="guest", name="client")
+    pair.server.observers.append(Recorder(stores[0], side="host", name="server"))
+    pair.client.observers.append(Recorder(stores[1], side="guest", name="client"))
     return pair, *stores
 
 
 def check_pair(pair: Pair, host: MemoryStore, guest: MemoryStore) -> Report:
     for channel in (pair.server, pair.client, pair.server):
-        assert channel.recorder is not None
-        channel.recorder.flush("now")
+        (recorder,) = channel.observers
+        assert isinstance(recorder, Recorder)
+        recorder.flush("now")
     return check_records([Record(bytes(host.data), "host"), Record(bytes(guest.data), "guest")])
 
 
@@ -397,7 +399,7 @@ def test_a_pair_with_a_full_ring_and_a_close(tmp_path: Path) -> None:
 def test_without_a_recorder_nothing_is_kept() -> None:
     pair = Pair()
     pair.open()
-    assert pair.server.trace is None and pair.server_link.writer.tap is None
+    assert pair.server.observing == []
 
 
 # ---- the command -----------------------------------------------------------------------------------------------------
@@ -458,7 +460,7 @@ class Recorded(Machine):
         self.stores.append(MemoryStore())
         self.device.recorder = Recorder(self.stores[-1], side="host", name="vmbus0")
         for channel in self.device.channels:
-            channel.recorder = self.device.recorder
+            channel.observers = [self.device.recorder]
             channel.force_new_channel = bool(self.options.get("renew"))
 
     def check(self, guest: MemoryStore, recorder: Recorder) -> Report:
@@ -537,7 +539,7 @@ def test_a_provider_that_forgets_a_restored_packet_is_seen() -> None:
         def dropping(where, lib_buf: bytes, save_buf: bytes) -> None:
             restore(where, lib_buf, save_buf)
             if decode_lib(lib_buf).transaction == 7:
-                channel.sent_by_mistake = channel._sent.pop(7)
+                channel.sent_by_mistake = channel.flow.sent.pop(7)
 
         channel._restore_packet = dropping
 

@@ -287,18 +287,13 @@ def pair() -> Pair:
 
 
 def test_without_a_capture_nothing_is_called(pair: Pair, tmp_path: Path) -> None:
-    link = pair.server_link
-
-    def hooks() -> list[object]:
-        return [link.reader.look, link.reader.tap, link.writer.look, link.writer.tap]
-
-    assert hooks() == [None] * 4
+    assert pair.server.observing == []
     capture = Capture(tmp_path / "a", CaptureOptions())
-    capture.opened(pair.server, link, "joined")
-    assert None not in hooks()
+    pair.server.observe("joined", [capture])
+    assert len(pair.server.observing) == 1
     traffic(pair, 3)
     capture.stop()
-    assert hooks() == [None] * 4
+    assert pair.server.observing == []
     traffic(pair, 3)
     found, reader = read(tmp_path / "a")
     kinds = [(one.record.direction, one.record.kind) for one in found if one.record.record == record.PACKET]
@@ -310,7 +305,7 @@ def test_without_a_capture_nothing_is_called(pair: Pair, tmp_path: Path) -> None
 def test_packets_that_found_no_room_are_counted(pair: Pair, tmp_path: Path) -> None:
     """A disk that hangs for a while: everything goes on, and the file says how much is missing, and where."""
     capture = Capture(tmp_path / "a", CaptureOptions(), queue_bytes=20_000)
-    capture.opened(pair.server, pair.server_link, "joined")
+    pair.server.observe("joined", [capture])
     hang, hanging = threading.Event(), threading.Event()
 
     def slow() -> bytes:
@@ -338,7 +333,7 @@ def test_packets_that_found_no_room_are_counted(pair: Pair, tmp_path: Path) -> N
 def test_external_data_that_nobody_gives_back_is_not_remembered(pair: Pair, tmp_path: Path) -> None:
     """A guest may describe memory and want no completion, as often as it likes."""
     capture = Capture(tmp_path / "a", CaptureOptions())
-    capture.opened(pair.server, pair.server_link)
+    pair.server.observe("opened", [capture])
     body, offset8 = gpa_direct_body([range_for(BASE, 16)], b"question")
     for transaction in range(20):
         assert pair.client_link.writer.put(int(PacketType.GPA_DIRECT), transaction % 2, transaction, body, offset8)
@@ -353,19 +348,19 @@ def test_external_data_that_nobody_gives_back_is_not_remembered(pair: Pair, tmp_
 
 def test_a_channel_that_is_not_wanted_is_left_alone(pair: Pair, tmp_path: Path) -> None:
     capture = Capture(tmp_path / "a", CaptureOptions(channels=("another",)))
-    capture.opened(pair.server, pair.server_link)
-    assert pair.server_link.reader.tap is None
+    pair.server.observe("opened", [capture])
+    assert pair.server.observing == []
     capture.stop()
     assert read(tmp_path / "a")[0] == []
 
 
 def test_a_capture_that_has_ended_costs_nothing_any_more(pair: Pair, tmp_path: Path) -> None:
     capture = Capture(tmp_path / "a", CaptureOptions(limit=4096))
-    capture.opened(pair.server, pair.server_link)
+    pair.server.observe("opened", [capture])
     while not capture.ended:
         traffic(pair, 10)
     traffic(pair, 1)
-    assert pair.server_link.reader.tap is None and pair.server_link.writer.tap is None
+    assert pair.server.observing == []
     assert capture.status()["full"] and not capture.status()["running"]
     assert (tmp_path / "a").stat().st_size <= 4096
     assert read(tmp_path / "a")[1].torn == ""

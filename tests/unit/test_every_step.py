@@ -5,6 +5,7 @@ prints says how many were tested.
 """
 
 import logging
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from unittest import mock
@@ -490,7 +491,7 @@ def test_packets_that_nobody_could_restore_are_refused_at_the_save() -> None:
     for _ in range(12):
         end.pipe.write(bytes(400))
         world.work()
-        end.channel._drain_queue()
+        end.channel.outgoing.drain(math.inf)
     assert world.provider("pipe").channel.packets_queued
     assert world.pause()
     with pytest.raises(KmclError, match="saved packets and no restore callback"):

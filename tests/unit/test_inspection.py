@@ -137,8 +137,8 @@ def test_a_packet_that_nobody_completes_grows_old() -> None:
     before = channel_of(look(machine), "burst1").packets[0]
     burst.packets_in_use[0].since -= 3600
     held = machine.channel("echo")
-    completion = next(iter(held._outstanding))
-    held._outstanding[completion] -= 7200
+    completion = next(iter(held.flow.outstanding))
+    held.flow.outstanding[completion] -= 7200
     document = look(machine)
     assert channel_of(document, "burst1").packets[0].age >= before.age + 3600
     assert "for 60 min" in text(document) and "for 2.0 h" in text(document)

@@ -196,7 +196,7 @@ def test_completions_queue_behind_a_full_ring_too(pair, vsp, guest) -> None:
             pair.run()
     for number, (completion, _) in enumerate(vsp.incoming):
         completion.complete(struct.pack("<I", number) + bytes(60))
-    assert len(pair.server._queue) > 100
+    assert len(pair.server.outgoing.queue) > 100
     pair.run()
     assert done == [(number, struct.pack("<I", number)) for number in range(300)]
 

@@ -415,7 +415,7 @@ class BothEnds(RuleBasedStateMachine):
             assert len(channel.outstanding) == len(end.held_packets) + end.put_off, side
             assert end.received == self.ends[OTHER[side]].sent[: len(end.received)], side
             if end.state in (DISABLED, CLOSED):
-                assert not end.unresolved and not end.held_packets and not channel._queue, side
+                assert not end.unresolved and not end.held_packets and not channel.outgoing.queue, side
         if hasattr(self.bench, "server_link"):
             assert not self.bench.server_link.failures and not self.bench.client_link.failures
 
@@ -437,7 +437,7 @@ class BothEnds(RuleBasedStateMachine):
             for side, end in self.ends.items():
                 assert end.received == self.ends[OTHER[side]].sent
                 assert not end.held_packets and not self.channel(side).packets_in_use
-                assert not self.channel(side)._queue
+                assert not self.channel(side).outgoing.queue
 
 
 SIDES_LIST = ["server", "client"]

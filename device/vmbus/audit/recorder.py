@@ -1,4 +1,4 @@
-"""Recording: what channels call when a recorder is set on them. No I/O; bytes go to a `Store`.
+"""Recording: a recorder is an observer of channels (`vmbus.kmcl.observer`). No I/O; bytes go to a `Store`.
 
 A `Recorder` is one process' record. A `Trace` is one life of a channel (from an open to its close) as this end sees it.
 Nothing is done per packet: the ring bytes of a batch are kept as they are, and those of many batches are digested at
@@ -26,6 +26,8 @@ from vmbus.audit import format as f
 
 if TYPE_CHECKING:
     from vmbus.kmcl.channel import Channel, Link
+    from vmbus.kmcl.observer import How
+    from vmbus.wire.packet import RawPacket
 
 log = logging.getLogger(__name__)
 
@@ -84,12 +86,12 @@ class _Lane:
 
 
 class Trace:
-    """One life of a channel at one end.
+    """One life of a channel at one end: a `LifeObserver`.
 
-    `put` and `took` only keep the ring bytes, which exist anyway; those of many batches are digested together.
+    `put` and `taken` only keep the ring bytes, which exist anyway; those of many batches are digested together.
     """
 
-    __slots__ = ("_recorder", "channel", "closed", "incoming", "key", "life", "nonce", "out")
+    __slots__ = ("_recorder", "channel", "incoming", "key", "life", "nonce", "out", "over")
 
     def __init__(
         self, recorder: Recorder, channel: Channel, life: int, nonce: bytes, out: _Lane, incoming: _Lane
@@ -101,7 +103,7 @@ class Trace:
         self.nonce = nonce
         self.out = out
         self.incoming = incoming
-        self.closed = False
+        self.over = False
 
     @property
     def position(self) -> LifePosition:
@@ -121,29 +123,38 @@ class Trace:
         if lane.size >= _DIGEST_BYTES:
             self._recorder.digest(self.life, lane)
 
-    def took(self, data: bytes) -> None:
-        """These packets were taken, in one piece: whole packets, at least one."""
+    def about_to_take(self, packets: Sequence[RawPacket], offset: int) -> None:
+        """Nothing to be done."""
+
+    def about_to_put(self, data: bytes) -> None:
+        """Nothing to be done."""
+
+    def taken(self, data: bytes) -> None:
+        """These packets were taken, in one piece: whole packets, or nothing."""
+        if not data:
+            return
         lane = self.incoming
         lane.pending.append(data)
         lane.size += len(data)
         # Behind a close that happened while these packets were handed over, nobody else would digest them.
-        if lane.size >= _DIGEST_BYTES or self.closed:
+        if lane.size >= _DIGEST_BYTES or self.over:
             self._recorder.digest(self.life, lane)
 
     def withdrawn(self, transaction: int) -> None:
         """The owner took a queued packet back before it was put."""
         self._recorder.event(f.WITHDRAWN, self.life, {"transaction": transaction})
 
-    def failed(self, reason: str) -> None:
-        """A rule was broken; the close follows."""
-        self._recorder.digest_all(self)
-        self._recorder.event(f.FAILED, self.life, {"reason": reason})
+    def failed(self, reason: str, breach: bool) -> None:
+        """The close follows. A peer that is gone broke no rule: that is an end like any other."""
+        if breach:
+            self._recorder.digest_all(self)
+            self._recorder.event(f.FAILED, self.life, {"reason": reason})
 
-    def close(self) -> None:
+    def closed(self) -> None:
         """The life ends."""
-        if self.closed:
+        if self.over:
             return
-        self.closed = True
+        self.over = True
         recorder = self._recorder
         recorder.digest_all(self)
         recorder.event(f.CLOSED, self.life, {**in_use(self.channel), "held": self.channel.outstanding})
@@ -192,7 +203,7 @@ class Recorder:
         self._buffer: list[bytes] = [f.head()]
         self._buffered = f.HEAD.size
         self._lives = 0
-        self._open: list[Trace] = []
+        self._open: dict[int, Trace] = {}  # by the id of the channel, which the trace keeps
         self._left: dict[tuple[bytes, int], LifePosition] = {}
         meta = {
             "side": side,
@@ -296,9 +307,10 @@ class Recorder:
 
     # ---- channels ----------------------------------------------------------------------------------------------
 
-    def opened(self, channel: Channel, link: Link, *, resumed: bool = False) -> Trace:
-        """A channel was opened (or, `resumed`, put back on its rings): its trace, which the ring's writer calls."""
+    def opened(self, channel: Channel, link: Link, how: How) -> Trace:
+        """A channel was opened, or put back on its rings: its trace. An `Observer`."""
         key = channel_key(channel)
+        resumed = how == "resumed"
         out = incoming = LanePosition(0, 0)
         if resumed:
             left = self._left.pop(key, None)
@@ -312,7 +324,7 @@ class Recorder:
             nonce = link.reader.header.read(NONCE_OFFSET, NONCE_SIZE)
         self._lives += 1
         trace = Trace(self, channel, self._lives, nonce, _Lane(f.PUT, out), _Lane(f.TAKEN, incoming))
-        self._open.append(trace)
+        self._open[id(channel)] = trace
         body = {
             "nonce": nonce.hex(),
             "name": channel.name,
@@ -322,14 +334,12 @@ class Recorder:
             "next": channel.in_use()[2],
         }
         self.event(f.OPENED, trace.life, body)
-        link.writer.tap = trace.put
-        link.reader.tap = trace.took
         return trace
 
     def ended(self, trace: Trace) -> None:
-        """`Trace.close` does this."""
-        if trace in self._open:
-            self._open.remove(trace)
+        """`Trace.closed` does this."""
+        if self._open.get(id(trace.channel)) is trace:
+            del self._open[id(trace.channel)]
 
     # ---- save and restore --------------------------------------------------------------------------------------
 
@@ -346,8 +356,8 @@ class Recorder:
     def resume(self, uid: str, position: int, lives: Iterable[LifePosition]) -> None:
         """Before a restore: this record goes on from `position` of record `uid`, where these lives were."""
         self._left = {life.key: life for life in lives}
-        for trace in self._open:
-            trace.closed = True
+        for trace in self._open.values():
+            trace.over = True
         self._open.clear()
         self.event(f.RESUMED, 0, {"uid": uid, "position": position})
 
@@ -364,7 +374,7 @@ class Recorder:
     def _in_use(self, kind: int, channels: Iterable[Channel]) -> list[LifePosition]:
         lives = []
         for channel in channels:
-            trace = channel.trace
+            trace = self._open.get(id(channel))
             if trace is not None:
                 self.digest_all(trace)
                 self.event(kind, trace.life, in_use(channel))
@@ -375,7 +385,7 @@ class Recorder:
 
     def flush(self, reason: str, *, sync: bool = False) -> int:
         """Everything that happened so far goes to the store; returns `position`. With `sync`, also to disk."""
-        for trace in self._open:
+        for trace in self._open.values():
             self.digest_all(trace)
             self.event(f.NOTED, trace.life, in_use(trace.channel))
         self._out(reason, sync=sync)
@@ -394,7 +404,7 @@ class Recorder:
         """The process ends in good order. A record of nothing is not written at all."""
         if self.position == 1:
             return
-        for trace in self._open:
+        for trace in self._open.values():
             self.digest_all(trace)
             self.event(f.NOTED, trace.life, in_use(trace.channel))
         self.event(f.ENDED, 0, {})

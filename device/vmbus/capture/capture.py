@@ -27,6 +27,7 @@ from vmbus.wire.packet import PacketType, RawPacket, parse_gpa_direct, split_pac
 
 if TYPE_CHECKING:
     from vmbus.kmcl.channel import Channel, Link
+    from vmbus.kmcl.observer import How
 
 DEFAULT_SNAPLEN = 1 << 20
 """Bytes kept of a record; more than any packet has, with its headers and with `DEFAULT_EXTERNAL`."""
@@ -90,7 +91,7 @@ class _Copy(NamedTuple):
 
 
 class _Traffic:
-    """What happens on one channel, from its opening (or the beginning of the capture) to its close."""
+    """One life of a channel, from its opening (or the beginning of the capture) to its close: a `LifeObserver`."""
 
     def __init__(self, capture: Capture, channel: Channel, link: Link, interface: int) -> None:
         self.capture = capture
@@ -102,27 +103,16 @@ class _Traffic:
         self._copies: dict[int, _Copy] = {}  # of packets about to be handed over, by their end in the batch
         self._replies: dict[int, _Copy] = {}  # of completions about to be published, by their end
         self._given: dict[int, tuple[list[tuple[int, int]], int, int]] = {}  # by transaction: extents, size, digest
-        self._reader_tap = link.reader.tap
-        self._writer_tap = link.writer.tap
-        link.reader.look = self._about_to_take
-        link.reader.tap = self._took
-        link.writer.look = self._about_to_put
-        link.writer.tap = self._put
-
-    def let_go(self) -> None:
-        """The rings are nobody's concern any more."""
-        link = self.link
-        link.reader.look = link.writer.look = None
-        link.reader.tap, link.writer.tap = self._reader_tap, self._writer_tap
 
     # ---- to the host -----------------------------------------------------------------------------------------------
 
-    def _about_to_take(self, packets: list[RawPacket]) -> None:
+    def about_to_take(self, packets: Sequence[RawPacket], offset: int) -> None:
+        """Copy the memory that they describe, as the guest left it."""
         self._looking = True
         self._copies.clear()
         for packet in packets:
             if packet.kind == _GPA_DIRECT:
-                self._copies[packet.end] = self._external(packet)
+                self._copies[packet.end - offset] = self._external(packet)
 
     def _external(self, packet: RawPacket) -> _Copy:
         channel = self.channel
@@ -150,18 +140,19 @@ class _Traffic:
             return _Copy(size, b"", r.UNREADABLE)
         return _Copy(size, b"".join(parts), 0)
 
-    def _took(self, data: bytes) -> None:
-        if self._reader_tap is not None:
-            self._reader_tap(data)
+    def taken(self, data: bytes) -> None:
+        """They were handed over."""
         self._looking = False
         copies, self._copies = self._copies, {}
-        self.capture.batch(self, r.TO_HOST, data, copies)
+        if data:
+            self.capture.batch(self, r.TO_HOST, data, copies)
         if self.close_at:
             self.capture.end(self)
 
     # ---- to the guest ----------------------------------------------------------------------------------------------
 
-    def _about_to_put(self, data: bytes) -> None:
+    def about_to_put(self, data: bytes) -> None:
+        """Copy the memory that answered packets describe, if that has changed."""
         if not self._given:
             return
         for packet in split_packets(data)[0]:
@@ -172,16 +163,23 @@ class _Traffic:
                     copy = _Copy(size, b"", r.UNCHANGED)
                 self._replies[packet.end] = copy
 
-    def _put(self, data: bytes) -> None:
-        if self._writer_tap is not None:
-            self._writer_tap(data)
+    def put(self, data: bytes) -> None:
+        """They are published."""
         replies, self._replies = self._replies, {}
         self.capture.batch(self, r.TO_GUEST, data, replies)
 
-    def closing(self) -> bool:
-        """The channel is closed. Whether that can be told now: packets that are just being handed over come first."""
+    def withdrawn(self, transaction: int) -> None:
+        """It was never in the ring, so it is not in the capture."""
+
+    def failed(self, reason: str, breach: bool) -> None:
+        """Something that people want to know."""
+        self.capture.noted(self, "failed", reason)
+
+    def closed(self) -> None:
+        """The channel lets go of its rings. Packets that are just being handed over are told first."""
         self.close_at = time.time_ns()
-        return not self._looking
+        if not self._looking:
+            self.capture.end(self)
 
 
 class _Count:
@@ -217,31 +215,24 @@ class Capture:
 
     # ---- what channels tell ----------------------------------------------------------------------------------------
 
-    def opened(self, channel: Channel, link: Link, how: str = "opened") -> None:
-        """A channel is open on these rings. `how`: "opened" by the guest just now; "resumed", put back on its rings by
-        a restore; "joined", it was open when the capture began."""
+    def opened(self, channel: Channel, link: Link, how: How) -> _Traffic | None:
+        """A channel is open on these rings. An `Observer`."""
         if self._stopped:
-            return
+            return None
         before = self._open.pop(id(channel), None)
         if before is not None:
             self.end(before)
         interface = self._interface(channel)
         if interface is None:
-            return
+            return None
         traffic = self._open[id(channel)] = _Traffic(self, channel, link, interface)
         details = {"ring_to_host": link.reader.size, "ring_to_guest": link.writer.size}
         self._event(traffic.interface, how, time.time_ns(), **details)
+        return traffic
 
-    def closed(self, channel: Channel, link: Link) -> None:
-        """A channel has let go of its rings."""
-        traffic = self._open.get(id(channel))
-        if traffic is not None and traffic.link is link and traffic.closing():
-            self.end(traffic)
-
-    def noted(self, channel: Channel, event: str, reason: str) -> None:
+    def noted(self, traffic: _Traffic, event: str, reason: str) -> None:
         """Something happened to a channel that people want to know."""
-        traffic = self._open.get(id(channel))
-        if traffic is not None:
+        if not self._stopped:
             self._event(traffic.interface, event, time.time_ns(), reason=reason[:4096])
 
     def note(self, event: str) -> None:
@@ -340,7 +331,8 @@ class Capture:
             return lambda: None
         self._stopped = True
         for traffic in self._open.values():
-            traffic.let_go()
+            channel = traffic.channel
+            channel.observing = [one for one in channel.observing if one is not traffic]
         self._open.clear()
         now = time.time_ns()
         figures = [(count.seen, count.dropped) for count in self._counts]

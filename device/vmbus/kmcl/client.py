@@ -1,6 +1,7 @@
 """The client endpoint (VSC): the guest's end of a channel. It donates the rings and starts active by itself."""
 
 from collections.abc import Callable, Sequence
+from threading import get_ident
 from typing import Protocol, cast
 from uuid import UUID
 
@@ -8,6 +9,7 @@ from vmbus.errors import PeerError
 from vmbus.kmcl.channel import DEFAULT_TIMEOUT, Channel
 from vmbus.kmcl.states import ChannelEvent, ChannelState
 from vmbus.kmcl.status import ChannelStateError, KmclError, Status
+from vmbus.kmcl.threads import own_thread
 
 NIL = UUID(int=0)  # an interface type that has not been set
 
@@ -73,7 +75,7 @@ class ClientChannel(Channel):
         """Data pages of the incoming and outgoing ring (VmbClientChannelInitSetRingBufferPageCount)."""
         self._require_disabled("set_ring_buffer_page_count")
         if pages_in < 1 or pages_out < 1:
-            raise self._refuse(f"rings of {pages_in} and {pages_out} data pages", Status.INVALID_PARAMETER)
+            raise self.refuse(f"rings of {pages_in} and {pages_out} data pages", Status.INVALID_PARAMETER)
         self.ring_pages_in = pages_in
         self.ring_pages_out = pages_out
 
@@ -81,9 +83,11 @@ class ClientChannel(Channel):
 
     def bind(self, on_enable: Callable[["ClientChannel"], None]) -> None:
         """Tie the channel to a driver: who opens it once it is enabled and its offer is there."""
+        self.thread = get_ident()
         self._require_disabled("bind")
         self._on_enable = on_enable
 
+    @own_thread
     def enable(self) -> None:
         """Accept the offer when it is there (VmbChannelEnable); whoever drives the bus opens the channel."""
         self._require_usable("enable")
@@ -100,11 +104,13 @@ class ClientChannel(Channel):
                     self._move(ChannelEvent.DISABLE)
                 raise
 
+    @own_thread
     def begin_pause(self) -> None:
         """`pause` without the wait; while disabled: come up paused, once."""
         self._come_up_paused = self.state is ChannelState.DISABLED
         super().begin_pause()
 
+    @own_thread
     def disable(self, timeout: float = DEFAULT_TIMEOUT) -> None:
         """Close the channel if it is open, and forget the offer (VmbChannelDisable)."""
         self._refuse_in_state_callback("disable")
@@ -118,6 +124,7 @@ class ClientChannel(Channel):
         if self._pnp_failure is not None:
             self._pnp_failure(self, status)
 
+    @own_thread
     def set_interrupt_latency(self, latency_100ns: int) -> int:
         """How late an interrupt may come, in units of 100 ns; returns the old value (VmbChannelSetInterruptLatency).
 
@@ -126,14 +133,14 @@ class ClientChannel(Channel):
         if self.state not in (ChannelState.OPENED, ChannelState.ACTIVE, ChannelState.CLOSING):
             raise ChannelStateError(f"channel {self.name} is {self.state.value}: it has no interrupt latency")
         if latency_100ns < 0:
-            raise self._refuse(f"an interrupt latency of {latency_100ns}", Status.INVALID_PARAMETER_2)
+            raise self.refuse(f"an interrupt latency of {latency_100ns}", Status.INVALID_PARAMETER_2)
         old, self._interrupt_latency = self._interrupt_latency, latency_100ns
         return old
 
     # ---- GPADLs --------------------------------------------------------------------------------------------------
 
     def _guest_link(self, call: str, *, closing: bool = False) -> GuestLink:
-        return cast(GuestLink, self._open_link(call, closing=closing))
+        return cast(GuestLink, self.open_link(call, closing=closing))
 
     def create_gpadl(self, extents: Sequence[tuple[int, int]], *, read_only: bool = False) -> int:
         """Lend memory to the server, (I/O address, length) pairs; returns the handle once the server has accepted it
@@ -152,4 +159,4 @@ class ClientChannel(Channel):
         try:
             self._guest_link("delete_gpadl", closing=True).delete_gpadl(handle)
         except PeerError as error:
-            raise self._refuse(f"GPADL {handle:#x}: {error}", Status.INVALID_PARAMETER) from error
+            raise self.refuse(f"GPADL {handle:#x}: {error}", Status.INVALID_PARAMETER) from error

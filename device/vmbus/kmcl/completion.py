@@ -1,5 +1,6 @@
 """Incoming packets: the handle that their receiver must complete exactly once."""
 
+from threading import get_ident
 from typing import TYPE_CHECKING, Any
 
 from vmbus.kmcl.status import ChannelStateError, KmclError, Status
@@ -18,11 +19,12 @@ class Completion:
         wanted: whether the sender waits for a completion packet.
         context: scratch space of the receiver: a bytearray of the channel's client context size, else None.
         deferred: whether the packet was put off with `defer_to_passive`.
+        size: bytes that it holds here, for the channel's bounds.
     """
 
-    __slots__ = ("_body", "_generation", "_grant", "channel", "context", "deferred", "done", "transaction", "wanted")
+    __slots__ = ("_body", "_grant", "channel", "context", "deferred", "done", "size", "transaction", "wanted")
 
-    def __init__(self, channel: "Channel", transaction: int, wanted: bool, body: bytes, generation: int) -> None:
+    def __init__(self, channel: "Channel", transaction: int, wanted: bool, body: bytes, size: int) -> None:
         self.channel = channel
         self.transaction = transaction
         self.wanted = wanted
@@ -30,8 +32,8 @@ class Completion:
         self.context: Any = bytearray(size) if size else None
         self.deferred = False
         self.done = False
+        self.size = size
         self._body = body
-        self._generation = generation
         self._grant: Grant | None = None
 
     @property
@@ -52,7 +54,8 @@ class Completion:
             raise KmclError(f"{where} {what}", Status.INVALID_DEVICE_REQUEST)
         if self._grant is not None:
             return self._grant
-        memory = self.channel.memory_of(self._generation)
+        self.channel.threads.require_own("external_data")
+        memory = self.channel.memory_of(self)
         if memory is None:
             raise KmclError(f"{where}: the channel was closed", Status.CANCELLED)
         try:
@@ -67,23 +70,33 @@ class Completion:
 
     def complete(self, reply: bytes = b"") -> None:
         """Finish the packet (VmbChannelPacketComplete): its external data is given back, and a completion packet with
-        `reply` is sent if the sender asked for one; queued in order when the ring is full.
+        `reply` is sent if the sender asked for one; queued in order when the ring is full. On any thread.
 
         Does nothing more when the channel has been closed meanwhile. Raises ChannelStateError when called twice,
         KmclError (INVALID_PARAMETER) for a reply that can never fit into the ring; the packet is then not completed.
         """
+        channel = self.channel
         if self.done:
-            raise self._completed_twice()
-        if self.wanted and len(reply) > self.channel.largest_payload:
+            raise self.completed_twice()
+        if self.wanted and len(reply) > channel.largest_payload:
             raise KmclError(
-                f"a reply of {len(reply)} bytes to packet {self.transaction} of channel {self.channel.name} can never "
-                f"fit into its ring (at most {self.channel.largest_payload})",
+                f"a reply of {len(reply)} bytes to packet {self.transaction} of channel {channel.name} can never "
+                f"fit into its ring (at most {channel.largest_payload})",
                 Status.INVALID_PARAMETER,
             )
+        if get_ident() != channel.thread:
+            channel.threads.complete(self, reply)
+            return
         self.done = True
         if self._grant is not None:
             self._grant.release()
-        self.channel.complete_incoming(self, self._generation, reply)
+        channel.flow.complete(self, reply)
+
+    def finish(self, reply: bytes) -> None:
+        """For `threads`: the part of `complete` that the channel's own thread does."""
+        if self._grant is not None:
+            self._grant.release()
+        self.channel.flow.complete(self, reply)
 
     def orphan(self) -> None:
         """For the channel: it is closed by force, and nobody will complete this packet. Its memory is given back."""
@@ -95,19 +108,22 @@ class Completion:
 
         Only from inside the packet's `process_packet`; raises ChannelStateError elsewhere, and the second time.
         """
-        self.channel.defer_to_passive(self)
+        self.channel.threads.require_own("defer_to_passive")
+        self.channel.incoming.defer(self)
 
     def fail(self, reason: str) -> None:
         """The packet is malformed beyond recovery (VmbChannelPacketFail): the channel is closed. This finishes the
         packet; raises ChannelStateError when it was completed before."""
+        self.channel.threads.require_own("the fail of a packet")
         if self.done:
-            raise self._completed_twice()
+            raise self.completed_twice()
         self.done = True
         if self._grant is not None:
             self._grant.release()
-        self.channel.fail_incoming(self, self._generation, f"packet {self.transaction}: {reason}")
+        self.channel.fail_incoming(self, f"packet {self.transaction}: {reason}")
 
-    def _completed_twice(self) -> ChannelStateError:
+    def completed_twice(self) -> ChannelStateError:
+        """The owner's mistake."""
         return ChannelStateError(
             f"packet {self.transaction} of channel {self.channel.name} was completed already; "
             "each incoming packet is completed exactly once",

@@ -84,7 +84,7 @@ class Packet:
         wait_for_completion: bool = True,
         transaction: int | None = None,
     ) -> None:
-        """Send `payload` (VmbPacketSend); queued on the channel, in order, when the ring is full or paused.
+        """Send `payload` (VmbPacketSend), on any thread; queued in order while the ring is full or the channel paused.
 
         Args:
             payload: at most the channel's maximum packet size, bytes.
@@ -99,11 +99,7 @@ class Packet:
         (INVALID_PARAMETER) when the payload is too long.
         """
         if self.state is not _IDLE:
-            raise ChannelStateError(
-                f"packet {self.transaction} of channel {self.channel.name} is {self.state.value}; "
-                "send it again after its completion routine has run",
-                Status.INVALID_DEVICE_REQUEST,
-            )
+            raise self.in_use()
         if self.completion_routine is _no_routine:
             raise ChannelStateError(
                 f"a caller-owned packet of channel {self.channel.name} has no completion routine; set one first",
@@ -117,6 +113,14 @@ class Packet:
                 )
             external_ranges = [range_for(address, length) for address, length in external]
         self.channel.send_packet(self, payload, external_ranges, wait_for_completion, transaction)
+
+    def in_use(self) -> ChannelStateError:
+        """The owner's mistake: a send of a packet that is not idle."""
+        return ChannelStateError(
+            f"packet {self.transaction} of channel {self.channel.name} is {self.state.value}; "
+            "send it again after its completion routine has run",
+            Status.INVALID_DEVICE_REQUEST,
+        )
 
     def free(self) -> None:
         """Give the packet up (VmbPacketFree). Raises ChannelStateError while it is queued or sent."""

@@ -7,11 +7,12 @@ Incoming packets are never saved: before a save the channel is paused and the ow
 import time
 from collections.abc import Callable, Sequence
 from struct import Struct
+from threading import get_ident
 from typing import NamedTuple, Protocol, cast
 from uuid import UUID
 
 from vmbus.errors import PeerError, StateError
-from vmbus.kmcl.channel import DEFAULT_TIMEOUT, Channel, Link, _QueuedCompletion
+from vmbus.kmcl.channel import DEFAULT_TIMEOUT, Channel, Link
 from vmbus.kmcl.packet import Packet, PacketState
 from vmbus.kmcl.saved import (
     MAX_SAVE_BUF,
@@ -27,6 +28,7 @@ from vmbus.kmcl.saved import (
 )
 from vmbus.kmcl.states import ChannelEvent, ChannelState
 from vmbus.kmcl.status import ChannelStateError, KmclError, Status
+from vmbus.kmcl.threads import own_thread
 from vmbus.memory import Grant
 from vmbus.wire.messages import OfferFlag
 from vmbus.wire.packet import packet_size
@@ -152,7 +154,7 @@ class ServerChannel(Channel):
         """How the channel is offered, SERVER_FLAG bits (VmbServerChannelInitSetFlags)."""
         self._require_disabled("set_server_flags")
         if flags & ~SERVER_FLAGS:
-            raise self._refuse(f"server flags {flags:#x}; {SERVER_FLAGS:#x} exist", Status.INVALID_PARAMETER_2)
+            raise self.refuse(f"server flags {flags:#x}; {SERVER_FLAGS:#x} exist", Status.INVALID_PARAMETER_2)
         self.offer_flags = sum(wire for flag, wire in _WIRE_FLAGS.items() if flags & flag)
         self.force_new_channel = bool(flags & SERVER_FLAG_FORCE_NEW_CHANNEL)
         self.loopback_offer = bool(flags & SERVER_FLAG_LOOPBACK_OFFER)
@@ -162,7 +164,7 @@ class ServerChannel(Channel):
         self._require_disabled("set_mmio_megabytes")
         both = (megabytes, optional)
         if not any(both) or min(both) < 0 or max(both) > 0xFFFF:
-            raise self._refuse(f"{megabytes} and {optional} MB of MMIO space", Status.INVALID_PARAMETER)
+            raise self.refuse(f"{megabytes} and {optional} MB of MMIO space", Status.INVALID_PARAMETER)
         self.mmio_megabytes = megabytes
         self.mmio_megabytes_optional = optional
 
@@ -176,7 +178,7 @@ class ServerChannel(Channel):
         """Only 0: there are no virtual trust levels here (VmbServerChannelInitSetTargetVtl)."""
         self._require_disabled("set_target_vtl")
         if vtl:
-            raise self._refuse(f"target VTL {vtl}; only VTL 0 exists here", Status.INVALID_PARAMETER_2)
+            raise self.refuse(f"target VTL {vtl}; only VTL 0 exists here", Status.INVALID_PARAMETER_2)
 
     def set_save_restore_packet_callbacks(self, save: SavePacket, restore: RestorePacket) -> None:
         """Who saves and rebuilds packets (VmbServerChannelInitSetSaveRestorePacketCallbacks).
@@ -196,10 +198,12 @@ class ServerChannel(Channel):
 
     def bind(self, on_enable: Callable[["ServerChannel"], None], on_disable: Callable[["ServerChannel"], None]) -> None:
         """Tie the channel to one VM's bus (VmbServerChannelInitSetVmbusHandle): who offers it, who withdraws it."""
+        self.thread = get_ident()
         self._require_disabled("bind")
         self._on_enable = on_enable
         self._on_disable = on_disable
 
+    @own_thread
     def enable(self) -> None:
         """Offer the channel (VmbChannelEnable). The guest opens it whenever it likes."""
         self._require_usable("enable")
@@ -215,6 +219,7 @@ class ServerChannel(Channel):
                 self._move(ChannelEvent.DISABLE)
             raise
 
+    @own_thread
     def disable(self, timeout: float = DEFAULT_TIMEOUT) -> None:
         """Withdraw the offer (VmbChannelDisable): waits for incoming packets that are held, then closes the channel.
 
@@ -241,7 +246,7 @@ class ServerChannel(Channel):
         try:
             return self._host_link("map_gpadl").map_gpadl(handle, read_only)
         except PeerError as error:
-            raise self._refuse(f"GPADL {handle:#x}: {error}", Status.INVALID_PARAMETER) from error
+            raise self.refuse(f"GPADL {handle:#x}: {error}", Status.INVALID_PARAMETER) from error
 
     def unmap_gpadl(self, handle: int) -> None:
         """End a mapping (VmbChannelUnmapGpadl); a guest that waits to take its memory back goes on. At the latest in
@@ -249,13 +254,14 @@ class ServerChannel(Channel):
         try:
             self._host_link("unmap_gpadl", closing=True).unmap_gpadl(handle)
         except PeerError as error:
-            raise self._refuse(f"GPADL {handle:#x}: {error}", Status.INVALID_PARAMETER) from error
+            raise self.refuse(f"GPADL {handle:#x}: {error}", Status.INVALID_PARAMETER) from error
 
     def _host_link(self, call: str, *, closing: bool = False) -> HostLink:
-        return cast(HostLink, self._open_link(call, closing=closing))
+        return cast(HostLink, self.open_link(call, closing=closing))
 
     # ---- save --------------------------------------------------------------------------------------------------
 
+    @own_thread
     def save(self) -> list[bytes]:
         """The whole channel as chunks; the same as `save_begin`, `save_continue` and `save_end` in one.
 
@@ -268,6 +274,7 @@ class ServerChannel(Channel):
         finally:
             self.save_end()
 
+    @own_thread
     def save_begin(self) -> None:
         """Set up a save (VmbChannelSaveBegin). The channel must be quiescent, and stays as it is.
 
@@ -281,17 +288,21 @@ class ServerChannel(Channel):
             )
         if self._save_context is not None:
             raise ChannelStateError(f"channel {self.name} is being saved already; save_end() abandons that")
-        entries: list[Chunk] = [self._save_one(packet) for packet in self._sent.values()]
-        for entry in self._queue:
+        entries: list[Chunk] = [self._save_one(packet) for packet in self.flow.sent.values()]
+        for entry in self.outgoing.queue:
             if isinstance(entry, Packet):
                 entries.append(self._save_one(entry))
             else:
                 entries.append(CompletionChunk(transaction=entry.transaction, body=entry.body))
         head = ChannelChunk(
-            version=VERSION, started=self.started, next_transaction=self._next_transaction, entries=len(entries)
+            version=VERSION,
+            started=self.started,
+            next_transaction=self.outgoing.next_transaction,
+            entries=len(entries),
         )
         self._save_context = _SaveContext([encode(head), *map(encode, entries)])
 
+    @own_thread
     def save_continue(self, size: int) -> SaveStep:
         """The next whole chunks that fit into `size` bytes (VmbChannelSaveContinue); goes on where it stopped.
 
@@ -301,6 +312,7 @@ class ServerChannel(Channel):
             raise ChannelStateError(f"channel {self.name} is not being saved; save_begin() first")
         return self._save_context.take(size)
 
+    @own_thread
     def save_end(self) -> None:
         """Drop the save, finished or not (VmbChannelSaveEnd). Harmless without one."""
         self._save_context = None
@@ -348,15 +360,14 @@ class ServerChannel(Channel):
 
     # ---- restore -----------------------------------------------------------------------------------------------
 
+    @own_thread
     def reopen(self, link: Link) -> None:
         """Put a restored channel back on its rings, not active. The guest did not open it again, so `opened` is not
         called; packets are restored next, then `start` if the saved channel was started."""
         self._attach(link)
-        if self.recorder is not None:
-            self.trace = self.recorder.opened(self, link, resumed=True)
-        if self.capture is not None:
-            self.capture.opened(self, link, "resumed")
+        self.observe("resumed")
 
+    @own_thread
     def restore(self, chunks: Sequence[bytes]) -> bool:
         """Rebuild the packets of a saved channel, in order, through the owner's restore callback.
 
@@ -370,7 +381,7 @@ class ServerChannel(Channel):
             raise StateError(f"the saved state of channel {self.name} does not start with a channel chunk or is cut")
         if decoded[1:] and self.state is not ChannelState.OPENED:
             raise StateError(f"packets were saved for channel {self.name}, which is {self.state.value}")
-        if self._sent or self._queue:
+        if self.flow.sent or self.outgoing.queue:
             raise ChannelStateError(
                 f"channel {self.name} has packets {[packet.transaction for packet in self.packets_in_use][:8]} in use "
                 "already; its state is restored before anything is sent, and once"
@@ -380,12 +391,12 @@ class ServerChannel(Channel):
             for chunk in decoded[1:]:
                 self._restore_one(chunk, head.next_transaction)
         except BaseException:
-            self._sent.clear()
-            self._queue.clear()
+            self.outgoing.give_up()
             raise
-        self._next_transaction = self._first_own = head.next_transaction
+        self.outgoing.next_transaction = self.outgoing.first_own = head.next_transaction
         return head.started
 
+    @own_thread
     def restore_from_buffer(self, data: bytes) -> bool:
         """Restore from `save_continue`'s bytes, any whole number of chunks at a time (VmbChannelRestoreFromBuffer).
 
@@ -413,7 +424,7 @@ class ServerChannel(Channel):
             raise StateError(f"a second channel chunk in the state of channel {self.name}")
         if isinstance(chunk, CompletionChunk):
             self._check_fits(chunk.transaction, chunk.body)
-            self._queue.append(_QueuedCompletion(chunk.transaction, chunk.body, time.monotonic()))
+            self.outgoing.put_back_reply(chunk.transaction, chunk.body)
             return
         lib = decode_lib(chunk.lib)
         if lib.transaction >= limit:
@@ -447,12 +458,13 @@ class ServerChannel(Channel):
         return self._restore_packet
 
     def _check_fits(self, transaction: int, body: bytes) -> None:
-        if self._link is not None and packet_size(len(body)) > self._link.writer.largest:
+        if self.link is not None and packet_size(len(body)) > self.link.writer.largest:
             raise StateError(
                 f"packet {transaction} of channel {self.name} takes {packet_size(len(body))} ring bytes, and can never "
-                f"fit into a ring of {self._link.writer.size}"
+                f"fit into a ring of {self.link.writer.size}"
             )
 
+    @own_thread
     def restore_packet(self, packet: Packet, lib_buf: bytes) -> None:
         """Give a fresh packet the library's saved state (VmbPacketRestore). Only inside the restore callback.
 
@@ -483,7 +495,6 @@ class ServerChannel(Channel):
         if lib.queued:
             packet.body = lib.body
             packet.state = PacketState.QUEUED
-            self._queue.append(packet)
         else:
             packet.state = PacketState.SENT
-            self._sent[lib.transaction] = packet
+        self.outgoing.put_back(packet)

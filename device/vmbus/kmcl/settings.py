@@ -60,14 +60,15 @@ class Settings:
                 Status.INVALID_PARAMETER_1,
             )
 
-    def _refuse(self, what: str, status: Status) -> KmclError:
+    def refuse(self, what: str, status: Status) -> KmclError:
+        """The error for a call that is wrong: `what` about this channel."""
         return KmclError(f"channel {self.name}: {what}", status)
 
     def set_flags(self, flags: int) -> None:
         """FLAG_IS_PIPE, or 0 (VmbChannelInitSetFlags)."""
         self._require_disabled("set_flags")
         if flags & ~FLAG_IS_PIPE:
-            raise self._refuse(f"flags {flags:#x}; only IS_PIPE ({FLAG_IS_PIPE:#x}) exists", Status.INVALID_PARAMETER_2)
+            raise self.refuse(f"flags {flags:#x}; only IS_PIPE ({FLAG_IS_PIPE:#x}) exists", Status.INVALID_PARAMETER_2)
         self.is_pipe = bool(flags & FLAG_IS_PIPE)
 
     def set_friendly_name(self, name: str) -> None:
@@ -79,16 +80,16 @@ class Settings:
         """Largest payload in bytes (VmbChannelInitSetMaximumPacketSize)."""
         self._require_disabled("set_maximum_packet_size")
         if size <= 0:
-            raise self._refuse(f"a maximum packet size of {size}", Status.INVALID_PARAMETER_2)
+            raise self.refuse(f"a maximum packet size of {size}", Status.INVALID_PARAMETER_2)
         self.maximum_packet_size = size
 
     def set_maximum_external_data(self, size: int, chain_length: int = DEFAULT_MAXIMUM_CHAIN) -> None:
         """Most bytes, and most pieces, of memory that a packet may describe (VmbChannelInitSetMaximumExternalData)."""
         self._require_disabled("set_maximum_external_data")
         if size <= 0:
-            raise self._refuse(f"maximum external data of {size} bytes", Status.INVALID_PARAMETER_2)
+            raise self.refuse(f"maximum external data of {size} bytes", Status.INVALID_PARAMETER_2)
         if chain_length <= 0:
-            raise self._refuse(f"a maximum chain length of {chain_length}", Status.INVALID_PARAMETER_3)
+            raise self.refuse(f"a maximum chain length of {chain_length}", Status.INVALID_PARAMETER_3)
         self.maximum_external_data = size
         self.maximum_chain = chain_length
 
@@ -96,7 +97,7 @@ class Settings:
         """Bytes of scratch space on every incoming packet (VmbChannelInitSetClientContextSize)."""
         self._require_disabled("set_client_context_size")
         if size < 0:
-            raise self._refuse(f"a client context of {size} bytes", Status.INVALID_PARAMETER_2)
+            raise self.refuse(f"a client context of {size} bytes", Status.INVALID_PARAMETER_2)
         self.client_context_size = size
 
     def set_process_packet_callbacks(

@@ -1,0 +1,162 @@
+"""The part of a channel that is touched for every packet: cursor, tables and counters of one open.
+
+`hand_over` takes packets from the cursor over a parsed batch to their owners; `complete` ends one that came. All that
+is rare (queues, limits, states, callbacks that raise) is the channel's, in `incoming`, `outgoing` and `channel`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from vmbus.kmcl.completion import Completion
+from vmbus.kmcl.states import ChannelState
+from vmbus.ring import RingWriter
+from vmbus.wire.packet import PacketType, RawPacket
+
+if TYPE_CHECKING:
+    from vmbus.kmcl.channel import Channel
+    from vmbus.kmcl.packet import Packet
+    from vmbus.kmcl.settings import ProcessPacket
+
+_COMPLETION = int(PacketType.COMPLETION)
+# Looking a member up in an Enum class takes longer than a global, which counts where it is done for every packet.
+_ACTIVE = ChannelState.ACTIVE
+
+NO_LIMIT = 1 << 62
+
+
+class Flow:
+    """See the module's text. One for each channel, for all its life; a new open begins with an empty cursor.
+
+    Attributes:
+        packets, at: the batch that was parsed last, and the first of it that was not handed over.
+        taken: ring bytes of the batch that were handed over, those of `packets[:at]`.
+        outstanding: incoming packets that the owner has not completed, oldest first, and since when it has them.
+        sent: outgoing packets in the ring, or taken, that wait for their completion, by transaction.
+        waiting: completions that wait for room in the ring.
+        held_bytes: of the packets in `outstanding`, and of the completions that wait.
+        most, most_bytes: a packet is not taken while so many are outstanding or wait, or hold so many bytes.
+        blocked: such a packet is at the cursor; nothing is taken before one of those ends.
+        direct: completions may go into the ring at once: it is there, and nothing waits for room.
+        cork: how many blocks there are at whose end everything staged is published.
+        attention: somebody wants to know when a packet is completed: call `Channel.completed_one`.
+        delivering: the packet that is being handed over right now.
+        began: when the present turn began; packets are dated by it, since that costs less than to look at the clock.
+    """
+
+    __slots__ = (
+        "answered",
+        "at",
+        "attention",
+        "began",
+        "blocked",
+        "channel",
+        "completed",
+        "cork",
+        "delivering",
+        "direct",
+        "held_bytes",
+        "most",
+        "most_bytes",
+        "outstanding",
+        "packets",
+        "process_packet",
+        "received",
+        "sent",
+        "taken",
+        "waiting",
+        "writer",
+    )
+
+    def __init__(self, channel: Channel) -> None:
+        self.channel = channel
+        self.packets: list[RawPacket] = []
+        self.at = 0
+        self.taken = 0
+        self.outstanding: dict[Completion, float] = {}
+        self.sent: dict[int, Packet] = {}
+        self.waiting = 0
+        self.held_bytes = 0
+        self.most = NO_LIMIT
+        self.most_bytes = NO_LIMIT
+        self.blocked = False
+        self.direct = False
+        self.cork = 0
+        self.delivering: Completion | None = None
+        self.attention = False
+        self.began = 0.0
+        self.process_packet: ProcessPacket | None = None
+        self.writer: RingWriter | None = None
+        self.received = 0
+        self.answered = 0
+        self.completed = 0
+
+    def hand_over(self, most: int) -> int:
+        """Hand over at most `most` packets from the cursor on, until one of them stops the channel; how many.
+
+        Ends early when the channel is not active any more, and with `blocked` set at a limit. What a peer breaks, or
+        the owner raises, fails the channel.
+        """
+        channel = self.channel
+        packets = self.packets
+        at = first = self.at
+        stop = min(at + most, len(packets))
+        while at < stop:
+            kind, flags, transaction, body, payload, end = packets[at]
+            if kind == _COMPLETION:
+                packet = self.sent.pop(transaction, None)
+                if packet is None:
+                    channel.fail(f"a completion for transaction {transaction}, which is not waiting for one")
+                    break
+                self.at = at = at + 1
+                self.taken = end
+                channel.outgoing.succeeded(packet, payload)
+            else:
+                outstanding = self.outstanding
+                if len(outstanding) + self.waiting >= self.most or self.held_bytes >= self.most_bytes:
+                    self.blocked = self.attention = True
+                    break
+                process_packet = self.process_packet
+                if process_packet is None:
+                    channel.fail("a packet came, and nobody takes packets on this channel")
+                    break
+                self.at = at = at + 1
+                self.taken = end
+                completion = Completion(channel, transaction, flags != 0, body, len(payload) + len(body))
+                outstanding[completion] = self.began
+                self.held_bytes += completion.size
+                self.received += 1
+                self.delivering = completion
+                try:
+                    process_packet(channel, completion, payload)
+                except Exception as error:
+                    channel.owner_failed("process_packet", error, f"packet {transaction}")
+                    break
+                finally:
+                    self.delivering = None
+                if completion.deferred:
+                    channel.incoming.put_off(completion, payload)
+            if channel.state is not _ACTIVE:
+                break
+        return at - first
+
+    def complete(self, completion: Completion, reply: bytes) -> None:
+        """An incoming packet is done. Nothing happens for one that was orphaned."""
+        if self.outstanding.pop(completion, None) is None:
+            return
+        self.held_bytes -= completion.size
+        if completion.wanted:
+            writer = self.writer
+            if self.direct and writer is not None and self.cork:
+                self.answered += 1
+                try:
+                    placed = writer.put(_COMPLETION, 0, completion.transaction, reply)
+                except Exception as error:
+                    self.channel.ring_failed(error)
+                    return
+                if not placed:
+                    self.channel.outgoing.reply_waits(completion.transaction, reply)
+            else:
+                self.channel.outgoing.reply(completion.transaction, reply)
+        if self.attention:
+            self.channel.completed_one()
