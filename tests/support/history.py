@@ -9,7 +9,6 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from struct import Struct
-from typing import Any
 from uuid import UUID
 
 from vmbus.audit import format as f
