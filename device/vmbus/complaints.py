@@ -34,7 +34,7 @@ MAX_TEXT = 2000
 MAX_TRACEBACK = 6000
 """Characters of one traceback."""
 
-_MOST_NAMED = 8  # kinds that `summary` names
+_NAMED = 8  # kinds that `summary` names
 _CHECKED = "vmbus_checked"  # attribute of a record that has had its token: handlers ask again
 
 
@@ -144,7 +144,7 @@ class Complaints:
             return {
                 "written": self.written,
                 "left_out": self.left_out,
-                "most": {kind.name: kind.left_out for kind in worst[:_MOST_NAMED]},
+                "most": {kind.name: kind.left_out for kind in worst[:_NAMED]},
             }
 
 
