@@ -159,7 +159,7 @@ class Child:
         done, _ = await asyncio.wait({self.exited}, timeout=30)
         if not done:
             raise WaitTimeout(f"{self.name} (process {self.pid}) to end after SIGKILL", 30)
-        await self._bounding
+        await asyncio.wait({self._bounding}, timeout=1)  # it is ending; no bare await, since it may be cancelled
 
     async def _keep_logs_bounded(self) -> None:
         """Looks at the sizes of this child's files while it runs, and once more when it has ended."""
