@@ -179,6 +179,14 @@ def note(request: pytest.FixtureRequest) -> Callable[[str], None]:
 
 
 @pytest.fixture(autouse=True)
+def _complaints_from_the_start() -> None:
+    """What earlier tests made the devices of this process log must not keep a later one from being heard."""
+    from vmbus.complaints import COMPLAINTS
+
+    COMPLAINTS.refill()
+
+
+@pytest.fixture(autouse=True)
 def _migration_v2(request: pytest.FixtureRequest) -> None:
     if request.node.get_closest_marker(NEEDS_MIGRATION_V2):
         from vmbus.vfio_user.library import ENVIRONMENT_VARIABLE, Generation

@@ -6,7 +6,6 @@ then every field's type and range, then whether it fits the device it is to be r
 """
 
 import hashlib
-import logging
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from struct import Struct
@@ -18,6 +17,7 @@ import msgspec
 from vmbus.audit.recorder import LanePosition, LifePosition
 from vmbus.bus.gpadl import Gpadl, PartialGpadl
 from vmbus.bus.server import ConnectionState, Offer, OfferState, OpenRequest
+from vmbus.complaints import bounded_log
 from vmbus.device import Device
 from vmbus.errors import PeerError, StateError, UsageError
 from vmbus.kmcl.saved import ChannelChunk, PacketChunk, decode_chunk, decode_lib
@@ -30,7 +30,7 @@ from vmbus.vfio_user.pci import COMMAND, COMMAND_BUS_MASTER
 from vmbus.wire import messages as m
 from vmbus.wire.gpa import GpaRange, page_count
 
-log = logging.getLogger(__name__)
+log = bounded_log(__name__)
 
 MAGIC = b"VMBSTATE"
 FORMAT_VERSION = 1

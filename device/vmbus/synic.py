@@ -9,19 +9,19 @@ All registers are 32 bits wide and accessed as such; anything else reads as zero
 `bad_accesses`. The register map is ABI: docs/device-abi.md.
 """
 
-import logging
 from collections import deque
 from enum import IntEnum
 from struct import Struct
 from typing import Protocol
 
+from vmbus.complaints import bounded_log
 from vmbus.errors import PeerError
 from vmbus.fence import full_fence
 from vmbus.memory import GuestMemory, MemoryFault, Window
 from vmbus.wire.gpa import PAGE_SIZE
 from vmbus.wire.messages import MAX_MESSAGE_SIZE
 
-log = logging.getLogger(__name__)
+log = bounded_log(__name__)
 
 MAGIC = int.from_bytes(b"VMBS", "little")
 ABI_VERSION = 0x0001_0000

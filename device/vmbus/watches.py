@@ -7,13 +7,13 @@ other devices can be watched; plain files are always ready, and the kernel refus
 
 from __future__ import annotations
 
-import logging
 import select
 from collections.abc import Callable
 
+from vmbus.complaints import bounded_log
 from vmbus.errors import UsageError
 
-log = logging.getLogger(__name__)
+log = bounded_log(__name__)
 
 _READ = select.EPOLLIN | select.EPOLLPRI | select.EPOLLHUP | select.EPOLLERR
 _WRITE = select.EPOLLOUT | select.EPOLLHUP | select.EPOLLERR

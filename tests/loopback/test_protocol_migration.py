@@ -17,6 +17,7 @@ import pytest
 from support.stubborn import ANSWER, STUBBORN_TYPE
 from support.traffic import PAGE, Traffic
 from vmbus import state as saved
+from vmbus.complaints import COMPLAINTS
 from vmbus.errors import UsageError, VmbusError, WaitTimeout
 from vmbus.loopback.function import LoopbackFunction
 from vmbus.loopback.harness import LoopbackServer, describe
@@ -442,6 +443,7 @@ def test_sabotage_a_damaged_state_is_refused_and_the_source_runs_on(vm: Vm, capl
     for damage in DAMAGES:
         for destination, phase in ((fresh, "running"), (awaiting, "awaiting")):
             caplog.clear()
+            COMPLAINTS.refill()
             with refused(errno.EINVAL):
                 client = migration.load(destination.socket_path, damage.do(data), 3000)
                 try:

@@ -170,12 +170,6 @@ def test_the_slot_and_the_post_block() -> None:
     assert synic.SLOT_SIZE == synic.POST_SIZE == 256
 
 
-def test_the_limits() -> None:
-    rows = table(page("device-abi.md"), "Constant", "Value")
-    for row in rows:
-        assert resolve(row["Constant"].strip("`")) == int(row["Value"]), row["Constant"]
-
-
 # ---- state-format.md -------------------------------------------------------------------------------------------------
 
 STRUCTURES: dict[str, type[msgspec.Struct]] = {

@@ -14,7 +14,6 @@ Both ends count from the channel's opening, so no clock and no common position i
 
 from __future__ import annotations
 
-import logging
 import os
 import time
 from array import array
@@ -23,13 +22,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 from zlib import crc32
 
 from vmbus.audit import format as f
+from vmbus.complaints import bounded_log
 
 if TYPE_CHECKING:
     from vmbus.kmcl.channel import Channel, Link
     from vmbus.kmcl.observer import How
     from vmbus.wire.packet import RawPacket
 
-log = logging.getLogger(__name__)
+log = bounded_log(__name__)
 
 GRAIN = 16
 """Packets between two recorded checksums."""

@@ -28,17 +28,17 @@ GPADL_TORNDOWN and UNLOAD_RESPONSE without a timeout. A message that is malforme
 logged and, where an answer exists, refused; it never disturbs other channels.
 """
 
-import logging
 from collections.abc import Callable
 from enum import Enum
 from typing import Any, Protocol
 from uuid import UUID
 
 from vmbus.bus.gpadl import Gpadl, GpadlError, GpadlMapped, GpadlTable
+from vmbus.complaints import bounded_log
 from vmbus.errors import PeerError, UsageError
 from vmbus.wire import messages as m
 
-log = logging.getLogger(__name__)
+log = bounded_log(__name__)
 
 MAX_RELID = 2047
 CONNECTION_ID_BASE = 0x10000

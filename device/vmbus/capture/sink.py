@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import logging
 import os
 import select
 import stat
@@ -18,9 +17,10 @@ from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 
+from vmbus.complaints import bounded_log
 from vmbus.errors import EnvironmentProblem, UsageError
 
-log = logging.getLogger(__name__)
+log = bounded_log(__name__)
 
 QUEUE_BYTES = 32 << 20
 """Most bytes of packets that wait for the thread; a slow disk or reader costs packets beyond that."""

@@ -59,7 +59,8 @@ class InFlight(msgspec.Struct):
 
 class ServerInfo(msgspec.Struct, kw_only=True):
     """The process that serves the device. `life`: 1 at its start; each state that it is given later (a revert, a
-    migration to it) begins another."""
+    migration to it) begins another. `longest_turn`: of the event loop, see `vmbus.server.turns`. `complaints`: what the
+    guest made the server log, or was left out, see `vmbus.complaints`."""
 
     pid: int
     version: str
@@ -71,6 +72,8 @@ class ServerInfo(msgspec.Struct, kw_only=True):
     life: int
     resets: int
     uptime: float
+    longest_turn: dict[str, Any] = msgspec.field(default_factory=dict)
+    complaints: dict[str, Any] = msgspec.field(default_factory=dict)
 
 
 class SavedInfo(msgspec.Struct, kw_only=True):

@@ -164,6 +164,10 @@ def _server(server: ServerInfo, seconds: float | None) -> Text:
     if server.resets:
         often = {1: "once", 2: "twice"}.get(server.resets, f"{server.resets} times")
         words.append(f"(reset {often})")
+    if server.longest_turn.get("seconds"):
+        words.append(f"(longest turn {age_text(server.longest_turn['seconds'])}: {server.longest_turn.get('what')})")
+    if server.complaints.get("left_out"):
+        words.append(f"({server.complaints['left_out']} complaints left out of its log)")
     text = _titled("device server", _state(server.phase), " ".join(words))
     if seconds is not None:
         text.append(f"; looked at in {seconds * 1000:.1f} ms", style="not bold dim")

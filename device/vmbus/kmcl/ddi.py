@@ -31,12 +31,12 @@ Source: the public WDK pages of the header.
 from __future__ import annotations
 
 import functools
-import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec, Protocol, TypeVar, cast
 from uuid import UUID
 
+from vmbus.complaints import bounded_log
 from vmbus.errors import StateError, WaitTimeout
 from vmbus.kmcl.channel import Channel
 from vmbus.kmcl.client import NIL, ClientChannel
@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     # The server endpoint saves, for which it needs msgspec; a guest need not have that.
     from vmbus.kmcl.server import ServerChannel
 
-log = logging.getLogger(__name__)
+log = bounded_log(__name__)
 
 Buffer = bytes | bytearray | memoryview
 Mdl = Sequence[tuple[int, int]]

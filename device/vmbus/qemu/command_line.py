@@ -137,6 +137,8 @@ def qemu_arguments(
     (for tests of the rest).
     """
     paths = Sockets(run_directory)
+    # Appended to, so that it can be shortened while QEMU has it open (qemu/logs.py).
+    console_log = f"logfile={_escape(paths.console_log)},logappend=on"
     memory = f"{description.memory_mib}M"
     machine = f"{machine_version(programs.qemu_version)},memory-backend=mem"
     if programs.accelerator == "kvm":
@@ -161,7 +163,7 @@ def qemu_arguments(
         *("-msg", "timestamp=on"),
         # Before the device that it translates for. Caching mode makes the guest announce every mapping.
         *("-device", "intel-iommu,caching-mode=on,intremap=on"),
-        *("-chardev", _socket_chardev("console", paths.console) + f",logfile={_escape(paths.console_log)}"),
+        *("-chardev", f"{_socket_chardev('console', paths.console)},{console_log}"),
         *("-serial", "chardev:console"),
         *("-chardev", qmp or _socket_chardev("qmp", paths.qmp)),
         *("-mon", "chardev=qmp,mode=control"),

@@ -354,6 +354,7 @@ class VirtualMachine:
             listener.bind(str(self.paths.qmp))
             self.paths.qmp.chmod(0o600)
             listener.listen(1)
+            self.paths.console_log.unlink(missing_ok=True)  # of an earlier life: QEMU appends
             arguments = qemu_arguments(
                 self.description,
                 self.programs,

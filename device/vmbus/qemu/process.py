@@ -1,8 +1,8 @@
 """Child processes and run directories that never outlive their owner.
 
 A child runs in a session of its own (a terminal's Ctrl-C reaches us, not it), dies with us (`launcher`), and logs
-to a file in the run directory. Whoever waits for something that a child does waits through `Child.guard`: if the
-child dies first, the wait ends at once with an error that shows the end of its log.
+to a file in the run directory, which stays bounded (`logs`). Whoever waits for something that a child does waits
+through `Child.guard`: if the child dies first, the wait ends at once with an error that shows the end of its log.
 
 A run directory holds one VM's sockets and logs. It names its owner by process id and start time, so a directory
 whose owner is gone is recognised, even after process ids were used again, and cleared away.
@@ -28,6 +28,7 @@ from typing import TypeVar
 import msgspec
 
 from vmbus.errors import EnvironmentProblem, UsageError, VmbusError, WaitTimeout
+from vmbus.qemu.logs import LOOK_EVERY, shorten
 
 T = TypeVar("T")
 
@@ -63,7 +64,8 @@ class Child:
     """One running child process.
 
     Use `spawn` to make one. `exited` is a future of the exit status (negative: the signal that killed it). A death with
-    status 0 has its reason elsewhere: then the error quotes `witness`, if there is one: what it is, and its file.
+    status 0 has its reason elsewhere: then the error quotes `witness`, if there is one: what it is, and its file. That
+    one is kept bounded like `log`; whoever writes it has to append.
     """
 
     def __init__(self, name: str, process: asyncio.subprocess.Process, log: Path) -> None:
@@ -72,6 +74,7 @@ class Child:
         self.witness: tuple[str, Path] | None = None
         self.process = process
         self.exited: asyncio.Task[int] = asyncio.create_task(process.wait(), name=f"exit of {name}")
+        self._bounding: asyncio.Task[None] = asyncio.create_task(self._keep_logs_bounded(), name=f"logs of {name}")
 
     @classmethod
     async def spawn(
@@ -156,6 +159,16 @@ class Child:
         done, _ = await asyncio.wait({self.exited}, timeout=30)
         if not done:
             raise WaitTimeout(f"{self.name} (process {self.pid}) to end after SIGKILL", 30)
+        await asyncio.wait({self._bounding}, timeout=1)  # it is ending; no bare await, since it may be cancelled
+
+    async def _keep_logs_bounded(self) -> None:
+        """Looks at the sizes of this child's files while it runs, and once more when it has ended."""
+        running = True
+        while running:
+            running = not (await asyncio.wait({self.exited}, timeout=LOOK_EVERY))[0]
+            shorten(self.log)
+            if self.witness is not None:
+                shorten(self.witness[1])
 
     def _signal(self, number: signal.Signals) -> None:
         # The child leads a process group of its own, so its own children get the signal too.

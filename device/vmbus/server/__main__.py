@@ -10,6 +10,7 @@ from pathlib import Path
 import click
 
 from vmbus import state as saved
+from vmbus.complaints import COMPLAINTS
 from vmbus.description import load_device
 from vmbus.errors import EnvironmentProblem, VmbusError
 from vmbus.server.app import DeviceServer
@@ -87,6 +88,9 @@ def main(
     logging.basicConfig(
         level=logging.DEBUG if verbose else logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
+    # What comes from elsewhere (asyncio, a provider's own loggers) is bounded like what is ours.
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(COMPLAINTS)
     description_path = description
     try:
         library = find_and_load(library_path)
@@ -95,6 +99,8 @@ def main(
     except VmbusError as error:
         print(f"device server: {error}", file=sys.stderr, flush=True)
         sys.exit(1)
+    finally:
+        COMPLAINTS.tell()
 
 
 if __name__ == "__main__":

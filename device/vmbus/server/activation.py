@@ -6,14 +6,14 @@ restores it. So a provider takes them when its device begins to run, and gives t
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 
+from vmbus.complaints import bounded_log
 from vmbus.errors import EnvironmentProblem
 from vmbus.providers import Provider
 from vmbus.server.services import ProviderServices
 
-log = logging.getLogger(__name__)
+log = bounded_log(__name__)
 
 
 class Activation:

@@ -16,11 +16,10 @@ import contextlib
 import functools
 import hashlib
 import inspect
-import logging
 import os
 import select
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +30,7 @@ from vmbus import state as saved
 from vmbus.audit.files import make_directory, recorder_in
 from vmbus.bus.server import Offer
 from vmbus.capture.capture import Capture, CaptureOptions
+from vmbus.complaints import COMPLAINTS, bounded_log
 from vmbus.description import DeviceDescription, explain
 from vmbus.device import Device
 from vmbus.errors import EnvironmentProblem, PeerError, StateError, UsageError, VmbusError, WaitTimeout
@@ -46,6 +46,7 @@ from vmbus.server.life import Life
 from vmbus.server.phase import Phase
 from vmbus.server.services import Services
 from vmbus.server.timers import Timers
+from vmbus.server.turns import Turns
 from vmbus.snapshot.files import copy_files, files_of, wanted_files
 from vmbus.vfio_user.context import (
     AddressNotMapped,
@@ -59,7 +60,7 @@ from vmbus.vfio_user.context import (
 from vmbus.vfio_user.library import Library
 from vmbus.vfio_user.pci import ConfigSpace
 
-log = logging.getLogger(__name__)
+log = bounded_log(__name__)
 
 # Batches of requests handled before others get their turn on the loop.
 _DRAIN_LIMIT = 10_000
@@ -102,6 +103,7 @@ class DeviceServer:
         self._phase = Phase.AWAITING if awaiting else Phase.RUNNING if restore is None else Phase.RESTORING
         self.config = ConfigSpace()
         self._loop = asyncio.get_running_loop()
+        self._turns = Turns()
         self._in_transport = False
         # Held while providers come and go, so that no pause falls into it.
         self._changing = asyncio.Lock()
@@ -181,7 +183,7 @@ class DeviceServer:
         if self._audit is not None and recorded:
             device.recorder = recorder_in(self._audit, "host", description.name)
         device.set_capture(self._capture)
-        return Life(description, device, Timers(self._loop), Services(self._loop))
+        return Life(description, device, Timers(self._loop, self._turns), Services(self._loop, self._turns))
 
     async def run(self, ready: Callable[[], None]) -> None:
         """Serve until `stop`; `ready` is called when both sockets listen."""
@@ -191,7 +193,7 @@ class DeviceServer:
             await self._control.start()
             if self.phase is Phase.RUNNING:
                 self._life.activate()
-            self._loop.add_reader(context.poll_fd(), self._on_transport)
+            self._loop.add_reader(context.poll_fd(), self._turns.run, "requests of the client", self._on_transport)
             ready()
             await self._ended
         finally:
@@ -228,7 +230,7 @@ class DeviceServer:
     def _schedule(self) -> None:
         if not self._scheduled:
             self._scheduled = True
-            self._loop.call_soon(self._service)
+            self._loop.call_soon(self._turns.run, "turns of channels", self._service)
 
     def _service(self) -> None:
         self._scheduled = False
@@ -324,8 +326,8 @@ class DeviceServer:
             bound = inspect.signature(handler).bind(self, **arguments)
         except TypeError as error:
             raise UsageError(f"{command} does not take the arguments {sorted(arguments)}: {error}") from error
-        result: dict[str, Any] = await handler(*bound.args, **bound.kwargs)
-        return result
+        work: Coroutine[Any, Any, dict[str, Any]] = handler(*bound.args, **bound.kwargs)
+        return await self._turns.steps(f"command {command}", work)
 
     def _require(self, phase: Phase, command: str) -> None:
         if self.phase is not phase:
@@ -353,6 +355,8 @@ class DeviceServer:
             "packets": self._packets(),
             "incoming_held": sum(len(channel.outstanding) for channel in self.device.channels),
             "providers": {provider.name: provider.status() for provider in self.providers},
+            "longest_turn": self._turns.summary(),
+            "complaints": COMPLAINTS.summary(),
             "description": msgspec.to_builtins(self.description),
         }
 
@@ -387,6 +391,8 @@ class DeviceServer:
             life=self._lives,
             resets=self.device.resets,
             uptime=time.monotonic() - self._began,
+            longest_turn=self._turns.summary(),
+            complaints=COMPLAINTS.summary(),
         )
         return as_answer(document)
 

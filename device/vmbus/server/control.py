@@ -7,7 +7,6 @@ connection run one after another.
 
 import asyncio
 import contextlib
-import logging
 import os
 import socket
 import stat
@@ -17,10 +16,11 @@ from typing import Annotated, Any
 
 import msgspec
 
+from vmbus.complaints import bounded_log
 from vmbus.errors import EnvironmentProblem, StateError, UsageError, VmbusError, WaitTimeout
 from vmbus.memory import DirtyLogBroken
 
-log = logging.getLogger(__name__)
+log = bounded_log(__name__)
 
 MAX_LINE = 16 << 20
 _PROBE_TIMEOUT = 5.0  # seconds

@@ -34,6 +34,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from vmbus import state as saved
+from vmbus.complaints import bounded_log
 from vmbus.description import DeviceDescription
 from vmbus.device import Device
 from vmbus.errors import EnvironmentProblem, PeerError, StateError, UsageError, VmbusError, WaitTimeout
@@ -48,7 +49,7 @@ from vmbus.vfio_user.migration import MigrationRefused, MigrationState
 from vmbus.vfio_user.pci import ConfigSpace
 from vmbus.vfio_user.protocol import DeviceState
 
-log = logging.getLogger(__name__)
+log = bounded_log(__name__)
 
 STOP_SECONDS = 4.0
 """How long providers may take to complete what they hold. QEMU waits for an answer for 5 s."""

@@ -5,11 +5,11 @@ beside the present one, checked, and put in its place. What the old one had sche
 it still holds of guest memory leads nowhere.
 """
 
-import logging
 from collections.abc import Callable, Collection
 from uuid import UUID
 
 from vmbus import state as saved
+from vmbus.complaints import bounded_log
 from vmbus.description import DeviceDescription, ProviderDescription
 from vmbus.device import Device
 from vmbus.kmcl.client import ClientChannel
@@ -21,7 +21,7 @@ from vmbus.server.interrupt import bounded
 from vmbus.server.services import ProviderServices, Services
 from vmbus.server.timers import TimerEntry, Timers
 
-log = logging.getLogger(__name__)
+log = bounded_log(__name__)
 
 _END_SECONDS = 10.0  # for work of providers that is under way
 _DEACTIVATE_SECONDS = 3.0  # the guest stands still, and a client that drives the device waits for 5 s

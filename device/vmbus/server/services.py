@@ -6,7 +6,6 @@ Like the timers, both are kept by us, and not by the event loop: so that they al
 from __future__ import annotations
 
 import asyncio
-import logging
 import os
 import queue
 import select
@@ -16,10 +15,12 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
+from vmbus.complaints import bounded_log
 from vmbus.errors import UsageError, WaitTimeout
+from vmbus.server.turns import Turns
 from vmbus.watches import Watches
 
-log = logging.getLogger(__name__)
+log = bounded_log(__name__)
 
 Done = Callable[[Any, BaseException | None], None]
 
@@ -30,8 +31,9 @@ THREADS = 8
 class Services:
     """Of one device: the one descriptor behind which everything below is ready. `close` ends it."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, turns: Turns | None = None) -> None:
         self._loop = loop
+        self.turns = turns or Turns()
         self._watches = Watches()
         self._lock = threading.Lock()
         self._event = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
@@ -154,7 +156,8 @@ class Services:
         for _ in range(len(self._finished)):
             if not self._finished:
                 break  # a call waited inside, and took the rest
-            self._finished.popleft().tell()
+            job = self._finished.popleft()
+            self.turns.run(f"end of work of {job.owner.name}", job.tell)
         if self._finished:
             with self._lock:
                 os.eventfd_write(self._event, 1)
@@ -262,7 +265,7 @@ class ProviderServices:
     def poll(self) -> None:
         """Make the calls for what is ready now."""
         if not self.released:
-            self.watches.poll()
+            self._services.turns.run(f"descriptors of {self.name}", self.watches.poll)
 
     def drop_waiting(self) -> None:
         """Forget work that was not begun; nobody is told."""

@@ -7,10 +7,12 @@ needs its own timers, and those of others: `run_due` runs them from wherever the
 import asyncio
 import heapq
 import itertools
-import logging
 from collections.abc import Callable
 
-log = logging.getLogger(__name__)
+from vmbus.complaints import bounded_log
+from vmbus.server.turns import Turns
+
+log = bounded_log(__name__)
 
 
 class TimerEntry:
@@ -30,8 +32,9 @@ class TimerEntry:
 class Timers:
     """Scheduled calls in the order of their times; equal times in the order of asking."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, turns: Turns | None = None) -> None:
         self._loop = loop
+        self._turns = turns or Turns()
         self._heap: list[tuple[float, int, TimerEntry]] = []
         self._numbers = itertools.count()
         self._armed: asyncio.TimerHandle | None = None
@@ -68,7 +71,7 @@ class Timers:
             if call is None:
                 continue
             try:
-                call()
+                self._turns.run(f"timer {getattr(call, '__qualname__', type(call).__name__)}", call)
             except Exception:
                 log.exception("a call that a provider had scheduled raised")
         return bool(due)

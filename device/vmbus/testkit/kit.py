@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from uuid import UUID
 
 from vmbus.bus.loopback import LoopbackBus
+from vmbus.complaints import COMPLAINTS
 from vmbus.errors import StateError, UsageError, VmbusError, WaitTimeout
 from vmbus.kmcl.channel import Channel
 from vmbus.kmcl.client import ClientChannel
@@ -97,6 +98,7 @@ class ProviderTest:
         self.provider: Provider
         self._host: FakeHost
         logging.getLogger("vmbus.kmcl").addHandler(self._last_exception)
+        COMPLAINTS.refill()  # what earlier ones said must not be what this one cannot say
         self._start_provider()
         self._activate()
 

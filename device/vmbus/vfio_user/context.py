@@ -48,6 +48,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
 
+from vmbus.complaints import bounded_log
 from vmbus.errors import EnvironmentProblem, PeerError, UsageError, VmbusError
 from vmbus.vfio_user import bindings, protocol
 from vmbus.vfio_user.connection import Listener, Timer, Waiting, bound_blocking, look
@@ -63,8 +64,8 @@ from vmbus.vfio_user.migration import (
 )
 from vmbus.vfio_user.protocol import HEADER
 
-logger = logging.getLogger(__name__)
-_library_logger = logging.getLogger(f"{__name__}.library")
+logger = bounded_log(__name__)
+_library_logger = bounded_log(f"{__name__}.library")
 
 CONFIG_SIZE = 256
 DEFAULT_MAX_DMA_REGIONS = 16384

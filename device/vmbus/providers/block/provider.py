@@ -1,7 +1,6 @@
 """The block provider: joins the channel, the disk's core and the image. See docs/provider-block.md."""
 
 import errno
-import logging
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,6 +11,7 @@ from uuid import UUID
 
 import msgspec
 
+from vmbus.complaints import bounded_log
 from vmbus.description import explain
 from vmbus.errors import EnvironmentProblem, StateError, UsageError
 from vmbus.kmcl.channel import Channel
@@ -35,7 +35,7 @@ from vmbus.wire.block import (
     parse_request,
 )
 
-log = logging.getLogger(__name__)
+log = bounded_log(__name__)
 
 MAXIMUM_DATA = 1 << 20
 MAXIMUM_RANGE = 64 << 20

@@ -2,7 +2,6 @@
 
 import hashlib
 import ipaddress
-import logging
 from collections.abc import Mapping
 from functools import partial
 from typing import Annotated, Any, Literal
@@ -10,6 +9,7 @@ from uuid import UUID
 
 import msgspec
 
+from vmbus.complaints import bounded_log
 from vmbus.description import explain
 from vmbus.errors import EnvironmentProblem, StateError, UsageError
 from vmbus.kmcl.channel import Channel
@@ -44,7 +44,7 @@ from vmbus.wire.network import (
     parse_mac,
 )
 
-log = logging.getLogger(__name__)
+log = bounded_log(__name__)
 
 FRAMES_PER_TURN = 64
 """Frames read from the interface before others on the loop get their turn."""
