@@ -6,7 +6,7 @@ on one thread.
 
 from __future__ import annotations
 
-import logging
+import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -14,11 +14,14 @@ from vmbus.audit.recorder import Recorder
 from vmbus.bus.gpadl import Gpadl, GpadlError, Mappings
 from vmbus.bus.loopback import LoopbackBus
 from vmbus.bus.server import BusServer, Offer
+from vmbus.complaints import bounded_log
 from vmbus.errors import PeerError
-from vmbus.kmcl.channel import Waiter
+from vmbus.kmcl.allowance import SharedAllowance
+from vmbus.kmcl.channel import Channel, Waiter
 from vmbus.kmcl.server import ServerChannel
 from vmbus.kmcl.states import ChannelState
 from vmbus.kmcl.status import KmclError, Status
+from vmbus.kmcl.threads import Carrier
 from vmbus.kmcl.turns import one_round
 from vmbus.memory import Grant, GuestMemory
 from vmbus.ring import RingReader, RingWriter
@@ -28,7 +31,12 @@ from vmbus.wire.gpa import PAGE_SIZE
 if TYPE_CHECKING:
     from vmbus.capture.capture import Capture
 
-log = logging.getLogger(__name__)
+log = bounded_log(__name__)
+
+ROUND_SECONDS = 0.01
+"""Time after which a round of channels' turns lets the event loop have its turn, give or take a turn."""
+LOOK_AGAIN_SECONDS = 0.005
+"""After which a channel that went idle with transactions under way is looked at once more."""
 
 
 class ServerLink:
@@ -109,6 +117,8 @@ class Device:
         schedule: Callable[[], None],
         *,
         waiter: Waiter | None = None,
+        carrier: Carrier | None = None,
+        later: Callable[[float, Callable[[], None]], object] | None = None,
         loopback_schedule: Callable[[], None] | None = None,
     ) -> None:
         """
@@ -116,6 +126,8 @@ class Device:
             interrupt: raise the MSI.
             schedule: have `service` called soon.
             waiter: how blocking calls of channels wait; None: they cannot.
+            carrier: how calls of other threads get to this one; None: they are refused.
+            later: have something called after some seconds; None: no channel is looked at again.
             loopback_schedule: have `loopback.service` called soon; None: somebody calls `loopback.run`.
         """
         self._interrupt = interrupt
@@ -127,6 +139,13 @@ class Device:
         self.resets = 0
         self.frozen = False
         self.waiter = waiter
+        self.carrier = carrier
+        self._later = later
+        self.allowance = SharedAllowance(lambda: self.channels, schedule)
+        self.internal_errors = 0
+        # Channels that went idle with transactions under way, to be looked at again; and those that were.
+        self._idle: dict[Channel, None] = {}
+        self._looked_again: dict[Channel, int] = {}
         self.recorder: Recorder | None = None
         self.capture: Capture | None = None
         self.loopback = LoopbackBus(loopback_schedule, waiter=waiter)
@@ -143,6 +162,7 @@ class Device:
         """
         if channel.waiter is None:
             channel.waiter = self.waiter
+        channel.carrier = self.carrier
         channel.bind(self._offer_channel, self._withdraw_channel)
         if channel not in self.channels:
             self.channels.append(channel)
@@ -155,7 +175,8 @@ class Device:
                 channel.disable(0)
         if channel in self.channels:
             self.channels.remove(channel)
-        self._ready.pop(channel, None)
+        for table in (self._ready, self._idle, self._looked_again, self.allowance.refused):
+            table.pop(channel, None)
 
     def _offer_channel(self, channel: ServerChannel) -> None:
         if channel.loopback_offer:
@@ -163,6 +184,8 @@ class Device:
             self.channels.remove(channel)
             self.loopback.offer_enabled(channel)
             return
+        channel.incoming.bind(self.allowance)
+        channel.on_idle = self._went_idle
         channel.observers = [one for one in (self.recorder, self.capture) if one is not None]
         offer = Offer(
             channel.interface_type,
@@ -217,11 +240,29 @@ class Device:
         """Give every channel that asked for it one turn."""
         if self.frozen:
             return
+        until = time.monotonic() + ROUND_SECONDS
+        self.allowance.look()
         try:
-            one_round(self._ready, lambda: self.frozen)
+            one_round(self._ready, lambda: self.frozen or time.monotonic() > until)
         finally:
             if self.busy:
                 self._schedule()
+
+    def _went_idle(self, channel: Channel) -> None:
+        """A belt beside the fences: should a signal be lost, the channel does not wait for it for ever."""
+        if self._later is None or self._looked_again.get(channel) == channel.flow.received + channel.flow.completed:
+            return
+        if not self._idle:
+            self._later(LOOK_AGAIN_SECONDS, self._look_again)
+        self._idle[channel] = None
+
+    def _look_again(self) -> None:
+        """Once for each time that a channel went idle."""
+        idle, self._idle = self._idle, {}
+        for channel in idle:
+            if channel.link is not None:
+                self._looked_again[channel] = channel.flow.received + channel.flow.completed
+                channel.link.wake()
 
     @property
     def busy(self) -> bool:
@@ -246,15 +287,21 @@ class Device:
         return self.synic.read(offset, size)
 
     def bar_write(self, offset: int, data: bytes) -> None:
-        """A write to BAR0."""
-        self.synic.write(offset, data)
+        """A write to BAR0. Never raises: it comes from a guest, and everything else goes on."""
+        try:
+            self.synic.write(offset, data)
+        except Exception:
+            # What a guest or an owner does wrong is caught where it belongs; this is a defect of ours.
+            self.internal_errors += 1
+            log.exception("a write of %s to offset %#x of BAR0 was not carried out to its end", data.hex(), offset)
 
     def reset(self) -> None:
         """Power-on state: every channel is closed by force, the guest's connection forgotten. Offers stay."""
         self.resets += 1
         self.bus.reset()
         self.synic.reset()
-        self._ready.clear()
+        for table in (self._ready, self._idle, self._looked_again, self.allowance.refused):
+            table.clear()
 
     # ---- SynicActions ------------------------------------------------------------------------------------------
 
@@ -386,5 +433,8 @@ class Device:
                 "dirty_log": None if self.memory.log is None else len(self.memory.log.pages),
             },
             "channels": [channel.describe() for channel in self.channels],
+            "requests": dict(zip(("held", "bytes"), self.allowance.held(), strict=True)),
+            "requests_refused": self.allowance.refusals,
+            "internal_errors": self.internal_errors,
             "resets": self.resets,
         }

@@ -11,7 +11,6 @@ Whoever carries the channel calls `process` when the other end has signalled; th
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -20,6 +19,7 @@ from threading import get_ident
 from typing import NamedTuple, Protocol
 from uuid import UUID
 
+from vmbus.complaints import bounded_log
 from vmbus.errors import PeerError, VmbusError, WaitTimeout
 from vmbus.kmcl.completion import Completion
 from vmbus.kmcl.flow import Flow
@@ -37,7 +37,7 @@ from vmbus.ring import RingReader, RingWriter
 from vmbus.wire.gpa import GpaRange
 from vmbus.wire.packet import MAX_PACKET_SIZE, OVERHEAD
 
-log = logging.getLogger(__name__)
+log = bounded_log(__name__)
 
 DEFAULT_TIMEOUT = 30.0  # seconds
 
@@ -262,11 +262,12 @@ class Channel(Settings):
             flow.blocked = False
             if self.link is not None:
                 self.link.wake()
-        if incoming.allowance is not None:
-            incoming.allowance.settle()
+        allowance = incoming.allowance
+        if allowance is not None:
+            allowance.settle()
         if self._when_quiet and not flow.outstanding:
             self._run_when_quiet()
-        flow.attention = flow.blocked or bool(self._when_quiet)
+        flow.attention = flow.blocked or bool(self._when_quiet) or (allowance is not None and allowance.waiting)
 
     def _run_when_quiet(self) -> None:
         waiting, self._when_quiet = self._when_quiet, []

@@ -91,6 +91,11 @@ class Flow:
         self.answered = 0
         self.completed = 0
 
+    @property
+    def requests(self) -> int:
+        """Packets that came and whose completions are not in the ring yet."""
+        return len(self.outstanding) + self.waiting
+
     def hand_over(self, most: int) -> int:
         """Hand over at most `most` packets from the cursor on, until one of them stops the channel; how many.
 

@@ -31,9 +31,9 @@ TURN_BYTES = 64 << 10
 """Ring bytes that one turn of a channel hands over, give or take a batch."""
 TURN_SECONDS = 0.004
 """Time that one turn of a channel takes, give or take a few packets."""
-MOST_REQUESTS = 8192
+MOST_REQUESTS = 4096
 """Requests of a guest on one channel that are not answered yet, or whose answers wait for room in the ring."""
-MOST_REQUEST_BYTES = 16 << 20
+MOST_REQUEST_BYTES = 8 << 20
 """Bytes that these, and the answers that wait, hold on one channel."""
 MOST_PUT_OFF = 4096
 """Packets taken behind one whose owner waits inside it; beyond that they stay in the ring."""
@@ -50,8 +50,12 @@ class Allowance(Protocol):
     def grants(self, channel: Channel) -> bool:
         """Whether the channel may take another packet. After a no it is woken when there is room again."""
 
+    @property
+    def waiting(self) -> bool:
+        """Whether a channel had got a no: `settle` is to be called when a packet is completed on any of them."""
+
     def settle(self) -> None:
-        """A packet was completed on a channel that had got a no, or by one that keeps others from a yes."""
+        """A packet was completed."""
 
 
 class Incoming:
@@ -69,7 +73,7 @@ class Incoming:
         self._channel = channel
         self._flow = channel.flow
         self.quota = 0
-        self.bound = NO_LIMIT
+        self._bound = NO_LIMIT
         self.passive = False
         self.in_turn = False
         self.in_passive_turn = False
@@ -82,10 +86,14 @@ class Incoming:
 
     # ---- limits --------------------------------------------------------------------------------------------------
 
-    def limit(self, requests: int, held_bytes: int) -> None:
-        """The channel's own bounds, beside the owner's quota."""
-        self.bound = requests
-        self._flow.most_bytes = held_bytes
+    def bind(self, allowance: Allowance) -> None:
+        """The other end is a guest: what it can have us hold is bounded, for this channel and with all others.
+
+        (A guest's own end has no bounds: if both stopped to read, nothing would move any more.)
+        """
+        self.allowance = allowance
+        self._bound = MOST_REQUESTS
+        self._flow.most_bytes = MOST_REQUEST_BYTES
         self._set_most()
 
     def set_quota(self, quota: int) -> None:
@@ -94,13 +102,13 @@ class Incoming:
         self._set_most()
 
     def _set_most(self) -> None:
-        self._flow.most = min(self.quota or NO_LIMIT, self.bound)
+        self._flow.most = min(self.quota or NO_LIMIT, self._bound)
 
     @property
     def room(self) -> bool:
         """Whether another packet may be taken, as far as this channel goes."""
         flow = self._flow
-        return len(flow.outstanding) + flow.waiting < flow.most and flow.held_bytes < flow.most_bytes
+        return flow.requests < flow.most and flow.held_bytes < flow.most_bytes
 
     # ---- the cursor ------------------------------------------------------------------------------------------------
 
