@@ -110,9 +110,12 @@ async def litmus(vm: VirtualMachine, library: Library) -> Result:
     result = Result()
     with guest_page(vm, report["progress"]["address"]) as page:
         address = ctypes.addressof(ctypes.c_char.from_buffer(page))
-        timer = asyncio.get_running_loop().call_later(PATIENCE, library.code.halt, address)
-        await asyncio.to_thread(library.code.host, address, ROUNDS, ctypes.addressof(result))
-        timer.cancel()
+        playing = asyncio.create_task(asyncio.to_thread(library.code.host, address, ROUNDS, ctypes.addressof(result)))
+        try:
+            await asyncio.wait({playing}, timeout=PATIENCE)
+        finally:
+            library.code.halt(address)
+            await playing  # or it would go on in memory that is gone
     report = await vm.call_agent("wait", job=job, timeout=60.0)
     assert report["state"] == "finished", report
     return result

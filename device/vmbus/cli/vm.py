@@ -98,8 +98,10 @@ def run_vm(
         show_drivers(console, own)
         return
     if receive is not None:
-        if config is not None or drives or own:
-            raise UsageError("--receive takes no CONFIG, no --drive and no --driver-file: the VM brings its own")
+        if config is not None or drives or own or spare_cpus is not None:
+            raise UsageError(
+                "--receive takes no CONFIG, no --drive, no --driver-file and no --spare-cpus: the VM brings its own"
+            )
         if secret_file is None:
             raise UsageError("--secret-file is missing: both sides of a migration need the same secret")
         address, secret = absolute(receive), read_secret(secret_file)
