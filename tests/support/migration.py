@@ -19,12 +19,13 @@ from vmbus.description import DeviceDescription, ProviderDescription
 from vmbus.errors import EnvironmentProblem, StateError, VmbusError
 from vmbus.migration.address import Address
 from vmbus.migration.destination import Destination
+from vmbus.migration.messages import Prepare
 from vmbus.migration.source import Departing, Source
 from vmbus.qemu.command_line import Programs
 from vmbus.qemu.description import VmDescription
 from vmbus.qemu.qmp import MIGRATION_ENDS, MigrationFailed
 from vmbus.qemu.save import MAGIC
-from vmbus.snapshot.manifest import Packets
+from vmbus.snapshot.manifest import Machine, Packets
 
 CONFIG = bytes.fromhex("4256564d") + bytes(range(252))
 PACKETS = {"queued": 3, "sent": 4}
@@ -89,13 +90,16 @@ class LeavingVm:
         self.config = CONFIG
         world.set_running("source", True)
         self.programs = make_programs(folder)
+        self.machine = Machine(
+            type="pc-q35-11.1", accelerator="tcg", pci_address="00:05.0", pci_config="", spare_cpus=3
+        )
 
     def departing(self) -> Departing:
         return Departing(
             name="demo",
             description=VmDescription("demo", DEVICE),
             programs=self.programs,
-            pci_address="00:05.0",
+            machine=self.machine,
             monitor=self,
             control=self,
             folder=self.folder,
@@ -320,9 +324,11 @@ class Pair:
         (folder / "arrived").mkdir(exist_ok=True, mode=0o700)
         self.arriving = ArrivingVm(self.world, folder / "arrived")
         self.boot_files: list[Path] = []
+        self.prepared: Prepare | None = None
 
-        def build(description: VmDescription, kernel: Path, initramfs: Path, host: str | None) -> ArrivingVm:
+        def build(prepare: Prepare, kernel: Path, initramfs: Path, host: str | None) -> ArrivingVm:
             self.boot_files = [kernel, initramfs]
+            self.prepared = prepare
             return self.arriving
 
         there = options.pop("programs", None) or make_programs(folder / "destination")

@@ -98,6 +98,9 @@ def test_a_vm_moves(tmp_path: Path) -> None:
             assert both.world.lock == "destination"
             assert (both.source.stage, both.destination.stage) == (SourceStage.MOVED, DestinationStage.RUNNING)
             assert both.arriving.state == STATE
+            assert both.prepared is not None and both.prepared.machine == msgspec.structs.replace(
+                both.leaving.machine, pci_config=both.leaving.config.hex()
+            ), "the machine there is made as this one was"
             assert both.boot_files == [
                 tmp_path / "destination" / "vmlinuz-here",
                 tmp_path / "destination" / "initramfs-here",

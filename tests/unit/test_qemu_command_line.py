@@ -98,6 +98,24 @@ def test_saving_and_restoring_side_build_the_same_machine() -> None:
     assert restored == [*launched, "-S", "-incoming", "defer"]
 
 
+@pytest.mark.parametrize(
+    ("accelerator", "cpus", "spare_cpus", "expected"),
+    [
+        ("tcg", 1, None, "1,maxcpus=2"),
+        ("tcg", 2, None, "2"),
+        ("kvm", 1, None, "1"),
+        ("tcg", 1, 0, "1"),  # as machines were made before, and as their snapshots want them
+        ("tcg", 4, 3, "4,maxcpus=7"),
+    ],
+)
+def test_an_emulated_machine_has_room_for_a_second_cpu(
+    accelerator: str, cpus: int, spare_cpus: int | None, expected: str
+) -> None:
+    programs = Programs(**{**PROGRAMS.__dict__, "accelerator": accelerator})
+    description = msgspec.structs.replace(DEMO, cpus=cpus)
+    assert options(qemu_arguments(description, programs, RUN, spare_cpus=spare_cpus), "-smp") == [expected]
+
+
 def test_kernel_arguments() -> None:
     words = kernel_arguments(msgspec.structs.replace(DEMO, guest=GuestDescription(16, ["debug"]))).split()
     assert {"console=ttyS0", "rdinit=/init", "intel_iommu=on", "hugepages=16", "debug"} <= set(words)

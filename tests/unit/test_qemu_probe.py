@@ -220,8 +220,12 @@ def test_what_qemu_restored_is_looked_at() -> None:
 
 def test_the_manifest_says_where_the_device_is() -> None:
     plain = manifest.Machine(type="pc-q35-11.1", accelerator="tcg", pci_address="00:05.0", pci_config=CONFIG.hex())
-    assert b"device_in_stream" not in msgspec.json.encode(plain), "older programs read it, and older digests hold"
-    in_stream = msgspec.structs.replace(plain, device_in_stream=True)
+    encoded = msgspec.json.encode(plain)
+    assert set(msgspec.json.decode(encoded)) == {"type", "accelerator", "pci_address", "pci_config"}, (
+        "older programs read it, and older digests hold"
+    )
+    assert msgspec.json.decode(encoded, type=manifest.Machine).spare_cpus == 0, "as machines were then"
+    in_stream = msgspec.structs.replace(plain, device_in_stream=True, spare_cpus=1)
     assert msgspec.json.decode(msgspec.json.encode(in_stream), type=manifest.Machine) == in_stream
 
 

@@ -29,6 +29,7 @@ from vmbus.qemu.save import MAGIC, REFUSED_CAPABILITIES, Sabotage, SaveFailed
 from vmbus.qemu.timing import Phases
 from vmbus.server.control import ControlError
 from vmbus.snapshot.checkpoints import IMAGE, Store, check_tag
+from vmbus.snapshot.manifest import Machine
 
 pytestmark = pytest.mark.unit
 
@@ -247,14 +248,16 @@ class Model:
         self.forgotten.append(reason)
 
 
-def checkpoints(model: Model, directory: Path, *, own: bool = False, description: VmDescription = VM) -> Checkpoints:
+def checkpoints(
+    model: Model, directory: Path, *, own: bool = False, description: VmDescription = VM, spare_cpus: int = 1
+) -> Checkpoints:
     patient = Patient(
         name="demo",
         description=description,
-        machine_type="pc-q35-11.1",
-        accelerator="tcg",
+        machine=Machine(
+            type="pc-q35-11.1", accelerator="tcg", pci_address="00:05.0", pci_config="", spare_cpus=spare_cpus
+        ),
         qemu_version="11.1.3",
-        pci_address="00:05.0",
         monitor=model,
         control=model,
         put_back=model.put_back,
@@ -586,6 +589,10 @@ def another_vm(vm: Vm) -> None:
     vm.checkpoints = checkpoints(vm.model, vm.directory, description=msgspec.structs.replace(VM, memory_mib=512))
 
 
+def room_for_no_second_cpu(vm: Vm) -> None:
+    vm.checkpoints = checkpoints(vm.model, vm.directory, spare_cpus=0)
+
+
 REFUSALS: list[tuple[Callable[[Vm], None], type[Exception], str]] = [
     (changed_state, StateError, "not the device's state"),
     (state_of_another, StateError, "not the device's state"),
@@ -599,6 +606,7 @@ REFUSALS: list[tuple[Callable[[Vm], None], type[Exception], str]] = [
     (unsafe_setting, UsageError, "postcopy-ram"),
     (does_not_fit, StateError, "another kind"),
     (another_vm, StateError, "another VM"),
+    (room_for_no_second_cpu, StateError, "spare CPUs: 1; this one .* spare CPUs: 0: start the VM with --spare-cpus 1"),
 ]
 
 

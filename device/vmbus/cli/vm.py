@@ -71,6 +71,9 @@ CAPTURE_HELP = "Capture all packets from the start on into this new pcapng file 
 @click.option("--list-drivers", is_flag=True, help="Show the test drivers and their parameters, and start nothing.")
 @click.option("--audit", type=click.Path(path_type=Path, file_okay=False), help=AUDIT_HELP)
 @click.option("--capture", type=click.Path(path_type=Path, dir_okay=False), help=CAPTURE_HELP)
+@click.option(
+    "--spare-cpus", metavar="N", type=click.IntRange(0, 64), help="Room for CPUs, as a checkpoint's machine had it."
+)
 @click.option("--receive", metavar="ADDRESS", help="Wait at tcp:HOST:PORT or unix:PATH for a VM that migrates here.")
 @click.option("--secret-file", type=click.Path(path_type=Path, dir_okay=False), help=SECRET_HELP)
 def run_vm(
@@ -81,6 +84,7 @@ def run_vm(
     list_drivers: bool,
     audit: Path | None,
     capture: Path | None,
+    spare_cpus: int | None,
     receive: str | None,
     secret_file: Path | None,
 ) -> None:
@@ -94,8 +98,10 @@ def run_vm(
         show_drivers(console, own)
         return
     if receive is not None:
-        if config is not None or drives or own:
-            raise UsageError("--receive takes no CONFIG, no --drive and no --driver-file: the VM brings its own")
+        if config is not None or drives or own or spare_cpus is not None:
+            raise UsageError(
+                "--receive takes no CONFIG, no --drive, no --driver-file and no --spare-cpus: the VM brings its own"
+            )
         if secret_file is None:
             raise UsageError("--secret-file is missing: both sides of a migration need the same secret")
         address, secret = absolute(receive), read_secret(secret_file)
@@ -108,7 +114,7 @@ def run_vm(
     description = load_description(find_description(config or "demo", CONFIGURATIONS))
     wanted = jobs_for([parse_drive(text) for text in drives], own)
     programs = programs_from(provision())
-    run(_run_vm(description, programs, name, wanted, own, audit, capture))
+    run(_run_vm(description, programs, name, wanted, own, audit, capture, spare_cpus))
 
 
 @click.command()
@@ -160,13 +166,16 @@ async def _run_vm(
     own: list[DriverFile],
     audit: Path | None,
     capture: Path | None,
+    spare_cpus: int | None,
 ) -> None:
     directory = RunDirectory.create(name or description.name, exact=name is not None)
     start = time.monotonic()
     with Steps(
         f"start of VM {directory.name!r} (QEMU {programs.qemu_version}, {programs.accelerator})", START_LABELS
     ) as steps:
-        vm = await VirtualMachine.launch(description, programs, directory, progress=steps, audit=audit, capture=capture)
+        vm = await VirtualMachine.launch(
+            description, programs, directory, progress=steps, audit=audit, capture=capture, spare_cpus=spare_cpus
+        )
     await _attend(vm, start, drives, own)
 
 

@@ -110,7 +110,7 @@ class Destination:
         listener: Listener,
         programs: Programs,
         claim: Callable[[VmDescription], Path],
-        build: Callable[[VmDescription, Path, Path, str | None], Arriving],
+        build: Callable[[Prepare, Path, Path, str | None], Arriving],
         *,
         progress: Progress | None = None,
         at: Hook = no_hook,
@@ -291,7 +291,7 @@ class Destination:
             self._check(prepare, link)
             folder = self._claim(prepare.vm)
             kernel, initramfs = await self._boot_files(link, prepare, folder)
-            vm = self._vm = self._build(prepare.vm, kernel, initramfs, link.channel.local_host)
+            vm = self._vm = self._build(prepare, kernel, initramfs, link.channel.local_host)
         while True:
             await self._at(Moment.BEFORE_STREAM)
             stream = await vm.start(self.phases, prepare.multifd)

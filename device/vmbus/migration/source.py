@@ -41,7 +41,7 @@ from vmbus.migration.messages import (
     Wanted,
 )
 from vmbus.migration.ownership import SOURCE, Ownership, SourceStage
-from vmbus.qemu.command_line import Programs, machine_version
+from vmbus.qemu.command_line import Programs
 from vmbus.qemu.description import VmDescription
 from vmbus.qemu.moments import Hook, Moment, no_hook
 from vmbus.qemu.probe import Control, driven
@@ -128,7 +128,8 @@ class Departing:
     name: str
     description: VmDescription
     programs: Programs
-    pci_address: str
+    machine: Machine
+    """Without the function's configuration."""
     monitor: QemuMonitor
     control: Control
     folder: Path
@@ -324,12 +325,7 @@ class Source:
                     vm=msgspec.structs.replace(
                         vm.description, device=msgspec.convert(status["description"], DeviceDescription)
                     ),
-                    machine=Machine(
-                        type=machine_version(vm.programs.qemu_version),
-                        accelerator="kvm" if vm.programs.accelerator == "kvm" else "tcg",
-                        pci_address=vm.pci_address,
-                        pci_config=config,
-                    ),
+                    machine=msgspec.structs.replace(vm.machine, pci_config=config),
                     versions=Versions(
                         project=vmbus.__version__,
                         qemu=vm.programs.qemu_version,

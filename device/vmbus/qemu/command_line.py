@@ -96,6 +96,16 @@ def machine_version(qemu_version: str) -> str:
     return f"pc-q35-{parts[0]}.{parts[1]}"
 
 
+def default_spare_cpus(cpus: int, accelerator: str) -> int:
+    """CPUs that a new machine of so many gets room for, and does not have.
+
+    QEMU emulates a machine that can never have a second CPU without atomicity: the guest's locked instructions, which
+    are its fences, become plain ones. But the device server is a second CPU, and the rings need fences on both sides.
+    The guest sees the room, and no CPU in it. QEMU's stream only fits a machine with the same, so it is recorded.
+    """
+    return 1 if accelerator == "tcg" and cpus == 1 else 0
+
+
 AUDIT_WORD = "vmbus.audit=on"
 """On the guest kernel's command line: the agent has test drivers keep audit records."""
 
@@ -129,12 +139,13 @@ def qemu_arguments(
     incoming: bool = False,
     with_device: bool = True,
     audit: bool = False,
+    spare_cpus: int | None = None,
 ) -> list[str]:
     """QEMU's whole command for a description, ready to be executed.
 
     `qmp` replaces the supervisor's monitor socket by another chardev setting (such as an inherited descriptor);
     `incoming` makes it wait, paused, for a state to be loaded; without `with_device` the VMBus device is left out
-    (for tests of the rest).
+    (for tests of the rest); `spare_cpus` is the number of CPUs to leave room for, if it is not that of a new machine.
     """
     paths = Sockets(run_directory)
     # Appended to, so that it can be shortened while QEMU has it open (qemu/logs.py).
@@ -146,6 +157,9 @@ def qemu_arguments(
     cpu = "qemu64"
     if programs.accelerator == "tcg":
         cpu += ",+rdrand"  # else the guest collects randomness for a second before Python may start
+    if spare_cpus is None:
+        spare_cpus = default_spare_cpus(description.cpus, programs.accelerator)
+    room = f",maxcpus={description.cpus + spare_cpus}" if spare_cpus else ""
     arguments = [
         *programs.qemu,
         *("-name", f"guest={description.name}"),
@@ -153,7 +167,7 @@ def qemu_arguments(
         *("-cpu", cpu),
         *("-machine", machine),
         *("-m", memory),
-        *("-smp", str(description.cpus)),
+        *("-smp", f"{description.cpus}{room}"),
         # Shared, or the server gets no descriptor of guest memory to map.
         *("-object", f"memory-backend-memfd,id=mem,size={memory},share=on"),
         "-no-user-config",

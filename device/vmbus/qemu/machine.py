@@ -31,11 +31,12 @@ from vmbus.migration.arrival import Arrival
 from vmbus.migration.channel import Listener
 from vmbus.migration.destination import GO_TIMEOUT, Destination
 from vmbus.migration.link import SILENCE
+from vmbus.migration.messages import Prepare
 from vmbus.migration.source import ASK_TIMEOUT, Departing, MigrationInDoubt, MigrationReport, Source
 from vmbus.providers.block.image import CLONE_VARIABLE
 from vmbus.qemu.agent import AgentClient
 from vmbus.qemu.audit import collect
-from vmbus.qemu.command_line import Programs, Sockets, machine_version, qemu_arguments
+from vmbus.qemu.command_line import Programs, Sockets, default_spare_cpus, machine_version, qemu_arguments
 from vmbus.qemu.description import VmDescription
 from vmbus.qemu.foreign import MigrationGuard
 from vmbus.qemu.moments import Hook, Moment, no_hook
@@ -109,13 +110,18 @@ class VirtualMachine:
         *,
         audit: Path | None = None,
         capture: Path | None = None,
+        spare_cpus: int | None = None,
     ) -> None:
         """`audit`: the directory for the server's audit record; test drivers in the guest keep one, too, then.
-        `capture`: a new file for all packets from the server's start on (docs/capture.md)."""
+        `capture`: a new file for all packets from the server's start on (docs/capture.md). `spare_cpus`: as the
+        machine has that was made elsewhere (None: this is a new one)."""
         self.description = description
         self.audit = audit
         self.capture = capture
         self.programs = programs
+        self.spare_cpus = (
+            default_spare_cpus(description.cpus, programs.accelerator) if spare_cpus is None else spare_cpus
+        )
         self.run_directory = run_directory
         self.paths = Sockets(run_directory.path)
         self.name = run_directory.name
@@ -153,14 +159,16 @@ class VirtualMachine:
         progress: Progress | None = None,
         audit: Path | None = None,
         capture: Path | None = None,
+        spare_cpus: int | None = None,
     ) -> VirtualMachine:
         """Starts a VM from power-on and returns when it runs (the guest is then still booting; see `wait_ready`).
 
-        The VM owns `run_directory` (made if not given) from here on. Raises `EnvironmentProblem` or `WaitTimeout`;
-        nothing is left behind then.
+        The VM owns `run_directory` (made if not given) from here on. `spare_cpus` is for machines as they were made
+        once, without room for a second CPU: to revert them to checkpoints of that time. Raises `EnvironmentProblem` or
+        `WaitTimeout`; nothing is left behind then.
         """
         directory = run_directory or RunDirectory.create(description.name)
-        vm = cls(description, programs, directory, audit=audit, capture=capture)
+        vm = cls(description, programs, directory, audit=audit, capture=capture, spare_cpus=spare_cpus)
         phases = Phases(progress)
         try:
             await vm._start(phases)
@@ -203,7 +211,8 @@ class VirtualMachine:
             if run_directory is not None:
                 run_directory.remove()
             raise
-        vm = cls(snapshot.manifest.vm, programs, run_directory, audit=audit, capture=capture)
+        spare = snapshot.manifest.machine.spare_cpus
+        vm = cls(snapshot.manifest.vm, programs, run_directory, audit=audit, capture=capture, spare_cpus=spare)
         vm.clone = clone
         try:
             await vm._restore(snapshot, phases, sabotage, at)
@@ -242,9 +251,10 @@ class VirtualMachine:
                 directories.append(RunDirectory.create(description.name))
             return directories[0].path
 
-        def build(description: VmDescription, kernel: Path, initramfs: Path, host: str | None) -> Arrival:
+        def build(prepare: Prepare, kernel: Path, initramfs: Path, host: str | None) -> Arrival:
             own = dataclasses.replace(programs, kernel=kernel, initramfs=initramfs)
-            machines.append(cls(description, own, directories[0], audit=audit))
+            spare = prepare.machine.spare_cpus
+            machines.append(cls(prepare.vm, own, directories[0], audit=audit, spare_cpus=spare))
             return Arrival(machines[0], host)
 
         destination = Destination(
@@ -362,6 +372,7 @@ class VirtualMachine:
                 qmp=f"socket,id=qmp,fd={listener.fileno()},server=on,wait=off",
                 incoming=incoming,
                 audit=self.audit is not None,
+                spare_cpus=self.spare_cpus,
             )
             self.qemu = await Child.spawn(
                 f"QEMU of VM {self.name!r}",
@@ -496,6 +507,17 @@ class VirtualMachine:
     def pci_address(self) -> PciAddress:
         """Where the VMBus device sits."""
         return PciAddress(0, self.description.slot)
+
+    @property
+    def machine(self) -> Machine:
+        """What QEMU's streams fit; without the function's configuration, which is the guest's doing."""
+        return Machine(
+            type=machine_version(self.programs.qemu_version),
+            accelerator="kvm" if self.programs.accelerator == "kvm" else "tcg",
+            pci_address=str(self.pci_address),
+            pci_config="",
+            spare_cpus=self.spare_cpus,
+        )
 
     @property
     def children(self) -> list[Child]:
@@ -674,10 +696,8 @@ class VirtualMachine:
             patient = Patient(
                 name=self.name,
                 description=self.description,
-                machine_type=machine_version(self.programs.qemu_version),
-                accelerator=self.programs.accelerator,
+                machine=self.machine,
                 qemu_version=self.programs.qemu_version,
-                pci_address=str(self.pci_address),
                 monitor=_GuardedMonitor(self, self.monitor),
                 control=_GuardedControl(self, self.control),
                 put_back=self.put_back,
@@ -733,7 +753,7 @@ class VirtualMachine:
                     name=self.name,
                     description=self.description,
                     programs=self.programs,
-                    pci_address=str(self.pci_address),
+                    machine=self.machine,
                     monitor=_GuardedMonitor(self, self.monitor),
                     control=_GuardedControl(self, self.control),
                     folder=self.run_directory.path,
@@ -852,12 +872,8 @@ class VirtualMachine:
             vm=msgspec.structs.replace(
                 self.description, device=msgspec.convert(server["description"], DeviceDescription)
             ),
-            machine=Machine(
-                type=machine_version(self.programs.qemu_version),
-                accelerator="kvm" if self.programs.accelerator == "kvm" else "tcg",
-                pci_address=str(self.pci_address),
-                pci_config=taken.pci_config.hex(),
-                device_in_stream=taken.driven,
+            machine=msgspec.structs.replace(
+                self.machine, pci_config=taken.pci_config.hex(), device_in_stream=taken.driven
             ),
             versions=Versions(
                 project=vmbus.__version__,

@@ -119,10 +119,9 @@ class Patient:
 
     name: str
     description: VmDescription
-    machine_type: str
-    accelerator: str
+    machine: Machine
+    """Without the function's configuration."""
     qemu_version: str
-    pci_address: str
     monitor: QemuMonitor
     control: Control
     put_back: Callable[[bytes], Awaitable[int]]
@@ -246,12 +245,8 @@ class Checkpoints:
             vm=msgspec.structs.replace(
                 vm.description, device=msgspec.convert(status["description"], DeviceDescription)
             ),
-            machine=Machine(
-                type=vm.machine_type,
-                accelerator="kvm" if vm.accelerator == "kvm" else "tcg",
-                pci_address=vm.pci_address,
-                pci_config=taken.pci_config.hex(),
-                device_in_stream=taken.driven,
+            machine=msgspec.structs.replace(
+                vm.machine, pci_config=taken.pci_config.hex(), device_in_stream=taken.driven
             ),
             qemu=vm.qemu_version,
             packets=Packets(**taken.packets),
@@ -330,10 +325,13 @@ class Checkpoints:
         saved.decode(self.store.verify_state(record))
         await asyncio.to_thread(self.store.verify_files, record)
         vm = self._vm
-        here = (vm.machine_type, vm.accelerator, vm.pci_address)
-        there = (record.machine.type, record.machine.accelerator, record.machine.pci_address)
-        if here != there:
-            raise StateError(f"checkpoint {tag!r} is of another machine: {there}, and this one is {here}")
+        there = msgspec.structs.replace(record.machine, pci_config="", device_in_stream=False)
+        if vm.machine != there:
+            old = msgspec.structs.replace(there, spare_cpus=vm.machine.spare_cpus) == vm.machine
+            raise StateError(
+                f"checkpoint {tag!r} is of another machine: {there}; this one is {vm.machine}"
+                + (f": start the VM with --spare-cpus {there.spare_cpus}" if old else "")
+            )
         if msgspec.structs.replace(record.vm, device=vm.description.device) != vm.description:
             raise StateError(f"checkpoint {tag!r} is of another VM: its memory, CPUs, slot or guest settings differ")
         await self._open()

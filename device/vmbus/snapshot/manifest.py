@@ -77,6 +77,11 @@ class Machine(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defa
     """The function's configuration space, 256 bytes in hex."""
     device_in_stream: bool = False
     """QEMU migrated the device itself: its stream has the device's state, and the file is a copy."""
+    spare_cpus: Annotated[int, msgspec.Meta(ge=0, le=64)] = 0
+    """CPUs that the machine has room for and does not have: see `vmbus.qemu.command_line.spare_cpus`."""
+
+    def __str__(self) -> str:
+        return f"{self.type} under {self.accelerator}, its device at {self.pci_address}, spare CPUs: {self.spare_cpus}"
 
 
 class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
