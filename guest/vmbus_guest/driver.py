@@ -45,6 +45,8 @@ if TYPE_CHECKING:
 DEFAULT_TIMEOUT = 30.0
 
 
+LOOK_AGAIN = 0.005
+"""Seconds after which channels that went idle with transactions under way are looked at once more."""
 LONGEST_TURN = 5.0
 """Seconds between two looks at the clock beyond which it has jumped."""
 
@@ -179,6 +181,9 @@ class VmbusDriver:
         self._opening_waiting = False
         self._links: dict[int, ClientLink] = {}
         self._ready: dict[Channel, None] = {}
+        self._idle: dict[Channel, None] = {}
+        self._idle_since = 0.0
+        self._looked_again: dict[Channel, int] = {}
         self._buffers: list[DmaBuffer] = []
         self._watches: Watches | None = None
         if function.read32(Register.MAGIC) != MAGIC:
@@ -355,6 +360,7 @@ class VmbusDriver:
         channel.bind(self._channel_enabled)
         channel.observers = [] if self.recorder is None else [self.recorder]
         channel.waiter = self.run_until
+        channel.on_idle = self._went_idle
 
     def _channel_enabled(self, channel: ClientChannel) -> None:
         if not self._opening:
@@ -564,6 +570,22 @@ class VmbusDriver:
         """Give a channel a turn at the next step."""
         self._ready[channel] = None
 
+    def _went_idle(self, channel: Channel) -> None:
+        """A belt beside the fences: should an interrupt be lost, the channel does not wait for it for ever."""
+        if self._looked_again.get(channel) != channel.flow.received + channel.flow.completed:
+            if not self._idle:
+                self._idle_since = time.monotonic()
+            self._idle[channel] = None
+
+    def _look_again(self) -> None:
+        """Once for each time that a channel went idle."""
+        if time.monotonic() - self._idle_since >= LOOK_AGAIN:
+            for channel in self._idle:
+                self._looked_again[channel] = channel.flow.received + channel.flow.completed
+                if channel.active:
+                    self._ready[channel] = None
+            self._idle.clear()
+
     def _take_message(self) -> bool:
         """Take the message out of the slot, if there is one."""
         if not self._slot_type[0]:
@@ -595,6 +617,8 @@ class VmbusDriver:
         """
         if self._ready:
             timeout = 0.0
+        elif self._idle:
+            timeout = min(timeout, LOOK_AGAIN)
         called = False
         if self._watches is not None:
             called = self._watches.poll(timeout)
@@ -607,6 +631,8 @@ class VmbusDriver:
             self._take_events()
         if self._waiting and not self._opening_waiting:
             self._open_waiting()
+        if self._idle:
+            self._look_again()
         ready = self._ready
         if not ready:
             return interrupted or called

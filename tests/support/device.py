@@ -56,7 +56,7 @@ class Machine:
         self.scheduled = False
         self.pending_interrupt = False
         self.timers: list[Timer] = []
-        self.device = Device(self._interrupt, self._schedule)
+        self.device = Device(self._interrupt, self._schedule, later=self.later)
         self.providers: list[Provider] = []
         for number, kind in enumerate(self.kinds):
             provider = provider_class(kind)(self, f"{kind}{number}", UUID(int=number + 1), self.options.get(kind, {}))
@@ -85,6 +85,10 @@ class Machine:
     def call_later(self, seconds: float, call: Callable[[], None]) -> Timer:
         self.timers.append(Timer(call))
         return self.timers[-1]
+
+    def later(self, seconds: float, call: Callable[[], None]) -> Timer:
+        """How the device has channels looked at again; None: it does not."""
+        return self.call_later(seconds, call)
 
     def serve(self, turns: int = 100_000) -> None:
         """Run the device until it is idle."""

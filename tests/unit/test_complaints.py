@@ -256,8 +256,6 @@ def test_sabotage_without_the_filter_a_guest_fills_the_log(heard: io.StringIO) -
 
 # ---- no place is forgotten ----------------------------------------------------------------------------------------
 
-NOT_YET = {"device.py", "kmcl/channel.py"}
-"""Modules that still have a plain logger."""
 ON_PURPOSE = {"complaints.py", "server/__main__.py", "testkit/kit.py"}
 """Who handles loggers themselves."""
 
@@ -268,4 +266,4 @@ def test_every_module_of_the_device_has_a_bounded_logger() -> None:
         for path in SOURCES.rglob("*.py")
         if re.search(r"\bgetLogger\(|\blogging\.(debug|info|warning|error|exception|critical)\(", path.read_text())
     }
-    assert plain - NOT_YET == ON_PURPOSE
+    assert plain == ON_PURPOSE

@@ -48,7 +48,7 @@ class Allowance(Protocol):
     """What channels share: the device's bound on what its guest can have it hold."""
 
     def grants(self, channel: Channel) -> bool:
-        """Whether the channel may take another packet. After a no it is woken when there is room again."""
+        """Whether the channel may take some more packets. After a no it is woken when there is room again."""
 
     @property
     def waiting(self) -> bool:
@@ -174,9 +174,6 @@ class Incoming:
                         channel.went_idle()
                         return False
                     continue
-            if self.allowance is not None and not self.allowance.grants(channel):
-                flow.blocked = flow.attention = True
-                return False
             before = flow.taken
             flow.blocked = False
             handled = self._hand_over(until)
@@ -204,7 +201,7 @@ class Incoming:
         piece = 1 if self.passive else _LOOK_EVERY
         handled = 0
         while flow.at < len(flow.packets):
-            if len(self.deferred) >= MOST_PUT_OFF and flow.packets[flow.at].kind != _COMPLETION:
+            if flow.packets[flow.at].kind != _COMPLETION and not self._may_take():
                 flow.blocked = flow.attention = True
                 break
             observers = channel.observing
@@ -222,6 +219,12 @@ class Incoming:
             if _now() > until:
                 break
         return handled
+
+    def _may_take(self) -> bool:
+        """Whether there is room for some more requests, where `Flow` does not look."""
+        if len(self.deferred) >= MOST_PUT_OFF:
+            return False
+        return self.allowance is None or self.allowance.grants(self._channel)
 
     def _tell(self, observers: Sequence[LifeObserver]) -> None:
         """Those who look learn of what was handed over since they were last told."""

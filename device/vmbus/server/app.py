@@ -179,11 +179,20 @@ class DeviceServer:
     # ---- life ----------------------------------------------------------------------------------------------------
 
     def _new_life(self, description: DeviceDescription, *, recorded: bool = True) -> Life:
-        device = Device(self._interrupt, self._schedule, waiter=self.wait, loopback_schedule=self._schedule)
+        timers = Timers(self._loop, self._turns)
+        services = Services(self._loop, self._turns)
+        device = Device(
+            self._interrupt,
+            self._schedule,
+            waiter=self.wait,
+            carrier=services.call_from_thread,
+            later=timers.call_later,
+            loopback_schedule=self._schedule,
+        )
         if self._audit is not None and recorded:
             device.recorder = recorder_in(self._audit, "host", description.name)
         device.set_capture(self._capture)
-        return Life(description, device, Timers(self._loop, self._turns), Services(self._loop, self._turns))
+        return Life(description, device, timers, services)
 
     async def run(self, ready: Callable[[], None]) -> None:
         """Serve until `stop`; `ready` is called when both sockets listen."""

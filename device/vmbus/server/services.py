@@ -38,7 +38,7 @@ class Services:
         self._lock = threading.Lock()
         self._event = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._closed = False
-        self._finished: deque[_Job] = deque()
+        self._finished: deque[_Job | _Carried] = deque()
         self._owners: list[ProviderServices] = []
         self._watching: list[ProviderServices] = []
         self._held = False
@@ -100,6 +100,10 @@ class Services:
             self._watches.close()
             os.close(self._event)
 
+    def call_from_thread(self, call: Callable[[], None]) -> None:
+        """Have a call made on the loop, soon; from any thread. Dropped once this is closed."""
+        self.finished(_Carried(call))
+
     # ---- for ProviderServices ------------------------------------------------------------------------------------
 
     def join(self, owner: ProviderServices) -> None:
@@ -141,7 +145,7 @@ class Services:
                 self._look(owner, True)
         self._held = False
 
-    def finished(self, job: _Job) -> None:
+    def finished(self, job: _Job | _Carried) -> None:
         """Called on the thread that did the work."""
         self._finished.append(job)
         with self._lock:
@@ -157,7 +161,7 @@ class Services:
             if not self._finished:
                 break  # a call waited inside, and took the rest
             job = self._finished.popleft()
-            self.turns.run(f"end of work of {job.owner.name}", job.tell)
+            self.turns.run(job.what, job.tell)
         if self._finished:
             with self._lock:
                 os.eventfd_write(self._event, 1)
@@ -167,6 +171,16 @@ class Services:
         for waiter, owner in self._idle:
             if not (self.busy if owner is None else owner.jobs) and not waiter.done():
                 waiter.set_result(None)
+
+
+class _Carried:
+    """A call that another thread wants to be made on the loop."""
+
+    __slots__ = ("tell",)
+    what = "a call from another thread"
+
+    def __init__(self, call: Callable[[], None]) -> None:
+        self.tell = call
 
 
 class _Job:
@@ -180,6 +194,11 @@ class _Job:
         self.done = done
         self.result: Any = None
         self.error: BaseException | None = None
+
+    @property
+    def what(self) -> str:
+        """For people."""
+        return f"end of work of {self.owner.name}"
 
     def run(self) -> None:
         """On a thread."""
