@@ -12,8 +12,8 @@ import pytest
 from support.restoring import RestoringFunction, Servers
 from vmbus.audit.checker import check_paths
 from vmbus.errors import UsageError
-from vmbus.kmcl.channel import Channel
 from vmbus.kmcl.completion import Completion
+from vmbus.kmcl.outgoing import Outgoing
 from vmbus.kmcl.packet import Packet
 from vmbus.loopback.harness import LoopbackServer, describe
 from vmbus.providers.burst import BurstProvider
@@ -243,14 +243,14 @@ def does_not_come_again(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def cancels_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """A guest's channel that is closed forgets what was under way."""
-    real = Channel._cancel_all
+    real = Outgoing.cancel_all
 
-    def cancel(self: Channel) -> None:
-        if self.can_describe_memory:
-            self._sent.clear()
+    def cancel(self: Outgoing) -> None:
+        if self._channel.can_describe_memory:
+            self._flow.sent.clear()
         real(self)
 
-    monkeypatch.setattr(Channel, "_cancel_all", cancel)
+    monkeypatch.setattr(Outgoing, "cancel_all", cancel)
 
 
 def a_message_lost(monkeypatch: pytest.MonkeyPatch) -> None:

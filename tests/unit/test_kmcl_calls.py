@@ -600,9 +600,9 @@ def test_no_room_is_buffer_overflow_and_nothing_is_queued(bench: Bench) -> None:
     while bench.client.packets_queued == 0:
         bench.send()
     bench.client.outgoing.queue.pop()  # only the ring is full now
-    before = bench.client.outgoing.next_transaction, bench.client.packets_sent, dict(bench.client.counters)
+    before = bench.client.flow.next_transaction, bench.client.packets_sent, dict(bench.client.counters)
     assert status_of(lambda: bench.client.send_synchronous_request(bytes(4000), timeout=0)) is Status.BUFFER_OVERFLOW
-    assert before == (bench.client.outgoing.next_transaction, bench.client.packets_sent, bench.client.counters)
+    assert before == (bench.client.flow.next_transaction, bench.client.packets_sent, bench.client.counters)
 
 
 def test_a_synchronous_request_that_must_queue_goes_in_order(bench: Bench) -> None:
@@ -655,7 +655,7 @@ def test_a_synchronous_request_needs_an_active_channel_and_a_waiter(bench: Bench
     bench.client.unhold()
     bench.client.waiter = None
     assert status_of(lambda: request(b"")) is Status.INVALID_DEVICE_STATE
-    assert bench.client.outgoing.next_transaction == 1 and bench.client.packets_in_use == []
+    assert bench.client.flow.next_transaction == 1 and bench.client.packets_in_use == []
     assert request(b"", wait_for_completion=False) == b""
 
 
@@ -736,7 +736,7 @@ def test_a_refused_send_leaves_everything_as_it_was(bench: Bench, name: str, que
             channel.state,
             list(channel.outgoing.queue),
             dict(channel.flow.sent),
-            channel.outgoing.next_transaction,
+            channel.flow.next_transaction,
             dict(channel.counters),
             (again.state, again.transaction, again.body),
             packet.state,
@@ -1077,14 +1077,14 @@ def test_too_small_a_buffer_says_what_it_needs_and_moves_nothing(bench: Bench, v
 
 
 def test_an_abandoned_save_leaves_the_channel_as_it_was(bench: Bench, vsp: Vsp) -> None:
-    before = bench.server.packets_in_use, bench.server.outgoing.next_transaction, bytes(bench.ram)
+    before = bench.server.packets_in_use, bench.server.flow.next_transaction, bytes(bench.ram)
     for steps in range(4):
         bench.server.save_begin()
         for _ in range(steps):
             bench.server.save_continue(500)
         bench.server.save_end()
         bench.server.save_end()
-    assert before == (bench.server.packets_in_use, bench.server.outgoing.next_transaction, bytes(bench.ram))
+    assert before == (bench.server.packets_in_use, bench.server.flow.next_transaction, bytes(bench.ram))
     bench.server.unhold()
     vsp.finish(COUNT)
 

@@ -106,7 +106,7 @@ class Channel(Settings):
         on_idle: called with the channel when it has become idle with transactions of its own under way.
         thread: the identifier of the channel's own thread; `bind` makes it the calling one.
         observers: who is asked at each open whether to look at it; `observing`: those who look at the present one.
-        sends, queueings, signals: packets sent, entries that found no room at once, and signals given so far.
+        queueings, signals: entries that found no room at once, and signals given, so far.
     """
 
     def __init__(self, name: str) -> None:
@@ -121,7 +121,7 @@ class Channel(Settings):
         self.can_describe_memory = False
         self.started = False
         self.held = False
-        self.sends = self.queueings = self.signals = 0
+        self.queueings = self.signals = 0
         self.link: Link | None = None
         # The link of a channel that is being closed, until the closed callback has returned: GPADLs go over it.
         self._closing_link: Link | None = None
@@ -142,6 +142,7 @@ class Channel(Settings):
 
     def _move(self, event: ChannelEvent) -> None:
         self.state = next_state(self.state, event, self.name)
+        self.flow.active = self.state is _ACTIVE
 
     def enable(self) -> None:
         """Offer the channel, or accept its offer (VmbChannelEnable)."""
@@ -307,6 +308,7 @@ class Channel(Settings):
         self.flow.process_packet = self.incoming.process_at_passive if self.incoming.passive else self._process_packet
         # A multiple of 8, so that padding makes no difference.
         self.largest_payload = link.writer.largest - OVERHEAD
+        self.flow.largest = min(self.largest_payload, self.maximum_packet_size)
 
     @own_thread
     def activate(self) -> None:
@@ -497,10 +499,15 @@ class Channel(Settings):
         transaction: int | None = None,
     ) -> None:
         """`Packet.send` does this."""
-        if get_ident() == self.thread:
-            self.outgoing.send(packet, payload, external, wait_for_completion, transaction)
-        else:
+        if get_ident() != self.thread:
             self.threads.send(packet, payload, external, wait_for_completion, transaction)
+        elif (
+            external is not None
+            or transaction is not None
+            or (wait_for_completion and self.is_pipe)
+            or not self.flow.send(packet, payload, wait_for_completion)
+        ):
+            self.outgoing.send(packet, payload, external, wait_for_completion, transaction)
 
     def check_payload(self, payload: bytes) -> None:
         """Whether a payload may be sent. Raises KmclError."""
@@ -624,7 +631,7 @@ class Channel(Settings):
         """What happened so far, by name."""
         flow = self.flow
         return {
-            "sent": self.sends,
+            "sent": flow.sends,
             "completed": flow.completed,
             "received": flow.received,
             "answered": flow.answered,
@@ -672,7 +679,7 @@ class Channel(Settings):
     @property
     def next_transaction(self) -> int:
         """The id that the next outgoing packet gets."""
-        return self.outgoing.next_transaction
+        return self.flow.next_transaction
 
     @property
     def rings(self) -> tuple[RingReader, RingWriter] | None:

@@ -1,15 +1,19 @@
-"""The part of a channel that is touched for every packet: cursor, tables and counters of one open.
+"""The part of a channel that is touched for every packet: cursor, tables, counters, and the straight ways.
 
-`hand_over` takes packets from the cursor over a parsed batch to their owners; `complete` ends one that came. All that
-is rare (queues, limits, states, callbacks that raise) is the channel's, in `incoming`, `outgoing` and `channel`.
+`hand_over` takes packets from the cursor over a parsed batch to their owners, `complete` ends one that came, `send`
+puts one of the owner's into the ring. All that is rare (queues, limits, states, callbacks that raise) is the channel's,
+in `incoming`, `outgoing` and `channel`; this module only sees that it is so, and calls there.
 """
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING
 
+from vmbus.errors import PeerError
 from vmbus.kmcl.completion import Completion
-from vmbus.kmcl.states import ChannelState
+from vmbus.kmcl.packet import PacketState
+from vmbus.kmcl.status import Status
 from vmbus.ring import RingWriter
 from vmbus.wire.packet import PacketType, RawPacket
 
@@ -18,9 +22,13 @@ if TYPE_CHECKING:
     from vmbus.kmcl.packet import Packet
     from vmbus.kmcl.settings import ProcessPacket
 
-_COMPLETION = int(PacketType.COMPLETION)
 # Looking a member up in an Enum class takes longer than a global, which counts where it is done for every packet.
-_ACTIVE = ChannelState.ACTIVE
+_INBAND = int(PacketType.INBAND)
+_COMPLETION = int(PacketType.COMPLETION)
+_IDLE = PacketState.IDLE
+_SENT = PacketState.SENT
+_SUCCESS = Status.SUCCESS
+_now = time.monotonic
 
 NO_LIMIT = 1 << 62
 
@@ -38,6 +46,13 @@ class Flow:
         most, most_bytes: a packet is not taken while so many are outstanding or wait, or hold so many bytes.
         blocked: such a packet is at the cursor; nothing is taken before one of those ends.
         direct: completions may go into the ring at once: it is there, and nothing waits for room.
+        active: the channel is; packets may go into the ring at once if `direct` too.
+        largest: bytes of payload that may be sent without looking closer.
+        finishing: packets are being given back to their owner; more of them have to wait (see `outgoing`).
+        pending: some do.
+        next_transaction: the id that the next outgoing packet gets.
+        sends, received, answered, completed: packets so far: sent by the owner; come, and answered with a completion;
+            given back to the owner.
         cork: how many blocks there are at whose end everything staged is published.
         attention: somebody wants to know when a packet is completed: call `Channel.completed_one`.
         delivering: the packet that is being handed over right now.
@@ -45,6 +60,7 @@ class Flow:
     """
 
     __slots__ = (
+        "active",
         "answered",
         "at",
         "attention",
@@ -55,13 +71,18 @@ class Flow:
         "cork",
         "delivering",
         "direct",
+        "finishing",
         "held_bytes",
+        "largest",
         "most",
         "most_bytes",
+        "next_transaction",
         "outstanding",
         "packets",
+        "pending",
         "process_packet",
         "received",
+        "sends",
         "sent",
         "taken",
         "waiting",
@@ -81,12 +102,18 @@ class Flow:
         self.most_bytes = NO_LIMIT
         self.blocked = False
         self.direct = False
+        self.active = False
+        self.largest = 0
+        self.finishing = False
+        self.pending = False
+        self.next_transaction = 1
         self.cork = 0
         self.delivering: Completion | None = None
         self.attention = False
         self.began = 0.0
         self.process_packet: ProcessPacket | None = None
         self.writer: RingWriter | None = None
+        self.sends = 0
         self.received = 0
         self.answered = 0
         self.completed = 0
@@ -115,7 +142,20 @@ class Flow:
                     break
                 self.at = at = at + 1
                 self.taken = end
-                channel.outgoing.succeeded(packet, payload)
+                if self.finishing:
+                    channel.outgoing.finish_later(packet, payload)
+                else:
+                    self.finishing = True
+                    packet.state = _IDLE
+                    self.completed += 1
+                    try:
+                        packet.completion_routine(packet, _SUCCESS, payload)
+                    except Exception as error:
+                        channel.owner_failed("the completion routine", error, f"packet {transaction}")
+                    finally:
+                        self.finishing = False
+                    if self.pending:
+                        channel.outgoing.run_routines()
             else:
                 outstanding = self.outstanding
                 if len(outstanding) + self.waiting >= self.most or self.held_bytes >= self.most_bytes:
@@ -141,9 +181,40 @@ class Flow:
                     self.delivering = None
                 if completion.deferred:
                     channel.incoming.put_off(completion, payload)
-            if channel.state is not _ACTIVE:
+            if not self.active:
                 break
         return at - first
+
+    def send(self, packet: Packet, payload: bytes, wait: bool) -> bool:
+        """Put an idle packet of the owner's into the ring; False when that is not as simple as that.
+
+        (External data, a payload that may be too long, a channel that is not active, a ring that is full or broken.)
+        """
+        writer = self.writer
+        if not (self.active and self.direct) or len(payload) > self.largest or writer is None:
+            return False
+        transaction = self.next_transaction
+        flags = 1 if wait else 0
+        try:
+            if not writer.put(_INBAND, flags, transaction, payload, 2):
+                return False
+        except PeerError:
+            return False
+        self.next_transaction = transaction + 1
+        self.sends += 1
+        packet.transaction = transaction
+        packet.kind = _INBAND
+        packet.offset8 = 2
+        packet.flags = flags
+        packet.since = self.began or _now()
+        if wait:
+            packet.state = _SENT
+            self.sent[transaction] = packet
+            if not self.cork:
+                self.channel.outgoing.publish()
+        else:
+            self.channel.outgoing.in_ring_for_good(packet)
+        return True
 
     def complete(self, completion: Completion, reply: bytes) -> None:
         """An incoming packet is done. Nothing happens for one that was orphaned."""

@@ -67,11 +67,9 @@ class Outgoing:
         self._channel = channel
         self._flow = channel.flow
         self.queue: deque[Packet | QueuedCompletion] = deque()
-        self.next_transaction = 1
         # Packets below this came back with a restore: how old they really are is not known.
         self.first_own = 1
         self._finished: deque[tuple[Packet, Status, bytes]] = deque()
-        self._finishing = False
 
     # ---- corks ---------------------------------------------------------------------------------------------------
 
@@ -126,7 +124,7 @@ class Outgoing:
         self.prepare(packet, payload, external, wait_for_completion)
         if transaction is not None:
             self._take_transaction(packet, transaction)
-        self._channel.sends += 1
+        self._flow.sends += 1
         if self.queue or not self.put_at_once(packet):
             self.enqueue(packet)
 
@@ -182,8 +180,8 @@ class Outgoing:
                 f"ring (at most {channel.largest_payload + OVERHEAD})",
                 Status.INVALID_PARAMETER,
             )
-        packet.transaction = self.next_transaction
-        self.next_transaction += 1
+        packet.transaction = self._flow.next_transaction
+        self._flow.next_transaction += 1
         packet.flags = FLAG_COMPLETION_REQUESTED if wait_for_completion else 0
         packet.body = body
         packet.since = self._flow.began or _now()
@@ -210,7 +208,7 @@ class Outgoing:
 
     def _take_transaction(self, packet: Packet, transaction: int) -> None:
         """Give a prepared packet the id that its owner wants instead of the next one of ours."""
-        self.next_transaction -= 1
+        self._flow.next_transaction -= 1
         # A server's packets are saved under their ids, and those that wait for a completion are found by them.
         if packet.flags or not self._channel.can_describe_memory or not 0 <= transaction < 1 << 64:
             packet.body = b""
@@ -335,23 +333,29 @@ class Outgoing:
         else:
             self._finish(packet, _SUCCESS, b"")
 
-    def succeeded(self, packet: Packet, reply: bytes) -> None:
-        """The other end has completed a packet that was in `Flow.sent`."""
-        self._finish(packet, _SUCCESS, reply)
+    def in_ring_for_good(self, packet: Packet) -> None:
+        """A packet that wants no completion is in the ring: it is its owner's again."""
+        with self.corked():
+            self._finish(packet, _SUCCESS, b"")
 
     def _finish(self, packet: Packet, status: Status, reply: bytes) -> None:
         self._finished.append((packet, status, reply))
-        if not self._finishing:
+        self._flow.pending = True
+        if not self._flow.finishing:
             self.run_routines()
+
+    def finish_later(self, packet: Packet, reply: bytes) -> None:
+        """For `Flow`: a packet is complete, and another one's routine is on."""
+        self._finish(packet, _SUCCESS, reply)
 
     def run_routines(self, most: int = ROUTINES_PER_TURN) -> None:
         """Give finished packets back. What is left beyond `most` follows at the next turn."""
         finished = self._finished
-        if self._finishing or not finished:
+        if self._flow.finishing or not finished:
             return
         channel = self._channel
         flow = self._flow
-        self._finishing = True
+        flow.finishing = True
         try:
             while finished:
                 if not most:
@@ -368,7 +372,8 @@ class Outgoing:
                 except Exception as error:
                     channel.owner_failed("the completion routine", error, f"packet {packet.transaction}")
         finally:
-            self._finishing = False
+            flow.finishing = False
+            flow.pending = bool(finished)
 
     def cancel_all(self) -> None:
         """The rings are gone: give every packet back to its owner, oldest first."""
@@ -380,6 +385,7 @@ class Outgoing:
         for packet in packets:
             packet.body = b""
             self._finished.append((packet, Status.CANCELLED, b""))
+        self._flow.pending = True
         self.run_routines()
 
     # ---- what is there -----------------------------------------------------------------------------------------------
@@ -400,7 +406,7 @@ class Outgoing:
             (entry.kind if isinstance(entry, Packet) else _COMPLETION, entry.transaction, entry.body)
             for entry in self.queue
         ]
-        return list(self._flow.sent), queued, self.next_transaction
+        return list(self._flow.sent), queued, self._flow.next_transaction
 
     @property
     def settled(self) -> bool:

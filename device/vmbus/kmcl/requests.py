@@ -56,10 +56,10 @@ def send_synchronous_request(
                 raise channel.refuse("no room for a synchronous request; it was not queued", Status.BUFFER_OVERFLOW)
             _require_wait(channel)
         except KmclError:
-            outgoing.next_transaction -= 1
+            channel.flow.next_transaction -= 1
             raise
         outgoing.enqueue(packet)
-    channel.sends += 1
+    channel.flow.sends += 1
     # Also from inside a `batch`: what is waited for has to be visible.
     outgoing.publish()
     if channel.link is not None:

@@ -297,7 +297,7 @@ class ServerChannel(Channel):
         head = ChannelChunk(
             version=VERSION,
             started=self.started,
-            next_transaction=self.outgoing.next_transaction,
+            next_transaction=self.flow.next_transaction,
             entries=len(entries),
         )
         self._save_context = _SaveContext([encode(head), *map(encode, entries)])
@@ -393,7 +393,7 @@ class ServerChannel(Channel):
         except BaseException:
             self.outgoing.give_up()
             raise
-        self.outgoing.next_transaction = self.outgoing.first_own = head.next_transaction
+        self.flow.next_transaction = self.outgoing.first_own = head.next_transaction
         return head.started
 
     @own_thread
