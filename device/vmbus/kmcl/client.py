@@ -138,7 +138,7 @@ class ClientChannel(Channel):
         """
         if self.state not in (ChannelState.OPENED, ChannelState.ACTIVE, ChannelState.CLOSING):
             raise ChannelStateError(f"channel {self.name} is {self.state.value}: it has no MMIO space")
-        raise self._refuse("no MMIO space; use guest memory (a GPADL) instead", Status.INSUFFICIENT_RESOURCES)
+        raise KmclError(f"channel {self.name} has no MMIO space; use a GPADL instead", Status.INSUFFICIENT_RESOURCES)
 
     # ---- GPADLs --------------------------------------------------------------------------------------------------
 
