@@ -3,6 +3,8 @@
 import importlib
 import inspect
 import re
+import subprocess
+import sys
 from itertools import pairwise
 from pathlib import Path
 from struct import Struct
@@ -240,6 +242,7 @@ CONTRACT = {
         VmbChannelUnmapGpadl VmbChannelSaveBegin VmbChannelSaveContinue VmbChannelSaveEnd
         VmbChannelRestoreFromBuffer""",
     "C": """VmbClientChannelInitSetTargetPnp VmbClientChannelInitSetRingBufferPageCount VmbChannelSetInterruptLatency
+        VmbChannelGetMmioSpace
         VmbChannelCreateGpadlFromBuffer VmbChannelCreateGpadlFromMdl VmbChannelDeleteGpadl""",
     "B": """VmbChannelAllocate VmbChannelInitSetFlags VmbChannelInitSetMaximumPacketSize
         VmbChannelInitSetMaximumExternalData VmbChannelInitSetClientContextSize VmbChannelInitSetProcessPacketCallbacks
@@ -284,6 +287,35 @@ def test_every_counterpart_exists(entry: ddi.Entry) -> None:
         if member:
             # Attributes exist on objects only, methods on the class.
             assert hasattr(owner, member) or hasattr(objects[kind], member), counterpart
+
+
+def test_a_row_has_the_name_and_the_text_of_its_function() -> None:
+    for name in ddi.FUNCTIONS:
+        function = getattr(ddi, name)
+        assert (function.__name__, bool(function.__doc__)) == (name, True)
+    assert "_2: unknown bits" in ddi.VmbChannelInitSetFlags.__doc__
+
+
+def test_a_row_that_is_bound_to_no_name_is_found_at_once() -> None:
+    from vmbus.kmcl.ddi.table import CHANNEL, Rows, enter
+
+    row = CHANNEL.reads("pointer", "Nobody's.")
+    try:
+        with pytest.raises(KeyError):
+            enter({"VmbNothing": None})
+    finally:
+        Rows._unnamed.clear()
+    assert row(allocate(False)) is None
+
+
+def test_a_guest_without_msgspec_has_the_clients_functions() -> None:
+    program = (
+        "import sys; sys.modules['msgspec'] = None\n"
+        "from vmbus.kmcl import ddi\n"
+        "print(*map(int, (ddi.VmbChannelSaveBegin(ddi.VmbChannelAllocate(None, False)[1]),)))"
+    )
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert (ran.stdout.strip(), ran.stderr) == (str(int(Status.INVALID_PARAMETER_1)), "")
 
 
 def test_every_function_is_called_by_a_test() -> None:
@@ -507,6 +539,16 @@ def test_interrupt_latency_is_for_an_open_client(world: World) -> None:
     assert ddi.VmbChannelSetInterruptLatency(world.client, 10) == (Status.SUCCESS, 0)
     assert ddi.VmbChannelSetInterruptLatency(world.client, 20) == (Status.SUCCESS, 10)
     assert ddi.VmbChannelSetInterruptLatency(world.server, 20) == (Status.INVALID_PARAMETER_1, 0)
+
+
+def test_there_is_no_mmio_space_and_an_open_client_is_told_so(world: World) -> None:
+    assert ddi.VmbServerChannelInitSetMmioMegabytes(world.server, 8) == Status.SUCCESS
+    assert ddi.VmbChannelGetMmioSpace(world.client) == (Status.INVALID_DEVICE_STATE, 0, 0)
+    world.open()
+    assert ddi.VmbChannelGetMmioSpace(world.client) == (Status.INSUFFICIENT_RESOURCES, 0, 0)
+    assert ddi.VmbChannelGetMmioSpace(world.server) == (Status.INVALID_PARAMETER_1, 0, 0)
+    world.client.close(lambda: None)
+    assert ddi.VmbChannelGetMmioSpace(world.client) == (Status.INVALID_DEVICE_STATE, 0, 0)
 
 
 # ---- sending ---------------------------------------------------------------------------------------------------------

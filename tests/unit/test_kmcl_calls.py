@@ -325,6 +325,12 @@ def test_interrupt_latency(bench: Bench) -> None:
     assert status_of(lambda: bench.client.set_interrupt_latency(5)) is Status.INVALID_DEVICE_STATE
 
 
+def test_a_channel_comes_without_mmio_space(bench: Bench) -> None:
+    assert status_of(bench.client.get_mmio_space) is Status.INVALID_DEVICE_STATE
+    bench.open()
+    assert status_of(bench.client.get_mmio_space) is Status.INSUFFICIENT_RESOURCES
+
+
 def test_a_raising_end_of_a_batch_fails_its_channel_only(bench: Bench) -> None:
     counts: list[int] = []
 

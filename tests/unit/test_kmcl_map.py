@@ -40,6 +40,7 @@ NAMES = {
         EvtVmbChannelSavePacket EvtVmbChannelRestorePacket""",
     "C": """
         VmbClientChannelInitSetTargetPnp VmbClientChannelInitSetRingBufferPageCount VmbChannelSetInterruptLatency
+        VmbChannelGetMmioSpace
         VmbChannelCreateGpadlFromBuffer VmbChannelCreateGpadlFromMdl VmbChannelDeleteGpadl
         EvtVmbChannelPnpFailure""",
 }

@@ -137,6 +137,16 @@ class ClientChannel(Channel):
         old, self._interrupt_latency = self._interrupt_latency, latency_100ns
         return old
 
+    def get_mmio_space(self) -> tuple[int, int]:
+        """Address and bytes of the memory-mapped I/O space that came with the channel (VmbChannelGetMmioSpace).
+
+        There is none here, whatever the offer asks for: raises KmclError (INSUFFICIENT_RESOURCES), ChannelStateError
+        unless open.
+        """
+        if self.state not in (ChannelState.OPENED, ChannelState.ACTIVE, ChannelState.CLOSING):
+            raise ChannelStateError(f"channel {self.name} is {self.state.value}: it has no MMIO space")
+        raise KmclError(f"channel {self.name} has no MMIO space; use a GPADL instead", Status.INSUFFICIENT_RESOURCES)
+
     # ---- GPADLs --------------------------------------------------------------------------------------------------
 
     def _guest_link(self, call: str, *, closing: bool = False) -> GuestLink:

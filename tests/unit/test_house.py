@@ -1,0 +1,194 @@
+"""The plan of the house: no module imports in a circle, the core knows none of its observers, and no room is too large.
+
+What breaks a rule today is written down here by name, and only that: a new offender fails, and so does an entry whose
+offender is gone. So the lists can only become shorter.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterable, Iterator, Mapping
+from enum import Enum
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+pytestmark = pytest.mark.unit
+
+DEVICE = Path(__file__).resolve().parents[2] / "device"
+
+LARGEST = 500  # lines
+CORE = ("kmcl", "ring", "bus", "synic", "memory", "state", "wire", "device")  # a module or a package each
+TOO_LARGE = {
+    "vmbus/bus/loopback.py",
+    "vmbus/bus/server.py",
+    "vmbus/kmcl/channel.py",
+    "vmbus/state.py",
+}
+OBSERVERS = ("vmbus.audit", "vmbus.capture")  # they look at channels; channels do not look at them
+# Imports for the type checker alone that close a circle from one room to another. Inside one room they are fine.
+TYPED_CIRCLES = {("vmbus.migration.arrival", "vmbus.qemu.machine")}
+# Circles that only close when a function runs which imports something.
+LATE_CIRCLES: set[tuple[str, str]] = set()
+
+
+class When(Enum):
+    """When an import happens."""
+
+    AT_ONCE = "when the module is imported"
+    LATE = "when a function runs"
+    NEVER = "for the type checker alone"
+
+
+class Import(NamedTuple):
+    name: str  # what follows `import`, or `from` and `import` joined with a dot
+    when: When
+
+
+def imports_of(source: str) -> Iterator[Import]:
+    """Every import in a module's text, wherever it stands."""
+
+    def look(node: ast.AST, when: When) -> Iterator[Import]:
+        match node:
+            case ast.Import(names):
+                yield from (Import(alias.name, when) for alias in names)
+            case ast.ImportFrom(module, names, level):
+                assert module and not level, "relative imports are not used here"
+                yield from (Import(f"{module}.{alias.name}", when) for alias in names)
+            case ast.If(ast.Name("TYPE_CHECKING") | ast.Attribute(attr="TYPE_CHECKING"), body, orelse):
+                yield from (one for child in body for one in look(child, When.NEVER))
+                yield from (one for child in orelse for one in look(child, when))
+            case _:
+                inside = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+                then = When.LATE if inside and when is When.AT_ONCE else when
+                yield from (one for child in ast.iter_child_nodes(node) for one in look(child, then))
+
+    return look(ast.parse(source), When.AT_ONCE)
+
+
+def module_of(name: str, modules: Iterable[str]) -> str | None:
+    """The module that an import reads: `a.b.c` is one itself, or something in `a.b`."""
+    return next((one for one in (name, name.rpartition(".")[0]) if one in modules), None)
+
+
+@cache
+def house() -> dict[str, dict[str, set[When]]]:
+    """For every module of the device the modules that it imports, and when."""
+    files = {
+        ".".join(path.relative_to(DEVICE).with_suffix("").parts).removesuffix(".__init__"): path
+        for path in (DEVICE / "vmbus").rglob("*.py")
+    }
+    found: dict[str, dict[str, set[When]]] = {module: {} for module in files}
+    for module, path in files.items():
+        for name, when in imports_of(path.read_text()):
+            target = module_of(name, files)
+            # To import from a package runs its __init__ first; from one's own package that has begun already.
+            for one in (target, target and target.rpartition(".")[0]):
+                if one and one != module and not module.startswith(f"{one}."):
+                    found[module].setdefault(one, set()).add(when)
+    return found
+
+
+def edges(*when: When) -> dict[str, set[str]]:
+    """Who imports whom, of the imports that happen then."""
+    return {module: {to for to, times in imports.items() if times & set(when)} for module, imports in house().items()}
+
+
+def in_circles(graph: Mapping[str, set[str]]) -> set[tuple[str, str]]:
+    """The edges from whose end a way leads back to their beginning."""
+
+    def reach(start: str) -> set[str]:
+        seen, todo = {start}, [start]
+        while todo:
+            new = graph.get(todo.pop(), set()) - seen
+            seen |= new
+            todo += new
+        return seen
+
+    ways = {module: reach(module) for module in graph}
+    return {(module, to) for module, tos in graph.items() for to in tos if module in ways.get(to, ())}
+
+
+def room(module: str) -> str:
+    return ".".join(module.split(".")[:2])
+
+
+def without_packages(found: set[tuple[str, str]]) -> set[tuple[str, str]]:
+    """Only the modules that were meant, not the packages that came with them."""
+    return found - {(a, b.rpartition(".")[0]) for a, b in found}
+
+
+def test_no_module_imports_in_a_circle() -> None:
+    assert in_circles(edges(When.AT_ONCE)) == set()
+
+
+def test_no_circle_closes_when_a_function_runs() -> None:
+    assert in_circles(edges(When.AT_ONCE, When.LATE)) == LATE_CIRCLES
+
+
+def test_circles_of_types_between_rooms_are_known() -> None:
+    typed = edges(When.NEVER)
+    found = {(a, b) for a, b in in_circles(edges(*When)) if b in typed[a] and room(a) != room(b)}
+    assert without_packages(found) == TYPED_CIRCLES
+
+
+def test_kmcl_does_not_know_who_looks_at_it() -> None:
+    everything = edges(*When)
+    found = {(a, b) for a in everything for b in everything[a] if room(a) == "vmbus.kmcl" and room(b) in OBSERVERS}
+    assert without_packages(found) == set()
+
+
+def test_no_file_of_the_core_is_too_large() -> None:
+    sizes: dict[str, int] = {}
+    for name in CORE:
+        files = [DEVICE / "vmbus" / f"{name}.py", *(DEVICE / "vmbus" / name).rglob("*.*")]
+        here = [path for path in files if path.suffix in (".py", ".c", ".h") and path.exists()]
+        assert here, f"the room {name} is gone: it has another name now?"
+        sizes |= {str(path.relative_to(DEVICE)): len(path.read_text().splitlines()) for path in here}
+    assert {name for name, lines in sizes.items() if lines > LARGEST} == TOO_LARGE, sizes
+
+
+# ---- the rules themselves can fail -----------------------------------------------------------------------------------
+
+
+def test_a_circle_is_found_and_what_hangs_on_it_is_not() -> None:
+    graph = {"a": {"b"}, "b": {"c", "d"}, "c": {"a"}, "d": set(), "e": {"a"}}
+    assert in_circles(graph) == {("a", "b"), ("b", "c"), ("c", "a")}
+    assert in_circles({**graph, "c": set()}) == set()
+
+
+def test_every_kind_of_import_is_seen() -> None:
+    source = """
+import a
+from b.c import d
+if TYPE_CHECKING:
+    from e import f
+    def one(): import g
+else:
+    import h
+def two():
+    from i import j
+    if typing.TYPE_CHECKING:
+        import k
+class Three:
+    import m
+    def four(self):
+        try:
+            import n
+        finally:
+            pass
+"""
+    assert {name: when.name for name, when in imports_of(source)} == {
+        **dict.fromkeys(["a", "b.c.d", "h", "m"], "AT_ONCE"),
+        **dict.fromkeys(["i.j", "n"], "LATE"),
+        **dict.fromkeys(["e.f", "g", "k"], "NEVER"),
+    }
+    assert module_of("b.c.d", ["b.c"]) == "b.c" and module_of("b.c", ["b.c"]) == "b.c" and module_of("os", []) is None
+
+
+def test_the_house_has_all_its_rooms() -> None:
+    assert {"vmbus.kmcl", "vmbus.kmcl.ddi.rows", "vmbus.cli.__main__"} <= set(house())
+    assert When.AT_ONCE in house()["vmbus.kmcl.client"]["vmbus.kmcl.channel"]
+    assert house()["vmbus.kmcl.ddi.calls"]["vmbus.kmcl.server"] == {When.LATE}
