@@ -24,7 +24,6 @@ CORE = ("kmcl", "ring", "bus", "synic", "memory", "state", "wire", "device")  # 
 TOO_LARGE = {
     "vmbus/bus/loopback.py",
     "vmbus/bus/server.py",
-    "vmbus/kmcl/channel.py",
     "vmbus/state.py",
 }
 OBSERVERS = ("vmbus.audit", "vmbus.capture")  # they look at channels; channels do not look at them

@@ -21,11 +21,12 @@ from vmbus.wire.gpa import GpaRange
 if TYPE_CHECKING:
     from vmbus.kmcl.channel import Channel
     from vmbus.kmcl.completion import Completion
+    from vmbus.kmcl.endpoint import Endpoint
     from vmbus.kmcl.packet import Packet
 
 P = ParamSpec("P")
 R = TypeVar("R")
-C = TypeVar("C", bound="Channel")
+C = TypeVar("C", bound="Endpoint")
 
 Carrier = Callable[[Callable[[], None]], None]
 """Has a call made on the channel's own thread, soon; callable from any thread."""
