@@ -7,8 +7,8 @@ Runs on the host, needs no root rights and no cpio program. The image is two new
   shared libraries they need, the kernel modules. It changes only when one of the Debian packages or this module
   changes.
 * *ours*: the guest's part of `vmbus` (with the native core, if the guest's Python can load it), `vmbus_guest`, and the
-  tree `rootfs/` beside this module (whose `init` the kernel starts). Files of `rootfs/` replace those of the base. It is
-  written again whenever a source file changes.
+  tree `rootfs/` beside this module (whose `init` the kernel starts). Files of `rootfs/` replace those of the base. It
+  is written again whenever a source file changes.
 
 Both are cached under a digest of everything that goes into them, and equal inputs give equal bytes.
 
