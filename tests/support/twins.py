@@ -72,8 +72,9 @@ def twin(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Twi
     kinds = {
         name: {getattr(PURE, name), getattr(NATIVE, name)} for name in ("RingReader", "RingWriter", "split_packets")
     }
-    for module in list(sys.modules.values()):
-        if module in (ring_pure, core) or not getattr(module, "__name__", "").startswith(("vmbus", "support", "test_")):
+    ours = ("vmbus", "support.")
+    for module in [request.module, *(module for name, module in list(sys.modules.items()) if name.startswith(ours))]:
+        if module in (ring_pure, core):
             continue
         for name, known in kinds.items():
             found = vars(module).get(name)

@@ -68,7 +68,7 @@ def provision(
     Without a `reporter`, longer work is reported on standard error. Raises EnvironmentProblem (with what to do),
     vmbus.provision.debian.AptError, WaitTimeout.
     """
-    from vmbus.provision.cache import Cache
+    from vmbus.provision.cache import Cache, remove
     from vmbus.provision.report import PlainReporter
 
     cache = cache or Cache()
@@ -81,6 +81,7 @@ def provision(
         # Somebody else may have done it while we waited.
         parts = _remembered(cache, environment) or _make(cache, reporter, environment)
         found = _with_image(parts, cache, reporter, environment)
+        remove(cache.path("apt"))  # 300 MB of package lists, out of date by the time they might be wanted again
     assert found is not None
     return found
 
@@ -106,7 +107,7 @@ class _Parts:
 
 def _make(cache: Cache, reporter: Reporter, environment: Mapping[str, str]) -> _Parts:
     from vmbus.provision import accel, guest_files, libvfio_user, qemu
-    from vmbus.provision.cache import publish_bytes, remove
+    from vmbus.provision.cache import publish_bytes
     from vmbus.provision.debian import SUITE, Apt
 
     libvfio_user.check_prerequisites(cache, environment)  # before the large downloads
@@ -118,7 +119,6 @@ def _make(cache: Cache, reporter: Reporter, environment: Mapping[str, str]) -> _
     accelerator = accel.choose_accelerator(program, kernel, userland, cache, reporter, environment)
     parts = _Parts(program, library, kernel, userland.path, accelerator)
     publish_bytes(_memory(cache, environment), (json.dumps(_to_json(parts), indent=1) + "\n").encode())
-    remove(cache.path("apt"))  # 300 MB of package lists, out of date by the time they might be wanted again
     return parts
 
 

@@ -24,7 +24,7 @@ from vmbus.provision.libvfio_user import find_compiler
 from vmbus.provision.report import Reporter, SilentReporter
 
 HEADERS_RECIPE = RootRecipe("python-headers", (SUITE,), ("libpython3.13-dev",), closure=False)
-_HEADERS = ("usr/include/python3.13", "usr/include", "usr/include/x86_64-linux-gnu")
+_HEADERS = ("usr/include/python3.13", "usr/include")
 
 _LOAD = """
 import sys
