@@ -17,6 +17,8 @@ from typing import Any
 
 import pytest
 
+from support.twins import twin as twin
+
 LAYERS = ("unit", "loopback", "browser", "vm")
 
 # The one marker whose tests may be left out although everything was asked for, and when: see docs/testing.md.
@@ -77,6 +79,8 @@ class _Tally:
             if len(marked) != 1:
                 raise pytest.UsageError(f"{item.nodeid} must be marked with exactly one of {LAYERS}, not {marked}")
             layer_of[item.nodeid] = marked[0]
+            if "twin" in getattr(item, "fixturenames", ()):
+                item.add_marker("pure_and_native")
             item.user_properties.append(("layer", marked[0]))
         # The cheap layers first: what they find needs no virtual machine.
         items.sort(key=lambda item: LAYERS.index(layer_of[item.nodeid]))

@@ -11,7 +11,7 @@ harmless (`vmbus.vfio_user.mapping`), so a stale view is never a crash.
 
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
-from typing import NoReturn, cast
+from typing import NoReturn, Protocol, cast
 
 from vmbus.errors import PeerError, UsageError, VmbusError
 from vmbus.wire.gpa import PAGE_SIZE
@@ -68,6 +68,13 @@ class DirtyLog:
         self.broken: str | None = None
 
 
+class Loan(Protocol):
+    """A window's memory in other hands (the native core's)."""
+
+    def release(self) -> None:
+        """Never touch it again. Harmless when repeated."""
+
+
 class Window:
     """Guest memory opened for longer than one access: `size` bytes addressed from 0.
 
@@ -75,9 +82,10 @@ class Window:
     Any access raises MemoryRevoked once the guest has unmapped part of it.
     """
 
-    __slots__ = ("_memory", "iova", "on_revoke", "size")
+    __slots__ = ("_loan", "_memory", "iova", "on_revoke", "size")
 
     def __init__(self, memory: "GuestMemory", iova: int, size: int) -> None:
+        self._loan: Loan | None = None
         self._memory = memory
         self.iova = iova
         self.size = size
@@ -101,6 +109,21 @@ class Window:
 
     def revoke(self) -> None:
         """Make every later access raise MemoryRevoked."""
+        if self._loan is not None:
+            self._loan.release()
+
+    def lend(self, borrow: "Callable[[GuestMemory, list[tuple[int, memoryview]]], Loan]") -> Loan:
+        """Let the native core access the pieces itself, (I/O address, memory) each, until they are revoked.
+
+        Who has borrowed them looks at the memory's `log` after each store, and calls `mark` while there is one. There
+        is one loan of a window: a second borrower gets the first one's.
+        """
+        if self._loan is None:
+            self._loan = borrow(self._memory, self.pieces())
+        return self._loan
+
+    def pieces(self) -> list[tuple[int, memoryview]]:
+        """(I/O address, memory) of each contiguous piece; none after `revoke`."""
         raise NotImplementedError
 
     def close(self) -> None:
@@ -137,7 +160,11 @@ class LinearWindow(Window):
             self._memory.mark(self.iova + offset, 4)
 
     def revoke(self) -> None:
+        super().revoke()
         self._view = self._words = _REVOKED
+
+    def pieces(self) -> list[tuple[int, memoryview]]:
+        return [] if self._view is _REVOKED else [(self.iova, self._view)]
 
 
 class ScatteredWindow(Window):
@@ -183,8 +210,12 @@ class ScatteredWindow(Window):
         self._pieces[index].store32(offset - self._starts[index], value)
 
     def revoke(self) -> None:
+        super().revoke()
         for piece in self._pieces:
             piece.revoke()
+
+    def pieces(self) -> list[tuple[int, memoryview]]:
+        return [one for piece in self._pieces for one in piece.pieces()]
 
 
 class Grant:

@@ -6,8 +6,9 @@ Runs on the host, needs no root rights and no cpio program. The image is two new
 * the *base*: busybox with its applets, Python with a pruned, precompiled standard library, mke2fs and e2fsck, the
   shared libraries they need, the kernel modules. It changes only when one of the Debian packages or this module
   changes.
-* *ours*: the guest's part of `vmbus`, `vmbus_guest`, and the tree `rootfs/` beside this module (whose `init` the kernel
-  starts). Files of `rootfs/` replace those of the base. It is written again whenever a source file changes.
+* *ours*: the guest's part of `vmbus` (with the native core, if the guest's Python can load it), `vmbus_guest`, and the
+  tree `rootfs/` beside this module (whose `init` the kernel starts). Files of `rootfs/` replace those of the base. It
+  is written again whenever a source file changes.
 
 Both are cached under a digest of everything that goes into them, and equal inputs give equal bytes.
 
@@ -29,9 +30,11 @@ from pathlib import Path
 
 import vmbus
 from vmbus.errors import EnvironmentProblem
+from vmbus.native.build import FILE_NAME, BuildError
 from vmbus.provision.cache import Cache, digest, publish_bytes
 from vmbus.provision.debian import RECORD, Root
 from vmbus.provision.guest_files import PYTHON, Kernel
+from vmbus.provision.native import check
 from vmbus.provision.report import Reporter, SilentReporter
 from vmbus_guest import newc
 
@@ -121,21 +124,24 @@ def build_image(
     reporter: Reporter | None = None,
     packages: Iterable[Path] | None = None,
     rootfs: Path | None = None,
+    native_core: Path | None = None,
 ) -> GuestImage:
     """Return the image for these parts, built if it is not in the cache. The caller holds the cache's lock.
 
     `packages` are the folders of our packages and `rootfs` the tree that goes over everything else; by default
-    those of this checkout. Raises EnvironmentProblem if a part cannot be used.
+    those of this checkout. `native_core`: its file, as built for the host.
+
+    Raises EnvironmentProblem if a part cannot be used.
     """
     cache = cache or Cache()
     reporter = reporter or SilentReporter()
-    key = image_key(userland, kernel, packages, rootfs)
+    key = image_key(userland, kernel, packages, rootfs, native_core)
     found = find_image(cache, key)
     if found is not None:
         return found
     base = _base(userland, kernel, cache, reporter)
     reporter.begin("Guest image")
-    own = newc.write(_own_entries(userland, cache, packages, rootfs))
+    own = newc.write([*_own_entries(userland, cache, packages, rootfs), *_native_core(userland, native_core, reporter)])
     directory = cache.path("image", key)
     with cache.publish_directory(directory) as partial:
         try:
@@ -160,7 +166,11 @@ def find_image(cache: Cache, key: str) -> GuestImage | None:
 
 
 def image_key(
-    userland: Root, kernel: Kernel, packages: Iterable[Path] | None = None, rootfs: Path | None = None
+    userland: Root,
+    kernel: Kernel,
+    packages: Iterable[Path] | None = None,
+    rootfs: Path | None = None,
+    native_core: Path | None = None,
 ) -> str:
     """Return the key of the image that these parts make: a digest over all that goes into it."""
     contents = [
@@ -168,7 +178,8 @@ def image_key(
         for name, path in _sources(packages, rootfs)
     ]
     links = [str(path.readlink()) for _, path in _sources(packages, rootfs) if path.is_symlink()]
-    return digest(_base_key(userland, kernel), contents, links)
+    core = hashlib.sha256(native_core.read_bytes()).hexdigest() if native_core is not None else ""
+    return digest(_base_key(userland, kernel), contents, links, core)
 
 
 # --- the base --------------------------------------------------------------------------------------------------
@@ -363,6 +374,19 @@ def _own_entries(
         _compile(userland, jobs, optimize=0)
         for name, target in compiled:
             yield newc.file(name, target.read_bytes())
+
+
+def _native_core(userland: Root, file: Path | None, reporter: Reporter) -> Iterator[newc.Entry]:
+    """The native core, unless the guest's Python cannot load it: a newer C library may be on the host."""
+    if file is None:
+        return
+    try:
+        check([*userland.program(f"usr/bin/{PYTHON}"), "-s", "-S", "-B"], file)
+    except BuildError as error:
+        reporter.note(f"the guest goes without the native core: {error}")
+        return
+    folder = f"{PACKAGES_FOLDER}/vmbus/native"
+    yield newc.file(f"{folder}/{FILE_NAME}", file.read_bytes(), 0o755)
 
 
 def _compile(userland: Root, jobs: list[tuple[str, str, str]], optimize: int) -> None:

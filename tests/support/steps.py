@@ -29,6 +29,7 @@ from uuid import UUID
 
 import msgspec
 
+from support.twins import RingFences
 from vmbus import state as saved
 from vmbus.device import Device
 from vmbus.kmcl.client import ClientChannel
@@ -702,7 +703,7 @@ def run_once(
 
     world.on_point = at
     run = Run(world)
-    with mock.patch("vmbus.ring.full_fence", world.fence), mock.patch("vmbus_guest.driver.full_fence", world.fence):
+    with RingFences(world.fence), mock.patch("vmbus_guest.driver.full_fence", world.fence):
         try:
             scenario.script(run)
             run.settle()

@@ -23,6 +23,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 from support.step_provider import NUMBER, PUSH, REQUEST, GuestEnd, StepProvider, answer_to, pushed, transform
 from support.step_scripts import BOTH, ONE, TWO
 from support.steps import BASE, PAGE, Run, Tamper, World, checkpoint, replace, thorough
+from support.twins import RingFences
 from vmbus import state as saved
 from vmbus.errors import VmbusError
 from vmbus.kmcl.saved import ChannelChunk, decode_chunk, encode
@@ -66,7 +67,7 @@ class EveryStep(RuleBasedStateMachine):
         logging.getLogger("vmbus").setLevel(logging.CRITICAL + 1)
         self.world = World(BOTH, tamper=self.tamper)
         self.patches = [
-            mock.patch("vmbus.ring.full_fence", self.world.fence),
+            RingFences(self.world.fence),
             mock.patch("vmbus_guest.driver.full_fence", self.world.fence),
         ]
         for patch in self.patches:

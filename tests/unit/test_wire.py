@@ -7,9 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from support.twins import OVER_BOTH, Twin
 from vmbus.wire import messages as m
 from vmbus.wire.gpa import GpaRange, RangeError, extents_of, pack_ranges, page_count, parse_ranges, range_for
-from vmbus.wire.packet import PacketError, PacketType, gpa_direct_body, parse_gpa_direct, split_packets
+from vmbus.wire.packet import PacketError, PacketType, gpa_direct_body, parse_gpa_direct
 
 pytestmark = pytest.mark.unit
 
@@ -145,21 +146,23 @@ def test_bad_ranges_are_refused(data: bytes, count: int, limit: int) -> None:
 # ---- packets -------------------------------------------------------------------------------------------------------
 
 
-def test_the_bytes_of_a_small_packet() -> None:
+@OVER_BOTH
+def test_the_bytes_of_a_small_packet(twin: Twin) -> None:
     from struct import pack
 
     data = pack("<HHHHQ", 6, 2, 3, 0, 7) + bytes([1, 2, 3, 4, 5, 0, 0, 0]) + pack("<II", 0, 0x40)
     assert data.hex(" ").startswith("06 00 02 00 03 00 00 00 07")
-    packets, error = split_packets(data)
+    packets, error = twin.split_packets(data)
     assert error is None
     assert [(p.kind, p.flags, p.transaction, p.payload, p.end) for p in packets] == [
         (6, 0, 7, bytes([1, 2, 3, 4, 5, 0, 0, 0]), 32)
     ]
 
 
-@given(st.binary(max_size=400))
-def test_no_ring_data_does_worse_than_an_error(data: bytes) -> None:
-    packets, _ = split_packets(data)
+@OVER_BOTH
+@given(data=st.binary(max_size=400))
+def test_no_ring_data_does_worse_than_an_error(twin: Twin, data: bytes) -> None:
+    packets, _ = twin.split_packets(data)
     assert all(packet.end <= len(data) for packet in packets)
 
 

@@ -6,6 +6,7 @@ with a virtual environment made first.
 
     qemu            QEMU >= 10.1 with vfio-user-pci: VMBUS_QEMU, PATH, or Debian's package in a private root
     libvfio_user    VMBUS_LIBVFIO_USER, the system's, or built from Debian's QEMU source package
+    native          the native core, compiled (VMBUS_CORE)
     guest_files     Debian's kernel, busybox and Python for the guest
     accel           KVM if it runs a guest, else TCG (VMBUS_ACCELERATOR overrides)
     chromium        a browser for tests of the report, fetched by those only
@@ -53,6 +54,8 @@ class Provisioned:
     image_key: str
     """Digest over everything that is in the image."""
     accelerator: Accelerator
+    native_core: Path | None
+    """None: rings and packets are served by Python alone."""
 
 
 def provision(
@@ -65,7 +68,7 @@ def provision(
     Without a `reporter`, longer work is reported on standard error. Raises EnvironmentProblem (with what to do),
     vmbus.provision.debian.AptError, WaitTimeout.
     """
-    from vmbus.provision.cache import Cache
+    from vmbus.provision.cache import Cache, remove
     from vmbus.provision.report import PlainReporter
 
     cache = cache or Cache()
@@ -78,18 +81,22 @@ def provision(
         # Somebody else may have done it while we waited.
         parts = _remembered(cache, environment) or _make(cache, reporter, environment)
         found = _with_image(parts, cache, reporter, environment)
+        remove(cache.path("apt"))  # 300 MB of package lists, out of date by the time they might be wanted again
     assert found is not None
     return found
 
 
 def is_provisioned(cache: Cache, environment: Mapping[str, str] = os.environ) -> bool:
     """Tell whether a set-up with these settings has been completed and is still there."""
-    return _remembered(cache, environment) is not None
+    from vmbus.provision import native
+
+    return _remembered(cache, environment) is not None and native.settled(cache, environment)
 
 
 @dataclass(frozen=True)
 class _Parts:
-    """What the slow part of the set-up found. The guest image is not in it: that follows the sources."""
+    """What the slow part of the set-up found. The native core and the guest image are not in it: they follow the
+    sources."""
 
     qemu: QemuProgram
     library: VfioUserLibrary
@@ -100,7 +107,7 @@ class _Parts:
 
 def _make(cache: Cache, reporter: Reporter, environment: Mapping[str, str]) -> _Parts:
     from vmbus.provision import accel, guest_files, libvfio_user, qemu
-    from vmbus.provision.cache import publish_bytes, remove
+    from vmbus.provision.cache import publish_bytes
     from vmbus.provision.debian import SUITE, Apt
 
     libvfio_user.check_prerequisites(cache, environment)  # before the large downloads
@@ -112,7 +119,6 @@ def _make(cache: Cache, reporter: Reporter, environment: Mapping[str, str]) -> _
     accelerator = accel.choose_accelerator(program, kernel, userland, cache, reporter, environment)
     parts = _Parts(program, library, kernel, userland.path, accelerator)
     publish_bytes(_memory(cache, environment), (json.dumps(_to_json(parts), indent=1) + "\n").encode())
-    remove(cache.path("apt"))  # 300 MB of package lists, out of date by the time they might be wanted again
     return parts
 
 
@@ -190,20 +196,23 @@ def _remembered(cache: Cache, environment: Mapping[str, str]) -> _Parts | None:
 def _with_image(
     parts: _Parts, cache: Cache, reporter: Reporter | None, environment: Mapping[str, str]
 ) -> Provisioned | None:
-    """Add the guest image; without a reporter (and lock) only one that is in the cache already."""
-    from vmbus.provision import guest_files
+    """Add the native core and the guest image; without a reporter (and lock) only what is in the cache already."""
+    from vmbus.provision import guest_files, native
     from vmbus.provision.debian import find_root
     from vmbus_guest import image  # imports this package
 
     userland = find_root(cache, guest_files.USERLAND_RECIPE)
     if userland is None:
         return None
+    if reporter is None and not native.settled(cache, environment):
+        return None
+    core = native.find(cache, reporter, environment)
     if reporter is None:
-        built = image.find_image(cache, image.image_key(userland, parts.kernel))
+        built = image.find_image(cache, image.image_key(userland, parts.kernel, native_core=core))
         if built is None:
             return None
     else:
-        built = image.build_image(userland, parts.kernel, cache, reporter)
+        built = image.build_image(userland, parts.kernel, cache, reporter, native_core=core)
     return Provisioned(
         qemu=parts.qemu,
         libvfio_user=parts.library.path,
@@ -213,4 +222,5 @@ def _with_image(
         image=built.initramfs,
         image_key=built.key,
         accelerator=parts.accelerator,
+        native_core=core,
     )

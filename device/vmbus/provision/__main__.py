@@ -71,6 +71,7 @@ def facts(result: Provisioned) -> dict[str, object]:
         "kernel_version": result.kernel_version,
         "image": str(result.image),
         "image_key": result.image_key,
+        "native_core": str(result.native_core) if result.native_core else None,
         "accelerator": result.accelerator.name,
         "accelerator_reason": result.accelerator.reason,
     }
@@ -86,6 +87,7 @@ def summary(result: Provisioned) -> Table:
     table.add_row("libvfio-user", f"{result.libvfio_user} ({result.libvfio_user_source})")
     table.add_row("guest kernel", f"{result.kernel_version}")
     table.add_row("guest image", f"{result.image} ({megabytes:.1f} MB)")
+    table.add_row("native core", str(result.native_core or "none: rings and packets are served by Python alone"))
     table.add_row("accelerator", f"{result.accelerator.name}: {result.accelerator.reason}")
     return table
 

@@ -10,6 +10,7 @@ from struct import Struct
 from typing import NamedTuple
 
 from vmbus.errors import PeerError
+from vmbus.native.choice import core
 from vmbus.wire.gpa import GpaRange, RangeError, pack_ranges, parse_ranges
 
 DESCRIPTOR_SIZE = 16
@@ -60,7 +61,7 @@ def packet_size(length: int) -> int:
     return ((length + 7) & ~7) + OVERHEAD
 
 
-def split_packets(data: bytes) -> tuple[list[RawPacket], str | None]:
+def pure_split_packets(data: bytes, /) -> tuple[list[RawPacket], str | None]:
     """Cut a private copy of ring data into packets, checking every descriptor.
 
     A packet that is not wholly inside `data` ends the list without an error. A malformed one ends it with an
@@ -90,6 +91,9 @@ def split_packets(data: bytes) -> tuple[list[RawPacket], str | None]:
         append(new(RawPacket, (kind, flags, transaction, data[start + 16 : payload], data[payload:stop], end)))
         start = end
     return packets, None
+
+
+split_packets = pure_split_packets if core is None else core.split_packets
 
 
 def first_packet_size(data: bytes) -> int:
