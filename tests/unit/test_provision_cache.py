@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from vmbus.cachedir import cache_directory
 from vmbus.errors import EnvironmentProblem, WaitTimeout
-from vmbus.provision.cache import Cache, cache_directory, digest, publish_bytes, remove
+from vmbus.provision.cache import Cache, digest, publish_bytes, remove
 
 pytestmark = pytest.mark.unit
 

@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
+from vmbus.cachedir import cache_directory
 from vmbus.errors import EnvironmentProblem
 from vmbus.native import build
 
@@ -34,13 +35,7 @@ def find(cache: Path | None = None) -> Path | None:
     beside = Path(__file__).with_name(build.FILE_NAME)
     if beside.exists():
         return beside
-    if cache is None:
-        try:
-            from vmbus.provision.cache import cache_directory
-        except ImportError:  # the guest has no set-up
-            return None
-        cache = cache_directory()
-    built = cache / "native" / build.key() / build.FILE_NAME
+    built = (cache or cache_directory()) / "native" / build.key() / build.FILE_NAME
     return built if built.exists() else None
 
 

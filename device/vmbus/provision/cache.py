@@ -19,10 +19,11 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from vmbus.cachedir import cache_directory
 from vmbus.errors import EnvironmentProblem, WaitTimeout
 
 LOCK_TIMEOUT = 1800.0
@@ -30,17 +31,6 @@ LOCK_TIMEOUT = 1800.0
 
 _SCRATCH = ".scratch-"
 _PARTIAL = ".partial-"
-
-
-def cache_directory(environment: Mapping[str, str] = os.environ) -> Path:
-    """Return the cache directory (an absolute path); it need not exist yet."""
-    explicit = environment.get("VMBUS_CACHE")
-    if explicit:
-        return Path(explicit).expanduser().absolute()
-    base = environment.get("XDG_CACHE_HOME")
-    if base and Path(base).is_absolute():  # the XDG specification says that relative values are to be ignored
-        return Path(base) / "vmbus-device"
-    return Path("~/.cache/vmbus-device").expanduser().absolute()
 
 
 def digest(*parts: object, length: int = 16) -> str:
