@@ -79,7 +79,7 @@ class Channel(Endpoint):
         transaction: int | None = None,
     ) -> None:
         """`Packet.send` does this."""
-        if get_ident() != self.thread:
+        if get_ident() != self.flow.thread:
             self.threads.send(packet, payload, external, wait_for_completion, transaction)
         elif (
             external is not None
@@ -154,6 +154,10 @@ class Channel(Endpoint):
         self.fail(reason)
         if not self.flow.outstanding:
             self._run_when_quiet()
+
+    def nobody_takes_packets(self) -> None:
+        """For `Flow`: there is a packet, and no callback."""
+        self.fail("a packet came, and nobody takes packets on this channel")
 
     def process(self) -> bool:
         """The other end has signalled, or `Link.wake` was asked: move packets both ways until nothing is left to do.

@@ -83,7 +83,7 @@ class ClientChannel(Channel):
 
     def bind(self, on_enable: Callable[["ClientChannel"], None]) -> None:
         """Tie the channel to a driver: who opens it once it is enabled and its offer is there."""
-        self.thread = get_ident()
+        self.flow.thread = get_ident()  # from here on this is the channel's own thread
         self._require_disabled("bind")
         self._on_enable = on_enable
 

@@ -1,18 +1,16 @@
 """Incoming packets: the handle that their receiver must complete exactly once."""
 
 from threading import get_ident
-from typing import TYPE_CHECKING, Any
+from typing import cast
 
+from vmbus.kmcl.flow import CompletionBase, Flow
 from vmbus.kmcl.status import ChannelStateError, KmclError, Status
 from vmbus.memory import Grant, MemoryFault
 from vmbus.wire.packet import PacketError, parse_gpa_direct
 
-if TYPE_CHECKING:
-    from vmbus.kmcl.channel import Channel
 
-
-class Completion:
-    """An incoming packet that has not been completed yet (VMBPACKETCOMPLETION).
+class Completion(CompletionBase):
+    """An incoming packet that has not been completed yet (VMBPACKETCOMPLETION); `complete` ends it.
 
     Attributes:
         transaction: the sender's id.
@@ -22,24 +20,12 @@ class Completion:
         size: bytes that it holds here, for the channel's bounds.
     """
 
-    __slots__ = ("_body", "_grant", "channel", "context", "deferred", "done", "size", "transaction", "wanted")
-
-    def __init__(self, channel: "Channel", transaction: int, wanted: bool, body: bytes, size: int) -> None:
-        self.channel = channel
-        self.transaction = transaction
-        self.wanted = wanted
-        size = channel.client_context_size
-        self.context: Any = bytearray(size) if size else None
-        self.deferred = False
-        self.done = False
-        self.size = size
-        self._body = body
-        self._grant: Grant | None = None
+    __slots__ = ()
 
     @property
     def has_external_data(self) -> bool:
         """Whether the packet describes guest memory (the EXTERNAL_DATA flag of EvtChannelProcessPacket)."""
-        return self._body != b""
+        return bool(self._body)
 
     def external_data(self, *, read_only: bool = False) -> Grant:
         """The guest memory that the packet describes, as memoryviews (VmbChannelPacketGetExternalData).
@@ -53,7 +39,7 @@ class Completion:
             what = "was completed: its external data is gone" if self.done else "has no external data"
             raise KmclError(f"{where} {what}", Status.INVALID_DEVICE_REQUEST)
         if self._grant is not None:
-            return self._grant
+            return cast(Grant, self._grant)
         self.channel.threads.require_own("external_data")
         memory = self.channel.memory_of(self)
         if memory is None:
@@ -63,18 +49,13 @@ class Completion:
             if len(ranges) > self.channel.maximum_chain:
                 raise PacketError(f"{len(ranges)} ranges; the channel takes {self.channel.maximum_chain}")
             extents = [extent for one in ranges for extent in one.extents()]
-            self._grant = memory.grant(extents, writable=not read_only)
+            grant = self._grant = memory.grant(extents, writable=not read_only)
         except (PacketError, MemoryFault) as error:
             raise KmclError(f"external data of {where}: {error}", Status.DATA_ERROR) from error
-        return self._grant
+        return grant
 
-    def complete(self, reply: bytes = b"") -> None:
-        """Finish the packet (VmbChannelPacketComplete): its external data is given back, and a completion packet with
-        `reply` is sent if the sender asked for one; queued in order when the ring is full. On any thread.
-
-        Does nothing more when the channel has been closed meanwhile. Raises ChannelStateError when called twice,
-        KmclError (INVALID_PARAMETER) for a reply that can never fit into the ring; the packet is then not completed.
-        """
+    def complete_otherwise(self, reply: bytes) -> None:
+        """For `complete`: the checks, other threads, and memory that is to be given back."""
         channel = self.channel
         if self.done:
             raise self.completed_twice()
@@ -86,11 +67,9 @@ class Completion:
             )
         if get_ident() != channel.thread:
             channel.threads.complete(self, reply)
-            return
-        self.done = True
-        if self._grant is not None:
-            self._grant.release()
-        channel.flow.complete(self, reply)
+        else:
+            self.done = True
+            self.finish(reply)
 
     def finish(self, reply: bytes) -> None:
         """For `threads`: the part of `complete` that the channel's own thread does."""
@@ -129,3 +108,6 @@ class Completion:
             "each incoming packet is completed exactly once",
             Status.INVALID_DEVICE_REQUEST,
         )
+
+
+Flow.completions = Completion

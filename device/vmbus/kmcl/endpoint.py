@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from threading import get_ident
 from typing import TYPE_CHECKING, Protocol, cast
 from uuid import UUID
 
@@ -79,7 +78,6 @@ class Endpoint(Settings):
         carrier: how calls from other threads get to the channel's own; without one they are refused.
         on_owner_error: told which callback of the owner raised, and what.
         on_idle: called with the channel when it has become idle with transactions of its own under way.
-        thread: the identifier of the channel's own thread; `bind` makes it the calling one.
         observers: who is asked at each open whether to look at it; `observing`: those who look at the present one.
         queueings, signals: entries that found no room at once, and signals given, so far.
     """
@@ -107,7 +105,6 @@ class Endpoint(Settings):
         self.outgoing = Outgoing(channel)
         self.incoming = Incoming(channel)
         self.threads = Threads(channel)
-        self.thread = get_ident()
         self._cleaned_up = False
         self._generation = 0
         self._when_quiet: list[Callable[[], None]] = []
@@ -115,6 +112,11 @@ class Endpoint(Settings):
         self._in_state_callback = 0
 
     # ---- life ------------------------------------------------------------------------------------------------
+
+    @property
+    def thread(self) -> int:
+        """The identifier of the channel's own thread."""
+        return self.flow.thread
 
     def _move(self, event: ChannelEvent) -> None:
         self.state = next_state(self.state, event, self.name)
@@ -284,7 +286,9 @@ class Endpoint(Settings):
         self.flow.process_packet = self.incoming.process_at_passive if self.incoming.passive else self._process_packet
         # A multiple of 8, so that padding makes no difference.
         self.largest_payload = link.writer.largest - OVERHEAD
+        self.flow.largest_reply = self.largest_payload
         self.flow.largest = min(self.largest_payload, self.maximum_packet_size)
+        self.flow.context_size = self.client_context_size
 
     @own_thread
     def activate(self) -> None:

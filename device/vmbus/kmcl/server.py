@@ -198,7 +198,7 @@ class ServerChannel(Channel):
 
     def bind(self, on_enable: Callable[["ServerChannel"], None], on_disable: Callable[["ServerChannel"], None]) -> None:
         """Tie the channel to one VM's bus (VmbServerChannelInitSetVmbusHandle): who offers it, who withdraws it."""
-        self.thread = get_ident()
+        self.flow.thread = get_ident()  # from here on this is the channel's own thread
         self._require_disabled("bind")
         self._on_enable = on_enable
         self._on_disable = on_disable

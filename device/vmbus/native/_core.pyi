@@ -1,5 +1,7 @@
 from collections.abc import Callable
 
+from vmbus.kmcl.flow_pure import CompletionBase as CompletionBase
+from vmbus.kmcl.flow_pure import Flow as Flow
 from vmbus.memory import GuestMemory
 from vmbus.ring_pure import RingReader as RingReader
 from vmbus.ring_pure import RingWriter as RingWriter

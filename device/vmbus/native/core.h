@@ -42,7 +42,8 @@ typedef struct {
     PyObject *usage_error;
     PyObject *struct_error;
     PyTypeObject *raw_packet; /* vmbus.wire.packet.RawPacket, a tuple */
-    PyTypeObject *pieces_type;
+    PyObject *peer_error;
+    PyTypeObject *pieces_type, *writer_type, *completion_base;
     PyObject *fence_watcher; /* for tests: called after each fence; NULL: nobody */
     PyObject *log, *mark, *lend, *size; /* names */
 } Core;

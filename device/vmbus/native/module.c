@@ -1,6 +1,6 @@
 /* The module vmbus.native._core. */
 
-#include "core.h"
+#include "flow.h"
 
 #include <stdatomic.h>
 
@@ -20,21 +20,24 @@ int core_ready(void)
         return 0;
     PyObject *ring_corrupt = from_module("vmbus.ring_pure", "RingCorrupt");
     PyObject *usage_error = from_module("vmbus.errors", "UsageError");
+    PyObject *peer_error = from_module("vmbus.errors", "PeerError");
     PyObject *struct_error = from_module("struct", "error");
     PyObject *raw_packet = from_module("vmbus.wire.packet", "RawPacket");
     if (raw_packet != NULL && !(PyType_Check(raw_packet) && PyType_IsSubtype((PyTypeObject *)raw_packet, &PyTuple_Type))) {
         PyErr_SetString(PyExc_TypeError, "vmbus.wire.packet.RawPacket is no tuple");
         CLEAR(raw_packet);
     }
-    if (ring_corrupt == NULL || usage_error == NULL || struct_error == NULL || raw_packet == NULL) {
+    if (ring_corrupt == NULL || usage_error == NULL || peer_error == NULL || struct_error == NULL || raw_packet == NULL) {
         drop(ring_corrupt);
         drop(usage_error);
+        drop(peer_error);
         drop(struct_error);
         drop(raw_packet);
         return -1;
     }
     core.ring_corrupt = ring_corrupt;
     core.usage_error = usage_error;
+    core.peer_error = peer_error;
     core.struct_error = struct_error;
     core.raw_packet = (PyTypeObject *)raw_packet;
     return 0;
@@ -127,7 +130,8 @@ PyMODINIT_FUNC PyInit__core(void)
     PyObject *module = PyModule_Create(&definition);
     if (module == NULL || core.log == NULL || core.mark == NULL || core.lend == NULL || core.size == NULL ||
         add_type(module, &pieces_spec, &core.pieces_type) < 0 || add_type(module, &reader_spec, NULL) < 0 ||
-        add_type(module, &writer_spec, NULL) < 0)
+        add_type(module, &writer_spec, &core.writer_type) < 0 || add_type(module, &flow_spec, NULL) < 0 ||
+        add_type(module, &completion_spec, &core.completion_base) < 0)
         CLEAR(module);
     return module;
 }
