@@ -40,9 +40,9 @@ def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
 
 def test_the_example_passes_survives_restores_and_runs_beside_others(installed: Path, libvfio_user: Library) -> None:
     with Servers(describe("echo"), libvfio_user, [5, 20, 50, 90, 130]) as servers:
-        result = drivers()["ping-pong"].load()(Context({"count": 150}, servers.function))
+        result = drivers()["ping-pong"].load()(Context({"count": 300}, servers.function))
         assert servers.restores == 5
-    assert result["verdict"] == "passed" and result["completed"] == 150
+    assert result["verdict"] == "passed" and result["completed"] == 300
     workloads = [{"driver": "ping-pong", "count": 50}, {"driver": "burst", "count": 500}]
     with Servers(describe("echo", "burst"), libvfio_user, [30]) as servers:
         result = CATALOGUE["mixed"].load()(Context({"workloads": workloads}, servers.function))

@@ -5,9 +5,18 @@ and complete `Completion` handles. The core does no I/O: a `Link` connects a cha
 
     states.py      the channel's state machine, as one table
     status.py      NTSTATUS values and the exceptions that carry them
-    channel.py     what both endpoints share: sending, receiving, queueing, completing
+    settings.py    what is set on a channel while it is disabled
+    endpoint.py    the life of a channel's end: opened, started, paused, closed, failed
+    channel.py     a channel: its life, its packets, its turns
     packet.py      outgoing packets
+    outgoing.py    on their way to the other end: queue, staging, sent; back to their owner
     completion.py  incoming packets
+    incoming.py    on their way to their owner: the one delivery path, turns, limits
+    flow.py        the part of both that is touched for every packet: in C, or `flow_pure`
+    allowance.py   what the channels of a device may hold for its guest together
+    requests.py    synchronous requests
+    threads.py     calls from other threads than a channel's own
+    observer.py    who looks on: audit records and captures
     turns.py       giving channels their turns
     server.py      the server endpoint: offers, save and restore
     client.py      the client endpoint

@@ -431,7 +431,7 @@ class Endpoint(Settings):
         """
         if self.link is None or self.state not in (_OPENED, _ACTIVE, _CLOSING):
             return
-        log.error("channel %s failed: %s", self.name, reason)
+        (log.error if breach else log.info)("channel %s failed: %s", self.name, reason)
         for observer in self.observing:
             observer.failed(reason, breach)
         if self._closing is not None:
