@@ -295,10 +295,10 @@ class Context:
             return RunResult.MORE if self.attach() else RunResult.IDLE
         if self._stall_deadline is not None:
             self._drain_events()
-        if any_lost() and (region := self._regions.shrunk()) is not None:
-            return self._disconnect(f"pages of its memory at {region.iova:#x} are gone: the file was made shorter")
         handled = 0
         while handled < max_requests:
+            if any_lost() and (region := self._regions.shrunk()) is not None:
+                return self._disconnect(f"pages of its memory at {region.iova:#x} are gone: the file was made shorter")
             waiting, size, messages, watched = look(self._client)
             if waiting is Waiting.NOTHING:
                 self._note_progress()
