@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import NoReturn, Protocol, cast
 
 from vmbus.errors import PeerError, UsageError, VmbusError
+from vmbus.spans import PageSet, SpanMap
 from vmbus.wire.gpa import PAGE_SIZE
 
 _PAGE_SHIFT = 12
@@ -46,16 +47,21 @@ _REVOKED = cast(memoryview, _RevokedView())
 
 
 class Region:
-    """One contiguous piece of reachable I/O address space."""
+    """One contiguous piece of reachable I/O address space, with what is open over it.
 
-    __slots__ = ("end", "iova", "view", "windows", "writable")
+    windows: in the order in which they were opened. lent: what each grant for writing has of it, as (I/O address,
+    length) pairs. Both go with the region when the guest unmaps it.
+    """
+
+    __slots__ = ("end", "iova", "lent", "view", "windows", "writable")
 
     def __init__(self, iova: int, view: memoryview, writable: bool) -> None:
         self.iova = iova
         self.end = iova + len(view)
         self.view = view
         self.writable = writable
-        self.windows: set[Window] = set()
+        self.windows: dict[Window, None] = {}
+        self.lent: dict[Grant, list[tuple[int, int]]] = {}
 
 
 class DirtyLog:
@@ -64,7 +70,7 @@ class DirtyLog:
     __slots__ = ("broken", "pages")
 
     def __init__(self) -> None:
-        self.pages: set[int] = set()
+        self.pages = PageSet()
         self.broken: str | None = None
 
 
@@ -222,6 +228,7 @@ class Grant:
     """Memory of one packet, handed to a provider as memoryviews in the order the guest listed it.
 
     `release` ends it; the views must not be used after that (they stay harmless, but the guest owns its memory again).
+    Where the guest unmaps the memory before, the grant has ended there.
     """
 
     __slots__ = ("_memory", "extents", "views", "writable")
@@ -245,13 +252,17 @@ class Grant:
 
 
 class GuestMemory:
-    """The reachable part of the guest's I/O address space, and the dirty log over it."""
+    """The reachable part of the guest's I/O address space, and the dirty log over it.
+
+    A guest decides how many regions, windows and written pages there are. So whatever concerns one region costs
+    O(log n) and what is open over it, and a range of regions that much for each.
+    """
 
     def __init__(self) -> None:
         self.log: DirtyLog | None = None
-        self._starts: list[int] = []
-        self._regions: list[Region] = []
-        self._writable_grants: set[Grant] = set()
+        self._regions: SpanMap[Region] = SpanMap()
+        self._windows: dict[Window, list[Region]] = {}  # the open ones
+        self._writable_grants: dict[Grant, list[Region]] = {}
 
     # ---- what the transport tells us -------------------------------------------------------------------------
 
@@ -260,33 +271,25 @@ class GuestMemory:
         size = len(view)
         if size == 0:
             return
-        index = bisect_right(self._starts, iova)
-        if index and self._regions[index - 1].iova == iova and self._regions[index - 1].end == iova + size:
+        before = self._regions.get(iova)
+        if before is not None and before.end == iova + size:
             self.unmap(iova, size)
-            index = bisect_right(self._starts, iova)
-        if (index and self._regions[index - 1].end > iova) or (
-            index < len(self._starts) and self._starts[index] < iova + size
-        ):
-            raise MemoryFault(f"mapping {iova:#x}+{size:#x} overlaps one that exists")
         if len(self._regions) >= MAX_REGIONS:
             raise MemoryFault(f"more than {MAX_REGIONS} mappings")
-        self._starts.insert(index, iova)
-        self._regions.insert(index, Region(iova, view if writable else view.toreadonly(), writable))
+        if not self._regions.add(Region(iova, view if writable else view.toreadonly(), writable)):
+            raise MemoryFault(f"mapping {iova:#x}+{size:#x} overlaps one that exists")
 
     def unmap(self, iova: int, size: int) -> None:
-        """Remove every region inside `iova`..`iova + size`; windows over them are revoked and their owners told."""
-        end = iova + size
-        gone = [region for region in self._regions if region.iova >= iova and region.end <= end]
-        self._regions = [region for region in self._regions if not (region.iova >= iova and region.end <= end)]
-        self._starts = [region.iova for region in self._regions]
-        if self.log is not None and self.log.broken is None:
-            for region in gone:
-                first, last = region.iova >> _PAGE_SHIFT, (region.end - 1) >> _PAGE_SHIFT
-                if any(first <= page <= last for page in self.log.pages):
-                    self.log.broken = (
-                        f"the guest unmapped {region.iova:#x}+{region.end - region.iova:#x}, written by us"
-                    )
-        windows = {window for region in gone for window in region.windows}
+        """Remove every region inside `iova`..`iova + size`: grants end there, windows over it are revoked.
+
+        The windows' owners are told when all is done. A log that runs is broken if it has pages of what is removed.
+        """
+        windows: dict[Window, None] = {}
+        for region in self._regions.take(iova, iova + size):
+            if self.log is not None and self.log.broken is None and self.log.pages.meets(*_pages(region)):
+                self.log.broken = f"the guest unmapped {region.iova:#x}+{region.end - region.iova:#x}, written by us"
+            windows |= region.windows
+            region.lent.clear()
         for window in windows:
             self.forget(window)
             window.revoke()
@@ -299,9 +302,12 @@ class GuestMemory:
 
         Here it is unmapped: windows are revoked and their owners told.
         """
-        for region in list(self._regions):
+        if not self._regions:
+            return
+        *_, last = regions = list(self._regions)
+        for region in regions:
             other.map(region.iova, region.view, region.writable)
-            self.unmap(region.iova, region.end - region.iova)
+        self.unmap(regions[0].iova, last.end - regions[0].iova)
 
     def mapped(self) -> list[tuple[int, int, bool]]:
         """(I/O address, size, writable) of every region, in address order."""
@@ -311,9 +317,8 @@ class GuestMemory:
 
     def _pieces(self, iova: int, length: int, writable: bool) -> Iterable[tuple[Region, int, int]]:
         while length > 0:
-            index = bisect_right(self._starts, iova) - 1
-            region = self._regions[index] if index >= 0 else None
-            if region is None or iova >= region.end:
+            region = self._regions.find(iova)
+            if region is None:
                 raise MemoryFault(f"I/O address {iova:#x} is not mapped")
             if writable and not region.writable:
                 raise MemoryFault(f"I/O address {iova:#x} is mapped read-only")
@@ -356,32 +361,34 @@ class GuestMemory:
         if not pieces:
             raise MemoryFault("an empty memory window")
         window: Window = pieces[0] if len(pieces) == 1 else ScatteredWindow(self, pieces)
+        self._windows[window] = regions
         for region in regions:
-            region.windows.add(window)
+            region.windows[window] = None
         return window
 
     def forget(self, window: Window) -> None:
-        """A window is closed: stop tracking it."""
-        for region in self._regions:
-            region.windows.discard(window)
+        """A window is closed: stop tracking it. Harmless when repeated."""
+        for region in self._windows.pop(window, ()):
+            region.windows.pop(window, None)
 
     def grant(self, extents: list[tuple[int, int]], *, writable: bool) -> Grant:
         """The memory of one packet as memoryviews (read-only ones unless `writable`). Raises MemoryFault."""
-        views: list[memoryview] = []
-        for iova, length in extents:
-            for region, at, part in self._pieces(iova, length, writable):
-                view = region.view[at - region.iova : at - region.iova + part]
-                views.append(view if writable else view.toreadonly())
-        grant = Grant(self, extents, views, writable)
-        if writable:
-            self._writable_grants.add(grant)
+        pieces = [piece for iova, length in extents for piece in self._pieces(iova, length, writable)]
+        views = [region.view[at - region.iova : at - region.iova + part] for region, at, part in pieces]
+        if not writable:
+            return Grant(self, extents, [view.toreadonly() for view in views], False)
+        grant = Grant(self, extents, views, True)
+        self._writable_grants[grant] = [region for region, _, _ in pieces]
+        for region, at, part in pieces:
+            region.lent.setdefault(grant, []).append((at, part))
             if self.log is not None:
-                self._mark_grant(grant)
+                self.mark(at, part)
         return grant
 
     def end_grant(self, grant: Grant) -> None:
-        """The provider has done with it."""
-        self._writable_grants.discard(grant)
+        """The provider has done with it. Harmless when repeated."""
+        for region in self._writable_grants.pop(grant, ()):
+            region.lent.pop(grant, None)
 
     # ---- the dirty log -----------------------------------------------------------------------------------------
 
@@ -393,19 +400,20 @@ class GuestMemory:
         if first == last:
             self.log.pages.add(first)
         else:
-            self.log.pages.update(range(first, last + 1))
+            self.log.pages.add_range(first, last)
 
-    def _mark_grant(self, grant: Grant) -> None:
-        for iova, length in grant.extents:
-            self.mark(iova, length)
+    def _mark_lent(self, regions: Iterable[Region]) -> None:
+        for region in regions:
+            for pieces in region.lent.values():
+                for iova, length in pieces:
+                    self.mark(iova, length)
 
     def start_log(self) -> None:
-        """Start a log. Memory already granted for writing counts as written from the start."""
+        """Start a log. Memory that is granted for writing, and still mapped, counts as written from the start."""
         if self.log is not None:
             raise UsageError("a dirty log is running already; stop it first")
         self.log = DirtyLog()
-        for grant in self._writable_grants:
-            self._mark_grant(grant)
+        self._mark_lent({region for regions in self._writable_grants.values() for region in regions})
 
     def stop_log(self) -> None:
         """Stop and forget the log. Harmless without one."""
@@ -417,19 +425,9 @@ class GuestMemory:
         `written_on`: the device goes on, so that what is granted for writing counts as written again from now on.
         Raises DirtyLogBroken as `dirty_runs` does, and UsageError without a log.
         """
-        if self.log is None:
-            raise UsageError("no dirty log is running; start one before the migration begins")
-        if self.log.broken is not None:
-            raise DirtyLogBroken(f"{self.log.broken}; cancel this pass and start again")
-        first, last = iova >> _PAGE_SHIFT, (iova + size - 1) >> _PAGE_SHIFT
-        if last - first < len(self.log.pages):
-            taken = {page for page in range(first, last + 1) if page in self.log.pages}
-        else:
-            taken = {page for page in self.log.pages if first <= page <= last}
-        self.log.pages -= taken
+        taken = self._trusted_log().pages.take(iova >> _PAGE_SHIFT, (iova + size - 1) >> _PAGE_SHIFT)
         if written_on:
-            for grant in self._writable_grants:
-                self._mark_grant(grant)
+            self._mark_lent(self._regions.overlapping(iova, iova + size))
         return _runs(taken, size)
 
     def dirty_runs(self, max_bytes: int = 1 << 20) -> list[tuple[int, int]]:
@@ -437,20 +435,21 @@ class GuestMemory:
 
         Raises DirtyLogBroken when the guest has unmapped a logged page: that migration pass cannot be completed.
         """
+        return _runs(self._trusted_log().pages, max_bytes)
+
+    def _trusted_log(self) -> DirtyLog:
         if self.log is None:
             raise UsageError("no dirty log is running; start one before the migration begins")
         if self.log.broken is not None:
             raise DirtyLogBroken(f"{self.log.broken}; cancel this pass and start again")
-        return _runs(self.log.pages, max_bytes)
+        return self.log
 
 
-def _runs(pages: Iterable[int], max_bytes: int) -> list[tuple[int, int]]:
-    """Pages as (I/O address, length) runs of at most `max_bytes`, in address order."""
-    runs: list[tuple[int, int]] = []
-    for page in sorted(pages):
-        address = page * PAGE_SIZE
-        if runs and sum(runs[-1]) == address and runs[-1][1] + PAGE_SIZE <= max_bytes:
-            runs[-1] = (runs[-1][0], runs[-1][1] + PAGE_SIZE)
-        else:
-            runs.append((address, PAGE_SIZE))
-    return runs
+def _pages(region: Region) -> tuple[int, int]:
+    """The first and the last page of a region."""
+    return region.iova >> _PAGE_SHIFT, (region.end - 1) >> _PAGE_SHIFT
+
+
+def _runs(pages: PageSet, max_bytes: int) -> list[tuple[int, int]]:
+    """Pages as (I/O address, length) runs of at most `max_bytes`, and at least a page, in address order."""
+    return [(first * PAGE_SIZE, count * PAGE_SIZE) for first, count in pages.runs(max(max_bytes // PAGE_SIZE, 1))]

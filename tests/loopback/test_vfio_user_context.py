@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
@@ -504,3 +505,72 @@ def test_unmapping_what_is_not_mapped_is_only_for_debugging(
     with pytest.raises(RemoteError):
         client.request(200, bytes(4))
     assert [r.name for r in caplog.records if r.levelno == logging.ERROR][:1] == ["vmbus.vfio_user.context.library"]
+
+
+def _connect(path: Path) -> socket.socket:
+    client = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    client.connect(os.fspath(path))
+    return client
+
+
+def test_a_crowd_keeps_nobody_busy(libvfio_user: Library, tmp_path: Path) -> None:
+    """More silent clients than may wait: the rest stays in the socket's queue, and wakes nobody."""
+    with serve(libvfio_user, tmp_path / "socket", handshake_timeout=30) as server:
+        crowd = [_connect(tmp_path / "socket") for _ in range(11)]
+        server.wait_until(lambda: len(server.context._pending) == 8)
+        before = server.wakeups
+        for _ in range(100):
+            server.call(lambda: None)
+        assert server.wakeups - before < 150, "woken by nothing but the calls"
+        for client in crowd:
+            client.close()
+        with VfioUserClient(tmp_path / "socket") as client:
+            client.device_info()
+
+
+def test_clients_that_fail_are_let_in_at_a_bounded_rate(libvfio_user: Library, tmp_path: Path) -> None:
+    with serve(libvfio_user, tmp_path / "socket") as server:
+        accepted: list[float] = []
+        accept = server.context._listener.accept
+
+        def counted() -> socket.socket | None:
+            client = accept()
+            if client is not None:
+                accepted.append(time.monotonic())
+            return client
+
+        server.call(lambda: setattr(server.context._listener, "accept", counted))
+        for _ in range(40):
+            _connect(tmp_path / "socket").close()
+        server.wait_until(lambda: len(accepted) == 40)
+        assert all(later - earlier > 0.09 for earlier, later in zip(accepted, accepted[8:], strict=False))
+        with VfioUserClient(tmp_path / "socket") as client:
+            client.device_info()
+
+
+@pytest.mark.parametrize("where", ["accept", "create"])
+def test_without_a_descriptor_left_the_server_lives(
+    libvfio_user: Library, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    with serve(libvfio_user, tmp_path / "socket") as server:
+        failures = 0
+
+        def fail() -> NoReturn:
+            nonlocal failures
+            failures += 1
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+        owner, name = (server.context._listener, "accept") if where == "accept" else (server.context, "_create")
+        if where == "create":
+            with VfioUserClient(tmp_path / "socket") as client:
+                client.device_info()
+                monkeypatch.setattr(owner, name, fail)
+        else:
+            server.call(lambda: monkeypatch.setattr(owner, name, fail))
+        waiting = _connect(tmp_path / "socket")
+        waiting.sendall(b"\0" * 4)
+        server.wait_until(lambda: failures >= 1)
+        waiting.close()
+        server.call(monkeypatch.undo)
+        with VfioUserClient(tmp_path / "socket") as client:
+            client.device_info()

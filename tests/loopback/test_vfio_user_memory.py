@@ -5,6 +5,9 @@ from __future__ import annotations
 import errno
 import mmap
 import os
+import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,10 +15,10 @@ from pathlib import Path
 import pytest
 
 from support.transport import ADDRESS, VALUE, ServerThread, serve
-from vmbus.errors import EnvironmentProblem
+from vmbus.errors import EnvironmentProblem, VmbusError
 from vmbus.vfio_user import bindings, protocol
 from vmbus.vfio_user.client import DmaAccess, RemoteError, VfioUserClient
-from vmbus.vfio_user.context import AddressNotMapped, ClientBusy, ClientGone, ClientRefused, ResetKind
+from vmbus.vfio_user.context import AddressNotMapped, ClientBusy, ClientGone, ClientRefused, ResetKind, RunResult
 from vmbus.vfio_user.library import Generation, Library
 from vmbus.vfio_user.protocol import Command
 
@@ -258,6 +261,125 @@ def test_taking_memory_back_under_a_thread_that_uses_it(
     finally:
         done.set()
         worker.join()
+
+
+# -- a client that asks for too much ----------------------------------------------------------------------------------
+
+
+def descriptors() -> int:
+    return len(os.listdir("/proc/self/fd"))  # noqa: PTH208 (procfs)
+
+
+def test_a_mapping_that_is_asked_for_again_keeps_no_descriptor(
+    server: ServerThread, client: VfioUserClient, memory: int
+) -> None:
+    client.dma_map(BASE, PAGE, memory)
+    device_writes(client, BASE, b"before")
+    before = descriptors()
+    other = os.memfd_create("other", os.MFD_CLOEXEC)
+    os.ftruncate(other, PAGE)
+    try:
+        for _ in range(20):
+            client.dma_map(BASE, PAGE, memory)
+            for fd, offset, writable in ((memory, PAGE, True), (memory, 0, False), (other, 0, True)):
+                with pytest.raises(RemoteError):
+                    client.dma_map(BASE, PAGE, fd, offset, writable=writable)
+        assert descriptors() == before + 1
+    finally:
+        os.close(other)
+    assert server.device.events == [("map", BASE, PAGE, True)]
+    assert device_reads(client, BASE, 6) == b"before"
+
+
+def test_what_cannot_be_mapped_never_reaches_the_library(
+    server: ServerThread, client: VfioUserClient, memory: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The 2022 library closes such a descriptor twice, and by then the number may be somebody else's."""
+    read_end, write_end = os.pipe()
+    read_only = os.open(f"/proc/self/fd/{memory}", os.O_RDONLY)
+    asked: list[int] = []
+    run = server.context._vfu.vfu_run_ctx
+    monkeypatch.setattr(server.context, "_run_library", lambda: asked.append(run(server.context._context.pointer)))
+    try:
+        for fd in (read_end, read_only):
+            with pytest.raises(RemoteError):
+                client.dma_map(BASE, PAGE, fd)
+        with pytest.raises(RemoteError):
+            client.dma_map((1 << 64) - PAGE, 2 * PAGE, memory)
+        # Nearly all descriptors are in use: the rest is for the device.
+        monkeypatch.setattr("resource.getrlimit", lambda _: (4, 4))
+        with pytest.raises(RemoteError):
+            client.dma_map(BASE, PAGE, memory)
+    finally:
+        for fd in (read_end, write_end, read_only):
+            os.close(fd)
+    assert not asked and not server.device.events
+
+
+def test_memory_whose_file_is_made_shorter_costs_the_client_its_connection(server: ServerThread, memory: int) -> None:
+    with VfioUserClient(server.context.socket_path) as client:
+        client.dma_map(BASE, 4 * PAGE, memory)
+        client.dma_map(BASE + 8 * PAGE, PAGE, memory)
+        view, words = server.device.views[BASE], server.device.views[BASE].cast("I")
+        view[0] = 1
+        os.ftruncate(memory, PAGE)
+        assert bytes(view[PAGE : PAGE + 4]) == bytes(4), "without a cure this is SIGBUS"
+        words[-1] = 1
+        view[PAGE - 2 : PAGE + 2] = b"both"
+        assert os.pread(memory, PAGE, 0) == b"\1" + bytes(PAGE - 1), "and the rest of the region is cut off"
+        with pytest.raises(VmbusError):
+            client.device_info()
+    server.wait_until(lambda: LOST in server.device.events)
+    del view, words
+    server.device.views.clear()
+    os.ftruncate(memory, 4 * PAGE)
+    with VfioUserClient(server.context.socket_path) as client:
+        client.dma_map(BASE, 4 * PAGE, memory)
+        device_writes(client, BASE, b"again")
+        assert os.pread(memory, 5, 0) == b"again"
+
+
+def test_a_bus_error_elsewhere_ends_the_process_as_ever() -> None:
+    program = """
+import mmap, os
+from vmbus.vfio_user import mapping
+mapping._guard.install()
+fd = os.memfd_create("x")
+os.ftruncate(fd, 4096)
+memory = mmap.mmap(fd, 4096)
+os.ftruncate(fd, 0)
+print(memory[0])
+"""
+    result = subprocess.run([sys.executable, "-c", program], env={"PYTHONPATH": os.pathsep.join(sys.path)}, timeout=60)
+    assert result.returncode == -signal.SIGBUS
+
+
+@pytest.mark.parametrize("how", ["a range", "all", "hang up"])
+def test_much_memory_is_taken_back_in_turns(server: ServerThread, memory: int, how: str) -> None:
+    results: list[tuple[RunResult, int]] = []
+    run = server.context.run
+
+    def few() -> RunResult:
+        result = run(max_requests=4)
+        results.append((result, len(server.context.dma_regions)))
+        return result
+
+    with VfioUserClient(server.context.socket_path) as client:
+        for number in range(11):
+            client.dma_map(BASE + number * 2 * PAGE, PAGE, memory, number * PAGE)
+        server.call(lambda: setattr(server.context, "run", few))
+        if how == "a range":
+            client.dma_unmap(0, 1 << 63)
+        elif how == "all":
+            client.dma_unmap_all()
+        if how != "hang up":
+            gone = sum(event[0] == "unmap" for event in server.device.events)
+            assert gone == 11, "answered before the last was gone"
+    server.wait_until(lambda: LOST in server.device.events)
+    assert [left for result, left in results if result is RunResult.MORE][:2] == [7, 3]
+    assert [event[1] for event in server.device.events if event[0] == "unmap"] == [
+        BASE + number * 2 * PAGE for number in range(11)
+    ]
 
 
 # -- writing through the client ---------------------------------------------------------------------------------------

@@ -118,7 +118,7 @@ def test_rings_with_impossible_indices_are_refused(machine: Machine, index: int,
     settle(driver)
     expected = 0 if ring == 0 and index == 4096 else Status.INVALID_PARAMETER  # two data pages there
     assert driver.bus.open_results[relid] == expected
-    assert expected == 0 or not any(region.windows for region in machine.device.memory._regions[1:])
+    assert expected == 0 or not any(region.windows for region in list(machine.device.memory._regions)[1:])
 
 
 @pytest.mark.parametrize(

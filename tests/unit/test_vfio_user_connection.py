@@ -13,7 +13,7 @@ import pytest
 
 from vmbus.errors import EnvironmentProblem
 from vmbus.vfio_user.connection import Listener, Look, Timer, Waiting, bound_blocking, look
-from vmbus.vfio_user.protocol import FLAG_NO_REPLY, TYPE_REPLY, encode
+from vmbus.vfio_user.protocol import FLAG_NO_REPLY, TYPE_REPLY, Command, encode
 
 pytestmark = pytest.mark.unit
 
@@ -73,7 +73,7 @@ def test_look_at_a_message_with_descriptors(pair: Pair) -> None:
     assert look(ours).messages >= 1
     ours.recv(20)
     before = len(os.listdir("/proc/self/fd"))  # noqa: PTH208 (procfs)
-    assert look(ours) == Look(Waiting.COMPLETE, 48, 1)
+    assert look(ours) == Look(Waiting.COMPLETE, 48, 1, Command.DMA_MAP)
     assert len(os.listdir("/proc/self/fd")) == before  # noqa: PTH208 (procfs)
 
 

@@ -56,10 +56,12 @@ class Look(NamedTuple):
     watched: int = 0
 
 
-WATCHED = frozenset({Command.DMA_UNMAP, Command.DEVICE_FEATURE})
+WATCHED = frozenset({Command.DMA_MAP, Command.DMA_UNMAP, Command.DEVICE_FEATURE})
 """Commands that are looked into before the library gets them."""
 
 
+_MOST_DESCRIPTORS = 8  # in one message, as the library has it; the system closes what is beyond
+_INT = array.array("i")
 _PEEK_SIZE = 2048
 _PEEK_FLAGS = int(socket.MSG_PEEK | socket.MSG_DONTWAIT)
 _NOTHING, _CLOSED = Look(Waiting.NOTHING), Look(Waiting.CLOSED)
@@ -99,6 +101,20 @@ def look(client: socket.socket) -> Look:
     if messages:
         return Look(Waiting.COMPLETE, first, messages, watched)
     return _CLOSED if _hung_up(client) else Look(Waiting.PARTIAL)
+
+
+def receive(client: socket.socket, size: int, flags: int = 0) -> tuple[bytes, list[int]]:
+    """At most `size` bytes, and the descriptors that came along, which are the caller's to close.
+
+    It ends where descriptors came along. (`socket.recv_fds` of Python 3.11 leaves its flags out.)
+    """
+    room = socket.CMSG_SPACE(_MOST_DESCRIPTORS * _INT.itemsize)
+    content, ancillary, _, _ = client.recvmsg(size, room, flags | socket.MSG_CMSG_CLOEXEC)
+    descriptors: list[int] = []
+    for level, kind, data in ancillary:
+        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+            descriptors += array.array("i", data[: len(data) - len(data) % _INT.itemsize])
+    return content, descriptors
 
 
 def bytes_waiting(client: socket.socket) -> int:
@@ -153,7 +169,7 @@ class Listener:
             raise
 
     def accept(self) -> socket.socket | None:
-        """The next waiting client, in blocking mode; None if there is none."""
+        """The next waiting client, in blocking mode; None if there is none. Raises OSError when descriptors run out."""
         try:
             client, _ = self.socket.accept()
         except (BlockingIOError, ConnectionAbortedError, InterruptedError):

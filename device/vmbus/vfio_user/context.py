@@ -17,9 +17,13 @@ How it treats the library:
 * Configuration space is the handler's alone (the callback gets every access, unsplit).
 * Migration. Where the library has migration v2 and there is a `MigrationHandler`, the client can migrate the device
   through the protocol; see `migration` for what is looked at before the library gets it.
+* Offering memory. Requests that the library would not handle well are answered here, see `offers`.
 * Taking memory back. The library removes a region when it is named exactly. A client may also name a range with several
   regions in it: QEMU does so with all that a guest's driver had mapped, when the guest takes the device out of that
-  address space, and relies on it. Such a request is answered here; the library is told of each region.
+  address space, and relies on it. Such a request is answered here; the library is told of each region. That may be
+  thousands: `run` does as many at a time as it would handle requests, and the answer goes out with the last.
+* Crowds. A client that comes and fails, or goes, keeps its place among those that may wait for `_COOLING` seconds, and
+  nobody else is accepted while all places are taken. So neither a crowd nor a lack of descriptors keeps us busy.
 * Interrupts are MSI only. ERR and REQ have no vectors: the 2022 generation would put the client's ERR eventfd in the
   place of vector 0.
 * Views of guest memory are over our own second mapping, see `mapping`.
@@ -29,7 +33,6 @@ Nothing raised in a callback gets into C: it is logged and the client is answere
 
 from __future__ import annotations
 
-import bisect
 import ctypes
 import enum
 import errno
@@ -44,6 +47,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
@@ -51,9 +55,9 @@ from typing import Any, Protocol
 from vmbus.complaints import bounded_log
 from vmbus.errors import EnvironmentProblem, PeerError, UsageError, VmbusError
 from vmbus.vfio_user import bindings, protocol
-from vmbus.vfio_user.connection import Listener, Timer, Waiting, bound_blocking, look
+from vmbus.vfio_user.connection import Listener, Timer, Waiting, bound_blocking, look, receive
 from vmbus.vfio_user.library import Generation, Library
-from vmbus.vfio_user.mapping import GuestMapping
+from vmbus.vfio_user.mapping import GuestMapping, any_lost
 from vmbus.vfio_user.migration import (
     LONGEST_DATA,
     LONGEST_LOOK,
@@ -62,6 +66,7 @@ from vmbus.vfio_user.migration import (
     MigrationRefused,
     MigrationState,
 )
+from vmbus.vfio_user.offers import Offer, Region, Regions
 from vmbus.vfio_user.protocol import HEADER
 
 logger = bounded_log(__name__)
@@ -72,6 +77,7 @@ DEFAULT_MAX_DMA_REGIONS = 16384
 """For the new generation. Every region costs two memory areas, of which a process may have 65530 by default."""
 _LONGEST_VERSION_MESSAGE = 65536
 _MOST_PENDING = 8
+_COOLING = 0.1
 # Errors that only the client's answer can be, so that the stream is in step after them.
 _REFUSALS = frozenset({errno.ENODEV, errno.ENXIO, errno.EFAULT, errno.EACCES, errno.ENOENT})
 # QEMU takes back ranges in which nothing is left whenever the guest switches its IOMMU address space. The advice about
@@ -153,16 +159,6 @@ class DeviceHandler(Protocol):
 
 
 @dataclass
-class _Region:
-    """Memory that the client offers: `size` bytes at I/O address `iova`."""
-
-    iova: int
-    size: int
-    mapping: GuestMapping | None
-    writable: bool
-
-
-@dataclass
 class _Pending:
     """A client that has not yet sent its VERSION message."""
 
@@ -209,8 +205,10 @@ class Context:
         self._client: socket.socket | None = None
         self._pending: list[_Pending] = []
         self._stall_deadline: float | None = None
-        self._regions: dict[int, _Region] = {}
-        self._region_starts: list[int] = []
+        self._cooling: list[float] = []  # when places are free again that failed clients had
+        self._accepting = True  # the listening socket is looked at
+        self._regions = Regions()
+        self._offer: Offer | None = None  # what the library is just being asked to map
         self._depth = 0
         self._lost_reported = True
         self._escaped: BaseException | None = None
@@ -255,7 +253,7 @@ class Context:
     @property
     def dma_regions(self) -> list[tuple[int, int, bool]]:
         """What the client offers, by address: (I/O address, size in bytes, whether we could map it)."""
-        return [(r.iova, r.size, r.mapping is not None) for r in map(self._regions.__getitem__, self._region_starts)]
+        return [(region.iova, region.size, region.mapping is not None) for region in self._regions]
 
     def attach(self) -> bool:
         """Do what can be done towards a connected client, without ever waiting; True when one is attached.
@@ -266,7 +264,7 @@ class Context:
         if self._client is not None:
             return True
         self._drain_events()
-        while len(self._pending) < _MOST_PENDING and (client := self._listener.accept()) is not None:
+        while self._places() and (client := self._accept()) is not None:
             bound_blocking(client, self._message_timeout)
             self._pending.append(_Pending(client, time.monotonic() + self._handshake_timeout))
             self._epoll.register(client.fileno(), select.EPOLLIN | select.EPOLLET)
@@ -283,6 +281,7 @@ class Context:
                 self._forget(pending, "it left before its VERSION message")
             else:
                 self._forget(pending, "its first message is not a VERSION message")
+        self._watch_listener(self._places() > 0)
         self._set_timer()
         return False
 
@@ -299,21 +298,25 @@ class Context:
             self._drain_events()
         handled = 0
         while handled < max_requests:
+            if any_lost() and (region := self._regions.shrunk()) is not None:
+                return self._disconnect(f"pages of its memory at {region.iova:#x} are gone: the file was made shorter")
             waiting, size, messages, watched = look(self._client)
             if waiting is Waiting.NOTHING:
                 self._note_progress()
                 return RunResult.IDLE
             if waiting is Waiting.PARTIAL:
                 return self._note_stall()
-            if waiting is Waiting.BROKEN:
-                return self._disconnect(f"it sent a header that is no request ({size} bytes); the stream is lost")
-            if waiting is Waiting.CLOSED:
-                return self._disconnect(None)
             self._note_progress()
+            if waiting is Waiting.BROKEN:
+                broken = f"it sent a header that is no request ({size} bytes); the stream is lost"
+                return self._leave(broken, max_requests)
+            if waiting is Waiting.CLOSED:
+                return self._leave(None, max_requests)
             if watched:
-                handled += 1
-                if (problem := self._run_watched(watched, size)) is not None:
+                done, problem = self._run_watched(watched, size, max_requests - handled)
+                if problem is not None:
                     return self._disconnect(problem)
+                handled += done
                 continue
             for _ in range(min(messages, max_requests - handled)):
                 handled += 1
@@ -402,13 +405,39 @@ class Context:
 
     def _set_timer(self) -> None:
         deadlines = [pending.deadline for pending in self._pending]
+        if self._cooling and self._client is None:
+            deadlines.append(self._cooling[0])
         if self._stall_deadline is not None:
             deadlines.append(self._stall_deadline)
         self._timer.set(min(deadlines) - time.monotonic() if deadlines else None)
 
-    def _forget(self, pending: _Pending, reason: str | None) -> None:
-        if reason is not None:
-            logger.warning("client on %s dropped: %s", self._listener.path, reason)
+    def _places(self) -> int:
+        """How many more clients may wait."""
+        now = time.monotonic()
+        self._cooling = [end for end in self._cooling if end > now]
+        return _MOST_PENDING - len(self._pending) - len(self._cooling)
+
+    def _cool(self, places: int) -> None:
+        """Give away no more than the places that are left, for a while."""
+        self._cooling += [time.monotonic() + _COOLING] * places
+
+    def _accept(self) -> socket.socket | None:
+        try:
+            return self._listener.accept()
+        except OSError as error:
+            logger.warning("no client can be accepted on %s for now: %s", self._listener.path, error)
+            self._cool(self._places())
+            return None
+
+    def _watch_listener(self, wanted: bool) -> None:
+        """Whether somebody who connects wakes us."""
+        if wanted != self._accepting:
+            self._accepting = wanted
+            self._epoll.modify(self._listener.socket.fileno(), select.EPOLLIN if wanted else 0)
+
+    def _forget(self, pending: _Pending, reason: str) -> None:
+        logger.warning("client on %s dropped: %s", self._listener.path, reason)
+        self._cool(1)
         self._pending.remove(pending)
         self._epoll.unregister(pending.socket.fileno())
         pending.socket.close()
@@ -416,16 +445,19 @@ class Context:
     def _shake_hands(self, pending: _Pending, size: int) -> bool:
         """Relay the VERSION exchange, then give the library the client's socket. False if the client is dropped."""
         if self._context is None:
-            self._context = self._create()
+            self._context = self._create_if_possible()
+            if self._context is None:
+                self._forget(pending, "nothing can be set up for it")
+                return False
         client, private, pointer = pending.socket, self._context.private, self._context.pointer
-        request, stray, _, _ = socket.recv_fds(client, size, 8, socket.MSG_WAITALL)
+        request, stray = receive(client, size, socket.MSG_WAITALL)
         for fd in stray:
             os.close(fd)
         private.sendall(request)
         attached = self._vfu.vfu_attach_ctx(pointer) == 0
         problem = None if attached else os.strerror(ctypes.get_errno())
         try:
-            reply, fds, _, _ = socket.recv_fds(private, bindings.MAX_MESSAGE, 8, socket.MSG_DONTWAIT)
+            reply, fds = receive(private, bindings.MAX_MESSAGE, socket.MSG_DONTWAIT)
             if attached and self._migration is not None:
                 reply = _with_shorter_transfers(reply)
             try:
@@ -438,7 +470,7 @@ class Context:
         if problem is not None:
             self._forget(pending, f"handshake failed: {problem}")
             self._destroy()
-            self._context = self._create()
+            self._context = self._create_if_possible()
             return False
         os.dup2(client.fileno(), self._vfu.vfu_get_poll_fd(pointer), inheritable=False)
         private.close()
@@ -450,41 +482,55 @@ class Context:
         for other in list(self._pending):
             self._forget(other, "another client was faster")
         # A device has one client; the next one waits in the socket's queue without waking us.
-        self._epoll.unregister(self._listener.socket.fileno())
+        self._watch_listener(False)
         self._epoll.modify(client.fileno(), select.EPOLLIN)
         self._set_timer()
         logger.info("client attached on %s", self._listener.path)
         return True
 
-    def _run_watched(self, command: int, size: int) -> str | None:
-        """One request that is looked at first. Returns as `_run_library`."""
+    def _run_watched(self, command: int, size: int, room: int) -> tuple[int, str | None]:
+        """One request that is looked at first. Returns how much of `room` it took, and as `_run_library`."""
         assert self._client is not None
+        if command == protocol.Command.DMA_MAP:
+            return 1, self._run_map(size)
         try:
             start = self._client.recv(min(size, LONGEST_LOOK), socket.MSG_PEEK | socket.MSG_DONTWAIT)
             after = self._gate.before(command, start[HEADER.size :])
         except MigrationRefused as refusal:
             logger.error("the client's migration: %s", refusal)
-            return self._refuse(size, refusal.code)
+            return 1, self._answer(size, refusal.code)
         except OSError:
-            return ""
-        problem = self._run_unmap(size) if command == protocol.Command.DMA_UNMAP else self._run_library()
+            return 1, ""
+        if command == protocol.Command.DMA_UNMAP:
+            done, problem = self._run_unmap(size, room)
+        else:
+            done, problem = 1, self._run_library()
         if problem is None and after is not None:
             after()
-        return problem
+        return done, problem
 
-    def _refuse(self, size: int, code: int) -> str | None:
-        """Take the next request, of `size` bytes, off the socket and answer it with an error. Returns as above."""
+    def _answer(self, size: int, code: int, body: bytes | None = None) -> str | None:
+        """Take the next request, of `size` bytes, off the socket and answer it: with an error, or 0. Returns as above.
+
+        `body`: of the answer; None for what the request itself says.
+        """
         assert self._client is not None
         try:
-            request, stray, _, _ = socket.recv_fds(self._client, size, 8, socket.MSG_WAITALL)
-            for fd in stray:
-                os.close(fd)
+            request = b""
+            while len(request) < size:  # a read ends where descriptors come along
+                piece, stray = receive(self._client, size - len(request), socket.MSG_WAITALL)
+                for fd in stray:
+                    os.close(fd)
+                if not piece:
+                    return ""
+                request += piece
             message_id, command, _, flags, _ = HEADER.unpack_from(request)
             if not flags & protocol.FLAG_NO_REPLY:
-                answer = protocol.TYPE_REPLY | protocol.FLAG_ERROR
-                self._client.sendall(protocol.encode(message_id, command, b"", flags=answer, error=code))
+                answer = protocol.TYPE_REPLY | (protocol.FLAG_ERROR if code else 0)
+                content = b"" if code else request[HEADER.size :] if body is None else body
+                self._client.sendall(protocol.encode(message_id, command, content, flags=answer, error=code))
         except OSError as error:
-            return f"the answer to a refused request could not be sent ({error})"
+            return f"its request could not be answered ({error})"
         return None
 
     def _run_library(self) -> str | None:
@@ -499,44 +545,65 @@ class Context:
             return ""
         return f"the library gave up on it: {os.strerror(error)}"
 
-    def _run_unmap(self, size: int) -> str | None:
-        """A DMA_UNMAP request of `size` bytes, to which nothing else is to be said. Returns as `_run_library`."""
+    def _run_map(self, size: int) -> str | None:
+        """A DMA_MAP request of `size` bytes. Returns as `_run_library`."""
+        assert self._client is not None
+        wanted = HEADER.size + protocol.DMA_MAP.size
+        if size < wanted:
+            return self._run_library()  # refused there
+        descriptors: list[int] = []
+        try:
+            start, descriptors = receive(self._client, wanted, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+            if len(start) < wanted:
+                return "it sent a request to map memory in pieces"
+            offer = Offer.read(start[HEADER.size :], descriptors)
+            code = self._regions.answer(offer, descriptors)
+        except OSError:
+            return ""
+        finally:
+            for descriptor in descriptors:
+                os.close(descriptor)
+        if code is not None:
+            return self._answer(size, code, b"")
+        self._offer = offer
+        try:
+            return self._run_library()
+        finally:
+            self._offer = None
+
+    def _run_unmap(self, size: int, room: int) -> tuple[int, str | None]:
+        """A DMA_UNMAP request of `size` bytes, to which nothing else is to be said. Returns as `_run_watched`.
+
+        The request stays where it is until the last of its regions is gone: `run` then comes back to it.
+        """
         assert self._client is not None
         wanted = HEADER.size + protocol.DMA_UNMAP.size
         try:
             start = self._client.recv(wanted, socket.MSG_PEEK | socket.MSG_DONTWAIT)
         except OSError:
-            return ""
+            return 1, ""
         if size != wanted or len(start) != wanted:
-            return self._run_library()
+            return 1, self._run_library()
         _, flags, iova, length = protocol.DMA_UNMAP.unpack_from(start, HEADER.size)
-        exact = self._regions.get(iova)
-        inside = [] if flags else self._regions_inside(iova, length)
-        if not inside or (exact is not None and exact.size == length):
-            return self._run_library()
-        if (problem := self._unmap_through_library(inside)) is not None:
-            return problem
-        try:
-            request = self._client.recv(size, socket.MSG_WAITALL)
-            message_id, command, _, header_flags, _ = HEADER.unpack_from(request)
-            if not header_flags & protocol.FLAG_NO_REPLY:
-                body = request[HEADER.size :]
-                self._client.sendall(protocol.encode(message_id, command, body, flags=protocol.TYPE_REPLY))
-        except OSError as error:
-            return f"its request to take back memory could not be answered ({error})"
-        return None
+        inside: list[Region] = []
+        if flags == 0:
+            inside = list(islice(self._regions.inside(iova, iova + length), room + 1))
+        elif flags == protocol.DMA_UNMAP_ALL and not iova and not length:
+            inside = list(islice(self._regions, room + 1))
+        if not inside or (flags == 0 and (inside[0].iova, inside[0].size) == (iova, length)):
+            return 1, self._run_library()
+        if (problem := self._unmap_through_library(inside[:room])) is not None or len(inside) > room:
+            return room, problem
+        return len(inside), self._answer(size, 0)
 
-    def _regions_inside(self, iova: int, length: int) -> list[_Region]:
-        """The regions that lie in a range, all of each."""
-        first = bisect.bisect_left(self._region_starts, iova)
-        regions = [self._regions[start] for start in self._region_starts[first:] if start < iova + length]
-        return [region for region in regions if region.iova + region.size <= iova + length]
-
-    def _unmap_through_library(self, regions: list[_Region]) -> str | None:
-        """Have the library remove regions one by one, with requests on a connection of our own. Returns as above."""
+    def _unmap_through_library(self, regions: list[Region]) -> str | None:
+        """Have the library remove regions, with requests on a connection of our own. Returns as above."""
         assert self._context is not None and self._client is not None
         descriptor = self._vfu.vfu_get_poll_fd(self._context.pointer)
-        ours, theirs = socket.socketpair()
+        try:
+            ours, theirs = socket.socketpair()
+        except OSError as error:
+            return f"no connection can be had to take back its memory ({error})"
         with ours, theirs:
             for end in (ours, theirs):
                 bound_blocking(end, self._message_timeout)
@@ -585,6 +652,13 @@ class Context:
         self._set_timer()
         return RunResult.IDLE
 
+    def _leave(self, problem: str | None, room: int) -> RunResult:
+        """`_disconnect` a client that has sent its last request, once at most `room` regions of its memory are left."""
+        first = list(islice(self._regions, room + 1))
+        if len(first) > room and self._unmap_through_library(first[:room]) is None:
+            return RunResult.MORE
+        return self._disconnect(problem)
+
     def _disconnect(self, problem: str | None) -> RunResult:
         if problem:
             logger.error("client on %s dropped: %s", self._listener.path, problem)
@@ -592,7 +666,10 @@ class Context:
             logger.info("client on %s left", self._listener.path)
         self._end_connection()
         self._destroy()
-        self._context = self._create()
+        self._cool(1)
+        self._context = self._create_if_possible()
+        self._watch_listener(self._places() > 0)
+        self._set_timer()
         self._raise_escaped()
         return RunResult.DISCONNECTED
 
@@ -602,12 +679,10 @@ class Context:
             return
         self._stall_deadline = None
         self._epoll.unregister(client.fileno())
-        self._epoll.register(self._listener.socket.fileno(), select.EPOLLIN)
-        self._set_timer()
         self._destroy()  # unmaps and resets through the callbacks
         client.close()
         # The library has done both by now, unless it lost track.
-        for region in list(self._regions.values()):
+        for region in list(self._regions):
             self._unmap(region)
         self._report_lost()
 
@@ -637,6 +712,14 @@ class Context:
                 vfu.vfu_destroy_ctx(pointer)
                 raise
         return context
+
+    def _create_if_possible(self) -> _LibraryContext | None:
+        """For the next client. Whoever comes while there is none is dropped, and it is tried again."""
+        try:
+            return self._create()
+        except (OSError, EnvironmentProblem) as error:
+            logger.warning("no client can be served on %s for now: %s", self._listener.path, error)
+            return None
 
     def _set_up(self, context: _LibraryContext) -> None:
         vfu, pointer = self._vfu, context.pointer
@@ -777,10 +860,6 @@ class Context:
         iova, size, address = info.iova.base or 0, info.iova.len, info.vaddr
         if size == 0:
             return
-        if iova in self._regions:
-            # The library lets through only an exact repetition of a mapping.
-            logger.debug("DMA region %#x (%d bytes) was mapped again", iova, size)
-            return
         writable = bool(info.prot & bindings.PROT_WRITE)
         mapping = None
         if address is not None:
@@ -788,16 +867,15 @@ class Context:
                 mapping = GuestMapping(address, size, writable=writable)
             except EnvironmentProblem as error:
                 logger.warning("DMA region %#x cannot be used: %s", iova, error)
-        self._regions[iova] = _Region(iova, size, mapping, writable)
-        bisect.insort(self._region_starts, iova)
+        if not self._regions.add(Region(iova, iova + size, mapping, writable, self._offer)):
+            raise UsageError(f"libvfio-user mapped {size} bytes at {iova:#x} over memory that is there")
         if mapping is None:
             self._handler.dma_map_unreachable(iova, size)
         else:
             self._handler.dma_map(iova, mapping.view, writable)
 
-    def _unmap(self, region: _Region) -> None:
-        del self._regions[region.iova]
-        self._region_starts.remove(region.iova)
+    def _unmap(self, region: Region) -> None:
+        self._regions.remove(region)
         self._shielded("DMA unmapping", self._handler.dma_unmap, region.iova, region.size)
         if region.mapping is not None:
             try:
@@ -858,7 +936,7 @@ class Context:
 
     def smallest_region(self) -> int:
         """Bytes in the smallest region that we can reach; 0 without any."""
-        return min((region.size for region in self._regions.values() if region.mapping is not None), default=0)
+        return min((region.size for region in self._regions if region.mapping is not None), default=0)
 
     def mark_dirty(self, iova: int, size: int) -> None:
         """Tell the library that memory in one of its regions was written. Raises MigrationRefused if there is none."""
@@ -871,15 +949,13 @@ class Context:
 
     # -- writing through the client -------------------------------------------------------------------------------
 
-    def _region_at(self, iova: int) -> _Region:
-        index = bisect.bisect_right(self._region_starts, iova) - 1
-        if index >= 0:
-            region = self._regions[self._region_starts[index]]
-            if iova < region.iova + region.size:
-                if region.writable:
-                    return region
-                raise AddressNotMapped(f"guest memory at I/O address {iova:#x} is read-only for the device")
-        raise AddressNotMapped(f"the client offers no memory at I/O address {iova:#x}")
+    def _region_at(self, iova: int) -> Region:
+        region = self._regions.find(iova)
+        if region is None:
+            raise AddressNotMapped(f"the client offers no memory at I/O address {iova:#x}")
+        if not region.writable:
+            raise AddressNotMapped(f"guest memory at I/O address {iova:#x} is read-only for the device")
+        return region
 
     def _write_chunk(self, iova: int, chunk: bytes) -> None:
         assert self._context is not None
