@@ -127,6 +127,7 @@ class Channel(Settings):
         waiter: how blocking calls wait; without one they raise ChannelStateError where they would have to.
         recorder: records what happens to packets from the next open on; None: nobody does. `trace`: while open.
         capture: is told of opens and closes, and may look at packets in between; None: nobody does.
+        on_owner_error: told which callback of the owner has raised, and what.
     """
 
     def __init__(self, name: str) -> None:
@@ -136,6 +137,7 @@ class Channel(Settings):
         self.recorder: Recorder | None = None
         self.trace: Trace | None = None
         self.capture: Capture | None = None
+        self.on_owner_error: Callable[[str, BaseException], None] | None = None
         self.can_describe_memory = False
         self.started = False
         self.held = False

@@ -1,0 +1,95 @@
+"""Work in slices: what one guest can make a provider do in one turn of the event loop is bounded.
+
+A request can ask for more than a turn has time for, and a ring full of requests for much more. Work that may be long is
+a generator that yields what each of its steps has cost, in bytes of data that were touched. While the budget lasts it
+is done at once; then the rest waits, in its order, for turns of its own, and others get theirs in between.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Generator, Iterator
+from typing import Any
+
+from vmbus.providers.base import Host
+
+BUDGET = 1 << 20
+"""Cost of a slice, some milliseconds."""
+PIECE = 2048
+"""What anything costs besides its data: a packet that is sent, a request that is answered."""
+STEP = 256 << 10
+"""Most bytes of data that one step touches."""
+
+Work = Generator[int, None, Any]
+
+
+class Slices:
+    """The work of one provider.
+
+    Attributes:
+        waiting: pieces of work that were not finished yet.
+        reached: how often the budget of a turn was used up.
+    """
+
+    def __init__(self, host: Host, budget: int = BUDGET) -> None:
+        self._host = host
+        self._budget = budget
+        self._left = budget
+        self._waiting: deque[tuple[object, Iterator[int]]] = deque()
+        self._running = False
+        self._asked = False
+        self.reached = 0
+
+    @property
+    def waiting(self) -> int:
+        """Pieces of work that are not finished."""
+        return len(self._waiting)
+
+    @property
+    def open(self) -> bool:
+        """Whether something small may be done here and now, without `do`; tell its cost to `spend`."""
+        return self._left > 0 and not self._waiting
+
+    def spend(self, cost: int) -> None:
+        """Something was done here and now."""
+        self._left -= cost
+
+    def do(self, owner: object, work: Iterator[int]) -> None:
+        """Do this after all that waits: now if the budget allows, else in turns of its own. `owner`: see `drop`.
+
+        What it raises here is the caller's; in a later turn it is that of a call of `call_soon`.
+        """
+        self._waiting.append((owner, work))
+        if not self._running:
+            self._run()
+
+    def drop(self, owner: object) -> None:
+        """Forget what this owner (a channel that closed) waits for."""
+        if self._waiting:
+            self._waiting = deque(one for one in self._waiting if one[0] is not owner)
+
+    def _run(self) -> None:
+        self._running = True
+        try:
+            while self._waiting and self._left > 0:
+                entry = self._waiting[0]
+                finished = True
+                try:
+                    cost = next(entry[1], None)
+                    finished = cost is None
+                    self._left -= cost or 0
+                finally:
+                    # Not if it has dropped itself.
+                    if finished and self._waiting and self._waiting[0] is entry:
+                        self._waiting.popleft()
+        finally:
+            self._running = False
+            if self._waiting and not self._asked:
+                self._asked = True
+                self._host.call_soon(self._again)
+
+    def _again(self) -> None:
+        self._asked = False
+        self._left = self._budget
+        self.reached += 1
+        self._run()
