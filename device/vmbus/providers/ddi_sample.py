@@ -67,6 +67,7 @@ class DdiBurstProvider(Provider):
         self._answers = workload.Sequence(self.tally)
         self._slices = Slices(host)
         self._filling = False
+        self._moves = False
         status, channel = ddi.VmbChannelAllocate(None, True)
         _check(status, "VmbChannelAllocate")
         assert channel is not None
@@ -79,6 +80,7 @@ class DdiBurstProvider(Provider):
         callbacks.EvtChannelOpened = self._evt_opened
         callbacks.EvtChannelClosed = self._evt_closed
         callbacks.EvtChannelStarted = self._evt_started
+        callbacks.EvtChannelSuspend = self._evt_suspend
         for call, arguments in (
             (ddi.VmbChannelInitSetFriendlyName, (self.name,)),
             (ddi.VmbChannelInitSetStateChangeCallbacks, (callbacks,)),
@@ -118,7 +120,11 @@ class DdiBurstProvider(Provider):
         self._finish_if_done()
 
     def _evt_started(self, _: Channel) -> None:
+        self._moves = True
         self._fill()
+
+    def _evt_suspend(self, _: Channel) -> None:
+        self._moves = False
 
     def _has_room(self) -> bool:
         run = self._run
@@ -136,7 +142,7 @@ class DdiBurstProvider(Provider):
 
     def _filled(self) -> Iterator[int]:
         try:
-            while self.channel.active and self._run is not None and self._has_room():
+            while self._moves and self._run is not None and self._has_room():
                 self._issue(ddi.VmbPacketAllocate(self.channel))
                 yield PIECE + self._run.size
         finally:
