@@ -8,10 +8,12 @@ is done at once; then the rest waits, in its order, for turns of its own, and ot
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from typing import Any
+from zlib import crc32
 
 from vmbus.providers.base import Host
+from vmbus.workload import transform
 
 BUDGET = 1 << 20
 """Cost of a slice, some milliseconds."""
@@ -19,6 +21,9 @@ PIECE = 2048
 """What anything costs besides its data: a packet that is sent, a request that is answered."""
 STEP = 256 << 10
 """Most bytes of data that one step touches."""
+
+BEHIND = -1
+"""Yielded instead of a cost: go on after all that waits now."""
 
 Work = Generator[int, None, Any]
 
@@ -73,15 +78,18 @@ class Slices:
         try:
             while self._waiting and self._left > 0:
                 entry = self._waiting[0]
-                finished = True
+                cost: int | None = None
                 try:
                     cost = next(entry[1], None)
-                    finished = cost is None
-                    self._left -= cost or 0
                 finally:
-                    # Not if it has dropped itself.
-                    if finished and self._waiting and self._waiting[0] is entry:
+                    there = bool(self._waiting) and self._waiting[0] is entry  # it may have dropped itself
+                    if there and (cost is None or cost == BEHIND):
                         self._waiting.popleft()
+                if cost == BEHIND:
+                    if there:
+                        self._waiting.append(entry)
+                else:
+                    self._left -= cost or 0
         finally:
             self._running = False
             if self._waiting and not self._asked:
@@ -93,3 +101,31 @@ class Slices:
         self._left = self._budget
         self.reached += 1
         self._run()
+
+
+def transformed(views: Sequence[memoryview], length: int, crc: int, sequence: int) -> Generator[int, None, int | None]:
+    """What echo does with data in a guest's memory, in steps: check it, then transform it in place.
+
+    Returns the checksum of the answer, None when there are not `length` bytes or their checksum is another one.
+    """
+    if sum(map(len, views)) != length:
+        return None
+    found = 0
+    for part in _steps(views):
+        found = crc32(part, found)
+        yield len(part)
+    if found != crc:
+        return None
+    found = 0
+    for part in _steps(views):
+        answer = transform(bytes(part), sequence)
+        found = crc32(answer, found)
+        part[:] = answer
+        yield len(part)
+    return found
+
+
+def _steps(views: Sequence[memoryview]) -> Iterator[memoryview]:
+    for view in views:
+        for start in range(0, len(view), STEP):
+            yield view[start : start + STEP]
