@@ -179,7 +179,7 @@ def vmbus_vms(
             _tell(request, vms)
         finally:
             for vm in vms:
-                vmbus_provider_errors.ask(vm)
+                vmbus_provider_errors.texts += vm.note_provider_errors()
                 vm.kill()
 
 
@@ -244,16 +244,6 @@ class ProviderErrors:
     def observe(self, provider: str, callback: str, error: BaseException) -> None:
         """An error in this process."""
         self.texts.append(f"provider {provider}: {callback} raised {error!r}")
-
-    def ask(self, vm: BlockingVm) -> None:
-        """Those of a VM's server, which is asked; one that has ended cannot be."""
-        from vmbus.errors import VmbusError
-
-        with contextlib.suppress(VmbusError, OSError):
-            for provider, found in vm.status().get("faults", {}).items():
-                self.texts += [
-                    f"provider {provider}: {one['callback']} raised {one['error']}" for one in found["errors"]
-                ]
 
     def judge(self, node: pytest.Item) -> None:
         """Fail the test for what it has not said that it expects."""

@@ -118,7 +118,7 @@ class EchoProvider(Provider):
             self._timer = None
 
     def _answer(self, completion: Completion, payload: bytes) -> None:
-        if completion.has_external_data or self._slices.waiting:
+        if completion.has_external_data or self._slices.late:
             self._slices.do(self.channel, self._answered(completion, payload))
         else:
             self._answer_inline(completion, payload)

@@ -32,7 +32,7 @@ class Slices:
     """The work of one provider.
 
     Attributes:
-        waiting: pieces of work that were not finished yet.
+        late: work that is not finished, with whose it is, the oldest first; to be looked at only.
         reached: how often the budget of a turn was used up.
     """
 
@@ -40,7 +40,7 @@ class Slices:
         self._host = host
         self._budget = budget
         self._left = budget
-        self._waiting: deque[tuple[object, Iterator[int]]] = deque()
+        self.late: deque[tuple[object, Iterator[int]]] = deque()
         self._running = False
         self._asked = False
         self.reached = 0
@@ -48,12 +48,12 @@ class Slices:
     @property
     def waiting(self) -> int:
         """Pieces of work that are not finished."""
-        return len(self._waiting)
+        return len(self.late)
 
     @property
     def open(self) -> bool:
         """Whether something small may be done here and now, without `do`; tell its cost to `spend`."""
-        return self._left > 0 and not self._waiting
+        return self._left > 0 and not self.late
 
     def spend(self, cost: int) -> None:
         """Something was done here and now."""
@@ -64,35 +64,35 @@ class Slices:
 
         What it raises here is the caller's; in a later turn it is that of a call of `call_soon`.
         """
-        self._waiting.append((owner, work))
+        self.late.append((owner, work))
         if not self._running:
             self._run()
 
     def drop(self, owner: object) -> None:
         """Forget what this owner (a channel that closed) waits for."""
-        if self._waiting:
-            self._waiting = deque(one for one in self._waiting if one[0] is not owner)
+        if self.late:
+            self.late = deque(one for one in self.late if one[0] is not owner)
 
     def _run(self) -> None:
         self._running = True
         try:
-            while self._waiting and self._left > 0:
-                entry = self._waiting[0]
+            while self.late and self._left > 0:
+                entry = self.late[0]
                 cost: int | None = None
                 try:
                     cost = next(entry[1], None)
                 finally:
-                    there = bool(self._waiting) and self._waiting[0] is entry  # it may have dropped itself
+                    there = bool(self.late) and self.late[0] is entry  # it may have dropped itself
                     if there and (cost is None or cost == BEHIND):
-                        self._waiting.popleft()
+                        self.late.popleft()
                 if cost == BEHIND:
                     if there:
-                        self._waiting.append(entry)
+                        self.late.append(entry)
                 else:
                     self._left -= cost or 0
         finally:
             self._running = False
-            if self._waiting and not self._asked:
+            if self.late and not self._asked:
                 self._asked = True
                 self._host.call_soon(self._again)
 
