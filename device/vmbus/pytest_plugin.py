@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Generator, Iterator
@@ -45,6 +46,11 @@ def pytest_configure(config: pytest.Config) -> None:
         "markers",
         "vmbus(config=..., audit=False): which VM the fixture vmbus_vm gives (a description, its path or name), and "
         "whether audit records are kept",
+    )
+    config.addinivalue_line(
+        "markers",
+        "vmbus_errors(match=...): a callback of a provider raises in this test, once or more; `match` is a regular "
+        "expression that is found in each such error. Without the marker an error fails the test",
     )
 
 
@@ -150,7 +156,7 @@ def _clear_abandoned() -> None:
 
 @pytest.fixture
 def vmbus_vms(
-    request: pytest.FixtureRequest, vmbus_booted: _Booted, tmp_path: Path
+    request: pytest.FixtureRequest, vmbus_booted: _Booted, tmp_path: Path, vmbus_provider_errors: ProviderErrors
 ) -> Iterator[Callable[..., BlockingVm]]:
     """Call it for a VM: `vmbus_vms(config="demo", audit=False, capture=None)`. All of them end with the test."""
     from vmbus.qemu.description import VmDescription
@@ -173,6 +179,7 @@ def vmbus_vms(
             _tell(request, vms)
         finally:
             for vm in vms:
+                vmbus_provider_errors.texts += vm.note_provider_errors()
                 vm.kill()
 
 
@@ -184,7 +191,9 @@ def vmbus_vm(request: pytest.FixtureRequest, vmbus_vms: Callable[..., BlockingVm
 
 
 @pytest.fixture
-def vmbus_loopback(request: pytest.FixtureRequest, vmbus_library: Library) -> Iterator[Callable[..., LoopbackPair]]:
+def vmbus_loopback(
+    request: pytest.FixtureRequest, vmbus_library: Library, vmbus_provider_errors: ProviderErrors
+) -> Iterator[Callable[..., LoopbackPair]]:
     """Call it for a device and its guest without a VM: with kinds of providers, and their options by kind, as in
     `vmbus_loopback("echo", echo={"hold": 8})`, or with a `DeviceDescription`. All of them end with the test."""
     from vmbus.description import DeviceDescription
@@ -221,6 +230,48 @@ def _description(config: pytest.Config, wanted: str | Path | None) -> VmDescript
     if not found.is_absolute() and not found.exists():
         found = config.rootpath / found
     return load_description(found)
+
+
+# ---- errors of providers -------------------------------------------------------------------------------------------
+
+
+class ProviderErrors:
+    """What callbacks of providers have raised in a test, as text: on servers in this process, and on those of VMs."""
+
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+
+    def observe(self, provider: str, callback: str, error: BaseException) -> None:
+        """An error in this process."""
+        self.texts.append(f"provider {provider}: {callback} raised {error!r}")
+
+    def judge(self, node: pytest.Item) -> None:
+        """Fail the test for what it has not said that it expects."""
+        marker = node.get_closest_marker("vmbus_errors")
+        texts = list(dict.fromkeys(self.texts))
+        if marker is None:
+            wrong = texts
+        else:
+            match = marker.kwargs.get("match", "")
+            wrong = [text for text in texts if not re.search(match, text)]
+            if not texts:
+                pytest.fail(f"a callback of a provider was to raise (marker vmbus_errors, match {match!r}); none has")
+        if wrong:
+            pytest.fail(
+                "callbacks of providers have raised, and the test does not say that they may (marker vmbus_errors):\n"
+                + "\n".join(wrong)
+            )
+
+
+@pytest.fixture
+def vmbus_provider_errors(request: pytest.FixtureRequest) -> Iterator[ProviderErrors]:
+    """What callbacks of providers have raised so far (`texts`). A test that uses another fixture need not name it."""
+    from vmbus.providers.faults import observed
+
+    errors = ProviderErrors()
+    with observed(errors.observe):
+        yield errors
+    errors.judge(request.node)
 
 
 # ---- what a test's report says ---------------------------------------------------------------------------------------

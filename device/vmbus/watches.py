@@ -19,10 +19,18 @@ _READ = select.EPOLLIN | select.EPOLLPRI | select.EPOLLHUP | select.EPOLLERR
 _WRITE = select.EPOLLOUT | select.EPOLLHUP | select.EPOLLERR
 
 
-class Watches:
-    """A set of descriptors with their calls. Its own `fileno` is readable while any of them is ready."""
+def _log(what: str, error: BaseException) -> None:
+    log.error("%s raised", what, exc_info=error)
 
-    def __init__(self) -> None:
+
+class Watches:
+    """A set of descriptors with their calls. Its own `fileno` is readable while any of them is ready.
+
+    `raised`: told of a call that has raised, by what it is and the exception; by default it is logged.
+    """
+
+    def __init__(self, raised: Callable[[str, BaseException], None] | None = None) -> None:
+        self._raised = raised or _log
         self._epoll = select.epoll()
         self._readers: dict[int, Callable[[], None]] = {}
         self._writers: dict[int, Callable[[], None]] = {}
@@ -64,7 +72,7 @@ class Watches:
     def poll(self, timeout: float = 0.0) -> bool:
         """Wait up to `timeout` seconds for one to be ready, and make the calls. Returns whether there was any.
 
-        A call that raises is logged, and its descriptor is not watched any more: it would raise for ever.
+        Of a call that raises `raised` is told, and its descriptor is not watched any more: it would raise for ever.
         """
         ready = self._epoll.poll(timeout)
         for fd, events in ready:
@@ -86,10 +94,11 @@ class Watches:
             return
         try:
             call()
-        except Exception:
-            log.exception("a call for descriptor %d raised; it is not watched any more", fd)
+        except Exception as error:
             if calls.get(fd) is call:
                 self._remove(calls, fd)
+            what = "add_reader" if calls is self._readers else "add_writer"
+            self._raised(f"the call of {what} for descriptor {fd}, which is not watched any more,", error)
 
     def _add(self, calls: dict[int, Callable[[], None]], fd: int, call: Callable[[], None]) -> None:
         before = calls.get(fd)

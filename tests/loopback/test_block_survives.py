@@ -22,7 +22,7 @@ from vmbus.loopback.function import LoopbackFunction
 from vmbus.loopback.harness import LoopbackServer, describe
 from vmbus.providers.block import BlockProvider, provider
 from vmbus.providers.block.backend import Backend
-from vmbus.providers.block.core import Core
+from vmbus.providers.block.core import Core, Job
 from vmbus.providers.block.image import Image
 from vmbus.synic import CONTROL_RESET, Register
 from vmbus.vfio_user.library import Library
@@ -496,9 +496,9 @@ def test_drivers_that_die_again_and_again_with_reads_on_threads(
     orphans: list[int] = []
     forget = Core.forget
 
-    def counted(core: Core) -> None:
+    def counted(core: Core, take_back: Callable[[Job], bool]) -> None:
+        forget(core, take_back)
         orphans.append(len(core.running))
-        forget(core)
 
     monkeypatch.setattr(Core, "forget", counted)
     rounds = 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +57,7 @@ def run(servers: Servers, name: str, **parameters: Any) -> tuple[dict[str, Any],
 
 
 def check(name: str, result: dict[str, Any]) -> None:
-    assert result["verdict"] == "passed", result
+    assert result["verdict"] == "passed", str(result)
     assert result["completed"] > 0
     assert [result[count] for count in COUNTS] == [0, 0, 0, 0]
     if name == "ring-full":
@@ -118,7 +118,7 @@ def test_a_driver_without_an_end_is_stopped_and_passes(name: str, libvfio_user: 
 
         function.wait_interrupt = until_enough  # type: ignore[method-assign]
         result = drivers()[name].load()(context)
-    assert result["verdict"] == "passed", result
+    assert result["verdict"] == "passed", str(result)
     assert [result[count] for count in COUNTS] == [0, 0, 0, 0]
 
 
@@ -166,8 +166,8 @@ def wrong_answers(monkeypatch: pytest.MonkeyPatch) -> None:
     """One answer in 20 has a wrong byte, in the ring and in memory."""
     real = Line.answer
 
-    def answer(self: Line, body: bytes, views: Any) -> bytes:
-        reply = real(self, body, views)
+    def answer(self: Line, body: bytes, views: Any) -> Generator[int, None, bytes]:
+        reply = yield from real(self, body, views)
         if self.tally.started % 20 != 7:
             return reply
         if views is not None:
@@ -182,9 +182,8 @@ def no_answers(monkeypatch: pytest.MonkeyPatch) -> None:
     """From the second request on there is no answer."""
     real = Line._echo
 
-    def echo(self: Line, completion: Completion, body: bytes) -> None:
-        if not self.tally.started:
-            real(self, completion, body)
+    def echo(self: Line, completion: Completion, body: bytes) -> Iterator[int]:
+        return real(self, completion, body) if not self.tally.started else iter(())
 
     monkeypatch.setattr(Line, "_echo", echo)
 
@@ -193,7 +192,7 @@ def memory_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is in a GPADL is read, and not written."""
     real = Line.answer
 
-    def answer(self: Line, body: bytes, views: Any) -> bytes:
+    def answer(self: Line, body: bytes, views: Any) -> Generator[int, None, bytes]:
         return real(self, body, None if views is None else [memoryview(bytearray(b"".join(views)))])
 
     monkeypatch.setattr(Line, "answer", answer)
@@ -208,7 +207,7 @@ def pushes_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     """The numbers of pushed packets start again."""
     real = HANDLERS[Op.PUSH]
 
-    def push(line: Line, argument: int, body: bytes) -> bytes:
+    def push(line: Line, argument: int, body: bytes) -> Any:
         line.pushed = 0
         return real(line, argument, body)
 

@@ -377,7 +377,7 @@ def test_an_old_provider_that_cannot_be_stopped_does_not_hinder(
     vm.server.command("resume")
     vm.wander(then)
     vm.revert(checkpoint)
-    assert "stop() of provider echo raised" in caplog.text
+    assert "provider echo: stop raised" in caplog.text
     vm.traffic.finish()
     monkeypatch.setattr(Clinging, "stop", EchoProvider.stop)
     vm.close()

@@ -116,6 +116,75 @@ def test_passes(vmbus_loopback):
     assert "waited 0.1 s in vain for the completion of a request" in done.stdout
 
 
+CARELESS = """
+import pytest
+from vmbus import providers
+from vmbus.kmcl.server import ServerChannel
+from vmbus.providers import Provider
+from vmbus.workload import ECHO_TYPE
+
+class Careless(Provider):
+    kind = "careless"
+
+    def start(self):
+        self.channel = ServerChannel(ECHO_TYPE, self.instance, name=self.name)
+        self.channel.set_process_packet_callbacks(self.process)
+        self.host.add_channel(self.channel)
+        self.channel.enable()
+        self.channel.start()
+
+    def process(self, channel, completion, payload):
+        def done(result, error):
+            raise ValueError("T1")
+        if payload[:1] == b"x":
+            self.host.run_blocking(lambda: None, done)
+        else:
+            completion.complete(payload)
+
+providers.PROVIDERS["careless"] = Careless
+
+def ask(vmbus_loopback, payload):
+    pair = vmbus_loopback("careless")
+    request = pair.open(ECHO_TYPE).send(payload)
+    pair.run_until(lambda: request.done)
+
+def test_raises(vmbus_loopback):
+    ask(vmbus_loopback, b"x")
+
+@pytest.mark.vmbus_errors
+def test_says_so(vmbus_loopback):
+    ask(vmbus_loopback, b"x")
+
+@pytest.mark.vmbus_errors(match="T1")
+def test_says_which(vmbus_loopback, vmbus_provider_errors):
+    ask(vmbus_loopback, b"x")
+    assert "done of run_blocking" in vmbus_provider_errors.texts[0]
+
+@pytest.mark.vmbus_errors(match="T2")
+def test_says_another(vmbus_loopback):
+    ask(vmbus_loopback, b"x")
+
+@pytest.mark.vmbus_errors
+def test_says_and_has_none(vmbus_loopback):
+    ask(vmbus_loopback, b"y")
+
+def test_has_none(vmbus_loopback):
+    ask(vmbus_loopback, b"y")
+"""
+
+
+def test_an_error_of_a_provider_fails_the_test_unless_it_is_expected(tmp_path: Path) -> None:
+    done = run(tmp_path, CARELESS, "-p", PLUGIN, "--strict-markers", "-rA")
+    found = dict(re.findall(r"^(?:ERROR) test_mine.py::(\w+) - (.*)$", done.stdout, re.MULTILINE))
+    assert set(found) == {"test_raises", "test_says_another", "test_says_and_has_none"}, done.stdout + done.stderr
+    assert "6 passed, 3 errors" in done.stdout
+    assert (
+        "provider careless: done of run_blocking (Careless.process.<locals>.done) raised ValueError('T1')"
+        in done.stdout
+    )
+    assert "a callback of a provider was to raise" in done.stdout
+
+
 def test_the_project_does_without_it(request: pytest.FixtureRequest) -> None:
     """Our own tests have fixtures of their own."""
     assert not request.config.pluginmanager.has_plugin(PLUGIN)

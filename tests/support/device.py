@@ -56,6 +56,7 @@ class Machine:
         self.scheduled = False
         self.pending_interrupt = False
         self.timers: list[Timer] = []
+        self.soon: list[Callable[[], None]] = []
         self.device = Device(self._interrupt, self._schedule, later=self.later)
         self.providers: list[Provider] = []
         for number, kind in enumerate(self.kinds):
@@ -80,7 +81,7 @@ class Machine:
         self.device.add_channel(channel)
 
     def call_soon(self, call: Callable[[], None]) -> None:
-        self.timers.append(Timer(call))
+        self.soon.append(call)
 
     def call_later(self, seconds: float, call: Callable[[], None]) -> Timer:
         self.timers.append(Timer(call))
@@ -93,8 +94,11 @@ class Machine:
     def serve(self, turns: int = 100_000) -> None:
         """Run the device until it is idle."""
         for _ in range(turns):
-            if not self.scheduled:
+            if not self.scheduled and not self.soon:
                 return
+            calls, self.soon = self.soon, []
+            for call in calls:
+                call()
             self.scheduled = False
             self.device.service()
         raise AssertionError("the device never becomes idle")

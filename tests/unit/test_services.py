@@ -12,6 +12,7 @@ import pytest
 
 from support.outside import OutsideProvider
 from vmbus.errors import EnvironmentProblem, UsageError, WaitTimeout
+from vmbus.providers.faults import Faults
 from vmbus.server.activation import Activation
 from vmbus.server.services import THREADS, ProviderServices, Services
 from vmbus.snapshot.files import copy_file, copy_files, files_of, wanted_files
@@ -223,7 +224,9 @@ class Recorder:
 
 
 class Flag:
-    active = False
+    def __init__(self) -> None:
+        self.active = False
+        self.faults = Faults("flag")
 
 
 def test_activation_is_all_or_nothing_and_repeatable() -> None:

@@ -651,6 +651,17 @@ def test_the_page_fills_memory(page: dict[str, Any]) -> None:
         assert int.from_bytes(status[:4], "little") == Status.DATA_ERROR
 
 
+def test_the_page_adds_up_in_slices(page: dict[str, Any]) -> None:
+    with ProviderTest(page["Summer"]) as kit:
+        guest = kit.open()
+        memory = guest.memory(b"\1" * (3 << 20))
+        requests = [guest.send(b"", external=memory) for _ in range(3)]
+        kit.run()
+        assert [int.from_bytes(one.reply[:8], "little") for one in requests] == [3 << 20] * 3
+        assert kit.provider.bounds()["sums"] == (0, 100, 0)
+        assert guest.request(b"").startswith(b"error")
+
+
 def test_the_page_reads_a_file(page: dict[str, Any], tmp_path: Path) -> None:
     path = tmp_path / "log"
     path.write_bytes(b"-" * 100 + b"the end!")

@@ -17,9 +17,11 @@ from vmbus.inspection.document import (
     DEFAULT_PACKETS,
     MOST_PACKETS,
     AuditInfo,
+    BoundInfo,
     BusInfo,
     ChannelInfo,
     DirtyLogInfo,
+    FaultInfo,
     GpadlInfo,
     InFlight,
     Inspection,
@@ -40,6 +42,7 @@ from vmbus.kmcl.server import ServerChannel
 from vmbus.memory import GuestMemory
 from vmbus.providers import Provider
 from vmbus.ring import RingReader, RingWriter
+from vmbus.server.services import ProviderServices
 
 _MOST_GPADLS = 512
 _MOST_RANGES = 20_000  # that are added up, all GPADLs together
@@ -112,7 +115,7 @@ def inspect_device(
         ),
         bus=_bus(device.bus),
         channels=channels,
-        providers=[_provider(provider) for provider in providers],
+        providers=[_provider(provider, owners.get(provider.name)) for provider in providers],
         memory=_memory(device.memory),
         audit=_audit(device),
     )
@@ -307,9 +310,15 @@ def _offer(offer: Offer) -> OfferInfo:
 # ---- the rest --------------------------------------------------------------------------------------------------------
 
 
-def _provider(provider: Provider) -> ProviderInfo:
+def _provider(provider: Provider, owned: Owned | None) -> ProviderInfo:
     info = ProviderInfo(kind=provider.kind, name=provider.name, instance=str(provider.instance))
+    host = owned if isinstance(owned, ProviderServices) else None
+    if host is not None:
+        info.errors = host.faults.count
+        info.faults = [FaultInfo(**fault._asdict()) for fault in host.faults.list]
     try:
+        bounds = (host.bounds() if host is not None else {}) | provider.bounds()
+        info.bounds = {name: BoundInfo(**bound._asdict()) for name, bound in bounds.items()}
         info.status = plain(dict(provider.status()))
     except Exception as error:  # an author's code: the rest is shown all the same
         info.problem = f"status() raised {error!r}"

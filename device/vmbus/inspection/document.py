@@ -291,11 +291,30 @@ class ChannelInfo(msgspec.Struct, kw_only=True):
     rings_problem: str = ""
 
 
+class FaultInfo(msgspec.Struct, kw_only=True):
+    """What a callback of a provider has raised: so many times, the last time at (seconds since the epoch)."""
+
+    callback: str
+    error: str
+    times: int
+    last: float
+
+
+class BoundInfo(msgspec.Struct, kw_only=True):
+    """Something bounded. `most` None: a budget for a turn, which `reached` counts."""
+
+    now: int
+    most: int | None
+    reached: int
+
+
 class ProviderInfo(msgspec.Struct, kw_only=True):
     """One provider.
 
     Attributes:
         status: of a running one, its own words. problem: why there is none.
+        errors: of a running one, how many its callbacks have raised; faults: the latest kinds of them.
+        bounds: of a running one, what is bounded, by name.
         state_bytes: of a saved one. state: its saved state where that is MessagePack or JSON, as `state_format` says.
         preview: else its first bytes in hex.
     """
@@ -305,6 +324,9 @@ class ProviderInfo(msgspec.Struct, kw_only=True):
     instance: str
     status: dict[str, Any] | None = None
     problem: str = ""
+    errors: int = 0
+    faults: list[FaultInfo] = []
+    bounds: dict[str, BoundInfo] = {}
     state_bytes: int | None = None
     state_format: str = ""
     state: Any = None

@@ -348,6 +348,14 @@ def _provider(branch: Tree, provider: ProviderInfo) -> None:
     node = branch.add(_titled(provider.name, provider.kind if provider.kind != provider.name else ""))
     if provider.problem:
         node.add(_line(provider.problem, style="red"))
+    if provider.errors:
+        where = node.add(_line(f"its callbacks have raised {counted(provider.errors, 'error')}", style="red"))
+        for fault in provider.faults:
+            where.add(_line(f"{fault.callback}: {fault.error}" + (f", {fault.times} times" if fault.times > 1 else "")))
+    for name, bound in provider.bounds.items():
+        if bound.reached:
+            most = "" if bound.most is None else f" of {bound.most}"
+            node.add(_line(f"bound reached: {name}, {bound.now}{most} now, {counted(bound.reached, 'time')} so far"))
     if provider.status is not None:
         _data(node, provider.status)
     if provider.state_bytes is not None:

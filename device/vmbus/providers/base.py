@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
 from uuid import UUID
 
 import msgspec
@@ -16,12 +16,36 @@ from vmbus.kmcl.server import ServerChannel
 
 Result = TypeVar("Result")
 
+MOST_WORK = 1024
+"""Pieces of work of one provider that may wait for a thread."""
+
+
+class WorkQueueFull(UsageError):
+    """Too much work of one provider waits for its threads: answer the request with an error, or ask for less."""
+
 
 class Timer(Protocol):
     """A call that has been scheduled."""
 
     def cancel(self) -> None:
         """Do not call."""
+
+
+class Work(Protocol):
+    """Work that was given to other threads."""
+
+    def cancel(self) -> bool:
+        """Take it back if it was not begun: then it is not done, and `done` is not called. Returns whether that is so;
+        else it is under way or has ended, and `done` is called as always."""
+
+
+class Bound(NamedTuple):
+    """Something that is bounded: how much of it there is, at most may be (None: a budget that counts how often it was
+    used up), and how often the bound was reached."""
+
+    now: int
+    most: int | None
+    reached: int
 
 
 class Host(Protocol):
@@ -57,12 +81,15 @@ class Host(Protocol):
 
     def run_blocking(
         self, work: Callable[[], Result], done: Callable[[Result | None, BaseException | None], None]
-    ) -> None:
+    ) -> Work:
         """Do `work` on another thread, a few at a time, then call `done(result, error)` from the event loop.
 
         Calls of `done` may come in another order than that of the work. `work` touches nothing but what it was given:
         views of granted memory among it, which stay harmless when the guest takes the memory back. A pause waits until
-        all work has ended. Work that was not begun when the provider is stopped is dropped.
+        all work has ended. Work that was not begun when the provider is stopped is dropped; take back yourself, with
+        `cancel`, what nobody wants any more since its channel has closed.
+
+        Raises WorkQueueFull while as much as `MOST_WORK` waits for a thread.
         """
 
 
@@ -151,6 +178,10 @@ class Provider(ABC):
 
     def status(self) -> dict[str, Any]:
         """Counters and state for tools, as plain data."""
+        return {}
+
+    def bounds(self) -> dict[str, Bound]:
+        """What is bounded of the things that a guest can make this provider hold or do, by name. Tools show it."""
         return {}
 
     @classmethod

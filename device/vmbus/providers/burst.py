@@ -1,13 +1,16 @@
 """Burst: the host sends. A run keeps a window of transactions in flight, more than the ring holds, so that at any
 moment some packets are queued on the channel and others are in the ring or taken by the guest.
 
+A guest may ask for any window: what is in flight is bounded by `MOST_PACKETS` and `MOST_BYTES` all the same, the rest
+follows as packets are completed, and no more is made in one turn than `vmbus.providers.slices` allows.
+
 The data of a packet is random and gone once it is in the ring. What the guest must answer, a digest, is computed at
 the send and kept per transaction: it is the provider's own state of the packet, which only the save callback can
 carry over a save. A restored packet without it could not be told from a wrong answer.
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from struct import Struct
 from typing import Any
 from uuid import UUID
@@ -21,9 +24,21 @@ from vmbus.kmcl.completion import Completion
 from vmbus.kmcl.packet import Packet
 from vmbus.kmcl.server import ServerChannel
 from vmbus.kmcl.status import Status
-from vmbus.providers.base import Host, Provider
+from vmbus.providers.base import Bound, Host, Provider
+from vmbus.providers.slices import PIECE, STEP, Slices
+
+MOST_PACKETS = 32_768
+"""Packets that are in flight at most, whatever the window."""
+MOST_BYTES = 8 << 20
+"""Bytes of data in packets that are in flight at most, unless one packet is larger."""
+_SIGNAL = 1024  # what a signal without a reason costs, see `vmbus.providers.slices`
 
 _SAVED_TRANSACTION = Struct("<Q16s")
+
+
+def window_of(run: workload.BurstStart) -> int:
+    """How many packets of a run are in flight at most."""
+    return min(run.window, MOST_PACKETS, max(1, MOST_BYTES // max(1, run.size)))
 
 
 class _Transaction:
@@ -61,11 +76,13 @@ class BurstProvider(Provider):
         self._issued = 0
         self._done_sent = False
         self._answers = workload.Sequence(self.tally)
+        self._slices = Slices(host)
+        self._filling = False
         self.channel = ServerChannel(workload.BURST_TYPE, instance, name=name)
 
     def start(self) -> None:
         self.channel.set_process_packet_callbacks(self._process)
-        self.channel.set_state_change_callbacks(closed=self._closed)
+        self.channel.set_state_change_callbacks(started=self._started, closed=self._closed)
         self.channel.set_save_restore_packet_callbacks(self._save_packet, self._restore_packet)
         self.host.add_channel(self.channel)
         self.channel.enable()
@@ -92,9 +109,43 @@ class BurstProvider(Provider):
         self._done_sent = False
         self.runs += 1
         with self.channel.batch():
-            for _number in range(min(start.window, start.packets)):
-                self._issue(self.channel.allocate_packet())
+            self._fill()
             self._finish_if_done()
+
+    def _has_room(self) -> bool:
+        """Whether the run has a packet that its window has room for."""
+        run = self._run
+        return run is not None and self._issued < run.packets and self._in_flight < window_of(run)
+
+    @property
+    def _in_flight(self) -> int:
+        return self._issued - self.tally.completed
+
+    def _cost(self) -> int:
+        run = self._run
+        return 0 if run is None else PIECE + run.size + run.needless * _SIGNAL
+
+    def _fill(self) -> None:
+        """Send up to the window: now, and in later turns what is more than this one may do."""
+        if not self._filling and self._has_room():
+            self._filling = True
+            self._slices.do(self, self._filled())
+
+    def _filled(self) -> Iterator[int]:
+        try:
+            # At rest nothing is sent: the rest follows at `started`.
+            while self.channel.active and self._has_room():
+                cost = 0
+                with self.channel.batch():
+                    while cost < STEP and self._has_room():
+                        cost += self._cost()
+                        self._issue(self.channel.allocate_packet())
+                yield cost
+        finally:
+            self._filling = False
+
+    def _started(self, _: Channel) -> None:
+        self._fill()
 
     def _issue(self, packet: Packet) -> None:
         """Send the next packet of the run with a fresh or a used packet object."""
@@ -119,10 +170,12 @@ class BurstProvider(Provider):
         self._answers.arrived(transaction.sequence)
         if reply[: workload.BURST_ANSWER.size] != workload.BURST_ANSWER.pack(transaction.sequence, transaction.digest):
             self.tally.corrupted += 1
-        if self._run is not None and self._issued < self._run.packets:
+        if self._slices.open and self._has_room():
+            self._slices.spend(self._cost())
             self._issue(packet)
         else:
             packet.free()
+            self._fill()
             self._finish_if_done()
 
     def _finish_if_done(self) -> None:
@@ -198,4 +251,13 @@ class BurstProvider(Provider):
             "packets": {"queued": self.channel.packets_queued, "sent": self.channel.packets_sent},
             "restored": self.restored,
             "tally": self.tally.as_dict(),
+        }
+
+    def bounds(self) -> dict[str, Bound]:
+        run = self._run
+        most = MOST_PACKETS if run is None else window_of(run)
+        limited = run is not None and most < run.window
+        return {
+            "packets in flight": Bound(self._in_flight if run is not None else 0, most, int(limited)),
+            "work in a turn": Bound(self._slices.waiting, None, self._slices.reached),
         }

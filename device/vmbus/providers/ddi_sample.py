@@ -7,7 +7,7 @@ EvtVmbChannelSavePacket and EvtVmbChannelRestorePacket.
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from struct import Struct
 from typing import Any
 from uuid import UUID
@@ -21,7 +21,9 @@ from vmbus.kmcl.channel import Channel
 from vmbus.kmcl.completion import Completion
 from vmbus.kmcl.packet import Packet
 from vmbus.kmcl.status import Status
-from vmbus.providers.base import Host, Provider
+from vmbus.providers.base import Bound, Host, Provider
+from vmbus.providers.burst import MOST_PACKETS, window_of
+from vmbus.providers.slices import PIECE, Slices
 
 _SAVED_TRANSACTION = Struct("<Q16s")
 
@@ -63,6 +65,9 @@ class DdiBurstProvider(Provider):
         self._run: workload.BurstStart | None = None
         self._issued = 0
         self._answers = workload.Sequence(self.tally)
+        self._slices = Slices(host)
+        self._filling = False
+        self._moves = False
         status, channel = ddi.VmbChannelAllocate(None, True)
         _check(status, "VmbChannelAllocate")
         assert channel is not None
@@ -74,6 +79,8 @@ class DdiBurstProvider(Provider):
         ddi.VMB_CHANNEL_STATE_CHANGE_CALLBACKS_INIT(callbacks)
         callbacks.EvtChannelOpened = self._evt_opened
         callbacks.EvtChannelClosed = self._evt_closed
+        callbacks.EvtChannelStarted = self._evt_started
+        callbacks.EvtChannelSuspend = self._evt_suspend
         for call, arguments in (
             (ddi.VmbChannelInitSetFriendlyName, (self.name,)),
             (ddi.VmbChannelInitSetStateChangeCallbacks, (callbacks,)),
@@ -109,9 +116,37 @@ class DdiBurstProvider(Provider):
         self._run = start
         self._issued = 0
         self.runs += 1
-        for _number in range(min(start.window, start.packets)):
-            self._issue(ddi.VmbPacketAllocate(self.channel))
+        self._fill()
         self._finish_if_done()
+
+    def _evt_started(self, _: Channel) -> None:
+        self._moves = True
+        self._fill()
+
+    def _evt_suspend(self, _: Channel) -> None:
+        self._moves = False
+
+    def _has_room(self) -> bool:
+        run = self._run
+        return run is not None and self._issued < run.packets and self._in_flight < window_of(run)
+
+    @property
+    def _in_flight(self) -> int:
+        return self._issued - self.tally.completed
+
+    def _fill(self) -> None:
+        """Send up to the window; what is more than a turn may do follows in others."""
+        if not self._filling and self._has_room():
+            self._filling = True
+            self._slices.do(self, self._filled())
+
+    def _filled(self) -> Iterator[int]:
+        try:
+            while self._moves and self._run is not None and self._has_room():
+                self._issue(ddi.VmbPacketAllocate(self.channel))
+                yield PIECE + self._run.size
+        finally:
+            self._filling = False
 
     def _issue(self, packet: Packet) -> None:
         """Send the next packet of the run, with a fresh packet object or one that has come back."""
@@ -140,10 +175,12 @@ class DdiBurstProvider(Provider):
         answer = workload.BURST_ANSWER.pack(transaction.sequence, transaction.digest)
         if length < len(answer) or buffer[: len(answer)] != answer:
             self.tally.corrupted += 1
-        if self._run is not None and self._issued < self._run.packets:
+        if self._run is not None and self._slices.open and self._has_room():
+            self._slices.spend(PIECE + self._run.size)
             self._issue(packet)
         else:
             ddi.VmbPacketFree(packet)
+            self._fill()
             self._finish_if_done()
 
     def _finish_if_done(self) -> None:
@@ -217,4 +254,13 @@ class DdiBurstProvider(Provider):
             "issued": self._issued,
             "restored": self.restored,
             "tally": self.tally.as_dict(),
+        }
+
+    def bounds(self) -> dict[str, Bound]:
+        run = self._run
+        most = MOST_PACKETS if run is None else window_of(run)
+        limited = run is not None and most < run.window
+        return {
+            "packets in flight": Bound(self._in_flight if run is not None else 0, most, int(limited)),
+            "work in a turn": Bound(self._slices.waiting, None, self._slices.reached),
         }

@@ -3,10 +3,13 @@
 With `hold` it keeps that many requests back, oldest first out, as a device that works on them would: so there are
 incoming packets to be finished when the device is paused. When no request has come for `hold_seconds` to twice that
 time, those that are held are answered anyway.
+
+Data in the guest's memory is transformed in slices, since a request may describe much of it; requests behind such a one
+wait for their turn.
 """
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any
 from uuid import UUID
 from zlib import crc32
@@ -19,7 +22,8 @@ from vmbus.kmcl.channel import Channel
 from vmbus.kmcl.completion import Completion
 from vmbus.kmcl.server import ServerChannel
 from vmbus.kmcl.status import KmclError
-from vmbus.providers.base import Host, Provider, Timer
+from vmbus.providers.base import Bound, Host, Provider, Timer
+from vmbus.providers.slices import PIECE, Slices, transformed
 from vmbus.workload import STATUS_CORRUPT, STATUS_MALFORMED, STATUS_OK, transform
 
 _REQUEST_SIZE = workload.ECHO_REQUEST.size
@@ -55,11 +59,12 @@ class EchoProvider(Provider):
         self._timer: Timer | None = None
         self._arrivals_at_timer = 0
         self._hold: int = self.options.hold
+        self._slices = Slices(host)
         self.channel = ServerChannel(workload.ECHO_TYPE, instance, name=name)
 
     def start(self) -> None:
         self.channel.set_process_packet_callbacks(self._process)
-        self.channel.set_state_change_callbacks(opened=self._opened, suspend=self._suspend)
+        self.channel.set_state_change_callbacks(opened=self._opened, closed=self._closed, suspend=self._suspend)
         self.host.add_channel(self.channel)
         self.channel.enable()
         self.channel.start()
@@ -71,6 +76,9 @@ class EchoProvider(Provider):
         # A new open is a new run: the guest numbers from 0 again.
         self._sequence.next = 0
         self._held.clear()
+
+    def _closed(self, channel: Channel) -> None:
+        self._slices.drop(channel)
 
     def _process(self, _: Channel, completion: Completion, payload: bytes) -> None:
         hold = self._hold
@@ -110,6 +118,12 @@ class EchoProvider(Provider):
             self._timer = None
 
     def _answer(self, completion: Completion, payload: bytes) -> None:
+        if completion.has_external_data or self._slices.late:
+            self._slices.do(self.channel, self._answered(completion, payload))
+        else:
+            self._answer_inline(completion, payload)
+
+    def _answer_inline(self, completion: Completion, payload: bytes) -> None:
         tally = self.tally
         tally.started += 1
         if len(payload) < _REQUEST_SIZE:
@@ -117,31 +131,37 @@ class EchoProvider(Provider):
             return
         sequence, length, crc = _unpack_request(payload)
         self._sequence.arrived(sequence)
-        external = completion.has_external_data
-        if external:
-            try:
-                grant = completion.external_data()
-            except KmclError:
-                completion.complete(_pack_reply(sequence, 0, 0, STATUS_MALFORMED, 0))
-                return
-            data = b"".join(grant.views)
-        else:
-            data = payload[_REQUEST_SIZE : _REQUEST_SIZE + length]
+        data = payload[_REQUEST_SIZE : _REQUEST_SIZE + length]
         if len(data) != length or crc32(data) != crc:
             tally.corrupted += 1
             completion.complete(_pack_reply(sequence, 0, 0, STATUS_CORRUPT, 0))
             return
         answer = transform(data, sequence)
-        reply = _pack_reply(sequence, length, crc32(answer), STATUS_OK, 0)
-        if external:
-            done = 0
-            for view in grant.views:
-                view[:] = answer[done : done + len(view)]
-                done += len(view)
-        else:
-            reply += answer
         tally.completed += 1
-        completion.complete(reply)
+        completion.complete(_pack_reply(sequence, length, crc32(answer), STATUS_OK, 0) + answer)
+
+    def _answered(self, completion: Completion, payload: bytes) -> Iterator[int]:
+        """The same as work in slices, also for data in the guest's memory."""
+        yield PIECE
+        if not completion.has_external_data or len(payload) < _REQUEST_SIZE:
+            self._answer_inline(completion, payload)
+            return
+        tally = self.tally
+        tally.started += 1
+        sequence, length, crc = _unpack_request(payload)
+        self._sequence.arrived(sequence)
+        try:
+            grant = completion.external_data()
+        except KmclError:
+            completion.complete(_pack_reply(sequence, 0, 0, STATUS_MALFORMED, 0))
+            return
+        answer = yield from transformed(grant.views, length, crc, sequence)
+        if answer is None:
+            tally.corrupted += 1
+            completion.complete(_pack_reply(sequence, 0, 0, STATUS_CORRUPT, 0))
+            return
+        tally.completed += 1
+        completion.complete(_pack_reply(sequence, length, answer, STATUS_OK, 0))
 
     def save(self) -> bytes:
         return msgspec.msgpack.encode(_State(self._sequence.next, self.tally.as_dict(), self.finished_at_suspend))
@@ -161,3 +181,6 @@ class EchoProvider(Provider):
             "finished_at_suspend": self.finished_at_suspend,
             "tally": self.tally.as_dict(),
         }
+
+    def bounds(self) -> dict[str, Bound]:
+        return {"work in a turn": Bound(self._slices.waiting, None, self._slices.reached)}

@@ -183,6 +183,7 @@ class BlockingVm:
         self.audit_before: list[Path] = []
         self.operations: list[Operation] = []
         self.transactions = 0
+        self.provider_errors: list[str] = []
 
     @classmethod
     def launch(
@@ -264,6 +265,14 @@ class BlockingVm:
         """The device server's status: phase, packets, providers."""
         return self.call(self.machine.call_server("status"))
 
+    def note_provider_errors(self) -> list[str]:
+        """What callbacks of providers have raised so far, also on the servers before this one."""
+        with contextlib.suppress(VmbusError, OSError):
+            for provider, found in self.status().get("faults", {}).items():
+                texts = [f"provider {provider}: {one['callback']} raised {one['error']}" for one in found["errors"]]
+                self.provider_errors += [text for text in texts if text not in self.provider_errors]
+        return self.provider_errors
+
     def inspect(self) -> dict[str, Any]:
         """All that the device server can tell."""
         return self.call(self.machine.call_server("inspect"))
@@ -328,6 +337,7 @@ class BlockingVm:
 
     def save_restore(self, *, live: bool = False) -> tuple[SaveReport, RestoreReport]:
         """Save the VM, end its processes, and bring it back in fresh ones."""
+        self.note_provider_errors()
         began = time.monotonic()
         with tempfile.TemporaryDirectory(prefix="vmbus-save-") as directory:
             snapshot = Path(directory) / "saved"
@@ -356,6 +366,7 @@ class BlockingVm:
         `options`: `multifd`, `downtime_limit`, `timeout` of `VirtualMachine.migrate`. Raises MigrateFailed, whose
         `source_alive` tells whether the VM runs on as before.
         """
+        self.note_provider_errors()
         began = time.monotonic()
         with tempfile.TemporaryDirectory(prefix="vmbus-migrate-") as directory:
             report, machine = self.call(self._migrate(Path(directory) / "m.sock", options))

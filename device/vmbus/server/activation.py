@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from vmbus.complaints import bounded_log
-from vmbus.errors import EnvironmentProblem
+from vmbus.errors import EnvironmentProblem, VmbusError
 from vmbus.providers import Provider
 from vmbus.server.services import ProviderServices
 
@@ -33,6 +33,7 @@ class Activation:
             try:
                 provider.activate()
             except Exception as error:
+                self._note(provider, "activate", error)
                 for other in reversed(taken):
                     self._deactivate(other, [])
                 raise EnvironmentProblem(
@@ -63,8 +64,14 @@ class Activation:
         try:
             provider.deactivate()
         except Exception as error:
+            self._note(provider, "deactivate", error)
             failures.append(
                 f"provider {provider.name!r} ({provider.kind}) could not give up its outside resources: {error}"
             )
         finally:
             self._services[provider.name].active = False
+
+    def _note(self, provider: Provider, callback: str, error: Exception) -> None:
+        """Errors of ours are a refusal, and whoever asked is told; any other is one of the provider's code."""
+        if not isinstance(error, VmbusError):
+            self._services[provider.name].faults.seen(callback, error)

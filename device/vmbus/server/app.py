@@ -20,6 +20,7 @@ import os
 import select
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ from vmbus.inspection.document import DEFAULT_PACKETS, ServerInfo, as_answer
 from vmbus.kmcl.server import ServerChannel
 from vmbus.memory import DirtyLogBroken
 from vmbus.providers import Provider
+from vmbus.providers.faults import ProviderRaised
 from vmbus.server.control import ControlServer
 from vmbus.server.driven import Driven
 from vmbus.server.interrupt import bounded
@@ -363,7 +365,9 @@ class DeviceServer:
             "resets": self.device.resets,
             "packets": self._packets(),
             "incoming_held": sum(len(channel.outstanding) for channel in self.device.channels),
-            "providers": {provider.name: provider.status() for provider in self.providers},
+            "providers": self._life.status(),
+            "faults": self._life.faults(),
+            "bounds": self._life.bounds(),
             "longest_turn": self._turns.summary(),
             "complaints": COMPLAINTS.summary(),
             "description": msgspec.to_builtins(self.description),
@@ -487,8 +491,9 @@ class DeviceServer:
             channel.hold()
             channel.when_quiet(one_quiet)
         try:
-            if channels:
-                await asyncio.wait_for(quiet, seconds)
+            with self._life.ends_with_faults(functools.partial(_fail, quiet)):
+                if channels:
+                    await asyncio.wait_for(quiet, seconds)
             await self.services.idle(started + seconds - time.monotonic())
             if self.phase is not Phase.PAUSING:
                 raise UsageError(_CALLED_OFF)
@@ -716,13 +721,21 @@ class DeviceServer:
         provider = self._provider(name)
         if not isinstance(command, str) or not isinstance(arguments, dict | None):
             raise UsageError(f"provider: command is a string and arguments an object, not {command!r}, {arguments!r}")
-        answer = provider.command(command, arguments or {})
-        if isinstance(answer, dict):
-            return answer
+        faults = self._life.hosts[name].faults
         try:
-            return await asyncio.wait_for(asyncio.wrap_future(answer), seconds)
+            answer = provider.command(command, arguments or {})
+            if isinstance(answer, dict):
+                return answer
+            future = asyncio.wrap_future(answer)
+            with faults.waiting(lambda cause: _fail(future, ProviderRaised(f"{cause}; {command!r} has no answer"))):
+                return await asyncio.wait_for(future, seconds)
         except TimeoutError:
             raise WaitTimeout(f"the answer of provider {name!r} to {command!r}", seconds) from None
+        except VmbusError:
+            raise
+        except Exception as error:
+            faults.seen(f"command {command!r}", error)
+            raise ProviderRaised(f"command {command!r} of provider {name!r} raised {error!r}") from error
 
     def _provider(self, name: str) -> Provider:
         for provider in self.providers:
@@ -746,7 +759,8 @@ class DeviceServer:
         if not waiting:
             return
         try:
-            await asyncio.wait_for(quiet, seconds)
+            with self._life.ends_with_faults(functools.partial(_fail, quiet)):
+                await asyncio.wait_for(quiet, seconds)
         except TimeoutError:
             missing = {channel.name: channel.outstanding[:8] for channel in channels if channel.outstanding}
             raise WaitTimeout(f"the owners of channels to complete incoming packets {missing}", seconds) from None
@@ -860,6 +874,10 @@ class DeviceServer:
         """The providers have given up their outside resources. Raises EnvironmentProblem or WaitTimeout."""
         self._life.deactivate()
 
+    def ends_with_faults(self, tell: Callable[[BaseException], None]) -> AbstractContextManager[None]:
+        """Inside, somebody waits for providers: `tell` is told the cause when one raises that holds something."""
+        return self._life.ends_with_faults(tell)
+
     def new_life(self, state: saved.DeviceState) -> None:
         """Put a fresh device, to which the state fits, in the place of the present one; it stands still.
 
@@ -878,6 +896,7 @@ class DeviceServer:
             life.end()
             raise
         ended, self._life = self._life, life
+        life.inherit(ended)
         self._lives += 1
         self.phase = self._phase
         ended.end()
@@ -923,6 +942,11 @@ class DeviceServer:
     async def _stop(self) -> dict[str, Any]:
         self._loop.call_soon(self.stop)
         return {}
+
+
+def _fail(future: "asyncio.Future[Any]", error: BaseException) -> None:
+    if not future.done():
+        future.set_exception(error)
 
 
 def _check_seconds(command: str, seconds: float) -> None:

@@ -31,6 +31,7 @@ import logging
 import select
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Protocol
 
 from vmbus import state as saved
@@ -86,6 +87,9 @@ class Server(Protocol):
 
     def deactivate(self) -> None:
         """Providers have given up their outside resources. Raises EnvironmentProblem or WaitTimeout."""
+
+    def ends_with_faults(self, tell: Callable[[BaseException], None]) -> AbstractContextManager[None]:
+        """Inside, `tell` is told the cause when a provider raises that holds something."""
 
     def new_life(self, state: saved.DeviceState) -> None:
         """Put a fresh device, to which the state fits, in the place of the present one; it stands still.
@@ -315,21 +319,30 @@ class Driven:
         nap = select.poll()
         nap.register(server.services.fileno(), select.POLLIN)
         deadline = time.monotonic() + self.stop_seconds
-        while server.services.busy or not all(channel.quiescent for channel in channels):
-            left = deadline - time.monotonic()
-            if left <= 0:
-                missing = {channel.name: channel.outstanding[:8] for channel in channels if channel.outstanding}
-                what = f"the owners of channels to complete incoming packets {missing}"
-                if not missing:
-                    what = f"work that providers have done on other threads to end {server.services.busy}"
-                server.run_on()
-                raise MigrationRefused(f"{WaitTimeout(what, self.stop_seconds)}; the device runs on", errno.ETIMEDOUT)
-            due = server.timers.next_in()
-            nap.poll(1000 * min(left, _LONGEST_NAP if due is None else due))
-            server.timers.run_due()
-            server.services.run_ready()
-            if server.device.loopback.busy:
-                server.device.loopback.service()
+        causes: list[BaseException] = []
+        with server.ends_with_faults(causes.append):
+            while server.services.busy or not all(channel.quiescent for channel in channels):
+                if causes:
+                    break
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    missing = {channel.name: channel.outstanding[:8] for channel in channels if channel.outstanding}
+                    what = f"the owners of channels to complete incoming packets {missing}"
+                    if not missing:
+                        what = f"work that providers have done on other threads to end {server.services.busy}"
+                    server.run_on()
+                    raise MigrationRefused(
+                        f"{WaitTimeout(what, self.stop_seconds)}; the device runs on", errno.ETIMEDOUT
+                    )
+                due = server.timers.next_in()
+                nap.poll(1000 * min(left, _LONGEST_NAP if due is None else due))
+                server.timers.run_due()
+                server.services.run_ready()
+                if server.device.loopback.busy:
+                    server.device.loopback.service()
+        if causes:
+            server.run_on()
+            raise MigrationRefused(f"{causes[0]}; the device runs on", errno.EIO)
         try:
             server.deactivate()
         except VmbusError as error:

@@ -5,7 +5,10 @@ beside the present one, checked, and put in its place. What the old one had sche
 it still holds of guest memory leads nowhere.
 """
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
 from uuid import UUID
 
 from vmbus import state as saved
@@ -16,6 +19,7 @@ from vmbus.kmcl.client import ClientChannel
 from vmbus.kmcl.server import ServerChannel
 from vmbus.kmcl.states import ChannelState
 from vmbus.providers import Provider, provider_class
+from vmbus.providers.faults import ProviderRaised
 from vmbus.server.activation import Activation
 from vmbus.server.interrupt import bounded
 from vmbus.server.services import ProviderServices, Services
@@ -36,26 +40,54 @@ class ProviderHost(ProviderServices):
         self._timers = timers
         self.channels: list[ServerChannel] = []
         self.clients: list[ClientChannel] = []
+        self.faults.on_raised = self._fail_channels
+
+    def _fail_channels(self, cause: str) -> None:
+        """A callback has raised: what its provider holds, nobody will complete."""
+        for channel in (*self.channels, *self.clients):
+            if channel.outstanding:
+                channel.fail(cause)
+
+    @property
+    def holds(self) -> bool:
+        """Whether the provider has incoming packets to complete, or work under way."""
+        return self.jobs > 0 or any(channel.outstanding for channel in (*self.channels, *self.clients))
+
+    def wait(self, condition: Callable[[], bool], timeout: float, what: str) -> None:
+        """How blocking calls of this provider's channels wait. Raises ProviderRaised when one of its callbacks does."""
+        causes: list[str] = []
+        assert self._device.waiter is not None
+        with self.faults.waiting(causes.append):
+            self._device.waiter(lambda: bool(causes) or condition(), timeout, what)
+        if causes and not condition():
+            raise ProviderRaised(f"{causes[0]}, so nothing is left to wait for ({what})")
+
+    def _adopt(self, channel: ServerChannel | ClientChannel) -> None:
+        channel.on_owner_error = self.faults.seen
+        if channel.waiter is None and self._device.waiter is not None:
+            channel.waiter = self.wait
 
     def add_channel(self, channel: ServerChannel) -> None:
         """Tie a disabled channel to the device; `enable` then offers it."""
+        self._adopt(channel)
         self._device.add_channel(channel)
         if channel not in self.channels:
             self.channels.append(channel)
 
     def add_client(self, channel: ClientChannel) -> None:
         """Tie a disabled client channel to the device's loopback offers; `enable` then opens the one that fits."""
+        self._adopt(channel)
         self._device.loopback.attach(channel)
         if channel not in self.clients:
             self.clients.append(channel)
 
     def call_soon(self, call: Callable[[], None]) -> None:
         """Call from the event loop, soon."""
-        self._timers.call_later(0.0, call)
+        self._timers.call_later(0.0, call, self.faults.raised)
 
     def call_later(self, seconds: float, call: Callable[[], None]) -> TimerEntry:
         """Call from the event loop after `seconds`."""
-        return self._timers.call_later(seconds, call)
+        return self._timers.call_later(seconds, call, self.faults.raised)
 
     def withdraw(self) -> None:
         """Take back all channels, sub-channels first."""
@@ -136,7 +168,7 @@ class Life:
         host = self.hosts[provider.name]
         host.withdraw()
         self.activation.leave(provider)
-        provider.stop()
+        self._stop(provider)
         host.release()
         self.providers.remove(provider)
         del self.hosts[provider.name]
@@ -157,7 +189,7 @@ class Life:
         """The server ends: stop the providers, call nothing any more. The guest's channels are left as they are."""
         self.services.finish(_END_SECONDS)
         for provider in self.providers:
-            provider.stop()
+            self._stop(provider)
         self.services.close()
         self.timers.close()
         self._end_record()
@@ -171,11 +203,66 @@ class Life:
         self._tried("the device's reset", self.device.reset)
         self.services.finish(_END_SECONDS)
         for provider in self.providers:
-            self._tried(f"stop() of provider {provider.name}", provider.stop)
+            self._stop(provider)
             self._tried(f"withdrawing the channels of provider {provider.name}", self.hosts[provider.name].withdraw)
         self.services.close()
         self.timers.close()
         self._end_record()
+
+    def _stop(self, provider: Provider) -> None:
+        try:
+            provider.stop()
+        except Exception as error:
+            self.hosts[provider.name].faults.seen("stop", error)
+
+    # ---- what tools are told ---------------------------------------------------------------------------------------
+
+    def status(self) -> dict[str, dict[str, Any]]:
+        """Of each provider, in its own words."""
+        found = {}
+        for provider in self.providers:
+            try:
+                found[provider.name] = provider.status()
+            except Exception as error:
+                self.hosts[provider.name].faults.seen("status", error)
+                found[provider.name] = {"problem": f"status() raised {error!r}"}
+        return found
+
+    def faults(self) -> dict[str, dict[str, Any]]:
+        """What callbacks of providers have raised; only of those of which some have."""
+        return {name: host.faults.as_dict() for name, host in self.hosts.items() if host.faults.count}
+
+    def bounds(self) -> dict[str, dict[str, dict[str, Any]]]:
+        """What is bounded of each provider: how much there is, how much may be, how often that was reached."""
+        found = {}
+        for provider in self.providers:
+            host = self.hosts[provider.name]
+            bounds = host.bounds()
+            try:
+                bounds |= provider.bounds()
+            except Exception as error:
+                host.faults.seen("bounds", error)
+            found[provider.name] = {name: bound._asdict() for name, bound in bounds.items()}
+        return found
+
+    def inherit(self, other: "Life") -> None:
+        """This life takes the place of another: errors that were counted stay counted."""
+        for name, host in self.hosts.items():
+            if name in other.hosts:
+                host.faults.inherit(other.hosts[name].faults)
+
+    @contextmanager
+    def ends_with_faults(self, tell: Callable[[BaseException], None]) -> Iterator[None]:
+        """Inside, somebody waits for providers: `tell` is told the cause when one raises that holds something."""
+
+        def told(host: ProviderHost, cause: str) -> None:
+            if host.holds:
+                tell(ProviderRaised(cause))
+
+        with ExitStack() as stack:
+            for host in self.hosts.values():
+                stack.enter_context(host.faults.waiting(partial(told, host)))
+            yield
 
     def _end_record(self) -> None:
         if self.device.recorder is not None:

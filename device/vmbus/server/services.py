@@ -7,16 +7,17 @@ from __future__ import annotations
 
 import asyncio
 import os
-import queue
 import select
 import threading
 import time
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable
 from typing import Any
 
 from vmbus.complaints import bounded_log
 from vmbus.errors import UsageError, WaitTimeout
+from vmbus.providers.base import MOST_WORK, Bound, WorkQueueFull
+from vmbus.providers.faults import Faults, naming
 from vmbus.server.turns import Turns
 from vmbus.watches import Watches
 
@@ -114,7 +115,7 @@ class Services:
         """It is gone."""
         if owner in self._owners:
             self._owners.remove(owner)
-        self._look_idle()
+        self.look_idle()
 
     def watch(self, owner: ProviderServices, wanted: bool) -> None:
         """Whether the provider's descriptors are looked at."""
@@ -165,9 +166,10 @@ class Services:
         if self._finished:
             with self._lock:
                 os.eventfd_write(self._event, 1)
-        self._look_idle()
+        self.look_idle()
 
-    def _look_idle(self) -> None:
+    def look_idle(self) -> None:
+        """Tell those who wait for work to end, if it has."""
         for waiter, owner in self._idle:
             if not (self.busy if owner is None else owner.jobs) and not waiter.done():
                 waiter.set_result(None)
@@ -184,7 +186,7 @@ class _Carried:
 
 
 class _Job:
-    """One piece of work."""
+    """One piece of work: implements `vmbus.providers.base.Work`."""
 
     __slots__ = ("done", "error", "owner", "result", "work")
 
@@ -199,6 +201,10 @@ class _Job:
     def what(self) -> str:
         """For people."""
         return f"end of work of {self.owner.name}"
+
+    def cancel(self) -> bool:
+        """Take it back, if it was not begun; whether that is so."""
+        return self.owner.take_back(self)
 
     def run(self) -> None:
         """On a thread."""
@@ -215,8 +221,8 @@ class _Job:
         try:
             if not owner.released:
                 self.done(self.result, self.error)
-        except Exception:
-            log.exception("provider %s: the call that its work has ended raised", owner.name)
+        except Exception as error:
+            owner.faults.raised(naming("done of run_blocking", self.done), error)
         finally:
             owner.jobs -= 1
 
@@ -231,12 +237,16 @@ class ProviderServices:
     def __init__(self, services: Services, name: str) -> None:
         self._services = services
         self.name = name
-        self.watches = Watches()
+        self.faults = Faults(name)
+        self.watches = Watches(self.faults.raised)
         self.jobs = 0
+        self.refused = 0
         self.released = False
         self._active = False
         self._threads = 0
-        self._waiting: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        # Guarded by the condition, which the threads wait for.
+        self._waiting: OrderedDict[_Job, None] = OrderedDict()
+        self._work = threading.Condition()
         services.join(self)
 
     # ---- what providers call ---------------------------------------------------------------------------------------
@@ -257,16 +267,23 @@ class ProviderServices:
         """Do not call any more; returns whether there was a call."""
         return not self.released and self.watches.remove_writer(fd)
 
-    def run_blocking(self, work: Callable[[], Any], done: Done) -> None:
+    def run_blocking(self, work: Callable[[], Any], done: Done) -> _Job:
         """Do `work` on another thread, then call `done(result, error)` from the event loop."""
         if self.released:
             raise UsageError(f"provider {self.name!r} is gone: it has no work done any more")
+        job = _Job(self, work, done)
+        with self._work:
+            if len(self._waiting) >= MOST_WORK:
+                self.refused += 1
+                raise WorkQueueFull(f"provider {self.name!r}: {MOST_WORK} pieces of work wait for a thread already")
+            self._waiting[job] = None
+            self._work.notify()
         self.jobs += 1
-        self._waiting.put(_Job(self, work, done))
         if self._threads < min(self.jobs, THREADS):
             self._threads += 1
             # Daemons: work that hangs in the kernel must not keep a server that ends from ending.
             threading.Thread(target=self._serve, name=f"{self.name}-work-{self._threads}", daemon=True).start()
+        return job
 
     # ---- what the server calls -------------------------------------------------------------------------------------
 
@@ -286,15 +303,30 @@ class ProviderServices:
         if not self.released:
             self._services.turns.run(f"descriptors of {self.name}", self.watches.poll)
 
+    @property
+    def waiting(self) -> int:
+        """Pieces of work that were not begun."""
+        return len(self._waiting)
+
+    def bounds(self) -> dict[str, Bound]:
+        """What is bounded here."""
+        return {"work that waits": Bound(self.waiting, MOST_WORK, self.refused)}
+
+    def take_back(self, job: _Job) -> bool:
+        """Forget a piece of work that was not begun; nobody is told. Returns whether that was so."""
+        with self._work:
+            if job not in self._waiting:
+                return False
+            del self._waiting[job]
+        self.jobs -= 1
+        self._services.look_idle()
+        return True
+
     def drop_waiting(self) -> None:
-        """Forget work that was not begun; nobody is told."""
-        while True:
-            try:
-                job = self._waiting.get_nowait()
-            except queue.Empty:
-                return
-            if job is not None:
-                self.jobs -= 1
+        """Forget all work that was not begun; nobody is told."""
+        with self._work:
+            self.jobs -= len(self._waiting)
+            self._waiting.clear()
 
     def release(self) -> None:
         """The provider is stopped: watch nothing for it, and tell it nothing any more. Repeating it does nothing."""
@@ -303,14 +335,19 @@ class ProviderServices:
         self.active = False
         self.released = True
         self.drop_waiting()
-        for _ in range(self._threads):
-            self._waiting.put(None)
+        with self._work:
+            self._work.notify_all()
         self.watches.close()
         self._services.leave(self)
 
     def _serve(self) -> None:
         """One thread."""
-        while (job := self._waiting.get()) is not None:
+        while (job := self._next()) is not None:
             job.run()
             self._services.finished(job)
             del job  # or what the work holds would live until the next one
+
+    def _next(self) -> _Job | None:
+        with self._work:
+            self._work.wait_for(lambda: self._waiting or self.released)
+            return self._waiting.popitem(last=False)[0] if self._waiting else None

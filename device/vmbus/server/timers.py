@@ -10,23 +10,37 @@ import itertools
 from collections.abc import Callable
 
 from vmbus.complaints import bounded_log
+from vmbus.providers.faults import naming
 from vmbus.server.turns import Turns
 
 log = bounded_log(__name__)
 
 
+Raised = Callable[[str, BaseException], None]
+
+_FEW = 64  # entries of the heap that are not worth tidying
+
+
+def _log(what: str, error: BaseException) -> None:
+    log.error("%s raised", what, exc_info=error)
+
+
 class TimerEntry:
-    """A call that has been scheduled: implements `vmbus.providers.base.Timer`."""
+    """A call that has been scheduled: implements `vmbus.providers.base.Timer`. `raised`: told when it raises."""
 
-    __slots__ = ("call", "when")
+    __slots__ = ("_timers", "call", "raised", "when")
 
-    def __init__(self, when: float, call: Callable[[], None]) -> None:
+    def __init__(self, timers: "Timers", when: float, call: Callable[[], None], raised: Raised) -> None:
+        self._timers = timers
         self.when = when
         self.call: Callable[[], None] | None = call
+        self.raised = raised
 
     def cancel(self) -> None:
         """Do not call. Harmless afterwards."""
-        self.call = None
+        if self.call is not None:
+            self.call = None
+            self._timers.cancelled()
 
 
 class Timers:
@@ -40,10 +54,24 @@ class Timers:
         self._armed: asyncio.TimerHandle | None = None
         self._closed = False
         self._held = False
+        self._cancelled = 0  # at most so many entries of the heap are
 
-    def call_later(self, seconds: float, call: Callable[[], None]) -> TimerEntry:
-        """Call after `seconds`, 0 or more: not from inside this call."""
-        entry = TimerEntry(self._loop.time() + max(seconds, 0.0), call)
+    @property
+    def kept(self) -> int:
+        """Entries that are kept, cancelled ones among them."""
+        return len(self._heap)
+
+    def cancelled(self) -> None:
+        """One entry more was cancelled. They do not pile up: a guest may make a provider set one for each request."""
+        self._cancelled += 1
+        if self._cancelled > _FEW and 2 * self._cancelled > len(self._heap):
+            self._heap = [one for one in self._heap if one[2].call is not None]
+            heapq.heapify(self._heap)
+            self._cancelled = 0
+
+    def call_later(self, seconds: float, call: Callable[[], None], raised: Raised = _log) -> TimerEntry:
+        """Call after `seconds`, 0 or more: not from inside this call. `raised` is told what the call raises."""
+        entry = TimerEntry(self, self._loop.time() + max(seconds, 0.0), call, raised)
         if self._closed:
             return entry
         heapq.heappush(self._heap, (entry.when, next(self._numbers), entry))
@@ -72,8 +100,8 @@ class Timers:
                 continue
             try:
                 self._turns.run(f"timer {getattr(call, '__qualname__', type(call).__name__)}", call)
-            except Exception:
-                log.exception("a call that a provider had scheduled raised")
+            except Exception as error:
+                entry.raised(naming("a scheduled call", call), error)
         return bool(due)
 
     def hold(self) -> None:

@@ -2,7 +2,7 @@
 
 import heapq
 import select
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable
 from itertools import count
 from typing import Any
@@ -11,6 +11,8 @@ from vmbus.bus.loopback import LoopbackBus
 from vmbus.kmcl.client import ClientChannel
 from vmbus.kmcl.server import ServerChannel
 from vmbus.kmcl.states import ChannelState
+from vmbus.providers.base import MOST_WORK, WorkQueueFull
+from vmbus.providers.faults import Faults, naming
 from vmbus.watches import Watches
 
 
@@ -28,6 +30,23 @@ class VirtualTimer:
         self.call = None
 
 
+class FakeWork:
+    """Work that was given to `run_blocking`."""
+
+    __slots__ = ("_host", "done", "work")
+
+    def __init__(
+        self, host: "FakeHost", work: Callable[[], Any], done: Callable[[Any, BaseException | None], None]
+    ) -> None:
+        self._host = host
+        self.work = work
+        self.done = done
+
+    def cancel(self) -> bool:
+        """Take it back, if its turn has not come."""
+        return self._host.take_back(self)
+
+
 class Clock:
     """Virtual time in seconds; it outlives hosts, as real time outlives processes."""
 
@@ -36,27 +55,46 @@ class Clock:
 
 
 class FakeHost:
-    """Implements `vmbus.providers.base.Host`. Nothing is called by itself: the kit asks for it."""
+    """Implements `vmbus.providers.base.Host`. Nothing is called by itself: the kit asks for it.
 
-    def __init__(self, clock: Clock, bus: LoopbackBus) -> None:
+    `faults`: what the provider's callbacks have raised.
+    """
+
+    def __init__(self, clock: Clock, bus: LoopbackBus, name: str = "") -> None:
         self.clock = clock
+        self.faults = Faults(name)
+        self.faults.on_raised = self._fail_channels
         self._bus = bus
         self._clients: list[ClientChannel] = []
         self._soon: deque[Callable[[], None]] = deque()
         self._timers: list[tuple[float, int, VirtualTimer]] = []
         self._order = count()
-        self._watches = Watches()
-        self._jobs: deque[tuple[Callable[[], Any], Callable[[Any, BaseException | None], None]]] = deque()
+        self._watches = Watches(self.faults.raised)
+        self._jobs: OrderedDict[FakeWork, None] = OrderedDict()
         self.active = False
+
+    def _fail_channels(self, cause: str) -> None:
+        """As in the device server: what a provider holds whose callback has raised, nobody will complete."""
+        for channel in (*self._bus.offers, *self._clients):
+            if channel.outstanding:
+                channel.fail(cause)
+
+    def _call(self, what: str, call: Callable[..., None], *arguments: Any) -> None:
+        try:
+            call(*arguments)
+        except Exception as error:
+            self.faults.raised(naming(what, call), error)
 
     # ---- what providers call -----------------------------------------------------------------------------------
 
     def add_channel(self, channel: ServerChannel) -> None:
         """Tie a disabled channel to the device; `enable` then offers it."""
+        channel.on_owner_error = self.faults.seen
         self._bus.offer(channel)
 
     def add_client(self, channel: ClientChannel) -> None:
         """Tie a disabled client channel to the loopback offers; `enable` then opens the one that fits."""
+        channel.on_owner_error = self.faults.seen
         self._bus.attach(channel)
         self._clients.append(channel)
 
@@ -86,9 +124,13 @@ class FakeHost:
         """End that; returns whether there was a call."""
         return self._watches.remove_writer(fd)
 
-    def run_blocking(self, work: Callable[[], Any], done: Callable[[Any, BaseException | None], None]) -> None:
+    def run_blocking(self, work: Callable[[], Any], done: Callable[[Any, BaseException | None], None]) -> FakeWork:
         """Do the work in a turn of its own, on this thread, and call `done`."""
-        self._jobs.append((work, done))
+        if len(self._jobs) >= MOST_WORK:
+            raise WorkQueueFull(f"provider {self.faults.name!r}: {MOST_WORK} pieces of work wait for a thread already")
+        job = FakeWork(self, work, done)
+        self._jobs[job] = None
+        return job
 
     # ---- what the kit calls --------------------------------------------------------------------------------------
 
@@ -110,6 +152,10 @@ class FakeHost:
         """Pieces of work that were not done yet."""
         return len(self._jobs)
 
+    def take_back(self, job: FakeWork) -> bool:
+        """Forget a piece of work that was not done; whether there was one."""
+        return job in self._jobs and self._jobs.pop(job) is None
+
     @property
     def watched(self) -> list[int]:
         """Descriptors that the provider watches."""
@@ -120,17 +166,17 @@ class FakeHost:
         piece of work."""
         for _ in range(len(self._soon)):
             if self._soon:
-                self._soon.popleft()()
+                self._call("a call of call_soon", self._soon.popleft())
         if self.active and self._watches:
             self._watches.poll()
         if self._jobs:
-            work, done = self._jobs.popleft()
+            job, _ = self._jobs.popitem(last=False)
             result, error = None, None
             try:
-                result = work()
+                result = job.work()
             except Exception as raised:
                 error = raised
-            done(result, error)
+            self._call("done of run_blocking", job.done, result, error)
 
     def next_due(self) -> float | None:
         """When the next timer runs out, None without timers."""
@@ -146,7 +192,7 @@ class FakeHost:
         self.clock.now = max(self.clock.now, due)
         call, timer.call = timer.call, None
         assert call is not None
-        call()
+        self._call("a scheduled call", call)
 
     def abandon(self) -> None:
         """The process has ended: nothing that was scheduled is called any more."""
@@ -155,7 +201,7 @@ class FakeHost:
         self._timers.clear()
         self._jobs.clear()
         self._watches.close()
-        self._watches = Watches()
+        self._watches = Watches(self.faults.raised)
         for client in self._clients:
             if client.state is not ChannelState.DISABLED:
                 self._bus.drop(client)

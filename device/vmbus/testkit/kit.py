@@ -86,6 +86,8 @@ class ProviderTest:
         self._clock = Clock()
         self._clients: dict[Key, Client] = {}
         self._failures: list[tuple[Channel, str]] = []
+        self._errors: list[tuple[str, BaseException]] = []
+        self._expected: list[BaseException] | None = None
         self._in_turn = False
         self._save_at: Callable[[int], bool] | None = None
         self._last_exception = _LastException()
@@ -116,7 +118,8 @@ class ProviderTest:
             self._scratch.cleanup()
 
     def _start_provider(self) -> None:
-        self._host = FakeHost(self._clock, self.bus)
+        self._host = FakeHost(self._clock, self.bus, self._name)
+        self._host.faults.on_seen = self._errors.append
         self.provider = self._class(self._host, self._name, self._instance, self._options)
         self.provider.start()
 
@@ -222,12 +225,42 @@ class ProviderTest:
             self.save_and_restore()
 
     def _raise_failures(self) -> None:
+        if self._expected is not None:
+            self._expected += [error for _, error in self._errors]
+            self._errors.clear()
+            self._failures.clear()
+            return
+        if self._errors:
+            callback, error = self._errors[0]
+            self._errors.clear()
+            if not self._failures or self._last_exception.error is not error:
+                self._failures.clear()
+                error.add_note(f"raised by {callback} of provider {self._name}")
+                raise error
         if not self._failures:
             return
         channel, reason = self._failures[0]
         self._failures.clear()
         cause, self._last_exception.error = self._last_exception.error, None
         raise ContractViolation(f"channel {channel.name} failed: {reason}") from cause
+
+    @contextmanager
+    def expect_errors(self) -> Iterator[list[BaseException]]:
+        """Inside, callbacks of the provider may raise, and channels fail for it: what was raised is in the list.
+
+        Raises ContractViolation at the end when nothing was.
+        """
+        self._raise_failures()
+        expected: list[BaseException] = []
+        self._expected = expected
+        try:
+            yield expected
+            self.run()
+        finally:
+            self._raise_failures()
+            self._expected = None
+        if not expected:
+            raise ContractViolation(f"expected: a callback of provider {self._name} that raises; all went well")
 
     def expect_failure(self) -> str:
         """Run until a channel fails, and return the reason: for tests of what a provider does with bad packets.
@@ -435,7 +468,7 @@ class ProviderTest:
 
         Raises ContractViolation when they are taken, or refused with another exception.
         """
-        host = FakeHost(Clock(), LoopbackBus())
+        host = FakeHost(Clock(), LoopbackBus(), self._name)
         provider = self._class(host, self._name, self._instance, self._options)
         provider.start()
         try:

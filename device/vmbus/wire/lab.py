@@ -15,7 +15,8 @@ PLUG         station              it is offered
 GPADL        flags                `u32 handle, u32 0` and an echo request: transform the data in a GPADL's memory; so
                                   the reply. With KEEP it stays mapped, and the next GPADL for it uses that mapping
 UNMAP        handle               end that
-PUSH         how many             the host sends so many numbered packets; `u32 size` follows
+PUSH         how many             the host sends so many numbered packets; `u32 size` follows. BUSY while more than
+                                  MOST_PUSHED packets, or MOST_PUSHED_BYTES of data, would wait for their answers
 STATS        0                    the host's books about this channel since it was opened
 ============ ==================== ================================================================================
 
@@ -37,6 +38,12 @@ LAB_PIPE_TYPE = UUID("5a2f2c7e-3d0e-4c43-9b58-6f0d2f1e0004")
 MAXIMUM_SUBCHANNELS = 256
 MAXIMUM_PUSH = 4096
 MAXIMUM_PUSH_SIZE = 16384
+MOST_PUSHED = 32_768
+"""Packets of one lab, on all its channels, that may wait for their answers."""
+MOST_PUSHED_BYTES = 64 << 20
+"""Bytes of data in them."""
+MOST_LAB_SUBCHANNELS = 1024
+"""Sub-channels of one lab, on all its stations."""
 KEEP = 1
 
 HEAD = Struct("<II")
@@ -71,6 +78,8 @@ class Status(IntEnum):
     OK = 0
     MALFORMED = 1
     NOT_THERE = 2
+    BUSY = 3
+    """The lab has as much of it as it may have: ask again when there is less."""
 
 
 class Stats(NamedTuple):

@@ -12,16 +12,19 @@ Order and durability:
 * A flush that failed leaves unknown what of all that was completed is on stable storage, and asking the host's kernel
   again would only say that there is nothing left to do. So every later flush, and every write that asks for it, fails
   as well, until the image is opened anew.
-* When a channel is gone, its requests that run still do: they are orphans. Those that come over the next channel wait
-  for them where they overlap, so that old data never replaces new.
+* When a channel is gone, its requests that have not begun are dropped; what is under way cannot be taken back and
+  becomes an orphan. Requests that come over the next channel wait for orphans where they overlap, so that old data
+  never replaces new.
+
+A request costs what the requests cost that overlap with it, however many others wait (see conflicts.py).
 """
 
 import errno
-from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from enum import Enum
 from typing import Any, NamedTuple
 
+from vmbus.providers.block.conflicts import Conflicts
 from vmbus.wire.block import Feature, Flag, Op, Request, Status
 
 _U64 = 1 << 64
@@ -55,10 +58,23 @@ class Job:
     """A piece of work for the back-end: `op` on `length` bytes at `offset`, on behalf of `tokens`.
 
     `tokens` are the owner's handles of the requests: one, or for a flush one or more. `durable`: on stable storage
-    before it is done. `may_unmap`: zeroes may give storage back.
+    before it is done. `may_unmap`: zeroes may give storage back. `waits_for`: how many jobs have to end before it
+    begins; `followers`: the jobs that wait for this one, in the order of their arrival.
     """
 
-    __slots__ = ("durable", "end", "length", "may_unmap", "offset", "op", "state", "tokens")
+    __slots__ = (
+        "changes",
+        "durable",
+        "end",
+        "followers",
+        "length",
+        "may_unmap",
+        "offset",
+        "op",
+        "state",
+        "tokens",
+        "waits_for",
+    )
 
     def __init__(self, op: int, offset: int, length: int, flags: int, tokens: list[Any]) -> None:
         self.op = op
@@ -67,13 +83,16 @@ class Job:
         self.end = offset + length
         self.durable = bool(flags & Flag.FUA)
         self.may_unmap = bool(flags & Flag.MAY_UNMAP)
+        self.changes = op in _CHANGES
         self.tokens = tokens
         self.state = JobState.WAITING
+        self.waits_for = 0
+        self.followers: list[Job] = []
 
-    def conflicts(self, other: "Job") -> bool:
-        """Whether the two must keep their order."""
-        overlap = self.offset < other.end and other.offset < self.end
-        return overlap and (self.op in _CHANGES or other.op in _CHANGES)
+    @property
+    def orphaned(self) -> bool:
+        """Whether nobody waits for it any more."""
+        return self.state is JobState.ORPHANED
 
     def __repr__(self) -> str:
         name = Op(self.op).name
@@ -98,6 +117,7 @@ class Core:
         self.unflushed = False
         """Whether something was changed since the last flush began."""
         self._jobs: dict[Job, None] = {}  # all that have not ended, but flushes; in the order of their arrival
+        self._conflicts: Conflicts[Job] = Conflicts()
         self._flushing: Job | None = None
         self._next_flush: Job | None = None
 
@@ -132,9 +152,16 @@ class Core:
         if request.op == Op.FLUSH:
             return Outcome([], self._want_flush([token]))
         job = Job(request.op, request.offset, request.length, request.flags, [token])
-        free = not any(job.conflicts(other) for other in self._jobs)
         self._jobs[job] = None
-        return Outcome([], [self._begin(job)] if free else [])
+        return Outcome([], [] if self._must_wait(job) else [self._begin(job)])
+
+    def _must_wait(self, job: Job) -> bool:
+        """Whether a job that comes after all others has to wait for some of them."""
+        earlier = self._conflicts.add(job)
+        for other in earlier:
+            other.followers.append(job)
+        job.waits_for = len(earlier)
+        return bool(earlier)
 
     def flush(self) -> list[Job]:
         """Flush on nobody's behalf, if anything that ended needs it. Returns the job, unless it has to wait."""
@@ -173,6 +200,7 @@ class Core:
         if job.op in _CHANGES:
             self.unflushed = True
         del self._jobs[job]
+        self._conflicts.remove(job)
         return Outcome(answers, self._startable(job))
 
     def _flush_ended(self) -> Outcome:
@@ -187,32 +215,43 @@ class Core:
     def _startable(self, ended: Job) -> list[Job]:
         """The jobs that waited for `ended`, and for nothing else."""
         found = []
-        earlier: deque[Job] = deque()
-        for job in self._jobs:
-            if (
-                job.state is JobState.WAITING
-                and job.conflicts(ended)
-                and not any(job.conflicts(other) for other in earlier)
-            ):
+        for job in ended.followers:
+            job.waits_for -= 1
+            if not job.waits_for and job.state is JobState.WAITING:
                 found.append(self._begin(job))
-            earlier.append(job)
+        ended.followers = []
         return found
 
     # ---- the channel goes ----------------------------------------------------------------------------------------
 
-    def forget(self) -> None:
-        """Nobody waits for any request any more: those that did not begin are dropped, the others become orphans."""
-        for job in list(self._jobs):
-            if job.state is JobState.WAITING:
+    def forget(self, take_back: Callable[[Job], bool] = lambda job: False) -> None:
+        """Nobody waits for any request any more: those that did not begin are dropped, the others become orphans.
+
+        `take_back(job)`: whether a job that was handed out is not begun, and will not be.
+        """
+        orphans: list[Job] = []
+        for job in self._jobs:
+            if job.state is JobState.WAITING or take_back(job):
                 job.state = JobState.DONE
-                del self._jobs[job]
             else:
                 job.state = JobState.ORPHANED
                 job.tokens = []
+                orphans.append(job)
+            job.waits_for, job.followers = 0, []
+        # What is under way waits for nothing: all that it could wait for has ended.
+        self._jobs = dict.fromkeys(orphans)
+        self._conflicts = Conflicts()
+        for job in orphans:
+            self._conflicts.add(job)
         self._next_flush = None
         if self._flushing is not None:
-            self._flushing.state = JobState.ORPHANED
-            self._flushing.tokens = []
+            if take_back(self._flushing):
+                self._flushing.state = JobState.DONE
+                self._flushing = None
+                self.unflushed = True
+            else:
+                self._flushing.state = JobState.ORPHANED
+                self._flushing.tokens = []
 
     # ---- inspection ----------------------------------------------------------------------------------------------
 
@@ -220,6 +259,11 @@ class Core:
     def only_flushes(self) -> bool:
         """Nothing runs or waits but flushes."""
         return not self._jobs
+
+    @property
+    def under_way(self) -> int:
+        """Requests that run or wait, but flushes."""
+        return len(self._jobs)
 
     @property
     def idle(self) -> bool:

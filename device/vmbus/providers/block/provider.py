@@ -18,7 +18,7 @@ from vmbus.kmcl.channel import Channel
 from vmbus.kmcl.completion import Completion
 from vmbus.kmcl.server import ServerChannel
 from vmbus.kmcl.status import KmclError
-from vmbus.providers.base import Host, Provider
+from vmbus.providers.base import Bound, Host, Provider, Work
 from vmbus.providers.block.backend import Backend
 from vmbus.providers.block.core import Core, Geometry, Job, JobState, Outcome
 from vmbus.providers.block.image import MEBIBYTE, Image, clone_directory, image_path, open_image, replace_content
@@ -103,6 +103,8 @@ class BlockProvider(Provider):
         self._restored: _State | None = None
         self._resting = False
         self._under_way = UnderWay()
+        self._full = 0
+        self._work: dict[Job, Work] = {}  # what was given to other threads on behalf of the present channel
         self.channel = ServerChannel(BLOCK_TYPE, instance, name=name)
 
     # ---- life ----------------------------------------------------------------------------------------------------
@@ -203,7 +205,7 @@ class BlockProvider(Provider):
         self._features = None
         if self.core is None:
             return
-        self.core.forget()
+        self.core.forget(self._take_back)
         # The guest is about to use its memory for something else. What is taken back cannot be reached any more in any
         # case; but after a mere reset it can, and a write whose memory is gone in the middle would write zeroes.
         if not self._under_way.wait(PATIENCE):
@@ -271,6 +273,8 @@ class BlockProvider(Provider):
             self._refuse(completion, status)
             return
         self._carry_out(core.accept(request, _Token(completion, views)))
+        if core.under_way >= self.options.queue_depth:
+            self._full += 1
 
     def _refuse(self, completion: Completion, status: Status) -> None:
         self.counters["refused"] += 1
@@ -281,11 +285,19 @@ class BlockProvider(Provider):
         for job in outcome.jobs:
             assert backend is not None
             views = job.tokens[0].views if job.tokens else ()
-            self.host.run_blocking(partial(perform, self._under_way, backend, job, views), partial(self._done, job))
+            self._work[job] = self.host.run_blocking(
+                partial(perform, self._under_way, backend, job, views), partial(self._done, job)
+            )
         for token, status in outcome.answers:
             token.completion.complete(pack_status(status))
 
+    def _take_back(self, job: Job) -> bool:
+        """The channel is gone: whether a job was not begun, and will not be."""
+        work = self._work.pop(job, None)
+        return work is not None and work.cancel()
+
     def _done(self, job: Job, _: None, error: BaseException | None) -> None:
+        self._work.pop(job, None)
         core = self.core
         assert core is not None
         number = 0
@@ -376,6 +388,10 @@ class BlockProvider(Provider):
             "flush_failed": 0 if core is None else core.flush_failed,
         }
 
+    def bounds(self) -> dict[str, Bound]:
+        now = 0 if self.core is None else self.core.under_way
+        return {"requests": Bound(now, self.options.queue_depth, self._full)}
+
 
 class UnderWay:
     """Counts operations that touch guest memory at this moment, on whatever threads."""
@@ -410,6 +426,8 @@ def perform(under_way: UnderWay, backend: Backend, job: Job, views: Sequence[mem
     """
     if job.op == Op.FLUSH:
         backend.flush()
+    elif job.orphaned:
+        return  # its thread had just taken it
     elif job.op == Op.DISCARD:
         backend.discard(job.offset, job.length)
     elif job.op == Op.WRITE_ZEROES:
@@ -417,7 +435,7 @@ def perform(under_way: UnderWay, backend: Backend, job: Job, views: Sequence[mem
     else:
         with under_way():
             # Looked at inside: whoever makes orphans waits for all that did not see it.
-            if job.state is JobState.ORPHANED:
+            if job.orphaned:
                 return
             if job.op == Op.READ:
                 backend.read(job.offset, views)

@@ -21,7 +21,7 @@ from vmbus.kmcl.pipe import PipeMode, frame, unframe
 from vmbus.kmcl.server import SERVER_FLAG_OFFER_AS_PIPE, ServerChannel
 from vmbus.kmcl.settings import FLAG_IS_PIPE
 from vmbus.kmcl.states import ChannelState
-from vmbus.providers.base import Host, Timer
+from vmbus.providers.base import Bound, Host, Timer
 from vmbus.wire import ic
 
 QUEUE = 64
@@ -129,6 +129,7 @@ class Exchange:
         self._framework = ic.Version(0, 0)
         self._under_way: Request | None = None
         self._waiting: deque[Request] = deque()
+        self._refused = 0
         self._last_transaction = 0
         self._timer: Timer | None = None
         self.channel = ServerChannel(service.interface_type, instance, name=name)
@@ -167,6 +168,7 @@ class Exchange:
             reason = "it has not opened the channel" if self.phase is Phase.CLOSED else "it takes none of our versions"
             raise UsageError(f"the guest's {self.service.name} service is not there: {reason}")
         if bounded and len(self._waiting) >= QUEUE:
+            self._refused += 1
             raise UsageError(f"the guest's {self.service.name} service does not answer: {QUEUE} requests wait")
         self._waiting.append(request)
         self._pump()
@@ -174,11 +176,26 @@ class Exchange:
     def _pump(self) -> None:
         if self._under_way is not None or not self.channel.active:
             return
+        if self._waiting and self.channel.packets_queued >= QUEUE:
+            # It never reads: each request that ran out of time has left its packet behind.
+            self._refuse_all(UsageError(f"the guest's {self.service.name} service does not read its channel"))
+            return
         if self.phase is Phase.NEGOTIATING:
             offer = ic.negotiation(ic.FRAMEWORK_VERSIONS, self._versions)
             self._send(Request(ic.MessageType.NEGOTIATE, offer, patient=True))
         elif self.phase is Phase.READY and self._waiting:
             self._send(self._waiting.popleft())
+
+    @property
+    def bound(self) -> Bound:
+        """Requests that wait, for tools."""
+        return Bound(len(self._waiting), QUEUE, self._refused)
+
+    def _refuse_all(self, error: UsageError) -> None:
+        self._refused += len(self._waiting)
+        requests, self._waiting = self._waiting, deque()
+        for request in requests:
+            request.done(None, error)
 
     def _send(self, request: Request) -> None:
         self._last_transaction = request.transaction = self._last_transaction % 255 + 1

@@ -10,7 +10,7 @@ import msgspec
 
 from vmbus.description import explain
 from vmbus.errors import StateError, UsageError
-from vmbus.providers.base import Host, Provider
+from vmbus.providers.base import Bound, Host, Provider
 from vmbus.providers.integration.exchange import Exchange, ExchangeState
 from vmbus.providers.integration.parts import Heartbeat, Kvp, Part, Shutdown, Time, settle
 from vmbus.wire import ic
@@ -209,3 +209,6 @@ class IntegrationProvider(Provider):
 
     def status(self) -> dict[str, Any]:
         return {name: part.status() for name, part in self.parts.items()}
+
+    def bounds(self) -> dict[str, Bound]:
+        return {f"{name} requests": part.exchange.bound for name, part in self.parts.items()}

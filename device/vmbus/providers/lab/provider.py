@@ -10,10 +10,10 @@ from vmbus.description import explain
 from vmbus.errors import StateError, UsageError
 from vmbus.kmcl.pipe import PipeMode
 from vmbus.kmcl.server import ServerChannel
-from vmbus.providers.base import Host, Provider
+from vmbus.providers.base import Bound, Host, Provider
 from vmbus.providers.lab.pipe import PipeEnd, PipeState
-from vmbus.providers.lab.station import Station, StationState
-from vmbus.wire.lab import LAB_PIPE_TYPE, LAB_TYPE, Status
+from vmbus.providers.lab.station import Shared, Station, StationState
+from vmbus.wire.lab import LAB_PIPE_TYPE, LAB_TYPE
 from vmbus.wire.packet import MAX_PACKET_SIZE
 
 
@@ -44,6 +44,7 @@ class LabProvider(Provider):
     def __init__(self, host: Host, name: str, instance: UUID, options: Mapping[str, Any]) -> None:
         super().__init__(host, name, instance, options)
         chosen: LabOptions = self.options
+        self._shared = Shared(host)
         self.stations = [self._make_station(number) for number in range(chosen.stations)]
         self.pipes = [self._make_pipe(number, mode) for number in range(chosen.pipes) for mode in PipeMode]
 
@@ -57,7 +58,7 @@ class LabProvider(Provider):
             channel.set_maximum_packet_size(MAX_PACKET_SIZE)
             return channel
 
-        return Station(self.host, number, make_channel, self._plug)
+        return Station(self.host, self._shared, number, make_channel, self._station)
 
     def _make_pipe(self, number: int, mode: PipeMode) -> PipeEnd:
         instance = uuid5(self.instance, f"pipe {mode.name} {number}")
@@ -70,11 +71,8 @@ class LabProvider(Provider):
         for pipe in self.pipes:
             pipe.start()
 
-    def _plug(self, number: int, plugged: bool) -> Status:
-        if number >= len(self.stations):
-            return Status.NOT_THERE
-        self.stations[number].plug(plugged)
-        return Status.OK
+    def _station(self, number: int) -> Station | None:
+        return self.stations[number] if number < len(self.stations) else None
 
     def command(self, name: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
         if name not in ("plug", "unplug"):
@@ -83,11 +81,13 @@ class LabProvider(Provider):
             wanted = msgspec.convert(dict(arguments), _PlugArguments)
         except msgspec.ValidationError as error:
             raise UsageError(f"provider {self.name!r} (lab), {name}: {explain(error)}") from error
-        if self._plug(wanted.station, name == "plug") is not Status.OK:
+        station = self._station(wanted.station)
+        if station is None:
             raise UsageError(
                 f"provider {self.name!r} (lab) has no station {wanted.station}; there are {len(self.stations)}"
             )
-        return {"station": wanted.station, "plugged": self.stations[wanted.station].plugged}
+        station.plug(name == "plug")
+        return {"station": wanted.station, "plugged": station.plugged}
 
     def save(self) -> bytes:
         return msgspec.msgpack.encode(
@@ -121,3 +121,6 @@ class LabProvider(Provider):
             "pushed": sum(line.pushed for line in lines),
             "pipe_bytes": sum(pipe.bytes for pipe in self.pipes),
         }
+
+    def bounds(self) -> dict[str, Bound]:
+        return self._shared.bounds()

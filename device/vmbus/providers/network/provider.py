@@ -16,7 +16,7 @@ from vmbus.kmcl.channel import Channel
 from vmbus.kmcl.completion import Completion
 from vmbus.kmcl.server import ServerChannel
 from vmbus.kmcl.status import Status as PacketStatus
-from vmbus.providers.base import Host, Provider, Timer
+from vmbus.providers.base import Bound, Host, Provider, Timer
 from vmbus.providers.network.interface import Port, Settings, open_port, set_mtu
 from vmbus.providers.network.queue import Kind, Queue, Sent, describe_saved
 from vmbus.providers.network.veth import open_veth
@@ -539,6 +539,12 @@ class NetworkProvider(Provider):
                 {**queue.counters, "outstanding": queue.outstanding, "in_flight": queue.channel.packets_sent}
                 for queue in self.queues
             ],
+        }
+
+    def bounds(self) -> dict[str, Bound]:
+        return {
+            f"bytes to the guest, queue {queue.index}": Bound(queue.outstanding, queue.window, queue.filled)
+            for queue in self.queues
         }
 
 

@@ -54,7 +54,7 @@ class Queue:
 
     Attributes:
         outstanding: bytes of frames that the guest has not taken yet, those that wait to be sent included.
-        counters: what happened so far.
+        filled: how often the window was full. counters: what happened so far.
     """
 
     def __init__(
@@ -66,6 +66,7 @@ class Queue:
         self.channel = channel
         self.window = window
         self.outstanding = 0
+        self.filled = 0
         self.counters = {"frames": 0, "bytes": 0, "packets": 0, "lost": 0}
         self._told = told
         self._batch: list[bytes] = []
@@ -92,6 +93,7 @@ class Queue:
         self._batch.append(frame)
         self._batch_size += size
         self.outstanding += size
+        self.filled += not self.has_room
 
     def flush(self) -> None:
         """Send what was added."""
