@@ -364,7 +364,9 @@ def test_names_of_code_exist(path: Path) -> None:
 
 def _source_of(dotted: str) -> str:
     owner = resolve(dotted.rpartition(".")[0])
-    return Path(importlib.import_module(getattr(owner, "__module__", owner.__name__)).__file__ or "").read_text()
+    modules = {one.__module__ for one in getattr(owner, "__mro__", ())} - {"builtins", "vmbus.native._core"}
+    names = modules or {getattr(owner, "__module__", owner.__name__)}
+    return "".join(Path(importlib.import_module(name).__file__ or "").read_text() for name in sorted(names))
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)

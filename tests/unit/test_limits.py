@@ -25,7 +25,8 @@ DEVELOPERS_TOOLS = ("soak", "cli", "provision", "testbed", "testkit")
 """Packages whose input is the developer's own."""
 
 NOT_BOUNDS = {
-    "vmbus.kmcl.flow.NO_LIMIT": "for the end that has no bound",
+    "vmbus.kmcl.flow_pure.NO_LIMIT": "for the end that has no bound",
+    "vmbus.spans._LONGEST_BLOCK": "of a data structure",
     "vmbus.capture.capture._MOST": "of an option",
     "vmbus.capture.pcapng.MAX_BLOCK": "of a format, for a reader of files",
     "vmbus.capture.pcapng.MAX_INTERFACES": "of a format, for a reader of files",
