@@ -18,8 +18,8 @@ from vmbus.server.app import DeviceServer
 from vmbus.vfio_user.library import Library, find_and_load
 
 _GARBAGE = (20_000, 20, 50)
-"""Python looks for cycles after so many new objects, and at older ones so much more rarely. With its own figures, a guest
-that maps 16,384 regions of memory causes pauses of 40 to 80 ms."""
+"""Python looks for cycles after so many new objects, and at older ones so much more rarely. With its own figures, a
+guest that maps 16,384 regions of memory causes pauses of 40 to 80 ms."""
 
 
 def read_state(path: Path) -> saved.DeviceState:
