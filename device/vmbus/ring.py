@@ -28,7 +28,7 @@ from vmbus.errors import PeerError
 from vmbus.fence import full_fence
 from vmbus.memory import Window
 from vmbus.wire.gpa import PAGE_SIZE
-from vmbus.wire.packet import MAX_PACKET_SIZE, RawPacket, first_packet_size, split_packets
+from vmbus.wire.packet import RawPacket, first_packet_size, largest_packet, split_packets
 
 HEADER_SIZE = PAGE_SIZE
 WRITE_INDEX = 0
@@ -45,7 +45,9 @@ class RingCorrupt(PeerError):
     """The peer has put an impossible value into the ring; nothing in it can be trusted any more."""
 
 
-def _index(value: int, size: int, what: str) -> int:
+def _index(value: int, size: int, what: str, own: int | None = None) -> int:
+    if own is not None and value != own:
+        raise RingCorrupt(f"{what} is {value:#x} in the ring, and {own:#x} was written there")
     if value >= size or value & 7:
         raise RingCorrupt(f"{what} is {value:#x} in a ring of {size:#x} bytes")
     return value
@@ -108,11 +110,12 @@ class RingWriter(_Ring):
         "tap",
     )
 
-    def __init__(self, header: Window, data: Window) -> None:
-        """Attach; our own write index is taken from the ring, so that this serves open and restore alike."""
+    def __init__(self, header: Window, data: Window, *, own: int | None = None) -> None:
+        """Attach. `own`: the write index that we published last; None: taken from the ring, as at an open. Raises
+        RingCorrupt, also when the ring's word is not `own`."""
         super().__init__(header, data)
-        self.largest = min(self.size - 16, MAX_PACKET_SIZE)
-        self._index = _index(header.load32(WRITE_INDEX), self.size, "write index")
+        self.largest = largest_packet(self.size)
+        self._index = _index(header.load32(WRITE_INDEX), self.size, "write index", own)
         self._published = self._index
         self._peer = _index(header.load32(READ_INDEX), self.size, "read index")
         self._free = self.size - 8 - (self._index - self._peer) % self.size
@@ -214,10 +217,11 @@ class RingReader(_Ring):
 
     __slots__ = ("_index", "_peer", "batch", "look", "tap")
 
-    def __init__(self, header: Window, data: Window) -> None:
-        """Attach; our own read index is taken from the ring, so that this serves open and restore alike."""
+    def __init__(self, header: Window, data: Window, *, own: int | None = None) -> None:
+        """Attach. `own`: the read index that we published last; None: taken from the ring, as at an open. Raises
+        RingCorrupt, also when the ring's word is not `own`."""
         super().__init__(header, data)
-        self._index = _index(header.load32(READ_INDEX), self.size, "read index")
+        self._index = _index(header.load32(READ_INDEX), self.size, "read index", own)
         self._peer = _index(header.load32(WRITE_INDEX), self.size, "write index")
         self.batch = b""
         self.tap: Callable[[bytes], None] | None = None

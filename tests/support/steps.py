@@ -36,10 +36,10 @@ from vmbus.kmcl.saved import ChannelChunk, CompletionChunk, PacketChunk, decode_
 from vmbus.kmcl.server import ServerChannel
 from vmbus.providers import Provider
 from vmbus.ring import HEADER_SIZE, PENDING_SEND_SIZE, READ_INDEX, WRITE_INDEX
-from vmbus.synic import SLOT_HEADER, SLOT_OFFSET, Register
 from vmbus.testkit.kit import difference
 from vmbus.wire import messages as m
 from vmbus.wire.packet import FLAG_COMPLETION_REQUESTED, PacketType, split_packets
+from vmbus.wire.synic import SLOT_HEADER, SLOT_OFFSET, Register
 from vmbus_guest.driver import VmbusDriver
 
 PAGE = 4096

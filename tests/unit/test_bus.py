@@ -6,7 +6,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from support.bus import Joined, check, instance, one_range, open_channel
-from vmbus.bus.server import MAX_RELID, REFUSED, ConnectionState, OfferState
+from vmbus.bus.offers import MAX_RELID, OfferState
+from vmbus.bus.server import REFUSED, ConnectionState
 from vmbus.errors import UsageError
 from vmbus.wire import messages as m
 

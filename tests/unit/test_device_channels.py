@@ -9,7 +9,7 @@ from support.multi import MULTI_TYPE, Guest, MultiProvider
 from vmbus import providers
 from vmbus import state as saved
 from vmbus.bus import gpadl
-from vmbus.bus.server import OfferState
+from vmbus.bus.offers import OfferState
 from vmbus.errors import StateError, UsageError, WaitTimeout
 from vmbus.kmcl.client import ClientChannel
 from vmbus.kmcl.server import ServerChannel

@@ -22,8 +22,9 @@ from vmbus.kmcl.saved import ChannelChunk, CompletionChunk, PacketChunk, decode_
 from vmbus.kmcl.states import ChannelState
 from vmbus.kmcl.status import KmclError
 from vmbus.ring import RingReader, RingWriter
-from vmbus.synic import CONTROL_ENABLE, Register, Synic
+from vmbus.synic import Synic
 from vmbus.wire import messages as m
+from vmbus.wire.synic import CONTROL_ENABLE, Register
 
 pytestmark = pytest.mark.unit
 

@@ -43,7 +43,7 @@ from vmbus.snapshot.bundle import SnapshotWriter, utc_now
 from vmbus.snapshot.checkpoints import IMAGE, Checkpoint, ImageSnapshot, Store
 from vmbus.snapshot.manifest import RAM, STATE, FileRecord, Manifest, Packets, Versions
 from vmbus.snapshot.manifest import Machine as SavedMachine
-from vmbus.synic import Register
+from vmbus.wire.synic import Register
 from vmbus.workload import BURST_TYPE, BurstStart, echo_request
 from vmbus_guest.driver import VmbusDriver
 

@@ -27,7 +27,8 @@ from vmbus.kmcl import (
 )
 from vmbus.kmcl.pipe import MAX_DATA, Pipe, PipeMode, frame
 from vmbus.kmcl.saved import decode_chunk, encode
-from vmbus.kmcl.server import SaveStep, ServerChannel, split_frames
+from vmbus.kmcl.saving import SaveStep, split_frames
+from vmbus.kmcl.server import ServerChannel
 from vmbus.wire.gpa import GpaRange
 
 pytestmark = pytest.mark.unit

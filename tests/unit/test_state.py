@@ -12,13 +12,14 @@ from hypothesis import strategies as st
 
 from support.device import BASE, CONFIG, PAGE, Machine, connect, describe, open_echo
 from vmbus import state as saved
-from vmbus.bus.server import ConnectionState, OfferState
+from vmbus.bus.offers import OfferState
+from vmbus.bus.server import ConnectionState
 from vmbus.errors import StateError
 from vmbus.kmcl.saved import CompletionChunk, LibBuf, PacketChunk, decode_chunk, decode_lib, encode
 from vmbus.kmcl.states import ChannelState
-from vmbus.synic import Register
 from vmbus.wire import messages as m
 from vmbus.wire.gpa import range_for
+from vmbus.wire.synic import Register
 from vmbus.workload import (
     BURST_ANSWER,
     BURST_TYPE,

@@ -8,12 +8,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vmbus.memory import GuestMemory
-from vmbus.synic import (
+from vmbus.synic import MAX_OUTBOX, Synic
+from vmbus.wire.synic import (
     ABI_VERSION,
     BAR_SIZE,
     CONTROL_ENABLE,
     CONTROL_RESET,
-    MAX_OUTBOX,
     PAGE_VALID,
     POST_HEADER,
     SLOT_FLAG_PENDING,
@@ -22,7 +22,6 @@ from vmbus.synic import (
     STATUS_FAULT,
     PostStatus,
     Register,
-    Synic,
 )
 
 pytestmark = pytest.mark.unit

@@ -122,8 +122,14 @@ class Provider(ABC):
         """
         return b""
 
+    def check(self, state: bytes) -> None:  # noqa: B027 - optional to override
+        """Whether `restore` will take these bytes: decode them, look at every range. Raise StateError to refuse them.
+
+        Without effects: it is asked before anything changes, and at a save, of bytes that `save` has just returned.
+        """
+
     def restore(self, state: bytes) -> None:
-        """`save`'s bytes again, before any packet is restored. Raise StateError to refuse them."""
+        """`save`'s bytes again, before any packet is restored. Raise StateError to refuse them, better in `check`."""
         if state:
             raise StateError(f"provider {self.name!r} ({self.kind}) has no state, but {len(state)} bytes were saved")
 

@@ -29,7 +29,7 @@ import msgspec
 import vmbus
 from vmbus import state as saved
 from vmbus.audit.files import make_directory, recorder_in
-from vmbus.bus.server import Offer
+from vmbus.bus.offers import Offer
 from vmbus.capture.capture import Capture, CaptureOptions
 from vmbus.description import DeviceDescription, explain
 from vmbus.device import Device
