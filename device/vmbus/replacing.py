@@ -12,7 +12,7 @@ from typing import NamedTuple, Protocol
 from uuid import UUID
 
 from vmbus.errors import StateError
-from vmbus.kmcl.saved import ChannelRecord, SavedChannel
+from vmbus.kmcl.saved import ChannelRecord, Counts, SavedChannel
 from vmbus.kmcl.server import ServerChannel
 from vmbus.kmcl.states import ChannelState
 
@@ -25,29 +25,8 @@ def key_of(channel: ServerChannel) -> Key:
     return channel.interface_instance.bytes_le, channel.subchannel_index
 
 
-class Counts(NamedTuple):
-    """Packets in saved channels, by their state at the save; `completions` wait for room in a ring."""
-
-    queued: int
-    sent: int
-    completions: int
-
-    @classmethod
-    def of(cls, channels: Iterable[SavedChannel]) -> Counts:
-        """All of them together."""
-        queued = sent = completions = 0
-        for one in channels:
-            queued += one.queued
-            sent += len(one.sent)
-            completions += one.completions
-        return cls(queued, sent, completions)
-
-
 class Restored(NamedTuple):
-    """What a restore brought back: `packets`, and those `dropped` with channels that were made anew (`renewed`).
-
-    Of a channel that was saved without its packets (`ChannelChunk.left_out`), all count as sent.
-    """
+    """What a restore brought back: `packets`, and those `dropped` with channels that were made anew (`renewed`)."""
 
     packets: Counts
     dropped: Counts
@@ -109,7 +88,7 @@ def put_back(
             channel.lost()
         if one.head.started if key in carrier.renewed else channel.restore(one):
             started.add(key)
-    kept = Counts.of(one for key, one in saved.items() if key not in carrier.renewed)
+    kept = Counts.total(one.counts for key, one in saved.items() if key not in carrier.renewed)
     queued = sum(channel.packets_queued for channel in live.values())
     sent = sum(channel.packets_sent for channel in live.values())
     if (queued, sent) != (kept.queued, kept.sent):
@@ -123,8 +102,7 @@ def put_back(
         elif key in saved:
             channel.begin_pause()
     gone = [one for key, one in saved.items() if key in carrier.renewed]
-    dropped = Counts.of(gone)
-    dropped = dropped._replace(sent=dropped.sent + sum(one.head.left_out for one in gone))
+    dropped = Counts.total(counts for one in gone for counts in (one.counts, one.left_out))
     return Restored(packets=kept, dropped=dropped, renewed=len(carrier.renewed))
 
 

@@ -26,7 +26,7 @@ from vmbus.bus.offers import MAX_RELID, OfferState, OfferStateRecord, OpenState
 from vmbus.bus.saved import BusState, decode_bus
 from vmbus.device import Device
 from vmbus.errors import EnvironmentProblem, PeerError, StateError, UsageError
-from vmbus.kmcl.saved import MAX_ENTRIES, ChannelRecord, RingRecord
+from vmbus.kmcl.saved import MAX_ENTRIES, ChannelRecord, Counts, RingRecord
 from vmbus.kmcl.status import KmclError
 from vmbus.providers.base import Provider
 from vmbus.records import (
@@ -40,7 +40,7 @@ from vmbus.records import (
     StructVersion,
 )
 from vmbus.records import decode as decode_record
-from vmbus.replacing import Counts, Restored, key_of, put_back, save_channels
+from vmbus.replacing import Restored, key_of, put_back, save_channels
 from vmbus.synic import SynicState, page_extents
 from vmbus.vfio_user.pci import COMMAND, COMMAND_BUS_MASTER
 from vmbus.wire.packet import largest_packet
@@ -207,7 +207,7 @@ def decode(data: bytes) -> DeviceState:
 
 def count_packets(state: DeviceState) -> Counts:
     """How many packets a state holds. Raises StateError."""
-    return Counts.of(record.decoded for record in state.channels)
+    return Counts.total(record.decoded.counts for record in state.channels)
 
 
 # ---- save ----------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 import struct
 from collections.abc import Callable
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -377,10 +378,10 @@ def test_restore_puts_everything_back(on: Rig) -> None:
     for text in (b"a", b"b", b"c"):
         on.synic.post(text * 8)
     on.write64(Register.POST_ADDRESS_LOW, POSTS)
-    saved = dict(on.synic.values), list(on.synic.outbox)
+    saved = msgspec.structs.replace(on.synic.save(), post_status=19)
     again = Rig()
     again.ram[:] = on.ram
-    again.synic.restore(saved[0], enabled=True, fault=False, post_status=19, outbox=saved[1])
+    again.synic.restore(saved)
     assert again.read(Register.STATUS) == STATUS_ENABLED and again.read(Register.POST_STATUS) == 19
     assert again.interrupts == 0
     again.synic.kick()

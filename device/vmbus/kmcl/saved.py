@@ -8,7 +8,7 @@ Everything is encoded once and decoded once: `decode_channel` checks each field'
 fields, refuses unknown versions and whatever cannot be a channel, and raises StateError and nothing else.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from typing import Annotated, NamedTuple
 from uuid import UUID
@@ -33,7 +33,7 @@ VersionNumber = Annotated[int, msgspec.Meta(ge=OLDEST_VERSION, le=VERSION)]
 class ChannelChunk(msgspec.Struct, tag="channel", frozen=True):
     """The channel itself. `entries` is the number of chunks that follow.
 
-    `force_new`: it is made anew at the restore, so that the `left_out` packets in use were not saved.
+    `force_new`: it is made anew at the restore, so that its packets in use were not saved: `left_queued`, `left_sent`.
     """
 
     version: VersionNumber
@@ -41,7 +41,8 @@ class ChannelChunk(msgspec.Struct, tag="channel", frozen=True):
     next_transaction: Annotated[int, msgspec.Meta(ge=1, le=1 << 62)]
     entries: Annotated[int, msgspec.Meta(ge=0, le=1 << 24)]
     force_new: bool = False
-    left_out: U32 = 0
+    left_queued: U32 = 0
+    left_sent: U32 = 0
 
 
 class PacketChunk(msgspec.Struct, tag="packet", frozen=True):
@@ -88,6 +89,19 @@ class RingRecord(msgspec.Struct, frozen=True):
     structure_version: StructVersion = 1
 
 
+class Counts(NamedTuple):
+    """Packets in saved channels, by their state at the save; `completions` wait for room in a ring."""
+
+    queued: int
+    sent: int
+    completions: int
+
+    @classmethod
+    def total(cls, counts: Iterable["Counts"]) -> "Counts":
+        """All of them together."""
+        return cls(*map(sum, zip((0, 0, 0), *counts, strict=True)))
+
+
 class SavedPacket(NamedTuple):
     """An outgoing packet in use: the library's state, decoded and as bytes, and what its owner saved for it."""
 
@@ -115,9 +129,14 @@ class SavedChannel(NamedTuple):
             )
 
     @property
-    def queued(self) -> int:
-        """Packets among what was queued."""
-        return len(self.queue) - self.completions
+    def counts(self) -> Counts:
+        """How many packets, by their state."""
+        return Counts(len(self.queue) - self.completions, len(self.sent), self.completions)
+
+    @property
+    def left_out(self) -> Counts:
+        """How many more were in use and not saved."""
+        return Counts(self.head.left_queued, self.head.left_sent, 0)
 
 
 class ChannelRecord(msgspec.Struct, frozen=True, dict=True):
@@ -192,6 +211,8 @@ def decode_channel(chunks: Sequence[bytes], name: str) -> SavedChannel:
             lib = decode_lib(chunk.lib)
             if lib.transaction >= head.next_transaction:
                 raise StateError(f"packet {lib.transaction} of channel {name} is newer than the channel's state")
+            if lib.transaction in seen:
+                raise StateError(f"packet {lib.transaction} of channel {name} is there twice")
             seen.add(lib.transaction)
             packet = SavedPacket(lib, chunk.lib, chunk.save)
             if lib.queued:
@@ -207,6 +228,4 @@ def decode_channel(chunks: Sequence[bytes], name: str) -> SavedChannel:
             completions += 1
         else:
             raise StateError(f"the saved state of channel {name} has a second channel chunk")
-    if len(seen) != head.entries - completions:
-        raise StateError(f"a packet of channel {name} is there twice")
     return SavedChannel(head, sent, queue, completions, longest)

@@ -230,11 +230,9 @@ class SavingChannel(Channel):
         if self._save_context is not None:
             raise ChannelStateError(f"channel {self.name} is being saved already; save_end() abandons that")
         entries = list(self._entries())
-        left_out = 0
         anew |= self.force_new_channel
         if anew:
             # Made anew at the restore, it has no packets: nobody is asked to save any.
-            left_out = sum(isinstance(entry, Packet) for entry in entries)
             entries.clear()
         if len(entries) > MAX_ENTRIES:
             raise KmclError(
@@ -247,7 +245,8 @@ class SavingChannel(Channel):
             next_transaction=self.next_transaction,
             entries=len(entries),
             force_new=anew,
-            left_out=left_out,
+            left_queued=self.packets_queued if anew else 0,
+            left_sent=self.packets_sent if anew else 0,
         )
         self._save_context = _SaveContext([encode(head), *map(self._save_one, entries)])
 
