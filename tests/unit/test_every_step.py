@@ -316,7 +316,7 @@ def no_turn_after_the_restore() -> Iterator[None]:
 
 @contextmanager
 def offers_in_another_order() -> Iterator[None]:
-    with mock.patch("vmbus.state._Adoption._put_in_order", lambda self: None):
+    with mock.patch("vmbus.bus.adoption.Adoption._put_in_order", lambda self: None):
         yield
 
 
