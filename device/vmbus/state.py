@@ -10,6 +10,8 @@ SynIC, bus and channels save and restore themselves, next to their live state; h
 
 import hashlib
 import logging
+import os
+import stat
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from struct import Struct
@@ -73,6 +75,7 @@ __all__ = [
     "decode",
     "encode",
     "expected_size",
+    "read_file",
     "restore_device",
     "save_device",
     "verify",
@@ -203,6 +206,18 @@ def decode(data: bytes) -> DeviceState:
         pieces.providers,
         pieces.audit,
     )
+
+
+def read_file(path: Path) -> bytes:
+    """The bytes of a file that ought to be a device state. Raises StateError for what is not a plain file (without
+    waiting for whoever might write into it), or too large; OSError."""
+    with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise StateError(f"{path} is not a plain file")
+        if status.st_size > MAX_BODY + HEAD_SIZE:
+            raise StateError(f"{path} has {status.st_size} bytes: no device state is that large")
+        return file.read()
 
 
 def count_packets(state: DeviceState) -> Counts:

@@ -514,7 +514,7 @@ def test_state_files_are_refused_with_the_reason(tmp_path: Path) -> None:
             inspect_path(path)
     (tmp_path / "fifo").unlink(missing_ok=True)
     os.mkfifo(tmp_path / "fifo")
-    with pytest.raises(StateError, match="neither a directory nor a plain file"):
+    with pytest.raises(StateError, match="is not a plain file"):
         inspect_path(tmp_path / "fifo")
 
 

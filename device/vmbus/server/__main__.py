@@ -19,7 +19,7 @@ from vmbus.vfio_user.library import Library, find_and_load
 def read_state(path: Path) -> saved.DeviceState:
     """The saved state in a file. Raises EnvironmentProblem or StateError."""
     try:
-        data = path.read_bytes()
+        data = saved.read_file(path)
     except OSError as error:
         raise EnvironmentProblem(f"cannot read device state {path}: {error.strerror}") from error
     return saved.decode(data)

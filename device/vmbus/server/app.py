@@ -534,7 +534,9 @@ class DeviceServer:
                     raise
             with bounded(seconds, "the providers to give their state"):
                 state = saved.save_device(self.description.name, self.config.snapshot(), self.device, self.providers)
-            data = saved.encode(state)
+                data = saved.encode(state)
+                # What cannot be restored was not saved, and is said now, while the guest is still there.
+                state = saved.verify(data, self.providers)
         try:
             fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         except (OSError, ValueError) as error:
@@ -927,7 +929,7 @@ def _read_state(path: str, sha256: str) -> saved.DeviceState:
     if not isinstance(path, str) or not isinstance(sha256, str):
         raise UsageError(f"load: path and sha256 are strings, not {path!r} and {sha256!r}")
     try:
-        data = Path(path).read_bytes()
+        data = saved.read_file(Path(path))
     except (OSError, ValueError) as error:
         raise EnvironmentProblem(f"cannot read device state {path!r}: {error}") from error
     found = hashlib.sha256(data).hexdigest()
