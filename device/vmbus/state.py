@@ -211,13 +211,17 @@ def decode(data: bytes) -> DeviceState:
 def read_file(path: Path) -> bytes:
     """The bytes of a file that ought to be a device state. Raises StateError for what is not a plain file (without
     waiting for whoever might write into it), or too large; OSError."""
-    with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
-        status = os.fstat(file.fileno())
+    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        status = os.fstat(fd)
         if not stat.S_ISREG(status.st_mode):
             raise StateError(f"{path} is not a plain file")
         if status.st_size > MAX_BODY + HEAD_SIZE:
             raise StateError(f"{path} has {status.st_size} bytes: no device state is that large")
-        return file.read()
+        with os.fdopen(fd, "rb", closefd=False) as file:
+            return file.read()
+    finally:
+        os.close(fd)
 
 
 def count_packets(state: DeviceState) -> Counts:

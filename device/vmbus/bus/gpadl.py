@@ -297,9 +297,10 @@ def decode_gpadls(pieces: Iterable[msgspec.Raw], described: int) -> list[GpadlSt
     gpadls = []
     for piece in pieces:
         gpadl = decode(_gpadl_decoder, piece, "a GPADL in the device state")
+        what = f"a range of GPADL {gpadl.handle:#x} in the device state"
         ranges = []
         for one in gpadl.ranges:
-            ranges.append(decode(_range_decoder, one, f"a range of GPADL {gpadl.handle:#x} in the device state"))
+            ranges.append(decode(_range_decoder, one, what))
             described += 8 + 8 * len(ranges[-1].pfns)
             if described > MAX_DESCRIPTION:
                 raise StateError(f"the range lists of all GPADLs in the device state exceed {MAX_DESCRIPTION} bytes")
