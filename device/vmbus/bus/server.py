@@ -25,7 +25,8 @@ from collections.abc import Callable
 from enum import Enum
 from typing import Any, Protocol
 
-from vmbus.bus.gpadl import Gpadl, GpadlError, GpadlMapped, GpadlTable
+from vmbus.bus.desk import REFUSED, GpadlDesk
+from vmbus.bus.gpadl import Gpadl, GpadlError
 from vmbus.bus.offers import CONNECTION_ID_BASE, MAX_RELID, Offer, OfferEvent, OfferState, OpenRequest
 from vmbus.bus.saved import BusState
 from vmbus.errors import PeerError, UsageError
@@ -36,7 +37,6 @@ log = logging.getLogger(__name__)
 # Where messages are posted: 1 before version 5.0, 4 for INITIATE_CONTACT and everything from 5.0 on.
 MESSAGE_CONNECTION_ID = 1
 MESSAGE_CONNECTION_ID_5_0 = 4
-REFUSED = 0x8000FFFF
 
 
 class ConnectionState(Enum):
@@ -62,19 +62,19 @@ class BusActions(Protocol):
         """Close; answer with `BusServer.closed`, now or later (now, if `force`)."""
 
 
-class BusServer:
+class BusServer(GpadlDesk):
     """The host's end. One per PCI function.
 
     `offers` is in the order of their creation, which is the order in which the guest sees them.
     """
 
     def __init__(self, actions: BusActions) -> None:
+        super().__init__()
         self._actions = actions
         self.state = ConnectionState.DISCONNECTED
         self.version = 0
         self.offers_requested = False
         self.offers: list[Offer] = []
-        self.gpadls = GpadlTable()
         self.rejected = 0
         # The UNLOAD or INITIATE_CONTACT that waits for owners to let go; a later one takes its place.
         self._ending: m.InitiateContact | m.Unload | None = None
@@ -82,7 +82,6 @@ class BusServer:
         self.restoring = False
         # Called when a withdrawn offer is gone for good.
         self.on_released: Callable[[], None] | None = None
-        self._by_relid: dict[int, Offer] = {}
 
     # ---- owners ------------------------------------------------------------------------------------------------
 
@@ -128,8 +127,8 @@ class BusServer:
         offer.mapped.clear()
         self._finish_teardowns(offer)
         if waiting is not None:
-            self._post(m.OpenResult(offer.relid, waiting.open_id, REFUSED))
-        self._post(m.RescindOffer(offer.relid))
+            self.post(m.OpenResult(offer.relid, waiting.open_id, REFUSED))
+        self.post(m.RescindOffer(offer.relid))
         self._continue_disconnect()
 
     def opened(self, offer: Offer, status: int) -> None:
@@ -142,7 +141,7 @@ class BusServer:
             offer.request = None
         else:
             offer.move(OfferEvent.OPENED)
-        self._post(m.OpenResult(offer.relid, request.open_id, status))
+        self.post(m.OpenResult(offer.relid, request.open_id, status))
         if not status:
             self._actions.channel_answered(offer)
             for sub in self._subchannels(offer):
@@ -196,40 +195,6 @@ class BusServer:
             return []
         return [offer for offer in self.offers if offer.subchannel and offer.instance == primary.instance]
 
-    # ---- GPADLs of owners --------------------------------------------------------------------------------------
-
-    def map_gpadl(self, offer: Offer, handle: int) -> Gpadl:
-        """The owner is about to use a GPADL: it will not be torn down before `unmap_gpadl`.
-
-        Raises GpadlError when the channel has no such GPADL or it holds the rings, GpadlMapped when it is mapped.
-        """
-        gpadl = self.gpadls.complete.get((offer.relid, handle))
-        if gpadl is None or not offer.in_use or handle in offer.teardowns:
-            raise GpadlError(f"channel {offer.name} has no GPADL {handle:#x}, or the guest is taking it back")
-        if offer.request is not None and handle == offer.request.ring_gpadl:
-            raise GpadlError(f"GPADL {handle:#x} holds the rings of channel {offer.name}")
-        if handle in offer.mapped:
-            raise GpadlMapped(f"GPADL {handle:#x} is mapped already: unmap it first")
-        offer.mapped.add(handle)
-        return gpadl
-
-    def unmap_gpadl(self, offer: Offer, handle: int) -> None:
-        """The owner uses it no more; a teardown that waits is answered. Raises GpadlError when it is not mapped."""
-        if handle not in offer.mapped:
-            raise GpadlError(f"GPADL {handle:#x} is not mapped on channel {offer.name}")
-        offer.mapped.discard(handle)
-        if handle in offer.teardowns and offer.state is not OfferState.CLOSING:
-            offer.teardowns.remove(handle)
-            self.gpadls.remove(offer.relid, handle)
-            self._post(m.GpadlTorndown(handle))
-
-    def _finish_teardowns(self, offer: Offer) -> None:
-        """Answer the GPADL_TEARDOWNs that came while the owner could still touch the memory."""
-        for handle in offer.teardowns:
-            self.gpadls.remove(offer.relid, handle)
-            self._post(m.GpadlTorndown(handle))
-        offer.teardowns.clear()
-
     # ---- the guest ---------------------------------------------------------------------------------------------
 
     def find(self, connection_id: int) -> Offer | None:
@@ -277,14 +242,9 @@ class BusServer:
         self._drop_all(force=True)
         self._disconnect()
 
-    def _post(self, message: Any) -> None:
+    def post(self, message: Any) -> None:
+        """Send a message to the guest."""
         self._actions.post(m.encode(message))
-
-    def _channel(self, relid: int) -> Offer:
-        offer = self._by_relid.get(relid)
-        if offer is None:
-            raise m.MessageError(f"relid {relid} is not offered")
-        return offer
 
     def _end_connection(self, message: m.InitiateContact | m.Unload) -> None:
         self._ending = message
@@ -311,7 +271,7 @@ class BusServer:
         self._disconnect()
         contact, self._ending = self._ending, None
         if isinstance(contact, m.Unload):
-            self._post(m.UnloadResponse())
+            self.post(m.UnloadResponse())
             return
         supported = contact.version in set(m.Version)
         if supported:
@@ -319,7 +279,7 @@ class BusServer:
             self.version = contact.version
         v5 = contact.version >= m.Version.V5_0
         where = MESSAGE_CONNECTION_ID_5_0 if v5 else contact.version
-        self._post(m.VersionResponse(int(supported), 0, where if supported else 0))
+        self.post(m.VersionResponse(int(supported), 0, where if supported else 0))
 
     def _disconnect(self) -> None:
         self.state = ConnectionState.DISCONNECTED
@@ -349,7 +309,7 @@ class BusServer:
         self.offers_requested = True
         for offer in self.offers:
             self._send_offer(offer)
-        self._post(m.AllOffersDelivered())
+        self.post(m.AllOffersDelivered())
 
     def _send_offer(self, offer: Offer) -> None:
         if not self.offers_requested or self.restoring or offer.state is not OfferState.UNOFFERED or not offer.wanted:
@@ -364,53 +324,7 @@ class BusServer:
         offer.relid = relid
         offer.move(OfferEvent.OFFER)
         self._by_relid[relid] = offer
-        self._post(offer.offer_message())
-
-    def _gpadl_header(self, message: m.GpadlHeader) -> None:
-        try:
-            self._channel(message.relid)
-            done = self.gpadls.begin(
-                message.relid, message.gpadl, message.range_bytes, message.range_count, message.words
-            )
-        except PeerError:
-            self._post(m.GpadlCreated(message.relid, message.gpadl, REFUSED))
-            raise
-        if done is not None:
-            self._post(m.GpadlCreated(done.relid, done.handle, 0))
-
-    def _gpadl_body(self, message: m.GpadlBody) -> None:
-        partial = self.gpadls.partial.get(message.gpadl)
-        try:
-            _, done = self.gpadls.extend(message.gpadl, message.words)
-        except PeerError:
-            if partial is not None:
-                self._post(m.GpadlCreated(partial.relid, partial.handle, REFUSED))
-            raise
-        if done is not None:
-            self._post(m.GpadlCreated(done.relid, done.handle, 0))
-
-    def _gpadl_teardown(self, message: m.GpadlTeardown) -> None:
-        key = (message.relid, message.gpadl)
-        offer = self._by_relid.get(message.relid)
-        if key not in self.gpadls.complete:
-            # Answered all the same: a guest that waits for this would wait for ever.
-            partial = self.gpadls.partial.get(message.gpadl)
-            if partial is not None and partial.relid == message.relid:
-                self.gpadls.abandon(message.gpadl)
-                self._post(m.GpadlCreated(message.relid, message.gpadl, REFUSED))
-            self._post(m.GpadlTorndown(message.gpadl))
-            raise m.MessageError(f"teardown of GPADL {message.gpadl:#x} of relid {message.relid}, which does not exist")
-        if offer is not None and (offer.state is OfferState.CLOSING or message.gpadl in offer.mapped):
-            if message.gpadl in offer.teardowns:
-                raise m.MessageError(f"second teardown of GPADL {message.gpadl:#x}")
-            offer.teardowns.append(message.gpadl)
-            return
-        if offer is not None and offer.request is not None and offer.request.ring_gpadl == message.gpadl:
-            # The guest wants the rings of a channel that it has not closed: it gets them, and loses the channel.
-            log.warning("bus: relid %d is %s and its rings are torn down", message.relid, offer.state.value)
-            self.rescind(offer)
-        self.gpadls.remove(*key)
-        self._post(m.GpadlTorndown(message.gpadl))
+        self.post(offer.offer_message())
 
     def _open_channel(self, message: m.OpenChannel) -> None:
         try:
@@ -423,14 +337,14 @@ class BusServer:
             if offer.state is not OfferState.OFFERED:
                 raise m.MessageError(f"open of relid {message.relid}, which is {offer.state.value}")
         except PeerError:
-            self._post(m.OpenResult(message.relid, message.open_id, REFUSED))
+            self.post(m.OpenResult(message.relid, message.open_id, REFUSED))
             raise
         self._open(offer, message)
 
     def _open(self, offer: Offer, message: m.OpenChannel) -> None:
         gpadl = self.gpadls.complete.get((message.relid, message.ring_gpadl))
         if gpadl is None:
-            self._post(m.OpenResult(message.relid, message.open_id, REFUSED))
+            self.post(m.OpenResult(message.relid, message.open_id, REFUSED))
             raise GpadlError(f"open of relid {message.relid} with GPADL {message.ring_gpadl:#x}, which does not exist")
         offer.move(OfferEvent.OPEN)
         offer.request = OpenRequest(
@@ -477,7 +391,7 @@ class BusServer:
         if good and offer is not None and offer.request is not None:
             offer.request.target_vp = message.target_vp
         if self.version >= m.Version.V5_3:
-            self._post(m.ModifyChannelResponse(message.relid, 0 if good else REFUSED))
+            self.post(m.ModifyChannelResponse(message.relid, 0 if good else REFUSED))
         if not good:
             raise m.MessageError(f"modification of relid {message.relid}, which is not open")
 
@@ -529,9 +443,9 @@ class BusServer:
         self.restoring = False
         for relid, handle in torndown:
             self.gpadls.remove(relid, handle)
-            self._post(m.GpadlTorndown(handle))
+            self.post(m.GpadlTorndown(handle))
         for offer in rescinded:
-            self._post(m.RescindOffer(offer.relid))
+            self.post(m.RescindOffer(offer.relid))
         for offer in new:
             self._send_offer(offer)
 
