@@ -11,9 +11,10 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from vmbus.audit.recorder import Recorder
-from vmbus.bus.gpadl import Gpadl, GpadlError, Mappings
+from vmbus.bus.gpadl import Gpadl, GpadlError, Mappings, ring_extents
 from vmbus.bus.loopback import LoopbackBus
-from vmbus.bus.server import BusServer, Offer
+from vmbus.bus.offers import Offer
+from vmbus.bus.server import BusServer
 from vmbus.complaints import bounded_log
 from vmbus.errors import PeerError
 from vmbus.kmcl.allowance import SharedAllowance
@@ -25,8 +26,8 @@ from vmbus.kmcl.threads import Carrier
 from vmbus.kmcl.turns import one_round
 from vmbus.memory import Grant, GuestMemory
 from vmbus.ring import RingReader, RingWriter
-from vmbus.synic import PostStatus, Synic
-from vmbus.wire.gpa import PAGE_SIZE
+from vmbus.synic import Synic
+from vmbus.wire.synic import PostStatus
 
 if TYPE_CHECKING:
     from vmbus.capture.capture import Capture
@@ -42,13 +43,20 @@ LOOK_AGAIN_SECONDS = 0.005
 class ServerLink:
     """What carries one open channel on the host: implements `vmbus.kmcl.channel.Link`."""
 
-    def __init__(self, device: Device, offer: Offer, channel: ServerChannel, gpadl: Gpadl) -> None:
-        """Opens the rings in the GPADL's memory. Raises PeerError when the guest's description does not fit."""
+    def __init__(
+        self,
+        device: Device,
+        offer: Offer,
+        channel: ServerChannel,
+        gpadl: Gpadl,
+        own: tuple[int | None, int | None] = (None, None),
+    ) -> None:
+        """Opens the rings in the GPADL's memory. `own`: for a restore, the indices of ours that they must have.
+
+        Raises PeerError when the guest's description does not fit, RingCorrupt when the rings are none.
+        """
         assert offer.request is not None
-        split = offer.request.downstream_page_offset
-        pages = gpadl.size // PAGE_SIZE
-        if split < 2 or pages < split + 2:
-            raise GpadlError(f"{pages} ring pages split at page {split}: each ring needs a header and a data page")
+        parts = ring_extents(gpadl, offer.request.downstream_page_offset)
         self._device = device
         self._offer = offer
         self._channel = channel
@@ -56,10 +64,10 @@ class ServerLink:
         self.mappings = Mappings(device.memory)
         opened = []
         try:
-            for first, count in ((0, 1), (1, split - 1), (split, 1), (split + 1, pages - split - 1)):
-                opened.append(self.memory.window(gpadl.page_extents(first, count)))
-            self.reader = RingReader(opened[0], opened[1])
-            self.writer = RingWriter(opened[2], opened[3])
+            for part in parts:
+                opened.append(self.memory.window(part))
+            self.reader = RingReader(opened[0], opened[1], own=own[0])
+            self.writer = RingWriter(opened[2], opened[3], own=own[1])
         except PeerError:
             for window in opened:
                 window.close()
@@ -279,6 +287,7 @@ class Device:
         for channel in self.channels:
             self._ready[channel] = None
         self._schedule()
+        self.synic.deliver()  # what a save has left there
 
     # ---- the PCI function --------------------------------------------------------------------------------------
 
@@ -385,14 +394,15 @@ class Device:
 
     # ---- restore -----------------------------------------------------------------------------------------------
 
-    def reattach(self, offer: Offer) -> None:
-        """For restore: put an open channel back on its rings. Raises PeerError when the memory is not there."""
+    def reattach(self, offer: Offer, own: tuple[int | None, int | None]) -> None:
+        """For restore: put an open channel back on its rings, in which we had published the indices `own` (None: not
+        known). Raises RingCorrupt when that is not so, other PeerErrors when the memory is not there."""
         assert offer.request is not None
         gpadl = self.bus.gpadls.complete.get((offer.relid, offer.request.ring_gpadl))
         if gpadl is None:
             raise GpadlError(f"the ring GPADL {offer.request.ring_gpadl:#x} of relid {offer.relid} was not saved")
         channel: ServerChannel = offer.owner
-        link = ServerLink(self, offer, channel, gpadl)
+        link = ServerLink(self, offer, channel, gpadl, own)
         self._links[id(offer)] = link
         channel.reopen(link)
 

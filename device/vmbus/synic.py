@@ -10,57 +10,44 @@ All registers are 32 bits wide and accessed as such; anything else reads as zero
 """
 
 from collections import deque
-from enum import IntEnum
-from struct import Struct
-from typing import Protocol
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Annotated, Protocol
+
+import msgspec
 
 from vmbus.complaints import bounded_log
-from vmbus.errors import PeerError
+from vmbus.errors import PeerError, StateError
 from vmbus.fence import full_fence
 from vmbus.memory import GuestMemory, MemoryFault, Window
+from vmbus.records import U16, U32, StructVersion
 from vmbus.wire.gpa import PAGE_SIZE
 from vmbus.wire.messages import MAX_MESSAGE_SIZE
+from vmbus.wire.synic import (
+    ABI_VERSION,
+    CONTROL_ENABLE,
+    CONTROL_RESET,
+    EVENT_FLAG_COUNT,
+    MAGIC,
+    MESSAGE_TYPE,
+    PAGE_VALID,
+    POST_HEADER,
+    POST_SIZE,
+    SLOT_FLAG_PENDING,
+    SLOT_HEADER,
+    SLOT_OFFSET,
+    STATUS_ENABLED,
+    STATUS_FAULT,
+    PostStatus,
+    Register,
+)
 
 log = bounded_log(__name__)
 
-MAGIC = int.from_bytes(b"VMBS", "little")
-ABI_VERSION = 0x0001_0000
-EVENT_FLAG_COUNT = 2048
-BAR_SIZE = 4096
-
-SLOT_SIZE = 256
-SINT = 2
-SLOT_OFFSET = SINT * SLOT_SIZE
-MESSAGE_TYPE = 1
-SLOT_FLAG_PENDING = 1
-# The slot: u32 type, u8 payload size, u8 flags, u16 0, u64 sender, 240 bytes of payload.
-SLOT_HEADER = Struct("<IBBHQ")
-# The post-message block: u32 connection id, u32 0, u32 message type, u32 payload size, 240 bytes of payload.
-POST_HEADER = Struct("<IIII")
-POST_SIZE = POST_HEADER.size + MAX_MESSAGE_SIZE
 MAX_OUTBOX = 4096
-
-
-class Register(IntEnum):
-    """Offsets in BAR0."""
-
-    MAGIC = 0x000
-    ABI_VERSION = 0x004
-    FEATURES = 0x008
-    EVENT_FLAGS = 0x00C
-    CONTROL = 0x010
-    STATUS = 0x014
-    MESSAGE_PAGE_LOW = 0x020
-    MESSAGE_PAGE_HIGH = 0x024
-    EVENT_PAGE_LOW = 0x028
-    EVENT_PAGE_HIGH = 0x02C
-    EOM = 0x030
-    SIGNAL_EVENT = 0x034
-    POST_ADDRESS_LOW = 0x040
-    POST_ADDRESS_HIGH = 0x044
-    POST_MESSAGE = 0x048
-    POST_STATUS = 0x04C
-
+# The guest's posts are refused when MAX_OUTBOX messages wait, but one post can have many consequences: an offer for
+# each relid, an answer for each GPADL.
+MAX_SAVED_OUTBOX = 4 * MAX_OUTBOX
 
 # Which pages are in use is settled by enabling: until the SynIC is disabled, writes to these are ignored.
 _PAGE_REGISTERS = frozenset(
@@ -69,20 +56,32 @@ _PAGE_REGISTERS = frozenset(
 _POST_REGISTERS = frozenset((Register.POST_ADDRESS_LOW, Register.POST_ADDRESS_HIGH))
 WRITABLE_REGISTERS = _PAGE_REGISTERS | _POST_REGISTERS
 
-CONTROL_ENABLE = 1
-CONTROL_RESET = 2
-STATUS_ENABLED = 1
-STATUS_FAULT = 2
-PAGE_VALID = 1
+
+class SynicState(msgspec.Struct, frozen=True):
+    """What is saved: registers, and messages that the guest has not taken."""
+
+    enabled: bool
+    fault: bool
+    registers: Annotated[dict[U16, U32], msgspec.Meta(max_length=16)]
+    post_status: U32
+    outbox: Annotated[
+        list[Annotated[bytes, msgspec.Meta(min_length=8, max_length=MAX_MESSAGE_SIZE)]],
+        msgspec.Meta(max_length=MAX_SAVED_OUTBOX),
+    ]
+    structure_version: StructVersion = 1
 
 
-class PostStatus(IntEnum):
-    """What the last post came to."""
+NOTHING = SynicState(enabled=False, fault=False, registers={}, post_status=0, outbox=[])
+"""After a reset."""
 
-    SUCCESS = 0
-    INVALID_PARAMETER = 5
-    INVALID_CONNECTION_ID = 18
-    INSUFFICIENT_BUFFERS = 19
+
+def check(state: SynicState) -> None:
+    """Raises StateError for a state that no SynIC can be in."""
+    if state.post_status not in set(PostStatus):
+        raise StateError(f"the post status {state.post_status} does not exist")
+    unknown = set(state.registers) - WRITABLE_REGISTERS
+    if unknown:
+        raise StateError(f"the state has values for registers {sorted(unknown)}, which cannot be written")
 
 
 def page_extents(values: dict[int, int]) -> list[tuple[int, int]]:
@@ -126,6 +125,7 @@ class Synic:
         self.bad_accesses = 0
         self._message_page: Window | None = None
         self._event_page: Window | None = None
+        self._unsent = False
 
     def reset(self) -> None:
         """Power-on state, except that a fault stays visible until the SynIC is enabled again."""
@@ -241,7 +241,7 @@ class Synic:
     def deliver(self) -> None:
         """Put the next message into the slot if that is empty; else see to it that the guest asks again."""
         page = self._message_page
-        if not self.outbox or page is None or not self.enabled:
+        if not self.outbox or page is None or not self.enabled or self._unsent:
             return
         try:
             if page.load32(SLOT_OFFSET):
@@ -276,17 +276,35 @@ class Synic:
         self.deliver()
         self._actions.interrupt()
 
-    # ---- restore -----------------------------------------------------------------------------------------------------
+    # ---- save and restore --------------------------------------------------------------------------------------------
 
-    def restore(
-        self, values: dict[int, int], *, enabled: bool, fault: bool, post_status: int, outbox: list[bytes]
-    ) -> None:
-        """Put the saved registers back; the pages must be mapped again. Raises MemoryFault."""
+    @contextmanager
+    def unsent(self) -> Iterator[None]:
+        """For a save: messages of the block stay in the outbox, since guest memory may have been saved already. Who
+        lets the guest go on delivers them."""
+        before, self._unsent = self._unsent, True
+        try:
+            yield
+        finally:
+            self._unsent = before
+
+    def save(self) -> SynicState:
+        """Everything but the pages, which are guest memory."""
+        return SynicState(
+            enabled=self.enabled,
+            fault=self.fault,
+            registers=dict(self.values),
+            post_status=int(self.post_status),
+            outbox=list(self.outbox),
+        )
+
+    def restore(self, state: SynicState) -> None:
+        """Put what `check` has passed back; the pages must be mapped again. Raises MemoryFault."""
         self.reset()
-        self.values.update(values)
-        self.fault = fault
-        self.post_status = PostStatus(post_status)
-        self.outbox.extend(outbox)
-        if enabled:
+        self.values.update(state.registers)
+        self.fault = state.fault
+        self.post_status = PostStatus(state.post_status)
+        self.outbox.extend(state.outbox)
+        if state.enabled:
             self._open_pages()
             self.enabled = True

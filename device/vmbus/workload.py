@@ -40,6 +40,8 @@ MOST_NEEDLESS = 64
 KIND_DATA = 1
 KIND_DONE = 2
 
+_MOST = (1 << 64) - 1  # counters are saved as u64
+
 _BLOCK = 1 << 16
 _TABLES = [bytes(value ^ key for value in range(256)) for key in range(256)]
 
@@ -73,7 +75,11 @@ class Tally:
 
 
 class Sequence:
-    """Checks that numbers arrive once each and in order."""
+    """Checks that numbers arrive once each and in order.
+
+    Numbers are u64 and chosen by the other side: `next` begins again at 0 after the last of them, and the count of the
+    lost ones stops at 2^64 - 1.
+    """
 
     __slots__ = ("next", "tally")
 
@@ -85,10 +91,10 @@ class Sequence:
         """Count `number`: as expected, skipping some (they are lost until they turn up), or from the past."""
         tally = self.tally
         if number == self.next:
-            self.next = number + 1
+            self.next = (number + 1) & _MOST
         elif number > self.next:
-            tally.lost += number - self.next
-            self.next = number + 1
+            tally.lost = min(tally.lost + number - self.next, _MOST)
+            self.next = (number + 1) & _MOST
         elif tally.lost > 0:
             tally.lost -= 1
             tally.reordered += 1

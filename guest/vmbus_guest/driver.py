@@ -19,7 +19,10 @@ from vmbus.kmcl.client import ClientChannel
 from vmbus.kmcl.states import ChannelState
 from vmbus.memory import GuestMemory
 from vmbus.ring import FEATURE_BITS, FEATURE_PENDING_SEND_SIZE, RingReader, RingWriter
-from vmbus.synic import (
+from vmbus.watches import Watches
+from vmbus.wire import messages as m
+from vmbus.wire.gpa import PAGE_SIZE, range_for
+from vmbus.wire.synic import (
     ABI_VERSION,
     CONTROL_ENABLE,
     CONTROL_RESET,
@@ -34,9 +37,6 @@ from vmbus.synic import (
     PostStatus,
     Register,
 )
-from vmbus.watches import Watches
-from vmbus.wire import messages as m
-from vmbus.wire.gpa import PAGE_SIZE, range_for
 from vmbus_guest.pci import DmaBuffer, PciFunction
 
 if TYPE_CHECKING:

@@ -58,6 +58,8 @@ HOST_ONLY = {
         "capture",
         "pytest_plugin.py",
         "state.py",
+        "records.py",
+        "synic.py",
         "description.py",
         "copying.py",
     ),

@@ -24,11 +24,11 @@ from vmbus.providers.block import BlockProvider, provider
 from vmbus.providers.block.backend import Backend
 from vmbus.providers.block.core import Core, Job
 from vmbus.providers.block.image import Image
-from vmbus.synic import CONTROL_RESET, Register
 from vmbus.vfio_user.library import Library
 from vmbus.vfio_user.mapping import GuestMapping
 from vmbus.wire import block as wire
 from vmbus.wire.block import BLOCK_TYPE, Disk, Flag, Hello, Op, Status, parse_disk, parse_status
+from vmbus.wire.synic import CONTROL_RESET, Register
 from vmbus_guest.driver import VmbusDriver
 
 pytestmark = pytest.mark.loopback

@@ -11,11 +11,11 @@ from support.traffic import PAGE, Burst, Echo, Traffic
 from vmbus.bus.server import REFUSED
 from vmbus.loopback.harness import LoopbackServer, describe
 from vmbus.ring import READ_INDEX, WRITE_INDEX
-from vmbus.synic import CONTROL_ENABLE, CONTROL_RESET, STATUS_FAULT, Register
 from vmbus.vfio_user.client import RemoteError
 from vmbus.vfio_user.library import Library
 from vmbus.wire import messages as m
 from vmbus.wire.gpa import GpaRange, pack_ranges, range_for
+from vmbus.wire.synic import CONTROL_ENABLE, CONTROL_RESET, STATUS_FAULT, Register
 from vmbus.workload import ECHO_TYPE, echo_request
 from vmbus_guest.driver import VmbusDriver
 

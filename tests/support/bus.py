@@ -4,7 +4,8 @@ from uuid import UUID
 
 from vmbus.bus.client import BusClient
 from vmbus.bus.gpadl import Gpadl
-from vmbus.bus.server import BusServer, Offer, OfferState
+from vmbus.bus.offers import Offer, OfferState
+from vmbus.bus.server import BusServer
 from vmbus.wire import messages as m
 
 TYPE = UUID("00000000-0000-4000-8000-00000000aaaa")

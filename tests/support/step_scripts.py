@@ -20,9 +20,9 @@ from support.step_provider import (
 from support.steps import BASE, PAGE, Described, Run, Scenario
 from vmbus.errors import EnvironmentProblem, PeerError
 from vmbus.kmcl.states import ChannelState
-from vmbus.synic import CONTROL_ENABLE, CONTROL_RESET, PAGE_VALID, Register
 from vmbus.wire import messages as m
 from vmbus.wire.gpa import pack_ranges, range_for
+from vmbus.wire.synic import CONTROL_ENABLE, CONTROL_RESET, PAGE_VALID, Register
 
 ONE = UUID(int=0x51)
 TWO = UUID(int=0x52)

@@ -21,8 +21,8 @@ from vmbus.errors import WaitTimeout
 from vmbus.fence import full_fence
 from vmbus.loopback.function import LoopbackBuffer
 from vmbus.loopback.harness import LoopbackServer
-from vmbus.synic import Register
 from vmbus.vfio_user.library import Library
+from vmbus.wire.synic import Register
 from vmbus_guest.driver import VmbusDriver
 
 # What the server has to know: monkeypatched into `vmbus.providers.PROVIDERS`.

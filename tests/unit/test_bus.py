@@ -1,12 +1,15 @@
 """The bus: negotiation, offers, the life of a channel, whatever order the guest's messages come in."""
 
+from uuid import UUID
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from support.bus import Joined, check, instance, one_range, open_channel
-from vmbus.bus.server import MAX_RELID, REFUSED, ConnectionState, OfferState
+from vmbus.bus.offers import MAX_RELID, TRANSITIONS, Offer, OfferEvent, OfferState
+from vmbus.bus.server import REFUSED, ConnectionState
 from vmbus.errors import UsageError
 from vmbus.wire import messages as m
 
@@ -539,3 +542,29 @@ class AnyGuest(RuleBasedStateMachine):
 
 AnyGuest.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
 test_any_guest = pytest.mark.unit(AnyGuest.TestCase)
+
+
+# ---- the table of offers ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("state", OfferState)
+@pytest.mark.parametrize("event", OfferEvent)
+def test_offers_move_by_their_table_and_not_otherwise(state: OfferState, event: OfferEvent) -> None:
+    offer = Offer(UUID(int=1), UUID(int=2), 0, b"", None)
+    offer.state = state
+    if (state, event) in TRANSITIONS:
+        offer.move(event)
+        assert offer.state is TRANSITIONS[state, event]
+    else:
+        with pytest.raises(UsageError, match=f"is {state.value}: '{event.value}' is not possible now"):
+            offer.move(event)
+        assert offer.state is state
+
+
+def test_every_state_of_an_offer_is_reached_and_left() -> None:
+    assert {state for state, _ in TRANSITIONS} == set(TRANSITIONS.values()) == set(OfferState)
+    assert {event for _, event in TRANSITIONS} == set(OfferEvent)
+    assert all(
+        TRANSITIONS.get((state, OfferEvent.RESCIND), OfferState.RESCINDED) is OfferState.RESCINDED
+        for state in OfferState
+    )

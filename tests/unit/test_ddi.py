@@ -20,7 +20,7 @@ from vmbus.bus.loopback import LoopbackBus
 from vmbus.errors import PeerError, StateError, WaitTimeout
 from vmbus.kmcl import ChannelState, ChannelStateError, KmclError, Status, ddi
 from vmbus.kmcl.saved import decode_chunk, decode_lib
-from vmbus.kmcl.server import split_frames
+from vmbus.kmcl.saving import split_frames
 
 pytestmark = pytest.mark.unit
 

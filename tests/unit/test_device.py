@@ -7,13 +7,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from support.device import BASE, PAGE, Machine, connect, open_echo
-from vmbus.bus.server import REFUSED, OfferState
+from vmbus.bus.offers import OfferState
+from vmbus.bus.server import REFUSED
 from vmbus.kmcl.states import ChannelState
 from vmbus.kmcl.status import Status
 from vmbus.ring import READ_INDEX, WRITE_INDEX
-from vmbus.synic import CONTROL_ENABLE, CONTROL_RESET, STATUS_FAULT, Register
 from vmbus.wire import messages as m
 from vmbus.wire.gpa import GpaRange
+from vmbus.wire.synic import CONTROL_ENABLE, CONTROL_RESET, STATUS_FAULT, Register
 from vmbus.workload import BURST_TYPE, ECHO_TYPE, BurstStart, Sequence, Tally, echo_request, parse_echo_reply, transform
 from vmbus_guest.driver import VmbusDriver
 

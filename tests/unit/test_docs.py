@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from vmbus import kmcl, state, synic
+from vmbus import kmcl, state
 from vmbus.kmcl import saved, server
 from vmbus.memory import GuestMemory
 from vmbus.providers.block.provider import MAXIMUM_DATA, MAXIMUM_RANGE, PATIENCE, BlockOptions
@@ -23,11 +23,12 @@ from vmbus.soak import job as soak_job
 from vmbus.soak import room as soak_room
 from vmbus.soak import settings as soak_settings
 from vmbus.soak.records import Report
-from vmbus.synic import PostStatus, Register, Synic
+from vmbus.synic import Synic
 from vmbus.vfio_user.pci import ConfigSpace
 from vmbus.wire import block as block_wire
-from vmbus.wire import messages, packet
+from vmbus.wire import messages, packet, synic
 from vmbus.wire import network as network_wire
+from vmbus.wire.synic import PostStatus, Register
 
 pytestmark = pytest.mark.unit
 

@@ -23,8 +23,9 @@ from vmbus.kmcl.saved import ChannelChunk, CompletionChunk, PacketChunk, decode_
 from vmbus.kmcl.states import ChannelState
 from vmbus.kmcl.status import KmclError
 from vmbus.ring import RingReader, RingWriter
-from vmbus.synic import CONTROL_ENABLE, Register, Synic
+from vmbus.synic import Synic
 from vmbus.wire import messages as m
+from vmbus.wire.synic import CONTROL_ENABLE, Register
 
 pytestmark = pytest.mark.unit
 
@@ -316,7 +317,7 @@ def no_turn_after_the_restore() -> Iterator[None]:
 
 @contextmanager
 def offers_in_another_order() -> Iterator[None]:
-    with mock.patch("vmbus.state._Adoption._put_in_order", lambda self: None):
+    with mock.patch("vmbus.bus.adoption.Adoption._put_in_order", lambda self: None):
         yield
 
 

@@ -29,9 +29,9 @@ from vmbus.errors import VmbusError
 from vmbus.kmcl.saved import ChannelChunk, decode_chunk, encode
 from vmbus.kmcl.states import ChannelState
 from vmbus.kmcl.status import Status
-from vmbus.synic import CONTROL_RESET, Register
 from vmbus.wire import messages as m
 from vmbus.wire.gpa import pack_ranges, range_for
+from vmbus.wire.synic import CONTROL_RESET, Register
 
 pytestmark = pytest.mark.unit
 

@@ -17,14 +17,14 @@ import pytest
 
 from support.device import BASE, CONFIG, PAGE, Machine
 from vmbus import state as saved
-from vmbus.bus.server import CONNECTION_ID_BASE
+from vmbus.bus.offers import CONNECTION_ID_BASE
 from vmbus.errors import StateError
 from vmbus.kmcl import saved as chunks
 from vmbus.memory import GuestMemory
 from vmbus.ring import RingReader, RingWriter
-from vmbus.synic import SLOT_FLAG_PENDING, SLOT_HEADER, SLOT_OFFSET, SLOT_SIZE, Register
 from vmbus.wire import messages as m
 from vmbus.wire.packet import PacketType
+from vmbus.wire.synic import SLOT_FLAG_PENDING, SLOT_HEADER, SLOT_OFFSET, SLOT_SIZE, Register
 from vmbus.workload import (
     BURST_ANSWER,
     BURST_TYPE,

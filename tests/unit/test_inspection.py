@@ -43,7 +43,7 @@ from vmbus.snapshot.bundle import SnapshotWriter, utc_now
 from vmbus.snapshot.checkpoints import IMAGE, Checkpoint, ImageSnapshot, Store
 from vmbus.snapshot.manifest import RAM, STATE, FileRecord, Manifest, Packets, Versions
 from vmbus.snapshot.manifest import Machine as SavedMachine
-from vmbus.synic import Register
+from vmbus.wire.synic import Register
 from vmbus.workload import BURST_TYPE, BurstStart, echo_request
 from vmbus_guest.driver import VmbusDriver
 
@@ -514,7 +514,7 @@ def test_state_files_are_refused_with_the_reason(tmp_path: Path) -> None:
             inspect_path(path)
     (tmp_path / "fifo").unlink(missing_ok=True)
     os.mkfifo(tmp_path / "fifo")
-    with pytest.raises(StateError, match="neither a directory nor a plain file"):
+    with pytest.raises(StateError, match="is not a plain file"):
         inspect_path(tmp_path / "fifo")
 
 

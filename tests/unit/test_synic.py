@@ -3,17 +3,18 @@
 import struct
 from collections.abc import Callable
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from vmbus.memory import GuestMemory
-from vmbus.synic import (
+from vmbus.synic import MAX_OUTBOX, Synic
+from vmbus.wire.synic import (
     ABI_VERSION,
     BAR_SIZE,
     CONTROL_ENABLE,
     CONTROL_RESET,
-    MAX_OUTBOX,
     PAGE_VALID,
     POST_HEADER,
     SLOT_FLAG_PENDING,
@@ -22,7 +23,6 @@ from vmbus.synic import (
     STATUS_FAULT,
     PostStatus,
     Register,
-    Synic,
 )
 
 pytestmark = pytest.mark.unit
@@ -378,10 +378,10 @@ def test_restore_puts_everything_back(on: Rig) -> None:
     for text in (b"a", b"b", b"c"):
         on.synic.post(text * 8)
     on.write64(Register.POST_ADDRESS_LOW, POSTS)
-    saved = dict(on.synic.values), list(on.synic.outbox)
+    saved = msgspec.structs.replace(on.synic.save(), post_status=19)
     again = Rig()
     again.ram[:] = on.ram
-    again.synic.restore(saved[0], enabled=True, fault=False, post_status=19, outbox=saved[1])
+    again.synic.restore(saved)
     assert again.read(Register.STATUS) == STATUS_ENABLED and again.read(Register.POST_STATUS) == 19
     assert again.interrupts == 0
     again.synic.kick()

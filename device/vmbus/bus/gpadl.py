@@ -6,11 +6,15 @@ a channel still uses it), gone. A GPADL in progress is found by its handle alone
 What a channel's owner maps beyond the rings is kept in `Mappings`, one for each open channel.
 """
 
-from typing import NamedTuple
+from collections.abc import Iterable
+from typing import Annotated, NamedTuple
 
-from vmbus.errors import PeerError
+import msgspec
+
+from vmbus.errors import PeerError, StateError
 from vmbus.memory import Grant, GuestMemory
-from vmbus.wire.gpa import GpaRange, RangeError, extents_of, parse_ranges
+from vmbus.records import U16, U32, Relid, StructVersion, decode
+from vmbus.wire.gpa import MAX_PFN, PAGE_SIZE, GpaRange, RangeError, extents_of, page_count, parse_ranges
 
 MAX_GPADLS = 4096
 MAX_IN_PROGRESS = 64
@@ -56,6 +60,20 @@ class Gpadl(NamedTuple):
         if not chosen or (count is not None and len(chosen) < count):
             raise GpadlError(f"GPADL {self.handle:#x} has {len(pfns)} pages; {count} from page {first} were asked for")
         return GpaRange(len(chosen) * 4096, 0, chosen).extents()
+
+
+def ring_extents(gpadl: Gpadl, split: int) -> list[list[tuple[int, int]]]:
+    """Extents of the four parts of two rings, each a header and its data; the second ring begins at page `split`.
+
+    Raises GpadlError when they do not fit, or the GPADL is not one range of whole pages.
+    """
+    pages = gpadl.size // PAGE_SIZE
+    if split < 2 or pages < split + 2:
+        raise GpadlError(f"{pages} ring pages split at page {split}: each ring needs a header and a data page")
+    return [
+        gpadl.page_extents(first, count)
+        for first, count in ((0, 1), (1, split - 1), (split, 1), (split + 1, pages - split - 1))
+    ]
 
 
 class PartialGpadl:
@@ -196,3 +214,128 @@ class GpadlTable:
         self.complete.clear()
         self.partial.clear()
         self._described = 0
+
+    def save(self, tearing_down: set[tuple[int, int]]) -> tuple[list["GpadlState"], list["PartialState"]]:
+        """Those that are complete, and those in progress. `tearing_down`: (relid, handle) that the guest wants back."""
+        complete = [
+            GpadlState(
+                one.relid,
+                one.handle,
+                [RangeState(r.byte_count, r.byte_offset, list(r.pfns)) for r in one.ranges],
+                tearing_down=(one.relid, one.handle) in tearing_down,
+            )
+            for one in self.complete.values()
+        ]
+        return complete, [
+            PartialState(one.relid, one.handle, one.range_bytes, one.range_count, one.data)
+            for one in self.partial.values()
+        ]
+
+    def restore(self, complete: list["GpadlState"], partial: list["PartialState"]) -> None:
+        """Put what `check_gpadls` has passed into an empty table."""
+        for gpadl in complete:
+            self.add(gpadl.live)
+        for one in partial:
+            self.add_partial(PartialGpadl(one.relid, one.handle, one.range_bytes, one.range_count, one.data))
+
+
+# ---- saved ---------------------------------------------------------------------------------------------------------
+
+
+class RangeState(msgspec.Struct, frozen=True, array_like=True):
+    """One GPA range."""
+
+    byte_count: U32
+    byte_offset: Annotated[int, msgspec.Meta(ge=0, le=PAGE_SIZE - 1)]
+    pfns: Annotated[
+        list[Annotated[int, msgspec.Meta(ge=0, le=MAX_PFN)]], msgspec.Meta(max_length=MAX_BYTES // PAGE_SIZE + 1)
+    ]
+
+
+class GpadlState(msgspec.Struct, frozen=True):
+    """A complete GPADL. `tearing_down`: the guest wants it back, and the channel's owner had it mapped."""
+
+    relid: Relid
+    handle: U32
+    ranges: list[RangeState]
+    tearing_down: bool = False
+    structure_version: StructVersion = 1
+
+    @property
+    def live(self) -> Gpadl:
+        """What the table of a running bus has."""
+        return Gpadl(
+            self.relid, self.handle, tuple(GpaRange(r.byte_count, r.byte_offset, tuple(r.pfns)) for r in self.ranges)
+        )
+
+
+class PartialState(msgspec.Struct, frozen=True):
+    """A GPADL of which some messages are still to come."""
+
+    relid: Relid
+    handle: U32
+    range_bytes: U16
+    range_count: U16
+    data: Annotated[bytes, msgspec.Meta(max_length=65536)]
+    structure_version: StructVersion = 1
+
+
+class _GpadlPieces(GpadlState, frozen=True):
+    ranges: Annotated[list[msgspec.Raw], msgspec.Meta(max_length=MAX_RANGES)]  # type: ignore[assignment]
+
+
+_gpadl_decoder = msgspec.msgpack.Decoder(_GpadlPieces)
+_range_decoder = msgspec.msgpack.Decoder(RangeState)
+
+
+def decode_gpadls(pieces: Iterable[msgspec.Raw], described: int) -> list[GpadlState]:
+    """GPADLs of a saved state, one range at a time: bytes that promise millions of ranges are refused at the table's
+    limits, before anything of that size exists. `described`: bytes of range lists that those in progress take.
+
+    Raises StateError.
+    """
+    gpadls = []
+    for piece in pieces:
+        gpadl = decode(_gpadl_decoder, piece, "a GPADL in the device state")
+        what = f"a range of GPADL {gpadl.handle:#x} in the device state"
+        ranges = []
+        for one in gpadl.ranges:
+            ranges.append(decode(_range_decoder, one, what))
+            described += 8 + 8 * len(ranges[-1].pfns)
+            if described > MAX_DESCRIPTION:
+                raise StateError(f"the range lists of all GPADLs in the device state exceed {MAX_DESCRIPTION} bytes")
+        gpadls.append(GpadlState(gpadl.relid, gpadl.handle, ranges, gpadl.tearing_down, gpadl.structure_version))
+    return gpadls
+
+
+def check_gpadls(complete: list[GpadlState], partial: list[PartialState], relids: set[int]) -> None:
+    """Raises StateError for GPADLs that cannot be those of one table whose channels have these relids."""
+    handles: set[tuple[int, int]] = set()
+    for gpadl in complete:
+        name = f"GPADL {gpadl.handle:#x} of relid {gpadl.relid}"
+        if gpadl.relid not in relids or (gpadl.relid, gpadl.handle) in handles:
+            raise StateError(f"{name} belongs to no channel or is there twice")
+        handles.add((gpadl.relid, gpadl.handle))
+        if not gpadl.ranges or any(
+            one.byte_count == 0 or len(one.pfns) != page_count(one.byte_count, one.byte_offset) for one in gpadl.ranges
+        ):
+            raise StateError(f"{name} has no ranges, or one whose pages are not as many as its bytes need")
+        if sum(one.byte_count for one in gpadl.ranges) > MAX_BYTES:
+            raise StateError(f"{name} describes more than {MAX_BYTES} bytes")
+    if len(complete) + len(partial) > MAX_GPADLS:
+        raise StateError(f"the state has {len(complete) + len(partial)} GPADLs, and there are at most {MAX_GPADLS}")
+    in_progress = set()
+    for one in partial:
+        size = len(one.data)
+        if (
+            one.relid not in relids
+            or one.handle in in_progress
+            or (one.relid, one.handle) in handles
+            or one.range_bytes % 8
+            or not 16 <= 16 * one.range_count <= one.range_bytes
+            or one.range_count > MAX_RANGES
+            or size % 8
+            or size >= one.range_bytes
+        ):
+            raise StateError(f"GPADL {one.handle:#x} of relid {one.relid}, in progress, is not a possible one")
+        in_progress.add(one.handle)

@@ -9,166 +9,31 @@ Rings, packets, signals and GPADLs are the real ones; only the bus between the e
 but `wait`, and what needs it (`close`, `delete_gpadl`).
 """
 
+import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
-from vmbus.bus.client import FIRST_GPADL
-from vmbus.bus.gpadl import Gpadl, GpadlError, Mappings
+from vmbus.bus.connection import Connection, LoopbackBuffer
 from vmbus.errors import StateError, UsageError, WaitTimeout
 from vmbus.kmcl.channel import Channel, Waiter
 from vmbus.kmcl.client import ClientChannel
+from vmbus.kmcl.saved import ChannelRecord
 from vmbus.kmcl.server import ServerChannel
 from vmbus.kmcl.states import ChannelState
 from vmbus.kmcl.status import KmclError, Status
 from vmbus.kmcl.turns import one_round
-from vmbus.memory import Grant, GuestMemory
-from vmbus.ring import FEATURE_BITS, FEATURE_PENDING_SEND_SIZE, RingReader, RingWriter
-from vmbus.wire.gpa import PAGE_SIZE, range_for
+from vmbus.memory import GuestMemory
+from vmbus.replacing import Key, Restored, key_of, put_back, save_channels
+from vmbus.ring import RingCorrupt
+from vmbus.wire.gpa import PAGE_SIZE
+
+log = logging.getLogger(__name__)
 
 BASE = 0x1000_0000
 DEFAULT_TIMEOUT = 30.0  # seconds
 TURNS = 100_000
 
-Key = tuple[bytes, int]
-
 _OPEN = (ChannelState.OPENED, ChannelState.ACTIVE)
-
-
-class LoopbackBuffer:
-    """Private memory that both ends of a loopback bus can reach; implements the guest's `DmaBuffer`.
-
-    Attributes:
-        iova: its address, for external data and GPADLs. size: bytes, a multiple of 4096. view: its bytes, writable.
-    """
-
-    __slots__ = ("iova", "size", "view")
-
-    def __init__(self, iova: int, view: memoryview) -> None:
-        self.iova = iova
-        self.size = len(view)
-        self.view = view
-
-
-class _Link:
-    """One end of a connection: implements `vmbus.kmcl.channel.Link`."""
-
-    def __init__(
-        self, connection: "_Connection", channel: Channel, memory: GuestMemory, reader: RingReader, writer: RingWriter
-    ) -> None:
-        self._connection = connection
-        self._channel = channel
-        self.memory = memory
-        self.reader = reader
-        self.writer = writer
-        self.mappings = Mappings(memory)
-        self.dead = False
-
-    def signal(self) -> None:
-        """The other end is to look at its rings."""
-        if not self.dead:
-            connection = self._connection
-            other = connection.client if self._channel is connection.server else connection.server
-            connection.bus.wake(other)
-
-    def wake(self) -> None:
-        """Give this end a turn."""
-        if not self.dead:
-            self._connection.bus.wake(self._channel)
-
-    def failed(self, reason: str) -> None:
-        """This end has closed because of the other one (or its owner)."""
-        if not self.dead:
-            self._connection.bus.lost(self._connection, self._channel, reason)
-
-    def map_gpadl(self, handle: int, read_only: bool) -> Grant:
-        """See `vmbus.bus.gpadl.Mappings.map`."""
-        gpadl = self._connection.gpadls.get(handle)
-        if gpadl is None or handle in self._connection.deleting or self._channel is not self._connection.server:
-            raise GpadlError(f"channel {self._channel.name} has no GPADL {handle:#x} to be mapped")
-        return self.mappings.map(gpadl, read_only=read_only)
-
-    def unmap_gpadl(self, handle: int) -> None:
-        """See `vmbus.bus.gpadl.Mappings.unmap`."""
-        self.mappings.unmap(handle)
-
-    def create_gpadl(self, extents: Sequence[tuple[int, int]], read_only: bool) -> int:
-        """Describe memory of `LoopbackBus.allocate` to the server end. Raises GpadlError."""
-        if self._channel is not self._connection.client:
-            raise GpadlError(f"channel {self._channel.name}: only the client's end can describe memory")
-        return self._connection.create_gpadl(extents)
-
-    def delete_gpadl(self, handle: int) -> None:
-        """Take memory back; waits while the server end has it mapped. Raises GpadlError and WaitTimeout."""
-        self._connection.delete_gpadl(handle)
-
-    def close_channel(self, timeout: float) -> None:
-        """Close from the client's end, see `LoopbackBus.close`."""
-        self._connection.bus.close(self._connection.client, timeout)
-
-
-class _Connection:
-    """A server channel and the client channel that has opened it."""
-
-    def __init__(self, bus: "LoopbackBus", server: ServerChannel, client: ClientChannel) -> None:
-        self.bus = bus
-        self.server = server
-        self.client = client
-        self.out_pages = client.ring_pages_out + 1
-        self.rings = bus.allocate((self.out_pages + client.ring_pages_in + 1) * PAGE_SIZE)
-        self.gpadls: dict[int, Gpadl] = {}
-        self.deleting: set[int] = set()
-        self._next_gpadl = FIRST_GPADL
-        for start in (0, self.out_pages * PAGE_SIZE):
-            self.rings.view[start + FEATURE_BITS] = FEATURE_PENDING_SEND_SIZE
-        self.server_link = self.link(server)
-        self.client_link = self.link(client)
-
-    def link(self, channel: Channel) -> _Link:
-        """A fresh end on the rings, whatever is in them."""
-        is_server = channel is self.server
-        memory = self.bus.server_memory if is_server else self.bus.client_memory
-        base, split, size = self.rings.iova, self.out_pages * PAGE_SIZE, self.rings.size
-        windows = [
-            memory.window([(base + start, length)])
-            for start, length in (
-                (0, PAGE_SIZE),
-                (PAGE_SIZE, split - PAGE_SIZE),
-                (split, PAGE_SIZE),
-                (split + PAGE_SIZE, size - split - PAGE_SIZE),
-            )
-        ]
-        up, down = windows[:2], windows[2:]
-        incoming, outgoing = (up, down) if is_server else (down, up)
-        return _Link(self, channel, memory, RingReader(*incoming), RingWriter(*outgoing))
-
-    def create_gpadl(self, extents: Sequence[tuple[int, int]]) -> int:
-        if not extents:
-            raise GpadlError(f"channel {self.client.name}: a GPADL of no memory")
-        handle = self._next_gpadl
-        self._next_gpadl += 1
-        ranges = tuple(range_for(address, length) for address, length in extents)
-        self.gpadls[handle] = Gpadl(0, handle, ranges)
-        return handle
-
-    def delete_gpadl(self, handle: int) -> None:
-        if handle not in self.gpadls or handle in self.deleting:
-            raise GpadlError(f"channel {self.client.name} has no GPADL {handle:#x} to be deleted")
-        self.deleting.add(handle)
-        self.bus.wait(
-            lambda: handle not in self.server_link.mappings,
-            DEFAULT_TIMEOUT,
-            f"the owner of channel {self.server.name} to unmap GPADL {handle:#x}",
-        )
-        self.gpadls.pop(handle, None)
-        self.deleting.discard(handle)
-
-    def let_go(self) -> None:
-        """Both ends are closed: the memory is nobody's any more."""
-        for link in (self.server_link, self.client_link):
-            link.dead = True
-            link.mappings.clear()
-        self.gpadls.clear()
-        self.bus.free(self.rings)
 
 
 class LoopbackBus:
@@ -203,8 +68,8 @@ class LoopbackBus:
         self._next_iova = BASE
         self._offers: list[ServerChannel] = []
         self._bound: dict[int, ServerChannel] = {}
-        self._connections: list[_Connection] = []
-        self._lost: list[_Connection] = []
+        self._connections: list[Connection] = []
+        self._lost: list[Connection] = []
         self._waiting: list[ClientChannel] = []
         self._opening = False
         self._ready: dict[Channel, None] = {}
@@ -243,7 +108,7 @@ class LoopbackBus:
 
     def enabled(self, server: ServerChannel) -> None:
         """A server channel is offered. Raises UsageError for a second one of the same instance and sub-channel."""
-        if any(_key(other) == _key(server) for other in self._offers):
+        if any(key_of(other) == key_of(server) for other in self._offers):
             raise UsageError(
                 f"sub-channel {server.subchannel_index} of instance {server.interface_instance} is offered already"
             )
@@ -253,9 +118,9 @@ class LoopbackBus:
         if self._waiting:
             self._want()
 
-    def _primary(self, server: ServerChannel) -> _Connection | None:
+    def _primary(self, server: ServerChannel) -> Connection | None:
         for connection in self._connections:
-            if _key(connection.server) == (server.interface_instance.bytes_le, 0):
+            if key_of(connection.server) == (server.interface_instance.bytes_le, 0):
                 return connection
         return None
 
@@ -342,7 +207,7 @@ class LoopbackBus:
         return None
 
     def _join(self, server: ServerChannel, client: ClientChannel) -> None:
-        connection = _Connection(self, server, client)
+        connection = Connection(self, server, client)
         try:
             server.open(connection.server_link)
         except BaseException:
@@ -383,7 +248,7 @@ class LoopbackBus:
         if client.state is ChannelState.CLOSED:
             client.disable()
 
-    def _subchannels(self, server: ServerChannel) -> list[_Connection]:
+    def _subchannels(self, server: ServerChannel) -> list[Connection]:
         if server.subchannel_index:
             return []
         return [
@@ -392,20 +257,20 @@ class LoopbackBus:
             if connection.server is not server and connection.server.interface_instance == server.interface_instance
         ]
 
-    def _connection_of(self, channel: Channel) -> _Connection:
+    def _connection_of(self, channel: Channel) -> Connection:
         for connection in self._connections:
             if channel in (connection.client, connection.server):
                 return connection
         raise UsageError(f"channel {channel.name} is not open on this loopback bus")
 
-    def lost(self, connection: _Connection, channel: Channel, reason: str) -> None:
+    def lost(self, connection: Connection, channel: Channel, reason: str) -> None:
         """One end has failed: the other end goes at the next turn."""
         if self.on_failed is not None:
             self.on_failed(channel, reason)
         self._lost.append(connection)
         self._want()
 
-    def _break(self, connection: _Connection) -> None:
+    def _break(self, connection: Connection) -> None:
         """Close by force whatever is still open of a connection, sub-channels first."""
         if connection not in self._connections:
             return
@@ -473,23 +338,11 @@ class LoopbackBus:
 
     # ---- save and restore ------------------------------------------------------------------------------------------
 
-    def save_and_restore(
-        self,
-        make_server: Callable[[], ServerChannel | None],
-        before_packets: Callable[[], None] | None = None,
-        after_packets: Callable[[], None] | None = None,
-    ) -> None:
-        """Replace all server ends, as a save of the device and a restore in a fresh process do.
-
-        Every server channel is held, saved into chunks and abandoned, as it would be by a process that ends. Then
-        `make_server` makes the channels again (`offer` and `enable`; the one that it returns is offered and enabled
-        if that was not done), `before_packets` gives the owner its own state back, and each channel's packets come
-        through its restore callback; `after_packets` is called before any of them is started. The clients notice
-        nothing, except those of channels with force_new_channel: they are rescinded, and their packets on the server
-        end are dropped.
+    def save(self) -> list[ChannelRecord]:
+        """Hold all server channels and write them down, as a save of the device does.
 
         Raises UsageError when incoming packets are held by a server that does not complete them when suspended, and
-        StateError when a channel that is open is not made again.
+        what the channels raise.
         """
         for server in self._offers:
             server.hold()
@@ -498,14 +351,33 @@ class LoopbackBus:
             for server in self._offers:
                 server.unhold()
             raise UsageError(f"incoming packets {held} are not completed: the owner has to, when it is suspended")
-        chunks = {_key(server): server.save() for server in self._offers}
+        for server in self._offers:
+            server.check_rings()
+        while self._lost:
+            self._break(self._lost.pop(0))
+        return save_channels(self._offers)
+
+    def replace(
+        self,
+        saved: list[ChannelRecord],
+        make_server: Callable[[], ServerChannel | None],
+        before_packets: Callable[[], None] | None = None,
+        after_packets: Callable[[], None] | None = None,
+    ) -> Restored:
+        """Put fresh server ends in the place of those that `save` has written down, as a fresh process does.
+
+        The old ones are abandoned, as they would be by a process that ends. Then `make_server` makes the channels again
+        (`offer` and `enable`; the one that it returns is offered and enabled if that was not done), `before_packets`
+        gives the owner its own state back, and each channel's packets come through its restore callback;
+        `after_packets` is called before any of them is started. The clients notice nothing, except those of channels
+        with force_new_channel, or with rings that were overwritten: they are rescinded, and their packets on the server
+        end are dropped.
+
+        Raises StateError when a channel is not made again.
+        """
         old = list(self._connections)
         for connection in old:
-            link = connection.server_link
-            link.dead = True
-            link.mappings.clear()
-            link.reader.close()
-            link.writer.close()
+            connection.abandon_server()
             self._ready.pop(connection.server, None)
         self._offers.clear()
         self._bound.clear()
@@ -515,45 +387,42 @@ class LoopbackBus:
                 self.offer(made)
             if made.state is ChannelState.DISABLED:
                 made.enable()
-        self._reattach(old, primaries=True)
-        if before_packets is not None:
-            before_packets()
-        self._reattach(old, primaries=False)
-        wishes: list[tuple[ServerChannel, bool]] = []
-        for server in self._offers:
-            saved = chunks.get(_key(server))
-            if saved is not None and not server.force_new_channel:
-                wishes.append((server, server.restore(saved)))
-        if after_packets is not None:
-            after_packets()
-        for server, started in wishes:
-            if started:
-                server.start()
-            elif server.started:
-                server.begin_pause()
+        restored = put_back(
+            _Replacement(self, old, saved),
+            {record.key: record.decoded for record in saved},
+            before_packets or _nothing,
+            after_packets or _nothing,
+        )
         for connection in self._connections:
             self.wake(connection.server)
             self.wake(connection.client)
+        return restored
 
-    def _reattach(self, connections: list[_Connection], *, primaries: bool) -> None:
-        servers = {_key(server): server for server in self._offers}
-        for connection in connections:
-            key = _key(connection.server)
-            if (key[1] == 0) is not primaries or connection not in self._connections:
-                continue
-            server = servers.get(key)
-            if server is None:
-                raise StateError(f"channel {connection.server.name} is open, and was not made again")
-            if server.force_new_channel:
-                # The old server end lives no more: only the client's end is closed.
-                self._forget_server(connection)
-                self._break(connection)
-                continue
-            connection.server = server
-            connection.server_link = connection.link(server)
-            server.reopen(connection.server_link)
+    def save_and_restore(
+        self,
+        make_server: Callable[[], ServerChannel | None],
+        before_packets: Callable[[], None] | None = None,
+        after_packets: Callable[[], None] | None = None,
+    ) -> Restored:
+        """`save`, then `replace`."""
+        return self.replace(self.save(), make_server, before_packets, after_packets)
 
-    def _forget_server(self, connection: _Connection) -> None:
+    def reattach(self, connection: Connection, server: ServerChannel, record: ChannelRecord) -> bool:
+        """For `replace`: put a fresh server end on the rings of a connection. False: made anew, the client is told."""
+        renewed = server.force_new_channel or record.decoded.head.force_new
+        if not renewed:
+            try:
+                connection.replace_server(server, record.own_indices)
+            except RingCorrupt as error:
+                log.error("channel %s is made anew: its rings were overwritten: %s", server.name, error)
+                renewed = True
+        if renewed:
+            # The old server end lives no more: only the client's end is closed.
+            self._forget_server(connection)
+            self._break(connection)
+        return not renewed
+
+    def _forget_server(self, connection: Connection) -> None:
         for other in self._subchannels(connection.server):
             self._forget_server(other)
         connection.server = ServerChannel(
@@ -564,5 +433,38 @@ class LoopbackBus:
         )
 
 
-def _key(server: ServerChannel) -> Key:
-    return server.interface_instance.bytes_le, server.subchannel_index
+class _Replacement:
+    """Implements `vmbus.replacing.Carrier` for the server ends of a loopback bus."""
+
+    def __init__(self, bus: LoopbackBus, connections: list[Connection], saved: list[ChannelRecord]) -> None:
+        self._bus = bus
+        self._connections = [(key_of(one.server), one) for one in connections]
+        self._records = {record.key: record for record in saved}
+        self.renewed: set[Key] = set()
+        self.lost: set[Key] = set()
+
+    @property
+    def channels(self) -> list[ServerChannel]:
+        """Those that are offered again."""
+        return self._bus.offers
+
+    def reattach(self, *, primaries: bool) -> None:
+        """Raises StateError for an open channel that was not made again."""
+        servers = {key_of(server): server for server in self.channels}
+        for key, connection in self._connections:
+            if primaries is not (key[1] == 0) or key in self.renewed:
+                continue
+            server = servers.get(key)
+            if server is None:
+                raise StateError(f"channel {connection.server.name} is open, and was not made again")
+            if self._bus.reattach(connection, server, self._records[key]):
+                continue
+            # Sub-channels share the fate of their primary.
+            gone = {other for other, _ in self._connections if other == key or (primaries and other[0] == key[0])}
+            self.renewed |= gone
+            if not server.force_new_channel:
+                self.lost |= gone
+
+
+def _nothing() -> None:
+    pass

@@ -7,15 +7,7 @@ The connection:
     Dropping may have to wait for owners that hold packets; what else the guest sends meanwhile is rejected, except
     another INITIATE_CONTACT or UNLOAD, which takes the place of the one that waits.
 
-A channel, as the guest and its owner see it:
-
-    UNOFFERED   the owner wants it offered; the guest does not know it (no connection, or offers not requested yet)
-    OFFERED     the guest knows it; it is closed
-    OPENING     the guest asked for it; the owner has not answered yet
-    OPEN        both ends use the rings
-    CLOSING     the guest closed it; the owner still holds packets. An OPENCHANNEL that comes now is remembered
-    RESCINDED   withdrawn (its owner disabled it, or the guest broke its protocol); waits for RELID_RELEASED, after
-                which it is offered anew if its owner still wants that
+Offers move as `vmbus.bus.offers` says.
 
 Sub-channels (index 1 and up, with the GUIDs of their primary) exist for the guest while their primary is open: they are
 offered when it opens, or as soon as the owner enables them later; when it closes, those that the guest has not closed
@@ -31,21 +23,20 @@ logged and, where an answer exists, refused; it never disturbs other channels.
 from collections.abc import Callable
 from enum import Enum
 from typing import Any, Protocol
-from uuid import UUID
 
-from vmbus.bus.gpadl import Gpadl, GpadlError, GpadlMapped, GpadlTable
+from vmbus.bus.desk import REFUSED, GpadlDesk
+from vmbus.bus.gpadl import Gpadl, GpadlError
+from vmbus.bus.offers import CONNECTION_ID_BASE, MAX_RELID, Offer, OfferEvent, OfferState, OpenRequest
+from vmbus.bus.saved import BusState
 from vmbus.complaints import bounded_log
 from vmbus.errors import PeerError, UsageError
 from vmbus.wire import messages as m
 
 log = bounded_log(__name__)
 
-MAX_RELID = 2047
-CONNECTION_ID_BASE = 0x10000
 # Where messages are posted: 1 before version 5.0, 4 for INITIATE_CONTACT and everything from 5.0 on.
 MESSAGE_CONNECTION_ID = 1
 MESSAGE_CONNECTION_ID_5_0 = 4
-REFUSED = 0x8000FFFF
 
 
 class ConnectionState(Enum):
@@ -53,96 +44,6 @@ class ConnectionState(Enum):
 
     DISCONNECTED = "disconnected"
     CONNECTED = "connected"
-
-
-class OfferState(Enum):
-    """See the module's text."""
-
-    UNOFFERED = "unoffered"
-    OFFERED = "offered"
-    OPENING = "opening"
-    OPEN = "open"
-    CLOSING = "closing"
-    RESCINDED = "rescinded"
-
-
-class OpenRequest:
-    """What the guest asked for with OPENCHANNEL."""
-
-    __slots__ = ("downstream_page_offset", "open_id", "ring_gpadl", "target_vp", "user_data")
-
-    def __init__(
-        self, open_id: int, ring_gpadl: int, target_vp: int, downstream_page_offset: int, user_data: bytes
-    ) -> None:
-        self.open_id = open_id
-        self.ring_gpadl = ring_gpadl
-        self.target_vp = target_vp
-        self.downstream_page_offset = downstream_page_offset
-        self.user_data = user_data
-
-
-class Offer:
-    """One channel on the bus. `owner` is the caller's, never looked at."""
-
-    __slots__ = (
-        "close_deferred",
-        "flags",
-        "instance",
-        "interface_type",
-        "mapped",
-        "mmio_megabytes",
-        "owner",
-        "relid",
-        "reopen",
-        "request",
-        "state",
-        "subchannel",
-        "teardowns",
-        "user_defined",
-        "wanted",
-    )
-
-    def __init__(
-        self,
-        interface_type: UUID,
-        instance: UUID,
-        flags: int,
-        user_defined: bytes,
-        owner: Any,
-        subchannel: int = 0,
-        mmio_megabytes: tuple[int, int] = (0, 0),
-    ) -> None:
-        self.interface_type = interface_type
-        self.instance = instance
-        self.flags = flags
-        self.user_defined = user_defined
-        self.owner = owner
-        self.subchannel = subchannel
-        self.mmio_megabytes = mmio_megabytes
-        self.relid = 0
-        self.state = OfferState.UNOFFERED
-        self.request: OpenRequest | None = None
-        self.reopen: m.OpenChannel | None = None
-        # GPADLs that the owner has mapped, and teardowns that wait for it to let go.
-        self.mapped: set[int] = set()
-        self.teardowns: list[int] = []
-        self.close_deferred = False
-        self.wanted = True
-
-    @property
-    def name(self) -> str:
-        """For errors and logs."""
-        return f"{self.instance}" + (f" (sub-channel {self.subchannel})" if self.subchannel else "")
-
-    @property
-    def connection_id(self) -> int:
-        """What the guest signals for this channel."""
-        return CONNECTION_ID_BASE + self.relid
-
-    @property
-    def in_use(self) -> bool:
-        """Whether its owner may be touching the rings."""
-        return self.state in (OfferState.OPENING, OfferState.OPEN, OfferState.CLOSING)
 
 
 class BusActions(Protocol):
@@ -161,19 +62,19 @@ class BusActions(Protocol):
         """Close; answer with `BusServer.closed`, now or later (now, if `force`)."""
 
 
-class BusServer:
+class BusServer(GpadlDesk):
     """The host's end. One per PCI function.
 
     `offers` is in the order of their creation, which is the order in which the guest sees them.
     """
 
     def __init__(self, actions: BusActions) -> None:
+        super().__init__()
         self._actions = actions
         self.state = ConnectionState.DISCONNECTED
         self.version = 0
         self.offers_requested = False
         self.offers: list[Offer] = []
-        self.gpadls = GpadlTable()
         self.rejected = 0
         # The UNLOAD or INITIATE_CONTACT that waits for owners to let go; a later one takes its place.
         self._ending: m.InitiateContact | m.Unload | None = None
@@ -181,7 +82,6 @@ class BusServer:
         self.restoring = False
         # Called when a withdrawn offer is gone for good.
         self.on_released: Callable[[], None] | None = None
-        self._by_relid: dict[int, Offer] = {}
 
     # ---- owners ------------------------------------------------------------------------------------------------
 
@@ -192,7 +92,7 @@ class BusServer:
         (instance, sub-channel) is offered already, when a sub-channel has no primary, or when all relids are in use.
         """
         for other in self.offers:
-            if other.wanted and (other.instance, other.subchannel) == (offer.instance, offer.subchannel):
+            if other.wanted and other.key == offer.key:
                 raise UsageError(f"a channel with instance {offer.name} is offered already")
         if offer.subchannel:
             primary = self._primary(offer)
@@ -219,7 +119,7 @@ class BusServer:
             self.rescind(sub)
         in_use = offer.in_use
         waiting = offer.request if offer.state is OfferState.OPENING else offer.reopen
-        offer.state = OfferState.RESCINDED
+        offer.move(OfferEvent.RESCIND)
         offer.request = offer.reopen = None
         offer.close_deferred = False
         if in_use:
@@ -227,8 +127,8 @@ class BusServer:
         offer.mapped.clear()
         self._finish_teardowns(offer)
         if waiting is not None:
-            self._post(m.OpenResult(offer.relid, waiting.open_id, REFUSED))
-        self._post(m.RescindOffer(offer.relid))
+            self.post(m.OpenResult(offer.relid, waiting.open_id, REFUSED))
+        self.post(m.RescindOffer(offer.relid))
         self._continue_disconnect()
 
     def opened(self, offer: Offer, status: int) -> None:
@@ -237,11 +137,11 @@ class BusServer:
             return
         request = offer.request
         if status:
-            offer.state = OfferState.OFFERED
+            offer.move(OfferEvent.REFUSED)
             offer.request = None
         else:
-            offer.state = OfferState.OPEN
-        self._post(m.OpenResult(offer.relid, request.open_id, status))
+            offer.move(OfferEvent.OPENED)
+        self.post(m.OpenResult(offer.relid, request.open_id, status))
         if not status:
             self._actions.channel_answered(offer)
             for sub in self._subchannels(offer):
@@ -251,7 +151,7 @@ class BusServer:
         """The owner's answer to `close_channel`: it holds nothing any more."""
         if offer.state is not OfferState.CLOSING:
             return
-        offer.state = OfferState.OFFERED
+        offer.move(OfferEvent.CLOSED)
         offer.request = None
         offer.mapped.clear()
         self._finish_teardowns(offer)
@@ -268,7 +168,7 @@ class BusServer:
 
     def _close(self, offer: Offer) -> None:
         """Ask the owner to close; that of a primary after those of its sub-channels."""
-        offer.state = OfferState.CLOSING
+        offer.move(OfferEvent.CLOSE)
         if any(sub.in_use for sub in self._subchannels(offer)):
             offer.close_deferred = True
         else:
@@ -294,40 +194,6 @@ class BusServer:
         if primary.subchannel:
             return []
         return [offer for offer in self.offers if offer.subchannel and offer.instance == primary.instance]
-
-    # ---- GPADLs of owners --------------------------------------------------------------------------------------
-
-    def map_gpadl(self, offer: Offer, handle: int) -> Gpadl:
-        """The owner is about to use a GPADL: it will not be torn down before `unmap_gpadl`.
-
-        Raises GpadlError when the channel has no such GPADL or it holds the rings, GpadlMapped when it is mapped.
-        """
-        gpadl = self.gpadls.complete.get((offer.relid, handle))
-        if gpadl is None or not offer.in_use or handle in offer.teardowns:
-            raise GpadlError(f"channel {offer.name} has no GPADL {handle:#x}, or the guest is taking it back")
-        if offer.request is not None and handle == offer.request.ring_gpadl:
-            raise GpadlError(f"GPADL {handle:#x} holds the rings of channel {offer.name}")
-        if handle in offer.mapped:
-            raise GpadlMapped(f"GPADL {handle:#x} is mapped already: unmap it first")
-        offer.mapped.add(handle)
-        return gpadl
-
-    def unmap_gpadl(self, offer: Offer, handle: int) -> None:
-        """The owner uses it no more; a teardown that waits is answered. Raises GpadlError when it is not mapped."""
-        if handle not in offer.mapped:
-            raise GpadlError(f"GPADL {handle:#x} is not mapped on channel {offer.name}")
-        offer.mapped.discard(handle)
-        if handle in offer.teardowns and offer.state is not OfferState.CLOSING:
-            offer.teardowns.remove(handle)
-            self.gpadls.remove(offer.relid, handle)
-            self._post(m.GpadlTorndown(handle))
-
-    def _finish_teardowns(self, offer: Offer) -> None:
-        """Answer the GPADL_TEARDOWNs that came while the owner could still touch the memory."""
-        for handle in offer.teardowns:
-            self.gpadls.remove(offer.relid, handle)
-            self._post(m.GpadlTorndown(handle))
-        offer.teardowns.clear()
 
     # ---- the guest ---------------------------------------------------------------------------------------------
 
@@ -376,14 +242,9 @@ class BusServer:
         self._drop_all(force=True)
         self._disconnect()
 
-    def _post(self, message: Any) -> None:
+    def post(self, message: Any) -> None:
+        """Send a message to the guest."""
         self._actions.post(m.encode(message))
-
-    def _channel(self, relid: int) -> Offer:
-        offer = self._by_relid.get(relid)
-        if offer is None:
-            raise m.MessageError(f"relid {relid} is not offered")
-        return offer
 
     def _end_connection(self, message: m.InitiateContact | m.Unload) -> None:
         self._ending = message
@@ -397,7 +258,8 @@ class BusServer:
                 offer.teardowns.clear()
                 offer.close_deferred = False
                 if offer.in_use:
-                    offer.state = OfferState.CLOSING
+                    if offer.state is not OfferState.CLOSING:
+                        offer.move(OfferEvent.CLOSE)
                     self._actions.close_channel(offer, True)
             elif offer.in_use and offer.state is not OfferState.CLOSING:
                 self._close(offer)
@@ -409,7 +271,7 @@ class BusServer:
         self._disconnect()
         contact, self._ending = self._ending, None
         if isinstance(contact, m.Unload):
-            self._post(m.UnloadResponse())
+            self.post(m.UnloadResponse())
             return
         supported = contact.version in set(m.Version)
         if supported:
@@ -417,7 +279,7 @@ class BusServer:
             self.version = contact.version
         v5 = contact.version >= m.Version.V5_0
         where = MESSAGE_CONNECTION_ID_5_0 if v5 else contact.version
-        self._post(m.VersionResponse(int(supported), 0, where if supported else 0))
+        self.post(m.VersionResponse(int(supported), 0, where if supported else 0))
 
     def _disconnect(self) -> None:
         self.state = ConnectionState.DISCONNECTED
@@ -427,7 +289,7 @@ class BusServer:
         self._by_relid.clear()
         withdrawn = any(not offer.wanted for offer in self.offers)
         for offer in list(self.offers):
-            offer.state = OfferState.UNOFFERED
+            offer.move(OfferEvent.FORGET)
             offer.relid = 0
             offer.request = None
             offer.teardowns.clear()
@@ -447,83 +309,22 @@ class BusServer:
         self.offers_requested = True
         for offer in self.offers:
             self._send_offer(offer)
-        self._post(m.AllOffersDelivered())
+        self.post(m.AllOffersDelivered())
 
     def _send_offer(self, offer: Offer) -> None:
         if not self.offers_requested or self.restoring or offer.state is not OfferState.UNOFFERED or not offer.wanted:
             return
         if offer.subchannel and not self._primary_is_open(offer):
             return
-        if any(other.relid and _same_key(other, offer) for other in self.offers):
+        if any(other.relid and other.key == offer.key for other in self.offers):
             return  # withdrawn, and not released yet: guests take a second offer of an instance for the same channel
         relid = next((relid for relid in range(1, MAX_RELID + 1) if relid not in self._by_relid), 0)
         if not relid:
             raise UsageError(f"all {MAX_RELID} relids are in use")
         offer.relid = relid
-        offer.state = OfferState.OFFERED
+        offer.move(OfferEvent.OFFER)
         self._by_relid[relid] = offer
-        self._post(
-            m.OfferChannel(
-                offer.interface_type,
-                offer.instance,
-                offer.flags,
-                offer.mmio_megabytes[0],
-                offer.user_defined,
-                offer.subchannel,
-                offer.mmio_megabytes[1],
-                relid,
-                0,
-                0,
-                1,
-                offer.connection_id,
-            )
-        )
-
-    def _gpadl_header(self, message: m.GpadlHeader) -> None:
-        try:
-            self._channel(message.relid)
-            done = self.gpadls.begin(
-                message.relid, message.gpadl, message.range_bytes, message.range_count, message.words
-            )
-        except PeerError:
-            self._post(m.GpadlCreated(message.relid, message.gpadl, REFUSED))
-            raise
-        if done is not None:
-            self._post(m.GpadlCreated(done.relid, done.handle, 0))
-
-    def _gpadl_body(self, message: m.GpadlBody) -> None:
-        partial = self.gpadls.partial.get(message.gpadl)
-        try:
-            _, done = self.gpadls.extend(message.gpadl, message.words)
-        except PeerError:
-            if partial is not None:
-                self._post(m.GpadlCreated(partial.relid, partial.handle, REFUSED))
-            raise
-        if done is not None:
-            self._post(m.GpadlCreated(done.relid, done.handle, 0))
-
-    def _gpadl_teardown(self, message: m.GpadlTeardown) -> None:
-        key = (message.relid, message.gpadl)
-        offer = self._by_relid.get(message.relid)
-        if key not in self.gpadls.complete:
-            # Answered all the same: a guest that waits for this would wait for ever.
-            partial = self.gpadls.partial.get(message.gpadl)
-            if partial is not None and partial.relid == message.relid:
-                self.gpadls.abandon(message.gpadl)
-                self._post(m.GpadlCreated(message.relid, message.gpadl, REFUSED))
-            self._post(m.GpadlTorndown(message.gpadl))
-            raise m.MessageError(f"teardown of GPADL {message.gpadl:#x} of relid {message.relid}, which does not exist")
-        if offer is not None and (offer.state is OfferState.CLOSING or message.gpadl in offer.mapped):
-            if message.gpadl in offer.teardowns:
-                raise m.MessageError(f"second teardown of GPADL {message.gpadl:#x}")
-            offer.teardowns.append(message.gpadl)
-            return
-        if offer is not None and offer.request is not None and offer.request.ring_gpadl == message.gpadl:
-            # The guest wants the rings of a channel that it has not closed: it gets them, and loses the channel.
-            log.warning("bus: relid %d is %s and its rings are torn down", message.relid, offer.state.value)
-            self.rescind(offer)
-        self.gpadls.remove(*key)
-        self._post(m.GpadlTorndown(message.gpadl))
+        self.post(offer.offer_message())
 
     def _open_channel(self, message: m.OpenChannel) -> None:
         try:
@@ -536,16 +337,16 @@ class BusServer:
             if offer.state is not OfferState.OFFERED:
                 raise m.MessageError(f"open of relid {message.relid}, which is {offer.state.value}")
         except PeerError:
-            self._post(m.OpenResult(message.relid, message.open_id, REFUSED))
+            self.post(m.OpenResult(message.relid, message.open_id, REFUSED))
             raise
         self._open(offer, message)
 
     def _open(self, offer: Offer, message: m.OpenChannel) -> None:
         gpadl = self.gpadls.complete.get((message.relid, message.ring_gpadl))
         if gpadl is None:
-            self._post(m.OpenResult(message.relid, message.open_id, REFUSED))
+            self.post(m.OpenResult(message.relid, message.open_id, REFUSED))
             raise GpadlError(f"open of relid {message.relid} with GPADL {message.ring_gpadl:#x}, which does not exist")
-        offer.state = OfferState.OPENING
+        offer.move(OfferEvent.OPEN)
         offer.request = OpenRequest(
             message.open_id,
             message.ring_gpadl,
@@ -573,12 +374,12 @@ class BusServer:
         rescinded = offer.state is OfferState.RESCINDED
         del self._by_relid[message.relid]
         self.gpadls.drop_channel(message.relid)
-        offer.state = OfferState.UNOFFERED
+        offer.move(OfferEvent.RELEASE)
         offer.relid = 0
         if not offer.wanted:
             self.offers.remove(offer)
             for other in self.offers:
-                if _same_key(other, offer):
+                if other.key == offer.key:
                     self._send_offer(other)
             self._tell_released()
         elif rescinded:
@@ -590,17 +391,38 @@ class BusServer:
         if good and offer is not None and offer.request is not None:
             offer.request.target_vp = message.target_vp
         if self.version >= m.Version.V5_3:
-            self._post(m.ModifyChannelResponse(message.relid, 0 if good else REFUSED))
+            self.post(m.ModifyChannelResponse(message.relid, 0 if good else REFUSED))
         if not good:
             raise m.MessageError(f"modification of relid {message.relid}, which is not open")
 
-    # ---- inspection and restore ----------------------------------------------------------------------------------
+    # ---- save and restore ------------------------------------------------------------------------------------------
+
+    def save(self) -> BusState:
+        """The connection, offers and GPADLs. Raises StateError while a channel is opening or closing."""
+        offers = [offer.save() for offer in self.offers]
+        tearing_down = {(offer.relid, handle) for offer in self.offers for handle in offer.teardowns}
+        gpadls, partial = self.gpadls.save(tearing_down)
+        return BusState(
+            connected=self.state is ConnectionState.CONNECTED,
+            version=self.version,
+            offers_requested=self.offers_requested,
+            offers=offers,
+            gpadls=gpadls,
+            partial=partial,
+        )
+
+    def restore(self, state: BusState) -> None:
+        """Put the connection and its GPADLs back; the offers follow (`vmbus.bus.adoption`), and `end_restore`."""
+        self.restoring = True
+        if state.connected:
+            self.state = ConnectionState.CONNECTED
+            self.version = state.version
+            self.offers_requested = state.offers_requested
+        self.gpadls.restore(state.gpadls, state.partial)
 
     def adopt(self, offer: Offer, relid: int, state: OfferState, request: OpenRequest | None) -> None:
         """For restore: put an offer back into its saved state."""
-        offer.relid = relid
-        offer.state = state
-        offer.request = request
+        offer.put_back(relid, state, request)
         if relid:
             self._by_relid[relid] = offer
 
@@ -621,15 +443,11 @@ class BusServer:
         self.restoring = False
         for relid, handle in torndown:
             self.gpadls.remove(relid, handle)
-            self._post(m.GpadlTorndown(handle))
+            self.post(m.GpadlTorndown(handle))
         for offer in rescinded:
-            self._post(m.RescindOffer(offer.relid))
+            self.post(m.RescindOffer(offer.relid))
         for offer in new:
             self._send_offer(offer)
-
-
-def _same_key(one: Offer, other: Offer) -> bool:
-    return (one.instance, one.subchannel) == (other.instance, other.subchannel)
 
 
 _HANDLERS: dict[type[Any], Any] = {

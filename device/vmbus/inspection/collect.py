@@ -10,7 +10,8 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol
 
-from vmbus.bus.server import BusServer, Offer
+from vmbus.bus.offers import Offer
+from vmbus.bus.server import BusServer
 from vmbus.device import Device
 from vmbus.errors import PeerError
 from vmbus.inspection.document import (

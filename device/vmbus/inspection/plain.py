@@ -8,7 +8,6 @@ from typing import Any
 import msgspec
 
 from vmbus.inspection.document import Function, SynicInfo
-from vmbus.synic import PostStatus, Register
 from vmbus.vfio_user.pci import (
     COMMAND,
     COMMAND_BUS_MASTER,
@@ -22,6 +21,7 @@ from vmbus.vfio_user.pci import (
 )
 from vmbus.wire import messages as m
 from vmbus.wire.packet import PacketType
+from vmbus.wire.synic import PostStatus, Register
 
 PREVIEW = 32
 """Bytes of a packet or of a state that are shown."""

@@ -8,7 +8,6 @@ guest memory, which may be large, is not looked at: `vmbus.snapshot.bundle.open_
 from __future__ import annotations
 
 import os
-import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -38,15 +37,13 @@ from vmbus.inspection.document import (
     Source,
 )
 from vmbus.inspection.plain import decoded, function_info, kind_name, plain, preview, synic_info, version_name
-from vmbus.kmcl.saved import ChannelChunk, PacketChunk, decode_chunk, decode_lib
+from vmbus.kmcl.saved import CompletionChunk, SavedPacket
 from vmbus.providers import Provider, provider_class
 from vmbus.qemu.description import VmDescription
 from vmbus.snapshot.bundle import read_state
 from vmbus.snapshot.checkpoints import IMAGE, Checkpoint, Store
 from vmbus.snapshot.manifest import INITRAMFS, KERNEL, MANIFEST, RAM, STATE
 from vmbus.wire import ic
-
-_STATE_LIMIT = st.MAX_BODY + st.HEAD_SIZE
 
 
 def inspect_path(path: Path) -> Inspection:
@@ -124,11 +121,8 @@ def inspect_checkpoint(store: Store, tag: str) -> Inspection:
 
 def inspect_state(state: st.DeviceState, source: Source, description: DeviceDescription | None = None) -> Inspection:
     """A decoded device state. Raises StateError for chunks of channels that cannot be decoded."""
-    offers = {(one.instance, one.subchannel): one for one in state.bus.offers if not one.withdrawn}
-    channels = [
-        _channel(state, number, record, offers.get((record.instance, record.subchannel)))
-        for number, record in enumerate(state.channels)
-    ]
+    offers = {one.key: one for one in state.bus.offers if not one.withdrawn}
+    channels = [_channel(state, record, offers.get(record.key)) for record in state.channels]
     return Inspection(
         source=source,
         device=state.device,
@@ -157,14 +151,7 @@ def _builtins(description: DeviceDescription | VmDescription) -> dict[str, Any]:
 def _read(path: Path) -> bytes:
     """A file that ought to be a device state. Raises StateError."""
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        with os.fdopen(descriptor, "rb") as file:
-            status = os.fstat(file.fileno())
-            if not stat.S_ISREG(status.st_mode):
-                raise StateError(f"{path} is neither a directory nor a plain file")
-            if status.st_size > _STATE_LIMIT:
-                raise StateError(f"{path} has {status.st_size} bytes: no device state is that large")
-            return file.read()
+        return st.read_file(path)
     except OSError as error:
         raise StateError(f"cannot read {path}: {error.strerror}") from error
 
@@ -191,16 +178,11 @@ def _owner_of(state: st.DeviceState, record: st.ChannelRecord) -> tuple[st.Provi
     return (state.providers[0] if len(state.providers) == 1 else None), f"{instance}{subchannel}"
 
 
-def _channel(
-    state: st.DeviceState, number: int, record: st.ChannelRecord, offer: st.OfferStateRecord | None
-) -> ChannelInfo:
+def _channel(state: st.DeviceState, record: st.ChannelRecord, offer: st.OfferStateRecord | None) -> ChannelInfo:
     owner, name = _owner_of(state, record)
-    chunks = [decode_chunk(data) for data in record.chunks]
-    head = chunks[0] if chunks else None
-    if not isinstance(head, ChannelChunk) or head.entries != len(chunks) - 1:
-        raise StateError(f"the saved state of channel {number} does not start with a channel chunk or is cut")
+    saved = record.decoded
     describer = None if owner is None else _describer(owner.kind)
-    packets = list(_packets(chunks[1:], describer))
+    packets = list(_packets([*saved.sent, *saved.queue], describer))
     count = InFlight()
     for packet in packets:
         if packet.state == "queued":
@@ -217,19 +199,17 @@ def _channel(
         subchannel=record.subchannel,
         relid=0 if offer is None else offer.relid,
         state="not offered" if offer is None else offer.state,
-        started=head.started,
-        next_transaction=head.next_transaction,
+        started=saved.head.started,
+        next_transaction=saved.head.next_transaction,
         in_flight=count,
         packets=packets,
         rings=[*_rings(record)],
     )
 
 
-def _packets(chunks: list[Any], describer: type[Provider] | None) -> Iterator[PacketInfo]:
-    for chunk in chunks:
-        if isinstance(chunk, ChannelChunk):
-            raise StateError("the saved state of a channel has a second channel chunk")
-        if not isinstance(chunk, PacketChunk):
+def _packets(entries: list[SavedPacket | CompletionChunk], describer: type[Provider] | None) -> Iterator[PacketInfo]:
+    for chunk in entries:
+        if isinstance(chunk, CompletionChunk):
             yield PacketInfo(
                 transaction=chunk.transaction,
                 state="completion",
@@ -238,7 +218,7 @@ def _packets(chunks: list[Any], describer: type[Provider] | None) -> Iterator[Pa
                 body=preview(chunk.body),
             )
             continue
-        lib = decode_lib(chunk.lib)
+        lib = chunk.lib
         yield PacketInfo(
             transaction=lib.transaction,
             state="queued" if lib.queued else "sent",
@@ -246,7 +226,7 @@ def _packets(chunks: list[Any], describer: type[Provider] | None) -> Iterator[Pa
             completion=lib.flags != 0,
             size=len(lib.body) if lib.queued else None,
             body=preview(lib.body),
-            lib={"version": lib.version, "offset8": lib.offset8, "flags": lib.flags, "bytes": len(chunk.lib)},
+            lib={"version": lib.version, "offset8": lib.offset8, "flags": lib.flags, "bytes": len(chunk.lib_buf)},
             save_size=len(chunk.save),
             save=preview(chunk.save),
             described=_described(describer, chunk.save),

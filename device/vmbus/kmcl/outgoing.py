@@ -416,25 +416,14 @@ class Outgoing:
 
     # ---- restore -----------------------------------------------------------------------------------------------------
 
-    def put_back(self, packet: Packet) -> None:
-        """A restored packet takes its old place, behind those that were restored before it."""
-        if packet.state is _SENT:
-            self._flow.sent[packet.transaction] = packet
-        else:
-            self.queue.append(packet)
-            self._flow.direct = False
-
-    def put_back_reply(self, transaction: int, body: bytes) -> None:
-        """Likewise a completion that found no room."""
+    def put_back(self, sent: dict[int, Packet], queue: list[Packet | QueuedCompletion], next_transaction: int) -> None:
+        """Everything that was in use at the save, in its old places; what was queued since comes behind it."""
         flow = self._flow
-        flow.waiting += 1
-        flow.held_bytes += len(body)
-        flow.direct = False
-        self.queue.append(QueuedCompletion(transaction, body, _now()))
-
-    def give_up(self) -> None:
-        """Forget what was restored so far: the restore failed."""
-        self._flow.sent.clear()
-        self.queue.clear()
-        self._flow.waiting = 0
-        self._flow.held_bytes = 0
+        flow.sent.update(sent)
+        self.queue.extendleft(reversed(queue))
+        for entry in queue:
+            if isinstance(entry, QueuedCompletion):
+                flow.waiting += 1
+                flow.held_bytes += len(entry.body)
+        self._set_direct()
+        flow.next_transaction = self.first_own = next_transaction

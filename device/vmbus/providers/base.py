@@ -13,6 +13,7 @@ from vmbus.description import explain
 from vmbus.errors import StateError, UsageError
 from vmbus.kmcl.client import ClientChannel
 from vmbus.kmcl.server import ServerChannel
+from vmbus.records import decode
 
 Result = TypeVar("Result")
 
@@ -149,8 +150,18 @@ class Provider(ABC):
         """
         return b""
 
+    def check(self, state: bytes) -> None:  # noqa: B027 - optional to override
+        """Whether `restore` will take these bytes: decode them, look at every range. Raise StateError to refuse them.
+
+        Without effects: it is asked before anything changes, and at a save, of bytes that `save` has just returned.
+        """
+
+    def decoded(self, decoder: "msgspec.msgpack.Decoder[Result]", state: bytes) -> Result:
+        """For `check` and `restore`: the record in `state`. Raises StateError that names the provider, nothing else."""
+        return decode(decoder, state, f"the saved state of provider {self.name!r} ({self.kind})")
+
     def restore(self, state: bytes) -> None:
-        """`save`'s bytes again, before any packet is restored. Raise StateError to refuse them."""
+        """`save`'s bytes again, before any packet is restored. Raise StateError to refuse them, better in `check`."""
         if state:
             raise StateError(f"provider {self.name!r} ({self.kind}) has no state, but {len(state)} bytes were saved")
 

@@ -18,14 +18,15 @@ from uuid import UUID
 import msgspec
 
 from vmbus import workload
-from vmbus.errors import StateError
 from vmbus.kmcl.channel import Channel
 from vmbus.kmcl.completion import Completion
 from vmbus.kmcl.packet import Packet
 from vmbus.kmcl.server import ServerChannel
 from vmbus.kmcl.status import Status
 from vmbus.providers.base import Bound, Host, Provider
+from vmbus.providers.saved import TallyState, saved_run
 from vmbus.providers.slices import PIECE, STEP, Slices
+from vmbus.records import U32, U64, Count
 
 MOST_PACKETS = 32_768
 """Packets that are in flight at most, whatever the window."""
@@ -52,14 +53,17 @@ class _Transaction:
 
 
 class _State(msgspec.Struct, frozen=True):
-    run: tuple[int, int, int] | None
-    issued: int
-    next_answer: int
-    tally: dict[str, int]
+    run: tuple[U32, U64, U32] | None
+    issued: U64
+    next_answer: U64
+    tally: TallyState
     done_sent: bool
-    restored: int
-    runs: int
-    needless: int = 0
+    restored: Count
+    runs: Count
+    needless: U32 = 0
+
+
+_decoder = msgspec.msgpack.Decoder(_State)
 
 
 class BurstProvider(Provider):
@@ -223,20 +227,23 @@ class BurstProvider(Provider):
                 needless=0 if self._run is None else self._run.needless,
                 issued=self._issued,
                 next_answer=self._answers.next,
-                tally=self.tally.as_dict(),
+                tally=TallyState.of(self.tally),
                 done_sent=self._done_sent,
                 restored=self.restored,
                 runs=self.runs,
             )
         )
 
+    def _decoded(self, state: bytes) -> tuple[_State, workload.BurstStart | None]:
+        saved = self.decoded(_decoder, state)
+        return saved, saved_run(saved.run, saved.needless, saved.issued)
+
+    def check(self, state: bytes) -> None:
+        self._decoded(state)
+
     def restore(self, state: bytes) -> None:
-        try:
-            saved = msgspec.msgpack.decode(state, type=_State)
-            self.tally.load(saved.tally)
-        except (msgspec.MsgspecError, KeyError) as error:
-            raise StateError(f"the saved state of provider {self.name!r} (burst) is not valid: {error}") from error
-        self._run = None if saved.run is None else workload.BurstStart(*saved.run, saved.needless)
+        saved, self._run = self._decoded(state)
+        saved.tally.load_into(self.tally)
         self._issued = saved.issued
         self._answers.next = saved.next_answer
         self._done_sent = saved.done_sent

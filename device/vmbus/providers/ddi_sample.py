@@ -15,7 +15,7 @@ from uuid import UUID
 import msgspec
 
 from vmbus import workload
-from vmbus.errors import StateError, UsageError
+from vmbus.errors import UsageError
 from vmbus.kmcl import ddi
 from vmbus.kmcl.channel import Channel
 from vmbus.kmcl.completion import Completion
@@ -23,7 +23,9 @@ from vmbus.kmcl.packet import Packet
 from vmbus.kmcl.status import Status
 from vmbus.providers.base import Bound, Host, Provider
 from vmbus.providers.burst import MOST_PACKETS, window_of
+from vmbus.providers.saved import TallyState, saved_run
 from vmbus.providers.slices import PIECE, Slices
+from vmbus.records import U32, U64, Count
 
 _SAVED_TRANSACTION = Struct("<Q16s")
 
@@ -39,12 +41,15 @@ class _Transaction:
 
 
 class _State(msgspec.Struct, frozen=True):
-    run: tuple[int, int, int] | None
-    issued: int
-    next_answer: int
-    tally: dict[str, int]
-    restored: int
-    runs: int
+    run: tuple[U32, U64, U32] | None
+    issued: U64
+    next_answer: U64
+    tally: TallyState
+    restored: Count
+    runs: Count
+
+
+_decoder = msgspec.msgpack.Decoder(_State)
 
 
 def _check(status: int, call: str) -> None:
@@ -229,19 +234,22 @@ class DdiBurstProvider(Provider):
                 run=None if self._run is None else (self._run.size, self._run.packets, self._run.window),
                 issued=self._issued,
                 next_answer=self._answers.next,
-                tally=self.tally.as_dict(),
+                tally=TallyState.of(self.tally),
                 restored=self.restored,
                 runs=self.runs,
             )
         )
 
+    def _decoded(self, state: bytes) -> tuple[_State, workload.BurstStart | None]:
+        saved = self.decoded(_decoder, state)
+        return saved, saved_run(saved.run, 0, saved.issued)
+
+    def check(self, state: bytes) -> None:
+        self._decoded(state)
+
     def restore(self, state: bytes) -> None:
-        try:
-            saved = msgspec.msgpack.decode(state, type=_State)
-            self.tally.load(saved.tally)
-        except (msgspec.MsgspecError, KeyError) as error:
-            raise StateError(f"the saved state of provider {self.name!r} (ddi-burst) is not valid: {error}") from error
-        self._run = None if saved.run is None else workload.BurstStart(*saved.run)
+        saved, self._run = self._decoded(state)
+        saved.tally.load_into(self.tally)
         self._issued = saved.issued
         self._answers.next = saved.next_answer
         self.restored = saved.restored

@@ -17,13 +17,14 @@ from zlib import crc32
 import msgspec
 
 from vmbus import workload
-from vmbus.errors import StateError
 from vmbus.kmcl.channel import Channel
 from vmbus.kmcl.completion import Completion
 from vmbus.kmcl.server import ServerChannel
 from vmbus.kmcl.status import KmclError
 from vmbus.providers.base import Bound, Host, Provider, Timer
+from vmbus.providers.saved import TallyState
 from vmbus.providers.slices import PIECE, Slices, transformed
+from vmbus.records import U64, Count
 from vmbus.workload import STATUS_CORRUPT, STATUS_MALFORMED, STATUS_OK, transform
 
 _REQUEST_SIZE = workload.ECHO_REQUEST.size
@@ -39,9 +40,12 @@ class EchoOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class _State(msgspec.Struct, frozen=True):
-    next_sequence: int
-    tally: dict[str, int]
-    finished_at_suspend: int
+    next_sequence: U64
+    tally: TallyState
+    finished_at_suspend: Count
+
+
+_decoder = msgspec.msgpack.Decoder(_State)
 
 
 class EchoProvider(Provider):
@@ -164,14 +168,14 @@ class EchoProvider(Provider):
         completion.complete(_pack_reply(sequence, length, answer, STATUS_OK, 0))
 
     def save(self) -> bytes:
-        return msgspec.msgpack.encode(_State(self._sequence.next, self.tally.as_dict(), self.finished_at_suspend))
+        return msgspec.msgpack.encode(_State(self._sequence.next, TallyState.of(self.tally), self.finished_at_suspend))
+
+    def check(self, state: bytes) -> None:
+        self.decoded(_decoder, state)
 
     def restore(self, state: bytes) -> None:
-        try:
-            saved = msgspec.msgpack.decode(state, type=_State)
-            self.tally.load(saved.tally)
-        except (msgspec.MsgspecError, KeyError) as error:
-            raise StateError(f"the saved state of provider {self.name!r} (echo) is not valid: {error}") from error
+        saved = self.decoded(_decoder, state)
+        saved.tally.load_into(self.tally)
         self._sequence.next = saved.next_sequence
         self.finished_at_suspend = saved.finished_at_suspend
 

@@ -25,7 +25,7 @@ guest that maps 16,384 regions of memory causes pauses of 40 to 80 ms."""
 def read_state(path: Path) -> saved.DeviceState:
     """The saved state in a file. Raises EnvironmentProblem or StateError."""
     try:
-        data = path.read_bytes()
+        data = saved.read_file(path)
     except OSError as error:
         raise EnvironmentProblem(f"cannot read device state {path}: {error.strerror}") from error
     return saved.decode(data)

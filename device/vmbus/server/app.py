@@ -29,7 +29,7 @@ import msgspec
 import vmbus
 from vmbus import state as saved
 from vmbus.audit.files import make_directory, recorder_in
-from vmbus.bus.server import Offer
+from vmbus.bus.offers import Offer
 from vmbus.capture.capture import Capture, CaptureOptions
 from vmbus.complaints import COMPLAINTS, bounded_log
 from vmbus.description import DeviceDescription, explain
@@ -554,7 +554,9 @@ class DeviceServer:
                     raise
             with bounded(seconds, "the providers to give their state"):
                 state = saved.save_device(self.description.name, self.config.snapshot(), self.device, self.providers)
-            data = saved.encode(state)
+                data = saved.encode(state)
+                # What cannot be restored was not saved, and is said now, while the guest is still there.
+                state = saved.verify(data, self.providers)
         try:
             fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         except (OSError, ValueError) as error:
@@ -966,7 +968,7 @@ def _read_state(path: str, sha256: str) -> saved.DeviceState:
     if not isinstance(path, str) or not isinstance(sha256, str):
         raise UsageError(f"load: path and sha256 are strings, not {path!r} and {sha256!r}")
     try:
-        data = Path(path).read_bytes()
+        data = saved.read_file(Path(path))
     except (OSError, ValueError) as error:
         raise EnvironmentProblem(f"cannot read device state {path!r}: {error}") from error
     found = hashlib.sha256(data).hexdigest()

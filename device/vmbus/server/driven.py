@@ -378,7 +378,9 @@ class Driven:
             state = saved.save_device(
                 server.description.name, server.config.snapshot(), server.device, server.providers
             )
-            return saved.encode(state)
+            data = saved.encode(state)
+            saved.verify(data, server.providers)
+            return data
         except VmbusError as error:
             raise MigrationRefused(f"the device cannot be saved: {error}", errno.EIO) from error
         except Exception as error:

@@ -10,16 +10,19 @@ from typing import Any
 
 import msgspec
 
-from vmbus.errors import StateError
 from vmbus.kmcl.server import ServerChannel
 from vmbus.providers.burst import BurstProvider
+from vmbus.records import Count
 
 ONE_IN = 1000
 
 
 class _State(msgspec.Struct, frozen=True):
-    given: int
+    given: Count
     burst: bytes
+
+
+_decoder = msgspec.msgpack.Decoder(_State)
 
 
 class LossyBurst(BurstProvider):
@@ -44,13 +47,12 @@ class LossyBurst(BurstProvider):
         """With the count of packets that were restored."""
         return msgspec.msgpack.encode(_State(self._given, super().save()))
 
+    def check(self, state: bytes) -> None:
+        """Raises StateError."""
+        super().check(self.decoded(_decoder, state).burst)
+
     def restore(self, state: bytes) -> None:
         """Raises StateError."""
-        try:
-            saved = msgspec.msgpack.decode(state, type=_State)
-        except msgspec.MsgspecError as error:
-            raise StateError(
-                f"the saved state of provider {self.name!r} (lossy burst) is not valid: {error}"
-            ) from error
+        saved = self.decoded(_decoder, state)
         self._given = saved.given
         super().restore(saved.burst)

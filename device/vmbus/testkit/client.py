@@ -4,7 +4,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Protocol
 
-from vmbus.bus.loopback import LoopbackBuffer, LoopbackBus
+from vmbus.bus.connection import LoopbackBuffer
+from vmbus.bus.loopback import LoopbackBus
 from vmbus.errors import UsageError
 from vmbus.kmcl.channel import Channel
 from vmbus.kmcl.client import ClientChannel

@@ -5,7 +5,7 @@ from typing import Any
 
 from vmbus.errors import VmbusError
 from vmbus.kmcl.packet import Packet
-from vmbus.kmcl.saved import Chunk, PacketChunk, decode_chunk, decode_lib
+from vmbus.kmcl.saved import PacketChunk, decode_chunk, decode_lib
 from vmbus.kmcl.server import ServerChannel
 
 _SHOWN = 48
@@ -48,8 +48,7 @@ def check_channel_state(channel: ServerChannel, saved: Sequence[bytes], again: S
     """What comes out of the restored channel is what went in, packet by packet."""
     if list(saved) == list(again):
         return
-    before = _by_packet([decode_chunk(data) for data in saved])
-    after = _by_packet([decode_chunk(data) for data in again])
+    before, after = _by_packet(saved), _by_packet(again)
     for transaction, chunk in before.items():
         found = after.get(transaction)
         if found is None:
@@ -70,7 +69,8 @@ def check_channel_state(channel: ServerChannel, saved: Sequence[bytes], again: S
     )
 
 
-def _by_packet(chunks: list[Chunk]) -> dict[int, PacketChunk]:
+def _by_packet(data: Sequence[bytes]) -> dict[int, PacketChunk]:
+    chunks = map(decode_chunk, data)
     return {decode_lib(chunk.lib).transaction: chunk for chunk in chunks if isinstance(chunk, PacketChunk)}
 
 

@@ -14,8 +14,10 @@ from vmbus.complaints import COMPLAINTS
 from vmbus.errors import StateError, UsageError, VmbusError, WaitTimeout
 from vmbus.kmcl.channel import Channel
 from vmbus.kmcl.client import ClientChannel
+from vmbus.kmcl.saved import ChannelRecord
 from vmbus.kmcl.server import ServerChannel
 from vmbus.providers import Provider, provider_class
+from vmbus.replacing import key_of
 from vmbus.snapshot.files import copy_files, files_of, wanted_files
 from vmbus.testkit import contract
 from vmbus.testkit.client import Client
@@ -356,8 +358,8 @@ class ProviderTest:
         directory = Path(self._scratch.name) / str(self.saves)
         directory.mkdir()
         copy_files(wanted_files([self.provider]), directory)
+        records = self._save_channels()
         state = self._save_provider()
-        chunks = {_key(channel): self._save_channel(channel) for channel in old}
         packets = {_key(channel): contract.packets_of(channel) for channel in old}
         saved = Saved(
             state, sum(channel.packets_queued for channel in old), sum(channel.packets_sent for channel in old)
@@ -380,10 +382,12 @@ class ProviderTest:
                 )
 
         early = b""
+        chunks = {record.key: record.chunks for record in records}
 
         def before_packets() -> None:
             nonlocal early
             try:
+                self.provider.check(state)
                 self.provider.restore_files(files_of(self.provider, directory))
                 self.provider.restore(state)
             except Exception as error:
@@ -397,15 +401,14 @@ class ProviderTest:
             if early != state:
                 contract.check_provider_state(self._name, state, self.provider.save())
             for channel in self.bus.offers:
-                key = _key(channel)
-                if key in chunks and not channel.force_new_channel:
-                    contract.check_packets(channel, packets[key])
-                    again = channel.save()
-                    contract.check_channel_state(channel, chunks[key][1:], again[1:])
+                saved_as = chunks.get(key_of(channel))
+                if saved_as is not None and not channel.force_new_channel:
+                    contract.check_packets(channel, packets[_key(channel)])
+                    contract.check_channel_state(channel, saved_as[1:], channel.save()[1:])
             self._activate()
 
         try:
-            self.bus.save_and_restore(make, before_packets, after_packets)
+            self.bus.replace(records, make, before_packets, after_packets)
         except (ContractViolation, WaitTimeout):
             raise
         except (StateError, VmbusError) as error:
@@ -454,14 +457,14 @@ class ProviderTest:
         contract.check_save_is_repeatable(f"provider {self._name}", "save()", state, self.provider.save())
         return state
 
-    def _save_channel(self, channel: ServerChannel) -> list[bytes]:
+    def _save_channels(self) -> list[ChannelRecord]:
         try:
-            chunks = channel.save()
-            again = channel.save()
+            records, again = self.bus.save(), self.bus.save()
         except VmbusError as error:
             raise ContractViolation(str(error)) from error
-        contract.check_save_is_repeatable(f"channel {channel.name}", "the save callback", chunks, again)
-        return chunks
+        for channel, one, other in zip(self.bus.offers, records, again, strict=True):
+            contract.check_save_is_repeatable(f"channel {channel.name}", "the save callback", one.chunks, other.chunks)
+        return records
 
     def check_refuses(self, state: bytes) -> str:
         """A fresh provider must refuse these bytes with StateError, as it should refuse damage; returns its message.
@@ -471,13 +474,16 @@ class ProviderTest:
         host = FakeHost(Clock(), LoopbackBus(), self._name)
         provider = self._class(host, self._name, self._instance, self._options)
         provider.start()
+        what = "check()"
         try:
+            provider.check(state)
+            what = "restore()"
             provider.restore(state)
         except StateError as error:
             return str(error)
         except Exception as error:
             raise ContractViolation(
-                f"restore() of provider {self._name} raised {error!r} for {shorten(state)}; expected: StateError"
+                f"{what} of provider {self._name} raised {error!r} for {shorten(state)}; expected: StateError"
             ) from error
         finally:
             provider.stop()

@@ -56,6 +56,11 @@ class RawPacket(NamedTuple):
     end: int
 
 
+def largest_packet(size: int) -> int:
+    """Ring bytes of the largest packet (descriptor, padding and trailer included) that fits a ring of `size` bytes."""
+    return min(size - 16, MAX_PACKET_SIZE)
+
+
 def packet_size(length: int) -> int:
     """Bytes of ring that a packet takes whose headers and payload behind the descriptor are `length` bytes."""
     return ((length + 7) & ~7) + OVERHEAD

@@ -12,7 +12,6 @@ from uuid import UUID
 import msgspec
 
 from vmbus.complaints import bounded_log
-from vmbus.description import explain
 from vmbus.errors import EnvironmentProblem, StateError, UsageError
 from vmbus.kmcl.channel import Channel
 from vmbus.kmcl.completion import Completion
@@ -72,9 +71,12 @@ class _State(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     version: Literal[1]
     features: Annotated[int, msgspec.Meta(ge=0, lt=1 << 32)] | None
-    size: Annotated[int, msgspec.Meta(gt=0)]
+    size: Annotated[int, msgspec.Meta(gt=0, le=(1 << 63) - 1)]
     block_size: Literal[512, 4096]
-    stamp: int
+    stamp: Annotated[int, msgspec.Meta(ge=-(1 << 63), le=(1 << 63) - 1)]
+
+
+_decoder = msgspec.msgpack.Decoder(_State)
 
 
 class _Token(NamedTuple):
@@ -341,22 +343,24 @@ class BlockProvider(Provider):
             )
         )
 
-    def restore(self, state: bytes) -> None:
-        try:
-            saved = msgspec.msgpack.decode(state, type=_State)
-        except msgspec.ValidationError as error:
-            raise StateError(f"the saved state of disk {self.name!r} is not valid: {explain(error)}") from error
-        except msgspec.MsgspecError as error:
-            raise StateError(f"the saved state of disk {self.name!r} is damaged: {error}") from error
+    def _decoded(self, state: bytes) -> _State:
+        saved = self.decoded(_decoder, state)
         if saved.block_size != self.options.block_size or saved.size % saved.block_size:
             raise StateError(
                 f"the saved disk {self.name!r} has {saved.size} bytes in blocks of {saved.block_size}, and block_size "
                 f"is {self.options.block_size} here"
             )
-        self._restored = saved
-        self._features = saved.features
         if saved.features is not None and saved.features & ~int(_FEATURES):
             raise StateError(f"the saved disk {self.name!r} has features {saved.features:#x}; known: {_FEATURES:#x}")
+        return saved
+
+    def check(self, state: bytes) -> None:
+        self._decoded(state)
+
+    def restore(self, state: bytes) -> None:
+        saved = self._decoded(state)
+        self._restored = saved
+        self._features = saved.features
         if self.core is not None:
             self.core.features = saved.features or 0
 

@@ -22,6 +22,7 @@ from vmbus.kmcl.server import SERVER_FLAG_OFFER_AS_PIPE, ServerChannel
 from vmbus.kmcl.settings import FLAG_IS_PIPE
 from vmbus.kmcl.states import ChannelState
 from vmbus.providers.base import Bound, Host, Timer
+from vmbus.records import Count
 from vmbus.wire import ic
 
 QUEUE = 64
@@ -73,7 +74,6 @@ class Request:
 
 
 _Number = Annotated[int, msgspec.Meta(ge=0, le=0xFFFF)]
-_Count = Annotated[int, msgspec.Meta(ge=0)]
 
 
 class WaitingState(msgspec.Struct, frozen=True):
@@ -94,7 +94,7 @@ class ExchangeState(msgspec.Struct, frozen=True):
     under_way: _Number | None
     patient: bool
     waiting: Annotated[list[WaitingState], msgspec.Meta(max_length=2 * QUEUE)]
-    counters: dict[str, _Count]
+    counters: dict[str, Count]
 
 
 class Exchange:
@@ -326,14 +326,20 @@ class Exchange:
             counters=dict(self.counters),
         )
 
-    def restore(self, state: ExchangeState) -> None:
-        """Take `save`'s state over; the channel is on its rings again if it was open. Raises StateError."""
+    def check(self, state: ExchangeState) -> None:
+        """Raises StateError for a state that `restore` could not take over."""
         framework, version = state.framework, state.version
         if set(state.counters) != set(self.counters):
             raise StateError(f"the state of the {self.service.name} service has other counters: {state.counters}")
+        if (version or framework) and (
+            tuple(framework) not in ic.FRAMEWORK_VERSIONS or tuple(version) not in self._versions
+        ):
+            raise StateError(f"the {self.service.name} service agreed on versions {framework} and {version}")
+
+    def restore(self, state: ExchangeState) -> None:
+        """Take over what `check` has passed; the channel is on its rings again if it was open."""
+        framework, version = state.framework, state.version
         if version or framework:
-            if tuple(framework) not in ic.FRAMEWORK_VERSIONS or tuple(version) not in self._versions:
-                raise StateError(f"the {self.service.name} service agreed on versions {framework} and {version}")
             self._framework, self.version = ic.Version(*framework), ic.Version(*version)
         self._last_transaction = state.last_transaction
         self.counters.update(state.counters)

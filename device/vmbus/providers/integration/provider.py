@@ -13,6 +13,7 @@ from vmbus.errors import StateError, UsageError
 from vmbus.providers.base import Bound, Host, Provider
 from vmbus.providers.integration.exchange import Exchange, ExchangeState
 from vmbus.providers.integration.parts import Heartbeat, Kvp, Part, Shutdown, Time, settle
+from vmbus.records import Count
 from vmbus.wire import ic
 
 # 4.0 tells the time of the hypervisor's reference counter with it, which this device's guests do not have.
@@ -44,12 +45,15 @@ class IntegrationOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True
 
 class _PartState(msgspec.Struct, frozen=True):
     exchange: ExchangeState
-    numbers: dict[str, Annotated[int, msgspec.Meta(ge=0)]]
+    numbers: dict[str, Count]
 
 
 class _State(msgspec.Struct, frozen=True):
     version: Literal[1]
     parts: dict[str, _PartState]
+
+
+_decoder = msgspec.msgpack.Decoder(_State)
 
 
 class _ShutdownArguments(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -191,21 +195,25 @@ class IntegrationProvider(Provider):
             )
         )
 
-    def restore(self, state: bytes) -> None:
-        try:
-            saved = msgspec.msgpack.decode(state, type=_State)
-        except msgspec.MsgspecError as error:
-            raise StateError(
-                f"the saved state of provider {self.name!r} (integration) is not valid: {error}"
-            ) from error
+    def _decoded(self, state: bytes) -> _State:
+        saved = self.decoded(_decoder, state)
         if set(saved.parts) != set(self.parts):
             raise StateError(f"provider {self.name!r} was saved with the services {sorted(saved.parts)}")
         for name, part in self.parts.items():
             record = saved.parts[name]
             if set(record.numbers) != set(part.numbers):
                 raise StateError(f"the state of the {name} service has other numbers: {sorted(record.numbers)}")
-            part.exchange.restore(record.exchange)
-            part.numbers.update(record.numbers)
+            part.exchange.check(record.exchange)
+        return saved
+
+    def check(self, state: bytes) -> None:
+        self._decoded(state)
+
+    def restore(self, state: bytes) -> None:
+        saved = self._decoded(state)
+        for name, part in self.parts.items():
+            part.exchange.restore(saved.parts[name].exchange)
+            part.numbers.update(saved.parts[name].numbers)
 
     def status(self) -> dict[str, Any]:
         return {name: part.status() for name, part in self.parts.items()}

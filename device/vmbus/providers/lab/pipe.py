@@ -10,6 +10,8 @@ from vmbus.kmcl.packet import Packet
 from vmbus.kmcl.pipe import Pipe, PipeMode
 from vmbus.kmcl.server import ServerChannel
 from vmbus.providers.base import Host
+from vmbus.providers.saved import TallyState
+from vmbus.records import U64, Count
 from vmbus.wire.lab import MESSAGE, transform_stream
 from vmbus.workload import Sequence, Tally, transform
 
@@ -17,9 +19,9 @@ from vmbus.workload import Sequence, Tally, transform
 class PipeState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What is saved of one pipe."""
 
-    next_sequence: int
-    tally: dict[str, int]
-    bytes: int
+    next_sequence: U64
+    tally: TallyState
+    bytes: Count
 
 
 class PipeEnd:
@@ -71,10 +73,10 @@ class PipeEnd:
 
     def save(self) -> PipeState:
         """What a restore needs."""
-        return PipeState(self._sequence.next, self.tally.as_dict(), self.bytes)
+        return PipeState(self._sequence.next, TallyState.of(self.tally), self.bytes)
 
     def restore(self, state: PipeState) -> None:
-        """It again. Raises KeyError."""
-        self.tally.load(state.tally)
+        """It again."""
+        state.tally.load_into(self.tally)
         self._sequence.next = state.next_sequence
         self.bytes = state.bytes

@@ -27,8 +27,11 @@ class LabOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 class _State(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     version: Literal[1]
-    stations: list[StationState]
-    pipes: list[PipeState]
+    stations: Annotated[list[StationState], msgspec.Meta(max_length=64)]
+    pipes: Annotated[list[PipeState], msgspec.Meta(max_length=32)]
+
+
+_decoder = msgspec.msgpack.Decoder(_State)
 
 
 class _PlugArguments(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -94,20 +97,26 @@ class LabProvider(Provider):
             _State(1, [station.save() for station in self.stations], [pipe.save() for pipe in self.pipes])
         )
 
+    def _decoded(self, state: bytes) -> _State:
+        saved = self.decoded(_decoder, state)
+        if (len(saved.stations), len(saved.pipes)) != (len(self.stations), len(self.pipes)):
+            raise StateError(
+                f"provider {self.name!r} (lab) was saved with {len(saved.stations)} stations and "
+                f"{len(saved.pipes)} pipes, and has {len(self.stations)} and {len(self.pipes)}"
+            )
+        for station in saved.stations:
+            station.check()
+        return saved
+
+    def check(self, state: bytes) -> None:
+        self._decoded(state)
+
     def restore(self, state: bytes) -> None:
-        try:
-            saved = msgspec.msgpack.decode(state, type=_State)
-            if (len(saved.stations), len(saved.pipes)) != (len(self.stations), len(self.pipes)):
-                raise StateError(
-                    f"provider {self.name!r} (lab) was saved with {len(saved.stations)} stations and "
-                    f"{len(saved.pipes)} pipes, and has {len(self.stations)} and {len(self.pipes)}"
-                )
-            for station, one in zip(self.stations, saved.stations, strict=True):
-                station.restore(one)
-            for pipe, other in zip(self.pipes, saved.pipes, strict=True):
-                pipe.restore(other)
-        except (msgspec.MsgspecError, KeyError) as error:
-            raise StateError(f"the saved state of provider {self.name!r} (lab) is not valid: {error}") from error
+        saved = self._decoded(state)
+        for station, one in zip(self.stations, saved.stations, strict=True):
+            station.restore(one)
+        for pipe, other in zip(self.pipes, saved.pipes, strict=True):
+            pipe.restore(other)
 
     def status(self) -> dict[str, Any]:
         lines = [line for station in self.stations for line in station.lines.values()]

@@ -11,12 +11,14 @@ have is in `Shared`.
 from collections.abc import Callable, Generator, Iterator, Sequence
 from functools import partial
 from struct import Struct
+from typing import Annotated
 from zlib import crc32
 
 import msgspec
 
 from vmbus import workload
-from vmbus.errors import UsageError
+from vmbus.bus.gpadl import MAX_GPADLS
+from vmbus.errors import StateError, UsageError
 from vmbus.kmcl.channel import Channel
 from vmbus.kmcl.completion import Completion
 from vmbus.kmcl.packet import Packet
@@ -26,7 +28,9 @@ from vmbus.kmcl.status import KmclError
 from vmbus.kmcl.status import Status as PacketStatus
 from vmbus.memory import Grant
 from vmbus.providers.base import Bound, Host
+from vmbus.providers.saved import TallyState
 from vmbus.providers.slices import BEHIND, PIECE, STEP, Slices, transformed
+from vmbus.records import U32, U64, Count
 from vmbus.wire.lab import (
     HANDLE,
     HEAD,
@@ -96,20 +100,26 @@ class Shared:
 class LineState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What is saved of one channel."""
 
-    index: int
-    next_sequence: int
-    tally: dict[str, int]
-    pushed: int
-    next_answer: int
-    push_tally: dict[str, int]
-    mapped: list[int]
+    index: Annotated[int, msgspec.Meta(ge=0, le=MAXIMUM_SUBCHANNELS)]
+    next_sequence: U64
+    tally: TallyState
+    pushed: Count
+    next_answer: U64
+    push_tally: TallyState
+    mapped: Annotated[list[U32], msgspec.Meta(max_length=MAX_GPADLS)]
 
 
 class StationState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What is saved of a station: whether it is offered, and the channels that exist."""
 
     plugged: bool
-    lines: list[LineState]
+    lines: Annotated[list[LineState], msgspec.Meta(max_length=MAXIMUM_SUBCHANNELS + 1)]
+
+    def check(self) -> None:
+        """Raises StateError for a channel that is there twice, or sub-channels of a station that is not offered."""
+        present = [line.index for line in self.lines]
+        if len(set(present)) != len(present) or (present and 0 not in present):
+            raise StateError(f"a station of a lab was saved with channels {present}")
 
 
 class Line:
@@ -406,19 +416,19 @@ class Line:
         return LineState(
             index=self.index,
             next_sequence=self._sequence.next,
-            tally=self.tally.as_dict(),
+            tally=TallyState.of(self.tally),
             pushed=self.pushed,
             next_answer=self._answers.next,
-            push_tally=self.push_tally.as_dict(),
+            push_tally=TallyState.of(self.push_tally),
             mapped=list(self._mapped),
         )
 
     def restore(self, state: LineState) -> None:
-        """It again. Raises KeyError."""
-        self.tally.load(state.tally)
+        """It again."""
+        state.tally.load_into(self.tally)
         self._sequence.next = state.next_sequence
         self.pushed = state.pushed
-        self.push_tally.load(state.push_tally)
+        state.push_tally.load_into(self.push_tally)
         self._answers.next = state.next_answer
         self._mapped = dict.fromkeys(state.mapped)
 
@@ -531,7 +541,7 @@ class Station:
         return StationState(self.plugged, [line.save() for line in present])
 
     def restore(self, state: StationState) -> None:
-        """It again; sub-channels are made anew. Raises KeyError."""
+        """It again; sub-channels are made anew."""
         for saved in state.lines:
             line = self.line(saved.index)
             line.offer()

@@ -10,7 +10,6 @@ from uuid import UUID
 import msgspec
 
 from vmbus.complaints import bounded_log
-from vmbus.description import explain
 from vmbus.errors import EnvironmentProblem, StateError, UsageError
 from vmbus.kmcl.channel import Channel
 from vmbus.kmcl.completion import Completion
@@ -20,6 +19,7 @@ from vmbus.providers.base import Bound, Host, Provider, Timer
 from vmbus.providers.network.interface import Port, Settings, open_port, set_mtu
 from vmbus.providers.network.queue import Kind, Queue, Sent, describe_saved
 from vmbus.providers.network.veth import open_veth
+from vmbus.records import Count
 from vmbus.wire.network import (
     MESSAGE_LIMIT,
     MTU_MAXIMUM,
@@ -103,7 +103,10 @@ class _State(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     channels: Annotated[int, msgspec.Meta(ge=1, le=QUEUES_MAXIMUM)]
     link: bool
     link_told: bool
-    counters: dict[str, Annotated[int, msgspec.Meta(ge=0)]]
+    counters: dict[str, Count]
+
+
+_decoder = msgspec.msgpack.Decoder(_State)
 
 
 class NetworkProvider(Provider):
@@ -494,15 +497,10 @@ class NetworkProvider(Provider):
             )
         )
 
-    def restore(self, state: bytes) -> None:
+    def _decoded(self, state: bytes) -> _State:
         options: NetworkOptions = self.options
         what = f"the saved state of network {self.name!r}"
-        try:
-            saved = msgspec.msgpack.decode(state, type=_State)
-        except msgspec.ValidationError as error:
-            raise StateError(f"{what} is not valid: {explain(error)}") from error
-        except msgspec.MsgspecError as error:
-            raise StateError(f"{what} is damaged: {error}") from error
+        saved = self.decoded(_decoder, state)
         if saved.mac != self.mac:
             raise StateError(f"{what} has the address {format_mac(saved.mac)}, and here it is {format_mac(self.mac)}")
         agreed = saved.agreed
@@ -515,8 +513,15 @@ class NetworkProvider(Provider):
             )
         if set(saved.counters) - set(_COUNTERS):
             raise StateError(f"{what} has unknown counters {sorted(set(saved.counters) - set(_COUNTERS))}")
+        return saved
+
+    def check(self, state: bytes) -> None:
+        self._decoded(state)
+
+    def restore(self, state: bytes) -> None:
+        saved = self._decoded(state)
         self.counters |= saved.counters
-        self._agreed = agreed
+        self._agreed = saved.agreed
         self._link = saved.link
         self._link_told = saved.link_told
         self._add_queues(saved.channels)

@@ -1,0 +1,111 @@
+"""Save, replace, restore: the order, for whatever carries channels (a device, or a bus within this process).
+
+A save first lets every channel whose rings could not be taken up again fail, alone; then all that is left is written
+down. A restore goes through the steps of `put_back`. Nothing runs in between: channels are held, then started at the
+end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import NamedTuple, Protocol
+from uuid import UUID
+
+from vmbus.errors import StateError
+from vmbus.kmcl.saved import ChannelRecord, Counts, SavedChannel
+from vmbus.kmcl.server import ServerChannel
+from vmbus.kmcl.states import ChannelState
+
+Key = tuple[bytes, int]
+"""Which channel: instance GUID and sub-channel."""
+
+
+def key_of(channel: ServerChannel) -> Key:
+    """Of a live channel what `ChannelRecord.key` is of a saved one."""
+    return channel.interface_instance.bytes_le, channel.subchannel_index
+
+
+class Restored(NamedTuple):
+    """What a restore brought back: `packets`, and those `dropped` with channels that were made anew (`renewed`)."""
+
+    packets: Counts
+    dropped: Counts
+    renewed: int
+
+
+class Carrier(Protocol):
+    """What carries channels. `renewed`: those that the other end knew and that are made anew: their rings are left
+    alone, and their packets are dropped. `lost`: those among them whose owner has to be told."""
+
+    renewed: set[Key]
+    lost: set[Key]
+
+    @property
+    def channels(self) -> Iterable[ServerChannel]:
+        """Those that exist now."""
+
+    def reattach(self, *, primaries: bool) -> None:
+        """Put channels that were open back on their rings: primary channels, or sub-channels. Raises StateError."""
+
+
+def save_channels(channels: Iterable[ServerChannel]) -> list[ChannelRecord]:
+    """The records of channels that are held and quiescent. Raises what they raise."""
+    channels = list(channels)
+    # Sub-channels share the fate of their primary.
+    anew = {channel.interface_instance for channel in channels if channel.force_new_channel}
+    return [
+        channel.record(anew=channel.interface_instance in anew)
+        for channel in channels
+        # A sub-channel that its owner has disabled is nothing any more: its owner need not make it again.
+        if not (channel.subchannel_index and channel.state is ChannelState.DISABLED)
+    ]
+
+
+def put_back(
+    carrier: Carrier,
+    saved: Mapping[Key, SavedChannel],
+    owners: Callable[[], None],
+    before_start: Callable[[], None],
+) -> Restored:
+    """Restore `saved` into fresh channels.
+
+    Primary channels get their rings; `owners` gives the owners their own state, with which they make their sub-channels
+    again; sub-channels get their rings; packets come through the restore callbacks; `before_start` is called, and only
+    then are the channels started that were. Raises StateError for a channel that is missing, and what callbacks raise.
+    """
+    carrier.reattach(primaries=True)
+    owners()
+    carrier.reattach(primaries=False)
+    live = {key_of(channel): channel for channel in carrier.channels}
+    started: set[Key] = set()
+    for key, one in saved.items():
+        channel = live.get(key)
+        if channel is None:
+            if key not in carrier.renewed:
+                raise StateError(f"{channel_name(key)} was saved, and its owner did not make it again")
+            continue
+        if key in carrier.lost:
+            channel.lost()
+        if one.head.started if key in carrier.renewed else channel.restore(one):
+            started.add(key)
+    kept = Counts.total(one.counts for key, one in saved.items() if key not in carrier.renewed)
+    queued = sum(channel.packets_queued for channel in live.values())
+    sent = sum(channel.packets_sent for channel in live.values())
+    if (queued, sent) != (kept.queued, kept.sent):
+        raise StateError(f"{kept.queued} queued and {kept.sent} sent packets were saved, {queued} and {sent} came back")
+    before_start()
+    for key, channel in live.items():
+        if channel.state is ChannelState.DISABLED:
+            channel.started = key in started  # the wish, for when its owner enables it
+        elif key in started:
+            channel.start()
+        elif key in saved:
+            channel.begin_pause()
+    gone = [one for key, one in saved.items() if key in carrier.renewed]
+    dropped = Counts.total(counts for one in gone for counts in (one.counts, one.left_out))
+    return Restored(packets=kept, dropped=dropped, renewed=len(carrier.renewed))
+
+
+def channel_name(key: Key) -> str:
+    """For errors, where only the key is known."""
+    return (f"sub-channel {key[1]}" if key[1] else "the channel") + f" of instance {UUID(bytes_le=key[0])}"
