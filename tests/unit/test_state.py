@@ -235,7 +235,7 @@ def test_completions_that_found_no_room_are_saved() -> None:
         packet.send(echo_request(number, b"x" * 40, inline=True))
         # The guest's ring has room again and again; it does not read its answers.
         machine.serve()
-        guest.echo._drain_queue()
+        guest.echo.outgoing.drain(float("inf"))
     guest.requests = 150
     state = machine.save()
     assert saved.count_packets(state).completions > 20 and channel.packets_queued == 0

@@ -1,19 +1,19 @@
 """Puts the offers of a saved state back, and open channels on their rings."""
 
-import logging
 from collections.abc import Callable
 from uuid import UUID
 
 from vmbus.bus.offers import Offer, OfferState, OfferStateRecord, OpenRequest
 from vmbus.bus.saved import BusState
 from vmbus.bus.server import BusServer
+from vmbus.complaints import bounded_log
 from vmbus.errors import StateError
 from vmbus.kmcl.saved import ChannelRecord
 from vmbus.kmcl.server import ServerChannel
 from vmbus.replacing import Key, channel_name, key_of
 from vmbus.ring import RingCorrupt
 
-log = logging.getLogger(__name__)
+log = bounded_log(__name__)
 
 Reattach = Callable[[Offer, tuple[int | None, int | None]], None]
 

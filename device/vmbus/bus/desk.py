@@ -1,15 +1,15 @@
 """The part of the bus that deals with GPADLs: what the guest describes and wants back, and what owners map."""
 
-import logging
 from abc import ABC, abstractmethod
 from typing import Any
 
 from vmbus.bus.gpadl import Gpadl, GpadlError, GpadlMapped, GpadlTable
 from vmbus.bus.offers import Offer, OfferState
+from vmbus.complaints import bounded_log
 from vmbus.errors import PeerError
 from vmbus.wire import messages as m
 
-log = logging.getLogger(__name__)
+log = bounded_log(__name__)
 
 REFUSED = 0x8000FFFF
 

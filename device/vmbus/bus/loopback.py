@@ -9,11 +9,11 @@ Rings, packets, signals and GPADLs are the real ones; only the bus between the e
 but `wait`, and what needs it (`close`, `delete_gpadl`).
 """
 
-import logging
 import time
 from collections.abc import Callable
 
 from vmbus.bus.connection import Connection, LoopbackBuffer
+from vmbus.complaints import bounded_log
 from vmbus.errors import StateError, UsageError, WaitTimeout
 from vmbus.kmcl.channel import Channel, Waiter
 from vmbus.kmcl.client import ClientChannel
@@ -27,7 +27,7 @@ from vmbus.replacing import Key, Restored, key_of, put_back, save_channels
 from vmbus.ring import RingCorrupt
 from vmbus.wire.gpa import PAGE_SIZE
 
-log = logging.getLogger(__name__)
+log = bounded_log(__name__)
 
 BASE = 0x1000_0000
 DEFAULT_TIMEOUT = 30.0  # seconds
