@@ -15,8 +15,8 @@ from unittest import mock
 
 import pytest
 
-from vmbus import ring_pure
-from vmbus.native import build, choice
+from vmbus import native, ring_pure
+from vmbus.native import build
 from vmbus.provision.cache import Cache
 from vmbus.provision.native import find
 from vmbus.ring_pure import RingReader, RingWriter
@@ -36,12 +36,12 @@ class Twin:
 def _native() -> ModuleType | None:
     """The native core, built if need be; None: there is no compiler."""
     try:
-        return choice.load()
+        return native.load()
     except ImportError:
         cache = Cache()
         with cache.lock():
             file = find(cache, environment={})
-        return None if file is None else choice.load(file)
+        return None if file is None else native.load(file)
 
 
 core: Any = _native()
