@@ -113,8 +113,10 @@ class RingWriter(_Ring):
 
     @property
     def staged(self) -> bytes:
-        """The ring bytes that `commit` would publish now."""
-        return b"".join(self._staged)
+        """What `commit` would publish now: ring bytes of whole packets, or nothing."""
+        if len(self._staged) > 1:
+            self._staged = [b"".join(self._staged)]
+        return self._staged[0] if self._staged else b""
 
     @property
     def empty(self) -> bool:

@@ -168,6 +168,10 @@ def test_key_follows_everything_that_goes_in(parts: tuple[Root, Kernel, list[Pat
     changed()
     kernel = Kernel(kernel.image, "6.13", kernel.modules, kernel.package)
     changed()
+    for contents in ("a core", "another core"):
+        (core := packages[0] / "core.so").write_text(contents)
+        keys.append(image.image_key(userland, kernel, packages, rootfs, core))
+    assert len(set(keys)) == len(keys)
 
 
 def test_key_ignores_what_stays_at_home(parts: tuple[Root, Kernel, list[Path], Path]) -> None:

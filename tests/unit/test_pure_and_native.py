@@ -9,7 +9,7 @@ from struct import pack
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from support.twins import NATIVE, OVER_BOTH, PURE, Twin, core
@@ -192,13 +192,13 @@ def compare(pages: int, layout: int, ram: bytes, steps: list[tuple[Any, ...]]) -
 
 
 @given(pages=st.integers(1, 2), layout=st.integers(0, 4), steps=st.lists(GOOD, max_size=60))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_the_same_comes_of_any_steps(pages: int, layout: int, steps: list[tuple[Any, ...]]) -> None:
     compare(pages, layout, bytes((pages + 1) * PAGE), steps)
 
 
 @given(pages=st.integers(1, 2), layout=st.integers(0, 4), steps=st.lists(HOSTILE, max_size=60))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_the_same_comes_of_a_hostile_guest(pages: int, layout: int, steps: list[tuple[Any, ...]]) -> None:
     compare(pages, layout, bytes((pages + 1) * PAGE), steps)
 
@@ -210,7 +210,7 @@ def test_the_same_comes_of_a_hostile_guest(pages: int, layout: int, steps: list[
     layout=st.integers(0, 2),
     limit=st.sampled_from([24, 200, 16384]),
 )
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_the_same_is_found_in_any_ring(write: int, read: int, data: bytes, layout: int, limit: int) -> None:
     ring = (data * (PAGE // (len(data) or 1)) + bytes(PAGE))[:PAGE]
     compare(
@@ -219,7 +219,7 @@ def test_the_same_is_found_in_any_ring(write: int, read: int, data: bytes, layou
 
 
 @given(st.lists(st.one_of(DESCRIPTORS, st.binary(max_size=40)), max_size=20).map(b"".join))
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_the_same_packets_are_found_in_any_bytes(data: bytes) -> None:
     pure, native = PURE.split_packets(data), NATIVE.split_packets(data)
     assert native == pure

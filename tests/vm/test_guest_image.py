@@ -31,13 +31,13 @@ def parts() -> tuple[Root, Kernel]:
 def built(parts: tuple[Root, Kernel], tmp_path_factory: pytest.TempPathFactory) -> Iterator[GuestImage]:
     cache = Cache(tmp_path_factory.mktemp("image"))
     with cache.lock():
-        yield build_image(*parts, cache)
+        yield build_image(*parts, cache, native_core=provision().native_core)
 
 
 def test_equal_inputs_give_equal_bytes(parts: tuple[Root, Kernel], built: GuestImage, tmp_path: Path) -> None:
     cache = Cache(tmp_path)
     with cache.lock():
-        again = build_image(*parts, cache)
+        again = build_image(*parts, cache, native_core=provision().native_core)
     assert again.key == built.key
     assert again.initramfs.read_bytes() == built.initramfs.read_bytes()
 
@@ -61,6 +61,7 @@ def test_image_holds_what_the_guest_needs(parts: tuple[Root, Kernel], built: Gue
         "usr/lib/vmbus/vmbus/ring.py",
         "usr/lib/vmbus/vmbus/__pycache__/ring.cpython-313.pyc",
         "usr/lib/vmbus/vmbus_guest/__init__.py",
+        *(["usr/lib/vmbus/vmbus/native/_core.abi3.so"] if provision().native_core else []),
     ):
         assert name in entries, name
     assert stat.S_ISCHR(entries["dev/console"].mode)
@@ -83,7 +84,8 @@ def test_trial_of_an_accelerator_succeeds_where_it_can(parts: tuple[Root, Kernel
     assert list(tmp_path.iterdir()) == []
 
 
-def test_guests_python_runs_with_ctypes(parts: tuple[Root, Kernel], tmp_path: Path) -> None:
+def test_guests_python_runs_with_ctypes_and_the_native_core(parts: tuple[Root, Kernel], tmp_path: Path) -> None:
+    core = provision().native_core
     rootfs = tmp_path / "rootfs"
     rootfs.mkdir()
     init = rootfs / "init"
@@ -91,6 +93,14 @@ def test_guests_python_runs_with_ctypes(parts: tuple[Root, Kernel], tmp_path: Pa
         "import asyncio, ctypes, dataclasses, fcntl, hashlib, json, mmap, select, struct, typing, uuid, vmbus.errors; "
         "assert ctypes.CDLL(None).getpid() > 1; "
         "assert vmbus.errors.__spec__.cached.endswith('.pyc'); "
+        "from vmbus.native.choice import CORE; "
+        f"assert CORE.startswith('{'native' if core else 'pure'}'), CORE; "
+        "from vmbus.memory import GuestMemory; from vmbus.ring import RingReader, RingWriter; "
+        "memory = GuestMemory(); memory.map(0, memoryview(mmap.mmap(-1, 8192)), True); "
+        "pages = memory.window([(0, 4096)]), memory.window([(4096, 4096)]); "
+        "writer, reader = RingWriter(*pages), RingReader(*pages); "
+        "writer.put(6, 0, 7, b'x' * 8); assert writer.commit(); "
+        "assert reader.fetch()[0][0].payload == b'x' * 8; "
         "print('vmbus-' + 'guest-runs')"
     )
     init.write_text(
@@ -101,7 +111,7 @@ def test_guests_python_runs_with_ctypes(parts: tuple[Root, Kernel], tmp_path: Pa
     init.chmod(0o755)
     cache = Cache(tmp_path / "cache")
     with cache.lock():
-        image = build_image(*parts, cache, rootfs=rootfs)
+        image = build_image(*parts, cache, rootfs=rootfs, native_core=core)
     outcome = boot_trial(
         [
             *provision().qemu.argv,

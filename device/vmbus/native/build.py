@@ -1,10 +1,8 @@
 """How the native core is compiled: one run of a C compiler. Standard library only, and nothing of ours: the wheel's
-build hook loads this file by itself."""
+build hook loads this file by itself. What it needs is imported late: every process of the guest's imports this."""
 
 from __future__ import annotations
 
-import hashlib
-import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -31,6 +29,8 @@ def sources() -> list[Path]:
 
 def key() -> str:
     """Digest over the sources and the options."""
+    import hashlib
+
     parts = hashlib.sha256(repr(OPTIONS).encode())
     for path in sources():
         parts.update(hashlib.sha256(path.read_bytes()).digest())
@@ -39,6 +39,8 @@ def key() -> str:
 
 def compile_core(compiler: str, include: Sequence[Path], output: Path, extra: Sequence[str] = ()) -> None:
     """Compile and link the native core, with Python's headers below `include`. Raises BuildError."""
+    import subprocess
+
     # System headers: what a compiler thinks of Python's own is not our business.
     headers = [part for folder in include for part in ("-isystem", str(folder))]
     files = [str(path) for path in sources() if path.suffix == ".c"]
