@@ -43,7 +43,8 @@ KIND_DONE = 2
 _MOST = (1 << 64) - 1  # counters are saved as u64
 
 _BLOCK = 1 << 16
-_TABLES = [bytes(value ^ key for value in range(256)) for key in range(256)]
+TABLES = [bytes(value ^ key for value in range(256)) for key in range(256)]
+"""What `transform` does to bytes, by key."""
 
 
 class Tally:
@@ -116,7 +117,7 @@ class Pattern:
 
 def transform(data: bytes, sequence: int) -> bytes:
     """What echo makes of its data."""
-    return data.translate(_TABLES[(sequence * 31 + 7) & 0xFF])
+    return data.translate(TABLES[(sequence * 31 + 7) & 0xFF])
 
 
 def echo_request(sequence: int, data: bytes, *, inline: bool) -> bytes:

@@ -584,6 +584,6 @@ def test_a_server_ends_with_a_disk_that_hangs(
     guest.driver.close(graceful=False)
     server.stop()
     hung.go.set()
-    until(lambda: not below[0]._under_way._count, "the write to end")
+    until(lambda: not below[0]._under_way, "the write to end")
     with LoopbackServer(DESCRIPTION, libvfio_user) as server:
         Guest(server.function()).driver.close()

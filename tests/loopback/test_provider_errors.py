@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -158,7 +157,7 @@ def test_a_client_that_stops_the_device_is_told_the_cause(pair: LoopbackPair) ->
     guest = pair.open(TYPE)
     guest.send(b"done")
     pair.run_until(lambda: pair.status()["incoming_held"] == 1, 10, "the provider to have the request")
-    provider_of(pair).go.set()
+    threading.Timer(0.2, provider_of(pair).go.set).start()
     server = pair.server.server
 
     def stop() -> Any:
@@ -168,12 +167,9 @@ def test_a_client_that_stops_the_device_is_told_the_cause(pair: LoopbackPair) ->
             return error
         return None
 
-    # The work may have ended before; what counts is that nobody waits in vain.
     refused = pair.server.on_loop(stop, 20)
-    if refused is None:
-        assert faults_of(pair)["count"] == 1
-    else:
-        assert refused.errno == errno.EIO and "raised ValueError('on purpose')" in str(refused)
+    assert refused is not None and "raised ValueError('on purpose')" in str(refused)
+    assert "the device runs on" in str(refused)
     assert MigrationState.RUNNING is server.driven.state
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,8 @@ from vmbus.providers import burst, slices
 from vmbus.providers.base import MOST_WORK, WorkQueueFull
 from vmbus.providers.block import BlockProvider
 from vmbus.providers.block.backend import Backend
-from vmbus.providers.block.core import JobState
+from vmbus.providers.block.core import Job, JobState
+from vmbus.providers.block.provider import UnderWay
 from vmbus.providers.lab import station as lab_station
 from vmbus.providers.slices import BEHIND, BUDGET, PIECE, Slices
 from vmbus.server.services import THREADS, ProviderServices, Services
@@ -573,3 +575,34 @@ def test_orphans_that_are_not_taken_back_are_found_out(disk: DiskMachine, monkey
 def test_the_disk_tells_when_its_queue_is_full(disk: DiskMachine) -> None:
     resets_with_requests(disk, 1)
     assert disk.providers[0].bounds()["requests"].reached >= 1
+
+
+def test_an_operation_that_hangs_is_waited_for_at_one_reset_and_not_at_each() -> None:
+    under_way = UnderWay()
+    threads: list[threading.Thread] = []
+
+    def begin(op: wire.Op) -> threading.Event:
+        go, begun = threading.Event(), threading.Event()
+
+        def hang() -> None:
+            with under_way(Job(op, 0, 512, 0, [])):
+                begun.set()
+                go.wait(20)
+
+        threads.append(threading.Thread(target=hang))
+        threads[-1].start()
+        assert begun.wait(10)
+        return go
+
+    first = begin(wire.Op.READ)
+    assert not under_way.wait(0.01) and len(under_way) == 1
+    began = time.monotonic()
+    assert not under_way.wait(60.0) and time.monotonic() - began < 30  # at once: it was given up
+    second = begin(wire.Op.WRITE)
+    threading.Timer(0.05, second.set).start()
+    under_way.wait(20.0)
+    assert len(under_way) == 1  # the other one was waited for
+    first.set()
+    for thread in threads:
+        thread.join(10)
+    assert under_way.wait(0.0) and not len(under_way)

@@ -246,6 +246,19 @@ def test_answers_that_do_not_come_are_given_up(directory: Path) -> None:
         assert not isinstance(waiting, dict) and "went away: it has closed" in str(waiting.exception(0))
 
 
+def test_backpressure_a_guest_that_never_reads_makes_no_queue_without_end(directory: Path) -> None:
+    """A request that ran out of time leaves its packet in the ring, or in the queue behind it."""
+    with ProviderTest(Provider, options={"answer_seconds": 0.1, "time_seconds": 0.2, "services": ["time"]}) as kit:
+        guest = KitGuest(kit, directory, "time")
+        guest.silent = True
+        kit.advance(1.0)
+        with guest.clients["time"].away():
+            kit.advance(100.0)
+            assert 0 < kit.channels[0].packets_queued <= QUEUE
+            (bound,) = kit.provider.bounds().values()
+            assert bound.now <= bound.most == QUEUE and bound.reached > 0
+
+
 def test_a_tool_that_has_gone_harms_nobody(directory: Path) -> None:
     with ProviderTest(Provider) as kit:
         guest = KitGuest(kit, directory)

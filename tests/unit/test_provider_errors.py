@@ -13,6 +13,7 @@ import pytest
 from vmbus.kmcl.channel import Channel
 from vmbus.kmcl.completion import Completion
 from vmbus.kmcl.server import ServerChannel
+from vmbus.kmcl.states import ChannelState
 from vmbus.providers import Provider
 from vmbus.providers.faults import MOST_KINDS, Faults, naming, observed
 from vmbus.testkit import ContractViolation, ProviderTest
@@ -100,6 +101,19 @@ def test_a_test_that_expects_it_goes_on(where: str) -> None:
             kit.advance(2.0)
         (error,) = errors
         assert isinstance(error, ValueError)
+        kit.open()
+        assert guest.request(b"echo").rstrip(b"\0") == b"echo"
+
+
+def test_a_channel_that_the_guest_is_closing_is_closed_by_it() -> None:
+    with ProviderTest(Careless) as kit:
+        guest = kit.open()
+        request = guest.send(b"timer")
+        kit.run()
+        with kit.expect_errors():
+            guest.close()
+            kit.advance(2.0)
+        assert request.done and kit.provider.channel.state is ChannelState.CLOSED  # type: ignore[attr-defined]
         kit.open()
         assert guest.request(b"echo").rstrip(b"\0") == b"echo"
 

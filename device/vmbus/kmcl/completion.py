@@ -22,11 +22,6 @@ class Completion(CompletionBase):
 
     __slots__ = ()
 
-    @property
-    def has_external_data(self) -> bool:
-        """Whether the packet describes guest memory (the EXTERNAL_DATA flag of EvtChannelProcessPacket)."""
-        return bool(self._body)
-
     def external_data(self, *, read_only: bool = False) -> Grant:
         """The guest memory that the packet describes, as memoryviews (VmbChannelPacketGetExternalData).
 

@@ -53,6 +53,11 @@ class CompletionBase:
         self._body = body
         self._grant: Any = None
 
+    @property
+    def has_external_data(self) -> bool:
+        """Whether the packet describes guest memory (the EXTERNAL_DATA flag of EvtChannelProcessPacket)."""
+        return bool(self._body)
+
     def complete(self, reply: bytes = b"") -> None:
         """Finish the packet (VmbChannelPacketComplete): its external data is given back, and a completion packet with
         `reply` is sent if the sender asked for one; queued in order when the ring is full. On any thread.

@@ -130,6 +130,17 @@ static PyMethodDef methods[] = {
     {NULL, NULL, 0, NULL},
 };
 
+static PyObject *has_external_data(PyObject *self, void *unused)
+{
+    (void)unused;
+    return PyBool_FromLong(PyBytes_Size(((Completion *)self)->body) > 0);
+}
+
+static PyGetSetDef properties[] = {
+    {"has_external_data", has_external_data, NULL, NULL, NULL},
+    {NULL, NULL, NULL, NULL, NULL},
+};
+
 static PyMemberDef members[] = {
     {"flow", T_OBJECT, offsetof(Completion, flow), READONLY, NULL},
     {"channel", T_OBJECT, offsetof(Completion, channel), READONLY, NULL},
@@ -150,6 +161,7 @@ static PyType_Slot slots[] = {
     {Py_tp_traverse, traverse},
     {Py_tp_clear, clear},
     {Py_tp_methods, methods},
+    {Py_tp_getset, properties},
     {Py_tp_members, members},
     {0, NULL},
 };

@@ -25,7 +25,7 @@ from vmbus.providers.base import Bound, Host, Provider, Timer
 from vmbus.providers.saved import TallyState
 from vmbus.providers.slices import PIECE, Slices, transformed
 from vmbus.records import U64, Count
-from vmbus.workload import STATUS_CORRUPT, STATUS_MALFORMED, STATUS_OK, transform
+from vmbus.workload import STATUS_CORRUPT, STATUS_MALFORMED, STATUS_OK, TABLES
 
 _REQUEST_SIZE = workload.ECHO_REQUEST.size
 _unpack_request = workload.ECHO_REQUEST.unpack_from
@@ -59,6 +59,7 @@ class EchoProvider(Provider):
         self.tally = workload.Tally()
         self.finished_at_suspend = 0
         self._sequence = workload.Sequence(self.tally)
+        self._arrived = self._sequence.arrived
         self._held: deque[tuple[Completion, bytes]] = deque()
         self._timer: Timer | None = None
         self._arrivals_at_timer = 0
@@ -128,19 +129,20 @@ class EchoProvider(Provider):
             self._answer_inline(completion, payload)
 
     def _answer_inline(self, completion: Completion, payload: bytes) -> None:
+        # The benchmark measures the way here and back; what this itself takes is kept small, at some cost in beauty.
         tally = self.tally
         tally.started += 1
         if len(payload) < _REQUEST_SIZE:
             completion.complete(_pack_reply(0, 0, 0, STATUS_MALFORMED, 0))
             return
         sequence, length, crc = _unpack_request(payload)
-        self._sequence.arrived(sequence)
+        self._arrived(sequence)
         data = payload[_REQUEST_SIZE : _REQUEST_SIZE + length]
-        if len(data) != length or crc32(data) != crc:
+        if crc32(data) != crc or len(data) != length:
             tally.corrupted += 1
             completion.complete(_pack_reply(sequence, 0, 0, STATUS_CORRUPT, 0))
             return
-        answer = transform(data, sequence)
+        answer = data.translate(TABLES[(sequence * 31 + 7) & 0xFF])  # `transform`
         tally.completed += 1
         completion.complete(_pack_reply(sequence, length, crc32(answer), STATUS_OK, 0) + answer)
 

@@ -8,12 +8,14 @@ Whoever waits for the provider (a pause, a command) ends with that cause too, in
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from vmbus.complaints import bounded_log
 from vmbus.errors import VmbusError
+from vmbus.kmcl.channel import Channel
+from vmbus.kmcl.states import ChannelState
 
 log = bounded_log(__name__)
 
@@ -26,6 +28,16 @@ def naming(what: str, call: Callable[..., Any]) -> str:
     """A callback's name: `what` it was given to, and its own."""
     inner = getattr(call, "func", call)
     return f"{what} ({getattr(inner, '__qualname__', type(inner).__name__)})"
+
+
+def fail_held(channels: Iterable[Channel], cause: str) -> None:
+    """Fail the channels whose incoming packets nobody will complete any more; one that is closing is closed."""
+    for channel in channels:
+        if channel.outstanding and channel.state is ChannelState.CLOSING:
+            log.error("channel %s is closed without its owner: %s", channel.name, cause)
+            channel.close(lambda: None, force=True)
+        elif channel.outstanding:
+            channel.fail(cause)
 
 
 class ProviderRaised(VmbusError):

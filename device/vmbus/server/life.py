@@ -19,7 +19,7 @@ from vmbus.kmcl.client import ClientChannel
 from vmbus.kmcl.server import ServerChannel
 from vmbus.kmcl.states import ChannelState
 from vmbus.providers import Provider, provider_class
-from vmbus.providers.faults import ProviderRaised
+from vmbus.providers.faults import ProviderRaised, fail_held
 from vmbus.server.activation import Activation
 from vmbus.server.interrupt import bounded
 from vmbus.server.services import ProviderServices, Services
@@ -40,13 +40,7 @@ class ProviderHost(ProviderServices):
         self._timers = timers
         self.channels: list[ServerChannel] = []
         self.clients: list[ClientChannel] = []
-        self.faults.on_raised = self._fail_channels
-
-    def _fail_channels(self, cause: str) -> None:
-        """A callback has raised: what its provider holds, nobody will complete."""
-        for channel in (*self.channels, *self.clients):
-            if channel.outstanding:
-                channel.fail(cause)
+        self.faults.on_raised = lambda cause: fail_held((*self.channels, *self.clients), cause)
 
     @property
     def holds(self) -> bool:

@@ -12,7 +12,7 @@ from vmbus.kmcl.client import ClientChannel
 from vmbus.kmcl.server import ServerChannel
 from vmbus.kmcl.states import ChannelState
 from vmbus.providers.base import MOST_WORK, WorkQueueFull
-from vmbus.providers.faults import Faults, naming
+from vmbus.providers.faults import Faults, fail_held, naming
 from vmbus.watches import Watches
 
 
@@ -63,7 +63,7 @@ class FakeHost:
     def __init__(self, clock: Clock, bus: LoopbackBus, name: str = "") -> None:
         self.clock = clock
         self.faults = Faults(name)
-        self.faults.on_raised = self._fail_channels
+        self.faults.on_raised = lambda cause: fail_held((*self._bus.offers, *self._clients), cause)
         self._bus = bus
         self._clients: list[ClientChannel] = []
         self._soon: deque[Callable[[], None]] = deque()
@@ -72,12 +72,6 @@ class FakeHost:
         self._watches = Watches(self.faults.raised)
         self._jobs: OrderedDict[FakeWork, None] = OrderedDict()
         self.active = False
-
-    def _fail_channels(self, cause: str) -> None:
-        """As in the device server: what a provider holds whose callback has raised, nobody will complete."""
-        for channel in (*self._bus.offers, *self._clients):
-            if channel.outstanding:
-                channel.fail(cause)
 
     def _call(self, what: str, call: Callable[..., None], *arguments: Any) -> None:
         try:

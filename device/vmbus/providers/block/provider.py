@@ -398,29 +398,40 @@ class BlockProvider(Provider):
 
 
 class UnderWay:
-    """Counts operations that touch guest memory at this moment, on whatever threads."""
+    """Jobs that touch guest memory at this moment, on whatever threads."""
 
     def __init__(self) -> None:
-        self._count = 0
+        self._jobs: set[Job] = set()
+        self._given_up: set[Job] = set()
         self._condition = threading.Condition()
 
+    def __len__(self) -> int:
+        return len(self._jobs)
+
     @contextmanager
-    def __call__(self) -> Iterator[None]:
+    def __call__(self, job: Job) -> Iterator[None]:
         """One more for as long as the block runs."""
         with self._condition:
-            self._count += 1
+            self._jobs.add(job)
         try:
             yield
         finally:
             with self._condition:
-                self._count -= 1
-                if not self._count:
+                self._jobs.discard(job)
+                self._given_up.discard(job)
+                if self._jobs == self._given_up:
                     self._condition.notify_all()
 
     def wait(self, seconds: float) -> bool:
-        """Block until there are none; returns whether that is so within `seconds`."""
+        """Block until there are none; returns whether that is so within `seconds`.
+
+        Each is waited for once: a guest that resets the function again and again while a disk hangs must not make the
+        server stand still all the time.
+        """
         with self._condition:
-            return self._condition.wait_for(lambda: not self._count, seconds)
+            if not self._condition.wait_for(lambda: self._jobs == self._given_up, seconds):
+                self._given_up = set(self._jobs)
+            return not self._jobs
 
 
 def perform(under_way: UnderWay, backend: Backend, job: Job, views: Sequence[memoryview]) -> None:
@@ -437,7 +448,7 @@ def perform(under_way: UnderWay, backend: Backend, job: Job, views: Sequence[mem
     elif job.op == Op.WRITE_ZEROES:
         backend.write_zeroes(job.offset, job.length, may_unmap=job.may_unmap, durable=job.durable)
     else:
-        with under_way():
+        with under_way(job):
             # Looked at inside: whoever makes orphans waits for all that did not see it.
             if job.orphaned:
                 return
