@@ -40,7 +40,7 @@ MOST_NEEDLESS = 64
 KIND_DATA = 1
 KIND_DONE = 2
 
-_MOST = (1 << 64) - 1  # counters are saved as u64
+LAST = (1 << 64) - 1  # counters are saved as u64
 
 _BLOCK = 1 << 16
 TABLES = [bytes(value ^ key for value in range(256)) for key in range(256)]
@@ -92,10 +92,10 @@ class Sequence:
         """Count `number`: as expected, skipping some (they are lost until they turn up), or from the past."""
         tally = self.tally
         if number == self.next:
-            self.next = (number + 1) & _MOST
+            self.next = (number + 1) & LAST
         elif number > self.next:
-            tally.lost = min(tally.lost + number - self.next, _MOST)
-            self.next = (number + 1) & _MOST
+            tally.lost = min(tally.lost + number - self.next, LAST)
+            self.next = (number + 1) & LAST
         elif tally.lost > 0:
             tally.lost -= 1
             tally.reordered += 1

@@ -26,7 +26,7 @@ DEVELOPERS_TOOLS = ("soak", "cli", "provision", "testbed", "testkit")
 
 NOT_BOUNDS = {
     "vmbus.kmcl.flow_pure.NO_LIMIT": "for the end that has no bound",
-    "vmbus.workload._MOST": "of a counter, 64 bits",
+    "vmbus.workload.LAST": "of a counter, 64 bits",
     "vmbus.spans._LONGEST_BLOCK": "of a data structure",
     "vmbus.capture.capture._MOST": "of an option",
     "vmbus.capture.pcapng.MAX_BLOCK": "of a format, for a reader of files",

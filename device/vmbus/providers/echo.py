@@ -30,6 +30,7 @@ from vmbus.workload import STATUS_CORRUPT, STATUS_MALFORMED, STATUS_OK, TABLES
 _REQUEST_SIZE = workload.ECHO_REQUEST.size
 _unpack_request = workload.ECHO_REQUEST.unpack_from
 _pack_reply = workload.ECHO_REPLY.pack
+_LAST = workload.LAST
 
 
 class EchoOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -59,7 +60,6 @@ class EchoProvider(Provider):
         self.tally = workload.Tally()
         self.finished_at_suspend = 0
         self._sequence = workload.Sequence(self.tally)
-        self._arrived = self._sequence.arrived
         self._held: deque[tuple[Completion, bytes]] = deque()
         self._timer: Timer | None = None
         self._arrivals_at_timer = 0
@@ -68,7 +68,7 @@ class EchoProvider(Provider):
         self.channel = ServerChannel(workload.ECHO_TYPE, instance, name=name)
 
     def start(self) -> None:
-        self.channel.set_process_packet_callbacks(self._process)
+        self.channel.set_process_packet_callbacks(self._keep if self._hold else self._answer)
         self.channel.set_state_change_callbacks(opened=self._opened, closed=self._closed, suspend=self._suspend)
         self.host.add_channel(self.channel)
         self.channel.enable()
@@ -85,14 +85,11 @@ class EchoProvider(Provider):
     def _closed(self, channel: Channel) -> None:
         self._slices.drop(channel)
 
-    def _process(self, _: Channel, completion: Completion, payload: bytes) -> None:
-        hold = self._hold
-        if not hold:
-            self._answer(completion, payload)
-            return
+    def _keep(self, channel: Channel, completion: Completion, payload: bytes) -> None:
+        """With `hold`: this one is kept, and the oldest answered if there are too many."""
         self._held.append((completion, payload))
-        if len(self._held) > hold:
-            self._answer(*self._held.popleft())
+        if len(self._held) > self._hold:
+            self._answer(channel, *self._held.popleft())
         if self._timer is None:
             self._set_timer()
 
@@ -110,7 +107,7 @@ class EchoProvider(Provider):
     def _release(self) -> None:
         with self.channel.batch():
             while self._held:
-                self._answer(*self._held.popleft())
+                self._answer(self.channel, *self._held.popleft())
 
     def _suspend(self, _: Channel) -> None:
         self._cancel_timer()
@@ -122,21 +119,23 @@ class EchoProvider(Provider):
             self._timer.cancel()
             self._timer = None
 
-    def _answer(self, completion: Completion, payload: bytes) -> None:
-        if completion.has_external_data or self._slices.late:
+    def _answer(self, _: Channel, completion: Completion, payload: bytes, waited: bool = False) -> None:
+        """Answer at once, unless data is outside, or others wait: then in slices (`waited`: it has)."""
+        # The benchmark measures the way here and back: what this takes itself is kept small.
+        if (completion.has_external_data or self._slices.late) and not waited:
             self._slices.do(self.channel, self._answered(completion, payload))
-        else:
-            self._answer_inline(completion, payload)
-
-    def _answer_inline(self, completion: Completion, payload: bytes) -> None:
-        # The benchmark measures the way here and back; what this itself takes is kept small, at some cost in beauty.
+            return
         tally = self.tally
         tally.started += 1
         if len(payload) < _REQUEST_SIZE:
             completion.complete(_pack_reply(0, 0, 0, STATUS_MALFORMED, 0))
             return
         sequence, length, crc = _unpack_request(payload)
-        self._arrived(sequence)
+        sequences = self._sequence
+        if sequence == sequences.next < _LAST:
+            sequences.next = sequence + 1
+        else:
+            sequences.arrived(sequence)
         data = payload[_REQUEST_SIZE : _REQUEST_SIZE + length]
         if crc32(data) != crc or len(data) != length:
             tally.corrupted += 1
@@ -150,7 +149,7 @@ class EchoProvider(Provider):
         """The same as work in slices, also for data in the guest's memory."""
         yield PIECE
         if not completion.has_external_data or len(payload) < _REQUEST_SIZE:
-            self._answer_inline(completion, payload)
+            self._answer(self.channel, completion, payload, waited=True)
             return
         tally = self.tally
         tally.started += 1
