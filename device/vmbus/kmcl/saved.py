@@ -102,7 +102,7 @@ class Counts(NamedTuple):
         return cls(*map(sum, zip((0, 0, 0), *counts, strict=True)))
 
 
-class SavedPacket(NamedTuple):
+class SavedPacket(msgspec.Struct, frozen=True, gc=False):
     """An outgoing packet in use: the library's state, decoded and as bytes, and what its owner saved for it."""
 
     lib: LibBuf
