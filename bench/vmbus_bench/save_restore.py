@@ -49,7 +49,7 @@ from vmbus_bench.processes import ServerProcess
 from vmbus_guest.driver import VmbusDriver
 
 SIZE = 64
-TARGET = 50.0
+TARGET = 10.0
 _TIMEOUT = 60.0
 
 

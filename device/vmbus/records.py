@@ -23,15 +23,28 @@ Record = TypeVar("Record")
 Bytes = bytes | memoryview | msgspec.Raw
 
 
-def decode(decoder: msgspec.msgpack.Decoder[Record], data: Bytes, what: str) -> Record:
-    """The record in `data`. Raises StateError that names it as `what`, and nothing else.
+class Refusing:
+    """A context in which bytes are decoded, without effects. Raises StateError that names them as `what`, nothing else.
 
-    Decoding has no effects, so whatever comes out of it is about the bytes: values of another kind or out of range, but
-    also text that is no text (UnicodeDecodeError) and nesting without end (RecursionError).
+    So whatever comes out of decoding is about the bytes: values of another kind or out of range, but also text that is
+    no text (UnicodeDecodeError) and nesting without end (RecursionError).
     """
-    try:
+
+    __slots__ = ("_what",)
+
+    def __init__(self, what: str) -> None:
+        self._what = what
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, Exception) and not isinstance(error, StateError):
+            text = explain(error) if isinstance(error, msgspec.ValidationError) else error
+            raise StateError(f"{self._what} is not valid: {text}") from error
+
+
+def decode(decoder: msgspec.msgpack.Decoder[Record], data: Bytes, what: str) -> Record:
+    """The record in `data`, see `Refusing`."""
+    with Refusing(what):
         return decoder.decode(data)
-    except msgspec.ValidationError as error:
-        raise StateError(f"{what} is not valid: {explain(error)}") from error
-    except Exception as error:
-        raise StateError(f"{what} is not valid: {error}") from error

@@ -1,7 +1,9 @@
 """`load`: a server takes a saved state for its own, from the start (`--await-state`) or in mid-life (a revert)."""
 
 import hashlib
+import os
 import random
+import struct
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -13,7 +15,7 @@ import msgspec
 import pytest
 
 from support.multi import MultiProvider
-from support.traffic import Traffic
+from support.traffic import PAGE, Traffic
 from vmbus import providers
 from vmbus import state as saved
 from vmbus.errors import EnvironmentProblem, StateError, UsageError
@@ -22,6 +24,7 @@ from vmbus.loopback.function import LoopbackFunction
 from vmbus.loopback.harness import LoopbackServer, describe
 from vmbus.memory import MemoryRevoked
 from vmbus.providers.echo import EchoProvider
+from vmbus.ring import READ_INDEX, WRITE_INDEX
 from vmbus.vfio_user.library import Library
 from vmbus_guest.driver import VmbusDriver
 
@@ -409,6 +412,53 @@ def test_a_check_changes_nothing(vm: Vm) -> None:
     assert counts(vm) == before
     vm.server.command("resume")
     vm.traffic.finish()
+
+
+def test_a_state_is_loaded_from_a_plain_file_only(vm: Vm) -> None:
+    """Nobody may ever write into a FIFO: the server goes on, and says so."""
+    vm.start(300)
+    fifo = vm.server.directory / "fifo"
+    os.mkfifo(fifo)
+    with pytest.raises(StateError, match="not a plain file"):
+        vm.server.command("load", path=str(fifo), sha256="0" * 64)
+    vm.traffic.finish()
+
+
+# ---- what the guest has written over its rings -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("when", ["before the save", "after the save"])
+@pytest.mark.parametrize("ring", ["from the guest", "to the guest"])
+def test_an_overwritten_index_costs_a_revert_that_channel_alone(vm: Vm, ring: str, when: str) -> None:
+    vm.start()
+    echo = vm.traffic.echo.channel
+    rings = vm.driver.link_of(echo).rings.view
+    offset = READ_INDEX if ring == "from the guest" else (echo.ring_pages_out + 1) * PAGE + WRITE_INDEX
+    vm.server.command("pause")
+    if when == "before the save":
+        struct.pack_into("<I", rings, offset, 10)
+    vm.function.barrier()
+    checkpoint = Checkpoint(vm.server, vm.function)
+    assert checkpoint.packets["queued"] + checkpoint.packets["sent"] > 0
+    vm.server.command("resume")
+    vm.function.reset()
+    vm.function._ram[:] = checkpoint.ram
+    if when == "after the save":
+        struct.pack_into("<I", rings, offset, 10)
+    checkpoint.load(vm.server)
+    vm.function.replay(checkpoint.config)
+    finished = vm.server.command("restore-finish")
+    assert (finished["channels"], finished["renewed"]) == (1, int(when == "after the save"))
+    burst = vm.traffic.burst
+
+    def answered() -> bool:
+        while burst.held:
+            burst.complete_one()
+        return burst.finished and bool(vm.driver.rescinded)
+
+    vm.driver.run_until(answered, 20, "the other channel's packets")
+    burst.check()
+    assert len(vm.driver.rescinded) == 1
 
 
 # ---- a server that awaits its state ----------------------------------------------------------------------------------

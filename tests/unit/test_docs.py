@@ -180,7 +180,7 @@ STRUCTURES: dict[str, type[msgspec.Struct]] = {
     if isinstance(value, type)
     and issubclass(value, msgspec.Struct)
     and not name.startswith("_")
-    and name not in {"Struct", "VmDescription", "Counts"}  # described elsewhere; Counts is never stored
+    and name not in {"Struct", "VmDescription", "Counts", "SavedPacket"}  # described elsewhere, or never stored
 }
 
 

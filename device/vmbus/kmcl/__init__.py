@@ -18,9 +18,10 @@ and complete `Completion` handles. The core does no I/O: a `Link` connects a cha
     threads.py     calls from other threads than a channel's own
     observer.py    who looks on: audit records and captures
     turns.py       giving channels their turns
-    server.py      the server endpoint: offers, save and restore
+    server.py      the server endpoint: offers
+    saving.py      how it saves and restores itself (server only: needs msgspec)
     client.py      the client endpoint
-    saved.py       the saved form of a channel (server only: needs msgspec)
+    saved.py       the saved form of a channel (server only)
 """
 
 from vmbus.kmcl.channel import Channel, Link

@@ -306,7 +306,7 @@ class SavingChannel(Channel):
                 "calls must agree",
                 Status.BUFFER_TOO_SMALL,
             )
-        return bytes(buffer[:written])
+        return bytes(buffer) if written == needed else bytes(buffer[:written])
 
     def _where(self, callback: str, transaction: int) -> str:
         return f"the {callback} callback of channel {self.name}, for packet {transaction},"
