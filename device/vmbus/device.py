@@ -443,8 +443,7 @@ class Device:
                 "dirty_log": None if self.memory.log is None else len(self.memory.log.pages),
             },
             "channels": [channel.describe() for channel in self.channels],
-            "requests": dict(zip(("held", "bytes"), self.allowance.held(), strict=True)),
-            "requests_refused": self.allowance.refusals,
+            "requests": self.allowance.summary(),
             "internal_errors": self.internal_errors,
             "resets": self.resets,
         }

@@ -136,7 +136,7 @@ def test_backpressure_all_channels_share_the_devices_bound(monkeypatch: pytest.M
     requests, _ = machine.device.allowance.held()
     # Within one batch of the bound, and a share for each of those that came later.
     assert 500 <= requests <= 500 + 16 * 10 + allowance.SHARE_REQUESTS * 10
-    assert machine.device.allowance.refusals and machine.device.describe()["requests_refused"]
+    assert machine.device.allowance.refusals and machine.device.allowance.summary()["refused"]
     assert all(provider.channel.flow.requests >= allowance.SHARE_REQUESTS for provider in machine.providers)
     done = lambda: sum(channel.counters["completed"] for channel in channels)  # noqa: E731
     driver.run_until(lambda: done() == 2000, 60, "all answers")

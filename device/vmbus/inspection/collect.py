@@ -184,6 +184,8 @@ def _channel(channel: Channel, owner: str, listing: Listing, now: float) -> Chan
         state=channel.state.value,
         started=channel.started,
         held=channel.held,
+        blocked=channel.flow.blocked,
+        request_bytes=channel.flow.held_bytes,
         pipe=channel.is_pipe,
         next_transaction=channel.next_transaction,
         in_flight=count,

@@ -60,7 +60,8 @@ class InFlight(msgspec.Struct):
 class ServerInfo(msgspec.Struct, kw_only=True):
     """The process that serves the device. `life`: 1 at its start; each state that it is given later (a revert, a
     migration to it) begins another. `longest_turn`: of the event loop, see `vmbus.server.turns`. `complaints`: what the
-    guest made the server log, or was left out, see `vmbus.complaints`."""
+    guest made the server log, or was left out, see `vmbus.complaints`. `core`: whether rings and packets are in C.
+    `requests`: the guest's that are under way, and the bound for all channels, see `vmbus.kmcl.allowance`."""
 
     pid: int
     version: str
@@ -74,6 +75,8 @@ class ServerInfo(msgspec.Struct, kw_only=True):
     uptime: float
     longest_turn: dict[str, Any] = msgspec.field(default_factory=dict)
     complaints: dict[str, Any] = msgspec.field(default_factory=dict)
+    core: str = ""
+    requests: dict[str, int] = msgspec.field(default_factory=dict)
 
 
 class SavedInfo(msgspec.Struct, kw_only=True):
@@ -265,6 +268,8 @@ class ChannelInfo(msgspec.Struct, kw_only=True):
         end: ours is the server's, but for channels within the device server (`loopback`).
         state: of something saved: of its offer.
         started: whether its owner wants packets to move. held: stopped for a save.
+        blocked: not read on, since its guest has as many requests under way as it may.
+        request_bytes: what requests under way, and answers that wait for room, hold.
         packets: oldest first: held ones, sent ones, then what waits for room in the order in which it will leave.
         omitted: how many more there are.
         rings_problem: why there are none to be seen.
@@ -281,6 +286,8 @@ class ChannelInfo(msgspec.Struct, kw_only=True):
     state: str
     started: bool
     held: bool = False
+    blocked: bool = False
+    request_bytes: int = 0
     pipe: bool | None = None
     next_transaction: int
     in_flight: InFlight

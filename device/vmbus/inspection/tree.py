@@ -279,6 +279,8 @@ def _channel(branch: Tree, channel: ChannelInfo, rates: Rates | None) -> None:
         words.append("paused by its owner")
     if channel.held:
         words.append("stopped for a save")
+    if channel.blocked:
+        words.append(f"not read on: as many requests are under way as may be ({channel.request_bytes:,} bytes)")
     words.append(f"next transaction {channel.next_transaction}")
     node = branch.add(_titled(channel.name, _state(channel.state), ", ".join(words)))
     if channel.rings_problem:

@@ -43,6 +43,18 @@ class SharedAllowance:
             held_bytes += channel.flow.held_bytes
         return requests, held_bytes
 
+    def summary(self) -> dict[str, int]:
+        """For people: what is held now, the bounds, how many channels wait, and how often one had to."""
+        requests, held_bytes = self.held()
+        return {
+            "held": requests,
+            "most": MOST_DEVICE_REQUESTS,
+            "bytes": held_bytes,
+            "most_bytes": MOST_DEVICE_REQUEST_BYTES,
+            "blocked_channels": sum(channel.flow.blocked for channel in self._channels()),
+            "refused": self.refusals,
+        }
+
     @property
     def _room(self) -> bool:
         requests, held_bytes = self.held()

@@ -39,6 +39,7 @@ from vmbus.inspection.collect import Listing, inspect_device
 from vmbus.inspection.document import DEFAULT_PACKETS, ServerInfo, as_answer
 from vmbus.kmcl.server import ServerChannel
 from vmbus.memory import DirtyLogBroken
+from vmbus.native.choice import CORE
 from vmbus.providers import Provider
 from vmbus.providers.faults import ProviderRaised
 from vmbus.server.control import ControlServer
@@ -365,6 +366,9 @@ class DeviceServer:
             "resets": self.device.resets,
             "packets": self._packets(),
             "incoming_held": sum(len(channel.outstanding) for channel in self.device.channels),
+            "core": CORE,
+            "requests": self.device.allowance.summary(),
+            "internal_errors": self.device.internal_errors,
             "providers": self._life.status(),
             "faults": self._life.faults(),
             "bounds": self._life.bounds(),
@@ -406,6 +410,8 @@ class DeviceServer:
             uptime=time.monotonic() - self._began,
             longest_turn=self._turns.summary(),
             complaints=COMPLAINTS.summary(),
+            core=CORE,
+            requests=self.device.allowance.summary(),
         )
         return as_answer(document)
 

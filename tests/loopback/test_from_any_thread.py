@@ -1,0 +1,88 @@
+"""A provider that completes and sends from threads of its own, on the real server, over saves and restores."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from vmbus.kmcl import Channel, Completion, Packet
+from vmbus.kmcl.server import ServerChannel
+from vmbus.loopback.harness import describe
+from vmbus.loopback.pair import LoopbackPair
+from vmbus.providers.echo import EchoProvider
+from vmbus.vfio_user.library import Library
+from vmbus.workload import ECHO_TYPE
+
+pytestmark = pytest.mark.loopback
+
+THREADS = 3
+ASKED = 200
+
+
+@pytest.fixture
+def threaded(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The echo provider answers on threads: each request with its payload, and a packet of its own beside it."""
+    todo: queue.SimpleQueue[tuple[Completion, bytes] | None] = queue.SimpleQueue()
+
+    def work() -> None:
+        while (one := todo.get()) is not None:
+            completion, payload = one
+            channel = completion.channel
+            packet = channel.allocate_packet()
+            packet.completion_routine = lambda *_: None
+            packet.send(b"beside " + payload)
+            completion.complete(b"answer " + payload)
+
+    def answer(self: EchoProvider, channel: Channel, completion: Completion, payload: bytes, *more: Any) -> None:
+        todo.put((completion, payload))
+
+    def nothing(self: ServerChannel, packet: Packet, buffer: memoryview) -> int:
+        return 0
+
+    def restore(channel: ServerChannel, lib: bytes, save: bytes) -> None:
+        packet = channel.allocate_packet()
+        channel.restore_packet(packet, lib)
+        packet.completion_routine = lambda *_: None
+
+    real = EchoProvider.start
+
+    def start(self: EchoProvider) -> None:
+        self.channel.set_save_restore_packet_callbacks(nothing, restore)
+        real(self)
+
+    monkeypatch.setattr(EchoProvider, "_answer", answer)
+    monkeypatch.setattr(EchoProvider, "start", start)
+    threads = [threading.Thread(target=work, name=f"worker-{number}") for number in range(THREADS)]
+    for thread in threads:
+        thread.start()
+    yield
+    for _ in threads:
+        todo.put(None)
+    for thread in threads:
+        thread.join(10)
+        assert not thread.is_alive()
+
+
+def test_from_any_thread_over_saves_and_restores(threaded: None, libvfio_user: Library, note: Any) -> None:
+    with LoopbackPair(describe("echo"), libvfio_user) as pair:
+        guest = pair.open(ECHO_TYPE)
+        requests = []
+        saved = {"queued": 0, "sent": 0}
+        for number in range(ASKED):
+            requests.append((number, guest.send(b"%07d " % number)))
+            if number % 50 == 20:
+                for state, count in pair.save_restore().items():
+                    saved[state] += count
+        for number, request in requests:
+            assert request.wait() == (b"answer %07d " % number).ljust(16, b"\0")
+        beside = sorted(bytes(guest.receive()[7:14]) for _ in range(ASKED))
+        assert beside == sorted(b"%07d" % number for number in range(ASKED))
+        status = pair.status()
+    assert pair.saves == 4 and status["faults"].get("echo0", {}).get("count", 0) == 0
+    note(
+        f"{ASKED} answers and {ASKED} packets from {THREADS} threads, each once, over {pair.saves} restores; {saved} in flight"
+    )
