@@ -39,6 +39,7 @@ from vmbus.inspection.document import DEFAULT_PACKETS, ServerInfo, as_answer
 from vmbus.kmcl.server import ServerChannel
 from vmbus.memory import DirtyLogBroken
 from vmbus.providers import Provider
+from vmbus.replacing import channel_name
 from vmbus.server.control import ControlServer
 from vmbus.server.driven import Driven
 from vmbus.server.interrupt import bounded
@@ -903,6 +904,7 @@ class DeviceServer:
             "packets": {"queued": restored.packets.queued, "sent": restored.packets.sent},
             "dropped": {"queued": restored.dropped.queued, "sent": restored.dropped.sent},
             "renewed": restored.renewed,
+            "broken": {channel_name(key): reason for key, reason in restored.broken.items()},
             "channels": sum(channel.active for channel in self.device.channels),
             "seconds": time.monotonic() - started,
         }
