@@ -26,19 +26,25 @@ def key_of(channel: ServerChannel) -> Key:
 
 
 class Restored(NamedTuple):
-    """What a restore brought back: `packets`, and those `dropped` with channels that were made anew (`renewed`)."""
+    """What a restore brought back: `packets`, and those `dropped` with channels that were made anew (`renewed`).
+
+    `broken`: which of these nobody wanted anew, and why: words in their rings were not those at the save.
+    """
 
     packets: Counts
     dropped: Counts
     renewed: int
+    broken: Mapping[Key, str]
 
 
 class Carrier(Protocol):
     """What carries channels. `renewed`: those that the other end knew and that are made anew: their rings are left
-    alone, and their packets are dropped. `lost`: those among them whose owner has to be told."""
+    alone, and their packets are dropped. `lost`: those among them whose owner has to be told. `broken`: see `Restored`.
+    """
 
     renewed: set[Key]
     lost: set[Key]
+    broken: dict[Key, str]
 
     @property
     def channels(self) -> Iterable[ServerChannel]:
@@ -103,7 +109,7 @@ def put_back(
             channel.begin_pause()
     gone = [one for key, one in saved.items() if key in carrier.renewed]
     dropped = Counts.total(counts for one in gone for counts in (one.counts, one.left_out))
-    return Restored(packets=kept, dropped=dropped, renewed=len(carrier.renewed))
+    return Restored(packets=kept, dropped=dropped, renewed=len(carrier.renewed), broken=carrier.broken)
 
 
 def channel_name(key: Key) -> str:

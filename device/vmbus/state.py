@@ -445,7 +445,7 @@ def _restore(
 
     def packets_are_back() -> None:
         if device.recorder is not None:
-            device.recorder.restored(device.channels)
+            device.recorder.restored(device.channels, adoption.broken)
         before_start()
 
     restored = put_back(adoption, {one.key: one.decoded for one in state.channels}, owners, packets_are_back)

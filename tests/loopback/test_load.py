@@ -449,6 +449,7 @@ def test_an_overwritten_index_costs_a_revert_that_channel_alone(vm: Vm, ring: st
     vm.function.replay(checkpoint.config)
     finished = vm.server.command("restore-finish")
     assert (finished["channels"], finished["renewed"]) == (1, int(when == "after the save"))
+    assert len(finished["broken"]) == finished["renewed"]
     burst = vm.traffic.burst
 
     def answered() -> bool:

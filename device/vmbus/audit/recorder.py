@@ -17,7 +17,7 @@ from __future__ import annotations
 import os
 import time
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 from zlib import crc32
 
@@ -361,12 +361,16 @@ class Recorder:
         self._open.clear()
         self.event(f.RESUMED, 0, {"uid": uid, "position": position})
 
-    def restored(self, channels: Iterable[Channel]) -> None:
-        """After a restore: what came back. Lives that nobody resumed were dropped on purpose."""
+    def restored(self, channels: Iterable[Channel], broken: Mapping[tuple[bytes, int], str] = {}) -> None:
+        """After a restore: what came back. Lives that nobody resumed were dropped: on purpose, but for `broken` ones,
+        which says why."""
         lives = self._in_use(f.RESTORED, channels)
         for left in self._left.values():
             body = {"nonce": left.nonce.hex(), "instance": left.key[0].hex(), "subchannel": left.key[1]}
-            self.event(f.DROPPED, 0, {**body, "reason": "the channel was made anew"})
+            reason = broken.get(left.key)
+            if reason is not None:
+                body |= {"failed": True}
+            self.event(f.DROPPED, 0, {**body, "reason": reason or "the channel was made anew"})
         self._left = {}
         self.event(f.RESTORED, 0, {"lives": len(lives)})
         self._out("restored")

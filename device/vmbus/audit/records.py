@@ -282,6 +282,8 @@ def _replay(timeline: Timeline, record: Record, start: int, cut: int, mark: Mark
             life = waiting.pop(str(body.get("nonce")), None)
             if life is not None:
                 life.dropped = str(body.get("reason", "dropped"))
+                if body.get("failed"):
+                    life.failures.append((life.dropped, life.out.count, life.incoming.count, str(record)))
             continue
         if number == 0:
             if kind == f.FLUSHED and mark is not None and index + 1 == mark.position:

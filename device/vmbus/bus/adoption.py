@@ -22,7 +22,7 @@ class Adoption:
     """Implements `vmbus.replacing.Carrier` for the channels of a device.
 
     A channel whose rings cannot be taken up again, because of what the guest wrote over them, is made anew, alone: the
-    guest is told that it is rescinded, and gets it offered once more when it has released it.
+    guest is told that it is rescinded, and gets it offered once more when it has released it. `broken` says why.
     """
 
     def __init__(
@@ -52,6 +52,7 @@ class Adoption:
         self.channels = channels
         self.renewed: set[Key] = set()
         self.lost: set[Key] = set()
+        self.broken: dict[Key, str] = {}
 
     def reattach(self, *, primaries: bool) -> None:
         """With `primaries` also offers that nobody owns any more. Raises StateError for a sub-channel that is missing,
@@ -81,7 +82,7 @@ class Adoption:
             offer = self._adopt_withdrawn(record)
         else:
             self._adopted.append(offer)
-        if of_renewed and primary in self.lost and record.open is not None:
+        if primary in self.broken and record.open is not None:
             self.lost.add(key)
         forced = offer.owner is not None and (
             offer.owner.force_new_channel or self._records[key].decoded.head.force_new
@@ -100,6 +101,7 @@ class Adoption:
         except RingCorrupt as error:
             log.error("channel %s is made anew: the guest has overwritten its rings: %s", offer.owner.name, error)
             self.lost.add(key)
+            self.broken[key] = str(error)
             self._renew(offer, record)
 
     def _renew(self, offer: Offer, record: OfferStateRecord) -> None:

@@ -407,14 +407,18 @@ class LoopbackBus:
         """`save`, then `replace`."""
         return self.replace(self.save(), make_server, before_packets, after_packets)
 
-    def reattach(self, connection: Connection, server: ServerChannel, record: ChannelRecord) -> bool:
-        """For `replace`: put a fresh server end on the rings of a connection. False: made anew, the client is told."""
+    def reattach(
+        self, connection: Connection, server: ServerChannel, record: ChannelRecord, broken: dict[Key, str]
+    ) -> bool:
+        """For `replace`: put a fresh server end on the rings of a connection. False: made anew, the client is told; if
+        the rings are to blame, `broken` says why."""
         renewed = server.force_new_channel or record.decoded.head.force_new
         if not renewed:
             try:
                 connection.replace_server(server, record.own_indices)
             except RingCorrupt as error:
                 log.error("channel %s is made anew: its rings were overwritten: %s", server.name, error)
+                broken[record.key] = str(error)
                 renewed = True
         if renewed:
             # The old server end lives no more: only the client's end is closed.
@@ -442,6 +446,7 @@ class _Replacement:
         self._records = {record.key: record for record in saved}
         self.renewed: set[Key] = set()
         self.lost: set[Key] = set()
+        self.broken: dict[Key, str] = {}
 
     @property
     def channels(self) -> list[ServerChannel]:
@@ -457,12 +462,12 @@ class _Replacement:
             server = servers.get(key)
             if server is None:
                 raise StateError(f"channel {connection.server.name} is open, and was not made again")
-            if self._bus.reattach(connection, server, self._records[key]):
+            if self._bus.reattach(connection, server, self._records[key], self.broken):
                 continue
             # Sub-channels share the fate of their primary.
             gone = {other for other, _ in self._connections if other == key or (primaries and other[0] == key[0])}
             self.renewed |= gone
-            if not server.force_new_channel:
+            if key in self.broken:
                 self.lost |= gone
 
 

@@ -42,6 +42,7 @@ from vmbus.memory import DirtyLogBroken
 from vmbus.native.choice import CORE
 from vmbus.providers import Provider
 from vmbus.providers.faults import ProviderRaised
+from vmbus.replacing import channel_name
 from vmbus.server.control import ControlServer
 from vmbus.server.driven import Driven
 from vmbus.server.interrupt import bounded
@@ -943,6 +944,7 @@ class DeviceServer:
             "packets": {"queued": restored.packets.queued, "sent": restored.packets.sent},
             "dropped": {"queued": restored.dropped.queued, "sent": restored.dropped.sent},
             "renewed": restored.renewed,
+            "broken": {channel_name(key): reason for key, reason in restored.broken.items()},
             "channels": sum(channel.active for channel in self.device.channels),
             "seconds": time.monotonic() - started,
         }
