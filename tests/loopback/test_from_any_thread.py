@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from vmbus.kmcl import Channel, Completion, Packet
+from vmbus.kmcl import Completion, Packet
 from vmbus.kmcl.server import ServerChannel
 from vmbus.loopback.harness import describe
 from vmbus.loopback.pair import LoopbackPair
@@ -37,7 +37,7 @@ def threaded(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
             packet.send(b"beside " + payload)
             completion.complete(b"answer " + payload)
 
-    def answer(self: EchoProvider, channel: Channel, completion: Completion, payload: bytes, *more: Any) -> None:
+    def answer(self: EchoProvider, completion: Completion, payload: bytes, waited: bool = False) -> None:
         todo.put((completion, payload))
 
     def nothing(self: ServerChannel, packet: Packet, buffer: memoryview) -> int:
@@ -83,6 +83,4 @@ def test_from_any_thread_over_saves_and_restores(threaded: None, libvfio_user: L
         assert beside == sorted(b"%07d" % number for number in range(ASKED))
         status = pair.status()
     assert pair.saves == 4 and status["faults"].get("echo0", {}).get("count", 0) == 0
-    note(
-        f"{ASKED} answers and {ASKED} packets from {THREADS} threads, each once, over {pair.saves} restores; {saved} in flight"
-    )
+    note(f"{ASKED} answers and {ASKED} packets from {THREADS} threads, each once, over {pair.saves} restores: {saved}")

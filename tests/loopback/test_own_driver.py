@@ -53,10 +53,10 @@ def test_the_example_passes_survives_restores_and_runs_beside_others(installed: 
 def test_the_example_notices(installed: Path, libvfio_user: Library, monkeypatch: pytest.MonkeyPatch) -> None:
     real = EchoProvider._answer
 
-    def answer(self: EchoProvider, channel: Any, completion: Any, payload: bytes, *more: Any) -> None:
+    def answer(self: EchoProvider, completion: Any, payload: bytes, waited: bool = False) -> None:
         if self.tally.started == 20:
             payload = payload[:16] + b"x" + payload[17:]
-        real(self, channel, completion, payload, *more)
+        real(self, completion, payload, waited)
 
     monkeypatch.setattr(EchoProvider, "_answer", answer)
     with Servers(describe("echo"), libvfio_user) as servers:

@@ -68,7 +68,7 @@ class EchoProvider(Provider):
         self.channel = ServerChannel(workload.ECHO_TYPE, instance, name=name)
 
     def start(self) -> None:
-        self.channel.set_process_packet_callbacks(self._keep if self._hold else self._answer)
+        self.channel.set_process_packet_callbacks(self._keep if self._hold else self._process)
         self.channel.set_state_change_callbacks(opened=self._opened, closed=self._closed, suspend=self._suspend)
         self.host.add_channel(self.channel)
         self.channel.enable()
@@ -85,11 +85,14 @@ class EchoProvider(Provider):
     def _closed(self, channel: Channel) -> None:
         self._slices.drop(channel)
 
-    def _keep(self, channel: Channel, completion: Completion, payload: bytes) -> None:
+    def _process(self, _: Channel, completion: Completion, payload: bytes) -> None:
+        self._answer(completion, payload)
+
+    def _keep(self, _: Channel, completion: Completion, payload: bytes) -> None:
         """With `hold`: this one is kept, and the oldest answered if there are too many."""
         self._held.append((completion, payload))
         if len(self._held) > self._hold:
-            self._answer(channel, *self._held.popleft())
+            self._answer(*self._held.popleft())
         if self._timer is None:
             self._set_timer()
 
@@ -107,7 +110,7 @@ class EchoProvider(Provider):
     def _release(self) -> None:
         with self.channel.batch():
             while self._held:
-                self._answer(self.channel, *self._held.popleft())
+                self._answer(*self._held.popleft())
 
     def _suspend(self, _: Channel) -> None:
         self._cancel_timer()
@@ -119,7 +122,7 @@ class EchoProvider(Provider):
             self._timer.cancel()
             self._timer = None
 
-    def _answer(self, _: Channel, completion: Completion, payload: bytes, waited: bool = False) -> None:
+    def _answer(self, completion: Completion, payload: bytes, waited: bool = False) -> None:
         """Answer at once, unless data is outside, or others wait: then in slices (`waited`: it has)."""
         # The benchmark measures the way here and back: what this takes itself is kept small.
         if (completion.has_external_data or self._slices.late) and not waited:
@@ -149,7 +152,7 @@ class EchoProvider(Provider):
         """The same as work in slices, also for data in the guest's memory."""
         yield PIECE
         if not completion.has_external_data or len(payload) < _REQUEST_SIZE:
-            self._answer(self.channel, completion, payload, waited=True)
+            self._answer(completion, payload, waited=True)
             return
         tally = self.tally
         tally.started += 1
