@@ -360,9 +360,11 @@ def test_a_life_that_is_discarded_gives_its_files_to_the_next(libvfio_user: Libr
             assert not locked(path) and path.read_bytes() == text
             guest.function.replay(config)
             server.command("restore-finish")
-            assert locked(path) and guest.request(b"read") == b"as saved"
+            assert locked(path) and path.read_bytes() == b"as saved"
             server.command("pause")
         server.command("resume")
+        # Once, at the end: the guest's own memory does not go back in this test, so its rings must not have moved on.
+        assert guest.request(b"read") == b"as saved"
         guest.close()
 
 
