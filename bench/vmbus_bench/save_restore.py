@@ -27,7 +27,7 @@ from pathlib import Path
 
 import msgspec
 
-from vmbus import state as saved
+from vmbus import saved
 from vmbus.errors import VmbusError
 from vmbus.kmcl.channel import Channel
 from vmbus.kmcl.client import ClientChannel

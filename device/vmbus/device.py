@@ -12,15 +12,15 @@ from typing import TYPE_CHECKING, Any
 
 from vmbus.audit.recorder import Recorder
 from vmbus.bus.gpadl import Gpadl, GpadlError, Mappings, ring_extents
-from vmbus.bus.loopback import LoopbackBus
+from vmbus.bus.local import LocalBus
 from vmbus.bus.offers import Offer
 from vmbus.bus.server import BusServer
 from vmbus.complaints import bounded_log
 from vmbus.errors import PeerError
 from vmbus.kmcl.allowance import SharedAllowance
 from vmbus.kmcl.channel import Channel, Waiter
+from vmbus.kmcl.lifecycle import ChannelState
 from vmbus.kmcl.server import ServerChannel
-from vmbus.kmcl.states import ChannelState
 from vmbus.kmcl.status import KmclError, Status
 from vmbus.kmcl.threads import Carrier
 from vmbus.kmcl.turns import one_round
@@ -127,7 +127,7 @@ class Device:
         waiter: Waiter | None = None,
         carrier: Carrier | None = None,
         later: Callable[[float, Callable[[], None]], object] | None = None,
-        loopback_schedule: Callable[[], None] | None = None,
+        local_schedule: Callable[[], None] | None = None,
     ) -> None:
         """
         Args:
@@ -136,7 +136,7 @@ class Device:
             waiter: how blocking calls of channels wait; None: they cannot.
             carrier: how calls of other threads get to this one; None: they are refused.
             later: have something called after some seconds; None: no channel is looked at again.
-            loopback_schedule: have `loopback.service` called soon; None: somebody calls `loopback.run`.
+            local_schedule: have `local_bus.service` called soon; None: somebody calls `local_bus.run`.
         """
         self._interrupt = interrupt
         self._schedule = schedule
@@ -156,7 +156,7 @@ class Device:
         self._looked_again: dict[Channel, int] = {}
         self.recorder: Recorder | None = None
         self.capture: Capture | None = None
-        self.loopback = LoopbackBus(loopback_schedule, waiter=waiter)
+        self.local_bus = LocalBus(local_schedule, waiter=waiter)
         self._offers: dict[int, Offer] = {}
         self._links: dict[int, ServerLink] = {}
         self._ready: dict[ServerChannel, None] = {}
@@ -166,7 +166,7 @@ class Device:
     def add_channel(self, channel: ServerChannel) -> None:
         """Bind a channel to this device; it is offered when it is enabled.
 
-        One with a loopback offer goes to `loopback`, not to the guest.
+        One with a local offer goes to `local_bus`, not to the guest.
         """
         if channel.waiter is None:
             channel.waiter = self.waiter
@@ -190,7 +190,7 @@ class Device:
         if channel.loopback_offer:
             # Its rings are not the guest's, so it is no part of what is saved.
             self.channels.remove(channel)
-            self.loopback.offer_enabled(channel)
+            self.local_bus.offer_enabled(channel)
             return
         channel.incoming.bind(self.allowance)
         channel.on_idle = self._went_idle
@@ -209,7 +209,7 @@ class Device:
 
     def _withdraw_channel(self, channel: ServerChannel) -> None:
         if channel.loopback_offer:
-            self.loopback.disabled(channel)
+            self.local_bus.disabled(channel)
             return
         offer = self._offers.pop(id(channel), None)
         if offer is not None:

@@ -12,9 +12,9 @@ from typing import NamedTuple, Protocol
 from uuid import UUID
 
 from vmbus.errors import StateError
+from vmbus.kmcl.lifecycle import ChannelState
 from vmbus.kmcl.saved import ChannelRecord, Counts, SavedChannel
 from vmbus.kmcl.server import ServerChannel
-from vmbus.kmcl.states import ChannelState
 
 Key = tuple[bytes, int]
 """Which channel: instance GUID and sub-channel."""

@@ -16,7 +16,7 @@ from vmbus.errors import EnvironmentProblem, PeerError, UsageError, WaitTimeout
 from vmbus.fence import full_fence
 from vmbus.kmcl.channel import Channel
 from vmbus.kmcl.client import ClientChannel
-from vmbus.kmcl.states import ChannelState
+from vmbus.kmcl.lifecycle import ChannelState
 from vmbus.memory import GuestMemory
 from vmbus.ring import FEATURE_BITS, FEATURE_PENDING_SEND_SIZE, RingReader, RingWriter
 from vmbus.watches import Watches

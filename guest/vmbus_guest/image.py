@@ -57,7 +57,7 @@ HOST_ONLY = {
         "inspection",
         "capture",
         "pytest_plugin.py",
-        "state.py",
+        "saved.py",
         "records.py",
         "synic.py",
         "description.py",

@@ -17,7 +17,7 @@ from pathlib import Path
 from unittest import mock
 
 from support.device import BASE, CONFIG, PAGE, Machine, connect, open_echo
-from vmbus import state as saved
+from vmbus import saved
 from vmbus.kmcl.client import ClientChannel
 from vmbus.wire import messages as m
 from vmbus.wire.gpa import pack_ranges, range_for

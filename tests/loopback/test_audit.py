@@ -15,7 +15,7 @@ import pytest
 from msgspec.structs import replace
 
 from support.traffic import PAGE, Traffic
-from vmbus import state as saved
+from vmbus import saved
 from vmbus.audit import recorder
 from vmbus.audit.checker import check_paths
 from vmbus.audit.files import recorder_in

@@ -13,8 +13,7 @@ from typing import Any
 import pytest
 
 from support.disk import Fault, FaultyBackend
-from vmbus import providers
-from vmbus import state as saved
+from vmbus import providers, saved
 from vmbus.errors import EnvironmentProblem, VmbusError, WaitTimeout
 from vmbus.kmcl.packet import Packet
 from vmbus.kmcl.status import Status as PacketStatus

@@ -16,8 +16,7 @@ from support.step_provider import GuestEnd, StepProvider
 from support.step_scripts import ONE, SCENARIOS
 from support.steps import Described, Diverged, Report, Run, Scenario, Stuck, checkpoint, replace, run_once
 from support.steps_loopback import KINDS, TICK, LoopbackWorld
-from vmbus import providers
-from vmbus import state as saved
+from vmbus import providers, saved
 from vmbus.errors import VmbusError
 from vmbus.server.timers import Timers
 from vmbus.synic import Synic
@@ -131,12 +130,12 @@ def test_every_step_notices_that_the_interrupt_is_not_raised_again(libvfio_user:
 # ---- what the harness has found --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("held", [True, False])
-def test_every_step_of_a_paused_server_is_none(held: bool, make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("frozen", [True, False])
+def test_every_step_of_a_paused_server_is_none(frozen: bool, make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     """Timers of providers do not run out between the save and the end of the server: what they did to guest memory
     would be there twice, from the old server and from the restored one. Without that, an offer comes twice."""
-    if not held:
-        monkeypatch.setattr(Timers, "hold", lambda self: None)
+    if not frozen:
+        monkeypatch.setattr(Timers, "freeze", lambda self: None)
     monkeypatch.setattr(StepProvider, "tick", 0.02)
     world = make(BY_NAME["disabled_and_enabled"].providers)
     try:
@@ -154,11 +153,11 @@ def test_every_step_of_a_paused_server_is_none(held: bool, make: Make, monkeypat
         while world.server.on_loop(lambda: server._loop.time()) < over:
             pass
         same = bytes(world.function.ram) == before
-        assert same == held
+        assert same == frozen
         world.restore(data)
         run.settle()
         offers = [text for text in run.heard if text.startswith("OfferChannel")]
-        assert len(offers) == (2 if held else 3)
+        assert len(offers) == (2 if frozen else 3)
         end.enable()
         assert end.ask(b"ask_")
         assert world.pause()

@@ -276,7 +276,7 @@ def test_a_read_index_that_lies(two: tuple[VmbusDriver, Traffic], server: Loopba
     driver, traffic = two
     link = driver.link_of(traffic.echo.channel)
     down = link.rings.view[5 * PAGE :]
-    traffic.echo.channel.held = True
+    traffic.echo.channel.quiescing = True
     for number in range(200):  # enough answers to fill the ring, so that the device looks at the index
         struct.pack_into("<I", down, READ_INDEX, 13)
         if driver.rescinded:

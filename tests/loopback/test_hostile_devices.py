@@ -15,14 +15,14 @@ from uuid import UUID
 import pytest
 
 from support.namespace import Namespace, NotPermitted, namespace
-from vmbus import state as saved
+from vmbus import saved
 from vmbus.bus.server import REFUSED
 from vmbus.kmcl.channel import Channel
 from vmbus.kmcl.client import ClientChannel
 from vmbus.kmcl.completion import Completion
+from vmbus.kmcl.lifecycle import ChannelState
 from vmbus.kmcl.pipe import frame, unframe
 from vmbus.kmcl.settings import FLAG_IS_PIPE
-from vmbus.kmcl.states import ChannelState
 from vmbus.loopback.harness import LoopbackServer, describe
 from vmbus.vfio_user.library import Library
 from vmbus.wire import block, ic, network

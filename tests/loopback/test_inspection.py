@@ -125,7 +125,7 @@ def test_a_paused_server_and_its_state_say_the_same(server: LoopbackServer) -> N
         state = server.save()
         live = look(server, packets=MOST_PACKETS)
         assert live.server is not None and live.server.phase == "paused"
-        assert all(channel.held for channel in live.channels) and live.in_flight.held == 0
+        assert all(channel.quiescing for channel in live.channels) and live.in_flight.held == 0
         assert live.in_flight.queued + live.in_flight.sent > 0
         found = inspect_state(state, Source(kind="state", name="x"))
         assert compare(live, found).changes == []
@@ -148,8 +148,8 @@ def test_channels_inside_of_the_server_are_shown(libvfio_user: Library) -> None:
             client.enable()
 
         server.on_loop(join)
-        server.on_loop(server.server.device.loopback.run)
-        ends = [channel for channel in look(server).channels if channel.loopback]
+        server.on_loop(server.server.device.local_bus.run)
+        ends = [channel for channel in look(server).channels if channel.local]
         assert [(one.name, one.end, one.provider) for one in ends] == [
             ("inside", "server", "echo"),
             ("inside's client", "client", "echo"),

@@ -16,8 +16,7 @@ import pytest
 
 from support.multi import MultiProvider
 from support.traffic import PAGE, Traffic
-from vmbus import providers
-from vmbus import state as saved
+from vmbus import providers, saved
 from vmbus.errors import EnvironmentProblem, StateError, UsageError
 from vmbus.kmcl.saved import PacketChunk, decode_chunk
 from vmbus.loopback.function import LoopbackFunction
@@ -512,9 +511,9 @@ def test_a_live_migration_puts_the_function_back_ahead_and_holds_the_device(
     assert (bytes.fromhex(vm.server.command("pci")["config"]) == checkpoint.config) == (ahead == "all")
     if ahead != "all":
         with pytest.raises(StateError, match="was not put back as it was saved"):
-            vm.server.command("restore-finish", hold=True)
+            vm.server.command("restore-finish", frozen=True)
         vm.function.replay(checkpoint.config)
-    assert vm.server.command("restore-finish", hold=True)["packets"] == checkpoint.packets
+    assert vm.server.command("restore-finish", frozen=True)["packets"] == checkpoint.packets
     before = counts(vm)
     assert before[0] == "paused"
     for _ in range(20):

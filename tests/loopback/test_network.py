@@ -443,7 +443,7 @@ def test_it_is_announced_where_it_runs_and_not_before(
         assert outside.interfaces() == []
         with LoopbackServer(description, libvfio_user, restore=state) as destination:
             driver.function.reconnect(destination.socket_path, config)
-            destination.command("restore-finish", hold=True)
+            destination.command("restore-finish", frozen=True)
             assert outside.interfaces() == ["host0"]
             time.sleep(0.05)  # nothing shall happen meanwhile
             assert announcements(listener) == 0 and status(destination)["announced"] == 0

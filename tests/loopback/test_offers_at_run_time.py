@@ -15,8 +15,8 @@ from vmbus.errors import UsageError, WaitTimeout
 from vmbus.kmcl.channel import Channel
 from vmbus.kmcl.client import ClientChannel
 from vmbus.kmcl.completion import Completion
+from vmbus.kmcl.lifecycle import ChannelState
 from vmbus.kmcl.server import ServerChannel
-from vmbus.kmcl.states import ChannelState
 from vmbus.loopback.function import LoopbackFunction
 from vmbus.loopback.harness import LoopbackServer, describe
 from vmbus.vfio_user.library import Library
@@ -30,7 +30,7 @@ NEW = {"kind": "multi", "name": "new", "instance": "00000000-0000-4000-8000-0000
 
 class WaitingProvider(MultiProvider):
     """Answers b"wait" when its timer has run out, having waited for it inside of the packet callback; b"loop" after a
-    round trip to itself over a loopback offer."""
+    round trip to itself over a local offer."""
 
     kind = "waiting"
 

@@ -16,7 +16,7 @@ import pytest
 
 from support.stubborn import ANSWER, STUBBORN_TYPE
 from support.traffic import PAGE, Traffic
-from vmbus import state as saved
+from vmbus import saved
 from vmbus.complaints import COMPLAINTS
 from vmbus.errors import UsageError, VmbusError, WaitTimeout
 from vmbus.loopback.function import LoopbackFunction

@@ -7,7 +7,7 @@ import msgspec
 import pytest
 
 from support.traffic import PAGE, Traffic
-from vmbus import state as saved
+from vmbus import saved
 from vmbus.errors import StateError, UsageError
 from vmbus.kmcl.saved import PacketChunk, decode_chunk, decode_lib, encode
 from vmbus.loopback.function import LoopbackFunction

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 from uuid import UUID
 
-from vmbus import state as saved
+from vmbus import saved
 from vmbus.device import Device
 from vmbus.kmcl.channel import Channel
 from vmbus.kmcl.server import ServerChannel
@@ -151,7 +151,7 @@ class Machine:
     def quiesce(self) -> None:
         self.device.freeze()
         for channel in self.device.channels:
-            channel.hold()
+            channel.quiesce()
             assert channel.quiescent
 
     def save(self) -> saved.DeviceState:

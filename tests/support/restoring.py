@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from vmbus import state as saved
+from vmbus import saved
 from vmbus.description import DeviceDescription
 from vmbus.errors import StateError
 from vmbus.loopback.function import LoopbackFunction

@@ -28,6 +28,7 @@ from vmbus.errors import StateError
 from vmbus.kmcl.channel import Channel
 from vmbus.kmcl.client import ClientChannel
 from vmbus.kmcl.completion import Completion
+from vmbus.kmcl.lifecycle import ChannelState
 from vmbus.kmcl.packet import Packet
 from vmbus.kmcl.pipe import Pipe, PipeMode
 from vmbus.kmcl.server import (
@@ -36,7 +37,6 @@ from vmbus.kmcl.server import (
     SERVER_FLAG_OFFER_AS_PIPE,
     ServerChannel,
 )
-from vmbus.kmcl.states import ChannelState
 from vmbus.kmcl.status import KmclError, Status
 from vmbus.memory import Grant
 from vmbus.providers import Host, Provider
@@ -417,7 +417,7 @@ class BackProvider(Provider):
 
 
 class FrontProvider(Provider):
-    """Offered to the guest: has each request answered by the provider at the other end of a loopback offer, and holds
+    """Offered to the guest: has each request answered by the provider at the other end of a local offer, and holds
     it until then."""
 
     kind = "step-front"

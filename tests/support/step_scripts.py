@@ -19,7 +19,7 @@ from support.step_provider import (
 )
 from support.steps import BASE, PAGE, Described, Run, Scenario
 from vmbus.errors import EnvironmentProblem, PeerError
-from vmbus.kmcl.states import ChannelState
+from vmbus.kmcl.lifecycle import ChannelState
 from vmbus.wire import messages as m
 from vmbus.wire.gpa import pack_ranges, range_for
 from vmbus.wire.synic import CONTROL_ENABLE, CONTROL_RESET, PAGE_VALID, Register
@@ -379,7 +379,7 @@ def subchannels(run: Run) -> None:
     run.settle()
 
 
-def loopback_offers(run: Run) -> None:
+def local_offers(run: Run) -> None:
     """A provider that has the guest's requests answered by another one, over a channel within the server."""
     run.connect()
     end = GuestEnd(run.driver, kind=FRONT_TYPE).enable()
@@ -640,9 +640,7 @@ SCENARIOS = [
     Scenario(disabled_and_enabled, STEPS),
     Scenario(hot_offers, STEPS),
     Scenario(subchannels, STEPS),
-    Scenario(
-        loopback_offers, [(BackProvider, "back", UUID(int=0x71), {}), (FrontProvider, "front", UUID(int=0x72), {})]
-    ),
+    Scenario(local_offers, [(BackProvider, "back", UUID(int=0x71), {}), (FrontProvider, "front", UUID(int=0x72), {})]),
     Scenario(first_packets, STEPS),
     Scenario(ring_wraps, STEPS),
     Scenario(down_ring_full, STEPS),

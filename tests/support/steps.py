@@ -30,7 +30,7 @@ from uuid import UUID
 import msgspec
 
 from support.twins import RingFences
-from vmbus import state as saved
+from vmbus import saved
 from vmbus.device import Device
 from vmbus.kmcl.client import ClientChannel
 from vmbus.kmcl.saved import ChannelChunk, CompletionChunk, PacketChunk, decode_chunk, decode_lib
@@ -95,7 +95,7 @@ class Life:
         self.soon: deque[Callable[[], None]] = deque()
         self.timers: list[_Timer] = []
         self.scheduled = False
-        self.device = Device(self._interrupt, self._schedule, loopback_schedule=self._schedule)
+        self.device = Device(self._interrupt, self._schedule, local_schedule=self._schedule)
         self.providers: list[Provider] = []
         for one in described:
             self.add_provider(one)
@@ -120,7 +120,7 @@ class Life:
 
     def add_client(self, channel: ClientChannel) -> None:
         """See Host."""
-        self.device.loopback.attach(channel)
+        self.device.local_bus.attach(channel)
 
     def call_soon(self, call: Callable[[], None]) -> None:
         """See Host."""
@@ -139,8 +139,8 @@ class Life:
         if self.scheduled:
             self.scheduled = False
             self.device.service()
-            if self.device.loopback.busy:
-                self.device.loopback.service()
+            if self.device.local_bus.busy:
+                self.device.local_bus.service()
             return True
         return False
 
@@ -316,7 +316,7 @@ class World(Points):
             device = self.device
             mine = [one for one in device.channels if one.interface_instance == provider.instance]
             for channel in sorted(mine, key=lambda one: -one.subchannel_index):
-                channel.hold()
+                channel.quiesce()
                 assert channel.quiescent
                 device.remove_channel(channel)
             provider.stop()
@@ -378,7 +378,7 @@ class World(Points):
         life = self.life
         life.device.freeze()
         for channel in life.device.channels:
-            channel.hold()
+            channel.quiesce()
         deadline = self.now + PAUSE_SECONDS
         while not all(channel.quiescent for channel in life.device.channels):
             if not life.work() and not life.next_timer(deadline):
@@ -390,7 +390,7 @@ class World(Points):
     def resume(self) -> None:
         """As the server's `resume`."""
         for channel in self.device.channels:
-            channel.unhold()
+            channel.unquiesce()
         self.device.thaw()
 
     def save(self) -> bytes:

@@ -15,7 +15,7 @@ from typing import Any
 
 from support.step_provider import BackProvider, FrontProvider, PipeProvider, StepProvider
 from support.steps import Described, Points, Stuck, Tamper, describe, what_moves
-from vmbus import state as saved
+from vmbus import saved
 from vmbus.description import DeviceDescription, ProviderDescription
 from vmbus.errors import WaitTimeout
 from vmbus.fence import full_fence
@@ -80,7 +80,7 @@ class LoopbackWorld(Points):
     def _busy(self) -> bool:
         server = self.server.server
         device = server.device
-        return server._scheduled or device.busy or device.loopback.busy or server.timers.next_in() is not None
+        return server._scheduled or device.busy or device.local_bus.busy or server.timers.next_in() is not None
 
     def work(self) -> None:
         """Wait until the server has done everything, timers included."""

@@ -17,7 +17,7 @@ from support.device import Machine
 from support.history import COMPLETION, History, Link, ring_bytes
 from support.pair import Pair
 from support.traffic import Burst, Traffic
-from vmbus import state as saved
+from vmbus import saved
 from vmbus.audit import format as f
 from vmbus.audit.checker import check_paths, check_records
 from vmbus.audit.files import guest_recorder, make_directory, recorder_in

@@ -491,7 +491,7 @@ def test_a_restore_puts_the_copy_into_place_and_leaves_the_copy_alone(disks: Pat
         copy.write_bytes((disks / "disk.img").read_bytes())
         kit._activate()
         for channel in kit.channels:
-            channel.unhold()
+            channel.unquiesce()
         guest.write(0, pattern(4096, 2))
     copy.chmod(0o400)
     before = copy.read_bytes()

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from support.device import Machine, connect
 from support.pair import INSTANCE, PAGE, TYPE, Pair, PairLink
 from support.traffic import Traffic
-from vmbus.bus.loopback import LoopbackBus
+from vmbus.bus.local import LocalBus
 from vmbus.errors import PeerError, StateError, WaitTimeout
 from vmbus.kmcl import ChannelState, ChannelStateError, KmclError, Status, ddi
 from vmbus.kmcl.saved import decode_chunk, decode_lib
@@ -936,19 +936,19 @@ def test_statuses_of_gpadls(world: World) -> None:
 # ---- over a bus ------------------------------------------------------------------------------------------------------
 
 
-class LoopbackHost:
-    """A VMBus handle for servers over a loopback bus."""
+class LocalHost:
+    """A VMBus handle for servers over a local bus."""
 
     def __init__(self) -> None:
-        self.bus = LoopbackBus()
+        self.bus = LocalBus()
 
     def add_channel(self, channel) -> None:
         self.bus.offer(channel)
 
 
 def over_a_bus(opened=lambda _: Status.SUCCESS, pnp_failure=None, process=some_process):
-    """Both endpoints on a loopback bus, enabled in the order that a VM has: the offer first."""
-    host = LoopbackHost()
+    """Both endpoints on a local bus, enabled in the order that a VM has: the offer first."""
+    host = LocalHost()
     server = allocate(True)
     callbacks = initialized()
     callbacks.EvtChannelOpened = opened
@@ -1059,7 +1059,7 @@ def fill(world: World, count: int = 400) -> None:
     world.turn("client")
     world.answer(5)
     world.turn("server")
-    world.server.hold()
+    world.server.quiesce()
     assert world.server.packets_queued and world.server.packets_sent
 
 
@@ -1134,7 +1134,7 @@ def sizes() -> tuple[int, int, bytes]:
 def fill_small(world: World) -> None:
     world.open()
     world.send(12)
-    world.server.hold()
+    world.server.quiesce()
 
 
 def test_every_buffer_size_from_one_chunk_up_saves_the_same(sizes: tuple[int, int, bytes]) -> None:
@@ -1198,7 +1198,7 @@ def test_an_abandoned_save_leaves_the_channel_as_it_was(world: World) -> None:
     assert ddi.VmbChannelSaveEnd(world.server) == Status.SUCCESS
     assert ddi.VmbChannelSaveContinue(world.server, bytearray(200)) == (Status.INVALID_DEVICE_STATE, 0, 0)
     assert save_with(world.server, 1 << 20) == [whole]
-    world.server.unhold()
+    world.server.unquiesce()
     play_to_the_end(world, 400)
 
 
@@ -1208,7 +1208,7 @@ def test_only_a_quiet_channel_is_saved(world: World) -> None:
     assert ddi.VmbChannelSaveBegin(world.server) == Status.INVALID_DEVICE_STATE
     world.request()
     world.run()
-    world.server.hold()
+    world.server.quiesce()
     assert ddi.VmbChannelSaveBegin(world.server) == Status.INVALID_DEVICE_STATE
     ddi.VmbChannelPacketComplete(world.incoming[0][0])
     assert ddi.VmbChannelSaveBegin(world.server) == Status.SUCCESS
@@ -1228,7 +1228,7 @@ def test_a_failing_save_callback_fails_the_save(results: list[tuple[int, int]], 
     world.server = world.make_server(save=lambda *_: next(replies))
     fill(world)
     assert ddi.VmbChannelSaveBegin(world.server) == expected
-    world.server.unhold()
+    world.server.unquiesce()
     play_to_the_end(world, 400)
 
 

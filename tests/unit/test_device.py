@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from support.device import BASE, PAGE, Machine, connect, open_echo
 from vmbus.bus.offers import OfferState
 from vmbus.bus.server import REFUSED
-from vmbus.kmcl.states import ChannelState
+from vmbus.kmcl.lifecycle import ChannelState
 from vmbus.kmcl.status import Status
 from vmbus.ring import READ_INDEX, WRITE_INDEX
 from vmbus.wire import messages as m

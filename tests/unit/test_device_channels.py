@@ -6,14 +6,13 @@ import pytest
 
 from support.device import PAGE, Machine, connect
 from support.multi import MULTI_TYPE, Guest, MultiProvider
-from vmbus import providers
-from vmbus import state as saved
+from vmbus import providers, saved
 from vmbus.bus import gpadl
 from vmbus.bus.offers import OfferState
 from vmbus.errors import StateError, UsageError, WaitTimeout
 from vmbus.kmcl.client import ClientChannel
+from vmbus.kmcl.lifecycle import ChannelState
 from vmbus.kmcl.server import ServerChannel
-from vmbus.kmcl.states import ChannelState
 from vmbus.kmcl.status import KmclError, Status
 from vmbus_guest.driver import GpadlRefused, VmbusDriver
 
@@ -493,7 +492,7 @@ def test_an_enabled_client_is_opened_when_the_offer_comes() -> None:
     assert told == [Status.UNSUCCESSFUL] and "refused to open" in driver.failures[0]
 
 
-def test_a_loopback_offer_stays_inside() -> None:
+def test_a_local_offer_stays_inside() -> None:
     machine = Machine(("echo",))
     driver = connect(machine)
     server = plain(50)
@@ -504,12 +503,12 @@ def test_a_loopback_offer_stays_inside() -> None:
     settle(driver)
     assert relids(driver) == []
     client = ClientChannel(MULTI_TYPE, name="inside")
-    machine.device.loopback.open(client)
+    machine.device.local_bus.open(client)
     replies: list[bytes] = []
     packet = client.allocate_packet()
     packet.completion_routine = lambda packet, status, reply: replies.append(reply)
     packet.send(b"to you..")
-    machine.device.loopback.run()
+    machine.device.local_bus.run()
     assert replies == [b"to you.."]
     assert len(machine.save().channels) == 1, "it is no part of what is saved"
     machine.device.remove_channel(server)

@@ -11,7 +11,8 @@ from typing import Any
 import msgspec
 import pytest
 
-from vmbus import kmcl, state
+from vmbus import kmcl
+from vmbus import saved as device_saved
 from vmbus.kmcl import saved, server
 from vmbus.memory import GuestMemory
 from vmbus.providers.block.provider import MAXIMUM_DATA, MAXIMUM_RANGE, PATIENCE, BlockOptions
@@ -175,7 +176,7 @@ def test_the_slot_and_the_post_block() -> None:
 
 STRUCTURES: dict[str, type[msgspec.Struct]] = {
     name: value
-    for module in (state, saved, manifest)
+    for module in (device_saved, saved, manifest)
     for name, value in vars(module).items()
     if isinstance(value, type)
     and issubclass(value, msgspec.Struct)
@@ -202,17 +203,17 @@ def test_the_bounds_of_bytes() -> None:
     assert f"bytes, up to {most + 256} |" in section(text, "PacketChunk")
     assert f"bytes, up to {most} |" in section(text, "CompletionChunk")
     assert f"bytes, up to {most} |" in section(text, "LibBuf")
-    assert "at most 1 GiB" in text and state.MAX_BODY == 1 << 30
+    assert "at most 1 GiB" in text and device_saved.MAX_BODY == 1 << 30
 
 
 def test_the_head_and_the_versions() -> None:
     text = page("state-format.md")
     rows = table(text, "Offset", "Bytes", "Field")
     assert [(int(row["Offset"]), int(row["Bytes"])) for row in rows] == [(0, 8), (8, 4), (12, 4), (16, 8), (24, 32)]
-    assert f"The head has {state._HEAD.size} bytes" in text
-    assert f"`{state.MAGIC.decode()}`" in rows[0]["Field"]
-    assert rows[1]["Field"] == f"format version, {state.FORMAT_VERSION}"
-    assert state.OLDEST_VERSION == state.FORMAT_VERSION == 1, "docs say: today both are 1"
+    assert f"The head has {device_saved._HEAD.size} bytes" in text
+    assert f"`{device_saved.MAGIC.decode()}`" in rows[0]["Field"]
+    assert rows[1]["Field"] == f"format version, {device_saved.FORMAT_VERSION}"
+    assert device_saved.OLDEST_VERSION == device_saved.FORMAT_VERSION == 1, "docs say: today both are 1"
     for name in ("ChannelChunk", "LibBuf"):
         assert table(section(text, name), "Field")[0]["Type"] == str(saved.VERSION)
     fields = {row["Field"].strip("`"): row["Type"] for row in table(section(text, "Manifest"), "Field")}

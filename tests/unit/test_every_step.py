@@ -17,10 +17,10 @@ import pytest
 from support.step_provider import GuestEnd, PipeEnd, PipeProvider, StepProvider
 from support.step_scripts import ONE, SCENARIOS, STEPS
 from support.steps import Diverged, Report, Run, Scenario, Stuck, World, checkpoint, every_step, replace, run_once
-from vmbus import state as saved
+from vmbus import saved
 from vmbus.errors import VmbusError
+from vmbus.kmcl.lifecycle import ChannelState
 from vmbus.kmcl.saved import ChannelChunk, CompletionChunk, PacketChunk, decode_chunk, decode_lib, encode
-from vmbus.kmcl.states import ChannelState
 from vmbus.kmcl.status import KmclError
 from vmbus.ring import RingReader, RingWriter
 from vmbus.synic import Synic

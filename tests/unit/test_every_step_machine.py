@@ -24,10 +24,10 @@ from support.step_provider import NUMBER, PUSH, REQUEST, GuestEnd, StepProvider,
 from support.step_scripts import BOTH, ONE, TWO
 from support.steps import BASE, PAGE, Run, Tamper, World, checkpoint, replace, thorough
 from support.twins import RingFences
-from vmbus import state as saved
+from vmbus import saved
 from vmbus.errors import VmbusError
+from vmbus.kmcl.lifecycle import ChannelState
 from vmbus.kmcl.saved import ChannelChunk, decode_chunk, encode
-from vmbus.kmcl.states import ChannelState
 from vmbus.kmcl.status import Status
 from vmbus.wire import messages as m
 from vmbus.wire.gpa import pack_ranges, range_for

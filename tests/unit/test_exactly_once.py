@@ -105,7 +105,7 @@ def pause_in_mid_drain() -> tuple[Pair, Callable[[], ServerChannel], list, list[
 
 def test_a_save_leaves_nothing_staged_behind() -> None:
     pair, make, _, got = pause_in_mid_drain()
-    pair.server.hold()
+    pair.server.quiesce()
     assert pair.server.quiescent and pair.server_link.writer.staged == b""
     pair.replace_server(make, pair.server.save())
     pair.server.start()
@@ -122,7 +122,7 @@ def test_without_the_publishing_a_channel_is_not_quiescent() -> None:
     pair.run()
     with mock.patch.object(Outgoing, "publish", lambda self: None):
         pair.server.allocate_packet().send(b"staged, and not published")
-        pair.server.hold()
+        pair.server.quiesce()
         assert not pair.server.quiescent
         with pytest.raises(Exception, match="cannot be saved"):
             pair.server.save()
@@ -210,7 +210,7 @@ def test_a_routine_that_sends_for_ever_holds_nobody_up_and_can_be_saved() -> Non
         pair.turn("server")
         pair.turn("client")
     assert len(got) > 1000
-    pair.server.hold()
+    pair.server.quiesce()
     assert pair.server.quiescent
     # It is one packet, and at the save it waits for room, or for the channel to go on.
     assert pair.server.packets_queued == 1
@@ -373,7 +373,7 @@ def test_a_save_that_is_refused_says_what_is_missing() -> None:
     pair.open()
     requests(pair, 1)
     pair.run()
-    pair.server.hold()
+    pair.server.quiesce()
     with pytest.raises(Exception, match=r"incoming packets \[1\] are not completed"):
         pair.server.save()
     with pytest.raises(StateError):

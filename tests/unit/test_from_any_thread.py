@@ -135,9 +135,9 @@ def test_from_any_thread_a_pause_and_a_save_wait_for_what_was_asked() -> None:
     quiet: list[bool] = []
     assert on_thread(lambda: one.taken[0].complete(b"carried!")) is None
     assert server.outstanding == [1]
-    server.hold()
+    server.quiesce()
     server.when_quiet(lambda: quiet.append(True))
-    assert quiet and server.quiescent, "hold makes what others asked for"
+    assert quiet and server.quiescent, "quiescing makes what others asked for"
     assert on_thread(lambda: server.allocate_packet().send(b"late")) is None
     assert not server.quiescent
     one.turn()
@@ -178,8 +178,8 @@ REFUSED: dict[str, Callable[[Carrying], object]] = {
     "start": lambda one: one.pair.server.start(),
     "pause": lambda one: one.pair.server.pause(),
     "begin_pause": lambda one: one.pair.server.begin_pause(),
-    "hold": lambda one: one.pair.server.hold(),
-    "unhold": lambda one: one.pair.server.unhold(),
+    "quiesce": lambda one: one.pair.server.quiesce(),
+    "unquiesce": lambda one: one.pair.server.unquiesce(),
     "enable": lambda one: one.pair.server.enable(),
     "disable": lambda one: one.pair.server.disable(),
     "cleanup": lambda one: one.pair.server.cleanup(),

@@ -16,7 +16,7 @@ import msgspec
 import pytest
 
 from support.device import BASE, CONFIG, PAGE, Machine
-from vmbus import state as saved
+from vmbus import saved
 from vmbus.bus.offers import CONNECTION_ID_BASE
 from vmbus.errors import StateError
 from vmbus.kmcl import saved as chunks

@@ -99,7 +99,7 @@ def parts(tmp_path: Path) -> tuple[Root, Kernel, list[Path], Path]:
     root = tmp_path / "root"
     root.mkdir()
     (root / "packages.json").write_text("{}")
-    for name in ("vmbus/__init__.py", "vmbus/ring.py", "vmbus/bus/core.py", "vmbus/server/main.py", "vmbus/state.py"):
+    for name in ("vmbus/__init__.py", "vmbus/ring.py", "vmbus/bus/core.py", "vmbus/server/main.py", "vmbus/saved.py"):
         path = tmp_path / "p" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("a = 1\n")

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from support.device import BASE, CONFIG, Machine, connect, open_echo
-from vmbus import state as saved
+from vmbus import saved
 from vmbus.cli import main
 from vmbus.errors import StateError, UsageError
 from vmbus.inspection import collect
@@ -146,8 +146,8 @@ def test_a_packet_that_nobody_completes_grows_old() -> None:
 
 def test_completions_that_wait_for_room_are_shown() -> None:
     machine, _, echo = busy(hold=0, requests=0)
-    machine.channel("echo").hold()  # what is answered now finds no way out
-    machine.channel("echo").unhold()
+    machine.channel("echo").quiesce()  # what is answered now finds no way out
+    machine.channel("echo").unquiesce()
     for number in range(600):
         echo.allocate_packet().send(echo_request(number, bytes(1000), inline=True))
         machine.serve()

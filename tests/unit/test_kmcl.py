@@ -362,7 +362,7 @@ def fill(pair: Pair, vsp: Recorder, guest: Guest, count: int = 400) -> None:
     pair.turn("client")
     guest.complete(5)
     pair.turn("server")
-    pair.server.hold()
+    pair.server.quiesce()
 
 
 def test_the_size_protocol_is_two_calls_per_packet(pair, vsp, guest) -> None:
@@ -408,7 +408,7 @@ def test_a_save_changes_nothing(pair, vsp, guest) -> None:
     fill(pair, vsp, guest)
     first = pair.server.save()
     assert pair.server.save() == first
-    pair.server.unhold()
+    pair.server.unquiesce()
     while len(vsp.answers) < 400:
         pair.run()
         guest.complete()
@@ -474,7 +474,7 @@ def test_a_failing_save_callback_fails_the_save_and_nothing_else(pair, guest) ->
     fill(pair, vsp, guest)
     with pytest.raises(KmclError, match="ZeroDivisionError"):
         pair.server.save()
-    pair.server.unhold()
+    pair.server.unquiesce()
     while len(vsp.answers) < 400:
         pair.run()
         guest.complete()
@@ -546,7 +546,7 @@ class SaveAtAnyMoment(RuleBasedStateMachine):
     @precondition(lambda self: self.saves < 20)
     @rule(replace=st.booleans())
     def save(self, replace: bool) -> None:
-        self.pair.server.hold()
+        self.pair.server.quiesce()
         self.host_completes(len(self.vsp.incoming))
         assert self.pair.server.quiescent
         chunks = self.pair.server.save()
@@ -555,7 +555,7 @@ class SaveAtAnyMoment(RuleBasedStateMachine):
             old = self.vsp
             self.vsp = restored(self.pair, old, chunks)
         else:
-            self.pair.server.unhold()
+            self.pair.server.unquiesce()
 
     @invariant()
     def in_order_and_once(self) -> None:

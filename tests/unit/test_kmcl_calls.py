@@ -521,7 +521,7 @@ def test_only_the_packet_at_hand_can_be_put_off(bench: Bench) -> None:
     assert "process_packet raised" in other.server_link.failures[0]
 
 
-@pytest.mark.parametrize("how", ["hold", "begin_pause"])
+@pytest.mark.parametrize("how", ["quiesce", "begin_pause"])
 @pytest.mark.parametrize("where", ["outside", "inside", "inside a later one"])
 def test_packets_put_off_are_seen_before_a_suspended_channel_is_quiet(bench: Bench, how: str, where: str) -> None:
     events: list[str] = []
@@ -547,7 +547,7 @@ def test_packets_put_off_are_seen_before_a_suspended_channel_is_quiet(bench: Ben
     # Unless it is paused by that very packet, its owner sees it again before Suspend.
     if where == "outside":
         assert events == ["packet 1", "packet 2", "again packet 1", "again packet 2", "suspend"]
-    bench.server.unhold()
+    bench.server.unquiesce()
     bench.server.start()
     bench.run()
     assert sorted(event for event in events if event != "suspend") == sorted(
@@ -631,7 +631,7 @@ def test_a_synchronous_request_that_times_out_is_cancelled(bench: Bench) -> None
     bench.run()  # the late completions hurt nobody
     assert bench.client.active and bench.client.packets_in_use == []
     # One that was still queued is withdrawn.
-    bench.server.hold()
+    bench.server.quiesce()
     fill(bench)
     queued = bench.client.packets_queued
     assert status_of(lambda: bench.client.send_synchronous_request(b"", timeout=3)) is Status.CANCELLED
@@ -657,9 +657,9 @@ def test_a_synchronous_request_needs_an_active_channel_and_a_waiter(bench: Bench
     request = bench.client.send_synchronous_request
     assert status_of(lambda: request(b"")) is Status.DEVICE_REMOVED
     bench.open()
-    bench.client.hold()
+    bench.client.quiesce()
     assert status_of(lambda: request(b"")) is Status.DEVICE_REMOVED
-    bench.client.unhold()
+    bench.client.unquiesce()
     bench.client.waiter = None
     assert status_of(lambda: request(b"")) is Status.INVALID_DEVICE_STATE
     assert bench.client.flow.next_transaction == 1 and bench.client.packets_in_use == []
@@ -1032,13 +1032,13 @@ COUNT = 80
 
 @pytest.fixture
 def vsp(bench: Bench) -> Vsp:
-    """80 packets: some sent and held by the guest, some in the ring, some queued; held for a save."""
+    """80 packets: some sent and held by the guest, some in the ring, some queued; quiesced for a save."""
     made = Vsp(bench)
     bench.open()
     for number in range(COUNT):
         made.send(number)
     bench.turn("client")
-    bench.server.hold()
+    bench.server.quiesce()
     assert bench.server.packets_sent and bench.server.packets_queued and bench.taken["client"]
     return made
 
@@ -1071,7 +1071,7 @@ def test_every_buffer_size_gives_the_same_bytes(bench: Bench, vsp: Vsp) -> None:
         bench.server.save_end()
         assert split_frames(b"".join(parts)) == chunks, size
         assert all(split_frames(part) for part in parts)
-    bench.server.unhold()
+    bench.server.unquiesce()
     vsp.finish(COUNT)
 
 
@@ -1092,7 +1092,7 @@ def test_an_abandoned_save_leaves_the_channel_as_it_was(bench: Bench, vsp: Vsp) 
         bench.server.save_end()
         bench.server.save_end()
     assert before == (bench.server.packets_in_use, bench.server.flow.next_transaction, bytes(bench.ram))
-    bench.server.unhold()
+    bench.server.unquiesce()
     vsp.finish(COUNT)
 
 
@@ -1101,11 +1101,11 @@ def test_save_calls_out_of_season(bench: Bench, vsp: Vsp) -> None:
     bench.server.save_begin()
     assert status_of(bench.server.save_begin) is Status.INVALID_DEVICE_STATE
     bench.server.save_end()
-    bench.server.unhold()
+    bench.server.unquiesce()
     assert status_of(bench.server.save_begin) is Status.INVALID_DEVICE_STATE
     bench.send()
     bench.run()
-    bench.server.hold()
+    bench.server.quiesce()
     assert bench.taken["server"]
     assert status_of(bench.server.save_begin) is Status.INVALID_DEVICE_STATE
 

@@ -1,7 +1,7 @@
 """Both endpoints under random calls, legal and illegal, with saves and restores, compared with a simple model.
 
-The model knows each end's state, wish and hold, and what was sent. It says which call must be refused, what must arrive
-(everything, once, in order), and what must come back (each packet, once).
+The model knows each end's state and wish, whether it is quiesced, and what was sent. It says which call must be
+refused, what must arrive (everything, once, in order), and what must come back (each packet, once).
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class End:
     def __init__(self) -> None:
         self.state = DISABLED
         self.started = False
-        self.held = False
+        self.quiescing = False
         self.paused_early = False
         self.quota = 0
         self.passive = False
@@ -53,7 +53,7 @@ class End:
             self.state = OPENED
 
     def activate(self) -> None:
-        if self.state is OPENED and self.started and not self.held:
+        if self.state is OPENED and self.started and not self.quiescing:
             self.state = ACTIVE
 
 
@@ -215,16 +215,16 @@ class BothEnds(RuleBasedStateMachine):
             (channel.pause if blocking else channel.begin_pause)()
         end.suspend()
 
-    @rule(side=SIDES, hold=RARELY)
-    def hold(self, side: str, hold: bool) -> None:
+    @rule(side=SIDES, quiesce=RARELY)
+    def quiesce(self, side: str, quiesce: bool) -> None:
         end, channel = self.ends[side], self.channel(side)
-        end.held = hold
-        if hold:
-            channel.hold()
+        end.quiescing = quiesce
+        if quiesce:
+            channel.quiesce()
             end.suspend()
         else:
             end.activate()
-            channel.unhold()
+            channel.unquiesce()
 
     @rule(side=SIDES, really=RARELY)
     def disable(self, side: str, really: bool) -> None:
@@ -357,7 +357,7 @@ class BothEnds(RuleBasedStateMachine):
         end, server = self.ends["server"], self.bench.server
         if end.state is ACTIVE:
             self.refused(server.save_begin)
-        server.hold()
+        server.quiesce()
         end.suspend()
         if server.outstanding:
             self.refused(server.save_begin)
@@ -369,9 +369,9 @@ class BothEnds(RuleBasedStateMachine):
             if replace:
                 self.replace(server, size)
                 return
-        if not end.held:
+        if not end.quiescing:
             end.activate()
-            server.unhold()
+            server.unquiesce()
 
     def replace(self, old: ServerChannel, size: int) -> None:
         parts = []
@@ -396,7 +396,7 @@ class BothEnds(RuleBasedStateMachine):
         if end.quota:
             new.set_transaction_quota(end.quota)
         new.set_incoming_processing_at_passive(end.passive)
-        end.held = False
+        end.quiescing = False
         if new.restored_started:
             end.activate()
             new.start()
@@ -424,7 +424,7 @@ class BothEnds(RuleBasedStateMachine):
         if all(end.state in OPEN for end in self.ends.values()):
             for side in SIDES_LIST:
                 self.quota(side, 1 << 30)
-                self.hold(side, False)
+                self.quiesce(side, False)
                 self.start(side)
             for _ in range(500):
                 self.bench.run()

@@ -9,14 +9,13 @@ import pytest
 
 from support.device import BASE, Machine, connect
 from support.multi import MULTI_TYPE, Guest, MultiProvider
-from vmbus import providers
-from vmbus import state as saved
-from vmbus.bus.loopback import LoopbackBus
+from vmbus import providers, saved
+from vmbus.bus.local import LocalBus
 from vmbus.bus.offers import OfferState
 from vmbus.errors import StateError
 from vmbus.kmcl.client import ClientChannel
+from vmbus.kmcl.lifecycle import ChannelState
 from vmbus.kmcl.server import ServerChannel
-from vmbus.kmcl.states import ChannelState
 from vmbus.ring import READ_INDEX, WRITE_INDEX, RingCorrupt, RingReader, RingWriter
 from vmbus_guest.driver import VmbusDriver
 
@@ -176,7 +175,7 @@ def test_a_save_with_an_overwritten_index_does_not_touch_guest_memory() -> None:
     assert bytes(pair.machine.ram) == before
     assert len(state.synic.outbox) == waiting + 1
     for channel in pair.machine.device.channels:
-        channel.unhold()
+        channel.unquiesce()
     pair.machine.device.thaw()
     pair.starts_again()
     pair.finish(pair.other, 1)
@@ -247,7 +246,7 @@ def test_memory_that_is_missing_is_no_overwritten_index() -> None:
 
 
 def test_rings_are_taken_up_only_with_the_own_index_that_they_have() -> None:
-    bus = LoopbackBus()
+    bus = LocalBus()
     buffer = bus.allocate(2 * PAGE)
 
     def windows():  # type: ignore[no-untyped-def]
@@ -263,7 +262,7 @@ def test_rings_are_taken_up_only_with_the_own_index_that_they_have() -> None:
 
 @pytest.mark.parametrize("when", ["before the save", "after the save"])
 def test_overwritten_index_on_a_bus_within_the_process(when: str) -> None:
-    bus = LoopbackBus()
+    bus = LocalBus()
     gone: list[ClientChannel] = []
     bus.on_rescind = gone.append
 

@@ -12,8 +12,8 @@ import pytest
 
 from vmbus.kmcl.channel import Channel
 from vmbus.kmcl.completion import Completion
+from vmbus.kmcl.lifecycle import ChannelState
 from vmbus.kmcl.server import ServerChannel
-from vmbus.kmcl.states import ChannelState
 from vmbus.providers import Provider
 from vmbus.providers.faults import MOST_KINDS, Faults, naming, observed
 from vmbus.testkit import ContractViolation, ProviderTest

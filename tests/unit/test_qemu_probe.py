@@ -15,7 +15,7 @@ import pytest
 from qemu.qmp.events import EventListener
 
 from support.device import CONFIG, Machine, connect, open_echo
-from vmbus import state as saved
+from vmbus import saved
 from vmbus.description import DeviceDescription, ProviderDescription
 from vmbus.errors import EnvironmentProblem, StateError
 from vmbus.migration.arrival import Arrival

@@ -18,7 +18,7 @@ import msgspec
 import pytest
 from qemu.qmp.events import EventListener
 
-from vmbus import state as saved
+from vmbus import saved
 from vmbus.description import DeviceDescription, ProviderDescription
 from vmbus.errors import EnvironmentProblem, StateError, UsageError
 from vmbus.qemu.description import VmDescription

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from support.boot import boot
-from vmbus import state as saved
+from vmbus import saved
 from vmbus.kmcl.saved import PacketChunk, decode_chunk
 from vmbus.qemu.command_line import Programs
 from vmbus.qemu.description import load_description

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from support.boot import boot
-from vmbus import state as saved
+from vmbus import saved
 from vmbus.errors import VmbusError
 from vmbus.kmcl.saved import ChannelChunk, decode_chunk, encode
 from vmbus.qemu.command_line import Programs

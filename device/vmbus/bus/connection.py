@@ -1,4 +1,4 @@
-"""One connection of a loopback bus: a server channel and a client channel, and the memory that joins them."""
+"""One connection of a local bus: a server channel and a client channel, and the memory that joins them."""
 
 from collections.abc import Callable, Sequence
 from typing import Protocol
@@ -13,8 +13,8 @@ from vmbus.ring import FEATURE_BITS, FEATURE_PENDING_SEND_SIZE, RingReader, Ring
 from vmbus.wire.gpa import PAGE_SIZE, range_for
 
 
-class LoopbackBuffer:
-    """Private memory that both ends of a loopback bus can reach; implements the guest's `DmaBuffer`.
+class LocalBuffer:
+    """Private memory that both ends of a local bus can reach; implements the guest's `DmaBuffer`.
 
     Attributes:
         iova: its address, for external data and GPADLs. size: bytes, a multiple of 4096. view: its bytes, writable.
@@ -29,15 +29,15 @@ class LoopbackBuffer:
 
 
 class Bus(Protocol):
-    """What a connection needs of its bus: see `vmbus.bus.loopback.LoopbackBus`."""
+    """What a connection needs of its bus: see `vmbus.bus.local.LocalBus`."""
 
     server_memory: GuestMemory
     client_memory: GuestMemory
 
-    def allocate(self, size: int) -> LoopbackBuffer:
+    def allocate(self, size: int) -> LocalBuffer:
         """Memory for rings."""
 
-    def free(self, buffer: LoopbackBuffer) -> None:
+    def free(self, buffer: LocalBuffer) -> None:
         """Give it back."""
 
     def wake(self, channel: Channel) -> None:
@@ -96,7 +96,7 @@ class _Link:
         self.mappings.unmap(handle)
 
     def create_gpadl(self, extents: Sequence[tuple[int, int]], read_only: bool) -> int:
-        """Describe memory of `LoopbackBus.allocate` to the server end. Raises GpadlError."""
+        """Describe memory of `LocalBus.allocate` to the server end. Raises GpadlError."""
         if self._channel is not self._connection.client:
             raise GpadlError(f"channel {self._channel.name}: only the client's end can describe memory")
         return self._connection.create_gpadl(extents)
@@ -106,7 +106,7 @@ class _Link:
         self._connection.delete_gpadl(handle)
 
     def close_channel(self, timeout: float) -> None:
-        """Close from the client's end, see `LoopbackBus.close`."""
+        """Close from the client's end, see `LocalBus.close`."""
         self._connection.bus.close(self._connection.client, timeout)
 
 

@@ -98,7 +98,7 @@ def inspect_device(
     for owner, owned in owners.items():
         for server in owned.channels:
             if id(server) not in known:
-                channels.append(_server_channel(server, owner, 0, listing, now, loopback=True))
+                channels.append(_server_channel(server, owner, 0, listing, now, local=True))
         channels += [_client_channel(client, owner, listing, now) for client in owned.clients]
     document = Inspection(
         source=Source(kind="server", name=name),
@@ -128,12 +128,12 @@ def inspect_device(
 
 
 def _server_channel(
-    channel: ServerChannel, owner: str, relid: int, listing: Listing, now: float, *, loopback: bool = False
+    channel: ServerChannel, owner: str, relid: int, listing: Listing, now: float, *, local: bool = False
 ) -> ChannelInfo:
     info = _channel(channel, owner, listing, now)
     info.interface_type = str(channel.interface_type)
     info.relid = relid
-    info.loopback = loopback
+    info.local = local
     return info
 
 
@@ -141,7 +141,7 @@ def _client_channel(channel: ClientChannel, owner: str, listing: Listing, now: f
     info = _channel(channel, owner, listing, now)
     info.interface_type = str(channel.interface_type)
     info.end = "client"
-    info.loopback = True
+    info.local = True
     return info
 
 
@@ -183,7 +183,7 @@ def _channel(channel: Channel, owner: str, listing: Listing, now: float) -> Chan
         relid=0,
         state=channel.state.value,
         started=channel.started,
-        held=channel.held,
+        quiescing=channel.quiescing,
         blocked=channel.flow.blocked,
         request_bytes=channel.flow.held_bytes,
         pipe=channel.is_pipe,

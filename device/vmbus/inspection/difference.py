@@ -179,7 +179,7 @@ def _channels(a: Inspection, b: Inspection) -> Iterator[Change]:
         {
             _name(channel.instance, channel.subchannel): channel
             for channel in one.channels
-            if not channel.loopback and channel.end == "server"
+            if not channel.local and channel.end == "server"
         }
         for one in (a, b)
     ]
@@ -208,7 +208,7 @@ def _summary(channel: ChannelInfo) -> dict[str, Any]:
 def _channel(where: list[str], a: ChannelInfo, b: ChannelInfo, *, alike: bool) -> Iterator[Change]:
     fields = ["relid", "started", "next_transaction"]
     if alike:
-        fields += ["interface_type", "state", "held"]
+        fields += ["interface_type", "state", "quiescing"]
     for field in fields:
         yield from _values([*where, field], getattr(a, field), getattr(b, field))
     yield from _values([*where, "in flight"], _builtins(a.in_flight), _builtins(b.in_flight))

@@ -265,9 +265,9 @@ class ChannelInfo(msgspec.Struct, kw_only=True):
 
     Attributes:
         provider: whose it is, as far as that is known.
-        end: ours is the server's, but for channels within the device server (`loopback`).
+        end: ours is the server's, but for channels within the device server (`local`).
         state: of something saved: of its offer.
-        started: whether its owner wants packets to move. held: stopped for a save.
+        started: whether its owner wants packets to move. quiescing: stopped for a save.
         blocked: not read on, since its guest has as many requests under way as it may.
         request_bytes: what requests under way, and answers that wait for room, hold.
         packets: oldest first: held ones, sent ones, then what waits for room in the order in which it will leave.
@@ -278,14 +278,14 @@ class ChannelInfo(msgspec.Struct, kw_only=True):
     name: str
     provider: str
     end: Literal["server", "client"] = "server"
-    loopback: bool = False
+    local: bool = msgspec.field(default=False, name="loopback")
     interface_type: str
     instance: str
     subchannel: int
     relid: int
     state: str
     started: bool
-    held: bool = False
+    quiescing: bool = msgspec.field(default=False, name="held")
     blocked: bool = False
     request_bytes: int = 0
     pipe: bool | None = None

@@ -15,7 +15,7 @@ from uuid import UUID, uuid5
 
 import msgspec
 
-from vmbus import state as st
+from vmbus import saved as st
 from vmbus.description import DeviceDescription
 from vmbus.errors import StateError, VmbusError
 from vmbus.inspection.collect import first_address

@@ -271,13 +271,13 @@ def _channel(branch: Tree, channel: ChannelInfo, rates: Rates | None) -> None:
     words = [] if channel.relid == 0 else [f"relid {channel.relid}"]
     if channel.provider and channel.provider != channel.name:
         words.append(f"of {channel.provider}")
-    if channel.loopback:
-        words.append(f"{channel.end}'s end of a loopback channel")
+    if channel.local:
+        words.append(f"{channel.end}'s end of a local channel")
     if channel.pipe:
         words.append("pipe")
     if not channel.started:
         words.append("paused by its owner")
-    if channel.held:
+    if channel.quiescing:
         words.append("stopped for a save")
     if channel.blocked:
         words.append(f"not read on: as many requests are under way as may be ({channel.request_bytes:,} bytes)")

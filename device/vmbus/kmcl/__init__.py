@@ -3,7 +3,7 @@
 A provider (VSP) works with `ServerChannel`, a guest's client (VSC) with `ClientChannel`; both send `Packet` objects
 and complete `Completion` handles. The core does no I/O: a `Link` connects a channel to whatever carries it.
 
-    states.py      the channel's state machine, as one table
+    lifecycle.py   the channel's state machine, as one table
     status.py      NTSTATUS values and the exceptions that carry them
     settings.py    what is set on a channel while it is disabled
     endpoint.py    the life of a channel's end: opened, started, paused, closed, failed
@@ -27,8 +27,8 @@ and complete `Completion` handles. The core does no I/O: a `Link` connects a cha
 from vmbus.kmcl.channel import Channel, Link
 from vmbus.kmcl.client import ClientChannel
 from vmbus.kmcl.completion import Completion
+from vmbus.kmcl.lifecycle import ChannelState
 from vmbus.kmcl.packet import Packet, PacketState
-from vmbus.kmcl.states import ChannelState
 from vmbus.kmcl.status import ChannelStateError, KmclError, Status
 
 __all__ = [

@@ -23,10 +23,10 @@ from typing import NamedTuple
 from vmbus.errors import PeerError
 from vmbus.kmcl.completion import Completion
 from vmbus.kmcl.endpoint import DEFAULT_TIMEOUT, Endpoint, Link, Waiter
+from vmbus.kmcl.lifecycle import ChannelState
 from vmbus.kmcl.outgoing import QueuedCompletion
 from vmbus.kmcl.packet import Packet
 from vmbus.kmcl.requests import send_synchronous_request
-from vmbus.kmcl.states import ChannelState
 from vmbus.kmcl.status import KmclError, Status
 from vmbus.kmcl.threads import own_thread
 from vmbus.memory import GuestMemory

@@ -7,7 +7,7 @@ from uuid import UUID
 
 from vmbus.errors import PeerError
 from vmbus.kmcl.channel import DEFAULT_TIMEOUT, Channel
-from vmbus.kmcl.states import ChannelEvent, ChannelState
+from vmbus.kmcl.lifecycle import ChannelEvent, ChannelState
 from vmbus.kmcl.status import ChannelStateError, KmclError, Status
 from vmbus.kmcl.threads import own_thread
 

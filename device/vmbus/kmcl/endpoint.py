@@ -15,10 +15,10 @@ from vmbus.complaints import bounded_log
 from vmbus.errors import PeerError, VmbusError, WaitTimeout
 from vmbus.kmcl.flow import Flow
 from vmbus.kmcl.incoming import Incoming
+from vmbus.kmcl.lifecycle import ChannelEvent, ChannelState, next_state
 from vmbus.kmcl.observer import How, LifeObserver, Observer
 from vmbus.kmcl.outgoing import Outgoing
 from vmbus.kmcl.settings import Settings
-from vmbus.kmcl.states import ChannelEvent, ChannelState, next_state
 from vmbus.kmcl.status import ChannelStateError
 from vmbus.kmcl.threads import Carrier, Threads, own_thread
 from vmbus.memory import GuestMemory
@@ -93,7 +93,7 @@ class Endpoint(Settings):
         self.observing: list[LifeObserver] = []
         self.can_describe_memory = False
         self.started = False
-        self.held = False
+        self.quiescing = False
         self.queueings = self.signals = 0
         self.link: Link | None = None
         # The link of a channel that is being closed, until the closed callback has returned: GPADLs go over it.
@@ -192,15 +192,15 @@ class Endpoint(Settings):
             raise ChannelStateError(f"channel {self.name} was cleaned up: {call} is not possible any more")
 
     @own_thread
-    def hold(self) -> None:
+    def quiesce(self) -> None:
         """Like `pause`, for a save: the owner's wish (`started`) stays as it is."""
-        self.held = True
+        self.quiescing = True
         self._do_suspend()
 
     @own_thread
-    def unhold(self) -> None:
-        """End `hold`: active again if open and started."""
-        self.held = False
+    def unquiesce(self) -> None:
+        """End `quiesce`: active again if open and started."""
+        self.quiescing = False
         self.activate()
 
     @property
@@ -293,7 +293,7 @@ class Endpoint(Settings):
     @own_thread
     def activate(self) -> None:
         """Become active if open and started. For the bus, and for `start`."""
-        if self.state is not _OPENED or not self.started or self.held or self._closing is not None:
+        if self.state is not _OPENED or not self.started or self.quiescing or self._closing is not None:
             return
         self._move(ChannelEvent.ACTIVATE)
         self._call_state("started", self._started)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from vmbus.kmcl.completion import Completion
 from vmbus.kmcl.flow import NO_LIMIT
-from vmbus.kmcl.states import ChannelState
+from vmbus.kmcl.lifecycle import ChannelState
 from vmbus.kmcl.status import ChannelStateError, Status
 from vmbus.wire.packet import PacketType
 

@@ -19,8 +19,8 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple
 
 from vmbus.errors import PeerError
+from vmbus.kmcl.lifecycle import ChannelState
 from vmbus.kmcl.packet import Packet, PacketState
-from vmbus.kmcl.states import ChannelState
 from vmbus.kmcl.status import ChannelStateError, KmclError, Status
 from vmbus.wire.gpa import GpaRange
 from vmbus.wire.packet import (

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from vmbus.errors import WaitTimeout
-from vmbus.kmcl.states import ChannelState
+from vmbus.kmcl.lifecycle import ChannelState
 from vmbus.kmcl.status import ChannelStateError, KmclError, Status
 from vmbus.wire.gpa import range_for
 

@@ -12,6 +12,7 @@ from uuid import UUID
 
 from vmbus.errors import PeerError, StateError
 from vmbus.kmcl.channel import Channel, Link, QueuedCompletion
+from vmbus.kmcl.lifecycle import ChannelState
 from vmbus.kmcl.packet import Packet, PacketState
 from vmbus.kmcl.saved import (
     MAX_ENTRIES,
@@ -30,7 +31,6 @@ from vmbus.kmcl.saved import (
     decode_lib,
     encode,
 )
-from vmbus.kmcl.states import ChannelState
 from vmbus.kmcl.status import ChannelStateError, KmclError, Status
 from vmbus.kmcl.threads import own_thread
 from vmbus.ring import RingCorrupt, RingReader, RingWriter

@@ -7,8 +7,8 @@ from uuid import UUID
 
 from vmbus.errors import PeerError
 from vmbus.kmcl.channel import DEFAULT_TIMEOUT
+from vmbus.kmcl.lifecycle import ChannelEvent, ChannelState
 from vmbus.kmcl.saving import SavingChannel
-from vmbus.kmcl.states import ChannelEvent, ChannelState
 from vmbus.kmcl.status import ChannelStateError, Status
 from vmbus.kmcl.threads import own_thread
 from vmbus.memory import Grant

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from vmbus.kmcl.states import ChannelState
+from vmbus.kmcl.lifecycle import ChannelState
 from vmbus.kmcl.status import ChannelStateError, KmclError, Status
 
 if TYPE_CHECKING:

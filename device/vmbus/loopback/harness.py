@@ -15,7 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from vmbus import state as saved
+from vmbus import saved
 from vmbus.description import DeviceDescription, ProviderDescription
 from vmbus.errors import WaitTimeout
 from vmbus.loopback.function import LoopbackFunction

@@ -25,7 +25,7 @@ from vmbus.description import DeviceDescription
 from vmbus.errors import StateError
 from vmbus.kmcl import Channel, ClientChannel, Completion, Packet, Status
 from vmbus.loopback.harness import LoopbackServer
-from vmbus.state import count_packets
+from vmbus.saved import count_packets
 from vmbus.vfio_user.library import Library
 from vmbus_guest.driver import VmbusDriver
 
@@ -54,7 +54,7 @@ class GuestRequest:
         return self.reply
 
 
-class GuestMemory:
+class PairMemory:
     """Guest memory that a packet can describe: `data` is what is in it."""
 
     def __init__(self, driver: VmbusDriver, size: int) -> None:
@@ -164,9 +164,9 @@ class LoopbackPair:
         self.driver.enable(channel, TIMEOUT)
         return guest
 
-    def memory(self, size: int, data: bytes = b"") -> GuestMemory:
+    def memory(self, size: int, data: bytes = b"") -> PairMemory:
         """Guest memory for external data, with this in it."""
-        memory = GuestMemory(self.driver, size)
+        memory = PairMemory(self.driver, size)
         memory.data = data
         return memory
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from vmbus import state as saved
+from vmbus import saved
 from vmbus.description import DeviceDescription
 from vmbus.errors import EnvironmentProblem, StateError
 from vmbus.migration.address import Address, TcpAddress, UnixAddress, stream_channel
@@ -130,7 +130,7 @@ class Arrival:
             counts = saved.count_packets(self._in_stream)
             channels = sum(offer.open is not None for offer in self._in_stream.bus.offers)
             return Packets(queued=counts.queued, sent=counts.sent), channels
-        work = vm.control.call("restore-finish", timeout=LOAD_TIMEOUT, hold=True)
+        work = vm.control.call("restore-finish", timeout=LOAD_TIMEOUT, frozen=True)
         found = await vm.guard(work, "the device server to rebuild its channels", LOAD_TIMEOUT + 1)
         return _packets(found), int(found.get("channels", 0))
 

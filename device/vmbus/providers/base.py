@@ -56,7 +56,7 @@ class Host(Protocol):
         """Tie a disabled channel to the device; `enable` then offers it."""
 
     def add_client(self, channel: ClientChannel) -> None:
-        """Tie a disabled client channel to the loopback offers of this device's providers; `enable` then opens it."""
+        """Tie a disabled client channel to the local offers of this device's providers; `enable` then opens it."""
 
     def call_soon(self, call: Callable[[], None]) -> None:
         """Call from the event loop, soon."""

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from vmbus.complaints import bounded_log
 from vmbus.errors import VmbusError
 from vmbus.kmcl.channel import Channel
-from vmbus.kmcl.states import ChannelState
+from vmbus.kmcl.lifecycle import ChannelState
 
 log = bounded_log(__name__)
 

@@ -23,7 +23,7 @@ from typing import Any, TypeVar, cast
 import msgspec
 
 import vmbus
-from vmbus import state as saved
+from vmbus import saved
 from vmbus.description import DeviceDescription
 from vmbus.errors import EnvironmentProblem, StateError, UsageError, VmbusError
 from vmbus.migration.address import parse_address

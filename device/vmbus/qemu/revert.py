@@ -37,7 +37,7 @@ from typing import Any
 
 import msgspec
 
-from vmbus import state as saved
+from vmbus import saved
 from vmbus.description import DeviceDescription
 from vmbus.errors import EnvironmentProblem, StateError, UsageError, VmbusError
 from vmbus.qemu.description import VmDescription

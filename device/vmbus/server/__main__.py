@@ -10,7 +10,7 @@ from pathlib import Path
 
 import click
 
-from vmbus import state as saved
+from vmbus import saved
 from vmbus.complaints import COMPLAINTS
 from vmbus.description import load_device
 from vmbus.errors import EnvironmentProblem, VmbusError

@@ -27,7 +27,7 @@ from typing import Any
 import msgspec
 
 import vmbus
-from vmbus import state as saved
+from vmbus import saved
 from vmbus.audit.files import make_directory, recorder_in
 from vmbus.bus.offers import Offer
 from vmbus.capture.capture import Capture, CaptureOptions
@@ -144,11 +144,11 @@ class DeviceServer:
     def phase(self, phase: Phase) -> None:
         self._phase = phase
         if phase in _WORKING:
-            self.timers.release()
-            self.services.release()
+            self.timers.thaw()
+            self.services.thaw()
         else:
-            self.timers.hold()
-            self.services.hold()
+            self.timers.freeze()
+            self.services.freeze()
 
     @property
     def device(self) -> Device:
@@ -191,7 +191,7 @@ class DeviceServer:
             waiter=self.wait,
             carrier=services.call_from_thread,
             later=timers.call_later,
-            loopback_schedule=self._schedule,
+            local_schedule=self._schedule,
         )
         if self._audit is not None and recorded:
             device.recorder = recorder_in(self._audit, "host", description.name)
@@ -248,8 +248,8 @@ class DeviceServer:
     def _service(self) -> None:
         self._scheduled = False
         self.device.service()
-        if self.device.loopback.busy and self.phase in _WORKING:
-            self.device.loopback.service()
+        if self.device.local_bus.busy and self.phase in _WORKING:
+            self.device.local_bus.service()
 
     def wait(self, condition: Callable[[], bool], timeout: float, what: str) -> None:
         """Serve until `condition()` holds: how blocking calls of a provider wait, in a callback or a timer.
@@ -284,7 +284,7 @@ class DeviceServer:
                 raise WaitTimeout(what, timeout)
             if self._ended.done():
                 raise EnvironmentProblem(f"the device server is ending: nothing is left to wait for ({what})")
-            if not self.device.busy and not self.device.loopback.busy:
+            if not self.device.busy and not self.device.local_bus.busy:
                 due = self.timers.next_in()
                 poller.poll(1000 * (left if due is None else min(left, due)) + 1)
 
@@ -495,7 +495,7 @@ class DeviceServer:
                 quiet.set_result(None)
 
         for channel in channels:
-            channel.hold()
+            channel.quiesce()
             channel.when_quiet(one_quiet)
         try:
             with self._life.ends_with_faults(functools.partial(_fail, quiet)):
@@ -652,7 +652,7 @@ class DeviceServer:
         self.phase = Phase.RUNNING
         self._note("running")
         for channel in self.device.channels:
-            channel.unhold()
+            channel.unquiesce()
         self.device.thaw()
 
     # ---- providers that come and go ------------------------------------------------------------------------------
@@ -711,7 +711,7 @@ class DeviceServer:
                 await self.services.idle(started + seconds - time.monotonic(), host)
             except WaitTimeout:
                 for channel in host.channels:
-                    channel.unhold()
+                    channel.unquiesce()
                 raise
             self._life.drop_provider(provider)
             self._life.description = msgspec.structs.replace(
@@ -763,7 +763,7 @@ class DeviceServer:
                 quiet.set_result(None)
 
         for channel in channels:
-            channel.hold()
+            channel.quiesce()
             channel.when_quiet(functools.partial(one_quiet, channel))
         if not waiting:
             return
@@ -775,8 +775,8 @@ class DeviceServer:
             raise WaitTimeout(f"the owners of channels to complete incoming packets {missing}", seconds) from None
         finally:
             for channel in channels:
-                if channel.held and waiting:
-                    channel.unhold()
+                if channel.quiescing and waiting:
+                    channel.unquiesce()
 
     async def _released(self, offers: list[Offer], seconds: float) -> bool:
         gone: asyncio.Future[None] = self._loop.create_future()
@@ -911,11 +911,11 @@ class DeviceServer:
         ended.end()
         ended.device.memory.move_to(life.device.memory)
 
-    async def _restore_finish(self, hold: bool = False) -> dict[str, Any]:
+    async def _restore_finish(self, frozen: bool = False) -> dict[str, Any]:
         """QEMU has loaded the guest and the PCI function is back: rebuild everything and run.
 
-        `hold`: stand still until `resume`, as after a pause. Until then no provider does anything that another server,
-        with the same state, would do once more.
+        `frozen`: stand still until `resume`, as after a pause. Until then no provider does anything that another
+        server, with the same state, would do once more.
         """
         self._require(Phase.RESTORING, "restore-finish")
         assert self._restore is not None
@@ -935,7 +935,7 @@ class DeviceServer:
         )
         self._restore = None
         self._note("restored")
-        if hold:
+        if frozen:
             self.phase = Phase.PAUSED
         else:
             self.phase = Phase.RUNNING
@@ -965,7 +965,7 @@ def _check_seconds(command: str, seconds: float) -> None:
 
 
 _CALLED_OFF = "the pause was called off: resume came while it waited"
-# In these phases providers work: their timers run out, and their loopback channels move.
+# In these phases providers work: their timers run out, and their local channels move.
 _WORKING = (Phase.RUNNING, Phase.PAUSING)
 # In these phases another state can take the place of what the device is.
 _LOADABLE = (Phase.AWAITING, Phase.PAUSED, Phase.RUNNING)

@@ -1,6 +1,6 @@
 """The device's side of a migration that the client drives through the vfio-user protocol.
 
-The state that is read and written here is the very one of the command `save` (`vmbus.state.encode`). What makes the
+The state that is read and written here is the very one of the command `save` (`vmbus.saved.encode`). What makes the
 difference is who asks, and when: the client's requests come one at a time and are answered when they are done, so
 stopping the device means waiting for its providers *in* the request. Their timers run meanwhile; the event loop and
 the control socket do not.
@@ -9,7 +9,7 @@ State machine: `_STEPS`. The library lets through only those steps, and leads fr
 
 | from | to | what happens |
 | --- | --- | --- |
-| RUNNING | STOP | channels are held, providers complete what they hold and give up what they own outside |
+| RUNNING | STOP | channels are quiesced, providers complete what they hold and give up what they own outside |
 | RUNNING | PRE_COPY | nothing: guest memory is the client's, and our own state is only taken when nothing moves |
 | PRE_COPY | RUNNING | nothing |
 | PRE_COPY | STOP_COPY | as RUNNING to STOP, then as STOP to STOP_COPY; if the second fails, the device runs on |
@@ -34,7 +34,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Protocol
 
-from vmbus import state as saved
+from vmbus import saved
 from vmbus.complaints import bounded_log
 from vmbus.description import DeviceDescription
 from vmbus.device import Device
@@ -308,13 +308,13 @@ class Driven:
         server.phase = Phase.DRIVEN
 
     def _come_to_rest(self) -> None:
-        """Hold all channels until their owners have completed what they hold. In vain: everything runs on."""
+        """Quiesce all channels until their owners have completed what they hold. In vain: everything runs on."""
         server = self._server
         channels = server.device.channels
         self.held = sum(len(channel.outstanding) for channel in channels)
         server.device.freeze()
         for channel in channels:
-            channel.hold()
+            channel.quiesce()
         # Nothing to wait on: what we wait for happens in our own timers.
         nap = select.poll()
         nap.register(server.services.fileno(), select.POLLIN)
@@ -338,8 +338,8 @@ class Driven:
                 nap.poll(1000 * min(left, _LONGEST_NAP if due is None else due))
                 server.timers.run_due()
                 server.services.run_ready()
-                if server.device.loopback.busy:
-                    server.device.loopback.service()
+                if server.device.local_bus.busy:
+                    server.device.local_bus.service()
         if causes:
             server.run_on()
             raise MigrationRefused(f"{causes[0]}; the device runs on", errno.EIO)

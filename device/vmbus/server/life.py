@@ -11,13 +11,13 @@ from functools import partial
 from typing import Any
 from uuid import UUID
 
-from vmbus import state as saved
+from vmbus import saved
 from vmbus.complaints import bounded_log
 from vmbus.description import DeviceDescription, ProviderDescription
 from vmbus.device import Device
 from vmbus.kmcl.client import ClientChannel
+from vmbus.kmcl.lifecycle import ChannelState
 from vmbus.kmcl.server import ServerChannel
-from vmbus.kmcl.states import ChannelState
 from vmbus.providers import Provider, provider_class
 from vmbus.providers.faults import ProviderRaised, fail_held
 from vmbus.server.activation import Activation
@@ -69,9 +69,9 @@ class ProviderHost(ProviderServices):
             self.channels.append(channel)
 
     def add_client(self, channel: ClientChannel) -> None:
-        """Tie a disabled client channel to the device's loopback offers; `enable` then opens the one that fits."""
+        """Tie a disabled client channel to the device's local offers; `enable` then opens the one that fits."""
         self._adopt(channel)
-        self._device.loopback.attach(channel)
+        self._device.local_bus.attach(channel)
         if channel not in self.clients:
             self.clients.append(channel)
 
@@ -87,7 +87,7 @@ class ProviderHost(ProviderServices):
         """Take back all channels, sub-channels first."""
         for client in self.clients:
             if client.state is not ChannelState.DISABLED:
-                self._device.loopback.drop(client)
+                self._device.local_bus.drop(client)
         for channel in sorted(self.channels, key=lambda channel: -channel.subchannel_index):
             self._device.remove_channel(channel)
         self.clients.clear()

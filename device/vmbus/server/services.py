@@ -42,7 +42,7 @@ class Services:
         self._finished: deque[_Job | _Carried] = deque()
         self._owners: list[ProviderServices] = []
         self._watching: list[ProviderServices] = []
-        self._held = False
+        self._frozen = False
         self._idle: list[tuple[asyncio.Future[None], ProviderServices | None]] = []
         self._watches.add_reader(self._event, self._take_finished)
         loop.add_reader(self._watches.fileno(), self.run_ready)
@@ -123,7 +123,7 @@ class Services:
             self._watching.append(owner)
         else:
             self._watching.remove(owner)
-        if not self._held:
+        if not self._frozen:
             self._look(owner, wanted)
 
     def _look(self, owner: ProviderServices, wanted: bool) -> None:
@@ -132,19 +132,19 @@ class Services:
         else:
             self._watches.remove_reader(owner.watches.fileno())
 
-    def hold(self) -> None:
-        """Look at no provider's descriptors until `release`. Repeating it does nothing."""
-        if not self._held:
+    def freeze(self) -> None:
+        """Look at no provider's descriptors until `thaw`. Repeating it does nothing."""
+        if not self._frozen:
             for owner in self._watching:
                 self._look(owner, False)
-        self._held = True
+        self._frozen = True
 
-    def release(self) -> None:
-        """End `hold`. Repeating it does nothing."""
-        if self._held:
+    def thaw(self) -> None:
+        """End `freeze`. Repeating it does nothing."""
+        if self._frozen:
             for owner in self._watching:
                 self._look(owner, True)
-        self._held = False
+        self._frozen = False
 
     def finished(self, job: _Job | _Carried) -> None:
         """Called on the thread that did the work."""

@@ -53,7 +53,7 @@ class Timers:
         self._numbers = itertools.count()
         self._armed: asyncio.TimerHandle | None = None
         self._closed = False
-        self._held = False
+        self._frozen = False
         self._cancelled = 0  # at most so many entries of the heap are
 
     @property
@@ -79,8 +79,8 @@ class Timers:
         return entry
 
     def next_in(self) -> float | None:
-        """Seconds until the next call is due (0: one is), None when there is none, or all are held."""
-        if self._held:
+        """Seconds until the next call is due (0: one is), None when there is none, or all are frozen."""
+        if self._frozen:
             return None
         while self._heap and self._heap[0][2].call is None:
             heapq.heappop(self._heap)
@@ -88,7 +88,7 @@ class Timers:
 
     def run_due(self) -> bool:
         """Run what is due now, not what that asks for. Returns whether there was anything."""
-        if self._held:
+        if self._frozen:
             return False
         now = self._loop.time()
         due: list[TimerEntry] = []
@@ -104,16 +104,16 @@ class Timers:
                 entry.raised(naming("a scheduled call", call), error)
         return bool(due)
 
-    def hold(self) -> None:
-        """Nothing is called before `release`; what gets due meanwhile is called then."""
-        self._held = True
+    def freeze(self) -> None:
+        """Nothing is called before `thaw`; what gets due meanwhile is called then."""
+        self._frozen = True
         if self._armed is not None:
             self._armed.cancel()
             self._armed = None
 
-    def release(self) -> None:
-        """End `hold`. Harmless without one."""
-        self._held = False
+    def thaw(self) -> None:
+        """End `freeze`. Harmless without one."""
+        self._frozen = False
         self._arm()
 
     def close(self) -> None:
@@ -125,7 +125,7 @@ class Timers:
             self._armed = None
 
     def _arm(self) -> None:
-        if not self._heap or self._held:
+        if not self._heap or self._frozen:
             return
         when = self._heap[0][0]
         if self._armed is not None:

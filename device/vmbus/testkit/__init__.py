@@ -7,7 +7,7 @@
         kit.run()
         assert request.reply == b"hello"
 
-No QEMU, no sockets, no libvfio-user: the provider runs on real channels over real rings (`vmbus.bus.loopback`), and a
+No QEMU, no sockets, no libvfio-user: the provider runs on real channels over real rings (`vmbus.bus.local`), and a
 save goes through the same chunks and the same callbacks as in a device server.
 
     kit.py      `ProviderTest`, what an author's test holds in its hand; `every_step`, a save at every step of a script

@@ -4,14 +4,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Protocol
 
-from vmbus.bus.connection import LoopbackBuffer
-from vmbus.bus.loopback import LoopbackBus
+from vmbus.bus.connection import LocalBuffer
+from vmbus.bus.local import LocalBus
 from vmbus.errors import UsageError
 from vmbus.kmcl.channel import Channel
 from vmbus.kmcl.client import ClientChannel
 from vmbus.kmcl.completion import Completion
+from vmbus.kmcl.lifecycle import ChannelState
 from vmbus.kmcl.packet import Packet
-from vmbus.kmcl.states import ChannelState
 from vmbus.kmcl.status import Status
 from vmbus.testkit.contract import ContractViolation, shorten
 from vmbus.wire.gpa import PAGE_SIZE
@@ -22,7 +22,7 @@ Extents = Sequence[tuple[int, int]]
 class Surroundings(Protocol):
     """What a client needs of its kit."""
 
-    bus: LoopbackBus
+    bus: LocalBus
 
     def run(self) -> None:
         """Until everything is quiet."""
@@ -37,9 +37,9 @@ class Surroundings(Protocol):
 class Memory:
     """Guest memory that a packet can describe: `size` bytes from `address`."""
 
-    def __init__(self, bus: LoopbackBus, size: int) -> None:
+    def __init__(self, bus: LocalBus, size: int) -> None:
         self._bus = bus
-        self._buffer: LoopbackBuffer = bus.allocate(-(-max(size, 1) // PAGE_SIZE) * PAGE_SIZE)
+        self._buffer: LocalBuffer = bus.allocate(-(-max(size, 1) // PAGE_SIZE) * PAGE_SIZE)
         self.address = self._buffer.iova
         self.size = size
 
@@ -178,11 +178,11 @@ class Client:
     @contextmanager
     def away(self) -> Iterator[None]:
         """Inside, the guest takes no packets: those of the provider fill the ring, and then queue on its channel."""
-        self.channel.hold()
+        self.channel.quiesce()
         try:
             yield
         finally:
-            self.channel.unhold()
+            self.channel.unquiesce()
 
     # ---- to the provider -----------------------------------------------------------------------------------------
 

@@ -7,10 +7,10 @@ from collections.abc import Callable
 from itertools import count
 from typing import Any
 
-from vmbus.bus.loopback import LoopbackBus
+from vmbus.bus.local import LocalBus
 from vmbus.kmcl.client import ClientChannel
+from vmbus.kmcl.lifecycle import ChannelState
 from vmbus.kmcl.server import ServerChannel
-from vmbus.kmcl.states import ChannelState
 from vmbus.providers.base import MOST_WORK, WorkQueueFull
 from vmbus.providers.faults import Faults, fail_held, naming
 from vmbus.watches import Watches
@@ -60,7 +60,7 @@ class FakeHost:
     `faults`: what the provider's callbacks have raised.
     """
 
-    def __init__(self, clock: Clock, bus: LoopbackBus, name: str = "") -> None:
+    def __init__(self, clock: Clock, bus: LocalBus, name: str = "") -> None:
         self.clock = clock
         self.faults = Faults(name)
         self.faults.on_raised = lambda cause: fail_held((*self._bus.offers, *self._clients), cause)
@@ -87,7 +87,7 @@ class FakeHost:
         self._bus.offer(channel)
 
     def add_client(self, channel: ClientChannel) -> None:
-        """Tie a disabled client channel to the loopback offers; `enable` then opens the one that fits."""
+        """Tie a disabled client channel to the local offers; `enable` then opens the one that fits."""
         channel.on_owner_error = self.faults.seen
         self._bus.attach(channel)
         self._clients.append(channel)

@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import Any, NamedTuple
 from uuid import UUID
 
-from vmbus.bus.loopback import LoopbackBus
+from vmbus.bus.local import LocalBus
 from vmbus.complaints import COMPLAINTS
 from vmbus.errors import StateError, UsageError, VmbusError, WaitTimeout
 from vmbus.kmcl.channel import Channel
@@ -97,7 +97,7 @@ class ProviderTest:
         self.steps = 0
         self.last_step = "the start"
         self.saves = 0
-        self.bus = LoopbackBus(waiter=self._wait)
+        self.bus = LocalBus(waiter=self._wait)
         self.bus.on_failed = lambda channel, reason: self._failures.append((channel, reason))
         self.provider: Provider
         self._host: FakeHost
@@ -420,7 +420,7 @@ class ProviderTest:
         """Suspend every channel and see that what the provider holds gets completed."""
         channels = self.bus.offers
         for channel in channels:
-            channel.hold()
+            channel.quiesce()
         self._raise_failures()
         deadline = self._clock.now + self._pause_timeout
         while any(channel.outstanding for channel in channels) or self._host.jobs:
@@ -435,7 +435,7 @@ class ProviderTest:
 
     def _complain(self, channels: list[ServerChannel], what: str) -> None:
         for channel in channels:
-            channel.unhold()
+            channel.unquiesce()
         for channel in channels:
             if channel.outstanding:
                 client = self._clients.get(_key(channel))
@@ -471,7 +471,7 @@ class ProviderTest:
 
         Raises ContractViolation when they are taken, or refused with another exception.
         """
-        host = FakeHost(Clock(), LoopbackBus(), self._name)
+        host = FakeHost(Clock(), LocalBus(), self._name)
         provider = self._class(host, self._name, self._instance, self._options)
         provider.start()
         what = "check()"

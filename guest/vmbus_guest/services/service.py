@@ -6,7 +6,7 @@ from typing import Any
 from uuid import UUID
 
 from vmbus.kmcl.client import ClientChannel
-from vmbus.kmcl.states import ChannelState
+from vmbus.kmcl.lifecycle import ChannelState
 from vmbus_guest.driver import VmbusDriver
 from vmbus_guest.testdrivers.context import Parameters
 from vmbus_guest.testdrivers.workload import Workload

@@ -19,7 +19,7 @@ from typing import Any
 from vmbus.errors import UsageError
 from vmbus.kmcl.channel import Channel
 from vmbus.kmcl.client import ClientChannel
-from vmbus.kmcl.states import ChannelState
+from vmbus.kmcl.lifecycle import ChannelState
 from vmbus.kmcl.status import Status as PacketStatus
 from vmbus.wire.lab import LAB_TYPE, Op, Status, parse_reply, request
 from vmbus_guest.driver import VmbusDriver

@@ -9,7 +9,7 @@ Handles are the library's own objects, so both faces can be mixed:
     PMDL, handed in       a chain of (I/O address, length in bytes) pairs
     PMDL, handed out      `Grant`: the memory as memoryviews
     VMBus handle          what has `add_channel`: a provider's `Host`, a `Device`
-    parent of a client    what has `attach`: the guest's driver, a `LoopbackBus`
+    parent of a client    what has `attach`: the guest's driver, a `LocalBus`
 
 What became of C:
 

@@ -16,11 +16,11 @@ import msgspec
 from vmbus.errors import PeerError, StateError, UsageError, VmbusError, WaitTimeout
 from vmbus.kmcl.channel import Channel
 from vmbus.kmcl.completion import Completion
+from vmbus.kmcl.lifecycle import ChannelState
 from vmbus.kmcl.packet import Packet
 from vmbus.kmcl.pipe import PipeMode, frame, unframe
 from vmbus.kmcl.server import SERVER_FLAG_OFFER_AS_PIPE, ServerChannel
 from vmbus.kmcl.settings import FLAG_IS_PIPE
-from vmbus.kmcl.states import ChannelState
 from vmbus.providers.base import Bound, Host, Timer
 from vmbus.records import Count
 from vmbus.wire import ic

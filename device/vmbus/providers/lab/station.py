@@ -21,9 +21,9 @@ from vmbus.bus.gpadl import MAX_GPADLS
 from vmbus.errors import StateError, UsageError
 from vmbus.kmcl.channel import Channel
 from vmbus.kmcl.completion import Completion
+from vmbus.kmcl.lifecycle import ChannelState
 from vmbus.kmcl.packet import Packet
 from vmbus.kmcl.server import ServerChannel
-from vmbus.kmcl.states import ChannelState
 from vmbus.kmcl.status import KmclError
 from vmbus.kmcl.status import Status as PacketStatus
 from vmbus.memory import Grant

@@ -12,9 +12,9 @@ from struct import Struct
 from struct import error as StructError
 
 from vmbus.errors import StateError
+from vmbus.kmcl.lifecycle import ChannelState
 from vmbus.kmcl.packet import Packet
 from vmbus.kmcl.server import ServerChannel
-from vmbus.kmcl.states import ChannelState
 from vmbus.kmcl.status import Status
 from vmbus.wire.network import BATCH_BYTES, FRAMES_MAXIMUM, Link, message_size, pack_frames
 

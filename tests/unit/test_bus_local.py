@@ -5,7 +5,7 @@ from uuid import UUID
 import pytest
 
 from vmbus.bus.gpadl import GpadlError
-from vmbus.bus.loopback import LoopbackBus
+from vmbus.bus.local import LocalBus
 from vmbus.errors import StateError, UsageError, WaitTimeout
 from vmbus.kmcl import ChannelState, ClientChannel, Completion, KmclError, Packet
 from vmbus.kmcl.channel import Channel
@@ -22,7 +22,7 @@ PAGE = 4096
 class Server:
     """Answers each packet with the same bytes; with `hold`, when told."""
 
-    def __init__(self, bus: LoopbackBus, *, subchannel: int = 0, hold: bool = False, force_new: bool = False) -> None:
+    def __init__(self, bus: LocalBus, *, subchannel: int = 0, hold: bool = False, force_new: bool = False) -> None:
         self.channel = ServerChannel(TYPE, INSTANCE, name=f"server {subchannel}", subchannel_index=subchannel)
         self.held: list[tuple[Completion, bytes]] = []
         self.hold = hold
@@ -80,7 +80,7 @@ class Server:
 
 
 class Client:
-    def __init__(self, bus: LoopbackBus, *, subchannel: int = 0, pages: int = 1) -> None:
+    def __init__(self, bus: LocalBus, *, subchannel: int = 0, pages: int = 1) -> None:
         self.bus = bus
         self.channel = ClientChannel(
             TYPE, name=f"client {subchannel}", ring_pages_in=pages, ring_pages_out=pages, subchannel_index=subchannel
@@ -104,15 +104,15 @@ class Client:
 
 
 @pytest.fixture
-def bus() -> LoopbackBus:
-    return LoopbackBus()
+def bus() -> LocalBus:
+    return LocalBus()
 
 
 def payloads(count: int) -> list[bytes]:
     return [number.to_bytes(8, "little") * 20 for number in range(count)]
 
 
-def test_packets_go_both_ways_in_order(bus: LoopbackBus) -> None:
+def test_packets_go_both_ways_in_order(bus: LocalBus) -> None:
     server, client = Server(bus), Client(bus).open()
     for payload in payloads(300):
         client.send(payload)
@@ -122,7 +122,7 @@ def test_packets_go_both_ways_in_order(bus: LoopbackBus) -> None:
     assert client.got == server.finished == payloads(300)
 
 
-def test_external_data_is_written_in_place(bus: LoopbackBus) -> None:
+def test_external_data_is_written_in_place(bus: LocalBus) -> None:
     Server(bus)
     client = Client(bus).open()
     buffer = bus.allocate(2 * PAGE)
@@ -133,7 +133,7 @@ def test_external_data_is_written_in_place(bus: LoopbackBus) -> None:
     assert client.replies == [(0, b"reverse!")]
 
 
-def test_close_and_open_again(bus: LoopbackBus) -> None:
+def test_close_and_open_again(bus: LocalBus) -> None:
     server, client = Server(bus), Client(bus)
     for number in range(3):
         client.open()
@@ -146,7 +146,7 @@ def test_close_and_open_again(bus: LoopbackBus) -> None:
     assert not bus.server_memory.mapped() and not bus.client_memory.mapped()
 
 
-def test_nothing_to_open(bus: LoopbackBus) -> None:
+def test_nothing_to_open(bus: LocalBus) -> None:
     client = Client(bus)
     with pytest.raises(UsageError, match="nothing that channel client 0 could open"):
         client.open()
@@ -159,7 +159,7 @@ def test_nothing_to_open(bus: LoopbackBus) -> None:
         Server(bus)
 
 
-def test_a_refused_open_leaves_nothing(bus: LoopbackBus) -> None:
+def test_a_refused_open_leaves_nothing(bus: LocalBus) -> None:
     def refuse(_: Channel) -> None:
         raise ValueError("not today")
 
@@ -174,7 +174,7 @@ def test_a_refused_open_leaves_nothing(bus: LoopbackBus) -> None:
     assert not bus.server_memory.mapped()
 
 
-def test_a_failed_server_end_takes_the_client_with_it(bus: LoopbackBus) -> None:
+def test_a_failed_server_end_takes_the_client_with_it(bus: LocalBus) -> None:
     server, client = Server(bus, hold=True), Client(bus).open()
     rescinded: list[ClientChannel] = []
     bus.on_rescind = rescinded.append
@@ -191,7 +191,7 @@ def test_a_failed_server_end_takes_the_client_with_it(bus: LoopbackBus) -> None:
     assert client.replies[1:] == [(0, b"87654321")]
 
 
-def test_enabling_an_attached_client_opens_it_when_the_offer_comes(bus: LoopbackBus) -> None:
+def test_enabling_an_attached_client_opens_it_when_the_offer_comes(bus: LocalBus) -> None:
     client = Client(bus)
     bus.attach(client.channel)
     client.channel.enable()
@@ -208,7 +208,7 @@ def test_enabling_an_attached_client_opens_it_when_the_offer_comes(bus: Loopback
     assert client.channel.state is server.channel.state is ChannelState.DISABLED
 
 
-def test_a_refusal_is_told_to_the_pnp_callback(bus: LoopbackBus) -> None:
+def test_a_refusal_is_told_to_the_pnp_callback(bus: LocalBus) -> None:
     def refuse(_: Channel) -> None:
         raise KmclError("too many", Status.INSUFFICIENT_RESOURCES)
 
@@ -227,7 +227,7 @@ def test_a_refusal_is_told_to_the_pnp_callback(bus: LoopbackBus) -> None:
 # ---- sub-channels ----------------------------------------------------------------------------------------------------
 
 
-def test_subchannels_live_on_an_open_primary(bus: LoopbackBus) -> None:
+def test_subchannels_live_on_an_open_primary(bus: LocalBus) -> None:
     server = Server(bus)
     with pytest.raises(UsageError, match="primary is not open"):
         Server(bus, subchannel=1)
@@ -245,7 +245,7 @@ def test_subchannels_live_on_an_open_primary(bus: LoopbackBus) -> None:
 # ---- GPADLs ----------------------------------------------------------------------------------------------------------
 
 
-def test_gpadls_are_mapped_once_and_deleted_when_unmapped(bus: LoopbackBus) -> None:
+def test_gpadls_are_mapped_once_and_deleted_when_unmapped(bus: LocalBus) -> None:
     server, client = Server(bus), Client(bus).open()
     buffer = bus.allocate(2 * PAGE)
     handle = client.channel.create_gpadl([(buffer.iova + 100, 5000)])
@@ -261,7 +261,7 @@ def test_gpadls_are_mapped_once_and_deleted_when_unmapped(bus: LoopbackBus) -> N
 
 def test_deleting_waits_for_the_unmap() -> None:
     work: list = []
-    bus = LoopbackBus(idle=lambda: bool(work) and (work.pop()() or True))
+    bus = LocalBus(idle=lambda: bool(work) and (work.pop()() or True))
     server, client = Server(bus), Client(bus).open()
     buffer = bus.allocate(PAGE)
     handle = client.channel.create_gpadl([(buffer.iova, PAGE)], read_only=True)
@@ -282,7 +282,7 @@ def test_deleting_waits_for_the_unmap() -> None:
 # ---- save and restore ------------------------------------------------------------------------------------------------
 
 
-def test_restored_at_every_step(bus: LoopbackBus) -> None:
+def test_restored_at_every_step(bus: LocalBus) -> None:
     servers = [Server(bus)]
     client = Client(bus).open()
 
@@ -303,7 +303,7 @@ def test_restored_at_every_step(bus: LoopbackBus) -> None:
     assert events.count("opened") == 1 and "closed" not in events
 
 
-def test_a_full_ring_survives(bus: LoopbackBus) -> None:
+def test_a_full_ring_survives(bus: LocalBus) -> None:
     servers = [Server(bus)]
     client = Client(bus).open()
     for payload in payloads(200):
@@ -314,7 +314,7 @@ def test_a_full_ring_survives(bus: LoopbackBus) -> None:
     assert client.got == servers[1].finished == payloads(200) and not servers[0].finished
 
 
-def test_a_channel_with_subchannels_is_restored(bus: LoopbackBus) -> None:
+def test_a_channel_with_subchannels_is_restored(bus: LocalBus) -> None:
     servers = [Server(bus)]
     client = Client(bus).open()
     subs = [Server(bus, subchannel=1)]
@@ -330,7 +330,7 @@ def test_a_channel_with_subchannels_is_restored(bus: LoopbackBus) -> None:
     assert sub_client.replies == [(0, b"after...")] and client.replies == [(0, b"as well.")]
 
 
-def test_a_returned_channel_is_offered_and_enabled(bus: LoopbackBus) -> None:
+def test_a_returned_channel_is_offered_and_enabled(bus: LocalBus) -> None:
     Server(bus)
     client = Client(bus).open()
     got: list[bytes] = []
@@ -348,14 +348,14 @@ def test_a_returned_channel_is_offered_and_enabled(bus: LoopbackBus) -> None:
     assert got == [b"to a new"]
 
 
-def test_an_open_channel_has_to_be_made_again(bus: LoopbackBus) -> None:
+def test_an_open_channel_has_to_be_made_again(bus: LocalBus) -> None:
     Server(bus)
     Client(bus).open()
     with pytest.raises(StateError, match="was not made again"):
         bus.save_and_restore(lambda: None)
 
 
-def test_held_packets_are_named(bus: LoopbackBus) -> None:
+def test_held_packets_are_named(bus: LocalBus) -> None:
     server, client = Server(bus, hold=True), Client(bus).open()
     server.answer = lambda: None  # type: ignore[method-assign]
     client.send(b"12345678")
@@ -367,7 +367,7 @@ def test_held_packets_are_named(bus: LoopbackBus) -> None:
     assert client.replies == [(0, b"late\0\0\0\0")]
 
 
-def test_force_new_channel(bus: LoopbackBus) -> None:
+def test_force_new_channel(bus: LocalBus) -> None:
     servers = [Server(bus, force_new=True)]
     client = Client(bus).open()
     rescinded: list[ClientChannel] = []

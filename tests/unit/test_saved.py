@@ -11,12 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from support.device import BASE, CONFIG, PAGE, Machine, connect, describe, open_echo
-from vmbus import state as saved
+from vmbus import saved
 from vmbus.bus.offers import OfferState
 from vmbus.bus.server import ConnectionState
 from vmbus.errors import StateError
+from vmbus.kmcl.lifecycle import ChannelState
 from vmbus.kmcl.saved import CompletionChunk, LibBuf, PacketChunk, decode_chunk, decode_lib, encode
-from vmbus.kmcl.states import ChannelState
 from vmbus.wire import messages as m
 from vmbus.wire.gpa import range_for
 from vmbus.wire.synic import Register
@@ -249,7 +249,7 @@ def test_saving_changes_nothing() -> None:
     states = [saved.save_device("vmbus0", CONFIG, machine.device, machine.providers) for _ in range(3)]
     assert states[0] == states[1] == states[2]
     for channel in machine.device.channels:
-        channel.unhold()
+        channel.unquiesce()
     machine.device.thaw()
     guest.finish(500)
 

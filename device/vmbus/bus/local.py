@@ -12,14 +12,14 @@ but `wait`, and what needs it (`close`, `delete_gpadl`).
 import time
 from collections.abc import Callable
 
-from vmbus.bus.connection import Connection, LoopbackBuffer
+from vmbus.bus.connection import Connection, LocalBuffer
 from vmbus.complaints import bounded_log
 from vmbus.errors import StateError, UsageError, WaitTimeout
 from vmbus.kmcl.channel import Channel, Waiter
 from vmbus.kmcl.client import ClientChannel
+from vmbus.kmcl.lifecycle import ChannelState
 from vmbus.kmcl.saved import ChannelRecord
 from vmbus.kmcl.server import ServerChannel
-from vmbus.kmcl.states import ChannelState
 from vmbus.kmcl.status import KmclError, Status
 from vmbus.kmcl.turns import one_round
 from vmbus.memory import GuestMemory
@@ -36,7 +36,7 @@ TURNS = 100_000
 _OPEN = (ChannelState.OPENED, ChannelState.ACTIVE)
 
 
-class LoopbackBus:
+class LocalBus:
     """Joins server channels and client channels of one process.
 
     Attributes:
@@ -76,18 +76,18 @@ class LoopbackBus:
 
     # ---- memory ----------------------------------------------------------------------------------------------------
 
-    def allocate(self, size: int) -> LoopbackBuffer:
+    def allocate(self, size: int) -> LocalBuffer:
         """Zeroed memory of the client's; `size` is a multiple of 4096 bytes. Raises UsageError for another size."""
         if size <= 0 or size % PAGE_SIZE:
-            raise UsageError(f"loopback memory comes in pages of {PAGE_SIZE} bytes; {size} were asked for")
-        buffer = LoopbackBuffer(self._next_iova, memoryview(bytearray(size)))
+            raise UsageError(f"local memory comes in pages of {PAGE_SIZE} bytes; {size} were asked for")
+        buffer = LocalBuffer(self._next_iova, memoryview(bytearray(size)))
         # A page stays free between buffers, so that running over the end of one is a fault.
         self._next_iova += size + PAGE_SIZE
         self.server_memory.map(buffer.iova, buffer.view, True)
         self.client_memory.map(buffer.iova, buffer.view, True)
         return buffer
 
-    def free(self, buffer: LoopbackBuffer) -> None:
+    def free(self, buffer: LocalBuffer) -> None:
         """Give memory of `allocate` back."""
         self.server_memory.unmap(buffer.iova, buffer.size)
         self.client_memory.unmap(buffer.iova, buffer.size)
@@ -228,10 +228,10 @@ class LoopbackBus:
         for other in self._subchannels(connection.server):
             self.close(other.client, timeout)
         closed: list[str] = []
-        client.hold()
+        client.quiesce()
         connection.server.close(lambda: closed.append("server"))
         client.close(lambda: closed.append("client"))
-        client.held = False
+        client.quiescing = False
         self.wait(lambda: len(closed) == 2, timeout, f"both ends of channel {client.name} to complete their packets")
         if connection in self._connections:
             self._connections.remove(connection)
@@ -261,7 +261,7 @@ class LoopbackBus:
         for connection in self._connections:
             if channel in (connection.client, connection.server):
                 return connection
-        raise UsageError(f"channel {channel.name} is not open on this loopback bus")
+        raise UsageError(f"channel {channel.name} is not open on this local bus")
 
     def lost(self, connection: Connection, channel: Channel, reason: str) -> None:
         """One end has failed: the other end goes at the next turn."""
@@ -320,7 +320,7 @@ class LoopbackBus:
             if not self.busy:
                 return
             self.service()
-        raise UsageError(f"the channels of this loopback bus never become quiet: {turns} turns were not enough")
+        raise UsageError(f"the channels of this local bus never become quiet: {turns} turns were not enough")
 
     def wait(self, condition: Callable[[], bool], timeout: float, what: str) -> None:
         """Pump until `condition()` holds. Raises WaitTimeout, at once when nothing is left that could make it hold."""
@@ -345,11 +345,11 @@ class LoopbackBus:
         what the channels raise.
         """
         for server in self._offers:
-            server.hold()
+            server.quiesce()
         held = {server.name: server.outstanding for server in self._offers if not server.quiescent}
         if held:
             for server in self._offers:
-                server.unhold()
+                server.unquiesce()
             raise UsageError(f"incoming packets {held} are not completed: the owner has to, when it is suspended")
         for server in self._offers:
             server.check_rings()
@@ -438,9 +438,9 @@ class LoopbackBus:
 
 
 class _Replacement:
-    """Implements `vmbus.replacing.Carrier` for the server ends of a loopback bus."""
+    """Implements `vmbus.replacing.Carrier` for the server ends of a local bus."""
 
-    def __init__(self, bus: LoopbackBus, connections: list[Connection], saved: list[ChannelRecord]) -> None:
+    def __init__(self, bus: LocalBus, connections: list[Connection], saved: list[ChannelRecord]) -> None:
         self._bus = bus
         self._connections = [(key_of(one.server), one) for one in connections]
         self._records = {record.key: record for record in saved}
