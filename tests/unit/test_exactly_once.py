@@ -159,6 +159,34 @@ def test_nothing_is_handed_over_after_suspend(passive: bool) -> None:
     assert events == ["SUSPEND", "PROCESS"]
 
 
+@pytest.mark.parametrize("how", ["pause", "fail", "close"])
+def test_nothing_is_handed_over_behind_a_packet_whose_owner_stops_the_channel(how: str) -> None:
+    """In the middle of a batch."""
+    pair = Pair()
+    taken: list[bytes] = []
+
+    def process(_, completion, payload: bytes) -> None:
+        taken.append(payload)
+        completion.complete()
+        if len(taken) == 3:
+            {
+                "pause": pair.server.begin_pause,
+                "fail": lambda: pair.server.fail("enough", breach=False),
+                "close": lambda: pair.server.close(lambda: None, force=True),
+            }[how]()
+
+    pair.server.set_process_packet_callbacks(process)
+    pair.open()
+    with pair.client.batch():
+        requests(pair, 10)
+    pair.run()
+    assert taken == [b"request%d" % number for number in range(3)]
+    if how == "pause":
+        pair.server.start()
+        pair.run()
+        assert taken == [b"request%d" % number for number in range(10)]
+
+
 # ---- routines that send the next packet ----
 
 

@@ -262,6 +262,30 @@ def test_sabotage_is_noticed(
     assert code not in (0, 2, 3, 4, 5), text
 
 
+@pytest.mark.parametrize(
+    ("changes", "file", "which"),
+    [
+        (
+            {"PyDict_Size(flow->outstanding) + flow->waiting >= flow->most || ": ""},
+            "backpressure",
+            "quota or no_longer",
+        ),
+        ({"    flow->held_bytes -= self->size;\n": ""}, "backpressure", "books"),
+        ({"        if (!flow->active)\n            break;\n": ""}, "exactly_once", "stops_the_channel"),
+        ({" || PyThread_get_thread_ident() != flow->thread": ""}, "from_any_thread", "completions_once_each"),
+        ({"        flow->at = ++at;\n": "        ++at;\n"}, "exactly_once", "one_by_one"),
+        ({"    flow->next_transaction++;\n": ""}, "kmcl", "transaction or order"),
+    ],
+    ids=["no limit", "bytes kept", "on after a pause", "any thread", "cursor stands", "one id for all"],
+)
+def test_sabotage_of_the_flow_is_noticed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, str], file: str, which: str
+) -> None:
+    environment = made(tmp_path, monkeypatch, changes)
+    code, text = run_tests(environment, f"tests/unit/test_{file}.py", "-k", which)
+    assert code not in (0, 2, 3, 4, 5), text
+
+
 SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g")
 
 
@@ -280,6 +304,14 @@ def test_sanitizers_find_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     environment = sanitized(made(tmp_path, monkeypatch, {}, *SANITIZERS))
     files = ("tests/unit/test_pure_and_native.py", "tests/unit/test_ring.py", "tests/unit/test_wire.py")
     code, text = run_tests(environment, *files, "-k", "pure_and_native and not pure]")
+    assert code == 0 and " passed" in text, text
+
+
+def test_sanitizers_find_nothing_in_channels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What runs owners' callbacks from C: they may close the channel, raise, or be on another thread."""
+    environment = sanitized(made(tmp_path, monkeypatch, {}, *SANITIZERS))
+    files = [f"tests/unit/test_{name}.py" for name in ("kmcl", "exactly_once", "backpressure", "from_any_thread")]
+    code, text = run_tests(environment, *files, "-k", "not million")
     assert code == 0 and " passed" in text, text
 
 
