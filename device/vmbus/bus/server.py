@@ -28,6 +28,7 @@ from vmbus.bus.desk import REFUSED, GpadlDesk
 from vmbus.bus.gpadl import Gpadl, GpadlError
 from vmbus.bus.offers import CONNECTION_ID_BASE, MAX_RELID, Offer, OfferEvent, OfferState, OpenRequest
 from vmbus.bus.saved import BusState
+from vmbus.bus.table import OfferTable, still_in_use
 from vmbus.complaints import bounded_log
 from vmbus.errors import PeerError, UsageError
 from vmbus.wire import messages as m
@@ -74,10 +75,12 @@ class BusServer(GpadlDesk):
         self.state = ConnectionState.DISCONNECTED
         self.version = 0
         self.offers_requested = False
-        self.offers: list[Offer] = []
+        self.offers = OfferTable()
         self.rejected = 0
         # The UNLOAD or INITIATE_CONTACT that waits for owners to let go; a later one takes its place.
         self._ending: m.InitiateContact | m.Unload | None = None
+        self._no_relid_below = 1  # all lower ones are in use
+        self._in_use: list[Offer] = []  # what it waits for, and among it what is not in use any more
         # While a saved state is put back, nothing is sent: what the guest knows is in the state.
         self.restoring = False
         # Called when a withdrawn offer is gone for good.
@@ -91,16 +94,15 @@ class BusServer(GpadlDesk):
         One that was withdrawn, and that the guest has not released yet, is waited for. Raises UsageError when
         (instance, sub-channel) is offered already, when a sub-channel has no primary, or when all relids are in use.
         """
-        for other in self.offers:
-            if other.wanted and other.key == offer.key:
-                raise UsageError(f"a channel with instance {offer.name} is offered already")
+        if any(other.wanted for other in self.offers.same(offer)):
+            raise UsageError(f"a channel with instance {offer.name} is offered already")
         if offer.subchannel:
-            primary = self._primary(offer)
+            primary = self.offers.primary(offer)
             if primary is None or primary.interface_type != offer.interface_type:
                 raise UsageError(f"channel {offer.name} has no primary: offer one with its type and instance first")
         if len(self.offers) >= MAX_RELID:
             raise UsageError(f"all {MAX_RELID} relids are in use: no further channel can be offered")
-        self.offers.append(offer)
+        self.offers.add(offer)
         self._send_offer(offer)
 
     def withdraw(self, offer: Offer) -> None:
@@ -115,13 +117,13 @@ class BusServer(GpadlDesk):
         """Tell the guest that the channel is gone. Its owner must have let go of it already, or is made to."""
         if offer.state in (OfferState.UNOFFERED, OfferState.RESCINDED):
             return
-        for sub in self._subchannels(offer):
+        for sub in self.offers.subchannels(offer):
             self.rescind(sub)
         in_use = offer.in_use
         waiting = offer.request if offer.state is OfferState.OPENING else offer.reopen
         offer.move(OfferEvent.RESCIND)
         offer.request = offer.reopen = None
-        offer.close_deferred = False
+        offer.waits_for = None
         if in_use:
             self._actions.close_channel(offer, True)
         offer.mapped.clear()
@@ -144,7 +146,7 @@ class BusServer(GpadlDesk):
         self.post(m.OpenResult(offer.relid, request.open_id, status))
         if not status:
             self._actions.channel_answered(offer)
-            for sub in self._subchannels(offer):
+            for sub in self.offers.subchannels(offer):
                 self._send_offer(sub)
 
     def closed(self, offer: Offer) -> None:
@@ -163,37 +165,24 @@ class BusServer(GpadlDesk):
                 self._open(offer, again)
             except PeerError as error:
                 self._reject(error)
-        self._close_deferred(offer)
+        if offer.subchannel:
+            self._close_if_alone(self.offers.primary(offer))
         self._continue_disconnect()
 
     def _close(self, offer: Offer) -> None:
         """Ask the owner to close; that of a primary after those of its sub-channels."""
         offer.move(OfferEvent.CLOSE)
-        if any(sub.in_use for sub in self._subchannels(offer)):
-            offer.close_deferred = True
-        else:
-            self._actions.close_channel(offer, False)
+        offer.waits_for = [sub for sub in self.offers.subchannels(offer) if sub.in_use]
+        self._close_if_alone(offer)
 
-    def _close_deferred(self, sub: Offer) -> None:
-        primary = self._primary(sub) if sub.subchannel else None
-        if primary is not None and primary.close_deferred and not any(s.in_use for s in self._subchannels(primary)):
-            primary.close_deferred = False
+    def _close_if_alone(self, primary: Offer | None) -> None:
+        if primary is not None and primary.waits_for is not None and not still_in_use(primary.waits_for):
+            primary.waits_for = None
             self._actions.close_channel(primary, False)
 
-    def _primary(self, sub: Offer) -> Offer | None:
-        for offer in self.offers:
-            if offer.wanted and not offer.subchannel and offer.instance == sub.instance:
-                return offer
-        return None
-
     def _primary_is_open(self, sub: Offer) -> bool:
-        primary = self._primary(sub)
+        primary = self.offers.primary(sub)
         return primary is not None and primary.state is OfferState.OPEN
-
-    def _subchannels(self, primary: Offer) -> list[Offer]:
-        if primary.subchannel:
-            return []
-        return [offer for offer in self.offers if offer.subchannel and offer.instance == primary.instance]
 
     # ---- the guest ---------------------------------------------------------------------------------------------
 
@@ -248,6 +237,7 @@ class BusServer(GpadlDesk):
 
     def _end_connection(self, message: m.InitiateContact | m.Unload) -> None:
         self._ending = message
+        self._in_use = list(self.offers)
         self._drop_all(force=False)
         self._continue_disconnect()
 
@@ -256,7 +246,7 @@ class BusServer(GpadlDesk):
             offer.reopen = None
             if force:
                 offer.teardowns.clear()
-                offer.close_deferred = False
+                offer.waits_for = None
                 if offer.in_use:
                     if offer.state is not OfferState.CLOSING:
                         offer.move(OfferEvent.CLOSE)
@@ -266,7 +256,7 @@ class BusServer(GpadlDesk):
 
     def _continue_disconnect(self) -> None:
         """Answer UNLOAD or INITIATE_CONTACT once no owner touches guest memory any more."""
-        if self._ending is None or any(offer.in_use for offer in self.offers):
+        if self._ending is None or still_in_use(self._in_use):
             return
         self._disconnect()
         contact, self._ending = self._ending, None
@@ -287,6 +277,7 @@ class BusServer(GpadlDesk):
         self.offers_requested = False
         self.gpadls.clear()
         self._by_relid.clear()
+        self._no_relid_below = 1
         withdrawn = any(not offer.wanted for offer in self.offers)
         for offer in list(self.offers):
             offer.move(OfferEvent.FORGET)
@@ -316,11 +307,12 @@ class BusServer(GpadlDesk):
             return
         if offer.subchannel and not self._primary_is_open(offer):
             return
-        if any(other.relid and other.key == offer.key for other in self.offers):
+        if any(other.relid for other in self.offers.same(offer)):
             return  # withdrawn, and not released yet: guests take a second offer of an instance for the same channel
-        relid = next((relid for relid in range(1, MAX_RELID + 1) if relid not in self._by_relid), 0)
+        relid = next((one for one in range(self._no_relid_below, MAX_RELID + 1) if one not in self._by_relid), 0)
         if not relid:
             raise UsageError(f"all {MAX_RELID} relids are in use")
+        self._no_relid_below = relid + 1
         offer.relid = relid
         offer.move(OfferEvent.OFFER)
         self._by_relid[relid] = offer
@@ -362,7 +354,7 @@ class BusServer(GpadlDesk):
             return
         if offer.state is not OfferState.OPEN:
             raise m.MessageError(f"close of relid {message.relid}, which is {offer.state.value}")
-        for sub in self._subchannels(offer):
+        for sub in self.offers.subchannels(offer):
             if sub.state is not OfferState.CLOSING:
                 self.rescind(sub)
         self._close(offer)
@@ -373,14 +365,14 @@ class BusServer(GpadlDesk):
             raise m.MessageError(f"release of relid {message.relid}, which is {offer.state.value}")
         rescinded = offer.state is OfferState.RESCINDED
         del self._by_relid[message.relid]
+        self._no_relid_below = min(self._no_relid_below, message.relid)
         self.gpadls.drop_channel(message.relid)
         offer.move(OfferEvent.RELEASE)
         offer.relid = 0
         if not offer.wanted:
             self.offers.remove(offer)
-            for other in self.offers:
-                if other.key == offer.key:
-                    self._send_offer(other)
+            for other in self.offers.same(offer):
+                self._send_offer(other)
             self._tell_released()
         elif rescinded:
             self._send_offer(offer)
@@ -429,7 +421,7 @@ class BusServer(GpadlDesk):
     def adopt_withdrawn(self, offer: Offer, relid: int) -> None:
         """For restore: an offer that had been withdrawn, whose relid the guest has not released yet."""
         offer.wanted = False
-        self.offers.append(offer)
+        self.offers.add(offer)
         self.adopt(offer, relid, OfferState.RESCINDED, None)
 
     def end_restore(self, *, torndown: list[tuple[int, int]], rescinded: list[Offer], new: list[Offer]) -> None:
