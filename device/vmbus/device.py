@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from vmbus.audit.recorder import Recorder
+from vmbus.backlog import Backlog
 from vmbus.bus.gpadl import Gpadl, GpadlError, Mappings, ring_extents
 from vmbus.bus.loopback import LoopbackBus
 from vmbus.bus.offers import Offer
@@ -62,6 +64,7 @@ class ServerLink:
         self._channel = channel
         self.memory = device.memory
         self.mappings = Mappings(device.memory)
+        self._gone = False
         opened = []
         try:
             for part in parts:
@@ -78,7 +81,13 @@ class ServerLink:
             window.on_revoke = self._revoked
 
     def _revoked(self) -> None:
-        self._channel.fail("the guest unmapped its rings", breach=False)
+        if not self._gone:
+            self._gone = True
+            self._device.backlog.do(self._fail)
+
+    def _fail(self) -> None:
+        if self._channel.link is self:
+            self._channel.fail("the guest unmapped its rings", breach=False)
 
     def signal(self) -> None:
         """The guest is to look at this channel's rings."""
@@ -90,7 +99,7 @@ class ServerLink:
 
     def failed(self, reason: str) -> None:
         """The guest broke the channel: it is withdrawn, and offered anew once the guest has released it."""
-        self._device.bus.rescind(self._offer)
+        self._device.bus.rescind_in_pieces(self._offer)
 
     def map_gpadl(self, handle: int, read_only: bool) -> Grant:
         """The memory of a GPADL of this channel, in the dirty log while mapped unless `read_only`.
@@ -142,7 +151,8 @@ class Device:
         self._schedule = schedule
         self.memory = GuestMemory()
         self.synic = Synic(self.memory, self)
-        self.bus = BusServer(self)
+        self.backlog = Backlog(schedule)
+        self.bus = BusServer(self, self.backlog)
         self.channels: list[ServerChannel] = []
         self.resets = 0
         self.frozen = False
@@ -248,10 +258,16 @@ class Device:
         """Give every channel that asked for it one turn."""
         if self.frozen:
             return
+        try:
+            self.backlog.run()
+        except Exception:
+            self.internal_errors += 1
+            log.exception("what a guest's request made necessary was not carried out to its end")
         until = time.monotonic() + ROUND_SECONDS
         self.allowance.look()
         try:
-            one_round(self._ready, lambda: self.frozen or time.monotonic() > until)
+            with self._turn():
+                one_round(self._ready, lambda: self.frozen or time.monotonic() > until)
         finally:
             if self.busy:
                 self._schedule()
@@ -278,7 +294,8 @@ class Device:
         return bool(self._ready) and not self.frozen
 
     def freeze(self) -> None:
-        """Nothing takes a turn until `thaw`."""
+        """Nothing takes a turn until `thaw`, and nothing is left half done."""
+        self.backlog.finish()
         self.frozen = True
 
     def thaw(self) -> None:
@@ -304,6 +321,19 @@ class Device:
             self.internal_errors += 1
             log.exception("a write of %s to offset %#x of BAR0 was not carried out to its end", data.hex(), offset)
 
+    def unmap(self, iova: int, size: int) -> None:
+        """The guest takes memory back; the channels whose rings were there fail."""
+        with self._turn():
+            self.memory.unmap(iova, size)
+
+    def reset_by_guest(self) -> None:
+        """`reset`; owners of channels are told in turns of their own, if there are many."""
+        with self._turn():
+            self.reset()
+
+    def _turn(self) -> AbstractContextManager[None]:
+        return nullcontext() if self.frozen else self.backlog.turn()
+
     def reset(self) -> None:
         """Power-on state: every channel is closed by force, the guest's connection forgotten. Offers stay."""
         self.resets += 1
@@ -318,7 +348,8 @@ class Device:
         """The guest posted a channel message."""
         if not self.bus.accepts(connection_id):
             return PostStatus.INVALID_CONNECTION_ID
-        self.bus.receive(message)
+        with self._turn():
+            self.bus.receive(message)
         return PostStatus.SUCCESS
 
     def signalled(self, connection_id: int) -> None:
@@ -328,8 +359,8 @@ class Device:
             self.wake(offer.owner)
 
     def reset_requested(self) -> None:
-        """The guest asked for a reset through a register."""
-        self.reset()
+        """The guest asked for a reset through a register, or took the pages for messages back."""
+        self.reset_by_guest()
 
     def interrupt(self) -> None:
         """Raise the MSI."""
@@ -366,6 +397,10 @@ class Device:
         """The guest knows that the channel is open."""
         channel: ServerChannel = offer.owner
         channel.activate()
+
+    def cut_off(self) -> None:
+        """All memory is the guest's again."""
+        self.memory.revoke_windows()
 
     def close_channel(self, offer: Offer, force: bool) -> None:
         """The guest closed a channel (or lost it)."""

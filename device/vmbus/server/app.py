@@ -318,12 +318,12 @@ class DeviceServer:
 
     def dma_unmap(self, iova: int, size: int) -> None:
         """The guest takes memory back."""
-        self.device.memory.unmap(iova, size)
+        self.device.unmap(iova, size)
 
     def reset(self, kind: ResetKind) -> None:
         """The function is reset, or the client is gone."""
         log.debug("reset: %s", kind.name)
-        self.device.reset()
+        self.device.reset_by_guest()
         self.config.reset()
         self.driven.reset(kind)
 
@@ -474,6 +474,8 @@ class DeviceServer:
         started = time.monotonic()
         # What the guest wrote to registers before it was stopped must be seen before the state is taken.
         self._drain()
+        while self.device.backlog:
+            await asyncio.sleep(0)
         channels = self.device.channels
         self._held_at_pause = sum(len(channel.outstanding) for channel in channels)
         self.device.freeze()
