@@ -16,12 +16,13 @@ TURN_SECONDS = 0.004
 
 
 class Backlog:
-    """See the module's text. Outside of `turn` everything is done at once."""
+    """See the module's text. Outside of `turn`, or with `at_once`, everything is done at once."""
 
     def __init__(self, schedule: Callable[[], None], clock: Callable[[], float] = time.perf_counter) -> None:
         """`schedule`: have `run` called soon."""
         self._schedule = schedule
         self._clock = clock
+        self.at_once = False
         self._until: float | None = None
         self._waiting: deque[Callable[[], None]] = deque()
 
@@ -30,7 +31,7 @@ class Backlog:
 
     @contextmanager
     def turn(self) -> Iterator[None]:
-        """A request of the guest's is handled inside."""
+        """Requests of the guest's are handled inside."""
         if self._until is not None:
             yield
             return
@@ -42,7 +43,7 @@ class Backlog:
 
     def do(self, piece: Callable[[], None]) -> None:
         """Now, or after all that waits."""
-        if not self._waiting and (self._until is None or self._clock() < self._until):
+        if not self._waiting and (self.at_once or self._until is None or self._clock() < self._until):
             piece()
             return
         if not self._waiting:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from vmbus.audit.recorder import Recorder
@@ -266,7 +265,7 @@ class Device:
         until = time.monotonic() + ROUND_SECONDS
         self.allowance.look()
         try:
-            with self._turn():
+            with self.backlog.turn():
                 one_round(self._ready, lambda: self.frozen or time.monotonic() > until)
         finally:
             if self.busy:
@@ -296,11 +295,13 @@ class Device:
     def freeze(self) -> None:
         """Nothing takes a turn until `thaw`, and nothing is left half done."""
         self.backlog.finish()
+        self.backlog.at_once = True
         self.frozen = True
 
     def thaw(self) -> None:
         """Turns are given again; every open channel gets one, since it may have missed a signal."""
         self.frozen = False
+        self.backlog.at_once = False
         for channel in self.channels:
             self._ready[channel] = None
         self._schedule()
@@ -321,19 +322,6 @@ class Device:
             self.internal_errors += 1
             log.exception("a write of %s to offset %#x of BAR0 was not carried out to its end", data.hex(), offset)
 
-    def unmap(self, iova: int, size: int) -> None:
-        """The guest takes memory back; the channels whose rings were there fail."""
-        with self._turn():
-            self.memory.unmap(iova, size)
-
-    def reset_by_guest(self) -> None:
-        """`reset`; owners of channels are told in turns of their own, if there are many."""
-        with self._turn():
-            self.reset()
-
-    def _turn(self) -> AbstractContextManager[None]:
-        return nullcontext() if self.frozen else self.backlog.turn()
-
     def reset(self) -> None:
         """Power-on state: every channel is closed by force, the guest's connection forgotten. Offers stay."""
         self.resets += 1
@@ -348,8 +336,7 @@ class Device:
         """The guest posted a channel message."""
         if not self.bus.accepts(connection_id):
             return PostStatus.INVALID_CONNECTION_ID
-        with self._turn():
-            self.bus.receive(message)
+        self.bus.receive(message)
         return PostStatus.SUCCESS
 
     def signalled(self, connection_id: int) -> None:
@@ -360,7 +347,7 @@ class Device:
 
     def reset_requested(self) -> None:
         """The guest asked for a reset through a register, or took the pages for messages back."""
-        self.reset_by_guest()
+        self.reset()
 
     def interrupt(self) -> None:
         """Raise the MSI."""

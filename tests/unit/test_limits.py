@@ -26,7 +26,6 @@ DEVELOPERS_TOOLS = ("soak", "cli", "provision", "testbed", "testkit")
 
 NOT_BOUNDS = {
     "vmbus.kmcl.flow_pure.NO_LIMIT": "for the end that has no bound",
-    "vmbus.workload.LAST": "of a counter, 64 bits",
     "vmbus.spans._LONGEST_BLOCK": "of a data structure",
     "vmbus.capture.capture._MOST": "of an option",
     "vmbus.capture.pcapng.MAX_BLOCK": "of a format, for a reader of files",
@@ -37,7 +36,6 @@ NOT_BOUNDS = {
     "vmbus.capture.replay._MOST_DIFFERENCES": "a tool's own",
     "vmbus.capture.replay._MOST_NOTES": "a tool's own",
     "vmbus.inspection.difference._MOST": "a tool's own",
-    "vmbus.inspection.saved._STATE_LIMIT": "follows from another one",
     "vmbus.inspection.tree._LONGEST": "a tool's own",
     "vmbus.qemu.process.SOCKET_PATH_LIMIT": "the system's",
     "vmbus.qemu.process._LONGEST_SOCKET_NAME": "a length",
