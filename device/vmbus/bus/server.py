@@ -153,7 +153,8 @@ class BusServer(GpadlDesk):
         self._finish_teardowns(offer)
         if waiting is not None:
             self.post(m.OpenResult(offer.relid, waiting.open_id, REFUSED))
-        self.post(m.RescindOffer(offer.relid))
+        if not self.disconnecting:  # a guest that begins anew knows of no offers
+            self.post(m.RescindOffer(offer.relid))
         if offer.subchannel:
             self._close_if_alone(self.offers.primary(offer))
         self._continue_disconnect()
