@@ -6,6 +6,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -77,9 +78,7 @@ def test_backpressure_on_a_guest_that_reads_nothing(make: Callable[..., Scene], 
         scene.trip()
     requests, size = held(scene, interface_type)
     assert requests <= MOST_REQUESTS and size <= MOST_REQUEST_BYTES + 64 * PAGE
-    print(
-        f"{raw.transaction} asked, {requests} held of {size} bytes; trips {usual * 1e6:.0f}, {meanwhile * 1e6:.0f} us"
-    )
+    print(f"{raw.transaction} asked, {requests} held, {size} bytes; trips {usual * 1e6:.0f}, {meanwhile * 1e6:.0f} us")
     scene.good_to_save()
 
 
@@ -129,6 +128,18 @@ def test_backpressure_on_a_slow_guest(make: Callable[..., Scene], name: str) -> 
 # ---- guests that write over what is the host's -----------------------------------------------------------------------
 
 
+def scribble(raw: Raw, payload: bytes, choose: random.Random) -> None:
+    """Something sound, and perhaps a word of a header."""
+    for _ in range(choose.randrange(4)):
+        raw.put(payload)
+    if choose.random() < 0.5:
+        raw.take_one()
+    if choose.random() < 0.3:
+        at = choose.choice([0, raw.down]) + choose.choice([*WORDS.values()])
+        raw.word(at, choose.choice([0, 8, 10, 1000, 4096, 8192, 0xFFFF_FFF8, choose.randrange(1 << 32)]))
+    raw.signal()
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_overwritten_index_at_any_moment(make: Callable[..., Scene], seed: int) -> None:
     """Any word of both headers, with anything: that channel alone may fail, and is offered anew."""
@@ -144,18 +155,7 @@ def test_overwritten_index_at_any_moment(make: Callable[..., Scene], seed: int) 
         )
         raw = Raw(scene.driver, interface_type, pages_in=2, pages_out=2)
         relid = raw.link.offer.relid
-
-        def act() -> None:
-            for _ in range(choose.randrange(4)):
-                raw.put(payload)
-            if choose.random() < 0.5:
-                raw.take_one()
-            if choose.random() < 0.3:
-                at = choose.choice([0, raw.down]) + choose.choice([*WORDS.values()])
-                raw.word(at, choose.choice([0, 8, 10, 1000, 4096, 8192, 0xFFFF_FFF8, choose.randrange(1 << 32)]))
-            raw.signal()
-
-        scene.median(choose.randrange(2, 12), act)
+        scene.median(choose.randrange(2, 12), partial(scribble, raw, payload, choose))
         if choose.random() < 0.2:
             scene.server.save()
             scene.server.command("resume")

@@ -257,7 +257,7 @@ def test_rings_are_taken_up_only_with_the_own_index_that_they_have() -> None:
     assert RingReader(*windows(), own=32).own_index == 32 and RingWriter(*windows(), own=64).own_index == 64
     assert RingReader(*windows()).own_index == 32 and RingWriter(*windows()).own_index == 64
     for end in (RingReader, RingWriter):
-        with pytest.raises(RingCorrupt, match="was overwritten"):
+        with pytest.raises(RingCorrupt, match="in what was saved: it was overwritten"):
             end(*windows(), own=40)
 
 
