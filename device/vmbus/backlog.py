@@ -51,11 +51,14 @@ class Backlog:
         self._waiting.append(piece)
 
     def run(self) -> None:
-        """As much as fits into a turn."""
+        """As much as fits into a turn: one of its own, also inside of another one, whose owner waits."""
         if not self._waiting:
             return
-        with self.turn():
+        before, self._until = self._until, self._clock() + TURN_SECONDS
+        try:
             self._run(lambda: self._until is not None and self._clock() < self._until)
+        finally:
+            self._until = before
 
     def finish(self) -> None:
         """All of it, now."""

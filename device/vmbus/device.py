@@ -289,8 +289,8 @@ class Device:
 
     @property
     def busy(self) -> bool:
-        """Whether channels wait for their turn."""
-        return bool(self._ready) and not self.frozen
+        """Whether channels wait for their turn, or other work does."""
+        return bool(self._ready or self.backlog) and not self.frozen
 
     def freeze(self) -> None:
         """Nothing takes a turn until `thaw`, and nothing is left half done."""

@@ -66,6 +66,15 @@ def test_turns_inside_of_a_turn_are_parts_of_it() -> None:
     assert slow.done == [0, 1]
 
 
+def test_who_waits_inside_of_a_turn_lets_the_backlog_go_on() -> None:
+    slow = Slow(TURN_SECONDS)
+    with slow.backlog.turn():
+        slow.do(0, 1, 2)
+        slow.backlog.run()
+        slow.backlog.run()
+        assert slow.done == [0, 1, 2]
+
+
 def test_at_once_and_clear() -> None:
     slow = Slow(TURN_SECONDS)
     with slow.backlog.turn():
