@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from vmbus.audit.recorder import Recorder
+from vmbus.backlog import Backlog
 from vmbus.bus.gpadl import Gpadl, GpadlError, Mappings, ring_extents
 from vmbus.bus.local import LocalBus
 from vmbus.bus.offers import Offer
@@ -62,6 +63,7 @@ class ServerLink:
         self._channel = channel
         self.memory = device.memory
         self.mappings = Mappings(device.memory)
+        self._gone = False
         opened = []
         try:
             for part in parts:
@@ -78,7 +80,13 @@ class ServerLink:
             window.on_revoke = self._revoked
 
     def _revoked(self) -> None:
-        self._channel.fail("the guest unmapped its rings", breach=False)
+        if not self._gone:
+            self._gone = True
+            self._device.backlog.do(self._fail)
+
+    def _fail(self) -> None:
+        if self._channel.link is self:
+            self._channel.fail("the guest unmapped its rings", breach=False)
 
     def signal(self) -> None:
         """The guest is to look at this channel's rings."""
@@ -90,7 +98,7 @@ class ServerLink:
 
     def failed(self, reason: str) -> None:
         """The guest broke the channel: it is withdrawn, and offered anew once the guest has released it."""
-        self._device.bus.rescind(self._offer)
+        self._device.bus.rescind_in_pieces(self._offer)
 
     def map_gpadl(self, handle: int, read_only: bool) -> Grant:
         """The memory of a GPADL of this channel, in the dirty log while mapped unless `read_only`.
@@ -142,7 +150,8 @@ class Device:
         self._schedule = schedule
         self.memory = GuestMemory()
         self.synic = Synic(self.memory, self)
-        self.bus = BusServer(self)
+        self.backlog = Backlog(schedule)
+        self.bus = BusServer(self, self.backlog)
         self.channels: list[ServerChannel] = []
         self.resets = 0
         self.frozen = False
@@ -248,10 +257,16 @@ class Device:
         """Give every channel that asked for it one turn."""
         if self.frozen:
             return
+        try:
+            self.backlog.run()
+        except Exception:
+            self.internal_errors += 1
+            log.exception("what a guest's request made necessary was not carried out to its end")
         until = time.monotonic() + ROUND_SECONDS
         self.allowance.look()
         try:
-            one_round(self._ready, lambda: self.frozen or time.monotonic() > until)
+            with self.backlog.turn():
+                one_round(self._ready, lambda: self.frozen or time.monotonic() > until)
         finally:
             if self.busy:
                 self._schedule()
@@ -274,16 +289,19 @@ class Device:
 
     @property
     def busy(self) -> bool:
-        """Whether channels wait for their turn."""
-        return bool(self._ready) and not self.frozen
+        """Whether channels wait for their turn, or other work does."""
+        return bool(self._ready or self.backlog) and not self.frozen
 
     def freeze(self) -> None:
-        """Nothing takes a turn until `thaw`."""
+        """Nothing takes a turn until `thaw`, and nothing is left half done."""
+        self.backlog.finish()
+        self.backlog.at_once = True
         self.frozen = True
 
     def thaw(self) -> None:
         """Turns are given again; every open channel gets one, since it may have missed a signal."""
         self.frozen = False
+        self.backlog.at_once = False
         for channel in self.channels:
             self._ready[channel] = None
         self._schedule()
@@ -328,7 +346,7 @@ class Device:
             self.wake(offer.owner)
 
     def reset_requested(self) -> None:
-        """The guest asked for a reset through a register."""
+        """The guest asked for a reset through a register, or took the pages for messages back."""
         self.reset()
 
     def interrupt(self) -> None:
@@ -366,6 +384,10 @@ class Device:
         """The guest knows that the channel is open."""
         channel: ServerChannel = offer.owner
         channel.activate()
+
+    def cut_off(self) -> None:
+        """All memory is the guest's again."""
+        self.memory.revoke_windows()
 
     def close_channel(self, offer: Offer, force: bool) -> None:
         """The guest closed a channel (or lost it)."""

@@ -371,6 +371,14 @@ class GuestMemory:
         for region in self._windows.pop(window, ()):
             region.windows.pop(window, None)
 
+    def revoke_windows(self) -> None:
+        """Close all windows, without a word to their owners."""
+        for window, regions in self._windows.items():
+            window.revoke()
+            for region in regions:
+                region.windows.clear()
+        self._windows.clear()
+
     def grant(self, extents: list[tuple[int, int]], *, writable: bool) -> Grant:
         """The memory of one packet as memoryviews (read-only ones unless `writable`). Raises MemoryFault."""
         pieces = [piece for iova, length in extents for piece in self._pieces(iova, length, writable)]

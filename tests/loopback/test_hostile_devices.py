@@ -7,7 +7,8 @@ import random
 import struct
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 from uuid import UUID
@@ -208,7 +209,7 @@ def test_bad_gpadls_for_its_buffers(device: Device, name: str) -> None:
 
 
 class Hostile:
-    """A guest that asks for nonsense on all channels, without end, on a thread of its own.
+    """A guest that asks for nonsense on all channels, without end, on a thread of its own, whose the channels are.
 
     What would change the disk's first half is left out; of the rest nothing is sacred. Attributes: said: messages so
     far. trouble: what ended the thread.
@@ -224,6 +225,17 @@ class Hostile:
         self._end = threading.Event()
         self._held: list[Completion] = []
         self._channels: dict[str, ClientChannel] = {}
+        self._thread = ThreadPoolExecutor(1, "guest")
+        self._running: Future[None]
+        self.call(self._open)
+        self.go_on()
+
+    def call(self, call: Callable[[], None]) -> None:
+        """On its thread, while that does nothing else."""
+        self._thread.submit(call).result(20)
+
+    def _open(self) -> None:
+        driver = self.driver
         for name, kind in KINDS.items():
             channel = driver.client_channel(
                 kind.interface_type, ring_pages_in=kind.ring_pages, ring_pages_out=kind.ring_pages, name=name
@@ -234,23 +246,22 @@ class Hostile:
             driver.enable(channel)
             self._channels[name] = channel
         driver.on_rescind = lambda channel: channel.enable()
-        self._start()
-
-    def _start(self) -> None:
-        self._end.clear()
-        self._thread = threading.Thread(target=self._run)
-        self._thread.start()
 
     def go_on(self) -> None:
         """After `halt`."""
-        self._start()
+        self._end.clear()
+        self._running = self._thread.submit(self._run)
 
     def halt(self) -> None:
         """Leave everything as it is at this moment."""
         self._end.set()
-        self._thread.join(20)
-        assert not self._thread.is_alive()
+        self._running.result(20)
         assert not self.trouble, self.trouble
+
+    def close(self) -> None:
+        """The guest ends."""
+        self.call(lambda: self.driver.close(graceful=False))
+        self._thread.shutdown()
 
     def _take(self, channel: Channel, completion: Completion, payload: bytes) -> None:
         if self.choose.random() < 0.5 or len(self._held) > 50:
@@ -368,7 +379,7 @@ def test_nonsense_while_a_save_is_in_progress(device: Device, tmp_path: Path) ->
         print(f"{hostile.said} messages, {held} of them held at a save; {len(driver.rescinded)} channels lost")
         status = server.command("status")["providers"]
         assert status["network"]["refused"] > 0 and status["block"]["errors"] == 0
-        driver.close(graceful=False)
+        hostile.close()
         again = VmbusDriver(server.function())
         for one in KINDS:
             serves(again, one)

@@ -41,6 +41,9 @@ class Owner:
     def channel_answered(self, offer: Offer) -> None:
         self.events.append(("answered", offer.owner))
 
+    def cut_off(self) -> None:
+        pass
+
     def close_channel(self, offer: Offer, force: bool) -> None:
         self.events.append(("close", offer.owner, force))
         if self.prompt_close or force:

@@ -190,7 +190,7 @@ def test_a_withdrawn_offer_is_forgotten_once_released(bus: Joined) -> None:
     bus.bus.withdraw(bus.offers[0])
     assert bus.heard[-1] == m.RescindOffer(1)
     assert bus.say(m.RelidReleased(1)) == []
-    assert bus.bus.offers == [bus.offers[1]]
+    assert list(bus.bus.offers) == [bus.offers[1]]
     bus.offer(0)
     assert bus.heard[-1].relid == 1, "a free relid is used again"
 

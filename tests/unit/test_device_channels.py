@@ -395,7 +395,7 @@ def test_memory_that_is_not_there_and_gpadls_too_many(monkeypatch: pytest.Monkey
         handle = guest.channel.create_gpadl([(0x5000, PAGE)])
         refused = b"fail" + int(Status.INVALID_PARAMETER).to_bytes(4, "little")
         assert guest.ask(b"map_", handle) == refused
-        assert not machine.device.bus.offers[0].mapped
+        assert not next(iter(machine.device.bus.offers)).mapped
         guest.channel.delete_gpadl(handle)
         monkeypatch.setattr(gpadl, "MAX_GPADLS", 1)
         with pytest.raises(KmclError) as caught:

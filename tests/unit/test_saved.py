@@ -151,7 +151,7 @@ def shape(name: str) -> Machine:
         open_echo(driver)
         machine.channel("echo").fail("for the test")
     elif name == "rescinded and released":
-        machine.device.bus.rescind(machine.device.bus.offers[0])
+        machine.device.bus.rescind(next(iter(machine.device.bus.offers)))
         while driver.step(0):
             pass
     elif name == "post failed":
@@ -285,7 +285,7 @@ def test_a_busy_channel_or_one_in_transition_is_not_saved() -> None:
     with pytest.raises(Exception, match="cannot be saved"):
         saved.save_device("vmbus0", CONFIG, machine.device, machine.providers)
     machine.quiesce()
-    machine.device.bus.offers[0].state = OfferState.CLOSING
+    next(iter(machine.device.bus.offers)).state = OfferState.CLOSING
     with pytest.raises(StateError, match="closing"):
         saved.save_device("vmbus0", CONFIG, machine.device, machine.providers)
 

@@ -1,6 +1,8 @@
 """The part of the bus that deals with GPADLs: what the guest describes and wants back, and what owners map."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from vmbus.bus.gpadl import Gpadl, GpadlError, GpadlMapped, GpadlTable
@@ -26,8 +28,8 @@ class GpadlDesk(ABC):
         """Send a message to the guest."""
 
     @abstractmethod
-    def rescind(self, offer: Offer) -> None:
-        """Take a channel away from the guest."""
+    def rescind_in_pieces(self, offer: Offer, done: Callable[[], None]) -> None:
+        """Take a channel away from the guest, then call `done`."""
 
     # ---- owners ----------------------------------------------------------------------------------------------------
 
@@ -53,14 +55,12 @@ class GpadlDesk(ABC):
         offer.mapped.discard(handle)
         if handle in offer.teardowns and offer.state is not OfferState.CLOSING:
             offer.teardowns.remove(handle)
-            self.gpadls.remove(offer.relid, handle)
-            self.post(m.GpadlTorndown(handle))
+            self._torn_down(offer.relid, handle)
 
     def _finish_teardowns(self, offer: Offer) -> None:
         """Answer the GPADL_TEARDOWNs that came while the owner could still touch the memory."""
         for handle in offer.teardowns:
-            self.gpadls.remove(offer.relid, handle)
-            self.post(m.GpadlTorndown(handle))
+            self._torn_down(offer.relid, handle)
         offer.teardowns.clear()
 
     # ---- the guest -------------------------------------------------------------------------------------------------
@@ -84,12 +84,12 @@ class GpadlDesk(ABC):
             self.post(m.GpadlCreated(done.relid, done.handle, 0))
 
     def _gpadl_body(self, message: m.GpadlBody) -> None:
-        partial = self.gpadls.partial.get(message.gpadl)
+        begun = self.gpadls.partial.get(message.gpadl)
         try:
             _, done = self.gpadls.extend(message.gpadl, message.words)
         except PeerError:
-            if partial is not None:
-                self.post(m.GpadlCreated(partial.relid, partial.handle, REFUSED))
+            if begun is not None:
+                self.post(m.GpadlCreated(begun.relid, begun.handle, REFUSED))
             raise
         if done is not None:
             self.post(m.GpadlCreated(done.relid, done.handle, 0))
@@ -99,8 +99,8 @@ class GpadlDesk(ABC):
         offer = self._by_relid.get(message.relid)
         if key not in self.gpadls.complete:
             # Answered all the same: a guest that waits for this would wait for ever.
-            partial = self.gpadls.partial.get(message.gpadl)
-            if partial is not None and partial.relid == message.relid:
+            begun = self.gpadls.partial.get(message.gpadl)
+            if begun is not None and begun.relid == message.relid:
                 self.gpadls.abandon(message.gpadl)
                 self.post(m.GpadlCreated(message.relid, message.gpadl, REFUSED))
             self.post(m.GpadlTorndown(message.gpadl))
@@ -113,6 +113,10 @@ class GpadlDesk(ABC):
         if offer is not None and offer.request is not None and offer.request.ring_gpadl == message.gpadl:
             # The guest wants the rings of a channel that it has not closed: it gets them, and loses the channel.
             log.warning("bus: relid %d is %s and its rings are torn down", message.relid, offer.state.value)
-            self.rescind(offer)
-        self.gpadls.remove(*key)
-        self.post(m.GpadlTorndown(message.gpadl))
+            self.rescind_in_pieces(offer, partial(self._torn_down, *key))
+            return
+        self._torn_down(*key)
+
+    def _torn_down(self, relid: int, handle: int) -> None:
+        self.gpadls.remove(relid, handle)
+        self.post(m.GpadlTorndown(handle))

@@ -142,6 +142,7 @@ class GpadlTable:
     def __init__(self) -> None:
         self.complete: dict[tuple[int, int], Gpadl] = {}
         self.partial: dict[int, PartialGpadl] = {}
+        self._handles: dict[int, dict[int, None]] = {}  # of complete ones, by relid
         self._described = 0
 
     def begin(self, relid: int, handle: int, range_bytes: int, range_count: int, words: bytes) -> Gpadl | None:
@@ -181,6 +182,7 @@ class GpadlTable:
     def add(self, gpadl: Gpadl) -> None:
         """A complete one."""
         self.complete[gpadl.relid, gpadl.handle] = gpadl
+        self._handles.setdefault(gpadl.relid, {})[gpadl.handle] = None
         self._described += _description_size(gpadl)
 
     def add_partial(self, partial: PartialGpadl) -> None:
@@ -192,6 +194,7 @@ class GpadlTable:
         """A complete one is torn down. Harmless when there is none."""
         gpadl = self.complete.pop((relid, handle), None)
         if gpadl is not None:
+            del self._handles[relid][handle]
             self._described -= _description_size(gpadl)
 
     def abandon(self, handle: int) -> None:
@@ -202,9 +205,9 @@ class GpadlTable:
 
     def drop_channel(self, relid: int) -> None:
         """Forget all GPADLs of a channel."""
-        for owner, handle in list(self.complete):
-            if owner == relid:
-                self.remove(owner, handle)
+        for handle in list(self._handles.get(relid, ())):
+            self.remove(relid, handle)
+        self._handles.pop(relid, None)
         for handle, partial in list(self.partial.items()):
             if partial.relid == relid:
                 self.abandon(handle)
@@ -213,6 +216,7 @@ class GpadlTable:
         """Forget everything."""
         self.complete.clear()
         self.partial.clear()
+        self._handles.clear()
         self._described = 0
 
     def save(self, tearing_down: set[tuple[int, int]]) -> tuple[list["GpadlState"], list["PartialState"]]:

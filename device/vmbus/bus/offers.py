@@ -159,7 +159,6 @@ class Offer:
     """One channel on the bus. `owner` is the caller's, never looked at. `key`: its instance and sub-channel."""
 
     __slots__ = (
-        "close_deferred",
         "flags",
         "instance",
         "interface_type",
@@ -174,6 +173,7 @@ class Offer:
         "subchannel",
         "teardowns",
         "user_defined",
+        "waits_for",
         "wanted",
     )
 
@@ -202,7 +202,8 @@ class Offer:
         # GPADLs that the owner has mapped, and teardowns that wait for it to let go.
         self.mapped: set[int] = set()
         self.teardowns: list[int] = []
-        self.close_deferred = False
+        # The sub-channels after which the owner is asked to close, None unless that waits.
+        self.waits_for: list[Offer] | None = None
         self.wanted = True
 
     def move(self, event: OfferEvent) -> None:

@@ -22,12 +22,15 @@ logged and, where an answer exists, refused; it never disturbs other channels.
 
 from collections.abc import Callable
 from enum import Enum
+from functools import partial
 from typing import Any, Protocol
 
+from vmbus.backlog import Backlog
 from vmbus.bus.desk import REFUSED, GpadlDesk
 from vmbus.bus.gpadl import Gpadl, GpadlError
 from vmbus.bus.offers import CONNECTION_ID_BASE, MAX_RELID, Offer, OfferEvent, OfferState, OpenRequest
 from vmbus.bus.saved import BusState
+from vmbus.bus.table import OfferTable, still_in_use
 from vmbus.complaints import bounded_log
 from vmbus.errors import PeerError, UsageError
 from vmbus.wire import messages as m
@@ -46,6 +49,10 @@ class ConnectionState(Enum):
     CONNECTED = "connected"
 
 
+class _Reset:
+    """What ends the connection is a reset, to which there is no answer."""
+
+
 class BusActions(Protocol):
     """What the bus asks of its surroundings."""
 
@@ -58,6 +65,9 @@ class BusActions(Protocol):
     def channel_answered(self, offer: Offer) -> None:
         """The guest has been told that the channel is open: packets may move."""
 
+    def cut_off(self) -> None:
+        """Nothing touches the memory of any channel from here on; that they are closed is said later."""
+
     def close_channel(self, offer: Offer, force: bool) -> None:
         """Close; answer with `BusServer.closed`, now or later (now, if `force`)."""
 
@@ -68,16 +78,20 @@ class BusServer(GpadlDesk):
     `offers` is in the order of their creation, which is the order in which the guest sees them.
     """
 
-    def __init__(self, actions: BusActions) -> None:
+    def __init__(self, actions: BusActions, backlog: Backlog | None = None) -> None:
+        """`backlog`: where the work goes that grows with the channels; without one it is done at once."""
         super().__init__()
         self._actions = actions
+        self._backlog = Backlog(lambda: None) if backlog is None else backlog
         self.state = ConnectionState.DISCONNECTED
         self.version = 0
         self.offers_requested = False
-        self.offers: list[Offer] = []
+        self.offers = OfferTable()
         self.rejected = 0
         # The UNLOAD or INITIATE_CONTACT that waits for owners to let go; a later one takes its place.
-        self._ending: m.InitiateContact | m.Unload | None = None
+        self._ending: m.InitiateContact | m.Unload | _Reset | None = None
+        self._no_relid_below = 1  # all lower ones are in use
+        self._in_use: list[Offer] = []  # what that waits for, and among it what is not in use any more
         # While a saved state is put back, nothing is sent: what the guest knows is in the state.
         self.restoring = False
         # Called when a withdrawn offer is gone for good.
@@ -91,16 +105,15 @@ class BusServer(GpadlDesk):
         One that was withdrawn, and that the guest has not released yet, is waited for. Raises UsageError when
         (instance, sub-channel) is offered already, when a sub-channel has no primary, or when all relids are in use.
         """
-        for other in self.offers:
-            if other.wanted and other.key == offer.key:
-                raise UsageError(f"a channel with instance {offer.name} is offered already")
+        if any(other.wanted for other in self.offers.same(offer)):
+            raise UsageError(f"a channel with instance {offer.name} is offered already")
         if offer.subchannel:
-            primary = self._primary(offer)
+            primary = self.offers.primary(offer)
             if primary is None or primary.interface_type != offer.interface_type:
                 raise UsageError(f"channel {offer.name} has no primary: offer one with its type and instance first")
         if len(self.offers) >= MAX_RELID:
             raise UsageError(f"all {MAX_RELID} relids are in use: no further channel can be offered")
-        self.offers.append(offer)
+        self.offers.add(offer)
         self._send_offer(offer)
 
     def withdraw(self, offer: Offer) -> None:
@@ -115,20 +128,35 @@ class BusServer(GpadlDesk):
         """Tell the guest that the channel is gone. Its owner must have let go of it already, or is made to."""
         if offer.state in (OfferState.UNOFFERED, OfferState.RESCINDED):
             return
-        for sub in self._subchannels(offer):
+        for sub in self.offers.subchannels(offer):
             self.rescind(sub)
+        self._rescind_one(offer)
+
+    def rescind_in_pieces(self, offer: Offer, done: Callable[[], None] = lambda: None) -> None:
+        """`rescind` because of the guest, who has as many sub-channels as it likes; `done` is called at the end."""
+        for sub in self.offers.subchannels(offer):
+            self._backlog.do(partial(self._rescind_one, sub))
+        self._backlog.do(partial(self._rescind_one, offer))
+        self._backlog.do(done)
+
+    def _rescind_one(self, offer: Offer) -> None:
+        if offer.state in (OfferState.UNOFFERED, OfferState.RESCINDED):
+            return
         in_use = offer.in_use
         waiting = offer.request if offer.state is OfferState.OPENING else offer.reopen
         offer.move(OfferEvent.RESCIND)
         offer.request = offer.reopen = None
-        offer.close_deferred = False
+        offer.waits_for = None
         if in_use:
             self._actions.close_channel(offer, True)
         offer.mapped.clear()
         self._finish_teardowns(offer)
         if waiting is not None:
             self.post(m.OpenResult(offer.relid, waiting.open_id, REFUSED))
-        self.post(m.RescindOffer(offer.relid))
+        if not self.disconnecting:  # a guest that begins anew knows of no offers
+            self.post(m.RescindOffer(offer.relid))
+        if offer.subchannel:
+            self._close_if_alone(self.offers.primary(offer))
         self._continue_disconnect()
 
     def opened(self, offer: Offer, status: int) -> None:
@@ -144,8 +172,8 @@ class BusServer(GpadlDesk):
         self.post(m.OpenResult(offer.relid, request.open_id, status))
         if not status:
             self._actions.channel_answered(offer)
-            for sub in self._subchannels(offer):
-                self._send_offer(sub)
+            for sub in self.offers.subchannels(offer):
+                self._backlog.do(partial(self._send_offer, sub))
 
     def closed(self, offer: Offer) -> None:
         """The owner's answer to `close_channel`: it holds nothing any more."""
@@ -163,37 +191,24 @@ class BusServer(GpadlDesk):
                 self._open(offer, again)
             except PeerError as error:
                 self._reject(error)
-        self._close_deferred(offer)
+        if offer.subchannel:
+            self._close_if_alone(self.offers.primary(offer))
         self._continue_disconnect()
 
     def _close(self, offer: Offer) -> None:
         """Ask the owner to close; that of a primary after those of its sub-channels."""
         offer.move(OfferEvent.CLOSE)
-        if any(sub.in_use for sub in self._subchannels(offer)):
-            offer.close_deferred = True
-        else:
-            self._actions.close_channel(offer, False)
+        offer.waits_for = [sub for sub in self.offers.subchannels(offer) if sub.in_use]
+        self._close_if_alone(offer)
 
-    def _close_deferred(self, sub: Offer) -> None:
-        primary = self._primary(sub) if sub.subchannel else None
-        if primary is not None and primary.close_deferred and not any(s.in_use for s in self._subchannels(primary)):
-            primary.close_deferred = False
+    def _close_if_alone(self, primary: Offer | None) -> None:
+        if primary is not None and primary.waits_for is not None and not still_in_use(primary.waits_for):
+            primary.waits_for = None
             self._actions.close_channel(primary, False)
 
-    def _primary(self, sub: Offer) -> Offer | None:
-        for offer in self.offers:
-            if offer.wanted and not offer.subchannel and offer.instance == sub.instance:
-                return offer
-        return None
-
     def _primary_is_open(self, sub: Offer) -> bool:
-        primary = self._primary(sub)
+        primary = self.offers.primary(sub)
         return primary is not None and primary.state is OfferState.OPEN
-
-    def _subchannels(self, primary: Offer) -> list[Offer]:
-        if primary.subchannel:
-            return []
-        return [offer for offer in self.offers if offer.subchannel and offer.instance == primary.instance]
 
     # ---- the guest ---------------------------------------------------------------------------------------------
 
@@ -236,40 +251,50 @@ class BusServer(GpadlDesk):
         log.warning("bus: message %d from the guest rejected: %s", self.rejected, error)
 
     def reset(self) -> None:
-        """The function was reset: drop everything at once, without a word to the guest."""
-        self._ending = None
+        """The function was reset: drop everything without a word to the guest, its memory before this returns."""
         self.restoring = False
+        self._backlog.clear()
+        self._ending = _Reset()
+        self._forget()
+        for offer in self.offers:
+            offer.reopen = offer.waits_for = None
+            offer.teardowns.clear()
+        self._actions.cut_off()
         self._drop_all(force=True)
-        self._disconnect()
 
     def post(self, message: Any) -> None:
-        """Send a message to the guest."""
-        self._actions.post(m.encode(message))
+        """Send a message to the guest, unless it knows of no connection."""
+        if self.state is ConnectionState.CONNECTED or isinstance(message, m.VersionResponse | m.UnloadResponse):
+            self._actions.post(m.encode(message))
 
     def _end_connection(self, message: m.InitiateContact | m.Unload) -> None:
         self._ending = message
+        for offer in self.offers:
+            offer.reopen = None
         self._drop_all(force=False)
-        self._continue_disconnect()
 
     def _drop_all(self, *, force: bool) -> None:
-        for offer in sorted(self.offers, key=lambda offer: offer.subchannel == 0):
-            offer.reopen = None
-            if force:
-                offer.teardowns.clear()
-                offer.close_deferred = False
-                if offer.in_use:
-                    if offer.state is not OfferState.CLOSING:
-                        offer.move(OfferEvent.CLOSE)
-                    self._actions.close_channel(offer, True)
-            elif offer.in_use and offer.state is not OfferState.CLOSING:
-                self._close(offer)
+        self._in_use = [offer for offer in self.offers if offer.in_use]
+        for offer in sorted(self._in_use, key=lambda offer: offer.subchannel == 0):
+            self._backlog.do(partial(self._drop, offer, force))
+        self._continue_disconnect()
+
+    def _drop(self, offer: Offer, force: bool) -> None:
+        if force and offer.in_use:
+            if offer.state is not OfferState.CLOSING:
+                offer.move(OfferEvent.CLOSE)
+            self._actions.close_channel(offer, True)
+        elif offer.in_use and offer.state is not OfferState.CLOSING:
+            self._close(offer)
 
     def _continue_disconnect(self) -> None:
         """Answer UNLOAD or INITIATE_CONTACT once no owner touches guest memory any more."""
-        if self._ending is None or any(offer.in_use for offer in self.offers):
+        if self._ending is None or still_in_use(self._in_use):
             return
         self._disconnect()
         contact, self._ending = self._ending, None
+        if isinstance(contact, _Reset):
+            return
         if isinstance(contact, m.Unload):
             self.post(m.UnloadResponse())
             return
@@ -281,12 +306,17 @@ class BusServer(GpadlDesk):
         where = MESSAGE_CONNECTION_ID_5_0 if v5 else contact.version
         self.post(m.VersionResponse(int(supported), 0, where if supported else 0))
 
-    def _disconnect(self) -> None:
+    def _forget(self) -> None:
         self.state = ConnectionState.DISCONNECTED
         self.version = 0
         self.offers_requested = False
         self.gpadls.clear()
         self._by_relid.clear()
+        self._no_relid_below = 1
+
+    def _disconnect(self) -> None:
+        self._backlog.clear()  # of a connection that is no more
+        self._forget()
         withdrawn = any(not offer.wanted for offer in self.offers)
         for offer in list(self.offers):
             offer.move(OfferEvent.FORGET)
@@ -307,20 +337,21 @@ class BusServer(GpadlDesk):
         if self.offers_requested:
             raise m.MessageError("offers were requested before on this connection")
         self.offers_requested = True
-        for offer in self.offers:
-            self._send_offer(offer)
-        self.post(m.AllOffersDelivered())
+        for offer in list(self.offers):
+            self._backlog.do(partial(self._send_offer, offer))
+        self._backlog.do(lambda: self.post(m.AllOffersDelivered()))
 
     def _send_offer(self, offer: Offer) -> None:
         if not self.offers_requested or self.restoring or offer.state is not OfferState.UNOFFERED or not offer.wanted:
             return
         if offer.subchannel and not self._primary_is_open(offer):
             return
-        if any(other.relid and other.key == offer.key for other in self.offers):
+        if any(other.relid for other in self.offers.same(offer)):
             return  # withdrawn, and not released yet: guests take a second offer of an instance for the same channel
-        relid = next((relid for relid in range(1, MAX_RELID + 1) if relid not in self._by_relid), 0)
+        relid = next((one for one in range(self._no_relid_below, MAX_RELID + 1) if one not in self._by_relid), 0)
         if not relid:
             raise UsageError(f"all {MAX_RELID} relids are in use")
+        self._no_relid_below = relid + 1
         offer.relid = relid
         offer.move(OfferEvent.OFFER)
         self._by_relid[relid] = offer
@@ -336,6 +367,8 @@ class BusServer(GpadlDesk):
                 return
             if offer.state is not OfferState.OFFERED:
                 raise m.MessageError(f"open of relid {message.relid}, which is {offer.state.value}")
+            if offer.subchannel and not self._primary_is_open(offer):
+                raise m.MessageError(f"open of relid {message.relid}, whose primary channel is not open")
         except PeerError:
             self.post(m.OpenResult(message.relid, message.open_id, REFUSED))
             raise
@@ -362,10 +395,10 @@ class BusServer(GpadlDesk):
             return
         if offer.state is not OfferState.OPEN:
             raise m.MessageError(f"close of relid {message.relid}, which is {offer.state.value}")
-        for sub in self._subchannels(offer):
-            if sub.state is not OfferState.CLOSING:
-                self.rescind(sub)
         self._close(offer)
+        for sub in self.offers.subchannels(offer):
+            if sub.state is not OfferState.CLOSING:
+                self._backlog.do(partial(self._rescind_one, sub))
 
     def _relid_released(self, message: m.RelidReleased) -> None:
         offer = self._channel(message.relid)
@@ -373,14 +406,14 @@ class BusServer(GpadlDesk):
             raise m.MessageError(f"release of relid {message.relid}, which is {offer.state.value}")
         rescinded = offer.state is OfferState.RESCINDED
         del self._by_relid[message.relid]
+        self._no_relid_below = min(self._no_relid_below, message.relid)
         self.gpadls.drop_channel(message.relid)
         offer.move(OfferEvent.RELEASE)
         offer.relid = 0
         if not offer.wanted:
             self.offers.remove(offer)
-            for other in self.offers:
-                if other.key == offer.key:
-                    self._send_offer(other)
+            for other in self.offers.same(offer):
+                self._send_offer(other)
             self._tell_released()
         elif rescinded:
             self._send_offer(offer)
@@ -429,7 +462,7 @@ class BusServer(GpadlDesk):
     def adopt_withdrawn(self, offer: Offer, relid: int) -> None:
         """For restore: an offer that had been withdrawn, whose relid the guest has not released yet."""
         offer.wanted = False
-        self.offers.append(offer)
+        self.offers.add(offer)
         self.adopt(offer, relid, OfferState.RESCINDED, None)
 
     def end_restore(self, *, torndown: list[tuple[int, int]], rescinded: list[Offer], new: list[Offer]) -> None:

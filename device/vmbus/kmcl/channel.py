@@ -184,7 +184,7 @@ class Channel(Endpoint):
         try:
             return incoming.turn()
         except PeerError as error:
-            self.fail(str(error))
+            self.broken(error)
             return False
         finally:
             flow.cork -= 1

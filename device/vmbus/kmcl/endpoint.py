@@ -21,7 +21,7 @@ from vmbus.kmcl.outgoing import Outgoing
 from vmbus.kmcl.settings import Settings
 from vmbus.kmcl.status import ChannelStateError
 from vmbus.kmcl.threads import Carrier, Threads, own_thread
-from vmbus.memory import GuestMemory
+from vmbus.memory import GuestMemory, MemoryRevoked
 from vmbus.ring import RingReader, RingWriter
 from vmbus.wire.packet import MAX_PACKET_SIZE, OVERHEAD
 
@@ -414,14 +414,18 @@ class Endpoint(Settings):
         """An access to the rings raised. What a peer broke fails the channel; anything else is a defect of ours."""
         if not isinstance(error, PeerError):
             raise error
-        self.fail(str(error))
+        self.broken(error)
+
+    def broken(self, error: PeerError) -> None:
+        """An access to the rings found them broken, or gone: that fails the channel."""
+        self.fail(str(error), breach=not isinstance(error, MemoryRevoked))
 
     def _guarded(self, action: Callable[[], object]) -> None:
         """Run something that touches shared memory; a peer that broke the rules fails the channel, not the caller."""
         try:
             action()
         except PeerError as error:
-            self.fail(str(error))
+            self.broken(error)
 
     def fail(self, reason: str, *, breach: bool = True) -> None:
         """Close this channel alone, because the other end (or the owner's code) broke its rules.

@@ -102,7 +102,8 @@ class BurstProvider(Provider):
                 self._finish_if_done()
             return
         start = workload.parse_burst_start(payload)
-        if start is None or self._run is not None:
+        too_long = start is not None and start.size + workload.BURST_DATA.size > self.channel.largest_payload
+        if start is None or self._run is not None or too_long:  # the guest chooses how large its rings are
             completion.complete(workload.STATUS_MALFORMED.to_bytes(4, "little"))
             return
         completion.complete(workload.STATUS_OK.to_bytes(4, "little"))

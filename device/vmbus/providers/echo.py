@@ -2,7 +2,7 @@
 
 With `hold` it keeps that many requests back, oldest first out, as a device that works on them would: so there are
 incoming packets to be finished when the device is paused. When no request has come for `hold_seconds` to twice that
-time, those that are held are answered anyway.
+time, those that are held are answered anyway. A request whose answer could never fit into the guest's ring is refused.
 
 Data in the guest's memory is transformed in slices, since a request may describe much of it; requests behind such a one
 wait for their turn.
@@ -28,6 +28,7 @@ from vmbus.records import U64, Count
 from vmbus.workload import STATUS_CORRUPT, STATUS_MALFORMED, STATUS_OK, TABLES
 
 _REQUEST_SIZE = workload.ECHO_REQUEST.size
+_REPLY_SIZE = workload.ECHO_REPLY.size
 _unpack_request = workload.ECHO_REQUEST.unpack_from
 _pack_reply = workload.ECHO_REPLY.pack
 _LAST = workload.LAST
@@ -140,7 +141,7 @@ class EchoProvider(Provider):
         else:
             sequences.arrived(sequence)
         data = payload[_REQUEST_SIZE : _REQUEST_SIZE + length]
-        if crc32(data) != crc or len(data) != length:
+        if crc32(data) != crc or len(data) != length or length > self.channel.largest_payload - _REPLY_SIZE:
             tally.corrupted += 1
             completion.complete(_pack_reply(sequence, 0, 0, STATUS_CORRUPT, 0))
             return

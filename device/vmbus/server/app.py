@@ -69,6 +69,8 @@ log = bounded_log(__name__)
 # Batches of requests handled before others get their turn on the loop.
 _DRAIN_LIMIT = 10_000
 _FLUSH_TRIES = 100
+TRANSPORT_SECONDS = 0.008
+"""Time that requests of the client take in one turn, give or take a request."""
 _LONGEST_PAUSE = 3600.0  # seconds
 _OFFER_SECONDS = 30.0
 _TAKE_AGAIN = 0.05  # seconds between tries to take outside resources that somebody else still has
@@ -236,7 +238,8 @@ class DeviceServer:
         # From inside a wait this may be called while no request is being handled, and only then.
         self._in_transport = True
         try:
-            return self._context.run()
+            with self.device.backlog.turn():
+                return self._context.run(seconds=TRANSPORT_SECONDS)
         finally:
             self._in_transport = False
 
@@ -481,6 +484,8 @@ class DeviceServer:
         started = time.monotonic()
         # What the guest wrote to registers before it was stopped must be seen before the state is taken.
         self._drain()
+        while self.device.backlog:  # noqa: ASYNC110 - each turn does a part of it
+            await asyncio.sleep(0)
         channels = self.device.channels
         self._held_at_pause = sum(len(channel.outstanding) for channel in channels)
         self.device.freeze()

@@ -48,6 +48,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import islice
+from math import inf
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
@@ -285,8 +286,8 @@ class Context:
         self._set_timer()
         return False
 
-    def run(self, max_requests: int = 64) -> RunResult:
-        """Handle the requests that wait, at most `max_requests`. Never waits for a client.
+    def run(self, max_requests: int = 64, seconds: float = inf) -> RunResult:
+        """Handle the requests that wait, at most `max_requests`, and for `seconds`. Never waits for a client.
 
         Without a client it does what `attach` does. Re-raises what is no Exception (KeyboardInterrupt and the like)
         from a callback. Raises EnvironmentProblem if guest memory that was taken back cannot be cut off: do not go on.
@@ -297,7 +298,8 @@ class Context:
         if self._stall_deadline is not None:
             self._drain_events()
         handled = 0
-        while handled < max_requests:
+        until = time.monotonic() + seconds
+        while handled < max_requests and time.monotonic() < until:
             if any_lost() and (region := self._regions.shrunk()) is not None:
                 return self._disconnect(f"pages of its memory at {region.iova:#x} are gone: the file was made shorter")
             waiting, size, messages, watched = look(self._client)
@@ -322,6 +324,8 @@ class Context:
                 handled += 1
                 if (problem := self._run_library()) is not None:
                     return self._disconnect(problem)
+                if time.monotonic() >= until:
+                    break
         return RunResult.MORE
 
     # -- for the device -------------------------------------------------------------------------------------------

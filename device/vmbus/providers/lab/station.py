@@ -243,7 +243,8 @@ class Line:
             found = yield from transformed(first(views, length), length, crc, sequence)
         else:
             data = body[start : start + length]
-            if len(data) == length and crc32(data) == crc:
+            room = self.channel.largest_payload - workload.ECHO_REPLY.size
+            if len(data) == length <= room and crc32(data) == crc:
                 answer = workload.transform(data, sequence)
                 found = crc32(answer)
         if found is None:
@@ -343,7 +344,8 @@ class Line:
 
     def _push(self, argument: int, body: bytes) -> Reply:
         size = SIZE.unpack_from(body)[0] if len(body) >= SIZE.size else 0
-        if argument > MAXIMUM_PUSH or not 0 < size <= MAXIMUM_PUSH_SIZE:
+        room = self.channel.largest_payload - workload.ECHO_REQUEST.size
+        if argument > MAXIMUM_PUSH or not 0 < size <= min(MAXIMUM_PUSH_SIZE, room):
             return REPLY.pack(Status.MALFORMED, 0)
         return self._push_all(argument, size)
 

@@ -1,0 +1,217 @@
+"""A guest with 2,047 channels: no turn of the event loop is long for anything that it can ask, and one more channel is
+as quick as usual meanwhile."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from support.hostile import LONGEST_TURN, PAGE, Scene, turns_of
+from support.many import MANY_TYPE
+from vmbus.backlog import Backlog
+from vmbus.bus.offers import MAX_RELID
+from vmbus.kmcl.channel import Channel
+from vmbus.kmcl.client import ClientChannel
+from vmbus.kmcl.completion import Completion
+from vmbus.vfio_user.library import Library
+from vmbus.wire.gpa import range_for
+from vmbus.wire.synic import CONTROL_RESET, Register
+from vmbus_guest.driver import VmbusDriver
+
+pytestmark = pytest.mark.loopback
+
+INSTANCES = {"channels": MAX_RELID}
+SUBCHANNELS = {"channels": 2, "subchannels": MAX_RELID - 2}
+TRIES = 3
+"""CPU time is counted, but a processor that others use too is slower: then it is measured again."""
+
+
+class Crowd:
+    """A guest that opens all channels on the same rings, of which it reads none."""
+
+    def __init__(self, function: Any) -> None:
+        self.driver = VmbusDriver(function)
+        self.rings = self.driver.allocate(4 * PAGE)
+        self.gpadls: dict[int, int] = {}
+        bus = self.driver.bus
+        while todo := bus.offers.keys() - self.gpadls:
+            for relid in sorted(todo):
+                self.gpadls[relid] = bus.create_gpadl(relid, [range_for(self.rings.iova, self.rings.size)])
+                bus.open_channel(relid, self.gpadls[relid], 2)
+            settle(self.driver)
+        assert len(bus.open_results) == MAX_RELID and not any(bus.open_results.values())
+
+
+def settle(driver: VmbusDriver) -> None:
+    driver.function.barrier()
+    while driver.step(0.0):
+        driver.function.barrier()
+
+
+def nothing(crowd: Crowd) -> None:
+    """What came before took its time already: to connect, to get all offers, and to open them all."""
+
+
+def reset(crowd: Crowd) -> None:
+    crowd.driver.function.write32(Register.CONTROL, CONTROL_RESET)
+
+
+def memory_is_taken_back(crowd: Crowd) -> None:
+    function: Any = crowd.driver.function
+    function.unmap_buffer(crowd.rings)
+
+
+def hang_up(crowd: Crowd) -> None:
+    function: Any = crowd.driver.function
+    function.client.close()
+
+
+def unload(crowd: Crowd) -> None:
+    crowd.driver.bus.unload()
+    crowd.driver.run_until(lambda: crowd.driver.bus.unloaded, 20, "the answer to UNLOAD")
+
+
+def contact_again(crowd: Crowd) -> None:
+    bus = crowd.driver.bus
+    bus.initiate_contact(bus.version)
+    crowd.driver.run_until(lambda: bus.version_response is not None, 20, "the answer to INITIATE_CONTACT")
+
+
+def close_all(crowd: Crowd) -> None:
+    for relid in crowd.gpadls:
+        crowd.driver.bus.close_channel(relid)
+
+
+def close_the_first(crowd: Crowd) -> None:
+    crowd.driver.bus.close_channel(1)
+
+
+def take_rings_of_the_first(crowd: Crowd) -> None:
+    crowd.driver.bus.teardown_gpadl(1, crowd.gpadls[1])
+
+
+def signal_all(crowd: Crowd) -> None:
+    for relid in crowd.gpadls:
+        crowd.driver.function.write32(Register.SIGNAL_EVENT, crowd.driver.bus.offers[relid].connection_id)
+
+
+def break_all(crowd: Crowd) -> None:
+    crowd.rings.view[0:4] = (10).to_bytes(4, "little")
+    signal_all(crowd)
+
+
+ACTS = [
+    nothing,
+    reset,
+    memory_is_taken_back,
+    hang_up,
+    unload,
+    contact_again,
+    close_all,
+    signal_all,
+    break_all,
+]
+OF_SUBCHANNELS = [reset, unload, close_the_first, take_rings_of_the_first, break_all]
+
+
+@pytest.fixture
+def make(libvfio_user: Library) -> Iterator[Callable[..., Scene]]:
+    scenes = []
+
+    def scene(**many: int) -> Scene:
+        scenes.append(Scene(libvfio_user, many=many))
+        return scenes[-1]
+
+    yield scene
+    for one in scenes:
+        one.close()
+
+
+def longest(scene: Scene, act: Callable[[Crowd], None]) -> float:
+    """Seconds of the longest turn in which a crowd comes, does this, and the server has done with it."""
+    scene.driver.close(graceful=False)
+    scene.function = scene.server.function(ram_size=64 << 20, map_size=8 << 20)
+    with turns_of(scene.server) as turns:
+        crowd = Crowd(scene.function)
+        act(crowd)
+        if act is hang_up:
+            crowd.driver.function.close()
+            scene.function = scene.server.function(ram_size=64 << 20, map_size=8 << 20)
+        elif act in (reset, memory_is_taken_back):
+            crowd.driver.function.barrier()
+        else:
+            settle(crowd.driver)
+        while scene.server.on_loop(lambda: len(scene.server.server.device.backlog)):
+            scene.function.barrier()
+    scene.driver = crowd.driver
+    scene.begin()
+    scene.trip()
+    print(f"{act.__name__}: {turns[0].seconds * 1e3:.1f} ms ({turns[0].what})")
+    return turns[0].seconds
+
+
+@pytest.mark.parametrize("act", ACTS, ids=lambda act: act.__name__)
+def test_2047_channels_make_no_long_turn(make: Callable[..., Scene], act: Callable[[Crowd], None]) -> None:
+    scene = make(**INSTANCES)
+    assert any(longest(scene, act) <= LONGEST_TURN for _ in range(TRIES))
+
+
+@pytest.mark.parametrize("act", OF_SUBCHANNELS, ids=lambda act: act.__name__)
+def test_2045_subchannels_make_no_long_turn(make: Callable[..., Scene], act: Callable[[Crowd], None]) -> None:
+    scene = make(**SUBCHANNELS)
+    assert any(longest(scene, act) <= LONGEST_TURN for _ in range(TRIES))
+
+
+def test_a_long_turn_is_noticed(make: Callable[..., Scene], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sabotage: all that one message makes necessary is done at once."""
+    scene = make(**INSTANCES)
+    monkeypatch.setattr(Backlog, "do", lambda self, piece: piece())
+    assert longest(scene, unload) > LONGEST_TURN
+
+
+def test_2047_channels_at_work_saved_and_restored(make: Callable[..., Scene]) -> None:
+    """A good part of them open, with requests and packets in flight on each, over a restore and to the end."""
+    scene = make(**INSTANCES)
+    driver = scene.driver
+    channels: list[ClientChannel] = []
+    taken: list[bytes] = []
+    answered: list[bytes] = []
+
+    def take(_: Channel, completion: Completion, payload: bytes) -> None:
+        taken.append(payload)
+        completion.complete()
+
+    for offer in list(driver.bus.offers.values()):
+        if len(channels) == 1500:
+            break
+        if offer.relid in driver._links:
+            continue
+        channel = driver.client_channel(
+            MANY_TYPE, instance=offer.interface_instance, ring_pages_in=1, ring_pages_out=1, name=str(offer.relid)
+        )
+        channel.set_process_packet_callbacks(take)
+        driver.enable(channel)
+        channels.append(channel)
+
+    def ask() -> None:
+        for channel in channels:
+            packet = channel.allocate_packet()
+            packet.completion_routine = lambda packet, status, reply: answered.append(reply)
+            packet.send(b"push" + int(channel.name).to_bytes(4, "little"))
+
+    ask()
+    driver.run_until(lambda: len(answered) == len(taken) == 1500, 20, "all answers, and all packets")
+    scene.bears(lambda: scene.driver.function.write32(Register.SIGNAL_EVENT, 0x10000 + 700))
+    ask()  # and what the server has sent and nobody has taken is in its state
+    status = scene.good_to_save()
+    driver.run_until(lambda: len(answered) == len(taken) == 3000, 20, "all answers, and all packets, after a restore")
+    assert sorted(taken) == sorted(2 * [int(channel.name).to_bytes(8, "little") for channel in channels])
+    assert status["bus"] == "connected" and not driver.rescinded and not driver.failures
+    for channel in channels[:200]:
+        driver.close_channel(channel)
+    driver.bus.unload()
+    driver.run_until(lambda: driver.bus.unloaded, 20, "the answer to UNLOAD")
+    scene.begin()
+    scene.trip()
