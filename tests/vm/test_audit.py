@@ -84,4 +84,6 @@ def test_sabotage_audit_catches_a_skipped_flush(run: Run, taken: Taken, programs
     report = run(to_the_end(taken, taken.broken, programs))
     print(report)
     assert report.verdict == "broken"
-    assert report.problems[0].first is not None, "a transaction is named"
+    first = report.problems[0]
+    # A channel's own indices are saved: rings that were not copied are noticed before any packet in them is believed.
+    assert first.first is not None or "what was saved: it was overwritten" in str(first), "nothing is named"
