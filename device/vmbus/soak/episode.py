@@ -155,8 +155,10 @@ class _Episode:
                 begin = stage.now
                 figures = await OPERATIONS[operation.kind](stage, operation.parameters)
                 seconds = stage.now - begin
-                # What the operation broke shows at once, and is told of this one and not of the next.
-                await stage.until_loaded(stage.here, 1, plan.operation_seconds)
+                # What the operation broke is told of this one and not of the next: it shows when as many transactions
+                # are completed as were under way.
+                under_way = sum((figures.packets or before).values())
+                await stage.until_loaded(stage.here, under_way, plan.operation_seconds)
             self.operations += 1
         except Exception as error:
             seconds = stage.now - begin
