@@ -30,7 +30,7 @@ SaveBytes = Annotated[bytes, msgspec.Meta(max_length=MAX_SAVE_BUF)]
 VersionNumber = Annotated[int, msgspec.Meta(ge=OLDEST_VERSION, le=VERSION)]
 
 
-class ChannelChunk(msgspec.Struct, tag="channel", frozen=True):
+class ChannelChunk(msgspec.Struct, tag="channel", frozen=True, gc=False):
     """The channel itself. `entries` is the number of chunks that follow.
 
     `force_new`: it is made anew at the restore, so that its packets in use were not saved: `left_queued`, `left_sent`.
@@ -45,7 +45,7 @@ class ChannelChunk(msgspec.Struct, tag="channel", frozen=True):
     left_sent: U32 = 0
 
 
-class PacketChunk(msgspec.Struct, tag="packet", frozen=True):
+class PacketChunk(msgspec.Struct, tag="packet", frozen=True, gc=False):
     """One outgoing packet in use."""
 
     lib: Annotated[bytes, msgspec.Meta(max_length=MAX_PACKET_SIZE + 256)]
@@ -53,7 +53,7 @@ class PacketChunk(msgspec.Struct, tag="packet", frozen=True):
     version: VersionNumber = 1  # what chunks without it are
 
 
-class CompletionChunk(msgspec.Struct, tag="completion", frozen=True):
+class CompletionChunk(msgspec.Struct, tag="completion", frozen=True, gc=False):
     """A completion packet that waits for room in the ring."""
 
     transaction: U64
@@ -64,7 +64,7 @@ class CompletionChunk(msgspec.Struct, tag="completion", frozen=True):
 Chunk = ChannelChunk | PacketChunk | CompletionChunk
 
 
-class LibBuf(msgspec.Struct, frozen=True):
+class LibBuf(msgspec.Struct, frozen=True, gc=False):
     """The library's state of one packet. `body` is kept while the packet is queued; a sent one lies in the ring."""
 
     version: VersionNumber
@@ -102,7 +102,7 @@ class Counts(NamedTuple):
         return cls(*map(sum, zip((0, 0, 0), *counts, strict=True)))
 
 
-class SavedPacket(NamedTuple):
+class SavedPacket(msgspec.Struct, frozen=True, gc=False):
     """An outgoing packet in use: the library's state, decoded and as bytes, and what its owner saved for it."""
 
     lib: LibBuf
@@ -170,6 +170,7 @@ class ChannelRecord(msgspec.Struct, frozen=True, dict=True):
 
 _INBAND = int(PacketType.INBAND)
 _KINDS = {_INBAND, int(PacketType.GPA_DIRECT)}
+_NO_HEADERS = DESCRIPTOR_SIZE // 8
 _encoder = msgspec.msgpack.Encoder()
 encode = _encoder.encode
 _chunk_decoder: msgspec.msgpack.Decoder[Chunk] = msgspec.msgpack.Decoder(Chunk)
@@ -184,6 +185,11 @@ def decode_chunk(data: bytes) -> Chunk:
 def decode_lib(data: bytes) -> LibBuf:
     """The library's state of a packet. Raises StateError."""
     lib = decode(_lib_decoder, data, "the saved state of a packet (LibBuf)")
+    _check_lib(lib)
+    return lib
+
+
+def _check_lib(lib: LibBuf) -> None:
     headers = lib.offset8 * 8 - DESCRIPTOR_SIZE
     if lib.kind not in _KINDS or (lib.kind == _INBAND) != (headers == 0):
         raise StateError(f"a saved packet of type {lib.kind} has {headers} bytes of headers, which cannot be")
@@ -191,7 +197,19 @@ def decode_lib(data: bytes) -> LibBuf:
         raise StateError(f"packet {lib.transaction} was sent and wants no completion, so it cannot be in use")
     if lib.queued and headers > len(lib.body):
         raise StateError(f"a saved packet has {headers} bytes of headers in a body of {len(lib.body)}")
-    return lib
+
+
+def _decode_entry(data: bytes) -> tuple[Chunk, LibBuf | None]:
+    """A chunk, and the library's state in that of a packet. Raises StateError."""
+    try:  # for what may be a million packets, without a call for each
+        chunk = _chunk_decoder.decode(data)
+        lib = _lib_decoder.decode(chunk.lib) if type(chunk) is PacketChunk else None
+    except Exception:
+        chunk = decode_chunk(data)  # says what is wrong
+        return chunk, decode_lib(chunk.lib) if isinstance(chunk, PacketChunk) else None
+    if lib is not None and (lib.kind != _INBAND or lib.offset8 != _NO_HEADERS or not (lib.queued or lib.flags)):
+        _check_lib(lib)
+    return chunk, lib
 
 
 def decode_channel(chunks: Sequence[bytes], name: str) -> SavedChannel:
@@ -206,20 +224,21 @@ def decode_channel(chunks: Sequence[bytes], name: str) -> SavedChannel:
     completions = longest = 0
     seen = set()
     for data in chunks[1:]:
-        chunk = decode_chunk(data)
-        if isinstance(chunk, PacketChunk):
-            lib = decode_lib(chunk.lib)
-            if lib.transaction >= head.next_transaction:
-                raise StateError(f"packet {lib.transaction} of channel {name} is newer than the channel's state")
-            if lib.transaction in seen:
-                raise StateError(f"packet {lib.transaction} of channel {name} is there twice")
-            seen.add(lib.transaction)
+        chunk, lib = _decode_entry(data)
+        if lib is not None:
+            assert isinstance(chunk, PacketChunk)
+            transaction = lib.transaction
+            if transaction >= head.next_transaction:
+                raise StateError(f"packet {transaction} of channel {name} is newer than the channel's state")
+            if transaction in seen:
+                raise StateError(f"packet {transaction} of channel {name} is there twice")
+            seen.add(transaction)
             packet = SavedPacket(lib, chunk.lib, chunk.save)
             if lib.queued:
                 longest = max(longest, len(lib.body))
                 queue.append(packet)
             elif queue:
-                raise StateError(f"packet {lib.transaction} of channel {name} was sent after one that was queued")
+                raise StateError(f"packet {transaction} of channel {name} was sent after one that was queued")
             else:
                 sent.append(packet)
         elif isinstance(chunk, CompletionChunk):
