@@ -15,6 +15,8 @@ from typing import Any
 import pytest
 
 from vmbus.errors import EnvironmentProblem, StateError, UsageError, WaitTimeout
+from vmbus.kmcl.channel import Channel
+from vmbus.kmcl.completion import Completion
 from vmbus.kmcl.status import Status
 from vmbus.loopback.function import LoopbackFunction
 from vmbus.loopback.harness import LoopbackServer, describe
@@ -217,12 +219,12 @@ def test_the_client_says_what_is_wrong(server: LoopbackServer, tmp_path: Path) -
 class Miser(EchoProvider):
     """Keeps every packet, whatever happens, until it is told to let go."""
 
-    def _answer(self, completion, payload: bytes) -> None:
+    def _answer(self, _: Channel, completion: Completion, payload: bytes, waited: bool = False) -> None:
         self.kept = [*getattr(self, "kept", []), (completion, payload)]
 
     def let_go(self) -> None:
         for completion, payload in self.kept:
-            super()._answer(completion, payload)
+            super()._answer(self.channel, completion, payload)
         self.kept = []
 
 
