@@ -15,7 +15,7 @@ import asyncio
 import functools
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -128,7 +128,7 @@ class TimedProvider(EchoProvider):
         super()._answer(_, completion, payload, waited)
         self._stamps.stamp("provided")
 
-    def command(self, command: str, arguments: dict[str, Any]) -> dict[str, Any]:
+    def command(self, name: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
         seen = self._stamps.stages
         self._stamps.stages = [[] for _ in STAGES]
         return {"rounds": len(seen[-1]), "seconds": [statistics.median(one) if one else 0.0 for one in seen]}
