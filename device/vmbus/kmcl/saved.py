@@ -102,7 +102,7 @@ class Counts(NamedTuple):
         return cls(*map(sum, zip((0, 0, 0), *counts, strict=True)))
 
 
-class SavedPacket(msgspec.Struct, frozen=True, gc=False):
+class SavedPacket(NamedTuple):
     """An outgoing packet in use: the library's state, decoded and as bytes, and what its owner saved for it."""
 
     lib: LibBuf
@@ -223,6 +223,7 @@ def decode_channel(chunks: Sequence[bytes], name: str) -> SavedChannel:
     queue: list[SavedPacket | CompletionChunk] = []
     completions = longest = 0
     seen = set()
+    new = tuple.__new__  # what SavedPacket() comes to, without a call in between for each packet
     for data in chunks[1:]:
         chunk, lib = _decode_entry(data)
         if lib is not None:
@@ -233,7 +234,7 @@ def decode_channel(chunks: Sequence[bytes], name: str) -> SavedChannel:
             if transaction in seen:
                 raise StateError(f"packet {transaction} of channel {name} is there twice")
             seen.add(transaction)
-            packet = SavedPacket(lib, chunk.lib, chunk.save)
+            packet = new(SavedPacket, (lib, chunk.lib, chunk.save))
             if lib.queued:
                 longest = max(longest, len(lib.body))
                 queue.append(packet)
