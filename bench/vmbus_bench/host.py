@@ -52,6 +52,10 @@ _ITS_OWN = (
     "what the echo provider does itself (two checksums, a transform, struct) is Python over both cores, and now more "
     "than half of an echo; see the row without it"
 )
+_SHARED = (
+    "doorbells, turns and the provider's callback are Python over both cores, and weigh the more the fewer packets a "
+    "doorbell brings"
+)
 _TIMEOUT = 30.0
 
 _ECHO_CHILD = """
@@ -244,7 +248,7 @@ def compare(part: Part, costs: dict[tuple[str, str], list[float]], base: list[fl
     """Rows and targets: the native core against the pure one and the socket's echo; seconds of CPU time, in pairs."""
     for kind, title, why in (
         ("echo", "CPU time of an echo", _ITS_OWN),
-        ("answering", "CPU time of an echo whose provider does nothing", ""),
+        ("answering", "CPU time of an echo whose provider does nothing", _SHARED),
     ):
         native, pure = costs["native", kind], costs["pure", kind]
         less, times = ratio(pure, native), ratio(base, native)

@@ -33,7 +33,7 @@ PARTS = ("guest", "host", "doorbell", "save-restore", "block", "network", "downt
 @click.option(
     "--json", "json_file", type=click.Path(path_type=Path, dir_okay=False), help="Write the figures here too."
 )
-@click.option("--quick", is_flag=True, help="Fewer and shorter rounds: rough figures in two to three minutes.")
+@click.option("--quick", is_flag=True, help="Fewer and shorter rounds: rough figures in about two minutes.")
 @click.option(
     "--only",
     "names",
