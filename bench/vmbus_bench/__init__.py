@@ -3,6 +3,8 @@
 figures         samples, targets, the report: no I/O
 processes       server processes to measure, CPU time of other processes
 host            host-only transactions: the real server and library, the guest's side in this process
+answering       a provider that does nothing, for the part `host`
+doorbell        one doorbell, stage by stage
 save_restore    a server with packets in flight, saved and restored
 guest           the same driver in a Linux guest, against virtio-serial
 audit           transactions with audit records, against the same without

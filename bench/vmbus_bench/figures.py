@@ -60,7 +60,7 @@ def ratio(values: Sequence[float], baseline: Sequence[float]) -> Sample:
 
 
 class Target(msgspec.Struct, frozen=True):
-    """What was to be reached, and what was: judged by the median."""
+    """What was to be reached, and what was: judged by the median. `why`: the note, if it is missed."""
 
     name: str
     target: float
@@ -68,12 +68,15 @@ class Target(msgspec.Struct, frozen=True):
     value: float
     unit: str
     reached: bool
+    why: str = ""
 
     @classmethod
-    def judge(cls, name: str, sample: Sample, direction: Literal["at least", "at most"], target: float) -> Target:
-        """Compare the sample's median with the target."""
+    def judge(
+        cls, name: str, sample: Sample, direction: Literal["at least", "at most"], target: float, why: str = ""
+    ) -> Target:
+        """Compare the sample's median with the target. `why`: what there is to say should it be missed."""
         reached = sample.median >= target if direction == "at least" else sample.median <= target
-        return cls(name, target, direction, sample.median, sample.unit, reached)
+        return cls(name, target, direction, sample.median, sample.unit, reached, "" if reached else why)
 
 
 class Row(msgspec.Struct, frozen=True):
@@ -144,5 +147,5 @@ def readable_target(target: Target) -> str:
     verdict = "reached" if target.reached else "missed"
     return (
         f"{verdict}: {target.name} is {readable(target.value, target.unit)} "
-        f"({target.direction} {readable(target.target, target.unit)})"
+        f"({target.direction} {readable(target.target, target.unit)})" + (f"; {target.why}" if target.why else "")
     )

@@ -27,7 +27,7 @@ from vmbus.qemu.machine import VirtualMachine
 from vmbus_bench.figures import Part, Row, Sample, Target, ratio
 
 SIZE = 64
-TARGET = 3.0
+TARGET = 6.0
 WINDOW = 256
 RING_PAGES = 32
 _TIMEOUT = 60.0

@@ -5,6 +5,11 @@ A transaction is an echo of 64 bytes inline: request packet, checksum, transform
 ring. The baseline is what Python can do at all between two processes with messages of that size: an echo over a
 SOCK_SEQPACKET socket with 64 messages in flight (for round trips: one).
 
+Servers run all the time, over the native core and over its pure twin, and take their turns; of each kind one with the
+echo provider, and one whose provider gives requests back as they came (`answering`). That one costs what KMCL, rings
+and transport cost, and does what the socket's echo does; the difference between the two is the echo provider's own
+Python: unpacking, two checksums, a transform, packing.
+
 The server has one thread, so its share of one core is what limits it. `server` figures are transactions per second of
 its CPU time; `wall` figures also wait for the guest's side, which is Python on another core. The last row has both
 sides in one process, under one interpreter lock: all work of both ends on one core.
@@ -18,22 +23,39 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from vmbus.errors import VmbusError
 from vmbus.loopback.function import LoopbackFunction
-from vmbus.loopback.harness import LoopbackServer, describe
+from vmbus.loopback.harness import LoopbackServer
+from vmbus.native import SETTING
 from vmbus.vfio_user.library import find_and_load
+from vmbus_bench import answering
 from vmbus_bench.figures import Part, Row, Sample, Target, ratio
-from vmbus_bench.processes import ServerProcess, cpu_seconds, spawn
+from vmbus_bench.processes import ServerProcess, cpu_seconds, describe_own, spawn
 from vmbus_guest.testdrivers.context import Context
 from vmbus_guest.testdrivers.raw_echo import RawEchoWorkload
 from vmbus_guest.testdrivers.workload import run_workload
 
 SIZE = 64
 RING_PAGES = 32
+WINDOW = 256
+"""That of the comparisons."""
 TARGET = 200_000.0
+TIMES_PURE = 3.0
+"""How many times less CPU time an echo is to take than over the pure twin."""
+TIMES_SOCKET = 3.0
+"""How many times as many are to be done in a second of CPU time as with the socket's echo."""
+_ITS_OWN = (
+    "what the echo provider does itself (two checksums, a transform, struct) is Python over both cores, and now more "
+    "than half of an echo; see the row without it"
+)
+_SHARED = (
+    "doorbells, turns and the provider's callback are Python over both cores, and weigh the more the fewer packets a "
+    "doorbell brings"
+)
 _TIMEOUT = 30.0
 
 _ECHO_CHILD = """
@@ -90,7 +112,8 @@ class _SocketEcho:
             self._child.wait(10.0)
 
 
-def _raw_echo(open_function: Callable[[], LoopbackFunction], count: int, window: int) -> dict[str, Any]:
+def raw_echo(open_function: Callable[[], LoopbackFunction], count: int, window: int) -> dict[str, Any]:
+    """So many transactions of a guest whose function `open_function` opens: what the driver reports of them."""
     parameters = {
         "count": count,
         "window": window,
@@ -103,6 +126,13 @@ def _raw_echo(open_function: Callable[[], LoopbackFunction], count: int, window:
     if result["verdict"] != "passed":
         raise VmbusError(f"the echo transactions of the benchmark went wrong: {result}")
     return result
+
+
+def _cost(server: ServerProcess, count: int, window: int) -> float:
+    """Seconds of the server's CPU time for each transaction."""
+    before = cpu_seconds(server.pid)
+    raw_echo(lambda: LoopbackFunction(server.socket_path), count, window)
+    return (cpu_seconds(server.pid) - before) / count
 
 
 def measure(library: Path, *, quick: bool, step: Callable[[str], None]) -> Part:
@@ -118,7 +148,9 @@ def measure(library: Path, *, quick: bool, step: Callable[[str], None]) -> Part:
         rows=[],
         targets=[],
     )
-    description = describe("echo")
+    description = describe_own("echo", "echo")
+    kinds = {"echo": description, "answering": describe_own(answering.KIND, "echo")}
+    compared: dict[tuple[str, str], list[float]] = {(core, kind): [] for core in ("native", "pure") for kind in kinds}
     rates: dict[int, list[float]] = {window: [] for window in windows}
     costs: dict[int, list[float]] = {window: [] for window in windows}
     guest_costs: dict[int, list[float]] = {window: [] for window in windows}
@@ -127,12 +159,19 @@ def measure(library: Path, *, quick: bool, step: Callable[[str], None]) -> Part:
     trips: list[float] = []
     base_trips: list[float] = []
     both: list[float] = []
-    with _SocketEcho() as baseline, ServerProcess(description, library) as server:
+    with ExitStack() as stack:
+        baseline = stack.enter_context(_SocketEcho())
+        servers = {
+            (core, kind): stack.enter_context(ServerProcess(kinds[kind], library, settings={SETTING: core}))
+            for core, kind in compared
+        }
+        server = servers["native", "echo"]
 
         def connect() -> LoopbackFunction:
             return LoopbackFunction(server.socket_path)
 
-        _raw_echo(connect, min(count, 20_000), windows[0])
+        for one in servers.values():
+            _cost(one, min(count, 20_000), windows[0])
         for repeat in range(repeats):
             step(f"host-only, round {repeat + 1} of {repeats}")
             rate, cost = baseline.measure(count // 2, 64)
@@ -140,16 +179,18 @@ def measure(library: Path, *, quick: bool, step: Callable[[str], None]) -> Part:
             base_costs.append(cost)
             for window in windows:
                 before, own = cpu_seconds(server.pid), time.process_time()
-                rates[window].append(_raw_echo(connect, count, window)["per_second"])
+                rates[window].append(raw_echo(connect, count, window)["per_second"])
                 # Connecting, opening and closing the channel are in here too, and small against the count.
                 costs[window].append((cpu_seconds(server.pid) - before) / count)
                 guest_costs[window].append((time.process_time() - own) / count)
+            for key, one in servers.items():
+                compared[key].append(_cost(one, count // 2, WINDOW))
             base_trips.append(1 / baseline.measure(5000, 1)[0])
-            trips.append(_raw_echo(connect, 5000, 1)["round_trip"]["median"])
+            trips.append(raw_echo(connect, 5000, 1)["round_trip"]["median"])
     with LoopbackServer(description, find_and_load(library)) as together:
         for repeat in range(repeats):
             step(f"both sides in one process, round {repeat + 1} of {repeats}")
-            both.append(_raw_echo(together.function, count // 4, windows[-1])["per_second"])
+            both.append(raw_echo(together.function, count // 4, windows[-1])["per_second"])
 
     per_second = Sample.of(base_rates, "/s")
     per_cpu = Sample.of([1 / cost for cost in base_costs], "/s")
@@ -194,9 +235,37 @@ def measure(library: Path, *, quick: bool, step: Callable[[str], None]) -> Part:
             "doorbell over the socket, interrupt by eventfd",
         )
     )
+    compare(part, compared, base_costs)
     fastest = Sample.of([1 / cost for cost in costs[best]], "/s")
     name = f"host-only transactions on one core (server, window {best})"
     part.targets.append(Target.judge(name, fastest, "at least", TARGET))
     part.parameters["server_threads"] = 1
     part.parameters["processors"] = len(os.sched_getaffinity(0))
     return part
+
+
+def compare(part: Part, costs: dict[tuple[str, str], list[float]], base: list[float]) -> None:
+    """Rows and targets: the native core against the pure one and the socket's echo; seconds of CPU time, in pairs."""
+    for kind, title, why in (
+        ("echo", "CPU time of an echo", _ITS_OWN),
+        ("answering", "CPU time of an echo whose provider does nothing", _SHARED),
+    ):
+        native, pure = costs["native", kind], costs["pure", kind]
+        less, times = ratio(pure, native), ratio(base, native)
+        for name, other, found in (("the pure twin", pure, less), ("the socket's echo", base, times)):
+            part.rows.append(
+                Row(
+                    f"{title}, against {name}",
+                    Sample.of([1e6 * cost for cost in native], "us"),
+                    Sample.of([1e6 * cost for cost in other], "us"),
+                    found,
+                    f"the ratio says how many times less; window {WINDOW}",
+                )
+            )
+        part.targets.append(Target.judge(f"{title}: less than over the pure twin", less, "at least", TIMES_PURE, why))
+        part.targets.append(Target.judge(f"{title}: less than the socket's echo", times, "at least", TIMES_SOCKET, why))
+    own = [
+        1e6 * (echo - nothing)
+        for echo, nothing in zip(costs["native", "echo"], costs["native", "answering"], strict=True)
+    ]
+    part.rows.append(Row("of which is the echo provider's own", Sample.of(own, "us"), note="the same over both cores"))

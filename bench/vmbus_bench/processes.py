@@ -12,15 +12,19 @@ import subprocess
 import sys
 import tempfile
 import time
+import uuid
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import vmbus
-from vmbus.description import DeviceDescription
+from vmbus.description import DeviceDescription, ProviderDescription
 from vmbus.errors import EnvironmentProblem, WaitTimeout
+from vmbus.providers.loading import PATH_VARIABLE
 from vmbus.server.control import ControlClient
 
+MEASUREMENTS = str(Path(__file__).resolve().parent.parent)
 IMPORT_ROOT = str(Path(vmbus.__file__).resolve().parent.parent)
 START_TIMEOUT = 20.0
 _LAUNCHER = Path(vmbus.__file__).resolve().parent / "qemu" / "launcher.py"
@@ -49,6 +53,12 @@ def describe_machine() -> dict[str, Any]:
     }
 
 
+def describe_own(kind: str, name: str) -> DeviceDescription:
+    """A device with one provider, which may be one of the benchmark's own (`package.module:Class`)."""
+    instance = str(uuid.uuid5(uuid.NAMESPACE_DNS, f"{name}.bench.test"))
+    return DeviceDescription(name="vmbus0", providers=[ProviderDescription(kind=kind, name=name, instance=instance)])
+
+
 def spawn(arguments: list[str], **options: Any) -> subprocess.Popen[bytes]:
     """Start a program that cannot outlive us. Call it from the main thread."""
     launcher = [sys.executable, "-I", "-S", str(_LAUNCHER), str(os.getpid())]
@@ -62,9 +72,17 @@ class ServerProcess:
     """
 
     def __init__(
-        self, description: DeviceDescription, library: Path, *, restore: Path | None = None, audit: Path | None = None
+        self,
+        description: DeviceDescription,
+        library: Path,
+        *,
+        restore: Path | None = None,
+        audit: Path | None = None,
+        settings: Mapping[str, str] | None = None,
     ) -> None:
-        """Returns when it listens. Raises EnvironmentProblem with what it printed, or WaitTimeout."""
+        """Returns when it listens. `settings`: further environment variables.
+
+        Raises EnvironmentProblem with what it printed, or WaitTimeout."""
         with contextlib.ExitStack() as stack:
             self.directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="vmbus-bench-")))
             self.socket_path = self.directory / "vfio.sock"
@@ -83,7 +101,12 @@ class ServerProcess:
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=log,
-                env={**os.environ, "PYTHONPATH": IMPORT_ROOT},
+                env={
+                    **os.environ,
+                    "PYTHONPATH": IMPORT_ROOT,
+                    PATH_VARIABLE: MEASUREMENTS,
+                    **(settings or {}),
+                },
             )
             stack.callback(self._end)
             self.pid = self._process.pid
@@ -102,7 +125,7 @@ class ServerProcess:
             stack.callback(self._control.close)
             self._cleanup = stack.pop_all()
 
-    def call(self, command: str, timeout: float = 60.0, **arguments: Any) -> dict[str, Any]:
+    def call(self, command: str, /, timeout: float = 60.0, **arguments: Any) -> dict[str, Any]:
         """A control command."""
         return self._runner.run(self._control.call(command, timeout=timeout, **arguments))
 

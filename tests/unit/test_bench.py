@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import os
 import time
@@ -16,7 +17,7 @@ from vmbus.loopback.harness import describe
 from vmbus.migration.source import MigrationReport
 from vmbus.qemu.command_line import Programs
 from vmbus.qemu.description import VmDescription
-from vmbus_bench import downtime
+from vmbus_bench import doorbell, downtime, host
 from vmbus_bench.figures import (
     Part,
     Report,
@@ -155,15 +156,15 @@ def _migration(downtime: float) -> MigrationReport:
     )
 
 
-def _downtime(plain: list[float], with_device: list[float]) -> Part:
+def _downtime(plain: list[float], without: list[float], with_many: list[float]) -> Part:
     description = VmDescription(name="bench", device=describe("burst"))
     programs = Programs(("qemu",), "11.1.3", "tcg", Path("kernel"), Path("initramfs"))
-    return downtime.summary(plain, {100: [_migration(one) for one in with_device]}, description, programs)
+    reports = {0: [_migration(one) for one in without], 1000: [_migration(one) for one in with_many]}
+    return downtime.summary(plain, reports, description, programs)
 
 
 def test_downtime_is_compared_pair_by_pair() -> None:
-    part = _downtime([0.100, 0.200], [0.120, 0.300])
-    (row,) = part.rows
+    row, _ = _downtime([0.100, 0.200], [0.120, 0.300], [0.1, 0.2]).rows
     assert (row.figure.values, row.baseline and row.baseline.values) == ([120.0, 300.0], [100.0, 200.0])
     assert row.ratio is not None and row.ratio.values == [1.2, 1.5]
     assert row.details["added"].values == [20.0, 100.0]
@@ -172,14 +173,64 @@ def test_downtime_is_compared_pair_by_pair() -> None:
 
 
 @pytest.mark.parametrize(
-    ("plain", "with_device", "allowed", "reached"),
-    [(0.100, 0.150, 50.0, True), (0.100, 0.151, 50.0, False), (1.0, 1.1, 100.0, True), (1.0, 1.11, 100.0, False)],
+    ("without", "with_many", "value", "reached"),
+    [
+        (0.120, 0.126, 1.3, (True, True)),
+        (0.121, 0.121, 1.0, (False, True)),
+        (0.110, 0.114, 1.4, (True, False)),
+        (0.100, 0.101, 10.0, (True, False)),  # against next to nothing
+    ],
 )
-def test_the_device_may_add_ten_percent_or_fifty_milliseconds(
-    plain: float, with_device: float, allowed: float, reached: bool
-) -> None:
-    (target,) = _downtime([plain], [with_device]).targets
-    assert (target.target, target.direction, target.reached) == (allowed, "at most", reached)
+def test_what_the_device_may_add(without: float, with_many: float, value: float, reached: tuple[bool, bool]) -> None:
+    least, times = _downtime([0.100], [without], [with_many]).targets
+    assert (least.target, least.direction, times.target, times.direction) == (20.0, "at most", 1.3, "at most")
+    assert times.value == pytest.approx(value)
+    assert (least.reached, times.reached) == reached
+    assert all(bool(target.why) != target.reached for target in (least, times))
+
+
+def _compared(native: float, pure: float, base: float, nothing: float) -> Part:
+    part = Part("host", "", {}, "", rows=[], targets=[])
+    costs = {
+        ("native", "echo"): [native],
+        ("pure", "echo"): [pure],
+        ("native", "answering"): [nothing],
+        ("pure", "answering"): [nothing + pure - native],
+    }
+    host.compare(part, costs, [base])
+    return part
+
+
+def test_cores_and_the_socket_are_compared_by_cpu_time() -> None:
+    part = _compared(2e-6, 6e-6, 4e-6, 1e-6)
+    assert [target.reached for target in part.targets] == [True, False, True, True]
+    assert [target.value for target in part.targets] == pytest.approx([3.0, 2.0, 5.0, 4.0])
+    assert part.rows[0].figure.values == [2.0] and part.rows[-1].figure.values == [1.0]
+
+
+def test_a_target_that_is_missed_says_why() -> None:
+    sample = Sample.of([2.0], "x")
+    assert Target.judge("it", sample, "at least", 3.0, "because").why == "because"
+    assert readable_target(Target.judge("it", sample, "at least", 3.0, "because")).endswith("(at least 3.00x); because")
+    assert Target.judge("it", sample, "at least", 2.0, "because").why == ""
+
+
+def test_the_stages_of_a_doorbell_follow_each_other() -> None:
+    for (_, after, _), (before, _, _) in itertools.pairwise(doorbell.STAGES):
+        assert after == before
+    stamps = doorbell._Stamps()
+    waits = stamps.select(lambda timeout: [])
+    waits(0.0)
+    for name in ("look", "looked", "register", "registered", "turn", "provider", "provided", "event", "interrupt"):
+        stamps.stamp(name)
+    waits(0.0)  # no interrupt: that was no doorbell
+    assert stamps.stages[0] == []
+    for name in ("look", "looked", "register", "registered", "turn", "provider", "provided", "event", "interrupt"):
+        stamps.stamp(name)
+    stamps.stamp("interrupted")
+    stamps.stamp("look")  # the next one
+    waits(0.0)
+    assert [len(stage) for stage in stamps.stages] == [1] * 10 + [0]
 
 
 def test_cpu_time_of_a_process() -> None:

@@ -26,14 +26,14 @@ if TYPE_CHECKING:
     from vmbus_bench.figures import Part, Report
 
 _MEASUREMENTS = Path(__file__).resolve().parents[3] / "bench"
-PARTS = ("guest", "host", "save-restore", "block", "network", "downtime", "audit")
+PARTS = ("guest", "host", "doorbell", "save-restore", "block", "network", "downtime", "audit")
 
 
 @click.command()
 @click.option(
     "--json", "json_file", type=click.Path(path_type=Path, dir_okay=False), help="Write the figures here too."
 )
-@click.option("--quick", is_flag=True, help="Fewer and shorter rounds: rough figures in half a minute.")
+@click.option("--quick", is_flag=True, help="Fewer and shorter rounds: rough figures in about two minutes.")
 @click.option(
     "--only",
     "names",
@@ -93,10 +93,12 @@ def bench(json_file: Path | None, quick: bool, names: tuple[str, ...]) -> None:
 
 
 def _measure(name: str, provisioned: Provisioned, quick: bool, steps: Steps) -> Part:
-    from vmbus_bench import audit, block, downtime, guest, host, network, save_restore
+    from vmbus_bench import audit, block, doorbell, downtime, guest, host, network, save_restore
 
     if name == "host":
         return host.measure(provisioned.libvfio_user, quick=quick, step=steps)
+    if name == "doorbell":
+        return doorbell.measure(provisioned.libvfio_user, host.raw_echo, quick=quick, step=steps)
     if name == "audit":
         return audit.measure(provisioned.libvfio_user, quick=quick, step=steps)
     if name == "save-restore":

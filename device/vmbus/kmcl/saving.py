@@ -294,6 +294,8 @@ class SavingChannel(Channel):
                 )
             buffer = bytearray(needed)
             written = save_packet(self, packet, memoryview(buffer))
+            if written == needed:
+                return bytes(buffer)
         except KmclError:
             raise
         except Exception as error:

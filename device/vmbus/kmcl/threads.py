@@ -40,7 +40,8 @@ def own_thread(method: Callable[Concatenate[C, P], R]) -> Callable[Concatenate[C
 
     @functools.wraps(method)
     def checked(self: C, /, *args: P.args, **kwargs: P.kwargs) -> R:
-        self.threads.require_own(name)
+        if _ident() != self.flow.thread:
+            self.threads.require_own(name)  # says so
         return method(self, *args, **kwargs)
 
     return checked

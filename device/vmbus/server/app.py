@@ -113,7 +113,8 @@ class DeviceServer:
         self._in_transport = False
         # Held while providers come and go, so that no pause falls into it.
         self._changing = asyncio.Lock()
-        self._scheduled = False
+        self._scheduled = False  # turns of channels will be given
+        self._at_once = False  # by whoever is running now, without the event loop
         self._restore = restore
         self._files = files
         self._held_at_pause = 0
@@ -208,7 +209,7 @@ class DeviceServer:
             await self._control.start()
             if self.phase is Phase.RUNNING:
                 self._life.activate()
-            self._loop.add_reader(context.poll_fd(), self._turns.run, "requests of the client", self._on_transport)
+            self._loop.add_reader(context.poll_fd(), self._on_client)
             ready()
             await self._ended
         finally:
@@ -224,6 +225,17 @@ class DeviceServer:
         """End `run`."""
         if not self._ended.done():
             self._ended.set_result(None)
+
+    def _on_client(self) -> None:
+        """The client has something for us. Channels that it signals have their turns right after that: to go round the
+        event loop first would cost a good part of a doorbell."""
+        self._at_once = True
+        try:
+            self._turns.run("requests of the client", self._on_transport)
+        finally:
+            self._at_once = False
+        if self._scheduled:
+            self._turns.run("turns of channels", self._service)
 
     def _on_transport(self) -> None:
         try:
@@ -246,7 +258,8 @@ class DeviceServer:
     def _schedule(self) -> None:
         if not self._scheduled:
             self._scheduled = True
-            self._loop.call_soon(self._turns.run, "turns of channels", self._service)
+            if not self._at_once:
+                self._loop.call_soon(self._turns.run, "turns of channels", self._service)
 
     def _service(self) -> None:
         self._scheduled = False

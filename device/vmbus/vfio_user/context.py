@@ -204,6 +204,7 @@ class Context:
         self._handshake_timeout = handshake_timeout
         self._message_timeout = message_timeout
         self._client: socket.socket | None = None
+        self._poller = select.poll()  # of the client's socket
         self._pending: list[_Pending] = []
         self._stall_deadline: float | None = None
         self._cooling: list[float] = []  # when places are free again that failed clients had
@@ -302,6 +303,9 @@ class Context:
         while handled < max_requests and time.monotonic() < until:
             if any_lost() and (region := self._regions.shrunk()) is not None:
                 return self._disconnect(f"pages of its memory at {region.iova:#x} are gone: the file was made shorter")
+            if handled and not self._poller.poll(0):  # a look that sees nothing raises, which takes longer
+                self._note_progress()
+                return RunResult.IDLE
             waiting, size, messages, watched = look(self._client)
             if waiting is Waiting.NOTHING:
                 self._note_progress()
@@ -488,6 +492,7 @@ class Context:
         # A device has one client; the next one waits in the socket's queue without waking us.
         self._watch_listener(False)
         self._epoll.modify(client.fileno(), select.EPOLLIN)
+        self._poller.register(client.fileno(), select.POLLIN)
         self._set_timer()
         logger.info("client attached on %s", self._listener.path)
         return True
@@ -683,6 +688,7 @@ class Context:
             return
         self._stall_deadline = None
         self._epoll.unregister(client.fileno())
+        self._poller.unregister(client.fileno())
         self._destroy()  # unmaps and resets through the callbacks
         client.close()
         # The library has done both by now, unless it lost track.
