@@ -38,7 +38,8 @@ NONCE_OFFSET = 128
 NONCE_SIZE = 16
 NO_NONCE = bytes(NONCE_SIZE)
 
-_BRIEF = 64  # times as far apart are checksums in a record that has reached its limit
+BRIEF = 64
+"""Times as far apart are checksums in a record that has reached its limit."""
 _DIGEST_BYTES = 64 << 10  # of ring that are digested together
 _BUFFER = 64 << 10
 _COMPLETION = 11
@@ -256,7 +257,7 @@ class Recorder:
         step = (words[0] >> 32 & 0xFFFF) + 1  # words of the first packet
         heads = words[::step].tobytes()
         first, crc = lane.count, lane.crc
-        grain = self.grain * _BRIEF if self.brief else self.grain
+        grain = self.grain * BRIEF if self.brief else self.grain
         left = grain - first % grain
         if not len(words) % step and heads == heads[:8] * (len(heads) >> 3):
             # All packets are equal up to transaction and content, which is usual in bulk.
