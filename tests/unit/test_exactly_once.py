@@ -363,6 +363,26 @@ def test_teardown_goes_on_when_an_owner_raises(callback: str, how: str) -> None:
     assert machine.device.internal_errors == 0
 
 
+def test_teardown_from_inside_a_routine_gives_all_packets_back_before_it_is_closed() -> None:
+    """A routine raises, which ends the channel: the others' routines come before the closed callback, not after it."""
+    pair = Pair()
+    events: list[str] = []
+    sink(pair)
+    pair.server.set_state_change_callbacks(closed=lambda _: events.append("closed"))
+    pair.open()
+
+    def boom(*_: object) -> None:
+        events.append("boom")
+        raise ZeroDivisionError("on purpose")
+
+    for number in range(60):
+        packet = pair.server.allocate_packet()
+        packet.completion_routine = boom if number == 0 else lambda packet, status, reply: events.append(f"{status:#x}")
+        packet.send(bytes(100))
+    pair.run()
+    assert events == ["boom", *[f"{Status.CANCELLED:#x}"] * 59, "closed"]
+
+
 def test_teardown_of_a_channel_that_is_busy_with_a_slow_owner_waits_and_then_ends() -> None:
     """Close, then the memory goes too: the packets that the owner still holds are given up, and the close ends."""
     pair = Pair()

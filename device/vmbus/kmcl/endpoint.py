@@ -14,7 +14,7 @@ from uuid import UUID
 from vmbus.complaints import bounded_log
 from vmbus.errors import PeerError, VmbusError, WaitTimeout
 from vmbus.kmcl.flow import Flow
-from vmbus.kmcl.incoming import Incoming
+from vmbus.kmcl.incoming import TURN_SECONDS, Incoming
 from vmbus.kmcl.lifecycle import ChannelEvent, ChannelState, next_state
 from vmbus.kmcl.observer import How, LifeObserver, Observer
 from vmbus.kmcl.outgoing import Outgoing
@@ -106,7 +106,6 @@ class Endpoint(Settings):
         self.incoming = Incoming(channel)
         self.threads = Threads(channel)
         self._cleaned_up = False
-        self._generation = 0
         self._when_quiet: list[Callable[[], None]] = []
         self._closing: list[Callable[[], None]] | None = None
         self._in_state_callback = 0
@@ -280,7 +279,6 @@ class Endpoint(Settings):
     def _attach(self, link: Link) -> None:
         self._move(ChannelEvent.OPEN)
         self.link = link
-        self._generation += 1
         self.incoming.reset()
         self.outgoing.attached(link)
         self.flow.process_packet = self.incoming.process_at_passive if self.incoming.passive else self._process_packet
@@ -299,7 +297,7 @@ class Endpoint(Settings):
         self._call_state("started", self._started)
         if self.active:
             with self.outgoing.corked():
-                self._guarded(lambda: self.outgoing.drain(_now() + 1.0))
+                self._guarded(lambda: self.outgoing.drain(_now() + TURN_SECONDS))
         if self.active:
             self._call_state("post_started", self._post_started)
         if self.link is not None:
@@ -352,7 +350,6 @@ class Endpoint(Settings):
         self._let_observers_go()
         self.link = self.flow.writer = None
         self.flow.direct = False
-        self._generation += 1
         for completion in self.flow.outstanding:
             completion.orphan()
         self.flow.outstanding.clear()

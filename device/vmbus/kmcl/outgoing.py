@@ -385,8 +385,15 @@ class Outgoing:
         for packet in packets:
             packet.body = b""
             self._finished.append((packet, Status.CANCELLED, b""))
-        self._flow.pending = True
-        self.run_routines()
+        flow = self._flow
+        flow.pending = True
+        # Also from inside a routine: the closed callback comes next, and by then all packets are back. Nothing can be
+        # sent any more, so this does not recurse further.
+        before, flow.finishing = flow.finishing, False
+        try:
+            self.run_routines()
+        finally:
+            flow.finishing = before
 
     # ---- what is there -----------------------------------------------------------------------------------------------
 
