@@ -77,13 +77,15 @@ def test_a_save_at_every_step_changes_nothing(scenario: Scenario, make: Make, to
     # Later restores raise every interrupt again, and so hide what an earlier one has lost.
     first = 1 + len(scenario.name) % EACH
     modes += [(f"at step {point} alone", replace, point) for point in range(first, plain.points + 1, EACH)]
+    steps = 0  # of the runs with a save at every one: how many there are depends on how fast the server is beside them
     for label, mode, only in modes:
         found, world, _ = run_once(scenario, mode, only=only, make=make)
+        steps += 0 if only is not None else world.points
         report.add(Report(runs=1, saves=world.saves, refused=world.refused, peak=world.peak))
         if found != expected:
             raise Diverged(f"{scenario.name}, saved {label}, came to another end: {difference(expected, found)}")
     print(report)
-    assert report.saves > report.points
+    assert report.saves > steps / 2 > 0
     assert not report.refused
     total.add(report)
 

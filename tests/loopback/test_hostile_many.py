@@ -36,12 +36,15 @@ class Crowd:
         self.rings = self.driver.allocate(4 * PAGE)
         self.gpadls: dict[int, int] = {}
         bus = self.driver.bus
-        while todo := bus.offers.keys() - self.gpadls:
-            for relid in sorted(todo):
+        while len(self.gpadls) < MAX_RELID:
+            # Sub-channels are offered when their primary is open, and not all in one turn.
+            self.driver.run_until(lambda: bool(bus.offers.keys() - self.gpadls), 20, "further offers")
+            for relid in sorted(bus.offers.keys() - self.gpadls):
                 self.gpadls[relid] = bus.create_gpadl(relid, [range_for(self.rings.iova, self.rings.size)])
                 bus.open_channel(relid, self.gpadls[relid], 2)
             settle(self.driver)
-        assert len(bus.open_results) == MAX_RELID and not any(bus.open_results.values())
+        self.driver.run_until(lambda: len(bus.open_results) == MAX_RELID, 20, "all channels to be open")
+        assert not any(bus.open_results.values())
 
 
 def settle(driver: VmbusDriver) -> None:
