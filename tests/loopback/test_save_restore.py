@@ -15,6 +15,7 @@ from vmbus.loopback.harness import LoopbackServer, describe
 from vmbus.memory import DirtyLogBroken
 from vmbus.vfio_user import bindings, pci
 from vmbus.vfio_user.library import Library
+from vmbus.vfio_user.pci import COMMAND, COMMAND_BUS_MASTER
 from vmbus_guest.driver import VmbusDriver
 
 pytestmark = pytest.mark.loopback
@@ -317,6 +318,19 @@ def test_flush_writes_the_dirty_pages_through_the_client(migration: Migration) -
     assert (report["pages"], report["bytes"]) == (len(pages), len(pages) * PAGE)
     assert migration.ram() == before
     check(migration, pages)
+
+
+def test_without_bus_mastering_a_flush_names_the_guest(migration: Migration) -> None:
+    """QEMU would refuse each write, for a reason that says nothing to people."""
+    migration.server.command("log-start")
+    migration.run_server()
+    function = migration.function
+    command = int.from_bytes(function.config_read(COMMAND, 2), "little")
+    function.config_write(COMMAND, (command & ~COMMAND_BUS_MASTER).to_bytes(2, "little"))
+    with pytest.raises(DirtyLogBroken, match="the guest has switched off the device's bus mastering"):
+        migration.server.command("flush")
+    function.config_write(COMMAND, command.to_bytes(2, "little"))
+    assert migration.server.command("flush")["pages"]
 
 
 def test_unmapping_a_dirty_page_breaks_the_log_and_a_new_one_can_be_started(migration: Migration) -> None:

@@ -577,7 +577,10 @@ async def barrier(monitor: QemuMonitor, control: Control, known: int | None = No
         return
     output = await _read(monitor, bar0)
     if _value(output) != MAGIC:
-        raise StateError(f"the VMBus device does not answer at its BAR0 {bar0:#x}: QEMU's monitor says {output!r}")
+        raise StateError(
+            f"the VMBus device does not answer at its BAR0 {bar0:#x}: QEMU's monitor says {output!r}; if the guest has "
+            "put it where something else is, it cannot be saved before the guest moves it"
+        )
 
 
 async def _read(monitor: QemuMonitor, address: int) -> str:

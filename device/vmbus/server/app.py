@@ -616,7 +616,15 @@ class DeviceServer:
         assert self._context is not None
         started = time.monotonic()
         pages = size = 0
-        for iova, length in self.device.memory.dirty_runs():
+        runs = self.device.memory.dirty_runs()
+        if runs and not self.config.bus_master:
+            # Not for ever, if its driver was killed just now; so the pass is repeated, as when memory went away.
+            raise DirtyLogBroken(
+                "the guest has switched off the device's bus mastering, and QEMU writes no memory for it like that: "
+                f"{len(runs)} runs of pages that the device has written cannot be copied; cancel this pass and start "
+                "again, or save the VM stopped, which needs no such copies"
+            )
+        for iova, length in runs:
             try:
                 data = self.device.memory.read(iova, length)
                 for _ in range(_FLUSH_TRIES):
