@@ -182,7 +182,7 @@ def hook(monkeypatch: pytest.MonkeyPatch) -> Any:
     interface = ModuleType("hatchling.builders.hooks.plugin.interface")
     interface.BuildHookInterface = BuildHookInterface  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, interface.__name__, interface)
-    spec = importlib.util.spec_from_file_location("hatch_build_of_the_test", CHECKOUT / "hatch_build.py")
+    spec = importlib.util.spec_from_file_location("hatch_build_of_the_test", CHECKOUT / "scripts" / "hatch_build.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
