@@ -53,6 +53,9 @@ extern Core core;
 /* Fetch the Python types that are needed here; they are ours, and import this module. 0, or -1 with an exception. */
 int core_ready(void);
 
+/* A new reference to what a module has under a name, imported if need be; NULL with an exception. */
+PyObject *core_import(const char *module, const char *name);
+
 /* A full fence: every load and store before it is performed before any after it. 0, or -1 with an exception. */
 int core_fence(void);
 

@@ -10,16 +10,11 @@
 
 Names names;
 
-static PyObject *from_module(const char *module, const char *name, const char *member)
+static PyObject *member(const char *module, const char *type, const char *name)
 {
-    PyObject *imported = PyImport_ImportModule(module);
-    PyObject *found = imported == NULL ? NULL : PyObject_GetAttrString(imported, name);
-    drop(imported);
-    if (found == NULL || member == NULL)
-        return found;
-    PyObject *inner = PyObject_GetAttrString(found, member);
-    drop(found);
-    return inner;
+    PyObject *owner = core_import(module, type), *found = owner == NULL ? NULL : PyObject_GetAttrString(owner, name);
+    drop(owner);
+    return found;
 }
 
 int names_ready(void)
@@ -30,9 +25,9 @@ int names_ready(void)
         PyObject **slot;
         PyObject *value;
     } all[] = {
-        {&names.idle, from_module("vmbus.kmcl.packet", "PacketState", "IDLE")},
-        {&names.sent, from_module("vmbus.kmcl.packet", "PacketState", "SENT")},
-        {&names.success, from_module("vmbus.kmcl.status", "Status", "SUCCESS")},
+        {&names.idle, member("vmbus.kmcl.packet", "PacketState", "IDLE")},
+        {&names.sent, member("vmbus.kmcl.packet", "PacketState", "SENT")},
+        {&names.success, member("vmbus.kmcl.status", "Status", "SUCCESS")},
         {&names.inband, PyLong_FromLong(INBAND)},
         {&names.two, PyLong_FromLong(2)},
         {&names.zero, PyLong_FromLong(0)},
@@ -53,7 +48,7 @@ int names_ready(void)
             return -1;
         *all[i].slot = all[i].value;
     }
-    PyObject *type = from_module("vmbus.kmcl.completion", "Completion", NULL);
+    PyObject *type = core_import("vmbus.kmcl.completion", "Completion");
     if (type == NULL)
         return -1;
     if (!PyType_Check(type) || !PyType_IsSubtype((PyTypeObject *)type, core.completion_base)) {

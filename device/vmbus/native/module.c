@@ -6,7 +6,7 @@
 
 Core core;
 
-static PyObject *from_module(const char *module, const char *name)
+PyObject *core_import(const char *module, const char *name)
 {
     PyObject *imported = PyImport_ImportModule(module);
     PyObject *found = imported == NULL ? NULL : PyObject_GetAttrString(imported, name);
@@ -18,11 +18,11 @@ int core_ready(void)
 {
     if (core.raw_packet != NULL)
         return 0;
-    PyObject *ring_corrupt = from_module("vmbus.ring_pure", "RingCorrupt");
-    PyObject *usage_error = from_module("vmbus.errors", "UsageError");
-    PyObject *peer_error = from_module("vmbus.errors", "PeerError");
-    PyObject *struct_error = from_module("struct", "error");
-    PyObject *raw_packet = from_module("vmbus.wire.packet", "RawPacket");
+    PyObject *ring_corrupt = core_import("vmbus.ring_pure", "RingCorrupt");
+    PyObject *usage_error = core_import("vmbus.errors", "UsageError");
+    PyObject *peer_error = core_import("vmbus.errors", "PeerError");
+    PyObject *struct_error = core_import("struct", "error");
+    PyObject *raw_packet = core_import("vmbus.wire.packet", "RawPacket");
     if (raw_packet != NULL && !(PyType_Check(raw_packet) && PyType_IsSubtype((PyTypeObject *)raw_packet, &PyTuple_Type))) {
         PyErr_SetString(PyExc_TypeError, "vmbus.wire.packet.RawPacket is no tuple");
         CLEAR(raw_packet);
