@@ -397,6 +397,21 @@ def test_a_pair_with_a_full_ring_and_a_close(tmp_path: Path) -> None:
     assert report.clean and report.channels[0].cancelled == 1, str(report)
 
 
+def test_what_was_staged_when_its_channel_failed_is_not_called_lost() -> None:
+    pair, host, guest = recorded_pair()
+    pair.client.set_process_packet_callbacks(lambda channel, completion, payload: completion.complete())
+    pair.open()
+    for _ in range(3):
+        pair.server.allocate_packet().send(b"put")
+    pair.run()
+    with pair.server.batch():
+        for _ in range(5):
+            pair.server.allocate_packet().send(b"staged")
+        pair.server.fail("for a reason")
+    report = check_pair(pair, host, guest)
+    assert [problem.kind for problem in report.problems] == ["failed"], str(report)
+
+
 def test_without_a_recorder_nothing_is_kept() -> None:
     pair = Pair()
     pair.open()

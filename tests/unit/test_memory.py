@@ -252,12 +252,18 @@ def _work(count: int) -> dict[str, float]:
     return took
 
 
-def test_four_times_the_regions_cost_about_four_times_as_much() -> None:
-    """Work that looks through all regions, grants or pages for each of them would cost sixteen times as much."""
-    few, many = ([_work(count) for _ in range(3)] for count in (1500, 6000))
-    for what in few[0]:
-        factor = min(run[what] for run in many) / min(run[what] for run in few)
-        assert factor < 10, f"{what}: {factor:.1f} times as long"
+def test_eight_times_the_regions_cost_about_eight_times_as_much() -> None:
+    """Work that looks through all regions, grants or pages for each of them would cost 64 times as much. Caches, and
+    neighbours on the machine, may triple a time: what looks too much is measured again, beside its measure."""
+    few, many = _work(1500), _work(12000)
+    for _ in range(5):
+        if all(many[what] < 24 * few[what] for what in few):
+            return
+        few, many = (
+            {what: min(old[what], new) for what, new in _work(count).items()}
+            for old, count in ((few, 1500), (many, 12000))
+        )
+    raise AssertionError({what: f"{many[what] / few[what]:.1f} times as long" for what in few})
 
 
 # ---- against a model -------------------------------------------------------------------------------------------------

@@ -15,22 +15,23 @@ from vmbus.inspection.target import Running
 from vmbus.qemu.command_line import Programs
 from vmbus.qemu.description import VmDescription
 from vmbus.qemu.machine import VirtualMachine
-from vmbus.qemu.story import Figures, Story, audit, finish, until_in_flight
+from vmbus.qemu.story import Figures, Story, audit, begun, finish, until_in_flight
 
 pytestmark = pytest.mark.vm
 
 Run = Callable[[Coroutine[Any, Any, Any]], Any]
 
-STORY = Story(packets=128, echo_count=6_000, burst_count=9_000, stall_seconds=10.0)
+# However fast the machine is, the traffic is there at every checkpoint: it goes on until it is stopped.
+STORY = Story(packets=128, echo_count=0, burst_count=0, stall_seconds=10.0)
 
 
 async def books(vm: VirtualMachine, job: int) -> Figures:
     figures = Figures()
     assert vm.control is not None
-    report = await finish(vm, job)
-    audit(figures, report, await vm.control.call("status"), STORY.expected())
+    report = await finish(vm, job, stop=True)
+    audit(figures, report, await vm.control.call("status"), begun(report))
     assert not figures.reasons, figures.reasons
-    assert figures.completed == figures.transactions > 15_000
+    assert figures.completed == figures.transactions > 1_000
     return figures
 
 
@@ -48,6 +49,7 @@ def test_checkpoint_chain_and_restores_of_old_ones(
 
     async def body() -> None:
         reached: list[int] = []
+        in_flight: list[dict[str, int]] = []
         async with await boot(demo_description, programs) as vm:
             await vm.wait_ready()
             job = int((await vm.call_agent("start", driver="mixed", parameters=STORY.workloads()))["job"])
@@ -69,6 +71,7 @@ def test_checkpoint_chain_and_restores_of_old_ones(
                 assert all(ring.used is not None for channel in inside.channels for ring in channel.rings)
                 assert report.downtime is not None and report.downtime < 10
                 reached.append(await completed(vm))
+                in_flight.append(report.packets)
                 print(
                     f"checkpoint {number} ({'live' if report.live else 'stopped'}): {report.packets}, "
                     f"down {report.downtime:.3f} s, {reached[-1]} transactions completed"
@@ -82,7 +85,8 @@ def test_checkpoint_chain_and_restores_of_old_ones(
             assert [child.pid for child in vm.children] == processes
         for number in (3, 0):
             async with await VirtualMachine.restore(tmp_path / f"{number}", programs) as vm:
-                assert await completed(vm) <= reached[number] + 5_000
+                assert vm.restored is not None and vm.restored.packets == in_flight[number]
+                await until_in_flight(vm, job, STORY)
                 if number == 3:
                     await vm.save(tmp_path / "3.1", live=True, keep=True)
                 figures = await books(vm, job)

@@ -281,6 +281,9 @@ class _Pair:
             queued = [number for kind, number, _ in body.get("queued", []) if kind != COMPLETION]
             if not expected:  # behind brief blocks
                 expected = queued[0] if queued else int(body.get("next", 0))
+            if life.failures and body is life.closed:
+                # What was staged when the channel failed was never put: its sender gives it up with the rest.
+                queued = [*sorted(number for number in body.get("sent", []) if number >= expected), *queued]
             following = expected
             for number in [*queued, int(body.get("next", following + len(queued)))]:
                 while following in life.withdrawn:

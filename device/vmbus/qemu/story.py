@@ -34,7 +34,8 @@ Boot = Callable[[VmDescription, Programs, RunDirectory], Awaitable[VirtualMachin
 
 
 class Story(msgspec.Struct, kw_only=True, frozen=True):
-    """What is to happen. `packets`: at least so many outgoing packets in flight in each of the two states."""
+    """What is to happen. `packets`: at least so many outgoing packets in flight in each of the two states. With counts
+    of 0 the workloads go on until they are stopped: see `finish`."""
 
     packets: int = 256
     live: bool = True
@@ -66,7 +67,7 @@ class Story(msgspec.Struct, kw_only=True, frozen=True):
                 },
                 {
                     "driver": "burst",
-                    "count": self.burst_count + 4 * self.window,
+                    "count": self.burst_count and self.burst_count + 4 * self.window,
                     "size": BURST_SIZE,
                     "window": self.window,
                     "hold": _GUEST_HOLD,
@@ -141,14 +142,24 @@ async def until_in_flight(vm: VirtualMachine, job: int, story: Story) -> dict[st
         await asyncio.sleep(0.02)
 
 
-async def finish(vm: VirtualMachine, job: int) -> dict[str, Any]:
-    """The guest's report once its workloads have ended. Raises WaitTimeout."""
+async def finish(vm: VirtualMachine, job: int, *, stop: bool = False) -> dict[str, Any]:
+    """The guest's report once its workloads have ended; with `stop` they are told to begin nothing more. Raises
+    WaitTimeout."""
+    if stop:
+        await vm.call_agent("stop", job=job)
     deadline = time.monotonic() + _WORKLOAD_TIMEOUT
     while time.monotonic() < deadline:
         report = await vm.call_agent("wait", job=job, timeout=60.0)
         if report["state"] != "running":
             return report
     raise WaitTimeout("the guest's workloads to end", _WORKLOAD_TIMEOUT)
+
+
+def begun(report: dict[str, Any]) -> dict[str, int]:
+    """Transactions that workloads which were stopped had begun, by the books of the end that began them."""
+    workloads = {one["name"]: one for one in (report.get("result") or {}).get("workloads", [])}
+    burst = workloads.get("burst", {}).get("host") or {}
+    return {"echo": int(workloads.get("echo", {}).get("sent", 0)), "burst": int(burst.get("started", 0))}
 
 
 def audit(figures: Figures, report: dict[str, Any], status: dict[str, Any], expected: dict[str, int]) -> None:
