@@ -39,6 +39,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 
+from vmbus_guest import programs
 from vmbus_guest.services import wanted_services
 from vmbus_guest.testdrivers import CATALOGUE, NAME_RULE, directory, drivers, is_name
 
@@ -323,6 +324,7 @@ class Agent:
         self._looked = time.monotonic()
         self._epoll = select.epoll()
         self._by_descriptor: dict[int, Job] = {}
+        self._programs: dict[int, programs.Program] = {}  # by each of their descriptors
         self._epoll.register(descriptor, select.EPOLLIN | select.EPOLLOUT | select.EPOLLET)
         self._commands: dict[str, Callable[[int | str, dict[str, Any]], dict[str, Any] | None]] = {
             "ping": self._ping,
@@ -335,6 +337,7 @@ class Agent:
             "stop": self._stop,
             "kill": self._kill,
             "jobs": self._list_jobs,
+            "execute": self._execute,
             "audit": self._audit,
             "audit-read": self._audit_read,
             "echo": self._echo,
@@ -350,6 +353,8 @@ class Agent:
             for descriptor, events in self._epoll.poll(self._timeout()):
                 if descriptor == self._port.descriptor:
                     self._port_events(events)
+                elif descriptor in self._programs:
+                    self._program_events(descriptor)
                 else:
                     self._job_events(descriptor)
             self._expire()
@@ -359,6 +364,8 @@ class Agent:
         for job in self._jobs.values():
             if job.state == "running":
                 self._signal(job, signal.SIGKILL)
+        for program in self._programs.values():
+            program.kill()
         self._poweroff()
 
     # The port
@@ -488,6 +495,38 @@ class Agent:
             job.kill_requested = True
             self._signal(job, signal.SIGKILL)
         self._await(job, identity, KILL_PATIENCE)
+
+    def _execute(self, identity: int | str, arguments: dict[str, Any]) -> None:
+        """Run the program `argv` for at most `timeout` seconds. Answered when it has ended: see `programs.Program`."""
+        argv = arguments.get("argv")
+        timeout = _seconds(arguments, 60.0)
+        if not programs.is_argv(argv):
+            raise RequestError("bad-argument", "'argv' is a list of texts: a program and its arguments")
+        assert isinstance(argv, list)
+        if len(set(map(id, self._programs.values()))) >= programs.MOST_PROGRAMS:
+            raise RequestError("too-many-programs", f"{programs.MOST_PROGRAMS} programs are running already")
+        try:
+            program = programs.Program(identity, argv, programs.deadline(timeout))
+        except (OSError, ValueError) as error:
+            raise RequestError("cannot-start", f"program {argv[0]!r}: {error}") from error
+        for descriptor in (program.output, program.pidfd):
+            self._programs[descriptor] = program
+            self._epoll.register(descriptor, select.EPOLLIN)
+
+    def _program_events(self, descriptor: int) -> None:
+        program = self._programs[descriptor]
+        program.read()
+        if descriptor != program.pidfd:
+            if program.ended:
+                self._epoll.unregister(descriptor)
+            return
+        # What it has left running keeps the output open, and is not waited for.
+        _, status = os.waitpid(program.pid, 0)
+        for other in (program.output, program.pidfd):
+            if self._programs.pop(other, None) is not None and not (other == program.output and program.ended):
+                self._epoll.unregister(other)
+        program.close()
+        self._answer(program.identity, {"result": program.report(status)})
 
     def _echo(self, identity: int | str, arguments: dict[str, Any]) -> dict[str, Any]:
         return {"data": arguments.get("data")}
@@ -700,6 +739,7 @@ class Agent:
 
     def _timeout(self) -> float | None:
         due = [deadline for deadline, _, _ in self._waits]
+        due += [program.deadline for program in self._programs.values() if not program.expired]
         if self._services_due is not None:
             due.append(self._services_due)
         if (look := self._look_interval()) is not None:
@@ -736,6 +776,8 @@ class Agent:
     def _expire(self) -> None:
         now = time.monotonic()
         self._look_for_silence(now)
+        for program in self._programs.values():
+            program.expire(now)
         for wait in [wait for wait in self._waits if wait[0] <= now]:
             self._waits.remove(wait)
             self._answer(wait[2], {"result": self._jobs[wait[1]].report()})

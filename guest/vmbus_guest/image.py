@@ -7,13 +7,14 @@ Runs on the host, needs no root rights and no cpio program. The image is two new
   shared libraries they need, the kernel modules. It changes only when one of the Debian packages or this module
   changes.
 * *ours*: the guest's part of `vmbus` (with the native core, if the guest's Python can load it), `vmbus_guest`, and the
-  tree `rootfs/` beside this module (whose `init` the kernel starts). Files of `rootfs/` replace those of the base. It
-  is written again whenever a source file changes.
+  tree `rootfs/` beside this module (whose `init` the kernel starts), and our kernel module, if there is one. Files of
+  `rootfs/` replace those of the base. It is written again whenever a source file changes.
 
 Both are cached under a digest of everything that goes into them, and equal inputs give equal bytes.
 
 In the guest: `/usr/bin/python3`, our packages in `/usr/lib/vmbus`, modules as `/lib/modules/NAME.ko`, and
-`/lib/modules/order`, a line `NAME DEPENDENCY...` per module that can be loaded from top to bottom.
+`/lib/modules/order`, a line `NAME DEPENDENCY...` per module that can be loaded from top to bottom. What `init` loads
+for the driver `userspace` or `linux` is in `/lib/modules/DRIVER`, a name per line.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ from vmbus.errors import EnvironmentProblem
 from vmbus.native.build import FILE_NAME, BuildError
 from vmbus.provision.cache import Cache, digest, publish_bytes
 from vmbus.provision.debian import RECORD, Root
-from vmbus.provision.guest_files import PYTHON, Kernel
+from vmbus.provision.guest_files import LINUX_DRIVERS, PYTHON, USERSPACE_DRIVER, Kernel
+from vmbus.provision.kernel_module import NAME as KERNEL_MODULE
 from vmbus.provision.native import check
 from vmbus.provision.report import Reporter, SilentReporter
 from vmbus_guest import newc
@@ -127,23 +129,30 @@ def build_image(
     packages: Iterable[Path] | None = None,
     rootfs: Path | None = None,
     native_core: Path | None = None,
+    kernel_module: Path | None = None,
 ) -> GuestImage:
     """Return the image for these parts, built if it is not in the cache. The caller holds the cache's lock.
 
     `packages` are the folders of our packages and `rootfs` the tree that goes over everything else; by default
-    those of this checkout. `native_core`: its file, as built for the host.
+    those of this checkout. `native_core`: its file, as built for the host. `kernel_module`: ours, built for `kernel`.
 
     Raises EnvironmentProblem if a part cannot be used.
     """
     cache = cache or Cache()
     reporter = reporter or SilentReporter()
-    key = image_key(userland, kernel, packages, rootfs, native_core)
+    key = image_key(userland, kernel, packages, rootfs, native_core, kernel_module)
     found = find_image(cache, key)
     if found is not None:
         return found
     base = _base(userland, kernel, cache, reporter)
     reporter.begin("Guest image")
-    own = newc.write([*_own_entries(userland, cache, packages, rootfs), *_native_core(userland, native_core, reporter)])
+    own = newc.write(
+        [
+            *_own_entries(userland, cache, packages, rootfs),
+            *_native_core(userland, native_core, reporter),
+            *_kernel_module(kernel_module),
+        ]
+    )
     directory = cache.path("image", key)
     with cache.publish_directory(directory) as partial:
         try:
@@ -173,6 +182,7 @@ def image_key(
     packages: Iterable[Path] | None = None,
     rootfs: Path | None = None,
     native_core: Path | None = None,
+    kernel_module: Path | None = None,
 ) -> str:
     """Return the key of the image that these parts make: a digest over all that goes into it."""
     contents = [
@@ -180,8 +190,8 @@ def image_key(
         for name, path in _sources(packages, rootfs)
     ]
     links = [str(path.readlink()) for _, path in _sources(packages, rootfs) if path.is_symlink()]
-    core = hashlib.sha256(native_core.read_bytes()).hexdigest() if native_core is not None else ""
-    return digest(_base_key(userland, kernel), contents, links, core)
+    built = [hashlib.sha256(file.read_bytes()).hexdigest() if file else "" for file in (native_core, kernel_module)]
+    return digest(_base_key(userland, kernel), contents, links, built)
 
 
 # --- the base --------------------------------------------------------------------------------------------------
@@ -317,6 +327,9 @@ def _modules(kernel: Kernel) -> Iterator[newc.Entry]:
     order = "".join(" ".join((name, *needed)) + "\n" for name, needed in kernel.modules.items())
     yield newc.file("usr/lib/modules/order", order.encode())
     yield newc.file("usr/lib/modules/version", f"{kernel.version}\n".encode())
+    for driver, names in (("userspace", USERSPACE_DRIVER), ("linux", LINUX_DRIVERS)):
+        lines = "".join(f"{name}\n" for name in kernel.closure(names))
+        yield newc.file(f"usr/lib/modules/{driver}", lines.encode())
 
 
 # --- ours ------------------------------------------------------------------------------------------------------
@@ -389,6 +402,11 @@ def _native_core(userland: Root, file: Path | None, reporter: Reporter) -> Itera
         return
     folder = f"{PACKAGES_FOLDER}/vmbus/native"
     yield newc.file(f"{folder}/{FILE_NAME}", file.read_bytes(), 0o755)
+
+
+def _kernel_module(file: Path | None) -> Iterator[newc.Entry]:
+    if file is not None:
+        yield newc.file(f"usr/lib/modules/{KERNEL_MODULE}.ko", file.read_bytes())
 
 
 def _compile(userland: Root, jobs: list[tuple[str, str, str]], optimize: int) -> None:

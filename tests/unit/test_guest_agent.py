@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from vmbus_guest import agent as agent_module
+from vmbus_guest import programs
 from vmbus_guest.agent import Agent, Port, find_port
 
 pytestmark = pytest.mark.unit
@@ -384,3 +385,41 @@ def test_a_late_port_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     sleep: Callable[[float], None] = appear
     monkeypatch.setattr(time, "sleep", sleep)
     assert find_port(sysfs=str(tmp_path)) == "/dev/vport0p1"
+
+
+def test_a_program_is_run_and_its_output_bounded(host: Host) -> None:
+    done = host.call("execute", argv=["/bin/sh", "-c", "echo one; echo two >&2; exit 7"])
+    assert done == {"code": 7, "output": "one\ntwo\n", "bytes": 8, "expired": False}
+    much = host.call("execute", argv=["/bin/sh", "-c", "head -c 1000000 /dev/zero | tr '\\0' x"])
+    assert (much["code"], much["bytes"], much["output"]) == (0, 1_000_000, "x" * programs.MOST_OUTPUT)
+    assert host.call("execute", argv=["/bin/sh", "-c", "kill -9 $$"])["code"] == -9
+    # What it leaves running keeps its output open, and nobody waits for that.
+    assert host.call("execute", argv=["/bin/sh", "-c", "sleep 100 & echo $!"])["code"] == 0
+
+
+def test_a_program_whose_time_is_up_is_ended_with_all_it_started(host: Host, tmp_path: Path) -> None:
+    pid = tmp_path / "pid"
+    done = host.call("execute", argv=["/bin/sh", "-c", f"echo begun; sleep 100 & echo $! > {pid}; wait"], timeout=0.5)
+    assert (done["code"], done["expired"], done["output"]) == (-9, True, "begun\n")
+    assert done["expired"]
+    deadline = time.monotonic() + 20
+    while Path(f"/proc/{pid.read_text().strip()}/cmdline").exists() and time.monotonic() < deadline:
+        state = Path(f"/proc/{pid.read_text().strip()}/stat").read_text().split()[2]
+        if state == "Z":
+            break
+        time.sleep(0.01)
+    else:
+        assert time.monotonic() < deadline, "what the program started is still there"
+
+
+@pytest.mark.parametrize("argv", [None, [], [""], "ls", [1], ["ls", "a\0b"], ["x"] * 300])
+def test_what_is_no_program_is_refused(host: Host, argv: object) -> None:
+    assert host.fail("execute", argv=argv)["kind"] == "bad-argument"
+
+
+def test_a_program_that_is_not_there_and_too_many_of_them(host: Host) -> None:
+    assert host.fail("execute", argv=["/no/such/program"])["kind"] == "cannot-start"
+    posted = [host.post("execute", argv=["/bin/sleep", "100"], timeout=1.0) for _ in range(programs.MOST_PROGRAMS)]
+    assert host.fail("execute", argv=["/bin/true"])["kind"] == "too-many-programs"
+    assert {host.line()["result"]["expired"] for _ in posted} == {True}
+    assert host.call("execute", argv=["/bin/true"])["code"] == 0

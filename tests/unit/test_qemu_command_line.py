@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
 import pytest
 
 from vmbus.errors import UsageError
-from vmbus.qemu.command_line import Programs, kernel_arguments, machine_version, qemu_arguments
+from vmbus.qemu.command_line import (
+    Programs,
+    kernel_arguments,
+    machine_version,
+    qemu_arguments,
+    with_available_driver,
+)
 from vmbus.qemu.description import GuestDescription, load_description
 
 pytestmark = pytest.mark.unit
@@ -119,6 +126,25 @@ def test_an_emulated_machine_has_room_for_a_second_cpu(
 def test_kernel_arguments() -> None:
     words = kernel_arguments(msgspec.structs.replace(DEMO, guest=GuestDescription(16, ["debug"]))).split()
     assert {"console=ttyS0", "rdinit=/init", "intel_iommu=on", "hugepages=16", "debug"} <= set(words)
+
+
+def test_linux_own_drivers_need_no_iommu_and_no_huge_pages() -> None:
+    linux = msgspec.structs.replace(DEMO, guest=GuestDescription(driver="linux"))
+    words = kernel_arguments(linux).split()
+    assert "vmbus.driver=linux" in words
+    assert not [word for word in words if "iommu" in word or "hugepages" in word]
+    assert not any("intel-iommu" in option for option in options(qemu_arguments(linux, PROGRAMS, RUN), "-device"))
+    assert any("intel-iommu" in option for option in options(qemu_arguments(DEMO, PROGRAMS, RUN), "-device"))
+
+
+def test_a_machine_without_the_kernel_module_falls_back_and_says_so() -> None:
+    linux = msgspec.structs.replace(DEMO, guest=GuestDescription(driver="linux"))
+    without = replace(PROGRAMS, no_linux_driver="there is no compiler")
+    assert with_available_driver(linux, PROGRAMS) == (linux, "")
+    assert with_available_driver(DEMO, without) == (DEMO, "")
+    found, notice = with_available_driver(linux, without)
+    assert not found.guest.linux and found.device == linux.device
+    assert "userspace driver" in notice and "there is no compiler" in notice
 
 
 @pytest.mark.parametrize(("version", "machine"), [("11.1.3", "pc-q35-11.1"), ("10.2.0", "pc-q35-10.2")])

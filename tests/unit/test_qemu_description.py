@@ -56,6 +56,8 @@ def test_defaults() -> None:
         (GOOD + PROVIDER.replace('name = "echo"', 'name = "other"'), ["two providers", "instance"]),
         (GOOD.replace("[device]", "[guest]\nhuge_pages = 100\n[device]"), ["huge_pages", "memory_mib", "up to 64"]),
         (GOOD.replace("[device]", '[guest]\nkernel_arguments = ["a b"]\n[device]'), ["guest.kernel_arguments"]),
+        (GOOD.replace("[device]", '[guest]\ndriver = "windows"\n[device]'), ["guest.driver", "windows"]),
+        (GOOD.replace("[device]", '[guest]\ndriver = "linux"\nservices = ["x"]\n[device]'), ["guest.services"]),
         ("name = ", ["not TOML"]),
         ('name = "one"\n[device]\nname = "d"\nproviders = []\n', ["device.providers", ">= 1"]),
     ],
@@ -68,6 +70,20 @@ def test_errors_name_the_file_the_field_and_what_is_allowed(text: str, mentions:
     for part in mentions:
         assert part in message
     assert "\n" not in message
+
+
+def test_who_drives_the_device() -> None:
+    """Not said: userspace, and manifests are as they were before there was a choice."""
+    plain = parse_description(GOOD, "x")
+    assert not plain.guest.linux
+    assert b"driver" not in msgspec.json.encode(plain)
+    linux = parse_description(GOOD.replace("[device]", '[guest]\ndriver = "linux"\n[device]'), "x")
+    assert linux.guest.linux
+    assert msgspec.json.decode(msgspec.json.encode(linux), type=VmDescription) == linux
+    assert not parse_description(GOOD.replace("[device]", '[guest]\ndriver = "userspace"\n[device]'), "x").guest.linux
+    # Huge pages are the userspace driver's.
+    small = GOOD.replace("[device]", '[guest]\ndriver = "linux"\nhuge_pages = 100\n[device]')
+    assert parse_description(small, "x").guest.linux
 
 
 def test_a_missing_file_is_an_environment_problem(tmp_path: Path) -> None:

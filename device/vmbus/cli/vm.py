@@ -176,6 +176,8 @@ async def _run_vm(
         vm = await VirtualMachine.launch(
             description, programs, directory, progress=steps, audit=audit, capture=capture, spare_cpus=spare_cpus
         )
+    if vm.notice:
+        _notice(vm.notice)
     await _attend(vm, start, drives, own)
 
 

@@ -8,6 +8,7 @@ with a virtual environment made first.
     libvfio_user    VMBUS_LIBVFIO_USER, the system's, or built from Debian's QEMU source package
     native          the native core, compiled (VMBUS_CORE)
     guest_files     Debian's kernel, busybox and Python for the guest
+    kernel_module   our module for that kernel, compiled (without it, guests have the userspace driver only)
     accel           KVM if it runs a guest, else TCG (VMBUS_ACCELERATOR overrides)
     chromium        a browser for tests of the report, fetched by those only
     environment     the virtual environment with the Python packages of requirements.lock
@@ -56,6 +57,8 @@ class Provisioned:
     accelerator: Accelerator
     native_core: Path | None
     """None: rings and packets are served by Python alone."""
+    kernel_module_problem: str = ""
+    """Why the image has no kernel module of ours, so that Linux's own drivers cannot be used in it; empty: it has."""
 
 
 def provision(
@@ -95,8 +98,8 @@ def is_provisioned(cache: Cache, environment: Mapping[str, str] = os.environ) ->
 
 @dataclass(frozen=True)
 class _Parts:
-    """What the slow part of the set-up found. The native core and the guest image are not in it: they follow the
-    sources."""
+    """What the slow part of the set-up found. The native core, the kernel module and the guest image are not in it:
+    they follow the sources."""
 
     qemu: QemuProgram
     library: VfioUserLibrary
@@ -197,7 +200,7 @@ def _with_image(
     parts: _Parts, cache: Cache, reporter: Reporter | None, environment: Mapping[str, str]
 ) -> Provisioned | None:
     """Add the native core and the guest image; without a reporter (and lock) only what is in the cache already."""
-    from vmbus.provision import guest_files, native
+    from vmbus.provision import guest_files, kernel_module, native
     from vmbus.provision.debian import find_root
     from vmbus_guest import image  # imports this package
 
@@ -207,12 +210,18 @@ def _with_image(
     if reporter is None and not native.settled(cache, environment):
         return None
     core = native.find(cache, reporter, environment)
+    module: kernel_module.KernelModule | None
     if reporter is None:
-        built = image.find_image(cache, image.image_key(userland, parts.kernel, native_core=core))
+        module = kernel_module.remembered(cache, parts.kernel)
+        if module is None:
+            return None
+        key = image.image_key(userland, parts.kernel, native_core=core, kernel_module=module.path)
+        built = image.find_image(cache, key)
         if built is None:
             return None
     else:
-        built = image.build_image(userland, parts.kernel, cache, reporter, native_core=core)
+        module = kernel_module.find(cache, parts.kernel, reporter, environment)
+        built = image.build_image(userland, parts.kernel, cache, reporter, native_core=core, kernel_module=module.path)
     return Provisioned(
         qemu=parts.qemu,
         libvfio_user=parts.library.path,
@@ -223,4 +232,5 @@ def _with_image(
         image_key=built.key,
         accelerator=parts.accelerator,
         native_core=core,
+        kernel_module_problem=module.problem,
     )

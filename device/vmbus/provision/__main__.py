@@ -72,6 +72,7 @@ def facts(result: Provisioned) -> dict[str, object]:
         "image": str(result.image),
         "image_key": result.image_key,
         "native_core": str(result.native_core) if result.native_core else None,
+        "kernel_module_problem": result.kernel_module_problem or None,
         "accelerator": result.accelerator.name,
         "accelerator_reason": result.accelerator.reason,
     }
@@ -88,6 +89,10 @@ def summary(result: Provisioned) -> Table:
     table.add_row("guest kernel", f"{result.kernel_version}")
     table.add_row("guest image", f"{result.image} ({megabytes:.1f} MB)")
     table.add_row("native core", str(result.native_core or "none: rings and packets are served by Python alone"))
+    table.add_row(
+        "guest's drivers",
+        "userspace only: " + problem if (problem := result.kernel_module_problem) else "userspace, Linux's own",
+    )
     table.add_row("accelerator", f"{result.accelerator.name}: {result.accelerator.reason}")
     return table
 

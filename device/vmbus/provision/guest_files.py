@@ -23,12 +23,15 @@ from vmbus.provision.report import Reporter, SilentReporter
 KERNEL_PACKAGE = "linux-image-cloud-amd64"
 """Depends on the current kernel, whose package has its version in its name."""
 
+USERSPACE_DRIVER = ("irqbypass", "vfio", "vfio_iommu_type1", "vfio-pci-core", "vfio-pci")
+"""What a driver in userspace needs."""
+
+LINUX_DRIVERS = ("hv_vmbus", "hv_utils", "sd_mod", "hv_storvsc", "hv_netvsc", "hv_sock", "uio_hv_generic")
+"""Linux's own VMBus drivers, in the order in which they are loaded behind our kernel module."""
+
 MODULES = (
-    "irqbypass",
-    "vfio",
-    "vfio_iommu_type1",
-    "vfio-pci-core",
-    "vfio-pci",
+    *USERSPACE_DRIVER,
+    *LINUX_DRIVERS,
     "nbd",
     "ext4",
     "crc32c_generic",  # ext4 asks for it by name only when it is used
@@ -62,6 +65,20 @@ class Kernel:
 
     def module_path(self, name: str) -> Path:
         return self.image.parent / "modules" / f"{name}.ko"
+
+    def closure(self, names: Sequence[str]) -> list[str]:
+        """These modules and all that they depend on, as far as they are not built in, in an order to load them."""
+        found: list[str] = []
+
+        def take(name: str) -> None:
+            if name in self.modules and name not in found:
+                for needed in self.modules[name]:
+                    take(needed)
+                found.append(name)
+
+        for name in names:
+            take(module_name(name))
+        return found
 
 
 def find_kernel(cache: Cache | None = None, reporter: Reporter | None = None, apt: Apt | None = None) -> Kernel:

@@ -11,7 +11,8 @@ import asyncio
 import contextlib
 import json
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ RESEND_INTERVAL = 5.0
 """Seconds without an answer after which a request is sent again."""
 
 _RECONNECT_INTERVAL = 0.2
+_EXECUTE_GRACE = 20.0  # seconds that a guest may need to say that a program has ended
 
 
 class AgentError(VmbusError):
@@ -32,6 +34,18 @@ class AgentError(VmbusError):
     def __init__(self, command: str, kind: str, message: str) -> None:
         super().__init__(f"the guest's agent failed {command!r}: {message}" + (f" ({kind})" if kind else ""))
         self.kind = kind
+
+
+@dataclass(frozen=True)
+class GuestOutput:
+    """What a program in the guest came to."""
+
+    code: int
+    """Exit status; a signal's number, negative, if one has ended it."""
+    output: str
+    """What it printed, both streams in one; of much, the beginning."""
+    bytes: int
+    """How many bytes it printed."""
 
 
 class AgentClient:
@@ -143,6 +157,18 @@ class AgentClient:
             raise AgentError(command, "", str(error))
         result = answer.get("result")
         return result if isinstance(result, dict) else {"value": result}
+
+    async def execute(self, argv: Sequence[str], *, timeout: float) -> GuestOutput:
+        """Runs a program in the guest; one that has not ended after `timeout` seconds is killed.
+
+        Raises `WaitTimeout` then, with the beginning of what it printed; `AgentError` if it cannot be started.
+        """
+        arguments = {"argv": list(argv), "timeout": timeout}
+        result = await self.request("execute", arguments, timeout=timeout + _EXECUTE_GRACE)
+        if result["expired"]:
+            shown = " ".join(argv)
+            raise WaitTimeout(f"{shown!r} in the guest to end; it printed {result['output'][:2000]!r}", timeout)
+        return GuestOutput(int(result["code"]), str(result["output"]), int(result["bytes"]))
 
     async def wait_ready(self, timeout: float) -> None:
         """Waits until the agent answers, e.g. after the guest's boot. Raises `WaitTimeout`."""

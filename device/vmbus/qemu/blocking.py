@@ -25,7 +25,7 @@ from vmbus.errors import EnvironmentProblem, UsageError, VmbusError, WaitTimeout
 from vmbus.migration.address import UnixAddress
 from vmbus.migration.channel import listen
 from vmbus.migration.source import MigrationReport
-from vmbus.qemu.agent import AgentError
+from vmbus.qemu.agent import AgentError, GuestOutput
 from vmbus.qemu.command_line import Programs
 from vmbus.qemu.description import VmDescription
 from vmbus.qemu.machine import RestoreReport, VirtualMachine
@@ -249,6 +249,10 @@ class BlockingVm:
     def agent(self, command: str, /, *, timeout: float = 30.0, **arguments: Any) -> dict[str, Any]:
         """Ask the guest's agent. Raises AgentError with its answer."""
         return self.call(self.machine.call_agent(command, timeout=timeout, **arguments))
+
+    def run_in_guest(self, argv: Sequence[str], *, timeout: float = 60.0) -> GuestOutput:
+        """Run a program in the guest; its exit status and output. Raises AgentError, WaitTimeout."""
+        return self.call(self.machine.run_in_guest(argv, timeout=timeout))
 
     def start(self, driver: str, /, **parameters: Any) -> Job:
         """Start a test driver in the guest, with its parameters (docs/test-drivers.md)."""

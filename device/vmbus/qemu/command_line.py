@@ -6,6 +6,8 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
+
 from vmbus.errors import UsageError
 from vmbus.provision import Provisioned
 from vmbus.qemu.description import VmDescription
@@ -30,6 +32,8 @@ class Programs:
     kernel: Path
     initramfs: Path
     libvfio_user: Path | None = None
+    no_linux_driver: str = ""
+    """Why the guest's image cannot have `driver = "linux"`; empty: it can."""
     extra: tuple[str, ...] = ()
     """Arguments added to QEMU's own: for measurements against its devices. They are in no snapshot."""
 
@@ -43,6 +47,7 @@ def programs_from(provisioned: Provisioned) -> Programs:
         kernel=provisioned.kernel,
         initramfs=provisioned.image,
         libvfio_user=provisioned.libvfio_user,
+        no_linux_driver=provisioned.kernel_module_problem,
     )
 
 
@@ -106,6 +111,15 @@ def default_spare_cpus(cpus: int, accelerator: str) -> int:
     return 1 if accelerator == "tcg" and cpus == 1 else 0
 
 
+def with_available_driver(description: VmDescription, programs: Programs) -> tuple[VmDescription, str]:
+    """The description as this machine can serve it, and a sentence if that is with another driver than it says."""
+    if not description.guest.linux or not programs.no_linux_driver:
+        return description, ""
+    guest = msgspec.structs.replace(description.guest, driver=msgspec.UNSET)
+    notice = f"the guest has the userspace driver instead of Linux's own: {programs.no_linux_driver}"
+    return msgspec.structs.replace(description, guest=guest), notice
+
+
 AUDIT_WORD = "vmbus.audit=on"
 """On the guest kernel's command line: the agent has test drivers keep audit records."""
 
@@ -120,9 +134,11 @@ def kernel_arguments(description: VmDescription, *, audit: bool = False) -> str:
         # busy host, an emulated machine may have had no turn to raise them yet.
         "no_timer_check",
         "quiet",
-        "intel_iommu=on",
-        "iommu=pt",
-        f"hugepages={description.guest.huge_pages}",
+        *(
+            ["vmbus.driver=linux"]
+            if description.guest.linux
+            else ["intel_iommu=on", "iommu=pt", f"hugepages={description.guest.huge_pages}"]
+        ),
         *([AUDIT_WORD] if audit else []),
         *([f"vmbus.services={','.join(description.guest.services)}"] if description.guest.services else []),
         *description.guest.kernel_arguments,
@@ -175,8 +191,9 @@ def qemu_arguments(
         "-no-reboot",
         *("-display", "none"),
         *("-msg", "timestamp=on"),
-        # Before the device that it translates for. Caching mode makes the guest announce every mapping.
-        *("-device", "intel-iommu,caching-mode=on,intremap=on"),
+        # Before the device that it translates for. Caching mode makes the guest announce every mapping. Linux's own
+        # drivers tell the device physical addresses, and need none.
+        *([] if description.guest.linux else ["-device", "intel-iommu,caching-mode=on,intremap=on"]),
         *("-chardev", f"{_socket_chardev('console', paths.console)},{console_log}"),
         *("-serial", "chardev:console"),
         *("-chardev", qmp or _socket_chardev("qmp", paths.qmp)),

@@ -7,7 +7,7 @@ stored in a snapshot and used on another machine.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import msgspec
 
@@ -19,7 +19,7 @@ class GuestDescription(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The guest's side of a VM description."""
 
     huge_pages: Annotated[int, msgspec.Meta(ge=1, le=4096)] = 8
-    """2 MiB pages that the guest sets aside for rings and buffers that the device reaches."""
+    """2 MiB pages that the guest sets aside for rings and buffers of the userspace driver."""
     kernel_arguments: Annotated[
         list[Annotated[str, msgspec.Meta(pattern=r"^[!-~]+$")]], msgspec.Meta(max_length=32)
     ] = []
@@ -28,6 +28,18 @@ class GuestDescription(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         list[Annotated[str, msgspec.Meta(pattern=r"^[a-z][a-z0-9-]{0,31}$")]], msgspec.Meta(max_length=16)
     ] = []
     """The guest's services that are started at boot, such as ``integration``: see `vmbus_guest.services`."""
+    driver: Literal["userspace", "linux"] | msgspec.UnsetType = msgspec.UNSET
+    """Who drives the device: programs over VFIO (``userspace``, unless it is said), or Linux's own VMBus drivers
+    (``linux``), see docs/linux-guest.md. Left out of manifests if it is not said: older ones do not have it."""
+
+    @property
+    def linux(self) -> bool:
+        """Whether Linux's own drivers drive the device."""
+        return self.driver == "linux"
+
+    def __post_init__(self) -> None:
+        if self.linux and self.services:
+            raise ValueError("guest.services are for the userspace driver: Linux's own drivers do that themselves")
 
 
 class VmDescription(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -47,7 +59,7 @@ class VmDescription(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     def __post_init__(self) -> None:
         # The kernel wants room beside the huge pages; a VM that cannot hold them fails late and obscurely.
-        if self.guest.huge_pages * 2 > self.memory_mib // 2:
+        if not self.guest.linux and self.guest.huge_pages * 2 > self.memory_mib // 2:
             raise ValueError(
                 f"guest.huge_pages = {self.guest.huge_pages} ({self.guest.huge_pages * 2} MiB) is more than half of "
                 f"memory_mib = {self.memory_mib}; allowed: up to {self.memory_mib // 4}"

@@ -16,7 +16,7 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Awaitable, Callable, Collection, Coroutine, Mapping
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -34,9 +34,16 @@ from vmbus.migration.link import SILENCE
 from vmbus.migration.messages import Prepare
 from vmbus.migration.source import ASK_TIMEOUT, Departing, MigrationInDoubt, MigrationReport, Source
 from vmbus.providers.block.image import CLONE_VARIABLE
-from vmbus.qemu.agent import AgentClient
+from vmbus.qemu.agent import AgentClient, GuestOutput
 from vmbus.qemu.audit import collect
-from vmbus.qemu.command_line import Programs, Sockets, default_spare_cpus, machine_version, qemu_arguments
+from vmbus.qemu.command_line import (
+    Programs,
+    Sockets,
+    default_spare_cpus,
+    machine_version,
+    qemu_arguments,
+    with_available_driver,
+)
 from vmbus.qemu.description import VmDescription
 from vmbus.qemu.foreign import MigrationGuard
 from vmbus.qemu.moments import Hook, Moment, no_hook
@@ -132,6 +139,8 @@ class VirtualMachine:
         self.control: ControlClient | None = None
         self.clone = False
         """Whether disks whose content came with the snapshot are in the run directory, and end with it."""
+        self.notice = ""
+        """A sentence for people, if the VM is not quite what its description says."""
         self.restored: RestoreReport | None = None
         self.phases: dict[str, float] = {}
         self.on_agent_event: Callable[[dict[str, Any]], None] | None = None
@@ -168,7 +177,9 @@ class VirtualMachine:
         `WaitTimeout`; nothing is left behind then.
         """
         directory = run_directory or RunDirectory.create(description.name)
+        description, notice = with_available_driver(description, programs)
         vm = cls(description, programs, directory, audit=audit, capture=capture, spare_cpus=spare_cpus)
+        vm.notice = notice
         phases = Phases(progress)
         try:
             await vm._start(phases)
@@ -544,6 +555,11 @@ class VirtualMachine:
         return await self.guard(
             self.agent.request(command, arguments, timeout=timeout), f"the agent's answer to {command!r}", timeout + 1
         )
+
+    async def run_in_guest(self, argv: Sequence[str], *, timeout: float = 60.0) -> GuestOutput:
+        """Runs a program in the guest, and returns its exit status and output. See `AgentClient.execute`."""
+        work = self.agent.execute(argv, timeout=timeout)
+        return await self.guard(work, f"{argv[0]!r} in the guest to end", timeout + 30)
 
     async def execute(self, command: str, arguments: Mapping[str, object] | None = None) -> Any:
         """A command to QEMU's monitor that also ends when a process of the VM dies."""

@@ -1,0 +1,260 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/*
+ * The registers of the function, and the two pages that it writes (docs/device-abi.md).
+ *
+ * Both pages belong to us and to nobody else in the kernel. What the host writes there is copied once, checked, and
+ * only then handed on: Linux's own pages are never within the host's reach. (A message of the type that a timer has
+ * would make vmbus_isr() jump to where no timer is, for instance.)
+ */
+#define pr_fmt(fmt) KBUILD_MODNAME ": " fmt
+
+#include <linux/dma-mapping.h>
+#include <linux/hyperv.h>
+#include <linux/io.h>
+#include <linux/pci.h>
+#include <asm/mshyperv.h>
+
+#include "vmbus_pci.h"
+
+enum {
+	REG_MAGIC = 0x000,
+	REG_ABI_VERSION = 0x004,
+	REG_EVENT_FLAGS = 0x00c,
+	REG_CONTROL = 0x010,
+	REG_STATUS = 0x014,
+	REG_MESSAGE_PAGE = 0x020,
+	REG_EVENT_PAGE = 0x028,
+	REG_EOM = 0x030,
+	REG_SIGNAL_EVENT = 0x034,
+	REG_POST_ADDRESS = 0x040,
+	REG_POST_MESSAGE = 0x048,
+	REG_POST_STATUS = 0x04c,
+};
+
+#define MAGIC 0x53424d56
+#define ABI_MAJOR 1
+#define CONTROL_ENABLE BIT(0)
+#define CONTROL_RESET BIT(1)
+#define STATUS_ENABLED BIT(0)
+#define STATUS_FAULT BIT(1)
+#define PAGE_IS_VALID 1
+#define FLAG_PENDING BIT(0)
+#define TYPE_CHANNEL_MESSAGE 1
+
+/* A host that fills the slot with rubbish as fast as it is emptied does not keep a processor. */
+#define MOST_BAD_MESSAGES 16
+
+/* As the function lays it out at VMBUS_PCI_SLOT in its message page. */
+struct slot {
+	u32 type;
+	u8 size;
+	u8 flags;
+	u16 reserved;
+	u64 sender;
+	u8 payload[VMBUS_PCI_MESSAGE_MAX];
+};
+
+static void __iomem *bar;
+static void *pages;	/* the message page, and behind it the event page */
+static dma_addr_t pages_address;
+static DEFINE_RAW_SPINLOCK(post_lock);
+
+#define PAGES_SIZE (2 * PAGE_SIZE)
+
+static struct slot *slot(void)
+{
+	return pages + VMBUS_PCI_SLOT;
+}
+
+static u8 *flags(void)
+{
+	return pages + PAGE_SIZE;
+}
+
+static void write64(u64 value, unsigned int offset)
+{
+	iowrite32(lower_32_bits(value), bar + offset);
+	iowrite32(upper_32_bits(value), bar + offset + 4);
+}
+
+int device_open(struct pci_dev *pdev)
+{
+	void __iomem *mapped;
+	u32 magic, version, count;
+
+	mapped = pcim_iomap_region(pdev, 0, KBUILD_MODNAME);
+	if (IS_ERR(mapped))
+		return PTR_ERR(mapped);
+	magic = ioread32(mapped + REG_MAGIC);
+	version = ioread32(mapped + REG_ABI_VERSION);
+	count = ioread32(mapped + REG_EVENT_FLAGS);
+	if (magic != MAGIC || version >> 16 != ABI_MAJOR || count != VMBUS_PCI_FLAGS) {
+		pci_err(pdev, "magic %#x, ABI %u.%u, %u event flags: not a function that this driver knows\n", magic,
+			version >> 16, version & 0xffff, count);
+		return -ENODEV;
+	}
+	pages = dmam_alloc_coherent(&pdev->dev, PAGES_SIZE, &pages_address, GFP_KERNEL);
+	if (!pages)
+		return -ENOMEM;
+	/* Linux's VMBus drivers tell the host physical addresses, so nothing may translate the function's. */
+	if (pages_address != virt_to_phys(pages)) {
+		pci_err(pdev, "an IOMMU translates this function's addresses: boot with iommu=pt, or without an IOMMU\n");
+		return -ENODEV;
+	}
+	/* What another driver has left there ends now. */
+	iowrite32(CONTROL_RESET, mapped + REG_CONTROL);
+	WRITE_ONCE(bar, mapped);
+	return 0;
+}
+
+void device_close(void)
+{
+	if (bar)
+		iowrite32(CONTROL_RESET, bar + REG_CONTROL);
+	WRITE_ONCE(bar, NULL);
+}
+
+bool device_present(void)
+{
+	return READ_ONCE(bar);
+}
+
+/* Begin anew: every channel and connection of before is gone. Returns whether it works. */
+bool device_enable(void)
+{
+	u32 status;
+
+	if (!bar)
+		return false;
+	memset(pages, 0, PAGES_SIZE);
+	iowrite32(CONTROL_RESET, bar + REG_CONTROL);
+	write64(pages_address | PAGE_IS_VALID, REG_MESSAGE_PAGE);
+	write64((pages_address + PAGE_SIZE) | PAGE_IS_VALID, REG_EVENT_PAGE);
+	iowrite32(CONTROL_ENABLE, bar + REG_CONTROL);
+	status = ioread32(bar + REG_STATUS);
+	if (status & STATUS_ENABLED)
+		return true;
+	count_up(faults);
+	pr_err("the function does not take its pages (status %#x)\n", status);
+	return false;
+}
+
+void device_disable(void)
+{
+	if (bar)
+		iowrite32(CONTROL_RESET, bar + REG_CONTROL);
+}
+
+/* From now on messages go to that page and to nobody else's: for a kernel that panics, where nobody copies them. */
+void device_write_messages_to(phys_addr_t page)
+{
+	if (!bar)
+		return;
+	iowrite32(0, bar + REG_CONTROL);
+	write64(page | PAGE_IS_VALID, REG_MESSAGE_PAGE);
+	iowrite32(CONTROL_ENABLE, bar + REG_CONTROL);
+}
+
+void device_eom(void)
+{
+	if (bar)
+		iowrite32(1, bar + REG_EOM);
+}
+
+void device_signal(u32 connection)
+{
+	if (bar)
+		iowrite32(connection, bar + REG_SIGNAL_EVENT);
+}
+
+/* Returns a hypervisor's status code: those of POST_STATUS are the same. */
+u64 device_post(phys_addr_t block)
+{
+	/* In a panic whoever has the lock may never let go of it, and nobody else runs. */
+	bool alone = READ_ONCE(vmbus_pci_panicking);
+	unsigned long irq_flags;
+	u32 status;
+
+	if (!bar)
+		return HV_STATUS_INVALID_PARAMETER;
+	local_irq_save(irq_flags);
+	if (!alone)
+		raw_spin_lock(&post_lock);
+	write64(block, REG_POST_ADDRESS);
+	iowrite32(1, bar + REG_POST_MESSAGE);
+	status = ioread32(bar + REG_POST_STATUS);
+	if (!alone)
+		raw_spin_unlock(&post_lock);
+	local_irq_restore(irq_flags);
+	count_up(posts);
+	if (status != HV_STATUS_SUCCESS)
+		count_up(refused_posts);
+	return status;
+}
+
+static void empty_slot(void)
+{
+	WRITE_ONCE(slot()->type, 0);
+	virt_mb();
+	if (READ_ONCE(slot()->flags) & FLAG_PENDING) {
+		WRITE_ONCE(slot()->flags, 0);
+		device_eom();
+		count_up(eoms);
+	}
+}
+
+/*
+ * Moves one message from the host into @to, which is empty; returns whether there was one.
+ *
+ * It is marked as one behind which others wait, so that Linux says when it has taken it. The caller has the lock of
+ * the synthetic interrupt controllers.
+ */
+bool device_take_message(struct hv_message *to)
+{
+	int tries;
+
+	for (tries = 0; pages && tries < MOST_BAD_MESSAGES; tries++) {
+		u32 type = READ_ONCE(slot()->type);
+		u8 size = READ_ONCE(slot()->size);
+
+		if (!type)
+			return false;
+		virt_rmb();
+		if (type != TYPE_CHANNEL_MESSAGE || size < VMBUS_PCI_MESSAGE_MIN || size > VMBUS_PCI_MESSAGE_MAX) {
+			count_up(bad_messages);
+			pr_warn_ratelimited("the host's message has type %u and %u bytes: left out\n", type, size);
+			empty_slot();
+			continue;
+		}
+		memset(to, 0, sizeof(*to));
+		memcpy(to->u.payload, slot()->payload, size);
+		to->header.payload_size = size;
+		to->header.message_flags.msg_pending = 1;
+		smp_store_release(&to->header.message_type, TYPE_CHANNEL_MESSAGE);
+		empty_slot();
+		count_up(messages);
+		return true;
+	}
+	return false;
+}
+
+/* Takes back the event flags that the host has set; @deliver has to begin with a full memory fence. */
+bool device_take_events(void (*deliver)(u32 relid, void *context), void *context)
+{
+	const u64 *words = (const u64 *)flags();
+	bool any = false;
+	u32 relid, i;
+
+	for (i = 0; i < VMBUS_PCI_FLAGS / sizeof(u64); i++) {
+		if (!READ_ONCE(words[i]))
+			continue;
+		for (relid = i * sizeof(u64); relid < (i + 1) * sizeof(u64); relid++) {
+			if (!READ_ONCE(flags()[relid]))
+				continue;
+			WRITE_ONCE(flags()[relid], 0);
+			deliver(relid, context);
+			any = true;
+		}
+	}
+	return any;
+}
