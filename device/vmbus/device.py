@@ -136,6 +136,7 @@ class Device:
         carrier: Carrier | None = None,
         later: Callable[[float, Callable[[], None]], object] | None = None,
         local_schedule: Callable[[], None] | None = None,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         """
         Args:
@@ -145,12 +146,14 @@ class Device:
             carrier: how calls of other threads get to this one; None: they are refused.
             later: have something called after some seconds; None: no channel is looked at again.
             local_schedule: have `local_bus.service` called soon; None: somebody calls `local_bus.run`.
+            clock: seconds, for how long a turn may be.
         """
         self._interrupt = interrupt
         self._schedule = schedule
         self.memory = GuestMemory()
         self.synic = Synic(self.memory, self)
-        self.backlog = Backlog(schedule)
+        self._clock = clock
+        self.backlog = Backlog(schedule, clock)
         self.bus = BusServer(self, self.backlog)
         self.channels: list[ServerChannel] = []
         self.resets = 0
@@ -262,11 +265,11 @@ class Device:
         except Exception:
             self.internal_errors += 1
             log.exception("what a guest's request made necessary was not carried out to its end")
-        until = time.monotonic() + ROUND_SECONDS
+        until = self._clock() + ROUND_SECONDS
         self.allowance.look()
         try:
             with self.backlog.turn():
-                one_round(self._ready, lambda: self.frozen or time.monotonic() > until)
+                one_round(self._ready, lambda: self.frozen or self._clock() > until)
         finally:
             if self.busy:
                 self._schedule()

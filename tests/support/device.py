@@ -57,7 +57,8 @@ class Machine:
         self.pending_interrupt = False
         self.timers: list[Timer] = []
         self.soon: list[Callable[[], None]] = []
-        self.device = Device(self._interrupt, self._schedule, later=self.later)
+        # Time stands still in a turn, so that what is done in one does not depend on how busy the machine is.
+        self.device = Device(self._interrupt, self._schedule, later=self.later, clock=lambda: 0.0)
         self.providers: list[Provider] = []
         for number, kind in enumerate(self.kinds):
             provider = provider_class(kind)(self, f"{kind}{number}", UUID(int=number + 1), self.options.get(kind, {}))

@@ -268,7 +268,8 @@ def test_much_external_data_is_transformed_in_slices_and_answers_keep_their_orde
         else:
             packet.send(echo_request(0, data, inline=False), external=[(memory.iova, len(data))])
     machine.scheduled = False
-    machine.device.service()
+    for _ in range(3):  # on a busy machine one of them is enough for a turn
+        machine.device.service()
     assert machine.soon and not answers and machine.providers[0].bounds()["work in a turn"].now == 3
     driver.run_until(lambda: len(answers) == 3, 10, "the answers")
     assert answers == [0, 1, 2]
