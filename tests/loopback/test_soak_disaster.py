@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,8 @@ def test_a_campaign_that_is_killed_leaves_no_process_and_is_gone_on_with(tmp_pat
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     owner = subprocess.Popen([sys.executable, str(OWNER), str(folder), json.dumps(script)], env=environment)
     try:
-        asyncio.run(until(pid.exists, "the second episode"))
+        known = partial(read, folder, OperationRecord)
+        asyncio.run(until(lambda: pid.exists() and len(known()) == 3, "the second episode"))
     finally:
         owner.send_signal(signal.SIGKILL)
         owner.wait(30)

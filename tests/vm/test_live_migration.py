@@ -298,7 +298,8 @@ def test_a_broken_dirty_log_starts_another_pass(
 
     report, found = run(story())
     tell(report)
-    assert report.attempts == 2
+    # What the dead driver had is unmapped by its kernel, on a busy machine late enough to spoil the second pass too.
+    assert report.attempts in (2, 3)
     assert found["result"]["verdict"] == "passed", found
 
 
