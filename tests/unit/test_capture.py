@@ -338,7 +338,8 @@ def test_external_data_that_nobody_gives_back_is_not_remembered(pair: Pair, tmp_
     for transaction in range(20):
         assert pair.client_link.writer.put(int(PacketType.GPA_DIRECT), transaction % 2, transaction, body, offset8)
     pair.client_link.writer.commit()
-    pair.server.process()
+    while pair.server.process():  # a turn ends early on a busy machine
+        pass
     (traffic,) = capture._open.values()
     assert traffic._given == {}
     capture.stop()
