@@ -198,7 +198,11 @@ def busy(vm: Vm) -> Traffic:
     """Stops where packets are in flight in both states: queued at the host, in the ring, and held by the guest."""
     traffic = Traffic(vm.driver, hold=1 << 30, ring_pages_in=1, ring_pages_out=1)
     traffic.start(500, 2000, size=60, window=400)
-    vm.driver.run_until(lambda: len(traffic.burst.held) > 50, 10, "packets of the host")
+    flow = traffic.burst.channel.flow
+    # A turn that ended early would leave packets that the guest has copied, and whose place in the ring counts no more.
+    vm.driver.run_until(
+        lambda: len(traffic.burst.held) > 50 and flow.at == len(flow.packets), 10, "packets of the host"
+    )
     traffic.burst.hold = 20
     # The guest stands still from here on. It may have taken all that the host may send, in one step: so it lets go of
     # some, and the host fills the ring and its queue again.
