@@ -138,7 +138,7 @@ def test_every_step_of_a_paused_server_is_none(frozen: bool, make: Make, monkeyp
     would be there twice, from the old server and from the restored one. Without that, an offer comes twice."""
     if not frozen:
         monkeypatch.setattr(Timers, "freeze", lambda self: None)
-    monkeypatch.setattr(StepProvider, "tick", 0.02)
+    monkeypatch.setattr(StepProvider, "tick", 0.15)  # three of them: the save is over by then
     world = make(BY_NAME["disabled_and_enabled"].providers)
     try:
         run = Run(world)
@@ -151,7 +151,7 @@ def test_every_step_of_a_paused_server_is_none(frozen: bool, make: Make, monkeyp
         data = world.save()
         before = bytes(world.function.ram)
         server = world.server.server
-        over = server._loop.time() + 5 * StepProvider.tick
+        over = server._loop.time() + 4 * StepProvider.tick
         while world.server.on_loop(lambda: server._loop.time()) < over:
             pass
         same = bytes(world.function.ram) == before
