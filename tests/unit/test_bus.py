@@ -62,12 +62,26 @@ def test_an_unknown_version_is_refused_and_another_may_follow(version: int) -> N
 
 @pytest.mark.parametrize(
     "message",
-    [m.RequestOffers(), m.Unload(), m.CloseChannel(1), open_channel(1, 7), m.GpadlTeardown(1, 7), m.RelidReleased(1)],
+    [m.RequestOffers(), m.Unload(), m.CloseChannel(1), open_channel(1, 7), m.GpadlTeardown(1, 7)],
 )
 def test_nothing_is_served_before_a_version_is_agreed_on(message) -> None:
     bus = Joined()
     assert bus.say(message) == []
     assert bus.bus.rejected == 1
+
+
+def test_relids_that_are_released_outside_of_a_connection_are_no_complaint(opened: Joined) -> None:
+    """Linux releases each of its channels after UNLOAD, which has released them all."""
+    opened.owner.prompt_close = False
+    assert opened.say(m.Unload()) == [] and opened.bus.disconnecting
+    assert opened.say(m.RelidReleased(1)) == []
+    opened.owner.let_go(opened.offers[0])
+    assert opened.heard[-1] == m.UnloadResponse()
+    for relid in (1, 2, 7):
+        assert opened.say(m.RelidReleased(relid)) == []
+    assert opened.bus.rejected == 0
+    opened.connect()
+    assert len(opened.client.offers) == 2 and opened.say(m.RelidReleased(7)) == [] and opened.bus.rejected == 1
 
 
 def test_a_new_contact_at_any_time_starts_from_nothing(opened: Joined) -> None:

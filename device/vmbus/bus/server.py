@@ -237,6 +237,9 @@ class BusServer(GpadlDesk):
             handler = _HANDLERS.get(type(message))
             if handler is None:
                 raise m.MessageError(f"{type(message).__name__} is not served")
+            connected = self.state is ConnectionState.CONNECTED and not self.disconnecting
+            if not connected and type(message) is m.RelidReleased:
+                return  # Linux does so for each of its channels after UNLOAD, which has released them all
             if self.state is ConnectionState.DISCONNECTED and type(message) is not m.InitiateContact:
                 raise m.MessageError(f"{type(message).__name__} before a version was agreed on")
             if self.disconnecting and type(message) not in (m.InitiateContact, m.Unload):
