@@ -11,7 +11,9 @@
 #include <linux/dma-mapping.h>
 #include <linux/hyperv.h>
 #include <linux/io.h>
+#include <linux/gfp.h>
 #include <linux/pci.h>
+#include <linux/rcupdate.h>
 #include <asm/mshyperv.h>
 
 #include "vmbus_pci.h"
@@ -40,9 +42,10 @@ enum {
 #define PAGE_IS_VALID 1
 #define FLAG_PENDING BIT(0)
 #define TYPE_CHANNEL_MESSAGE 1
+#define VMBUS_MESSAGE_CONNECTION 1
 
 /* A host that fills the slot with rubbish as fast as it is emptied does not keep a processor. */
-#define MOST_BAD_MESSAGES 16
+#define MOST_MESSAGES 16
 
 /* As the function lays it out at VMBUS_PCI_SLOT in its message page. */
 struct slot {
@@ -54,12 +57,27 @@ struct slot {
 	u8 payload[VMBUS_PCI_MESSAGE_MAX];
 };
 
-static void __iomem *bar;
-static void *pages;	/* the message page, and behind it the event page */
-static dma_addr_t pages_address;
+static void __iomem *bar;	/* NULL while the function is away */
 static DEFINE_RAW_SPINLOCK(post_lock);
 
-#define PAGES_SIZE (2 * PAGE_SIZE)
+/*
+ * The message page, the event page, and our own post block. Never freed: Linux's drivers may look at any time, and the
+ * function may be away meanwhile.
+ */
+static void *pages;
+static phys_addr_t pages_address;
+
+#define EVENTS PAGE_SIZE
+#define BLOCK (2 * PAGE_SIZE)
+#define PAGES_SIZE (3 * PAGE_SIZE)
+
+struct block {
+	u32 connection;
+	u32 reserved;
+	u32 type;
+	u32 size;
+	u8 payload[VMBUS_PCI_MESSAGE_MAX];
+};
 
 static struct slot *slot(void)
 {
@@ -68,7 +86,7 @@ static struct slot *slot(void)
 
 static u8 *flags(void)
 {
-	return pages + PAGE_SIZE;
+	return pages + EVENTS;
 }
 
 static void write64(u64 value, unsigned int offset)
@@ -77,10 +95,31 @@ static void write64(u64 value, unsigned int offset)
 	iowrite32(upper_32_bits(value), bar + offset + 4);
 }
 
+static int map_pages(struct pci_dev *pdev)
+{
+	dma_addr_t address;
+
+	if (!pages)
+		pages = alloc_pages_exact(PAGES_SIZE, GFP_KERNEL | __GFP_ZERO);
+	if (!pages)
+		return -ENOMEM;
+	pages_address = virt_to_phys(pages);
+	address = dma_map_single(&pdev->dev, pages, PAGES_SIZE, DMA_BIDIRECTIONAL);
+	if (dma_mapping_error(&pdev->dev, address))
+		return -ENOMEM;
+	if (address == pages_address)
+		return 0;
+	/* Linux's VMBus drivers tell the host physical addresses, so nothing may translate the function's. */
+	dma_unmap_single(&pdev->dev, address, PAGES_SIZE, DMA_BIDIRECTIONAL);
+	pci_err(pdev, "an IOMMU translates this function's addresses: boot with iommu=pt, or without an IOMMU\n");
+	return -ENODEV;
+}
+
 int device_open(struct pci_dev *pdev)
 {
 	void __iomem *mapped;
 	u32 magic, version, count;
+	int ret;
 
 	mapped = pcim_iomap_region(pdev, 0, KBUILD_MODNAME);
 	if (IS_ERR(mapped))
@@ -93,25 +132,25 @@ int device_open(struct pci_dev *pdev)
 			version >> 16, version & 0xffff, count);
 		return -ENODEV;
 	}
-	pages = dmam_alloc_coherent(&pdev->dev, PAGES_SIZE, &pages_address, GFP_KERNEL);
-	if (!pages)
-		return -ENOMEM;
-	/* Linux's VMBus drivers tell the host physical addresses, so nothing may translate the function's. */
-	if (pages_address != virt_to_phys(pages)) {
-		pci_err(pdev, "an IOMMU translates this function's addresses: boot with iommu=pt, or without an IOMMU\n");
-		return -ENODEV;
-	}
+	ret = map_pages(pdev);
+	if (ret)
+		return ret;
 	/* What another driver has left there ends now. */
 	iowrite32(CONTROL_RESET, mapped + REG_CONTROL);
 	WRITE_ONCE(bar, mapped);
 	return 0;
 }
 
-void device_close(void)
+/* The function goes: it is left as after power-on, and nobody touches it any more when this returns. May sleep. */
+void device_close(struct pci_dev *pdev)
 {
-	if (bar)
-		iowrite32(CONTROL_RESET, bar + REG_CONTROL);
+	void __iomem *mapped = bar;
+
 	WRITE_ONCE(bar, NULL);
+	synchronize_rcu();
+	if (mapped)
+		iowrite32(CONTROL_RESET, mapped + REG_CONTROL);
+	dma_unmap_single(&pdev->dev, pages_address, PAGES_SIZE, DMA_BIDIRECTIONAL);
 }
 
 bool device_present(void)
@@ -119,22 +158,31 @@ bool device_present(void)
 	return READ_ONCE(bar);
 }
 
+/* Whether the function is there, and has our pages. A read of a register: it goes all the way to the host. */
+bool device_enabled(void)
+{
+	guard(rcu)();
+
+	return device_present() && (ioread32(bar + REG_STATUS) & STATUS_ENABLED);
+}
+
 /* Begin anew: every channel and connection of before is gone. Returns whether it works. */
 bool device_enable(void)
 {
 	u32 status;
 
-	if (!bar)
+	guard(rcu)();
+
+	if (!device_present())
 		return false;
-	memset(pages, 0, PAGES_SIZE);
+	memset(pages, 0, BLOCK);
 	iowrite32(CONTROL_RESET, bar + REG_CONTROL);
 	write64(pages_address | PAGE_IS_VALID, REG_MESSAGE_PAGE);
-	write64((pages_address + PAGE_SIZE) | PAGE_IS_VALID, REG_EVENT_PAGE);
+	write64((pages_address + EVENTS) | PAGE_IS_VALID, REG_EVENT_PAGE);
 	iowrite32(CONTROL_ENABLE, bar + REG_CONTROL);
 	status = ioread32(bar + REG_STATUS);
 	if (status & STATUS_ENABLED)
 		return true;
-	count_up(faults);
 	pr_err("the function does not take its pages (status %#x)\n", status);
 	return false;
 }
@@ -192,6 +240,22 @@ u64 device_post(phys_addr_t block)
 	return status;
 }
 
+/* Posts a message of our own. */
+u64 device_say(const void *message, u32 size)
+{
+	struct block *block = pages + BLOCK;
+
+	guard(rcu)();
+
+	/* One at a time: there is one connection, and each of these waits for the answer to the one before. */
+	memset(block, 0, sizeof(*block));
+	block->connection = VMBUS_MESSAGE_CONNECTION;
+	block->type = TYPE_CHANNEL_MESSAGE;
+	block->size = min_t(u32, size, sizeof(block->payload));
+	memcpy(block->payload, message, block->size);
+	return device_post(pages_address + BLOCK);
+}
+
 static void empty_slot(void)
 {
 	WRITE_ONCE(slot()->type, 0);
@@ -204,16 +268,15 @@ static void empty_slot(void)
 }
 
 /*
- * Moves one message from the host into @to, which is empty; returns whether there was one.
- *
- * It is marked as one behind which others wait, so that Linux says when it has taken it. The caller has the lock of
+ * Moves one message from the host into @to, which is empty; returns whether there was one. The caller has the lock of
  * the synthetic interrupt controllers.
  */
 bool device_take_message(struct hv_message *to)
 {
+	u64 message[VMBUS_PCI_MESSAGE_MAX / sizeof(u64)];
 	int tries;
 
-	for (tries = 0; pages && tries < MOST_BAD_MESSAGES; tries++) {
+	for (tries = 0; pages && tries < MOST_MESSAGES; tries++) {
 		u32 type = READ_ONCE(slot()->type);
 		u8 size = READ_ONCE(slot()->size);
 
@@ -226,12 +289,12 @@ bool device_take_message(struct hv_message *to)
 			empty_slot();
 			continue;
 		}
-		memset(to, 0, sizeof(*to));
-		memcpy(to->u.payload, slot()->payload, size);
-		to->header.payload_size = size;
-		to->header.message_flags.msg_pending = 1;
-		smp_store_release(&to->header.message_type, TYPE_CHANNEL_MESSAGE);
+		/* Copied once, and only looked at then: the host may write on. */
+		memcpy(message, slot()->payload, size);
 		empty_slot();
+		if (rejoin_hears(message, size))
+			continue;
+		synic_fill(to, message, size);
 		count_up(messages);
 		return true;
 	}

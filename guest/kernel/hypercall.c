@@ -6,20 +6,23 @@
 #include <linux/io.h>
 #include <linux/linkage.h>
 #include <linux/printk.h>
+#include <linux/rcupdate.h>
 #include <asm/linkage.h>
 #include <asm/mshyperv.h>
 
 #include "vmbus_pci.h"
 
 #define CALL_CODE GENMASK_ULL(15, 0)
-#define POST_PAYLOAD 16 /* in the input of a post: the function's post block has the same layout */
+/* In the input of a post; the function's post block has the same layout. */
+#define POST_SIZE 12
+#define POST_PAYLOAD 16
 
 /* What a hypervisor does by itself: it sends a channel's events to the processor that the guest names. */
-static void learn_target(const void *input)
+static void learn_target(const void *message)
 {
-	const struct vmbus_channel_message_header *header = input + POST_PAYLOAD;
-	const struct vmbus_channel_modifychannel *modify = input + POST_PAYLOAD;
-	const struct vmbus_channel_open_channel *open = input + POST_PAYLOAD;
+	const struct vmbus_channel_message_header *header = message;
+	const struct vmbus_channel_modifychannel *modify = message;
+	const struct vmbus_channel_open_channel *open = message;
 
 	if (header->msgtype == CHANNELMSG_OPENCHANNEL)
 		synic_channel_target(open->child_relid, open->target_vp);
@@ -27,15 +30,31 @@ static void learn_target(const void *input)
 		synic_channel_target(modify->child_relid, modify->target_vp);
 }
 
+static u64 post(u64 block)
+{
+	const u8 *input = phys_to_virt(block);
+	u64 status;
+
+	learn_target(input + POST_PAYLOAD);
+	if (rejoin_says(input + POST_PAYLOAD, *(const u32 *)(input + POST_SIZE)))
+		return HV_STATUS_SUCCESS;
+	status = device_post(block);
+	if (status == HV_STATUS_INVALID_PARAMETER)
+		rejoin_suspect();
+	return status;
+}
+
 /* Called by the code below only, which is in no header. */
 u64 vmbus_pci_do_hypercall(u64 control, u64 input, u64 output);
 
 __visible u64 vmbus_pci_do_hypercall(u64 control, u64 input, u64 output)
 {
+	/* So that the function does not go away meanwhile. */
+	guard(rcu)();
+
 	switch (control & CALL_CODE) {
 	case HVCALL_POST_MESSAGE:
-		learn_target(phys_to_virt(input));
-		return device_post(input);
+		return post(input);
 	case HVCALL_SIGNAL_EVENT:
 		if (!(control & HV_HYPERCALL_FAST_BIT))
 			input = *(const u64 *)phys_to_virt(input);

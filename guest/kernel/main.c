@@ -33,6 +33,7 @@ module_param(function, charp, 0444);
 MODULE_PARM_DESC(function, "PCI address of the function to use, such as 0000:00:05.0 (default: the first one)");
 
 static struct pci_dev *ours;
+static bool is_platform; /* for good */
 
 /* What mshyperv.c would have made on Hyper-V. Never freed: once there, Linux's drivers may use them at any time. */
 static int make_platform_variables(void)
@@ -66,8 +67,11 @@ out_of_memory:
 
 static int become_the_platform(void)
 {
-	int ret = synic_prepare();
+	int ret;
 
+	if (is_platform)
+		return 0;
+	ret = synic_prepare();
 	if (ret)
 		return ret;
 	ret = make_platform_variables();
@@ -81,6 +85,8 @@ static int become_the_platform(void)
 		redirect_none();
 		goto forget;
 	}
+	__module_get(THIS_MODULE);
+	is_platform = true;
 	return 0;
 
 forget:
@@ -120,9 +126,9 @@ static int vmbus_pci_probe(struct pci_dev *pdev, const struct pci_device_id *id)
 	ret = become_the_platform();
 	if (ret)
 		goto free_interrupt;
-	__module_get(THIS_MODULE);
 	ours = pdev;
-	pci_info(pdev, "Linux's VMBus drivers can be loaded\n");
+	rejoin_suspect();
+	pci_info(pdev, "at the service of Linux's VMBus drivers\n");
 	return 0;
 
 free_interrupt:
@@ -130,15 +136,18 @@ free_interrupt:
 free_vectors:
 	pci_free_irq_vectors(pdev);
 close:
-	device_close();
+	device_close(pdev);
 	return ret;
 }
 
 static void vmbus_pci_remove(struct pci_dev *pdev)
 {
-	device_close();
+	/* Linux's drivers are told that their channels are gone, and get them anew if the function comes back. */
+	ours = NULL;
+	device_close(pdev);
 	free_irq(pci_irq_vector(pdev, 0), pdev);
 	pci_free_irq_vectors(pdev);
+	rejoin_suspect();
 }
 
 /* A kernel that is started by this one must not find its memory written to. */

@@ -9,13 +9,14 @@
 
 #include <linux/ftrace.h>
 #include <linux/kernel.h>
+#include <linux/rcupdate.h>
 #include <asm/mshyperv.h>
 
 #include "vmbus_pci.h"
 
 static bool is_initialized(void)
 {
-	return device_present();
+	return true;
 }
 
 static u64 get_register(unsigned int reg)
@@ -31,6 +32,8 @@ static u64 get_register(unsigned int reg)
 
 static void set_register(unsigned int reg, u64 value)
 {
+	guard(rcu)(); /* the function does not go away meanwhile */
+
 	if (!synic_set(reg, value)) {
 		count_up(bad_registers);
 		pr_warn_ratelimited("no register %#x here\n", reg);

@@ -22,6 +22,7 @@
 
 #define MESSAGE_CPU 0
 #define REGISTER_IS_ON 1
+#define CHANNEL_MESSAGE 1
 #define FLAGS_OFFSET (VMBUS_PCI_SINT * VMBUS_PCI_FLAGS / 8)
 
 struct synic {
@@ -71,6 +72,28 @@ static void worked(struct irq_work *unused)
 
 static struct irq_work again = IRQ_WORK_INIT_HARD(worked);
 
+/* Puts a message into Linux's empty slot, as one behind which others wait: so Linux says when it has taken it. */
+void synic_fill(struct hv_message *to, const void *message, u32 size)
+{
+	memset(to, 0, sizeof(*to));
+	memcpy(to->u.payload, message, size);
+	to->header.payload_size = size;
+	to->header.message_flags.msg_pending = 1;
+	smp_store_release(&to->header.message_type, CHANNEL_MESSAGE);
+}
+
+/* What Linux has to be told in the host's place. */
+static bool take_ours(struct hv_message *to)
+{
+	u64 message[VMBUS_PCI_MESSAGE_MAX / sizeof(u64)] = {};
+	u32 size = rejoin_tells(message);
+
+	if (!size)
+		return false;
+	synic_fill(to, message, size);
+	return true;
+}
+
 /* Whether there is a message for Linux in its slot now. */
 static bool fill_message_slot(void)
 {
@@ -80,7 +103,7 @@ static bool fill_message_slot(void)
 	if (!page || READ_ONCE(vmbus_pci_panicking))
 		return false;
 	to = (struct hv_message *)page + VMBUS_PCI_SINT;
-	return READ_ONCE(to->header.message_type) != HVMSG_NONE || device_take_message(to);
+	return READ_ONCE(to->header.message_type) != HVMSG_NONE || take_ours(to) || device_take_message(to);
 }
 
 /* Linux has emptied its slot: the next one. */
@@ -95,13 +118,17 @@ static void take_next_message(void)
 	}
 	raw_spin_lock_irqsave(&synic_lock, flags);
 	any = fill_message_slot();
-	raw_spin_unlock_irqrestore(&synic_lock, flags);
-	if (!any)
-		return;
-	if (smp_processor_id() == MESSAGE_CPU)
-		irq_work_queue(&again);
-	else
+	if (any && smp_processor_id() != MESSAGE_CPU)
 		smp_call_function_single_async(MESSAGE_CPU, &synic_of(MESSAGE_CPU)->call);
+	else if (any)
+		irq_work_queue(&again);
+	raw_spin_unlock_irqrestore(&synic_lock, flags);
+}
+
+/* There may be a message for Linux. */
+void synic_look(void)
+{
+	take_next_message();
 }
 
 /* An event of the channel for a processor that has pages; adds that to the set @context. */
@@ -202,6 +229,7 @@ static void set_control(struct synic *synic, u64 value)
 	/* The others' are Linux's affair: the function has one place for messages. */
 	if (!changes || synic != synic_of(MESSAGE_CPU))
 		return;
+	rejoin_begin();
 	if (value & REGISTER_IS_ON)
 		device_enable();
 	else

@@ -5,6 +5,7 @@
  * main.c       the PCI driver: probe, removal, counters in sysfs
  * device.c     the function's registers: enable, reset, post, signal, and the two pages that it writes
  * synic.c      each processor's synthetic interrupt controller, and how messages and events get there
+ * rejoin.c     what happens when the function was reset behind Linux's back
  * hypercall.c  what hv_hypercall_pg points to
  * redirect.c   functions of the kernel that are replaced
  * acpi.c       the ACPI device that hv_vmbus binds to
@@ -54,13 +55,15 @@ struct pci_dev;
 
 /* device.c */
 int device_open(struct pci_dev *pdev);
-void device_close(void);
+void device_close(struct pci_dev *pdev);
 bool device_present(void);
 bool device_enable(void);
+bool device_enabled(void);
 void device_disable(void);
 void device_eom(void);
 void device_signal(u32 connection);
 u64 device_post(phys_addr_t block);
+u64 device_say(const void *message, u32 size);
 bool device_take_message(struct hv_message *to);
 bool device_take_events(void (*deliver)(u32 relid, void *context), void *context);
 void device_write_messages_to(phys_addr_t page);
@@ -73,7 +76,16 @@ bool synic_get(unsigned int reg, u64 *value);
 bool synic_set(unsigned int reg, u64 value);
 void synic_set_handler(void (*handler)(void));
 void synic_channel_target(u32 relid, u32 vp);
+void synic_look(void);
+void synic_fill(struct hv_message *to, const void *message, u32 size);
 irqreturn_t synic_interrupt(int irq, void *data);
+
+/* rejoin.c */
+void rejoin_begin(void);
+void rejoin_suspect(void);
+bool rejoin_hears(const void *message, u32 size);
+bool rejoin_says(const void *message, u32 size);
+u32 rejoin_tells(void *message);
 
 /* hypercall.c */
 void vmbus_pci_hypercall(void);

@@ -3,25 +3,31 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import re
+import struct
 import time
 from collections.abc import Callable, Coroutine
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import msgspec
 import pytest
 
 from support.boot import boot
-from vmbus.errors import WaitTimeout
+from vmbus.errors import VmbusError, WaitTimeout
 from vmbus.qemu.command_line import Programs
 from vmbus.qemu.description import VmDescription, load_description
 from vmbus.qemu.machine import VirtualMachine
+from vmbus.qemu.process import log_tail
 
 pytestmark = pytest.mark.vm
 
 Run = Callable[[Coroutine[Any, Any, Any]], Any]
 Note = Callable[[str], None]
 CHECKOUT = Path(__file__).resolve().parents[2]
+ON_VMBUS = ("hv_utils", "hv_storvsc", "hv_netvsc", "hv_sock", "uio_hv_generic")
 BAD_WORDS = (
     "WARNING:",
     "BUG:",
@@ -33,10 +39,11 @@ BAD_WORDS = (
 )
 
 
-def described(cpus: int) -> VmDescription:
+def described(cpus: int, *kernel_arguments: str) -> VmDescription:
     """The machine of qemu_configs with its integration services alone, and faster heartbeats."""
     plain = msgspec.to_builtins(load_description(CHECKOUT / "qemu_configs" / "linux.toml"))
     plain["cpus"] = cpus
+    plain["guest"]["kernel_arguments"] = list(kernel_arguments)
     plain["device"]["providers"] = [one for one in plain["device"]["providers"] if one["kind"] == "integration"]
     plain["device"]["providers"][0]["options"] |= {"heartbeat_seconds": 0.2}
     return msgspec.convert(plain, VmDescription)
@@ -70,26 +77,194 @@ async def require_no_complaints(vm: VirtualMachine) -> None:
     assert not [line for line in lines if any(word in line for word in BAD_WORDS)], lines
 
 
-@pytest.mark.parametrize("cpus", [1, 2])
-def test_linux_guest_over_a_save(run: Run, programs: Programs, tmp_path: Path, note: Note, cpus: int) -> None:
-    async def story() -> None:
-        async with await boot(described(cpus), programs) as vm:
+async def counters(vm: VirtualMachine) -> dict[str, int]:
+    """What our kernel module has counted."""
+    lines = (await shell(vm, "cd /sys/bus/pci/drivers/vmbus_pci/0000:*/vmbus && grep . *")).splitlines()
+    return {name: int(value) for name, _, value in (line.partition(":") for line in lines)}
+
+
+async def until(vm: VirtualMachine, command: str, seconds: float = 60.0) -> str:
+    """Wait until a shell command in the guest prints something."""
+    deadline = time.monotonic() + seconds
+    while not (text := await shell(vm, f"{command} || true")):
+        if time.monotonic() > deadline:
+            raise WaitTimeout(f"{command!r} in the guest to print; {await shell(vm, 'dmesg | tail -n 40')}", seconds)
+        await asyncio.sleep(0.1)
+    return text
+
+
+async def require_service(vm: VirtualMachine, parts: int = 4) -> None:
+    """hv_utils has its devices, heartbeats are answered and the guest's kernel has nothing to complain of."""
+    await until_beats(vm, 3)
+    bound = (await shell(vm, "ls /sys/bus/vmbus/drivers/hv_utils")).split()
+    assert sum("-" in name for name in bound) == parts, bound
+    await require_no_complaints(vm)
+
+
+async def over_a_save(vm: VirtualMachine, directory: Path, programs: Programs) -> VirtualMachine:
+    await vm.save(directory)
+    await vm.kill()
+    vm = await VirtualMachine.restore(directory, programs)
+    try:
+        await vm.wait_ready()
+    except BaseException:
+        await vm.kill()
+        raise
+    return vm
+
+
+class GuestMemory:
+    """The guest's memory as the device server sees it: what is written here, a hostile server could write."""
+
+    def __init__(self, vm: VirtualMachine) -> None:
+        assert vm.qemu is not None
+        folder = Path(f"/proc/{vm.qemu.process.pid}/fd")
+        self.path = next(path for path in folder.iterdir() if "memory-backend-memfd" in str(path.readlink()))
+        self.size = vm.description.memory_mib << 20
+        assert self.path.stat().st_size == self.size <= 2 << 30, "below the hole, addresses are offsets"
+
+    def write(self, address: int, data: bytes) -> None:
+        assert 0 < address < self.size - len(data)
+        with self.path.open("r+b", buffering=0) as file:
+            file.seek(address)
+            file.write(data)
+
+
+def test_linux_guest_over_saves_and_with_drivers_that_come_and_go(
+    run: Run, programs: Programs, tmp_path: Path, note: Note
+) -> None:
+    """One CPU. Then the end: a panic, in which Linux ends its connection and waits for the answer."""
+
+    async def story() -> str:
+        async with await boot(described(1, "panic=60"), programs) as vm:
             assert vm.notice == ""
             log = await shell(vm, "dmesg")
             assert "Vmbus version:5.3" in log, log
-            assert int(await shell(vm, "nproc")) == cpus
-            bound = (await shell(vm, "ls /sys/bus/vmbus/drivers/hv_utils")).split()
-            assert sum("-" in name for name in bound) == 4, bound
-            await until_beats(vm, 5)
             assert abs(float(await shell(vm, "date +%s")) - time.time()) < 5
-            await require_no_complaints(vm)
-            before = await beats(vm)
-            await vm.save(tmp_path / "saved")
-        async with await VirtualMachine.restore(tmp_path / "saved", programs) as vm:
-            await vm.wait_ready()
-            after = await until_beats(vm, 10)
-            await require_no_complaints(vm)
-            counters = await shell(vm, "cd /sys/bus/pci/drivers/vmbus_pci/0000:*/vmbus && grep . *")
-            note(f"Linux's drivers, {cpus} CPUs: {before} heartbeats before a save, {after} since; {counters.split()}")
+            await require_service(vm)
+            # A live patch in the guest, or a person, may switch tracing off; our redirects must stay.
+            await shell(vm, "! echo 0 > /proc/sys/kernel/ftrace_enabled")
+            for _ in range(2):
+                await shell(vm, "rmmod hv_utils && insmod /lib/modules/hv_utils.ko")
+                await require_service(vm)
+            before = await counters(vm)
+            await shell(vm, f"rmmod {' '.join(reversed(ON_VMBUS))} hv_vmbus")
+            assert (await vm.call_server("inspect"))["bus"]["version"] == ""
+            await shell(vm, f"for m in hv_vmbus {' '.join(ON_VMBUS)}; do insmod /lib/modules/$m.ko; done")
+            await require_service(vm)
+            rejected = (await vm.call_server("inspect"))["bus"]["rejected"]
+            assert not rejected, log_tail(vm.run_directory / "server.log", 20)
+            vm = await over_a_save(vm, tmp_path / "saved", programs)
+        async with vm:
+            await until_beats(vm, 5)
+            await require_service(vm)
+            after = await counters(vm)
+            assert after["messages"] > before["messages"] and not after["bad_messages"] + after["faults"], after
+            with contextlib.suppress(VmbusError):
+                await vm.run_in_guest(["/bin/sh", "-c", "echo c > /proc/sysrq-trigger"], timeout=1.0)
+            deadline = time.monotonic() + 60
+            while (await vm.call_server("inspect"))["bus"]["version"] != "":
+                assert time.monotonic() < deadline, vm.paths.console_log.read_text()[-3000:]
+                await asyncio.sleep(0.1)
+            # It waits for ten seconds for the answer; without one the panic would not be over so soon.
+            while "Rebooting in" not in (log := vm.paths.console_log.read_text()):
+                assert time.monotonic() < deadline, log[-3000:]
+                await asyncio.sleep(0.1)
+            return log
 
-    run(story())
+    log = run(story())
+    lines = re.findall(r"\[ *([0-9.]+)\] *(?:Kernel panic|Rebooting in)", log)
+    begun, over = map(float, lines)
+    assert over - begun < 5, log[-3000:]
+    note(f"Linux's drivers, 1 CPU: a panic with UNLOAD and its answer took {over - begun:.2f} s")
+
+
+def test_linux_guest_with_a_host_that_writes_nonsense_and_a_function_that_is_reset(
+    run: Run, programs: Programs, tmp_path: Path, note: Note
+) -> None:
+    """Two CPUs."""
+
+    async def story() -> dict[str, int]:
+        async with await boot(described(2, "iomem=relaxed"), programs) as vm:
+            await require_service(vm)
+            registers = (await vm.call_server("inspect"))["synic"]["registers"]
+            message_page, event_page = (
+                (registers[f"{name}_PAGE_LOW"] | registers[f"{name}_PAGE_HIGH"] << 32) & ~0xFFF
+                for name in ("MESSAGE", "EVENT")
+            )
+            memory, random = GuestMemory(vm), Random(11)
+            for _ in range(20):
+                memory.write(event_page, random.randbytes(4096))
+                slot = struct.pack("<IBBHQ", random.choice((2, 0x80000010, 0xFFFFFFFF)), 255, 255, 0xFFFF, 1)
+                memory.write(message_page, random.randbytes(512) + slot + random.randbytes(4096 - 512 - len(slot)))
+                await until_beats(vm, 1)
+            # As a channel message of a good length: what is in it is Linux's to judge.
+            for size, number in ((0, 1), (7, 1), (241, 2), (8, 99), (239, 3), (240, 0)):
+                payload = struct.pack("<II", number, 0) + random.randbytes(232)
+                memory.write(message_page + 516, struct.pack("<BBHQ", size, 1, 0, 0) + payload)
+                memory.write(message_page + 512, struct.pack("<I", 1))
+                await until_beats(vm, 1)
+            bad = await counters(vm)
+            assert bad["bad_messages"] >= 15 and bad["events"] > 1000, bad
+            complaints = [line for line in (await shell(vm, "dmesg")).splitlines() if "the host's message" in line]
+            assert complaints
+            await until_beats(vm, 3)
+
+            # A reset behind Linux's back: it gets everything anew.
+            faults = bad["faults"]
+            address = await shell(vm, "head -n 1 /sys/bus/pci/devices/0000:00:05.0/resource")
+            await shell(vm, f"devmem $(({address.split()[0]} + 0x10)) 32 2")
+            await until(vm, "dmesg | grep 'lose 4 channels'")
+            await until_beats(vm, 5)
+            await until_bound(vm)
+            assert (await counters(vm))["faults"] == faults + 1
+            # And a function that is unplugged, and plugged in again.
+            await shell(vm, "echo 1 > /sys/bus/pci/devices/0000:00:05.0/remove")
+            await until(vm, 'test -z "$(ls /sys/bus/vmbus/devices)" && echo none')
+            await shell(vm, "echo 1 > /sys/bus/pci/rescan")
+            await until_bound(vm)
+            vm = await over_a_save(vm, tmp_path / "saved", programs)
+        async with vm:
+            await until_beats(vm, 5)
+            await until_bound(vm)
+            return await counters(vm)
+
+    found = run(story())
+    note(f"Linux's drivers, 2 CPUs, a hostile host: {found}")
+
+
+async def until_bound(vm: VirtualMachine) -> None:
+    """hv_utils has its four devices, and heartbeats are answered."""
+    await until(vm, "test $(ls -d /sys/bus/vmbus/drivers/hv_utils/*-* | wc -l) = 4 && echo bound")
+    await until_beats(vm, 3)
+
+
+def test_linux_guest_with_channels_that_move_between_four_cpus(
+    run: Run, programs: Programs, tmp_path: Path, note: Note
+) -> None:
+    async def story() -> dict[str, int]:
+        async with await boot(described(4), programs) as vm:
+            await require_service(vm)
+            for cpu in (3, 1, 2):
+                await shell(vm, f"for c in /sys/bus/vmbus/devices/*/channels/*/cpu; do echo {cpu} > $c; done")
+                await until_beats(vm, 3)
+                assert await shell(vm, "cat /sys/bus/vmbus/devices/*/channels/*/cpu") == "\n".join(4 * [str(cpu)])
+            vm = await over_a_save(vm, tmp_path / "saved", programs)
+        async with vm:
+            await require_service(vm)
+            wakes = (await counters(vm))["wakes"]
+            await until_beats(vm, 5)
+            assert (await counters(vm))["wakes"] >= wakes + 5, "events went to CPU 2"
+            # Linux does not let a CPU go that has channels.
+            await shell(vm, "! echo 0 > /sys/devices/system/cpu/cpu2/online")
+            await shell(vm, "for c in /sys/bus/vmbus/devices/*/channels/*/cpu; do echo 1 > $c; done")
+            await shell(vm, "echo 0 > /sys/devices/system/cpu/cpu2/online")
+            await until_beats(vm, 3)
+            await shell(vm, "echo 1 > /sys/devices/system/cpu/cpu2/online")
+            await shell(vm, "for c in /sys/bus/vmbus/devices/*/channels/*/cpu; do echo 2 > $c; done")
+            await require_service(vm)
+            return await counters(vm)
+
+    found = run(story())
+    assert not found["lost_events"] + found["bad_messages"] + found["bad_registers"] + found["bad_calls"], found
+    note(f"Linux's drivers, 4 CPUs: {found}")

@@ -1,0 +1,198 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/*
+ * When the function forgets everything behind Linux's back: because it was reset, because its pages were taken away, or
+ * because it was unplugged and plugged in again.
+ *
+ * Linux waits without a limit for what its host has forgotten. So we say in the host's place that all channels are
+ * gone; when Linux's drivers have let go of them, we agree on the version of before once more and ask for offers, and
+ * Linux's drivers find their devices as for the first time.
+ *
+ *	OFF	Linux has no connection
+ *	JOINED	Linux speaks with the host, and we only listen
+ *	LOST	the host knows of nothing: Linux hears that its channels are gone, and what it says is for us
+ *	ASKING	the host was asked for the version of before; its answer is for us
+ */
+#define pr_fmt(fmt) KBUILD_MODNAME ": " fmt
+
+#include <linux/bitmap.h>
+#include <linux/hyperv.h>
+#include <linux/jiffies.h>
+#include <linux/kernel.h>
+#include <linux/workqueue.h>
+#include <asm/mshyperv.h>
+
+#include "vmbus_pci.h"
+
+#define LOOK_EVERY (5 * HZ)	/* one read of a register: it goes all the way to the host */
+#define LOOK_SOON (HZ / 20)
+#define PATIENCE (60 * HZ)	/* until a driver that does not let go of its channel is complained about */
+
+enum state { OFF, JOINED, LOST, ASKING };
+
+static enum state state;
+static unsigned long since;
+static bool complained;
+static DECLARE_BITMAP(known, VMBUS_PCI_FLAGS);	/* channels that Linux has heard of and not released */
+static DECLARE_BITMAP(gone, VMBUS_PCI_FLAGS);	/* those of them that it has still to be told are gone */
+static bool unloading;				/* an UNLOAD that nobody but us will answer */
+static u8 contact[VMBUS_PCI_MESSAGE_MAX];	/* Linux's last INITIATE_CONTACT */
+static u32 contact_size;
+
+static void look(struct work_struct *unused);
+static DECLARE_DELAYED_WORK(looking, look);
+
+static void become(enum state next)
+{
+	WRITE_ONCE(since, jiffies);
+	WRITE_ONCE(complained, false);
+	WRITE_ONCE(state, next);
+}
+
+static void look_in(unsigned long delay)
+{
+	mod_delayed_work(system_wq, &looking, delay);
+}
+
+static void lose(void)
+{
+	count_up(faults);
+	become(LOST);
+	bitmap_copy(gone, known, VMBUS_PCI_FLAGS);
+	pr_warn("the function was reset: Linux's drivers lose %u channels, and get them anew\n",
+		bitmap_weight(gone, VMBUS_PCI_FLAGS));
+	synic_look();
+}
+
+static void ask_again(void)
+{
+	/* The state first: the answer may be there before the post is over. */
+	become(ASKING);
+	if (!device_enable() || device_say(contact, contact_size) != HV_STATUS_SUCCESS)
+		become(LOST);
+}
+
+static void look(struct work_struct *unused)
+{
+	unsigned long delay = LOOK_SOON;
+
+	switch (READ_ONCE(state)) {
+	case OFF:
+		return;
+	case JOINED:
+		if (device_enabled())
+			delay = LOOK_EVERY;
+		else
+			lose();
+		break;
+	case LOST:
+		if (!device_present())
+			delay = LOOK_EVERY;
+		else if (bitmap_empty(known, VMBUS_PCI_FLAGS))
+			ask_again();
+		else if (!complained && time_after(jiffies, since + PATIENCE)) {
+			complained = true;
+			pr_err("Linux's drivers hold on to %u lost channels: nothing works until they let go\n",
+			       bitmap_weight(known, VMBUS_PCI_FLAGS));
+		}
+		break;
+	case ASKING:
+		if (!device_enabled() || time_after(jiffies, since + PATIENCE))
+			become(LOST);
+		break;
+	}
+	look_in(delay);
+}
+
+/* Linux switches its controller on or off: a connection begins, or is over. */
+void rejoin_begin(void)
+{
+	bitmap_zero(known, VMBUS_PCI_FLAGS);
+	bitmap_zero(gone, VMBUS_PCI_FLAGS);
+	WRITE_ONCE(unloading, false);
+	become(OFF);
+}
+
+/* The function does not do what it should: see why, soon. */
+void rejoin_suspect(void)
+{
+	if (READ_ONCE(state) != OFF)
+		look_in(0);
+}
+
+/* The host's message, before Linux gets it; returns whether it is not for Linux. */
+bool rejoin_hears(const void *message, u32 size)
+{
+	const struct vmbus_channel_message_header *header = message;
+	const struct vmbus_channel_offer_channel *offer = message;
+	const struct vmbus_channel_version_response *response = message;
+	static const struct vmbus_channel_message_header request = { .msgtype = CHANNELMSG_REQUESTOFFERS };
+
+	if (header->msgtype == CHANNELMSG_OFFERCHANNEL && size >= sizeof(*offer)) {
+		if (offer->child_relid < VMBUS_PCI_FLAGS)
+			set_bit(offer->child_relid, known);
+		return false;
+	}
+	if (header->msgtype != CHANNELMSG_VERSION_RESPONSE || READ_ONCE(state) != ASKING)
+		return false;
+	if (size < offsetofend(struct vmbus_channel_version_response, version_supported) ||
+	    !response->version_supported || device_say(&request, sizeof(request)) != HV_STATUS_SUCCESS)
+		become(LOST);
+	else
+		become(JOINED);
+	return true;
+}
+
+/* Linux's message, before the host gets it; returns whether it is not for the host. */
+bool rejoin_says(const void *message, u32 size)
+{
+	const struct vmbus_channel_message_header *header = message;
+	const struct vmbus_channel_relid_released *released = message;
+
+	switch (header->msgtype) {
+	case CHANNELMSG_INITIATE_CONTACT:
+		contact_size = min_t(u32, size, sizeof(contact));
+		memcpy(contact, message, contact_size);
+		if (READ_ONCE(state) == OFF) {
+			become(JOINED);
+			look_in(LOOK_EVERY);
+		}
+		return false;
+	case CHANNELMSG_RELID_RELEASED:
+		if (released->child_relid < VMBUS_PCI_FLAGS)
+			clear_bit(released->child_relid, known);
+		break;
+	case CHANNELMSG_UNLOAD:
+		if (READ_ONCE(state) == LOST) {
+			WRITE_ONCE(unloading, true);
+			synic_look();
+		}
+		break;
+	default:
+		break;
+	}
+	return READ_ONCE(state) == LOST || READ_ONCE(state) == ASKING;
+}
+
+/* Something that Linux has to be told in the host's place, put into @message; returns its size, or 0. */
+u32 rejoin_tells(void *message)
+{
+	struct vmbus_channel_rescind_offer *rescind = message;
+	struct vmbus_channel_message_header *header = message;
+	unsigned long relid;
+
+	if (READ_ONCE(state) != LOST)
+		return 0;
+	if (READ_ONCE(unloading)) {
+		WRITE_ONCE(unloading, false);
+		header->msgtype = CHANNELMSG_UNLOAD_RESPONSE;
+		return sizeof(*header);
+	}
+	/* The highest first: sub-channels are offered after the channel that they belong to. */
+	relid = find_last_bit(gone, VMBUS_PCI_FLAGS);
+	if (relid >= VMBUS_PCI_FLAGS)
+		return 0;
+	clear_bit(relid, gone);
+	rescind->header.msgtype = CHANNELMSG_RESCIND_CHANNELOFFER;
+	rescind->child_relid = relid;
+	return sizeof(*rescind);
+}
