@@ -14,7 +14,7 @@ Both are cached under a digest of everything that goes into them, and equal inpu
 
 In the guest: `/usr/bin/python3`, our packages in `/usr/lib/vmbus`, modules as `/lib/modules/NAME.ko`, and
 `/lib/modules/order`, a line `NAME DEPENDENCY...` per module that can be loaded from top to bottom. What `init` loads
-for the driver `userspace` or `linux` is in `/lib/modules/DRIVER`, a name per line.
+for the driver `userspace` or `linux` is in `/lib/modules/DRIVER`, a name per line (both lists for `both`).
 """
 
 from __future__ import annotations

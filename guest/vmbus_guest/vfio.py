@@ -30,6 +30,9 @@ from vmbus_guest.pci import PAGE_SIZE, DmaBuffer
 VENDOR_ID = 0x5642
 DEVICE_ID = 0x4D56
 
+KERNEL_DRIVER = "vmbus_pci"
+"""The driver of a function that is for Linux's own VMBus drivers. It cannot be taken from it."""
+
 HUGE_PAGE = 2 << 20
 """Bytes of one huge page, and of one DMA mapping."""
 
@@ -247,7 +250,8 @@ class VfioFunction:
         sysfs: str = "/sys",
         dev: str = "/dev",
     ) -> VfioFunction:
-        """Take over the first function with these ids (or the one at `address`), ready for registers, DMA and MSI.
+        """Take over the first function with these ids that Linux's own drivers do not have (or the one at `address`),
+        ready for registers, DMA and MSI.
 
         Raises `EnvironmentProblem`: no such function, no `vfio-pci`, no virtual IOMMU, a group that is not viable or
         in use by another process, no huge pages.
@@ -258,7 +262,13 @@ class VfioFunction:
                 raise EnvironmentProblem(
                     f"no PCI function {vendor:04x}:{device:04x} in this machine; was it started with the device server?"
                 )
-            address = found[0]
+            free = [name for name in found if _link_name(f"{sysfs}/bus/pci/devices/{name}/driver") != KERNEL_DRIVER]
+            if not free:
+                raise EnvironmentProblem(
+                    f"PCI function {found[0]} is driven by Linux's own VMBus drivers in this machine: its description "
+                    'has driver = "linux"'
+                )
+            address = free[0]
         group_number = iommu_group(address, sysfs=sysfs)
         bind_function(address, sysfs=sysfs)
         with contextlib.ExitStack() as stack:

@@ -140,6 +140,7 @@ def test_a_function_is_taken_from_its_driver(sysfs: Sysfs) -> None:
     ("what", "message"),
     [
         ("device", "no PCI function 5642:4d56"),
+        ("linux", r"0000:00:05\.0 is driven by Linux's own VMBus drivers"),
         ("iommu", "no IOMMU group.*intel-iommu"),
         ("driver", "vfio-pci driver is not loaded"),
         ("nodes", "modules are not loaded"),
@@ -150,7 +151,17 @@ def test_what_is_missing_is_named(sysfs: Sysfs, tmp_path: Path, what: str, messa
         function = sysfs.function("0000:00:05.0", 0x5642, 0x4D56, None if what == "iommu" else 3)
         if what == "nodes":
             (function / "driver").symlink_to(sysfs.driver("vfio-pci"))
+        elif what == "linux":
+            (function / "driver").symlink_to(sysfs.driver("vmbus_pci"))
     with pytest.raises(EnvironmentProblem, match=message):
+        VfioFunction.open(sysfs=str(sysfs), dev=str(tmp_path))
+
+
+def test_a_function_that_linux_has_is_left_to_it(sysfs: Sysfs, tmp_path: Path) -> None:
+    first = sysfs.function("0000:00:05.0", 0x5642, 0x4D56)
+    (first / "driver").symlink_to(sysfs.driver("vmbus_pci"))
+    sysfs.function("0000:00:06.0", 0x5642, 0x4D56, None)
+    with pytest.raises(EnvironmentProblem, match=r"0000:00:06\.0 is in no IOMMU group"):
         VfioFunction.open(sysfs=str(sysfs), dev=str(tmp_path))
 
 

@@ -131,10 +131,17 @@ def test_kernel_arguments() -> None:
 def test_linux_own_drivers_need_no_iommu_and_no_huge_pages() -> None:
     linux = msgspec.structs.replace(DEMO, guest=GuestDescription(driver="linux"))
     words = kernel_arguments(linux).split()
-    assert "vmbus.driver=linux" in words
+    assert {"vmbus.driver=linux", "vmbus_pci.function=0000:00:05.0"} <= set(words)
     assert not [word for word in words if "iommu" in word or "hugepages" in word]
     assert not any("intel-iommu" in option for option in options(qemu_arguments(linux, PROGRAMS, RUN), "-device"))
     assert any("intel-iommu" in option for option in options(qemu_arguments(DEMO, PROGRAMS, RUN), "-device"))
+
+
+def test_both_drivers_need_everything() -> None:
+    both = msgspec.structs.replace(DEMO, slot=9, guest=GuestDescription(driver="both"))
+    words = kernel_arguments(both).split()
+    assert {"vmbus.driver=both", "vmbus_pci.function=0000:00:09.0", "intel_iommu=on", "iommu=pt"} <= set(words)
+    assert any("intel-iommu" in option for option in options(qemu_arguments(both, PROGRAMS, RUN), "-device"))
 
 
 def test_a_machine_without_the_kernel_module_falls_back_and_says_so() -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
+import json
 import re
 import struct
 import time
@@ -17,10 +19,12 @@ import pytest
 
 from support.boot import boot
 from vmbus.errors import VmbusError, WaitTimeout
+from vmbus.loopback.harness import LoopbackServer, describe
 from vmbus.qemu.command_line import Programs
 from vmbus.qemu.description import VmDescription, load_description
 from vmbus.qemu.machine import VirtualMachine
 from vmbus.qemu.process import log_tail
+from vmbus.vfio_user.library import Library
 
 pytestmark = pytest.mark.vm
 
@@ -39,11 +43,11 @@ BAD_WORDS = (
 )
 
 
-def described(cpus: int, *kernel_arguments: str) -> VmDescription:
+def described(cpus: int, *kernel_arguments: str, driver: str = "linux") -> VmDescription:
     """The machine of qemu_configs with its integration services alone, and faster heartbeats."""
     plain = msgspec.to_builtins(load_description(CHECKOUT / "qemu_configs" / "linux.toml"))
     plain["cpus"] = cpus
-    plain["guest"]["kernel_arguments"] = list(kernel_arguments)
+    plain["guest"] |= {"driver": driver, "kernel_arguments": list(kernel_arguments)}
     plain["device"]["providers"] = [one for one in plain["device"]["providers"] if one["kind"] == "integration"]
     plain["device"]["providers"][0]["options"] |= {"heartbeat_seconds": 0.2}
     return msgspec.convert(plain, VmDescription)
@@ -268,3 +272,32 @@ def test_linux_guest_with_channels_that_move_between_four_cpus(
     found = run(story())
     assert not found["lost_events"] + found["bad_messages"] + found["bad_registers"] + found["bad_calls"], found
     note(f"Linux's drivers, 4 CPUs: {found}")
+
+
+def test_linux_guest_with_both_drivers_on_two_functions(
+    run: Run, programs: Programs, note: Note, libvfio_user: Library
+) -> None:
+    """The second function, and its server, are the test's: machines of ours have one."""
+
+    async def story(server: LoopbackServer) -> None:
+        socket = {"type": "unix", "path": str(server.socket_path)}
+        second = {"driver": "vfio-user-pci", "id": "second", "socket": socket, "addr": "6", "rombar": 0}
+        two = dataclasses.replace(programs, extra=("-device", json.dumps(second)))
+        described_both = described(2, driver="both")
+        vm = await VirtualMachine.launch(described_both, two)  # as booted: a snapshot has one function
+        async with vm:
+            await vm.wait_ready()
+            await require_service(vm)
+            began = await beats(vm)
+            report = await vm.call_agent("run", driver="echo", parameters={"count": 2000}, timeout=120.0)
+            assert report["state"] == "finished", report
+            assert report["result"]["completed"] == 2000, report
+            await require_service(vm)
+            drivers = await shell(vm, "for n in 5 6; do basename $(readlink /sys/bus/pci/devices/0000:00:0$n.0/driver); done")
+            assert drivers.split() == ["vmbus_pci", "vfio-pci"]
+            # The function that Linux has cannot be had, by mistake or on purpose.
+            await shell(vm, "! echo 0000:00:05.0 > /sys/bus/pci/drivers/vmbus_pci/unbind")
+            note(f"both drivers in one guest: 2000 echoes beside {await beats(vm) - began} heartbeats")
+
+    with LoopbackServer(describe("echo"), libvfio_user) as server:
+        run(story(server))

@@ -124,6 +124,11 @@ AUDIT_WORD = "vmbus.audit=on"
 """On the guest kernel's command line: the agent has test drivers keep audit records."""
 
 
+def linux_words(description: VmDescription) -> list[str]:
+    """Words for the guest's init: which modules to load, and which function is for Linux's own drivers."""
+    return [f"vmbus.driver={description.guest.driver}", f"vmbus_pci.function=0000:00:{description.slot:02x}.0"]
+
+
 def kernel_arguments(description: VmDescription, *, audit: bool = False) -> str:
     """The guest kernel's command line."""
     words = [
@@ -134,10 +139,11 @@ def kernel_arguments(description: VmDescription, *, audit: bool = False) -> str:
         # busy host, an emulated machine may have had no turn to raise them yet.
         "no_timer_check",
         "quiet",
+        *(linux_words(description) if description.guest.linux else []),
         *(
-            ["vmbus.driver=linux"]
-            if description.guest.linux
-            else ["intel_iommu=on", "iommu=pt", f"hugepages={description.guest.huge_pages}"]
+            ["intel_iommu=on", "iommu=pt", f"hugepages={description.guest.huge_pages}"]
+            if description.guest.vfio
+            else []
         ),
         *([AUDIT_WORD] if audit else []),
         *([f"vmbus.services={','.join(description.guest.services)}"] if description.guest.services else []),
@@ -193,7 +199,7 @@ def qemu_arguments(
         *("-msg", "timestamp=on"),
         # Before the device that it translates for. Caching mode makes the guest announce every mapping. Linux's own
         # drivers tell the device physical addresses, and need none.
-        *([] if description.guest.linux else ["-device", "intel-iommu,caching-mode=on,intremap=on"]),
+        *(["-device", "intel-iommu,caching-mode=on,intremap=on"] if description.guest.vfio else []),
         *("-chardev", f"{_socket_chardev('console', paths.console)},{console_log}"),
         *("-serial", "chardev:console"),
         *("-chardev", qmp or _socket_chardev("qmp", paths.qmp)),

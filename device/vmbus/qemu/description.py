@@ -28,14 +28,20 @@ class GuestDescription(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         list[Annotated[str, msgspec.Meta(pattern=r"^[a-z][a-z0-9-]{0,31}$")]], msgspec.Meta(max_length=16)
     ] = []
     """The guest's services that are started at boot, such as ``integration``: see `vmbus_guest.services`."""
-    driver: Literal["userspace", "linux"] | msgspec.UnsetType = msgspec.UNSET
+    driver: Literal["userspace", "linux", "both"] | msgspec.UnsetType = msgspec.UNSET
     """Who drives the device: programs over VFIO (``userspace``, unless it is said), or Linux's own VMBus drivers
-    (``linux``), see docs/linux-guest.md. Left out of manifests if it is not said: older ones do not have it."""
+    (``linux``; with ``both``, programs can drive further functions of the machine). See docs/linux-guest.md. Left out
+    of manifests if it is not said: older ones do not have it."""
 
     @property
     def linux(self) -> bool:
         """Whether Linux's own drivers drive the device."""
-        return self.driver == "linux"
+        return self.driver in ("linux", "both")
+
+    @property
+    def vfio(self) -> bool:
+        """Whether programs can drive functions over VFIO."""
+        return self.driver != "linux"
 
     def __post_init__(self) -> None:
         if self.linux and self.services:
@@ -59,7 +65,7 @@ class VmDescription(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     def __post_init__(self) -> None:
         # The kernel wants room beside the huge pages; a VM that cannot hold them fails late and obscurely.
-        if not self.guest.linux and self.guest.huge_pages * 2 > self.memory_mib // 2:
+        if self.guest.vfio and self.guest.huge_pages * 2 > self.memory_mib // 2:
             raise ValueError(
                 f"guest.huge_pages = {self.guest.huge_pages} ({self.guest.huge_pages * 2} MiB) is more than half of "
                 f"memory_mib = {self.memory_mib}; allowed: up to {self.memory_mib // 4}"
