@@ -14,7 +14,7 @@ from vmbus.errors import EnvironmentProblem
 from vmbus.provision import kernel_module
 from vmbus.provision.cache import Cache
 from vmbus.provision.debian import Root
-from vmbus.provision.guest_files import LINUX_DRIVERS, Kernel
+from vmbus.provision.guest_files import LINUX_DRIVERS, Kernel, vmbus_aliases
 from vmbus.provision.kernel_module import KernelModule, find, is_known, module_key, remembered, source_folder, sources
 from vmbus.provision.report import Reporter
 
@@ -161,6 +161,12 @@ def test_what_cannot_be_built_is_no_failure(tmp_path: Path, monkeypatch: pytest.
     cache = Cache(tmp_path)
     with cache.lock():
         assert find(cache, KERNEL) == KernelModule(None, "no network")
+
+
+def test_what_modules_bind_to() -> None:
+    data = b"\x7fELF\0alias=vmbus:394f16571591784eab55382f3bd5422d\0alias=vmbus:31600b0e13523449818b38d90ced39db\0x\0"
+    assert vmbus_aliases(data) == ["0e0b6031-5213-4934-818b-38d90ced39db", "57164f39-9115-4e78-ab55-382f3bd5422d"]
+    assert vmbus_aliases(b"\x7fELF\0alias=pci:v00005642d00004D56*\0") == []
 
 
 def test_modules_are_loaded_behind_what_they_depend_on() -> None:

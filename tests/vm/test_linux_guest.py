@@ -293,7 +293,9 @@ def test_linux_guest_with_both_drivers_on_two_functions(
             assert report["state"] == "finished", report
             assert report["result"]["completed"] == 2000, report
             await require_service(vm)
-            drivers = await shell(vm, "for n in 5 6; do basename $(readlink /sys/bus/pci/devices/0000:00:0$n.0/driver); done")
+            drivers = await shell(
+                vm, "for n in 5 6; do basename $(readlink /sys/bus/pci/devices/0000:00:0$n.0/driver); done"
+            )
             assert drivers.split() == ["vmbus_pci", "vfio-pci"]
             # The function that Linux has cannot be had, by mistake or on purpose.
             await shell(vm, "! echo 0000:00:05.0 > /sys/bus/pci/drivers/vmbus_pci/unbind")

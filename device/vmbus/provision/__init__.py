@@ -133,7 +133,7 @@ def _memory(cache: Cache, environment: Mapping[str, str]) -> Path:
 
     installed = shutil.which(qemu.PROGRAM, path=environment.get("PATH"))
     key = digest(
-        1,
+        2,
         [environment.get(name, "") for name in SETTINGS],
         [_identity(environment.get("VMBUS_QEMU")), _identity(installed)],
         [_identity(environment.get("VMBUS_LIBVFIO_USER"))],
@@ -182,6 +182,7 @@ def _remembered(cache: Cache, environment: Mapping[str, str]) -> _Parts | None:
                 kernel["version"],
                 {name: tuple(needed) for name, needed in kernel["modules"].items()},
                 kernel["package"],
+                {name: tuple(guids) for name, guids in kernel["vmbus"].items()},
             ),
             Path(known["userland"]),
             Accelerator(**known["accelerator"]),

@@ -10,8 +10,9 @@ from __future__ import annotations
 import json
 import re
 import tarfile
+import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from vmbus.errors import EnvironmentProblem
@@ -62,6 +63,8 @@ class Kernel:
     """For each module (file name without suffix, in an order that can be loaded) the names it depends on."""
     package: str
     """Version of the Debian package."""
+    vmbus: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """All modules of the package that bind to VMBus devices, and the GUIDs of these."""
 
     def module_path(self, name: str) -> Path:
         return self.image.parent / "modules" / f"{name}.ko"
@@ -88,7 +91,7 @@ def find_kernel(cache: Cache | None = None, reporter: Reporter | None = None, ap
     """
     cache = cache or Cache()
     reporter = reporter or SilentReporter()
-    directory = cache.path("kernel", digest(1, SUITE, KERNEL_PACKAGE, MODULES, length=8))
+    directory = cache.path("kernel", digest(2, SUITE, KERNEL_PACKAGE, MODULES, length=8))
     record = directory / "kernel.json"
     if not record.exists():
         apt = apt or Apt(cache, (SUITE,), reporter=reporter)
@@ -98,10 +101,10 @@ def find_kernel(cache: Cache | None = None, reporter: Reporter | None = None, ap
         deb = apt.download(concrete)[0]
         with cache.publish_directory(directory) as partial:
             reporter.begin(f"Unpacking {concrete[0]}")
-            version, modules = unpack_kernel(deb, partial)
+            version, modules, vmbus = unpack_kernel(deb, partial)
             package = package_fields(deb)
             write_record(partial, [package], (SUITE,))
-            facts = {"version": version, "package": package.version, "modules": modules}
+            facts = {"version": version, "package": package.version, "modules": modules, "vmbus": vmbus}
             publish_bytes(partial / record.name, (json.dumps(facts, indent=1) + "\n").encode())
             reporter.end(f"{len(modules)} modules")
         discard([deb])
@@ -111,6 +114,7 @@ def find_kernel(cache: Cache | None = None, reporter: Reporter | None = None, ap
         version=facts["version"],
         modules={name: tuple(needed) for name, needed in facts["modules"].items()},
         package=facts["package"],
+        vmbus={name: tuple(guids) for name, guids in facts["vmbus"].items()},
     )
 
 
@@ -123,8 +127,9 @@ def find_userland(cache: Cache | None = None, reporter: Reporter | None = None, 
     return make_root(cache or Cache(), USERLAND_RECIPE, reporter or SilentReporter(), apt)
 
 
-def unpack_kernel(deb: Path, target: Path) -> tuple[str, dict[str, tuple[str, ...]]]:
-    """Take the image and the wanted modules out of a kernel package; return the version and the modules' order.
+def unpack_kernel(deb: Path, target: Path) -> tuple[str, dict[str, tuple[str, ...]], dict[str, list[str]]]:
+    """Take the image and the wanted modules out of a kernel package; return the version, the modules' order, and what
+    VMBus devices any of its modules bind to.
 
     Raises EnvironmentProblem if the package does not look like one.
     """
@@ -155,7 +160,12 @@ def unpack_kernel(deb: Path, target: Path) -> tuple[str, dict[str, tuple[str, ..
     order: dict[str, tuple[str, ...]] = {}
     for name in MODULES:
         _take_module(module_name(name), compressed, builtin, folder, order)
-    return version, order
+    aliases = {name: vmbus_aliases(_plain(data)) for name, data in sorted(compressed.items())}
+    return version, order, {name: guids for name, guids in aliases.items() if guids}
+
+
+def _plain(data: bytes) -> bytes:
+    return data if data.startswith(b"\x7fELF") else decompress_xz(data)
 
 
 def _take_module(
@@ -167,8 +177,7 @@ def _take_module(
         data = compressed[name]
     except KeyError:
         raise EnvironmentProblem(f"the kernel package has no module {name}") from None
-    if not data.startswith(b"\x7fELF"):
-        data = decompress_xz(data)
+    data = _plain(data)
     needed = module_dependencies(data)
     for other in needed:
         _take_module(other, compressed, builtin, folder, order)
@@ -179,6 +188,12 @@ def _take_module(
 def module_name(path: str) -> str:
     """Return a module's name as the kernel spells it: no folder, no suffix, underscores."""
     return re.sub(r"\.ko(\.\w+)?$", "", path.rsplit("/", 1)[-1]).replace("-", "_")
+
+
+def vmbus_aliases(data: bytes) -> list[str]:
+    """Return the GUIDs of the VMBus devices that a module (an ELF object) says it binds to, in text form, sorted."""
+    found = re.findall(rb"\0alias=vmbus:([0-9a-f]{32})(?=\0)", data)
+    return sorted(str(uuid.UUID(bytes_le=bytes.fromhex(one.decode()))) for one in found)
 
 
 def module_dependencies(data: bytes) -> Sequence[str]:
