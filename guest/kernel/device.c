@@ -38,7 +38,7 @@ enum {
 #define CONTROL_ENABLE BIT(0)
 #define CONTROL_RESET BIT(1)
 #define STATUS_ENABLED BIT(0)
-#define STATUS_FAULT BIT(1)
+#define GONE U32_MAX /* what a read gives where no function is any more */
 #define PAGE_IS_VALID 1
 #define FLAG_PENDING BIT(0)
 #define TYPE_CHANNEL_MESSAGE 1
@@ -89,10 +89,16 @@ static u8 *flags(void)
 	return pages + EVENTS;
 }
 
-static void write64(u64 value, unsigned int offset)
+static void write64(u64 value, void __iomem *at)
 {
-	iowrite32(lower_32_bits(value), bar + offset);
-	iowrite32(upper_32_bits(value), bar + offset + 4);
+	iowrite32(lower_32_bits(value), at);
+	iowrite32(upper_32_bits(value), at + 4);
+}
+
+/* Read once: it may become NULL meanwhile, and stays mapped as long as the caller is in an RCU read-side section. */
+static void __iomem *registers(void)
+{
+	return READ_ONCE(bar);
 }
 
 static int map_pages(struct pci_dev *pdev)
@@ -161,58 +167,78 @@ bool device_present(void)
 /* Whether the function is there, and has our pages. A read of a register: it goes all the way to the host. */
 bool device_enabled(void)
 {
+	void __iomem *regs;
+	u32 status;
+
 	guard(rcu)();
 
-	return device_present() && (ioread32(bar + REG_STATUS) & STATUS_ENABLED);
+	regs = registers();
+	if (!regs)
+		return false;
+	status = ioread32(regs + REG_STATUS);
+	return status != GONE && (status & STATUS_ENABLED);
 }
 
 /* Begin anew: every channel and connection of before is gone. Returns whether it works. */
 bool device_enable(void)
 {
+	void __iomem *regs;
 	u32 status;
 
 	guard(rcu)();
 
-	if (!device_present())
+	regs = registers();
+	if (!regs)
 		return false;
+	iowrite32(CONTROL_RESET, regs + REG_CONTROL);
+	ioread32(regs + REG_STATUS); /* only now the write has arrived for certain */
 	memset(pages, 0, BLOCK);
-	iowrite32(CONTROL_RESET, bar + REG_CONTROL);
-	write64(pages_address | PAGE_IS_VALID, REG_MESSAGE_PAGE);
-	write64((pages_address + EVENTS) | PAGE_IS_VALID, REG_EVENT_PAGE);
-	iowrite32(CONTROL_ENABLE, bar + REG_CONTROL);
-	status = ioread32(bar + REG_STATUS);
-	if (status & STATUS_ENABLED)
+	write64(pages_address | PAGE_IS_VALID, regs + REG_MESSAGE_PAGE);
+	write64((pages_address + EVENTS) | PAGE_IS_VALID, regs + REG_EVENT_PAGE);
+	iowrite32(CONTROL_ENABLE, regs + REG_CONTROL);
+	status = ioread32(regs + REG_STATUS);
+	if (status != GONE && (status & STATUS_ENABLED))
 		return true;
 	pr_err("the function does not take its pages (status %#x)\n", status);
 	return false;
 }
 
+static void write_register(u32 value, unsigned int offset)
+{
+	void __iomem *regs;
+
+	guard(rcu)();
+
+	regs = registers();
+	if (regs)
+		iowrite32(value, regs + offset);
+}
+
 void device_disable(void)
 {
-	if (bar)
-		iowrite32(CONTROL_RESET, bar + REG_CONTROL);
+	write_register(CONTROL_RESET, REG_CONTROL);
+}
+
+void device_eom(void)
+{
+	write_register(1, REG_EOM);
+}
+
+void device_signal(u32 connection)
+{
+	write_register(connection, REG_SIGNAL_EVENT);
 }
 
 /* From now on messages go to that page and to nobody else's: for a kernel that panics, where nobody copies them. */
 void device_write_messages_to(phys_addr_t page)
 {
-	if (!bar)
+	void __iomem *regs = registers();
+
+	if (!regs)
 		return;
-	iowrite32(0, bar + REG_CONTROL);
-	write64(page | PAGE_IS_VALID, REG_MESSAGE_PAGE);
-	iowrite32(CONTROL_ENABLE, bar + REG_CONTROL);
-}
-
-void device_eom(void)
-{
-	if (bar)
-		iowrite32(1, bar + REG_EOM);
-}
-
-void device_signal(u32 connection)
-{
-	if (bar)
-		iowrite32(connection, bar + REG_SIGNAL_EVENT);
+	iowrite32(0, regs + REG_CONTROL);
+	write64(page | PAGE_IS_VALID, regs + REG_MESSAGE_PAGE);
+	iowrite32(CONTROL_ENABLE, regs + REG_CONTROL);
 }
 
 /* Returns a hypervisor's status code: those of POST_STATUS are the same. */
@@ -221,31 +247,33 @@ u64 device_post(phys_addr_t block)
 	/* In a panic whoever has the lock may never let go of it, and nobody else runs. */
 	bool alone = READ_ONCE(vmbus_pci_panicking);
 	unsigned long irq_flags;
+	void __iomem *regs;
 	u32 status;
 
-	if (!bar)
+	guard(rcu)();
+
+	regs = registers();
+	if (!regs)
 		return HV_STATUS_INVALID_PARAMETER;
 	local_irq_save(irq_flags);
 	if (!alone)
 		raw_spin_lock(&post_lock);
-	write64(block, REG_POST_ADDRESS);
-	iowrite32(1, bar + REG_POST_MESSAGE);
-	status = ioread32(bar + REG_POST_STATUS);
+	write64(block, regs + REG_POST_ADDRESS);
+	iowrite32(1, regs + REG_POST_MESSAGE);
+	status = ioread32(regs + REG_POST_STATUS);
 	if (!alone)
 		raw_spin_unlock(&post_lock);
 	local_irq_restore(irq_flags);
 	count_up(posts);
 	if (status != HV_STATUS_SUCCESS)
 		count_up(refused_posts);
-	return status;
+	return status == GONE ? HV_STATUS_INVALID_PARAMETER : status;
 }
 
 /* Posts a message of our own. */
 u64 device_say(const void *message, u32 size)
 {
 	struct block *block = pages + BLOCK;
-
-	guard(rcu)();
 
 	/* One at a time: there is one connection, and each of these waits for the answer to the one before. */
 	memset(block, 0, sizeof(*block));

@@ -6,7 +6,6 @@
 #include <linux/io.h>
 #include <linux/linkage.h>
 #include <linux/printk.h>
-#include <linux/rcupdate.h>
 #include <asm/linkage.h>
 #include <asm/mshyperv.h>
 
@@ -49,9 +48,6 @@ u64 vmbus_pci_do_hypercall(u64 control, u64 input, u64 output);
 
 __visible u64 vmbus_pci_do_hypercall(u64 control, u64 input, u64 output)
 {
-	/* So that the function does not go away meanwhile. */
-	guard(rcu)();
-
 	switch (control & CALL_CODE) {
 	case HVCALL_POST_MESSAGE:
 		return post(input);

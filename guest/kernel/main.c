@@ -150,9 +150,10 @@ static void vmbus_pci_remove(struct pci_dev *pdev)
 	rejoin_suspect();
 }
 
-/* A kernel that is started by this one must not find its memory written to. */
+/* A kernel that is started by this one must not find its memory written to. Linux's own devices are shut down already. */
 static void vmbus_pci_shutdown(struct pci_dev *pdev)
 {
+	rejoin_begin();
 	device_disable();
 }
 

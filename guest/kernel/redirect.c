@@ -9,7 +9,6 @@
 
 #include <linux/ftrace.h>
 #include <linux/kernel.h>
-#include <linux/rcupdate.h>
 #include <asm/mshyperv.h>
 
 #include "vmbus_pci.h"
@@ -32,8 +31,6 @@ static u64 get_register(unsigned int reg)
 
 static void set_register(unsigned int reg, u64 value)
 {
-	guard(rcu)(); /* the function does not go away meanwhile */
-
 	if (!synic_set(reg, value)) {
 		count_up(bad_registers);
 		pr_warn_ratelimited("no register %#x here\n", reg);

@@ -8,6 +8,7 @@
  * Linux's drivers find their devices as for the first time.
  *
  *	OFF	Linux has no connection
+ *	CALLED	Linux has asked for one, and the host has not answered yet
  *	JOINED	Linux speaks with the host, and we only listen
  *	LOST	the host knows of nothing: Linux hears that its channels are gone, and what it says is for us
  *	ASKING	the host was asked for the version of before; its answer is for us
@@ -18,6 +19,7 @@
 #include <linux/hyperv.h>
 #include <linux/jiffies.h>
 #include <linux/kernel.h>
+#include <linux/moduleparam.h>
 #include <linux/workqueue.h>
 #include <asm/mshyperv.h>
 
@@ -27,7 +29,11 @@
 #define LOOK_SOON (HZ / 20)
 #define PATIENCE (60 * HZ)	/* until a driver that does not let go of its channel is complained about */
 
-enum state { OFF, JOINED, LOST, ASKING };
+static bool mend = true;
+module_param(mend, bool, 0644);
+MODULE_PARM_DESC(mend, "Whether Linux's drivers get their channels anew when the function was reset (default: yes)");
+
+enum state { OFF, CALLED, JOINED, LOST, ASKING };
 
 static enum state state;
 static unsigned long since;
@@ -35,6 +41,7 @@ static bool complained;
 static DECLARE_BITMAP(known, VMBUS_PCI_FLAGS);	/* channels that Linux has heard of and not released */
 static DECLARE_BITMAP(gone, VMBUS_PCI_FLAGS);	/* those of them that it has still to be told are gone */
 static bool unloading;				/* an UNLOAD that nobody but us will answer */
+static bool refusing;				/* an INITIATE_CONTACT of that kind */
 static u8 contact[VMBUS_PCI_MESSAGE_MAX];	/* Linux's last INITIATE_CONTACT */
 static u32 contact_size;
 
@@ -78,8 +85,17 @@ static void look(struct work_struct *unused)
 	switch (READ_ONCE(state)) {
 	case OFF:
 		return;
+	case CALLED:
+		if (!device_enabled()) {
+			become(OFF);
+			WRITE_ONCE(refusing, true);
+			synic_look();
+			return;
+		}
+		delay = LOOK_EVERY;
+		break;
 	case JOINED:
-		if (device_enabled())
+		if (!READ_ONCE(mend) || device_enabled())
 			delay = LOOK_EVERY;
 		else
 			lose();
@@ -109,6 +125,7 @@ void rejoin_begin(void)
 	bitmap_zero(known, VMBUS_PCI_FLAGS);
 	bitmap_zero(gone, VMBUS_PCI_FLAGS);
 	WRITE_ONCE(unloading, false);
+	WRITE_ONCE(refusing, false);
 	become(OFF);
 }
 
@@ -126,20 +143,28 @@ bool rejoin_hears(const void *message, u32 size)
 	const struct vmbus_channel_offer_channel *offer = message;
 	const struct vmbus_channel_version_response *response = message;
 	static const struct vmbus_channel_message_header request = { .msgtype = CHANNELMSG_REQUESTOFFERS };
+	bool agreed;
 
 	if (header->msgtype == CHANNELMSG_OFFERCHANNEL && size >= sizeof(*offer)) {
 		if (offer->child_relid < VMBUS_PCI_FLAGS)
 			set_bit(offer->child_relid, known);
 		return false;
 	}
-	if (header->msgtype != CHANNELMSG_VERSION_RESPONSE || READ_ONCE(state) != ASKING)
+	if (header->msgtype != CHANNELMSG_VERSION_RESPONSE)
 		return false;
-	if (size < offsetofend(struct vmbus_channel_version_response, version_supported) ||
-	    !response->version_supported || device_say(&request, sizeof(request)) != HV_STATUS_SUCCESS)
-		become(LOST);
-	else
-		become(JOINED);
-	return true;
+	agreed = size >= offsetofend(struct vmbus_channel_version_response, version_supported) &&
+		 response->version_supported;
+	switch (READ_ONCE(state)) {
+	case CALLED:
+		become(agreed ? JOINED : OFF);
+		return false;
+	case ASKING:
+		agreed = agreed && device_say(&request, sizeof(request)) == HV_STATUS_SUCCESS;
+		become(agreed ? JOINED : LOST);
+		return true;
+	default:
+		return false;
+	}
 }
 
 /* Linux's message, before the host gets it; returns whether it is not for the host. */
@@ -153,7 +178,7 @@ bool rejoin_says(const void *message, u32 size)
 		contact_size = min_t(u32, size, sizeof(contact));
 		memcpy(contact, message, contact_size);
 		if (READ_ONCE(state) == OFF) {
-			become(JOINED);
+			become(CALLED);
 			look_in(LOOK_EVERY);
 		}
 		return false;
@@ -180,6 +205,11 @@ u32 rejoin_tells(void *message)
 	struct vmbus_channel_message_header *header = message;
 	unsigned long relid;
 
+	if (READ_ONCE(refusing)) {
+		WRITE_ONCE(refusing, false);
+		header->msgtype = CHANNELMSG_VERSION_RESPONSE; /* and nothing else: it is not supported */
+		return sizeof(struct vmbus_channel_version_response);
+	}
 	if (READ_ONCE(state) != LOST)
 		return 0;
 	if (READ_ONCE(unloading)) {

@@ -236,10 +236,13 @@ static void set_control(struct synic *synic, u64 value)
 		device_disable();
 }
 
-/* What a read of the register gives on this processor; false if there is no such register. */
+/*
+ * What a read of the register gives on this processor; false if there is no such register. Where it matters which one
+ * it is, Linux stays there.
+ */
 bool synic_get(unsigned int reg, u64 *value)
 {
-	const struct synic *synic = this_cpu_ptr(&synics);
+	const struct synic *synic = raw_cpu_ptr(&synics);
 
 	switch (reg) {
 	case HV_MSR_SCONTROL:
@@ -255,7 +258,7 @@ bool synic_get(unsigned int reg, u64 *value)
 		*value = synic->sources[reg - HV_MSR_SINT0];
 		return true;
 	case HV_MSR_VP_INDEX:
-		*value = smp_processor_id();
+		*value = raw_smp_processor_id();
 		return true;
 	case HV_MSR_TIME_REF_COUNT:
 		*value = div_u64(ktime_get_ns(), 100);
@@ -266,7 +269,7 @@ bool synic_get(unsigned int reg, u64 *value)
 
 bool synic_set(unsigned int reg, u64 value)
 {
-	struct synic *synic = this_cpu_ptr(&synics);
+	struct synic *synic = raw_cpu_ptr(&synics);
 
 	switch (reg) {
 	case HV_MSR_SCONTROL:

@@ -31,6 +31,7 @@ pytestmark = pytest.mark.vm
 Run = Callable[[Coroutine[Any, Any, Any]], Any]
 Note = Callable[[str], None]
 CHECKOUT = Path(__file__).resolve().parents[2]
+FUNCTION = "/sys/bus/pci/devices/0000:00:05.0"
 ON_VMBUS = ("hv_utils", "hv_storvsc", "hv_netvsc", "hv_sock", "uio_hv_generic")
 BAD_WORDS = (
     "WARNING:",
@@ -154,6 +155,9 @@ def test_linux_guest_over_saves_and_with_drivers_that_come_and_go(
             before = await counters(vm)
             await shell(vm, f"rmmod {' '.join(reversed(ON_VMBUS))} hv_vmbus")
             assert (await vm.call_server("inspect"))["bus"]["version"] == ""
+            # Without a function there is no connection, and hv_vmbus says so; with it there is one again.
+            await shell(vm, f"echo 1 > {FUNCTION}/remove && ! insmod /lib/modules/hv_vmbus.ko")
+            await shell(vm, "echo 1 > /sys/bus/pci/rescan")
             await shell(vm, f"for m in hv_vmbus {' '.join(ON_VMBUS)}; do insmod /lib/modules/$m.ko; done")
             await require_service(vm)
             rejected = (await vm.call_server("inspect"))["bus"]["rejected"]
@@ -214,16 +218,21 @@ def test_linux_guest_with_a_host_that_writes_nonsense_and_a_function_that_is_res
             assert complaints
             await until_beats(vm, 3)
 
-            # A reset behind Linux's back: it gets everything anew.
+            # A reset behind Linux's back: without our module's help Linux waits for ever, with it it gets all anew.
             faults = bad["faults"]
-            address = await shell(vm, "head -n 1 /sys/bus/pci/devices/0000:00:05.0/resource")
+            await shell(vm, "echo 0 > /sys/module/vmbus_pci/parameters/mend")
+            address = await shell(vm, f"head -n 1 {FUNCTION}/resource")
             await shell(vm, f"devmem $(({address.split()[0]} + 0x10)) 32 2")
+            answered = await beats(vm)
+            await shell(vm, "sleep 8")
+            assert await beats(vm) <= answered + 1 and (await counters(vm))["faults"] == faults
+            await shell(vm, "echo 1 > /sys/module/vmbus_pci/parameters/mend")
             await until(vm, "dmesg | grep 'lose 4 channels'")
             await until_beats(vm, 5)
             await until_bound(vm)
             assert (await counters(vm))["faults"] == faults + 1
             # And a function that is unplugged, and plugged in again.
-            await shell(vm, "echo 1 > /sys/bus/pci/devices/0000:00:05.0/remove")
+            await shell(vm, f"echo 1 > {FUNCTION}/remove")
             await until(vm, 'test -z "$(ls /sys/bus/vmbus/devices)" && echo none')
             await shell(vm, "echo 1 > /sys/bus/pci/rescan")
             await until_bound(vm)

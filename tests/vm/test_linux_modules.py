@@ -49,5 +49,7 @@ def test_linux_guest_modules_and_what_is_offered_to_them(note: Callable[[str], N
         if provider:
             assert provider in PROVIDERS and module in LINUX_DRIVERS, (module, provider)
     offered = {module for module, _, provider in rows if provider}
-    note(f"{len(kernel.vmbus)} modules of Linux {kernel.version} bind to {len(rows)} VMBus devices; we offer: {offered}")
+    note(
+        f"{len(kernel.vmbus)} modules of Linux {kernel.version} bind to {len(rows)} VMBus devices; we offer: {offered}"
+    )
     assert offered >= {"hv_utils"}
