@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import json
 import re
+import secrets
 import struct
 import time
 from collections.abc import Callable, Coroutine
@@ -20,6 +21,8 @@ import pytest
 from support.boot import boot
 from vmbus.errors import VmbusError, WaitTimeout
 from vmbus.loopback.harness import LoopbackServer, describe
+from vmbus.migration.address import UnixAddress
+from vmbus.migration.channel import listen
 from vmbus.qemu.command_line import Programs
 from vmbus.qemu.description import VmDescription, load_description
 from vmbus.qemu.machine import VirtualMachine
@@ -116,6 +119,26 @@ async def over_a_save(vm: VirtualMachine, directory: Path, programs: Programs) -
         await vm.kill()
         raise
     return vm
+
+
+async def over_a_migration(vm: VirtualMachine, path: Path, programs: Programs) -> VirtualMachine:
+    """Live, to other processes on this host."""
+    secret = secrets.token_bytes(32)
+    listener = await listen(UnixAddress(str(path)), secret)
+    receiving = asyncio.create_task(VirtualMachine.receive(listener, programs, timeout=60.0))
+    try:
+        await vm.migrate(str(listener.address), secret)
+    except BaseException:
+        receiving.cancel()
+        await asyncio.wait({receiving})
+        raise
+    arrived = await receiving
+    try:
+        await arrived.wait_ready()
+    except BaseException:
+        await arrived.kill()
+        raise
+    return arrived
 
 
 class GuestMemory:
@@ -262,9 +285,15 @@ def test_linux_guest_with_channels_that_move_between_four_cpus(
                 await shell(vm, f"for c in /sys/bus/vmbus/devices/*/channels/*/cpu; do echo {cpu} > $c; done")
                 await until_beats(vm, 3)
                 assert await shell(vm, "cat /sys/bus/vmbus/devices/*/channels/*/cpu") == "\n".join(4 * [str(cpu)])
-            vm = await over_a_save(vm, tmp_path / "saved", programs)
+            vm = await over_a_migration(vm, tmp_path / "m.sock", programs)
         async with vm:
             await require_service(vm)
+            await vm.checkpoint("moved")
+            await until_beats(vm, 3)
+            for _ in range(2):
+                await vm.revert("moved")
+                await vm.wait_ready()
+                await until_beats(vm, 3)
             wakes = (await counters(vm))["wakes"]
             await until_beats(vm, 5)
             assert (await counters(vm))["wakes"] >= wakes + 5, "events went to CPU 2"
