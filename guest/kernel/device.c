@@ -59,6 +59,7 @@ struct slot {
 
 static void __iomem *bar;	/* NULL while the function is away */
 static DEFINE_RAW_SPINLOCK(post_lock);
+static u32 last_relid;	/* the highest that was offered: a look at all 2048 flags would be most of an interrupt */
 
 /*
  * The message page, the event page, and our own post block. Never freed: Linux's drivers may look at any time, and the
@@ -329,23 +330,30 @@ bool device_take_message(struct hv_message *to)
 	return false;
 }
 
-/* Takes back the event flags that the host has set; @deliver has to begin with a full memory fence. */
-bool device_take_events(void (*deliver)(u32 relid, void *context), void *context)
+/* The host has offered a channel: it may have events. */
+void device_expect(u32 relid)
+{
+	if (relid < VMBUS_PCI_FLAGS && relid > READ_ONCE(last_relid))
+		WRITE_ONCE(last_relid, relid);
+}
+
+/*
+ * Takes back the event flags that the host has set for channels that it has offered; others are not looked at. @deliver
+ * has to begin with a full memory fence.
+ */
+void device_take_events(void (*deliver)(u32 relid, void *context), void *context)
 {
 	const u64 *words = (const u64 *)flags();
-	bool any = false;
-	u32 relid, i;
+	u32 relid, i, last = READ_ONCE(last_relid);
 
-	for (i = 0; i < VMBUS_PCI_FLAGS / sizeof(u64); i++) {
+	for (i = 0; i <= last / sizeof(u64); i++) {
 		if (!READ_ONCE(words[i]))
 			continue;
-		for (relid = i * sizeof(u64); relid < (i + 1) * sizeof(u64); relid++) {
+		for (relid = i * sizeof(u64); relid < (i + 1) * sizeof(u64) && relid <= last; relid++) {
 			if (!READ_ONCE(flags()[relid]))
 				continue;
 			WRITE_ONCE(flags()[relid], 0);
 			deliver(relid, context);
-			any = true;
 		}
 	}
-	return any;
 }

@@ -148,6 +148,7 @@ bool rejoin_hears(const void *message, u32 size)
 	if (header->msgtype == CHANNELMSG_OFFERCHANNEL && size >= sizeof(*offer)) {
 		if (offer->child_relid < VMBUS_PCI_FLAGS)
 			set_bit(offer->child_relid, known);
+		device_expect(offer->child_relid);
 		return false;
 	}
 	if (header->msgtype != CHANNELMSG_VERSION_RESPONSE)

@@ -65,7 +65,8 @@ void device_signal(u32 connection);
 u64 device_post(phys_addr_t block);
 u64 device_say(const void *message, u32 size);
 bool device_take_message(struct hv_message *to);
-bool device_take_events(void (*deliver)(u32 relid, void *context), void *context);
+void device_expect(u32 relid);
+void device_take_events(void (*deliver)(u32 relid, void *context), void *context);
 void device_write_messages_to(phys_addr_t page);
 
 /* synic.c */
