@@ -122,11 +122,13 @@ def test_a_machine_without_a_compiler_goes_without_and_is_asked_again_a_day_late
         found = find(cache, KERNEL, heard, {"PATH": str(tmp_path)})
     assert found.path is None and "apt-get install -y gcc make" in found.problem
     assert len(heard.notes) == 1 and "userspace driver" in heard.notes[0]
-    assert remembered(cache, KERNEL) == found
+    without = {"PATH": str(tmp_path)}
+    assert remembered(cache, KERNEL, without) == found
+    assert remembered(cache, KERNEL, os.environ) is None, "now there is one"
     record = cache.path("module", module_key(KERNEL, source_folder()), "build.json")
     yesterday = time.time() - kernel_module.PROBLEM_LASTS - 10
     os.utime(record, (yesterday, yesterday))
-    assert remembered(cache, KERNEL) is None
+    assert remembered(cache, KERNEL, without) is None
 
 
 def test_what_was_built_is_found_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -107,7 +107,7 @@ def test_guests_python_runs_with_ctypes_and_the_native_core(parts: tuple[Root, K
         "#!/bin/sh\nmount -t devtmpfs dev /dev\nmount -t proc proc /proc\n"
         "while read -r name needed; do\n"
         # Without a VMBus, hv_vmbus and what stands on it are not taken.
-        "case \"$name $needed\" in *hv_vmbus*) continue ;; esac\n"
+        'case "$name $needed" in *hv_vmbus*) continue ;; esac\n'
         "insmod /lib/modules/$name.ko || exec poweroff -f; done < /lib/modules/order\n"
         f'PYTHONPATH=/usr/lib/vmbus python3 -c "{program}"\npoweroff -f\n'
     )

@@ -341,3 +341,24 @@ def test_linux_guest_with_both_drivers_on_two_functions(
 
     with LoopbackServer(describe("echo"), libvfio_user) as server:
         run(story(server))
+
+
+def test_linux_guest_where_an_iommu_translates_is_refused(run: Run, programs: Programs) -> None:
+    """The host would get the wrong memory. Nothing was done to the kernel then, and the module can go again."""
+
+    async def story() -> str:
+        described_so = described(1, "iommu=nopt", driver="both")
+        vm = await VirtualMachine.launch(described_so, programs)  # as booted: its device is never used
+        async with vm:
+            await vm.wait_ready()
+            log = await shell(vm, "dmesg")
+            assert not await shell(vm, "ls /sys/bus/vmbus/devices 2>/dev/null || true")
+            # Again, with another function, and none.
+            await shell(vm, "rmmod vmbus_pci && insmod /lib/modules/vmbus_pci.ko function=0000:00:1f.7")
+            await shell(vm, "! insmod /lib/modules/hv_vmbus.ko")
+            await shell(vm, "rmmod vmbus_pci")
+            await require_no_complaints(vm)
+            return log
+
+    log = run(story())
+    assert "an IOMMU translates this function's addresses: boot with iommu=pt" in log, log

@@ -213,7 +213,7 @@ def _with_image(
     core = native.find(cache, reporter, environment)
     module: kernel_module.KernelModule | None
     if reporter is None:
-        module = kernel_module.remembered(cache, parts.kernel)
+        module = kernel_module.remembered(cache, parts.kernel, environment)
         if module is None:
             return None
         key = image.image_key(userland, parts.kernel, native_core=core, kernel_module=module.path)

@@ -3,7 +3,8 @@ run on our device. See docs/linux-guest.md.
 
 The kernel's headers come from Debian like the kernel itself, and are compiled against with the host's gcc. Debian's
 build programs may want a newer C library than the host has, so they run with one of Debian's. What cannot be built is
-no failure: the guest then has the userspace driver only, and a line says so. That is remembered for a day.
+no failure: the guest then has the userspace driver only, and a line says so. That is remembered for a day, or until the
+programs are there that were missing.
 """
 
 from __future__ import annotations
@@ -90,21 +91,25 @@ def is_known(version: str) -> bool:
     return re.match(rf"{re.escape(SERIES)}(?![0-9])", version) is not None
 
 
-def remembered(cache: Cache, kernel: Kernel, folder: Path | None = None) -> KernelModule | None:
+def remembered(
+    cache: Cache, kernel: Kernel, environment: Mapping[str, str] = os.environ, folder: Path | None = None
+) -> KernelModule | None:
     """What an earlier `find` came to, if that still holds."""
     if not is_known(kernel.version):
         return KernelModule(None, f"the guest's kernel is {kernel.version}, and the module is for {SERIES}")
     directory = cache.path("module", module_key(kernel, folder or source_folder()))
     record = directory / "build.json"
     try:
-        problem = json.loads(record.read_bytes())["problem"]
+        facts = json.loads(record.read_bytes())
+        problem, missing = facts["problem"], facts["missing"]
         age = time.time() - record.stat().st_mtime
     except (OSError, ValueError, KeyError, TypeError):
         return None
     path = directory / f"{NAME}.ko"
     if not problem:
         return KernelModule(path) if path.is_file() else None
-    return KernelModule(None, str(problem)) if 0 <= age < PROBLEM_LASTS else None
+    lasts = 0 <= age < PROBLEM_LASTS and missing == missing_tools(environment)
+    return KernelModule(None, str(problem)) if lasts else None
 
 
 def find(
@@ -117,14 +122,16 @@ def find(
     """Return the module for this kernel, built if need be. The caller holds the cache's lock."""
     reporter = reporter or SilentReporter()
     folder = folder or source_folder()
-    found = remembered(cache, kernel, folder)
+    found = remembered(cache, kernel, environment, folder)
     if found is not None:
         return found
     directory = cache.path("module", module_key(kernel, folder))
-    problem = ""
+    problem, missing = "", list[str]()
     with cache.publish_directory(directory) as partial:
         try:
-            _require_tools(environment)
+            missing = missing_tools(environment)
+            if missing:
+                raise _CannotBuild(f"{', '.join(missing)} not found; run: sudo apt-get install -y gcc make")
             headers = find_headers(cache, kernel, reporter, environment)
             reporter.begin("Building the guest's kernel module")
             with cache.scratch() as scratch:
@@ -134,7 +141,7 @@ def find(
         except (VmbusError, OSError) as error:
             problem = str(error)
             reporter.note(f"the guest's kernel module cannot be built, so guests have the userspace driver: {problem}")
-        facts = {"problem": problem, "kernel": kernel.version, "package": kernel.package}
+        facts = {"problem": problem, "missing": missing, "kernel": kernel.version, "package": kernel.package}
         publish_bytes(partial / "build.json", (json.dumps(facts, indent=1) + "\n").encode())
     _prune(directory)
     return KernelModule(None, problem) if problem else KernelModule(directory / f"{NAME}.ko")
@@ -144,10 +151,9 @@ class _CannotBuild(VmbusError):
     """There will be no module."""
 
 
-def _require_tools(environment: Mapping[str, str]) -> None:
-    missing = [name for name in TOOLS if shutil.which(name, path=environment.get("PATH")) is None]
-    if missing:
-        raise _CannotBuild(f"{', '.join(missing)} not found; run: sudo apt-get install -y gcc make")
+def missing_tools(environment: Mapping[str, str]) -> list[str]:
+    """The programs of the host that a build wants and that are not there."""
+    return [name for name in TOOLS if shutil.which(name, path=environment.get("PATH")) is None]
 
 
 def _headers_key(kernel: Kernel) -> str:
