@@ -187,8 +187,16 @@ class Device:
         if channel not in self.channels:
             self.channels.append(channel)
 
-    def remove_channel(self, channel: ServerChannel) -> None:
-        """Forget a channel, withdrawn and closed by force if need be. Harmless for one that is not here."""
+    def remove_channel(self, channel: ServerChannel, gone: Callable[[], None] | None = None) -> None:
+        """Forget a channel, withdrawn and closed by force if need be. Harmless for one that is not here.
+
+        `gone` is called when the guest has forgotten it, too: has released it, or lost its connection.
+        """
+        offer = self._offers.get(id(channel))
+        if offer is not None:
+            offer.on_gone = gone
+        elif gone is not None:
+            gone()
         if channel.state is not ChannelState.DISABLED:
             self._withdraw_channel(channel)
             if channel.state is ChannelState.CLOSED:

@@ -77,7 +77,8 @@ def put_back(
 
     Primary channels get their rings; `owners` gives the owners their own state, with which they make their sub-channels
     again; sub-channels get their rings; packets come through the restore callbacks; `before_start` is called, and only
-    then are the channels started that were. Raises StateError for a channel that is missing, and what callbacks raise.
+    then are the channels started that were. Raises StateError for a channel that is missing (unless it has force_new),
+    and what callbacks raise.
     """
     carrier.reattach(primaries=True)
     owners()
@@ -87,7 +88,7 @@ def put_back(
     for key, one in saved.items():
         channel = live.get(key)
         if channel is None:
-            if key not in carrier.renewed:
+            if key not in carrier.renewed and not one.head.force_new:
                 raise StateError(f"{channel_name(key)} was saved, and its owner did not make it again")
             continue
         if key in carrier.lost:

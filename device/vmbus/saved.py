@@ -287,12 +287,18 @@ def check_fits(state: DeviceState, name: str, device: Device, providers: list[Pr
             "(or their instance GUIDs differ): restore with the description that the snapshot was taken with"
         )
     # Sub-channels are not there yet: providers make them again when they get their own state back.
-    primaries = [record.key for record in state.channels if not record.subchannel]
-    if primaries != [key_of(channel) for channel in device.channels]:
+    channels = [key_of(channel) for channel in device.channels]
+    passing = {record.key for record in state.channels if record.decoded.head.force_new} - set(channels)
+    primaries = [record.key for record in state.channels if not record.subchannel and record.key not in passing]
+    if primaries != channels:
         raise StateError("the channels in the state are not those of this device's providers")
     # One that is missing was disabled when the device was saved; its owner disables it again, or it is offered anew.
     offers = {(offer.interface_type.bytes_le, offer.instance.bytes_le) for offer in device.bus.offers}
-    here = [record for record in state.bus.offers if not record.abandoned and not record.subchannel]
+    here = [
+        record
+        for record in state.bus.offers
+        if not record.abandoned and not record.subchannel and record.key not in passing
+    ]
     if not {(record.interface_type, record.instance) for record in here} <= offers:
         raise StateError("the offers in the state are not those that this device's providers make")
     check(state)
@@ -365,10 +371,11 @@ def restore_device(
     Order: registers, bus, GPADLs, rings; then each provider's own state, with which it makes its sub-channels again;
     the sub-channels' rings; then the packets through the restore callbacks, and only when all is there the channels are
     started. Channels with `force_new_channel` are rescinded instead, and their packets dropped; they are offered anew
-    once the guest has released them. So are those whose rings the guest has overwritten. When the guest's driver was
-    dead at the save (`_driver_gone`), the device comes back without a connection, and all packets are dropped.
-    `files`: those of each provider, by its name. `before_start` is called when the packets are back and no channel is
-    started yet. Raises StateError, and EnvironmentProblem of providers; the device is then reset.
+    once the guest has released them, if their owner makes them again. So are those whose rings the guest has
+    overwritten. When the guest's driver was dead at the save (`_driver_gone`), the device comes back without a
+    connection, and all packets are dropped. `files`: those of each provider, by its name. `before_start` is called when
+    the packets are back and no channel is started yet. Raises StateError, and EnvironmentProblem of providers; the
+    device is then reset.
     """
     try:
         return _restore(state, device, providers, files or {}, before_start or (lambda: None))

@@ -81,6 +81,9 @@ class Machine:
     def add_channel(self, channel: ServerChannel) -> None:
         self.device.add_channel(channel)
 
+    def remove_channel(self, channel: ServerChannel, gone: Callable[[], None] | None = None) -> None:
+        self.device.remove_channel(channel, gone)
+
     def call_soon(self, call: Callable[[], None]) -> None:
         self.soon.append(call)
 

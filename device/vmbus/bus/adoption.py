@@ -76,17 +76,19 @@ class Adoption:
         key = record.key
         primary = (record.instance, 0)
         of_renewed = record.subchannel != 0 and primary in self.renewed
+        forced = self._records[key].decoded.head.force_new
         if offer is None:
-            if not of_renewed:
+            if not (of_renewed or forced):
                 raise StateError(f"{channel_name(key)} was saved, and its owner did not make it again")
+            if not record.relid:
+                self.renewed.add(key)  # the guest knows nothing of it
+                return
             offer = self._adopt_withdrawn(record)
         else:
             self._adopted.append(offer)
+            forced |= offer.owner.force_new_channel
         if primary in self.broken and record.open is not None:
             self.lost.add(key)
-        forced = offer.owner is not None and (
-            offer.owner.force_new_channel or self._records[key].decoded.head.force_new
-        )
         if (of_renewed or forced) and record.relid:
             self._renew(offer, record)
             return

@@ -23,6 +23,7 @@ class BusClient:
         version_response: the answer to the last INITIATE_CONTACT, None before it.
         offers: offers by relid. rescinded: those of them that the host has withdrawn, until `release`.
         all_offers: whether ALLOFFERS_DELIVERED came.
+        connect_results: refusals by (endpoint, service).
         created: status by GPADL handle. open_results: status by relid. torndown: handles.
         unloaded: whether UNLOAD was answered.
         on_rescind: called with the offer that the host has withdrawn.
@@ -48,6 +49,7 @@ class BusClient:
         self.open_results: dict[int, int] = {}
         self.torndown: set[int] = set()
         self.modified: dict[int, int] = {}
+        self.connect_results: dict[tuple[UUID, UUID], int] = {}
         self.unloaded = False
 
     def _send(self, message: Any) -> None:
@@ -98,6 +100,10 @@ class BusClient:
         """Move a channel's interrupts; from version 5.3 on `modified[relid]` will be the status."""
         self._send(m.ModifyChannel(relid, target_vp))
 
+    def connect(self, endpoint: UUID, service: UUID) -> None:
+        """Ask for a channel: an offer with these for its instance and type, or an entry in `connect_results`."""
+        self._send(m.ConnectRequest(endpoint, service))
+
     def unload(self) -> None:
         """End the connection; `unloaded` will tell."""
         self._send(m.Unload())
@@ -146,6 +152,8 @@ class BusClient:
             self.torndown.add(message.gpadl)
         elif isinstance(message, m.ModifyChannelResponse):
             self.modified[message.relid] = message.status
+        elif isinstance(message, m.ConnectResult):
+            self.connect_results[message.endpoint, message.service] = message.status
         elif isinstance(message, m.UnloadResponse):
             self.unloaded = True
         else:

@@ -371,9 +371,9 @@ class LocalBus:
         gives the owner its own state back, and each channel's packets come through its restore callback;
         `after_packets` is called before any of them is started. The clients notice nothing, except those of channels
         with force_new_channel, or with rings that were overwritten: they are rescinded, and their packets on the server
-        end are dropped.
+        end are dropped. Of these, one that is not made again is gone.
 
-        Raises StateError when a channel is not made again.
+        Raises StateError when another channel is not made again.
         """
         old = list(self._connections)
         for connection in old:
@@ -421,10 +421,13 @@ class LocalBus:
                 broken[record.key] = str(error)
                 renewed = True
         if renewed:
-            # The old server end lives no more: only the client's end is closed.
-            self._forget_server(connection)
-            self._break(connection)
+            self.abandon(connection)
         return not renewed
+
+    def abandon(self, connection: Connection) -> None:
+        """For `replace`: the old server end lives no more, so only the client's end is closed."""
+        self._forget_server(connection)
+        self._break(connection)
 
     def _forget_server(self, connection: Connection) -> None:
         for other in self._subchannels(connection.server):
@@ -461,8 +464,10 @@ class _Replacement:
                 continue
             server = servers.get(key)
             if server is None:
-                raise StateError(f"channel {connection.server.name} is open, and was not made again")
-            if self._bus.reattach(connection, server, self._records[key], self.broken):
+                if not self._records[key].decoded.head.force_new:
+                    raise StateError(f"channel {connection.server.name} is open, and was not made again")
+                self._bus.abandon(connection)
+            elif self._bus.reattach(connection, server, self._records[key], self.broken):
                 continue
             # Sub-channels share the fate of their primary.
             gone = {other for other, _ in self._connections if other == key or (primaries and other[0] == key[0])}

@@ -11,6 +11,7 @@
 Rules live in `TRANSITIONS` and nowhere else.
 """
 
+from collections.abc import Callable
 from enum import Enum
 from typing import Annotated, Any
 from uuid import UUID
@@ -165,6 +166,7 @@ class Offer:
         "key",
         "mapped",
         "mmio_megabytes",
+        "on_gone",
         "owner",
         "relid",
         "reopen",
@@ -205,6 +207,8 @@ class Offer:
         # The sub-channels after which the owner is asked to close, None unless that waits.
         self.waits_for: list[Offer] | None = None
         self.wanted = True
+        # Told when it is withdrawn and the guest has released it, or has lost its connection.
+        self.on_gone: Callable[[], None] | None = None
 
     def move(self, event: OfferEvent) -> None:
         """Raises UsageError naming the offer and what would be possible: a defect of this program."""

@@ -26,6 +26,7 @@ from functools import partial
 from typing import Any, Protocol
 
 from vmbus.backlog import Backlog
+from vmbus.bus.connects import ConnectDesk
 from vmbus.bus.desk import REFUSED, GpadlDesk
 from vmbus.bus.gpadl import Gpadl, GpadlError
 from vmbus.bus.offers import CONNECTION_ID_BASE, MAX_RELID, Offer, OfferEvent, OfferState, OpenRequest
@@ -87,6 +88,7 @@ class BusServer(GpadlDesk):
         self.version = 0
         self.offers_requested = False
         self.offers = OfferTable()
+        self.connects = ConnectDesk(self.post)
         self.rejected = 0
         # The UNLOAD or INITIATE_CONTACT that waits for owners to let go; a later one takes its place.
         self._ending: m.InitiateContact | m.Unload | _Reset | None = None
@@ -314,6 +316,7 @@ class BusServer(GpadlDesk):
         self.version = 0
         self.offers_requested = False
         self.gpadls.clear()
+        self.connects.clear()
         self._by_relid.clear()
         self._no_relid_below = 1
 
@@ -383,13 +386,7 @@ class BusServer(GpadlDesk):
             self.post(m.OpenResult(message.relid, message.open_id, REFUSED))
             raise GpadlError(f"open of relid {message.relid} with GPADL {message.ring_gpadl:#x}, which does not exist")
         offer.move(OfferEvent.OPEN)
-        offer.request = OpenRequest(
-            message.open_id,
-            message.ring_gpadl,
-            message.target_vp,
-            message.downstream_page_offset,
-            message.user_data,
-        )
+        offer.request = OpenRequest(*message[1:])
         self._actions.open_channel(offer, gpadl)
 
     def _close_channel(self, message: m.CloseChannel) -> None:
@@ -497,4 +494,5 @@ _HANDLERS: dict[type[Any], Any] = {
     m.CloseChannel: BusServer._close_channel,
     m.RelidReleased: BusServer._relid_released,
     m.ModifyChannel: BusServer._modify_channel,
+    m.ConnectRequest: lambda bus, message: bus.connects.requested(message),
 }

@@ -30,10 +30,13 @@ class OfferTable:
             self._subchannels.setdefault(offer.key[0], {})[offer] = None
 
     def remove(self, offer: Offer) -> None:
-        """One that is there."""
+        """One that is there; whoever waited for that is told."""
         del self._offers[offer]
         for index, key in ((self._same, offer.key), (self._subchannels, offer.key[0])):
             _drop(index, key, offer)
+        gone, offer.on_gone = offer.on_gone, None
+        if gone is not None:
+            gone()
 
     def sort(self, key: Callable[[Offer], int]) -> None:
         """Put them into another order."""

@@ -125,7 +125,8 @@ class SavingChannel(Channel):
     """The part of `ServerChannel` that saves and restores.
 
     Attributes:
-        force_new_channel: after a restore of the VM, this channel is rescinded and offered anew; its packets are gone.
+        force_new_channel: after a restore of the VM, this channel is rescinded, and offered anew if its owner makes it
+            again; its packets are gone.
         restored_started: after `restore_from_buffer`: whether the channel was started when it was saved.
     """
 

@@ -47,7 +47,8 @@ class ServerChannel(SavingChannel):
         subchannel_index: 0 for the primary channel of an instance.
         offer_flags: bits of `vmbus.wire.messages.OfferFlag`.
         user_defined: up to 120 bytes that travel in the offer.
-        force_new_channel: after a restore of the VM, this channel is rescinded and offered anew; its packets are gone.
+        force_new_channel: after a restore of the VM, this channel is rescinded, and offered anew if its owner makes it
+            again; its packets are gone.
         loopback_offer: offered inside this process instead of to the guest.
         mmio_megabytes, mmio_megabytes_optional: travel in the offer; nothing here provides such memory.
     """

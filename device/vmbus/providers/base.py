@@ -9,6 +9,7 @@ from uuid import UUID
 
 import msgspec
 
+from vmbus.bus.connects import Wish
 from vmbus.description import explain
 from vmbus.errors import StateError, UsageError
 from vmbus.kmcl.client import ClientChannel
@@ -50,10 +51,35 @@ class Bound(NamedTuple):
 
 
 class Host(Protocol):
-    """What a provider may ask of the device server. Calls come back on the provider's own thread, the event loop."""
+    """What a provider may ask of the device server. Calls come back on the provider's own thread, the event loop.
+
+    Attributes:
+        run_directory: its owner's alone; sockets that tools shall find belong there. It goes away with the VM. None:
+            there is none.
+    """
+
+    @property
+    def run_directory(self) -> Path | None:
+        """See the class."""
 
     def add_channel(self, channel: ServerChannel) -> None:
         """Tie a disabled channel to the device; `enable` then offers it."""
+
+    def remove_channel(self, channel: ServerChannel, gone: Callable[[], None] | None = None) -> None:
+        """Take a channel back for good, closed by force if it is open; not in a callback of the channel itself.
+
+        `gone` is called once the guest has released it, or has lost its connection: then nothing of it is left. A
+        channel that comes and goes while the device runs has `SERVER_FLAG_FORCE_NEW_CHANNEL`: a restored device has no
+        such channel, and rescinds it.
+        """
+
+    def serve_connects(self, asked: Callable[[Wish], bool]) -> None:
+        """Call `asked` when the guest asks for a channel (TL_CONNECT_REQUEST) that nobody before has taken.
+
+        True: the provider sees to it. It offers a channel with the wish's `service` and `endpoint` as its ids, and
+        calls `end` of the wish when the guest has opened that or was told that it is gone; or it refuses the wish.
+        False: another one is asked. How many may be under way is bounded, see docs/limits.md.
+        """
 
     def add_client(self, channel: ClientChannel) -> None:
         """Tie a disabled client channel to the local offers of this device's providers; `enable` then opens it."""

@@ -109,6 +109,7 @@ class DeviceServer:
         self._phase = Phase.AWAITING if awaiting else Phase.RUNNING if restore is None else Phase.RESTORING
         self.config = ConfigSpace()
         self._loop = asyncio.get_running_loop()
+        self._run_directory = control_path.absolute().parent
         self._turns = Turns()
         self._in_transport = False
         # Held while providers come and go, so that no pause falls into it.
@@ -199,7 +200,7 @@ class DeviceServer:
         if self._audit is not None and recorded:
             device.recorder = recorder_in(self._audit, "host", description.name)
         device.set_capture(self._capture)
-        return Life(description, device, timers, services)
+        return Life(description, device, timers, services, self._run_directory)
 
     async def run(self, ready: Callable[[], None]) -> None:
         """Serve until `stop`; `ready` is called when both sockets listen."""

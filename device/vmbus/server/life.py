@@ -8,10 +8,12 @@ it still holds of guest memory leads nowhere.
 from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 from uuid import UUID
 
 from vmbus import saved
+from vmbus.bus.connects import Wish
 from vmbus.complaints import bounded_log
 from vmbus.description import DeviceDescription, ProviderDescription
 from vmbus.device import Device
@@ -19,7 +21,7 @@ from vmbus.kmcl.client import ClientChannel
 from vmbus.kmcl.lifecycle import ChannelState
 from vmbus.kmcl.server import ServerChannel
 from vmbus.providers import Provider, provider_class
-from vmbus.providers.faults import ProviderRaised, fail_held
+from vmbus.providers.faults import ProviderRaised, fail_held, naming
 from vmbus.server.activation import Activation
 from vmbus.server.interrupt import bounded
 from vmbus.server.services import ProviderServices, Services
@@ -34,10 +36,14 @@ _DEACTIVATE_SECONDS = 3.0  # the guest stands still, and a client that drives th
 class ProviderHost(ProviderServices):
     """What one provider asks of the server: implements `vmbus.providers.Host`, and knows whose channels are whose."""
 
-    def __init__(self, device: Device, timers: Timers, services: Services, name: str) -> None:
+    def __init__(
+        self, device: Device, timers: Timers, services: Services, name: str, run_directory: Path | None = None
+    ) -> None:
         super().__init__(services, name)
         self._device = device
         self._timers = timers
+        self._ends: list[Callable[[], None]] = []  # of what this provider serves beside its channels
+        self.run_directory = run_directory
         self.channels: list[ServerChannel] = []
         self.clients: list[ClientChannel] = []
         self.faults.on_raised = lambda cause: fail_held((*self.channels, *self.clients), cause)
@@ -68,6 +74,24 @@ class ProviderHost(ProviderServices):
         if channel not in self.channels:
             self.channels.append(channel)
 
+    def remove_channel(self, channel: ServerChannel, gone: Callable[[], None] | None = None) -> None:
+        """Take a channel back for good; `gone` is called when the guest has released it."""
+        if channel in self.channels:
+            self.channels.remove(channel)
+        self._device.remove_channel(channel, None if gone is None else partial(self.call_soon, gone))
+
+    def serve_connects(self, asked: Callable[[Wish], bool]) -> None:
+        """Be asked about the guest's requests for channels."""
+
+        def guarded(wish: Wish) -> bool:
+            try:
+                return asked(wish)
+            except Exception as error:
+                self.faults.raised(naming("the call of serve_connects", asked), error)
+                return False
+
+        self._ends.append(self._device.bus.connects.serve(guarded))
+
     def add_client(self, channel: ClientChannel) -> None:
         """Tie a disabled client channel to the device's local offers; `enable` then opens the one that fits."""
         self._adopt(channel)
@@ -84,7 +108,9 @@ class ProviderHost(ProviderServices):
         return self._timers.call_later(seconds, call, self.faults.raised)
 
     def withdraw(self) -> None:
-        """Take back all channels, sub-channels first."""
+        """Take back all channels, sub-channels first, and serve nothing any more."""
+        while self._ends:
+            self._ends.pop()()
         for client in self.clients:
             if client.state is not ChannelState.DISABLED:
                 self._device.local_bus.drop(client)
@@ -104,8 +130,16 @@ class Life:
         activation: which of them own their outside resources.
     """
 
-    def __init__(self, description: DeviceDescription, device: Device, timers: Timers, services: Services) -> None:
+    def __init__(
+        self,
+        description: DeviceDescription,
+        device: Device,
+        timers: Timers,
+        services: Services,
+        run_directory: Path | None = None,
+    ) -> None:
         """Without providers: see `build`."""
+        self._run_directory = run_directory
         self.description = description
         self.device = device
         self.timers = timers
@@ -133,7 +167,7 @@ class Life:
 
     def add_provider(self, one: ProviderDescription, *, from_snapshot: bool = False) -> Provider:
         """Make and start one provider. Raises what it raises; nothing is left of it then."""
-        host = ProviderHost(self.device, self.timers, self.services, one.name)
+        host = ProviderHost(self.device, self.timers, self.services, one.name, self._run_directory)
         provider = provider_class(one.kind, from_snapshot=from_snapshot)(
             host, one.name, UUID(one.instance), one.options
         )

@@ -5,8 +5,10 @@ import select
 from collections import OrderedDict, deque
 from collections.abc import Callable
 from itertools import count
+from pathlib import Path
 from typing import Any
 
+from vmbus.bus.connects import ConnectDesk, Wish
 from vmbus.bus.local import LocalBus
 from vmbus.kmcl.client import ClientChannel
 from vmbus.kmcl.lifecycle import ChannelState
@@ -57,11 +59,14 @@ class Clock:
 class FakeHost:
     """Implements `vmbus.providers.base.Host`. Nothing is called by itself: the kit asks for it.
 
-    `faults`: what the provider's callbacks have raised.
+    `faults`: what the provider's callbacks have raised. `connects`: for the guest's requests for channels.
     """
 
-    def __init__(self, clock: Clock, bus: LocalBus, name: str = "") -> None:
+    def __init__(self, clock: Clock, bus: LocalBus, name: str = "", run_directory: Path | None = None) -> None:
         self.clock = clock
+        self.run_directory = run_directory
+        self.refusals: list[Any] = []
+        self.connects = ConnectDesk(self.refusals.append)
         self.faults = Faults(name)
         self.faults.on_raised = lambda cause: fail_held((*self._bus.offers, *self._clients), cause)
         self._bus = bus
@@ -85,6 +90,18 @@ class FakeHost:
         """Tie a disabled channel to the device; `enable` then offers it."""
         channel.on_owner_error = self.faults.seen
         self._bus.offer(channel)
+
+    def remove_channel(self, channel: ServerChannel, gone: Callable[[], None] | None = None) -> None:
+        """Take a channel back for good; the guests of this kit release it at once."""
+        if channel.state is not ChannelState.DISABLED:
+            self._bus.disabled(channel)
+            channel.disable(0)
+        if gone is not None:
+            self.call_soon(gone)
+
+    def serve_connects(self, asked: Callable[[Wish], bool]) -> None:
+        """Be asked about the guest's requests for channels: `connects`."""
+        self.connects.serve(asked)
 
     def add_client(self, channel: ClientChannel) -> None:
         """Tie a disabled client channel to the local offers; `enable` then opens the one that fits."""

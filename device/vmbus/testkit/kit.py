@@ -120,7 +120,7 @@ class ProviderTest:
             self._scratch.cleanup()
 
     def _start_provider(self) -> None:
-        self._host = FakeHost(self._clock, self.bus, self._name)
+        self._host = FakeHost(self._clock, self.bus, self._name, Path(self._scratch.name))
         self._host.faults.on_seen = self._errors.append
         self.provider = self._class(self._host, self._name, self._instance, self._options)
         self.provider.start()
@@ -372,7 +372,7 @@ class ProviderTest:
             self._host.abandon()
             self._start_provider()
             # Sub-channels come with restore().
-            missing = {_key(one): one.name for one in old if not one.subchannel_index}
+            missing = {_key(one): one.name for one in old if not (one.subchannel_index or one.force_new_channel)}
             for one in self.bus.offers:
                 missing.pop(_key(one), None)
             if missing:

@@ -3,8 +3,8 @@
 A message is at most 240 bytes: `u32 type, u32 0`, then the fields. The table of all messages is `MESSAGES`. A received
 message may be longer than its structure (some guests pad), never shorter.
 
-Not served, and answered or ignored as an unknown message: reserved channels (18 to 20), hv_sock connections
-(21, 23) and everything that needs version 6.0.
+Not served, and answered or ignored as an unknown message: reserved channels (18 to 20), and everything that needs
+version 6.0.
 """
 
 from enum import Enum, IntEnum
@@ -181,6 +181,21 @@ class UnloadResponse(NamedTuple):
     """Host has dropped all channels and GPADLs."""
 
 
+class ConnectRequest(NamedTuple):
+    """Guest wants a channel of a service (TL_CONNECT_REQUEST): the offer is to have `endpoint` for its instance."""
+
+    endpoint: UUID
+    service: UUID
+
+
+class ConnectResult(NamedTuple):
+    """Host: there will be no such offer (TL_CONNECT_RESULT); `status` is a failing NTSTATUS."""
+
+    endpoint: UUID
+    service: UUID
+    status: int
+
+
 class ModifyChannel(NamedTuple):
     """Guest moves a channel's interrupts to another virtual processor."""
 
@@ -225,13 +240,15 @@ MESSAGES: dict[int, Row] = {
         Row(15, VersionResponse, Direction.HOST, 0, Struct("<BBxxI")),
         Row(16, Unload, Direction.GUEST, 0, Struct("<")),
         Row(17, UnloadResponse, Direction.HOST, 0, Struct("<")),
+        Row(21, ConnectRequest, Direction.GUEST, 0, Struct("<16s16s")),
         Row(22, ModifyChannel, Direction.GUEST, Version.V4_1, Struct("<II")),
+        Row(23, ConnectResult, Direction.HOST, 0, Struct("<16s16sI")),
         Row(24, ModifyChannelResponse, Direction.HOST, Version.V5_3, Struct("<II")),
     )
 }
 
 # Fields on the wire as GUIDs, and the field that takes whatever follows the fixed part.
-_GUID_FIELDS = {OfferChannel: 2}
+_GUID_FIELDS = {OfferChannel: 2, ConnectRequest: 2, ConnectResult: 2}
 _TAIL_FIELDS = {GpadlHeader, GpadlBody}
 _ROWS = {row.message: row for row in MESSAGES.values()}
 
