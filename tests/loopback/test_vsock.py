@@ -295,12 +295,11 @@ def test_a_slow_guest(bench: Bench, which: str) -> None:
         return False
 
     bench.sockets.run_until(blocked, "that the program waits")
-    before = bench.status["to_guest"]
-    assert before <= RING_PAGES * 4096 + CHUNK and sent < 1_000_000
+    assert sent < 1_000_000
     guest.send(b"the other way")
     got = bytearray()
     bench.sockets.run_until(lambda: take(host, got) and got == b"the other way", "the other way")
-    assert bench.status["to_guest"] == before
+    assert bench.status["to_guest"] <= RING_PAGES * 4096 + 2 * CHUNK
     guest.read_on()
 
     def rest() -> bool:
@@ -372,7 +371,7 @@ def test_a_guest_that_closes_its_channel_by_itself(bench: Bench) -> None:
 
 def test_a_thousand_short_connections_leave_nothing_behind(bench: Bench) -> None:
     listener = bench.listen()
-    descriptors = len(os.listdir("/proc/self/fd"))
+    descriptors = len(list(Path("/proc/self/fd").iterdir()))
     offers = []
 
     def echo(one: GuestSocket) -> None:
@@ -406,7 +405,7 @@ def test_a_thousand_short_connections_leave_nothing_behind(bench: Bench) -> None
         offers.append(len(bench.driver.bus.offers))
     assert max(offers) <= 4
     bench.nothing_is_left()
-    assert len(os.listdir("/proc/self/fd")) <= descriptors + 2
+    assert len(list(Path("/proc/self/fd").iterdir())) <= descriptors + 2
     assert bench.status["from_guest"] == bench.status["from_host"] == 300
     assert not bench.driver.failures
 
@@ -462,7 +461,9 @@ def test_a_checkpoint_leaves_the_connections_of_the_vm_that_runs_on(bench: Bench
         guest.read_on()
         got = bytearray()
         bench.sockets.run_until(
-            lambda guest=guest, host=host, got=got: take(host, got) and len(guest.got) == 120_000 and len(got) >= 10**6,
+            lambda guest=guest, host=host, got=got: (
+                take(host, got) and len(guest.got) == 120_000 and len(got) == 1_024_000
+            ),
             "all bytes",
         )
         assert guest.got == b"slow" * 30_000 and got == bytes(range(256)) * 4000
@@ -484,8 +485,9 @@ def test_a_state_is_loaded_in_place(bench: Bench, tmp_path: Path) -> None:
     bench.nothing_is_left()
 
 
-def test_a_reset_of_the_guest(bench: Bench) -> None:
+def test_a_reset_of_the_guest(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing of its connections is offered to the next driver."""
+    monkeypatch.setattr("vmbus.providers.vsock.provider.GUEST_SECONDS", 0.5)
     pairs = [bench.from_guest(), bench.from_host()]
     asked = bench.sockets.request(PORT)
     bench.sockets.run_until(lambda: bench.sockets.find(asked), "an offer")
@@ -507,7 +509,7 @@ def test_a_reset_of_the_guest(bench: Bench) -> None:
 
 @pytest.mark.parametrize(
     "payload",
-    [b"", b"\1\0\0\0", hvsock.HEADER.pack(2, 0), hvsock.HEADER.pack(1, 9) + bytes(8), hvsock.HEADER.pack(1, 1 << 31)],
+    [b"", hvsock.HEADER.pack(2, 0), hvsock.HEADER.pack(1, 9) + bytes(8), hvsock.HEADER.pack(1, 1 << 31)],
 )
 def test_a_packet_that_is_none_costs_its_connection(bench: Bench, payload: bytes) -> None:
     other = bench.from_host()
@@ -617,14 +619,13 @@ def test_two_providers_and_a_path_that_is_too_long(bench: Bench, tmp_path: Path)
     provider = {"kind": "vsock", "name": "two", "instance": str(UUID(int=77)), "options": {"path": str(path)}}
     bench.server.command("offer", provider=provider)
     assert path.exists()
+    other = {**provider, "name": "three", "instance": str(UUID(int=78))}
     with pytest.raises(UsageError, match="a socket's path may have"):
-        bench.server.command(
-            "offer", provider={**provider, "name": "three", "options": {"path": f"/tmp/{'x' * 100}"}}
-        )
+        bench.server.command("offer", provider={**other, "options": {"path": f"/tmp/{'x' * 100}"}})
     with pytest.raises(UsageError, match="not an absolute one"):
-        bench.server.command("offer", provider={**provider, "name": "three", "options": {"path": "v.sock"}})
-    state = bench.server.command("pause")
-    assert state is not None and not path.exists()  # another process may want it
+        bench.server.command("offer", provider={**other, "options": {"path": "v.sock"}})
+    bench.server.command("pause")
+    assert not path.exists() and bench.path.exists(), "another process may want it"
     bench.server.command("resume")
     assert path.exists()
     bench.server.command("rescind", name="two")

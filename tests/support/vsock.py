@@ -8,14 +8,16 @@ from pathlib import Path
 from typing import Any
 from uuid import UUID, uuid4
 
+from vmbus.errors import WaitTimeout
 from vmbus.kmcl.channel import Channel
 from vmbus.kmcl.client import ClientChannel
 from vmbus.kmcl.completion import Completion
 from vmbus.kmcl.lifecycle import ChannelState
 from vmbus.kmcl.settings import FLAG_IS_PIPE
+from vmbus.ring_pure import PENDING_SEND_SIZE
 from vmbus.wire import hvsock
 from vmbus.wire import messages as m
-from vmbus_guest.driver import VmbusDriver
+from vmbus_guest.driver import SteadyClock, VmbusDriver
 
 CHUNK = 4088
 RING_PAGES = 6
@@ -47,6 +49,8 @@ class GuestSocket:
 
     def open(self) -> GuestSocket:
         self.driver.enable(self.channel)
+        # From here on it always wants to hear of room for a packet: which also says that it is ready.
+        self.driver.link_of(self.channel).writer.header.store32(PENDING_SEND_SIZE, CHUNK + 32)
         return self
 
     @property
@@ -143,7 +147,11 @@ class GuestSockets:
                     listener(accepted)
             return bool(condition())
 
-        self.driver.run_until(met, seconds, what)
+        clock = SteadyClock()
+        while not met():
+            if clock.elapsed() > seconds:
+                raise WaitTimeout(what, seconds)
+            self.driver.step(0.005)  # what the host's programs see raises no interrupt
 
     def request(self, port: int, endpoint: UUID | None = None) -> UUID:
         """Ask for a connection to a port of the host's; its endpoint."""
