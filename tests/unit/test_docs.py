@@ -7,16 +7,21 @@ import json
 import re
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 import msgspec
 import pytest
 
 from vmbus import kmcl
 from vmbus import saved as device_saved
+from vmbus.bus.local import LocalBus
 from vmbus.kmcl import saved, server
 from vmbus.memory import GuestMemory
 from vmbus.providers.block.provider import MAXIMUM_DATA, MAXIMUM_RANGE, PATIENCE, BlockOptions
 from vmbus.providers.network.provider import ANNOUNCE_AFTER, DRAIN_BYTES, NetworkOptions
+from vmbus.providers.vsock.connection import CHUNK, HIGH, LINGER_SECONDS
+from vmbus.providers.vsock.provider import HOST_SECONDS, VsockOptions, VsockProvider
+from vmbus.providers.vsock.streams import SOCKET_PATH_LIMIT
 from vmbus.snapshot import manifest
 from vmbus.soak import campaign as soak_campaign
 from vmbus.soak import folder as soak_folder
@@ -25,9 +30,10 @@ from vmbus.soak import room as soak_room
 from vmbus.soak import settings as soak_settings
 from vmbus.soak.records import Report
 from vmbus.synic import Synic
+from vmbus.testkit.host import Clock, FakeHost
 from vmbus.vfio_user.pci import ConfigSpace
 from vmbus.wire import block as block_wire
-from vmbus.wire import messages, packet, synic
+from vmbus.wire import hvsock, messages, packet, synic
 from vmbus.wire import network as network_wire
 from vmbus.wire.synic import PostStatus, Register
 
@@ -284,6 +290,22 @@ def test_the_tables_of_the_network_provider() -> None:
     assert f"The answer to HELLO has {len(network_wire.Nic(1, 0, 1500, 1, True, bytes(6), '').pack())} bytes" in text
     assert f"{ANNOUNCE_AFTER[-1]:g} s" in text and len(ANNOUNCE_AFTER) == 5 and "and four more" in text
     assert "OFFLOAD, 1" in text and str(network_wire.NETWORK_TYPE) in text
+
+
+# ---- provider-vsock.md -----------------------------------------------------------------------------------------------
+
+
+def test_the_tables_of_the_sockets(tmp_path: Path) -> None:
+    text = page("provider-vsock.md")
+    options = [row["Option"].strip("`") for row in table(text, "Option", "Default")]
+    assert options == [field.name for field in msgspec.structs.fields(VsockOptions)]
+    provider = VsockProvider(FakeHost(Clock(), LocalBus(), "", tmp_path), "vsock", UUID(int=1), {})
+    told = [name for row in table(text, "Field", "Meaning") for name in code_spans(row["Field"])]
+    assert sorted(told) == sorted(provider.status())
+    assert str(hvsock.service_of(0))[8:] in text and f"at most {SOCKET_PATH_LIMIT - 11} here" in text
+    assert f"Up to {hvsock.MAX_DATA} bytes are taken, and at most {CHUNK}" in text
+    assert f"fills {HIGH >> 10} KiB here" in text and f"read for {LINGER_SECONDS:g} s" in text
+    assert f"after {HOST_SECONDS:g} s: a guest" in text
 
 
 # ---- soak.md ---------------------------------------------------------------------------------------------------------

@@ -37,6 +37,7 @@ NOT_BOUNDS = {
     "vmbus.capture.replay._MOST_NOTES": "a tool's own",
     "vmbus.inspection.difference._MOST": "a tool's own",
     "vmbus.inspection.tree._LONGEST": "a tool's own",
+    "vmbus.providers.vsock.streams.SOCKET_PATH_LIMIT": "the system's",
     "vmbus.qemu.process.SOCKET_PATH_LIMIT": "the system's",
     "vmbus.qemu.process._LONGEST_SOCKET_NAME": "a length",
     "vmbus.qemu.save.MAX_BANDWIDTH": "not our own work's",
@@ -51,6 +52,7 @@ NOT_BOUNDS = {
     "vmbus.vfio_user.connection._LONGEST_PATH": "the system's",
     "vmbus.vfio_user.migration.LONGEST_LOOK": "a length",
     "vmbus.wire.gpa.MAX_PFN": "of a format",
+    "vmbus.wire.hvsock.MAX_PORT": "of a format",
 }
 
 

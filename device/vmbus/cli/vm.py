@@ -271,6 +271,9 @@ async def _attend(vm: VirtualMachine, start: float, drives: list[Drive], own: Se
 
 async def _drive(vm: VirtualMachine, start: float, drives: list[Drive], own: Sequence[DriverFile]) -> None:
     try:
+        for name, status in (await vm.call_server("status"))["providers"].items():
+            if "socket" in status:
+                _notice(f"{name}: programs of the host connect to the guest at {status['socket']}")
         await vm.wait_ready()
         _notice(f"the guest's agent is up after {time.monotonic() - start:.1f} s")
         await install(vm, own)
