@@ -14,12 +14,13 @@ from uuid import UUID
 
 import pytest
 
-from support.vsock import RING_PAGES, GuestSocket, GuestSockets, accept, call, listen, take
+from support.vsock import RING_PAGES, SECONDS, GuestSocket, GuestSockets, accept, call, listen, take
 from vmbus.bus.connects import CONNECTION_REFUSED, MOST_CONNECTS
-from vmbus.errors import UsageError
+from vmbus.errors import StateError, UsageError, WaitTimeout
+from vmbus.kmcl.server import SERVER_FLAG_FORCE_NEW_CHANNEL
 from vmbus.loopback.harness import LoopbackServer, describe
-from vmbus.providers.vsock.connection import CHUNK, HIGH
-from vmbus.providers.vsock.provider import HOST_SECONDS, MOST_CONNECTIONS
+from vmbus.providers.vsock.connection import CHUNK, HIGH, Connection
+from vmbus.providers.vsock.provider import _FLAGS, HOST_SECONDS, MOST_CONNECTIONS
 from vmbus.vfio_user.library import Library
 from vmbus.wire import hvsock
 from vmbus.wire import messages as m
@@ -103,7 +104,7 @@ class Bench:
         self.function.reconnect(self.server.socket_path, config)
         self.server.command("restore-finish")
 
-    def nothing_is_left(self, offers: int = 1) -> None:
+    def nothing_is_left(self, offers: int = 1, seconds: float = SECONDS) -> None:
         """No connection, offer, GPADL, descriptor or timer of one."""
 
         def there() -> dict[str, Any]:
@@ -123,7 +124,9 @@ class Bench:
             }
 
         self.sockets.run_until(
-            lambda: not any(self.server.on_loop(there).values()), f"that nothing is left: {self.server.on_loop(there)}"
+            lambda: not any(self.server.on_loop(there).values()),
+            f"that nothing is left: {self.server.on_loop(there)}",
+            seconds,
         )
 
     def close(self) -> None:
@@ -630,3 +633,46 @@ def test_two_providers_and_a_path_that_is_too_long(bench: Bench, tmp_path: Path)
     assert path.exists()
     bench.server.command("rescind", name="two")
     assert not path.exists()
+
+
+@pytest.mark.parametrize("pages", [1, 2, 65])
+def test_rings_of_any_size(bench: Bench, pages: int) -> None:
+    listener = bench.listen()
+    guest = bench.sockets.connect(PORT, pages)
+    both_ways(bench, guest, bench.accept(listener), 300_000)
+    bench.nothing_is_left()
+
+
+# ---- sabotage --------------------------------------------------------------------------------------------------------
+
+
+def test_sabotage_without_the_rescind_something_is_left(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench.server.server._life.hosts["vsock"], "remove_channel", lambda channel, gone=None: None)
+    guest, host = bench.from_guest()
+    guest.end()
+    host.close()
+    bench.sockets.run_until(lambda: guest.fins and not bench.status["connections"], "both ends")
+    with pytest.raises(WaitTimeout, match="nothing is left"):
+        bench.nothing_is_left(seconds=0.5)
+    assert not guest.closed
+
+
+def test_sabotage_a_second_fin_is_noticed(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    once = Connection._end_of_host
+    monkeypatch.setattr(Connection, "_end_of_host", lambda self: (once(self), self._send(hvsock.FIN)))
+    guest, host = bench.from_guest()
+    host.close()
+    with pytest.raises(WaitTimeout):
+        bench.sockets.run_until(lambda: guest.closed and not bench.driver.failures, "the end", 0.5)
+    assert "the host sent something behind its FIN" in bench.driver.failures[0]
+
+
+def test_sabotage_channels_that_claim_to_survive(bench: Bench, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("vmbus.providers.vsock.provider._FLAGS", _FLAGS & ~SERVER_FLAG_FORCE_NEW_CHANNEL)
+    guest, _ = bench.from_guest()
+    bench.server.command("pause")
+    answer = bench.server.command("save", path=str(tmp_path / "state"))
+    with pytest.raises(StateError, match="are not those of this device's providers"):
+        bench.server.command("load", path=str(tmp_path / "state"), sha256=answer["sha256"])
+    bench.server.command("resume")
+    assert not guest.closed

@@ -94,8 +94,9 @@ class GuestSocket:
 
     def send(self, data: bytes) -> None:
         """Queued in order while the ring is full, as a program that blocks."""
-        for start in range(0, len(data), CHUNK):
-            self.packet(hvsock.pack(data[start : start + CHUNK]))
+        chunk = min(CHUNK, self.channel.largest_payload - hvsock.HEADER.size)
+        for start in range(0, len(data), chunk):
+            self.packet(hvsock.pack(data[start : start + chunk]))
 
     def end(self) -> None:
         """shutdown(SHUT_WR), or close."""
