@@ -138,6 +138,7 @@ def messages_not_taken(run: Run) -> None:
         handles.append(driver.bus.create_gpadl(1 + number % 2, [range_for(buffer.iova, PAGE)]))
     driver._take_message()
     driver.bus.modify_channel(1, 1)
+    driver.bus.connect(UUID(int=1), UUID(int=2))  # nobody serves that
     driver._take_message()
     driver.function.write32(Register.EOM, 1)
     for handle in handles[:3]:
