@@ -513,3 +513,83 @@ def test_a_local_offer_stays_inside() -> None:
     assert len(machine.save().channels) == 1, "it is no part of what is saved"
     machine.device.remove_channel(server)
     assert client.state is server.state is ChannelState.DISABLED
+
+
+# ---- channels that come and go, and that a restored device does not have ---------------------------------------------
+
+
+def passing(machine: Machine, number: int, *, forced: bool = True) -> ServerChannel:
+    """A primary channel that nobody makes again."""
+    channel = ServerChannel(MULTI_TYPE, UUID(int=500 + number), name=f"passing-{number}")
+    channel.force_new_channel = forced
+    channel.set_process_packet_callbacks(lambda channel, completion, payload: completion.complete())
+    machine.add_channel(channel)
+    channel.enable()
+    channel.start()
+    return channel
+
+
+def test_a_passing_channel_is_rescinded_at_the_restore_and_released() -> None:
+    """Open with packets under way; offered; withdrawn and not released; waiting for that; failed: each once."""
+    machine = make()
+    with connect(machine) as driver:
+        open_, offered, withdrawn, failed = (passing(machine, number) for number in range(4))
+        settle(driver)
+        ends = {}
+        for one in (open_, failed):
+            ends[one] = driver.client_channel(MULTI_TYPE, instance=one.interface_instance)
+            ends[one].set_process_packet_callbacks(lambda channel, completion, payload: None)
+            driver.enable(ends[one])
+        for _ in range(500):
+            open_.allocate_packet().send(bytes(1000), wait_for_completion=False)
+        assert open_.packets_queued
+        gone: list[str] = []
+        machine.remove_channel(withdrawn, lambda: gone.append("withdrawn"))
+        again = passing(machine, 2)  # of the same instance: offered when the other one is released
+        failed.fail("it has to")
+        state = saved.decode(saved.encode(machine.save()))
+        assert saved.count_packets(state) == (0, 0, 0) and not gone
+        assert again.interface_instance == withdrawn.interface_instance
+        machine.come_back(state)
+        settle(driver)
+        expected = {one.interface_instance for one in (open_, offered, withdrawn, failed)}
+        assert set(driver.rescinded) == expected and len(driver.rescinded) == 4
+        assert [one.name for one in machine.device.channels] == ["multi0.0", "echo1"]
+        assert len(machine.device.bus.offers) == 2 and not driver.bus.rescinded
+        assert not machine.device.bus.gpadls.complete
+        assert Guest(driver).ask(b"echo")
+        roundtrip(machine)  # once more, with nothing of them left
+        settle(driver)
+        assert len(driver.rescinded) == 4
+
+
+def test_a_checkpoint_leaves_a_passing_channel_alone() -> None:
+    machine = make()
+    with connect(machine) as driver:
+        channel = passing(machine, 0)
+        settle(driver)
+        end = driver.client_channel(MULTI_TYPE, instance=channel.interface_instance)
+        got: list[bytes] = []
+        end.set_process_packet_callbacks(
+            lambda channel, completion, payload: (got.append(payload), completion.complete())
+        )
+        driver.enable(end)
+        for number in range(100):
+            channel.allocate_packet().send(number.to_bytes(8, "little") * 100, wait_for_completion=False)
+        machine.save()
+        for one in machine.device.channels:
+            one.unquiesce()
+        machine.device.thaw()
+        driver.run_until(lambda: len(got) == 100, 5, "all packets")
+        assert not driver.rescinded
+
+
+def test_a_channel_that_is_not_forced_has_to_be_made_again() -> None:
+    machine = make()
+    driver = connect(machine)
+    passing(machine, 0, forced=False)
+    settle(driver)
+    state = saved.decode(saved.encode(machine.save()))
+    machine.boot()
+    with pytest.raises(StateError, match="are not those of this device's providers"):
+        saved.check_fits(state, "vmbus0", machine.device, machine.providers)
