@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import secrets
 import time
 from collections.abc import Callable, Coroutine
 from pathlib import Path
@@ -16,6 +17,8 @@ import pytest
 from support import vsock_guest
 from support.boot import boot
 from vmbus.errors import WaitTimeout
+from vmbus.migration.address import parse_address
+from vmbus.migration.channel import listen
 from vmbus.qemu.command_line import Programs
 from vmbus.qemu.description import VmDescription, load_description
 from vmbus.qemu.machine import VirtualMachine
@@ -248,6 +251,19 @@ class Held:
         await machine.nothing_is_left()
 
 
+async def migrate(vm: VirtualMachine, programs: Programs) -> VirtualMachine:
+    """Live, to other processes."""
+    secret = secrets.token_bytes(32)
+    listener = await listen(parse_address("tcp:127.0.0.1:0"), secret)
+    receiving = asyncio.create_task(VirtualMachine.receive(listener, programs, timeout=60))
+    try:
+        await vm.migrate(str(listener.address), secret)
+        return await receiving
+    finally:
+        receiving.cancel()
+        await asyncio.wait({receiving})
+
+
 async def still_works(machine: Machine) -> None:
     async with await machine.listen(PORT, send_back):
         assert await machine.guest("many", PORT, 5) == [{"right": 5}]
@@ -276,7 +292,6 @@ def test_vsock_of_linux(run: Run, programs: Programs, tmp_path: Path, note: Note
             await vm.wait_ready()
             machine = Machine(vm)
             await held.end_in_the_guest(machine)
-            await still_works(machine)
             again = await Held(machine).begin()
             report = await vm.save(tmp_path / "stopped")
         await again.end_at_the_host()
@@ -286,13 +301,18 @@ def test_vsock_of_linux(run: Run, programs: Programs, tmp_path: Path, note: Note
             await vm.wait_ready()
             machine = Machine(vm)
             await again.end_in_the_guest(machine)
-            await still_works(machine)
-            await machine.nothing_is_left()
+            third = await Held(machine).begin()
+            moved = await migrate(vm, programs)
+        await third.end_at_the_host()
+
+        async with moved as vm:
+            machine = Machine(vm)
+            await third.end_in_the_guest(machine)
             await shell(vm, "rmmod hv_sock && insmod /lib/modules/hv_sock.ko")
             await still_works(machine)
             await require_no_complaints(vm)
             status = await machine.status()
             assert status["wrong"] == status["lingered"] == 0
-        note(f"hv_sock: {'; '.join(told)}; connections over a live save and a save: closed at both ends")
+        note(f"hv_sock: {'; '.join(told)}; over a live save, a save and a live migration: closed at both ends")
 
     run(story())
