@@ -15,8 +15,12 @@ from uuid import UUID
 import pytest
 
 from support.vsock import RING_PAGES, SECONDS, GuestSocket, GuestSockets, accept, call, listen, take
+from vmbus.audit.checker import check_paths
+from vmbus.audit.files import recorder_in
 from vmbus.bus.connects import CONNECTION_REFUSED, MOST_CONNECTS
 from vmbus.errors import StateError, UsageError, WaitTimeout
+from vmbus.inspection.document import Source
+from vmbus.inspection.saved import inspect_state
 from vmbus.kmcl.server import SERVER_FLAG_FORCE_NEW_CHANNEL
 from vmbus.loopback.harness import LoopbackServer, describe
 from vmbus.providers.vsock.connection import CHUNK, HIGH, Connection
@@ -34,11 +38,13 @@ PORT = 5000
 class Bench:
     """A server with sockets and an echo, and a guest."""
 
-    def __init__(self, library: Library) -> None:
+    def __init__(self, library: Library, audit: Path | None = None) -> None:
         self.library = library
-        self.server = LoopbackServer(describe("vsock", "echo"), library)
+        self.audit = audit
+        self.server = LoopbackServer(describe("vsock", "echo"), library, audit=audit)
         self.function = self.server.function()
-        self.driver = VmbusDriver(self.function)
+        self.recorder = None if audit is None else recorder_in(audit, "guest", "loopback")
+        self.driver = VmbusDriver(self.function, recorder=self.recorder)
         self.sockets = GuestSockets(self.driver)
         self.ends: list[socket.socket] = []
 
@@ -100,7 +106,7 @@ class Bench:
         state = self.server.save()
         config = state.config
         self.server.stop()
-        self.server = LoopbackServer(describe("vsock", "echo"), self.library, restore=state)
+        self.server = LoopbackServer(describe("vsock", "echo"), self.library, restore=state, audit=self.audit)
         self.function.reconnect(self.server.socket_path, config)
         self.server.command("restore-finish")
 
@@ -505,6 +511,46 @@ def test_a_reset_of_the_guest(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> 
     bench.sockets = GuestSockets(bench.driver)
     both_ways(bench, *bench.from_host(), 1000)
     bench.nothing_is_left()
+
+
+def test_an_audit_an_inspection_and_a_capture_know_them(libvfio_user: Library, tmp_path: Path) -> None:
+    bench = Bench(libvfio_user, tmp_path / "audit")
+    try:
+        bench.server.command("capture-start", path=str(tmp_path / "packets.pcapng"))
+        both_ways(bench, *bench.from_host(), 50_000)
+        guest, host = bench.from_guest()
+        other, _ = bench.from_host()
+        host.sendall(b"before the save")
+        bench.sockets.run_until(lambda: guest.got, "some bytes")
+        names = {one.name for one in bench.server.command("inspect")["channels"]}
+        endpoint = guest.offer.interface_instance
+        assert names == {
+            "echo",
+            f"vsock-from-{PORT}-{hvsock.peer_port(endpoint)}",
+            f"vsock-to-{PORT}-{other.peer}",
+        }
+        bench.server.command("capture-stop")
+        state = bench.server.save()
+        found = inspect_state(state, Source(kind="state", name="state"))
+        assert {one.name for one in found.channels if one.provider == "vsock"} == {
+            f"vsock-{PORT}-{hvsock.peer_port(endpoint)}",
+            f"vsock-{PORT}-{other.peer}",
+        }
+        bench.server.command("resume")
+        bench.restore()
+        bench.sockets.run_until(lambda: guest.closed and other.closed, "the RESCINDs")
+        both_ways(bench, *bench.from_guest(), 50_000)
+        bench.nothing_is_left()
+        assert bench.recorder is not None
+        bench.server.command("audit")
+        bench.recorder.flush("fetched")
+        bench.server.command("audit")
+        report = check_paths([tmp_path / "audit"])
+        assert report.clean, str(report)
+        assert len(report.timeline) == 2 and report.packets > 30
+    finally:
+        bench.close()
+    assert (tmp_path / "packets.pcapng").stat().st_size > 100_000
 
 
 # ---- hostile guests --------------------------------------------------------------------------------------------------

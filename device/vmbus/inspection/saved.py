@@ -44,6 +44,7 @@ from vmbus.snapshot.bundle import read_state
 from vmbus.snapshot.checkpoints import IMAGE, Checkpoint, Store
 from vmbus.snapshot.manifest import INITRAMFS, KERNEL, MANIFEST, RAM, STATE
 from vmbus.wire import ic
+from vmbus.wire.hvsock import peer_port, port_of
 
 
 def inspect_path(path: Path) -> Inspection:
@@ -163,9 +164,11 @@ def _text(guid: bytes) -> str:
     return str(UUID(bytes_le=guid))
 
 
-def _owner_of(state: st.DeviceState, record: st.ChannelRecord) -> tuple[st.ProviderRecord | None, str]:
+def _owner_of(
+    state: st.DeviceState, record: st.ChannelRecord, offer: st.OfferStateRecord | None
+) -> tuple[st.ProviderRecord | None, str]:
     """Whose a channel is, and what it is called: providers offer their own instance, or one derived from it for each
-    of their services, or are alone."""
+    of their services, or connections of sockets, or are alone."""
     instance = UUID(bytes_le=record.instance)
     subchannel = f".{record.subchannel}" if record.subchannel else ""
     for provider in state.providers:
@@ -175,11 +178,16 @@ def _owner_of(state: st.DeviceState, record: st.ChannelRecord) -> tuple[st.Provi
         for service in ic.SERVICES:
             if uuid5(UUID(bytes_le=provider.instance), service.name) == instance:
                 return provider, f"{provider.name}-{service.name}{subchannel}"
+    port = None if offer is None else port_of(UUID(bytes_le=offer.interface_type))
+    if port is not None:
+        for provider in state.providers:
+            if provider.kind == "vsock":
+                return provider, f"{provider.name}-{port}-{peer_port(instance)}"
     return (state.providers[0] if len(state.providers) == 1 else None), f"{instance}{subchannel}"
 
 
 def _channel(state: st.DeviceState, record: st.ChannelRecord, offer: st.OfferStateRecord | None) -> ChannelInfo:
-    owner, name = _owner_of(state, record)
+    owner, name = _owner_of(state, record, offer)
     saved = record.decoded
     describer = None if owner is None else _describer(owner.kind)
     packets = list(_packets([*saved.sent, *saved.queue], describer))
@@ -276,7 +284,8 @@ def _rings(record: st.ChannelRecord) -> Iterator[RingInfo]:
 def _bus(state: st.DeviceState) -> BusInfo:
     bus = state.bus
     rings = {(offer.relid, offer.open.ring_gpadl) for offer in bus.offers if offer.open is not None}
-    names = {(record.instance, record.subchannel): _owner_of(state, record)[1] for record in state.channels}
+    offers = {offer.key: offer for offer in bus.offers}
+    names = {record.key: _owner_of(state, record, offers.get(record.key))[1] for record in state.channels}
     return BusInfo(
         state="connected" if bus.connected else "disconnected",
         version=version_name(bus.version) if bus.version else "",

@@ -23,7 +23,7 @@ from vmbus.providers.base import Bound, Host, Provider, Timer
 from vmbus.providers.vsock.connection import COUNTERS, Connection
 from vmbus.providers.vsock.states import OPEN, State
 from vmbus.providers.vsock.streams import LINE_LIMIT, Listener, Stream, check_path, connect, parse_line
-from vmbus.wire.hvsock import offer_data, port_of, service_of
+from vmbus.wire.hvsock import offer_data, peer_port, port_of, service_of
 
 log = bounded_log(__name__)
 
@@ -237,7 +237,7 @@ class VsockProvider(Provider):
             self.counters["refused_by_guest"] += not connection.was_open
 
         instance = UUID(bytes_le=own.to_bytes(4, "little") + os.urandom(12))
-        channel = self._channel(service_of(port), instance, f"{self.name}-to-{port}", from_host=True)
+        channel = self._channel(service_of(port), instance, f"{self.name}-to-{port}-{own}", from_host=True)
         connection = Connection(self.host, channel, port, self.counters, stream, opened, over, self._ended)
         if not self._offer(connection, HOST_SECONDS):
             stream.close()
@@ -260,7 +260,8 @@ class VsockProvider(Provider):
             self.counters["refused_by_host" if stream is None else "from_guest"] += 1
             return stream
 
-        channel = self._channel(wish.service, wish.endpoint, f"{self.name}-from-{port}", from_host=False)
+        name = f"{self.name}-from-{port}-{peer_port(wish.endpoint)}"
+        channel = self._channel(wish.service, wish.endpoint, name, from_host=False)
         connection = Connection(
             self.host, channel, port, self.counters, None, opened, lambda _: wish.end(), self._ended
         )
