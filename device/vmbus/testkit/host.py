@@ -16,6 +16,7 @@ from vmbus.kmcl.server import ServerChannel
 from vmbus.providers.base import MOST_WORK, WorkQueueFull
 from vmbus.providers.faults import Faults, fail_held, naming
 from vmbus.watches import Watches
+from vmbus.wire.messages import ConnectResult
 
 
 class VirtualTimer:
@@ -59,13 +60,14 @@ class Clock:
 class FakeHost:
     """Implements `vmbus.providers.base.Host`. Nothing is called by itself: the kit asks for it.
 
-    `faults`: what the provider's callbacks have raised. `connects`: for the guest's requests for channels.
+    `faults`: what the provider's callbacks have raised. `connects`: for the guest's requests for channels, `refusals`:
+    what it was told of them.
     """
 
     def __init__(self, clock: Clock, bus: LocalBus, name: str = "", run_directory: Path | None = None) -> None:
         self.clock = clock
         self.run_directory = run_directory
-        self.refusals: list[Any] = []
+        self.refusals: list[ConnectResult] = []
         self.connects = ConnectDesk(self.refusals.append)
         self.faults = Faults(name)
         self.faults.on_raised = lambda cause: fail_held((*self._bus.offers, *self._clients), cause)

@@ -23,6 +23,7 @@ from vmbus.testkit import contract
 from vmbus.testkit.client import Client
 from vmbus.testkit.contract import ContractViolation, shorten
 from vmbus.testkit.host import Clock, FakeHost
+from vmbus.wire import messages as m
 
 INSTANCE = UUID("00000000-0000-4000-8000-000000000001")
 DEFAULT_RING_PAGES = 4
@@ -331,6 +332,17 @@ class ProviderTest:
         self.run()
         return client
 
+    def request_channel(self, service: UUID, endpoint: UUID) -> int | None:
+        """The guest asks for a channel (TL_CONNECT_REQUEST), and the kit runs. Returns the status with which that was
+        refused; None: it was not so far, and the channel may be among `channels`."""
+        refusals = self._host.refusals
+        refusals.clear()
+        with self._turn():
+            self._host.connects.requested(m.ConnectRequest(endpoint, service))
+        self.step("request_channel()")
+        self.run()
+        return next((one.status for one in refusals if (one.endpoint, one.service) == (endpoint, service)), None)
+
     @property
     def channels(self) -> list[ServerChannel]:
         """The provider's ends, in the order of the offers."""
@@ -471,7 +483,7 @@ class ProviderTest:
 
         Raises ContractViolation when they are taken, or refused with another exception.
         """
-        host = FakeHost(Clock(), LocalBus(), self._name)
+        host = FakeHost(Clock(), LocalBus(), self._name, Path(self._scratch.name))
         provider = self._class(host, self._name, self._instance, self._options)
         provider.start()
         what = "check()"

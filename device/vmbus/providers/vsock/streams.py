@@ -28,6 +28,7 @@ LINE_LIMIT = 32
 """Bytes of the line that a program of the host's begins with."""
 BACKLOG = 128
 _VECTOR = 64  # buffers in one call
+_KIND = socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC
 
 _CONNECT = re.compile(rb"CONNECT (\d{1,10})")
 _UCRED = Struct("iii")
@@ -102,7 +103,10 @@ def listener_path(path: Path, port: int) -> Path:
 
 def connect(path: Path, port: int) -> Stream | None:
     """To the program of the host's that listens on `port`; None: there is none. Does not wait."""
-    end = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
+    try:
+        end = socket.socket(socket.AF_UNIX, _KIND)
+    except OSError:  # no descriptor is left
+        return None
     try:
         end.connect(os.fsencode(listener_path(path, port)))
         _, uid, _ = _UCRED.unpack(end.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
@@ -120,7 +124,10 @@ class Listener:
     def __init__(self, path: Path) -> None:
         """Make it. A socket that is left of a process which is gone is replaced. Raises EnvironmentProblem."""
         self.path = path
-        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
+        try:
+            self._socket = socket.socket(socket.AF_UNIX, _KIND)
+        except OSError as error:
+            raise EnvironmentProblem(f"cannot make a socket: {error.strerror}") from error
         self.fd = self._socket.fileno()
         try:
             _remove_left_over(path)
@@ -161,7 +168,7 @@ def _remove_left_over(path: Path) -> None:
         return
     if not stat.S_ISSOCK(mode):
         raise OSError(errno.EEXIST, "something else has that name")
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC) as probe:
+    with socket.socket(socket.AF_UNIX, _KIND) as probe:
         try:
             probe.connect(os.fsencode(path))
         except ConnectionRefusedError:
