@@ -19,7 +19,7 @@ from vmbus.kmcl.packet import Packet
 from vmbus.kmcl.status import Status as PacketStatus
 from vmbus.loopback.function import LoopbackFunction
 from vmbus.loopback.harness import LoopbackServer, describe
-from vmbus.providers.block import BlockProvider, provider
+from vmbus.providers.block import BlockProvider, disk
 from vmbus.providers.block.backend import Backend
 from vmbus.providers.block.core import Core, Job
 from vmbus.providers.block.image import Image
@@ -451,7 +451,7 @@ class Killed:
 def test_nothing_touches_memory_after_it_was_taken_back(
     server: LoopbackServer, faults: list[Fault], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(provider, "PATIENCE", 0.0)
+    monkeypatch.setattr(disk, "PATIENCE", 0.0)
     killed = Killed(server, faults)
     killed.function.unmap_all()
     canary = killed.canary()
@@ -472,7 +472,7 @@ def test_nothing_touches_memory_after_it_was_taken_back(
 def test_without_the_revocation_it_would(
     server: LoopbackServer, faults: list[Fault], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(provider, "PATIENCE", 0.0)
+    monkeypatch.setattr(disk, "PATIENCE", 0.0)
     monkeypatch.setattr(GuestMapping, "revoke", lambda self: None)
     killed = Killed(server, faults)
     killed.function.unmap_all()
@@ -486,7 +486,7 @@ def test_drivers_that_die_again_and_again_with_reads_on_threads(
     server: LoopbackServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No faults here: real reads, cut off wherever they happen to be."""
-    monkeypatch.setattr(provider, "PATIENCE", 0.0)
+    monkeypatch.setattr(disk, "PATIENCE", 0.0)
     function = server.function()
     guest = Guest(function)
     for number in range(8):
@@ -495,11 +495,13 @@ def test_drivers_that_die_again_and_again_with_reads_on_threads(
     orphans: list[int] = []
     forget = Core.forget
 
-    def counted(core: Core, take_back: Callable[[Job], bool]) -> None:
-        forget(core, take_back)
+    def counted(core: Core, take_back: Callable[[Job], bool], gone: Callable[[Any], bool]) -> list[Job]:
+        startable = forget(core, take_back, gone)
         orphans.append(len(core.running))
+        return startable
 
     monkeypatch.setattr(Core, "forget", counted)
+    monkeypatch.setattr(FaultyBackend, "prompt", False)
     rounds = 0
     while sum(orphans) < 20 or rounds < 20:
         rounds += 1
@@ -541,7 +543,7 @@ def test_a_reset_waits_for_what_is_under_way(server: LoopbackServer, faults: lis
 def test_an_old_write_never_replaces_a_new_one(
     server: LoopbackServer, faults: list[Fault], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(provider, "PATIENCE", 0.0)
+    monkeypatch.setattr(disk, "PATIENCE", 0.0)
     function = server.function()
     old = Guest(function)
     old.buffer.view[:4096] = b"old." * 1024
@@ -583,6 +585,6 @@ def test_a_server_ends_with_a_disk_that_hangs(
     guest.driver.close(graceful=False)
     server.stop()
     hung.go.set()
-    until(lambda: not below[0]._under_way, "the write to end")
+    until(lambda: not below[0].disk.under_way, "the write to end")
     with LoopbackServer(DESCRIPTION, libvfio_user) as server:
         Guest(server.function()).driver.close()

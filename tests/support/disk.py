@@ -63,7 +63,9 @@ class Fault:
 
 
 class FaultyBackend:
-    """A back-end with another below it, and faults in front of that."""
+    """A back-end with another below it, and faults in front of that. `prompt`: whether it reads at once if it can."""
+
+    prompt = True
 
     def __init__(self, below: Backend, faults: list[Fault]) -> None:
         self.below = below
@@ -78,6 +80,12 @@ class FaultyBackend:
                 fault.begun.set()
                 fault.go.wait(60)
         work()
+
+    def read_now(self, offset: int, views: Sequence[memoryview]) -> bool:
+        if not self.prompt or any(fault.op == "read" and fault.count for fault in self.faults):
+            return False
+        at_once = getattr(self.below, "read_now", None)
+        return at_once is not None and bool(at_once(offset, views))
 
     def read(self, offset: int, views: Sequence[memoryview]) -> None:
         self._call("read", lambda: self.below.read(offset, views))

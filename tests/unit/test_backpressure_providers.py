@@ -23,7 +23,8 @@ from vmbus.providers.base import MOST_WORK, WorkQueueFull
 from vmbus.providers.block import BlockProvider
 from vmbus.providers.block.backend import Backend
 from vmbus.providers.block.core import Job, JobState
-from vmbus.providers.block.provider import UnderWay
+from vmbus.providers.block.disk import Disk
+from vmbus.providers.block.work import UnderWay
 from vmbus.providers.lab import station as lab_station
 from vmbus.providers.slices import BEHIND, BUDGET, PIECE, Slices
 from vmbus.server.services import THREADS, ProviderServices, Services
@@ -515,11 +516,11 @@ def resets_with_requests(machine: DiskMachine, times: int) -> tuple[int, int]:
             packet = channel.allocate_packet()
             packet.completion_routine = lambda *_: None
             packet.send(message)
-        driver.run_until(lambda: provider.core.under_way >= 64, 10, "the disk to take the requests")
+        driver.run_until(lambda: provider.disk.core.under_way >= 64, 10, "the disk to take the requests")
         work = max(work, machine.work.jobs)
         machine.write32(Register.CONTROL, CONTROL_RESET)
         machine.used[:] = bytes(len(machine.used))
-        orphans = max(orphans, provider.core.count({JobState.ORPHANED}))
+        orphans = max(orphans, provider.disk.core.count({JobState.ORPHANED}))
     return work, orphans
 
 
@@ -530,7 +531,7 @@ def test_resets_of_a_slow_disk_leave_no_orphans_but_what_is_under_way(disk: Disk
     work, orphans = resets_with_requests(disk, 400)
     provider: Any = disk.providers[0]
     assert work <= 64 + THREADS and orphans <= THREADS
-    assert provider.core.under_way <= THREADS and disk.work.waiting == 0
+    assert provider.disk.core.under_way <= THREADS and disk.work.waiting == 0
     # Another guest: what it writes comes after what is under way, and nothing else that a dead one wanted is done.
     driver = connect(disk)
     channel = driver.client_channel(wire.BLOCK_TYPE, name="disk")
@@ -556,7 +557,7 @@ def test_resets_of_a_slow_disk_leave_no_orphans_but_what_is_under_way(disk: Disk
 
     driver.run_until(answered, 20, "the write")
     content = image.read_bytes()
-    zeroed = set(provider._backend.zeroed)
+    zeroed = set(provider.disk.backend.zeroed)
     assert len(zeroed) <= THREADS
     expected = bytearray(before)
     for offset in zeroed:
@@ -568,7 +569,7 @@ def test_resets_of_a_slow_disk_leave_no_orphans_but_what_is_under_way(disk: Disk
 
 def test_orphans_that_are_not_taken_back_are_found_out(disk: DiskMachine, monkeypatch: pytest.MonkeyPatch) -> None:
     """As it was: whatever was handed out stays."""
-    monkeypatch.setattr(BlockProvider, "_take_back", lambda self, job: False)
+    monkeypatch.setattr(Disk, "_take_back", lambda self, job: False)
     work, orphans = resets_with_requests(disk, 5)
     assert work > 64 + THREADS or orphans > THREADS
 
@@ -586,7 +587,9 @@ def test_an_operation_that_hangs_is_waited_for_at_one_reset_and_not_at_each() ->
         go, begun = threading.Event(), threading.Event()
 
         def hang() -> None:
-            with under_way(Job(op, 0, 512, 0, [])):
+            job = Job(op, 0, 512, 0, [])
+            job.state = JobState.ORPHANED
+            with under_way(job):
                 begun.set()
                 go.wait(20)
 

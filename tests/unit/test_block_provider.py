@@ -243,7 +243,7 @@ def test_zeroes_are_written_where_the_file_system_cannot_make_them(
 def test_short_reads_and_writes_go_on_where_they_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real_read, real_write = os.preadv, os.pwritev
     monkeypatch.setattr(os, "preadv", lambda fd, views, at: real_read(fd, [views[0][:700]], at))
-    monkeypatch.setattr(os, "pwritev", lambda fd, views, at, flags: real_write(fd, [views[0][:900]], at, flags))
+    monkeypatch.setattr(os, "pwritev", lambda fd, views, at: real_write(fd, [views[0][:900]], at))
     (tmp_path / "image").write_bytes(bytes(8192))
     backend = FileBackend(os.open(tmp_path / "image", os.O_RDWR))
     data = pattern(8192)
@@ -464,7 +464,7 @@ def test_shared_images_are_not_part_of_a_snapshot_and_must_not_have_changed(disk
             os.close(fd)
         kit._host.abandon()
         kit.provider.restore_files({})
-        kit.provider._restored = None  # type: ignore[attr-defined]
+        kit.provider.disk._restored = None  # type: ignore[attr-defined]
         kit._activate()
 
 
@@ -502,7 +502,6 @@ def test_a_restore_puts_the_copy_into_place_and_leaves_the_copy_alone(disks: Pat
         restored._deactivate()
         provider = restored.provider
         assert isinstance(provider, BlockProvider)
-        provider.core = None
         provider.restore_files({"disk": copy})
         provider.restore(state)
         restored._activate()
@@ -548,11 +547,64 @@ def test_a_state_of_a_disk_of_another_size_is_refused() -> None:
         kit._deactivate()
         provider = kit.provider
         assert isinstance(provider, BlockProvider)
-        provider.core = None
         provider.restore(_break(lambda one: one.update(size=2 * MIB)))
         with pytest.raises(EnvironmentProblem, match="has 1048576 bytes, and the disk 'block' has 2097152"):
             provider.activate()
         with pytest.raises(StateError, match="one file"):
             provider.restore_files({"other": Path("/dev/null")})
-        provider._restored = None
+        provider.disk._restored = None
         kit._activate()
+
+
+# ---- an image that is renamed or replaced under a running disk -------------------------------------------------------
+
+
+@pytest.mark.parametrize("other", [b"", b"X" * MIB], ids=["removed", "replaced"])
+def test_the_disk_stays_the_file_that_was_opened(disks: Path, other: bytes) -> None:
+    """Over a pause, and in a snapshot; whatever has its name meanwhile is not touched by either."""
+    with ProviderTest(BlockProvider, options=OPTIONS) as kit:
+        guest = Guest(kit)
+        guest.write(0, pattern(4096, 1))
+        (disks / "disk.img").rename(disks / "moved.img")
+        if other:
+            (disks / "disk.img").write_bytes(other)
+        guest.write(4096, pattern(4096, 2))
+        kit._quiesce("saved")
+        kit._deactivate()
+        (copied,) = kit.provider.files().values()
+        found = copied.read_bytes()
+        kit._activate()
+        for channel in kit.channels:
+            channel.unquiesce()
+        assert found == (disks / "moved.img").read_bytes() and found[4096:8192] == pattern(4096, 2)
+        assert guest.read(0, 8192) == pattern(4096, 1) + pattern(4096, 2)
+        assert guest.write(0, pattern(512, 3)) == Status.OK
+        if other:
+            assert (disks / "disk.img").read_bytes() == other
+
+
+def test_a_shared_image_that_was_replaced_refuses_the_save(disks: Path) -> None:
+    with ProviderTest(BlockProvider, options=OPTIONS | {"snapshot": "shared"}) as kit:
+        Guest(kit).write(0, pattern(512))
+        (disks / "disk.img").rename(disks / "moved.img")
+        with pytest.raises(EnvironmentProblem, match=r"disk\.img is not the file any more that disk 'block' has open"):
+            kit.provider.save()
+        (disks / "moved.img").rename(disks / "disk.img")
+        kit.provider.save()
+
+
+def test_a_lack_of_space_that_comes_with_the_sync_is_lost_data(guest: Guest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel says once that pages were lost: whoever hears it, no later flush says that all is well."""
+    assert guest.write(0, pattern(4096)) == Status.OK
+    real = os.fdatasync
+    told: list[int] = []
+
+    def once(fd: int) -> None:
+        if not told:
+            told.append(fd)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(fd)
+
+    monkeypatch.setattr(os, "fdatasync", once)
+    assert guest.write(8192, pattern(512), Flag.FUA) == Status.IO_ERROR
+    assert guest.ask(Op.FLUSH) == Status.IO_ERROR

@@ -17,7 +17,8 @@ from vmbus import saved as device_saved
 from vmbus.bus.local import LocalBus
 from vmbus.kmcl import saved, server
 from vmbus.memory import GuestMemory
-from vmbus.providers.block.provider import MAXIMUM_DATA, MAXIMUM_RANGE, PATIENCE, BlockOptions
+from vmbus.providers.block.disk import MAXIMUM_DATA, MAXIMUM_RANGE, PATIENCE
+from vmbus.providers.block.provider import BlockOptions
 from vmbus.providers.network.provider import ANNOUNCE_AFTER, DRAIN_BYTES, NetworkOptions
 from vmbus.providers.vsock.connection import CHUNK, HIGH, LINGER_SECONDS
 from vmbus.providers.vsock.provider import HOST_SECONDS, VsockOptions, VsockProvider

@@ -60,9 +60,10 @@ class FileBackend:
         self._lock = threading.Lock()
         self._users = 0
         self._closed = False
+        self._prompt = True  # whether `read_now` may find out something
 
     @contextmanager
-    def _open(self) -> Iterator[int]:
+    def open(self) -> Iterator[int]:
         """The descriptor, which stays this very file for as long as the block runs: numbers are used again."""
         with self._lock:
             if self._closed:
@@ -79,7 +80,7 @@ class FileBackend:
     def read(self, offset: int, views: Sequence[memoryview]) -> None:
         """Fill all of `views`. EIO where the file ends too early: somebody has cut it."""
         pending = list(views)
-        with self._open() as fd:
+        with self.open() as fd:
             while pending:
                 count = os.preadv(fd, pending[:_VECTOR], offset)
                 if count == 0:
@@ -87,38 +88,51 @@ class FileBackend:
                 offset += count
                 _consume(pending, count)
 
+    def read_now(self, offset: int, views: Sequence[memoryview]) -> bool:
+        """Fill all of `views`, if that needs no waiting; whether it is done. Not for several threads at a time."""
+        if not self._prompt or len(views) > _VECTOR:
+            return False
+        try:
+            return os.preadv(self._fd, views, offset, os.RWF_NOWAIT) == sum(map(len, views))
+        except BlockingIOError:
+            return False
+        except OSError:
+            self._prompt = False  # the file system cannot tell, or something is wrong: the long way says what
+            return False
+
     def write(self, offset: int, views: Sequence[memoryview], *, durable: bool) -> None:
         """Write all of `views`."""
         pending = list(views)
-        flags = os.RWF_DSYNC if durable else 0
-        with self._open() as fd:
+        with self.open() as fd:
             while pending:
-                count = os.pwritev(fd, pending[:_VECTOR], offset, flags)
+                count = os.pwritev(fd, pending[:_VECTOR], offset)
                 if count == 0:
                     raise OSError(errno.EIO, f"nothing was written at {offset}")
                 offset += count
                 _consume(pending, count)
+            if durable:
+                _make_durable(fd)
 
     def flush(self) -> None:
         """fdatasync."""
-        with self._open() as fd:
+        with self.open() as fd:
             os.fdatasync(fd)
 
     def discard(self, offset: int, length: int) -> None:
         """Punch a hole, where the file system can."""
-        with self._open() as fd:
+        with self.open() as fd:
             _allocate(fd, _FALLOC_PUNCH_HOLE | _FALLOC_KEEP_SIZE, offset, length)
 
     def write_zeroes(self, offset: int, length: int, *, may_unmap: bool, durable: bool) -> None:
         """Ask the file system for zeroes; write them where it cannot."""
         mode = _FALLOC_PUNCH_HOLE if may_unmap else _FALLOC_ZERO_RANGE
-        with self._open() as fd:
+        with self.open() as fd:
             if not _allocate(fd, mode | _FALLOC_KEEP_SIZE, offset, length):
                 end = offset + length
                 while offset < end:
                     offset += os.pwrite(fd, _ZEROES[: end - offset], offset)
             if durable:
-                os.fdatasync(fd)
+                _make_durable(fd)
 
     def close(self) -> None:
         """Close the descriptor once nobody uses it. Repeating it does nothing."""
@@ -126,8 +140,18 @@ class FileBackend:
             if self._closed:
                 return
             self._closed = True
+            self._prompt = False
             if not self._users:
                 os.close(self._fd)
+
+
+def _make_durable(fd: int) -> None:
+    """fdatasync. Not RWF_DSYNC: what a write finds out (no space) and what bringing it to stable storage finds out
+    (earlier data is lost, and the kernel says so only once) must not be taken for each other. Raises EIO."""
+    try:
+        os.fdatasync(fd)
+    except OSError as error:
+        raise OSError(errno.EIO, f"data was not brought to stable storage: {error.strerror}") from error
 
 
 def _allocate(fd: int, mode: int, offset: int, length: int) -> bool:

@@ -163,6 +163,11 @@ class Core:
         job.waits_for = len(earlier)
         return bool(earlier)
 
+    @property
+    def undisturbed(self) -> bool:
+        """Whether a read may be done here and now, without `accept`: nothing that changes the disk runs or waits."""
+        return not self._conflicts
+
     def flush(self) -> list[Job]:
         """Flush on nobody's behalf, if anything that ended needs it. Returns the job, unless it has to wait."""
         return self._want_flush([]) if self.unflushed and not self.flush_failed else []
@@ -224,34 +229,52 @@ class Core:
 
     # ---- the channel goes ----------------------------------------------------------------------------------------
 
-    def forget(self, take_back: Callable[[Job], bool] = lambda job: False) -> None:
-        """Nobody waits for any request any more: those that did not begin are dropped, the others become orphans.
+    def forget(
+        self, take_back: Callable[[Job], bool] = lambda job: False, gone: Callable[[Any], bool] = lambda token: True
+    ) -> list[Job]:
+        """Nobody waits for the requests whose tokens are `gone` any more: those that did not begin are dropped, the
+        others become orphans. Returns the jobs that have waited for dropped ones alone.
 
         `take_back(job)`: whether a job that was handed out is not begun, and will not be.
         """
-        orphans: list[Job] = []
+        left: list[Job] = []
         for job in self._jobs:
-            if job.state is JobState.WAITING or take_back(job):
+            if not job.orphaned and not gone(job.tokens[0]):
+                left.append(job)
+            elif job.state is JobState.WAITING or take_back(job):
                 job.state = JobState.DONE
             else:
                 job.state = JobState.ORPHANED
                 job.tokens = []
-                orphans.append(job)
+                left.append(job)
             job.waits_for, job.followers = 0, []
-        # What is under way waits for nothing: all that it could wait for has ended.
-        self._jobs = dict.fromkeys(orphans)
+        self._jobs = dict.fromkeys(left)
         self._conflicts = Conflicts()
-        for job in orphans:
-            self._conflicts.add(job)
-        self._next_flush = None
-        if self._flushing is not None:
-            if take_back(self._flushing):
-                self._flushing.state = JobState.DONE
-                self._flushing = None
-                self.unflushed = True
-            else:
-                self._flushing.state = JobState.ORPHANED
-                self._flushing.tokens = []
+        startable: list[Job] = []
+        for job in left:
+            # What is under way waits for nothing: all that it could wait for has ended.
+            if not self._must_wait(job) and job.state is JobState.WAITING:
+                startable.append(self._begin(job))
+        self._forget_flushes(take_back, gone)
+        return startable
+
+    def _forget_flushes(self, take_back: Callable[[Job], bool], gone: Callable[[Any], bool]) -> None:
+        flush, later = self._flushing, self._next_flush
+        if later is not None:
+            later.tokens = [token for token in later.tokens if not gone(token)]
+            if not later.tokens:
+                self._next_flush = None
+        if flush is None:
+            return
+        flush.tokens = [token for token in flush.tokens if not gone(token)]
+        if flush.tokens or self._next_flush is not None:
+            return
+        if take_back(flush):
+            flush.state = JobState.DONE
+            self._flushing = None
+            self.unflushed = True
+        else:
+            flush.state = JobState.ORPHANED
 
     # ---- inspection ----------------------------------------------------------------------------------------------
 

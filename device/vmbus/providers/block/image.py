@@ -66,13 +66,42 @@ class Image:
         """Changes with every write to a file: the time of the last one, in ns. 0 for a block device."""
         return os.fstat(self.fd).st_mtime_ns if self.regular else 0
 
-    def leave(self) -> int:
-        """Close it, and return the stamp that it keeps, also over a crash of the host. Raises OSError."""
+    def settle(self) -> int:
+        """The stamp, which it then keeps, also over a crash of the host. Raises OSError."""
         if self.regular:
             os.fsync(self.fd)  # a flush does not bring the time of the last change to stable storage
-        stamp = self.stamp
-        self.close()
-        return stamp
+        return self.stamp
+
+    @property
+    def still_there(self) -> bool:
+        """Whether its path still names the file that is open. A block device is whatever has its name."""
+        return not self.regular or _still_there(self.fd, self.path)
+
+    @property
+    def opened_path(self) -> Path:
+        """Where this process finds the very file that is open, also when its name is another one's or nobody's."""
+        return Path(f"/proc/self/fd/{self.fd}")
+
+    def lock(self, *, read_only: bool) -> None:
+        """Take the lock again, after `unlock`, and look how long it is now. Raises EnvironmentProblem."""
+        try:
+            _lock(self.fd, self.path, read_only)
+        except OSError as error:
+            raise EnvironmentProblem(f"cannot lock the disk image {self.path}: {error.strerror}") from error
+        self.size = size_of(self.fd)
+
+    def unlock(self) -> None:
+        """Give the lock up, and keep the file open."""
+        fcntl.fcntl(self.fd, fcntl.F_OFD_SETLK, _FLOCK.pack(fcntl.F_UNLCK, os.SEEK_SET, 0, 0, 0))
+
+    def grow(self, size: int | None) -> int:
+        """Make a file `size` bytes long, for good, if it is shorter; returns how long it is. Raises OSError."""
+        with self.backend.open() as fd:
+            if size is not None and self.regular and size_of(fd) < size:
+                os.ftruncate(fd, size)
+                os.fsync(fd)
+            self.size = size_of(fd)
+        return self.size
 
     def close(self) -> None:
         """Close it, which ends the lock once no operation on it is under way. Repeating it does nothing."""
