@@ -20,6 +20,8 @@ from vmbus.memory import GuestMemory
 from vmbus.providers.block.disk import MAXIMUM_DATA, MAXIMUM_RANGE, PATIENCE
 from vmbus.providers.block.provider import BlockOptions
 from vmbus.providers.network.provider import ANNOUNCE_AFTER, DRAIN_BYTES, NetworkOptions
+from vmbus.providers.scsi.provider import ScsiOptions
+from vmbus.providers.scsi.unit import UnitOptions
 from vmbus.providers.vsock.connection import CHUNK, HIGH, LINGER_SECONDS
 from vmbus.providers.vsock.provider import HOST_SECONDS, VsockOptions, VsockProvider
 from vmbus.providers.vsock.streams import SOCKET_PATH_LIMIT
@@ -34,7 +36,7 @@ from vmbus.synic import Synic
 from vmbus.testkit.host import Clock, FakeHost
 from vmbus.vfio_user.pci import ConfigSpace
 from vmbus.wire import block as block_wire
-from vmbus.wire import hvsock, messages, packet, synic
+from vmbus.wire import hvsock, messages, packet, scsi, storvsp, synic
 from vmbus.wire import network as network_wire
 from vmbus.wire.synic import PostStatus, Register
 
@@ -262,6 +264,28 @@ def test_the_tables_of_the_block_provider() -> None:
     assert str(block_wire.BLOCK_TYPE) in text
     for limit in (f"up to {MAXIMUM_DATA >> 20} MiB", f"up to {MAXIMUM_RANGE >> 20} MiB", f"{PATIENCE:g} s at most"):
         assert limit in text
+
+
+# ---- provider-scsi.md ------------------------------------------------------------------------------------------------
+
+
+def test_the_tables_of_the_scsi_provider() -> None:
+    text = page("provider-scsi.md")
+    options = {row["Option"].strip("`"): row["Default"] for row in table(text, "Option", "Default")}
+    fields = {field.name: field.default for field in msgspec.structs.fields(ScsiOptions)}
+    assert list(options) == list(fields)
+    assert options == {name: "none" if name == "luns" else str(default) for name, default in fields.items()}
+    for field in msgspec.structs.fields(UnitOptions):
+        assert f"`{field.name}`" in text
+    assert str(storvsp.STORVSP_TYPE) in text
+    versions = [f"{version >> 8}.{version & 0xFF}" for version in storvsp.VERSIONS]
+    assert f"{', '.join(versions[:-1])} and {versions[-1]}" in text
+    told = {code for row in table(text, "What went wrong") for code in row["Sense (key, code)"].split(" or ")}
+    senses = [one for name, one in vars(scsi).items() if name.isupper() and isinstance(one, scsi.Sense)]
+    for sense in senses:
+        code = f"{sense.asc:02X}/{sense.ascq:02X}"
+        if sense not in (scsi.NO_SENSE, scsi.SAVING_NOT_SUPPORTED):
+            assert any(code in one for one in told), sense
 
 
 # ---- provider-network.md ---------------------------------------------------------------------------------------------

@@ -278,7 +278,7 @@ class _Pair:
             expected = self._consecutive(life, direction, start, count, expected, where)
             if expected < 0:
                 return
-            queued = [number for kind, number, _ in body.get("queued", []) if kind != COMPLETION]
+            queued = [number for kind, number, _ in body.get("queued", []) if kind != COMPLETION and number]
             if not expected:  # behind brief blocks
                 expected = queued[0] if queued else int(body.get("next", 0))
             if life.failures and body is life.closed:
@@ -316,11 +316,10 @@ class _Pair:
             if completions == len(kinds):
                 continue
             numbers = lane.transactions[at:end]
-            mine = (
-                numbers.tolist()
-                if not completions
-                else [number for kind, number in zip(kinds, numbers, strict=True) if kind != COMPLETION]
-            )
+            # 0 is the number of packets that belong to no request: it says nothing about their order.
+            mine = [number for kind, number in zip(kinds, numbers, strict=True) if kind != COMPLETION and number]
+            if not mine:
+                continue
             if not expected:
                 expected = mine[0]
             if mine == list(range(expected, expected + len(mine))):

@@ -209,12 +209,14 @@ class Outgoing:
     def _take_transaction(self, packet: Packet, transaction: int) -> None:
         """Give a prepared packet the id that its owner wants instead of the next one of ours."""
         self._flow.next_transaction -= 1
-        # A server's packets are saved under their ids, and those that wait for a completion are found by them.
-        if packet.flags or not self._channel.can_describe_memory or not 0 <= transaction < 1 << 64:
+        # A server's packets are saved under their ids, and those that wait for a completion are found by them. 0 is
+        # nobody's: in some protocols it says that a packet of the host's belongs to no request.
+        most = 1 << 64 if self._channel.can_describe_memory else 1
+        if packet.flags or not 0 <= transaction < most:
             packet.body = b""
             raise self._channel.refuse(
-                f"transaction {transaction} for a packet: only the guest's end may choose it, 0 to 2^64 - 1, and only "
-                "where no completion is waited for",
+                f"transaction {transaction} for a packet: only the guest's end may choose it, 0 to 2^64 - 1, the "
+                "host's 0 alone, and only where no completion is waited for",
                 Status.INVALID_PARAMETER,
             )
         packet.transaction = transaction

@@ -93,7 +93,7 @@ class Packet:
             external_ranges: the same as ranges of pages (VmbPacketSendWithExternalPfns); one or the other.
             wait_for_completion: ask the other end for a completion packet (WAIT_FOR_COMPLETION).
             transaction: the id on the wire, for protocols whose answers are packets that repeat the request's id;
-                client endpoint only, without `wait_for_completion`.
+                client endpoint only (the server's: 0 alone, for what is no answer), without `wait_for_completion`.
 
         Raises ChannelStateError when the packet is in use or freed, or the channel is not open; KmclError
         (INVALID_PARAMETER) when the payload is too long.

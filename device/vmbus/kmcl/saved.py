@@ -68,7 +68,7 @@ class LibBuf(msgspec.Struct, frozen=True, gc=False):
     """The library's state of one packet. `body` is kept while the packet is queued; a sent one lies in the ring."""
 
     version: VersionNumber
-    transaction: Annotated[int, msgspec.Meta(ge=1)]
+    transaction: Annotated[int, msgspec.Meta(ge=0)]
     queued: bool
     kind: Annotated[int, msgspec.Meta(ge=int(PacketType.INBAND), le=int(PacketType.GPA_DIRECT))]
     offset8: Annotated[int, msgspec.Meta(ge=2, le=0xFFFF)]
@@ -192,6 +192,8 @@ def _check_lib(lib: LibBuf) -> None:
     headers = lib.offset8 * 8 - DESCRIPTOR_SIZE
     if lib.kind not in _KINDS or (lib.kind == _INBAND) != (headers == 0):
         raise StateError(f"a saved packet of type {lib.kind} has {headers} bytes of headers, which cannot be")
+    if not lib.transaction and lib.flags:
+        raise StateError("a saved packet wants a completion, and has no transaction id to find it by")
     if not lib.queued and not lib.flags:
         raise StateError(f"packet {lib.transaction} was sent and wants no completion, so it cannot be in use")
     if lib.queued and headers > len(lib.body):
@@ -225,7 +227,7 @@ def _decode_entries(head: ChannelChunk, chunks: Sequence[bytes], name: str) -> S
             transaction = lib.transaction
             if transaction >= limit:
                 raise StateError(f"packet {transaction} of channel {name} is newer than the channel's state")
-            if transaction in seen:
+            if transaction in seen and transaction:  # 0 stands for none
                 raise StateError(f"packet {transaction} of channel {name} is there twice")
             seen.add(transaction)
             packet = SavedPacket(lib, lib_buf, chunk.save)

@@ -7,6 +7,7 @@ integration/   heartbeat, time, shutdown, key-value exchange
 lab/           does what the guest's test drivers ask for: sub-channels, hot plug, GPADLs, pipes
 network/       a network card, on a TAP interface of the host's
 vsock/         AF_VSOCK between programs of the guest and of the host
+scsi/          disks for Linux's own driver, hv_storvsc
 burst.py       the host sends, as fast as the guest takes it
 ddi_sample.py  burst once more, written against `vmbus.kmcl.ddi` alone
 loading.py     finds a provider by its kind, also in the modules of authors
@@ -21,6 +22,7 @@ from vmbus.providers.integration import IntegrationProvider
 from vmbus.providers.lab import LabProvider
 from vmbus.providers.loading import find_provider
 from vmbus.providers.network import NetworkProvider
+from vmbus.providers.scsi import ScsiProvider
 from vmbus.providers.vsock import VsockProvider
 
 PROVIDERS: dict[str, type[Provider]] = {
@@ -34,6 +36,7 @@ PROVIDERS: dict[str, type[Provider]] = {
         LabProvider,
         NetworkProvider,
         VsockProvider,
+        ScsiProvider,
     )
 }
 

@@ -169,6 +169,14 @@ class Provider(ABC):
     def stop(self) -> None:  # noqa: B027 - optional to override
         """The server is ending: give up timers, files and all that `activate` took."""
 
+    def depart(self) -> "Future[None] | None":
+        """It is about to be withdrawn while the device runs, and its channels are still open: let the guest prepare for
+        it, and complete what the guest waits for. Returns None, or a future; it is not waited for without bound."""
+        return None
+
+    def stay(self) -> None:  # noqa: B027 - optional to override
+        """After `depart`: it is not withdrawn after all."""
+
     def save(self) -> bytes:
         """The provider's own state, beside that of its packets; all its channels are paused.
 

@@ -732,13 +732,19 @@ class DeviceServer:
                 )
             started = time.monotonic()
             host = self._life.hosts[name]
-            await self._suspend(host.channels, seconds)
+            await self._departed(provider, seconds)
+            try:
+                await self._suspend(host.channels, max(0.0, started + seconds - time.monotonic()))
+            except BaseException:
+                provider.stay()
+                raise
             offers = [offer for offer in self.device.bus.offers if offer.owner in host.channels]
             try:
                 await self.services.idle(started + seconds - time.monotonic(), host)
             except WaitTimeout:
                 for channel in host.channels:
                     channel.unquiesce()
+                provider.stay()
                 raise
             self._life.drop_provider(provider)
             self._life.description = msgspec.structs.replace(
@@ -747,6 +753,21 @@ class DeviceServer:
             self._schedule()
             released = await self._released(offers, max(0.0, started + seconds - time.monotonic()))
             return {"name": name, "released": released, "seconds": time.monotonic() - started}
+
+    async def _departed(self, provider: Provider, seconds: float) -> None:
+        """A provider has told its guest that it goes, and has waited for it; half of the time at most."""
+        departure = provider.depart()
+        if departure is None:
+            return
+        try:
+            await asyncio.wait_for(asyncio.wrap_future(departure), seconds / 2)
+        except TimeoutError:
+            log.warning(
+                "the guest has not let go of provider %s after %g s: it is withdrawn", provider.name, seconds / 2
+            )
+        except BaseException:
+            provider.stay()
+            raise
 
     async def _command_provider(
         self, name: str, command: str, arguments: dict[str, Any] | None = None, seconds: float = 10.0
