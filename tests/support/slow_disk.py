@@ -1,4 +1,4 @@
-"""A block provider whose storage takes its time, so that requests are in flight whenever a save comes.
+"""Providers of disks whose storage takes its time, so that requests are in flight whenever a save comes.
 
 For device servers of their own: VMBUS_PROVIDER_PATH names the directory above this package.
 """
@@ -11,8 +11,10 @@ from collections.abc import Sequence
 from vmbus.providers.block import BlockProvider
 from vmbus.providers.block.backend import Backend
 from vmbus.providers.block.image import Image
+from vmbus.providers.scsi import ScsiProvider
 
 KIND = "support.slow_disk:SlowBlockProvider"
+SCSI_KIND = "support.slow_disk:SlowScsiProvider"
 SECONDS = 0.02
 
 
@@ -48,6 +50,13 @@ class SlowBackend:
 
 class SlowBlockProvider(BlockProvider):
     """See the module's text."""
+
+    def make_backend(self, image: Image) -> Backend:
+        return SlowBackend(image.backend)
+
+
+class SlowScsiProvider(ScsiProvider):
+    """The same behind a controller."""
 
     def make_backend(self, image: Image) -> Backend:
         return SlowBackend(image.backend)

@@ -8,7 +8,6 @@ import os
 import secrets
 import shutil
 import signal
-import time
 from collections.abc import Callable, Coroutine
 from functools import partial
 from pathlib import Path
@@ -20,7 +19,8 @@ import pytest
 from support import slow_disk
 from support.boot import boot
 from support.locks import in_use
-from vmbus.errors import EnvironmentProblem, VmbusError, WaitTimeout
+from support.writer import ENDLESS, clean, finish, more, until_acknowledged, writing
+from vmbus.errors import EnvironmentProblem, VmbusError
 from vmbus.migration.address import parse_address
 from vmbus.migration.channel import listen
 from vmbus.migration.source import MigrateFailed
@@ -34,7 +34,6 @@ pytestmark = [pytest.mark.vm, pytest.mark.long]
 Run = Callable[[Coroutine[Any, Any, Any]], Any]
 SECRET = secrets.token_bytes(32)
 CHECKOUT = Path(__file__).resolve().parents[2]
-ENDLESS = {"count": 0, "slots": 400, "batch": 16, "verify_every": 10}
 ECHO = {"kind": "echo", "name": "echo", "instance": "6f1b4b0e-5d2c-4a53-9d0a-0f2f1f3c7a01"}
 
 
@@ -56,54 +55,6 @@ def described(**options: Any) -> VmDescription:
     plain["device"]["providers"][0]["options"] |= options
     plain["device"]["providers"].append(ECHO)
     return msgspec.convert(plain, VmDescription)
-
-
-async def writing(description: VmDescription, programs: Programs, **parameters: Any) -> tuple[VirtualMachine, int]:
-    """A VM whose writer has begun."""
-    vm = await boot(description, programs)
-    try:
-        await vm.wait_ready()
-        job = int((await vm.call_agent("start", driver="disk-writer", parameters=ENDLESS | parameters))["job"])
-        await until_acknowledged(vm, job, 100)
-    except BaseException:
-        await vm.kill()
-        raise
-    return vm, job
-
-
-async def until_acknowledged(vm: VirtualMachine, job: int, count: int, seconds: float = 60.0) -> int:
-    """Wait until so many writes were acknowledged; returns how many."""
-    deadline = time.monotonic() + seconds
-    while True:
-        report = await vm.call_agent("poll", job=job)
-        progress = report["progress"] or {"acknowledged": 0, "wrong": 0}
-        if report["state"] != "running" or progress["wrong"]:
-            raise AssertionError(f"the writer: {report}")
-        if progress["acknowledged"] >= count:
-            return int(progress["acknowledged"])
-        if time.monotonic() > deadline:
-            raise WaitTimeout(f"{count} acknowledged writes; {report}", seconds)
-        await asyncio.sleep(0.02)
-
-
-async def more(vm: VirtualMachine, job: int, count: int = 100) -> int:
-    return await until_acknowledged(vm, job, await until_acknowledged(vm, job, 0) + count)
-
-
-async def finish(vm: VirtualMachine, job: int) -> dict[str, Any]:
-    """Stop the writer: it reads everything again, unmounts, and has the file system checked."""
-    await vm.call_agent("stop", job=job)
-    report = await vm.call_agent("wait", job=job, timeout=90.0)
-    assert report["state"] == "finished", report
-    return dict(report["result"])
-
-
-def clean(result: dict[str, Any], at_least: int = 0) -> None:
-    print(f"the writer: {result}")
-    assert result["verdict"] == "passed" and result["wrong"] == 0, result
-    assert result["acknowledged"] >= at_least
-    assert "files" in result["fsck"] and "blocks" in result["fsck"]
-    assert all(result["queue"].values()), "the kernel does not know all that the disk can do"
 
 
 async def disk(vm: VirtualMachine) -> dict[str, Any]:

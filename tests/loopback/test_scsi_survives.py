@@ -1,0 +1,515 @@
+"""The SCSI provider in a real device server, with a driver as Linux's on the other side of a real socket: load over
+several channels, saves in mid-traffic, disks that vanish or fail under load, hostile guests, and withdrawal."""
+
+from __future__ import annotations
+
+import errno
+import random
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from support import storvsc
+from support.disk import Fault, FaultyBackend
+from support.storvsc import Driver, Extents, Pending, result_of
+from vmbus import providers, saved
+from vmbus.errors import EnvironmentProblem, WaitTimeout
+from vmbus.kmcl.channel import Channel
+from vmbus.kmcl.completion import Completion
+from vmbus.kmcl.packet import Packet
+from vmbus.kmcl.status import Status as PacketStatus
+from vmbus.loopback.function import LoopbackFunction
+from vmbus.loopback.harness import LoopbackServer, describe
+from vmbus.providers.block.backend import Backend
+from vmbus.providers.block.image import Image
+from vmbus.providers.scsi import ScsiProvider
+from vmbus.vfio_user.library import Library
+from vmbus.wire import scsi, storvsp
+from vmbus.wire.storvsp import STORVSP_TYPE, Direction, Operation
+from vmbus.wire.synic import CONTROL_RESET, Register
+from vmbus_guest.driver import VmbusDriver
+
+pytestmark = pytest.mark.loopback
+
+MIB = 1 << 20
+SIZE = 8 * MIB
+SLOT = 65536
+OPTIONS: dict[str, Any] = {
+    "luns": [
+        {"lun": 0, "image": "disk.img", "size_mib": 8, "create": True},
+        {"lun": 1, "image": "slow.img", "size_mib": 8, "create": True},
+    ]
+}
+DESCRIPTION = describe("scsi", "echo", scsi=OPTIONS)
+
+
+@pytest.fixture(autouse=True)
+def disks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    directory = tmp_path / "disks"
+    monkeypatch.setenv("VMBUS_DISKS", str(directory))
+    return directory
+
+
+@pytest.fixture
+def faults(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Fault]]:
+    """What is to go wrong in the storage of the image slow.img."""
+    faults: list[Fault] = []
+
+    class Faulty(ScsiProvider):
+        def make_backend(self, image: Image) -> Backend:
+            return FaultyBackend(image.backend, faults) if image.path.name == "slow.img" else image.backend
+
+    monkeypatch.setitem(providers.PROVIDERS, "scsi", Faulty)
+    yield faults
+    for fault in faults:
+        fault.go.set()
+
+
+@pytest.fixture
+def server(libvfio_user: Library, faults: list[Fault]) -> Iterator[LoopbackServer]:
+    with LoopbackServer(DESCRIPTION, libvfio_user) as server:
+        yield server
+
+
+class Sent:
+    """Implements Pending."""
+
+    def __init__(self) -> None:
+        self.answers: list[tuple[int, bytes]] = []
+
+    def completed(self, packet: Packet, status: int, reply: bytes) -> None:
+        self.answers.append((status, reply))
+        packet.free()
+
+    @property
+    def done(self) -> bool:
+        return bool(self.answers)
+
+    @property
+    def reply(self) -> bytes:
+        assert len(self.answers) == 1, "not exactly once"
+        status, reply = self.answers[0]
+        assert status == PacketStatus.SUCCESS
+        return reply
+
+
+class ChannelPort:
+    """Implements Port."""
+
+    def __init__(self, driver: VmbusDriver, channel: Channel) -> None:
+        self.driver = driver
+        self.channel = channel
+
+    def send(self, payload: bytes, external: Extents | None) -> Sent:
+        sent = Sent()
+        packet = self.channel.allocate_packet()
+        packet.completion_routine = sent.completed
+        packet.send(payload, external=None if external is None else list(external))
+        return sent
+
+    def wait(self, *pending: Pending, seconds: float = 20.0) -> None:
+        self.driver.run_until(lambda: all(one.done for one in pending), seconds, "answers of the controller")
+
+
+class Memory:
+    """Implements Memory."""
+
+    def __init__(self, driver: VmbusDriver, size: int = 4 * MIB) -> None:
+        self.buffer = driver.allocate(size)
+
+    def put(self, data: bytes, at: int = 0) -> None:
+        self.buffer.view[at : at + len(data)] = data
+
+    def get(self, length: int, at: int = 0) -> bytes:
+        return bytes(self.buffer.view[at : at + length])
+
+    def extents(self, length: int, at: int = 0) -> list[tuple[int, int]]:
+        return [(self.buffer.iova + at, length)]
+
+
+class Guest(Driver):
+    """A driver behind a PCI function."""
+
+    def __init__(self, function: LoopbackFunction, *, sub_channels: int = 0, connect: bool = True) -> None:
+        self.function = function
+        self.bus = VmbusDriver(function)
+        self.notices: list[bytes] = []
+        channel = self.bus.client_channel(STORVSP_TYPE, name="storage")
+        channel.set_process_packet_callbacks(self._unasked)
+        self.bus.enable(channel)
+        self.data = Memory(self.bus)
+        super().__init__(ChannelPort(self.bus, channel), self.data)
+        if connect:
+            self.connect(sub_channels=sub_channels)
+            for index in range(1, sub_channels + 1):
+                self.add(index)
+
+    def _unasked(self, _: Channel, completion: Completion, payload: bytes) -> None:
+        assert completion.transaction == 0 and not completion.wanted
+        self.notices.append(payload)
+        completion.complete()
+
+    def add(self, index: int) -> None:
+        channel = self.bus.client_channel(STORVSP_TYPE, name=f"storage.{index}", subchannel_index=index)
+        self.bus.enable(channel)
+        self.ports.append(ChannelPort(self.bus, channel))
+
+    def close(self) -> None:
+        self.bus.close()
+
+
+def pattern(length: int, seed: int) -> bytes:
+    return random.Random(seed).randbytes(length)
+
+
+def status(server: LoopbackServer) -> dict[str, Any]:
+    return dict(server.command("status")["providers"]["scsi"])
+
+
+def command(server: LoopbackServer, name: str, **arguments: Any) -> dict[str, Any]:
+    return server.command("provider", name="scsi", command=name, arguments=arguments)
+
+
+def until(condition: Callable[[], bool], what: str, seconds: float = 10.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            raise WaitTimeout(what, seconds)
+        time.sleep(0.002)
+
+
+class Churn:
+    """Random requests, many in flight on all channels and disks, each on blocks of its own; a model says what reads
+    must find. `gone`: disks that have vanished: requests for them may be answered so."""
+
+    def __init__(self, guest: Guest, luns: int = 2, seed: int = 1) -> None:
+        self.guest = guest
+        self.choose = random.Random(seed)
+        self.models = [bytearray(SIZE) for _ in range(luns)]
+        self.gone: set[int] = set()
+        self.slots = list(range(24))
+        self.busy: list[tuple[int, int, int, bytes | None, Pending]] = []
+        self.done = self.vanished = 0
+
+    def some(self) -> None:
+        choose, guest = self.choose, self.guest
+        while self.slots and choose.random() < 0.8:
+            slot = self.slots.pop()
+            lun = slot % len(self.models)
+            first, count = 256 * slot + 8 * choose.randrange(16), 8 * choose.randint(1, 16)
+            at, length = first * 512, count * 512
+            channel = choose.randrange(len(guest.ports))
+            external = guest.data.extents(length, slot * SLOT)
+            expected: bytes | None = None
+            if choose.random() < 0.4:
+                guest.data.put(bytes(length), slot * SLOT)
+                expected = bytes(self.models[lun][at : at + length])
+                cdb, direction = storvsc.read_10(first, count), Direction.FROM_DEVICE
+            else:
+                data = pattern(length, choose.randrange(1 << 30))
+                guest.data.put(data, slot * SLOT)
+                self.models[lun][at : at + length] = data
+                cdb, direction = storvsc.write_10(first, count, fua=choose.random() < 0.2), Direction.TO_DEVICE
+            sent = guest.send(cdb, length, channel=channel, external=external, lun=lun, direction=direction)
+            self.busy.append((slot, lun, length, expected, sent))
+        guest.bus.step(0.001)
+        self.settle()
+
+    def settle(self) -> None:
+        for one in list(self.busy):
+            slot, lun, length, expected, sent = one
+            if not sent.done:
+                continue
+            self.busy.remove(one)
+            result = result_of(sent.reply)
+            if result.gone and lun in self.gone:
+                self.vanished += 1
+            else:
+                assert result.good and result.moved == length, result
+                if expected is not None:
+                    same = self.guest.data.get(length, slot * SLOT) == expected
+                    assert same, "a read found other bytes than were written"
+            self.slots.append(slot)
+            self.done += 1
+
+    def finish(self) -> None:
+        self.guest.ports[0].wait(*(one[-1] for one in self.busy))
+        self.settle()
+        for lun, model in enumerate(self.models):
+            for first in range(0, SIZE // 512, 2048):
+                if lun not in self.gone:
+                    same = self.guest.read(first, MIB, lun=lun) == bytes(model[first * 512 : first * 512 + MIB])
+                    assert same, f"lun {lun} holds other bytes than were written, from block {first} on"
+
+
+def test_scsi_survives_many_requests_on_many_channels(server: LoopbackServer) -> None:
+    guest = Guest(server.function(), sub_channels=3)
+    churn = Churn(guest)
+    while churn.done < 1500:
+        churn.some()
+    assert guest.ask(storvsc.SYNCHRONIZE).good
+    churn.finish()
+    assert len(guest.scan()) == 2
+    guest.close()
+
+
+def test_scsi_survives_generations_in_mid_traffic(libvfio_user: Library, tmp_path: Path) -> None:
+    server = LoopbackServer(DESCRIPTION, libvfio_user)
+    guest = Guest(server.function(), sub_channels=2)
+    churn = Churn(guest)
+    held = 0
+    for generation in range(10):
+        for _ in range(churn.choose.randrange(1, 10)):
+            churn.some()
+        churn.some()
+        copies = tmp_path / f"generation-{generation}"
+        copies.mkdir()
+        held += server.command("pause")["incoming_held"]
+        state_path = tmp_path / f"state-{generation}"
+        server.command("save", path=str(state_path), files=str(copies))
+        config = bytes.fromhex(server.command("pci")["config"])
+        server.stop()
+        assert sorted(path.name for path in copies.iterdir()) == ["file.scsi.lun-0", "file.scsi.lun-1"]
+        server = LoopbackServer(DESCRIPTION, libvfio_user, restore=saved.decode(state_path.read_bytes()), files=copies)
+        guest.function.reconnect(server.socket_path, config)
+        server.command("restore-finish")
+        churn.some()
+        for path in copies.iterdir():
+            path.unlink()
+    churn.finish()
+    print(f"{churn.done} requests, {held} of them in flight at a save")
+    assert churn.done > 100 and guest.bus.rescinded == []
+    guest.bus.close(graceful=False)
+    server.stop()
+
+
+def test_a_slow_disk_does_not_keep_the_other_one_waiting(server: LoopbackServer, faults: list[Fault]) -> None:
+    guest = Guest(server.function())
+    slow = [Fault("write", hang=True) for _ in range(40)]
+    faults += slow
+    pending = [guest.send(storvsc.write_10(8 * n, 8), 4096, lun=1, direction=Direction.TO_DEVICE) for n in range(40)]
+    assert slow[0].begun.wait(10)
+    guest.bus.step(0.02)
+    for number in range(50):
+        assert guest.write(8 * number, pattern(4096, number)).good
+        assert guest.read(8 * number, 4096) == pattern(4096, number)
+    assert not any(one.done for one in pending)
+    for fault in slow:
+        fault.go.set()
+    guest.ports[0].wait(*pending)
+    assert all(result_of(one.reply).good for one in pending)
+    guest.close()
+
+
+def test_with_all_threads_for_one_disk_the_other_one_would_wait(server: LoopbackServer, faults: list[Fault]) -> None:
+    guest = Guest(server.function())
+    provider = server.server.providers[0]
+    assert isinstance(provider, ScsiProvider)
+    for unit in provider.units.values():
+        unit.disk.most_jobs = 40
+    slow = [Fault("write", hang=True) for _ in range(40)]
+    faults += slow
+    pending = [guest.send(storvsc.write_10(8 * n, 8), 4096, lun=1, direction=Direction.TO_DEVICE) for n in range(40)]
+    assert slow[7].begun.wait(10)
+    other = guest.send(storvsc.write_10(0, 8), 4096, direction=Direction.TO_DEVICE)
+    guest.bus.step(0.2)
+    assert not other.done
+    for fault in slow:
+        fault.go.set()
+    guest.ports[0].wait(*pending, other)
+    guest.close()
+
+
+def test_a_disk_that_vanishes_under_load(server: LoopbackServer, disks: Path) -> None:
+    guest = Guest(server.function(), sub_channels=1)
+    churn = Churn(guest)
+    while churn.done < 200:
+        churn.some()
+    answers: list[dict[str, Any]] = []
+    churn.gone.add(1)
+    removal = threading.Thread(target=lambda: answers.append(command(server, "remove-lun", lun=1)))
+    removal.start()
+    while churn.done < 600 or removal.is_alive():
+        churn.some()
+    removal.join()
+    assert answers == [{"lun": 1, "image": "slow.img"}] and churn.vanished > 0
+    assert [storvsp.parse_head(one)[0] for one in guest.notices] == [Operation.ENUMERATE_BUS]
+    assert [one.lun for one in guest.scan()] == [0]
+    churn.finish()
+    command(server, "add-lun", lun=1, image="slow.img")
+    assert [one.lun for one in guest.scan()] == [0, 1]
+    guest.close()
+
+
+def test_a_disk_that_is_full_says_so_and_works_again(server: LoopbackServer, faults: list[Fault]) -> None:
+    guest = Guest(server.function())
+    faults.append(Fault("write", errno.ENOSPC, count=3))
+    senses = [guest.write(0, pattern(4096, 1), lun=1).sense for _ in range(4)]
+    assert senses == [scsi.SPACE_ALLOCATION_FAILED] * 3 + [None]
+    assert guest.ask(storvsc.SYNCHRONIZE, lun=1).good
+    server.command("pause")
+    server.command("resume")
+    assert guest.read(0, 4096, lun=1) == pattern(4096, 1)
+    guest.close()
+
+
+def test_an_image_that_is_replaced_while_it_is_in_use(server: LoopbackServer, disks: Path, tmp_path: Path) -> None:
+    guest = Guest(server.function())
+    assert guest.write(0, pattern(4096, 1)).good
+    (disks / "disk.img").rename(disks / "moved.img")
+    (disks / "disk.img").write_bytes(b"X" * SIZE)
+    assert guest.write(8, pattern(4096, 2)).good and guest.ask(storvsc.SYNCHRONIZE).good
+    copies = tmp_path / "copies"
+    copies.mkdir()
+    server.save(copies)
+    assert (copies / "file.scsi.lun-0").read_bytes()[:8192] == pattern(4096, 1) + pattern(4096, 2)
+    server.command("resume")
+    assert guest.read(0, 8192) == pattern(4096, 1) + pattern(4096, 2)
+    assert (disks / "disk.img").read_bytes() == b"X" * SIZE
+    guest.close()
+
+
+def test_a_controller_is_withdrawn_once_the_guest_has_let_go(server: LoopbackServer) -> None:
+    """As Linux does: told to look, it finds its disks gone, looks everywhere once more, and is quiet."""
+    guest = Guest(server.function())
+    guest.scan()
+    answers: list[dict[str, Any]] = []
+    rescind = threading.Thread(target=lambda: answers.append(server.command("rescind", name="scsi")))
+    rescind.start()
+    guest.bus.run_until(lambda: bool(guest.notices), 10, "a notice")
+    assert guest.ask(storvsc.READY).gone and guest.ask(storvsc.READY, lun=1).gone
+    assert guest.ask(storvsc.SYNCHRONIZE).gone
+    assert guest.scan() == [] and not answers
+    while rescind.is_alive():
+        guest.bus.step(0.01)
+    rescind.join()
+    assert answers[0]["released"]
+    guest.bus.close()
+
+
+def test_a_withdrawal_that_fails_leaves_the_disks(server: LoopbackServer, faults: list[Fault]) -> None:
+    guest = Guest(server.function())
+    hung = Fault("write", hang=True)
+    faults.append(hung)
+    pending = guest.send(storvsc.write_10(0, 8), 4096, lun=1, direction=Direction.TO_DEVICE)
+    assert hung.begun.wait(10)
+    with pytest.raises(WaitTimeout):
+        server.command("rescind", name="scsi", seconds=1.0)
+    assert [one.lun for one in guest.scan()] == [0, 1] and len(guest.notices) == 2
+    hung.go.set()
+    guest.ports[0].wait(pending)
+    assert result_of(pending.reply).good
+    guest.close()
+
+
+def test_a_save_waits_for_what_is_in_flight_and_a_hung_disk_fails_it(
+    server: LoopbackServer, faults: list[Fault]
+) -> None:
+    guest = Guest(server.function())
+    hung = Fault("write", hang=True)
+    faults.append(hung)
+    pending = guest.send(storvsc.write_10(0, 8), 4096, lun=1, direction=Direction.TO_DEVICE)
+    assert hung.begun.wait(10)
+    with pytest.raises(WaitTimeout, match="incoming packets"):
+        server.command("pause", seconds=0.3)
+    assert guest.write(0, pattern(4096, 1)).good, "the device runs on"
+    hung.go.set()
+    guest.ports[0].wait(pending)
+    server.command("pause")
+    assert not any(one["locked"] for one in status(server)["luns"])
+    server.command("resume")
+    assert guest.read(0, 4096) == pattern(4096, 1)
+    guest.close()
+
+
+def test_two_hosts_never_have_an_image_at_once(libvfio_user: Library) -> None:
+    options = {"luns": [one | {"snapshot": "shared"} for one in OPTIONS["luns"]]}
+    description = describe("scsi", scsi=options)
+    with LoopbackServer(description, libvfio_user) as source:
+        function = source.function()
+        guest = Guest(function)
+        guest.write(0, pattern(4096, 1))
+        state = source.save()
+        config = bytes.fromhex(source.command("pci")["config"])
+        with LoopbackServer(description, libvfio_user, restore=state) as destination:
+            function.reconnect(destination.socket_path, config)
+            destination.command("restore-finish")
+            assert guest.read(0, 4096) == pattern(4096, 1)
+            assert guest.write(8, pattern(4096, 2)).good
+            with pytest.raises(EnvironmentProblem, match="is in use"):
+                source.command("resume")
+        with pytest.raises(EnvironmentProblem, match="was written to by somebody else"):
+            source.command("resume")
+
+
+def test_a_guest_that_asks_for_nonsense(server: LoopbackServer, disks: Path) -> None:
+    """Answered with what Linux knows, and nothing is changed."""
+    guest = Guest(server.function())
+    assert guest.write(0, pattern(SLOT, 7)).good and guest.ask(storvsc.SYNCHRONIZE).good
+    before = (disks / "disk.img").read_bytes()
+    guest.function.map(0x9_0000_0000, 4096, 0, writable=False)
+    good = guest.data.buffer.iova
+    choose = random.Random(9)
+    external: list[list[tuple[int, int]] | None] = [
+        None,
+        [(good, 4096)],
+        [(good + 1, 7)],
+        [(0x7_0000_0000, 4096)],
+        [(good + (3 << 20), 4096), (0x7_0000_0000, 4096)],
+        [((1 << 64) - 4096, 4096)],
+        [(0x9_0000_0000, 4096)],
+    ]
+    changing = {0x0A, 0x2A, 0x8A, 0xAA, 0x41, 0x42, 0x93}
+    pending = []
+    for number in range(600):
+        opcode = choose.choice([*scsi.Opcode, choose.randrange(256)])
+        cdb = bytes([opcode]) + choose.choice([bytes(15), choose.randbytes(15), b"\xff" * 15])
+        if opcode in changing:
+            cdb = cdb[:2] + b"\xff" * 8 + cdb[10:]  # what is sound would change the disk
+        length = choose.choice([0, 1, 8, 512, 4096, MIB, 0xFFFF_FFFF])
+        where = {"lun": choose.choice([0, 0, 0, 1, 7]), "direction": choose.randrange(3)}
+        payload = bytearray(storvsc.request(cdb, length, **where))
+        payload[20] = choose.choice([16, 16, 10, 6, 0, 255])
+        one = guest.ports[0].send(bytes(payload)[: choose.choice([64, 64, 64, 48, 8])], choose.choice(external))
+        pending.append(one)
+        if number % 20 == 0:
+            guest.ports[0].wait(*pending)
+    guest.ports[0].wait(*pending)
+    for one in pending:
+        assert len(one.reply) == storvsp.PACKET_SIZE
+        if storvsp.parse_head(one.reply)[2] == 0:
+            result_of(one.reply)
+    assert (disks / "disk.img").read_bytes() == before, "nonsense has changed the disk"
+    assert guest.read(0, SLOT) == pattern(SLOT, 7)
+    guest.close()
+
+
+def test_requests_that_a_dead_driver_left_touch_nothing_afterwards(server: LoopbackServer, faults: list[Fault]) -> None:
+    function = server.function()
+    guest = Guest(function, sub_channels=1)
+    for number in range(4):
+        assert guest.write(128 * number, pattern(SLOT, number), lun=1).good
+    hung = [Fault("read", hang=True) for _ in range(4)]
+    faults += hung
+    for number in range(4):
+        cdb = storvsc.read_10(128 * number, 128)
+        guest.send(cdb, SLOT, external=guest.data.extents(SLOT, number * SLOT), lun=1, channel=number % 2)
+    assert hung[0].begun.wait(10)
+    timer = threading.Timer(0.3, lambda: [fault.go.set() for fault in hung])
+    timer.start()
+    function.write32(Register.CONTROL, CONTROL_RESET)
+    assert function.read32(Register.CONTROL) == 0
+    start = guest.data.buffer.file_pages[0] * 4096
+    canary = function._ram[start : start + 4 * SLOT]
+    canary[:] = b"\xc5" * (4 * SLOT)
+    until(lambda: not any(one["orphaned"] for one in status(server)["luns"]), "the orphaned reads to end")
+    timer.join()
+    intact = bytes(canary) == b"\xc5" * (4 * SLOT)
+    assert intact, "a read has written into memory after the reset"
+    again = Guest(function, sub_channels=1)
+    assert again.read(0, SLOT, lun=1, channel=1) == pattern(SLOT, 0)
+    again.close()

@@ -1,0 +1,189 @@
+"""Linux's own hv_storvsc on our controller: a file system with a writer that knows what it wrote, through all that is
+done to virtual machines; disks that come, grow and go; and nothing in the guest's log that should not be there."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import secrets
+import shutil
+import signal
+import time
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from support import slow_disk
+from support.boot import boot
+from support.writer import ENDLESS, clean, finish, more, writing
+from vmbus.errors import VmbusError, WaitTimeout
+from vmbus.migration.address import parse_address
+from vmbus.migration.channel import listen
+from vmbus.qemu.command_line import Programs
+from vmbus.qemu.description import VmDescription, load_description
+from vmbus.qemu.machine import VirtualMachine
+
+pytestmark = [pytest.mark.vm, pytest.mark.long]
+
+Run = Callable[[Coroutine[Any, Any, Any]], Any]
+Note = Callable[[str], None]
+SECRET = secrets.token_bytes(32)
+CHECKOUT = Path(__file__).resolve().parents[2]
+WRITER = {"device": "/dev/sda"}
+KNOWN = ("fua", "discard_max_bytes")
+BAD_WORDS = re.compile(
+    r"Invalid pkt|Incorrect transaction ID|Invalid packet|Obsolete Hyper-V|Unaligned partial|tag#\d+.*(status|srb)|"
+    r"I/O error|blocked for more than|WARNING:|BUG:|Call Trace|soft lockup|EXT4-fs error|EXT4-fs warning"
+)
+
+
+@pytest.fixture(autouse=True)
+def disks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    directory = tmp_path / "disks"
+    monkeypatch.setenv("VMBUS_DISKS", str(directory))
+    return directory
+
+
+def described(kind: str = "scsi", cpus: int = 2, **unit: Any) -> VmDescription:
+    """The machine of qemu_configs, with its controller alone."""
+    plain = msgspec.to_builtins(load_description(CHECKOUT / "qemu_configs" / "linux.toml"))
+    plain["cpus"] = cpus
+    (controller,) = [one for one in plain["device"]["providers"] if one["kind"] == "scsi"]
+    controller["kind"] = kind
+    controller["options"]["luns"][0] |= {"image": "disk.img", "size_mib": 64} | unit
+    plain["device"]["providers"] = [controller]
+    return msgspec.convert(plain, VmDescription)
+
+
+async def shell(vm: VirtualMachine, command: str) -> str:
+    """What a shell command in the guest prints. It has to succeed."""
+    done = await vm.run_in_guest(["/bin/sh", "-c", command])
+    assert done.code == 0, (command, done)
+    return done.output.strip()
+
+
+async def until(vm: VirtualMachine, command: str, expected: str, seconds: float = 30.0) -> None:
+    """Wait until a shell command in the guest prints this."""
+    deadline = time.monotonic() + seconds
+    while (found := (await vm.run_in_guest(["/bin/sh", "-c", command])).output.strip()) != expected:
+        if time.monotonic() > deadline:
+            raise WaitTimeout(f"{command!r} to print {expected!r}; it prints {found!r}", seconds)
+        await asyncio.sleep(0.05)
+
+
+async def require_no_complaints(vm: VirtualMachine) -> None:
+    """The guest's kernel has nothing to complain of, and no task in it hangs."""
+    lines = (await shell(vm, "dmesg")).splitlines()
+    assert not [line for line in lines if BAD_WORDS.search(line)], lines
+
+
+async def command(vm: VirtualMachine, name: str, **arguments: Any) -> dict[str, Any]:
+    assert vm.control is not None
+    return await vm.control.call("provider", name="storage", command=name, arguments=arguments)
+
+
+async def storage(vm: VirtualMachine) -> dict[str, Any]:
+    return dict((await vm.call_server("status"))["providers"]["storage"])
+
+
+def test_scsi_survives_saves_restores_a_revert_and_disks_that_come_and_go(
+    run: Run, programs: Programs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, note: Note
+) -> None:
+    # Storage that takes its time, so that requests are in flight at the saves.
+    monkeypatch.setenv("VMBUS_PROVIDER_PATH", str(CHECKOUT / "tests"))
+    monkeypatch.setenv("VMBUS_PROVIDERS", slow_disk.SCSI_KIND)
+
+    async def plug(vm: VirtualMachine, image: str) -> None:
+        """A second disk comes, is used, grows and goes."""
+        await command(vm, "add-lun", lun=1, image=image, size_mib=8, create=True)
+        await until(vm, "cat /sys/block/sdb/size 2>/dev/null", str(8 << 11))
+        await shell(vm, "dd if=/dev/zero of=/dev/sdb bs=1M count=4 oflag=direct 2>&1")
+        await command(vm, "resize", lun=1, size_mib=16)
+        await until(vm, "cat /sys/block/sdb/size", str(16 << 11))
+        await command(vm, "remove-lun", lun=1)
+        await until(vm, "ls /sys/block | grep -c sdb", "0")
+
+    async def story() -> tuple[dict[str, Any], list[int], str]:
+        vm, job = await writing(described(slow_disk.SCSI_KIND), programs, **WRITER)
+        held = []
+        for generation, live in enumerate((False, True)):
+            async with vm:
+                assert (await storage(vm))["sub_channels"] == 1
+                await more(vm, job)
+                report = await vm.save(tmp_path / f"save-{generation}", live=live)
+                held.append(report.incoming_held)
+            vm = await VirtualMachine.restore(tmp_path / f"save-{generation}", programs)
+        async with vm:
+            await more(vm, job)
+            await vm.checkpoint("then")
+            await more(vm, job)
+            await plug(vm, "more.img")
+            trimmed = await shell(vm, "fstrim -v /run/disk-writer")
+            await vm.revert("then")
+            await more(vm, job)
+            await plug(vm, "again.img")
+            while not sum(held) and len(held) < 15:  # between two requests of the writer every time: try again
+                held.append((await vm.save(tmp_path / f"again-{len(held)}", live=True, keep=True)).incoming_held)
+            result = await finish(vm, job)
+            assert [one["errors"] for one in (await storage(vm))["luns"]] == [0]
+            await require_no_complaints(vm)
+        return result, held, trimmed
+
+    result, held, trimmed = run(story())
+    clean(result, 300, KNOWN)
+    assert sum(held) > 0
+    note(f"hv_storvsc: {result['acknowledged']} writes acknowledged, {held} requests in flight at saves; {trimmed}")
+
+
+def test_scsi_survives_a_live_migration_and_a_server_that_is_killed(
+    run: Run, programs: Programs, tmp_path: Path, disks: Path, note: Note
+) -> None:
+    async def move(vm: VirtualMachine) -> VirtualMachine:
+        listener = await listen(parse_address(f"unix:{tmp_path / 'm.sock'}"), SECRET)
+        receiving = asyncio.create_task(VirtualMachine.receive(listener, programs, timeout=60))
+        try:
+            report = await vm.migrate(str(listener.address), SECRET)
+            note(f"hv_storvsc: a live migration with {report.downtime * 1000:.0f} ms of downtime")
+            return await receiving
+        finally:
+            await asyncio.wait({receiving}, timeout=30)
+            receiving.cancel()
+
+    async def story() -> tuple[int, dict[str, Any]]:
+        seen = 0
+        vm, job = await writing(described(snapshot="shared"), programs, **WRITER)
+
+        def progress(event: dict[str, Any]) -> None:
+            nonlocal seen
+            if event.get("job") == job and event.get("event") == "progress":
+                seen = max(seen, event["progress"]["acknowledged"])
+
+        async with vm:
+            await more(vm, job)
+            there = await move(vm)
+        async with there as vm:
+            vm.on_agent_event = progress
+            await more(vm, job, 200)
+            await require_no_complaints(vm)
+            assert vm.server is not None
+            os.kill(vm.server.process.pid, signal.SIGKILL)
+            with pytest.raises(VmbusError):
+                await vm.wait_ended()
+        shutil.copyfile(disks / "disk.img", disks / "after.img")
+        # 1 CPU: one channel.
+        async with await boot(described(image="after.img", create=False, cpus=1), programs) as vm:
+            await vm.wait_ready()
+            checked = WRITER | {"mode": "check", "slots": ENDLESS["slots"], "acknowledged": seen}
+            report = await vm.call_agent("run", driver="disk-writer", parameters=checked, timeout=90.0)
+            assert report["state"] == "finished", report
+            assert (await storage(vm))["sub_channels"] == 0
+            await require_no_complaints(vm)
+            return seen, dict(report["result"])
+
+    seen, result = run(story())
+    assert seen > 200
+    clean(result, seen, KNOWN)
