@@ -59,6 +59,18 @@ def test_a_valid_history_is_clean(seed: int, grain: int) -> None:
 
 
 @given(SEEDS)
+@settings(max_examples=40, deadline=None)
+def test_packets_that_belong_to_no_request_are_no_gap_in_the_order(seed: int) -> None:
+    model, choose = History(), random.Random(seed)
+    for _ in range(10):
+        model.host.queue.append((6, False, 0, b"unasked."))
+        model.run(choose, 20)
+    model.settle()
+    report = model.check()
+    assert report.clean, str(report)
+
+
+@given(SEEDS)
 @settings(max_examples=60, deadline=None)
 def test_what_is_unfinished_is_in_flight_and_clean(seed: int) -> None:
     model = History()

@@ -11,7 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from support.pair import BASE, INSTANCE, TYPE, Pair
 from vmbus.errors import StateError
 from vmbus.kmcl import ChannelState, ChannelStateError, KmclError, Status
-from vmbus.kmcl.saved import decode_chunk, decode_lib, encode
+from vmbus.kmcl.saved import LibBuf, decode_chunk, decode_lib, encode
 from vmbus.kmcl.server import ServerChannel
 
 pytestmark = pytest.mark.unit
@@ -164,6 +164,25 @@ def test_the_guest_may_repeat_a_transaction_id(pair, vsp, guest) -> None:
             end.allocate_packet().send(b"wrong...", **arguments)
     for completion, _ in vsp.incoming:
         completion.complete()
+
+
+def test_the_host_sends_packets_that_belong_to_no_request(pair, vsp, guest) -> None:
+    """Under number 0, any number of them; they do not count, and go over a save while they wait for room."""
+    pair.open()
+    vsp.send()
+    for _ in range(2):
+        packet = pair.server.allocate_packet()
+        packet.send(b"unasked.", wait_for_completion=False, transaction=0)
+    vsp.send()
+    pair.run()
+    assert [completion.transaction for completion, _ in guest.held] == [1, 0, 0, 2]
+    with pytest.raises(KmclError, match="only where no completion is waited for"):
+        pair.server.allocate_packet().send(b"wrong...", transaction=0)
+    chunk = encode(LibBuf(1, 0, True, 6, 2, 1, b"unasked."))
+    with pytest.raises(StateError, match="has no transaction id to find it by"):
+        decode_lib(chunk)
+    assert decode_lib(encode(LibBuf(1, 0, True, 6, 2, 0, b"unasked."))).transaction == 0
+    guest.complete()
 
 
 def test_a_full_ring_queues_and_order_is_kept(pair, vsp, guest) -> None:

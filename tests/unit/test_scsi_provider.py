@@ -20,7 +20,9 @@ from support.storvsc import GOOD, Driver, Extents, Pending, Result, result_of
 from vmbus.errors import EnvironmentProblem, UsageError
 from vmbus.providers.block.backend import Backend
 from vmbus.providers.block.image import Image
-from vmbus.providers.scsi import ScsiProvider
+from vmbus.providers.scsi import ScsiProvider, adapter
+from vmbus.providers.scsi.commands import Data
+from vmbus.providers.scsi.unit import Unit
 from vmbus.testkit import ProviderTest, every_step
 from vmbus.testkit.client import Client, Request
 from vmbus.wire import scsi, storvsp
@@ -554,6 +556,50 @@ def test_a_guest_that_never_lets_go_is_not_waited_for_without_bound(guest: Guest
         guest.kit.advance(0.1)
     assert calm.done()
     provider.stay()
+
+
+# ---- sabotage --------------------------------------------------------------------------------------------------------
+
+
+def _another_status(monkeypatch: pytest.MonkeyPatch) -> None:
+    """BUSY, which Linux takes for success with nothing done."""
+    real = adapter.pack_answer
+    monkeypatch.setattr(adapter, "pack_answer", lambda srb, _, *more, **named: real(srb, 0x05, *more, **named))
+
+
+def _absent_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(adapter, "absent", lambda command: None)
+
+
+def _absent_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = adapter.absent
+    there = Data(scsi.standard_inquiry(True))
+    monkeypatch.setattr(adapter, "absent", lambda one: there if one.cdb[0] == Opcode.INQUIRY else real(one))
+
+
+def _short_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = adapter.pack_good
+    monkeypatch.setattr(adapter, "pack_good", lambda *arguments: real(*arguments)[:48])
+
+
+@pytest.mark.parametrize("sabotage", [_another_status, _absent_is_an_error, _absent_is_there, _short_answers])
+def test_sabotage_of_the_answers_is_noticed(
+    monkeypatch: pytest.MonkeyPatch, sabotage: Callable[[pytest.MonkeyPatch], None]
+) -> None:
+    sabotage(monkeypatch)
+    with ProviderTest(ScsiProvider, options=ONE) as kit:
+        guest = Guest(kit)
+        with pytest.raises(AssertionError):
+            guest.scan()
+            guest.ask(storvsc.read_10(BLOCKS, 1), 512)
+
+
+def test_sabotage_a_larger_disk_that_is_not_told_of_is_noticed(guest: Guest, monkeypatch: pytest.MonkeyPatch) -> None:
+    (before,) = guest.scan()
+    monkeypatch.setattr(Unit, "grown", property(lambda self: False, lambda self, _: None), raising=False)
+    guest.kit.command("resize", lun=0, size_mib=3)
+    assert guest.ask(storvsc.READY).good, "the guest believes what it has asked for before"
+    assert guest.look(0) != before
 
 
 # ---- sub-channels ----------------------------------------------------------------------------------------------------

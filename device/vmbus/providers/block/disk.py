@@ -245,21 +245,29 @@ class Disk:
             self._carry_out(core.accept(request, token))
 
     def _carry_out(self, outcome: Outcome) -> None:
-        for token, status in outcome.answers:
-            self._answer(token, status)
-        self._ready.update(dict.fromkeys(outcome.jobs))
+        core = self.core
+        assert core is not None
+        todo = [outcome]
+        while todo:
+            answers, jobs = todo.pop()
+            for token, status in answers:
+                self._answer(token, status)
+            for job in jobs:
+                if job.op == Op.READ and self._read_now is not None and self._read_now(job.offset, job.tokens[0].views):
+                    self.counters["bytes_read"] += job.length
+                    todo.append(core.finished(job))
+                else:
+                    self._ready[job] = None
         self._begin()
 
     def _begin(self) -> None:
         """Give threads what they may have."""
-        while self._ready and len(self._work) < self.most_jobs:
+        while self._ready and len(self._work) < self.most_jobs and self.backend is not None:
             job = next(iter(self._ready))
             del self._ready[job]
-            backend = self.backend
-            assert backend is not None
             views = job.tokens[0].views if job.tokens and job.op != Op.FLUSH else ()
             self._work[job] = self._host.run_blocking(
-                partial(perform, self.under_way, backend, job, views), partial(self._done, job)
+                partial(perform, self.under_way, self.backend, job, views), partial(self._done, job)
             )
 
     def _done(self, job: Job, _: None, error: BaseException | None) -> None:

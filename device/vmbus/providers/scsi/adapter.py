@@ -36,7 +36,6 @@ from vmbus.wire import scsi
 from vmbus.wire.block import Op, Request, Status
 from vmbus.wire.scsi import Sense
 from vmbus.wire.storvsp import (
-    PACKET_SIZE,
     STORVSP_TYPE,
     Operation,
     ScsiStatus,
@@ -313,6 +312,8 @@ class Adapter:
             self._refuse(completion, payload, SrbStatus.INVALID_REQUEST)
             return
         disk.submit(request, Asked(completion, payload, views, op, length, 1))
+        if core.under_way >= self._queue_depth:
+            self.full += 1
 
     def _command(self, completion: Completion, payload: bytes, unit: Unit) -> None:
         """Any other command for a logical unit that is there."""
@@ -450,17 +451,3 @@ def _first(views: Sequence[memoryview], length: int) -> list[memoryview]:
 def _copied(views: Sequence[memoryview], most: int) -> bytes:
     """A private copy of at most `most` bytes of a guest's memory."""
     return b"".join(bytes(view) for view in _first(views, most))
-
-
-def describe_packet(payload: bytes) -> str:
-    """A packet, for people: its operation, or for EXECUTE_SRB the command and for whom."""
-    operation = parse_operation(payload)
-    if operation not in Operation.__members__.values():
-        return f"operation {operation}"
-    if operation != Operation.EXECUTE_SRB or len(payload) < PACKET_SIZE:
-        return Operation(operation).name
-    srb = parse_srb(payload)
-    opcode = srb.cdb[0]
-    known = opcode in scsi.Opcode.__members__.values()
-    name = scsi.Opcode(opcode).name if known else f"opcode {opcode:#04x}"
-    return f"{name} for {srb.path}:{srb.target}:{srb.lun}"

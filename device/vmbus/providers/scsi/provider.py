@@ -383,8 +383,8 @@ class ScsiProvider(Provider):
 
     def bounds(self) -> dict[str, Bound]:
         depth = self.options.queue_depth
-        now = max((len(channel.outstanding) for channel in self.adapter.channels.values()), default=0)
-        return {"requests of a channel": Bound(now, depth, self.adapter.full)}
+        now = max((unit.disk.core.under_way for unit in self._all if unit.disk.core is not None), default=0)
+        return {"requests to a disk": Bound(now, depth * (len(self.adapter.sub_channels) + 1), self.adapter.full)}
 
     @classmethod
     def describe_packet(cls, saved: bytes) -> dict[str, Any]:
