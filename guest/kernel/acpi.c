@@ -11,13 +11,14 @@
  *		}
  *	}
  *
- * Linux keeps the table where it is, so it is never unloaded.
+ * It is never unloaded: hv_vmbus looks for the device only once.
  */
 #define pr_fmt(fmt) KBUILD_MODNAME ": " fmt
 
 #include <linux/acpi.h>
 #include <linux/delay.h>
 #include <linux/device.h>
+#include <linux/module.h>
 
 #include "vmbus_pci.h"
 
@@ -61,6 +62,7 @@ int acpi_announce(void)
 		pr_err("the ACPI device " ID " cannot be made: %s\n", acpi_format_exception(status));
 		return -ENODEV;
 	}
+	__module_get(THIS_MODULE); /* Linux keeps the table where it is */
 	for (waited = 0; !announced(); waited += LOOK_MS) {
 		if (waited >= PATIENCE_MS) {
 			pr_err("no ACPI device " ID " within %d ms\n", PATIENCE_MS);

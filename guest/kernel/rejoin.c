@@ -48,11 +48,13 @@ static u32 contact_size;
 static void look(struct work_struct *unused);
 static DECLARE_DELAYED_WORK(looking, look);
 
-static void become(enum state next)
+/* Linux may end or begin a connection at any time (rejoin_begin): then nothing else happens to it any more. */
+static bool move(enum state from, enum state to)
 {
+	if (cmpxchg(&state, from, to) != from)
+		return false;
 	WRITE_ONCE(since, jiffies);
-	WRITE_ONCE(complained, false);
-	WRITE_ONCE(state, next);
+	return true;
 }
 
 static void look_in(unsigned long delay)
@@ -62,20 +64,25 @@ static void look_in(unsigned long delay)
 
 static void lose(void)
 {
-	count_up(faults);
-	become(LOST);
+	/* What Linux has still to be told comes before the state in which it is told. */
 	bitmap_copy(gone, known, VMBUS_PCI_FLAGS);
-	pr_warn("the function was reset: Linux's drivers lose %u channels, and get them anew\n",
-		bitmap_weight(gone, VMBUS_PCI_FLAGS));
+	smp_wmb();
+	if (!move(JOINED, LOST))
+		return;
+	complained = false;
+	count_up(faults);
+	pr_warn("the function was reset, or is gone: Linux's drivers lose %u channels, and get them anew with it\n",
+		bitmap_weight(known, VMBUS_PCI_FLAGS));
 	synic_look();
 }
 
 static void ask_again(void)
 {
 	/* The state first: the answer may be there before the post is over. */
-	become(ASKING);
+	if (!move(LOST, ASKING))
+		return;
 	if (!device_enable() || device_say(contact, contact_size) != HV_STATUS_SUCCESS)
-		become(LOST);
+		move(ASKING, LOST);
 }
 
 static void look(struct work_struct *unused)
@@ -86,8 +93,7 @@ static void look(struct work_struct *unused)
 	case OFF:
 		return;
 	case CALLED:
-		if (!device_enabled()) {
-			become(OFF);
+		if (!device_enabled() && move(CALLED, OFF)) {
 			WRITE_ONCE(refusing, true);
 			synic_look();
 			return;
@@ -113,7 +119,7 @@ static void look(struct work_struct *unused)
 		break;
 	case ASKING:
 		if (!device_enabled() || time_after(jiffies, since + PATIENCE))
-			become(LOST);
+			move(ASKING, LOST);
 		break;
 	}
 	look_in(delay);
@@ -126,7 +132,7 @@ void rejoin_begin(void)
 	bitmap_zero(gone, VMBUS_PCI_FLAGS);
 	WRITE_ONCE(unloading, false);
 	WRITE_ONCE(refusing, false);
-	become(OFF);
+	WRITE_ONCE(state, OFF);
 }
 
 /* The function does not do what it should: see why, soon. */
@@ -157,11 +163,11 @@ bool rejoin_hears(const void *message, u32 size)
 		 response->version_supported;
 	switch (READ_ONCE(state)) {
 	case CALLED:
-		become(agreed ? JOINED : OFF);
+		move(CALLED, agreed ? JOINED : OFF);
 		return false;
 	case ASKING:
 		agreed = agreed && device_say(&request, sizeof(request)) == HV_STATUS_SUCCESS;
-		become(agreed ? JOINED : LOST);
+		move(ASKING, agreed ? JOINED : LOST);
 		return true;
 	default:
 		return false;
@@ -178,10 +184,8 @@ bool rejoin_says(const void *message, u32 size)
 	case CHANNELMSG_INITIATE_CONTACT:
 		contact_size = min_t(u32, size, sizeof(contact));
 		memcpy(contact, message, contact_size);
-		if (READ_ONCE(state) == OFF) {
-			become(CALLED);
+		if (move(OFF, CALLED))
 			look_in(LOOK_EVERY);
-		}
 		return false;
 	case CHANNELMSG_RELID_RELEASED:
 		if (released->child_relid < VMBUS_PCI_FLAGS)
@@ -213,6 +217,7 @@ u32 rejoin_tells(void *message)
 	}
 	if (READ_ONCE(state) != LOST)
 		return 0;
+	smp_rmb();
 	if (READ_ONCE(unloading)) {
 		WRITE_ONCE(unloading, false);
 		header->msgtype = CHANNELMSG_UNLOAD_RESPONSE;
