@@ -308,23 +308,27 @@ bool device_take_message(struct hv_message *to)
 	for (tries = 0; pages && tries < MOST_MESSAGES; tries++) {
 		u32 type = READ_ONCE(slot()->type);
 		u8 size = READ_ONCE(slot()->size);
+		bool good;
 
 		if (!type)
 			return false;
 		virt_rmb();
-		if (type != TYPE_CHANNEL_MESSAGE || size < VMBUS_PCI_MESSAGE_MIN || size > VMBUS_PCI_MESSAGE_MAX) {
+		good = type == TYPE_CHANNEL_MESSAGE && size >= VMBUS_PCI_MESSAGE_MIN && size <= VMBUS_PCI_MESSAGE_MAX;
+		/* Copied once, and only the copy is looked at: the host may write on. */
+		memset(message, 0, sizeof(message));
+		if (good)
+			memcpy(message, slot()->payload, size);
+		empty_slot();
+		if (!good || !check_message(message, size)) {
 			count_up(bad_messages);
-			pr_warn_ratelimited("the host's message has type %u and %u bytes: left out\n", type, size);
-			empty_slot();
+			pr_warn_ratelimited("the host's message of type %u, %u bytes, number %u: left out\n", type, size,
+					    lower_32_bits(message[0]));
 			continue;
 		}
-		/* Copied once, and only looked at then: the host may write on. */
-		memcpy(message, slot()->payload, size);
-		empty_slot();
-		if (rejoin_hears(message, size))
+		count_up(messages);
+		if (rejoin_hears(message))
 			continue;
 		synic_fill(to, message, size);
-		count_up(messages);
 		return true;
 	}
 	return false;

@@ -142,8 +142,14 @@ void rejoin_suspect(void)
 		look_in(0);
 }
 
-/* The host's message, before Linux gets it; returns whether it is not for Linux. */
-bool rejoin_hears(const void *message, u32 size)
+/* Whether Linux has heard of the channel, and not released it. */
+bool rejoin_knows(u32 relid)
+{
+	return test_bit(relid, known);
+}
+
+/* The host's message, which was checked, before Linux gets it; returns whether it is not for Linux. */
+bool rejoin_hears(const void *message)
 {
 	const struct vmbus_channel_message_header *header = message;
 	const struct vmbus_channel_offer_channel *offer = message;
@@ -151,16 +157,14 @@ bool rejoin_hears(const void *message, u32 size)
 	static const struct vmbus_channel_message_header request = { .msgtype = CHANNELMSG_REQUESTOFFERS };
 	bool agreed;
 
-	if (header->msgtype == CHANNELMSG_OFFERCHANNEL && size >= sizeof(*offer)) {
-		if (offer->child_relid < VMBUS_PCI_FLAGS)
-			set_bit(offer->child_relid, known);
+	if (header->msgtype == CHANNELMSG_OFFERCHANNEL) {
+		set_bit(offer->child_relid, known);
 		device_expect(offer->child_relid);
 		return false;
 	}
 	if (header->msgtype != CHANNELMSG_VERSION_RESPONSE)
 		return false;
-	agreed = size >= offsetofend(struct vmbus_channel_version_response, version_supported) &&
-		 response->version_supported;
+	agreed = response->version_supported;
 	switch (READ_ONCE(state)) {
 	case CALLED:
 		move(CALLED, agreed ? JOINED : OFF);
@@ -184,8 +188,10 @@ bool rejoin_says(const void *message, u32 size)
 	case CHANNELMSG_INITIATE_CONTACT:
 		contact_size = min_t(u32, size, sizeof(contact));
 		memcpy(contact, message, contact_size);
-		if (move(OFF, CALLED))
+		if (move(OFF, CALLED) || move(JOINED, CALLED)) {
+			bitmap_zero(known, VMBUS_PCI_FLAGS); /* the host forgets them */
 			look_in(LOOK_EVERY);
+		}
 		return false;
 	case CHANNELMSG_RELID_RELEASED:
 		if (released->child_relid < VMBUS_PCI_FLAGS)

@@ -5,6 +5,7 @@
  * main.c       the PCI driver: probe, removal, counters in sysfs
  * device.c     the function's registers: enable, reset, post, signal, and the two pages that it writes
  * synic.c      each processor's synthetic interrupt controller, and how messages and events get there
+ * check.c      which of the host's messages Linux gets to see
  * rejoin.c     what happens when the function was reset behind Linux's back
  * hypercall.c  what hv_hypercall_pg points to
  * redirect.c   functions of the kernel that are replaced
@@ -81,10 +82,14 @@ void synic_look(void);
 void synic_fill(struct hv_message *to, const void *message, u32 size);
 irqreturn_t synic_interrupt(int irq, void *data);
 
+/* check.c */
+bool check_message(const void *message, u32 size);
+
 /* rejoin.c */
+bool rejoin_knows(u32 relid);
 void rejoin_begin(void);
 void rejoin_suspect(void);
-bool rejoin_hears(const void *message, u32 size);
+bool rejoin_hears(const void *message);
 bool rejoin_says(const void *message, u32 size);
 u32 rejoin_tells(void *message);
 
