@@ -173,15 +173,17 @@ def test_kernel_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
             base + "vfio/vfio.ko.xz": lzma.compress(module()),
             base + "net/tun.ko": module(),
             base + "net/veth.ko": module(),
+            base + "hv/hv_x.ko.xz": lzma.compress(module() + b"\0alias=vmbus:394f16571591784eab55382f3bd5422d\0"),
             "usr/lib/modules/6.12.1-cloud/modules.builtin": b"kernel/iommu/iommufd.ko\n",
         },
     )
     target = tmp_path / "out"
     target.mkdir()
-    version, order = unpack_kernel(deb, target)
+    version, order, vmbus = unpack_kernel(deb, target)
     assert version == "6.12.1-cloud"
     assert list(order) == ["vfio", "vfio_pci_core", "vfio_pci", "tun"]
     assert order["vfio_pci"] == ("vfio_pci_core", "vfio")
+    assert vmbus == {"hv_x": ["57164f39-9115-4e78-ab55-382f3bd5422d"]}, "of all modules, wanted or not"
     assert (target / "vmlinuz").read_bytes() == b"image"
     assert (target / "modules/vfio_pci_core.ko").read_bytes() == module("vfio")
     assert sorted(path.name for path in (target / "modules").iterdir()) == sorted(f"{name}.ko" for name in order)
