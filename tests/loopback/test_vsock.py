@@ -191,6 +191,8 @@ def test_the_socket_is_its_owners_alone_and_goes_away(bench: Bench) -> None:
     path = bench.path
     bench.server.command("rescind", name="vsock")
     assert not path.exists()
+    endpoint = bench.sockets.request(PORT)
+    bench.sockets.run_until(lambda: bench.sockets.refused(endpoint, PORT), "the refusal, since nobody serves it")
 
 
 @pytest.mark.parametrize("which", ["guest", "host"])

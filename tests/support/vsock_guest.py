@@ -99,9 +99,12 @@ def hold(to: int, at: int) -> None:
     alive = list(ends)
     while alive:
         for end in select.select(alive, [], [])[0]:
-            if data := end.recv(1 << 16):
+            data = end.recv(1 << 16)
+            try:
                 end.sendall(data)
-            else:
+            except OSError:  # the end came while this was on its way
+                data = b""
+            if not data:
                 alive.remove(end)
     for end in ends:
         error, deadline = "", time.monotonic() + 10

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import random
 import secrets
 import time
 from collections.abc import Callable, Coroutine
@@ -239,6 +240,16 @@ class Held:
             writer.write(word)
             assert await asyncio.wait_for(reader.readexactly(len(word)), 20) == word
 
+    async def talk_until(self, work: asyncio.Task[Any]) -> int:
+        """Bytes there and back on all connections until something else is done; how many."""
+        count = 0
+        while not work.done():
+            word = random.Random(count).randbytes(100_000)
+            await self.talk(word)
+            count += len(word) * len(self.ends)
+        await work
+        return count
+
     async def end_at_the_host(self) -> None:
         for reader, writer in self.ends:
             assert await asyncio.wait_for(reader.read(), 20) == b""
@@ -283,8 +294,10 @@ def test_vsock_of_linux(run: Run, programs: Programs, tmp_path: Path, note: Note
             await machine.install()
             told = [await bytes_both_ways(machine), await refusals(machine), await many_connections(machine, 250)]
             held = await Held(machine).begin()
-            await vm.save(tmp_path / "live", live=True, keep=True)
+            moved = await held.talk_until(asyncio.create_task(vm.save(tmp_path / "live", live=True, keep=True)))
             await held.talk(b"the VM that runs on keeps its connections")
+            told.append(f"{moved} bytes there and back during a live save")
+            assert moved > 0
             await require_no_complaints(vm)
         await held.end_at_the_host()
 
@@ -302,10 +315,10 @@ def test_vsock_of_linux(run: Run, programs: Programs, tmp_path: Path, note: Note
             machine = Machine(vm)
             await again.end_in_the_guest(machine)
             third = await Held(machine).begin()
-            moved = await migrate(vm, programs)
+            destination = await migrate(vm, programs)
         await third.end_at_the_host()
 
-        async with moved as vm:
+        async with destination as vm:
             machine = Machine(vm)
             await third.end_in_the_guest(machine)
             await shell(vm, "rmmod hv_sock && insmod /lib/modules/hv_sock.ko")
