@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,8 +28,25 @@ pytestmark = pytest.mark.unit
 class Provider(IntegrationProvider):
     """Its clock goes one second further each time that it is looked at."""
 
-    now = itertools.count(2_000_000)
-    clock = staticmethod(lambda: float(next(Provider.now)))
+    now = 2_000_000.0
+
+    @staticmethod
+    def clock() -> float:
+        Provider.now += 1
+        return Provider.now
+
+    @staticmethod
+    def steady() -> float:
+        return Provider.now
+
+
+class Clocks(IntegrationProvider):
+    """On a host whose clock can be set, or stand still."""
+
+    time = 1_700_000_000.0
+    elapsed = 0.0
+    clock = staticmethod(lambda: Clocks.time)
+    steady = staticmethod(lambda: Clocks.elapsed)
 
 
 @pytest.fixture
@@ -129,7 +145,7 @@ def test_keys_and_values_go_both_ways(directory: Path) -> None:
         for command, arguments, message in (
             ("kvp-get", {"key": "nothing"}, "no key 'nothing' in its pool guest"),
             ("kvp-delete", {"key": "zone"}, "no key 'zone' in its pool external"),
-            ("kvp-set", {"key": "a", "value": "b", "pool": "auto"}, "the guest refused key 'a'"),
+            ("kvp-set", {"key": "a", "value": "b", "pool": "auto"}, "the guest refused to set key 'a'"),
             ("kvp-set", {"key": "a", "value": "x" * 1024}, "at most 1023"),
             ("kvp-set", {"key": "a", "value": "x", "type": "u32"}, "key-value exchange"),
             ("kvp-set", {"key": "", "value": "x"}, "kvp-set: field 'key'"),
@@ -223,40 +239,115 @@ def test_sabotage_without_the_request_in_the_state_its_answer_is_stray(directory
 
 
 def test_answers_that_do_not_come_are_given_up(directory: Path) -> None:
+    """By whoever asked: the guest is asked nothing else until it has answered, so it never has two requests at once."""
     with ProviderTest(Provider, options={"answer_seconds": 3}) as kit:
         guest = KitGuest(kit, directory, "kvp")
         guest.silent = True
         first = kit.provider.command("kvp-get", {"key": "a"})
-        second = kit.provider.command("kvp-get", {"key": "b"})
+        kit.advance(1)
+        second = kit.provider.command("kvp-set", {"key": "b", "value": "never"})
         assert not isinstance(first, dict) and not isinstance(second, dict)
-        kit.advance(2.9)
+        kit.advance(1.9)
         assert not first.done()
         kit.advance(0.2)
         assert "the guest's answer (kvp service)" in str(first.exception(0)) and not second.done()
+        kit.advance(1)
+        assert "the guest's answer (kvp service)" in str(second.exception(0))
         for _ in range(QUEUE):
-            kit.provider.command("kvp-get", {"key": "c"})
+            last = kit.provider.command("kvp-get", {"key": "c"})
         with pytest.raises(UsageError, match="does not answer: 64 requests wait"):
             kit.provider.command("kvp-get", {"key": "c"})
-        guest.answer()  # the first one, too late, and the second
+        kit.advance(2)
+        assert len(guest.asked["kvp"]) == 2, "the negotiation, and the first request"
+        guest.silent = False
+        guest.answer()  # the first one, too late, and the others in time, except for the second, which was dropped
         kit.run()
-        assert "no key 'b'" in str(second.exception(0))
-        assert kit.provider.status()["kvp"]["stray"] == 1
+        assert not isinstance(last, dict) and "no key 'c'" in str(last.exception(0))
+        assert "b" not in guest.service.store.values("external")
+        status = kit.provider.status()["kvp"]
+        assert (status["stray"], status["unanswered"], status["sent"]) == (0, 2, status["answered"])
+        guest.silent = True
         waiting = kit.provider.command("kvp-get", {"key": "d"})
         guest.clients["kvp"].close()
         assert not isinstance(waiting, dict) and "went away: it has closed" in str(waiting.exception(0))
 
 
-def test_backpressure_a_guest_that_never_reads_makes_no_queue_without_end(directory: Path) -> None:
-    """A request that ran out of time leaves its packet in the ring, or in the queue behind it."""
+def test_backpressure_a_guest_that_never_reads_has_one_message_to_read(directory: Path) -> None:
     with ProviderTest(Provider, options={"answer_seconds": 0.1, "time_seconds": 0.2, "services": ["time"]}) as kit:
         guest = KitGuest(kit, directory, "time")
         guest.silent = True
         kit.advance(1.0)
         with guest.clients["time"].away():
-            kit.advance(100.0)
-            assert 0 < kit.channels[0].packets_queued <= QUEUE
+            sent = kit.provider.status()["time"]["sent"]
+            for _ in range(2 * QUEUE):
+                kit.provider.command("time-sync", {})
+                kit.advance(1.0)
+            assert kit.provider.status()["time"]["sent"] == sent
+            assert kit.channels[0].packets_queued == 0
             (bound,) = kit.provider.bounds().values()
-            assert bound.now <= bound.most == QUEUE and bound.reached > 0
+            assert bound.now <= 1
+
+
+def test_integration_service_negotiation_waits_for_a_daemon_as_long_as_it_takes(directory: Path) -> None:
+    """Linux reads nothing from the key-value channel before its daemon has come."""
+    with ProviderTest(Provider, options={"values": {"role": "web"}, "services": ["kvp"]}) as kit:
+        guest = KitGuest(kit, directory, "kvp")
+        (directory / "pool-external.json").unlink()
+        guest.clients["kvp"].close()
+        guest.silent = True
+        guest.open(ic.KVP)
+        early = kit.provider.command("kvp-list", {})
+        kit.advance(9)
+        assert not isinstance(early, dict) and "perhaps its daemon does not run" in str(early.exception(0))
+        kit.advance(3600)
+        kit.save_and_restore()
+        kit.advance(3600)
+        assert guest.asked["kvp"][-1].kind == MessageType.NEGOTIATE
+        guest.silent = False
+        guest.answer()
+        kit.run()
+        assert guest.service.store.values("external") == {"role": (1, "web")}
+        assert kit.command("kvp-list", pool="external")["values"] == {"role": "web"}
+        assert kit.provider.status()["kvp"]["stray"] == 0
+
+
+@pytest.mark.parametrize("step", [-400 * 86400.0, -3600.0, -1.0, 1.0, 3600.0, 20_000 * 86400.0])
+@pytest.mark.parametrize("whose", ["host", "guest"])
+def test_integration_service_puts_the_guest_right_within_a_minute(directory: Path, whose: str, step: float) -> None:
+    """Whatever one of the two clocks did: the host's slept or was set, the guest's was set by somebody in it. A guest
+    like Linux sets its clock only when it is told to."""
+    with ProviderTest(Clocks, options={"services": ["time"]}) as kit:
+        guest = KitGuest(kit, directory, "time")
+        system = guest.service.fake
+        assert system.time == Clocks.time
+
+        def pass_time(seconds: int) -> None:
+            for _ in range(seconds):
+                Clocks.elapsed += 1
+                Clocks.time += 1
+                system.time += 1
+                kit.advance(1)
+
+        pass_time(17)
+        if whose == "host":
+            Clocks.time += step
+            pass_time(6)
+        else:
+            system.time += step
+            pass_time(59)
+        assert abs(system.time - Clocks.time) < 0.3
+        before = guest.service.done["syncs"]
+        pass_time(10)
+        assert guest.service.done["syncs"] <= before + 1, "it is not told to set it all the time"
+
+
+def test_sabotage_without_the_periodic_sync_a_guest_stays_wrong(directory: Path) -> None:
+    with ProviderTest(Provider, options={"services": ["time"], "sync_seconds": 0}) as kit:
+        guest = KitGuest(kit, directory, "time")
+        system = guest.service.fake
+        system.time -= 1_000_000
+        kit.advance(600)
+        assert len(system.sets) == 1 and guest.service.done["samples"] > 100
 
 
 def test_a_tool_that_has_gone_harms_nobody(directory: Path) -> None:

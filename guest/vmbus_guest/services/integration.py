@@ -168,8 +168,7 @@ class IntegrationService(Service):
         except (UsageError, OSError):
             return message.reply(status=ic.IcStatus.FAIL)
         if answer is None:
-            last = request.operation == ic.KvpOperation.ENUMERATE
-            return message.reply(status=ic.IcStatus.NO_MORE_ITEMS if last else ic.IcStatus.FAIL)
+            return message.reply(status=ic.IcStatus.NO_MORE_ITEMS)
         return message.reply(ic.kvp(answer))
 
     def _look_up(self, pool: str, request: ic.Kvp) -> ic.Kvp | None:

@@ -1,8 +1,11 @@
 """One service's channel: the host asks, the guest answers, one request at a time.
 
 When the guest has opened the channel, versions are negotiated; then requests go out in their order, each after the
-answer to the one before. A save leaves the request that is under way where it is (in the ring, or with the guest), and
-keeps its number, so that the answer is known for what it is whenever it comes.
+answer to the one before, however long that takes: Linux reads one message for each interrupt, so a second one would lie
+there unread, and some of its services wait for a daemon that may be started much later. Who asked does not wait as
+long: a request that was not sent in time is dropped, and the late answer to one that was sent is for nobody. A save
+leaves the request that is under way where it is (in the ring, or with the guest), and keeps its number, so that the
+answer is known for what it is whenever it comes.
 """
 
 from collections import deque
@@ -51,10 +54,10 @@ class Request:
         body: its bytes, or what makes them when it is sent.
         done: called once, with the answer or with what prevented it.
         keep: it is saved while it waits to be sent; else whoever asked is gone with the process.
-        patient: its answer is waited for without a bound.
+        patient: whoever asked waits without a bound.
     """
 
-    __slots__ = ("body", "done", "keep", "kind", "patient", "transaction")
+    __slots__ = ("body", "done", "keep", "kind", "patient", "timer", "transaction")
 
     def __init__(
         self,
@@ -70,6 +73,7 @@ class Request:
         self.done = done
         self.keep = keep
         self.patient = patient
+        self.timer: Timer | None = None
         self.transaction = 0
 
 
@@ -103,7 +107,8 @@ class Exchange:
     Attributes:
         service: which one. channel: its channel.
         version: of the messages, once it is negotiated.
-        counters: requests `sent`, `answered`, and given up (`unanswered`); answers that nobody waited for (`stray`).
+        counters: requests `sent` and `answered`; those that their askers gave up (`unanswered`), sent or not; answers
+            to nothing that was asked (`stray`).
         on_ready: called whenever requests can go out: versions are agreed on and the channel has started, again after a
             pause or a restore.
         on_suspend: called when the channel comes to rest. on_closed: called when it is closed.
@@ -113,7 +118,7 @@ class Exchange:
     def __init__(
         self, host: Host, service: ic.Service, instance: UUID, name: str, versions: Sequence[ic.Version], seconds: float
     ) -> None:
-        """`versions`: of the messages, to offer; `seconds`: how long an answer may take."""
+        """`versions`: of the messages, to offer; `seconds`: how long an asker waits for an answer."""
         self.service = service
         self.name = name
         self.version: ic.Version | None = None
@@ -131,7 +136,6 @@ class Exchange:
         self._waiting: deque[Request] = deque()
         self._refused = 0
         self._last_transaction = 0
-        self._timer: Timer | None = None
         self.channel = ServerChannel(service.interface_type, instance, name=name)
 
     def start(self) -> None:
@@ -152,7 +156,7 @@ class Exchange:
 
     def stop(self) -> None:
         """Give up timers."""
-        self._cancel_timer()
+        self._stop_timers()
 
     # ---- requests --------------------------------------------------------------------------------------------------
 
@@ -171,14 +175,11 @@ class Exchange:
             self._refused += 1
             raise UsageError(f"the guest's {self.service.name} service does not answer: {QUEUE} requests wait")
         self._waiting.append(request)
+        self._start_timer(request)
         self._pump()
 
     def _pump(self) -> None:
         if self._under_way is not None or not self.channel.active:
-            return
-        if self._waiting and self.channel.packets_queued >= QUEUE:
-            # It never reads: each request that ran out of time has left its packet behind.
-            self._refuse_all(UsageError(f"the guest's {self.service.name} service does not read its channel"))
             return
         if self.phase is Phase.NEGOTIATING:
             offer = ic.negotiation(ic.FRAMEWORK_VERSIONS, self._versions)
@@ -190,12 +191,6 @@ class Exchange:
     def bound(self) -> Bound:
         """Requests that wait, for tools."""
         return Bound(len(self._waiting), QUEUE, self._refused)
-
-    def _refuse_all(self, error: UsageError) -> None:
-        self._refused += len(self._waiting)
-        requests, self._waiting = self._waiting, deque()
-        for request in requests:
-            request.done(None, error)
 
     def _send(self, request: Request) -> None:
         self._last_transaction = request.transaction = self._last_transaction % 255 + 1
@@ -209,25 +204,32 @@ class Exchange:
             self.version or ic.Version(0, 0),
             transaction=request.transaction,
         )
-        self._set_timer()
         self.channel.allocate_packet().send(frame(message.pack()), wait_for_completion=False)
 
-    def _set_timer(self) -> None:
-        if self._under_way is not None and not self._under_way.patient and self._timer is None:
-            self._timer = self._host.call_later(self._seconds, self._time_passed)
+    def _start_timer(self, request: Request) -> None:
+        # While the channel is at rest nobody can answer.
+        if not request.patient and request.timer is None and self.channel.active:
+            request.timer = self._host.call_later(self._seconds, lambda: self._time_passed(request))
 
-    def _cancel_timer(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
+    def _stop_timers(self) -> None:
+        for request in self._unsettled():
+            _stop_timer(request)
 
-    def _time_passed(self) -> None:
-        self._timer = None
-        request, self._under_way = self._under_way, None
-        if request is not None:
-            self.counters["unanswered"] += 1
-            request.done(None, WaitTimeout(f"the guest's answer ({self.service.name} service)", self._seconds))
-        self._pump()
+    def _unsettled(self) -> list[Request]:
+        return [*([] if self._under_way is None else [self._under_way]), *self._waiting]
+
+    def _time_passed(self, request: Request) -> None:
+        """Whoever asked waits no longer."""
+        request.timer = None
+        request.patient = True
+        if request is not self._under_way:
+            self._waiting.remove(request)
+        done, request.done = request.done, nobody
+        self.counters["unanswered"] += 1
+        what = f"the guest's answer ({self.service.name} service)"
+        if self.phase is Phase.NEGOTIATING:
+            what = f"the guest's {self.service.name} service to agree on versions: perhaps its daemon does not run"
+        done(None, WaitTimeout(what, self._seconds))
 
     # ---- the guest -------------------------------------------------------------------------------------------------
 
@@ -241,7 +243,6 @@ class Exchange:
                 or message.kind != request.kind
                 or not message.flags & ic.Flag.RESPONSE
             ):
-                # Most likely an answer that came too late.
                 self.counters["stray"] += 1
                 completion.complete()
                 return
@@ -251,7 +252,7 @@ class Exchange:
             completion.fail(f"{self.service.name} service: {error}")
             return
         completion.complete()
-        self._cancel_timer()
+        _stop_timer(request)
         self._under_way = None
         self.counters["answered"] += 1
         if request.kind == ic.MessageType.NEGOTIATE:
@@ -278,13 +279,14 @@ class Exchange:
         self.phase = Phase.NEGOTIATING
 
     def _started(self, _: Channel) -> None:
-        self._set_timer()
+        for request in self._unsettled():
+            self._start_timer(request)
         if self.phase is Phase.READY:
             self.on_ready()
         self._pump()
 
     def _suspended(self, _: Channel) -> None:
-        self._cancel_timer()
+        self._stop_timers()
         self.on_suspend()
 
     def _closed(self, _: Channel) -> None:
@@ -293,12 +295,12 @@ class Exchange:
         self.on_closed()
 
     def _forget(self) -> None:
-        self._cancel_timer()
         self._framework, self.version = ic.Version(0, 0), None
         self._give_up("it has closed the channel")
 
     def _give_up(self, reason: str) -> None:
-        requests = [*([] if self._under_way is None else [self._under_way]), *self._waiting]
+        self._stop_timers()
+        requests = self._unsettled()
         self._under_way = None
         self._waiting.clear()
         for request in requests:
@@ -346,7 +348,8 @@ class Exchange:
         if state.under_way is not None:
             self._under_way = Request(state.under_way, b"", self.on_old_answer, patient=state.patient)
             self._under_way.transaction = state.last_transaction
-        self._waiting.extend(Request(one.kind, one.body, keep=True) for one in state.waiting)
+        # Nobody waits for them any more, and they are still to be done.
+        self._waiting.extend(Request(one.kind, one.body, keep=True, patient=True) for one in state.waiting)
         if self.channel.state is not ChannelState.OPENED:
             self.phase = Phase.CLOSED
         elif state.unsupported:
@@ -363,6 +366,12 @@ class Exchange:
             "waiting": len(self._waiting),
             **self.counters,
         }
+
+
+def _stop_timer(request: Request) -> None:
+    if request.timer is not None:
+        request.timer.cancel()
+        request.timer = None
 
 
 def _save_packet(channel: ServerChannel, packet: Packet, buffer: memoryview) -> int:

@@ -12,7 +12,9 @@ from vmbus.wire import ic
 LOST_AFTER = 3
 """Heartbeats that may be due without an answer before the guest counts as lost."""
 MOST_KEYS = 1024
-"""Keys of a pool that are listed at most."""
+"""Keys of a pool that are listed, and looked at for one that is wanted, at most."""
+STEPPED = 0.25
+"""Seconds by which the clock has gone another way than time, since the guest was told it, beyond which it was set."""
 
 Answer = Future[dict[str, Any]]
 
@@ -118,15 +120,34 @@ class Heartbeat(Part):
 
 
 class Time(Part):
-    """Tells the guest the time whenever it may have lost it, that is when the device begins to run again, and now and
-    then besides."""
+    """Tells the guest the time.
 
-    def __init__(self, exchange: Exchange, host: Host, seconds: float, clock: Callable[[], float]) -> None:
+    To set its clock: whenever it may have lost it (the device begins to run again, or this machine's clock was set, or
+    stood still while the machine slept), and every so often besides, since a guest's clock may also go wrong by itself
+    and no answer says so. In between, as samples, by which a guest that disciplines its clock can keep it right.
+    """
+
+    def __init__(
+        self,
+        exchange: Exchange,
+        host: Host,
+        seconds: float,
+        sync_seconds: float,
+        clock: Callable[[], float],
+        steady: Callable[[], float],
+    ) -> None:
+        """`seconds` between two messages (0: none besides those that are needed), `sync_seconds` between two that set
+        the clock (0: only those that are needed). `clock`: seconds since 1970; `steady`: seconds in which the guest
+        could run."""
         super().__init__(exchange)
         self.numbers = {"syncs": 0, "samples": 0}
         self._clock = clock
+        self._steady = steady
+        self._sync_seconds = sync_seconds
+        self._synced_at = 0.0  # by the steady clock
+        self._offset = 0.0  # between the two, then
         self._waits = False  # to be told the time that it is then
-        self._timer = Periodic(host, seconds, self._sample)
+        self._timer = Periodic(host, seconds, self._due)
 
     def ready(self) -> None:
         self._timer.start()
@@ -136,9 +157,13 @@ class Time(Part):
     def suspend(self) -> None:
         self._timer.stop()
 
-    def _sample(self) -> None:
-        if self.exchange.idle:
-            self.tell(ic.TimeFlag.SAMPLE)
+    def _due(self) -> None:
+        if not self.exchange.idle:
+            return  # it does not answer; the next one will have the time of then
+        now, steady = self._clock(), self._steady()
+        stepped = abs(now - steady - self._offset) >= STEPPED
+        late = bool(self._sync_seconds) and steady - self._synced_at >= self._sync_seconds
+        self.tell(ic.TimeFlag.SYNC if stepped or late else ic.TimeFlag.SAMPLE)
 
     def tell(
         self, flag: ic.TimeFlag, done: Callable[[ic.Message | None, VmbusError | None], None] | None = None
@@ -148,9 +173,13 @@ class Time(Part):
         def body() -> bytes:
             assert self.exchange.version is not None
             self._waits = False
-            return ic.time_sync(ic.TimeSync(self._clock(), flag), self.exchange.version)
+            now = self._clock()
+            if flag is ic.TimeFlag.SYNC:
+                self._synced_at = self._steady()
+                self._offset = now - self._synced_at
+            return ic.time_sync(ic.TimeSync(now, flag), self.exchange.version)
 
-        request = Request(ic.MessageType.TIME, body)
+        request = Request(ic.MessageType.TIME, body, patient=done is None)
         if done is not None:
             request.done = done
         self._waits = True
@@ -202,7 +231,7 @@ class Kvp(Part):
         self.numbers["told"] = 1
         for key, value in self._values.items():
             told = ic.Kvp(ic.KvpOperation.SET, ic.Pool.EXTERNAL, key, value)
-            self._ask(told, lambda _: None, keep=True, bounded=False)
+            self._ask(told, lambda _: None, keep=True, bounded=False, patient=True)
 
     def closed(self) -> None:
         """The next open is another guest, or the same one without its memory."""
@@ -217,29 +246,55 @@ class Kvp(Part):
         return self._single(ic.Kvp(ic.KvpOperation.DELETE, pool, key), lambda found: {}, keep=True)
 
     def get(self, key: str, pool: int) -> Answer:
-        """A key's `value` and its `type`."""
-        return self._single(
-            ic.Kvp(ic.KvpOperation.GET, pool, key),
-            lambda found: {"value": found.value, "type": ic.ValueType(found.value_type).name.lower()},
-        )
+        """A key's `value` and its `type`. Found by listing: Linux answers a request to get without the value."""
+
+        def look(found: ic.Kvp) -> dict[str, Any] | None:
+            if found.key != key:
+                return None
+            return {"value": found.value, "type": ic.ValueType(found.value_type).name.lower()}
+
+        return self._walk(pool, look, lambda: _missing(key, pool))
 
     def list(self, pool: int) -> Answer:
         """All `values` of a pool, by key."""
-        answer: Answer = Future()
         values: dict[str, str] = {}
 
+        def note(found: ic.Kvp) -> None:
+            values[found.key] = found.value
+
+        return self._walk(pool, note, lambda: {"values": values})
+
+    def _walk(
+        self,
+        pool: int,
+        look: Callable[[ic.Kvp], dict[str, Any] | None],
+        end: Callable[[], dict[str, Any] | UsageError],
+    ) -> Answer:
+        """Go through a pool until `look` has an answer; else `end` has it. Raises UsageError as `Exchange.ask`."""
+        answer: Answer = Future()
+
         def following(position: int) -> None:
-            try:
-                self._ask(ic.Kvp(ic.KvpOperation.ENUMERATE, pool, position=position), partly, answer=answer)
-            except UsageError as error:
-                settle(answer, None, error)
+            self._ask(ic.Kvp(ic.KvpOperation.ENUMERATE, pool, position=position), partly, answer=answer)
 
         def partly(found: ic.Kvp | None) -> None:
-            if found is None or len(values) >= MOST_KEYS or answer.done():
-                settle(answer, {"values": values})
+            if answer.done():
                 return
-            values[found.key] = found.value
-            following(found.position + 1)
+            if found is not None:
+                result = look(found)
+                if result is not None:
+                    settle(answer, result)
+                    return
+                if found.position + 1 < MOST_KEYS:
+                    try:
+                        following(found.position + 1)
+                    except UsageError as error:
+                        settle(answer, None, error)
+                    return
+            last = end()
+            if isinstance(last, UsageError):
+                settle(answer, None, last)
+            else:
+                settle(answer, last)
 
         following(0)
         return answer
@@ -249,8 +304,7 @@ class Kvp(Part):
 
         def done(found: ic.Kvp | None) -> None:
             if found is None:
-                pool = ic.Pool(request.pool).name.lower().replace("_", "-")
-                settle(answer, None, UsageError(f"the guest has no key {request.key!r} in its pool {pool}"))
+                settle(answer, None, _missing(request.key, request.pool))
             else:
                 settle(answer, result(found))
 
@@ -265,6 +319,7 @@ class Kvp(Part):
         answer: Answer | None = None,
         keep: bool = False,
         bounded: bool = True,
+        patient: bool = False,
     ) -> None:
         """Ask for something; `done` gets the answer, or None for what is not there."""
         try:
@@ -279,13 +334,12 @@ class Kvp(Part):
         def answered(message: ic.Message | None, error: VmbusError | None) -> None:
             if message is None:
                 failed(error)
-            elif message.status == ic.IcStatus.NO_MORE_ITEMS:
+            elif message.status == ic.IcStatus.NO_MORE_ITEMS and request.operation != ic.KvpOperation.SET:
                 done(None)
             elif message.status != ic.IcStatus.OK:
-                if request.operation in (ic.KvpOperation.GET, ic.KvpOperation.ENUMERATE, ic.KvpOperation.DELETE):
-                    done(None)
-                else:
-                    failed(UsageError(f"the guest refused key {request.key!r}: status {message.status:#010x}"))
+                operation = ic.KvpOperation(request.operation).name.lower()
+                what = f"key {request.key!r}" if request.key else f"number {request.position} of pool {request.pool}"
+                failed(UsageError(f"the guest refused to {operation} {what}: status {message.status:#010x}"))
             else:
                 try:
                     found = ic.parse_kvp(message.body)
@@ -296,4 +350,10 @@ class Kvp(Part):
                 else:
                     done(found)
 
-        self.exchange.ask(Request(ic.MessageType.KVP, body, answered, keep=keep), bounded=bounded)
+        asked = Request(ic.MessageType.KVP, body, answered, keep=keep, patient=patient)
+        self.exchange.ask(asked, bounded=bounded)
+
+
+def _missing(key: str, pool: int) -> UsageError:
+    name = ic.Pool(pool).name.lower().replace("_", "-")
+    return UsageError(f"the guest has no key {key!r} in its pool {name}")

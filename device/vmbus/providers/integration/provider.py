@@ -16,7 +16,7 @@ from vmbus.providers.integration.parts import Heartbeat, Kvp, Part, Shutdown, Ti
 from vmbus.records import Count
 from vmbus.wire import ic
 
-# 4.0 tells the time of the hypervisor's reference counter with it, which this device's guests do not have.
+# 4.0 tells the value of the guest's reference counter with the time, which only the guest knows here.
 TIME_VERSIONS = (ic.Version(3, 0), ic.Version(1, 0))
 
 _Arguments = TypeVar("_Arguments")
@@ -28,13 +28,15 @@ _Value = Annotated[str, msgspec.Meta(max_length=1023)]
 
 
 class IntegrationOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """`heartbeat_seconds`, `time_seconds`: between two heartbeats, and two samples of the time (0: none);
-    `answer_seconds`: how long the guest may take for an answer; `values`: what the guest's programs are told in its
-    pool `external`."""
+    """`heartbeat_seconds`, `time_seconds`: between two heartbeats, and two messages with the time (0: only those that
+    are needed); `sync_seconds`: between two of these that set the guest's clock (0: only those that are needed);
+    `answer_seconds`: how long a command waits for the guest; `values`: what the guest's programs are told in its pool
+    `external`."""
 
     services: list[ServiceName] = msgspec.field(default_factory=lambda: ["heartbeat", "shutdown", "time", "kvp"])
     heartbeat_seconds: Annotated[float, msgspec.Meta(gt=0, le=3600)] = 2.0
     time_seconds: Annotated[float, msgspec.Meta(ge=0, le=3600)] = 5.0
+    sync_seconds: Annotated[float, msgspec.Meta(ge=0, le=86400)] = 30.0
     answer_seconds: Annotated[float, msgspec.Meta(gt=0, le=60)] = 8.0
     values: Annotated[dict[_Key, _Value], msgspec.Meta(max_length=32)] = {}
 
@@ -100,6 +102,7 @@ class IntegrationProvider(Provider):
     kind = "integration"
     Options = IntegrationOptions
     clock: ClassVar[Callable[[], float]] = time.time
+    steady: ClassVar[Callable[[], float]] = time.monotonic  # stands still while this machine sleeps, as the guest does
 
     def __init__(self, host: Host, name: str, instance: UUID, options: Mapping[str, Any]) -> None:
         super().__init__(host, name, instance, options)
@@ -119,7 +122,8 @@ class IntegrationProvider(Provider):
         if service is ic.HEARTBEAT:
             return Heartbeat(exchange, self.host, settings.heartbeat_seconds)
         if service is ic.TIME:
-            return Time(exchange, self.host, settings.time_seconds, type(self).clock)
+            seconds, sync_seconds = settings.time_seconds, settings.sync_seconds
+            return Time(exchange, self.host, seconds, sync_seconds, type(self).clock, type(self).steady)
         if service is ic.KVP:
             return Kvp(exchange, settings.values)
         return Shutdown(exchange)
