@@ -1,23 +1,16 @@
-"""The guest's driver: SynIC registers, bus client and KMCL client channels over any `PciFunction`.
-
-One thread. Everything that waits does so in `run_until`, which pumps interrupts, messages and channels, has a bound,
-and says what it waited for.
-"""
+"""The guest's own driver: SynIC registers, bus client and KMCL client channels over any `PciFunction`."""
 
 import contextlib
 import time
 from collections.abc import Callable, Sequence
-from types import TracebackType
 from typing import TYPE_CHECKING
 from uuid import UUID
 
 from vmbus.bus.client import VERSIONS, BusClient
 from vmbus.errors import EnvironmentProblem, PeerError, UsageError, WaitTimeout
 from vmbus.fence import full_fence
-from vmbus.kmcl.channel import Channel
 from vmbus.kmcl.client import ClientChannel
 from vmbus.kmcl.lifecycle import ChannelState
-from vmbus.memory import GuestMemory
 from vmbus.ring import FEATURE_BITS, FEATURE_PENDING_SEND_SIZE, RingReader, RingWriter
 from vmbus.watches import Watches
 from vmbus.wire import messages as m
@@ -37,42 +30,11 @@ from vmbus.wire.synic import (
     PostStatus,
     Register,
 )
+from vmbus_guest.channel_driver import DEFAULT_TIMEOUT, ChannelDriver, ChannelRescinded, GpadlRefused
 from vmbus_guest.pci import DmaBuffer, PciFunction
 
 if TYPE_CHECKING:
     from vmbus.audit.recorder import Recorder
-
-DEFAULT_TIMEOUT = 30.0
-
-
-LOOK_AGAIN = 0.005
-"""Seconds after which channels that went idle with transactions under way are looked at once more."""
-LONGEST_TURN = 5.0
-"""Seconds between two looks at the clock beyond which it has jumped."""
-
-
-class SteadyClock:
-    """Seconds since it was made, as somebody counts them who looks at least every few seconds: jumps of the clock
-    count as `LONGEST_TURN`."""
-
-    def __init__(self) -> None:
-        self._elapsed = 0.0
-        self._looked = time.monotonic()
-
-    def elapsed(self) -> float:
-        """Seconds so far."""
-        now = time.monotonic()
-        self._elapsed += min(now - self._looked, LONGEST_TURN)
-        self._looked = now
-        return self._elapsed
-
-
-class GpadlRefused(PeerError):
-    """The host does not take memory that was offered to it."""
-
-
-class ChannelRescinded(PeerError):
-    """The host has withdrawn a channel instead of answering."""
 
 
 class ClientLink:
@@ -144,18 +106,12 @@ class ClientLink:
         self._driver.close_channel(self.channel, timeout)
 
 
-class VmbusDriver:
+class VmbusDriver(ChannelDriver):
     """A connection to the device. Use it as a context manager.
 
     Attributes:
         function: the PCI function.
         bus: the bus client with its tables.
-        failures: what went wrong on channels, as text.
-        rescinded: instances that the host has withdrawn, in that order.
-        on_rescind: called with a client channel that was open when the host withdrew it; it is disabled by then, and
-            can be enabled again when it is offered anew.
-        recorder: records what happens to the packets of channels that are attached from here on; None: nobody does.
-        interrupts: how many were taken.
     """
 
     def __init__(
@@ -166,26 +122,15 @@ class VmbusDriver:
         Raises EnvironmentProblem when the function is not ours or speaks no version in `versions`, WaitTimeout when
         it does not answer.
         """
+        super().__init__(recorder)
         self.function = function
-        self.recorder = recorder
-        self.interrupts = 0
-        self._claimed: set[tuple[UUID, UUID]] = set()
-        self.memory = GuestMemory()
         self.bus = BusClient(self._post)
         self.bus.on_rescind = self._rescinded
-        self.failures: list[str] = []
-        self.rescinded: list[UUID] = []
-        self.on_rescind: Callable[[ClientChannel], None] | None = None
         self._waiting: list[ClientChannel] = []
         self._opening = False
         self._opening_waiting = False
         self._links: dict[int, ClientLink] = {}
-        self._ready: dict[Channel, None] = {}
-        self._idle: dict[Channel, None] = {}
-        self._idle_since = 0.0
-        self._looked_again: dict[Channel, int] = {}
         self._buffers: list[DmaBuffer] = []
-        self._watches: Watches | None = None
         if function.read32(Register.MAGIC) != MAGIC:
             raise EnvironmentProblem(f"BAR0 reads {function.read32(Register.MAGIC):#x}: this is not a VMBus function")
         abi = function.read32(Register.ABI_VERSION)
@@ -198,14 +143,6 @@ class VmbusDriver:
         self._post_view = self._pages.view[2 * PAGE_SIZE : 2 * PAGE_SIZE + 256]
         self._reset()
         self._connect(versions)
-
-    def __enter__(self) -> "VmbusDriver":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close(graceful=kind is None)
 
     # ---- memory --------------------------------------------------------------------------------------------------
 
@@ -222,10 +159,8 @@ class VmbusDriver:
         self.memory.unmap(buffer.iova, buffer.size)
         self.function.free(buffer)
 
-    @staticmethod
-    def external(buffer: DmaBuffer, offset: int = 0, length: int | None = None) -> list[tuple[int, int]]:
-        """Part of a buffer, in the form that `Packet.send` takes as external data."""
-        return [(buffer.iova + offset, buffer.size - offset if length is None else length)]
+    def trim(self) -> int:
+        return self.function.trim()
 
     # ---- connection ------------------------------------------------------------------------------------------------
 
@@ -291,76 +226,20 @@ class VmbusDriver:
                 view.release()
             for buffer in list(self._buffers):
                 self.free(buffer)
-            if self._watches is not None:
-                self._watches.close()
-                self._watches = None
+            self._close_watches()
             self.function.close()
 
     # ---- channels --------------------------------------------------------------------------------------------------
 
-    def client_channel(
-        self,
-        interface_type: UUID,
-        *,
-        instance: UUID | None = None,
-        ring_pages_in: int = 16,
-        ring_pages_out: int = 16,
-        name: str = "",
-        subchannel_index: int = 0,
-    ) -> ClientChannel:
-        """A disabled client channel: set its callbacks, then `enable` it.
-
-        `enable` of the driver waits until it is open; the channel's own only registers it, and `step` opens it once
-        it is offered.
-        """
-        channel = ClientChannel(
-            interface_type,
-            instance,
-            ring_pages_in=ring_pages_in,
-            ring_pages_out=ring_pages_out,
-            name=name,
-            subchannel_index=subchannel_index,
-        )
-        self.attach(channel)
-        return channel
-
-    def claim(
-        self,
-        interface_type: UUID,
-        instance: UUID | None = None,
-        *,
-        wanted: Callable[[m.OfferChannel], bool] = lambda offer: True,
-    ) -> UUID | None:
-        """Choose an instance that is offered and that nobody has claimed before; for users of one driver that would
-        otherwise open the same channel. None when no instance of the type is offered (yet).
-
-        Raises UsageError when `instance`, or every instance that is `wanted`, is somebody's already.
-        """
-        offers = [
+    def _instances(self, interface_type: UUID, wanted: Callable[[m.OfferChannel], bool] | None) -> list[UUID]:
+        return [
             offer.interface_instance
             for relid, offer in self.bus.offers.items()
             if offer.interface_type == interface_type
             and not offer.subchannel_index
             and relid not in self.bus.rescinded
-            and wanted(offer)
+            and (wanted is None or wanted(offer))
         ]
-        free = [one for one in ([instance] if instance else offers) if (interface_type, one) not in self._claimed]
-        if free:
-            self._claimed.add((interface_type, free[0]))
-            return free[0]
-        if instance is None and not offers:
-            return None
-        raise UsageError(
-            f"all {len(offers)} channels of type {interface_type} that this device offers are in use by workloads that "
-            "run already: give the device another provider of that kind"
-        )
-
-    def attach(self, channel: ClientChannel) -> None:
-        """Tie a disabled channel that was made elsewhere to this driver."""
-        channel.bind(self._channel_enabled)
-        channel.observers = [] if self.recorder is None else [self.recorder]
-        channel.waiter = self.run_until
-        channel.on_idle = self._went_idle
 
     def _channel_enabled(self, channel: ClientChannel) -> None:
         if not self._opening:
@@ -509,16 +388,15 @@ class VmbusDriver:
         channel.disable()
         self.free(link.rings)
 
-    def create_gpadl(self, channel: ClientChannel, buffer: DmaBuffer, *, read_only: bool = False) -> int:
-        """Lend a whole buffer of `allocate` to the host's end of an open channel; see `ClientChannel.create_gpadl`."""
-        return channel.create_gpadl(self.external(buffer), read_only=read_only)
-
     def link_of(self, channel: ClientChannel) -> ClientLink:
         """The link of an open channel. Raises UsageError when it is not open."""
         for link in self._links.values():
             if link.channel is channel:
                 return link
         raise UsageError(f"channel {channel.name} is not open on this driver")
+
+    def instance_of(self, channel: ClientChannel) -> UUID:
+        return self.link_of(channel).offer.interface_instance
 
     def _rescinded(self, offer: m.OfferChannel) -> None:
         self.rescinded.append(offer.interface_instance)
@@ -532,59 +410,6 @@ class VmbusDriver:
         self.bus.release(offer.relid)
         if link is not None and self.on_rescind is not None:
             self.on_rescind(link.channel)
-
-    # ---- other descriptors ---------------------------------------------------------------------------------------
-
-    def watch(self, fd: int, call: Callable[[], None]) -> None:
-        """Have `call` made in a step whenever `fd` is readable, or hung up (level-triggered).
-
-        `step` returns when it is, as it does for an interrupt. `fd` is non-blocking; `unwatch` it before closing it.
-        Raises UsageError for a descriptor that cannot be watched.
-        """
-        self._watched().add_reader(fd, call)
-
-    def watch_writable(self, fd: int, call: Callable[[], None]) -> None:
-        """As `watch`, whenever `fd` can be written to."""
-        self._watched().add_writer(fd, call)
-
-    def unwatch(self, fd: int) -> None:
-        """End `watch`. Harmless without one."""
-        if self._watches is not None:
-            self._watches.remove_reader(fd)
-
-    def unwatch_writable(self, fd: int) -> None:
-        """End `watch_writable`. Harmless without one."""
-        if self._watches is not None:
-            self._watches.remove_writer(fd)
-
-    def _watched(self) -> Watches:
-        if self._watches is None:
-            self._watches = Watches()
-            # So that one wait serves all; `step` drains it.
-            self._watches.add_reader(self.function.interrupt_fd, lambda: None)
-        return self._watches
-
-    # ---- the pump --------------------------------------------------------------------------------------------------
-
-    def wake(self, channel: Channel) -> None:
-        """Give a channel a turn at the next step."""
-        self._ready[channel] = None
-
-    def _went_idle(self, channel: Channel) -> None:
-        """A belt beside the fences: should an interrupt be lost, the channel does not wait for it for ever."""
-        if self._looked_again.get(channel) != channel.flow.received + channel.flow.completed:
-            if not self._idle:
-                self._idle_since = time.monotonic()
-            self._idle[channel] = None
-
-    def _look_again(self) -> None:
-        """Once for each time that a channel went idle."""
-        if time.monotonic() - self._idle_since >= LOOK_AGAIN:
-            for channel in self._idle:
-                self._looked_again[channel] = channel.flow.received + channel.flow.completed
-                if channel.active:
-                    self._ready[channel] = None
-            self._idle.clear()
 
     def _take_message(self) -> bool:
         """Take the message out of the slot, if there is one."""
@@ -609,16 +434,10 @@ class VmbusDriver:
                 self._ready[link.channel] = None
         full_fence()
 
-    def step(self, timeout: float) -> bool:
-        """Do what is to be done now; with nothing to do, wait up to `timeout` seconds for an interrupt or a watched
-        descriptor.
+    def _watch_own(self, watches: Watches) -> None:
+        watches.add_reader(self.function.interrupt_fd, lambda: None)
 
-        Returns whether there was anything.
-        """
-        if self._ready:
-            timeout = 0.0
-        elif self._idle:
-            timeout = min(timeout, LOOK_AGAIN)
+    def _wait(self, timeout: float) -> bool:
         called = False
         if self._watches is not None:
             called = self._watches.poll(timeout)
@@ -631,25 +450,4 @@ class VmbusDriver:
             self._take_events()
         if self._waiting and not self._opening_waiting:
             self._open_waiting()
-        if self._idle:
-            self._look_again()
-        ready = self._ready
-        if not ready:
-            return interrupted or called
-        self._ready = {}
-        for channel in ready:
-            if channel.process():
-                self._ready[channel] = None
-        return True
-
-    def run_until(self, condition: Callable[[], bool], timeout: float, what: str) -> None:
-        """Pump until `condition()` holds. Raises WaitTimeout after `timeout` seconds, saying `what`.
-
-        When the clock jumps, as it does in a guest that is taken back to a checkpoint, that is no time that has passed.
-        """
-        clock = SteadyClock()
-        while not condition():
-            left = timeout - clock.elapsed()
-            if left <= 0:
-                raise WaitTimeout(what, timeout)
-            self.step(min(left, 1.0))
+        return interrupted or called

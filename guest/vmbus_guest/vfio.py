@@ -11,7 +11,7 @@ written to would spoil a migration in progress.
 """
 
 # os instead of pathlib: this is imported at the start of every test driver, and imports are slow in an emulated guest.
-# ruff: noqa: PTH112, PTH115, PTH119, PTH123, PTH208
+# ruff: noqa: PTH112, PTH208
 
 from __future__ import annotations
 
@@ -25,6 +25,8 @@ import select
 import struct
 
 from vmbus.errors import EnvironmentProblem, UsageError
+from vmbus_guest.huge_pages import HUGE_PAGE, MAP_HUGE_2MB, MAP_HUGETLB, Buffer, Extents, free_huge_pages
+from vmbus_guest.kernel_files import link_name, read_text, write_text
 from vmbus_guest.pci import PAGE_SIZE, DmaBuffer
 
 VENDOR_ID = 0x5642
@@ -32,9 +34,6 @@ DEVICE_ID = 0x4D56
 
 KERNEL_DRIVER = "vmbus_pci"
 """The driver of a function that is for Linux's own VMBus drivers. It cannot be taken from it."""
-
-HUGE_PAGE = 2 << 20
-"""Bytes of one huge page, and of one DMA mapping."""
 
 IOVA_BASE = 1 << 32
 """I/O address of the first huge page: clear of the interrupt window at 0xfee00000, and not mistakable for 32 bits."""
@@ -81,75 +80,6 @@ _COMMAND = 0x04
 _COMMAND_MEMORY = 1 << 1
 _COMMAND_BUS_MASTER = 1 << 2
 
-# mmap(2): not in Python's module. The page size is encoded as log2 << 26.
-_MAP_HUGETLB = 0x40000
-_MAP_HUGE_2MB = 21 << 26
-
-
-class Extents:
-    """First-fit allocator of page-granular extents in a stretch of `size` bytes; neighbours merge when freed."""
-
-    def __init__(self, size: int) -> None:
-        self.size = size
-        self._free: list[tuple[int, int]] = [(0, size)] if size else []  # (start, length), ascending, never adjacent
-
-    @property
-    def free_bytes(self) -> int:
-        return sum(length for _, length in self._free)
-
-    @property
-    def largest(self) -> int:
-        """Bytes of the largest allocation that would succeed now."""
-        return max((length for _, length in self._free), default=0)
-
-    def is_free(self, start: int, length: int) -> bool:
-        """Whether nothing of it is taken."""
-        return any(first <= start and start + length <= first + size for first, size in self._free)
-
-    def take(self, length: int) -> int | None:
-        """Return the lowest start of `length` free bytes, now taken, or None."""
-        for index, (start, available) in enumerate(self._free):
-            if available >= length:
-                if available == length:
-                    del self._free[index]
-                else:
-                    self._free[index] = (start + length, available - length)
-                return start
-        return None
-
-    def give(self, start: int, length: int) -> None:
-        """Take back what `take` gave out, or a part of it. Raises `UsageError` if any of it is free already."""
-        if length <= 0 or start < 0 or start + length > self.size:
-            raise UsageError(f"extent {start:#x}+{length:#x} is outside of the {self.size:#x} bytes managed here")
-        index = 0
-        while index < len(self._free) and self._free[index][0] < start:
-            index += 1
-        before = self._free[index - 1] if index > 0 else None
-        after = self._free[index] if index < len(self._free) else None
-        if (before and before[0] + before[1] > start) or (after and start + length > after[0]):
-            raise UsageError(f"extent {start:#x}+{length:#x} was freed twice")
-        if after and start + length == after[0]:
-            length += after[1]
-            del self._free[index]
-        if before and before[0] + before[1] == start:
-            self._free[index - 1] = (before[0], before[1] + length)
-        else:
-            self._free.insert(index, (start, length))
-
-
-class VfioBuffer:
-    """A `DmaBuffer` of a `VfioFunction`."""
-
-    __slots__ = ("iova", "size", "view")
-
-    def __init__(self, iova: int, size: int, view: memoryview) -> None:
-        self.iova = iova
-        self.size = size
-        self.view = view
-
-    def __repr__(self) -> str:
-        return f"<VfioBuffer iova={self.iova:#x} size={self.size:#x}>"
-
 
 def find_functions(vendor: int, device: int, *, sysfs: str = "/sys") -> list[str]:
     """Return the addresses ("0000:00:05.0") of all PCI functions with these ids, in order."""
@@ -160,10 +90,19 @@ def find_functions(vendor: int, device: int, *, sysfs: str = "/sys") -> list[str
         raise EnvironmentProblem(f"cannot list PCI devices in {root}: {error.strerror}; is sysfs mounted?") from error
     found = []
     for name in names:
-        ids = [_read_text(f"{root}/{name}/{attribute}") for attribute in ("vendor", "device")]
+        ids = [read_text(f"{root}/{name}/{attribute}") for attribute in ("vendor", "device")]
         if ids == [f"{vendor:#06x}", f"{device:#06x}"]:
             found.append(name)
     return found
+
+
+def free_functions(vendor: int = VENDOR_ID, device: int = DEVICE_ID, *, sysfs: str = "/sys") -> list[str]:
+    """As `find_functions`, those that Linux's own VMBus drivers do not have."""
+    return [
+        name
+        for name in find_functions(vendor, device, sysfs=sysfs)
+        if link_name(f"{sysfs}/bus/pci/devices/{name}/driver") != KERNEL_DRIVER
+    ]
 
 
 def bind_function(address: str, *, sysfs: str = "/sys") -> None:
@@ -172,7 +111,7 @@ def bind_function(address: str, *, sysfs: str = "/sys") -> None:
     Raises `EnvironmentProblem` if `vfio-pci` is not loaded or does not take the function.
     """
     function = f"{sysfs}/bus/pci/devices/{address}"
-    driver = _link_name(f"{function}/driver")
+    driver = link_name(f"{function}/driver")
     if driver == "vfio-pci":
         return
     if not os.path.isdir(f"{sysfs}/bus/pci/drivers/vfio-pci"):
@@ -180,11 +119,11 @@ def bind_function(address: str, *, sysfs: str = "/sys") -> None:
             "the kernel's vfio-pci driver is not loaded; "
             "insert irqbypass, vfio, vfio_iommu_type1, vfio-pci-core and vfio-pci in this order"
         )
-    _write_text(f"{function}/driver_override", "vfio-pci")
+    write_text(f"{function}/driver_override", "vfio-pci")
     if driver is not None:
-        _write_text(f"{function}/driver/unbind", address)
-    _write_text(f"{sysfs}/bus/pci/drivers_probe", address)
-    driver = _link_name(f"{function}/driver")
+        write_text(f"{function}/driver/unbind", address)
+    write_text(f"{sysfs}/bus/pci/drivers_probe", address)
+    driver = link_name(f"{function}/driver")
     if driver != "vfio-pci":
         raise EnvironmentProblem(
             f"vfio-pci did not take PCI function {address} (its driver now: {driver or 'none'}); "
@@ -194,7 +133,7 @@ def bind_function(address: str, *, sysfs: str = "/sys") -> None:
 
 def iommu_group(address: str, *, sysfs: str = "/sys") -> str:
     """Return the number of the function's IOMMU group. Raises `EnvironmentProblem` if it has none."""
-    group = _link_name(f"{sysfs}/bus/pci/devices/{address}/iommu_group")
+    group = link_name(f"{sysfs}/bus/pci/devices/{address}/iommu_group")
     if group is None:
         raise EnvironmentProblem(
             f"PCI function {address} is in no IOMMU group: the machine has no (virtual) IOMMU or the kernel does not "
@@ -262,7 +201,7 @@ class VfioFunction:
                 raise EnvironmentProblem(
                     f"no PCI function {vendor:04x}:{device:04x} in this machine; was it started with the device server?"
                 )
-            free = [name for name in found if _link_name(f"{sysfs}/bus/pci/devices/{name}/driver") != KERNEL_DRIVER]
+            free = free_functions(vendor, device, sysfs=sysfs)
             if not free:
                 raise EnvironmentProblem(
                     f"PCI function {found[0]} is driven by Linux's own VMBus drivers in this machine: its description "
@@ -336,7 +275,7 @@ class VfioFunction:
 
     # Memory
 
-    def allocate(self, size: int) -> VfioBuffer:
+    def allocate(self, size: int) -> Buffer:
         """Return `size` bytes (rounded up to whole pages) of zeroed memory that the device reaches.
 
         Raises `UsageError` for a size that is not positive, `EnvironmentProblem` when the huge pages are used up.
@@ -361,7 +300,7 @@ class VfioFunction:
         if start < self._fresh:
             view[:] = bytes(size)
         self._fresh = max(self._fresh, start + size)
-        return VfioBuffer(IOVA_BASE + start, size, view)
+        return Buffer(IOVA_BASE + start, size, view)
 
     def free(self, buffer: DmaBuffer) -> None:
         """Give a buffer of `allocate` back. Raises `UsageError` if it is not one, or was freed before."""
@@ -426,14 +365,14 @@ class VfioFunction:
 
     def _reserve(self) -> tuple[memoryview, int]:
         """Reserve the huge pages. Returns their memory and its address in this process."""
-        free = _free_huge_pages()
+        free = free_huge_pages()
         for pages in range(min(free, MAXIMUM_HUGE_PAGES), 0, -1):  # fewer, if another process is quicker
             try:
                 memory = mmap.mmap(
                     -1,
                     pages * HUGE_PAGE,
                     # Shared, not private: a fork must not make pages that the device has pinned copy-on-write.
-                    mmap.MAP_SHARED | mmap.MAP_ANONYMOUS | _MAP_HUGETLB | _MAP_HUGE_2MB,
+                    mmap.MAP_SHARED | mmap.MAP_ANONYMOUS | MAP_HUGETLB | MAP_HUGE_2MB,
                     mmap.PROT_READ | mmap.PROT_WRITE,
                 )
             except OSError as error:
@@ -487,12 +426,6 @@ def _release(memory: mmap.mmap, view: memoryview) -> None:
         memory.close()
 
 
-def _free_huge_pages() -> int:
-    """Return the number of 2 MiB huge pages that a new mapping could have."""
-    root = "/sys/kernel/mm/hugepages/hugepages-2048kB"
-    return int(_read_text(f"{root}/free_hugepages") or 0) - int(_read_text(f"{root}/resv_hugepages") or 0)
-
-
 def _ioctl(descriptor: int, request: int, argument: bytes | bytearray, what: str) -> None:
     try:
         fcntl.ioctl(descriptor, request, argument)
@@ -508,26 +441,3 @@ def _open_node(path: str, what: str) -> int:
     except OSError as error:
         hint = "; another driver process has it open" if error.errno == errno.EBUSY else ""
         raise EnvironmentProblem(f"cannot open {what} ({path}): {error.strerror}{hint}") from error
-
-
-def _read_text(path: str) -> str | None:
-    try:
-        with open(path, encoding="ascii") as file:
-            return file.read().strip()
-    except OSError:
-        return None
-
-
-def _write_text(path: str, text: str) -> None:
-    try:
-        with open(path, "w", encoding="ascii") as file:
-            file.write(text)
-    except OSError as error:
-        raise EnvironmentProblem(f"cannot write '{text}' to {path}: {error.strerror}") from error
-
-
-def _link_name(path: str) -> str | None:
-    try:
-        return os.path.basename(os.readlink(path))
-    except OSError:
-        return None

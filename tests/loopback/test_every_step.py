@@ -63,7 +63,7 @@ def in_place(world: LoopbackWorld, what: str) -> None:
 @pytest.fixture(autouse=True)
 def without_the_belt(monkeypatch: pytest.MonkeyPatch) -> None:
     """The guest does not look again by the clock: points are what the protocol makes of them, on a slow machine too."""
-    monkeypatch.setattr("vmbus_guest.driver.LOOK_AGAIN", 1e9)
+    monkeypatch.setattr("vmbus_guest.channel_driver.LOOK_AGAIN", 1e9)
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario.name)

@@ -14,7 +14,8 @@ from vmbus.kmcl.client import ClientChannel
 from vmbus.kmcl.lifecycle import ChannelState
 from vmbus.kmcl.server import ServerChannel
 from vmbus.kmcl.status import KmclError, Status
-from vmbus_guest.driver import GpadlRefused, VmbusDriver
+from vmbus_guest.channel_driver import GpadlRefused
+from vmbus_guest.driver import VmbusDriver
 
 pytestmark = pytest.mark.unit
 

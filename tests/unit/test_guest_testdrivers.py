@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from vmbus.errors import UsageError
-from vmbus_guest.driver import LONGEST_TURN, SteadyClock
+from vmbus_guest.channel_driver import LONGEST_TURN, SteadyClock
 from vmbus_guest.pci import PciFunction
 from vmbus_guest.testdrivers import CATALOGUE
 from vmbus_guest.testdrivers.burst import BurstWorkload

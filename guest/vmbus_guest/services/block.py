@@ -30,12 +30,12 @@ from vmbus.kmcl.status import Status as PacketStatus
 from vmbus.wire import block as wire
 from vmbus.wire.block import BLOCK_TYPE, Disk, Feature, Flag, Hello, Op, Status, parse_disk, parse_status
 from vmbus_guest import nbd
-from vmbus_guest.driver import VmbusDriver
+from vmbus_guest.channel_driver import ChannelDriver
+from vmbus_guest.huge_pages import Extents
 from vmbus_guest.pci import PAGE_SIZE
 from vmbus_guest.services.service import Service
 from vmbus_guest.testdrivers.context import Parameters
 from vmbus_guest.testdrivers.workload import LONGEST_STEP
-from vmbus_guest.vfio import Extents
 
 _PER_TURN = 64  # requests read from the kernel before the host's replies get their turn
 _REPLY_SECONDS = 30
@@ -144,7 +144,7 @@ class BlockService(Service):
 
     # ---- the channel ---------------------------------------------------------------------------------------------
 
-    def open(self, driver: VmbusDriver) -> None:
+    def open(self, driver: ChannelDriver) -> None:
         """Take memory, then ask for the channel."""
         self._buffer = driver.allocate(self._size)
         self._extents = Extents(self._size)

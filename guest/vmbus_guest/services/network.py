@@ -148,7 +148,7 @@ class NetworkService(Service):
             return
         self._ready = True
         self._link = nic.link
-        instance = self.driver.link_of(self.channel).offer.interface_instance
+        instance = self.driver.instance_of(self.channel)
         for index in range(1, nic.queues):
             if index not in self._subs:
                 sub = self.make_channel(NETWORK_TYPE, f"{self.name}.{index}", instance, subchannel_index=index)

@@ -7,7 +7,7 @@ from uuid import UUID
 
 from vmbus.kmcl.client import ClientChannel
 from vmbus.kmcl.lifecycle import ChannelState
-from vmbus_guest.driver import VmbusDriver
+from vmbus_guest.channel_driver import ChannelDriver
 from vmbus_guest.testdrivers.context import Parameters
 from vmbus_guest.testdrivers.workload import Workload
 
@@ -48,7 +48,7 @@ class Service(Workload):
             subchannel_index=subchannel_index,
         )
 
-    def open(self, driver: VmbusDriver) -> None:
+    def open(self, driver: ChannelDriver) -> None:
         """Ask for the channels; they open when they are offered."""
         self.driver = driver
         self.channels = self.channels_wanted()
@@ -64,7 +64,7 @@ class Service(Workload):
             self.reopened += 1
             channel.enable()
 
-    def trouble_now(self, now: float, driver: VmbusDriver) -> str | None:
+    def trouble_now(self, now: float, driver: ChannelDriver) -> str | None:
         """A service waits for its host as long as it takes."""
         return None
 

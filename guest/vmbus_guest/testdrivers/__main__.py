@@ -11,12 +11,16 @@ import os
 import signal
 import sys
 import traceback
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vmbus.errors import UsageError, VmbusError
 from vmbus_guest.pci import PciFunction
 from vmbus_guest.testdrivers import drivers
 from vmbus_guest.testdrivers.context import Context, Parameters, standard_output
+
+if TYPE_CHECKING:
+    from vmbus.audit.recorder import Recorder
+    from vmbus_guest.channel_driver import ChannelDriver
 
 
 def main(arguments: list[str]) -> int:
@@ -34,7 +38,7 @@ def main(arguments: list[str]) -> int:
             print(f"  {name:11}  {entry.summary}", file=sys.stderr)
         return 2
     output = standard_output()
-    context = Context({}, _open_function, output)
+    context = Context({}, _open_function, output, open_uio=_open_uio, prefer_uio=_prefer_uio)
     try:
         if arguments[1:]:
             parameters: Any = json.loads(arguments[2])
@@ -69,6 +73,20 @@ def _open_function() -> PciFunction:
     from vmbus_guest.vfio import VfioFunction
 
     return VfioFunction.open()
+
+
+def _open_uio(recorder: Recorder | None) -> ChannelDriver:
+    from vmbus_guest.uio import UioDriver
+
+    return UioDriver(recorder=recorder)
+
+
+def _prefer_uio() -> bool:
+    """Whether Linux's own bus drives the device, and no function is left for VFIO."""
+    from vmbus_guest.uio import bus_is_there
+    from vmbus_guest.vfio import free_functions
+
+    return bus_is_there() and not free_functions()
 
 
 if __name__ == "__main__":

@@ -20,6 +20,10 @@ LOOK_INTERVAL = 0.05
 
 if TYPE_CHECKING:
     from vmbus.audit.recorder import Recorder
+    from vmbus_guest.channel_driver import ChannelDriver
+
+ACCESS = ("auto", "vfio", "uio")
+"""How the device may be reached."""
 
 Value = TypeVar("Value", int, float, str, bool)
 
@@ -78,8 +82,10 @@ class Parameters:
 class Context:
     """One run of a test driver.
 
-    `open_function` opens the PCI function under test; a run on the host passes its own. `output` takes the report as
-    JSON lines: `{"event": "progress", ...}` now and then. Whoever sets `stop_requested` asks for an early end.
+    `open_function` opens the PCI function under test; a run on the host passes its own. `open_uio` opens a driver over
+    Linux's own bus, where there can be one, and `prefer_uio` tells whether that is how the device is reached here.
+    `output` takes the report as JSON lines: `{"event": "progress", ...}` now and then. Whoever sets `stop_requested`
+    asks for an early end.
     """
 
     def __init__(
@@ -87,9 +93,14 @@ class Context:
         parameters: Mapping[str, Any],
         open_function: Callable[[], PciFunction],
         output: IO[str] | None = None,
+        *,
+        open_uio: Callable[[Recorder | None], ChannelDriver] | None = None,
+        prefer_uio: Callable[[], bool] = lambda: False,
     ) -> None:
         self.parameters = Parameters(parameters)
         self.open_function = open_function
+        self._open_uio = open_uio
+        self._prefer_uio = prefer_uio
         self.stop_requested = False
         self.recorder: Recorder | None = None
         self._audit = ""
@@ -97,6 +108,21 @@ class Context:
         self._next_look = 0.0
         self._output = output
         self._next_progress = 0.0
+
+    def connect(self, access: str = "auto") -> ChannelDriver:
+        """Open the device for channels, in one of the ways of `ACCESS`. Raises what that raises."""
+        if access == "uio" or (access == "auto" and self._prefer_uio()):
+            if self._open_uio is None:
+                raise UsageError("the device cannot be reached through UIO from here: only in a guest")
+            return self._open_uio(self.recorder)
+        from vmbus_guest.driver import VmbusDriver
+
+        function = self.open_function()
+        try:
+            return VmbusDriver(function, recorder=self.recorder)
+        except BaseException:
+            function.close()
+            raise
 
     def keep_record(self, directory: str, name: str) -> None:
         """Keep an audit record in a new file of `directory`. Raises EnvironmentProblem."""

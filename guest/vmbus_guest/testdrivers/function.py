@@ -12,8 +12,9 @@ from __future__ import annotations
 import time
 from typing import Any
 
+from vmbus_guest.huge_pages import HUGE_PAGE
 from vmbus_guest.testdrivers.context import Context
-from vmbus_guest.vfio import DEVICE_ID, HUGE_PAGE, VENDOR_ID, VfioFunction
+from vmbus_guest.vfio import DEVICE_ID, VENDOR_ID, VfioFunction
 
 
 def run(context: Context) -> dict[str, Any]:

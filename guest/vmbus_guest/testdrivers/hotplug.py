@@ -22,7 +22,7 @@ from vmbus.kmcl.client import ClientChannel
 from vmbus.kmcl.lifecycle import ChannelState
 from vmbus.kmcl.status import Status as PacketStatus
 from vmbus.wire.lab import LAB_TYPE, Op, Status, parse_reply, request
-from vmbus_guest.driver import VmbusDriver
+from vmbus_guest.channel_driver import ChannelDriver
 from vmbus_guest.testdrivers.context import Parameters
 from vmbus_guest.testdrivers.requests import Books, LabWorkload, Requests, ask, post
 
@@ -132,7 +132,7 @@ class HotplugWorkload(LabWorkload):
                 self._post(target, target.withdraw)
         return super().tick(now)
 
-    def trouble_now(self, now: float, driver: VmbusDriver) -> str | None:
+    def trouble_now(self, now: float, driver: ChannelDriver) -> str | None:
         """What the lab was asked for has to happen, whatever else goes on."""
         for target in self._targets:
             if target.phase is not Phase.HERE and target.since and now - target.since >= self.stall_seconds:

@@ -13,7 +13,7 @@ from typing import Any
 
 from vmbus.kmcl.status import Status as PacketStatus
 from vmbus.workload import Pattern, Sequence, Tally, echo_request
-from vmbus_guest.driver import SteadyClock, VmbusDriver
+from vmbus_guest.channel_driver import ChannelDriver, SteadyClock
 from vmbus_guest.testdrivers.context import Parameters
 from vmbus_guest.testdrivers.requests import ECHO, LabWorkload, post, right_answer
 
@@ -76,7 +76,7 @@ class IdleWorkload(LabWorkload):
 
         post(self.channel, ECHO + echo_request(sequence, data, inline=True), answered)
 
-    def trouble_now(self, now: float, driver: VmbusDriver) -> str | None:
+    def trouble_now(self, now: float, driver: ChannelDriver) -> str | None:
         """Only what was asked can be late."""
         if not self._waiting:
             self.moved_at = now

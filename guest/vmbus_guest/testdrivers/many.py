@@ -15,7 +15,7 @@ from typing import Any
 
 from vmbus.kmcl.client import ClientChannel
 from vmbus.wire.lab import MAXIMUM_SUBCHANNELS, Op, Stats
-from vmbus_guest.driver import VmbusDriver
+from vmbus_guest.channel_driver import ChannelDriver
 from vmbus_guest.testdrivers.context import Parameters
 from vmbus_guest.testdrivers.requests import Books, LabWorkload, Pushes, Requests, host_books
 
@@ -72,7 +72,7 @@ class ManyWorkload(LabWorkload):
                 line.host = host_books(line.channel, timeout=self.stall_seconds)
         return super().tick(now)
 
-    def trouble_now(self, now: float, driver: VmbusDriver) -> str | None:
+    def trouble_now(self, now: float, driver: ChannelDriver) -> str | None:
         """Any of the channels may be gone."""
         gone = [line.channel for line in self.lines if not line.channel.active]
         if gone:

@@ -22,7 +22,7 @@ from vmbus.kmcl.pipe import MAX_DATA, Pipe, PipeMode
 from vmbus.wire.lab import LAB_PIPE_TYPE, MESSAGE, transform_stream
 from vmbus.wire.messages import OfferChannel
 from vmbus.workload import Pattern, Sequence, Tally, transform
-from vmbus_guest.driver import VmbusDriver
+from vmbus_guest.channel_driver import ChannelDriver
 from vmbus_guest.testdrivers.context import Parameters
 from vmbus_guest.testdrivers.workload import Workload
 
@@ -127,7 +127,7 @@ class PipeWorkload(Workload):
         self._stopped = False
         self.ends: list[End] = []
 
-    def open(self, driver: VmbusDriver) -> None:
+    def open(self, driver: ChannelDriver) -> None:
         """Open one pipe of each mode."""
         self.driver = driver
         for mode in self._modes:
@@ -162,7 +162,7 @@ class PipeWorkload(Workload):
     def _no_more(self, end: End) -> bool:
         return self._stopped or (self._count > 0 and end.sent >= self._count)
 
-    def trouble_now(self, now: float, driver: VmbusDriver) -> str | None:
+    def trouble_now(self, now: float, driver: ChannelDriver) -> str | None:
         """Either pipe may be gone."""
         for end in self.ends:
             if not end.channel.active:

@@ -83,7 +83,7 @@ class RemapWorkload(EchoWorkload):
             packet.pointer = None  # and with it the view of the memory
         self.driver.free(self._buffer)
         self._buffer = None
-        self.unmapped += self.driver.function.trim()
+        self.unmapped += self.driver.trim()
         self.rounds += 1
 
     def counts(self) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 from typing import Any
 
 from vmbus.wire.lab import LAB_TYPE, MAXIMUM_PUSH_SIZE
-from vmbus_guest.driver import VmbusDriver
+from vmbus_guest.channel_driver import ChannelDriver
 from vmbus_guest.testdrivers.context import Parameters
 from vmbus_guest.testdrivers.echo import EchoDefaults, EchoWorkload
 from vmbus_guest.testdrivers.requests import ECHO, Pushes
@@ -64,7 +64,7 @@ class RingFullWorkload(EchoWorkload):
             return self._paused_until
         return super().tick(now)
 
-    def trouble_now(self, now: float, driver: VmbusDriver) -> str | None:
+    def trouble_now(self, now: float, driver: ChannelDriver) -> str | None:
         """A pause of ours is none."""
         return None if self._paused_until is not None else super().trouble_now(now, driver)
 

@@ -18,8 +18,8 @@ from uuid import UUID
 
 from vmbus.errors import EnvironmentProblem, UsageError, VmbusError
 from vmbus.kmcl.client import ClientChannel
-from vmbus_guest.driver import LONGEST_TURN, VmbusDriver
-from vmbus_guest.testdrivers.context import Context, Parameters
+from vmbus_guest.channel_driver import LONGEST_TURN, ChannelDriver
+from vmbus_guest.testdrivers.context import ACCESS, Context, Parameters
 
 Result = TypeVar("Result")
 
@@ -53,6 +53,9 @@ class Workload(ABC):
         self._pages_in = parameters.get("ring_pages_in", default, minimum=1, maximum=1024)
         self._pages_out = parameters.get("ring_pages_out", default, minimum=1, maximum=1024)
         self.stall_seconds = parameters.get("stall_seconds", 30.0, minimum=0.1)
+        self.access = parameters.get("access", "auto")
+        if self.access not in ACCESS:
+            raise UsageError(f"parameter 'access' is one of {', '.join(ACCESS)}, not '{self.access}'")
         self.started_at = 0.0
         self.ended_at = 0.0
         self.moved_at = 0.0
@@ -62,7 +65,7 @@ class Workload(ABC):
         self.broken = False
         """Whether one of its calls raised: it is not called any more."""
 
-    def open(self, driver: VmbusDriver) -> None:
+    def open(self, driver: ChannelDriver) -> None:
         """Open the channel and take memory."""
         self.driver = driver
         self._instance = self.claim(driver)
@@ -70,7 +73,7 @@ class Workload(ABC):
         self.prepare()
         driver.enable(self.channel)
 
-    def claim(self, driver: VmbusDriver) -> UUID:
+    def claim(self, driver: ChannelDriver) -> UUID:
         """Choose an instance that nobody uses. Raises EnvironmentProblem when there is none of this type."""
         found = driver.claim(self.interface_type, self._instance)
         if found is None:
@@ -126,7 +129,7 @@ class Workload(ABC):
         """Do what is due at `now` (monotonic seconds); returns when to be called again at the latest."""
         return now + LONGEST_STEP
 
-    def trouble_now(self, now: float, driver: VmbusDriver) -> str | None:
+    def trouble_now(self, now: float, driver: ChannelDriver) -> str | None:
         """Why the work cannot go on, None while it can."""
         if not self.channel.active:
             reasons = "; ".join(driver.failures) or "rescinded or closed by the host"
@@ -242,13 +245,11 @@ def _guarded(workload: Workload, call: Callable[[], Result]) -> Result | None:
 
 
 @contextlib.contextmanager
-def _connected(context: Context, workloads: Sequence[Workload]) -> Iterator[VmbusDriver]:
-    function = context.open_function()
-    try:
-        driver = VmbusDriver(function, recorder=context.recorder)
-    except BaseException:
-        function.close()
-        raise
+def _connected(context: Context, workloads: Sequence[Workload]) -> Iterator[ChannelDriver]:
+    ways = {workload.access for workload in workloads}
+    if len(ways) > 1:
+        raise UsageError(f"workloads that run side by side reach the device in one way, not in {sorted(ways)}")
+    driver = context.connect(*ways)
     try:
         yield driver
     except BaseException:
