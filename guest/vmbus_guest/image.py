@@ -3,9 +3,9 @@
 Runs on the host, needs no root rights and no cpio program. The image is two newc archives in one file, uncompressed
 (unpacking under an emulated CPU costs more than reading):
 
-* the *base*: busybox with its applets, Python with a pruned, precompiled standard library, mke2fs and e2fsck, the
-  shared libraries they need, the kernel modules. It changes only when one of the Debian packages or this module
-  changes.
+* the *base*: busybox with its applets, Python with a pruned, precompiled standard library, mke2fs and e2fsck,
+  hv_kvp_daemon, the shared libraries they need, the kernel modules. It changes only when one of the Debian packages or
+  this module changes.
 * *ours*: the guest's part of `vmbus` (with the native core, if the guest's Python can load it), `vmbus_guest`, and the
   tree `rootfs/` beside this module (whose `init` the kernel starts), and our kernel module, if there is one. Files of
   `rootfs/` replace those of the base. It is written again whenever a source file changes.
@@ -87,8 +87,8 @@ UNUSED_PYTHON = (
 
 `_hashlib` needs 8 MB of OpenSSL; hashlib has its own implementations of everything that is used here."""
 
-TOOLS = ("usr/sbin/mke2fs", "usr/sbin/e2fsck", "etc/mke2fs.conf")
-"""Taken from Debian's e2fsprogs; busybox cannot make or check an ext4 file system."""
+TOOLS = ("usr/sbin/mke2fs", "usr/sbin/e2fsck", "etc/mke2fs.conf", "usr/sbin/hv_kvp_daemon")
+"""Taken from Debian's e2fsprogs (busybox cannot make or check an ext4 file system) and hyperv-daemons."""
 
 COMPILE_TIMEOUT = 300.0
 KEPT_IMAGES = 8
@@ -226,7 +226,7 @@ def _base(userland: Root, kernel: Kernel, cache: Cache, reporter: Reporter) -> P
 
 
 def _skeleton() -> Iterator[newc.Entry]:
-    for name in ("dev", "etc", "mnt", "proc", "root", "run", "sys", "usr/bin", "usr/lib64", "usr/sbin", "var"):
+    for name in ("dev", "etc", "mnt", "proc", "root", "run", "sys", "usr/bin", "usr/lib64", "usr/sbin", "var/lib"):
         yield newc.directory(name)
     yield newc.directory("tmp", 0o1777)
     for name in ("bin", "sbin", "lib", "lib64"):
@@ -236,7 +236,7 @@ def _skeleton() -> Iterator[newc.Entry]:
     yield newc.character_device("dev/null", 1, 3, 0o666)
     yield newc.file("etc/passwd", b"root:x:0:0:root:/root:/bin/sh\n")
     yield newc.file("etc/group", b"root:x:0:\n")
-    yield newc.file("etc/hosts", b"127.0.0.1 localhost\n")
+    yield newc.file("etc/hosts", b"127.0.0.1 localhost\n127.0.1.1 vmbus-guest\n")
 
 
 def _busybox(userland: Root) -> Iterator[newc.Entry]:

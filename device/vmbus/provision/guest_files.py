@@ -1,5 +1,5 @@
-"""What the guest runs that is not ours: Debian's cloud kernel with some of its modules, busybox, Python and the tools
-for ext4 file systems.
+"""What the guest runs that is not ours: Debian's cloud kernel with some of its modules, busybox, Python, the tools for
+ext4 file systems, and the daemon of Linux's key-value exchange.
 
 The kernel package is large and most of it is of no use here, so only the image and the wanted modules (with whatever
 they depend on) are unpacked from it, decompressed: the guest's loader is then as simple as can be.
@@ -46,7 +46,14 @@ MODULES = (
 USERLAND_RECIPE = RootRecipe(
     name="guest",
     suites=(SUITE,),
-    packages=("busybox-static", "python3.13-minimal", "libpython3.13-minimal", "libpython3.13-stdlib", "e2fsprogs"),
+    packages=(
+        "busybox-static",
+        "python3.13-minimal",
+        "libpython3.13-minimal",
+        "libpython3.13-stdlib",
+        "e2fsprogs",
+        "hyperv-daemons",
+    ),
 )
 
 PYTHON = "python3.13"
@@ -119,7 +126,7 @@ def find_kernel(cache: Cache | None = None, reporter: Reporter | None = None, ap
 
 
 def find_userland(cache: Cache | None = None, reporter: Reporter | None = None, apt: Apt | None = None) -> Root:
-    """Return the root with busybox, Python and e2fsprogs, fetched (with `apt` for the suite, if given) if need be. The
+    """Return the root with busybox, Python and the rest, fetched (with `apt` for the suite, if given) if need be. The
     caller holds the cache's lock.
 
     Raises EnvironmentProblem, AptError, WaitTimeout.
