@@ -1,0 +1,141 @@
+"""Test drivers over Linux's own VMBus and its UIO driver: Linux opens and closes the channels and carries the signals.
+
+One VM is booted and saved twice in mid-traffic: rightly, and with the flush of dirty pages left out.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from vmbus.audit.checker import check_paths
+from vmbus.audit.report import Report
+from vmbus.errors import WaitTimeout
+from vmbus.qemu.command_line import Programs
+from vmbus.qemu.description import VmDescription, load_description
+from vmbus.qemu.machine import VirtualMachine
+from vmbus.qemu.save import Sabotage
+
+pytestmark = pytest.mark.vm
+
+Run = Callable[[Coroutine[Any, Any, Any]], Any]
+Note = Callable[[str], None]
+CHECKOUT = Path(__file__).resolve().parents[2]
+
+# Small, since an emulated guest is slow and they share it; none has an end of its own.
+PARAMETERS: dict[str, dict[str, Any]] = {
+    "echo": {"window": 64, "size": 600, "minimum_size": 1, "external": 0.3},
+    "burst": {"window": 400, "size": 300, "hold": 20},
+    "bulk": {"window": 3},
+    "ring-full": {"window": 400, "size": 700, "pause_every": 100},
+    "churn": {"requests": 4, "window": 8},
+    "sync": {},
+}
+
+
+def described() -> VmDescription:
+    """The machine with Linux's drivers, and providers for all of these; each device costs the guest up to 47 MiB."""
+    plain = msgspec.to_builtins(load_description(CHECKOUT / "qemu_configs" / "linux.toml"))
+    plain["memory_mib"] = 768
+    kinds = {"echo": "echo", "echo-2": "echo", "burst": "burst", "lab": "lab"}
+    plain["device"]["providers"] = [
+        {
+            "kind": kind,
+            "name": name,
+            "instance": f"6f1b4b0e-5d2c-4a53-9d0a-0f2f1f3c7e0{number}",
+            "options": {"stations": 3, "pipes": 0} if kind == "lab" else {},
+        }
+        for number, (name, kind) in enumerate(kinds.items())
+    ]
+    return msgspec.convert(plain, VmDescription)
+
+
+async def until_all_have_moved(vm: VirtualMachine, job: int, since: dict[str, int]) -> dict[str, int]:
+    """Wait until each workload has completed more than it had."""
+    deadline = time.monotonic() + 90
+    while True:
+        report = await vm.call_agent("poll", job=job)
+        assert report["state"] == "running", report
+        parts = (report["progress"] or {}).get("workloads", [])
+        now = {part["name"]: int(part["completed"]) for part in parts}
+        if now and all(now[name] > since.get(name, 0) for name in now):
+            return now
+        if time.monotonic() > deadline:
+            raise WaitTimeout(f"progress from {since} to {now}", 90)
+        await asyncio.sleep(0.1)
+
+
+async def shell(vm: VirtualMachine, command: str) -> str:
+    """What a shell command in the guest prints."""
+    return (await vm.run_in_guest(["/bin/sh", "-c", command])).output.strip()
+
+
+async def end(vm: VirtualMachine, job: int) -> dict[str, Any]:
+    """Stop the drivers; their report, as far as they get."""
+    await vm.call_agent("stop", job=job)
+    report: dict[str, Any] = await vm.call_agent("wait", job=job, timeout=120.0)
+    return report
+
+
+async def checked(vm: VirtualMachine, audit: Path) -> Report:
+    """The books of both ends, over all servers up to this one."""
+    await vm.collect_audit()
+    return check_paths([audit], leaf=(await vm.call_server("audit"))["uid"])
+
+
+def test_uio_drivers_over_saves_in_mid_traffic(run: Run, programs: Programs, tmp_path: Path, note: Note) -> None:
+    audit = tmp_path / "audit"
+    workloads = [{"driver": name, "count": 0, "stall_seconds": 60.0, **values} for name, values in PARAMETERS.items()]
+
+    async def story() -> list[Any]:
+        async with await VirtualMachine.launch(
+            described(), programs, audit=audit
+        ) as vm:  # as booted: records are counted
+            await vm.wait_ready()
+            job = int((await vm.call_agent("start", driver="mixed", parameters={"workloads": workloads}))["job"])
+            before = await until_all_have_moved(vm, job, {})
+            bound = await shell(vm, "ls /sys/bus/vmbus/drivers/uio_hv_generic; cat /sys/class/uio/*/name")
+            assert bound.count("uio_hv_generic") == len(PARAMETERS), bound
+            live = await vm.save(tmp_path / "live", live=True, keep=True)
+            await vm.save(tmp_path / "broken", live=True, sabotage=Sabotage(skip_flush=True))
+        async with await VirtualMachine.restore(tmp_path / "live", programs, audit=audit) as vm:
+            await vm.wait_ready()
+            before = await until_all_have_moved(vm, job, before)
+            stopped = await vm.save(tmp_path / "stopped")
+        async with await VirtualMachine.restore(tmp_path / "stopped", programs, audit=audit) as vm:
+            await vm.wait_ready()
+            await until_all_have_moved(vm, job, before)
+            report = await end(vm, job)
+            books = await checked(vm, audit)
+            left = await shell(vm, "ls /sys/class/uio; dmesg | grep -E 'WARNING|BUG|blocked for|Call Trace'")
+        assert left == "", left
+        return [report, books, live, stopped]
+
+    report, books, live, stopped = run(story())
+    assert report["state"] == "finished", report
+    for part in report["result"]["workloads"]:
+        note(f"over UIO {part['name']}: {part['completed']} completed in {part['seconds']} s, {part['verdict']}")
+        assert part["verdict"] == "passed", part
+    assert books.clean, str(books)
+    for saved in (live, stopped):
+        assert saved.packets["queued"] + saved.packets["sent"] > 0, saved
+    note(
+        f"over UIO, over a live save with {live.packets} and a stopped one with {stopped.packets}: {books.packets} "
+        f"packets, {books.transactions} transactions exactly once"
+    )
+
+    async def broken() -> tuple[bool, str]:
+        async with await VirtualMachine.restore(tmp_path / "broken", programs, audit=audit) as vm:
+            await vm.wait_ready()
+            report = await end(vm, report_job)
+            return report["state"] == "finished" and report["result"]["verdict"] == "passed", str(report)
+
+    report_job = int(report["job"])
+    well, what = run(broken())
+    assert not well, f"a save whose written pages were not flushed is noticed: {what}"
