@@ -30,6 +30,9 @@ RUNS: dict[str, dict[str, Any]] = {
     "ring-full": {"count": 3000, "window": 1000},
     "churn": {"count": 25},
     "sync": {"count": 150},
+    "raw-echo": {"count": 500},
+    "storm": {"count": 300},
+    "idle": {"seconds": 0.3},
 }
 
 
@@ -69,7 +72,7 @@ def test_what_cannot_be_done_over_uio_is_said(kernel: Kernel) -> None:
         CATALOGUE["mixed"].load()(uio_context(kernel, {"workloads": workloads}))
     with pytest.raises(UsageError, match="'access' is one of auto, vfio, uio"):
         CATALOGUE["echo"].load()(uio_context(kernel, {"access": "ndis"}))
-    for name in ("many", "gpadl", "pipe"):
+    for name in ("many", "gpadl", "hotplug", "pipe"):
         try:
             result = CATALOGUE[name].load()(uio_context(kernel, {}))
         except UsageError as error:
