@@ -89,6 +89,36 @@ async def checked(vm: VirtualMachine, audit: Path) -> Report:
     return check_paths([audit], leaf=(await vm.call_server("audit"))["uid"])
 
 
+async def until_moved(vm: VirtualMachine, job: int) -> None:
+    """Wait until a driver that runs alone has completed something."""
+    deadline = time.monotonic() + 90
+    while not ((report := await vm.call_agent("poll", job=job))["progress"] or {}).get("completed"):
+        assert report["state"] == "running", report
+        if time.monotonic() > deadline:
+            raise WaitTimeout(f"progress: {report}", 90)
+        await asyncio.sleep(0.1)
+
+
+async def killed_and_withdrawn(vm: VirtualMachine) -> None:
+    """A driver that is killed in mid-traffic, and a provider that goes meanwhile: the next one finds all in order."""
+    assert vm.control is not None
+    echo = next(one for one in described().device.providers if one.name == "echo")
+    forever = {"count": 0, "window": 16, "size": 5000, "external": 0.5, "instance": echo.instance}
+    for what in ("killed", "withdrawn"):
+        job = int((await vm.call_agent("start", driver="echo", parameters=forever))["job"])
+        await until_moved(vm, job)
+        if what == "killed":
+            await vm.call_agent("kill", job=job)
+        else:
+            await vm.control.call("rescind", name="echo")
+            report = await vm.call_agent("wait", job=job, timeout=60.0)
+            assert "rescinded or closed by the host" in str(report["result"]["trouble"]), report
+            await vm.control.call("offer", provider=msgspec.to_builtins(echo))
+        once = {**forever, "count": 100}
+        report = await vm.call_agent("run", driver="echo", parameters=once, timeout=60.0)
+        assert report["state"] == "finished" and report["result"]["verdict"] == "passed", (what, report)
+
+
 def test_uio_drivers_over_saves_in_mid_traffic(run: Run, programs: Programs, tmp_path: Path, note: Note) -> None:
     audit = tmp_path / "audit"
     workloads = [{"driver": name, "count": 0, "stall_seconds": 60.0, **values} for name, values in PARAMETERS.items()]
@@ -113,6 +143,7 @@ def test_uio_drivers_over_saves_in_mid_traffic(run: Run, programs: Programs, tmp
             await until_all_have_moved(vm, job, before)
             report = await end(vm, job)
             books = await checked(vm, audit)
+            await killed_and_withdrawn(vm)
             left = await shell(vm, "ls /sys/class/uio; dmesg | grep -E 'WARNING|BUG|blocked for|Call Trace'")
         assert left == "", left
         return [report, books, live, stopped]
