@@ -4,8 +4,8 @@ Runs on the host, needs no root rights and no cpio program. The image is two new
 (unpacking under an emulated CPU costs more than reading):
 
 * the *base*: busybox with its applets, Python with a pruned, precompiled standard library, mke2fs and e2fsck,
-  hv_kvp_daemon, the shared libraries they need, the kernel modules. It changes only when one of the Debian packages or
-  this module changes.
+  the daemons of Linux's integration driver, the shared libraries they need, the kernel modules. It changes only when
+  one of the Debian packages or this module changes.
 * *ours*: the guest's part of `vmbus` (with the native core, if the guest's Python can load it), `vmbus_guest`, and the
   tree `rootfs/` beside this module (whose `init` the kernel starts), and our kernel module, if there is one. Files of
   `rootfs/` replace those of the base. It is written again whenever a source file changes.
@@ -87,7 +87,7 @@ UNUSED_PYTHON = (
 
 `_hashlib` needs 8 MB of OpenSSL; hashlib has its own implementations of everything that is used here."""
 
-TOOLS = ("usr/sbin/mke2fs", "usr/sbin/e2fsck", "etc/mke2fs.conf", "usr/sbin/hv_kvp_daemon")
+TOOLS = ("usr/sbin/mke2fs", "usr/sbin/e2fsck", "etc/mke2fs.conf", "usr/sbin/hv_kvp_daemon", "usr/sbin/hv_vss_daemon")
 """Taken from Debian's e2fsprogs (busybox cannot make or check an ext4 file system) and hyperv-daemons."""
 
 COMPILE_TIMEOUT = 300.0

@@ -249,7 +249,7 @@ class UioDriver(ChannelDriver):
     def _channel_enabled(self, channel: ClientChannel) -> None:
         if not self._opening:
             raise UsageError(
-                f"channel {channel.name}: over UIO channels are opened by the driver's enable() alone; use access 'vfio'"
+                f"channel {channel.name}: over UIO channels are opened by the driver's enable(); use access 'vfio'"
             )
 
     def enable(self, channel: ClientChannel, timeout: float = DEFAULT_TIMEOUT) -> None:

@@ -10,7 +10,7 @@ from vmbus.kmcl.pipe import frame, unframe
 from vmbus.testkit import ProviderTest
 from vmbus.testkit.client import Client, HostPacket
 from vmbus.wire import ic
-from vmbus_guest.services.integration import IntegrationService
+from vmbus_guest.services.integration import ANSWERED, IntegrationService
 from vmbus_guest.testdrivers.context import Parameters
 
 
@@ -63,7 +63,7 @@ class KitGuest:
         self.asked: dict[str, list[ic.Message]] = {}
         self.unanswered: list[tuple[Client, ic.Service, int, ic.Message]] = []
         self.clients: dict[str, Client] = {}
-        for service in ic.SERVICES:
+        for service in ANSWERED:
             if not names or service.name in names:
                 self.open(service)
 

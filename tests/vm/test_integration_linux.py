@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import time
 from collections.abc import Callable, Coroutine
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from vmbus.errors import WaitTimeout
+from vmbus.errors import VmbusError, WaitTimeout
 from vmbus.qemu.command_line import Programs
 from vmbus.qemu.description import VmDescription, load_description
 from vmbus.qemu.machine import VirtualMachine
@@ -35,6 +36,7 @@ def described(sync_seconds: float) -> VmDescription:
     # The other is there for when this one is not: a device has at least one provider.
     plain["device"]["providers"] = [services, {"kind": "echo", "name": "echo", "instance": ECHO}]
     services["options"] |= {
+        "services": ["heartbeat", "shutdown", "time", "kvp", "vss"],
         "heartbeat_seconds": 0.2,
         "time_seconds": 1,
         "sync_seconds": sync_seconds,
@@ -90,6 +92,32 @@ async def until_negotiated(vm: VirtualMachine, after: int) -> None:
         await asyncio.sleep(0.1)
 
 
+def with_a_disk(programs: Programs, image: Path) -> Programs:
+    """A disk of QEMU's own in the machine, to have a file system on."""
+    with image.open("wb") as file:
+        file.truncate(16 << 20)
+    extra = (
+        *("-blockdev", f"driver=raw,node-name=base,file.driver=file,file.aio=threads,file.filename={image}"),
+        *("-device", "virtio-blk-pci,drive=base,addr=0x8"),
+    )
+    return dataclasses.replace(programs, extra=extra)
+
+
+def is_clean(image: Path) -> bool:
+    """Whether the ext4 file system in an image needs no recovery, as its superblock says."""
+    with image.open("rb") as file:
+        file.seek(1024 + 0x60)
+        return not int.from_bytes(file.read(4), "little") & 4
+
+
+MOUNT = """
+while read -r name needed; do
+    case $name in crc16|crc32c_generic|mbcache|jbd2|ext4|virtio_blk) insmod /lib/modules/$name.ko ;; esac
+done < /lib/modules/order
+/usr/sbin/mke2fs -q -F -t ext4 /dev/vda && mount /dev/vda /mnt && echo mounted
+"""
+
+
 def test_integration_service_of_linux_over_a_restore(run: Run, programs: Programs, tmp_path: Path, note: Note) -> None:
     def ask(vm: VirtualMachine, command: str, **arguments: Any) -> Coroutine[Any, Any, dict[str, Any]]:
         return vm.command_provider("services", command, arguments)
@@ -115,6 +143,34 @@ def test_integration_service_of_linux_over_a_restore(run: Run, programs: Program
         assert values == {"role": "example", "number": "4711"}
         assert "role" in await shell(vm, "tr -d '\\0' < /var/lib/hyperv/.kvp_pool_0")
 
+    image = tmp_path / "disk.img"
+    programs = with_a_disk(programs, image)
+
+    async def writes(vm: VirtualMachine, name: str) -> bool:
+        """Whether a program that writes to the disk gets on, within a second."""
+        script = f"(echo x > /mnt/{name}; echo > /run/{name}) > /dev/null 2>&1 & sleep 1; ls /run/{name}"
+        return await shell(vm, script) == f"/run/{name}"
+
+    async def until_written(vm: VirtualMachine, name: str) -> None:
+        deadline = time.monotonic() + 30
+        while await shell(vm, f"ls /run/{name}") != f"/run/{name}":
+            assert time.monotonic() < deadline, "it still waits"
+            await asyncio.sleep(0.1)
+
+    async def freezing(vm: VirtualMachine) -> None:
+        assert (await shell(vm, MOUNT)).endswith("mounted")
+        assert await writes(vm, "free") and not is_clean(image)
+        assert await ask(vm, "freeze", seconds=120) == {"frozen": True}
+        assert is_clean(image), "all is on the disk"
+        assert not await writes(vm, "held"), "nobody writes"
+        assert await ask(vm, "thaw") == {"thawed": True}
+        await until_written(vm, "held")
+        assert await ask(vm, "freeze", seconds=1) == {"frozen": True}
+        await writes(vm, "briefly")
+        await until_written(vm, "briefly")  # thawed by itself
+        with pytest.raises(VmbusError, match="are not frozen"):
+            await ask(vm, "thaw")
+
     async def story() -> None:
         vm = await VirtualMachine.launch(described(0), programs)  # as booted: it is saved and restored further down
         async with vm:
@@ -134,6 +190,10 @@ def test_integration_service_of_linux_over_a_restore(run: Run, programs: Program
             for date in ("2001-01-01", "2091-01-01"):
                 await shell(vm, f"date -s {date}")
                 took.append(await until_right(vm, 60))
+            await freezing(vm)
+            # Frozen, saved: the one that is restored finds itself thawed.
+            assert await ask(vm, "freeze", seconds=600) == {"frozen": True}
+            assert not await writes(vm, "saved")
             syncs = (await part(vm, "time"))["syncs"]
             await vm.save(tmp_path / "0", live=True)
         await asyncio.sleep(AWAY)
@@ -142,6 +202,8 @@ def test_integration_service_of_linux_over_a_restore(run: Run, programs: Program
             took.append(await until_right(vm, 60))
             assert (await part(vm, "time"))["syncs"] > syncs
             await until_beats(vm, 5)
+            await until_written(vm, "saved")
+            assert await ask(vm, "thaw") == {"thawed": True}, "it was frozen until the save"
             found = await ask(vm, "kvp-get", key="number", pool="external")
             assert found == {"value": "4711", "type": "string"}
             # A daemon that ends, and another in its place; then the same with the driver.
@@ -150,11 +212,11 @@ def test_integration_service_of_linux_over_a_restore(run: Run, programs: Program
             again = (
                 "cd /sys/bus/vmbus/drivers/hv_utils; for i in *-*; do echo $i > unbind; echo $i > bind; done; ls -d *-*"
             )
-            assert len((await shell(vm, again)).split()) == 4
+            assert len((await shell(vm, again)).split()) == 5
             await until_negotiated(vm, 0)
             await until_beats(vm, 5)
             assert (await ask(vm, "kvp-get", key="role", pool="external"))["value"] == "example"
-            for name in ("heartbeat", "shutdown", "time", "kvp"):
+            for name in ("heartbeat", "shutdown", "time", "kvp", "vss"):
                 status = await part(vm, name)
                 assert status["stray"] == 0 and status["phase"] == "ready", status
             trouble = await shell(vm, "dmesg | grep -E 'WARNING|BUG|blocked for|Call Trace|Stale'")

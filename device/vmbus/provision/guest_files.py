@@ -1,5 +1,5 @@
 """What the guest runs that is not ours: Debian's cloud kernel with some of its modules, busybox, Python, the tools for
-ext4 file systems, and the daemon of Linux's key-value exchange.
+ext4 file systems, and the daemons of Linux's integration driver.
 
 The kernel package is large and most of it is of no use here, so only the image and the wanted modules (with whatever
 they depend on) are unpacked from it, decompressed: the guest's loader is then as simple as can be.

@@ -1,5 +1,5 @@
-"""Integration components: heartbeat, shutdown, time synchronisation and key-value exchange, as Linux's hv_util and its
-daemon speak them on the guest's side.
+"""Integration components: heartbeat, shutdown, time synchronisation, key-value exchange and freezing of file systems,
+as Linux's hv_util and its daemons speak them on the guest's side.
 
 Each service has a channel in message-pipe mode. Behind the pipe's header (`vmbus.kmcl.pipe`) every message, in either
 direction, has the header below and a body. The host asks; the guest answers with a packet of its own that repeats the
@@ -31,6 +31,7 @@ _HEARTBEAT = Struct("<Q")
 _SHUTDOWN = Struct("<III")
 _TIME_3 = Struct("<QQQB")
 _TIME_4 = Struct("<QQBBB")
+_VSS = Struct("<B7xI")  # operation, flags
 _KVP_HEADER = Struct("<BBH")
 _KVP_VALUE = Struct("<III512s2048s")  # type, size of the key, size of the value
 _KVP_KEY = Struct("<I512s")
@@ -69,6 +70,7 @@ class MessageType(IntEnum):
     KVP = 2
     SHUTDOWN = 3
     TIME = 4
+    VSS = 5
 
 
 class Flag(IntFlag):
@@ -123,7 +125,13 @@ KVP = Service(
     MessageType.KVP,
     (Version(4, 0), Version(3, 0), Version(1, 0)),
 )
-SERVICES = (HEARTBEAT, SHUTDOWN, TIME, KVP)
+VSS = Service(
+    "vss",
+    UUID("35fa2e29-ea23-4236-96ae-3a6ebacba440"),
+    MessageType.VSS,
+    (Version(5, 0),),
+)
+SERVICES = (HEARTBEAT, SHUTDOWN, TIME, KVP, VSS)
 
 
 class Message(NamedTuple):
@@ -301,6 +309,29 @@ def parse_time_sync(body: bytes, version: Version) -> TimeSync:
         stamp, _, _, flag = _TIME_3.unpack_from(body)
         reference = 0
     return TimeSync((stamp - UNIX_EPOCH) / UNITS, flag, reference)
+
+
+# ---- freezing file systems -----------------------------------------------------------------------------------------
+
+
+class VssOperation(IntEnum):
+    """What is asked: HOT_BACKUP, whether it can be done at all; FREEZE, that nothing is written any more until THAW."""
+
+    HOT_BACKUP = 2
+    FREEZE = 5
+    THAW = 6
+
+
+def vss(operation: VssOperation) -> bytes:
+    """The body of a request. The flags are the guest's, in its answer."""
+    return _VSS.pack(operation, 0)
+
+
+def parse_vss(body: bytes) -> int:
+    """The operation. Raises IcError."""
+    if len(body) < _VSS.size:
+        raise IcError(f"a request about file systems of {len(body)} bytes; it has {_VSS.size}")
+    return int(_VSS.unpack_from(body)[0])
 
 
 # ---- key-value exchange ----------------------------------------------------------------------------------------------

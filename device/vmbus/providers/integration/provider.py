@@ -12,6 +12,7 @@ from vmbus.description import explain
 from vmbus.errors import StateError, UsageError
 from vmbus.providers.base import Bound, Host, Provider
 from vmbus.providers.integration.exchange import Exchange, ExchangeState
+from vmbus.providers.integration.freezing import Freeze
 from vmbus.providers.integration.parts import Heartbeat, Kvp, Part, Shutdown, Time, settle
 from vmbus.records import Count
 from vmbus.wire import ic
@@ -22,7 +23,7 @@ TIME_VERSIONS = (ic.Version(3, 0), ic.Version(1, 0))
 _Arguments = TypeVar("_Arguments")
 _Part = TypeVar("_Part", bound=Part)
 
-ServiceName = Literal["heartbeat", "shutdown", "time", "kvp"]
+ServiceName = Literal["heartbeat", "shutdown", "time", "kvp", "vss"]
 _Key = Annotated[str, msgspec.Meta(min_length=1, max_length=255)]
 _Value = Annotated[str, msgspec.Meta(max_length=1023)]
 
@@ -88,6 +89,10 @@ class _ListArguments(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     pool: _Pool = "guest"
 
 
+class _FreezeArguments(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    seconds: Annotated[float, msgspec.Meta(gt=0, le=600)] = 10.0
+
+
 class _NoArguments(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     pass
 
@@ -126,6 +131,8 @@ class IntegrationProvider(Provider):
             return Time(exchange, self.host, seconds, sync_seconds, type(self).clock, type(self).steady)
         if service is ic.KVP:
             return Kvp(exchange, settings.values)
+        if service is ic.VSS:
+            return Freeze(exchange, self.host)
         return Shutdown(exchange)
 
     def start(self) -> None:
@@ -163,9 +170,15 @@ class IntegrationProvider(Provider):
             case "kvp-list":
                 which = self._arguments(name, arguments, _ListArguments)
                 return self._part(Kvp, "kvp").list(_pool(which.pool))
+            case "freeze":
+                freeze = self._arguments(name, arguments, _FreezeArguments)
+                return self._part(Freeze, "vss").freeze(freeze.seconds)
+            case "thaw":
+                self._arguments(name, arguments, _NoArguments)
+                return self._part(Freeze, "vss").thaw()
         raise UsageError(
             f"provider {self.name!r} has no command {name!r}; it has heartbeat, time-sync, shutdown, kvp-get, kvp-set, "
-            "kvp-delete, kvp-list"
+            "kvp-delete, kvp-list, freeze, thaw"
         )
 
     def _tell_time(self) -> Future[dict[str, Any]]:
