@@ -10,6 +10,7 @@ from support.pair import BASE, Pair
 from vmbus.errors import VmbusError
 from vmbus.kmcl import Channel, Completion, incoming
 from vmbus.kmcl.packet import Packet
+from vmbus.wire.packet import PacketType, TransferPages
 
 
 def history(seed: int) -> list[str]:
@@ -23,6 +24,8 @@ def history(seed: int) -> list[str]:
         def process(_: Channel, completion: Completion, payload: bytes) -> None:
             what = sha256(payload).hexdigest()[:8]
             lines.append(f"{side} takes {completion.transaction} {completion.wanted} {completion.size} {what}")
+            if completion.kind == PacketType.TRANSFER_PAGES:
+                lines.append(f"  {completion.transfer_pages()}")
             act = choose.randrange(4)
             if act == 0:
                 completion.complete(choose.randbytes(choose.randrange(0, 200)))
@@ -65,9 +68,18 @@ def history(seed: int) -> list[str]:
                         external = (
                             [(BASE, choose.randrange(1, 64))] if side == "client" and not choose.randrange(5) else None
                         )
-                        wait = external is not None or choose.randrange(4) > 0
+                        pages = None
+                        if side == "server" and not choose.randrange(5):
+                            ranges = [
+                                (64 * number, choose.randrange(1, 64)) for number in range(choose.randrange(1, 9))
+                            ]
+                            pages = TransferPages(0xCAFE, ranges)
+                        wait = external is not None or pages is not None or choose.randrange(4) > 0
                         packet.send(
-                            choose.randbytes(choose.randrange(0, 300)), external=external, wait_for_completion=wait
+                            choose.randbytes(choose.randrange(0, 300)),
+                            external=external,
+                            transfer_pages=pages,
+                            wait_for_completion=wait,
                         )
             elif act < 7:
                 for completion in held[side][: choose.randrange(0, 9)]:

@@ -13,6 +13,7 @@ from vmbus.errors import StateError
 from vmbus.kmcl import ChannelState, ChannelStateError, KmclError, Status
 from vmbus.kmcl.saved import LibBuf, decode_chunk, decode_lib, encode
 from vmbus.kmcl.server import ServerChannel
+from vmbus.wire.packet import PacketType, TransferPages, transfer_pages_body
 
 pytestmark = pytest.mark.unit
 
@@ -421,6 +422,93 @@ def test_every_packet_in_use_comes_out_exactly_once_and_in_order(pair, vsp, gues
         guest.complete(11)
     assert again.answers == [answered(number) for number in range(401)]
     assert guest.seen == list(range(401))
+
+
+def pages(number: int) -> TransferPages:
+    return TransferPages(0xCAFE, [(64 * number, 60), (64 * number + 4096, 1 + number % 60)])
+
+
+def test_transfer_pages_reach_the_guest(pair, vsp, guest) -> None:
+    pair.open()
+    vsp.send(transfer_pages=pages(3))
+    vsp.send()
+    pair.run()
+    (first, _), (second, _) = guest.held
+    assert first.kind == PacketType.TRANSFER_PAGES and first.wanted and not first.has_external_data
+    assert first.transfer_pages() == pages(3)
+    with pytest.raises(KmclError) as refused:
+        second.transfer_pages()
+    assert refused.value.status == Status.INVALID_DEVICE_REQUEST
+    with pytest.raises(KmclError, match="no external data"):
+        first.external_data()
+    guest.complete()
+    pair.run()
+    assert vsp.answers == [answered(0), answered(1)]
+
+
+@pytest.mark.parametrize("size", [0, 7, 8, 16])
+def test_transfer_pages_that_make_no_sense_are_an_error_of_that_packet_alone(pair, vsp, guest, size: int) -> None:
+    pair.open()
+    body = struct.pack("<HBBI", 0xCAFE, 0, 0, 4)[:size].ljust(size + 8 & ~7, b"\0") + bytes(8)
+    assert pair.server_link.writer.put(7, 0, 1, body, 3 + (len(body) - 16) // 8)
+    pair.server_link.writer.commit()
+    pair.ready.add("client")
+    pair.run()
+    with pytest.raises(KmclError) as refused:
+        guest.held[0][0].transfer_pages()
+    assert refused.value.status == Status.DATA_ERROR
+    guest.complete()
+    assert pair.client.state is ChannelState.ACTIVE
+
+
+def test_transfer_pages_that_cannot_be_are_refused_before_anything_is_sent(pair, vsp, guest) -> None:
+    pair.open()
+    for wrong, arguments in (
+        (TransferPages(0xCAFE, []), {}),
+        (TransferPages(0xCAFE, [(0, 1)] * 1025), {}),
+        (TransferPages(0xCAFE, [(0, 0)]), {}),
+        (TransferPages(0x10000, [(0, 1)]), {}),
+        (TransferPages(1, [(1 << 32, 1)]), {}),
+        (pages(1), {"wait_for_completion": False}),
+        (pages(1), {"external": [(BASE, 1)]}),
+    ):
+        with pytest.raises(KmclError) as refused:
+            vsp.send(transfer_pages=wrong, **arguments)
+        assert refused.value.status == Status.INVALID_PARAMETER, wrong
+    with pytest.raises(KmclError) as refused:
+        pair.client.allocate_packet().send(b"", transfer_pages=pages(1))
+    assert refused.value.status == Status.INVALID_DEVICE_REQUEST
+    assert pair.server.packets_in_use == pair.client.packets_in_use == []
+
+
+def test_a_guest_cannot_send_transfer_pages(pair, vsp, guest) -> None:
+    pair.open()
+    body, offset8 = transfer_pages_body(pages(1), b"payload!")
+    assert pair.client_link.writer.put(7, 1, 1, body, offset8)
+    pair.client_link.writer.commit()
+    pair.ready.add("server")
+    pair.run()
+    assert pair.server_link.failures == ["packet 1 is over transfer pages, and none were lent"] and not vsp.incoming
+
+
+def test_transfer_pages_come_out_of_a_restore_exactly_once(pair, vsp, guest) -> None:
+    pair.open()
+    for number in range(200):
+        vsp.send(transfer_pages=pages(number) if number % 3 else None)
+    pair.turn("client")
+    pair.server.quiesce()
+    assert pair.server.packets_queued and pair.server.packets_sent
+    again = restored(pair, vsp, pair.server.save())
+    seen = {}
+    for _ in range(100):
+        pair.run()
+        for completion, payload in guest.held:
+            if completion.kind == PacketType.TRANSFER_PAGES:
+                seen[struct.unpack_from("<Q", payload)[0]] = completion.transfer_pages()
+        guest.complete(11)
+    assert again.answers == [answered(number) for number in range(200)]
+    assert guest.seen == list(range(200))
+    assert all(found == pages(number) for number, found in seen.items()) and len(seen) > 100
 
 
 def test_a_save_changes_nothing(pair, vsp, guest) -> None:

@@ -140,7 +140,7 @@ DESCRIPTORS = st.builds(
 )
 PUT = st.tuples(
     st.just("writer.put"),
-    st.sampled_from([6, 9, 11]),
+    st.sampled_from([6, 7, 9, 11]),
     st.integers(0, 1),
     st.integers(0, (1 << 64) - 1),
     st.one_of(st.binary(max_size=200), st.integers(0, 9000).map(bytes)),

@@ -10,7 +10,15 @@ from hypothesis import strategies as st
 from support.twins import OVER_BOTH, Twin
 from vmbus.wire import messages as m
 from vmbus.wire.gpa import GpaRange, RangeError, extents_of, pack_ranges, page_count, parse_ranges, range_for
-from vmbus.wire.packet import PacketError, PacketType, gpa_direct_body, parse_gpa_direct
+from vmbus.wire.packet import (
+    PacketError,
+    PacketType,
+    TransferPages,
+    gpa_direct_body,
+    parse_gpa_direct,
+    parse_transfer_pages,
+    transfer_pages_body,
+)
 
 pytestmark = pytest.mark.unit
 
@@ -176,3 +184,24 @@ def test_gpa_direct_bodies_are_parsed_and_bounded() -> None:
     with pytest.raises(PacketError, match="0 ranges"):
         parse_gpa_direct(bytes(8), max_bytes=100)
     assert PacketType.GPA_DIRECT == 9
+
+
+@given(st.integers(0, 0xFFFF), st.lists(st.tuples(st.integers(0, 0xFFFFFFFF), st.integers(0, 0xFFFFFFFF)), min_size=1))
+def test_transfer_pages_come_out_as_they_went_in(page_set: int, ranges: list[tuple[int, int]]) -> None:
+    body, offset8 = transfer_pages_body(TransferPages(page_set, ranges), b"payload!")
+    assert len(body) == offset8 * 8 - 16 + 8 and body.endswith(b"payload!")
+    assert parse_transfer_pages(body[:-8]) == (page_set, ranges)
+
+
+def test_the_bytes_of_transfer_pages() -> None:
+    body, offset8 = transfer_pages_body(TransferPages(0xCAFE, [(0x1000, 60), (0x2000, 61)]), b"")
+    assert body.hex(" ", 4) == "feca0000 02000000 3c000000 00100000 3d000000 00200000" and offset8 == 5
+
+
+@given(st.binary(max_size=64))
+def test_no_transfer_pages_do_worse_than_an_error(body: bytes) -> None:
+    try:
+        found = parse_transfer_pages(body)
+    except PacketError:
+        return
+    assert 8 + 8 * len(found.ranges) <= len(body) and found.ranges

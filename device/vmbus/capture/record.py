@@ -142,7 +142,7 @@ def parse(data: bytes, original: int) -> Record:
             raise StateError(f"a packet with {body_size} bytes of headers and {payload_size} of payload")
         if (offset8, len8) != ((16 + body_size) >> 3, (16 + body_size + payload_size) >> 3):
             raise StateError(f"a packet whose descriptor says {offset8} and {len8} words, and the record otherwise")
-        if (kind == PacketType.GPA_DIRECT) != bool(body_size):
+        if (kind in (PacketType.TRANSFER_PAGES, PacketType.GPA_DIRECT)) != bool(body_size):
             raise StateError(f"a packet of type {kind} with {body_size} bytes of headers")
     start = HEADER.size
     body = data[start : start + body_size]

@@ -14,7 +14,7 @@ channel calls `process` when the other end has signalled; the `Link` carries sig
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from itertools import islice
 from threading import get_ident
@@ -25,13 +25,12 @@ from vmbus.kmcl.completion import Completion
 from vmbus.kmcl.endpoint import DEFAULT_TIMEOUT, Endpoint, Link, Waiter
 from vmbus.kmcl.lifecycle import ChannelState
 from vmbus.kmcl.outgoing import QueuedCompletion
-from vmbus.kmcl.packet import Packet
+from vmbus.kmcl.packet import Described, Packet
 from vmbus.kmcl.requests import send_synchronous_request
 from vmbus.kmcl.status import KmclError, Status
 from vmbus.kmcl.threads import own_thread
 from vmbus.memory import GuestMemory
 from vmbus.ring import RingReader, RingWriter
-from vmbus.wire.gpa import GpaRange
 
 __all__ = ["DEFAULT_TIMEOUT", "Channel", "InFlight", "Link", "QueuedCompletion", "Waiter"]
 
@@ -74,7 +73,7 @@ class Channel(Endpoint):
         self,
         packet: Packet,
         payload: bytes,
-        external: Sequence[GpaRange] | None,
+        external: Described | None,
         wait_for_completion: bool,
         transaction: int | None = None,
     ) -> None:

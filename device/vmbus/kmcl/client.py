@@ -48,6 +48,7 @@ class ClientChannel(Channel):
     ) -> None:
         super().__init__(name or str(interface_type))
         self.can_describe_memory = True
+        self.flow.lends = True
         self.interface_type = interface_type
         self.interface_instance = interface_instance
         self.subchannel_index = subchannel_index

@@ -6,7 +6,7 @@ from typing import cast
 from vmbus.kmcl.flow import CompletionBase, Flow
 from vmbus.kmcl.status import ChannelStateError, KmclError, Status
 from vmbus.memory import Grant, MemoryFault
-from vmbus.wire.packet import PacketError, parse_gpa_direct
+from vmbus.wire.packet import PacketError, PacketType, TransferPages, parse_gpa_direct, parse_transfer_pages
 
 
 class Completion(CompletionBase):
@@ -18,6 +18,7 @@ class Completion(CompletionBase):
         context: scratch space of the receiver: a bytearray of the channel's client context size, else None.
         deferred: whether the packet was put off with `defer_to_passive`.
         size: bytes that it holds here, for the channel's bounds.
+        kind: which `vmbus.wire.packet.PacketType` it is.
     """
 
     __slots__ = ()
@@ -30,7 +31,7 @@ class Completion(CompletionBase):
         packet with an error of your protocol; INVALID_DEVICE_REQUEST when the packet has no external data.
         """
         where = f"packet {self.transaction} of channel {self.channel.name}"
-        if self.done or not self._body:
+        if self.done or not self.has_external_data:
             what = "was completed: its external data is gone" if self.done else "has no external data"
             raise KmclError(f"{where} {what}", Status.INVALID_DEVICE_REQUEST)
         if self._grant is not None:
@@ -48,6 +49,18 @@ class Completion(CompletionBase):
         except (PacketError, MemoryFault) as error:
             raise KmclError(f"external data of {where}: {error}", Status.DATA_ERROR) from error
         return grant
+
+    def transfer_pages(self) -> TransferPages:
+        """Which parts of memory that was lent to the other end the packet hands over; they are lent again with
+        `complete`. Raises KmclError: DATA_ERROR when the description is malformed, INVALID_DEVICE_REQUEST when the
+        packet has none."""
+        where = f"packet {self.transaction} of channel {self.channel.name}"
+        if self.kind != PacketType.TRANSFER_PAGES:
+            raise KmclError(f"{where} is not over transfer pages", Status.INVALID_DEVICE_REQUEST)
+        try:
+            return parse_transfer_pages(self._body)
+        except PacketError as error:
+            raise KmclError(f"{where}: {error}", Status.DATA_ERROR) from error
 
     def complete_otherwise(self, reply: bytes) -> None:
         """For `complete`: the checks, other threads, and memory that is to be given back."""

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 # Looking a member up in an Enum class takes longer than a global, which counts where it is done for every packet.
 _INBAND = int(PacketType.INBAND)
+_TRANSFER_PAGES = int(PacketType.TRANSFER_PAGES)
+_GPA_DIRECT = int(PacketType.GPA_DIRECT)
 _COMPLETION = int(PacketType.COMPLETION)
 _IDLE = PacketState.IDLE
 _SENT = PacketState.SENT
@@ -39,11 +41,24 @@ NO_LIMIT = 1 << 62
 class CompletionBase:
     """The part of a `Completion` that is touched for every packet. Its attributes are described there."""
 
-    __slots__ = ("_body", "_grant", "channel", "context", "deferred", "done", "flow", "size", "transaction", "wanted")
+    __slots__ = (
+        "_body",
+        "_grant",
+        "channel",
+        "context",
+        "deferred",
+        "done",
+        "flow",
+        "kind",
+        "size",
+        "transaction",
+        "wanted",
+    )
 
-    def __init__(self, flow: Flow, transaction: int, wanted: bool, body: bytes, size: int) -> None:
+    def __init__(self, flow: Flow, kind: int, transaction: int, wanted: bool, body: bytes, size: int) -> None:
         self.flow = flow
         self.channel = flow.channel
+        self.kind = kind
         self.transaction = transaction
         self.wanted = wanted
         self.context: Any = bytearray(flow.context_size) if flow.context_size else None
@@ -56,7 +71,7 @@ class CompletionBase:
     @property
     def has_external_data(self) -> bool:
         """Whether the packet describes guest memory (the EXTERNAL_DATA flag of EvtChannelProcessPacket)."""
-        return bool(self._body)
+        return self.kind == _GPA_DIRECT
 
     def complete(self, reply: bytes = b"") -> None:
         """Finish the packet (VmbChannelPacketComplete): its external data is given back, and a completion packet with
@@ -96,6 +111,7 @@ class Flow:
         thread: the identifier of the channel's own thread.
         finishing: packets are being given back to their owner; more of them have to wait (see `outgoing`).
         pending: some do.
+        lends: this is the guest's end, which lends memory: packets may come that hand parts of it over.
         next_transaction: the id that the next outgoing packet gets.
         sends, received, answered, completed: packets so far: sent by the owner; come, and answered with a completion;
             given back to the owner.
@@ -122,6 +138,7 @@ class Flow:
         "held_bytes",
         "largest",
         "largest_reply",
+        "lends",
         "most",
         "most_bytes",
         "next_transaction",
@@ -160,6 +177,7 @@ class Flow:
         self.thread = get_ident()
         self.finishing = False
         self.pending = False
+        self.lends = False
         self.next_transaction = 1
         self.cork = 0
         self.delivering: Completion | None = None
@@ -215,13 +233,16 @@ class Flow:
                 if len(outstanding) + self.waiting >= self.most or self.held_bytes >= self.most_bytes:
                     self.blocked = self.attention = True
                     break
+                if kind == _TRANSFER_PAGES and not self.lends:
+                    channel.fail(f"packet {transaction} is over transfer pages, and none were lent")
+                    break
                 process_packet = self.process_packet
                 if process_packet is None:
                     channel.nobody_takes_packets()
                     break
                 self.at = at = at + 1
                 self.taken = end
-                completion = self.completions(self, transaction, flags != 0, body, len(payload) + len(body))
+                completion = self.completions(self, kind, transaction, flags != 0, body, len(payload) + len(body))
                 outstanding[completion] = self.began
                 self.held_bytes += completion.size
                 self.received += 1

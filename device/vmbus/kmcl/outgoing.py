@@ -16,25 +16,30 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from struct import error as StructError
 from typing import TYPE_CHECKING, NamedTuple
 
 from vmbus.errors import PeerError
 from vmbus.kmcl.lifecycle import ChannelState
-from vmbus.kmcl.packet import Packet, PacketState
+from vmbus.kmcl.packet import Described, Packet, PacketState
 from vmbus.kmcl.status import ChannelStateError, KmclError, Status
 from vmbus.wire.gpa import GpaRange
 from vmbus.wire.packet import (
     FLAG_COMPLETION_REQUESTED,
+    MAX_RANGES,
     OVERHEAD,
     PacketType,
+    TransferPages,
     gpa_direct_body,
     packet_size,
+    transfer_pages_body,
 )
 
 if TYPE_CHECKING:
     from vmbus.kmcl.channel import Channel, Link
 
 _INBAND = int(PacketType.INBAND)
+_TRANSFER_PAGES = int(PacketType.TRANSFER_PAGES)
 _GPA_DIRECT = int(PacketType.GPA_DIRECT)
 _COMPLETION = int(PacketType.COMPLETION)
 
@@ -116,7 +121,7 @@ class Outgoing:
         self,
         packet: Packet,
         payload: bytes,
-        external: Sequence[GpaRange] | None,
+        external: Described | None,
         wait_for_completion: bool,
         transaction: int | None,
     ) -> None:
@@ -155,9 +160,7 @@ class Outgoing:
             self.publish()
         return True
 
-    def prepare(
-        self, packet: Packet, payload: bytes, external: Sequence[GpaRange] | None, wait_for_completion: bool
-    ) -> None:
+    def prepare(self, packet: Packet, payload: bytes, external: Described | None, wait_for_completion: bool) -> None:
         """Check a send and give the packet its form and its transaction id."""
         channel = self._channel
         state = channel.state
@@ -171,6 +174,9 @@ class Outgoing:
             if channel.is_pipe and wait_for_completion:
                 raise channel.refuse("a pipe has neither external data nor completions", Status.INVALID_PARAMETER)
             packet.kind, packet.offset8, body = _INBAND, 2, payload
+        elif isinstance(external, TransferPages):
+            packet.kind = _TRANSFER_PAGES
+            body, packet.offset8 = self._transfer_body(payload, external, wait_for_completion)
         else:
             packet.kind = _GPA_DIRECT
             body, packet.offset8 = self._external_body(payload, external, wait_for_completion)
@@ -205,6 +211,22 @@ class Outgoing:
                 Status.INVALID_PARAMETER,
             )
         return gpa_direct_body(list(external), payload)
+
+    def _transfer_body(self, payload: bytes, pages: TransferPages, wait_for_completion: bool) -> tuple[bytes, int]:
+        channel = self._channel
+        if channel.is_pipe or not wait_for_completion:
+            raise channel.refuse("transfer pages need wait_for_completion, and no pipe", Status.INVALID_PARAMETER)
+        if channel.can_describe_memory:
+            raise channel.refuse("only the host's end can hand over transfer pages", Status.INVALID_DEVICE_REQUEST)
+        if not 0 < len(pages.ranges) <= MAX_RANGES or any(length <= 0 for _, length in pages.ranges):
+            raise channel.refuse(
+                f"transfer pages in {len(pages.ranges)} ranges; 1 to {MAX_RANGES}, none of them empty",
+                Status.INVALID_PARAMETER,
+            )
+        try:
+            return transfer_pages_body(pages, payload)
+        except StructError as error:
+            raise channel.refuse(f"transfer pages: {error}", Status.INVALID_PARAMETER) from error
 
     def _take_transaction(self, packet: Packet, transaction: int) -> None:
         """Give a prepared packet the id that its owner wants instead of the next one of ours."""

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from vmbus.kmcl.status import ChannelStateError, KmclError, Status
 from vmbus.wire.gpa import GpaRange, range_for
+from vmbus.wire.packet import TransferPages
 
 if TYPE_CHECKING:
     from vmbus.kmcl.channel import Channel
@@ -25,6 +26,9 @@ class PacketState(Enum):
 
 
 _IDLE = PacketState.IDLE  # a global is looked up faster than a member of an Enum
+
+Described = Sequence[GpaRange] | TransferPages
+"""Memory that a packet describes: the guest's own, or parts of what the guest has lent."""
 
 CompletionRoutine = Callable[["Packet", int, bytes], None]
 
@@ -81,6 +85,7 @@ class Packet:
         *,
         external: Sequence[tuple[int, int]] | None = None,
         external_ranges: Sequence[GpaRange] | None = None,
+        transfer_pages: TransferPages | None = None,
         wait_for_completion: bool = True,
         transaction: int | None = None,
     ) -> None:
@@ -91,6 +96,9 @@ class Packet:
             external: guest memory as (I/O address, length) pairs that the packet describes without carrying it
                 (VmbPacketSendWithExternalMdl); client endpoint only, needs `wait_for_completion`.
             external_ranges: the same as ranges of pages (VmbPacketSendWithExternalPfns); one or the other.
+            transfer_pages: parts of memory that the guest has lent (a GPADL), which this packet hands over, written
+                by the sender before, and not again until the completion; server endpoint only, needs
+                `wait_for_completion`.
             wait_for_completion: ask the other end for a completion packet (WAIT_FOR_COMPLETION).
             transaction: the id on the wire, for protocols whose answers are packets that repeat the request's id;
                 client endpoint only (the server's: 0 alone, for what is no answer), without `wait_for_completion`.
@@ -105,14 +113,16 @@ class Packet:
                 f"a caller-owned packet of channel {self.channel.name} has no completion routine; set one first",
                 Status.INVALID_DEVICE_REQUEST,
             )
+        described: Described | None = external_ranges if transfer_pages is None else transfer_pages
+        if (external is not None) + (external_ranges is not None) + (transfer_pages is not None) > 1:
+            raise KmclError(
+                f"a packet of channel {self.channel.name} with several of external, external_ranges and "
+                "transfer_pages; give one of them",
+                Status.INVALID_PARAMETER,
+            )
         if external is not None:
-            if external_ranges is not None:
-                raise KmclError(
-                    f"a packet of channel {self.channel.name} with both external and external_ranges; give one of them",
-                    Status.INVALID_PARAMETER,
-                )
-            external_ranges = [range_for(address, length) for address, length in external]
-        self.channel.send_packet(self, payload, external_ranges, wait_for_completion, transaction)
+            described = [range_for(address, length) for address, length in external]
+        self.channel.send_packet(self, payload, described, wait_for_completion, transaction)
 
     def in_use(self) -> ChannelStateError:
         """The owner's mistake: a send of a packet that is not idle."""

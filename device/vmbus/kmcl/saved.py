@@ -169,7 +169,7 @@ class ChannelRecord(msgspec.Struct, frozen=True, dict=True):
 
 
 _INBAND = int(PacketType.INBAND)
-_KINDS = {_INBAND, int(PacketType.GPA_DIRECT)}
+_KINDS = {_INBAND, int(PacketType.TRANSFER_PAGES), int(PacketType.GPA_DIRECT)}
 _encoder = msgspec.msgpack.Encoder()
 encode = _encoder.encode
 _chunk_decoder: msgspec.msgpack.Decoder[Chunk] = msgspec.msgpack.Decoder(Chunk)

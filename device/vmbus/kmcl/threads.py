@@ -11,18 +11,17 @@ from __future__ import annotations
 import functools
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Concatenate, ParamSpec, TypeVar
 
 from vmbus.kmcl.packet import PacketState
 from vmbus.kmcl.status import ChannelStateError, KmclError, Status
-from vmbus.wire.gpa import GpaRange
 
 if TYPE_CHECKING:
     from vmbus.kmcl.channel import Channel
     from vmbus.kmcl.completion import Completion
     from vmbus.kmcl.endpoint import Endpoint
-    from vmbus.kmcl.packet import Packet
+    from vmbus.kmcl.packet import Described, Packet
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -92,7 +91,7 @@ class Threads:
         self,
         packet: Packet,
         payload: bytes,
-        external: Sequence[GpaRange] | None,
+        external: Described | None,
         wait_for_completion: bool,
         transaction: int | None,
     ) -> None:

@@ -6,7 +6,7 @@
 #include <string.h>
 #include <structmember.h>
 
-Completion *completion_new(Flow *flow, PyObject *transaction, bool wanted, PyObject *body, Py_ssize_t size)
+Completion *completion_new(Flow *flow, int kind, PyObject *transaction, bool wanted, PyObject *body, Py_ssize_t size)
 {
     Completion *self = (Completion *)PyType_GenericAlloc(names.completion, 0);
     if (self == NULL)
@@ -16,6 +16,7 @@ Completion *completion_new(Flow *flow, PyObject *transaction, bool wanted, PyObj
     self->transaction = ref(transaction);
     self->body = ref(body);
     self->size = size;
+    self->kind = kind;
     self->wanted = wanted;
     if (flow->context_size > 0) {
         self->context = PyByteArray_FromStringAndSize(NULL, flow->context_size);
@@ -133,7 +134,7 @@ static PyMethodDef methods[] = {
 static PyObject *has_external_data(PyObject *self, void *unused)
 {
     (void)unused;
-    return PyBool_FromLong(PyBytes_Size(((Completion *)self)->body) > 0);
+    return PyBool_FromLong(((Completion *)self)->kind == GPA_DIRECT);
 }
 
 static PyGetSetDef properties[] = {
@@ -149,6 +150,7 @@ static PyMemberDef members[] = {
     {"_body", T_OBJECT, offsetof(Completion, body), READONLY, NULL},
     {"_grant", T_OBJECT, offsetof(Completion, grant), 0, NULL},
     {"size", T_PYSSIZET, offsetof(Completion, size), READONLY, NULL},
+    {"kind", T_INT, offsetof(Completion, kind), READONLY, NULL},
     {"wanted", T_BOOL, offsetof(Completion, wanted), READONLY, NULL},
     {"deferred", T_BOOL, offsetof(Completion, deferred), 0, NULL},
     {"done", T_BOOL, offsetof(Completion, done), 0, NULL},

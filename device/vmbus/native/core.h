@@ -94,6 +94,7 @@ enum {
     MAX_PACKET_SIZE = 0xFFFF * 8,
     FLAG_COMPLETION_REQUESTED = 1,
     INBAND = 6,
+    TRANSFER_PAGES = 7,
     GPA_DIRECT = 9,
     COMPLETION = 11,
 };

@@ -157,13 +157,13 @@ done:
 }
 
 /* Hand one packet to the owner. 1; 0: failed and told; -1 */
-static int hand(Flow *flow, PyObject *packet)
+static int hand(Flow *flow, int kind, PyObject *packet)
 {
     PyObject *transaction = PyTuple_GetItem(packet, 2), *body = PyTuple_GetItem(packet, 3);
     PyObject *payload = PyTuple_GetItem(packet, 4), *process = flow->process_packet;
     Py_ssize_t size = PyBytes_Size(body) + PyBytes_Size(payload);
     bool wanted = PyLong_AsLong(PyTuple_GetItem(packet, 1)) != 0;
-    Completion *completion = completion_new(flow, transaction, wanted, body, size);
+    Completion *completion = completion_new(flow, kind, transaction, wanted, body, size);
     PyObject *began = PyFloat_FromDouble(flow->began);
     if (completion == NULL || began == NULL || PyDict_SetItem(flow->outstanding, (PyObject *)completion, began) < 0) {
         drop(completion);
@@ -205,10 +205,15 @@ static PyObject *hand_over(PyObject *self, PyObject *number)
     int outcome = 1;
     while (at < stop && outcome > 0) {
         PyObject *packet = PyList_GetItem(packets, at);
-        bool is_completion = PyLong_AsLong(PyTuple_GetItem(packet, 0)) == COMPLETION;
+        int kind = (int)PyLong_AsLong(PyTuple_GetItem(packet, 0));
+        bool is_completion = kind == COMPLETION;
         if (!is_completion) {
             if (PyDict_Size(flow->outstanding) + flow->waiting >= flow->most || flow->held_bytes >= flow->most_bytes) {
                 flow->blocked = flow->attention = 1;
+                break;
+            }
+            if (kind == TRANSFER_PAGES && !flow->lends) {
+                outcome = fail(flow, "packet %S is over transfer pages, and none were lent", PyTuple_GetItem(packet, 2));
                 break;
             }
             if (flow->process_packet == NULL || flow->process_packet == Py_None) {
@@ -225,7 +230,7 @@ static PyObject *hand_over(PyObject *self, PyObject *number)
         ref(packet);
         flow->at = ++at;
         flow->taken = PyLong_AsSsize_t(PyTuple_GetItem(packet, 5));
-        outcome = is_completion ? completed(flow, PyTuple_GetItem(packet, 2), PyTuple_GetItem(packet, 4)) : hand(flow, packet);
+        outcome = is_completion ? completed(flow, PyTuple_GetItem(packet, 2), PyTuple_GetItem(packet, 4)) : hand(flow, kind, packet);
         drop(packet);
         if (!flow->active)
             break;
@@ -414,6 +419,7 @@ static PyMemberDef members[] = {
     MEMBER(direct, T_BOOL, 0),
     MEMBER(finishing, T_BOOL, 0),
     MEMBER(pending, T_BOOL, 0),
+    MEMBER(lends, T_BOOL, 0),
     {NULL, 0, 0, 0, NULL},
 };
 

@@ -14,7 +14,7 @@ typedef struct {
     unsigned long long sends, received, answered, completed;
     unsigned long thread;
     double began;
-    char active, attention, blocked, direct, finishing, pending; /* truth values */
+    char active, attention, blocked, direct, finishing, pending, lends; /* truth values */
 } Flow;
 
 typedef struct {
@@ -22,6 +22,7 @@ typedef struct {
     Flow *flow;
     PyObject *channel, *transaction, *context, *body, *grant;
     Py_ssize_t size;
+    int kind;
     char wanted, deferred, done;
 } Completion;
 
@@ -38,7 +39,7 @@ typedef struct {
 extern Names names;
 int names_ready(void);
 
-Completion *completion_new(Flow *flow, PyObject *transaction, bool wanted, PyObject *body, Py_ssize_t size);
+Completion *completion_new(Flow *flow, int kind, PyObject *transaction, bool wanted, PyObject *body, Py_ssize_t size);
 
 /* The ring that completions may go into at once; NULL, without an exception: there is none, or it is not a native one. */
 Writer *flow_writer(const Flow *flow);

@@ -65,7 +65,7 @@ PyObject *packets_split(const uint8_t *data, Py_ssize_t size, PyObject **error)
         bool wrong;
         if (found.kind == INBAND || found.kind == COMPLETION) {
             wrong = found.offset8 != 2;
-        } else if (found.kind == GPA_DIRECT) {
+        } else if (found.kind == GPA_DIRECT || found.kind == TRANSFER_PAGES) {
             wrong = found.offset8 < 3;
         } else {
             *error = PyUnicode_FromFormat("packet type %d at offset %zd of the batch is not served", found.kind, start);

@@ -5,8 +5,9 @@ the start of the descriptor to the payload and to the end of the packet; the tra
 payload length is not on the wire: a receiver sees it padded to a multiple of 8.
 """
 
+from collections.abc import Sequence
 from enum import IntEnum
-from struct import Struct
+from struct import Struct, pack, unpack_from
 from typing import NamedTuple
 
 from vmbus.errors import PeerError
@@ -25,20 +26,33 @@ class PacketType(IntEnum):
     """The packet types that are served; a receiver treats any other as corruption."""
 
     INBAND = 6
+    TRANSFER_PAGES = 7
     GPA_DIRECT = 9
     COMPLETION = 11
 
 
 _INBAND = int(PacketType.INBAND)
+_TRANSFER_PAGES = int(PacketType.TRANSFER_PAGES)
 _GPA_DIRECT = int(PacketType.GPA_DIRECT)
 _COMPLETION = int(PacketType.COMPLETION)
 
 _DESCRIPTOR = Struct("<HHHHQ")
 _GPA_HEADER = Struct("<II")
+_TRANSFER_HEADER = Struct("<HBBI")  # page set, 0, 0, ranges; then (length, offset) of each
 
 
 class PacketError(PeerError):
     """A packet in a ring is malformed."""
+
+
+class TransferPages(NamedTuple):
+    """Parts of memory that the receiver has lent to the sender; a packet hands them over until it is completed.
+
+    `page_set`: the number that both sides have given to that memory. `ranges`: (offset, length) of each part, bytes.
+    """
+
+    page_set: int
+    ranges: Sequence[tuple[int, int]]
 
 
 class RawPacket(NamedTuple):
@@ -85,7 +99,7 @@ def pure_split_packets(data: bytes, /) -> tuple[list[RawPacket], str | None]:
         end = stop + TRAILER_SIZE
         if kind in (_INBAND, _COMPLETION):
             wrong = offset8 != 2
-        elif kind == _GPA_DIRECT:
+        elif kind in (_GPA_DIRECT, _TRANSFER_PAGES):
             wrong = offset8 < 3
         else:
             return packets, f"packet type {kind} at offset {start} of the batch is not served"
@@ -126,3 +140,23 @@ def parse_gpa_direct(body: bytes, *, max_bytes: int) -> list[GpaRange]:
         return parse_ranges(body, count, max_bytes=max_bytes, start=8)[0]
     except RangeError as error:
         raise PacketError(f"a GPA-direct packet with bad ranges: {error}") from error
+
+
+def transfer_pages_body(pages: TransferPages, payload: bytes) -> tuple[bytes, int]:
+    """What follows the descriptor of a packet over transfer pages, and its `offset8`. Raises struct.error for numbers
+    that do not fit."""
+    count = len(pages.ranges)
+    numbers = [number for offset, length in pages.ranges for number in (length, offset)]
+    described = pack(f"<{2 * count}I", *numbers)
+    return _TRANSFER_HEADER.pack(pages.page_set, 0, 0, count) + described + payload, 3 + count
+
+
+def parse_transfer_pages(body: bytes) -> TransferPages:
+    """What a packet over transfer pages hands over, from its `RawPacket.body`. Raises PacketError."""
+    if len(body) < _TRANSFER_HEADER.size:
+        raise PacketError("a packet over transfer pages without a range header")
+    page_set, _, _, count = _TRANSFER_HEADER.unpack_from(body)
+    if not 0 < count <= MAX_RANGES or len(body) < _TRANSFER_HEADER.size + 8 * count:
+        raise PacketError(f"a packet over transfer pages with {count} ranges in {len(body)} bytes")
+    numbers = unpack_from(f"<{2 * count}I", body, _TRANSFER_HEADER.size)
+    return TransferPages(page_set, list(zip(numbers[1::2], numbers[::2], strict=True)))
