@@ -25,7 +25,7 @@ from vmbus.kmcl.server import ServerChannel
 from vmbus.kmcl.status import KmclError, Status
 from vmbus.kmcl.threads import Carrier
 from vmbus.kmcl.turns import one_round
-from vmbus.memory import Grant, GuestMemory
+from vmbus.memory import Grant, GuestMemory, Window
 from vmbus.ring import RingReader, RingWriter
 from vmbus.synic import Synic
 from vmbus.wire.synic import PostStatus
@@ -110,6 +110,16 @@ class ServerLink:
         gpadl = bus.map_gpadl(self._offer, handle)
         try:
             return self.mappings.map(gpadl, read_only=read_only)
+        except BaseException:
+            bus.unmap_gpadl(self._offer, handle)
+            raise
+
+    def open_gpadl(self, handle: int) -> Window:
+        """The same as one window, of which only what is written gets into the dirty log. Raises as `map_gpadl`."""
+        bus = self._device.bus
+        gpadl = bus.map_gpadl(self._offer, handle)
+        try:
+            return self.mappings.open(gpadl)
         except BaseException:
             bus.unmap_gpadl(self._offer, handle)
             raise

@@ -392,7 +392,7 @@ def test_mtus_without_end_are_one_change_at_a_time(
         assert go.wait(10)
         set_mtu(settings, mtu)
 
-    monkeypatch.setattr("vmbus.providers.network.provider.set_mtu", slowly)
+    monkeypatch.setattr("vmbus.providers.network.card.set_mtu", slowly)
     description = describe("network", network={**OPTIONS, "namespace": outside.name})
     with LoopbackServer(description, libvfio_user) as server, VmbusDriver(server.function()) as driver:
         channel = driver.client_channel(NETWORK_TYPE, ring_pages_in=32, ring_pages_out=32)

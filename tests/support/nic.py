@@ -10,18 +10,8 @@ from vmbus.providers.network import NetworkProvider
 from vmbus.providers.network.interface import Port, Settings
 from vmbus.testkit import ProviderTest
 from vmbus.testkit.client import Client, HostPacket
-from vmbus.wire.network import (
-    OFFLOAD_SIZE,
-    Frames,
-    Hello,
-    Link,
-    Nic,
-    Queues,
-    announcement,
-    pack_frames,
-    parse,
-    parse_nic,
-)
+from vmbus.wire.ethernet import OFFLOAD_SIZE, announcement
+from vmbus.wire.network import Frames, Hello, Link, Nic, Queues, pack_frames, parse, parse_nic
 
 GUEST = bytes.fromhex("020000000001")
 PEER = bytes.fromhex("020000000002")

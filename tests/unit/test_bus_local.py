@@ -11,6 +11,7 @@ from vmbus.kmcl import ChannelState, ClientChannel, Completion, KmclError, Packe
 from vmbus.kmcl.channel import Channel
 from vmbus.kmcl.server import ServerChannel
 from vmbus.kmcl.status import Status
+from vmbus.memory import MemoryRevoked
 
 pytestmark = pytest.mark.unit
 
@@ -277,6 +278,29 @@ def test_deleting_waits_for_the_unmap() -> None:
     ):
         with pytest.raises((KmclError, GpadlError)):
             call()
+
+
+def test_a_gpadl_as_a_window() -> None:
+    work: list = []
+    bus = LocalBus(idle=lambda: bool(work) and (work.pop()() or True))
+    server, client = Server(bus), Client(bus).open()
+    buffer = bus.allocate(4 * PAGE)
+    handle = client.channel.create_gpadl([(buffer.iova + 2 * PAGE, 2 * PAGE), (buffer.iova, PAGE)])
+    window = server.channel.open_gpadl(handle)
+    window.write(2 * PAGE - 2, b"abcd")
+    assert window.size == 3 * PAGE and window.read(2 * PAGE - 2, 4) == b"abcd"
+    assert buffer.view[4 * PAGE - 2 :] == b"ab" and buffer.view[:2] == b"cd"
+    for again in (server.channel.open_gpadl, server.channel.map_gpadl):
+        with pytest.raises(KmclError, match="mapped already"):
+            again(handle)
+    work.append(lambda: server.channel.unmap_gpadl(handle))
+    client.channel.delete_gpadl(handle)
+    with pytest.raises(MemoryRevoked):
+        window.write(0, b"x")
+    odd = client.channel.create_gpadl([(buffer.iova + 4, PAGE)])
+    with pytest.raises(KmclError, match="aligned"):
+        server.channel.open_gpadl(odd)
+    client.channel.delete_gpadl(odd)
 
 
 # ---- save and restore ------------------------------------------------------------------------------------------------

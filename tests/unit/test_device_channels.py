@@ -14,6 +14,7 @@ from vmbus.kmcl.client import ClientChannel
 from vmbus.kmcl.lifecycle import ChannelState
 from vmbus.kmcl.server import ServerChannel
 from vmbus.kmcl.status import KmclError, Status
+from vmbus.memory import MemoryRevoked
 from vmbus_guest.channel_driver import GpadlRefused
 from vmbus_guest.driver import VmbusDriver
 
@@ -344,6 +345,51 @@ def test_deleting_blocks_and_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None
         with pytest.raises(WaitTimeout, match="GPADL_TORNDOWN"):
             guest.channel.delete_gpadl(handle)
         monkeypatch.undo()
+
+
+def test_of_a_gpadl_that_is_a_window_only_what_is_written_is_copied() -> None:
+    """At a switchover, which a mapping for writing fills with all of its pages."""
+    machine = make()
+    with connect(machine) as driver:
+        guest = Guest(driver)
+        memory = machine.device.memory
+        buffer = driver.allocate(64 * PAGE)
+        window = multi(machine).channel.open_gpadl(driver.create_gpadl(guest.channel, buffer))
+        window.write(0, b"before")
+        memory.start_log()
+        assert memory.log is not None and not memory.log.pages
+        window.write(10 * PAGE - 1, b"ab")
+        window.store32(60 * PAGE, 7)
+        assert window.read(0, 6) == b"before"
+        first = buffer.iova // PAGE
+        assert set(memory.log.pages) == {first + 9, first + 10, first + 60}
+        memory.stop_log()
+        driver.free(buffer)
+        with pytest.raises(MemoryRevoked):
+            window.write(0, b"x")
+
+
+def test_windows_of_gpadls_go_with_their_channel() -> None:
+    for how in ("close", "reset", "unload"):
+        machine = make()
+        driver = connect(machine)
+        guest = Guest(driver)
+        windows = [
+            multi(machine).channel.open_gpadl(driver.create_gpadl(guest.channel, driver.allocate(PAGE)))
+            for _ in range(2)
+        ]
+        if how == "close":
+            driver.close_channel(guest.channel)
+            assert not machine.device.bus.gpadls.complete
+        elif how == "reset":
+            machine.device.reset()
+        else:
+            driver.bus.unload()
+            settle(driver)
+        for window in windows:
+            with pytest.raises(MemoryRevoked):
+                window.read(0, 1)
+        assert not any(offer.mapped or offer.teardowns for offer in machine.device.bus.offers)
 
 
 @pytest.mark.parametrize("how", ["close", "rescind", "reset", "unload"])

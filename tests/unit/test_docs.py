@@ -19,12 +19,13 @@ from vmbus.kmcl import saved, server
 from vmbus.memory import GuestMemory
 from vmbus.providers.block.disk import MAXIMUM_DATA, MAXIMUM_RANGE, PATIENCE
 from vmbus.providers.block.provider import BlockOptions
-from vmbus.providers.network.provider import ANNOUNCE_AFTER, DRAIN_BYTES, NetworkOptions
 from vmbus.providers.scsi.provider import ScsiOptions
 from vmbus.providers.scsi.unit import UnitOptions
 from vmbus.providers.vsock.connection import CHUNK, HIGH, LINGER_SECONDS
 from vmbus.providers.vsock.provider import HOST_SECONDS, VsockOptions, VsockProvider
 from vmbus.providers.vsock.streams import SOCKET_PATH_LIMIT
+from vmbus.providers.network.card import ANNOUNCE_AFTER, DRAIN_BYTES
+from vmbus.providers.network.provider import NetworkOptions
 from vmbus.snapshot import manifest
 from vmbus.soak import campaign as soak_campaign
 from vmbus.soak import folder as soak_folder
@@ -36,7 +37,7 @@ from vmbus.synic import Synic
 from vmbus.testkit.host import Clock, FakeHost
 from vmbus.vfio_user.pci import ConfigSpace
 from vmbus.wire import block as block_wire
-from vmbus.wire import hvsock, messages, packet, scsi, storvsp, synic
+from vmbus.wire import ethernet, hvsock, messages, packet, scsi, storvsp, synic
 from vmbus.wire import network as network_wire
 from vmbus.wire.synic import PostStatus, Register
 
@@ -307,11 +308,11 @@ def test_the_tables_of_the_network_provider() -> None:
     assert statuses == {status.name: status.value for status in network_wire.Status}
     limits = {row["Limit"]: row["Value"] for row in table(text, "Limit", "Value")}
     assert list(limits.values()) == [
-        str(network_wire.MTU_MAXIMUM),
-        str(network_wire.QUEUES_MAXIMUM),
+        str(ethernet.MTU_MAXIMUM),
+        str(ethernet.QUEUES_MAXIMUM),
         str(network_wire.FRAMES_MAXIMUM),
         str(network_wire.BATCH_BYTES),
-        str(network_wire.frame_limit(1500, network_wire.Feature.OFFLOAD)),
+        str(ethernet.frame_limit(1500, True)),
         f"{DRAIN_BYTES >> 20} MiB",
     ]
     assert f"The answer to HELLO has {len(network_wire.Nic(1, 0, 1500, 1, True, bytes(6), '').pack())} bytes" in text

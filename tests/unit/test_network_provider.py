@@ -13,22 +13,11 @@ import pytest
 from support.nic import GUEST, PEER, CabledNetwork, Guest, frame, number_of, udp
 from vmbus.errors import EnvironmentProblem, UsageError
 from vmbus.providers.network import NetworkProvider
+from vmbus.providers.network.card import ANNOUNCE_AFTER
 from vmbus.providers.network.interface import Port
-from vmbus.providers.network.provider import ANNOUNCE_AFTER
 from vmbus.testkit import ContractViolation, ProviderTest, every_step
-from vmbus.wire.network import (
-    Feature,
-    Frames,
-    Hello,
-    Link,
-    Queues,
-    Status,
-    pack_frames,
-    parse,
-    parse_mac,
-    parse_nic,
-    parse_status,
-)
+from vmbus.wire.ethernet import parse_mac
+from vmbus.wire.network import Feature, Frames, Hello, Link, Queues, Status, pack_frames, parse, parse_nic, parse_status
 
 pytestmark = pytest.mark.unit
 

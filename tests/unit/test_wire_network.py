@@ -8,11 +8,11 @@ import struct
 import pytest
 
 from support.nic import GUEST, PEER, frame, number_of, udp
+from vmbus.wire.ethernet import OFFLOAD_SIZE, announcement, check_frame, flow_hash, format_mac, frame_limit, parse_mac
 from vmbus.wire.network import (
     BATCH_BYTES,
     FRAMES_MAXIMUM,
     MESSAGE_LIMIT,
-    OFFLOAD_SIZE,
     Feature,
     Frames,
     Hello,
@@ -21,16 +21,10 @@ from vmbus.wire.network import (
     Op,
     Queues,
     Status,
-    announcement,
-    check_frame,
-    flow_hash,
-    format_mac,
-    frame_limit,
     message_size,
     pack_frames,
     pack_reply,
     parse,
-    parse_mac,
     parse_nic,
     parse_status,
 )

@@ -8,7 +8,7 @@ from vmbus.bus.gpadl import Gpadl, GpadlError, Mappings
 from vmbus.kmcl.channel import DEFAULT_TIMEOUT, Channel
 from vmbus.kmcl.client import ClientChannel
 from vmbus.kmcl.server import ServerChannel
-from vmbus.memory import Grant, GuestMemory
+from vmbus.memory import Grant, GuestMemory, Window
 from vmbus.ring import FEATURE_BITS, FEATURE_PENDING_SEND_SIZE, RingReader, RingWriter
 from vmbus.wire.gpa import PAGE_SIZE, range_for
 
@@ -86,10 +86,17 @@ class _Link:
 
     def map_gpadl(self, handle: int, read_only: bool) -> Grant:
         """See `vmbus.bus.gpadl.Mappings.map`."""
+        return self.mappings.map(self._gpadl(handle), read_only=read_only)
+
+    def open_gpadl(self, handle: int) -> Window:
+        """See `vmbus.bus.gpadl.Mappings.open`."""
+        return self.mappings.open(self._gpadl(handle))
+
+    def _gpadl(self, handle: int) -> Gpadl:
         gpadl = self._connection.gpadls.get(handle)
         if gpadl is None or handle in self._connection.deleting or self._channel is not self._connection.server:
             raise GpadlError(f"channel {self._channel.name} has no GPADL {handle:#x} to be mapped")
-        return self.mappings.map(gpadl, read_only=read_only)
+        return gpadl
 
     def unmap_gpadl(self, handle: int) -> None:
         """See `vmbus.bus.gpadl.Mappings.unmap`."""

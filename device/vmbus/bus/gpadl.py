@@ -12,7 +12,7 @@ from typing import Annotated, NamedTuple
 import msgspec
 
 from vmbus.errors import PeerError, StateError
-from vmbus.memory import Grant, GuestMemory
+from vmbus.memory import Grant, GuestMemory, Window
 from vmbus.records import U16, U32, Relid, StructVersion, decode
 from vmbus.wire.gpa import MAX_PFN, PAGE_SIZE, GpaRange, RangeError, extents_of, page_count, parse_ranges
 
@@ -92,12 +92,13 @@ class PartialGpadl:
 class Mappings:
     """The GPADLs of one open channel that its owner has mapped, at most once each.
 
-    A mapping for writing counts as written the whole time for the dirty log; one for reading never does.
+    A mapping for writing counts as written the whole time for the dirty log; one for reading never does; of a window
+    what is written through it does.
     """
 
     def __init__(self, memory: GuestMemory) -> None:
         self._memory = memory
-        self._grants: dict[int, Grant] = {}
+        self._grants: dict[int, Grant | Window] = {}
 
     def __contains__(self, handle: int) -> bool:
         return handle in self._grants
@@ -112,24 +113,41 @@ class Mappings:
 
     def map(self, gpadl: Gpadl, *, read_only: bool) -> Grant:
         """The GPADL's memory as views. Raises GpadlMapped, and MemoryFault when it is not reachable."""
-        if gpadl.handle in self._grants:
-            raise GpadlMapped(f"GPADL {gpadl.handle:#x} is mapped already: unmap it first")
+        self._require_free(gpadl)
         grant = self._memory.grant(gpadl.extents(), writable=not read_only)
         self._grants[gpadl.handle] = grant
         return grant
+
+    def open(self, gpadl: Gpadl) -> Window:
+        """The GPADL's memory as one window. Raises as `map`; MemoryFault also when it is not aligned to 8 bytes."""
+        self._require_free(gpadl)
+        window = self._memory.window(gpadl.extents())
+        self._grants[gpadl.handle] = window
+        return window
+
+    def _require_free(self, gpadl: Gpadl) -> None:
+        if gpadl.handle in self._grants:
+            raise GpadlMapped(f"GPADL {gpadl.handle:#x} is mapped already: unmap it first")
 
     def unmap(self, handle: int) -> None:
         """End a mapping. Raises GpadlError when there is none."""
         grant = self._grants.pop(handle, None)
         if grant is None:
             raise GpadlError(f"GPADL {handle:#x} is not mapped")
-        grant.release()
+        _end(grant)
 
     def clear(self) -> None:
         """End all of them."""
         for grant in self._grants.values():
-            grant.release()
+            _end(grant)
         self._grants.clear()
+
+
+def _end(mapping: Grant | Window) -> None:
+    if isinstance(mapping, Window):
+        mapping.close()
+    else:
+        mapping.release()
 
 
 def _description_size(gpadl: Gpadl) -> int:

@@ -11,7 +11,7 @@ from vmbus.kmcl.lifecycle import ChannelEvent, ChannelState
 from vmbus.kmcl.saving import SavingChannel
 from vmbus.kmcl.status import ChannelStateError, Status
 from vmbus.kmcl.threads import own_thread
-from vmbus.memory import Grant
+from vmbus.memory import Grant, Window
 from vmbus.wire.messages import OfferFlag
 
 SERVER_FLAG_LOOPBACK_OFFER = 0x1
@@ -31,10 +31,13 @@ NIL = UUID(int=0)  # an interface id that has not been set
 
 
 class HostLink(Protocol):
-    """What a server channel needs of its link beyond `vmbus.kmcl.channel.Link`. Both raise PeerError."""
+    """What a server channel needs of its link beyond `vmbus.kmcl.channel.Link`. All raise PeerError."""
 
     def map_gpadl(self, handle: int, read_only: bool) -> Grant:
         """The memory of a GPADL of this channel."""
+
+    def open_gpadl(self, handle: int) -> Window:
+        """The same as one window."""
 
     def unmap_gpadl(self, handle: int) -> None:
         """End the mapping."""
@@ -152,6 +155,16 @@ class ServerChannel(SavingChannel):
         """
         try:
             return self._host_link("map_gpadl").map_gpadl(handle, read_only)
+        except PeerError as error:
+            raise self.refuse(f"GPADL {handle:#x}: {error}", Status.INVALID_PARAMETER) from error
+
+    def open_gpadl(self, handle: int) -> Window:
+        """The same memory as one window from offset 0, for mappings that last: all writes go through the window's
+        `write`, so that a migration copies the pages that were written, and not all of them. The window is revoked when
+        the guest unmaps any of it, or with `unmap_gpadl`; each access then raises MemoryRevoked. Raises as
+        `map_gpadl`, also for memory that is not aligned to 8 bytes."""
+        try:
+            return self._host_link("open_gpadl").open_gpadl(handle)
         except PeerError as error:
             raise self.refuse(f"GPADL {handle:#x}: {error}", Status.INVALID_PARAMETER) from error
 

@@ -27,13 +27,12 @@ from vmbus.kmcl.completion import Completion
 from vmbus.kmcl.packet import Packet
 from vmbus.kmcl.status import Status as PacketStatus
 from vmbus.tap import Tap
+from vmbus.wire.ethernet import MTU_MAXIMUM, QUEUES_MAXIMUM, flow_hash
 from vmbus.wire.network import (
     BATCH_BYTES,
     FRAMES_MAXIMUM,
     MESSAGE_LIMIT,
-    MTU_MAXIMUM,
     NETWORK_TYPE,
-    QUEUES_MAXIMUM,
     Feature,
     Frames,
     Hello,
@@ -41,7 +40,6 @@ from vmbus.wire.network import (
     Nic,
     Queues,
     Status,
-    flow_hash,
     message_size,
     pack_frames,
     pack_reply,
