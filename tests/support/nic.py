@@ -7,6 +7,7 @@ import struct
 from typing import Any, ClassVar
 
 from vmbus.providers.network import NetworkProvider
+from vmbus.providers.network.card import Card
 from vmbus.providers.network.interface import Port, Settings
 from vmbus.testkit import ProviderTest
 from vmbus.testkit.client import Client, HostPacket
@@ -103,8 +104,8 @@ class CablePort:
             pass  # what an interface holds is gone with it
 
 
-class CabledNetwork(NetworkProvider):
-    """The provider, with a cable for each kit."""
+class Cabled(Card):
+    """A card with a cable for each kit."""
 
     cables: ClassVar[dict[object, Cable]] = {}
 
@@ -113,6 +114,10 @@ class CabledNetwork(NetworkProvider):
         if clock not in self.cables:
             self.cables[clock] = Cable()
         return CablePort(self.cables[clock], settings)
+
+
+class CabledNetwork(Cabled, NetworkProvider):
+    """The provider `network`."""
 
 
 class Guest:

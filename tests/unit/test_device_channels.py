@@ -354,7 +354,8 @@ def test_of_a_gpadl_that_is_a_window_only_what_is_written_is_copied() -> None:
         guest = Guest(driver)
         memory = machine.device.memory
         buffer = driver.allocate(64 * PAGE)
-        window = multi(machine).channel.open_gpadl(driver.create_gpadl(guest.channel, buffer))
+        handle = driver.create_gpadl(guest.channel, buffer)
+        window = multi(machine).channel.open_gpadl(handle)
         window.write(0, b"before")
         memory.start_log()
         assert memory.log is not None and not memory.log.pages
@@ -364,7 +365,7 @@ def test_of_a_gpadl_that_is_a_window_only_what_is_written_is_copied() -> None:
         first = buffer.iova // PAGE
         assert set(memory.log.pages) == {first + 9, first + 10, first + 60}
         memory.stop_log()
-        driver.free(buffer)
+        multi(machine).channel.unmap_gpadl(handle)
         with pytest.raises(MemoryRevoked):
             window.write(0, b"x")
 

@@ -24,6 +24,9 @@ from vmbus.providers.scsi.unit import UnitOptions
 from vmbus.providers.vsock.connection import CHUNK, HIGH, LINGER_SECONDS
 from vmbus.providers.vsock.provider import HOST_SECONDS, VsockOptions, VsockProvider
 from vmbus.providers.vsock.streams import SOCKET_PATH_LIMIT
+from vmbus.providers.netvsc import oids
+from vmbus.providers.netvsc.adapter import NetvscOptions
+from vmbus.providers.netvsc.provider import CONTROL_BYTES, SEND_SECTION
 from vmbus.providers.network.card import ANNOUNCE_AFTER, DRAIN_BYTES
 from vmbus.providers.network.provider import NetworkOptions
 from vmbus.snapshot import manifest
@@ -37,7 +40,7 @@ from vmbus.synic import Synic
 from vmbus.testkit.host import Clock, FakeHost
 from vmbus.vfio_user.pci import ConfigSpace
 from vmbus.wire import block as block_wire
-from vmbus.wire import ethernet, hvsock, messages, packet, scsi, storvsp, synic
+from vmbus.wire import ethernet, hvsock, messages, nvsp, packet, scsi, storvsp, synic
 from vmbus.wire import network as network_wire
 from vmbus.wire.synic import PostStatus, Register
 
@@ -334,6 +337,26 @@ def test_the_tables_of_the_sockets(tmp_path: Path) -> None:
     assert f"Up to {hvsock.MAX_DATA} bytes are taken, and at most {CHUNK}" in text
     assert f"fills {HIGH >> 10} KiB here" in text and f"read for {LINGER_SECONDS:g} s" in text
     assert f"after {HOST_SECONDS:g} s: a guest" in text
+
+
+# ---- provider-netvsc.md ----------------------------------------------------------------------------------------------
+
+
+def test_the_tables_of_the_netvsc_provider() -> None:
+    text = page("provider-netvsc.md")
+    options = {row["Option"].strip("`"): row["Default"].strip("`") for row in table(text, "Option", "Default")}
+    fields = {field.name: field.default for field in msgspec.structs.fields(NetvscOptions)}
+    assert list(options) == list(fields)
+    for name, default in fields.items():
+        if default is not None:
+            assert options[name] == str(default).lower(), name
+    served = {row["Message"]: int(row["Number"]) for row in table(text, "Message", "Number")}
+    assert served == {kind.name: kind.value for kind in nvsp.Type}
+    asked = {int(row["OID"], 16) for row in table(text, "OID", "Answer")}
+    assert asked == set(oids._QUERIES)
+    taken = {int(row["OID"], 16) for row in table(text, "OID", "Taken for")}
+    assert taken == {oids.PACKET_FILTER, oids.OFFLOAD_PARAMETERS, oids.RSS_PARAMETERS, oids.MULTICAST_LIST}
+    assert str(nvsp.NETVSC_TYPE) in text and f"{SEND_SECTION}" in text and f"{CONTROL_BYTES >> 10} KiB" in text
 
 
 # ---- soak.md ---------------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ block/         a disk in a raw file
 echo.py        answers each request with a transform of it
 integration/   heartbeat, time, shutdown, key-value exchange
 lab/           does what the guest's test drivers ask for: sub-channels, hot plug, GPADLs, pipes
+netvsc/        the same, for Linux's own driver
 network/       a network card, on a TAP interface of the host's
 vsock/         AF_VSOCK between programs of the guest and of the host
 scsi/          disks for Linux's own driver, hv_storvsc
@@ -21,6 +22,7 @@ from vmbus.providers.echo import EchoProvider
 from vmbus.providers.integration import IntegrationProvider
 from vmbus.providers.lab import LabProvider
 from vmbus.providers.loading import find_provider
+from vmbus.providers.netvsc import NetvscProvider
 from vmbus.providers.network import NetworkProvider
 from vmbus.providers.scsi import ScsiProvider
 from vmbus.providers.vsock import VsockProvider
@@ -34,6 +36,7 @@ PROVIDERS: dict[str, type[Provider]] = {
         BlockProvider,
         IntegrationProvider,
         LabProvider,
+        NetvscProvider,
         NetworkProvider,
         VsockProvider,
         ScsiProvider,

@@ -15,6 +15,7 @@ from vmbus.kmcl.packet import Packet
 from vmbus.kmcl.status import Status
 from vmbus.testkit.contract import ContractViolation, shorten
 from vmbus.wire.gpa import PAGE_SIZE
+from vmbus.wire.packet import PacketType
 
 Extents = Sequence[tuple[int, int]]
 
@@ -103,13 +104,16 @@ class HostPacket:
     """A packet that the provider has sent and the guest has taken.
 
     Attributes:
-        payload: its bytes. wanted: whether the provider waits for its completion. completed: whether it got it.
+        payload: its bytes. pages: what it hands over of memory that the guest has lent, if it does (`TransferPages`).
+            wanted: whether the provider waits for its completion. completed: whether it got it.
     """
 
     def __init__(self, client: "Client", completion: Completion, payload: bytes) -> None:
         self.client = client
         self.payload = payload
         self.transaction = completion.transaction
+        over_pages = completion.kind == PacketType.TRANSFER_PAGES
+        self.pages = completion.transfer_pages() if over_pages else None
         self.wanted = completion.wanted
         self.completed = False
         self._completion = completion

@@ -128,7 +128,8 @@ class Card(Provider):
         mtu = self._guest_mtu
         self._lost_reason = ""
         self._carrier = self._has_link
-        self.port = self.make_port(self._settings(self.options.mtu if mtu is None else mtu))
+        self._mtu_wanted = self.options.mtu if mtu is None else mtu
+        self.port = self.make_port(self._settings(self._mtu_wanted))
         self._apply_offload(self.port)
         self._update()
         if mtu is not None:
@@ -278,16 +279,21 @@ class Card(Provider):
     def _change_mtu(self, mtu: int) -> None:
         """Bring the interface's MTU to this. One change at a time: a guest may ask faster than they are made, and a
         pause waits for those under way."""
-        self._mtu_wanted = mtu
-        if self._mtu_changing:
+        if self.port is None or mtu == self._mtu_wanted:
             return
+        self._mtu_wanted = mtu
+        if not self._mtu_changing:
+            self._bring_mtu()
+
+    def _bring_mtu(self) -> None:
+        mtu = self._mtu_wanted
 
         def done(_: None, error: BaseException | None) -> None:
             self._mtu_changing = False
             if error is not None:
                 log.error("network %s: %s", self.name, error)
             if self._mtu_wanted != mtu and self.port is not None:
-                self._change_mtu(self._mtu_wanted)
+                self._bring_mtu()
 
         self._mtu_changing = True
         self.host.run_blocking(partial(set_mtu, self.settings, mtu), done)

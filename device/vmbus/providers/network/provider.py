@@ -229,11 +229,9 @@ class NetworkProvider(Card):
             self._refuse(completion, Status.RING_TOO_SMALL)
             return
         count = min(options.queues, hello.queues)
-        before = self._agreed.mtu if self._agreed is not None else options.mtu
         self._agreed = _Agreed(int(features), mtu, count, 1)
         self._use_offload(bool(features & Feature.OFFLOAD))
-        if self.port is not None and mtu != before:
-            self._change_mtu(mtu)
+        self._change_mtu(mtu)
         self._link_told = self._link
         nic = Nic(
             version=VERSION,

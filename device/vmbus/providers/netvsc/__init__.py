@@ -1,0 +1,14 @@
+"""Netvsc: a synthetic network card for Linux's own driver, hv_netvsc. See docs/provider-netvsc.md.
+
+provider.py  the channels and what NVSP says on them, the guest's buffers, saved state
+adapter.py   the card as RNDIS has it: control messages, filter, frames; the host's interface is `network.card`
+lent.py      the guest's two buffers, and which parts of one are in its hands
+backlog.py   frames that wait over a pause
+queue.py     one channel's frames and replies on their way to the guest, and what is saved of a packet
+oids.py      what the card answers to questions, by table
+offload.py   checksums and segmentation: between what a guest asks for and what a kernel takes
+"""
+
+from vmbus.providers.netvsc.provider import NetvscProvider
+
+__all__ = ["NetvscProvider"]

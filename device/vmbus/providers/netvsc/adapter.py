@@ -1,0 +1,322 @@
+"""The card as RNDIS has it: control messages and what they set, the filter, and frames in both directions."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping
+from typing import Any
+from uuid import UUID
+
+from vmbus.complaints import bounded_log
+from vmbus.kmcl.completion import Completion
+from vmbus.kmcl.status import Status as PacketStatus
+from vmbus.providers.base import Host
+from vmbus.providers.netvsc import oids
+from vmbus.providers.netvsc.backlog import Backlog
+from vmbus.providers.netvsc.lent import Lent
+from vmbus.providers.netvsc.offload import to_guest, to_host
+from vmbus.providers.netvsc.queue import Kind, Queue, Sent
+from vmbus.providers.network.card import COUNTERS, DRAIN_BYTES, FRAMES_PER_TURN, Card, CardOptions
+from vmbus.wire import nvsp, rndis
+from vmbus.wire.ethernet import OFFLOAD_SIZE, check_frame, flow_hash
+
+log = bounded_log(__name__)
+
+MOST_CONTROL = 64
+"""Control messages to the guest that wait for room."""
+
+OK = nvsp.rndis_complete(nvsp.Status.SUCCESS)
+FAILED = nvsp.rndis_complete(nvsp.Status.FAILURE)
+BAD_RNDIS = nvsp.rndis_complete(nvsp.Status.INVALID_RNDIS)
+
+_OWN_COUNTERS = ("filtered", "control", "backlog_lost")
+ALL_COUNTERS = (*COUNTERS, *_OWN_COUNTERS)
+
+
+class NetvscOptions(CardOptions, frozen=True, forbid_unknown_fields=True):
+    """See docs/provider-netvsc.md."""
+
+
+class Adapter(Card):
+    """See the module's text. The channels, and what NVSP says on them, are `NetvscProvider`'s.
+
+    Attributes:
+        queues: the channels, the primary one first. backlog: frames that the guest has not got, from before a pause.
+    """
+
+    Options = NetvscOptions
+    queues: list[Queue]
+
+    def __init__(self, host: Host, name: str, instance: UUID, options: Mapping[str, Any]) -> None:
+        super().__init__(host, name, instance, options)
+        self.counters |= dict.fromkeys(_OWN_COUNTERS, 0)
+        self.backlog = Backlog(DRAIN_BYTES)
+        self._control: deque[tuple[Kind, bytes]] = deque()
+        self._touched: dict[Queue, None] = {}
+        self._forget()
+
+    def _forget(self) -> None:
+        """As it is when a guest has just opened the card."""
+        self._version = 0
+        self._mtu = self.options.mtu
+        self._receive: Lent | None = None
+        self._receive_size = self._page_set = 0
+        self._send: Lent | None = None
+        self._send_size = self._send_id = 0
+        self._halt()
+
+    def _halt(self) -> None:
+        self._initialized = False
+        self._filter = 0
+        self._coalescing = False
+        self._table: tuple[int, ...] = ()
+        self._control.clear()
+        self.backlog.clear()
+        self._link_told = True
+        self._link_in_flight = False
+
+    # ---- the interface: see Card -------------------------------------------------------------------------------------
+
+    @property
+    def _guest_there(self) -> bool:
+        return self._initialized and bool(self._filter) and self._receive is not None and self.queues[0].open
+
+    @property
+    def _guest_ready(self) -> bool:
+        if not self._guest_there or not self.queues[0].channel.active or self.backlog:
+            return False
+        return all(queue.has_room for queue in self._in_use)
+
+    @property
+    def _in_use(self) -> list[Queue]:
+        """Queues that get frames."""
+        return [self.queues[index] for index in {*self._table}] if self._table else self.queues[:1]
+
+    @property
+    def _guest_mtu(self) -> int | None:
+        return self._mtu if self._version else None
+
+    @property
+    def _guest_offload(self) -> bool | None:
+        return self._coalescing
+
+    def _to_guest(self, frame: bytes) -> None:
+        if not self._passes(frame):
+            self.counters["filtered"] += 1
+        elif self.backlog or not self.queues[0].channel.active:
+            self.counters["backlog_lost"] += not self.backlog.append(frame)
+        else:
+            self._hand_over(frame)
+
+    def _hand_over(self, frame: bytes) -> None:
+        queue = self._queue_of(frame)
+        queue.add(to_guest(frame))
+        self._touched[queue] = None
+
+    def _queue_of(self, frame: bytes) -> Queue:
+        """The same one for all frames of a flow."""
+        table = self._table
+        index = table[flow_hash(frame) % len(table)] if table else 0
+        return self.queues[index if index < len(self.queues) and self.queues[index].channel.active else 0]
+
+    def _passes(self, frame: bytes) -> bool:
+        """Whether the guest's filter lets a frame through."""
+        wanted, first = self._filter, frame[OFFLOAD_SIZE]
+        if wanted & oids.FILTER_PROMISCUOUS:
+            return True
+        if not first & 1:
+            return bool(wanted & oids.FILTER_DIRECTED) and frame.startswith(self.mac, OFFLOAD_SIZE)
+        if frame.startswith(b"\xff" * 6, OFFLOAD_SIZE):
+            return bool(wanted & oids.FILTER_BROADCAST)
+        return bool(wanted & (oids.FILTER_MULTICAST | oids.FILTER_ALL_MULTICAST))
+
+    def _flush(self) -> None:
+        touched, self._touched = self._touched, {}
+        for queue in touched:
+            queue.flush()
+
+    def _deliver_backlog(self) -> None:
+        """Frames from before a pause, as far as there is room; in turns."""
+        if not self.backlog or not self.queues[0].channel.active:
+            return
+        for _ in range(FRAMES_PER_TURN):
+            if not self.backlog or not self._queue_of(self.backlog.first).has_room:
+                break
+            self._hand_over(self.backlog.popleft())
+        self._flush()
+        if self.backlog and self._queue_of(self.backlog.first).has_room:
+            self.host.call_soon(self._deliver_backlog)
+        self._read_on()
+
+    def _completed(self, _: Queue, sent: Sent, status: int) -> None:
+        """The guest has taken a packet (or its channel was closed, or the packet was restored: PENDING)."""
+        if sent.kind is Kind.LINK:
+            self._link_in_flight = status == PacketStatus.PENDING
+        if status != PacketStatus.SUCCESS:
+            return
+        if sent.kind is not Kind.FRAMES:
+            self._send_control()
+            self._tell_link()
+        if self.backlog:
+            self._deliver_backlog()
+        elif not self._reading:
+            self._read_on()
+
+    # ---- from the guest ----------------------------------------------------------------------------------------------
+
+    def _refuse(self, completion: Completion, reply: bytes, why: object) -> None:
+        self.counters["refused"] += 1
+        log.warning("network %s: the guest's %s is refused", self.name, why)
+        completion.complete(reply)
+
+    def _take_frames(self, completion: Completion, data: bytes) -> None:
+        """Frames for the host: those before one that makes no sense are sent."""
+        try:
+            for one in rndis.messages(data):
+                found = rndis.parse(one)
+                if not isinstance(found, rndis.Packet):
+                    raise rndis.RndisError("control message among frames")
+                self._from_guest(found)
+        except rndis.RndisError as error:
+            self._refuse(completion, BAD_RNDIS, f"packet ({error})")
+            return
+        completion.complete(OK)
+
+    def _from_guest(self, packet: rndis.Packet) -> None:
+        """A frame for the host. Raises RndisError."""
+        frame = to_host(packet, self.options.offload)
+        if wrong := check_frame(frame, self._mtu, self.options.offload):
+            raise rndis.RndisError(wrong)
+        if not self._link:
+            self.counters["no_link"] += 1
+        else:
+            self._to_host(frame)
+
+    def _take_control(self, completion: Completion, data: bytes) -> None:
+        """Control messages: the packet is completed, then they are answered by messages of their own."""
+        if len(self._control) >= MOST_CONTROL:
+            self._refuse(completion, FAILED, "control message, with all those that wait,")
+            return
+        try:
+            found = [rndis.parse(one) for one in rndis.messages(data)]
+            if len(found) != 1 or isinstance(found[0], rndis.Packet):
+                raise rndis.RndisError(f"{len(found)} control messages in a packet, or a frame among them")
+        except rndis.RndisError as error:
+            self._refuse(completion, BAD_RNDIS, f"packet ({error})")
+            return
+        completion.complete(OK)
+        self.counters["control"] += 1
+        self._answer(found[0])
+        self._send_control()
+
+    def _answer(self, message: rndis.Message) -> None:
+        match message:
+            case rndis.Initialize(request):
+                self._initialized = True
+                self._say(rndis.initialize_complete(request))
+            case rndis.Halt():
+                self._halt()
+                self._update()
+            case rndis.Reset():
+                self._filter = 0
+                self._say(rndis.reset_complete())
+                self._update()
+            case rndis.Keepalive(request):
+                self._say(rndis.keepalive_complete(request))
+            case rndis.Query(request, oid):
+                self._say(self._query(request, oid))
+            case rndis.Set(request, oid, data):
+                status = self._set(oid, data) if self._initialized else rndis.Status.FAILURE
+                if status:
+                    self.counters["refused"] += 1
+                self._say(rndis.set_complete(request, status))
+
+    def _query(self, request: int, oid: int) -> bytes:
+        data = oids.answer(self, oid) if self._initialized else None
+        if oid == oids.MEDIA_CONNECT_STATUS:
+            self._link_told = self._link
+        if data is None:
+            return rndis.query_complete(request, rndis.Status.NOT_SUPPORTED)
+        return rndis.query_complete(request, rndis.Status.SUCCESS, data)
+
+    def _set(self, oid: int, data: bytes) -> int:
+        if oid == oids.PACKET_FILTER:
+            if len(data) < 4:
+                return rndis.Status.INVALID_DATA
+            self._filter = int.from_bytes(data[:4], "little")
+            if not self._filter:
+                self.backlog.clear()
+            self._update()
+        elif oid == oids.OFFLOAD_PARAMETERS:
+            if not oids.offload_parameters(data):
+                return rndis.Status.INVALID_DATA
+            wanted = oids.coalescing_wanted(data)
+            if wanted is not None:
+                self._coalescing = wanted and self.offers_coalescing
+                self._use_offload(self._coalescing)
+        elif oid == oids.RSS_PARAMETERS:
+            spread = oids.rss_parameters(data, len(self.queues))
+            if spread is None:
+                return rndis.Status.INVALID_DATA
+            self._table = spread.table
+            self._update()
+        elif oid != oids.MULTICAST_LIST:
+            return rndis.Status.NOT_SUPPORTED
+        return rndis.Status.SUCCESS
+
+    def _say(self, message: bytes, kind: Kind = Kind.CONTROL) -> None:
+        """A control message to the guest, in its turn."""
+        self._control.append((kind, message))
+
+    def _send_control(self) -> None:
+        """What waits, as far as there is room for it."""
+        queue = self.queues[0]
+        while self._control and queue.channel.active and queue.has_control_room(len(self._control[0][1])):
+            kind, message = self._control.popleft()
+            queue.control(message, kind)
+
+    def _tell_link(self) -> None:
+        """One message at a time: what changed meanwhile is told when the guest has taken it."""
+        if not self._initialized or self._link_in_flight or self._link == self._link_told or not self.queues[0].open:
+            return
+        self._link_in_flight, self._link_told = True, self._link
+        status = rndis.Status.MEDIA_CONNECT if self._link else rndis.Status.MEDIA_DISCONNECT
+        self._say(rndis.indicate(status), Kind.LINK)
+        self._send_control()
+
+    # ---- what OIDs tell ----------------------------------------------------------------------------------------------
+
+    @property
+    def mtu(self) -> int:
+        """The largest that the guest may have."""
+        return int(self.options.mtu)
+
+    @property
+    def offers_offload(self) -> bool:
+        """Whether the guest may leave checksums and segmentation to us."""
+        return bool(self.options.offload)
+
+    @property
+    def offers_coalescing(self) -> bool:
+        """Whether it may get frames that are longer than its MTU."""
+        return bool(self.options.offload) and self._version >= nvsp.VERSION_6_1
+
+    @property
+    def queue_count(self) -> int:
+        """Queues that it may have."""
+        return int(self.options.queues)
+
+    @property
+    def link_up(self) -> bool:
+        """As tools want it."""
+        return self._link
+
+    @property
+    def filter(self) -> int:
+        """The packet filter that it has set."""
+        return self._filter
+
+    @property
+    def statistics(self) -> dict[str, int]:
+        """Counters by name."""
+        return self.counters

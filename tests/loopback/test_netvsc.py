@@ -1,0 +1,270 @@
+"""The provider `netvsc` with real TAP interfaces, on a real device server; a guest of ours speaks as Linux does."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import struct
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from support.namespace import Namespace, NotPermitted, namespace
+from support.netvsc import DriverEnds, NetvscGuest
+from vmbus.loopback.harness import LoopbackServer, describe
+from vmbus.providers.netvsc.offload import ones_sum
+from vmbus.providers.network.interface import in_namespace
+from vmbus.vfio_user.library import Library
+from vmbus.wire import nvsp, rndis
+from vmbus_guest.driver import VmbusDriver
+
+pytestmark = pytest.mark.loopback
+
+HOST, GUEST = "192.0.2.1", "192.0.2.2"
+MAC = bytes.fromhex("020000000001")
+OPTIONS = {"mac": MAC.hex(":"), "interface": "host0", "address": f"{HOST}/24"}
+ECHO = 7777
+
+
+@pytest.fixture
+def outside() -> Iterator[Namespace]:
+    """The host's side."""
+    try:
+        with namespace() as found:
+            yield found
+    except NotPermitted as error:
+        pytest.skip(str(error))
+
+
+def until(driver: VmbusDriver, condition: Callable[[], Any], what: str) -> None:
+    driver.run_until(lambda: bool(condition()), 20, what)
+
+
+def status(server: LoopbackServer) -> dict[str, Any]:
+    return dict(server.command("status")["providers"]["netvsc"])
+
+
+class EchoGuest(NetvscGuest):
+    """It answers ARP, and sends UDP datagrams back to where they came from, with their sums left to the card."""
+
+    SUCCESS = nvsp.Status.SUCCESS
+    echoed = 0
+
+    def answer(self) -> None:
+        """Everything that has come since."""
+        frames, self.frames = self.frames, []
+        for one in frames:
+            whole = one[10:]
+            kind = whole[12:14]
+            if kind == b"\x08\x06" and whole[20:22] == b"\0\1" and whole[38:42] == socket.inet_aton(GUEST):
+                reply = whole[6:12] + MAC + whole[12:20] + b"\0\2" + MAC + whole[38:42] + whole[22:32]
+                assert self.send(reply.ljust(60, b"\0")) == self.SUCCESS
+            elif kind == b"\x08\0" and whole[23] == 17 and whole[36:38] == struct.pack("!H", ECHO):
+                self._echo(whole)
+
+    def _echo(self, whole: bytes) -> None:
+        length = struct.unpack_from("!H", whole, 38)[0]
+        segment = whole[34 : 34 + length]
+        pseudo = whole[26:34] + struct.pack("!HH", 17, length)
+        assert segment[6:8] == b"\0\0" or (ones_sum(segment) + ones_sum(pseudo)) % 0xFFFF == 0, "the sum is right"
+        back = bytearray(whole[6:12] + MAC + whole[12:26] + whole[30:34] + whole[26:30] + whole[36:38] + whole[34:36])
+        back += whole[38:40] + struct.pack("!H", ones_sum(pseudo)) + whole[42 : 34 + length]
+        wish = rndis.ppi(rndis.Ppi.CHECKSUM, rndis.Checksum.IPV4 | rndis.Checksum.UDP | 34 << 16)
+        shape = 1 + self.echoed % 3
+        if shape == 1 and len(back) > 4000:
+            shape = 2
+        assert self.send(bytes(back), shape=shape, information=wish) == self.SUCCESS
+        self.echoed += 1
+
+
+class Caller:
+    """A program on the host that sends datagrams with numbers, and takes what comes back."""
+
+    def __init__(self, outside: Namespace) -> None:
+        self.socket = in_namespace(outside.name, lambda: socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
+        self.socket.setblocking(False)
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 22)
+        self.sent = 0
+        self.back: list[int] = []
+
+    def send(self, count: int, size: int = 200) -> None:
+        for _ in range(count):
+            self.socket.sendto(struct.pack("!I", self.sent) + bytes(size), (GUEST, ECHO))
+            self.sent += 1
+
+    def receive(self) -> int:
+        """How many have come back so far."""
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                self.back.append(struct.unpack_from("!I", self.socket.recv(65536))[0])
+        return len(self.back)
+
+    def close(self) -> None:
+        self.socket.close()
+
+
+@pytest.fixture
+def caller(outside: Namespace) -> Iterator[Caller]:
+    found = Caller(outside)
+    yield found
+    found.close()
+
+
+def exchange(driver: VmbusDriver, guest: EchoGuest, caller: Caller, count: int, size: int = 200) -> None:
+    """So many datagrams there and back, each once and in order."""
+    already = len(caller.back)
+    caller.send(count, size)
+
+    def back() -> bool:
+        guest.answer()
+        return caller.receive() >= already + count
+
+    until(driver, back, f"{count} datagrams of {size} bytes to come back")
+    assert caller.back[already:] == list(range(caller.sent - count, caller.sent))
+
+
+@pytest.mark.parametrize("end", ["tap", "veth"])
+@pytest.mark.parametrize("offload", [True, False])
+def test_datagrams_go_there_and_back_over_netvsc(
+    libvfio_user: Library, outside: Namespace, caller: Caller, end: str, offload: bool
+) -> None:
+    options = {**OPTIONS, "namespace": outside.name, "mtu": 9000, "end": end, "offload": offload}
+    with LoopbackServer(describe("netvsc", netvsc=options), libvfio_user) as server:
+        with VmbusDriver(server.function()) as driver:
+            guest = _guest(driver, offload, mtu=9000)
+            exchange(driver, guest, caller, 100)
+            exchange(driver, guest, caller, 50, 8900)
+            state = status(server)
+            assert state["refused"] == state["queues"][0]["lost"] == 0 and state["guest"]["mtu"] == 9000
+            guest.shut_down()
+        assert status(server)["guest"]["receive_buffer"] == 0
+    assert outside.interfaces() == []
+
+
+class PlainEcho(EchoGuest):
+    """The same for a card without offloads."""
+
+    def _echo(self, whole: bytes) -> None:
+        back = whole[6:12] + MAC + whole[12:26] + whole[30:34] + whole[26:30] + whole[36:38] + whole[34:36]
+        # The addresses and ports are swapped, which leaves the sum as it is.
+        assert self.send(back + whole[38:], shape=2) == self.SUCCESS
+
+
+def _guest(driver: VmbusDriver, offload: bool = True, **arguments: Any) -> EchoGuest:
+    return (EchoGuest if offload else PlainEcho)(DriverEnds(driver), **arguments)
+
+
+def test_network_survives_saves_of_netvsc(libvfio_user: Library, outside: Namespace, caller: Caller) -> None:
+    """Into fresh servers, with datagrams on their way in every direction; none is lost, none comes twice."""
+    description = describe("netvsc", netvsc={**OPTIONS, "namespace": outside.name})
+    server = LoopbackServer(description, libvfio_user)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(server)
+        function = server.function()
+        driver = VmbusDriver(function)
+        guest = _guest(driver)
+        sent = drained = 0
+        for _ in range(4):
+            exchange(driver, guest, caller, 5)  # the interface is a new one, which asks for the guest's address
+            before = len(caller.back)
+            guest.holding = True
+            caller.send(30)
+            until(driver, lambda: len(guest.frames) >= 20, "frames that the guest holds")
+            caller.send(30)  # these are in the interface, the ring, or the guest's hands at the save
+            state = server.save()
+            sent += int(status(server)["queues"][0]["in_flight"])
+            server = LoopbackServer(description, libvfio_user, restore=state)
+            stack.enter_context(server)
+            function.reconnect(server.socket_path, state.config)
+            server.command("restore-finish")
+            guest.release()
+
+            def back() -> bool:
+                guest.answer()
+                return caller.receive() >= before + 60  # noqa: B023
+
+            until(driver, back, "all datagrams to come back")
+            drained += int(status(server)["drained"])
+        assert caller.back == list(range(caller.sent)) and sent > 0
+        assert status(server)["announced"] >= 1
+        driver.close(graceful=False)
+
+
+def test_a_switchover_copies_what_was_written_and_not_the_whole_buffer(
+    libvfio_user: Library, outside: Namespace, caller: Caller
+) -> None:
+    description = describe("netvsc", netvsc={**OPTIONS, "namespace": outside.name})
+    with LoopbackServer(description, libvfio_user) as server, VmbusDriver(server.function()) as driver:
+        guest = _guest(driver, receive=16 << 20, send=1 << 20)
+        exchange(driver, guest, caller, 5)
+        server.command("log-start")
+        exchange(driver, guest, caller, 300, 1000)
+        pages = server.on_loop(lambda: sum(size for _, size in server.server.device.memory.dirty_runs()) >> 12)
+        server.command("log-stop")
+        assert 0 < pages < 400, f"{pages} of the {17 << 8} pages of its buffers"
+
+
+def test_a_tap_that_goes_away_under_a_netvsc(libvfio_user: Library, outside: Namespace, caller: Caller) -> None:
+    description = describe("netvsc", netvsc={**OPTIONS, "namespace": outside.name})
+    with LoopbackServer(description, libvfio_user) as server, VmbusDriver(server.function()) as driver:
+        guest = _guest(driver)
+        exchange(driver, guest, caller, 10)
+        outside.configure(lambda link: link.link("set", index=link.link_lookup(ifname="host0")[0], state="down"))
+        assert guest.send(bytes(60)) == nvsp.Status.SUCCESS, "a frame that is lost is no failure"
+        outside.configure(lambda link: link.link("set", index=link.link_lookup(ifname="host0")[0], state="up"))
+        exchange(driver, guest, caller, 10)
+        outside.configure(lambda link: link.link("del", ifname="host0"))
+        deadline = time.monotonic() + 10
+        while status(server)["present"]:
+            assert guest.send(bytes(60)) == nvsp.Status.SUCCESS
+            assert time.monotonic() < deadline, "the provider to notice"
+        assert guest.query(0x00010114) == bytes(4), "questions are answered all the same"
+        server.command("pause")
+        server.command("resume")
+        exchange(driver, guest, caller, 10)
+
+
+def test_network_survives_a_hostile_netvsc_guest(libvfio_user: Library, outside: Namespace, caller: Caller) -> None:
+    description = describe("netvsc", "echo", netvsc={**OPTIONS, "namespace": outside.name, "window_kib": 64})
+    with LoopbackServer(description, libvfio_user) as server:
+        with VmbusDriver(server.function()) as driver:
+            guest = _guest(driver)
+            exchange(driver, guest, caller, 5)
+            # Its memory goes while it is in use, and its words are nonsense.
+            area = guest.ends.allocate(1 << 16)
+            for section, size in ((0xFFFFFFFE, 60), (3, 1 << 31), (11, 60)):
+                assert guest.send_rndis(nvsp.DATA_CHANNEL, section, size, None) == nvsp.Status.FAILURE
+            for content in (b"\xff" * 4096, bytes(4096), struct.pack("<II", 1, 44) * 512):
+                area.write(0, content)
+                for channel in (0, 1, 2):
+                    answer = guest.send_rndis(channel, nvsp.NO_SECTION, 0, [(area.address, 4096)])
+                    assert answer != nvsp.Status.SUCCESS
+            for external in ([(1 << 45, 64)], [(area.address, 1)] * 30, [(area.address, 1 << 16)] * 8):
+                answer = guest.send_rndis(nvsp.DATA_CHANNEL, nvsp.NO_SECTION, 0, external)
+                assert answer != nvsp.Status.SUCCESS
+            # A flood, while it completes nothing.
+            guest.holding = True
+            caller.send(500, 1000)
+            for _ in range(300):
+                assert guest.send(bytes(60)) == nvsp.Status.SUCCESS
+            state = status(server)
+            assert state["queues"][0]["used"] <= 140 << 10
+            server.command("pause")
+            server.command("resume")
+            guest.release()
+        with VmbusDriver(server.function()) as driver:
+            guest = _guest(driver)
+            exchange(driver, guest, caller, 5)
+
+
+def test_a_guest_that_dies_leaves_the_interface_to_the_next_one(
+    libvfio_user: Library, outside: Namespace, caller: Caller
+) -> None:
+    with LoopbackServer(describe("netvsc", netvsc={**OPTIONS, "namespace": outside.name}), libvfio_user) as server:
+        for _ in range(2):
+            driver = VmbusDriver(server.function())
+            guest = _guest(driver)
+            exchange(driver, guest, caller, 5)
+            driver.function.abandon()

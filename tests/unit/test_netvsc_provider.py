@@ -1,0 +1,658 @@
+"""The provider `netvsc` on real channels with a guest that speaks as hv_netvsc does, good and bad, over saves."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from support.netvsc import UP, CabledNetvsc, KitEnds, NetvscGuest
+from support.nic import PEER, frame, number_of, udp
+from vmbus.errors import StateError, UsageError
+from vmbus.providers.netvsc import oids
+from vmbus.providers.netvsc.adapter import MOST_CONTROL
+from vmbus.providers.netvsc.provider import CONTROL_BYTES, SEND_SECTION
+from vmbus.providers.network.card import ANNOUNCE_AFTER
+from vmbus.providers.network.interface import Port
+from vmbus.testkit import ContractViolation, ProviderTest, every_step
+from vmbus.wire import nvsp, rndis
+
+pytestmark = pytest.mark.unit
+
+MAC = "02:00:00:00:00:01"
+OPTIONS: dict[str, Any] = {"mac": MAC, "interface": "test0"}
+SUCCESS, FAILURE, BAD_RNDIS = nvsp.Status.SUCCESS, nvsp.Status.FAILURE, nvsp.Status.INVALID_RNDIS
+
+
+@pytest.fixture(autouse=True)
+def cables() -> Iterator[None]:
+    yield
+    for cable in CabledNetvsc.cables.values():
+        assert cable.ports == 0, "an interface outlives its device"
+        cable.close()
+    CabledNetvsc.cables.clear()
+
+
+def card(**options: Any) -> ProviderTest:
+    return ProviderTest(CabledNetvsc, options=OPTIONS | options)
+
+
+def guest_of(kit: ProviderTest, *, ring_pages: int = 32, **arguments: Any) -> NetvscGuest:
+    return NetvscGuest(KitEnds(kit, ring_pages), **arguments)
+
+
+def cable_of(guest: NetvscGuest) -> Any:
+    assert isinstance(guest.ends, KitEnds)
+    return guest.ends.cable
+
+
+def plain(one: bytes) -> bytes:
+    """A frame without its offload header."""
+    return one[10:]
+
+
+# ---- set-up ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("version", nvsp.VERSIONS)
+def test_a_guest_of_each_version_comes_up(version: int) -> None:
+    with card(mtu=9000) as kit:
+        guest = guest_of(kit, version=version, mtu=9000)
+        cable = cable_of(guest)
+        assert cable.carrier
+        cable.push(udp(1, 1))
+        kit.run()
+        assert guest.frames == [udp(1, 1)]
+        assert guest.send(plain(udp(2, 1))) == SUCCESS and cable.sent == [udp(2, 1)]
+        guest.shut_down()
+        assert not cable.carrier
+        assert kit.provider.status()["guest"]["nvsp"] is None
+
+
+def test_an_unknown_version_is_refused_and_the_guest_asks_again() -> None:
+    with card() as kit:
+        guest = guest_of(kit, upto="init", version=nvsp.VERSION_6_1)
+        guest.ends.close()
+        guest.ends.open(0, lambda *_: None)
+        for low, high in ((0x70000, 0x70000), (2, 0x60001), (0, 0)):
+            assert guest.nvsp(nvsp.Init(low, high)).words[2] == nvsp.Status.NONE
+        assert guest.nvsp(nvsp.Init(0x50000, 0x50000)).words[2] == SUCCESS
+        assert guest.nvsp(nvsp.Init(0x50000, 0x50000)).words[2] == nvsp.Status.NONE, "once"
+
+
+def test_the_answers_to_questions() -> None:
+    with card(mtu=4000) as kit:
+        guest = guest_of(kit)
+        words = {
+            oids.LARGEST_FRAME: 4000,
+            oids.MEDIA_CONNECT_STATUS: 0,
+            oids.PACKET_FILTER: UP,
+            0x00010107: oids.LINK_SPEED,
+        }
+        for oid, expected in words.items():
+            assert guest.query(oid) == struct.pack("<I", expected), hex(oid)
+        assert guest.query(oids.PERMANENT_ADDRESS) == bytes.fromhex("020000000001")
+        name = guest.query(oids.FRIENDLY_NAME)
+        assert name is not None and name.decode("utf-16-le") == kit.provider.name
+        assert guest.query(oids.RSS_CAPABILITIES) == b"", "a single queue"
+        for unknown in (0, 0xFFFFFFFF, 0x00010200):
+            assert guest.query(unknown) is None
+            assert guest.set(unknown, b"1234") == rndis.Status.NOT_SUPPORTED
+        capabilities = guest.query(oids.OFFLOAD_HW_CAPABILITIES, bytes(156))
+        assert capabilities is not None and len(capabilities) == 156 and capabilities[:4] == b"\xa7\x03\x9c\0"
+
+
+def test_without_offload_there_are_none() -> None:
+    with card(offload=False) as kit:
+        guest = guest_of(kit)
+        capabilities = guest.query(oids.OFFLOAD_HW_CAPABILITIES)
+        assert capabilities is not None and not any(capabilities[4:])
+        assert guest.section < 2048
+        wish = rndis.ppi(rndis.Ppi.CHECKSUM, 1 | 8 | 34 << 16)
+        assert guest.send(plain(udp(1, 1)), information=wish) == BAD_RNDIS and not cable_of(guest).sent
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"mac": "01:00:5e:00:00:01"}, "single station"),
+        ({"mtu": 9001}, "mtu"),
+        ({"queues": 17}, "queues"),
+        ({"guest_address": "192.0.2.2/24"}, "guest_address"),
+    ],
+)
+def test_wrong_options_are_named(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        ProviderTest(CabledNetvsc, options=options)
+
+
+# ---- frames ----------------------------------------------------------------------------------------------------------
+
+
+def test_frames_go_both_ways_in_order_and_several_travel_together() -> None:
+    with card() as kit:
+        guest = guest_of(kit)
+        frames = [udp(number, 7, size=number % 100) for number in range(300)]
+        cable_of(guest).push(*frames)
+        kit.run()
+        assert guest.frames == frames
+        assert max(guest.packets) > 8
+        for start in range(0, 300, 6):
+            assert guest.send(*map(plain, frames[start : start + 6])) == SUCCESS
+        assert cable_of(guest).sent == frames
+        assert kit.provider.status()["to_host"] == 300
+
+
+@pytest.mark.parametrize("shape", [1, 2, 3])
+@pytest.mark.parametrize("size", [0, 18, 1000, 1400])
+def test_the_three_shapes_of_a_packet(shape: int, size: int) -> None:
+    with card() as kit:
+        guest = guest_of(kit)
+        sent = [udp(number, 7, size=size) for number in range(1 if shape == 2 else 3)]
+        assert guest.send(*map(plain, sent), shape=shape) == SUCCESS
+        assert cable_of(guest).sent == sent
+
+
+def test_a_tag_travels_beside_the_frame() -> None:
+    with card() as kit:
+        guest = guest_of(kit)
+        whole = plain(udp(1, 1))
+        tag = rndis.ppi(rndis.Ppi.VLAN, 5 | 1 << 3 | 0x123 << 4)
+        assert guest.send(whole, information=tag) == SUCCESS
+        assert cable_of(guest).sent == [bytes(10) + whole[:12] + b"\x81\x00\xb1\x23" + whole[12:]]
+
+
+def test_the_filter() -> None:
+    with card() as kit:
+        guest = guest_of(kit)
+        mine, other = udp(1, 1), frame(b"x", target=PEER)
+        everybody, group = frame(b"y", target=b"\xff" * 6), frame(b"z", target=b"\x01\0\x5e\0\0\1")
+        for wanted, expected in (
+            (UP, [mine, everybody, group]),
+            (0x1, [mine]),
+            (0x8, [everybody]),
+            (0x4, [group]),
+            (0x20, [mine, other, everybody, group]),
+        ):
+            guest.frames.clear()
+            assert guest.set_filter(wanted) == 0
+            cable_of(guest).push(mine, other, everybody, group)
+            kit.run()
+            assert guest.frames == expected, hex(wanted)
+        guest.frames.clear()
+        assert guest.set_filter(0) == 0 and not cable_of(guest).carrier
+        cable_of(guest).push(mine)
+        kit.run()
+        assert not guest.frames, "0 stops it"
+        assert guest.set_filter(UP) == 0
+        kit.run()
+        assert guest.frames == [mine]
+
+
+def test_nobody_reads_the_interface_while_the_guest_takes_nothing() -> None:
+    with card(window_kib=64, offload=False) as kit:
+        guest = guest_of(kit)
+        guest.holding = True
+        frames = [udp(number, 7, size=1000) for number in range(400)]
+        cable_of(guest).push(*frames)
+        kit.run()
+        assert 40 <= len(guest.frames) <= 64
+        assert kit.provider.bounds()["bytes to the guest, queue 0"].reached
+        # Its questions are answered all the same.
+        guest.holding = False
+        assert guest.query(oids.MEDIA_CONNECT_STATUS) == bytes(4)
+        guest.release()
+        kit.run()
+        assert guest.frames == frames
+        assert kit.provider.status()["queues"][0]["used"] == 0
+
+
+def test_the_guest_never_has_more_completions_under_way_than_sections() -> None:
+    """It keeps as many, and has no place for more."""
+    with card(offload=True) as kit:
+        guest = guest_of(kit, receive=512 << 10)
+        assert guest.sections == 7
+        guest.holding = True
+        for number in range(40):
+            cable_of(guest).push(udp(number, 1))
+            kit.run()
+        assert len(guest.held) == 6
+        guest.release()
+        kit.run()
+        assert list(map(number_of, guest.frames)) == list(range(40))
+
+
+# ---- the link, announcements -----------------------------------------------------------------------------------------
+
+
+def test_the_link_goes_down_and_up() -> None:
+    with card() as kit:
+        guest = guest_of(kit)
+        kit.command("link", state="down")
+        kit.run()
+        assert guest.link == [rndis.Status.MEDIA_DISCONNECT] and not cable_of(guest).carrier
+        assert guest.query(oids.MEDIA_CONNECT_STATUS) == b"\1\0\0\0"
+        assert guest.send(plain(udp(1, 1))) == SUCCESS and not cable_of(guest).sent
+        kit.command("link", state="up")
+        kit.run()
+        assert guest.link[1:] == [rndis.Status.MEDIA_CONNECT] and cable_of(guest).carrier
+        guest.holding = True
+        for state in ("down", "up", "down", "up", "down"):
+            kit.command("link", state=state)
+            kit.run()
+        assert len(guest.link) == 3, "one message at a time"
+        guest.release()
+        kit.run()
+        assert guest.link[-1] == rndis.Status.MEDIA_DISCONNECT and len(guest.link) == 3
+
+
+def test_switches_are_told_after_a_move() -> None:
+    with card() as kit:
+        guest = guest_of(kit)
+        kit.save_and_restore()
+        kit.advance(5)
+        assert cable_of(guest).announced == len(ANNOUNCE_AFTER)
+
+
+def test_the_mtu_is_the_smaller_wish_and_comes_back() -> None:
+    with card(mtu=9000) as kit:
+        guest = guest_of(kit, mtu=1500)
+        assert kit.provider.status()["guest"]["mtu"] == 1500
+        assert guest.send(plain(frame(bytes(1501 + 8)))) == BAD_RNDIS
+        guest.shut_down()
+        again = guest_of(kit, mtu=9000)
+        assert kit.provider.status()["guest"]["mtu"] == 9000
+        assert again.send(plain(frame(bytes(9000))), shape=2) == SUCCESS
+
+
+# ---- buffers ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_revoked_buffer_is_never_touched_again() -> None:
+    with card() as kit:
+        guest = guest_of(kit)
+        guest.holding = True
+        cable_of(guest).push(udp(1, 1))
+        kit.run()
+        guest.revoke()
+        before = guest.receive.read(0, guest.receive_size)
+        cable_of(guest).push(*(udp(number, 1) for number in range(20)))
+        guest.release()
+        kit.run()
+        assert guest.receive.read(0, guest.receive_size) == before
+        assert guest.send(plain(udp(1, 1))) == FAILURE
+        # The guest lends other memory, and goes on.
+        guest.receive = guest.ends.allocate(guest.receive_size)
+        guest.step_receive()
+        guest.step_send()
+        kit.run()
+        assert list(map(number_of, guest.frames)) == [1, *range(20)]
+
+
+def test_a_card_can_be_closed_and_opened_again_and_again() -> None:
+    with card() as kit:
+        for how in range(4):
+            guest = guest_of(kit)
+            cable_of(guest).push(udp(how, 1))
+            kit.run()
+            assert list(map(number_of, guest.frames)) == [how]
+            if how % 2:
+                guest.shut_down()
+            else:
+                guest.ends.close()
+        assert not cable_of(guest).carrier and kit.provider.status()["guest"]["receive_buffer"] == 0
+
+
+def test_buffers_that_will_not_do_are_refused() -> None:
+    with card() as kit:
+        guest = guest_of(kit, upto="configure")
+        small = guest.ends.lend(guest.ends.allocate(4096), 4096)
+        assert guest.nvsp(nvsp.ReceiveBuffer(small, 0xCAFE)).words[0] == FAILURE
+        for handle in (0, 12345, 0xFFFFFFFF):
+            assert guest.nvsp(nvsp.ReceiveBuffer(handle, 0xCAFE)).words[0] == FAILURE
+            assert guest.nvsp(nvsp.SendBuffer(handle, 0)).words[0] == FAILURE
+        guest.step_receive()
+        guest.step_send()
+        again = guest.ends.lend(guest.ends.allocate(1 << 20), 1 << 20)
+        assert guest.nvsp(nvsp.ReceiveBuffer(again, 0xCAFE)).words[0] == FAILURE
+        assert guest.nvsp(nvsp.SendBuffer(again, 0)).words[0] == FAILURE
+        guest.step_initialize()
+        guest.step_filter()
+
+
+def test_memory_that_the_guest_takes_away_is_an_error_of_its_packets_alone() -> None:
+    with card() as kit:
+        guest = guest_of(kit)
+        for memory in (guest.receive, guest.send_memory):
+            memory._memory.take_away()  # type: ignore[attr-defined]
+        assert guest.send_rndis(nvsp.DATA_CHANNEL, 0, 60, None) == FAILURE
+        cable_of(guest).push(udp(1, 1))
+        kit.run()
+        assert not guest.frames and kit.provider.status()["queues"][0]["lost"] == 1
+
+
+# ---- hostile guests --------------------------------------------------------------------------------------------------
+
+
+def test_bad_packets_have_an_answer_and_the_card_goes_on() -> None:
+    with card() as kit:
+        guest = guest_of(kit)
+        whole = plain(udp(1, 1))
+        good = rndis.packet_header(len(whole)) + whole
+        area = guest.ends.allocate(4096)
+
+        def bytes_of(data: bytes, channel: int = nvsp.DATA_CHANNEL) -> int:
+            area.write(0, data.ljust(4096, b"\0"))
+            return guest.send_rndis(channel, nvsp.NO_SECTION, 0, [(area.address, len(data))])
+
+        def changed(at: int, value: int) -> bytes:
+            return good[:at] + struct.pack("<I", value) + good[at + 4 :]
+
+        for section, size in ((0, SEND_SECTION + 1), (10, SEND_SECTION), (0xFFFFFFFE, 8), (11, 1)):
+            assert guest.send_rndis(nvsp.DATA_CHANNEL, section, size, None) == FAILURE
+        for bad in (
+            *(changed(4, value) for value in (0, 7, 8, 43, len(good) + 1, 0xFFFFFFFF)),
+            *(changed(8, value) for value in (0, 35, len(good) - 8, 0xFFFFFFFF, 0x7FFFFFFF)),
+            *(changed(12, value) for value in (len(whole) + 1, 0xFFFFFFFF, 0, 13)),
+            changed(0, 0),
+            changed(0, rndis.Type.QUERY),
+            changed(0, 0x80000004),
+        ):
+            assert bytes_of(bad) == BAD_RNDIS, bad[:48].hex()
+        assert not cable_of(guest).sent
+        for information in (
+            struct.pack("<IIII", 0, 0, 12, 0),
+            struct.pack("<IIII", 17, 0, 12, 0),
+            struct.pack("<IIII", 16, 0, 17, 0),
+            struct.pack("<IIII", 11, 0, 8, 0),
+            struct.pack("<IIII", 0xFFFFFFFF, 0, 0xFFFFFFFF, 0),
+            rndis.ppi(0, 1 | 8 | 0x3FF << 16),
+            rndis.ppi(0, 1 | 4 | 13 << 16),
+            rndis.ppi(2, 1 << 30 | 1400 | 34 << 20),
+            rndis.ppi(2, 0),
+        ):
+            assert guest.send(whole, information=information) == BAD_RNDIS, information.hex()
+        # Those before a bad one are sent.
+        assert bytes_of(good + changed(4, 7)) == BAD_RNDIS and cable_of(guest).sent == [udp(1, 1)]
+        for bad in (b"", b"\4\0\0\0", rndis.query(1, 1)[:20], good, rndis.query(1, 1) * 2, rndis.initialize(1)[:20]):
+            assert bytes_of(bad.ljust(1, b"\0"), nvsp.CONTROL_CHANNEL) == BAD_RNDIS
+        for at, value in ((16, 5000), (16, 0xFFFFFFFF), (20, 19), (20, 0xFFFFFFFF)):
+            request = bytearray(rndis.set_oid(1, oids.PACKET_FILTER, bytes(4)))
+            request[at : at + 4] = struct.pack("<I", value)
+            assert bytes_of(bytes(request), nvsp.CONTROL_CHANNEL) == BAD_RNDIS
+        assert guest.send(whole) == SUCCESS
+
+
+def test_nonsense_is_completed_too() -> None:
+    with card() as kit:
+        guest = guest_of(kit)
+        for payload in (b"", b"\1", struct.pack("<I", 1), struct.pack("<I", 9999) + bytes(36), b"\xff" * 4000):
+            assert guest.ends.ask(0, payload, None) == b""
+        assert guest.ends.ask(0, nvsp.pack_message(nvsp.Other(nvsp.Type.SWITCH_DATA_PATH)), None) == b""
+        assert guest.nvsp(nvsp.Other(nvsp.Type.OID_QUERY)).words[0] == rndis.Status.NOT_SUPPORTED
+        assert guest.nvsp(nvsp.SubChannels(1, 3)).words[:2] == (FAILURE, 0)
+        assert guest.set(oids.OFFLOAD_PARAMETERS, b"1234") == rndis.Status.INVALID_DATA
+        assert guest.set(oids.RSS_PARAMETERS, b"1234") == rndis.Status.INVALID_DATA
+        assert guest.set(oids.PACKET_FILTER, b"1") == rndis.Status.INVALID_DATA
+
+
+def test_out_of_order_is_refused_and_answered() -> None:
+    with card() as kit:
+        guest = guest_of(kit, upto="init")
+        assert guest.send(plain(udp(1, 1))) == FAILURE, "there is no send buffer"
+        guest.step_receive()
+        assert guest.query(oids.LARGEST_FRAME) is None, "not before INITIALIZE"
+        assert guest.set_filter(UP) == rndis.Status.FAILURE
+        guest.step_send()
+        guest.step_initialize()
+        guest.step_filter()
+        guest.halt()
+        assert not cable_of(guest).carrier
+        assert guest.query(oids.LARGEST_FRAME) is None
+        guest.step_initialize()
+        guest.step_filter()
+        guest.step_configure()
+        cable_of(guest).push(udp(1, 1))
+        kit.run()
+        assert len(guest.frames) == 1
+
+
+def test_control_messages_that_nobody_completes_are_bounded() -> None:
+    with card() as kit:
+        guest = guest_of(kit)
+        guest.holding = True
+        statuses = []
+        for number in range(1, 4000):
+            statuses.append(guest.send_control(rndis.query(number + 1000, oids.FRIENDLY_NAME)))
+            if statuses[-1] != SUCCESS:
+                break
+        assert statuses[-1] == FAILURE and len(statuses) > MOST_CONTROL
+        guest.release()
+        kit.run()
+        assert len(guest.replies) >= len(statuses) - 1
+        assert guest.query(oids.MEDIA_CONNECT_STATUS) == bytes(4)
+
+
+MESSAGES = st.one_of(
+    st.binary(max_size=64),
+    st.builds(
+        lambda kind, words: struct.pack("<I", kind) + words,
+        st.sampled_from([*map(int, nvsp.Type), 0, 99, 0xFFFFFFFF]),
+        st.binary(min_size=0, max_size=40),
+    ),
+)
+RNDIS = st.one_of(
+    st.binary(max_size=80),
+    st.builds(
+        lambda kind, length, rest: struct.pack("<II", kind, length) + rest,
+        st.sampled_from([*map(int, rndis.Type), 0, 0xFFFFFFFF]),
+        st.integers(0, 120) | st.integers(0, 0xFFFFFFFF),
+        st.binary(max_size=120),
+    ),
+    st.builds(
+        lambda oid, data, set_it: (rndis.set_oid if set_it else rndis.query)(77, oid, data),
+        st.sampled_from([*oids._QUERIES, oids.OFFLOAD_PARAMETERS, oids.RSS_PARAMETERS, 0]),
+        st.binary(max_size=200),
+        st.booleans(),
+    ),
+)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    st.lists(
+        st.one_of(
+            st.tuples(st.just("nvsp"), MESSAGES),
+            st.tuples(st.just("data"), RNDIS),
+            st.tuples(st.just("control"), RNDIS),
+            st.tuples(st.just("save"), st.just(b"")),
+        ),
+        max_size=12,
+    )
+)
+def test_whatever_a_guest_says_is_answered_and_hurts_nobody(steps: list[tuple[str, bytes]]) -> None:
+    with card() as kit:
+        guest = guest_of(kit)
+        guest._take_control = lambda message: None  # type: ignore[method-assign]
+        area = guest.ends.allocate(4096)
+        cable_of(guest).push(*(udp(number, 1) for number in range(3)))
+        for what, data in steps:
+            if what == "save":
+                kit.save_and_restore()
+            elif what == "nvsp":
+                guest.ends.ask(0, data, None)
+            else:
+                area.write(0, data.ljust(4096, b"\0"))
+                channel = nvsp.CONTROL_CHANNEL if what == "control" else nvsp.DATA_CHANNEL
+                external = [(area.address, max(len(data), 1))]
+                guest.send_rndis(channel, nvsp.NO_SECTION, 0, external)
+        guest.ends.close()
+        again = guest_of(kit)
+        cable_of(guest).sent.clear()
+        assert again.send(plain(udp(9, 1))) == SUCCESS and cable_of(again).sent == [udp(9, 1)]
+
+
+# ---- saves -----------------------------------------------------------------------------------------------------------
+
+
+def seen(kit: ProviderTest, returned: Any) -> Any:
+    """What counts, however frames were put together: each once, in order."""
+    guest: NetvscGuest = returned
+    return {
+        "to guest": list(map(number_of, guest.frames)),
+        "to host": cable_of(guest).sent,
+        "link": guest.link[-1:],
+        "replies": sorted(guest.replies),
+    }
+
+
+def script(kit: ProviderTest) -> NetvscGuest:
+    guest = guest_of(kit, ring_pages=2, receive=300 << 10)
+    cable_of(guest).push(*(udp(number, 5, size=600) for number in range(60)))
+    kit.run()
+    guest.holding = True
+    cable_of(guest).push(*(udp(60 + number, 5, size=600) for number in range(200)))
+    kit.run()
+    guest.send_control(rndis.query(1000, oids.FRIENDLY_NAME))
+    guest.release()
+    kit.command("link", state="down")
+    kit.run()
+    kit.command("link", state="up")
+    kit.run()
+    for shape in (1, 2, 3):
+        guest.send(plain(udp(shape, 3)), shape=shape)
+    cable_of(guest).push(*(udp(260 + number, 5) for number in range(20)))
+    kit.advance(2)
+    return guest
+
+
+SCRIPT_OPTIONS = OPTIONS | {"window_kib": 64, "offload": False}
+
+
+def test_network_survives_a_save_at_every_step_of_netvsc() -> None:
+    assert every_step(script, CabledNetvsc, options=SCRIPT_OPTIONS, outcome=seen) > 40
+
+
+def test_a_netvsc_that_leaves_frames_in_the_interface_does_not_survive() -> None:
+    class Forgetful(CabledNetvsc):
+        def _drain(self, port: Port) -> None:
+            pass
+
+    with pytest.raises(ContractViolation, match="the outcome is another one"):
+        every_step(script, Forgetful, options=SCRIPT_OPTIONS, outcome=seen)
+
+
+def test_a_netvsc_that_forgets_which_part_a_packet_has_is_found_out() -> None:
+    """Sabotage: the SaveBuf says nothing of the receive buffer, so a part that the guest has is written over."""
+
+    class Careless(CabledNetvsc):
+        def _make_queue(self, index: int) -> Any:
+            queue = super()._make_queue(index)
+            queue.channel._restore_packet = lambda channel, lib, own: queue.restore_packet(
+                channel, lib, own[:8] + bytes(16)
+            )
+            return queue
+
+    with pytest.raises((ContractViolation, AssertionError)):
+        every_step(script, Careless, options=SCRIPT_OPTIONS, outcome=seen)
+
+
+def test_network_survives_with_netvsc_frames_in_every_place() -> None:
+    with card(window_kib=64, offload=False) as kit:
+        guest = guest_of(kit, ring_pages=1)
+        guest.holding = True
+        frames = [udp(number, 1, size=1000) for number in range(300)]
+        cable_of(guest).push(*frames[:20])
+        kit.run()
+        assert isinstance(guest.ends, KitEnds)
+        with guest.ends.clients[0].away():
+            cable_of(guest).push(*frames[20:])
+            kit.run()
+            saved = kit.save_and_restore()
+        status = kit.provider.status()
+        assert saved.sent > 0 and status["drained"] > 0, (saved, status)
+        assert status["queues"][0]["used"] > 40_000, "the window is what it was"
+        guest.release()
+        kit.run()
+        assert guest.frames == frames
+        status = kit.provider.status()
+        assert status["queues"][0]["used"] == status["backlog"] == 0
+
+
+def test_a_packet_that_outlives_its_buffer_is_restored_too() -> None:
+    with card() as kit:
+        guest = guest_of(kit)
+        guest.holding = True
+        cable_of(guest).push(udp(1, 1))
+        kit.run()
+        guest.revoke()
+        kit.save_and_restore()
+        guest.receive = guest.ends.allocate(guest.receive_size)
+        guest.step_receive()
+        guest.release()
+        guest.step_send()
+        cable_of(guest).push(udp(2, 1))
+        kit.run()
+        assert list(map(number_of, guest.frames)) == [1, 2]
+
+
+def test_states_that_make_no_sense_are_refused() -> None:
+    with card() as kit:
+        guest_of(kit)
+        state = msgspec.msgpack.decode(kit.provider.save())
+        for bad in (
+            b"",
+            b"\xc1",
+            msgspec.msgpack.encode(state | {"version": 2}),
+            msgspec.msgpack.encode(state | {"mac": b"\x02\0\0\0\0\x09"}),
+            msgspec.msgpack.encode(state | {"nvsp": 7}),
+            msgspec.msgpack.encode(state | {"nvsp": 0}),
+            msgspec.msgpack.encode(state | {"mtu": 9000}),
+            msgspec.msgpack.encode(state | {"queues": 2}),
+            msgspec.msgpack.encode(state | {"table": [1]}),
+            msgspec.msgpack.encode(state | {"table": [-1]}),
+            msgspec.msgpack.encode(state | {"receive": state["receive"] | {"size": CONTROL_BYTES}}),
+            msgspec.msgpack.encode(state | {"control": [[2, b""]] * (MOST_CONTROL + 1)}),
+            msgspec.msgpack.encode(state | {"control": [[1, b""]]}),
+            msgspec.msgpack.encode(state | {"backlog": [bytes(65536)] * 100}),
+            msgspec.msgpack.encode(state | {"backlog": [b""]}),
+            msgspec.msgpack.encode(state | {"counters": {"gold": 1}}),
+            msgspec.msgpack.encode(state | {"more": 1}),
+        ):
+            kit.check_refuses(bad)
+
+
+@pytest.mark.parametrize(
+    "own",
+    [b"", bytes(24), struct.pack("<HHIQQ", 2, 1, 1, 0, 8), struct.pack("<HHIQQ", 1, 9, 1, 0, 8)]
+    + [struct.pack("<HHIQQ", 1, 1, 1, *part) for part in ((8, 1), (0, 1 << 40), (1 << 63, 1 << 63))],
+)
+def test_saved_packets_that_make_no_sense_are_refused(own: bytes) -> None:
+    with card() as kit:
+        guest = guest_of(kit)
+        guest.holding = True
+        cable_of(guest).push(udp(1, 1))
+        kit.run()
+        queue = kit.provider.queues[0]  # type: ignore[attr-defined]
+        with pytest.raises(StateError):
+            queue.restore_packet(queue.channel, b"", own)
+        guest.release()
+
+
+def test_a_saved_packet_is_described_in_words() -> None:
+    with card() as kit:
+        guest = guest_of(kit)
+        guest.holding = True
+        cable_of(guest).push(udp(1, 1), udp(2, 1))
+        kit.run()
+        queue = kit.provider.queues[0]  # type: ignore[attr-defined]
+        buffer = bytearray(24)
+        queue.save_packet(queue.channel, queue.channel.packets_in_use[0], memoryview(buffer))
+        told = CabledNetvsc.describe_packet(bytes(buffer))
+        assert told["kind"] == "frames" and told["messages"] == 2
+        guest.release()

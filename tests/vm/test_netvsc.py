@@ -1,0 +1,174 @@
+"""A network card that Linux's own driver drives: ping and checked TCP streams in both directions, through saves,
+restores and a checkpoint, other MTUs, an interface that goes down, and a driver that lets go. The guest's kernel never
+complains."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Coroutine, Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from support.boot import boot
+from support.crossing import GUEST, HOST, Traffic, moved, until
+from support.namespace import Namespace, NotPermitted, namespace
+from vmbus.errors import WaitTimeout
+from vmbus.qemu.command_line import Programs
+from vmbus.qemu.description import VmDescription, load_description
+from vmbus.qemu.machine import VirtualMachine
+
+pytestmark = [pytest.mark.vm, pytest.mark.long]
+
+Run = Callable[[Coroutine[Any, Any, Any]], Any]
+Note = Callable[[str], None]
+CHECKOUT = Path(__file__).resolve().parents[2]
+INSTANCE = "6f1b4b0e-5d2c-4a53-9d0a-0f2f1f3c7d05"
+BAD_WORDS = (
+    *("WARNING:", "BUG:", "Call Trace", "rcu_sched", "soft lockup", "general protection", "blocked for more than"),
+    *("unable to add netvsc device", "Invalid", "Unknown nvsp packet", "Recv_comp full", "no rndis request found"),
+    *("error status", "Ring buffer not empty", "Unexpected VMBUS completion", "unhandled rndis", "nvsp_rndis_pkt"),
+)
+
+
+@pytest.fixture
+def outside() -> Iterator[Namespace]:
+    try:
+        with namespace() as found:
+            yield found
+            assert found.interfaces() == [], "an interface outlives the VM"
+    except NotPermitted as error:
+        pytest.skip(str(error))
+
+
+def described(outside: Namespace, cpus: int = 2, **options: Any) -> VmDescription:
+    """The machine of qemu_configs with a card in the test's namespace, and nothing else."""
+    plain = msgspec.to_builtins(load_description(CHECKOUT / "qemu_configs" / "linux.toml"))
+    plain["cpus"] = cpus
+    card = {"namespace": outside.name, "interface": "host0", "address": f"{HOST}/24", **options}
+    plain["device"]["providers"] = [{"kind": "netvsc", "name": "card", "instance": INSTANCE, "options": card}]
+    return msgspec.convert(plain, VmDescription)
+
+
+async def shell(vm: VirtualMachine, command: str) -> str:
+    """What a shell command in the guest prints. It has to succeed."""
+    done = await vm.run_in_guest(["/bin/sh", "-c", command])
+    assert done.code == 0, (command, done)
+    return done.output.strip()
+
+
+async def bring_up(vm: VirtualMachine) -> None:
+    await shell(vm, f"ip link set eth0 up && ip addr replace {GUEST}/24 dev eth0")
+
+
+async def card(vm: VirtualMachine) -> dict[str, Any]:
+    return dict((await vm.call_server("status"))["providers"]["card"])
+
+
+async def require_no_complaints(vm: VirtualMachine) -> None:
+    """Neither the guest's kernel nor the card has anything to complain of."""
+    lines = (await shell(vm, "dmesg")).splitlines()
+    assert not [line for line in lines if any(word in line for word in BAD_WORDS)], lines[-60:]
+    state = await card(vm)
+    assert state["refused"] == 0 and all(queue["lost"] == 0 for queue in state["queues"]), state
+
+
+def in_flight(state: dict[str, Any]) -> int:
+    return sum(queue["in_flight"] for queue in state["queues"])
+
+
+def test_network_survives_saves_restores_and_checkpoints_of_netvsc(
+    run: Run, programs: Programs, tmp_path: Path, outside: Namespace, note: Note
+) -> None:
+    async def story() -> None:
+        flight = []
+        vm = await boot(described(outside), programs)
+        async with vm:
+            await vm.wait_ready()
+            await bring_up(vm)
+            assert (await shell(vm, "cat /sys/class/net/eth0/ifalias")) == "card"
+            assert (await shell(vm, "cat /sys/class/net/eth0/carrier")) == "1"
+            assert (await shell(vm, "cat /sys/class/net/eth0/speed")) == "10000"
+            traffic = await Traffic.start(vm, outside)
+            await moved(traffic.client, 1 << 20)
+            report = await vm.save(tmp_path / "stopped", live=False)
+            flight.append((report.packets["queued"], report.packets["sent"]))
+        assert outside.interfaces() == []
+        for generation in range(2):
+            vm = await VirtualMachine.restore(tmp_path / ("stopped" if not generation else "live"), programs)
+            async with vm:
+                await moved(traffic.client, 1 << 20)
+                if not generation:
+                    report = await vm.save(tmp_path / "live", live=True)
+                    flight.append((report.packets["queued"], report.packets["sent"]))
+                    continue
+                report = await vm.save(tmp_path / "checkpoint", live=True, keep=True)
+                flight.append((report.packets["queued"], report.packets["sent"]))
+                await moved(traffic.client, 1 << 20)
+                await require_no_complaints(vm)
+                state = await card(vm)
+                await traffic.finish(vm)
+        note(
+            f"hv_netvsc: packets in flight at the saves (queued, sent) {flight}, frames taken along "
+            f"{state['drained']}, to the guest {state['to_guest']}, to the host {state['to_host']}"
+        )
+        assert state["announced"] >= 3 and state["guest"]["long_frames"]
+
+    run(story())
+
+
+def test_network_survives_what_people_do_with_netvsc(
+    run: Run, programs: Programs, tmp_path: Path, outside: Namespace, note: Note
+) -> None:
+    """MTU, down and up, a cable that is pulled, unbind and bind, all under load; then a save of what came of it."""
+
+    async def story() -> None:
+        vm = await boot(described(outside, cpus=1, mtu=9000, offload=False), programs)
+        async with vm:
+            await vm.wait_ready()
+            await bring_up(vm)
+            traffic = await Traffic.start(vm, outside)
+            await moved(traffic.client, 1 << 18)
+            await shell(vm, "ip link set eth0 down && sleep 0.3 && ip link set eth0 up")
+            await moved(traffic.client, 1 << 18)
+            for mtu in (1280, 9000):
+                await shell(vm, f"ip link set eth0 mtu {mtu}")
+                await moved(traffic.client, 1 << 18)
+                assert (await card(vm))["guest"]["mtu"] == mtu
+            large = outside.start("ping", host=GUEST, count=5, size=8900)
+            await until(lambda: large.process.poll() is not None, "large pings")
+            assert large.result()["received"] == 5
+            await vm.command_provider("card", "link", {"state": "down"})
+            await carrier(vm, "0")
+            await vm.command_provider("card", "link", {"state": "up"})
+            await carrier(vm, "1")
+            await moved(traffic.client, 1 << 18)
+            driver = "/sys/bus/vmbus/drivers/hv_netvsc"
+            await shell(vm, f"echo {INSTANCE} > {driver}/unbind && ! test -e /sys/class/net/eth0")
+            assert (await card(vm))["guest"]["receive_buffer"] == 0
+            await shell(vm, f"echo {INSTANCE} > {driver}/bind")
+            await until_shell(vm, "test -e /sys/class/net/eth0")
+            await bring_up(vm)
+            await moved(traffic.client, 1 << 18)
+            await vm.save(tmp_path / "saved", live=True)
+        async with await VirtualMachine.restore(tmp_path / "saved", programs) as vm:
+            await moved(traffic.client, 1 << 18)
+            await require_no_complaints(vm)
+            state = await card(vm)
+            await traffic.finish(vm)
+            note(f"hv_netvsc, handled: {state['to_guest']} frames to the guest, {state['control']} control messages")
+
+    run(story())
+
+
+async def until_shell(vm: VirtualMachine, command: str, seconds: float = 30.0) -> None:
+    deadline = time.monotonic() + seconds
+    while (await vm.run_in_guest(["/bin/sh", "-c", command])).code:
+        if time.monotonic() > deadline:
+            raise WaitTimeout(f"{command!r} in the guest", seconds)
+
+
+async def carrier(vm: VirtualMachine, wanted: str) -> None:
+    await until_shell(vm, f"test $(cat /sys/class/net/eth0/carrier) = {wanted}")
