@@ -103,7 +103,7 @@ class NetvscGuest:
 
     def set_up(self, upto: str = "filter") -> None:
         """Open the card and go through the steps, as far as this one."""
-        self.ends.open(0, lambda *packet: self._take(0, *packet))
+        self.ends.open(0, partial(self._take, 0))
         for step in self.STEPS[: self.STEPS.index(upto) + 1]:
             getattr(self, f"step_{step}")()
 
@@ -138,6 +138,20 @@ class NetvscGuest:
         parameters[22:24] = b"\2\2" if self.coalescing else b"\1\1"
         assert self.set(oids.OFFLOAD_PARAMETERS, bytes(parameters)) == 0
         self.query(oids.MEDIA_CONNECT_STATUS)
+
+    def open_queues(self, count: int) -> int:
+        """Ask for so many channels, open them, and have frames spread over them; how many there are."""
+        answer = self.nvsp(nvsp.SubChannels(1, count - 1))
+        assert answer.type == nvsp.Type.SUB_CHANNELS and answer.words[0] == SUCCESS, answer
+        granted = answer.words[1]
+        assert 1 <= granted <= count - 1
+        for index in range(1, granted + 1):
+            self.ends.open(index, partial(self._take, index))
+        table = [number % (granted + 1) for number in range(oids.RSS_ENTRIES)]
+        head = pack("<BBHHHIHxxIHxxIIII", 0x89, 2, 40, 0, 0, 0x1701, 4 * len(table), 40, 40, 0, 0, 0, 0)[:40]
+        data = head + pack(f"<{len(table)}I", *table) + bytes(40)
+        assert self.set(oids.RSS_PARAMETERS, data) == 0
+        return granted + 1
 
     def step_filter(self) -> None:
         assert self.set_filter(UP) == 0

@@ -227,6 +227,76 @@ def test_the_guest_never_has_more_completions_under_way_than_sections() -> None:
         assert list(map(number_of, guest.frames)) == list(range(40))
 
 
+# ---- queues ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_flow_keeps_its_queue_of_netvsc() -> None:
+    with card(queues=4) as kit:
+        guest = guest_of(kit, receive=4 << 20)
+        capabilities = guest.query(oids.RSS_CAPABILITIES)
+        assert capabilities is not None and struct.unpack_from("<BBHIII", capabilities)[5] == 4
+        assert guest.open_queues(16) == 4
+        frames = [udp(number, 1000 + number % 50) for number in range(1000)]
+        for start in range(0, 1000, 250):
+            cable_of(guest).push(*frames[start : start + 250])
+            kit.run()
+        assert sorted(map(number_of, guest.frames)) == list(range(1000)) and len(guest.by_channel) == 4
+        homes: dict[int, int] = {}
+        for index, some in guest.by_channel.items():
+            numbers = list(map(number_of, some))
+            assert numbers == sorted(numbers)
+            for number in numbers:
+                assert homes.setdefault(number % 50, index) == index
+        for index in range(4):
+            assert guest.send(plain(udp(index, 1)), index=index) == SUCCESS
+        assert len(cable_of(guest).sent) == 4
+        assert kit.provider.status()["guest"]["queues"] == 4
+
+
+def test_sub_channels_go_with_their_guest_and_come_when_they_are_asked_for() -> None:
+    with card(queues=3) as kit:
+        for how in range(3):
+            guest = guest_of(kit, receive=4 << 20)
+            assert len(kit.channels) == 1, "none that nobody has asked for"
+            assert guest.open_queues(3) == 3 and len(kit.channels) == 3
+            assert guest.nvsp(nvsp.SubChannels(1, 1)).words[0] == FAILURE, "once"
+            cable_of(guest).push(*(udp(number, number) for number in range(30)))
+            kit.run()
+            assert len(guest.frames) == 30 and len(guest.by_channel) == 3
+            if how == 1:
+                kit.save_and_restore()
+            if how == 2:
+                guest.shut_down()
+            else:
+                guest.ends.close()
+            kit.run()
+
+
+@pytest.mark.parametrize(("operation", "wanted"), [(0, 1), (2, 1), (1, 0)])
+def test_wishes_for_channels_that_cannot_be(operation: int, wanted: int) -> None:
+    with card(queues=2) as kit:
+        guest = guest_of(kit)
+        assert guest.nvsp(nvsp.SubChannels(operation, wanted)).words[:2] == (FAILURE, 0)
+        guest.ends.close()
+        old = guest_of(kit, version=0x40000)
+        assert old.nvsp(nvsp.SubChannels(1, 1)).words[0] == FAILURE
+        old.ends.close()
+        several = guest_of(kit)
+        assert several.nvsp(nvsp.SubChannels(1, 0xFFFFFFFF)).words[:2] == (SUCCESS, 1)
+
+
+def test_a_table_that_names_no_queue_is_refused() -> None:
+    with card(queues=3) as kit:
+        guest = guest_of(kit, receive=4 << 20)
+        guest.open_queues(2)
+        head = struct.pack("<BBHHHIHxxIHxxIIII", 0x89, 2, 40, 0, 0, 0x1701, 8, 40, 40, 0, 0, 0, 0)[:40]
+        assert guest.set(oids.RSS_PARAMETERS, head + struct.pack("<2I", 1, 2)) == rndis.Status.INVALID_DATA
+        assert guest.set(oids.RSS_PARAMETERS, head + struct.pack("<2I", 1, 1)) == 0
+        cable_of(guest).push(*(udp(number, number) for number in range(30)))
+        kit.run()
+        assert set(guest.by_channel) == {1}
+
+
 # ---- the link, announcements -----------------------------------------------------------------------------------------
 
 
@@ -536,6 +606,38 @@ SCRIPT_OPTIONS = OPTIONS | {"window_kib": 64, "offload": False}
 
 def test_network_survives_a_save_at_every_step_of_netvsc() -> None:
     assert every_step(script, CabledNetvsc, options=SCRIPT_OPTIONS, outcome=seen) > 40
+
+
+def several_queues(kit: ProviderTest) -> NetvscGuest:
+    guest = guest_of(kit, ring_pages=2, receive=500 << 10)
+    cable_of(guest).push(*(udp(number, number % 5, size=300) for number in range(40)))
+    guest.open_queues(3)
+    guest.holding = True
+    cable_of(guest).push(*(udp(40 + number, number % 5, size=300) for number in range(60)))
+    kit.run()
+    guest.release()
+    guest.send(plain(udp(1, 3)), index=2)
+    kit.run()
+    guest.shut_down()
+    kit.run()
+    again = guest_of(kit, ring_pages=2, receive=500 << 10)
+    again.frames, again.by_channel = guest.frames, {}
+    again.open_queues(2)
+    cable_of(again).push(*(udp(100 + number, number % 5) for number in range(20)))
+    kit.run()
+    return again
+
+
+def by_flow(kit: ProviderTest, returned: Any) -> Any:
+    found: dict[bytes, list[int]] = {}
+    for one in returned.frames:
+        found.setdefault(one[10 + 34 : 10 + 38], []).append(number_of(one))
+    return found, cable_of(returned).sent, len(kit.channels)
+
+
+def test_network_survives_a_save_at_every_step_of_several_queues() -> None:
+    options = OPTIONS | {"window_kib": 64, "offload": False, "queues": 3}
+    assert every_step(several_queues, CabledNetvsc, options=options, outcome=by_flow) > 40
 
 
 def test_a_netvsc_that_leaves_frames_in_the_interface_does_not_survive() -> None:

@@ -84,10 +84,11 @@ def test_network_survives_saves_restores_and_checkpoints_of_netvsc(
 ) -> None:
     async def story() -> None:
         flight = []
-        vm = await boot(described(outside), programs)
+        vm = await boot(described(outside, queues=2), programs)
         async with vm:
             await vm.wait_ready()
             await bring_up(vm)
+            assert (await shell(vm, "ls -d /sys/class/net/eth0/queues/rx-* | wc -l")) == "2"
             assert (await shell(vm, "cat /sys/class/net/eth0/ifalias")) == "card"
             assert (await shell(vm, "cat /sys/class/net/eth0/carrier")) == "1"
             assert (await shell(vm, "cat /sys/class/net/eth0/speed")) == "10000"
@@ -114,7 +115,7 @@ def test_network_survives_saves_restores_and_checkpoints_of_netvsc(
             f"hv_netvsc: packets in flight at the saves (queued, sent) {flight}, frames taken along "
             f"{state['drained']}, to the guest {state['to_guest']}, to the host {state['to_host']}"
         )
-        assert state["announced"] >= 3 and state["guest"]["long_frames"]
+        assert state["announced"] >= 3 and state["guest"]["long_frames"] and state["guest"]["queues"] == 2
 
     run(story())
 

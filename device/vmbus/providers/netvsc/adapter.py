@@ -90,7 +90,8 @@ class Adapter(Card):
     @property
     def _in_use(self) -> list[Queue]:
         """Queues that get frames."""
-        return [self.queues[index] for index in {*self._table}] if self._table else self.queues[:1]
+        queues = self.queues
+        return [queues[index] for index in {*self._table} if index < len(queues)] if self._table else queues[:1]
 
     @property
     def _guest_mtu(self) -> int | None:

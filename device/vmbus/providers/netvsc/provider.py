@@ -99,6 +99,7 @@ class NetvscProvider(Adapter):
         # One message, of a section's size at the most, has the longest frame.
         longest = frame_limit(self.options.mtu, self.options.offload) - OFFLOAD_SIZE + MESSAGE_ROOM
         self.section = -(-longest // 128) * 128
+        self._spare: list[Queue] = []  # sub-channels that are not offered
         self.queues = [self._make_queue(0)]
 
     # ---- life --------------------------------------------------------------------------------------------------------
@@ -126,6 +127,27 @@ class NetvscProvider(Adapter):
         queue.channel.enable()
         queue.channel.start()
 
+    def _add_queues(self, count: int) -> None:
+        """Offer sub-channels until there are so many channels."""
+        while len(self.queues) < count:
+            queue = self._spare.pop() if self._spare else self._make_queue(len(self.queues))
+            self.queues.append(queue)
+            self._give_parts(queue)
+            self._offer(queue)
+
+    def _withdraw(self) -> None:
+        """The sub-channels were for a guest that is gone: the next one gets them when it asks for them."""
+        if self._version:
+            return
+        while len(self.queues) > 1:
+            queue = self.queues.pop()
+            self._spare.append(queue)  # there is one for each index, and the last is needed first
+            queue.channel.disable()
+
+    def deactivate(self) -> None:
+        super().deactivate()
+        self._withdraw()  # what was to be done soon: they cannot be restored without their primary channel
+
     def _opened(self, channel: Channel) -> None:
         if channel is self.queues[0].channel:
             self._forget()
@@ -136,6 +158,8 @@ class NetvscProvider(Adapter):
             self._revoke_send()
             self._forget()
             self._update()
+            if len(self.queues) > 1:
+                self.host.call_soon(self._withdraw)
 
     def _started(self, channel: Channel) -> None:
         if channel is self.queues[0].channel:
@@ -182,9 +206,14 @@ class NetvscProvider(Adapter):
         completion.complete(nvsp.oid_query_complete(rndis.Status.NOT_SUPPORTED) if query else b"")
 
     def _sub_channels(self, completion: Completion, message: nvsp.SubChannels) -> None:
-        self._refuse(
-            completion, nvsp.sub_channels_complete(nvsp.Status.FAILURE, 0), f"wish for {message.wanted} channels"
-        )
+        """Exactly as many are offered as were granted: the guest waits for each of them."""
+        granted = min(message.wanted, self.options.queues - 1)
+        if message.operation != 1 or granted < 1 or self._version < nvsp.VERSION_5 or len(self.queues) > 1:
+            refusal = nvsp.sub_channels_complete(nvsp.Status.FAILURE, 0)
+            self._refuse(completion, refusal, f"wish for {message.wanted} channels")
+            return
+        completion.complete(nvsp.sub_channels_complete(nvsp.Status.SUCCESS, granted))
+        self._add_queues(granted + 1)
 
     # ---- its buffers -------------------------------------------------------------------------------------------------
 
@@ -216,15 +245,21 @@ class NetvscProvider(Adapter):
     def _take_receive(self, lent: Lent, identifier: int, size: int) -> None:
         """Cut it into parts: one for control messages, and one for each queue that there may be."""
         self._receive, self._page_set, self._receive_size = lent, identifier, size
-        count = size // self.section
+        for queue in self.queues:
+            self._give_parts(queue)
+
+    def _give_parts(self, queue: Queue) -> None:
+        lent = self._receive
+        if lent is None:
+            queue.forget()
+            return
+        count = self._receive_size // self.section
         share = (count * self.section - CONTROL_BYTES) // self.options.queues
         share = min(share, max(self.options.window_kib << 10, 2 * self.section)) & ~7
-        control = Arena(0, CONTROL_BYTES)
-        for queue in self.queues:
-            frames = Arena(CONTROL_BYTES + queue.index * share, share)
-            queue.parts = Parts(lent, identifier, frames, control)
-            queue.limit = min(self.section, share)
-            queue.most_packets = count
+        control = Arena(0, 0 if queue.index else CONTROL_BYTES)
+        queue.parts = Parts(lent, self._page_set, Arena(CONTROL_BYTES + queue.index * share, share), control)
+        queue.limit = min(self.section, share)
+        queue.most_packets = count
 
     def _lend_send(self, completion: Completion, message: nvsp.SendBuffer) -> None:
         refusal = nvsp.send_buffer_complete(nvsp.Status.FAILURE)
@@ -366,6 +401,7 @@ class NetvscProvider(Adapter):
         if saved.send is not None:
             self._send = Lent(channel, saved.send.gpadl)
             self._send_id, self._send_size = saved.send.identifier, saved.send.size
+        self._add_queues(saved.queues)
 
     @classmethod
     def describe_packet(cls, saved: bytes) -> dict[str, Any]:
