@@ -45,15 +45,14 @@ IMPORT_PATH = os.pathsep.join(
 )
 
 
-def described() -> VmDescription:
+def described(kind: str) -> VmDescription:
     """The card of qemu_configs, as a port of a host's bridge."""
-    plain = msgspec.to_builtins(load_description(CHECKOUT / "qemu_configs" / "network.toml"))
-    plain["device"]["providers"][0]["options"] = {
-        "interface": "vmnet0",
-        "bridge": network_owner.BRIDGE,
-        "mac": MAC,
-        "guest_address": f"{GUEST}/24",
-    }
+    name = "network.toml" if kind == "network" else "linux-network.toml"
+    plain = msgspec.to_builtins(load_description(CHECKOUT / "qemu_configs" / name))
+    card = plain["device"]["providers"][0]
+    card |= {"name": "card", "options": {"interface": "vmnet0", "bridge": network_owner.BRIDGE, "mac": MAC}}
+    if kind == "network":
+        card["options"]["guest_address"] = f"{GUEST}/24"
     return msgspec.convert(plain, VmDescription)
 
 
@@ -172,10 +171,15 @@ async def move(source: Place, target: Place) -> dict[str, Any]:
     return report
 
 
-def test_network_survives_live_migration_there_and_back(programs: Programs) -> None:
+@pytest.mark.parametrize("kind", ["network", "netvsc"])
+def test_network_survives_live_migration_there_and_back(programs: Programs, kind: str) -> None:
     async def story() -> None:
         async with places(programs) as (a, b):
-            await a.ask("launch", description=msgspec.to_builtins(described()))
+            await a.ask("launch", description=msgspec.to_builtins(described(kind)))
+            if kind == "netvsc":
+                up = f"ip link set eth0 up && ip addr add {GUEST}/24 dev eth0"
+                done = await a.agent("execute", argv=["/bin/sh", "-c", up])
+                assert done["code"] == 0, done
             jobs = []
             for index, _ in enumerate((a, b)):
                 started = await a.agent(
@@ -208,7 +212,7 @@ def test_network_survives_live_migration_there_and_back(programs: Programs) -> N
                 here, there = there, here
                 await moved()
             assert here is a and await a.port_of_the_guest() == "vmnet0"
-            state = (await a.ask("device"))["providers"]["network"]
+            state = (await a.ask("device"))["providers"]["card"]
             print(f"the card: {state}")
             assert state["announced"] >= 4 and state["refused"] == 0
             for program in (*clients, *pings):
