@@ -114,12 +114,13 @@ class ServerLink:
             bus.unmap_gpadl(self._offer, handle)
             raise
 
-    def open_gpadl(self, handle: int) -> Window:
-        """The same as one window, of which only what is written gets into the dirty log. Raises as `map_gpadl`."""
+    def open_gpadl(self, handle: int, most: int) -> Window:
+        """The same as one window, of which only what is written gets into the dirty log. Raises as `map_gpadl`, and
+        GpadlError for more than `most` bytes."""
         bus = self._device.bus
         gpadl = bus.map_gpadl(self._offer, handle)
         try:
-            return self.mappings.open(gpadl)
+            return self.mappings.open(gpadl, most)
         except BaseException:
             bus.unmap_gpadl(self._offer, handle)
             raise

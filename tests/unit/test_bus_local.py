@@ -286,20 +286,23 @@ def test_a_gpadl_as_a_window() -> None:
     server, client = Server(bus), Client(bus).open()
     buffer = bus.allocate(4 * PAGE)
     handle = client.channel.create_gpadl([(buffer.iova + 2 * PAGE, 2 * PAGE), (buffer.iova, PAGE)])
-    window = server.channel.open_gpadl(handle)
+    window = server.channel.open_gpadl(handle, 3 * PAGE)
     window.write(2 * PAGE - 2, b"abcd")
     assert window.size == 3 * PAGE and window.read(2 * PAGE - 2, 4) == b"abcd"
     assert buffer.view[4 * PAGE - 2 :] == b"ab" and buffer.view[:2] == b"cd"
-    for again in (server.channel.open_gpadl, server.channel.map_gpadl):
+    for again in (lambda: server.channel.open_gpadl(handle, 3 * PAGE), lambda: server.channel.map_gpadl(handle)):
         with pytest.raises(KmclError, match="mapped already"):
-            again(handle)
+            again()
     work.append(lambda: server.channel.unmap_gpadl(handle))
     client.channel.delete_gpadl(handle)
     with pytest.raises(MemoryRevoked):
         window.write(0, b"x")
+    large = client.channel.create_gpadl([(buffer.iova, 2 * PAGE)])
+    with pytest.raises(KmclError, match="8191 are taken"):
+        server.channel.open_gpadl(large, 2 * PAGE - 1)
     odd = client.channel.create_gpadl([(buffer.iova + 4, PAGE)])
     with pytest.raises(KmclError, match="aligned"):
-        server.channel.open_gpadl(odd)
+        server.channel.open_gpadl(odd, PAGE)
     client.channel.delete_gpadl(odd)
 
 

@@ -355,7 +355,7 @@ def test_of_a_gpadl_that_is_a_window_only_what_is_written_is_copied() -> None:
         memory = machine.device.memory
         buffer = driver.allocate(64 * PAGE)
         handle = driver.create_gpadl(guest.channel, buffer)
-        window = multi(machine).channel.open_gpadl(handle)
+        window = multi(machine).channel.open_gpadl(handle, 64 * PAGE)
         window.write(0, b"before")
         memory.start_log()
         assert memory.log is not None and not memory.log.pages
@@ -376,7 +376,7 @@ def test_windows_of_gpadls_go_with_their_channel() -> None:
         driver = connect(machine)
         guest = Guest(driver)
         windows = [
-            multi(machine).channel.open_gpadl(driver.create_gpadl(guest.channel, driver.allocate(PAGE)))
+            multi(machine).channel.open_gpadl(driver.create_gpadl(guest.channel, driver.allocate(PAGE)), PAGE)
             for _ in range(2)
         ]
         if how == "close":

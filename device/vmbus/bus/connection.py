@@ -88,9 +88,9 @@ class _Link:
         """See `vmbus.bus.gpadl.Mappings.map`."""
         return self.mappings.map(self._gpadl(handle), read_only=read_only)
 
-    def open_gpadl(self, handle: int) -> Window:
+    def open_gpadl(self, handle: int, most: int) -> Window:
         """See `vmbus.bus.gpadl.Mappings.open`."""
-        return self.mappings.open(self._gpadl(handle))
+        return self.mappings.open(self._gpadl(handle), most)
 
     def _gpadl(self, handle: int) -> Gpadl:
         gpadl = self._connection.gpadls.get(handle)

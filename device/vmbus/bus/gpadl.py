@@ -118,9 +118,12 @@ class Mappings:
         self._grants[gpadl.handle] = grant
         return grant
 
-    def open(self, gpadl: Gpadl) -> Window:
-        """The GPADL's memory as one window. Raises as `map`; MemoryFault also when it is not aligned to 8 bytes."""
+    def open(self, gpadl: Gpadl, most: int) -> Window:
+        """The GPADL's memory as one window. Raises as `map`; GpadlError for more than `most` bytes, and MemoryFault for
+        memory that is not aligned to 8 bytes."""
         self._require_free(gpadl)
+        if gpadl.size > most:
+            raise GpadlError(f"GPADL {gpadl.handle:#x} has {gpadl.size} bytes; {most} are taken")
         window = self._memory.window(gpadl.extents())
         self._grants[gpadl.handle] = window
         return window

@@ -36,8 +36,8 @@ class HostLink(Protocol):
     def map_gpadl(self, handle: int, read_only: bool) -> Grant:
         """The memory of a GPADL of this channel."""
 
-    def open_gpadl(self, handle: int) -> Window:
-        """The same as one window."""
+    def open_gpadl(self, handle: int, most: int) -> Window:
+        """The same as one window of at most `most` bytes."""
 
     def unmap_gpadl(self, handle: int) -> None:
         """End the mapping."""
@@ -158,13 +158,14 @@ class ServerChannel(SavingChannel):
         except PeerError as error:
             raise self.refuse(f"GPADL {handle:#x}: {error}", Status.INVALID_PARAMETER) from error
 
-    def open_gpadl(self, handle: int) -> Window:
+    def open_gpadl(self, handle: int, most: int) -> Window:
         """The same memory as one window from offset 0, for mappings that last: all writes go through the window's
         `write`, so that a migration copies the pages that were written, and not all of them. The window is revoked when
         the guest unmaps any of it, or with `unmap_gpadl`; each access then raises MemoryRevoked. Raises as
-        `map_gpadl`, also for memory that is not aligned to 8 bytes."""
+        `map_gpadl`, also for more than `most` bytes (to open a window takes the time of its pages), and for memory that
+        is not aligned to 8 bytes."""
         try:
-            return self._host_link("open_gpadl").open_gpadl(handle)
+            return self._host_link("open_gpadl").open_gpadl(handle, most)
         except PeerError as error:
             raise self.refuse(f"GPADL {handle:#x}: {error}", Status.INVALID_PARAMETER) from error
 

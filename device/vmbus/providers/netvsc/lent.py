@@ -10,6 +10,9 @@ from vmbus.kmcl.server import ServerChannel
 from vmbus.kmcl.status import KmclError
 from vmbus.memory import Window
 
+MOST_BUFFER = 32 << 20
+"""Bytes of one of the two buffers."""
+
 
 class Lent:
     """A GPADL of the card's primary channel. It is opened when it is used first: after a restore, too.
@@ -25,7 +28,7 @@ class Lent:
     def open(self) -> Window:
         """The memory. Raises KmclError when there is none to be opened under that number."""
         if self._window is None:
-            self._window = self._channel.open_gpadl(self.gpadl)
+            self._window = self._channel.open_gpadl(self.gpadl, MOST_BUFFER)
         return self._window
 
     def read(self, offset: int, length: int) -> bytes:
