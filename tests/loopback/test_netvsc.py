@@ -15,6 +15,7 @@ from support.namespace import Namespace, NotPermitted, namespace
 from support.netvsc import DriverEnds, NetvscGuest
 from vmbus.loopback.harness import LoopbackServer, describe
 from vmbus.providers.netvsc.offload import ones_sum
+from vmbus.providers.netvsc.provider import WHOLE_FRAME
 from vmbus.providers.network.interface import in_namespace
 from vmbus.vfio_user.library import Library
 from vmbus.wire import nvsp, rndis
@@ -40,6 +41,11 @@ def outside() -> Iterator[Namespace]:
 
 def until(driver: VmbusDriver, condition: Callable[[], Any], what: str) -> None:
     driver.run_until(lambda: bool(condition()), 20, what)
+
+
+def longest(netlink: Any) -> Any:
+    (link,) = netlink.get_links(netlink.link_lookup(ifname="host0")[0])
+    return link.get_attr("IFLA_GSO_MAX_SIZE")
 
 
 def status(server: LoopbackServer) -> dict[str, Any]:
@@ -136,6 +142,8 @@ def test_datagrams_go_there_and_back_over_netvsc(
             guest = _guest(driver, offload, mtu=9000)
             exchange(driver, guest, caller, 100)
             exchange(driver, guest, caller, 50, 8900)
+            if end == "tap":
+                assert outside.configure(longest) == WHOLE_FRAME
             state = status(server)
             assert state["refused"] == state["queues"][0]["lost"] == 0 and state["guest"]["mtu"] == 9000
             guest.shut_down()

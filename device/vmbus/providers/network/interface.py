@@ -48,6 +48,7 @@ class Settings(NamedTuple):
     """What the interface is to be. `address` as "192.0.2.1/24" or None; `bridge` is an interface that is there.
 
     `carrier`: whether it has a link from the beginning. It takes the kernel a while to follow a change.
+    `longest`: bytes of the longest packet that the kernel hands out uncut, where it can be told.
     `neighbour`: an IP address and an Ethernet address that are known to belong together, from before a move: while
     the kernel would ask for it, it would lose most of what is sent.
     """
@@ -60,6 +61,7 @@ class Settings(NamedTuple):
     bridge: str | None = None
     carrier: bool = False
     neighbour: tuple[str, bytes] | None = None
+    longest: int | None = None
 
 
 def open_port(settings: Settings) -> Port:
@@ -80,9 +82,14 @@ def open_port(settings: Settings) -> Port:
 
 def configure(settings: Settings) -> None:
     """Give the interface, which is there, its settings, and switch it on. Raises EnvironmentProblem."""
+    from pyroute2.netlink.exceptions import NetlinkError  # type: ignore[import-untyped]
+
     with netlink() as link, explained(settings):
         index = _index(link, settings.name)
         link.link("set", index=index, mtu=settings.mtu, address=settings.mac.hex(":"))
+        if settings.longest is not None:
+            with contextlib.suppress(NetlinkError):  # some kernels cannot be told; it is a matter of speed
+                link.link("set", index=index, gso_max_size=settings.longest)
         if settings.bridge is not None:
             link.link("set", index=index, master=_index(link, settings.bridge))
         if settings.address is not None:
@@ -172,7 +179,7 @@ def netlink() -> Iterator[Any]:
 
 @contextlib.contextmanager
 def explained(settings: Settings) -> Iterator[None]:
-    from pyroute2.netlink.exceptions import NetlinkError  # type: ignore[import-untyped]
+    from pyroute2.netlink.exceptions import NetlinkError
 
     where = f"interface {settings.name!r}" + (f" in namespace {settings.namespace!r}" if settings.namespace else "")
     try:
