@@ -19,16 +19,16 @@ from vmbus.kmcl import saved, server
 from vmbus.memory import GuestMemory
 from vmbus.providers.block.disk import MAXIMUM_DATA, MAXIMUM_RANGE, PATIENCE
 from vmbus.providers.block.provider import BlockOptions
-from vmbus.providers.scsi.provider import ScsiOptions
-from vmbus.providers.scsi.unit import UnitOptions
-from vmbus.providers.vsock.connection import CHUNK, HIGH, LINGER_SECONDS
-from vmbus.providers.vsock.provider import HOST_SECONDS, VsockOptions, VsockProvider
-from vmbus.providers.vsock.streams import SOCKET_PATH_LIMIT
 from vmbus.providers.netvsc import oids
 from vmbus.providers.netvsc.adapter import NetvscOptions
 from vmbus.providers.netvsc.provider import CONTROL_BYTES, SEND_SECTION
 from vmbus.providers.network.card import ANNOUNCE_AFTER, DRAIN_BYTES
 from vmbus.providers.network.provider import NetworkOptions
+from vmbus.providers.scsi.provider import ScsiOptions
+from vmbus.providers.scsi.unit import UnitOptions
+from vmbus.providers.vsock.connection import CHUNK, HIGH, LINGER_SECONDS
+from vmbus.providers.vsock.provider import HOST_SECONDS, VsockOptions, VsockProvider
+from vmbus.providers.vsock.streams import SOCKET_PATH_LIMIT
 from vmbus.snapshot import manifest
 from vmbus.soak import campaign as soak_campaign
 from vmbus.soak import folder as soak_folder
