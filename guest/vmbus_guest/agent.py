@@ -820,6 +820,8 @@ def main() -> None:
     """Serve the port until the host asks for poweroff, then switch the machine off."""
 
     def poweroff() -> None:
+        if os.path.isdir("/run/systemd/system"):  # the root file system is a disk's
+            os.execv("/usr/bin/systemctl", ["systemctl", "poweroff"])
         os.sync()
         os.execv("/bin/busybox", ["poweroff", "-f"])
 

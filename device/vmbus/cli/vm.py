@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import sys
 import time
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from rich.table import Table
 
 from vmbus.cli import console as guest_console
 from vmbus.cli.drivers import Drive, DriverFile, install, jobs_for, outcome, parse_drive, read_driver_file, show_drivers
+from vmbus.cli.keys import with_keys
 from vmbus.cli.migrate import SECRET_HELP, absolute
 from vmbus.cli.terminal import (
     RECEIVE_LABELS,
@@ -29,12 +31,13 @@ from vmbus.cli.terminal import (
 from vmbus.errors import UsageError, VmbusError
 from vmbus.migration.address import Address
 from vmbus.migration.channel import listen, read_secret
-from vmbus.provision import provision
+from vmbus.provision import provision, provision_debian
 from vmbus.qemu.agent import AgentError
 from vmbus.qemu.command_line import Programs, programs_from
 from vmbus.qemu.description import VmDescription, find_description, load_description
 from vmbus.qemu.machine import VirtualMachine
 from vmbus.qemu.process import RunDirectory, running_vms
+from vmbus.qemu.root import missing_root
 from vmbus.qemu.save import SaveReport
 from vmbus.qemu.supervisor import Supervisor, ask, find_vm
 
@@ -74,6 +77,14 @@ CAPTURE_HELP = "Capture all packets from the start on into this new pcapng file 
 @click.option(
     "--spare-cpus", metavar="N", type=click.IntRange(0, 64), help="Room for CPUs, as a checkpoint's machine had it."
 )
+@click.option(
+    "--ssh-key",
+    "ssh_keys",
+    multiple=True,
+    metavar="FILE",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="A public key that may log in as root, for a guest with a Debian (default: ~/.ssh/*.pub).",
+)
 @click.option("--receive", metavar="ADDRESS", help="Wait at tcp:HOST:PORT or unix:PATH for a VM that migrates here.")
 @click.option("--secret-file", type=click.Path(path_type=Path, dir_okay=False), help=SECRET_HELP)
 def run_vm(
@@ -85,6 +96,7 @@ def run_vm(
     audit: Path | None,
     capture: Path | None,
     spare_cpus: int | None,
+    ssh_keys: tuple[Path, ...],
     receive: str | None,
     secret_file: Path | None,
 ) -> None:
@@ -98,9 +110,9 @@ def run_vm(
         show_drivers(console, own)
         return
     if receive is not None:
-        if config is not None or drives or own or spare_cpus is not None:
+        if config is not None or drives or own or ssh_keys or spare_cpus is not None:
             raise UsageError(
-                "--receive takes no CONFIG, no --drive, no --driver-file and no --spare-cpus: the VM brings its own"
+                "--receive takes no CONFIG, --drive, --driver-file, --ssh-key or --spare-cpus: the VM brings its own"
             )
         if secret_file is None:
             raise UsageError("--secret-file is missing: both sides of a migration need the same secret")
@@ -113,7 +125,16 @@ def run_vm(
         raise UsageError("--secret-file goes with --receive")
     description = load_description(find_description(config or "demo", CONFIGURATIONS))
     wanted = jobs_for([parse_drive(text) for text in drives], own)
+    notice = ""
+    if description.guest.root:
+        description, notice = with_keys(description, ssh_keys)
+    elif ssh_keys:
+        raise UsageError(f"--ssh-key is for a guest with a Debian, and VM {description.name!r} has none (guest.root)")
     programs = programs_from(provision())
+    if missing_root(description) is not None:
+        programs = dataclasses.replace(programs, debian=provision_debian().image)
+    if notice:
+        console.print(notice, soft_wrap=True)
     run(_run_vm(description, programs, name, wanted, own, audit, capture, spare_cpus))
 
 

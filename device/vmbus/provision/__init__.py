@@ -8,6 +8,8 @@ with a virtual environment made first.
     libvfio_user    VMBUS_LIBVFIO_USER, the system's, or built from Debian's QEMU source package
     native          the native core, compiled (VMBUS_CORE)
     guest_files     Debian's kernel, busybox and Python for the guest
+    debian_system   a Debian on a disk, for guests that want one, fetched and made by those only
+    dpkg_tree       its packages, unpacked into a tar
     kernel_module   our module for that kernel, compiled (without it, guests have the userspace driver only)
     accel           KVM if it runs a guest, else TCG (VMBUS_ACCELERATOR overrides)
     chromium        a browser for tests of the report, fetched by those only
@@ -31,6 +33,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from vmbus.provision.accel import Accelerator
     from vmbus.provision.cache import Cache
+    from vmbus.provision.debian_system import DebianSystem
     from vmbus.provision.guest_files import Kernel
     from vmbus.provision.libvfio_user import VfioUserLibrary
     from vmbus.provision.qemu import QemuProgram
@@ -86,6 +89,36 @@ def provision(
         found = _with_image(parts, cache, reporter, environment)
         remove(cache.path("apt"))  # 300 MB of package lists, out of date by the time they might be wanted again
     assert found is not None
+    return found
+
+
+def provision_debian(
+    cache: Cache | None = None,
+    reporter: Reporter | None = None,
+    environment: Mapping[str, str] = os.environ,
+) -> DebianSystem:
+    """Return the image with a Debian for guests, having made it (and everything that `provision` makes) if need be.
+
+    Reports and raises as `provision`.
+    """
+    from vmbus.provision import debian_system, guest_files
+    from vmbus.provision.cache import Cache, remove
+    from vmbus.provision.debian import find_root
+    from vmbus.provision.report import PlainReporter
+
+    cache = cache or Cache()
+    provision(cache, reporter, environment)
+    parts = _remembered(cache, environment)
+    userland = find_root(cache, guest_files.USERLAND_RECIPE)
+    assert parts is not None and userland is not None
+    found = debian_system.find(cache, parts.kernel)
+    if found is not None:
+        return found
+    reporter = reporter or PlainReporter()
+    tools = debian_system.Tools(parts.qemu, parts.kernel, userland, parts.accelerator)
+    with cache.lock(on_wait=reporter.note):
+        found = debian_system.make(cache, tools, reporter, environment)
+        remove(cache.path("apt"))
     return found
 
 

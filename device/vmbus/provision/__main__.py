@@ -15,7 +15,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
 from rich.table import Table
 
 from vmbus.errors import VmbusError
-from vmbus.provision import Provisioned, provision
+from vmbus.provision import Provisioned, provision, provision_debian
 from vmbus.provision.report import PlainReporter, Reporter, SilentReporter
 
 
@@ -100,16 +100,19 @@ def summary(result: Provisioned) -> Table:
 @click.command(help="Find or fetch everything that virtual machines with our devices need.")
 @click.option("--json", "as_json", is_flag=True, help="Print the outcome as JSON.")
 @click.option("--quiet", is_flag=True, help="Print no summary, and progress only if there is something to do.")
-def main(as_json: bool, quiet: bool) -> None:
+@click.option("--debian", is_flag=True, help="Make the Debian for guests too, which run-vm debian does by itself.")
+def main(as_json: bool, quiet: bool, debian: bool) -> None:
     """Run the set-up's second stage."""
     errors = Console(stderr=True)
     try:
         if errors.is_terminal and not as_json:
             with RichReporter(errors) as reporter:
                 result = provision(reporter=reporter)
+                system = provision_debian(reporter=reporter) if debian else None
         else:
             plain: Reporter = SilentReporter() if as_json and not errors.is_terminal else PlainReporter()
             result = provision(reporter=plain)
+            system = provision_debian(reporter=plain) if debian else None
     except VmbusError as error:
         errors.print(f"set-up: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         sys.exit(1)
@@ -117,9 +120,13 @@ def main(as_json: bool, quiet: bool) -> None:
         errors.print("set-up interrupted; the next run continues with what is missing", soft_wrap=True)
         sys.exit(130)
     if as_json:
-        click.echo(json.dumps(facts(result), indent=1))
+        click.echo(json.dumps(facts(result) | ({"debian": str(system.image)} if system else {}), indent=1))
     elif not quiet:
-        Console().print(summary(result))
+        table = summary(result)
+        if system is not None:
+            megabytes = system.image.stat().st_blocks * 512 / 1e6
+            table.add_row("Debian", f"{system.image} ({len(system.packages)} packages, {megabytes:.0f} MB)")
+        Console().print(table)
 
 
 if __name__ == "__main__":

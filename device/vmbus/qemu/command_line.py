@@ -8,8 +8,9 @@ from pathlib import Path
 
 import msgspec
 
-from vmbus.errors import UsageError
+from vmbus.errors import EnvironmentProblem, UsageError
 from vmbus.provision import Provisioned
+from vmbus.provision.debian_system import LABEL
 from vmbus.qemu.description import VmDescription
 
 AGENT_PORT = "org.vmbus.agent"
@@ -34,6 +35,8 @@ class Programs:
     libvfio_user: Path | None = None
     no_linux_driver: str = ""
     """Why the guest's image cannot have `driver = "linux"`; empty: it can."""
+    debian: Path | None = None
+    """An image with a Debian, to be copied for guests that have none yet (`vmbus.qemu.root`)."""
     extra: tuple[str, ...] = ()
     """Arguments added to QEMU's own: for measurements against its devices. They are in no snapshot."""
 
@@ -112,9 +115,17 @@ def default_spare_cpus(cpus: int, accelerator: str) -> int:
 
 
 def with_available_driver(description: VmDescription, programs: Programs) -> tuple[VmDescription, str]:
-    """The description as this machine can serve it, and a sentence if that is with another driver than it says."""
+    """The description as this machine can serve it, and a sentence if that is with another driver than it says.
+
+    Raises EnvironmentProblem if the other driver would be of no use.
+    """
     if not description.guest.linux or not programs.no_linux_driver:
         return description, ""
+    if description.guest.root:
+        raise EnvironmentProblem(
+            f"the guest's root file system is on a disk for Linux's own drivers, and they cannot be used: "
+            f"{programs.no_linux_driver}"
+        )
     guest = msgspec.structs.replace(description.guest, driver=msgspec.UNSET)
     notice = f"the guest has the userspace driver instead of Linux's own: {programs.no_linux_driver}"
     return msgspec.structs.replace(description, guest=guest), notice
@@ -145,6 +156,7 @@ def kernel_arguments(description: VmDescription, *, audit: bool = False) -> str:
             if description.guest.vfio
             else []
         ),
+        *([f"vmbus.root={LABEL}"] if description.guest.root else []),
         *([AUDIT_WORD] if audit else []),
         *([f"vmbus.services={','.join(description.guest.services)}"] if description.guest.services else []),
         *description.guest.kernel_arguments,

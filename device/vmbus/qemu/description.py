@@ -14,6 +14,9 @@ import msgspec
 from vmbus.description import DeviceDescription, Name, explain
 from vmbus.errors import EnvironmentProblem, UsageError
 
+IMAGE_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
+"""Names of images in the disk directory."""
+
 
 class GuestDescription(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The guest's side of a VM description."""
@@ -32,6 +35,11 @@ class GuestDescription(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Who drives the device: programs over VFIO (``userspace``, unless it is said), or Linux's own VMBus drivers
     (``linux``; with ``both``, programs can drive further functions of the machine). See docs/linux-guest.md. Left out
     of manifests if it is not said: older ones do not have it."""
+
+    root: Annotated[str, msgspec.Meta(pattern=IMAGE_PATTERN)] | msgspec.UnsetType = msgspec.UNSET
+    """The image, in the disk directory, with the root file system that the guest goes on with: a Debian, made if the
+    image is not there (docs/debian-guest.md). One of the device's disks has to have it. Left out of manifests as
+    above."""
 
     @property
     def linux(self) -> bool:

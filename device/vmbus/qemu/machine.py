@@ -52,6 +52,7 @@ from vmbus.qemu.probe import driven_by_client, require_complete, require_running
 from vmbus.qemu.process import Child, RunDirectory, guard_all
 from vmbus.qemu.qmp import COMMAND_TIMEOUT, Monitor, file_channel
 from vmbus.qemu.revert import CheckpointReport, Checkpoints, Patient, RevertFailed, RevertReport
+from vmbus.qemu.root import prepare_root
 from vmbus.qemu.save import (
     NO_SABOTAGE,
     Capture,
@@ -177,7 +178,12 @@ class VirtualMachine:
         `WaitTimeout`; nothing is left behind then.
         """
         directory = run_directory or RunDirectory.create(description.name)
-        description, notice = with_available_driver(description, programs)
+        try:
+            description, notice = with_available_driver(description, programs)
+            await prepare_root(description, programs.debian)
+        except BaseException:
+            directory.remove()
+            raise
         vm = cls(description, programs, directory, audit=audit, capture=capture, spare_cpus=spare_cpus)
         vm.notice = notice
         phases = Phases(progress)

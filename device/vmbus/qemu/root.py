@@ -1,0 +1,59 @@
+"""The disk with a guest's root file system: a copy of the Debian that the set-up makes, the VM's own from then on."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import tempfile
+from contextlib import suppress
+from pathlib import Path
+
+from vmbus.copying import copy_content, sync_directory
+from vmbus.errors import EnvironmentProblem
+from vmbus.providers.block.image import image_path
+from vmbus.qemu.description import VmDescription
+
+
+def missing_root(description: VmDescription) -> Path | None:
+    """Where the image with the guest's root file system has to be made; None: it is there, or none is wanted."""
+    if not description.guest.root:
+        return None
+    path = image_path(description.guest.root)
+    return None if path.exists() else path
+
+
+async def prepare_root(description: VmDescription, template: Path | None) -> None:
+    """Make the image with the guest's root file system if it is wanted and not there, by copying `template`.
+
+    Raises EnvironmentProblem.
+    """
+    path = missing_root(description)
+    if path is None:
+        return
+    if template is None:
+        raise EnvironmentProblem(
+            f"there is no disk image {path} with the guest's root file system, and no Debian to copy: "
+            "run scripts/setup --debian"
+        )
+    try:
+        await asyncio.to_thread(copy_image, template, path)
+    except OSError as error:
+        raise EnvironmentProblem(f"cannot make the disk image {path}: {error.strerror or error}") from error
+
+
+def copy_image(template: Path, path: Path) -> None:
+    """Copy an image, which appears whole, and only if nobody else has put one there by then. Raises OSError."""
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    source = os.open(template, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        target, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)  # its owner's alone
+        try:
+            copy_content(source, target)
+            with suppress(FileExistsError):
+                Path(path).hardlink_to(name)
+        finally:
+            os.close(target)
+            Path(name).unlink()
+    finally:
+        os.close(source)
+    sync_directory(path.parent)
