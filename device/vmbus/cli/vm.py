@@ -33,6 +33,7 @@ from vmbus.migration.address import Address
 from vmbus.migration.channel import listen, read_secret
 from vmbus.provision import provision, provision_debian
 from vmbus.qemu.agent import AgentError
+from vmbus.qemu.archive import archive_for
 from vmbus.qemu.command_line import Programs, programs_from
 from vmbus.qemu.description import VmDescription, find_description, load_description
 from vmbus.qemu.machine import VirtualMachine
@@ -280,9 +281,12 @@ async def _attend(vm: VirtualMachine, start: float, drives: list[Drive], own: Se
             f"console of VM {vm.name!r}: {guest_console.HELP if sys.stdin.isatty() else 'shown only'}; "
             f"to save it: scripts/save --vm {vm.name} DIR"
         )
-        async with background(
-            guest_console.attach(vm.paths.console, lambda: supervisor.finish("ended from the console")),
-            _drive(vm, start, drives, own),
+        async with (
+            archive_for(vm, _notice),
+            background(
+                guest_console.attach(vm.paths.console, lambda: supervisor.finish("ended from the console")),
+                _drive(vm, start, drives, own),
+            ),
         ):
             reason = await supervisor.run()
     finally:
