@@ -20,6 +20,7 @@ from vmbus.cli.migrate import migrate
 from vmbus.cli.new_provider import new_provider
 from vmbus.cli.provider import provider
 from vmbus.cli.soak import soak
+from vmbus.cli.ssh import ssh
 from vmbus.cli.vm import list_vms, restore, run_vm, save
 from vmbus.errors import VmbusError
 
@@ -54,3 +55,4 @@ main.add_command(capture)
 main.add_command(new_provider)
 main.add_command(provider)
 main.add_command(soak)
+main.add_command(ssh)
