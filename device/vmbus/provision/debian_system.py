@@ -71,14 +71,17 @@ MEMORY_MIB = 1024
 KEPT = 2
 """Images: a checkout beside this one may have another recipe."""
 
-KEYS_CREDENTIAL = "vmbus.ssh-keys"
-"""Name of the systemd credential with the keys that may log in as root."""
+KEYS_CREDENTIAL = "ssh.ephemeral-authorized_keys-all"
+"""systemd's name for keys that may log in by the sockets that it opens for the host; here for root by TCP, too."""
 
 ARCHIVE_PORT = 3142
 """Of the guest's loopback, and of its sockets to the host: where its apt finds Debian's archive."""
 
 _COMPLETE = "vmbus: the image is complete"
 _MODULE = "virtio_blk"
+
+NOT_LOADED = ("kvm_amd", "kvm_intel", "ahci", "powernow_k8", "acpi_cpufreq", "sg", "qemu_fw_cfg", "serio_raw", "evdev")
+"""Modules of the guest's kernel."""
 
 FILES: Mapping[str, str] = {
     "etc/hostname": "debian\n",
@@ -90,6 +93,9 @@ FILES: Mapping[str, str] = {
         f"Types: deb\nURIs: http://localhost:{ARCHIVE_PORT}/debian\nSuites: {SUITE} {SUITE}-updates\nComponents: main\n"
         "Signed-By: /usr/share/keyrings/debian-archive-keyring.gpg\n"
     ),
+    "etc/apt/apt.conf.d/20emulated": 'Acquire::Languages "none";\n',  # descriptions once more, 6 MB
+    # Large, for hardware that is there in name only, and udev would load them at each boot.
+    "etc/modprobe.d/emulated.conf": "".join(f"blacklist {name}\n" for name in NOT_LOADED),
     # The console is its owner's alone, who may do anything to the machine anyway.
     "etc/systemd/system/serial-getty@ttyS0.service.d/owner.conf": (
         "[Service]\nExecStart=\nExecStart=-/sbin/agetty --autologin root --noclear --keep-baud 115200 - $TERM\n"

@@ -13,7 +13,7 @@ from vmbus.errors import EnvironmentProblem
 
 ANSWER_TIMEOUT = 30.0
 """Seconds until the guest has taken the connection."""
-_LONGEST_ANSWER = 64
+_ANSWER_BYTES = 64
 
 
 def connect_guest(path: str, port: int, timeout: float = ANSWER_TIMEOUT) -> socket.socket:
@@ -28,7 +28,7 @@ def connect_guest(path: str, port: int, timeout: float = ANSWER_TIMEOUT) -> sock
         end.sendall(f"CONNECT {port}\n".encode())
         answer = b""
         # Byte by byte: what follows the line is the guest's.
-        while not answer.endswith(b"\n") and len(answer) < _LONGEST_ANSWER and (byte := end.recv(1)):
+        while not answer.endswith(b"\n") and len(answer) < _ANSWER_BYTES and (byte := end.recv(1)):
             answer += byte
         if not answer.startswith(b"OK ") or not answer.endswith(b"\n"):
             raise EnvironmentProblem(f"nobody listens at port {port} of the guest behind {path}")
