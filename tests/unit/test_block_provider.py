@@ -500,6 +500,8 @@ def test_a_restore_puts_the_copy_into_place_and_leaves_the_copy_alone(disks: Pat
             (disks / "disk.img").unlink()
         restored = ProviderTest(BlockProvider, options=OPTIONS)
         restored._deactivate()
+        if not image_there:
+            (disks / "disk.img").unlink()  # made by this one, and nobody's
         provider = restored.provider
         assert isinstance(provider, BlockProvider)
         provider.restore_files({"disk": copy})
@@ -513,6 +515,48 @@ def test_a_restore_puts_the_copy_into_place_and_leaves_the_copy_alone(disks: Pat
         assert same
         assert (disks / "disk.img").read_bytes()[:4096] == pattern(4096, 3)
         assert [path.name for path in disks.iterdir()] == ["disk.img"]
+
+
+@pytest.mark.parametrize("allowed", [False, True])
+@pytest.mark.parametrize("link", [False, True])
+def test_a_restore_replaces_no_image_but_its_own(
+    disks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, allowed: bool, link: bool
+) -> None:
+    """Whoever made the snapshot has chosen the name. What is somebody else's stays, also behind a link."""
+    with ProviderTest(BlockProvider, options=OPTIONS) as kit:
+        Guest(kit).write(0, pattern(4096, 1))
+        kit._quiesce("saved")
+        kit._deactivate()
+        state = kit.provider.save()
+        copy = tmp_path / "copy"
+        copy.write_bytes((disks / "disk.img").read_bytes())
+    assert msgspec.msgpack.decode(state)["identity"] or pytest.skip("no extended attributes here")
+    (disks / "disk.img").unlink()
+    foreign = tmp_path / "foreign" if link else disks / "disk.img"
+    foreign.write_bytes(b"mine" * (MIB // 4))
+    if link:
+        (disks / "disk.img").symlink_to(foreign)
+    if allowed:
+        monkeypatch.setenv("VMBUS_REPLACE_DISKS", "1")
+    restored = ProviderTest(BlockProvider, options=OPTIONS | {"image": "other.img"})
+    restored._deactivate()
+    provider = restored.provider
+    assert isinstance(provider, BlockProvider)
+    provider.disk.options = msgspec.structs.replace(provider.disk.options, image="disk.img")
+    provider.restore(state)
+    provider.restore_files({"disk": copy})
+    if allowed:
+        restored._activate()
+        assert foreign.read_bytes()[:4096] == pattern(4096, 1)
+    else:
+        with pytest.raises(EnvironmentProblem, match="not the disk that the snapshot was taken of"):
+            restored._activate()
+        assert foreign.read_bytes() == b"mine" * (MIB // 4)
+        foreign.unlink()
+        foreign.touch()  # an empty file is nobody's
+        restored._activate()
+    with restored as kit:
+        assert Guest(kit).read(0, 4096) == pattern(4096, 1)
 
 
 def _break(change: Callable[[dict[str, Any]], None]) -> bytes:
@@ -534,6 +578,7 @@ def _break(change: Callable[[dict[str, Any]], None]) -> bytes:
         _break(lambda one: one.update(features=1 << 20)),
         _break(lambda one: one.update(features=1 << 40)),
         _break(lambda one: one.update(more=1)),
+        _break(lambda one: one.update(identity="x")),
         _break(lambda one: one.pop("stamp")),
     ],
 )

@@ -543,8 +543,11 @@ def test_before_it_is_withdrawn_the_guest_lets_go(guest: Guest) -> None:
         assert guest.ask(storvsc.READY).gone
     guest.kit.advance(1.0)
     assert calm.done()
+    guest.kit.command("add-lun", lun=1, image="meanwhile.img", size_mib=1, create=True)
+    with pytest.raises(UsageError, match="has lun 0 already"):
+        guest.kit.command("add-lun", lun=0, image="x.img", size_mib=1, create=True)
     provider.stay()
-    assert guest.notices() == [Operation.ENUMERATE_BUS] and len(guest.scan()) == 1
+    assert set(guest.notices()) == {Operation.ENUMERATE_BUS} and len(guest.scan()) == 2
 
 
 def test_a_guest_that_never_lets_go_is_not_waited_for_without_bound(guest: Guest) -> None:

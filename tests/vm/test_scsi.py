@@ -19,7 +19,7 @@ import pytest
 
 from support import slow_disk
 from support.boot import boot
-from support.writer import ENDLESS, clean, finish, more, writing
+from support.writer import ENDLESS, clean, finish, more, until_acknowledged, writing
 from vmbus.errors import VmbusError, WaitTimeout
 from vmbus.migration.address import parse_address
 from vmbus.migration.channel import listen
@@ -33,6 +33,7 @@ Run = Callable[[Coroutine[Any, Any, Any]], Any]
 Note = Callable[[str], None]
 SECRET = secrets.token_bytes(32)
 CHECKOUT = Path(__file__).resolve().parents[2]
+ECHO = {"kind": "echo", "name": "echo", "instance": "6f1b4b0e-5d2c-4a53-9d0a-0f2f1f3c7a01"}
 WRITER = {"device": "/dev/sda"}
 KNOWN = ("fua", "discard_max_bytes")
 BAD_WORDS = re.compile(
@@ -57,7 +58,7 @@ def described(kind: str = "scsi", cpus: int = 2, **unit: Any) -> VmDescription:
     (controller,) = [one for one in plain["device"]["providers"] if one["kind"] == "scsi"]
     controller["kind"] = kind
     controller["options"]["luns"][0] |= {"image": "disk.img", "size_mib": 64} | unit
-    plain["device"]["providers"] = [controller]
+    plain["device"]["providers"] = [controller, ECHO]  # something beside it, so that it can be withdrawn
     return msgspec.convert(plain, VmDescription)
 
 
@@ -184,7 +185,23 @@ def test_scsi_survives_a_live_migration_and_a_server_that_is_killed(
             assert report["state"] == "finished", report
             assert (await storage(vm))["sub_channels"] == 0
             await require_no_complaints(vm)
-            return seen, dict(report["result"])
+            result = dict(report["result"])
+            # Withdrawn under load: I/O errors, and nobody who waits for ever. Offered anew it is there again.
+            job = int((await vm.call_agent("start", driver="disk-writer", parameters=ENDLESS | WRITER))["job"])
+            await until_acknowledged(vm, job, 50)
+            assert vm.control is not None
+            withdrawn = await vm.control.call("rescind", name="storage", seconds=20.0)
+            assert withdrawn["released"]
+            note(f"hv_storvsc: withdrawn under load, let go of in {withdrawn['seconds']:.1f} s")
+            assert (await vm.call_agent("wait", job=job, timeout=60.0))["state"] == "failed"
+            await until(vm, "ls /sys/block | grep -c sd", "0")
+            await vm.control.call(
+                "offer", provider=msgspec.to_builtins(described(image="after.img").device.providers[0])
+            )
+            await until(vm, "cat /sys/block/sda/size 2>/dev/null", str(64 << 11))
+            await shell(vm, "dd if=/dev/sda of=/dev/null bs=1M count=64 iflag=direct 2>&1")
+            assert not [line for line in (await shell(vm, "dmesg")).splitlines() if "blocked for more" in line]
+            return seen, result
 
     seen, result = run(story())
     assert seen > 200

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol
+from uuid import uuid4
 
 import msgspec
 
@@ -17,7 +18,15 @@ from vmbus.errors import EnvironmentProblem, StateError, UsageError
 from vmbus.providers.base import Host, Work
 from vmbus.providers.block.backend import Backend
 from vmbus.providers.block.core import Core, Geometry, Job, JobState, Outcome
-from vmbus.providers.block.image import MEBIBYTE, Image, clone_directory, image_path, open_image, replace_content
+from vmbus.providers.block.image import (
+    MEBIBYTE,
+    Image,
+    clone_directory,
+    image_path,
+    open_image,
+    replace_content,
+    require_own,
+)
 from vmbus.providers.block.work import UnderWay, perform
 from vmbus.wire.block import Op, Request, Status
 
@@ -51,11 +60,12 @@ class DiskOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class DiskRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What is saved of a disk. Sizes in bytes; `stamp`: see `Image.stamp`."""
+    """What is saved of a disk. Sizes in bytes; `stamp`, `identity`: see `Image`."""
 
     size: Annotated[int, msgspec.Meta(gt=0, le=(1 << 63) - 1)]
     block_size: Literal[512, 4096]
     stamp: Annotated[int, msgspec.Meta(ge=-(1 << 63), le=(1 << 63) - 1)]
+    identity: Annotated[str, msgspec.Meta(pattern=r"^([0-9a-f]{32})?$")] = ""
 
 
 class Token(Protocol):
@@ -128,7 +138,9 @@ class Disk:
             create = create or 0
         image = open_image(options.image, read_only=options.read_only, create=create, directory=self._directory)
         if self._copy is not None:
-            image = replace_content(image, self._copy)
+            image = self._with_copy(image, self._copy)
+        elif self._restored is None and not options.read_only and image.identity == "":
+            image.mark(uuid4().hex)
         try:
             self._check_image(image)
         except BaseException:
@@ -142,6 +154,16 @@ class Disk:
         self._active = True
         self.backend = self._make_backend(image)
         self._read_now = getattr(self.backend, "read_now", None)
+
+    def _with_copy(self, image: Image, copy: Path) -> Image:
+        """With the content that came with the snapshot."""
+        identity = "" if self._restored is None else self._restored.identity
+        try:
+            require_own(image, identity)
+        except BaseException:
+            image.close()
+            raise
+        return replace_content(image, copy, identity)
 
     def _take_again(self, image: Image) -> None:
         image.lock(read_only=self.options.read_only)
@@ -363,7 +385,8 @@ class Disk:
                 "removed; a snapshot that does not contain the image could not be restored"
             )
         stamp = self._left if self._left is not None else image.stamp if image is not None else 0
-        return DiskRecord(core.geometry.size, self.options.block_size, stamp)
+        identity = "" if image is None else image.identity or ""
+        return DiskRecord(core.geometry.size, self.options.block_size, stamp, identity)
 
     def check(self, saved: DiskRecord) -> None:
         """Raises StateError when `restore` will not take this."""

@@ -12,6 +12,7 @@ it too.
 import errno
 import fcntl
 import os
+import re
 import stat
 from contextlib import suppress
 from pathlib import Path
@@ -23,6 +24,9 @@ from vmbus.providers.block.backend import FileBackend, size_of
 
 DIRECTORY_VARIABLE = "VMBUS_DISKS"
 CLONE_VARIABLE = "VMBUS_CLONE_DISKS"
+REPLACE_VARIABLE = "VMBUS_REPLACE_DISKS"
+_IDENTITY = "user.vmbus.disk"  # an extended attribute: 32 hexadecimal digits that an image keeps for life
+IDENTITY = re.compile(r"[0-9a-f]{32}")
 _FLOCK = Struct("@hhqqi4x")  # struct flock: type, whence, start, length (0: to the end), pid (0 for these locks)
 _TRIES = 20
 MEBIBYTE = 1 << 20
@@ -51,11 +55,13 @@ def image_path(name: str, directory: Path | None = None) -> Path:
 class Image:
     """An image that is open and locked. `close` gives both up.
 
-    Attributes: `path`, `size` (bytes), `regular` (a file, not a block device), `backend`, which owns the descriptor.
+    Attributes: `path`, `size` (bytes), `regular` (a file, not a block device), `backend`, which owns the descriptor;
+    `fresh`: it was empty, and so nobody's.
     """
 
-    def __init__(self, path: Path, fd: int) -> None:
+    def __init__(self, path: Path, fd: int, *, fresh: bool = False) -> None:
         self.path = path
+        self.fresh = fresh
         self.size = size_of(fd)
         self.regular = stat.S_ISREG(os.fstat(fd).st_mode)
         self.fd = fd
@@ -71,6 +77,21 @@ class Image:
         if self.regular:
             os.fsync(self.fd)  # a flush does not bring the time of the last change to stable storage
         return self.stamp
+
+    @property
+    def identity(self) -> str | None:
+        """What tells it from all others, wherever it is; empty if it has none, None where none can be kept: on a block
+        device, and on some file systems."""
+        try:
+            found = os.getxattr(self.fd, _IDENTITY)
+        except OSError as error:
+            return "" if error.errno == errno.ENODATA else None
+        return found.decode("ascii", "replace") if IDENTITY.fullmatch(found.decode("ascii", "replace")) else ""
+
+    def mark(self, identity: str) -> None:
+        """Give it an identity, where one can be kept."""
+        with suppress(OSError):
+            os.setxattr(self.fd, _IDENTITY, identity.encode())
 
     @property
     def still_there(self) -> bool:
@@ -137,12 +158,13 @@ def open_image(name: str, *, read_only: bool, create: int | None, directory: Pat
                 continue  # replaced between the open and the lock
             if not read_only:
                 _new_name(path).unlink(missing_ok=True)  # a restore that was killed may have left it
-            if create is not None and not read_only and stat.S_ISREG(kind) and os.fstat(fd).st_size == 0:
+            fresh = stat.S_ISREG(kind) and os.fstat(fd).st_size == 0
+            if create is not None and not read_only and fresh:
                 os.ftruncate(fd, create)
                 # A flush of the guest's would be worth nothing if the name could get lost.
                 os.fsync(fd)
                 sync_directory(path.parent)
-            return Image(path, fd)
+            return Image(path, fd, fresh=fresh)
         except OSError as error:
             os.close(fd)
             raise EnvironmentProblem(f"cannot use the disk image {path}: {error.strerror}") from error
@@ -172,8 +194,27 @@ def _still_there(fd: int, path: Path) -> bool:
         return False
 
 
-def replace_content(image: Image, source: Path) -> Image:
-    """Give a locked image the content of the file `source`; returns the image, which may be another file now.
+def require_own(image: Image, identity: str) -> None:
+    """Before a snapshot's content replaces an image's: it is the disk with that `identity`, or nobody's, or the owner
+    of this machine allows it. A snapshot says which image it wants, and it may come from anybody.
+
+    Raises EnvironmentProblem.
+    """
+    if image.fresh or os.environ.get(REPLACE_VARIABLE):
+        return
+    found = image.identity
+    if (found is None and image.regular) or (identity and found == identity):
+        return
+    raise EnvironmentProblem(
+        f"{image.path} is not the disk that the snapshot was taken of, and a restore would replace what it holds; move "
+        f"it away, or allow that: {REPLACE_VARIABLE}=1"
+    )
+
+
+def replace_content(image: Image, source: Path, identity: str = "") -> Image:
+    """Give a locked image the content of the file `source`, and that `identity`.
+
+    Returns the image, which may be another file now.
 
     A file is replaced as a whole, in one step: after a crash it has the old content or the new. A block device is
     written over. Raises EnvironmentProblem; the image is then closed.
@@ -182,7 +223,7 @@ def replace_content(image: Image, source: Path) -> Image:
         source_fd = os.open(source, os.O_RDONLY | os.O_CLOEXEC)
         try:
             if image.regular:
-                return _replace_file(image, source_fd)
+                return _replace_file(image, source_fd, identity)
             if size_of(source_fd) != image.size:
                 raise OSError(errno.EFBIG, f"{size_of(source_fd)} bytes do not fit a device of {image.size}")
             _overwrite(source_fd, image.fd)
@@ -200,13 +241,16 @@ def _new_name(path: Path) -> Path:
     return path.with_name(f".{path.name}.new")
 
 
-def _replace_file(image: Image, source_fd: int) -> Image:
+def _replace_file(image: Image, source_fd: int, identity: str) -> Image:
     path = image.path.resolve()
     new = _new_name(path)
     fd = os.open(new, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     try:
         _lock(fd, new, False)
         os.fchmod(fd, stat.S_IMODE(os.fstat(image.fd).st_mode))
+        if identity:
+            with suppress(OSError):
+                os.setxattr(fd, _IDENTITY, identity.encode())
         copy_content(source_fd, fd)
         new.rename(path)
         sync_directory(path.parent)

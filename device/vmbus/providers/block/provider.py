@@ -54,6 +54,7 @@ class _State(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     size: Annotated[int, msgspec.Meta(gt=0, le=(1 << 63) - 1)]
     block_size: Literal[512, 4096]
     stamp: Annotated[int, msgspec.Meta(ge=-(1 << 63), le=(1 << 63) - 1)]
+    identity: Annotated[str, msgspec.Meta(pattern=r"^([0-9a-f]{32})?$")] = ""
 
 
 _decoder = msgspec.msgpack.Decoder(_State)
@@ -187,7 +188,7 @@ class BlockProvider(Provider):
 
     def save(self) -> bytes:
         disk = self.disk.save()
-        return msgspec.msgpack.encode(_State(1, self._features, disk.size, disk.block_size, disk.stamp))
+        return msgspec.msgpack.encode(_State(1, self._features, disk.size, disk.block_size, disk.stamp, disk.identity))
 
     def _decoded(self, state: bytes) -> _State:
         saved = self.decoded(_decoder, state)
@@ -224,4 +225,4 @@ class BlockProvider(Provider):
 
 
 def _record(saved: _State) -> DiskRecord:
-    return DiskRecord(saved.size, saved.block_size, saved.stamp)
+    return DiskRecord(saved.size, saved.block_size, saved.stamp, saved.identity)

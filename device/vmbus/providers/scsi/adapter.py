@@ -4,6 +4,7 @@ Whatever a guest sends is answered, with 64 bytes and with values that Linux kno
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Protocol
 from uuid import UUID
 
@@ -53,7 +54,7 @@ log = bounded_log(__name__)
 
 _MOVES = READS | WRITES
 _RESETS = frozenset({Operation.RESET_LUN, Operation.RESET_ADAPTER, Operation.RESET_BUS})
-_IN_USE = frozenset({ChannelState.OPENED, ChannelState.ACTIVE, ChannelState.CLOSING})
+_OPEN = frozenset({ChannelState.OPENED, ChannelState.ACTIVE})
 _NOBODY = Facts(0, 512, False, bytes(16), MAXIMUM_DATA, 0)
 
 
@@ -150,7 +151,7 @@ class Adapter:
     @property
     def open(self) -> bool:
         """Whether the guest has the primary channel open."""
-        return self.channels[0].state in _IN_USE
+        return self.channels[0].state in _OPEN
 
     @property
     def outstanding(self) -> int:
@@ -196,12 +197,11 @@ class Adapter:
         """
         wanted = range(1, self.handshake.sub_channels + 1)
         for index in self.sub_channels:
-            if index not in wanted or index in self._going:
+            if index not in wanted and index not in self._going:
                 channel = self.channels[index]
-                if index not in self._going:
-                    self._going.add(index)
-                    channel.begin_pause()
-                channel.when_quiet(lambda index=index: self._host.call_soon(lambda: self._withdraw(index)))  # type: ignore[misc]
+                self._going.add(index)
+                channel.begin_pause()
+                channel.when_quiet(partial(self._host.call_soon, partial(self._withdraw, index)))
         for index in wanted:
             if index not in self.sub_channels:
                 self._offer(index)
@@ -209,11 +209,8 @@ class Adapter:
                 self.channels[index].start()  # saved while it was being withdrawn
 
     def _withdraw(self, index: int) -> None:
-        channel = self.channels[index]
-        if index not in self._going or channel.outstanding:
-            return
         self._going.discard(index)
-        channel.disable()
+        self.channels[index].disable()
         self.arrange()
 
     # ---- notices -------------------------------------------------------------------------------------------------
@@ -250,8 +247,9 @@ class Adapter:
         if operation == Operation.EXECUTE_SRB:
             self._execute(completion, payload)
         elif operation in STEPS and channel is self.channels[0]:
+            before = self.handshake.sub_channels
             completion.complete(self.handshake.step(operation, payload))
-            if operation == Operation.CREATE_SUB_CHANNELS:
+            if self.handshake.sub_channels != before:
                 self._host.call_soon(self.arrange)
         elif operation in _RESETS:
             # What runs goes on, and is answered: that is all that Linux waits for.

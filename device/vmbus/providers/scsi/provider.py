@@ -205,7 +205,7 @@ class ScsiProvider(Provider):
 
     def _add(self, options: UnitOptions) -> dict[str, Any]:
         """Plug a logical unit in, and tell the guest."""
-        if options.lun in self.units or any(unit.lun == options.lun for unit in self._leaving):
+        if any(unit.lun == options.lun for unit in self._all):
             raise UsageError(f"provider {self.name!r} (scsi) has lun {options.lun} already")
         _check_units([*(unit.options for unit in self._all), options], UsageError)
         unit = self._make(options)
@@ -299,7 +299,8 @@ class ScsiProvider(Provider):
     def stay(self) -> None:
         """It is not withdrawn after all."""
         if self._away:
-            self.units, self._away = self._away, {}
+            self._set_units([*self._away.values(), *self.units.values()])
+            self._away = {}
             self.adapter.notify()
 
     # ---- save and restore ------------------------------------------------------------------------------------------
