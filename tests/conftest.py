@@ -53,9 +53,9 @@ def pytest_xdist_auto_num_workers() -> int:
     return min(4, len(os.sched_getaffinity(0)))
 
 
-def _layer(report: pytest.TestReport) -> str:
-    """A test's layer. The report of a worker's death is pytest-xdist's own and has no properties: by directory."""
-    layer = dict(report.user_properties).get("layer")
+def _layer(report: pytest.TestReport | pytest.CollectReport) -> str:
+    """A test's layer. Reports of a worker's death and of a file that cannot be imported have none: by directory."""
+    layer = dict(getattr(report, "user_properties", ())).get("layer")
     return str(layer or next((layer for layer in LAYERS if f"/{layer}/" in f"/{report.nodeid}"), LAYERS[-1]))
 
 

@@ -17,7 +17,8 @@ from vmbus.kmcl.settings import FLAG_IS_PIPE
 from vmbus.ring_pure import PENDING_SEND_SIZE
 from vmbus.wire import hvsock
 from vmbus.wire import messages as m
-from vmbus_guest.driver import SteadyClock, VmbusDriver
+from vmbus_guest.channel_driver import SteadyClock
+from vmbus_guest.driver import VmbusDriver
 
 CHUNK = 4088
 RING_PAGES = 6

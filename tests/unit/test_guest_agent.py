@@ -202,7 +202,8 @@ def test_a_driver_that_says_nothing_is_told_and_killed_if_so_wished(
     report = host.call("run", driver="echo", parameters={"act": "hang"}, patience=0.6)
     assert (report["state"], report["error"]["kind"]) == ("failed", "hung")
     assert report["error"]["message"] == "the test driver reported nothing for 0.6 s, and was killed"
-    [silent] = [event for event in host.events if event["event"] == "silent"]
+    # The last one: a driver that takes long to start on a busy machine is told of once before.
+    silent = [event for event in host.events if event["event"] == "silent"][-1]
     assert silent["job"] == report["job"] and silent["seconds"] >= 0.1
     assert host.call("run", driver="echo", patience=5)["state"] == "finished", "one that ends is left alone"
     for patience in (-1, "1", True):
