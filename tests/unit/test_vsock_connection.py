@@ -178,6 +178,11 @@ class Bench:
 
     def _ended(self, connection: Connection) -> None:
         self.ended += 1
+        if self.guest.state is ChannelState.ACTIVE:
+            # What is in the ring stays readable for a program in the guest, also behind a RESCIND.
+            self.read_on()
+            while self.guest.process():
+                pass
         self.host.remove_channel(connection.channel)
 
     def _take(self, _: Channel, completion: Completion, payload: bytes) -> None:
