@@ -23,6 +23,7 @@ from vmbus.inspection.document import Source
 from vmbus.inspection.saved import inspect_state
 from vmbus.kmcl.server import SERVER_FLAG_FORCE_NEW_CHANNEL
 from vmbus.loopback.harness import LoopbackServer, describe
+from vmbus.providers.vsock import VsockProvider
 from vmbus.providers.vsock.connection import CHUNK, HIGH, Connection
 from vmbus.providers.vsock.provider import _FLAGS, HOST_SECONDS, MOST_CONNECTIONS
 from vmbus.vfio_user.library import Library
@@ -498,7 +499,7 @@ def test_a_state_is_loaded_in_place(bench: Bench, tmp_path: Path) -> None:
 
 def test_a_reset_of_the_guest(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing of its connections is offered to the next driver."""
-    monkeypatch.setattr("vmbus.providers.vsock.provider.GUEST_SECONDS", 0.5)
+    monkeypatch.setattr("vmbus.providers.vsock.provider.GUEST_SECONDS", 1.5)
     pairs = [bench.from_guest(), bench.from_host()]
     asked = bench.sockets.request(PORT)
     bench.sockets.run_until(lambda: bench.sockets.find(asked), "an offer")
@@ -603,7 +604,7 @@ def test_requests_of_wrong_lengths_and_for_nobody(bench: Bench) -> None:
 
 
 def test_a_flood_of_requests_that_are_never_opened(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vmbus.providers.vsock.provider.GUEST_SECONDS", 0.5)
+    monkeypatch.setattr("vmbus.providers.vsock.provider.GUEST_SECONDS", 1000.0)
     asked = [bench.sockets.request(PORT + number) for number in range(MOST_CONNECTS + 40)]
     bench.sockets.run_until(lambda: len(bench.driver.bus.connect_results) == 40, "40 refusals")
     assert bench.sockets.seen == MOST_CONNECTS
@@ -612,6 +613,9 @@ def test_a_flood_of_requests_that_are_never_opened(bench: Bench, monkeypatch: py
     bench.sockets.request(PORT, asked[0])  # the same once more
     bench.driver.step(0.05)
     assert bench.server.on_loop(lambda: bench.server.server.device.bus.rejected) == rejected + 1
+    provider = bench.server.server.providers[0]
+    assert isinstance(provider, VsockProvider)
+    bench.server.on_loop(lambda: [one.over() for one in list(provider._connections)])  # as if their time were up
     bench.nothing_is_left()
     both_ways(bench, *bench.from_guest(), 1000)
 
