@@ -7,6 +7,10 @@
  * gone; when Linux's drivers have let go of them, we agree on the version of before once more and ask for offers, and
  * Linux's drivers find their devices as for the first time.
  *
+ * Not all drivers let go: hv_storvsc waits for ever for the end of a request that it can send to nobody. After a while
+ * the others come back without it. What it says of its channel later is for us, and an offer with that number is kept
+ * from Linux (check.c).
+ *
  *	OFF	Linux has no connection
  *	CALLED	Linux has asked for one, and the host has not answered yet
  *	JOINED	Linux speaks with the host, and we only listen
@@ -27,7 +31,7 @@
 
 #define LOOK_EVERY (5 * HZ)	/* one read of a register: it goes all the way to the host */
 #define LOOK_SOON (HZ / 20)
-#define PATIENCE (60 * HZ)	/* until a driver that does not let go of its channel is complained about */
+#define PATIENCE (10 * HZ)	/* until it goes on without a driver that does not let go of its channel, or an answer */
 
 static bool mend = true;
 module_param(mend, bool, 0644);
@@ -37,9 +41,10 @@ enum state { OFF, CALLED, JOINED, LOST, ASKING };
 
 static enum state state;
 static unsigned long since;
-static bool complained;
 static DECLARE_BITMAP(known, VMBUS_PCI_FLAGS);	/* channels that Linux has heard of and not released */
 static DECLARE_BITMAP(gone, VMBUS_PCI_FLAGS);	/* those of them that it has still to be told are gone */
+static DECLARE_BITMAP(disks, VMBUS_PCI_FLAGS);	/* those of hv_storvsc: the last to be told */
+static DECLARE_BITMAP(held, VMBUS_PCI_FLAGS);	/* those that a driver has not let go of in time */
 static bool unloading;				/* an UNLOAD that nobody but us will answer */
 static bool refusing;				/* an INITIATE_CONTACT of that kind */
 static u8 contact[VMBUS_PCI_MESSAGE_MAX];	/* Linux's last INITIATE_CONTACT */
@@ -69,7 +74,6 @@ static void lose(void)
 	smp_wmb();
 	if (!move(JOINED, LOST))
 		return;
-	complained = false;
 	count_up(faults);
 	pr_warn("the function was reset, or is gone: Linux's drivers lose %u channels, and get them anew with it\n",
 		bitmap_weight(known, VMBUS_PCI_FLAGS));
@@ -78,6 +82,11 @@ static void lose(void)
 
 static void ask_again(void)
 {
+	unsigned int count = bitmap_weight(known, VMBUS_PCI_FLAGS);
+
+	if (count)
+		pr_err("Linux's drivers hold on to %u lost channels: the others go on without them\n", count);
+	bitmap_copy(held, known, VMBUS_PCI_FLAGS);
 	/* The state first: the answer may be there before the post is over. */
 	if (!move(LOST, ASKING))
 		return;
@@ -109,13 +118,8 @@ static void look(struct work_struct *unused)
 	case LOST:
 		if (!device_present())
 			delay = LOOK_EVERY;
-		else if (bitmap_empty(known, VMBUS_PCI_FLAGS))
+		else if (bitmap_empty(known, VMBUS_PCI_FLAGS) || time_after(jiffies, since + PATIENCE))
 			ask_again();
-		else if (!complained && time_after(jiffies, since + PATIENCE)) {
-			complained = true;
-			pr_err("Linux's drivers hold on to %u lost channels: nothing works until they let go\n",
-			       bitmap_weight(known, VMBUS_PCI_FLAGS));
-		}
 		break;
 	case ASKING:
 		if (!device_enabled() || time_after(jiffies, since + PATIENCE))
@@ -130,6 +134,7 @@ void rejoin_begin(void)
 {
 	bitmap_zero(known, VMBUS_PCI_FLAGS);
 	bitmap_zero(gone, VMBUS_PCI_FLAGS);
+	bitmap_zero(held, VMBUS_PCI_FLAGS);
 	WRITE_ONCE(unloading, false);
 	WRITE_ONCE(refusing, false);
 	WRITE_ONCE(state, OFF);
@@ -154,11 +159,13 @@ bool rejoin_hears(const void *message)
 	const struct vmbus_channel_message_header *header = message;
 	const struct vmbus_channel_offer_channel *offer = message;
 	const struct vmbus_channel_version_response *response = message;
+	static const struct hv_vmbus_device_id scsi = { HV_SCSI_GUID };
 	static const struct vmbus_channel_message_header request = { .msgtype = CHANNELMSG_REQUESTOFFERS };
 	bool agreed;
 
 	if (header->msgtype == CHANNELMSG_OFFERCHANNEL) {
 		set_bit(offer->child_relid, known);
+		assign_bit(offer->child_relid, disks, guid_equal(&offer->offer.if_type, &scsi.guid));
 		device_expect(offer->child_relid);
 		return false;
 	}
@@ -178,11 +185,31 @@ bool rejoin_hears(const void *message)
 	}
 }
 
+/* Whether Linux speaks of a channel that the host knows nothing of, or knows as another one. */
+static bool is_about_held(const void *message)
+{
+	const struct vmbus_channel_message_header *header = message;
+	const struct vmbus_channel_relid_released *about = message; /* the number is in the same place in all of these */
+
+	switch (header->msgtype) {
+	case CHANNELMSG_OPENCHANNEL:
+	case CHANNELMSG_CLOSECHANNEL:
+	case CHANNELMSG_GPADL_HEADER:
+	case CHANNELMSG_GPADL_TEARDOWN:
+	case CHANNELMSG_RELID_RELEASED:
+	case CHANNELMSG_MODIFYCHANNEL:
+		return about->child_relid < VMBUS_PCI_FLAGS && test_bit(about->child_relid, held);
+	default:
+		return false;
+	}
+}
+
 /* Linux's message, before the host gets it; returns whether it is not for the host. */
 bool rejoin_says(const void *message, u32 size)
 {
 	const struct vmbus_channel_message_header *header = message;
 	const struct vmbus_channel_relid_released *released = message;
+	bool ours = READ_ONCE(state) == LOST || READ_ONCE(state) == ASKING || is_about_held(message);
 
 	switch (header->msgtype) {
 	case CHANNELMSG_INITIATE_CONTACT:
@@ -190,12 +217,15 @@ bool rejoin_says(const void *message, u32 size)
 		memcpy(contact, message, contact_size);
 		if (move(OFF, CALLED) || move(JOINED, CALLED)) {
 			bitmap_zero(known, VMBUS_PCI_FLAGS); /* the host forgets them */
+			bitmap_zero(held, VMBUS_PCI_FLAGS);
 			look_in(LOOK_EVERY);
 		}
 		return false;
 	case CHANNELMSG_RELID_RELEASED:
-		if (released->child_relid < VMBUS_PCI_FLAGS)
+		if (released->child_relid < VMBUS_PCI_FLAGS) {
 			clear_bit(released->child_relid, known);
+			clear_bit(released->child_relid, held);
+		}
 		break;
 	case CHANNELMSG_UNLOAD:
 		if (READ_ONCE(state) == LOST) {
@@ -206,7 +236,7 @@ bool rejoin_says(const void *message, u32 size)
 	default:
 		break;
 	}
-	return READ_ONCE(state) == LOST || READ_ONCE(state) == ASKING;
+	return ours;
 }
 
 /* Something that Linux has to be told in the host's place, put into @message; returns its size, or 0. */
@@ -229,8 +259,15 @@ u32 rejoin_tells(void *message)
 		header->msgtype = CHANNELMSG_UNLOAD_RESPONSE;
 		return sizeof(*header);
 	}
-	/* The highest first: sub-channels are offered after the channel that they belong to. */
-	relid = find_last_bit(gone, VMBUS_PCI_FLAGS);
+	/*
+	 * The highest first: sub-channels are offered after the channel that they belong to. Linux lets go of one after
+	 * the other, so those that may hold it up are told last.
+	 */
+	for (relid = VMBUS_PCI_FLAGS - 1; relid; relid--)
+		if (test_bit(relid, gone) && !test_bit(relid, disks))
+			break;
+	if (!relid)
+		relid = find_last_bit(gone, VMBUS_PCI_FLAGS);
 	if (relid >= VMBUS_PCI_FLAGS)
 		return 0;
 	clear_bit(relid, gone);
