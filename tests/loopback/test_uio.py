@@ -49,6 +49,11 @@ def kernel(server: LoopbackServer, tmp_path: Path) -> Iterator[Kernel]:
     kernel.close(graceful=False)
 
 
+def test_offers_have_no_monitor_page(kernel: Kernel) -> None:
+    """With one Linux would set a bit in that page instead of signalling."""
+    assert kernel.bus.offers and not any(offer.monitor_allocated for offer in kernel.bus.offers.values())
+
+
 @pytest.mark.parametrize("name", RUNS)
 def test_uio_carries_the_test_drivers(kernel: Kernel, name: str) -> None:
     result = CATALOGUE[name].load()(uio_context(kernel, RUNS[name]))

@@ -22,8 +22,8 @@ from vmbus_guest.testdrivers.context import Asked, Context, Parameters
 
 COMMON = {
     "instance": "UUID of the channel's instance (default: the first of the type that nobody uses)",
-    "ring_pages_in": "data pages of 4096 bytes in the ring from the host (with access 'uio' the kernel decides)",
-    "ring_pages_out": "data pages of 4096 bytes in the ring to the host (with access 'uio' the kernel decides)",
+    "ring_pages_in": "data pages of 4096 bytes in the ring from the host (uio: the kernel decides)",
+    "ring_pages_out": "data pages of 4096 bytes in the ring to the host (uio: the kernel decides)",
     "access": "how the device is reached: 'vfio', 'uio' (through Linux's own bus), or 'auto'",
     "stall_seconds": "without any progress for so long the run is given up, and what is outstanding counts as lost",
 }
