@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Sequence
 
 from vmbus.kmcl.channel import Channel
 from vmbus.kmcl.client import ClientChannel
@@ -27,9 +26,7 @@ FACTS = ("FullyQualifiedDomainName", "IntegrationServicesVersion", "NetworkAddre
 class HvUtils:
     """The four services over a driver. `offset`: by how much the guest's clock is wrong."""
 
-    def __init__(
-        self, driver: VmbusDriver, *, daemon: bool = True, services: Sequence[ic.Service] = ic.SERVICES[:4]
-    ) -> None:
+    def __init__(self, driver: VmbusDriver, *, daemon: bool = True) -> None:
         self.offset = 0.0
         self.daemon = daemon
         self.busy: float | None = None
@@ -41,7 +38,7 @@ class HvUtils:
         self._versions: dict[str, ic.Version] = {}
         self._unread: list[tuple[Channel, int, ic.Message]] = []
         self.channels: dict[str, ClientChannel] = {}
-        for service in services:
+        for service in (ic.HEARTBEAT, ic.SHUTDOWN, ic.TIME, ic.KVP):
             channel = driver.client_channel(service.interface_type, ring_pages_in=4, ring_pages_out=4)
             channel.set_flags(FLAG_IS_PIPE)
             channel.set_process_packet_callbacks(functools.partial(self._arrived, service))

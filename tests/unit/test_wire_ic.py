@@ -119,6 +119,16 @@ def test_heartbeats_round_trip(sequence: int) -> None:
     assert ic.parse_heartbeat(ic.heartbeat(sequence)) == sequence
 
 
+@given(st.sampled_from(list(ic.VssOperation)), st.binary(max_size=20))
+def test_requests_about_file_systems_round_trip(operation: ic.VssOperation, rest: bytes) -> None:
+    body = ic.vss(operation)
+    # Linux leaves a message of less than 40 bytes, with both headers, without an answer.
+    assert len(body) == 12 and body[:8] == bytes([operation]) + bytes(7)
+    assert ic.parse_vss(body + rest) == operation
+    with pytest.raises(ic.IcError, match="it has 12"):
+        ic.parse_vss(body[:-1])
+
+
 @given(st.integers(0, 7), st.integers(0, 0xFFFFFFFF), st.integers(0, 0xFFFFFFFF), texts)
 def test_shutdowns_round_trip(flags: int, reason: int, timeout: int, text: str) -> None:
     request = ic.Shutdown(flags, reason, timeout, text)
