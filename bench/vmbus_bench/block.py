@@ -1,9 +1,10 @@
-"""The block device of a Linux guest in QEMU, against QEMU's own virtio-blk in the same guest and run.
+"""A disk of a Linux guest in QEMU, against QEMU's own virtio-blk in the same guest and run.
 
 Both disks are raw files of the same size beside each other, read and written past the guest's page cache by the same
 program in the guest; on the host both go through the page cache (virtio-blk with cache=writeback and threads).
-Virtio-blk is served by C in QEMU and by a driver in the guest's kernel. Ours goes through the kernel's nbd driver and
-two Python programs, of which the one in the guest runs on the same (emulated) processor as the program that asks.
+Virtio-blk is served by C in QEMU and by a driver in the guest's kernel. Ours is one of two: the block device, through
+the kernel's nbd driver and two Python programs, of which the one in the guest runs on the same (emulated) processor as
+the program that asks; or the disk of the SCSI provider, through Linux's own hv_storvsc and one Python program.
 """
 
 from __future__ import annotations
@@ -23,10 +24,11 @@ from vmbus.providers.block.image import DIRECTORY_VARIABLE
 from vmbus.qemu.command_line import Programs
 from vmbus.qemu.description import VmDescription
 from vmbus.qemu.machine import VirtualMachine
-from vmbus_bench.figures import Part, Row, Sample, ratio
+from vmbus_bench.figures import Part, Row, Sample, Target, ratio
+from vmbus_bench.processes import cpu_seconds
 
 SIZE_MIB = 64
-_OURS, _THEIRS = "/dev/nbd0", "/dev/vda"
+_THEIRS = "/dev/vda"
 _SLOT = 0x10
 
 
@@ -48,6 +50,43 @@ CASES = (
     _Case("reads of 256 KiB in order, 4 in flight", False, False, 256 << 10, 4, 160),
     _Case("writes of 256 KiB in order, 4 in flight", True, False, 256 << 10, 4, 160),
 )
+
+
+class Disk(NamedTuple):
+    """Which disk of ours. `device`: in the guest. `targets`: at least so many times virtio-blk, by case. `cpu`: at most
+    so many microseconds of the server's CPU time for a read of 4 KiB."""
+
+    name: str
+    title: str
+    device: str
+    targets: dict[str, float]
+    cpu: float | None
+
+
+BLOCK = Disk("block", "the block device of a Linux guest", "/dev/nbd0", {}, None)
+SCSI = Disk(
+    "scsi",
+    "the disk of hv_storvsc in a Linux guest",
+    "/dev/sda",
+    dict(zip((case.name for case in CASES), (0.5, 0.8, 0.8, 0.9, 0.9), strict=True)),
+    80.0,
+)
+
+
+def _cpu(vm: VirtualMachine) -> float:
+    """Seconds of CPU time of the device server so far."""
+    assert vm.server is not None
+    return cpu_seconds(vm.server.process.pid)
+
+
+def _with_size(description: VmDescription, disk: Disk) -> VmDescription:
+    """With images of the size that is measured."""
+    plain = msgspec.to_builtins(description)
+    for provider in plain["device"]["providers"]:
+        if provider["kind"] == disk.name:
+            options = provider["options"]
+            (options["luns"][0] if disk is SCSI else options)["size_mib"] = SIZE_MIB
+    return msgspec.convert(plain, VmDescription)
 
 
 @contextmanager
@@ -84,11 +123,14 @@ async def _measure(vm: VirtualMachine, device: str, case: _Case, count: int) -> 
     return float(result["per_second"])
 
 
-async def measure(description: VmDescription, programs: Programs, *, quick: bool, step: Callable[[str], None]) -> Part:
+async def measure(
+    description: VmDescription, programs: Programs, disk: Disk, *, quick: bool, step: Callable[[str], None]
+) -> Part:
     """Run this part in a fresh VM. `step` is told what is being done."""
     repeats = 3 if quick else 5
     rates: dict[_Case, list[float]] = {case: [] for case in CASES}
     base: dict[_Case, list[float]] = {case: [] for case in CASES}
+    cpu: list[float] = []
     with _disks() as disks:
         image = disks / "virtio.img"
         with image.open("wb") as file:
@@ -100,13 +142,11 @@ async def measure(description: VmDescription, programs: Programs, *, quick: bool
                 *("-device", f"virtio-blk-pci,drive=base,addr={_SLOT:#x}"),
             ),
         )
-        plain = msgspec.to_builtins(description)
-        plain["device"]["providers"][0]["options"]["size_mib"] = SIZE_MIB
         step("the VM boots")
-        vm = await VirtualMachine.launch(msgspec.convert(plain, VmDescription), programs)
+        vm = await VirtualMachine.launch(_with_size(description, disk), programs)
         try:
             await vm.wait_ready()
-            for device in (_OURS, _THEIRS):  # both images get their blocks
+            for device in (disk.device, _THEIRS):  # both images get their blocks
                 fill = _Case("", True, False, 1 << 20, 2, 0)
                 await _measure(vm, device, fill, SIZE_MIB // 2)
             for repeat in range(repeats):
@@ -114,24 +154,35 @@ async def measure(description: VmDescription, programs: Programs, *, quick: bool
                     count = case.requests // (2 if quick else 1)
                     step(f"{case.name}, round {repeat + 1} of {repeats}")
                     base[case].append(await _measure(vm, _THEIRS, case, count))
-                    rates[case].append(await _measure(vm, _OURS, case, count))
+                    before = _cpu(vm)
+                    rates[case].append(await _measure(vm, disk.device, case, count))
+                    if case is CASES[0]:
+                        cpu.append((_cpu(vm) - before) / count * 1e6)
             await vm.shutdown()
         finally:
             await vm.kill()
     rows = []
+    targets = []
     for case in CASES:
         unit, factor = ("/s", 1.0) if case.size == 4096 else ("MiB/s", case.size / (1 << 20))
+        times = ratio(rates[case], base[case])
         rows.append(
             Row(
                 case.name,
                 Sample.of([factor * rate for rate in rates[case]], unit),
                 Sample.of([factor * rate for rate in base[case]], unit),
-                ratio(rates[case], base[case]),
+                times,
             )
         )
+        if case.name in disk.targets:
+            targets.append(Target.judge(f"{case.name}, against virtio-blk", times, "at least", disk.targets[case.name]))
+    used = Sample.of(cpu, "us")
+    rows.append(Row(f"the server's CPU time for each of the {CASES[0].name}", used))
+    if disk.cpu is not None:
+        targets.append(Target.judge("the server's CPU time for a read of 4 KiB", used, "at most", disk.cpu))
     return Part(
-        name="block",
-        title=f"the block device of a Linux guest ({programs.accelerator})",
+        name=disk.name,
+        title=f"{disk.title} ({programs.accelerator})",
         parameters={
             "size_mib": SIZE_MIB,
             "repeats": repeats,
@@ -141,5 +192,5 @@ async def measure(description: VmDescription, programs: Programs, *, quick: bool
         },
         baseline="QEMU's virtio-blk in the same guest",
         rows=rows,
-        targets=[],
+        targets=targets,
     )

@@ -186,6 +186,9 @@ def test_scsi_survives_a_live_migration_and_a_server_that_is_killed(
             assert (await storage(vm))["sub_channels"] == 0
             await require_no_complaints(vm)
             result = dict(report["result"])
+            await command(vm, "add-lun", lun=2, image="disk.img", read_only=True)
+            await until(vm, "cat /sys/block/sdb/ro 2>/dev/null", "1")
+            await shell(vm, "dd if=/dev/sdb of=/dev/null bs=1M count=8 iflag=direct 2>&1")
             # Withdrawn under load: I/O errors, and nobody who waits for ever. Offered anew it is there again.
             job = int((await vm.call_agent("start", driver="disk-writer", parameters=ENDLESS | WRITER))["job"])
             await until_acknowledged(vm, job, 50)

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from vmbus_bench.figures import Part, Report
 
 _MEASUREMENTS = Path(__file__).resolve().parents[3] / "bench"
-PARTS = ("guest", "host", "doorbell", "save-restore", "block", "network", "downtime", "audit")
+PARTS = ("guest", "host", "doorbell", "save-restore", "block", "scsi", "network", "downtime", "audit")
 
 
 @click.command()
@@ -105,7 +105,10 @@ def _measure(name: str, provisioned: Provisioned, quick: bool, steps: Steps) -> 
         return save_restore.measure(provisioned.libvfio_user, quick=quick, step=steps)
     if name == "block":
         disk = load_description(CONFIGURATIONS / "disk.toml")
-        return run(block.measure(disk, programs_from(provisioned), quick=quick, step=steps))
+        return run(block.measure(disk, programs_from(provisioned), block.BLOCK, quick=quick, step=steps))
+    if name == "scsi":
+        linux = load_description(CONFIGURATIONS / "linux.toml")
+        return run(block.measure(linux, programs_from(provisioned), block.SCSI, quick=quick, step=steps))
     if name == "network":
         card = load_description(CONFIGURATIONS / "network.toml")
         return run(network.measure(card, programs_from(provisioned), quick=quick, step=steps))
