@@ -653,3 +653,18 @@ def test_a_lack_of_space_that_comes_with_the_sync_is_lost_data(guest: Guest, mon
     monkeypatch.setattr(os, "fdatasync", once)
     assert guest.write(8192, pattern(512), Flag.FUA) == Status.IO_ERROR
     assert guest.ask(Op.FLUSH) == Status.IO_ERROR
+
+
+def test_an_error_at_a_pause_is_not_forgotten(guest: Guest, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert guest.write(0, pattern(4096)) == Status.OK
+
+    def fail(fd: int) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="stable storage"):
+        patch.setattr(os, "fsync", fail)
+        guest.kit._deactivate()
+    guest.kit._activate()
+    assert guest.ask(Op.FLUSH) == Status.IO_ERROR
+    with pytest.raises(EnvironmentProblem, match="stable storage"):
+        guest.kit.provider.save()

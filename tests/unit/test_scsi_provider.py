@@ -22,6 +22,7 @@ from vmbus.providers.block.backend import Backend
 from vmbus.providers.block.image import Image
 from vmbus.providers.scsi import ScsiProvider, adapter
 from vmbus.providers.scsi.commands import Data
+from vmbus.providers.scsi.handshake import STEPS, Handshake, Phase
 from vmbus.providers.scsi.unit import Unit
 from vmbus.testkit import ProviderTest, every_step
 from vmbus.testkit.client import Client, Request
@@ -159,6 +160,33 @@ def test_other_versions_are_refused_and_the_next_one_may_fit(version: int) -> No
         offered = version.to_bytes(4, "little")
         assert guest.step(Operation.QUERY_PROTOCOL_VERSION, offered)[0] == storvsp.Status.REVISION_MISMATCH
         assert guest.step(Operation.QUERY_PROTOCOL_VERSION, (0x0501).to_bytes(4, "little"))[0] == 0
+
+
+@given(st.lists(st.tuples(st.sampled_from(sorted(STEPS)), st.integers(0, 0xFFFF)), max_size=30), st.integers(0, 8))
+def test_any_order_of_steps(steps: list[tuple[int, int]], most: int) -> None:
+    """An answer of 64 bytes to each; whoever is ready has begun, agreed and asked for properties, in that order."""
+    handshake = Handshake(most, MIB)
+    good: list[int] = []
+    for operation, word in steps:
+        before = handshake.phase
+        payload = storvsp.pack_request(operation, word.to_bytes(2, "little"))
+        reply = handshake.step(operation, payload)
+        assert len(reply) == 64 and storvsp.parse_head(reply)[0] == Operation.COMPLETE_IO
+        if storvsp.parse_head(reply)[2]:
+            assert handshake.phase is before
+        else:
+            good.append(operation)
+        assert handshake.sub_channels <= most
+    plain = [operation for operation in good if operation != Operation.CREATE_SUB_CHANNELS]
+    order = [
+        Operation.BEGIN_INITIALIZATION,
+        Operation.QUERY_PROTOCOL_VERSION,
+        Operation.QUERY_PROPERTIES,
+        Operation.END_INITIALIZATION,
+    ]
+    assert plain == order[: len(plain)]
+    assert (handshake.phase is Phase.READY) == (len(plain) == 4)
+    assert good.count(Operation.CREATE_SUB_CHANNELS) == bool(handshake.sub_channels)
 
 
 def test_an_open_begins_anew(guest: Guest) -> None:

@@ -13,7 +13,7 @@ import errno
 import os
 import stat
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Protocol
 
@@ -111,7 +111,7 @@ class FileBackend:
                 offset += count
                 _consume(pending, count)
             if durable:
-                _make_durable(fd)
+                make_durable(fd)
 
     def flush(self) -> None:
         """fdatasync."""
@@ -132,7 +132,7 @@ class FileBackend:
                 while offset < end:
                     offset += os.pwrite(fd, _ZEROES[: end - offset], offset)
             if durable:
-                _make_durable(fd)
+                make_durable(fd)
 
     def close(self) -> None:
         """Close the descriptor once nobody uses it. Repeating it does nothing."""
@@ -145,11 +145,12 @@ class FileBackend:
                 os.close(self._fd)
 
 
-def _make_durable(fd: int) -> None:
-    """fdatasync. Not RWF_DSYNC: what a write finds out (no space) and what bringing it to stable storage finds out
-    (earlier data is lost, and the kernel says so only once) must not be taken for each other. Raises EIO."""
+def make_durable(fd: int, sync: Callable[[int], None] | None = None) -> None:
+    """fdatasync, or another `sync`. Not RWF_DSYNC: what a write finds out (no space) and what bringing it to stable
+    storage finds out (earlier data is lost, and the kernel says so only once) must not be taken for each other. Raises
+    EIO."""
     try:
-        os.fdatasync(fd)
+        (sync or os.fdatasync)(fd)
     except OSError as error:
         raise OSError(errno.EIO, f"data was not brought to stable storage: {error.strerror}") from error
 

@@ -210,8 +210,17 @@ class Disk:
             self._active = False
             try:
                 self._left = self._image.settle()
+            except OSError as error:
+                self.lost(error)
+                raise
             finally:
                 self._image.unlock()
+
+    def lost(self, error: BaseException | None) -> None:
+        """Something that is no request has asked for stable storage, and failed. That may have been the kernel's only
+        report of lost pages: no later flush says that all is well."""
+        if self.core is not None and isinstance(error, OSError) and error.errno == errno.EIO:
+            self.core.flush_failed = self.core.flush_failed or errno.EIO
 
     def close(self) -> None:
         """Close the image, which ends the lock once no operation on it is under way. Repeating it does nothing."""

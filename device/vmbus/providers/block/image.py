@@ -20,7 +20,7 @@ from struct import Struct
 
 from vmbus.copying import copy_content, copy_data, sync_directory
 from vmbus.errors import EnvironmentProblem
-from vmbus.providers.block.backend import FileBackend, size_of
+from vmbus.providers.block.backend import FileBackend, make_durable, size_of
 
 DIRECTORY_VARIABLE = "VMBUS_DISKS"
 CLONE_VARIABLE = "VMBUS_CLONE_DISKS"
@@ -75,7 +75,7 @@ class Image:
     def settle(self) -> int:
         """The stamp, which it then keeps, also over a crash of the host. Raises OSError."""
         if self.regular:
-            os.fsync(self.fd)  # a flush does not bring the time of the last change to stable storage
+            make_durable(self.fd, os.fsync)  # a flush does not bring the time of the last change to stable storage
         return self.stamp
 
     @property
@@ -120,7 +120,7 @@ class Image:
         with self.backend.open() as fd:
             if size is not None and self.regular and size_of(fd) < size:
                 os.ftruncate(fd, size)
-                os.fsync(fd)
+                make_durable(fd, os.fsync)
             self.size = size_of(fd)
         return self.size
 

@@ -249,6 +249,7 @@ class ScsiProvider(Provider):
         answer: Future[dict[str, Any]] = Future()
 
         def done(size: int | None, error: BaseException | None) -> None:
+            unit.disk.lost(error)
             if not answer.set_running_or_notify_cancel():
                 return
             try:
