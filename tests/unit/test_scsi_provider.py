@@ -719,6 +719,36 @@ def test_a_save_keeps_each_disk_by_its_number(disks: Path) -> None:
         assert guest.read(0, 4096, block_size=4096, lun=3) == pattern(4096, 2)
 
 
+def test_a_clone_has_disks_of_its_own(disks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with ProviderTest(ScsiProvider, options=TWO) as kit:
+        guest = Guest(kit)
+        assert guest.write(0, pattern(4096, 1)).good
+        assert guest.write(0, pattern(4096, 2), block_size=4096, lun=3).good
+        kit._quiesce("saved")
+        kit._deactivate()
+        state = kit.provider.save()
+        copies = {name: tmp_path / name for name in kit.provider.files()}
+        for name, path in kit.provider.files().items():
+            copies[name].write_bytes(path.read_bytes())
+        kit._activate()
+        for channel in kit.channels:
+            channel.unquiesce()
+        monkeypatch.setenv("VMBUS_CLONE_DISKS", str(tmp_path / "clone"))
+        clone = ProviderTest(ScsiProvider)
+        clone._deactivate()
+        clone.provider.check(state)
+        clone.provider.restore_files(copies)
+        clone.provider.restore(state)
+        clone._activate()
+        with clone:
+            other = Guest(clone)
+            assert other.read(0, 4096) == pattern(4096, 1)
+            assert other.write(0, pattern(4096, 5), block_size=4096, lun=3).good
+            assert guest.read(0, 4096, block_size=4096, lun=3) == pattern(4096, 2)
+            assert [one.identity for one in other.scan()] == [one.identity for one in guest.scan()]
+    assert sorted(path.name for path in (tmp_path / "clone").iterdir()) == ["disk.img", "other.img"]
+
+
 def fields(**changes: Any) -> bytes:
     unit: dict[str, Any] = {
         "options": {"image": "disk.img"},
