@@ -333,11 +333,62 @@ def test_the_mtu_is_the_smaller_wish_and_comes_back() -> None:
     with card(mtu=9000) as kit:
         guest = guest_of(kit, mtu=1500)
         assert kit.provider.status()["guest"]["mtu"] == 1500
-        assert guest.send(plain(frame(bytes(1501 + 8)))) == BAD_RNDIS
+        assert guest.send(plain(frame(bytes(9000))), shape=2) == SUCCESS, "it had waited, with Linux"
+        assert guest.send(plain(frame(bytes(9009))), shape=2) == BAD_RNDIS
         guest.shut_down()
         again = guest_of(kit, mtu=9000)
         assert kit.provider.status()["guest"]["mtu"] == 9000
         assert again.send(plain(frame(bytes(9000))), shape=2) == SUCCESS
+
+
+def provider_of(kit: ProviderTest) -> CabledNetvsc:
+    assert isinstance(kit.provider, CabledNetvsc)
+    return kit.provider
+
+
+def test_before_it_is_withdrawn_the_guest_comes_to_rest() -> None:
+    with card() as kit:
+        guest = guest_of(kit)
+        guest.holding = True
+        cable_of(guest).push(udp(1, 1))
+        kit.run()
+        leave = provider_of(kit).depart()
+        assert leave is not None
+        kit.run()
+        assert guest.link == [rndis.Status.MEDIA_DISCONNECT] and not cable_of(guest).carrier
+        cable_of(guest).push(udp(2, 1))
+        for _ in range(3):
+            kit.advance(0.3)
+            assert guest.send(plain(udp(1, 1))) == SUCCESS
+            assert not leave.done(), "it still has something to say"
+        kit.advance(1)
+        assert not leave.done(), "it still has a frame"
+        guest.release()
+        kit.advance(1)
+        assert leave.done() and len(guest.frames) == 1
+        provider_of(kit).stay()
+        kit.advance(1)
+        assert guest.link[1:] == [rndis.Status.MEDIA_CONNECT] and len(guest.frames) == 2
+        again = provider_of(kit).depart()
+        assert again is not None
+        kit.advance(1)
+        assert not again.done(), "Linux follows the link every two seconds"
+        kit.advance(2)
+        assert again.done()
+        provider_of(kit).stay()
+
+
+def test_a_guest_that_never_comes_to_rest_is_not_waited_for_without_bound() -> None:
+    with card() as kit:
+        guest = guest_of(kit)
+        guest.holding = True
+        leave = provider_of(kit).depart()
+        assert leave is not None
+        kit.advance(6)
+        assert leave.done()
+        guest.release()
+    with card() as kit:
+        assert provider_of(kit).depart() is None, "nobody is there"
 
 
 # ---- buffers ---------------------------------------------------------------------------------------------------------

@@ -44,11 +44,13 @@ def outside() -> Iterator[Namespace]:
 
 
 def described(outside: Namespace, cpus: int = 2, **options: Any) -> VmDescription:
-    """The machine of qemu_configs with a card in the test's namespace, and nothing else."""
+    """The machine of qemu_configs with a card in the test's namespace, and its integration services."""
     plain = msgspec.to_builtins(load_description(CHECKOUT / "qemu_configs" / "linux.toml"))
     plain["cpus"] = cpus
     card = {"namespace": outside.name, "interface": "host0", "address": f"{HOST}/24", **options}
-    plain["device"]["providers"] = [{"kind": "netvsc", "name": "card", "instance": INSTANCE, "options": card}]
+    others = [one for one in plain["device"]["providers"] if one["kind"] == "integration"]
+    first = {"kind": "netvsc", "name": "card", "instance": INSTANCE, "options": card}
+    plain["device"]["providers"] = [first, *others]
     return msgspec.convert(plain, VmDescription)
 
 
@@ -123,10 +125,12 @@ def test_network_survives_saves_restores_and_checkpoints_of_netvsc(
 def test_network_survives_what_people_do_with_netvsc(
     run: Run, programs: Programs, tmp_path: Path, outside: Namespace, note: Note
 ) -> None:
-    """MTU, down and up, a cable that is pulled, unbind and bind, all under load; then a save of what came of it."""
+    """MTU, down and up, a cable that is pulled, unbind and bind, a card that is taken away and put in again, all under
+    load; then a save of what came of it."""
+    description = described(outside, cpus=1, mtu=9000, offload=False)
 
     async def story() -> None:
-        vm = await boot(described(outside, cpus=1, mtu=9000, offload=False), programs)
+        vm = await boot(description, programs)
         async with vm:
             await vm.wait_ready()
             await bring_up(vm)
@@ -150,6 +154,12 @@ def test_network_survives_what_people_do_with_netvsc(
             await shell(vm, f"echo {INSTANCE} > {driver}/unbind && ! test -e /sys/class/net/eth0")
             assert (await card(vm))["guest"]["receive_buffer"] == 0
             await shell(vm, f"echo {INSTANCE} > {driver}/bind")
+            await until_shell(vm, "test -e /sys/class/net/eth0")
+            await bring_up(vm)
+            await moved(traffic.client, 1 << 18)
+            assert vm.control is not None
+            assert (await vm.control.call("rescind", name="card"))["released"], "RTNL is held for ever"
+            await vm.control.call("offer", provider=msgspec.to_builtins(description.device.providers[0]))
             await until_shell(vm, "test -e /sys/class/net/eth0")
             await bring_up(vm)
             await moved(traffic.client, 1 << 18)

@@ -6,6 +6,7 @@ lent.py      the guest's two buffers, and which parts of one are in its hands
 backlog.py   frames that wait over a pause
 queue.py     one channel's frames and replies on their way to the guest, and what is saved of a packet
 oids.py      what the card answers to questions, by table
+departure.py how it takes leave of its guest
 offload.py   checksums and segmentation: between what a guest asks for and what a kernel takes
 """
 

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping
+from concurrent.futures import Future
 from typing import Any
 from uuid import UUID
 
 from vmbus.complaints import bounded_log
 from vmbus.kmcl.completion import Completion
 from vmbus.kmcl.status import Status as PacketStatus
-from vmbus.providers.base import Host
+from vmbus.providers.base import Host, Timer
 from vmbus.providers.netvsc import oids
 from vmbus.providers.netvsc.backlog import Backlog
+from vmbus.providers.netvsc.departure import LINK_SECONDS, calm
 from vmbus.providers.netvsc.lent import Lent
 from vmbus.providers.netvsc.offload import to_guest, to_host
 from vmbus.providers.netvsc.queue import Kind, Queue, Sent
@@ -53,6 +55,9 @@ class Adapter(Card):
         self.backlog = Backlog(DRAIN_BYTES)
         self._control: deque[tuple[Kind, bytes]] = deque()
         self._touched: dict[Queue, None] = {}
+        self._going = False  # it is about to be withdrawn
+        self._heard = 0  # packets of the guest's
+        self._link_timer: Timer | None = None  # while the guest may still be at the last change of the link
         self._forget()
 
     def _forget(self) -> None:
@@ -79,7 +84,9 @@ class Adapter(Card):
 
     @property
     def _guest_there(self) -> bool:
-        return self._initialized and bool(self._filter) and self._receive is not None and self.queues[0].open
+        if self._going or not self._initialized or not self._filter:
+            return False
+        return self._receive is not None and self.queues[0].open
 
     @property
     def _guest_ready(self) -> bool:
@@ -186,7 +193,8 @@ class Adapter(Card):
     def _from_guest(self, packet: rndis.Packet) -> None:
         """A frame for the host. Raises RndisError."""
         frame = to_host(packet, self.options.offload)
-        if wrong := check_frame(frame, self._mtu, self.options.offload):
+        # A guest that has lowered its MTU still sends what had waited.
+        if wrong := check_frame(frame, self.options.mtu, self.options.offload):
             raise rndis.RndisError(wrong)
         if not self._link:
             self.counters["no_link"] += 1
@@ -235,7 +243,7 @@ class Adapter(Card):
     def _query(self, request: int, oid: int) -> bytes:
         data = oids.answer(self, oid) if self._initialized else None
         if oid == oids.MEDIA_CONNECT_STATUS:
-            self._link_told = self._link
+            self._link_told = self.link_up
         if data is None:
             return rndis.query_complete(request, rndis.Status.NOT_SUPPORTED)
         return rndis.query_complete(request, rndis.Status.SUCCESS, data)
@@ -278,12 +286,41 @@ class Adapter(Card):
 
     def _tell_link(self) -> None:
         """One message at a time: what changed meanwhile is told when the guest has taken it."""
-        if not self._initialized or self._link_in_flight or self._link == self._link_told or not self.queues[0].open:
+        if not self._initialized or self._link_in_flight or self.link_up is self._link_told or not self.queues[0].open:
             return
-        self._link_in_flight, self._link_told = True, self._link
-        status = rndis.Status.MEDIA_CONNECT if self._link else rndis.Status.MEDIA_DISCONNECT
+        self._link_in_flight, self._link_told = True, self.link_up
+        self._forget_link()
+        self._link_timer = self.host.call_later(LINK_SECONDS, self._forget_link)
+        status = rndis.Status.MEDIA_CONNECT if self._link_told else rndis.Status.MEDIA_DISCONNECT
         self._say(rndis.indicate(status), Kind.LINK)
         self._send_control()
+
+    def _forget_link(self) -> None:
+        timer, self._link_timer = self._link_timer, None
+        if timer is not None:
+            timer.cancel()
+
+    def _close_port(self) -> None:
+        self._forget_link()
+        super()._close_port()
+
+    # ---- its end -----------------------------------------------------------------------------------------------------
+
+    def depart(self) -> Future[None] | None:
+        """See `departure`."""
+        if not self._initialized or not self.queues[0].open:
+            return None
+        settled = self._link_timer is None
+        self._going = True
+        self._update()
+        self._tell_link()
+        return calm(self.host, list(self.queues), lambda: self._heard, settled)
+
+    def stay(self) -> None:
+        """It is not withdrawn after all."""
+        self._going = False
+        self._update()
+        self._tell_link()
 
     # ---- what OIDs tell ----------------------------------------------------------------------------------------------
 
@@ -309,8 +346,8 @@ class Adapter(Card):
 
     @property
     def link_up(self) -> bool:
-        """As tools want it."""
-        return self._link
+        """As tools want it, and while the card is here to stay."""
+        return self._link and not self._going
 
     @property
     def filter(self) -> int:

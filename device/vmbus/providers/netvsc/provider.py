@@ -173,6 +173,7 @@ class NetvscProvider(Adapter):
     # ---- the guest ---------------------------------------------------------------------------------------------------
 
     def _process(self, queue: Queue, _: Channel, completion: Completion, payload: bytes) -> None:
+        self._heard += 1
         message = nvsp.parse(payload)
         if isinstance(message, nvsp.Rndis):
             self._rndis(completion, message)
