@@ -506,6 +506,9 @@ def test_bad_packets_have_an_answer_and_the_card_goes_on() -> None:
             request = bytearray(rndis.set_oid(1, oids.PACKET_FILTER, bytes(4)))
             request[at : at + 4] = struct.pack("<I", value)
             assert bytes_of(bytes(request), nvsp.CONTROL_CHANNEL) == BAD_RNDIS
+        cable_of(guest).sent.clear()
+        assert bytes_of((rndis.packet_header(14) + bytes(14)) * 65) == BAD_RNDIS
+        assert len(cable_of(guest).sent) == 64
         assert guest.send(whole) == SUCCESS
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any
 from uuid import UUID
@@ -26,6 +26,8 @@ log = bounded_log(__name__)
 
 MOST_CONTROL = 64
 """Control messages to the guest that wait for room."""
+MOST_FRAMES = 64
+"""Frames of the guest's in one packet; it is told of fewer."""
 
 OK = nvsp.rndis_complete(nvsp.Status.SUCCESS)
 FAILED = nvsp.rndis_complete(nvsp.Status.FAILURE)
@@ -74,7 +76,7 @@ class Adapter(Card):
         self._initialized = False
         self._filter = 0
         self._coalescing = False
-        self._table: tuple[int, ...] = ()
+        self._spread_by(())
         self._control.clear()
         self.backlog.clear()
         self._link_told = True
@@ -98,7 +100,7 @@ class Adapter(Card):
     def _in_use(self) -> list[Queue]:
         """Queues that get frames."""
         queues = self.queues
-        return [queues[index] for index in {*self._table} if index < len(queues)] if self._table else queues[:1]
+        return [queues[index] for index in self._table_queues if index < len(queues)]
 
     @property
     def _guest_mtu(self) -> int | None:
@@ -120,6 +122,11 @@ class Adapter(Card):
         queue = self._queue_of(frame)
         queue.add(to_guest(frame))
         self._touched[queue] = None
+
+    def _spread_by(self, table: Sequence[int]) -> None:
+        """Frames go to these queues, by the hash of their flow; without any, to the first."""
+        self._table = tuple(table)
+        self._table_queues = sorted({*table}) or [0]
 
     def _queue_of(self, frame: bytes) -> Queue:
         """The same one for all frames of a flow."""
@@ -180,7 +187,9 @@ class Adapter(Card):
     def _take_frames(self, completion: Completion, data: bytes) -> None:
         """Frames for the host: those before one that makes no sense are sent."""
         try:
-            for one in rndis.messages(data):
+            for number, one in enumerate(rndis.messages(data)):
+                if number >= MOST_FRAMES:
+                    raise rndis.RndisError(f"more than {MOST_FRAMES} frames")
                 found = rndis.parse(one)
                 if not isinstance(found, rndis.Packet):
                     raise rndis.RndisError("control message among frames")
@@ -267,7 +276,7 @@ class Adapter(Card):
             spread = oids.rss_parameters(data, len(self.queues))
             if spread is None:
                 return rndis.Status.INVALID_DATA
-            self._table = spread.table
+            self._spread_by(spread.table)
             self._update()
         elif oid != oids.MULTICAST_LIST:
             return rndis.Status.NOT_SUPPORTED

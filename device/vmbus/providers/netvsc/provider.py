@@ -392,7 +392,7 @@ class NetvscProvider(Adapter):
         self._initialized = saved.initialized
         self._filter = saved.filter
         self._coalescing = saved.coalescing
-        self._table = tuple(saved.table)
+        self._spread_by(saved.table)
         self._link = saved.link
         self._link_told = saved.link_told
         self._control.extend((Kind(kind), message) for kind, message in saved.control)
