@@ -5,22 +5,29 @@ from __future__ import annotations
 import asyncio
 import base64
 import stat
+import tarfile
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import msgspec
 import pytest
 
+from support.debs import make_deb
 from vmbus.cli.keys import MOST_CHARACTERS, keys_word, public_keys, read_keys, with_keys
 from vmbus.errors import EnvironmentProblem, UsageError
 from vmbus.provision import debian_system
+from vmbus.provision.accel import Accelerator
 from vmbus.provision.cache import Cache, publish_bytes
-from vmbus.provision.debian import InstalledPackage, write_record
+from vmbus.provision.debian import AptError, InstalledPackage, Root, write_record
 from vmbus.provision.debian_system import FILES, IMAGE, KEYS_CREDENTIAL, LABEL
 from vmbus.provision.guest_files import Kernel
+from vmbus.provision.qemu import QemuProgram
+from vmbus.provision.report import SilentReporter
 from vmbus.qemu.command_line import Programs, kernel_arguments, with_available_driver
 from vmbus.qemu.description import VmDescription, load_description, parse_description
 from vmbus.qemu.root import copy_image, missing_root, prepare_root
+from vmbus_guest import newc
 
 pytestmark = pytest.mark.unit
 
@@ -153,3 +160,102 @@ def test_the_guest_gets_as_many_as_there_is_room_for(tmp_path: Path) -> None:
 def test_without_a_key_there_is_a_hint(tmp_path: Path) -> None:
     given, notice = with_keys(described(), [], tmp_path)
     assert given == described() and "ssh-keygen" in notice and "--ssh-key" in notice
+
+
+# --- making it -------------------------------------------------------------------------------------------------
+
+
+def tools(folder: Path, says: str) -> debian_system.Tools:
+    """A set-up whose QEMU says something and ends."""
+    folder.mkdir(exist_ok=True)
+    qemu = folder / "qemu"
+    qemu.write_text(f'#!/bin/sh\nprintf "%s\\n" "$@" > {folder}/arguments\nprintf "{says}"\n')
+    qemu.chmod(0o755)
+    busybox = folder / "usr/bin/busybox"
+    busybox.parent.mkdir(parents=True, exist_ok=True)
+    busybox.write_bytes(b"busybox")
+    modules = folder / "modules"
+    modules.mkdir(exist_ok=True)
+    for name in ("virtio_blk", "virtio"):
+        (modules / f"{name}.ko").write_bytes(name.encode())
+    kernel = Kernel(folder / "vmlinuz", "6.12.1-cloud-amd64", {"virtio": (), "virtio_blk": ("virtio",)}, "6.12.1-1")
+    program = QemuProgram((str(qemu),), (10, 1, 0), "a test")
+    return debian_system.Tools(program, kernel, Root(folder, {}), Accelerator("tcg", "a test"))
+
+
+def test_the_machine_that_completes_the_image_has_to_say_so(tmp_path: Path) -> None:
+    (tmp_path / "root.img").write_bytes(b"")
+    setting_up = "Setting up bash (5.2) ...\\n"
+    done = tools(tmp_path / "done", setting_up + f"{debian_system._COMPLETE}\\r\\n")
+    debian_system.configure(tmp_path / "root.img", done, tmp_path, 1, SilentReporter())
+    arguments = (tmp_path / "done/arguments").read_text().splitlines()
+    assert f"file={tmp_path}/root.img,format=raw,if=virtio,cache=unsafe,discard=unmap" in arguments
+    assert not [word for word in arguments if word.startswith(("-net", "user", "-nic"))]
+    # Ended well, by its own account; but the packages are not configured.
+    failed = tools(tmp_path / "failed", setting_up + "dpkg: error processing package dbus\\n")
+    with pytest.raises(EnvironmentProblem, match="error processing package dbus"):
+        debian_system.configure(tmp_path / "root.img", failed, tmp_path, 1, SilentReporter())
+
+
+def test_its_initial_file_system_has_what_the_disk_needs(tmp_path: Path) -> None:
+    found = {entry.name: entry.data for entry in newc.read(debian_system._initramfs(tools(tmp_path / "t", "")))}
+    assert found["modules/order"] == b"virtio\nvirtio_blk\n" and found["modules/virtio.ko"] == b"virtio"
+    assert debian_system._COMPLETE.encode() in found["init"] and b"@complete@" not in found["init"]
+    assert b"dpkg --audit" in found["configure"]
+
+
+class _Archive:
+    """An apt with one package, and the guest's kernel or not."""
+
+    def __init__(self, folder: Path, kernel: bool) -> None:
+        self.folder = folder
+        self.kernel = kernel
+
+    def install_closure(self, packages: Sequence[str]) -> list[Path]:
+        assert "openssh-server" in packages
+        return [make_deb(self.folder, "base-files", {"etc/debian_version": "13"}, {})]
+
+    def download(self, packages: Sequence[str]) -> list[Path]:
+        assert packages == ["linux-image-6.12.1-cloud-amd64=6.12.1-1"]
+        if not self.kernel:
+            raise AptError("E: Version '6.12.1-1' was not found")
+        files = {"lib/modules/6.12.1/a.ko": "module", "boot/vmlinuz": "kernel"}
+        return [make_deb(self.folder, "linux-image", files, {}, version="6.12.1-1")]
+
+
+@pytest.mark.parametrize("kernel", [True, False])
+def test_an_image_is_published_when_it_is_complete(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kernel: bool
+) -> None:
+    cache = Cache(tmp_path / "cache")
+    made: list[list[str]] = []
+
+    def make_file_system(_: Root, tree: Path, image: Path) -> None:
+        with tarfile.open(tree) as tar:
+            made.append(tar.getnames())
+        image.write_bytes(b"image")
+
+    def configure(*_: object) -> None:
+        if len(made) == 1:
+            raise EnvironmentProblem("no")
+
+    monkeypatch.setattr(debian_system, "make_root", lambda *_: Root(tmp_path, {}))
+    monkeypatch.setattr(debian_system, "make_file_system", make_file_system)
+    monkeypatch.setattr(debian_system, "configure", configure)
+    given = tools(tmp_path / "t", "")
+    for attempt in range(2):
+        folder = tmp_path / f"debs{attempt}"
+        folder.mkdir()
+        archive = _Archive(folder, kernel)
+        monkeypatch.setattr(debian_system, "Apt", lambda *_, archive=archive, **__: archive)
+        with cache.lock():
+            if not attempt:
+                with pytest.raises(EnvironmentProblem):
+                    debian_system.make(cache, given, SilentReporter())
+                assert not list(cache.path("debian").iterdir())
+            else:
+                system = debian_system.make(cache, given, SilentReporter())
+    assert system == debian_system.find(cache, given.kernel) and system.packages == {"base-files": "1.0"}
+    assert stat.S_IMODE(system.image.stat().st_mode) == 0o400
+    assert set(FILES) < set(made[-1]) and "etc/debian_version" in made[-1]
+    assert ("usr/lib/modules/6.12.1/a.ko" in made[-1]) is kernel and "boot/vmlinuz" not in made[-1]

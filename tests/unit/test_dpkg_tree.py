@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from support.debs import make_deb
 from vmbus.provision.dpkg_tree import (
     INFO,
     STATUS,
@@ -24,33 +25,6 @@ from vmbus.provision.dpkg_tree import (
 )
 
 pytestmark = pytest.mark.unit
-
-
-def make_deb(folder: Path, name: str, files: dict[str, str], control: dict[str, str], fields: str = "") -> Path:
-    """A package with these files; a file whose name ends in `*` may be run, and `->` in a content makes a link."""
-    root = folder / f"tree-{name}"
-    for path, content in files.items():
-        target = root / path.rstrip("*")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if content.startswith("->"):
-            target.symlink_to(content[2:])
-        elif content.startswith("=>"):
-            target.hardlink_to(root / content[2:])
-        else:
-            target.write_text(content)
-            target.chmod(0o4755 if path.endswith("*") else 0o644)
-    (root / "DEBIAN").mkdir(parents=True)
-    text = (
-        f"Package: {name}\nVersion: 1.0\nArchitecture: amd64\nMaintainer: n <n@example.org>\n{fields}Description: d\n"
-    )
-    (root / "DEBIAN/control").write_text(text)
-    for path, content in control.items():
-        (root / "DEBIAN" / path).write_text(content)
-        (root / "DEBIAN" / path).chmod(0o755 if path.endswith("inst") else 0o644)
-    deb = folder / f"{name}_1.0_amd64.deb"
-    command = ["dpkg-deb", "--root-owner-group", "-Znone", "--build", root, deb]
-    subprocess.run(command, check=True, capture_output=True)
-    return deb
 
 
 def tree_of(debs: list[Path]) -> dict[str, tuple[tarfile.TarInfo, bytes]]:
