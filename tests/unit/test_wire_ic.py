@@ -43,6 +43,7 @@ def test_anything_else_is_refused_and_nothing_worse(data: bytes) -> None:
         ic.parse_heartbeat,
         ic.parse_shutdown,
         ic.parse_kvp,
+        ic.parse_vss,
         lambda body: ic.parse_time_sync(body, ic.Version(3, 0)),
         lambda body: ic.parse_time_sync(body, ic.Version(4, 0)),
         lambda body: ic.choose(body, ic.FRAMEWORK_VERSIONS, ic.KVP.versions),
