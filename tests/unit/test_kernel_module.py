@@ -13,7 +13,7 @@ import pytest
 from vmbus.errors import EnvironmentProblem
 from vmbus.provision import kernel_module
 from vmbus.provision.cache import Cache
-from vmbus.provision.debian import Root
+from vmbus.provision.debian import AptError, Root
 from vmbus.provision.guest_files import LINUX_DRIVERS, Kernel, vmbus_aliases
 from vmbus.provision.kernel_module import KernelModule, find, is_known, module_key, remembered, source_folder, sources
 from vmbus.provision.report import Reporter
@@ -165,6 +165,22 @@ def test_what_cannot_be_built_is_no_failure(tmp_path: Path, monkeypatch: pytest.
         assert find(cache, KERNEL) == KernelModule(None, "no network")
 
 
+def test_a_kernel_whose_headers_are_gone_is_named_with_the_cure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Mirror:
+        def __init__(self, *_: object, **__: object) -> None: ...
+
+        def depends(self, package: str) -> list[str]:
+            raise AptError(f"no package {package}")
+
+    monkeypatch.setattr(kernel_module, "Apt", Mirror)
+    cache = Cache(tmp_path)
+    with cache.lock():
+        problem = find(cache, KERNEL).problem
+    assert f"no headers of {KERNEL.version} any more" in problem and str(tmp_path / "kernel") in problem
+
+
 def test_what_modules_bind_to() -> None:
     data = b"\x7fELF\0alias=vmbus:394f16571591784eab55382f3bd5422d\0alias=vmbus:31600b0e13523449818b38d90ced39db\0x\0"
     assert vmbus_aliases(data) == ["0e0b6031-5213-4934-818b-38d90ced39db", "57164f39-9115-4e78-ab55-382f3bd5422d"]
@@ -179,3 +195,21 @@ def test_modules_are_loaded_behind_what_they_depend_on() -> None:
         "1",
     )
     assert kernel.closure(LINUX_DRIVERS) == ["hv_vmbus", "scsi_transport_fc", "hv_storvsc"]
+
+
+def test_the_page_has_every_redirect_and_every_counter() -> None:
+    page = (Path(__file__).parents[2] / "docs/linux-guest.md").read_text()
+    named = set(re.findall(r"`(\w+)`", page))
+    redirected = set(re.findall(r"\.from = (\w+)", (source_folder() / "redirect.c").read_text()))
+    assert len(redirected) == 5 and redirected <= named
+    counted = set(re.findall(r"X\((\w+)\)\t", (source_folder() / "vmbus_pci.h").read_text())) - {"name"}
+    counted |= set(re.findall(r"\tX\((\w+)\)$", (source_folder() / "vmbus_pci.h").read_text(), re.MULTILINE))
+    table = page.partition("## Counters")[2].partition("## ")[0]
+    assert counted == set(re.findall(r"`(\w+)`", table))
+    assert {"hv_utils", "hv_storvsc"} <= set(LINUX_DRIVERS) & named
+
+
+def test_the_sources_say_their_licence() -> None:
+    for path in sources(source_folder()):
+        assert "SPDX-License-Identifier: GPL-2.0-only" in path.read_text().partition("\n")[0], path
+    assert "GNU GENERAL PUBLIC LICENSE" in (source_folder() / "COPYING").read_text()

@@ -170,7 +170,13 @@ def find_headers(cache: Cache, kernel: Kernel, reporter: Reporter, environment: 
     if not (final / RECORD).exists():
         apt = Apt(cache, (SUITE,), reporter=reporter, environment=environment)
         flavour = f"linux-headers-{kernel.version}"
-        needed = [name for name in apt.depends(flavour) if re.match(r"linux-(headers|kbuild)-", name)]
+        try:
+            needed = [name for name in apt.depends(flavour) if re.match(r"linux-(headers|kbuild)-", name)]
+        except AptError as error:
+            raise _CannotBuild(
+                f"Debian has no headers of {kernel.version} any more; remove {cache.path('kernel')} to have "
+                "its present kernel fetched"
+            ) from error
         debs = apt.download([flavour, *needed, *_LIBRARIES])
         with cache.publish_directory(final) as partial:
             reporter.begin("Unpacking the kernel's headers")
