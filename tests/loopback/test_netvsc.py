@@ -200,6 +200,39 @@ def test_network_survives_saves_of_netvsc(libvfio_user: Library, outside: Namesp
         driver.close(graceful=False)
 
 
+def test_several_queues_of_netvsc_come_and_go(libvfio_user: Library, outside: Namespace, caller: Caller) -> None:
+    """Sub-channels are offered when the guest asks for them, over a save, and for the next guest again."""
+    description = describe("netvsc", netvsc={**OPTIONS, "namespace": outside.name, "queues": 3})
+    others = [Caller(outside) for _ in range(12)]
+    with contextlib.ExitStack() as stack:
+        for one in others:
+            stack.callback(one.close)
+        server = stack.enter_context(LoopbackServer(description, libvfio_user))
+        function = server.function()
+        driver = VmbusDriver(function)
+        guest = _guest(driver, receive=4 << 20)
+        assert guest.open_queues(8) == 3
+        for one in (caller, *others):
+            exchange(driver, guest, one, 5)
+        assert len(guest.by_channel) == 3, "flows are spread"
+        state = server.save()
+        server = stack.enter_context(LoopbackServer(description, libvfio_user, restore=state))
+        function.reconnect(server.socket_path, state.config)
+        server.command("restore-finish")
+        guest.by_channel.clear()
+        for one in (caller, *others):
+            exchange(driver, guest, one, 5)
+        assert len(guest.by_channel) == 3
+        guest.shut_down()
+        until(driver, lambda: (driver.step(0.01), len(status(server)["queues"]) == 1)[1], "the others to be withdrawn")
+        again = _guest(driver, receive=4 << 20)
+        assert again.open_queues(2) == 2
+        for one in (caller, *others):
+            exchange(driver, again, one, 2)
+        assert len(again.by_channel) == 2
+        driver.close(graceful=False)
+
+
 def test_a_switchover_copies_what_was_written_and_not_the_whole_buffer(
     libvfio_user: Library, outside: Namespace, caller: Caller
 ) -> None:

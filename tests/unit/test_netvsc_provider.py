@@ -285,6 +285,20 @@ def test_wishes_for_channels_that_cannot_be(operation: int, wanted: int) -> None
         assert several.nvsp(nvsp.SubChannels(1, 0xFFFFFFFF)).words[:2] == (SUCCESS, 1)
 
 
+def test_a_small_receive_buffer_is_good_for_fewer_queues() -> None:
+    with card(queues=16) as kit:
+        guest = guest_of(kit, receive=300 << 10)
+        assert guest.open_queues(16) == 3, "each has room for the longest frame"
+        cable_of(guest).push(*(udp(number, number, size=1000) for number in range(60)))
+        kit.run()
+        assert len(guest.frames) == 60 and len(guest.by_channel) == 3
+        # With so many open, a buffer that would do for one does not.
+        guest.revoke()
+        small = guest.ends.lend(guest.ends.allocate(150 << 10), 150 << 10)
+        assert guest.nvsp(nvsp.ReceiveBuffer(small, 0xCAFE)).words[0] == FAILURE
+        guest.step_receive()
+
+
 def test_a_table_that_names_no_queue_is_refused() -> None:
     with card(queues=3) as kit:
         guest = guest_of(kit, receive=4 << 20)

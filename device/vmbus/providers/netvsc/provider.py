@@ -211,7 +211,7 @@ class NetvscProvider(Adapter):
 
     def _sub_channels(self, completion: Completion, message: nvsp.SubChannels) -> None:
         """Exactly as many are offered as were granted: the guest waits for each of them."""
-        granted = min(message.wanted, self.options.queues - 1)
+        granted = 0 if self._receive is None else min(message.wanted, self._queues_for(self._receive_size) - 1)
         if message.operation != 1 or granted < 1 or self._version < nvsp.VERSION_5 or len(self.queues) > 1:
             refusal = nvsp.sub_channels_complete(nvsp.Status.FAILURE, 0)
             self._refuse(completion, refusal, f"wish for {message.wanted} channels")
@@ -232,7 +232,7 @@ class NetvscProvider(Adapter):
         except (KmclError, PeerError) as error:
             self._refuse(completion, refusal, f"receive buffer ({error})")
             return
-        if not self._enough(size):
+        if self._queues_for(size) < len(self.queues):
             lent.close()
             self._refuse(completion, refusal, f"receive buffer of {size} bytes")
             return
@@ -241,10 +241,10 @@ class NetvscProvider(Adapter):
         completion.complete(nvsp.receive_buffer_complete(nvsp.Status.SUCCESS, self.section, count))
         self._update()
 
-    def _enough(self, size: int) -> bool:
-        """Whether a receive buffer of so many bytes has a section for each queue, and room for control messages."""
+    def _queues_for(self, size: int) -> int:
+        """Queues that get a longest frame each in a receive buffer of so many bytes, control messages beside them."""
         queues: int = self.options.queues
-        return size // self.section * self.section >= CONTROL_BYTES + queues * self.section
+        return min(queues, (size // self.section * self.section - CONTROL_BYTES) // self.section)
 
     def _take_receive(self, lent: Lent, identifier: int, size: int) -> None:
         """Cut it into parts: one for control messages, and one for each queue that there may be."""
@@ -258,7 +258,7 @@ class NetvscProvider(Adapter):
             queue.forget()
             return
         count = self._receive_size // self.section
-        share = (count * self.section - CONTROL_BYTES) // self.options.queues
+        share = (count * self.section - CONTROL_BYTES) // self._queues_for(self._receive_size)
         share = min(share, max(self.options.window_kib << 10, 2 * self.section)) & ~7
         control = Arena(0, 0 if queue.index else CONTROL_BYTES)
         queue.parts = Parts(lent, self._page_set, Arena(CONTROL_BYTES + queue.index * share, share), control)
@@ -371,7 +371,7 @@ class NetvscProvider(Adapter):
             raise StateError(f"{what} has NVSP version {saved.nvsp:#x}")
         if not saved.nvsp and (saved.receive or saved.send):
             raise StateError(f"{what} has buffers, and no version was agreed upon")
-        if saved.receive is not None and not self._enough(saved.receive.size):
+        if saved.receive is not None and self._queues_for(saved.receive.size) < saved.queues:
             raise StateError(f"{what} has a receive buffer of {saved.receive.size} bytes, and a section {self.section}")
         if sum(map(len, saved.backlog[:-1])) >= DRAIN_BYTES:
             raise StateError(f"{what} has {len(saved.backlog)} frames of more than {DRAIN_BYTES} bytes")
