@@ -33,7 +33,7 @@ def run(*words: str) -> Any:
 
 def test_the_commands_are_there() -> None:
     help_text = run("--help").output
-    for command in ("run-vm", "save", "restore", "checkpoint", "revert", "list", "agent", "provider"):
+    for command in ("run-vm", "save", "restore", "checkpoint", "revert", "list", "agent", "provider", "ssh"):
         assert command in help_text
         assert run(command, "--help").exit_code == 0
 
@@ -53,6 +53,7 @@ def test_the_commands_are_there() -> None:
         (["revert"], "error: give [NAME] TAG"),
         (["provider", "services", "kvp-set", "key"], "error: 'key' is not of the form key=value"),
         (["provider", "services", "heartbeat"], "error: no VM is running"),
+        (["ssh", "-L", "1:localhost:2"], "error: no VM is running"),
         (["agent", "run"], "error: agent run: name a test driver"),
         (["agent", "wait", "x"], "error: agent wait: give a job number"),
         (["agent", "start", "echo", "count"], "error: 'count' is not of the form key=value"),
@@ -64,6 +65,12 @@ def test_the_commands_are_there() -> None:
         (["run-vm", "--receive", "tcp:here", "--secret-file", "/x"], "error: 'tcp:here' is not an address"),
         (["run-vm", "--receive", "tcp:here:0", "--secret-file", "/x"], "error: cannot read the secret /x"),
         (["run-vm", "demo", "--receive", "tcp:here:0"], "error: --receive takes no CONFIG"),
+        (["run-vm", "--receive", "tcp:here:0", "--ssh-key", "/x"], "error: --receive takes no CONFIG"),
+        (
+            ["run-vm", "demo", "--ssh-key", "/x"],
+            "error: --ssh-key is for a guest with a Debian, and VM 'demo' has none",
+        ),
+        (["run-vm", "debian", "--ssh-key", "/no/x.pub"], "error: cannot read /no/x.pub: No such file or directory"),
         (["run-vm", "--secret-file", "/x"], "error: --secret-file goes with --receive"),
         (["run-vm", "no-such-vm"], "error: no VM description 'no-such-vm'"),
         (["run-vm", "/no/such.toml"], "error: cannot read VM description /no/such.toml"),

@@ -29,10 +29,10 @@ def ssh(name: str | None, words: tuple[str, ...]) -> None:
     The connection goes through the VM's `vsock` provider: no network is needed. What else ssh can do works too, such as
     `-L 8080:localhost:80`.
     """
+    name = find_vm(name)
     program = shutil.which("ssh")
     if program is None:
         raise EnvironmentProblem("there is no ssh; run: sudo apt-get install -y openssh-client")
-    name = find_vm(name)
     sockets = run(_sockets(name))
     if not sockets:
         raise UsageError(f"VM {name!r} has no provider of the kind vsock, so there is no way to its ssh")
