@@ -1,0 +1,313 @@
+"""A Debian whose root file system is on our SCSI disk: boots, is saved with people logged in, and ends cleanly."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import secrets
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from support.namespace import Namespace, NotPermitted, namespace
+from vmbus.cli.keys import with_keys
+from vmbus.cli.ssh import PORT
+from vmbus.errors import WaitTimeout
+from vmbus.migration.address import UnixAddress
+from vmbus.migration.channel import listen
+from vmbus.providers.network.interface import NAMESPACES
+from vmbus.provision import provision_debian
+from vmbus.provision.cache import Cache, remove
+from vmbus.provision.debian import SUITE, RootRecipe, find_root, make_root
+from vmbus.provision.debian_system import LABEL, TOOLS_RECIPE, DebianSystem
+from vmbus.provision.report import SilentReporter
+from vmbus.qemu.archive import archive_for
+from vmbus.qemu.command_line import Programs
+from vmbus.qemu.description import VmDescription, load_description
+from vmbus.qemu.guest_socket import proxy_command
+from vmbus.qemu.machine import VirtualMachine
+
+pytestmark = [pytest.mark.vm, pytest.mark.long, pytest.mark.timeout(1500)]  # with making the image, where it is not
+
+Run = Callable[..., Any]
+Note = Callable[[str], None]
+CHECKOUT = Path(__file__).resolve().parents[2]
+SOURCES = "/etc/apt/sources.list.d/debian.sources"
+HOST, GUEST = "192.0.2.1", "192.0.2.2"
+CARD = "6f1b4b0e-5d2c-4a53-9d0a-0f2f1f3c7e05"
+BAD_WORDS = ("WARNING:", "BUG:", "blocked for more than", "Call Trace", "soft lockup", "I/O error", "EXT4-fs error")
+
+
+@pytest.fixture(scope="module")
+def debian(note: Note) -> DebianSystem:
+    start = time.monotonic()
+    system = provision_debian()
+    seconds = time.monotonic() - start
+    if seconds > 5:
+        size = system.image.stat().st_blocks * 512 / 1e6
+        note(f"Debian was made in {seconds:.0f} s: {len(system.packages)} packages, {size:.0f} MB")
+    return system
+
+
+_DIAL = """
+import ctypes, os, socket, sys
+libc = ctypes.CDLL(None, use_errno=True)
+if libc.setns(os.open(sys.argv[1], os.O_RDONLY), 0x40000000):
+    sys.exit(os.strerror(ctypes.get_errno()))
+with socket.create_connection((sys.argv[2], 22), 60) as end, socket.socket(fileno=1) as asker:
+    end.settimeout(None)
+    socket.send_fds(asker, [b"\\0"], [end.fileno()])
+"""
+"""Connects to the guest's ssh from the namespace argv[1], and gives the connection to ssh."""
+
+
+@pytest.fixture
+def outside() -> Iterator[Namespace]:
+    try:
+        with namespace() as found:
+            yield found
+            assert found.interfaces() == [], "an interface outlives the VM"
+    except NotPermitted as error:
+        pytest.skip(str(error))
+
+
+class Console:
+    """The shell on a VM's console, for one person after the other."""
+
+    def __init__(self, vm: VirtualMachine) -> None:
+        self._path = str(vm.paths.console)
+        self._seen = ""
+
+    async def __aenter__(self) -> Console:
+        self._reader, self._writer = await asyncio.open_unix_connection(self._path)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._writer.close()
+
+    async def type(self, line: str, answer: str, seconds: float = 60.0) -> None:
+        """Type a line; `answer` has to come."""
+        self._writer.write(line.encode() + b"\r")
+        try:
+            async with asyncio.timeout(seconds):
+                while answer not in self._seen:
+                    self._seen += (await self._reader.read(65536)).decode(errors="replace")
+        except TimeoutError:
+            raise WaitTimeout(f"{answer!r} on the console, which said {self._seen[-500:]!r}", seconds) from None
+        self._seen = self._seen.partition(answer)[2]
+
+
+async def shell(vm: VirtualMachine, command: str, timeout: float = 60.0) -> str:
+    """What a shell command in the guest prints. It has to succeed."""
+    done = await vm.run_in_guest(["/bin/sh", "-c", command], timeout=timeout)
+    assert done.code == 0, (command, done)
+    return done.output.strip()
+
+
+async def require_health(vm: VirtualMachine) -> None:
+    assert await shell(vm, "systemctl is-system-running --wait", 120) == "running", await shell(
+        vm, "systemctl --failed"
+    )
+    log = (await shell(vm, "dmesg")).splitlines()
+    assert not [line for line in log if any(word in line for word in BAD_WORDS)], log
+
+
+async def until_ended(vm: VirtualMachine, seconds: float = 90.0) -> None:
+    assert vm.qemu is not None
+    async with asyncio.timeout(seconds):
+        await vm.qemu.process.wait()
+
+
+@contextmanager
+def machine(folder: Path, outside: Namespace, patch: pytest.MonkeyPatch) -> Iterator[VmDescription]:
+    """The machine of qemu_configs with a card; its disk is in a folder of the test's, and sound in the end."""
+    patch.setenv("VMBUS_DISKS", str(folder))
+    plain = msgspec.to_builtins(load_description(CHECKOUT / "qemu_configs" / "debian.toml"))
+    (disk,) = [one for one in plain["device"]["providers"] if one["kind"] == "scsi"]
+    disk["options"]["luns"][0]["snapshot"] = "shared"
+    options = {"namespace": outside.name, "interface": "host0", "address": f"{HOST}/24"}
+    plain["device"]["providers"] += [{"kind": "netvsc", "name": "card", "instance": CARD, "options": options}]
+    plain["guest"]["kernel_arguments"] = [f"ip={GUEST}::{HOST}:255.255.255.0:debian:eth0:off"]
+    yield msgspec.convert(plain, VmDescription)
+    tools = find_root(Cache(), TOOLS_RECIPE)
+    assert tools is not None
+    for program, option, expected in (("e2fsck", "-fn", LABEL), ("dumpe2fs", "-h", "Filesystem state:         clean")):
+        argv = [*tools.program(f"usr/sbin/{program}"), option, folder / "debian.img"]
+        result = subprocess.run(argv, capture_output=True, text=True)
+        assert result.returncode == 0 and expected in result.stdout, result
+
+
+async def move(vm: VirtualMachine, programs: Programs, path: Path) -> tuple[VirtualMachine, float]:
+    """Migrate to another machine on this host, which is then the VM; and how long it stood still."""
+    secret = secrets.token_bytes(32)
+    listener = await listen(UnixAddress(str(path)), secret)
+    receiving = asyncio.create_task(VirtualMachine.receive(listener, programs, timeout=60))
+    try:
+        report = await vm.migrate(str(listener.address), secret)
+        return await receiving, report.downtime
+    finally:
+        if not receiving.done():
+            await asyncio.wait({receiving}, timeout=30)
+
+
+class Client:
+    """Debian's ssh with a key of its own, whatever the host has."""
+
+    def __init__(self, folder: Path) -> None:
+        cache = Cache()
+        with cache.lock():
+            self._root = make_root(cache, RootRecipe("ssh", (SUITE,), ("openssh-client",)), SilentReporter())
+            remove(cache.path("apt"))
+        folder.mkdir()
+        self._key = folder / "key"
+        make = [*self._root.program("usr/bin/ssh-keygen"), "-q", "-t", "ed25519", "-N", "", "-f", self._key]
+        subprocess.run(make, check=True)
+        self.public = folder / "key.pub"
+        self._dial = folder / "dial.py"
+        self._dial.write_text(_DIAL)
+
+    async def _start(self, options: list[str], command: str) -> asyncio.subprocess.Process:
+        return await asyncio.create_subprocess_exec(
+            *self._root.program("usr/bin/ssh"),
+            *("-F", "none", "-i", str(self._key), "-o", "BatchMode=yes", "-o", "ConnectTimeout=60"),
+            *options,
+            "root@guest",
+            command,
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.STDOUT,
+        )
+
+    async def run(self, vm: VirtualMachine, command: str, *, code: int = 0) -> str:
+        """What a command in the guest prints, by way of the socket that scripts/ssh uses; `code`: as ssh shall end."""
+        (path,) = [one["socket"] for one in (await vm.call_server("status"))["providers"].values() if "socket" in one]
+        process = await self._start(proxy_command(sys.executable, path, PORT), command)
+        async with asyncio.timeout(90):
+            output, _ = await process.communicate()
+        assert process.returncode == code, output
+        return output.decode().strip()
+
+    @asynccontextmanager
+    async def session(self, outside: Namespace) -> AsyncIterator[Session]:
+        """A session over the card, for as long as the block runs."""
+        dial = f"{sys.executable} {self._dial} {NAMESPACES / outside.name} {GUEST}"
+        options = proxy_command(sys.executable, "", PORT)
+        options[options.index(next(word for word in options if word.startswith("ProxyCommand=")))] = (
+            f"ProxyCommand={dial}"
+        )
+        process = await self._start(options, "cat")
+        try:
+            yield Session(process)
+        finally:
+            if process.returncode is None:
+                process.kill()
+            await process.wait()
+
+
+class Session:
+    """Somebody who has logged in, and says something now and then."""
+
+    def __init__(self, process: asyncio.subprocess.Process) -> None:
+        self._process = process
+
+    async def say(self, word: str) -> None:
+        """What is said comes back."""
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._process.stdin.write(f"{word}\n".encode())
+        async with asyncio.timeout(120):
+            line = await self._process.stdout.readline()
+        assert line.decode().strip() == word, (word, line)
+
+
+def test_linux_guest_debian_over_saves_and_moves(
+    run: Run,
+    programs: Programs,
+    debian: DebianSystem,
+    outside: Namespace,
+    tmp_path: Path,
+    note: Note,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One boot: a shell on the console, one over ssh and the card, a service and the file system go on over a live save
+    and a migration."""
+    programs = dataclasses.replace(programs, debian=debian.image)
+    client, stranger = Client(tmp_path / "client"), Client(tmp_path / "stranger")
+    seconds: dict[str, float] = {}
+    lives: list[str] = []
+
+    async def still_there(vm: VirtualMachine, session: Session, after: str) -> None:
+        """The shells that somebody logged in to, the service, and the machine are the ones from before."""
+        await session.say(after)
+        async with Console(vm) as console:
+            await console.type('echo "$word-$((1 + 1))"', "kept-2")
+        lives.append(await shell(vm, "cat /proc/sys/kernel/random/boot_id"))
+        count = "$(wc -l < /var/tmp/count)"
+        await shell(vm, f"before={count}; until [ {count} -gt $((before + 3)) ]; do sleep 0.1; done")
+        await require_health(vm)
+
+    async def story(description: VmDescription) -> None:
+        description, _ = with_keys(description, [client.public])
+        start = time.monotonic()
+        vm = await VirtualMachine.launch(description, programs)  # as booted: it is saved below
+        async with vm:
+            await vm.wait_ready(300)
+            seconds["agent"] = time.monotonic() - start
+            await require_health(vm)
+            seconds["running"] = time.monotonic() - start
+            assert "/dev/sd" in await shell(vm, "findmnt -no SOURCE /")
+            assert await shell(vm, "ls /sys/bus/vmbus/drivers/hv_storvsc/*/host*/target*/*/block") == "sda"
+            assert await shell(vm, ". /etc/os-release; echo $VERSION_CODENAME; dpkg --audit") == "trixie"
+            modes = await shell(vm, "stat -c %U:%G:%a /usr/bin/su /etc/shadow /root | xargs")
+            assert modes == "root:root:4755 root:shadow:640 root:root:700"
+            assert await client.run(vm, "id -un; systemctl is-active hv-kvp-daemon ssh") == "root\nactive\nactive"
+            assert "Permission denied" in await stranger.run(vm, "true", code=255)
+            await shell(vm, "systemd-run --unit counter sh -c 'while sleep 0.2; do echo x >> /var/tmp/count; done'")
+            await shell(vm, "until [ -s /var/tmp/count ]; do sleep 0.1; done")
+            async with Console(vm) as console:
+                await console.type("word=kept; echo begin-$((20 + 22))", "begin-42")
+            async with client.session(outside) as session:
+                await still_there(vm, session, "booted")
+                saved = await vm.save(tmp_path / "saved", live=True)
+                await vm.kill()
+                vm = await VirtualMachine.restore(tmp_path / "saved", programs)
+                async with vm:
+                    await vm.wait_ready()
+                    assert vm.restored is not None
+                    seconds["away"] = vm.restored.running_at - saved.stopped_at
+                    await still_there(vm, session, "saved and restored")
+                    moved, seconds["moving"] = await move(vm, programs, tmp_path / "m.sock")
+                async with moved as vm:
+                    await vm.wait_ready()
+                    await still_there(vm, session, "migrated")
+                    assert len(set(lives)) == 1, lives
+                    await finish(vm)
+        note(
+            f"Debian: agent after {seconds['agent']:.1f} s, all services {seconds['running']:.1f} s, off in "
+            f"{seconds['off']:.1f} s; stood still for {seconds['away']:.1f} s over a live save and a restore, and for "
+            f"{seconds['moving']:.2f} s in a migration"
+        )
+
+    async def finish(vm: VirtualMachine) -> None:
+        """Its apt reaches the archive, and it ends as machines do."""
+        async with archive_for(vm, note) as archive:
+            assert archive is not None
+            # One small suite: the whole index takes an emulated CPU half a minute.
+            await shell(vm, f"sed 's/^Suites:.*/Suites: {SUITE}-updates/' {SOURCES} > /run/small.sources")
+            options = "-o Dir::Etc::sourceparts=/dev/null -o Dir::Etc::sourcelist=/run/small.sources"
+            await shell(vm, f"apt-get -q {options} -o APT::Update::Error-Mode=any update", 120)
+            assert archive.served >= 2 and not archive.refused
+        await shell(vm, "systemctl stop counter")
+        start = time.monotonic()
+        await vm.call_agent("poweroff")
+        await until_ended(vm)
+        seconds["off"] = time.monotonic() - start
+
+    with machine(tmp_path / "disks", outside, monkeypatch) as description:
+        run(story(description), 900)
