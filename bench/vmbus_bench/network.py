@@ -2,8 +2,9 @@
 
 Both cards end in a TAP interface of the host's, with the kernel's offloads, in a network namespace that is made for the
 measurement. TCP streams by the same two programs, which look at every byte. Virtio-net is served by C in QEMU and by a
-driver in the guest's kernel. Ours goes through a TAP interface in the guest as well, and two Python programs, of which
-the one in the guest runs on the same (emulated) processor as the program that sends or receives.
+driver in the guest's kernel. Ours is one of two: the network provider's goes through a TAP interface in the guest as
+well, and two Python programs, of which the one in the guest runs on the same (emulated) processor as the program that
+sends or receives; that of the netvsc provider through Linux's own hv_netvsc and one Python program.
 """
 
 from __future__ import annotations
@@ -28,9 +29,10 @@ from vmbus.qemu.command_line import Programs
 from vmbus.qemu.description import VmDescription
 from vmbus.qemu.machine import VirtualMachine
 from vmbus.qemu.process import Child
-from vmbus_bench.figures import Part, Row, Sample, ratio
+from vmbus_bench.figures import Part, Row, Sample, Target, ratio
 
 PINGS = 200
+PING = "ping of the guest, round trip"
 _CLONE_NEWNET = 0x40000000
 _SLOT = 0x11
 _TAP = "bench0"
@@ -48,6 +50,29 @@ class _Card(NamedTuple):
 
     host: str
     guest: str
+
+
+class Nic(NamedTuple):
+    """Which card of ours. `bring_up`: a shell command for it in the guest; `theirs`: what virtio-net is called there;
+    `least`: TCP is at least so many times virtio-net's, and `most`: a ping takes at most so many times as long."""
+
+    name: str
+    title: str
+    bring_up: str
+    theirs: str
+    least: float | None
+    most: float | None
+
+
+NETWORK = Nic("network", "the network card of a Linux guest", "", "eth0", None, None)
+NETVSC = Nic(
+    "netvsc",
+    "the network card of hv_netvsc in a Linux guest",
+    "ip link set eth0 up && ip addr add 192.0.2.2/24 dev eth0",
+    "eth1",
+    0.8,
+    2.0,
+)
 
 
 OURS = _Card("192.0.2.1", "192.0.2.2")
@@ -133,14 +158,34 @@ async def _transfer(vm: VirtualMachine, directory: Path, card: _Card, case: _Cas
     return (int(ours["sent"]) + int(ours["received"])) / float(seconds)
 
 
-async def measure(description: VmDescription, programs: Programs, *, quick: bool, step: Callable[[str], None]) -> Part:
+async def measure(
+    description: VmDescription, programs: Programs, nic: Nic, *, quick: bool, step: Callable[[str], None]
+) -> Part:
     """Run this part in a fresh VM. `step` is told what is being done. Raises NotPermitted."""
     with _namespace(), tempfile.TemporaryDirectory(prefix="vmbus-bench-network-") as directory:
-        return await _measure(Path(directory), description, programs, quick, step)
+        return await _measure(Path(directory), description, programs, nic, quick, step)
+
+
+async def _bring_up(vm: VirtualMachine, nic: Nic) -> None:
+    """Both cards have their addresses."""
+    if nic.bring_up:
+        done = await vm.run_in_guest(["/bin/sh", "-c", nic.bring_up])
+        if done.code:
+            raise VmbusError(f"the guest has no card: {done.output}")
+    tap = Settings(_TAP, b"\xfe\0\0\0\0\2", 1500, address=f"{_THEIR_HOST}/24")
+    in_namespace(None, lambda: configure(tap))
+    parameters = {
+        "modules": "failover,net_failover,virtio_net",
+        "interface": nic.theirs,
+        "address": f"{_THEIR_GUEST}/24",
+    }
+    report = await vm.call_agent("run", driver="interface", parameters=parameters, timeout=60.0)
+    if (report.get("result") or {}).get("verdict") != "passed":
+        raise VmbusError(f"the guest has no virtio-net: {report}")
 
 
 async def _measure(
-    directory: Path, description: VmDescription, programs: Programs, quick: bool, step: Callable[[str], None]
+    directory: Path, description: VmDescription, programs: Programs, nic: Nic, quick: bool, step: Callable[[str], None]
 ) -> Part:
     repeats = 3 if quick else 5
     count = (4 if quick else 16) << 20
@@ -158,12 +203,7 @@ async def _measure(
     vm = await VirtualMachine.launch(description, programs)
     try:
         await vm.wait_ready()
-        tap = Settings(_TAP, b"\xfe\0\0\0\0\2", 1500, address=f"{_THEIR_HOST}/24")
-        in_namespace(None, lambda: configure(tap))
-        parameters = {"modules": "failover,net_failover,virtio_net", "address": f"{_THEIR_GUEST}/24"}
-        report = await vm.call_agent("run", driver="interface", parameters=parameters, timeout=60.0)
-        if (report.get("result") or {}).get("verdict") != "passed":
-            raise VmbusError(f"the guest has no virtio-net: {report}")
+        await _bring_up(vm, nic)
         for repeat in range(repeats):
             for card in (THEIRS, OURS):
                 step(f"ping, round {repeat + 1} of {repeats}")
@@ -191,15 +231,22 @@ async def _measure(
     ]
     rows.append(
         Row(
-            "ping of the guest, round trip",
+            PING,
             Sample.of(trips[OURS], "us"),
             Sample.of(trips[THEIRS], "us"),
             ratio(trips[OURS], trips[THEIRS]),
         )
     )
+    targets = []
+    for row in rows:
+        least = row.name != PING
+        bound = nic.least if least else nic.most
+        if row.ratio is not None and bound is not None:
+            name = f"{row.name}, against virtio-net"
+            targets.append(Target.judge(name, row.ratio, "at least" if least else "at most", bound))
     return Part(
-        name="network",
-        title=f"the network card of a Linux guest ({programs.accelerator})",
+        name=nic.name,
+        title=f"{nic.title} ({programs.accelerator})",
         parameters={
             "bytes": count,
             "mtu": 1500,
@@ -210,5 +257,5 @@ async def _measure(
         },
         baseline="virtio-net of QEMU on a TAP interface, in the same guest",
         rows=rows,
-        targets=[],
+        targets=targets,
     )
