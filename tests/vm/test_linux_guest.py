@@ -15,16 +15,15 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-import msgspec
 import pytest
 
 from support.boot import boot
+from support.linux_guest import GuestMemory, described, event_page, message_page
 from vmbus.errors import VmbusError, WaitTimeout
 from vmbus.loopback.harness import LoopbackServer, describe
 from vmbus.migration.address import UnixAddress
 from vmbus.migration.channel import listen
 from vmbus.qemu.command_line import Programs
-from vmbus.qemu.description import VmDescription, load_description
 from vmbus.qemu.machine import VirtualMachine
 from vmbus.qemu.process import log_tail
 from vmbus.vfio_user.library import Library
@@ -33,7 +32,6 @@ pytestmark = pytest.mark.vm
 
 Run = Callable[[Coroutine[Any, Any, Any]], Any]
 Note = Callable[[str], None]
-CHECKOUT = Path(__file__).resolve().parents[2]
 FUNCTION = "/sys/bus/pci/devices/0000:00:05.0"
 ON_VMBUS = ("hv_utils", "hv_storvsc", "hv_netvsc", "hv_sock", "uio_hv_generic")
 BAD_WORDS = (
@@ -45,17 +43,6 @@ BAD_WORDS = (
     "soft lockup",
     "general protection",
 )
-
-
-def described(cpus: int, *kernel_arguments: str, driver: str = "linux") -> VmDescription:
-    """The machine of qemu_configs with its integration services alone, and faster heartbeats."""
-    plain = msgspec.to_builtins(load_description(CHECKOUT / "qemu_configs" / "linux.toml"))
-    plain["cpus"] = cpus
-    plain["guest"] |= {"driver": driver, "kernel_arguments": list(kernel_arguments)}
-    plain["device"]["providers"] = [one for one in plain["device"]["providers"] if one["kind"] == "integration"]
-    services = ["heartbeat", "shutdown", "time", "kvp"]
-    plain["device"]["providers"][0]["options"] |= {"services": services, "heartbeat_seconds": 0.2}
-    return msgspec.convert(plain, VmDescription)
 
 
 async def shell(vm: VirtualMachine, command: str) -> str:
@@ -147,23 +134,6 @@ async def over_a_migration(vm: VirtualMachine, path: Path, programs: Programs) -
     return arrived
 
 
-class GuestMemory:
-    """The guest's memory as the device server sees it: what is written here, a hostile server could write."""
-
-    def __init__(self, vm: VirtualMachine) -> None:
-        assert vm.qemu is not None
-        folder = Path(f"/proc/{vm.qemu.process.pid}/fd")
-        self.path = next(path for path in folder.iterdir() if "memory-backend-memfd" in str(path.readlink()))
-        self.size = vm.description.memory_mib << 20
-        assert self.path.stat().st_size == self.size <= 2 << 30, "below the hole, addresses are offsets"
-
-    def write(self, address: int, data: bytes) -> None:
-        assert 0 < address < self.size - len(data)
-        with self.path.open("r+b", buffering=0) as file:
-            file.seek(address)
-            file.write(data)
-
-
 def test_linux_guest_over_saves_and_with_drivers_that_come_and_go(
     run: Run, programs: Programs, tmp_path: Path, note: Note
 ) -> None:
@@ -225,24 +195,20 @@ def test_linux_guest_with_a_host_that_writes_nonsense_and_a_function_that_is_res
     async def story() -> dict[str, int]:
         async with await boot(described(2, "iomem=relaxed"), programs) as vm:
             await require_service(vm)
-            registers = (await vm.call_server("inspect"))["synic"]["registers"]
-            message_page, event_page = (
-                (registers[f"{name}_PAGE_LOW"] | registers[f"{name}_PAGE_HIGH"] << 32) & ~0xFFF
-                for name in ("MESSAGE", "EVENT")
-            )
+            messages_at, events_at = await message_page(vm), await event_page(vm)
             memory, random = GuestMemory(vm), Random(11)
             for _ in range(20):
-                memory.write(event_page, random.randbytes(4096))
+                memory.write(events_at, random.randbytes(4096))
                 slot = struct.pack("<IBBHQ", random.choice((2, 0x80000010, 0xFFFFFFFF)), 255, 255, 0xFFFF, 1)
-                memory.write(message_page, random.randbytes(512) + slot + random.randbytes(4096 - 512 - len(slot)))
+                memory.write(messages_at, random.randbytes(512) + slot + random.randbytes(4096 - 512 - len(slot)))
                 await until_beats(vm, 1)
             # As a channel message, of every length: what makes no sense is kept from Linux, which would warn of it.
             messages = [(0, 1), (7, 1), (241, 2), (8, 99), (239, 3), (240, 0), (20, 1), (196, 1), (8, 2), (12, 2)]
             messages += [(random.randrange(256), random.randrange(30)) for _ in range(20)]
             for size, number in messages:
                 payload = struct.pack("<II", number, 0) + random.randbytes(232)
-                memory.write(message_page + 516, struct.pack("<BBHQ", size, 1, 0, 0) + payload)
-                memory.write(message_page + 512, struct.pack("<I", 1))
+                memory.write(messages_at + 516, struct.pack("<BBHQ", size, 1, 0, 0) + payload)
+                memory.write(messages_at + 512, struct.pack("<I", 1))
                 await until_beats(vm, 1)
             bad = await counters(vm)
             assert bad["bad_messages"] >= 40 and bad["events"] < 500, bad
