@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import re
 import stat
+import subprocess
 import tarfile
 from collections.abc import Sequence
 from dataclasses import replace
@@ -20,7 +22,7 @@ from vmbus.provision import debian_system
 from vmbus.provision.accel import Accelerator
 from vmbus.provision.cache import Cache, publish_bytes
 from vmbus.provision.debian import AptError, InstalledPackage, Root, write_record
-from vmbus.provision.debian_system import FILES, IMAGE, KEYS_CREDENTIAL, LABEL
+from vmbus.provision.debian_system import ARCHIVE_PORT, FILES, IMAGE, KEYS_CREDENTIAL, LABEL
 from vmbus.provision.guest_files import Kernel
 from vmbus.provision.qemu import QemuProgram
 from vmbus.provision.report import SilentReporter
@@ -58,7 +60,7 @@ def test_the_key_follows_what_goes_into_the_image(monkeypatch: pytest.MonkeyPatc
 
 def test_an_image_is_found_whole_or_not_at_all(tmp_path: Path) -> None:
     cache = Cache(tmp_path)
-    directory = cache.path("debian", debian_system.key(KERNEL))
+    directory = debian_system.own_cache(cache).path("image", debian_system.key(KERNEL))
     assert debian_system.find(cache, KERNEL) is None
     publish_bytes(directory / IMAGE, b"x")
     assert debian_system.find(cache, KERNEL) is None  # without a record it was not finished
@@ -235,7 +237,10 @@ def test_an_image_is_published_when_it_is_complete(
             made.append(tar.getnames())
         image.write_bytes(b"image")
 
-    def configure(*_: object) -> None:
+    def configure(image: Path, *_: object) -> None:
+        with cache.lock(timeout=1.0):  # others may set up meanwhile, and do not take what is made here for remains
+            pass
+        assert image.is_file()
         if len(made) == 1:
             raise EnvironmentProblem("no")
 
@@ -248,14 +253,34 @@ def test_an_image_is_published_when_it_is_complete(
         folder.mkdir()
         archive = _Archive(folder, kernel)
         monkeypatch.setattr(debian_system, "Apt", lambda *_, archive=archive, **__: archive)
-        with cache.lock():
-            if not attempt:
-                with pytest.raises(EnvironmentProblem):
-                    debian_system.make(cache, given, SilentReporter())
-                assert not list(cache.path("debian").iterdir())
-            else:
-                system = debian_system.make(cache, given, SilentReporter())
+        if not attempt:
+            with pytest.raises(EnvironmentProblem):
+                debian_system.make(cache, given, SilentReporter())
+            assert not list(cache.path("debian", "image").iterdir())
+        else:
+            system = debian_system.make(cache, given, SilentReporter())
     assert system == debian_system.find(cache, given.kernel) and system.packages == {"base-files": "1.0"}
     assert stat.S_IMODE(system.image.stat().st_mode) == 0o400
     assert set(FILES) < set(made[-1]) and "etc/debian_version" in made[-1]
     assert ("usr/lib/modules/6.12.1/a.ko" in made[-1]) is kernel and "boot/vmlinuz" not in made[-1]
+
+
+# --- in the guest ----------------------------------------------------------------------------------------------
+
+ROOTFS = Path(newc.__file__).parent / "rootfs"
+
+
+def test_the_scripts_are_shell_and_name_what_there_is() -> None:
+    switch = ROOTFS / "usr/sbin/vmbus-switch-root"
+    templates = Path(debian_system.__file__).parents[1] / "templates"
+    for script in (switch, ROOTFS / "init", *templates.glob("debian-*.sh")):
+        subprocess.run(["sh", "-n", script], check=True)
+    units = {path.name for path in (ROOTFS / "etc/vmbus-units").iterdir()}
+    wanted = set(re.findall(r"\bvmbus-[a-z]+\.(?:service|socket)", switch.read_text()))
+    assert wanted == {name for name in units if "@" not in name}
+    # A socket that takes connections starts the template of the same name.
+    started = {name.replace(".socket", "@.service") for name in wanted if name.endswith(".socket")}
+    assert started == {name for name in units if "@" in name}
+    archive = (ROOTFS / "etc/vmbus-units/vmbus-archive.socket").read_text()
+    assert f"ListenStream=127.0.0.1:{ARCHIVE_PORT}\n" in archive
+    assert f"vmbus_guest.relay {ARCHIVE_PORT}\n" in (ROOTFS / "etc/vmbus-units/vmbus-archive@.service").read_text()

@@ -102,7 +102,7 @@ def provision_debian(
     Reports and raises as `provision`.
     """
     from vmbus.provision import debian_system, guest_files
-    from vmbus.provision.cache import Cache, remove
+    from vmbus.provision.cache import Cache
     from vmbus.provision.debian import find_root
     from vmbus.provision.report import PlainReporter
 
@@ -116,10 +116,7 @@ def provision_debian(
         return found
     reporter = reporter or PlainReporter()
     tools = debian_system.Tools(parts.qemu, parts.kernel, userland, parts.accelerator)
-    with cache.lock(on_wait=reporter.note):
-        found = debian_system.make(cache, tools, reporter, environment)
-        remove(cache.path("apt"))
-    return found
+    return debian_system.make(cache, tools, reporter, environment)
 
 
 def is_provisioned(cache: Cache, environment: Mapping[str, str] = os.environ) -> bool:

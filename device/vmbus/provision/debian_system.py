@@ -29,6 +29,7 @@ from vmbus.provision.debian import (
     SUITE,
     Apt,
     AptError,
+    InstalledPackage,
     Root,
     RootRecipe,
     discard,
@@ -143,10 +144,16 @@ def key(kernel: Kernel) -> str:
     return digest(RECIPE, SUITE, PACKAGES, LABEL, SIZE, sorted(FILES.items()), scripts, kernel.version, kernel.package)
 
 
+def own_cache(cache: Cache) -> Cache:
+    """The part of the cache where images are, with a lock of its own: making one takes minutes, and keeps nobody else
+    from setting up."""
+    return Cache(cache.path("debian"))
+
+
 def find(cache: Cache, kernel: Kernel) -> DebianSystem | None:
     """Return the image if it has been made."""
     name = key(kernel)
-    directory = cache.path("debian", name)
+    directory = own_cache(cache).path("image", name)
     try:
         record = json.loads((directory / RECORD).read_bytes())
         packages = {entry["name"]: entry["version"] for entry in record["packages"]}
@@ -157,42 +164,55 @@ def find(cache: Cache, kernel: Kernel) -> DebianSystem | None:
 
 
 def make(cache: Cache, tools: Tools, reporter: Reporter, environment: Mapping[str, str] = os.environ) -> DebianSystem:
-    """Return the image, made now if it does not exist. The caller holds the cache's lock.
+    """Return the image, made now if it does not exist. The caller does not hold the cache's lock.
 
     Raises EnvironmentProblem, AptError, WaitTimeout.
     """
-    found = find(cache, tools.kernel)
-    if found is not None:
+    own = own_cache(cache)
+    with own.lock(on_wait=reporter.note):
+        found = find(cache, tools.kernel)
+        if found is not None:
+            return found
+        directory = own.path("image", key(tools.kernel))
+        with own.publish_directory(directory) as partial, own.scratch() as scratch:
+            tree = Path(scratch) / "tree.tar"
+            with cache.lock(on_wait=reporter.note):
+                filesystem, packages = _fetch(cache, tools.kernel, tree, reporter, environment)
+            image = partial / IMAGE
+            make_file_system(filesystem, tree, image)
+            tree.unlink()
+            configure(image, tools, Path(scratch), len(packages), reporter)
+            image.chmod(0o400)  # it is for copying
+            write_record(partial, packages, (SUITE,))
+        _prune(directory)
+        found = find(cache, tools.kernel)
+        assert found is not None
         return found
+
+
+def _fetch(
+    cache: Cache, kernel: Kernel, tree: Path, reporter: Reporter, environment: Mapping[str, str]
+) -> tuple[Root, list[InstalledPackage]]:
+    """Write the tar of everything that is in the image; return the root with mke2fs, and which packages these are. The
+    caller holds the cache's lock."""
     apt = Apt(cache, (SUITE,), reporter=reporter, environment=environment)
     filesystem = make_root(cache, TOOLS_RECIPE, reporter, apt)
     debs = apt.install_closure(PACKAGES)
-    modules = _kernel_package(apt, tools.kernel, reporter)
-    directory = cache.path("debian", key(tools.kernel))
-    with cache.publish_directory(directory) as partial, cache.scratch() as scratch:
-        reporter.begin("Debian: file system")
-        tree = Path(scratch) / "tree.tar"
-        with tree.open("wb") as output:
-            writer = TreeWriter(output)
-            packages = write_packages(writer, debs)
-            for name, text in FILES.items():
-                writer.file(name, text.encode())
-            if modules is not None:
-                with command_output(["dpkg-deb", "--fsys-tarfile", str(modules)], f"reading {modules.name}") as stream:
-                    writer.package(stream, only="usr/lib/modules/")
-            writer.close()
-        image = partial / IMAGE
-        make_file_system(filesystem, tree, image)
-        tree.unlink()
-        reporter.end(f"{len(packages)} packages")
-        configure(image, tools, Path(scratch), len(packages), reporter)
-        image.chmod(0o400)  # it is for copying
-        write_record(partial, packages, (SUITE,))
+    modules = _kernel_package(apt, kernel, reporter)
+    reporter.begin("Debian: unpacking")
+    with tree.open("wb") as output:
+        writer = TreeWriter(output)
+        packages = write_packages(writer, debs)
+        for name, text in FILES.items():
+            writer.file(name, text.encode())
+        if modules is not None:
+            with command_output(["dpkg-deb", "--fsys-tarfile", str(modules)], f"reading {modules.name}") as stream:
+                writer.package(stream, only="usr/lib/modules/")
+        writer.close()
+    reporter.end(f"{len(packages)} packages")
     discard([*debs, *([modules] if modules is not None else [])])
-    _prune(directory)
-    found = find(cache, tools.kernel)
-    assert found is not None
-    return found
+    remove(cache.path("apt"))  # lists, out of date by the time they might be wanted again
+    return filesystem, packages
 
 
 def make_file_system(tools: Root, tree: Path, image: Path) -> None:
