@@ -140,6 +140,15 @@ def test_scsi_survives_saves_restores_a_revert_and_disks_that_come_and_go(
             result = await finish(vm, job)
             assert [one["errors"] for one in (await storage(vm))["luns"]] == [0]
             await require_no_complaints(vm)
+            # The driver lets go, and begins anew: its sub-channel goes and comes again.
+            device = described().device.providers[0].instance
+            bind = "cd /sys/bus/vmbus/drivers/hv_storvsc && echo {0} > unbind && echo {0} > bind"
+            for _ in range(2):
+                await shell(vm, bind.format(device))
+                await until(vm, "cat /sys/block/sda/size 2>/dev/null", str(64 << 11))
+                await shell(vm, "dd if=/dev/sda of=/dev/null bs=64k count=16 iflag=direct 2>&1")
+                await until(vm, f"ls /sys/bus/vmbus/devices/{device}/channels | wc -l", "2")
+            await require_no_complaints(vm)
         return result, held, trimmed
 
     result, held, trimmed = run(story())
