@@ -124,9 +124,8 @@ def test_uio_drivers_over_saves_in_mid_traffic(run: Run, programs: Programs, tmp
     workloads = [{"driver": name, "count": 0, "stall_seconds": 60.0, **values} for name, values in PARAMETERS.items()]
 
     async def story() -> list[Any]:
-        async with await VirtualMachine.launch(
-            described(), programs, audit=audit
-        ) as vm:  # as booted: records are counted
+        vm = await VirtualMachine.launch(described(), programs, audit=audit)  # as booted: records are counted
+        async with vm:
             await vm.wait_ready()
             job = int((await vm.call_agent("start", driver="mixed", parameters={"workloads": workloads}))["job"])
             before = await until_all_have_moved(vm, job, {})
