@@ -441,6 +441,13 @@ def test_any_packet_is_answered_with_what_linux_knows(guest: Guest, data: st.Dat
     assert guest.client.is_open
 
 
+def test_a_command_that_takes_no_data_moves_none_whatever_memory_comes_with_it(guest: Guest) -> None:
+    pending = guest.ports[0].send(storvsc.request(storvsc.SYNCHRONIZE, 8), guest.memory.extents(1))
+    guest.ports[0].wait(pending)
+    result = result_of(pending.reply)
+    assert (result.good, result.moved) == (True, 0)
+
+
 # ---- logical units that come, go and grow ----------------------------------------------------------------------------
 
 

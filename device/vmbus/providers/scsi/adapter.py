@@ -331,11 +331,11 @@ class Adapter:
         if isinstance(verdict, Data):
             self._give(completion, payload, srb, verdict.data)
         elif isinstance(verdict, Work):
-            self._work(completion, payload, srb, unit, verdict.requests)
+            self._work(completion, payload, unit, verdict.requests, srb.data_length if views else 0)
         else:
             self._check(completion, payload, verdict)
 
-    def _work(self, completion: Completion, payload: bytes, srb: Srb, unit: Unit, requests: list[Request]) -> None:
+    def _work(self, completion: Completion, payload: bytes, unit: Unit, requests: list[Request], moved: int) -> None:
         disk = unit.disk
         core = disk.core
         assert core is not None
@@ -344,7 +344,6 @@ class Adapter:
             if status is not Status.OK:
                 self._check(completion, payload, sense_of(request.op, status))
                 return
-        moved = srb.data_length if completion.has_external_data else 0
         if not requests:
             completion.complete(pack_good(payload, moved))
             return
