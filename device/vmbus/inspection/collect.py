@@ -35,7 +35,7 @@ from vmbus.inspection.document import (
     RingInfo,
     Source,
 )
-from vmbus.inspection.plain import function_info, kind_name, plain, preview, synic_info, version_name
+from vmbus.inspection.plain import function_info, kind_name, plain, preview, queued_words, synic_info, version_name
 from vmbus.kmcl.channel import Channel
 from vmbus.kmcl.client import ClientChannel
 from vmbus.kmcl.packet import Packet
@@ -44,10 +44,13 @@ from vmbus.memory import GuestMemory
 from vmbus.providers import Provider
 from vmbus.ring import RingReader, RingWriter
 from vmbus.server.services import ProviderServices
+from vmbus.wire.packet import PacketType
+from vmbus.words import Seen, clean, describe
 
 _MOST_GPADLS = 512
 _MOST_RANGES = 20_000  # that are added up, all GPADLs together
 _MESSAGES = 16
+_COMPLETION = int(PacketType.COMPLETION)
 
 
 class Owned(Protocol):
@@ -67,6 +70,7 @@ class Listing:
         self.packets = packets
         self._channels = None if channels is None else frozenset(channels)
         self._budget = MOST_PACKETS
+        self.providers: Mapping[str, Provider] = {}
 
     def most(self, channel: str) -> int:
         """How many of a sort may be listed for this channel now."""
@@ -92,6 +96,7 @@ def inspect_device(
     now = time.monotonic()
     channels: list[ChannelInfo] = []
     owner_of = {id(channel): owner for owner, owned in owners.items() for channel in owned.channels}
+    listing.providers = {provider.name: provider for provider in providers}
     for channel in device.channels:
         channels.append(_server_channel(channel, owner_of.get(id(channel), ""), device.relid_of(channel), listing, now))
     known = {id(channel) for channel in device.channels}
@@ -147,6 +152,7 @@ def _client_channel(channel: ClientChannel, owner: str, listing: Listing, now: f
 
 def _channel(channel: Channel, owner: str, listing: Listing, now: float) -> ChannelInfo:
     seen = channel.in_flight(listing.most(channel.name))
+    server = isinstance(channel, ServerChannel)
     packets = [
         PacketInfo(
             transaction=completion.transaction,
@@ -154,13 +160,15 @@ def _channel(channel: Channel, owner: str, listing: Listing, now: float) -> Chan
             age=now - since,
             completion=completion.wanted,
             external=completion.has_external_data,
+            words=_words(channel, completion.kind, completion.transaction, *completion.contents, to_guest=not server),
         )
         for completion, since in seen.held
     ]
-    packets += [_packet(channel, packet, now) for packet in seen.sent]
+    namer = listing.providers.get(owner)
+    packets += [_packet(channel, packet, now, namer) for packet in seen.sent]
     for entry in seen.waiting:
         if isinstance(entry, Packet):
-            packets.append(_packet(channel, entry, now))
+            packets.append(_packet(channel, entry, now, namer))
         else:
             packets.append(
                 PacketInfo(
@@ -170,6 +178,7 @@ def _channel(channel: Channel, owner: str, listing: Listing, now: float) -> Chan
                     kind="completion",
                     size=len(entry.body),
                     body=preview(entry.body),
+                    words=_words(channel, _COMPLETION, entry.transaction, b"", entry.body, to_guest=server),
                 )
             )
     listing.spend(len(packets))
@@ -202,7 +211,7 @@ def _channel(channel: Channel, owner: str, listing: Listing, now: float) -> Chan
     return info
 
 
-def _packet(channel: Channel, packet: Packet, now: float) -> PacketInfo:
+def _packet(channel: Channel, packet: Packet, now: float, namer: Provider | None) -> PacketInfo:
     queued = packet.state.value == "queued"
     return PacketInfo(
         transaction=packet.transaction,
@@ -213,7 +222,28 @@ def _packet(channel: Channel, packet: Packet, now: float) -> PacketInfo:
         completion=packet.flags != 0,
         size=len(packet.body) if queued else None,
         body=preview(packet.body) if queued else "",
+        words=_queued(channel, packet) if queued else _sent(namer, packet),
     )
+
+
+def _queued(channel: Channel, packet: Packet) -> str:
+    if not isinstance(channel, ServerChannel):
+        return ""
+    return queued_words(channel.interface_type, packet.kind, packet.transaction, packet.offset8, packet.body)
+
+
+def _sent(namer: Provider | None, packet: Packet) -> str:
+    if namer is None:
+        return ""
+    try:
+        return clean(namer.name_packet(packet))
+    except Exception as error:  # it is only looked at: shown, and no reason to fail
+        return clean(f"its provider cannot say: {error!r}")
+
+
+def _words(channel: Channel, kind: int, transaction: int, body: bytes, payload: bytes, *, to_guest: bool) -> str:
+    type_ = getattr(channel, "interface_type", None)
+    return "" if type_ is None else describe(type_, Seen(to_guest, kind, transaction, body, payload))
 
 
 def _ring(direction: str, ring: RingReader | RingWriter) -> RingInfo:

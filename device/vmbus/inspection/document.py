@@ -240,6 +240,7 @@ class PacketInfo(msgspec.Struct, kw_only=True, omit_defaults=True):
         size: bytes behind the descriptor; None where they are not here: a sent packet lies in guest memory.
         body: the first of them in hex.
         external: a packet of the guest describes memory.
+        words: what it says, for channels of Linux's own drivers (`vmbus.words`).
         lib: what else the library saved (LibBuf).
         save_size, save: what the provider saved (SaveBuf): bytes, and the first of them in hex.
         described: the same in the provider's own words.
@@ -252,6 +253,7 @@ class PacketInfo(msgspec.Struct, kw_only=True, omit_defaults=True):
     kind: str = ""
     completion: bool = False
     external: bool = False
+    words: str = ""
     size: int | None = None
     body: str = ""
     lib: dict[str, int] = {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from typing import Any
+from uuid import UUID
 
 import msgspec
 
@@ -20,8 +21,9 @@ from vmbus.vfio_user.pci import (
     bar0_address,
 )
 from vmbus.wire import messages as m
-from vmbus.wire.packet import PacketType
+from vmbus.wire.packet import DESCRIPTOR_SIZE, PacketType
 from vmbus.wire.synic import PostStatus, Register
+from vmbus.words import Seen, describe
 
 PREVIEW = 32
 """Bytes of a packet or of a state that are shown."""
@@ -43,6 +45,12 @@ def kind_name(kind: int) -> str:
         return PacketType(kind).name.lower().replace("_", "-")
     except ValueError:
         return f"type {kind}"
+
+
+def queued_words(type_: UUID, kind: int, transaction: int, offset8: int, body: bytes) -> str:
+    """What a packet to the guest that waits for room says; `body` is everything behind its descriptor."""
+    headers = max(0, offset8 * 8 - DESCRIPTOR_SIZE)
+    return describe(type_, Seen(True, kind, transaction, body[:headers], body[headers:]))
 
 
 def version_name(version: int) -> str:

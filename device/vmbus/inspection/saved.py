@@ -36,7 +36,16 @@ from vmbus.inspection.document import (
     SavedInfo,
     Source,
 )
-from vmbus.inspection.plain import decoded, function_info, kind_name, plain, preview, synic_info, version_name
+from vmbus.inspection.plain import (
+    decoded,
+    function_info,
+    kind_name,
+    plain,
+    preview,
+    queued_words,
+    synic_info,
+    version_name,
+)
 from vmbus.kmcl.saved import CompletionChunk, SavedPacket
 from vmbus.providers import Provider, provider_class
 from vmbus.qemu.description import VmDescription
@@ -45,6 +54,9 @@ from vmbus.snapshot.checkpoints import IMAGE, Checkpoint, Store
 from vmbus.snapshot.manifest import INITRAMFS, KERNEL, MANIFEST, RAM, STATE
 from vmbus.wire import ic
 from vmbus.wire.hvsock import peer_port, port_of
+from vmbus.wire.packet import PacketType
+
+_COMPLETION = int(PacketType.COMPLETION)
 
 
 def inspect_path(path: Path) -> Inspection:
@@ -190,7 +202,8 @@ def _channel(state: st.DeviceState, record: st.ChannelRecord, offer: st.OfferSta
     owner, name = _owner_of(state, record, offer)
     saved = record.decoded
     describer = None if owner is None else _describer(owner.kind)
-    packets = list(_packets([*saved.sent, *saved.queue], describer))
+    type_ = None if offer is None else UUID(bytes_le=offer.interface_type)
+    packets = list(_packets([*saved.sent, *saved.queue], describer, type_))
     count = InFlight()
     for packet in packets:
         if packet.state == "queued":
@@ -215,7 +228,9 @@ def _channel(state: st.DeviceState, record: st.ChannelRecord, offer: st.OfferSta
     )
 
 
-def _packets(entries: list[SavedPacket | CompletionChunk], describer: type[Provider] | None) -> Iterator[PacketInfo]:
+def _packets(
+    entries: list[SavedPacket | CompletionChunk], describer: type[Provider] | None, type_: UUID | None
+) -> Iterator[PacketInfo]:
     for chunk in entries:
         if isinstance(chunk, CompletionChunk):
             yield PacketInfo(
@@ -224,6 +239,7 @@ def _packets(entries: list[SavedPacket | CompletionChunk], describer: type[Provi
                 kind="completion",
                 size=len(chunk.body),
                 body=preview(chunk.body),
+                words="" if type_ is None else queued_words(type_, _COMPLETION, chunk.transaction, 2, chunk.body),
             )
             continue
         lib = chunk.lib
@@ -234,6 +250,9 @@ def _packets(entries: list[SavedPacket | CompletionChunk], describer: type[Provi
             completion=lib.flags != 0,
             size=len(lib.body) if lib.queued else None,
             body=preview(lib.body),
+            words=queued_words(type_, lib.kind, lib.transaction, lib.offset8, lib.body)
+            if lib.queued and type_ is not None
+            else "",
             lib={"version": lib.version, "offset8": lib.offset8, "flags": lib.flags, "bytes": len(chunk.lib_buf)},
             save_size=len(chunk.save),
             save=preview(chunk.save),

@@ -328,6 +328,8 @@ def packet_text(packet: PacketInfo) -> Text:
     if packet.age is not None:
         words.append(f"for {age_text(packet.age)}" + (" since the restore" if packet.restored else ""))
     text = _titled(str(packet.transaction), ", ".join(words))
+    if packet.words:
+        text.append(f"; {clean(packet.words)}", style="not bold cyan")
     if packet.size is not None:
         text.append(f"; {packet.size} B", style="not bold")
         if packet.body:

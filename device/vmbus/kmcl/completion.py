@@ -23,6 +23,11 @@ class Completion(CompletionBase):
 
     __slots__ = ()
 
+    @property
+    def contents(self) -> tuple[bytes, bytes]:
+        """As they lay in the ring: the headers of the packet's type, and its payload."""
+        return self._body, self._payload
+
     def external_data(self, *, read_only: bool = False) -> Grant:
         """The guest memory that the packet describes, as memoryviews (VmbChannelPacketGetExternalData).
 

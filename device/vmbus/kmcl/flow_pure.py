@@ -44,6 +44,7 @@ class CompletionBase:
     __slots__ = (
         "_body",
         "_grant",
+        "_payload",
         "channel",
         "context",
         "deferred",
@@ -55,7 +56,7 @@ class CompletionBase:
         "wanted",
     )
 
-    def __init__(self, flow: Flow, kind: int, transaction: int, wanted: bool, body: bytes, size: int) -> None:
+    def __init__(self, flow: Flow, kind: int, transaction: int, wanted: bool, body: bytes, payload: bytes) -> None:
         self.flow = flow
         self.channel = flow.channel
         self.kind = kind
@@ -64,8 +65,9 @@ class CompletionBase:
         self.context: Any = bytearray(flow.context_size) if flow.context_size else None
         self.deferred = False
         self.done = False
-        self.size = size
+        self.size = len(payload) + len(body)
         self._body = body
+        self._payload = payload
         self._grant: Any = None
 
     @property
@@ -242,7 +244,7 @@ class Flow:
                     break
                 self.at = at = at + 1
                 self.taken = end
-                completion = self.completions(self, kind, transaction, flags != 0, body, len(payload) + len(body))
+                completion = self.completions(self, kind, transaction, flags != 0, body, payload)
                 outstanding[completion] = self.began
                 self.held_bytes += completion.size
                 self.received += 1

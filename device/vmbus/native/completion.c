@@ -6,18 +6,19 @@
 #include <string.h>
 #include <structmember.h>
 
-Completion *completion_new(Flow *flow, int kind, PyObject *transaction, bool wanted, PyObject *body, Py_ssize_t size)
+Completion *completion_new(Flow *flow, int kind, PyObject *packet)
 {
     Completion *self = (Completion *)PyType_GenericAlloc(names.completion, 0);
     if (self == NULL)
         return NULL;
     self->flow = (Flow *)ref((PyObject *)flow);
     self->channel = ref(flow->channel);
-    self->transaction = ref(transaction);
-    self->body = ref(body);
-    self->size = size;
+    self->transaction = ref(PyTuple_GetItem(packet, 2));
+    self->body = ref(PyTuple_GetItem(packet, 3));
+    self->payload = ref(PyTuple_GetItem(packet, 4));
+    self->size = PyBytes_Size(self->body) + PyBytes_Size(self->payload);
     self->kind = kind;
-    self->wanted = wanted;
+    self->wanted = PyLong_AsLong(PyTuple_GetItem(packet, 1)) != 0;
     if (flow->context_size > 0) {
         self->context = PyByteArray_FromStringAndSize(NULL, flow->context_size);
         if (self->context == NULL) {
@@ -101,6 +102,7 @@ static int clear(PyObject *object)
     CLEAR(self->transaction);
     CLEAR(self->context);
     CLEAR(self->body);
+    CLEAR(self->payload);
     CLEAR(self->grant);
     return 0;
 }
@@ -148,6 +150,7 @@ static PyMemberDef members[] = {
     {"transaction", T_OBJECT, offsetof(Completion, transaction), READONLY, NULL},
     {"context", T_OBJECT, offsetof(Completion, context), 0, NULL},
     {"_body", T_OBJECT, offsetof(Completion, body), READONLY, NULL},
+    {"_payload", T_OBJECT, offsetof(Completion, payload), READONLY, NULL},
     {"_grant", T_OBJECT, offsetof(Completion, grant), 0, NULL},
     {"size", T_PYSSIZET, offsetof(Completion, size), READONLY, NULL},
     {"kind", T_INT, offsetof(Completion, kind), READONLY, NULL},

@@ -159,11 +159,9 @@ done:
 /* Hand one packet to the owner. 1; 0: failed and told; -1 */
 static int hand(Flow *flow, int kind, PyObject *packet)
 {
-    PyObject *transaction = PyTuple_GetItem(packet, 2), *body = PyTuple_GetItem(packet, 3);
-    PyObject *payload = PyTuple_GetItem(packet, 4), *process = flow->process_packet;
-    Py_ssize_t size = PyBytes_Size(body) + PyBytes_Size(payload);
-    bool wanted = PyLong_AsLong(PyTuple_GetItem(packet, 1)) != 0;
-    Completion *completion = completion_new(flow, kind, transaction, wanted, body, size);
+    PyObject *transaction = PyTuple_GetItem(packet, 2), *payload = PyTuple_GetItem(packet, 4);
+    PyObject *process = flow->process_packet;
+    Completion *completion = completion_new(flow, kind, packet);
     PyObject *began = PyFloat_FromDouble(flow->began);
     if (completion == NULL || began == NULL || PyDict_SetItem(flow->outstanding, (PyObject *)completion, began) < 0) {
         drop(completion);
@@ -171,7 +169,7 @@ static int hand(Flow *flow, int kind, PyObject *packet)
         return -1;
     }
     drop(began);
-    flow->held_bytes += size;
+    flow->held_bytes += completion->size;
     flow->received++;
     ref(process);
     PyObject *before = flow->delivering;

@@ -20,7 +20,7 @@ typedef struct {
 typedef struct {
     PyObject_HEAD
     Flow *flow;
-    PyObject *channel, *transaction, *context, *body, *grant;
+    PyObject *channel, *transaction, *context, *body, *payload, *grant;
     Py_ssize_t size;
     int kind;
     char wanted, deferred, done;
@@ -39,7 +39,8 @@ typedef struct {
 extern Names names;
 int names_ready(void);
 
-Completion *completion_new(Flow *flow, int kind, PyObject *transaction, bool wanted, PyObject *body, Py_ssize_t size);
+/* Of a packet as `split_packets` makes it. */
+Completion *completion_new(Flow *flow, int kind, PyObject *packet);
 
 /* The ring that completions may go into at once; NULL, without an exception: there is none, or it is not a native one. */
 Writer *flow_writer(const Flow *flow);

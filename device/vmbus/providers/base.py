@@ -13,6 +13,7 @@ from vmbus.bus.connects import Wish
 from vmbus.description import explain
 from vmbus.errors import StateError, UsageError
 from vmbus.kmcl.client import ClientChannel
+from vmbus.kmcl.packet import Packet
 from vmbus.kmcl.server import ServerChannel
 from vmbus.records import decode
 
@@ -228,6 +229,11 @@ class Provider(ABC):
     def bounds(self) -> dict[str, Bound]:
         """What is bounded of the things that a guest can make this provider hold or do, by name. Tools show it."""
         return {}
+
+    def name_packet(self, packet: Packet) -> str:
+        """What a packet of this provider's that the guest has carries, in the protocol's words, for people who look
+        into a running device. Its bytes are in the guest's memory, so this is of what the provider remembers of it."""
+        return ""
 
     @classmethod
     def describe_packet(cls, saved: bytes) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from vmbus.complaints import bounded_log
 from vmbus.errors import PeerError, StateError
 from vmbus.kmcl.channel import Channel
 from vmbus.kmcl.completion import Completion
+from vmbus.kmcl.packet import Packet
 from vmbus.kmcl.server import ServerChannel
 from vmbus.kmcl.status import KmclError
 from vmbus.providers.base import Bound, Host
@@ -406,6 +407,9 @@ class NetvscProvider(Adapter):
             self._send = Lent(channel, saved.send.gpadl)
             self._send_id, self._send_size = saved.send.identifier, saved.send.size
         self._add_queues(saved.queues)
+
+    def name_packet(self, packet: Packet) -> str:
+        return str(packet.pointer)
 
     @classmethod
     def describe_packet(cls, saved: bytes) -> dict[str, Any]:

@@ -53,6 +53,10 @@ class Sent:
         self.arena = arena
         self.begin, self.end = part
 
+    def __str__(self) -> str:
+        what = "data" if self.kind is Kind.FRAMES else "control"
+        return f"RNDIS {what}, {self.count} messages, {self.end - self.begin} bytes of the receive buffer"
+
 
 class Parts:
     """A queue's parts of the receive buffer: for frames, and, of the primary one, for control messages."""
