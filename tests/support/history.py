@@ -85,6 +85,10 @@ class End:
     def outstanding(self) -> list[int]:
         return [number for number, _ in self.held]
 
+    @property
+    def awaited(self) -> list[int]:
+        return sorted(number for number, wanted in self.held if wanted)
+
     def in_use(self) -> tuple[list[int], list[tuple[int, int, bytes]], int]:
         return list(self.sent), [(kind, number, payload) for kind, _, number, payload in self.queue], self.next
 

@@ -8,11 +8,14 @@ the end of the records is named as in flight.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
+from uuid import UUID
 
 from vmbus.audit import format as f
+from vmbus.audit import half
 from vmbus.audit.records import (
     COMPLETION,
     UNKNOWN,
@@ -27,6 +30,7 @@ from vmbus.audit.records import (
 )
 from vmbus.audit.report import ChannelReport, Problem, Report, Verdict
 from vmbus.errors import UsageError
+from vmbus.wire.linux import driver_of
 
 TO_GUEST = "to the guest"
 TO_HOST = "to the host"
@@ -79,12 +83,23 @@ def check_records(records: Sequence[Record], *, leaf: str | None = None) -> Repo
     report.missing += [one.message for one in (*host.troubles, *guest.troubles) if not one.nonce or one.nonce in skip]
     for life in (*host.unknown, *guest.unknown):
         report.missing.append(f"channel {life.name!r} was opened while the other end did not record")
-    report.packets = sum(one.to_host + one.to_guest for one in report.channels)
-    report.transactions = sum(one.completed for one in report.channels)
-    report.in_flight = sum(len(numbers) for one in report.channels for numbers in one.in_flight.values())
+    whole, halves = ([one for one in report.channels if bool(one.driver) is alone] for alone in (False, True))
+    report.packets = sum(one.to_host + one.to_guest for one in whole)
+    report.transactions = sum(one.completed for one in whole)
+    report.in_flight = sum(len(numbers) for one in whole for numbers in one.in_flight.values())
+    report.half_packets = sum(one.to_host + one.to_guest for one in halves)
+    report.half_transactions = sum(one.completed for one in halves)
     verdict: Verdict = "broken" if report.problems else "incomplete" if report.missing else "clean"
     report.verdict = verdict
     return report
+
+
+def _linux_driver(interface_type: str) -> str | None:
+    """The driver of Linux's that has a channel of that type, which keeps no record."""
+    try:
+        return driver_of(UUID(interface_type))
+    except ValueError:
+        return None  # of a record from before types were written down
 
 
 def _leaf(records: Sequence[Record], wanted: str | None) -> Record:
@@ -155,6 +170,11 @@ def _check_lives(report: Report, host: dict[str, Life], guest: dict[str, Life], 
             end = "the guest's" if one is not None else "the server's"
             if one is not None and not one.out.count and not one.incoming.count:
                 continue  # opened and closed again, before the guest's end was there to see it
+            if one is not None and other is None and (driver := _linux_driver(one.interface_type)) is not None:
+                _Pair(report, one, Life(nonce, one.name, one.instance, one.subchannel), host_complete).check_half(
+                    driver
+                )
+                continue
             report.missing.append(f"{end} record of channel {either.name!r} (life {nonce[:8]}) is not here")
             continue
         _Pair(report, one, other, host_complete).check()
@@ -200,6 +220,46 @@ class _Pair:
         for life, incoming, direction in ((host, guest.out, TO_HOST), (guest, host.out, TO_GUEST)):
             for reason, _, taken, who in life.failures:
                 self._failed(reason, taken, who, incoming, direction)
+
+    def check_half(self, driver: str) -> None:
+        """There is the server's record alone: `driver`, of Linux, keeps none."""
+        host, channel = self._host, self._channel
+        channel.driver = driver
+        channel.closed = host.closed is not None or bool(host.dropped)
+        for who, saved, back in host.restored:
+            self._restored(who, saved, back)
+        self._sequence(host, TO_GUEST)
+        channel.completed, breach = half.check(host)
+        if breach is not None:
+            message = f"{breach.message} (in the host's half)"
+            if breach.own:
+                where, completion, direction = "at its sender (the server)", breach.kind != "lost", TO_HOST
+            else:
+                where, completion, direction = "at its receiver (the server)", True, TO_GUEST
+            self._add(breach.kind, direction, where, message, first=breach.transaction, completion=completion)
+        if not self._host_complete and not channel.closed:
+            self._report.missing.append(f"the server's record of channel {host.name!r} stops short")
+        if host.out.brief or host.incoming.brief:
+            self._report.missing.append(
+                f"channel {host.name!r}: its record got brief, and one half alone says nothing of single packets then"
+            )
+        channel.to_guest, channel.to_host = _packets(host.out), _packets(host.incoming)
+        last = host.last_in_use()
+        if host.closed is not None:
+            channel.cancelled = len(host.closed.get("sent", [])) + len(host.closed.get("queued", []))
+        elif last is not None:
+            own = [number for kind, number, _ in last.get("queued", []) if kind != COMPLETION]
+            if host.dropped:
+                channel.dropped = len(last.get("sent", [])) + len(last.get("queued", []))
+            else:
+                places = {
+                    f"held by the server ({TO_HOST})": last.get("awaited", []),
+                    f"not completed ({TO_GUEST})": last.get("sent", []),
+                    f"queued ({TO_GUEST})": own,
+                }
+                channel.in_flight = {place: list(numbers) for place, numbers in places.items() if numbers}
+        for reason, _, taken, who in host.failures:
+            self._failed(reason, taken, who, Lane(), TO_HOST)
 
     def _add(
         self,
@@ -448,17 +508,17 @@ class _Pair:
         """Each completion is of a packet that wants one, and the only one; those without. None after a breach."""
         if wanted[: len(done)] == done:
             return wanted[len(done) :]
-        open_ = dict.fromkeys(wanted)
-        known = set(wanted)
+        # An id comes again when its request has been completed.
+        open_ = Counter(wanted)
         for number in done:
-            if number in open_:
-                del open_[number]
+            if open_.get(number):
+                open_[number] -= 1
                 continue
-            kind = "doubled" if number in known else "invented"
+            kind = "doubled" if number in open_ else "invented"
             message = "it was completed before" if kind == "doubled" else "no packet wanted it"
             self._add(kind, direction, where, message, first=number, completion=True)
             return None
-        return list(open_)
+        return list(open_.elements())
 
     def _in_flight(self, sender: Life, receiver: Life, direction: str, left: list[int], answered: list[int]) -> None:
         taken = set(_select_packets(receiver.incoming))

@@ -121,7 +121,8 @@ class Trace:
         lane = self.out
         lane.pending.append(data)
         lane.size += len(data)
-        if lane.size >= _DIGEST_BYTES:
+        # What is put behind the close breaks a rule, and has to be seen.
+        if lane.size >= _DIGEST_BYTES or self.over:
             self._recorder.digest(self.life, lane)
 
     def about_to_take(self, packets: Sequence[RawPacket], offset: int) -> None:
@@ -163,10 +164,12 @@ class Trace:
 
 
 def in_use(channel: Channel) -> dict[str, Any]:
-    """What is in flight at this end: `sent` (transactions that wait for a completion), `queued` (entries that wait for
-    room: kind, transaction, CRC-32 of the bytes behind the descriptor), `next` (the next packet's transaction)."""
+    """What is in flight at this end: `sent` (transactions that wait for a completion), `awaited` (packets of the other
+    end that the owner has, and that want one), `queued` (entries that wait for room: kind, transaction, CRC-32 of the
+    bytes behind the descriptor), `next` (the next packet's transaction)."""
     sent, queued, following = channel.in_use()
     return {
+        "awaited": channel.awaited,
         "sent": sent,
         "queued": [[kind, transaction, crc32(body)] for kind, transaction, body in queued],
         "next": following,
@@ -331,6 +334,7 @@ class Recorder:
             "name": channel.name,
             "instance": key[0].hex(),
             "subchannel": key[1],
+            "type": str(getattr(channel, "interface_type", "")),
             "resumed": resumed,
             "next": channel.in_use()[2],
         }

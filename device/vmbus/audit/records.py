@@ -191,6 +191,11 @@ class Life:
     """At each restore: who, what was saved, what came back."""
     at_mark: tuple[int, int] | None = None
     """Packets put and taken when the other end's record was fetched."""
+    looks: list[tuple[int, int, dict[str, Any]]] = field(default_factory=list)
+    """Packets put and taken when it was recorded what was in flight, and that."""
+    closed_at: tuple[int, int] | None = None
+    """Packets put and taken before the close."""
+    interface_type: str = ""
     generations: int = 1
     complete: bool = True
 
@@ -306,16 +311,19 @@ def _replay(timeline: Timeline, record: Record, start: int, cut: int, mark: Mark
                 life.incoming.add(body, source)
         elif kind == f.CLOSED:
             life.closed = body
+            life.closed_at = life.out.count, life.incoming.count
         elif kind == f.FAILED:
             life.failures.append((str(body.get("reason")), life.out.count, life.incoming.count, str(record)))
         elif kind == f.WITHDRAWN:
             life.withdrawn.add(int(body.get("transaction", 0)))
         elif kind in (f.SAVED, f.NOTED):
             life.in_use.append((f.NAMES[kind], life.out.count, body))
+            life.looks.append((life.out.count, life.incoming.count, body))
         elif kind == f.RESTORED:
             saved = life.in_use[-1][2] if life.in_use else {}
             life.restored.append((str(record), saved, body))
             life.in_use.append((f.NAMES[kind], life.out.count, body))
+            life.looks.append((life.out.count, life.incoming.count, body))
     for life in here.values():
         # Cut at a save, it is whole: the save flushed it.
         life.complete = cut < len(record.events) or record.complete
@@ -329,7 +337,12 @@ def _opened(timeline: Timeline, waiting: dict[str, Life], body: dict[str, Any], 
         life.generations += 1
         return life
     life = Life(
-        nonce, name, str(body.get("instance", "")), int(body.get("subchannel", 0)), first=int(body.get("next", 1))
+        nonce,
+        name,
+        str(body.get("instance", "")),
+        int(body.get("subchannel", 0)),
+        first=int(body.get("next", 1)),
+        interface_type=str(body.get("type", "")),
     )
     if not nonce.strip("0"):
         life.known = False

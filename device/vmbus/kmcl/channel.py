@@ -233,6 +233,11 @@ class Channel(Endpoint):
         return self.outgoing.described()
 
     @property
+    def awaited(self) -> list[int]:
+        """Transactions of incoming packets that the owner has and that want a completion."""
+        return sorted(completion.transaction for completion in self.flow.outstanding if completion.wanted)
+
+    @property
     def packets_queued(self) -> int:
         """Outgoing packets that wait for room."""
         return self.outgoing.packets_queued
