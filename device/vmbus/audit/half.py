@@ -93,7 +93,8 @@ def _looks(life: Life) -> Iterator[tuple[int, int, dict[str, Any]]]:
         if UNKNOWN in life.out.kinds[:out] or UNKNOWN in life.incoming.kinds[:incoming]:
             return
         yield out, incoming, body
-    out, incoming = life.out.count, life.incoming.count
+    # Packets that were being handed over at the close are told behind it.
+    out, incoming = (life.out.count if life.closed_at is None else life.closed_at[0]), life.incoming.count
     if life.complete and not (UNKNOWN in life.out.kinds or UNKNOWN in life.incoming.kinds):
         yield out, incoming, {}
 

@@ -24,6 +24,7 @@ from vmbus.errors import PeerError, UsageError
 from vmbus.kmcl.client import NIL
 from vmbus.wire.gpa import extents_of
 from vmbus.wire.packet import PacketType, RawPacket, parse_gpa_direct, split_packets
+from vmbus.words import describe
 
 if TYPE_CHECKING:
     from vmbus.kmcl.channel import Channel, Link
@@ -209,6 +210,7 @@ class Capture:
         self._sink = Sink(open_output(path), str(path), limit=options.limit, queue_bytes=queue_bytes)
         self._interfaces: dict[tuple[str, str, str, int], int] = {}
         self._counts: list[_Count] = []
+        self._types: list[UUID] = []  # of the interfaces
         self._open: dict[int, _Traffic] = {}  # by the id of the channel, which the traffic keeps
         application = f"vmbus-device {vmbus.__version__}"
         self._sink.put(lambda: section_block(application, _COMMENT), 0, urgent=True)
@@ -262,6 +264,7 @@ class Capture:
         if number is None:
             number = self._interfaces[key] = len(self._counts)
             self._counts.append(_Count())
+            self._types.append(UUID(type_))
             name = f"{channel.name}/{subchannel}" if subchannel else channel.name
             interface = Interface(name, UUID(type_), UUID(instance), subchannel)
             self._sink.put(lambda: interface_block(interface, self.options.snaplen), 0, urgent=True)
@@ -282,10 +285,11 @@ class Capture:
         count = self._counts[interface]
         lost = count.lost
         snaplen = self.options.snaplen
+        type_ = self._types[interface]
         size = len(data) + sum(len(copy.data) for copy in copies.values())
 
         def make() -> bytes:
-            return _blocks(interface, at, direction, data, copies, snaplen, lost)
+            return _blocks(interface, type_, at, direction, data, copies, snaplen, lost)
 
         number = _count(data)
         count.seen += number
@@ -361,13 +365,20 @@ def _count(data: bytes) -> int:
 
 
 def _blocks(
-    interface: int, at: int, direction: int, data: bytes, copies: dict[int, _Copy], snaplen: int, lost: int
+    interface: int,
+    type_: UUID,
+    at: int,
+    direction: int,
+    data: bytes,
+    copies: dict[int, _Copy],
+    snaplen: int,
+    lost: int,
 ) -> bytes:
     blocks = []
     nothing = _Copy(0, b"", 0)
     for packet in split_packets(data)[0]:
         copy = copies.get(packet.end, nothing)
-        packed = r.Record(
+        record = r.Record(
             r.PACKET,
             direction,
             copy.bits,
@@ -378,8 +389,10 @@ def _blocks(
             packet.payload,
             copy.size,
             copy.data,
-        ).pack()
+        )
+        packed = record.pack()
         original = len(packed) - len(copy.data) + copy.size
-        blocks.append(packet_block(interface, at, packed[:snaplen], original, direction, lost))
+        comment = describe(type_, record.seen())
+        blocks.append(packet_block(interface, at, packed[:snaplen], original, direction, lost, comment))
         lost = 0
     return b"".join(blocks)

@@ -115,11 +115,16 @@ _PACKET_OPTIONS = tuple(
 _DROPPED_OPTION = Struct("<HHQ")
 
 
-def packet_block(interface: int, at: int, data: bytes, original: int, direction: int, lost: int = 0) -> bytes:
-    """One record, `data`, of `original` bytes. `lost`: packets of this interface that are missing before it."""
+def packet_block(
+    interface: int, at: int, data: bytes, original: int, direction: int, lost: int = 0, comment: str = ""
+) -> bytes:
+    """One record, `data`, of `original` bytes. `lost`: packets of this interface that are missing before it. `comment`:
+    what tools show beside it."""
     options = _PACKET_OPTIONS[direction]
     if lost:
         options = _DROPPED_OPTION.pack(_EPB_DROPCOUNT, 8, lost) + options
+    if comment:
+        options = _text(_COMMENT, comment) + options
     pad = -len(data) % 4
     size = 32 + len(data) + pad + len(options)
     return b"".join(

@@ -29,6 +29,7 @@ from typing import NamedTuple
 
 from vmbus.errors import StateError
 from vmbus.wire.packet import FLAG_COMPLETION_REQUESTED, MAX_PACKET_SIZE, PacketType
+from vmbus.words import Seen
 
 VERSION = 1
 PACKET = 1
@@ -73,6 +74,10 @@ class Record(NamedTuple):
     def whole(self) -> bool:
         """Whether the packet itself is here; its external data may be cut."""
         return self.missing == 0
+
+    def seen(self) -> Seen:
+        """For `vmbus.words.describe`."""
+        return Seen(self.direction == TO_GUEST, self.kind, self.transaction, self.body, self.payload, self.external)
 
     def pack(self) -> bytes:
         """The bytes for the file, nothing cut."""

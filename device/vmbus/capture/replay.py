@@ -52,6 +52,11 @@ _SHOWN = 32  # bytes of a difference
 
 _NO_OPENING = "a channel was open before the capture began: its provider then had a past that it has not here"
 
+_NOT_REPLAYED = {
+    "netvsc": "what it works on lies in buffers that its guest has lent, and their content is not in a capture",
+    "vsock": "its channels come when programs ask for them, and those are not in a capture",
+}
+
 What = Literal["answer", "external data", "packet", "missing", "unexpected", "channel"]
 
 
@@ -548,10 +553,13 @@ def replay(
     """Play captures, in this order, to a provider of this kind (as in a description) with these options.
 
     Raises StateError for a damaged capture or one that cannot be replayed, EnvironmentProblem for one that cannot be
-    read, UsageError if the provider is none, or offers no channel of the capture.
+    read, UsageError if the provider is none, offers no channel of the capture, or is of a kind to which none can be
+    replayed.
     """
     options = options or ReplayOptions()
     began = time.monotonic()
+    if kind in _NOT_REPLAYED:
+        raise UsageError(f"captures cannot be replayed to provider {kind!r}: {_NOT_REPLAYED[kind]}")
     instance = first_instance(paths, options.channels)
     described = {"kind": kind, "name": "replayed", "instance": str(instance), "options": dict(provider_options or {})}
     try:

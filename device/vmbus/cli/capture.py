@@ -19,7 +19,7 @@ import click
 
 from vmbus.capture import record as r
 from vmbus.capture.capture import DEFAULT_EXTERNAL, DEFAULT_LIMIT, DEFAULT_SNAPLEN, selects
-from vmbus.capture.pcapng import CaptureReader
+from vmbus.capture.pcapng import CaptureReader, Interface
 from vmbus.cli.terminal import console, run
 from vmbus.errors import EnvironmentProblem, UsageError
 from vmbus.qemu.command_line import Sockets
@@ -27,6 +27,7 @@ from vmbus.qemu.process import runtime_base
 from vmbus.qemu.supervisor import find_vm
 from vmbus.server.control import ControlClient
 from vmbus.wire.packet import PacketType
+from vmbus.words import describe
 
 _LOOK = 0.5  # seconds between looks at how a capture goes
 _PIPE_BYTES = 1 << 16
@@ -228,7 +229,8 @@ def _pipe() -> Iterator[Path]:
 @click.option("--channel", "channels", multiple=True, metavar="WHICH", help="Name, interface type or instance [/N].")
 @click.option("--count", type=click.IntRange(min=1), help="The first so many records.")
 def show(file: Path, channels: tuple[str, ...], count: int | None) -> None:
-    """Show what is in a capture FILE, a line each: number, seconds, channel, direction, kind, transaction, sizes."""
+    """Show what is in a capture FILE, a line each: number, seconds, channel, direction, kind, transaction, sizes, and
+    what the packet says, or its first bytes."""
     with CaptureReader(file) as reader:
         first = shown = 0
         for one in reader:
@@ -239,7 +241,7 @@ def show(file: Path, channels: tuple[str, ...], count: int | None) -> None:
             first = first or one.at
             if one.lost:
                 click.echo(f"... {one.lost} packets of channel {found.name} were not captured")
-            click.echo(f"{one.number:6} {(one.at - first) / 1e9:12.6f} {found.name:16} {_describe(one.record)}")
+            click.echo(f"{one.number:6} {(one.at - first) / 1e9:12.6f} {found.name:16} {_describe(found, one.record)}")
             shown += 1
             if count is not None and shown >= count:
                 return
@@ -247,7 +249,7 @@ def show(file: Path, channels: tuple[str, ...], count: int | None) -> None:
             click.echo(f"note: {reader.torn}")
 
 
-def _describe(record: r.Record) -> str:
+def _describe(interface: Interface, record: r.Record) -> str:
     if record.record == r.EVENT:
         return record.payload.decode(errors="replace")
     text = f"{'->' if record.direction == r.TO_HOST else '<-'} {PacketType(record.kind).name:10} {record.transaction:8}"
@@ -258,7 +260,8 @@ def _describe(record: r.Record) -> str:
             text += " (unchanged)"
         elif record.bits & r.UNREADABLE:
             text += " (unreadable)"
-    return f"{text}  {record.payload[:24].hex()}"
+    words = describe(interface.type, record.seen()) if record.whole else ""
+    return f"{text}  {words or record.payload[:24].hex()}"
 
 
 # ---- replay --------------------------------------------------------------------------------------------------------
