@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from support.boot import boot
@@ -16,9 +17,11 @@ from vmbus.qemu.machine import VirtualMachine
 ENDLESS = {"count": 0, "slots": 400, "batch": 16, "verify_every": 10}
 
 
-async def writing(description: VmDescription, programs: Programs, **parameters: Any) -> tuple[VirtualMachine, int]:
+async def writing(
+    description: VmDescription, programs: Programs, *, audit: Path | None = None, **parameters: Any
+) -> tuple[VirtualMachine, int]:
     """A VM whose writer has begun."""
-    vm = await boot(description, programs)
+    vm = await boot(description, programs, audit=audit)
     try:
         await vm.wait_ready()
         job = int((await vm.call_agent("start", driver="disk-writer", parameters=ENDLESS | parameters))["job"])

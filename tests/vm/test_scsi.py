@@ -20,12 +20,16 @@ import pytest
 from support import slow_disk
 from support.boot import boot
 from support.writer import ENDLESS, clean, finish, more, until_acknowledged, writing
+from vmbus.audit.checker import check_paths
+from vmbus.capture.pcapng import CaptureReader
+from vmbus.capture.record import PACKET
 from vmbus.errors import VmbusError, WaitTimeout
 from vmbus.migration.address import parse_address
 from vmbus.migration.channel import listen
 from vmbus.qemu.command_line import Programs
 from vmbus.qemu.description import VmDescription, load_description
 from vmbus.qemu.machine import VirtualMachine
+from vmbus.words import describe
 
 pytestmark = [pytest.mark.vm, pytest.mark.long]
 
@@ -116,7 +120,7 @@ def test_scsi_survives_saves_restores_a_revert_and_disks_that_come_and_go(
         await until(vm, "ls /sys/block | grep -c sdb", "0")
 
     async def story() -> tuple[dict[str, Any], list[int], str]:
-        vm, job = await writing(described(slow_disk.SCSI_KIND), programs, **WRITER)
+        vm, job = await writing(described(slow_disk.SCSI_KIND), programs, audit=audit, **WRITER)
         await watched(vm)
         held = []
         for generation, live in enumerate((False, True)):
@@ -125,7 +129,8 @@ def test_scsi_survives_saves_restores_a_revert_and_disks_that_come_and_go(
                 await more(vm, job, 40)
                 report = await vm.save(tmp_path / f"save-{generation}", live=live)
                 held.append(report.incoming_held)
-            vm = await VirtualMachine.restore(tmp_path / f"save-{generation}", programs)
+            record = captured if generation else None
+            vm = await VirtualMachine.restore(tmp_path / f"save-{generation}", programs, audit=audit, capture=record)
         async with vm:
             await more(vm, job, 40)
             await vm.checkpoint("then")
@@ -149,9 +154,20 @@ def test_scsi_survives_saves_restores_a_revert_and_disks_that_come_and_go(
                 await shell(vm, "dd if=/dev/sda of=/dev/null bs=64k count=16 iflag=direct 2>&1")
                 await until(vm, f"ls /sys/bus/vmbus/devices/{device}/channels | wc -l", "2")
             await require_no_complaints(vm)
+            await vm.collect_audit()
         return result, held, trimmed
 
+    audit, captured = tmp_path / "audit", tmp_path / "disk.pcapng"
     result, held, trimmed = run(story())
+    halves = check_paths([audit])
+    assert halves.clean and halves.half_transactions > 500, str(halves)
+    assert {one.driver for one in halves.channels} == {"hv_storvsc"} and len(halves.timeline) == 5
+    with CaptureReader(captured) as reader:
+        packets = [one for one in reader if one.record.record == PACKET]
+        said = {describe(reader.interfaces[one.interface].type, one.record.seen()) for one in packets}
+    assert {one.split()[0] for one in said} >= {"WRITE(10)", "SYNCHRONIZE", "READ(10)", "INQUIRY", "REPORT"}, said
+    assert not [one for one in said if not one or "does not have" in one]
+    note(f"hv_storvsc: {halves.half_transactions} requests completed once each, by the host's half of the records")
     clean(result, 120, KNOWN)
     assert sum(held) > 0
     note(f"hv_storvsc: {result['acknowledged']} writes acknowledged, {held} requests in flight at saves; {trimmed}")

@@ -25,7 +25,7 @@ BLOCK_ERROR = StructError
 META = 1
 """Who writes: side ("host" or "guest"), name, uid, pid, grain, started (seconds since 1970)."""
 OPENED = 2
-"""A life begins: nonce, name, instance, subchannel. `resumed`: it goes on where another process left it."""
+"""A life begins: nonce, name, instance, subchannel, type. `resumed`: it goes on where another process left it."""
 PUT = 3
 """Packets that became visible in the outgoing ring."""
 TAKEN = 4
