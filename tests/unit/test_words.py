@@ -9,6 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from support import storvsc
+from vmbus import words
+from vmbus.inspection.plain import queued_words
 from vmbus.kmcl.pipe import frame
 from vmbus.wire import hvsock, ic, nvsp, rndis, scsi, storvsp
 from vmbus.wire.gpa import range_for
@@ -184,6 +186,24 @@ def test_what_an_integration_service_says(kind: int, body: bytes, expected: str)
     answer = message._replace(flags=ic.Flag.TRANSACTION | ic.Flag.RESPONSE, status=ic.IcStatus.FAIL)
     text = told(type_, padded(frame(answer.pack())))
     assert text.startswith(expected.partition(" ")[0] + " answer 9") and text.endswith(", FAIL")
+
+
+def test_what_waits_for_room_is_named_by_its_saved_bytes() -> None:
+    body, offset8 = transfer_pages_body(TransferPages(0xCAFE, [(64, 1514)]), nvsp.rndis(nvsp.DATA_CHANNEL))
+    assert queued_words(NETVSC_TYPE, PAGES, 5, offset8, body) == (
+        "RNDIS data, 1 message, 1514 bytes at 0x40 of the receive buffer"
+    )
+    assert queued_words(STORVSP_TYPE, INBAND, 5, 2, storvsp.pack_packet(Operation.ENUMERATE_BUS)) == "ENUMERATE_BUS"
+
+
+def test_sabotage_text_that_is_not_cleaned_would_reach_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    message = ic.Message(ic.MessageType.KVP, ic.kvp(ic.Kvp(ic.KvpOperation.DELETE, ic.Pool.EXTERNAL, "\x1b[2J" * 40)))
+    payload = padded(frame(message.pack()))
+    text = told(ic.KVP.interface_type, payload)
+    assert "\x1b" not in text and len(text) <= LONGEST
+    monkeypatch.setattr(words, "clean", str)
+    text = told(ic.KVP.interface_type, payload)
+    assert "\x1b" in text and len(text) > LONGEST
 
 
 # ---- whatever comes --------------------------------------------------------------------------------------------------

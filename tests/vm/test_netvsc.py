@@ -5,6 +5,7 @@ complains."""
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,14 @@ import pytest
 from support.boot import boot
 from support.crossing import GUEST, HOST, Traffic, moved, until
 from support.namespace import Namespace, NotPermitted, namespace
+from vmbus.audit.checker import check_paths
+from vmbus.capture.pcapng import CaptureReader
+from vmbus.capture.record import PACKET
 from vmbus.errors import WaitTimeout
 from vmbus.qemu.command_line import Programs
 from vmbus.qemu.description import VmDescription, load_description
 from vmbus.qemu.machine import VirtualMachine
+from vmbus.words import describe
 
 pytestmark = [pytest.mark.vm, pytest.mark.long]
 
@@ -84,9 +89,11 @@ def in_flight(state: dict[str, Any]) -> int:
 def test_network_survives_saves_restores_and_checkpoints_of_netvsc(
     run: Run, programs: Programs, tmp_path: Path, outside: Namespace, note: Note
 ) -> None:
+    audit, captured = tmp_path / "audit", tmp_path / "card.pcapng"
+
     async def story() -> None:
         flight = []
-        vm = await boot(described(outside, queues=2), programs)
+        vm = await boot(described(outside, queues=2), programs, audit=audit)
         async with vm:
             await vm.wait_ready()
             await bring_up(vm)
@@ -100,7 +107,8 @@ def test_network_survives_saves_restores_and_checkpoints_of_netvsc(
             flight.append((report.packets["queued"], report.packets["sent"]))
         assert outside.interfaces() == []
         for generation in range(2):
-            vm = await VirtualMachine.restore(tmp_path / ("stopped" if not generation else "live"), programs)
+            saved = tmp_path / ("stopped" if not generation else "live")
+            vm = await VirtualMachine.restore(saved, programs, audit=audit, capture=captured if generation else None)
             async with vm:
                 await moved(traffic.client, 1 << 20)
                 if not generation:
@@ -113,6 +121,7 @@ def test_network_survives_saves_restores_and_checkpoints_of_netvsc(
                 await require_no_complaints(vm)
                 state = await card(vm)
                 await traffic.finish(vm)
+                await vm.collect_audit()
         note(
             f"hv_netvsc: packets in flight at the saves (queued, sent) {flight}, frames taken along "
             f"{state['drained']}, to the guest {state['to_guest']}, to the host {state['to_host']}"
@@ -120,6 +129,15 @@ def test_network_survives_saves_restores_and_checkpoints_of_netvsc(
         assert state["announced"] >= 3 and state["guest"]["long_frames"] and state["guest"]["queues"] == 2
 
     run(story())
+    halves = check_paths([audit])
+    assert halves.clean and {one.driver for one in halves.channels} == {"hv_netvsc", "hv_utils"}, str(halves)
+    assert len(halves.timeline) == 4 and halves.half_transactions > 1000
+    with CaptureReader(captured) as reader:
+        packets = [one for one in reader if one.record.record == PACKET]
+        said = Counter(describe(reader.interfaces[one.interface].type, one.record.seen()) for one in packets)
+    assert not [one for one in said if not one or "does not have" in one], said
+    assert any("of the receive buffer" in one for one in said) and any("RNDIS data, a frame of" in one for one in said)
+    note(f"hv_netvsc: {halves.half_transactions} packets completed once each, by the host's half of the records")
 
 
 def test_network_survives_what_people_do_with_netvsc(

@@ -254,7 +254,7 @@ def _packet_key(packet: PacketInfo) -> str:
 def _packet(packet: PacketInfo, alike: bool) -> dict[str, Any]:
     keep = {name: value for name, value in _builtins(packet).items() if name not in _VOLATILE and value is not None}
     if not alike:
-        for name in ("lib", "save", "save_size", "described"):
+        for name in ("lib", "save", "save_size", "described", "words"):
             keep.pop(name, None)
     return keep
 
