@@ -28,7 +28,7 @@ from vmbus.qemu.machine import VirtualMachine
 from vmbus.qemu.process import log_tail
 from vmbus.vfio_user.library import Library
 
-pytestmark = pytest.mark.vm
+pytestmark = [pytest.mark.vm, pytest.mark.long]
 
 Run = Callable[[Coroutine[Any, Any, Any]], Any]
 Note = Callable[[str], None]
