@@ -28,11 +28,13 @@ def key_of(channel: ServerChannel) -> Key:
 class Restored(NamedTuple):
     """What a restore brought back: `packets`, and those `dropped` with channels that were made anew (`renewed`).
 
-    `broken`: which of these nobody wanted anew, and why: words in their rings were not those at the save.
+    `unsaved`: of the dropped ones those that the state did not have either, since it was known at the save.
+    `broken`: which of these channels nobody wanted anew, and why: words in their rings were not those at the save.
     """
 
     packets: Counts
     dropped: Counts
+    unsaved: Counts
     renewed: int
     broken: Mapping[Key, str]
 
@@ -109,8 +111,9 @@ def put_back(
         elif key in saved:
             channel.begin_pause()
     gone = [one for key, one in saved.items() if key in carrier.renewed]
-    dropped = Counts.total(counts for one in gone for counts in (one.counts, one.left_out))
-    return Restored(packets=kept, dropped=dropped, renewed=len(carrier.renewed), broken=carrier.broken)
+    unsaved = Counts.total(one.left_out for one in gone)
+    dropped = Counts.total([unsaved, *(one.counts for one in gone)])
+    return Restored(packets=kept, dropped=dropped, unsaved=unsaved, renewed=len(carrier.renewed), broken=carrier.broken)
 
 
 def channel_name(key: Key) -> str:

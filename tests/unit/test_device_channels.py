@@ -15,6 +15,8 @@ from vmbus.kmcl.lifecycle import ChannelState
 from vmbus.kmcl.server import ServerChannel
 from vmbus.kmcl.status import KmclError, Status
 from vmbus.memory import MemoryRevoked
+from vmbus.migration.arrival import packets_found
+from vmbus.snapshot.manifest import Packets
 from vmbus_guest.channel_driver import GpadlRefused
 from vmbus_guest.driver import VmbusDriver
 
@@ -222,8 +224,10 @@ def test_a_forced_channel_is_rescinded_and_offered_anew(subs: int, forgetful: bo
         machine.device.freeze()
         machine.map_all()
         restored = saved.restore_device(state, machine.device, machine.providers)
-        assert restored.dropped == (lost, lost_sent, 0) and restored.renewed == 1 + subs
+        assert restored.dropped == restored.unsaved == (lost, lost_sent, 0) and restored.renewed == 1 + subs
         assert (restored.packets.queued, restored.packets.sent) == (0, 0)
+        told = {name: getattr(restored, name)._asdict() for name in ("packets", "dropped", "unsaved")}
+        assert packets_found(told) == Packets(queued=0, sent=0), "as many as the state has: a migration compares"
         machine.device.thaw()
         new = multi(machine)
         assert new is not old and new.events == [] and new.channel.packets_sent == 0

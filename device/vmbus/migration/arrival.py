@@ -27,10 +27,15 @@ _STATUS_TIMEOUT = 30.0
 _STREAM_TIMEOUT = 3600.0  # the source bounds it
 
 
-def _packets(found: dict[str, Any]) -> Packets:
-    """What the server accounts for: packets that are back, and those dropped with a channel that is made anew."""
-    parts = [found.get("packets", {}), found.get("dropped", {})]
-    return Packets(**{key: sum(int(part.get(key, 0)) for part in parts) for key in ("queued", "sent")})
+def packets_found(found: dict[str, Any]) -> Packets:
+    """What the server accounts for of a state's packets: those that are back, and those of it that were dropped with a
+    channel that is made anew. Others of such a channel were not saved at all, and are not the state's."""
+
+    def count(key: str) -> int:
+        back, dropped, unsaved = (int(found.get(part, {}).get(key, 0)) for part in ("packets", "dropped", "unsaved"))
+        return back + dropped - unsaved
+
+    return Packets(queued=count("queued"), sent=count("sent"))
 
 
 class Arrival:
@@ -104,7 +109,7 @@ class Arrival:
         )
         found = await vm.guard(work, "the device server to take the state", LOAD_TIMEOUT + 1)
         vm.description = msgspec.structs.replace(vm.description, device=device)
-        return _packets(found)
+        return packets_found(found)
 
     async def loaded(self) -> None:
         what = "QEMU to load its stream"
@@ -132,7 +137,7 @@ class Arrival:
             return Packets(queued=counts.queued, sent=counts.sent), channels
         work = vm.control.call("restore-finish", timeout=LOAD_TIMEOUT, frozen=True)
         found = await vm.guard(work, "the device server to rebuild its channels", LOAD_TIMEOUT + 1)
-        return _packets(found), int(found.get("channels", 0))
+        return packets_found(found), int(found.get("channels", 0))
 
     async def release(self) -> None:
         if self._in_stream is None:

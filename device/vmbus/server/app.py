@@ -991,6 +991,7 @@ class DeviceServer:
         return {
             "packets": {"queued": restored.packets.queued, "sent": restored.packets.sent},
             "dropped": {"queued": restored.dropped.queued, "sent": restored.dropped.sent},
+            "unsaved": {"queued": restored.unsaved.queued, "sent": restored.unsaved.sent},
             "renewed": restored.renewed,
             "broken": {channel_name(key): reason for key, reason in restored.broken.items()},
             "channels": sum(channel.active for channel in self.device.channels),
