@@ -146,7 +146,8 @@ SETTINGS = st.fixed_dictionaries(
         "workloads": st.dictionaries(st.just("bulk"), st.floats(0, 1)),
         "audit": st.booleans(),
         "packets": st.integers(1, 4096),
-        "sabotage": st.sampled_from(["", "lose-one-in-a-thousand"]),
+        "linux": st.floats(0, 1),
+        "sabotage": st.sampled_from(["", "lose-one-in-a-thousand", "disk-loses-a-block"]),
         "script": st.lists(
             st.fixed_dictionaries(
                 {"kind": KEYS},

@@ -23,6 +23,7 @@ from vmbus.soak.schedule import (
     MOST_ADDED,
     MOST_CHECKPOINTS,
     MOST_OPTIONAL,
+    STOCK_OPERATIONS,
     EpisodePlan,
     World,
     encode_plan,
@@ -32,13 +33,14 @@ from vmbus.soak.schedule import (
 )
 from vmbus.soak.settings import (
     DEFAULT_OPERATIONS,
+    DISK_LOSES_A_BLOCK,
     LOSE_ONE_IN_A_THOUSAND,
     WEIGHTS,
     Settings,
     load_settings,
     settings_from,
 )
-from vmbus.soak.workloads import RECIPES
+from vmbus.soak.workloads import RECIPES, STOCK_RECIPES
 from vmbus_guest.testdrivers import CATALOGUE
 from vmbus_guest.testdrivers.context import Parameters
 
@@ -53,9 +55,18 @@ some_settings = st.builds(
     per_episode=st.integers(1, 25),
     weights=st.dictionaries(st.sampled_from([kind for kind in WEIGHTS if kind != "migrate"]), st.floats(0, 9)),
     workloads=st.dictionaries(st.sampled_from(OPTIONAL), st.sampled_from([0.0, 0.3, 1.0])),
+    linux=st.sampled_from([0.0, 0.5, 1.0]),
     packets=st.integers(1, 512),
     pace=st.integers(1, 1000),
 )
+
+
+def way_of(plan: EpisodePlan) -> tuple[str, ...]:
+    """What can be done to a VM with Linux's own drivers, as its disk tells."""
+    (disk,) = [one for one in plan.vm.device.providers if one.kind == "scsi"]
+    forth = disk.options["luns"][0]["snapshot"] == "shared"
+    assert forth == ("card" in [one.driver for one in plan.workloads])
+    return STOCK_OPERATIONS["forth" if forth else "back"]
 
 
 def row(chosen: Settings) -> list[EpisodePlan]:
@@ -71,9 +82,18 @@ def test_every_plan_can_be_carried_out(chosen: Settings) -> None:
     assert sum(len(plan.operations) for plan in plans) == chosen.operations
     for plan in plans:
         providers = {provider.name: provider for provider in plan.vm.device.providers}
+        if plan.vm.guest.linux:
+            assert chosen.linux
+            allowed = way_of(plan)
+            for workload in plan.workloads:
+                assert providers[workload.provider].kind == STOCK_RECIPES[workload.driver].provider
+        else:
+            assert chosen.linux < 1
+            allowed = tuple(WEIGHTS)
         optional = [one for one in plan.workloads if chosen.share(one.driver) < 1]
-        assert "burst" in [one.driver for one in plan.workloads] and len(optional) <= MOST_OPTIONAL
-        for workload in plan.workloads:
+        assert len(optional) <= MOST_OPTIONAL
+        assert plan.vm.guest.linux or "burst" in [one.driver for one in plan.workloads]
+        for workload in [] if plan.vm.guest.linux else plan.workloads:
             kind = providers[workload.provider].kind
             assert kind == RECIPES[workload.driver].provider
             assert kind == "lab" or workload.parameters["instance"] == providers[workload.provider].instance
@@ -81,6 +101,7 @@ def test_every_plan_can_be_carried_out(chosen: Settings) -> None:
         assert len(own) == len(set(own)), "each has a provider for itself"
         world = World()
         for operation in plan.operations:
+            assert operation.kind in allowed
             assert operation.kind in OPERATIONS and world.possible(operation.kind) and chosen.weight(operation.kind) > 0
             world.carry_out(operation.kind, operation.parameters)
             assert len(world.checkpoints) <= MOST_CHECKPOINTS and len(world.added) <= MOST_ADDED
@@ -155,6 +176,38 @@ def test_the_sabotage_takes_the_burst_providers_place_only() -> None:
     honest = plan_episode(Settings(), 1, 0)
     assert plan.operations == honest.operations and plan.workloads == honest.workloads
     assert not [one.kind for one in honest.vm.device.providers if ":" in one.kind]
+
+
+def test_which_driver_an_episode_has_leaves_the_other_episodes_as_they_were() -> None:
+    """Old seeds mean what they meant, but for the episodes that now have Linux's own drivers."""
+    with_linux, without = Settings(seed=7, seconds=1.0), Settings(seed=7, seconds=1.0, linux=0.0)
+    both = [(plan_episode(with_linux, 7, index), plan_episode(without, 7, index)) for index in range(200)]
+    stock = [plan for plan, _ in both if plan.vm.guest.linux]
+    assert [index for index, (plan, _) in enumerate(both[:16]) if plan.vm.guest.linux] == [4, 5, 7, 11]
+    assert 30 < len(stock) < 70
+    assert len({way_of(plan) for plan in stock}) == 2
+    assert all(plan == old for plan, old in both if not plan.vm.guest.linux)
+    assert not any(plan.audit for plan in stock)
+
+
+def test_a_script_and_weights_decide_what_linux_can_do() -> None:
+    def plan(**values: Any) -> EpisodePlan:
+        return plan_episode(settings_from({"linux": 1.0, **values}, "x"), 1, 0)
+
+    assert way_of(plan(script=[{"kind": "migrate"}])) == STOCK_OPERATIONS["forth"]
+    assert way_of(plan(script=[{"kind": "checkpoint"}, {"kind": "revert"}])) == STOCK_OPERATIONS["back"]
+    assert not plan(script=[{"kind": "checkpoint"}, {"kind": "migrate"}]).vm.guest.linux, "no disk does both"
+    weights = dict.fromkeys(WEIGHTS, 0.0)
+    assert way_of(plan(weights=weights | {"kill": 1.0})) == STOCK_OPERATIONS["back"]
+    assert not plan(weights=weights | {"driver_kill": 1.0}).vm.guest.linux
+    assert plan_episode(Settings(sabotage=DISK_LOSES_A_BLOCK, linux=0.0), 1, 0).vm.guest.linux
+    assert not plan_episode(Settings(sabotage=LOSE_ONE_IN_A_THOUSAND, linux=1.0), 1, 0).vm.guest.linux
+    ours = plan(description="linux", linux=0.0)
+    assert ours.vm.guest.linux and ours.workloads[1].provider == "storage"
+    with pytest.raises(UsageError, match="not all of the script's"):
+        plan(description="linux", script=[{"kind": "driver_kill"}])
+    with pytest.raises(UsageError, match="or 'linux' be 0"):
+        plan(workloads=dict.fromkeys(STOCK_RECIPES, 0.0))
 
 
 def test_a_description_of_ones_own_keeps_its_providers() -> None:

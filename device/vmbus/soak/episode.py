@@ -29,6 +29,7 @@ from vmbus.soak.records import EpisodeRecord, OperationRecord, Verdict, Workload
 from vmbus.soak.schedule import LOSSY_PROVIDER, EpisodePlan, OperationPlan
 from vmbus.soak.sink import Sink
 from vmbus.soak.stage import Stage, flight
+from vmbus.soak.stock import StockStage, disks_in
 
 SAMPLE_INTERVAL = 0.5
 """Seconds between two samples."""
@@ -63,8 +64,11 @@ async def run_episode(
     if plan.sabotage:
         os.environ[ALLOW_VARIABLE] = LOSSY_PROVIDER  # what a snapshot may ask for
     scratch = RunDirectory.create(f"e{plan.episode}", base=scratch_base())
-    stage = Stage(plan, folder, scratch.path, programs, sink)
+    stage = (StockStage if plan.vm.guest.linux else Stage)(plan, folder, scratch.path, programs, sink)
     episode = _Episode(stage, stop or asyncio.Event())
+    disks = contextlib.ExitStack()
+    if plan.vm.guest.linux:
+        disks.enter_context(disks_in(scratch.path / "disks"))
     sampling = asyncio.create_task(stage.sample(SAMPLE_INTERVAL, MOST_SAMPLES), name="samples")
     try:
         await episode.run()
@@ -74,6 +78,8 @@ async def run_episode(
         sampling.cancel()
         await asyncio.wait({sampling})
         await stage.end()
+        await stage.close()
+        disks.close()
         await asyncio.to_thread(scratch.remove)
     return EpisodeRecord(
         episode=plan.episode,
@@ -126,7 +132,8 @@ class _Episode:
         stage.sink.phase("boot")
         async with asyncio.timeout(_BOOT_SECONDS):
             await stage.boot()
-        stage.event(f"the VM is up, with {', '.join(one.driver for one in plan.workloads)}")
+        drivers = "Linux's own drivers and " if plan.vm.guest.linux else ""
+        stage.event(f"the VM is up, with {drivers}{', '.join(one.driver for one in stage.plan.workloads)}")
         for number, operation in enumerate(plan.operations):
             if self._stop.is_set() or self.failure:
                 return
@@ -207,7 +214,7 @@ class _Episode:
                     _write(stage.folder / "inspect.json", _json(await vm.call_server("inspect")))
             with contextlib.suppress(VmbusError, OSError, TimeoutError):
                 async with asyncio.timeout(_KEEP_SECONDS):
-                    _write(stage.folder / "guest.json", _json(await vm.call_agent("poll", job=subject.life.job)))
+                    _write(stage.folder / "guest.json", _json(await stage.words(subject)))
             with contextlib.suppress(VmbusError, OSError, TimeoutError):
                 async with asyncio.timeout(_KEEP_SECONDS):
                     if stage.audit is not None and not self.audit:

@@ -264,8 +264,9 @@ async def checkpoint(stage: Stage, parameters: Parameters) -> Figures:
 async def revert(stage: Stage, parameters: Parameters) -> Figures:
     """Back to a checkpoint, in the running processes."""
     tag = str(parameters["tag"])
-    report = await stage.here.vm.revert(tag, directory=stage.scratch / "checkpoints")
-    stage.here.life = stage.checkpoints[tag]
+    with stage.going_back():
+        report = await stage.here.vm.revert(tag, directory=stage.scratch / "checkpoints")
+    stage.here.life = stage.checkpoints[tag].moved()
     return Figures(downtime=report.downtime, restore_seconds=sum(report.phases.values()), packets=report.packets)
 
 
@@ -384,7 +385,7 @@ async def migrate(stage: Stage, parameters: Parameters) -> Figures:
 
     report, vm = await _until_it_converges(stage, attempt)
     vm.programs = stage.programs
-    stage.subject = Subject(vm, source.life)
+    stage.subject = Subject(vm, source.life.moved())
     if not source.vm.ended:
         raise Wrong("the source runs on after its migration")
     _require_all(report.packets, vm, "the migration")

@@ -15,7 +15,7 @@ import json
 import uuid
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
@@ -25,8 +25,16 @@ from vmbus.qemu.description import GuestDescription, VmDescription, find_descrip
 from vmbus.qemu.moments import Moment
 from vmbus.soak.draw import Draw, seed_of
 from vmbus.soak.records import FORMAT
-from vmbus.soak.settings import LOSE_ONE_IN_A_THOUSAND, WEIGHTS, Kind, Scalar, Settings, Step
-from vmbus.soak.workloads import LAB, LAB_OPTIONS, RECIPES
+from vmbus.soak.settings import (
+    DISK_LOSES_A_BLOCK,
+    LOSE_ONE_IN_A_THOUSAND,
+    WEIGHTS,
+    Kind,
+    Scalar,
+    Settings,
+    Step,
+)
+from vmbus.soak.workloads import LAB, LAB_OPTIONS, RECIPES, STOCK_RECIPES
 
 CONFIGURATIONS = Path(__file__).resolve().parents[3] / "qemu_configs"
 """The VM descriptions that come with the project."""
@@ -43,6 +51,24 @@ MOST_OPTIONAL = 3
 """Workloads of a share below 1 that run at once: with more, each of them comes to very little."""
 
 Parameters = dict[str, Scalar]
+
+Way = Literal["", "forth", "back"]
+"""Who drives the device in the guest, and with that what can be done to the VM.
+
+Empty: programs of ours, over VFIO, and all operations. The others: Linux's own drivers. `forth`: the VM only goes on,
+so its disk's image is shared between source and destination of a migration, and it has a card, whose TCP streams would
+not survive otherwise. `back`: its disk is copied into each snapshot, so it can go back to one, and be cloned.
+"""
+
+_EVERY_WAY: tuple[Kind, ...] = ("save_restore", "save_restore_live", "full_disk", "pause", "hot_add", "rescind")
+STOCK_OPERATIONS: dict[Way, tuple[Kind, ...]] = {
+    "forth": (*_EVERY_WAY, "migrate", "cancelled_migration", "sabotaged_migration"),
+    "back": (*_EVERY_WAY, "checkpoint", "revert", "clone", "kill"),
+}
+"""What can be done in an episode with Linux's own drivers."""
+STOCK_PACE = 8
+"""By which a `pace` is divided there: a transaction is a write to a disk, 16 KiB of a stream, or the like."""
+_NEEDS_ANOTHER = ("revert", "rescind")
 
 
 class WorkloadPlan(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
@@ -92,14 +118,15 @@ def plan_episode(settings: Settings, seed: int, index: int) -> EpisodePlan:
         count = min(count, settings.total - index * settings.length)
         if count <= 0:
             raise UsageError(f"episode {index} is none of this campaign: it has {episodes_planned(settings)}, from 0")
-    vm, workloads = _machine(settings, draw)
+    way = _way(settings, own)
+    vm, workloads = _stock_machine(settings, draw, way) if way else _machine(settings, draw)
     return EpisodePlan(
         episode=index,
         seed=own,
         vm=vm,
         workloads=workloads,
-        operations=_operations(settings, draw, count),
-        audit=settings.audit,
+        operations=_operations(settings, draw, count, way),
+        audit=settings.audit and not way,  # Linux keeps no records
         packets=settings.packets,
         operation_seconds=settings.operation_seconds,
         finish_seconds=settings.finish_seconds,
@@ -131,6 +158,30 @@ def load_plan(path: Path) -> EpisodePlan:
 
 
 # ---- machine and workloads -------------------------------------------------------------------------------------------
+
+
+def _way(settings: Settings, own: int) -> Way:
+    """Of an episode with this seed. Drawn by itself, so that it leaves everything else as it was."""
+    draw = Draw(seed_of(own, 0))
+    drawn, which = draw.chance(settings.linux), draw.number(0, 0.999)
+    linux = _description(settings.description).guest.linux if settings.description else drawn
+    possible = [way for way, kinds in STOCK_OPERATIONS.items() if _fits(settings, kinds)]
+    if settings.sabotage:
+        linux = settings.sabotage == DISK_LOSES_A_BLOCK
+    if not linux:
+        return ""
+    if possible:
+        return possible[int(which * len(possible))]
+    if settings.description or settings.sabotage:
+        raise UsageError("none of these operations, or not all of the script's, are there with Linux's own drivers")
+    return ""
+
+
+def _fits(settings: Settings, kinds: tuple[Kind, ...]) -> bool:
+    """Whether there is something to be done, with these operations alone."""
+    if settings.script:
+        return all(step.kind in kinds for step in settings.script)
+    return any(settings.weight(kind) > 0 for kind in kinds if kind not in _NEEDS_ANOTHER)
 
 
 @functools.cache
@@ -189,6 +240,39 @@ def _machine(settings: Settings, draw: Draw) -> tuple[VmDescription, list[Worklo
         free.discard(provider.name)
         parameters = {"instance": provider.instance, "stall_seconds": settings.stall_seconds, **parameters}
         workloads.append(WorkloadPlan(driver=name, provider=provider.name, parameters=parameters))
+    device = msgspec.structs.replace(vm.device, providers=providers)
+    return msgspec.structs.replace(vm, device=device), workloads
+
+
+def _stock_machine(settings: Settings, draw: Draw, way: Way) -> tuple[VmDescription, list[WorkloadPlan]]:
+    """With Linux's own drivers: each workload has a provider, one of the description's own if it has such a one."""
+    cpus = draw.between(1, 2)
+    vm = _description(settings.description)
+    providers = list(vm.device.providers)
+    if not settings.description:
+        providers = []
+        guest = GuestDescription(driver="linux")
+        vm = msgspec.structs.replace(vm, guest=guest, memory_mib=512, cpus=cpus)
+    workloads = []
+    for name, recipe in STOCK_RECIPES.items():
+        runs = draw.chance(settings.share(name))
+        options, parameters = recipe.options(draw), recipe.parameters(draw, settings.packets)
+        if not runs or (name == "card" and way != "forth"):
+            continue
+        if name == "disk":
+            snapshot = "shared" if way == "forth" else "copy"
+            options = {**options, "luns": [{**unit, "snapshot": snapshot} for unit in options["luns"]]}
+        at = next((at for at, one in enumerate(providers) if one.kind == recipe.provider), None)
+        if at is None:
+            taken = {provider.name for provider in providers}
+            provider = ProviderDescription(recipe.provider, _unused(name, taken), str(_instance(name)), options)
+            providers.append(provider)
+        else:
+            provider = msgspec.structs.replace(providers[at], options={**providers[at].options, **options})
+            providers[at] = provider
+        workloads.append(WorkloadPlan(driver=name, provider=provider.name, parameters=parameters))
+    if not workloads:
+        raise UsageError("no workload is left for an episode with Linux's own drivers: give one of them the share 1")
     device = msgspec.structs.replace(vm.device, providers=providers)
     return msgspec.structs.replace(vm, device=device), workloads
 
@@ -274,7 +358,7 @@ BLOWS: dict[str, tuple[Moment, ...]] = {
 """What may hit a migration, and when. The VM runs on at the source in each case."""
 
 
-def _way(draw: Draw) -> Parameters:
+def _transport(draw: Draw) -> Parameters:
     return {"transport": draw.one_of(("unix", "tcp")), "multifd": draw.one_of((0, 0, 2))}
 
 
@@ -291,8 +375,8 @@ def _kill(draw: Draw, world: World) -> Parameters:
 _DRAWN: dict[Kind, Callable[[Draw, World], Parameters]] = {
     "save_restore": lambda draw, world: {},
     "save_restore_live": lambda draw, world: {},
-    "migrate": lambda draw, world: _way(draw),
-    "cancelled_migration": lambda draw, world: {"moment": draw.one_of(_SOURCE_MOMENTS).name, **_way(draw)},
+    "migrate": lambda draw, world: _transport(draw),
+    "cancelled_migration": lambda draw, world: {"moment": draw.one_of(_SOURCE_MOMENTS).name, **_transport(draw)},
     "sabotaged_migration": _sabotaged,
     "full_disk": lambda draw, world: {"live": draw.chance(0.5)},
     "checkpoint": lambda draw, world: {"tag": world.name("t")},
@@ -314,16 +398,18 @@ _ALLOWED: dict[str, tuple[Scalar, ...]] = {
 }
 
 
-def _operations(settings: Settings, draw: Draw, count: int) -> list[OperationPlan]:
+def _operations(settings: Settings, draw: Draw, count: int, way: Way) -> list[OperationPlan]:
     world = World()
+    kinds = STOCK_OPERATIONS.get(way, tuple(WEIGHTS))
+    pace = max(1, settings.pace // STOCK_PACE) if way else settings.pace
     plans = []
     for number in range(count):
-        after = draw.between(max(1, settings.pace // 4), settings.pace)
+        after = draw.between(max(1, pace // 4), pace)
         if settings.script:
             step = settings.script[number]
             parameters = _scripted(step, number, draw, world)
         else:
-            weights = {kind: settings.weight(kind) for kind in WEIGHTS if world.possible(kind)}
+            weights = {kind: settings.weight(kind) for kind in WEIGHTS if kind in kinds and world.possible(kind)}
             kind = draw.weighted(weights)
             step = Step(kind=kind)
             parameters = _DRAWN[kind](draw, world)

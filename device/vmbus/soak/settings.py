@@ -11,7 +11,7 @@ import msgspec
 
 from vmbus.description import explain
 from vmbus.errors import EnvironmentProblem, UsageError
-from vmbus.soak.workloads import RECIPES
+from vmbus.soak.workloads import ALL_RECIPES, RECIPES, STOCK_RECIPES
 
 Kind = Literal[
     "save_restore",
@@ -54,6 +54,9 @@ DEFAULT_OPERATIONS = 100
 LOSE_ONE_IN_A_THOUSAND: Literal["lose-one-in-a-thousand"] = "lose-one-in-a-thousand"
 """A sabotage: the burst provider forgets every thousandth packet that is restored to it."""
 
+DISK_LOSES_A_BLOCK: Literal["disk-loses-a-block"] = "disk-loses-a-block"
+"""A sabotage: after each restore of a VM with Linux's own drivers its disk has forgotten a write."""
+
 Scalar = str | int | float | bool
 Weight = Annotated[float, msgspec.Meta(ge=0, le=1e6)]
 
@@ -79,6 +82,8 @@ class Settings(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=
     """How often operations are drawn; those that are not named keep WEIGHTS; 0: never."""
     workloads: dict[str, Annotated[float, msgspec.Meta(ge=0, le=1)]] = {}
     """Share of the episodes in which a workload runs; those that are not named keep that of their recipe."""
+    linux: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.25
+    """Share of the episodes whose guest has Linux's own drivers, where `description` leaves that open."""
     script: list[Step] = []
     """These operations, in this order, in every episode, instead of drawn ones."""
     audit: bool = True
@@ -95,20 +100,23 @@ class Settings(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=
     """Bound of the workloads' end."""
     stall_seconds: Annotated[float, msgspec.Meta(ge=1, le=3600)] = 30.0
     """Without progress for so long, by its own clock, a workload gives up."""
-    sabotage: Literal["", "lose-one-in-a-thousand"] = ""
+    sabotage: Literal["", "lose-one-in-a-thousand", "disk-loses-a-block"] = ""
     """Only for tests of the soak itself."""
 
     def __post_init__(self) -> None:
         if self.operations is not None and self.seconds is not None:
             raise ValueError("'operations' and 'seconds' are both given: a campaign ends by one of them")
         for name, share in self.workloads.items():
-            if name not in RECIPES:
-                raise ValueError(f"there is no workload {name!r}; known: {', '.join(sorted(RECIPES))}")
+            if name not in ALL_RECIPES:
+                raise ValueError(f"there is no workload {name!r}; known: {', '.join(sorted(ALL_RECIPES))}")
             if not math.isfinite(share):
                 raise ValueError(f"the share of workload {name!r} is no number")
         if not any(self.share(name) == 1 for name in RECIPES if RECIPES[name].sends):
             names = ", ".join(sorted(name for name in RECIPES if RECIPES[name].sends))
             raise ValueError(f"one of the workloads {names} must have the share 1: nothing else makes the host send")
+        if self.linux and not any(self.share(name) == 1 for name in STOCK_RECIPES):
+            names = ", ".join(sorted(STOCK_RECIPES))
+            raise ValueError(f"one of the workloads {names} must have the share 1, or 'linux' be 0")
         if not self.script and not any(self.weight(kind) for kind in WEIGHTS if kind not in ("revert", "rescind")):
             raise ValueError("all weights are 0: no operation is left (revert and rescind need others before them)")
 
@@ -118,7 +126,7 @@ class Settings(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=
 
     def share(self, workload: str) -> float:
         """Of the episodes in which a workload runs."""
-        return self.workloads.get(workload, RECIPES[workload].share)
+        return self.workloads.get(workload, ALL_RECIPES[workload].share)
 
     @property
     def total(self) -> int | None:

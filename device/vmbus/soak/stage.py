@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from vmbus.server.control import ControlClient
 from vmbus.soak.records import Count, EventRecord, Sample, WorkloadRecord
 from vmbus.soak.schedule import EpisodePlan
 from vmbus.soak.sink import Sink
-from vmbus.soak.workloads import RECIPES
+from vmbus.soak.workloads import ALL_RECIPES
 
 LOOK_INTERVAL = 0.05
 """Seconds between two looks at the server while something is waited for."""
@@ -80,13 +80,20 @@ class Life:
     """What is known of a VM's workloads at one moment of it.
 
     `job`: the guest's number of the driver that runs. `baseline`: the hosts' tallies when it was started. `before`:
-    transactions completed by earlier drivers. `killed`: drivers that were killed up to then.
+    transactions completed by earlier drivers. `killed`: drivers that were killed up to then. `jobs`: with Linux's own
+    drivers, the number of each workload's program. `moves`: how often the guest found itself restored, up to then.
     """
 
     job: int
     baseline: dict[str, Count]
     before: int = 0
     killed: int = 0
+    jobs: dict[str, int] = field(default_factory=dict)
+    moves: int = 0
+
+    def moved(self) -> Life:
+        """This one, restored, migrated, or taken back to."""
+        return replace(self, moves=self.moves + 1)
 
 
 @dataclass
@@ -108,6 +115,8 @@ class Kept:
 class Stage:
     """One episode's means. `subject` is there from `boot` on."""
 
+    look_interval = LOOK_INTERVAL
+
     def __init__(self, plan: EpisodePlan, folder: Path, scratch: Path, programs: Programs, sink: Sink) -> None:
         """`folder`: what is kept of a failure lies here; `scratch`: for large files, gone at the end."""
         self.plan = plan
@@ -120,7 +129,7 @@ class Stage:
         self.snapshot: Kept | None = None
         self.checkpoints: dict[str, Life] = {}
         self.samples: list[Sample] = []
-        self._each_run = {one.provider for one in plan.workloads if RECIPES[one.driver].each_run}
+        self._each_run = {one.provider for one in plan.workloads if ALL_RECIPES[one.driver].each_run}
         self._began = time.monotonic()
         self._lives = 0
         self._names = 0
@@ -169,7 +178,7 @@ class Stage:
             kept.directory, self.programs, self.run_directory(), audit=self.audit, clone=clone
         )
         vm.programs = self.programs  # the same files as those in the snapshot, which may go before the VM does
-        return Subject(vm, kept.life)
+        return Subject(vm, kept.life.moved())
 
     async def keep(self, kept: Kept | None) -> None:
         """The last snapshot, instead of the one before it."""
@@ -177,10 +186,17 @@ class Stage:
         if old is not None:
             await asyncio.to_thread(shutil.rmtree, old.directory, True)
 
+    def going_back(self) -> contextlib.AbstractContextManager[None]:
+        """A context in which the VM that is there goes back to a checkpoint."""
+        return contextlib.nullcontext()
+
     async def end(self) -> None:
         """End the VM that is there, if there is one."""
         if self.subject is not None:
             await self.subject.vm.kill()
+
+    async def close(self) -> None:
+        """The episode is over: let go of what is not of a VM."""
 
     # ---- workloads -----------------------------------------------------------------------------------------------
 
@@ -191,6 +207,10 @@ class Stage:
         parameters = {"workloads": [{"driver": one.driver, **one.parameters} for one in self.plan.workloads]}
         started = await vm.call_agent("start", driver=MIXED, parameters=parameters)
         self.here.life = Life(int(started["job"]), tallies(status), before, killed)
+
+    async def status(self, subject: Subject) -> dict[str, Any]:
+        """What the server says, and what else the books need. Raises VmbusError."""
+        return await subject.vm.call_server("status")
 
     def transactions(self, subject: Subject, status: dict[str, Any]) -> int:
         """Completed since the episode's beginning, as the host counts."""
@@ -216,7 +236,7 @@ class Stage:
         enough = time.monotonic() + LOAD_SECONDS
         look = time.monotonic() + _JOB_INTERVAL
         while True:
-            status = await subject.vm.call_server("status")
+            status = await self.status(subject)
             self.check_books(subject, status)
             now = time.monotonic()
             if first is None or self.transactions(subject, status) < self.transactions(subject, first):
@@ -224,7 +244,7 @@ class Stage:
             moved = self.transactions(subject, status) - self.transactions(subject, first)
             still = self._still(first, status)
             packets = flight(status)
-            loaded = min(packets["queued"], packets["sent"]) >= self.plan.packets
+            loaded = self._loaded(packets)
             if moved >= after and not still and (loaded or now > enough):
                 if not loaded:
                     self.event(f"fewer packets in flight than wanted ({self.plan.packets} in each state): {packets}")
@@ -237,7 +257,11 @@ class Stage:
                 if still:
                     what += f", nothing moved at {', '.join(still)}"
                 raise WaitTimeout(f"the load to go on: {what}; in flight: {packets}", timeout)
-            await asyncio.sleep(LOOK_INTERVAL)
+            await asyncio.sleep(self.look_interval)
+
+    def _loaded(self, packets: Count) -> bool:
+        """Whether enough packets are in flight for an operation."""
+        return min(packets["queued"], packets["sent"]) >= self.plan.packets
 
     def _still(self, first: dict[str, Any], status: dict[str, Any]) -> list[str]:
         """Workloads that have completed nothing in between."""
@@ -252,6 +276,10 @@ class Stage:
         report = await subject.vm.call_agent("poll", job=subject.life.job)
         if report["state"] != "running":
             raise Wrong(f"the guest's workloads ended by themselves: {_say(report)}")
+
+    async def words(self, subject: Subject) -> dict[str, Any]:
+        """What the guest has to say of a failure."""
+        return await subject.vm.call_agent("poll", job=subject.life.job)
 
     def check_books(self, subject: Subject, status: dict[str, Any]) -> None:
         """Raises Wrong if the host's books show that something was lost, duplicated, reordered or corrupted."""
@@ -271,7 +299,7 @@ class Stage:
         """
         vm, life = subject.vm, subject.life
         await vm.call_agent("stop", job=life.job)
-        report = await self._job_end(subject)
+        report = await self._job_end(subject, life.job)
         status = await vm.call_server("status")
         records, wrong = self._compare(subject, report, status)
         verdict = ""
@@ -281,11 +309,11 @@ class Stage:
             wrong += self._judge(found, life)
         return records, verdict, wrong
 
-    async def _job_end(self, subject: Subject) -> dict[str, Any]:
+    async def _job_end(self, subject: Subject, job: int) -> dict[str, Any]:
         deadline = time.monotonic() + self.plan.finish_seconds
         while (left := deadline - time.monotonic()) > 0:
             part = min(10.0, left)
-            report = await subject.vm.call_agent("wait", job=subject.life.job, timeout=part + 10.0)
+            report = await subject.vm.call_agent("wait", job=job, timeout=part + 10.0)
             if report["state"] != "running":
                 return report
         raise WaitTimeout("the guest's workloads to end after they were stopped", self.plan.finish_seconds)

@@ -146,3 +146,54 @@ RECIPES: dict[str, Recipe] = {
     "idle": Recipe(LAB, _idle, 0.15),
 }
 """By the test driver's name."""
+
+
+# ---- with Linux's own drivers ----------------------------------------------------------------------------------------
+
+IMAGE = "soak.img"
+
+
+def _disk(draw: Draw, packets: int) -> Parameters:
+    return {
+        "device": "/dev/sda",
+        "count": 0,
+        "slots": draw.between(300, 600),
+        "batch": draw.between(4, 32),
+        "verify_every": draw.between(4, 12),
+        "pace": draw.one_of((0.0, 0.0, 0.02)),
+        "seed": draw.between(1, 1 << 30),
+    }
+
+
+def _disk_options(draw: Draw) -> Parameters:
+    return {"luns": [{"lun": 0, "image": IMAGE, "size_mib": 64, "create": True}]}
+
+
+def _vsock(draw: Draw, packets: int) -> Parameters:
+    return {
+        "size": draw.between(64, 32768),
+        "window": draw.between(1, 16),
+        "pace": draw.number(0.005, 0.05),
+        "seed": draw.between(1, 1 << 30),
+    }
+
+
+def _card(draw: Draw, packets: int) -> Parameters:
+    return {"streams": draw.between(1, 3), "stall_seconds": 90.0}
+
+
+def _card_options(draw: Draw) -> Parameters:
+    return {"queues": draw.between(1, 2), "offload": draw.chance(0.7)}
+
+
+STOCK_RECIPES: dict[str, Recipe] = {
+    "heartbeat": Recipe(
+        "integration", lambda draw, packets: {}, 1.0, options=lambda draw: {"heartbeat_seconds": draw.number(0.2, 1.0)}
+    ),
+    "disk": Recipe("scsi", _disk, 1.0, options=_disk_options),
+    "vsock": Recipe("vsock", _vsock, 1.0),
+    "card": Recipe("netvsc", _card, 1.0, options=_card_options),
+}
+"""Workloads of an episode whose guest has Linux's own drivers; `vmbus.soak.stock` runs them."""
+
+ALL_RECIPES = RECIPES | STOCK_RECIPES

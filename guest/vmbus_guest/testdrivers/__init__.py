@@ -218,6 +218,10 @@ CATALOGUE: dict[str, Entry] = {
         "vmbus_guest.testdrivers.transfer",
         "sends and takes TCP streams whose every byte is known, and checks them: no device",
     ),
+    "vsock": Entry(
+        "vmbus_guest.testdrivers.vsock",
+        "sends and takes frames over two AF_VSOCK connections, checks each, and connects again: no channels",
+    ),
     "kvp": Entry(
         "vmbus_guest.testdrivers.kvp",
         "reads and writes the key-value pools of the guest, as its programs do: no device",

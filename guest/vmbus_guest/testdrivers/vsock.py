@@ -1,0 +1,248 @@
+"""Test driver `vsock`: two connections over AF_VSOCK, one each way, whose every byte is known and checked. No channels.
+
+Both ends send numbered frames with a checksum; this end keeps a window of them open, and the host's end sends one for
+each that it gets. When a connection ends, as each does when its VM is restored, the next one is made, and begins at 0.
+How often that was is counted (`ends`): whoever runs this knows how often it may have been.
+
+Parameters:
+
+    port     of the host's, to connect to
+    listen   port to listen on, to which the host connects
+    size     most bytes of data in a frame
+    window   frames that wait for one of the host's, on each connection
+    pace     seconds between two frames of a connection
+    seed     of the data
+    end_seconds   how long the end may take after a stop
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import select
+import socket
+import time
+import zlib
+from struct import Struct
+from typing import Any
+
+from vmbus.errors import VmbusError
+from vmbus.workload import Pattern
+from vmbus_guest.testdrivers.context import Context
+
+HOST = 2
+GUEST_END, HOST_END = 0, 1
+_HEAD = Struct("<IIQI")  # magic, bytes of data, number, their checksum
+_FRAME, _LAST = 0x4D415246, 0x5453414C
+_MOST = 65536
+_CONNECT_SECONDS = 5.0
+_AGAIN_SECONDS = 0.2
+_NOT_SENT = frozenset({errno.EAGAIN, errno.EPIPE, errno.ECONNRESET, errno.ENODEV})
+"""What sending may say; reading finds the end. ENODEV: the channel is rescinded, which the socket is yet to hear."""
+
+
+class WrongBytes(VmbusError):
+    """What came is not what was sent."""
+
+
+class Frames:
+    """One end of one connection, without I/O: what it sends next, and a check of what it gets.
+
+    `sent`, `received`: frames so far. `ended`: the other end has said that there are no more, and how many there were.
+    """
+
+    def __init__(self, seed: int, end: int, size: int) -> None:
+        self._own, self._other = Pattern(2 * seed + end), Pattern(2 * seed + 1 - end)
+        self._size = size
+        self._buffer = bytearray()
+        self.sent = self.received = 0
+        self.ended = False
+
+    def _length(self, number: int) -> int:
+        return 1 + number * 7919 % self._size
+
+    def frame(self) -> bytes:
+        """The next one to send."""
+        data = self._own.data(self.sent, self._length(self.sent))
+        self.sent += 1
+        return _HEAD.pack(_FRAME, len(data), self.sent - 1, zlib.crc32(data)) + data
+
+    def last(self) -> bytes:
+        """What says that no more will come."""
+        return _HEAD.pack(_LAST, 0, self.sent, 0)
+
+    def feed(self, data: bytes) -> int:
+        """Take what came; returns how many frames are whole by now. Raises WrongBytes."""
+        self._buffer += data
+        whole = 0
+        while len(self._buffer) >= _HEAD.size:
+            magic, length, number, checksum = _HEAD.unpack_from(self._buffer)
+            if self.ended or magic not in (_FRAME, _LAST) or length > _MOST or number != self.received:
+                raise WrongBytes(
+                    f"after {self.received} frames{', all there were,' if self.ended else ''} came the head "
+                    f"{bytes(self._buffer[: _HEAD.size]).hex()}"
+                )
+            if magic == _LAST:
+                self.ended = True
+                del self._buffer[: _HEAD.size]
+                continue
+            if len(self._buffer) < _HEAD.size + length:
+                break
+            data = bytes(self._buffer[_HEAD.size : _HEAD.size + length])
+            if zlib.crc32(data) != checksum or data != self._other.data(number, self._length(number)):
+                raise WrongBytes(f"the data of frame {number} are not those that were sent")
+            del self._buffer[: _HEAD.size + length]
+            self.received += 1
+            whole += 1
+        if self.ended and self._buffer:
+            raise WrongBytes(f"{len(self._buffer)} bytes behind the last frame")
+        return whole
+
+
+class _Link:
+    """One of the two connections, and those before it."""
+
+    def __init__(self, values: dict[str, Any]) -> None:
+        self._values = values
+        self.socket: socket.socket | None = None
+        self.sent = self.received = self.ends = self.refused = 0
+        self.wrong: list[str] = []
+        self.done = False
+        self.again_at = 0.0
+
+    def begin(self, end: socket.socket) -> None:
+        end.setblocking(False)
+        self.socket = end
+        self._frames = Frames(self._values["seed"], GUEST_END, self._values["size"])
+        self._out = bytearray()
+        self._due = 0.0
+        self._stopped = False
+
+    def wants_to_send(self, now: float, stop: bool) -> bool:
+        """Whether there is something to send, or will be made."""
+        frames = self._frames
+        if stop and not self._stopped:
+            self._stopped = True
+            self._out += frames.last()
+        room = frames.sent - frames.received < self._values["window"]
+        if room and now >= self._due and not (self._stopped or self._out):
+            self._out += frames.frame()
+            self.sent += 1
+            self._due = now + self._values["pace"]
+        return bool(self._out)
+
+    def send(self) -> None:
+        assert self.socket is not None
+        try:
+            del self._out[: self.socket.send(self._out)]
+        except OSError as error:
+            if error.errno not in _NOT_SENT:
+                raise
+
+    def receive(self) -> None:
+        assert self.socket is not None
+        try:
+            data = self.socket.recv(1 << 16)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        if data:
+            try:
+                self.received += self._frames.feed(data)
+            except WrongBytes as error:
+                self.wrong.append(str(error))
+                self._end()
+            return
+        if self._stopped and self._frames.ended:
+            self.done = True
+        elif self._frames.received:
+            self.ends += 1
+        else:
+            self.refused += 1  # nobody listened: a connection that never was
+        self._end()
+
+    def _end(self) -> None:
+        assert self.socket is not None
+        self.socket.close()
+        self.socket = None
+        self.again_at = time.monotonic() + _AGAIN_SECONDS
+
+
+def _connect(port: int) -> socket.socket | None:
+    end = socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM)
+    end.settimeout(_CONNECT_SECONDS)
+    try:
+        end.connect((HOST, port))
+    except OSError:
+        end.close()
+        return None
+    return end
+
+
+def run(context: Context) -> dict[str, Any]:
+    """See the module's text."""
+    get = context.parameters.get
+    port = get("port", 1024, minimum=1, maximum=(1 << 31) - 1)
+    listen = get("listen", 2048, minimum=1, maximum=(1 << 31) - 1)
+    values = {
+        "size": get("size", 16384, minimum=1, maximum=_MOST),
+        "window": get("window", 8, minimum=1, maximum=1024),
+        "pace": get("pace", 0.02, minimum=0, maximum=10),
+        "seed": get("seed", 1),
+    }
+    end_seconds = get("end_seconds", 20.0, minimum=0, maximum=600)
+    context.parameters.check()
+    waiting = socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM)
+    waiting.bind((socket.VMADDR_CID_ANY, listen))
+    waiting.listen(4)
+    waiting.setblocking(False)
+    out, into = links = (_Link(values), _Link(values))
+    deadline = None
+    while not all(link.done for link in links) and not any(link.wrong for link in links):
+        now = time.monotonic()
+        stop = context.stop_requested
+        if stop and deadline is None:
+            deadline = now + end_seconds
+        if deadline is not None and now > deadline:
+            break
+        if out.socket is None and not out.done and now >= out.again_at:
+            if (end := _connect(port)) is not None:
+                out.begin(end)
+            else:
+                out.refused += 1
+                out.again_at = now + _AGAIN_SECONDS
+        busy = [link for link in links if link.socket is not None]
+        readers: list[Any] = [link.socket for link in busy] + ([waiting] if into.socket is None else [])
+        writers: list[Any] = [link.socket for link in busy if link.wants_to_send(now, stop)]
+        pause = 0.25 if all(link.done for link in links) else max(0.005, values["pace"])
+        readable, writable, _ = select.select(readers, writers, [], pause)
+        for link in busy:
+            if link.socket in writable:
+                link.send()
+            if link.socket in readable:
+                link.receive()
+        if waiting in readable and not into.done:
+            with contextlib.suppress(OSError):
+                into.begin(waiting.accept()[0])
+        if context.progress_due:
+            context.progress(**_counts(links))
+    waiting.close()
+    wrong = [text for link in links for text in link.wrong]
+    wrong += [
+        f"the {name} connection did not come to its end"
+        for name, link in zip(("first", "second"), links, strict=True)
+        if not link.done
+    ]
+    return {**_counts(links), "reasons": wrong[:10], "verdict": "failed" if wrong else "passed"}
+
+
+def _counts(links: tuple[_Link, ...]) -> dict[str, Any]:
+    return {
+        "sent": sum(link.sent for link in links),
+        "received": sum(link.received for link in links),
+        "slowest": min(link.received for link in links),
+        "ends": sum(link.ends for link in links),
+        "refused": sum(link.refused for link in links),
+        "wrong": sum(len(link.wrong) for link in links),
+    }
