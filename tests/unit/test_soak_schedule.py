@@ -28,6 +28,7 @@ from vmbus.soak.schedule import (
     World,
     encode_plan,
     episodes_planned,
+    linux_share,
     load_plan,
     plan_episode,
 )
@@ -204,6 +205,8 @@ def test_a_script_and_weights_decide_what_linux_can_do() -> None:
     assert not plan_episode(Settings(sabotage=LOSE_ONE_IN_A_THOUSAND, linux=1.0), 1, 0).vm.guest.linux
     ours = plan(description="linux", linux=0.0)
     assert ours.vm.guest.linux and ours.workloads[1].provider == "storage"
+    assert linux_share(Settings()) == 0.25 and linux_share(Settings(description="linux")) == 1.0
+    assert linux_share(settings_from({"script": [{"kind": "driver_kill"}]}, "x")) == 0.0
     with pytest.raises(UsageError, match="not all of the script's"):
         plan(description="linux", script=[{"kind": "driver_kill"}])
     with pytest.raises(UsageError, match="or 'linux' be 0"):

@@ -23,7 +23,7 @@ from vmbus.soak.settings import LOSE_ONE_IN_A_THOUSAND
 pytestmark = pytest.mark.vm
 
 SETTINGS = [
-    *("--seed", "11", "--operations", "2", "--set", "packets=32", "--set", "pace=50"),
+    *("--seed", "11", "--operations", "2", "--set", "packets=32", "--set", "pace=50", "--set", "linux=0"),
     *("--set", "workloads.bulk=0", "--set", "workloads.remap=0"),
     *("--set", 'script=[{"kind":"save_restore_live"},{"kind":"pause"}]'),
 ]

@@ -17,8 +17,9 @@ import click
 import msgspec
 
 from vmbus.cli.terminal import console
-from vmbus.errors import UsageError, VmbusError
+from vmbus.errors import EnvironmentProblem, UsageError, VmbusError
 from vmbus.provision import provision
+from vmbus.qemu.command_line import programs_from
 from vmbus.soak import report as reports
 from vmbus.soak.campaign import CampaignRun, Limits
 from vmbus.soak.engine import Engine, LocalEngine
@@ -29,7 +30,7 @@ from vmbus.soak.job import Job
 from vmbus.soak.progress import Figures, LiveView, PlainView, failure_text
 from vmbus.soak.records import FORMAT, Report
 from vmbus.soak.replay import parse_words, replay_command
-from vmbus.soak.schedule import encode_plan, episodes_planned, plan_episode
+from vmbus.soak.schedule import encode_plan, episodes_planned, linux_share, plan_episode
 from vmbus.soak.settings import Settings, read_values, settings_from
 
 PASSED, FAILED, CANNOT, INTERRUPTED = 0, 1, 2, 3
@@ -178,6 +179,14 @@ async def _campaign(
 ) -> int:
     """Run the campaign in its folder and show how it goes. Returns the exit status."""
     provisioned = await asyncio.to_thread(provision)
+    wanted = linux_share(settings) > 0
+    if episode is not None:
+        wanted = plan_episode(settings, settings.seed, episode).vm.guest.linux
+    reason = programs_from(provisioned).no_linux_driver
+    if wanted and reason and scheduler is None:
+        raise EnvironmentProblem(
+            f"Linux's own drivers cannot be used here: {reason}; --set linux=0 leaves out the episodes that have them"
+        )
     row = _Row(settings)
     plain: dict[str, Any] = msgspec.to_builtins(settings)
     campaign = Campaign(

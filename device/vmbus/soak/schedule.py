@@ -160,21 +160,29 @@ def load_plan(path: Path) -> EpisodePlan:
 # ---- machine and workloads -------------------------------------------------------------------------------------------
 
 
+def linux_share(settings: Settings) -> float:
+    """Of the episodes whose guest has Linux's own drivers, as far as the settings decide it. Raises UsageError."""
+    if settings.sabotage:
+        return float(settings.sabotage == DISK_LOSES_A_BLOCK)
+    if settings.description:
+        return float(_description(settings.description).guest.linux)
+    return settings.linux if _possible_ways(settings) else 0.0
+
+
+def _possible_ways(settings: Settings) -> list[Way]:
+    return [way for way, kinds in STOCK_OPERATIONS.items() if _fits(settings, kinds)]
+
+
 def _way(settings: Settings, own: int) -> Way:
     """Of an episode with this seed. Drawn by itself, so that it leaves everything else as it was."""
     draw = Draw(seed_of(own, 0))
-    drawn, which = draw.chance(settings.linux), draw.number(0, 0.999)
-    linux = _description(settings.description).guest.linux if settings.description else drawn
-    possible = [way for way, kinds in STOCK_OPERATIONS.items() if _fits(settings, kinds)]
-    if settings.sabotage:
-        linux = settings.sabotage == DISK_LOSES_A_BLOCK
-    if not linux:
+    drawn, which = draw.chance(linux_share(settings)), draw.number(0, 0.999)
+    possible = _possible_ways(settings)
+    if not drawn:
         return ""
     if possible:
         return possible[int(which * len(possible))]
-    if settings.description or settings.sabotage:
-        raise UsageError("none of these operations, or not all of the script's, are there with Linux's own drivers")
-    return ""
+    raise UsageError("none of these operations, or not all of the script's, are there with Linux's own drivers")
 
 
 def _fits(settings: Settings, kinds: tuple[Kind, ...]) -> bool:
