@@ -23,9 +23,12 @@ from vmbus.inspection.document import Source
 from vmbus.inspection.saved import inspect_state
 from vmbus.kmcl.server import SERVER_FLAG_FORCE_NEW_CHANNEL
 from vmbus.loopback.harness import LoopbackServer, describe
+from vmbus.migration.arrival import packets_found
 from vmbus.providers.vsock import VsockProvider
 from vmbus.providers.vsock.connection import CHUNK, HIGH, Connection
 from vmbus.providers.vsock.provider import _FLAGS, HOST_SECONDS, MOST_CONNECTIONS
+from vmbus.saved import count_packets
+from vmbus.snapshot.manifest import Packets
 from vmbus.vfio_user.library import Library
 from vmbus.wire import hvsock
 from vmbus.wire import messages as m
@@ -102,14 +105,17 @@ class Bench:
     def both(self, which: str) -> tuple[GuestSocket, socket.socket]:
         return self.from_guest() if which == "guest" else self.from_host()
 
-    def restore(self) -> None:
-        """Into another server."""
+    def restore(self) -> int:
+        """Into another server; how many packets were in flight that nobody saves."""
         state = self.server.save()
         config = state.config
         self.server.stop()
         self.server = LoopbackServer(describe("vsock", "echo"), self.library, restore=state, audit=self.audit)
         self.function.reconnect(self.server.socket_path, config)
-        self.server.command("restore-finish")
+        found = self.server.command("restore-finish")
+        counts = count_packets(state)
+        assert packets_found(found) == Packets(queued=counts.queued, sent=counts.sent), "a live migration compares them"
+        return sum(found["unsaved"].values())
 
     def nothing_is_left(self, offers: int = 1, seconds: float = SECONDS) -> None:
         """No connection, offer, GPADL, descriptor or timer of one."""
@@ -437,7 +443,7 @@ def test_a_restored_guest_finds_its_connections_closed(bench: Bench) -> None:
     waiting = bench.call(4711)  # offered, and not opened
     half = bench.call(b"CONNE")
     bench.sockets.run_until(lambda: bench.status["connecting"] == 2, "those that connect")
-    bench.restore()
+    assert bench.restore() > 0, "what the guest had not read"
     for guest, host in [*pairs, unread]:
         bench.sockets.run_until(lambda guest=guest: guest.closed, "the RESCIND")
         bench.sockets.run_until(lambda host=host: not take(host, bytearray()), "the end at the host")
