@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
+import os
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -284,6 +285,21 @@ def test_a_failure_at_any_step_leaves_the_vm_running(tmp_path: Path, live: bool,
     assert model.vcpus and model.device == "running" and not model.logging
     assert model.migration in ("none", "cancelled", "completed")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("left", [0, 1])
+def test_a_full_disk_is_called_one_whatever_qemu_calls_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, left: int
+) -> None:
+    model = Model()
+    model.fail["migrate"] = [EnvironmentProblem("ram_save_setup failed: Input/output error")]
+    monkeypatch.setattr(os, "statvfs", lambda path: os.statvfs_result((4096, 4096, 10, left, left, 1, 1, 1, 0, 255)))
+    with pytest.raises(SaveFailed) as caught:
+        asyncio.run(take(model, tmp_path, live=True))
+    full = f" (No space left on device in {tmp_path})"
+    assert str(caught.value) == (
+        f"save failed: ram_save_setup failed: Input/output error{'' if left else full}; the VM runs on"
+    )
 
 
 @pytest.mark.parametrize("live", [False, True])

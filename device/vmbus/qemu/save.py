@@ -23,6 +23,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
+import os
 import time
 from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Iterator, Mapping
 from contextlib import AbstractContextManager, asynccontextmanager
@@ -308,18 +310,27 @@ class Capture:
                 if isinstance(error, VmbusError):
                     raise SaveFailed(f"{self._operation} failed: {error}; the VM runs on", source_alive=True) from error
                 raise
+            room = self._no_room(error)
             try:
                 await uninterrupted(self._undo())
             except (VmbusError, OSError) as second:
                 raise SaveFailed(
-                    f"{self._operation} failed: {error}; "
+                    f"{self._operation} failed: {error}{room}; "
                     f"the VM is lost, since it could not be set running again: {second}",
                     source_alive=False,
                 ) from error
             if isinstance(error, VmbusError):
                 fate = "the VM runs on" if self._was_running else "the VM stays paused as it was"
-                raise SaveFailed(f"{self._operation} failed: {error}; {fate}", source_alive=True) from error
+                raise SaveFailed(f"{self._operation} failed: {error}{room}; {fate}", source_alive=True) from error
             raise
+
+    def _no_room(self, error: BaseException) -> str:
+        """To be said beside an error if the disk is full: QEMU calls that an input/output error at times."""
+        folder, full = self._target.state.parent, os.strerror(errno.ENOSPC)
+        with contextlib.suppress(OSError):
+            if full not in str(error) and not os.statvfs(folder).f_bavail:
+                return f" ({full} in {folder})"
+        return ""
 
     def hand_over(self) -> None:
         """From here on the VM is somebody else's: nothing is undone any more. `resume` still works."""
