@@ -20,7 +20,7 @@ from vmbus.soak.folder import read_state
 from vmbus.soak.records import EpisodeRecord, OperationRecord
 from vmbus.soak.settings import LOSE_ONE_IN_A_THOUSAND
 
-pytestmark = pytest.mark.vm
+pytestmark = [pytest.mark.vm, pytest.mark.usefixtures("own_temporary_files")]
 
 SETTINGS = [
     *("--seed", "11", "--operations", "2", "--set", "packets=32", "--set", "pace=50", "--set", "linux=0"),

@@ -25,7 +25,7 @@ from vmbus.soak.schedule import EpisodePlan, encode_plan, plan_episode
 from vmbus.soak.settings import LOSE_ONE_IN_A_THOUSAND, WEIGHTS, settings_from
 from vmbus.soak.sink import NoSink
 
-pytestmark = [pytest.mark.vm, pytest.mark.long]
+pytestmark = [pytest.mark.vm, pytest.mark.long, pytest.mark.usefixtures("own_temporary_files")]
 
 Run = Callable[[Coroutine[Any, Any, Any]], Any]
 

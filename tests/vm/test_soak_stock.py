@@ -16,7 +16,7 @@ from vmbus.soak.schedule import plan_episode
 from vmbus.soak.settings import DISK_LOSES_A_BLOCK, settings_from
 from vmbus.soak.sink import NoSink
 
-pytestmark = pytest.mark.vm
+pytestmark = [pytest.mark.vm, pytest.mark.usefixtures("own_temporary_files")]
 
 Run = Callable[[Coroutine[Any, Any, Any]], Any]
 Note = Callable[[str], None]
