@@ -1,8 +1,9 @@
 """Guest memory: windows, grants, revocation, the dirty log."""
 
+import gc
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 from hypothesis import settings
@@ -252,17 +253,26 @@ def _work(count: int) -> dict[str, float]:
     return took
 
 
+@pytest.fixture
+def no_collector() -> Iterator[None]:
+    """The garbage collector looks through all that other tests have left, at moments of its own."""
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.mark.usefixtures("no_collector")
 def test_eight_times_the_regions_cost_about_eight_times_as_much() -> None:
     """Work that looks through all regions, grants or pages for each of them would cost 64 times as much. Caches and
-    neighbours on the machine may triple a time: one that looks too long is measured again."""
+    neighbours on the machine may multiply a time: one that looks too long is measured again."""
     few, many = _work(1500), _work(12000)
     for _ in range(5):
-        if all(many[what] < 24 * few[what] for what in few):
+        if all(many[what] < 40 * few[what] for what in few):
             break
         for times, count in ((few, 1500), (many, 12000)):
             for what, took in _work(count).items():
                 times[what] = min(times[what], took)
-    slow = {what: f"{many[what] / few[what]:.1f} times as long" for what in few if many[what] >= 24 * few[what]}
+    slow = {what: f"{many[what] / few[what]:.1f} times as long" for what in few if many[what] >= 40 * few[what]}
     assert not slow
 
 
