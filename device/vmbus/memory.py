@@ -461,3 +461,14 @@ def _pages(region: Region) -> tuple[int, int]:
 def _runs(pages: PageSet, max_bytes: int) -> list[tuple[int, int]]:
     """Pages as (I/O address, length) runs of at most `max_bytes`, and at least a page, in address order."""
     return [(first * PAGE_SIZE, count * PAGE_SIZE) for first, count in pages.runs(max(max_bytes // PAGE_SIZE, 1))]
+
+
+def first_bytes(views: Sequence[memoryview], length: int) -> list[memoryview]:
+    """The first `length` bytes of memory; what there is, if there are fewer."""
+    found = []
+    for view in views:
+        if length <= 0:
+            break
+        found.append(view[:length])
+        length -= len(view)
+    return found

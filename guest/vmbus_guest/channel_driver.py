@@ -12,7 +12,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Protocol, Self
 from uuid import UUID
 
 from vmbus.errors import PeerError, UsageError, WaitTimeout
@@ -60,6 +60,14 @@ class ChannelRescinded(PeerError):
     """The host has withdrawn a channel instead of answering."""
 
 
+class Buffers(Protocol):
+    """Where memory for the device comes from."""
+
+    def allocate(self, size: int) -> DmaBuffer: ...
+
+    def free(self, buffer: DmaBuffer) -> None: ...
+
+
 class ChannelDriver(ABC):
     """See the module's text. Use it as a context manager.
 
@@ -73,7 +81,10 @@ class ChannelDriver(ABC):
         interrupts: how many were taken.
     """
 
-    def __init__(self, recorder: Recorder | None = None) -> None:
+    def __init__(self, source: Buffers, recorder: Recorder | None = None) -> None:
+        """`source`: of the memory that `allocate` gives."""
+        self._source = source
+        self._buffers: list[DmaBuffer] = []
         self.recorder = recorder
         self.interrupts = 0
         self.memory = GuestMemory()
@@ -101,13 +112,22 @@ class ChannelDriver(ABC):
 
     # ---- memory --------------------------------------------------------------------------------------------------
 
-    @abstractmethod
     def allocate(self, size: int) -> DmaBuffer:
         """Zeroed memory that the device can reach; `size` is a multiple of 4096 bytes. Raises EnvironmentProblem."""
+        buffer = self._source.allocate(size)
+        self.memory.map(buffer.iova, buffer.view, True)
+        self._buffers.append(buffer)
+        return buffer
 
-    @abstractmethod
     def free(self, buffer: DmaBuffer) -> None:
         """Give memory of `allocate` back."""
+        self._buffers.remove(buffer)
+        self.memory.unmap(buffer.iova, buffer.size)
+        self._source.free(buffer)
+
+    def _free_all(self) -> None:
+        for buffer in list(self._buffers):
+            self.free(buffer)
 
     def trim(self) -> int:
         """Have memory that is wholly free be out of the device's reach, where that can be. Returns how many pieces."""

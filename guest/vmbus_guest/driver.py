@@ -122,7 +122,7 @@ class VmbusDriver(ChannelDriver):
         Raises EnvironmentProblem when the function is not ours or speaks no version in `versions`, WaitTimeout when
         it does not answer.
         """
-        super().__init__(recorder)
+        super().__init__(function, recorder)
         self.function = function
         self.bus = BusClient(self._post)
         self.bus.on_rescind = self._rescinded
@@ -130,7 +130,6 @@ class VmbusDriver(ChannelDriver):
         self._opening = False
         self._opening_waiting = False
         self._links: dict[int, ClientLink] = {}
-        self._buffers: list[DmaBuffer] = []
         if function.read32(Register.MAGIC) != MAGIC:
             raise EnvironmentProblem(f"BAR0 reads {function.read32(Register.MAGIC):#x}: this is not a VMBus function")
         abi = function.read32(Register.ABI_VERSION)
@@ -145,19 +144,6 @@ class VmbusDriver(ChannelDriver):
         self._connect(versions)
 
     # ---- memory --------------------------------------------------------------------------------------------------
-
-    def allocate(self, size: int) -> DmaBuffer:
-        """Zeroed memory that the device can reach; `size` is a multiple of 4096 bytes."""
-        buffer = self.function.allocate(size)
-        self.memory.map(buffer.iova, buffer.view, True)
-        self._buffers.append(buffer)
-        return buffer
-
-    def free(self, buffer: DmaBuffer) -> None:
-        """Give memory of `allocate` back."""
-        self._buffers.remove(buffer)
-        self.memory.unmap(buffer.iova, buffer.size)
-        self.function.free(buffer)
 
     def trim(self) -> int:
         return self.function.trim()
@@ -224,8 +210,7 @@ class VmbusDriver(ChannelDriver):
             self._slot_type.release()
             for view in (self._message_view, self._event_view, self._post_view):
                 view.release()
-            for buffer in list(self._buffers):
-                self.free(buffer)
+            self._free_all()
             self._close_watches()
             self.function.close()
 

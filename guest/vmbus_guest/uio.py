@@ -31,9 +31,8 @@ from vmbus.ring import RingReader, RingWriter
 from vmbus.watches import Watches
 from vmbus.wire import messages as m
 from vmbus.wire.gpa import PAGE_SIZE
-from vmbus_guest.channel_driver import DEFAULT_TIMEOUT, ChannelDriver, GpadlRefused
+from vmbus_guest.channel_driver import DEFAULT_TIMEOUT, Buffers, ChannelDriver, GpadlRefused
 from vmbus_guest.huge_pages import PhysicalMemory
-from vmbus_guest.pci import DmaBuffer
 from vmbus_guest.vmbus_devices import VmbusDevice, bind_device, bus_is_there, find_devices, give_back, map_size, reserve
 
 if TYPE_CHECKING:
@@ -47,12 +46,8 @@ RINGS = 1 << 56
 _SIGNAL = struct.pack("<i", 1)
 
 
-class Allocator(Protocol):
+class Allocator(Buffers, Protocol):
     """Where memory for the device comes from: see `vmbus_guest.huge_pages.PhysicalMemory`."""
-
-    def allocate(self, size: int) -> DmaBuffer: ...
-
-    def free(self, buffer: DmaBuffer) -> None: ...
 
     def close(self) -> None: ...
 
@@ -174,13 +169,12 @@ class UioDriver(ChannelDriver):
         physical: Allocator | None = None,
     ) -> None:
         """Raises EnvironmentProblem when the guest's kernel has no such bus."""
-        super().__init__(recorder)
         find_devices(sysfs=sysfs)
+        self._physical: Allocator = PhysicalMemory() if physical is None else physical
+        super().__init__(self._physical, recorder)
         self._sysfs = sysfs
         self._dev = dev
         self._open_device = open_device
-        self._physical: Allocator = PhysicalMemory() if physical is None else physical
-        self._buffers: list[DmaBuffer] = []
         self._links: dict[UUID, UioLink] = {}
         self._reserved: dict[UUID, tuple[int, VmbusDevice]] = {}
         self._opening = False
@@ -202,22 +196,8 @@ class UioDriver(ChannelDriver):
                     give_back(device, sysfs=self._sysfs)
                 os.close(descriptor)
             self._reserved.clear()
-            for buffer in list(self._buffers):
-                self.free(buffer)
+            self._free_all()
             self._physical.close()
-
-    # ---- memory --------------------------------------------------------------------------------------------------
-
-    def allocate(self, size: int) -> DmaBuffer:
-        buffer = self._physical.allocate(size)
-        self.memory.map(buffer.iova, buffer.view, True)
-        self._buffers.append(buffer)
-        return buffer
-
-    def free(self, buffer: DmaBuffer) -> None:
-        self._buffers.remove(buffer)
-        self.memory.unmap(buffer.iova, buffer.size)
-        self._physical.free(buffer)
 
     # ---- channels --------------------------------------------------------------------------------------------------
 

@@ -26,7 +26,7 @@ from vmbus.kmcl.packet import Packet
 from vmbus.kmcl.server import ServerChannel
 from vmbus.kmcl.status import KmclError
 from vmbus.kmcl.status import Status as PacketStatus
-from vmbus.memory import Grant
+from vmbus.memory import Grant, first_bytes
 from vmbus.providers.base import Bound, Host
 from vmbus.providers.saved import TallyState
 from vmbus.providers.slices import BEHIND, PIECE, STEP, Slices, transformed
@@ -240,7 +240,7 @@ class Line:
         answer: bytes = b""
         found: int | None = None
         if views is not None:
-            found = yield from transformed(first(views, length), length, crc, sequence)
+            found = yield from transformed(first_bytes(views, length), length, crc, sequence)
         else:
             data = body[start : start + length]
             room = self.channel.largest_payload - workload.ECHO_REPLY.size
@@ -447,17 +447,6 @@ _HANDLERS: dict[int, Callable[[Line, int, bytes], Reply]] = {
     Op.PUSH: Line._push,
     Op.STATS: Line._stats,
 }
-
-
-def first(views: Sequence[memoryview], length: int) -> list[memoryview]:
-    """The first `length` bytes of memory; what there is, if there are fewer."""
-    found = []
-    for view in views:
-        if length <= 0:
-            break
-        found.append(view[:length])
-        length -= len(view)
-    return found
 
 
 class Station:

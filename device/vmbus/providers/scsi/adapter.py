@@ -15,6 +15,7 @@ from vmbus.kmcl.lifecycle import ChannelState
 from vmbus.kmcl.packet import Packet
 from vmbus.kmcl.server import ServerChannel
 from vmbus.kmcl.status import KmclError
+from vmbus.memory import first_bytes
 from vmbus.providers.base import Host
 from vmbus.providers.block.disk import MAXIMUM_DATA
 from vmbus.providers.scsi.commands import (
@@ -377,7 +378,7 @@ class Adapter:
         size = grant.size
         if size < room or room < length:
             return None
-        return grant.views if size == length else _first(grant.views, length)
+        return grant.views if size == length else first_bytes(grant.views, length)
 
     def _give(self, completion: Completion, payload: bytes, srb: Srb, data: bytes) -> None:
         """Success, with as much of `data` as there is room for."""
@@ -434,17 +435,6 @@ class Adapter:
             self._offer(index)
 
 
-def _first(views: Sequence[memoryview], length: int) -> list[memoryview]:
-    """The first `length` bytes of memory."""
-    found = []
-    for view in views:
-        if length <= 0:
-            break
-        found.append(view[:length])
-        length -= len(view)
-    return found
-
-
 def _copied(views: Sequence[memoryview], most: int) -> bytes:
     """A private copy of at most `most` bytes of a guest's memory."""
-    return b"".join(bytes(view) for view in _first(views, most))
+    return b"".join(bytes(view) for view in first_bytes(views, most))
