@@ -7,11 +7,12 @@ layer is one of its properties, and the lines for the summary are part of what a
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,7 @@ class _Tally:
         self.matrix: Counter[str] = Counter()  # cells of the failure matrix that hold, by layer
         self.notes: list[str] = []
         self.took: Counter[str] = Counter()  # seconds, by test
+        self.broken = False  # pytest itself, here or in a worker; of the latter xdist's exit status says nothing
 
     def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
         layer_of: dict[str, str] = {}
@@ -112,6 +114,9 @@ class _Tally:
                 self.excused[layer] += 1
                 self.excuse = reason
 
+    def pytest_internalerror(self) -> None:
+        self.broken = True
+
     @pytest.hookimpl(optionalhook=True)
     def pytest_testnodedown(self, node: Any) -> None:
         self.notes += getattr(node, "workeroutput", {}).get("notes", [])
@@ -146,7 +151,9 @@ class _Tally:
         if is_worker(session.config):
             session.config.workeroutput["notes"] = session.config.stash[NOTES]
             return  # the controller has all the reports, and judges
-        if session.config.option.all_layers and exitstatus == pytest.ExitCode.OK and self.gaps:
+        if exitstatus == pytest.ExitCode.OK and self.broken:
+            session.exitstatus = pytest.ExitCode.INTERNAL_ERROR
+        elif session.config.option.all_layers and exitstatus == pytest.ExitCode.OK and self.gaps:
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
     def pytest_terminal_summary(self, terminalreporter, exitstatus: int, config: pytest.Config) -> None:
@@ -179,6 +186,23 @@ def pytest_configure(config: pytest.Config) -> None:
         # Whoever ends the run (`timeout` in CI) gets what a Ctrl-C gets: tests clean up, and what has failed is told.
         signal.signal(signal.SIGTERM, signal.default_int_handler)
     config.pluginmanager.register(_Tally(config), "layer-tally")
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_makereport() -> Iterator[None]:
+    """Reports are made while nothing is collected.
+
+    For a failure pytest parses sources. What the collector ends meanwhile (a task nobody waited for) may format a
+    traceback, which parses too; in Python before 3.11.8 and 3.12.2 the outer parse then raises SystemError, which ends
+    the whole run, and the failure is never told.
+    """
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        if collecting:
+            gc.enable()
 
 
 @pytest.fixture(scope="session")

@@ -115,6 +115,37 @@ def test_a_worker_that_dies_ends_the_run_with_a_failure(tmp_path: Path) -> None:
     assert "FAILED loopback/test_dies.py::test_dies" in text and "crashed while running" in text
 
 
+def test_what_breaks_pytest_itself_in_a_worker_makes_the_run_fail(tmp_path: Path) -> None:
+    """xdist alone ends such a run with status 0."""
+    hook = "def pytest_runtest_makereport(item): assert item.name != 'test_alone'\n"
+    (tmp_path / "breaks.py").write_text(hook)
+    (tmp_path / "test_alone.py").write_text("import pytest\n@pytest.mark.unit\ndef test_alone(): pass\n")
+    code, text = outcome(tmp_path, "", *SEVERAL, "-p", "breaks")
+    assert code == pytest.ExitCode.INTERNAL_ERROR and "INTERNALERROR" in text, text
+
+
+def test_a_failure_is_told_whatever_is_collected_meanwhile(tmp_path: Path) -> None:
+    """Garbage whose end formats a traceback and leaves more of it, and a collector that runs all the time."""
+    (tmp_path / "test_garbage.py").write_text(
+        "import gc, traceback, pytest\n"
+        "class Garbage:\n"
+        "    def __init__(self): self.itself = self\n"
+        "    def __del__(self):\n"
+        "        try: [1][0] + {'x': 'y'}['x']\n"
+        "        except TypeError as problem: traceback.format_exception(problem)\n"
+        "        Garbage()\n"
+        "@pytest.mark.unit\n"
+        "def test_wrong():\n"
+        "    gc.set_threshold(100)\n"
+        "    Garbage()\n"
+        "    assert 1 == 2\n" + "OTHER = [(1, 2), (3, 4)]\n" * 1000
+    )
+    code, text = outcome(tmp_path, "", *SEVERAL)
+    assert code == 1, text
+    assert "FAILED test_garbage.py::test_wrong (call): assert 1 == 2" in text, text
+    assert "INTERNALERROR" not in text, text
+
+
 def _counts(text: str) -> dict[str, tuple[int, int]]:
     """Passed and failed, by layer, as the summary has them."""
     rows = [line.split() for line in text.splitlines() if line.startswith(("unit ", "loopback ", "vm "))]
