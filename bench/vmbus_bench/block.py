@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from vmbus.errors import VmbusError
-from vmbus.providers.block.image import DIRECTORY_VARIABLE
+from vmbus.providers.disk.image import DIRECTORY_VARIABLE
 from vmbus.qemu.command_line import Programs
 from vmbus.qemu.description import VmDescription
 from vmbus.qemu.machine import VirtualMachine

@@ -19,8 +19,8 @@ from vmbus import providers
 from vmbus.errors import WaitTimeout
 from vmbus.loopback.harness import LoopbackServer, describe
 from vmbus.providers.block import BlockProvider
-from vmbus.providers.block.backend import Backend
-from vmbus.providers.block.image import Image
+from vmbus.providers.disk.backend import Backend
+from vmbus.providers.disk.image import Image
 from vmbus.vfio_user.library import Library
 from vmbus.wire.block import Disk, Feature
 from vmbus_guest import nbd

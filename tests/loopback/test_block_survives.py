@@ -19,10 +19,11 @@ from vmbus.kmcl.packet import Packet
 from vmbus.kmcl.status import Status as PacketStatus
 from vmbus.loopback.function import LoopbackFunction
 from vmbus.loopback.harness import LoopbackServer, describe
-from vmbus.providers.block import BlockProvider, disk
-from vmbus.providers.block.backend import Backend
-from vmbus.providers.block.core import Core, Job
-from vmbus.providers.block.image import Image
+from vmbus.providers.block import BlockProvider
+from vmbus.providers.disk import disk
+from vmbus.providers.disk.backend import Backend
+from vmbus.providers.disk.core import Core, Job
+from vmbus.providers.disk.image import Image
 from vmbus.vfio_user.library import Library
 from vmbus.vfio_user.mapping import GuestMapping
 from vmbus.wire import block as wire

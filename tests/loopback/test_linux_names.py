@@ -33,8 +33,8 @@ from vmbus.inspection.document import ChannelInfo
 from vmbus.inspection.target import Running
 from vmbus.inspection.tree import packet_text
 from vmbus.loopback.harness import LoopbackServer, describe
-from vmbus.providers.block.backend import Backend
-from vmbus.providers.block.image import Image
+from vmbus.providers.disk.backend import Backend
+from vmbus.providers.disk.image import Image
 from vmbus.providers.netvsc import NetvscProvider
 from vmbus.providers.network.interface import Port, Settings
 from vmbus.providers.scsi import ScsiProvider

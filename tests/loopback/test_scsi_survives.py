@@ -24,8 +24,8 @@ from vmbus.kmcl.packet import Packet
 from vmbus.kmcl.status import Status as PacketStatus
 from vmbus.loopback.function import LoopbackFunction
 from vmbus.loopback.harness import LoopbackServer, describe
-from vmbus.providers.block.backend import Backend
-from vmbus.providers.block.image import Image
+from vmbus.providers.disk.backend import Backend
+from vmbus.providers.disk.image import Image
 from vmbus.providers.scsi import ScsiProvider
 from vmbus.vfio_user.library import Library
 from vmbus.wire import scsi, storvsp

@@ -8,7 +8,7 @@ import random
 import threading
 from collections.abc import Callable, Sequence
 
-from vmbus.providers.block.backend import Backend
+from vmbus.providers.disk.backend import Backend
 
 BLOCK = 512
 

@@ -9,8 +9,8 @@ import time
 from collections.abc import Sequence
 
 from vmbus.providers.block import BlockProvider
-from vmbus.providers.block.backend import Backend
-from vmbus.providers.block.image import Image
+from vmbus.providers.disk.backend import Backend
+from vmbus.providers.disk.image import Image
 from vmbus.providers.scsi import ScsiProvider
 
 KIND = "support.slow_disk:SlowBlockProvider"

@@ -21,10 +21,10 @@ from vmbus.kmcl.server import ServerChannel
 from vmbus.providers import burst, slices
 from vmbus.providers.base import MOST_WORK, WorkQueueFull
 from vmbus.providers.block import BlockProvider
-from vmbus.providers.block.backend import Backend
-from vmbus.providers.block.core import Job, JobState
-from vmbus.providers.block.disk import Disk
-from vmbus.providers.block.work import UnderWay
+from vmbus.providers.disk.backend import Backend
+from vmbus.providers.disk.core import Job, JobState
+from vmbus.providers.disk.disk import Disk
+from vmbus.providers.disk.work import UnderWay
 from vmbus.providers.lab import station as lab_station
 from vmbus.providers.slices import BEHIND, BUDGET, PIECE, Slices
 from vmbus.server.services import THREADS, ProviderServices, Services

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from support.disk import BLOCK, CachedDisk
-from vmbus.providers.block.core import Core, Geometry, Job, Outcome
+from vmbus.providers.disk.core import Core, Geometry, Job, Outcome
 from vmbus.wire.block import Feature, Flag, Op, Request, Status
 
 pytestmark = pytest.mark.unit

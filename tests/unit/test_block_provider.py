@@ -19,8 +19,8 @@ from support.disk import Fault, FaultyBackend
 from vmbus.copying import copy_content
 from vmbus.errors import EnvironmentProblem, StateError, UsageError
 from vmbus.providers.block import BlockProvider
-from vmbus.providers.block.backend import Backend, FileBackend
-from vmbus.providers.block.image import Image, open_image
+from vmbus.providers.disk.backend import Backend, FileBackend
+from vmbus.providers.disk.image import Image, open_image
 from vmbus.testkit import ContractViolation, ProviderTest, every_step
 from vmbus.testkit.client import Client, Request
 from vmbus.wire import block as wire
@@ -231,7 +231,7 @@ def test_an_image_that_was_cut_gives_errors(guest: Guest, disks: Path) -> None:
 def test_zeroes_are_written_where_the_file_system_cannot_make_them(
     guest: Guest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("vmbus.providers.block.backend._allocate", lambda *_: False)
+    monkeypatch.setattr("vmbus.providers.disk.backend._allocate", lambda *_: False)
     data = pattern(MIB)
     assert guest.write(0, data) == Status.OK
     assert guest.ask(Op.WRITE_ZEROES, 512, MIB - 1024, Flag.MAY_UNMAP) == Status.OK

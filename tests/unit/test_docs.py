@@ -17,8 +17,8 @@ from vmbus import saved as device_saved
 from vmbus.bus.local import LocalBus
 from vmbus.kmcl import saved, server
 from vmbus.memory import GuestMemory
-from vmbus.providers.block.disk import MAXIMUM_DATA, MAXIMUM_RANGE, PATIENCE
 from vmbus.providers.block.provider import BlockOptions
+from vmbus.providers.disk.disk import MAXIMUM_DATA, MAXIMUM_RANGE, PATIENCE
 from vmbus.providers.netvsc import oids
 from vmbus.providers.netvsc.adapter import NetvscOptions
 from vmbus.providers.netvsc.provider import CONTROL_BYTES, SEND_SECTION

@@ -18,8 +18,8 @@ from support import storvsc
 from support.disk import Fault, FaultyBackend
 from support.storvsc import GOOD, Driver, Extents, Pending, Result, result_of
 from vmbus.errors import EnvironmentProblem, UsageError
-from vmbus.providers.block.backend import Backend
-from vmbus.providers.block.image import Image
+from vmbus.providers.disk.backend import Backend
+from vmbus.providers.disk.image import Image
 from vmbus.providers.scsi import ScsiProvider, adapter
 from vmbus.providers.scsi.commands import Data
 from vmbus.providers.scsi.handshake import STEPS, Handshake, Phase

@@ -1,7 +1,8 @@
 """Providers (VSPs): what a device does with its channels.
 
 base.py        what every provider has, and what it may ask of its host
-block/         a disk in a raw file
+block/         a disk for a driver of our own
+disk/          a disk in a raw file, without a protocol: for `block` and `scsi`
 echo.py        answers each request with a transform of it
 integration/   heartbeat, time, shutdown, key-value exchange
 lab/           does what the guest's test drivers ask for: sub-channels, hot plug, GPADLs, pipes

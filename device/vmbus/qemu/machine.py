@@ -33,7 +33,7 @@ from vmbus.migration.destination import GO_TIMEOUT, Destination
 from vmbus.migration.link import SILENCE
 from vmbus.migration.messages import Prepare
 from vmbus.migration.source import ASK_TIMEOUT, Departing, MigrationInDoubt, MigrationReport, Source
-from vmbus.providers.block.image import CLONE_VARIABLE
+from vmbus.providers.disk.image import CLONE_VARIABLE
 from vmbus.qemu.agent import AgentClient, GuestOutput
 from vmbus.qemu.audit import collect
 from vmbus.qemu.command_line import (

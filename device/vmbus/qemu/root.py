@@ -10,7 +10,7 @@ from pathlib import Path
 
 from vmbus.copying import copy_content, sync_directory
 from vmbus.errors import EnvironmentProblem
-from vmbus.providers.block.image import image_path
+from vmbus.providers.disk.image import image_path
 from vmbus.qemu.description import VmDescription
 
 

@@ -14,10 +14,10 @@ from vmbus.kmcl.completion import Completion
 from vmbus.kmcl.server import ServerChannel
 from vmbus.kmcl.status import KmclError
 from vmbus.providers.base import Bound, Host, Provider
-from vmbus.providers.block.backend import Backend
-from vmbus.providers.block.core import Core
-from vmbus.providers.block.disk import MAXIMUM_DATA, MAXIMUM_RANGE, Disk, DiskOptions, DiskRecord
-from vmbus.providers.block.image import Image
+from vmbus.providers.disk.backend import Backend
+from vmbus.providers.disk.core import Core
+from vmbus.providers.disk.disk import MAXIMUM_DATA, MAXIMUM_RANGE, Disk, DiskOptions, DiskRecord
+from vmbus.providers.disk.image import Image
 from vmbus.wire.block import (
     BLOCK_TYPE,
     VERSION,

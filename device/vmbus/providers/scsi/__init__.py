@@ -4,7 +4,7 @@ provider.py    options, commands, what is saved, and the life of the disks
 adapter.py     the channels: packets of the guest's, and their answers
 handshake.py   which step of the protocol comes when; no I/O
 commands.py    what a command block asks of a disk; no I/O
-unit.py        a logical unit: a disk of `vmbus.providers.block.disk`, and what SCSI has beside it
+unit.py        a logical unit: a disk of `vmbus.providers.disk.disk`, and what SCSI has beside it
 """
 
 from vmbus.providers.scsi.provider import ScsiProvider

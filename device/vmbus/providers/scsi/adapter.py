@@ -17,7 +17,7 @@ from vmbus.kmcl.server import ServerChannel
 from vmbus.kmcl.status import KmclError
 from vmbus.memory import first_bytes
 from vmbus.providers.base import Host
-from vmbus.providers.block.disk import MAXIMUM_DATA
+from vmbus.providers.disk.disk import MAXIMUM_DATA
 from vmbus.providers.scsi.commands import (
     READS,
     REPORTS_NO_ATTENTION,

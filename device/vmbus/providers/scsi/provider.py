@@ -13,9 +13,9 @@ from vmbus.description import explain
 from vmbus.errors import StateError, UsageError
 from vmbus.kmcl.channel import Channel
 from vmbus.providers.base import Bound, Host, Provider
-from vmbus.providers.block.backend import Backend
-from vmbus.providers.block.disk import MOST_JOBS
-from vmbus.providers.block.image import MEBIBYTE, Image
+from vmbus.providers.disk.backend import Backend
+from vmbus.providers.disk.disk import MOST_JOBS
+from vmbus.providers.disk.image import MEBIBYTE, Image
 from vmbus.providers.scsi.adapter import Adapter
 from vmbus.providers.scsi.handshake import Phase
 from vmbus.providers.scsi.unit import MOST_UNITS, Unit, UnitOptions, UnitState

@@ -7,9 +7,9 @@ from uuid import UUID, uuid5
 import msgspec
 
 from vmbus.providers.base import Host
-from vmbus.providers.block.backend import Backend
-from vmbus.providers.block.disk import MAXIMUM_DATA, MAXIMUM_RANGE, Disk, DiskOptions, DiskRecord
-from vmbus.providers.block.image import Image
+from vmbus.providers.disk.backend import Backend
+from vmbus.providers.disk.disk import MAXIMUM_DATA, MAXIMUM_RANGE, Disk, DiskOptions, DiskRecord
+from vmbus.providers.disk.image import Image
 from vmbus.providers.scsi.commands import Facts
 from vmbus.wire.block import Feature, Status
 

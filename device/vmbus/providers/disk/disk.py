@@ -16,9 +16,9 @@ import msgspec
 from vmbus.complaints import bounded_log
 from vmbus.errors import EnvironmentProblem, StateError, UsageError
 from vmbus.providers.base import Host, Work
-from vmbus.providers.block.backend import Backend
-from vmbus.providers.block.core import Core, Geometry, Job, JobState, Outcome
-from vmbus.providers.block.image import (
+from vmbus.providers.disk.backend import Backend
+from vmbus.providers.disk.core import Core, Geometry, Job, JobState, Outcome
+from vmbus.providers.disk.image import (
     MEBIBYTE,
     Image,
     clone_directory,
@@ -27,7 +27,7 @@ from vmbus.providers.block.image import (
     replace_content,
     require_own,
 )
-from vmbus.providers.block.work import UnderWay, perform
+from vmbus.providers.disk.work import UnderWay, perform
 from vmbus.wire.block import Op, Request, Status
 
 log = bounded_log(__name__)

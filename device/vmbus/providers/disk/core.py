@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterable
 from enum import Enum
 from typing import Any, NamedTuple
 
-from vmbus.providers.block.conflicts import Conflicts
+from vmbus.providers.disk.conflicts import Conflicts
 from vmbus.wire.block import Feature, Flag, Op, Request, Status
 
 _U64 = 1 << 64

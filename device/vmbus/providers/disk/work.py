@@ -4,8 +4,8 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from vmbus.providers.block.backend import Backend
-from vmbus.providers.block.core import Job
+from vmbus.providers.disk.backend import Backend
+from vmbus.providers.disk.core import Job
 from vmbus.wire.block import Op
 
 

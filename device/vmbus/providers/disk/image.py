@@ -20,7 +20,7 @@ from struct import Struct
 
 from vmbus.copying import copy_content, copy_data, sync_directory
 from vmbus.errors import EnvironmentProblem
-from vmbus.providers.block.backend import FileBackend, make_durable, size_of
+from vmbus.providers.disk.backend import FileBackend, make_durable, size_of
 
 DIRECTORY_VARIABLE = "VMBUS_DISKS"
 CLONE_VARIABLE = "VMBUS_CLONE_DISKS"
