@@ -9,6 +9,6 @@ save_restore    a server with packets in flight, saved and restored
 guest           the same driver in a Linux guest, against virtio-serial
 audit           transactions with audit records, against the same without
 downtime        live migration with the device, against the same VM without it
-block           a disk of a Linux guest, ours by nbd or Linux's hv_storvsc, against QEMU's virtio-blk
+scsi            a disk behind Linux's hv_storvsc, against QEMU's virtio-blk
 network         the network card of a Linux guest, ours by a TAP interface or Linux's hv_netvsc, against virtio-net
 """

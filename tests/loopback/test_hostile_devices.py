@@ -15,7 +15,9 @@ from uuid import UUID
 
 import pytest
 
+from support import storvsc
 from support.namespace import Namespace, NotPermitted, namespace
+from support.storage import Controller
 from vmbus import saved
 from vmbus.bus.server import REFUSED
 from vmbus.kmcl.channel import Channel
@@ -26,8 +28,9 @@ from vmbus.kmcl.pipe import frame, unframe
 from vmbus.kmcl.settings import FLAG_IS_PIPE
 from vmbus.loopback.harness import LoopbackServer, describe
 from vmbus.vfio_user.library import Library
-from vmbus.wire import block, ic, network
+from vmbus.wire import ic, network, scsi
 from vmbus.wire.gpa import range_for
+from vmbus.wire.storvsp import STORVSP_TYPE, Operation, pack_request
 from vmbus_guest.driver import VmbusDriver
 
 pytestmark = pytest.mark.loopback
@@ -50,7 +53,7 @@ class Kind(NamedTuple):
 
 KINDS = {
     "network_survives": Kind(network.NETWORK_TYPE, 32),
-    "block_survives": Kind(block.BLOCK_TYPE, 4),
+    "scsi_survives": Kind(STORVSP_TYPE, 4),
     "integration_service": Kind(ic.HEARTBEAT.interface_type, 4),
 }
 
@@ -73,10 +76,10 @@ class Device:
         self.image = disks / "disk.img"
         self.description = describe(
             "network",
-            "block",
+            "scsi",
             "integration",
             network={"interface": "host0", "namespace": outside.name, "queues": 2, "address": "192.0.2.1/24"},
-            block={"image": self.image.name, "size_mib": SIZE // MIB, "create": True},
+            scsi={"luns": [{"image": self.image.name, "size_mib": SIZE // MIB, "create": True}]},
             integration={"heartbeat_seconds": 0.02, "services": ["heartbeat", "kvp"]},
         )
 
@@ -108,6 +111,13 @@ def ask(driver: VmbusDriver, channel: ClientChannel, message: bytes, **more: Any
 
 def serves(driver: VmbusDriver, name: str) -> None:
     """A fresh channel of this kind does its work."""
+    if name == "scsi_survives":
+        controller = Controller(driver, memory=PAGE)
+        intact = controller.read(0, PAGE) == KEPT
+        assert intact, "the disk holds other bytes than were written"
+        assert controller.write(MIB // 512, bytes(PAGE)).good
+        give_back(controller)
+        return
     kind = KINDS[name]
     beats: list[ic.Message] = []
 
@@ -125,15 +135,6 @@ def serves(driver: VmbusDriver, name: str) -> None:
     driver.enable(channel)
     if name == "integration_service":
         driver.run_until(lambda: bool(beats), 10, "the host to negotiate versions")
-    elif name == "block_survives":
-        assert block.parse_disk(ask(driver, channel, block.Hello().pack())) is not None
-        memory = driver.allocate(PAGE)
-        for op, offset in ((block.Op.WRITE, MIB), (block.Op.READ, 0)):
-            request = block.Request(op, 0, offset, PAGE).pack()
-            assert block.parse_status(ask(driver, channel, request, external=[(memory.iova, PAGE)])) == block.Status.OK
-        intact = bytes(memory.view) == KEPT
-        assert intact, "the disk holds other bytes than were written"
-        driver.free(memory)
     else:
         nic = network.parse_nic(ask(driver, channel, network.Hello().pack()))
         assert nic is not None
@@ -143,15 +144,14 @@ def serves(driver: VmbusDriver, name: str) -> None:
 
 
 def write_kept(driver: VmbusDriver) -> None:
-    channel = driver.client_channel(block.BLOCK_TYPE, ring_pages_in=4, ring_pages_out=4)
-    driver.enable(channel)
-    ask(driver, channel, block.Hello().pack())
-    memory = driver.allocate(PAGE)
-    memory.view[:] = KEPT
-    request = block.Request(block.Op.WRITE, 0, 0, PAGE).pack()
-    assert block.parse_status(ask(driver, channel, request, external=[(memory.iova, PAGE)])) == block.Status.OK
-    driver.close_channel(channel)
-    driver.free(memory)
+    controller = Controller(driver, memory=PAGE)
+    assert controller.write(0, KEPT).good
+    give_back(controller)
+
+
+def give_back(controller: Controller) -> None:
+    controller.bus.close_channel(controller.channel)
+    controller.bus.free(controller.data.buffer)
 
 
 # ---- buffers ---------------------------------------------------------------------------------------------------------
@@ -307,13 +307,18 @@ class Hostile:
             ),
         )
 
-    def block_survives(self, channel: ClientChannel) -> None:
+    def scsi_survives(self, channel: ClientChannel) -> None:
         choose = self.choose
-        op = choose.choice([*block.Op, 0, 7, 0xFFFF_FFFF])
-        offset = choose.choice([0, 511, PAGE, MIB, SIZE - 512, SIZE, 1 << 40, (1 << 64) - 512])
-        length = choose.choice([0, 1, 512, PAGE, MIB, SIZE, 1 << 32, (1 << 64) - 512])
-        if op in (block.Op.WRITE, block.Op.DISCARD, block.Op.WRITE_ZEROES) and offset < MIB:
-            offset += MIB
+        length = choose.choice([0, 1, 512, PAGE, MIB, SIZE, 0xFFFF_FFFF])
+        first = choose.choice([0, 1, PAGE, 2 * PAGE, 0xFFFF_FFFF, 1 << 40, (1 << 64) - 1])
+        opcode = choose.choice([*scsi.Opcode, choose.randrange(256)])
+        if opcode not in (scsi.Opcode.READ_10, scsi.Opcode.READ_16):
+            first = max(first, MIB // 512)  # what changes the disk
+        if opcode in (scsi.Opcode.WRITE_6, scsi.Opcode.UNMAP):
+            opcode = scsi.Opcode.INQUIRY  # has no room for such a place, or has it in its data
+        cdb = bytes([opcode, 0]) + min(first, 0xFFFF_FFFF).to_bytes(4, "big") + choose.randbytes(4)
+        if opcode >> 5 == 4:  # the group of those that are longer
+            cdb = storvsc.long_form(opcode, first, choose.choice([0, 1, 8, 0xFFFF_FFFF]), choose.randrange(256))
         external = choose.choice(
             (
                 None,
@@ -323,10 +328,13 @@ class Hostile:
                 [((1 << 64) - PAGE, PAGE)],
             )
         )
-        message = block.Request(op, choose.choice([0, 1, 2, 0xFFFF_FFFF]), offset, length).pack()
+        message = storvsc.request(cdb, length, lun=choose.choice([0, 0, 0, 9]), direction=choose.randrange(3))
         if choose.random() < 0.1:
-            message, external = block.Hello().pack(), None
-        self._send(channel, message[: choose.choice([24, 24, 24, 8])], external=external)
+            message, external = pack_request(choose.choice([*Operation, 99]), choose.randbytes(8)), None
+        if choose.random() < 0.1:
+            for step in storvsc.HANDSHAKE:
+                self._send(channel, step)
+        self._send(channel, message[: choose.choice([64, 64, 64, 48, 8])], external=external)
 
     def integration_service(self, channel: ClientChannel) -> None:
         choose = self.choose
@@ -360,7 +368,7 @@ def test_nonsense_while_a_save_is_in_progress(device: Device, tmp_path: Path) ->
             if number == 14:
                 hostile.halt()
             server.command("save", path=str(directory / "state"), files=str(directory))
-            assert (directory / "file.block.disk").read_bytes()[:PAGE] == KEPT
+            assert (directory / "file.scsi.lun-0").read_bytes()[:PAGE] == KEPT
             state = saved.decode((directory / "state").read_bytes())
             if number < 14:
                 server.command("resume")
@@ -378,7 +386,7 @@ def test_nonsense_while_a_save_is_in_progress(device: Device, tmp_path: Path) ->
         hostile.halt()
         print(f"{hostile.said} messages, {held} of them held at a save; {len(driver.rescinded)} channels lost")
         status = server.command("status")["providers"]
-        assert status["network"]["refused"] > 0 and status["block"]["errors"] == 0
+        assert status["network"]["refused"] > 0 and status["scsi"]["luns"][0]["errors"] == 0
         hostile.close()
         again = VmbusDriver(server.function())
         for one in KINDS:

@@ -12,15 +12,16 @@ from typing import Any
 
 import pytest
 
+from support import storvsc
 from support.hostile import PAGE, WORDS, Raw, Scene
-from support.slow_disk import SlowBlockProvider
+from support.slow_disk import SlowScsiProvider
 from vmbus import providers
 from vmbus.kmcl.incoming import MOST_REQUEST_BYTES, MOST_REQUESTS
 from vmbus.kmcl.server import ServerChannel
 from vmbus.vfio_user.library import Library
-from vmbus.wire import block
 from vmbus.wire.gpa import pack_ranges, range_for
 from vmbus.wire.lab import HANDLE, KEEP, LAB_TYPE, SIZE, Op, request
+from vmbus.wire.storvsp import STORVSP_TYPE, Direction
 from vmbus.wire.synic import CONTROL_RESET, Register
 from vmbus.workload import BURST_TYPE, ECHO_TYPE, BurstStart, echo_request
 from vmbus_guest.driver import VmbusDriver
@@ -183,7 +184,7 @@ def test_overwritten_index_at_any_moment(make: Callable[..., Scene], seed: int) 
 @pytest.fixture
 def disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VMBUS_DISKS", str(tmp_path))
-    monkeypatch.setitem(providers.PROVIDERS, "slow", SlowBlockProvider)
+    monkeypatch.setitem(providers.PROVIDERS, "slow", SlowScsiProvider)
 
 
 class Busy:
@@ -204,11 +205,14 @@ class Busy:
         self.lab.put(request(Op.GPADL, KEEP, HANDLE.pack(handle, 0) + echo_request(0, bytes(1000), inline=False)))
         self.lab.put(request(Op.SUBCHANNELS, 5))
         self.lab.put(request(Op.PUSH, 500, SIZE.pack(100)))
-        self.disk = Raw(driver, block.BLOCK_TYPE, pages_out=4)
+        self.disk = Raw(driver, STORVSP_TYPE, pages_out=4)
         ranges = pack_ranges([whole])
-        self.disk.put(block.Hello().pack())
+        for step in storvsc.HANDSHAKE:
+            self.disk.put(step)
+        blocks = self.memory.size // 512
         for number in range(30):
-            message = block.Request(block.Op.WRITE, 0, number * self.memory.size, self.memory.size).pack()
+            write = storvsc.write_10(number * blocks, blocks)
+            message = storvsc.request(write, self.memory.size, direction=Direction.TO_DEVICE)
             self.disk.put(bytes(4) + (1).to_bytes(4, "little") + ranges + message, kind=9, offset8=3 + len(ranges) // 8)
         self.all = [self.echo, self.burst, self.lab, self.disk]
 
@@ -283,7 +287,7 @@ def test_teardown_with_everything_in_flight(make: Callable[..., Scene], name: st
         "lab",
         "slow",
         echo={"hold": 20, "hold_seconds": 0.05},
-        slow={"image": "disk.img", "size_mib": 8, "create": True, "snapshot": "shared"},
+        slow={"luns": [{"image": "disk.img", "size_mib": 8, "create": True, "snapshot": "shared"}]},
     )
     for _ in range(4):
         busy = Busy(scene)
@@ -300,7 +304,7 @@ def test_teardown_with_everything_in_flight(make: Callable[..., Scene], name: st
             inspected: Any = scene.server.command("inspect")["in_flight"]
             assert inspected.total == 0
             scene.begin()
-        while held(scene, block.BLOCK_TYPE) != (0, 0):
+        while held(scene, STORVSP_TYPE) != (0, 0):
             scene.trip()
     status = scene.good_to_save()
     assert not status["faults"] or not any(status["faults"].values()), status["faults"]

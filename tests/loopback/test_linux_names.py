@@ -14,12 +14,13 @@ from click.testing import CliRunner
 from pcapng import FileScanner
 from pcapng.blocks import EnhancedPacket
 
-from loopback.test_scsi_survives import OPTIONS, Churn, Guest
+from loopback.test_scsi_survives import OPTIONS, Churn
 from support import storvsc
 from support.disk import Fault, FaultyBackend
 from support.hv_utils import HvUtils
 from support.netvsc import DriverEnds, NetvscGuest
 from support.nic import Cable, CablePort
+from support.storage import Guest
 from support.vsock import GuestSockets, accept, listen, take
 from vmbus import providers, saved
 from vmbus.audit.checker import check_paths

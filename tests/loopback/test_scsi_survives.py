@@ -15,23 +15,18 @@ import pytest
 
 from support import storvsc
 from support.disk import Fault, FaultyBackend
-from support.storvsc import Driver, Extents, Pending, result_of
+from support.storage import Guest
+from support.storvsc import Pending, result_of
 from vmbus import providers, saved
 from vmbus.errors import EnvironmentProblem, WaitTimeout
-from vmbus.kmcl.channel import Channel
-from vmbus.kmcl.completion import Completion
-from vmbus.kmcl.packet import Packet
-from vmbus.kmcl.status import Status as PacketStatus
-from vmbus.loopback.function import LoopbackFunction
 from vmbus.loopback.harness import LoopbackServer, describe
 from vmbus.providers.disk.backend import Backend
 from vmbus.providers.disk.image import Image
 from vmbus.providers.scsi import ScsiProvider
 from vmbus.vfio_user.library import Library
 from vmbus.wire import scsi, storvsp
-from vmbus.wire.storvsp import STORVSP_TYPE, Direction, Operation
+from vmbus.wire.storvsp import Direction, Operation
 from vmbus.wire.synic import CONTROL_RESET, Register
-from vmbus_guest.driver import VmbusDriver
 
 pytestmark = pytest.mark.loopback
 
@@ -73,93 +68,6 @@ def faults(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Fault]]:
 def server(libvfio_user: Library, faults: list[Fault]) -> Iterator[LoopbackServer]:
     with LoopbackServer(DESCRIPTION, libvfio_user) as server:
         yield server
-
-
-class Sent:
-    """Implements Pending."""
-
-    def __init__(self) -> None:
-        self.answers: list[tuple[int, bytes]] = []
-
-    def completed(self, packet: Packet, status: int, reply: bytes) -> None:
-        self.answers.append((status, reply))
-        packet.free()
-
-    @property
-    def done(self) -> bool:
-        return bool(self.answers)
-
-    @property
-    def reply(self) -> bytes:
-        assert len(self.answers) == 1, "not exactly once"
-        status, reply = self.answers[0]
-        assert status == PacketStatus.SUCCESS
-        return reply
-
-
-class ChannelPort:
-    """Implements Port."""
-
-    def __init__(self, driver: VmbusDriver, channel: Channel) -> None:
-        self.driver = driver
-        self.channel = channel
-
-    def send(self, payload: bytes, external: Extents | None) -> Sent:
-        sent = Sent()
-        packet = self.channel.allocate_packet()
-        packet.completion_routine = sent.completed
-        packet.send(payload, external=None if external is None else list(external))
-        return sent
-
-    def wait(self, *pending: Pending, seconds: float = 20.0) -> None:
-        self.driver.run_until(lambda: all(one.done for one in pending), seconds, "answers of the controller")
-
-
-class Memory:
-    """Implements Memory."""
-
-    def __init__(self, driver: VmbusDriver, size: int = 4 * MIB) -> None:
-        self.buffer = driver.allocate(size)
-
-    def put(self, data: bytes, at: int = 0) -> None:
-        self.buffer.view[at : at + len(data)] = data
-
-    def get(self, length: int, at: int = 0) -> bytes:
-        return bytes(self.buffer.view[at : at + length])
-
-    def extents(self, length: int, at: int = 0) -> list[tuple[int, int]]:
-        return [(self.buffer.iova + at, length)]
-
-
-class Guest(Driver):
-    """A driver behind a PCI function."""
-
-    def __init__(self, function: LoopbackFunction, *, sub_channels: int = 0, connect: bool = True) -> None:
-        self.function = function
-        self.bus = VmbusDriver(function)
-        self.notices: list[bytes] = []
-        channel = self.bus.client_channel(STORVSP_TYPE, name="storage")
-        channel.set_process_packet_callbacks(self._unasked)
-        self.bus.enable(channel)
-        self.data = Memory(self.bus)
-        super().__init__(ChannelPort(self.bus, channel), self.data)
-        if connect:
-            self.connect(sub_channels=sub_channels)
-            for index in range(1, sub_channels + 1):
-                self.add(index)
-
-    def _unasked(self, _: Channel, completion: Completion, payload: bytes) -> None:
-        assert completion.transaction == 0 and not completion.wanted
-        self.notices.append(payload)
-        completion.complete()
-
-    def add(self, index: int) -> None:
-        channel = self.bus.client_channel(STORVSP_TYPE, name=f"storage.{index}", subchannel_index=index)
-        self.bus.enable(channel)
-        self.ports.append(ChannelPort(self.bus, channel))
-
-    def close(self) -> None:
-        self.bus.close()
 
 
 def pattern(length: int, seed: int) -> bytes:

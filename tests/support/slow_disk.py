@@ -1,4 +1,4 @@
-"""Providers of disks whose storage takes its time, so that requests are in flight whenever a save comes.
+"""A controller of disks whose storage takes its time, so that requests are in flight whenever a save comes.
 
 For device servers of their own: VMBUS_PROVIDER_PATH names the directory above this package.
 """
@@ -8,13 +8,11 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
-from vmbus.providers.block import BlockProvider
 from vmbus.providers.disk.backend import Backend
 from vmbus.providers.disk.image import Image
 from vmbus.providers.scsi import ScsiProvider
 
-KIND = "support.slow_disk:SlowBlockProvider"
-SCSI_KIND = "support.slow_disk:SlowScsiProvider"
+KIND = "support.slow_disk:SlowScsiProvider"
 SECONDS = 0.02
 
 
@@ -48,15 +46,8 @@ class SlowBackend:
         self.below.close()
 
 
-class SlowBlockProvider(BlockProvider):
-    """See the module's text."""
-
-    def make_backend(self, image: Image) -> Backend:
-        return SlowBackend(image.backend)
-
-
 class SlowScsiProvider(ScsiProvider):
-    """The same behind a controller."""
+    """See the module's text."""
 
     def make_backend(self, image: Image) -> Backend:
         return SlowBackend(image.backend)

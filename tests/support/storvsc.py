@@ -17,6 +17,13 @@ Extents = Sequence[tuple[int, int]]
 KNOWN = frozenset({0x02, 0x04, 0x06, 0x09, 0x0A, 0x0E, 0x12, 0x20, 0x30})
 """SRB statuses that Linux takes for what they are, beside success."""
 NO_SUCH_UNIT = 0x20
+HANDSHAKE = (
+    storvsp.pack_request(Operation.BEGIN_INITIALIZATION),
+    storvsp.pack_request(Operation.QUERY_PROTOCOL_VERSION, storvsp.VERSIONS[0].to_bytes(4, "little")),
+    storvsp.pack_request(Operation.QUERY_PROPERTIES),
+    storvsp.pack_request(Operation.END_INITIALIZATION),
+)
+"""Its steps, for a driver that does not look at the answers."""
 
 
 class Pending(Protocol):

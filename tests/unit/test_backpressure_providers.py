@@ -15,24 +15,27 @@ from typing import Any
 import pytest
 
 from support.device import Machine, connect
+from support.storvsc import HANDSHAKE, SYNCHRONIZE, long_form, request, write_10
 from vmbus.kmcl.channel import Channel
 from vmbus.kmcl.completion import Completion
 from vmbus.kmcl.server import ServerChannel
 from vmbus.providers import burst, slices
 from vmbus.providers.base import MOST_WORK, WorkQueueFull
-from vmbus.providers.block import BlockProvider
 from vmbus.providers.disk.backend import Backend
-from vmbus.providers.disk.core import Job, JobState
+from vmbus.providers.disk.core import Core, Job, JobState
 from vmbus.providers.disk.disk import Disk
+from vmbus.providers.disk.request import Op
 from vmbus.providers.disk.work import UnderWay
 from vmbus.providers.lab import station as lab_station
+from vmbus.providers.scsi import ScsiProvider
 from vmbus.providers.slices import BEHIND, BUDGET, PIECE, Slices
 from vmbus.server.services import THREADS, ProviderServices, Services
 from vmbus.server.timers import Timers
 from vmbus.synic import CONTROL_RESET, Register
 from vmbus.testkit import ProviderTest
-from vmbus.wire import block as wire
 from vmbus.wire import lab
+from vmbus.wire.scsi import NO_DATA_BIT, Opcode
+from vmbus.wire.storvsp import STORVSP_TYPE, Direction
 from vmbus.workload import (
     BURST_ANSWER,
     BURST_TYPE,
@@ -481,7 +484,8 @@ class DiskMachine(Machine):
     def __init__(self, services: Services) -> None:
         self.services = services
         self.work = ProviderServices(services, "disk")
-        super().__init__(("block",), block={"image": "disk.img", "size_mib": 1, "create": True})
+        luns = [{"image": "disk.img", "size_mib": 1, "create": True}]
+        super().__init__(("scsi",), scsi={"luns": luns, "queue_depth": 64})
         self.providers[0].activate()
 
     def run_blocking(self, work: Any, done: Any) -> Any:
@@ -492,7 +496,7 @@ class DiskMachine(Machine):
 def disk(services: Services, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[DiskMachine]:
     monkeypatch.setenv("VMBUS_DISKS", str(tmp_path))
     go = threading.Event()
-    monkeypatch.setattr(BlockProvider, "make_backend", lambda self, image: Stuck(image.backend, go))
+    monkeypatch.setattr(ScsiProvider, "make_backend", lambda self, image: Stuck(image.backend, go))
     machine = DiskMachine(services)
     machine.go = go  # type: ignore[attr-defined]
     yield machine
@@ -501,26 +505,31 @@ def disk(services: Services, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     machine.providers[0].stop()
 
 
+def core_of(machine: DiskMachine) -> Core:
+    provider: Any = machine.providers[0]
+    core = provider.units[0].disk.core
+    assert isinstance(core, Core)
+    return core
+
+
 def resets_with_requests(machine: DiskMachine, times: int) -> tuple[int, int]:
     """64 requests, then a reset, again and again. Returns the most pieces of work and orphans that there were."""
-    provider: Any = machine.providers[0]
+    core = core_of(machine)
     work = orphans = 0
     for _ in range(times):
         driver = connect(machine)
-        channel = driver.client_channel(wire.BLOCK_TYPE, name="disk")
+        channel = driver.client_channel(STORVSP_TYPE, name="disk")
         driver.enable(channel)
-        for message in (
-            wire.Hello().pack(),
-            *(wire.Request(wire.Op.WRITE_ZEROES, 0, 8192 * index, 4096).pack() for index in range(64)),
-        ):
+        zeroes = [long_form(Opcode.WRITE_SAME_16, 16 * index, 8, NO_DATA_BIT) for index in range(64)]
+        for message in (*HANDSHAKE, *map(request, zeroes)):
             packet = channel.allocate_packet()
             packet.completion_routine = lambda *_: None
             packet.send(message)
-        driver.run_until(lambda: provider.disk.core.under_way >= 64, 10, "the disk to take the requests")
+        driver.run_until(lambda: core.under_way >= 64, 10, "the disk to take the requests")
         work = max(work, machine.work.jobs)
         machine.write32(Register.CONTROL, CONTROL_RESET)
         machine.used[:] = bytes(len(machine.used))
-        orphans = max(orphans, provider.disk.core.count({JobState.ORPHANED}))
+        orphans = max(orphans, core.count({JobState.ORPHANED}))
     return work, orphans
 
 
@@ -529,35 +538,37 @@ def test_resets_of_a_slow_disk_leave_no_orphans_but_what_is_under_way(disk: Disk
     before = b"\xaa" * MIB
     image.write_bytes(before)
     work, orphans = resets_with_requests(disk, 400)
-    provider: Any = disk.providers[0]
+    core = core_of(disk)
     assert work <= 64 + THREADS and orphans <= THREADS
-    assert provider.disk.core.under_way <= THREADS and disk.work.waiting == 0
+    assert core.under_way <= THREADS and disk.work.waiting == 0
     # Another guest: what it writes comes after what is under way, and nothing else that a dead one wanted is done.
     driver = connect(disk)
-    channel = driver.client_channel(wire.BLOCK_TYPE, name="disk")
+    channel = driver.client_channel(STORVSP_TYPE, name="disk")
     driver.enable(channel)
     memory = disk.allocate(8192)
     memory.view[:] = b"\x77" * 8192
     answers: list[bytes] = []
+    write = request(write_10(0, 16), 8192, direction=Direction.TO_DEVICE)
     for message, external in (
-        (wire.Hello().pack(), None),
-        (wire.Request(wire.Op.WRITE, 0, 0, 8192).pack(), [(memory.iova, 8192)]),
-        (wire.Request(wire.Op.FLUSH, 0, 0, 0).pack(), None),
+        *((step, None) for step in HANDSHAKE),
+        (write, [(memory.iova, 8192)]),
+        (request(SYNCHRONIZE), None),
     ):
         packet = channel.allocate_packet()
         packet.completion_routine = lambda packet, status, reply: answers.append(reply)
         packet.send(message, external=external)
     disk.serve()
-    assert len(answers) <= 2  # the write waits for the zeroes that are under way at its place
+    assert len(answers) <= len(HANDSHAKE) + 1  # the write waits for the zeroes that are under way at its place
     disk.go.set()  # type: ignore[attr-defined]
 
     def answered() -> bool:
         disk.services.run_ready()
-        return len(answers) == 3 and not provider.disk.core.under_way
+        return len(answers) == len(HANDSHAKE) + 2 and not core.under_way
 
     driver.run_until(answered, 20, "the write, and what was under way")
     content = image.read_bytes()
-    zeroed = set(provider.disk.backend.zeroed)
+    provider: Any = disk.providers[0]
+    zeroed = set(provider.units[0].disk.backend.zeroed)
     assert len(zeroed) <= THREADS
     expected = bytearray(before)
     for offset in zeroed:
@@ -576,14 +587,14 @@ def test_orphans_that_are_not_taken_back_are_found_out(disk: DiskMachine, monkey
 
 def test_the_disk_tells_when_its_queue_is_full(disk: DiskMachine) -> None:
     resets_with_requests(disk, 1)
-    assert disk.providers[0].bounds()["requests"].reached >= 1
+    assert disk.providers[0].bounds()["requests to a disk"].reached >= 1
 
 
 def test_an_operation_that_hangs_is_waited_for_at_one_reset_and_not_at_each() -> None:
     under_way = UnderWay()
     threads: list[threading.Thread] = []
 
-    def begin(op: wire.Op) -> threading.Event:
+    def begin(op: Op) -> threading.Event:
         go, begun = threading.Event(), threading.Event()
 
         def hang() -> None:
@@ -598,11 +609,11 @@ def test_an_operation_that_hangs_is_waited_for_at_one_reset_and_not_at_each() ->
         assert begun.wait(10)
         return go
 
-    first = begin(wire.Op.READ)
+    first = begin(Op.READ)
     assert not under_way.wait(0.01) and len(under_way) == 1
     began = time.monotonic()
     assert not under_way.wait(60.0) and time.monotonic() - began < 30  # at once: it was given up
-    second = begin(wire.Op.WRITE)
+    second = begin(Op.WRITE)
     threading.Timer(0.05, second.set).start()
     under_way.wait(20.0)
     assert len(under_way) == 1  # the other one was waited for

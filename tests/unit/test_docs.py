@@ -17,7 +17,6 @@ from vmbus import saved as device_saved
 from vmbus.bus.local import LocalBus
 from vmbus.kmcl import saved, server
 from vmbus.memory import GuestMemory
-from vmbus.providers.block.provider import BlockOptions
 from vmbus.providers.disk.disk import MAXIMUM_DATA, MAXIMUM_RANGE, PATIENCE
 from vmbus.providers.netvsc import oids
 from vmbus.providers.netvsc.adapter import NetvscOptions
@@ -39,7 +38,6 @@ from vmbus.soak.records import Report
 from vmbus.synic import Synic
 from vmbus.testkit.host import Clock, FakeHost
 from vmbus.vfio_user.pci import ConfigSpace
-from vmbus.wire import block as block_wire
 from vmbus.wire import ethernet, hvsock, messages, nvsp, packet, scsi, storvsp, synic
 from vmbus.wire import network as network_wire
 from vmbus.wire.synic import PostStatus, Register
@@ -249,29 +247,6 @@ def test_the_messages_of_refusals_exist() -> None:
     assert [fragment for fragment in fragments if fragment not in sources] == []
 
 
-# ---- provider-block.md -----------------------------------------------------------------------------------------------
-
-
-def test_the_tables_of_the_block_provider() -> None:
-    text = page("provider-block.md")
-    options = {row["Option"].strip("`"): row["Default"].strip("`") for row in table(text, "Option", "Default")}
-    fields = {field.name: field.default for field in msgspec.structs.fields(BlockOptions)}
-    assert list(options) == list(fields)
-    for name, default in fields.items():
-        if name not in ("image", "size_mib"):
-            assert options[name] == str(default).lower(), name
-    operations = {row["Operation"]: int(row["Number"]) for row in table(text, "Operation", "Number")}
-    assert operations == {op.name: op.value for op in block_wire.Op if op is not block_wire.Op.HELLO}
-    statuses = {row["Status"]: int(row["Number"]) for row in table(text, "Status", "Number")}
-    assert statuses == {status.name: status.value for status in block_wire.Status}
-    for kind in (block_wire.Feature, block_wire.Flag):
-        for one in kind:
-            assert re.search(rf"\b{one.name} {one.value}\b", text), one
-    assert str(block_wire.BLOCK_TYPE) in text
-    for limit in (f"up to {MAXIMUM_DATA >> 20} MiB", f"up to {MAXIMUM_RANGE >> 20} MiB", f"{PATIENCE:g} s at most"):
-        assert limit in text
-
-
 # ---- provider-scsi.md ------------------------------------------------------------------------------------------------
 
 
@@ -281,8 +256,14 @@ def test_the_tables_of_the_scsi_provider() -> None:
     fields = {field.name: field.default for field in msgspec.structs.fields(ScsiOptions)}
     assert list(options) == list(fields)
     assert options == {name: "none" if name == "luns" else str(default) for name, default in fields.items()}
-    for field in msgspec.structs.fields(UnitOptions):
-        assert f"`{field.name}`" in text
+    units = {row["Of a unit"].strip("`"): row["Default"] for row in table(text, "Of a unit", "Default")}
+    fields = {field.name: field.default for field in msgspec.structs.fields(UnitOptions)}
+    assert set(units) == set(fields)
+    for name, default in fields.items():
+        if name not in ("image", "size_mib"):
+            assert units[name] == str(default).lower(), name
+    for limit in (f"up to {MAXIMUM_DATA >> 20} MiB", f"up to {MAXIMUM_RANGE >> 20} MiB", f"{PATIENCE:g} s at most"):
+        assert limit in text
     assert str(storvsp.STORVSP_TYPE) in text
     versions = [f"{version >> 8}.{version & 0xFF}" for version in storvsp.VERSIONS]
     assert f"{', '.join(versions[:-1])} and {versions[-1]}" in text

@@ -173,6 +173,7 @@ def test_ours_are_found_as_before() -> None:
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
+        ("block", "no provider of kind 'block' any more: use 'scsi'"),
         ("no-such", r"no provider of kind 'no-such'; known kinds: .*echo.*'package\.module:Class'"),
         ("author.absent:Good", rf"no module 'author\.absent' on the import path; .*{PATH_VARIABLE}"),
         ("absent:Good", rf"no module 'absent' on the import path; .*{PATH_VARIABLE}"),

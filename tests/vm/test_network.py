@@ -5,11 +5,8 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
@@ -18,16 +15,13 @@ from typing import Any
 import msgspec
 import pytest
 
-import vmbus
 from support.boot import boot
 from support.crossing import GUEST, HOST, Traffic, moved, until
-from support.locks import in_use
 from support.namespace import Namespace, NotPermitted, namespace
 from vmbus.errors import VmbusError, WaitTimeout
 from vmbus.qemu.command_line import Programs
 from vmbus.qemu.description import VmDescription, load_description
 from vmbus.qemu.machine import VirtualMachine
-from vmbus.qemu.process import clean_stale, runtime_base
 
 pytestmark = [pytest.mark.vm, pytest.mark.long]
 
@@ -221,68 +215,3 @@ def test_network_survives_a_checkpoint_under_ordinary_programs(
     print(pinged[-400:])
     assert "40 packets transmitted, 40 packets received, 0% packet loss" in pinged
     assert hashlib.sha256(content).hexdigest() in got, got
-
-
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_nothing_of_network_and_disk_outlives_their_owner(
-    number: signal.Signals,
-    programs: Programs,
-    tmp_path: Path,
-    tmp_path_factory: pytest.TempPathFactory,
-    monkeypatch: pytest.MonkeyPatch,
-    outside: Namespace,
-) -> None:
-    """scripts/run-vm with both devices ends in mid-traffic: no interface, no lock, no process is left, and no file but
-    the image."""
-    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path_factory.mktemp("r")))  # short: sockets are in there
-    monkeypatch.setenv("VMBUS_DISKS", str(tmp_path / "disks"))
-    image = tmp_path / "disks" / "disk.img"
-    config = tmp_path / "both.toml"
-    options = ", ".join(
-        f"{key} = {json.dumps(value)}" for key, value in described(outside).device.providers[0].options.items()
-    )
-    both = (CHECKOUT / "qemu_configs" / "disk.toml").read_text().replace('["block"]', '["network", "block"]')
-    config.write_text(
-        f'{both}\n[[device.providers]]\nkind = "network"\nname = "network"\n'
-        f'instance = "6f1b4b0e-5d2c-4a53-9d0a-0f2f1f3c7c01"\noptions = {{ {options} }}\n'
-    )
-    path = os.pathsep.join([str(Path(vmbus.__file__).parents[1]), str(CHECKOUT / "guest")])
-    log = tmp_path / "owner.log"
-    words = ["run-vm", str(config), "--name", "both", "--drive", "disk-writer:count=0"]
-    with log.open("wb") as output:
-        owner = subprocess.Popen(
-            [sys.executable, "-m", "vmbus.cli", *words],
-            env={**os.environ, "PYTHONPATH": path},
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-        )
-    try:
-        # As booted: the command that people use is under test.
-        ping = outside.start("ping", host=GUEST, count=0)
-
-        async def story() -> None:
-            await until(
-                lambda: ping.progress().get("received", 0) > 3 or owner.poll() is not None, "pings to come back"
-            )
-            assert owner.poll() is None, log.read_text()
-            assert outside.interfaces() == ["vmnet0"] and in_use(image)
-            directory = str(runtime_base() / "both")
-            owner.send_signal(number)
-            await until(lambda: owner.poll() is not None, "the owner's end")
-            await until(lambda: outside.interfaces() == [], "the interface to be gone")
-            await until(lambda: not in_use(image), "the lock to be gone")
-
-            def processes() -> list[str]:
-                lines = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout.splitlines()
-                return [line for line in lines if directory in line]
-
-            await until(lambda: not processes(), "the processes' end")
-
-        asyncio.run(asyncio.wait_for(story(), 90))
-        clean_stale(runtime_base())  # as the next start of a VM does
-        assert not any(runtime_base().glob("[!.]*"))
-        assert [one.name for one in image.parent.iterdir()] == [image.name]
-    finally:
-        owner.kill()
-        owner.wait()

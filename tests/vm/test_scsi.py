@@ -107,7 +107,7 @@ def test_scsi_survives_saves_restores_a_revert_and_disks_that_come_and_go(
 ) -> None:
     # Storage that takes its time, so that requests are in flight at the saves.
     monkeypatch.setenv("VMBUS_PROVIDER_PATH", str(CHECKOUT / "tests"))
-    monkeypatch.setenv("VMBUS_PROVIDERS", slow_disk.SCSI_KIND)
+    monkeypatch.setenv("VMBUS_PROVIDERS", slow_disk.KIND)
 
     async def plug(vm: VirtualMachine, image: str) -> None:
         """A second disk comes, is used, grows and goes."""
@@ -120,7 +120,7 @@ def test_scsi_survives_saves_restores_a_revert_and_disks_that_come_and_go(
         await until(vm, "ls /sys/block | grep -c sdb", "0")
 
     async def story() -> tuple[dict[str, Any], list[int], str]:
-        vm, job = await writing(described(slow_disk.SCSI_KIND), programs, audit=audit, **WRITER)
+        vm, job = await writing(described(slow_disk.KIND), programs, audit=audit, **WRITER)
         await watched(vm)
         held = []
         for generation, live in enumerate((False, True)):

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from vmbus_bench.figures import Part, Report
 
 _MEASUREMENTS = Path(__file__).resolve().parents[3] / "bench"
-PARTS = ("guest", "host", "doorbell", "save-restore", "block", "scsi", "network", "netvsc", "downtime", "audit")
+PARTS = ("guest", "host", "doorbell", "save-restore", "scsi", "network", "netvsc", "downtime", "audit")
 
 
 @click.command()
@@ -93,7 +93,7 @@ def bench(json_file: Path | None, quick: bool, names: tuple[str, ...]) -> None:
 
 
 def _measure(name: str, provisioned: Provisioned, quick: bool, steps: Steps) -> Part:
-    from vmbus_bench import audit, block, doorbell, downtime, guest, host, network, save_restore
+    from vmbus_bench import audit, doorbell, downtime, guest, host, network, save_restore, scsi
 
     if name == "host":
         return host.measure(provisioned.libvfio_user, quick=quick, step=steps)
@@ -103,12 +103,9 @@ def _measure(name: str, provisioned: Provisioned, quick: bool, steps: Steps) -> 
         return audit.measure(provisioned.libvfio_user, quick=quick, step=steps)
     if name == "save-restore":
         return save_restore.measure(provisioned.libvfio_user, quick=quick, step=steps)
-    if name == "block":
-        disk = load_description(CONFIGURATIONS / "disk.toml")
-        return run(block.measure(disk, programs_from(provisioned), block.BLOCK, quick=quick, step=steps))
     if name == "scsi":
         linux = load_description(CONFIGURATIONS / "linux.toml")
-        return run(block.measure(linux, programs_from(provisioned), block.SCSI, quick=quick, step=steps))
+        return run(scsi.measure(linux, programs_from(provisioned), quick=quick, step=steps))
     if name == "network":
         card = load_description(CONFIGURATIONS / "network.toml")
         return run(network.measure(card, programs_from(provisioned), network.NETWORK, quick=quick, step=steps))

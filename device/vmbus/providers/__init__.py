@@ -1,8 +1,7 @@
 """Providers (VSPs): what a device does with its channels.
 
 base.py        what every provider has, and what it may ask of its host
-block/         a disk for a driver of our own
-disk/          a disk in a raw file, without a protocol: for `block` and `scsi`
+disk/          a disk in a raw file, without a protocol: `scsi` stands before it
 echo.py        answers each request with a transform of it
 integration/   heartbeat, time, shutdown, key-value exchange
 lab/           does what the guest's test drivers ask for: sub-channels, hot plug, GPADLs, pipes
@@ -16,7 +15,6 @@ loading.py     finds a provider by its kind, also in the modules of authors
 """
 
 from vmbus.providers.base import Host, Provider
-from vmbus.providers.block import BlockProvider
 from vmbus.providers.burst import BurstProvider
 from vmbus.providers.ddi_sample import DdiBurstProvider
 from vmbus.providers.echo import EchoProvider
@@ -34,7 +32,6 @@ PROVIDERS: dict[str, type[Provider]] = {
         EchoProvider,
         BurstProvider,
         DdiBurstProvider,
-        BlockProvider,
         IntegrationProvider,
         LabProvider,
         NetvscProvider,

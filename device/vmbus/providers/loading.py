@@ -20,6 +20,9 @@ from vmbus.providers.base import Provider
 PATH_VARIABLE = "VMBUS_PROVIDER_PATH"
 ALLOW_VARIABLE = "VMBUS_PROVIDERS"
 
+GONE = {"block": "scsi"}
+"""Kinds that there were, and what has taken their place."""
+
 _MODULE = re.compile(MODULE_PATTERN)
 
 
@@ -35,6 +38,8 @@ def find_provider(kind: str, known: Mapping[str, type[Provider]], *, from_snapsh
     """
     if kind in known:
         return known[kind]
+    if kind in GONE:
+        raise UsageError(f"there is no provider of kind {kind!r} any more: use {GONE[kind]!r}")
     if not is_external(kind):
         raise UsageError(
             f"there is no provider of kind {kind!r}; known kinds: {', '.join(sorted(known))}; "

@@ -33,7 +33,6 @@ LINUX_DRIVERS = ("hv_vmbus", "hv_utils", "sd_mod", "hv_storvsc", "hv_netvsc", "h
 MODULES = (
     *USERSPACE_DRIVER,
     *LINUX_DRIVERS,
-    "nbd",
     "ext4",
     "crc32c_generic",  # ext4 asks for it by name only when it is used
     "tun",

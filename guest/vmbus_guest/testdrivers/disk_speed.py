@@ -33,7 +33,7 @@ from vmbus_guest.testdrivers.disk_writer import run_tool, wait_for_device
 def run(context: Context) -> dict[str, Any]:
     """See the module's text."""
     get = context.parameters.get
-    device = get("device", "/dev/nbd0")
+    device = get("device", "/dev/sda")
     module = get("module", "")
     write = get("write", False)
     anywhere = get("random", False)

@@ -185,7 +185,7 @@ def wait_for_device(device: str, seconds: float) -> None:
         except (OSError, ValueError):
             pass  # not yet
         if time.monotonic() > deadline:
-            raise WaitTimeout(f"block device {device} to appear: does the block service run?", seconds)
+            raise WaitTimeout(f"block device {device} to appear", seconds)
         time.sleep(0.05)
 
 
@@ -209,7 +209,7 @@ def _journal() -> int:
 def run(context: Context) -> dict[str, Any]:
     """See the module's text."""
     get = context.parameters.get
-    device = get("device", "/dev/nbd0")
+    device = get("device", "/dev/sda")
     mode = get("mode", "write")
     make = get("make", True)
     count = get("count", 1000, minimum=0)

@@ -25,12 +25,12 @@ from enum import Enum
 from typing import Any, NamedTuple
 
 from vmbus.providers.disk.conflicts import Conflicts
-from vmbus.wire.block import Feature, Flag, Op, Request, Status
+from vmbus.providers.disk.request import Feature, Flag, Op, Request, Status
 
 _U64 = 1 << 64
 _MOVES_DATA = frozenset({Op.READ, Op.WRITE})
 _CHANGES = frozenset({Op.WRITE, Op.DISCARD, Op.WRITE_ZEROES})
-_OPS = frozenset(Op) - {Op.HELLO}
+_OPS = frozenset(Op)
 # Plain numbers: `check` is asked for each request, and those of enum are slow.
 _NEEDS: dict[int, int] = {Op.DISCARD: int(Feature.DISCARD), Op.WRITE_ZEROES: int(Feature.WRITE_ZEROES)}
 _FLAGS: dict[int, int] = {Op.WRITE: int(Flag.FUA), Op.WRITE_ZEROES: int(Flag.FUA | Flag.MAY_UNMAP)}

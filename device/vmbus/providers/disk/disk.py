@@ -27,8 +27,8 @@ from vmbus.providers.disk.image import (
     replace_content,
     require_own,
 )
+from vmbus.providers.disk.request import Op, Request, Status
 from vmbus.providers.disk.work import UnderWay, perform
-from vmbus.wire.block import Op, Request, Status
 
 log = bounded_log(__name__)
 
@@ -43,7 +43,7 @@ IMAGE_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 
 
 class DiskOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """See docs/provider-block.md."""
+    """See docs/provider-scsi.md."""
 
     image: Annotated[str, msgspec.Meta(pattern=IMAGE_NAME)]
     size_mib: Annotated[int, msgspec.Meta(ge=1, le=1 << 26)] | None = None

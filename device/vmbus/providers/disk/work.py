@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 from vmbus.providers.disk.backend import Backend
 from vmbus.providers.disk.core import Job
-from vmbus.wire.block import Op
+from vmbus.providers.disk.request import Op
 
 
 class UnderWay:

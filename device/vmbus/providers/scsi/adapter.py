@@ -18,6 +18,7 @@ from vmbus.kmcl.status import KmclError
 from vmbus.memory import first_bytes
 from vmbus.providers.base import Host
 from vmbus.providers.disk.disk import MAXIMUM_DATA
+from vmbus.providers.disk.request import Op, Request, Status
 from vmbus.providers.scsi.commands import (
     READS,
     REPORTS_NO_ATTENTION,
@@ -35,7 +36,6 @@ from vmbus.providers.scsi.commands import (
 from vmbus.providers.scsi.handshake import STEPS, Handshake, Phase
 from vmbus.providers.scsi.unit import Unit
 from vmbus.wire import scsi
-from vmbus.wire.block import Op, Request, Status
 from vmbus.wire.scsi import Sense
 from vmbus.wire.storvsp import (
     STORVSP_TYPE,
@@ -351,6 +351,8 @@ class Adapter:
         asked = Asked(completion, payload, (), requests[0].op, moved, len(requests))
         for request in requests:
             disk.submit(request, asked)
+        if core.under_way >= self._queue_depth:
+            self.full += 1
 
     def _nobody(self, completion: Completion, payload: bytes) -> None:
         """There is no such logical unit, target or path."""

@@ -7,8 +7,8 @@ requests to the disk. READ and WRITE, which are nearly all there is, have a way 
 from collections.abc import Callable
 from typing import NamedTuple
 
+from vmbus.providers.disk.request import Flag, Op, Request, Status
 from vmbus.wire import scsi
-from vmbus.wire.block import Flag, Op, Request, Status
 from vmbus.wire.scsi import Extent, Limits, Opcode, Sense
 
 MOST_DESCRIPTORS = 64

@@ -10,8 +10,8 @@ from vmbus.providers.base import Host
 from vmbus.providers.disk.backend import Backend
 from vmbus.providers.disk.disk import MAXIMUM_DATA, MAXIMUM_RANGE, Disk, DiskOptions, DiskRecord
 from vmbus.providers.disk.image import Image
+from vmbus.providers.disk.request import Feature, Status
 from vmbus.providers.scsi.commands import Facts
-from vmbus.wire.block import Feature, Status
 
 MOST_UNITS = 64
 """Logical units of one controller."""
