@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import random
+import time
+from collections.abc import Callable
+from typing import Any
+
 from support.storvsc import Driver, Extents, Pending
+from vmbus.errors import WaitTimeout
 from vmbus.kmcl.channel import Channel
 from vmbus.kmcl.completion import Completion
 from vmbus.kmcl.packet import Packet
 from vmbus.kmcl.status import Status as PacketStatus
 from vmbus.loopback.function import LoopbackFunction
+from vmbus.loopback.harness import LoopbackServer
 from vmbus.wire.storvsp import STORVSP_TYPE
 from vmbus_guest.driver import VmbusDriver
 
@@ -103,3 +110,24 @@ class Guest(Controller):
 
     def close(self) -> None:
         self.bus.close()
+
+
+def pattern(length: int, seed: int) -> bytes:
+    return random.Random(seed).randbytes(length)
+
+
+def status(server: LoopbackServer) -> dict[str, Any]:
+    return dict(server.command("status")["providers"]["scsi"])
+
+
+def disk_status(server: LoopbackServer, index: int = 0) -> dict[str, Any]:
+    """Of one of its disks."""
+    return dict(status(server)["luns"][index])
+
+
+def until(condition: Callable[[], bool], what: str, seconds: float = 10.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            raise WaitTimeout(what, seconds)
+        time.sleep(0.002)
