@@ -10,5 +10,5 @@ guest           the same driver in a Linux guest, against virtio-serial
 audit           transactions with audit records, against the same without
 downtime        live migration with the device, against the same VM without it
 scsi            a disk behind Linux's hv_storvsc, against QEMU's virtio-blk
-network         the network card of a Linux guest, ours by a TAP interface or Linux's hv_netvsc, against virtio-net
+network         the network card of a Linux guest, Linux's hv_netvsc, against virtio-net
 """

@@ -4,7 +4,6 @@ while the device is saved. Each harms its own channel at most, and no save."""
 from __future__ import annotations
 
 import random
-import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -17,6 +16,7 @@ import pytest
 
 from support import storvsc
 from support.namespace import Namespace, NotPermitted, namespace
+from support.netvsc import UP, DriverEnds, NetvscGuest
 from support.storage import Controller
 from vmbus import saved
 from vmbus.bus.server import REFUSED
@@ -27,8 +27,9 @@ from vmbus.kmcl.lifecycle import ChannelState
 from vmbus.kmcl.pipe import frame, unframe
 from vmbus.kmcl.settings import FLAG_IS_PIPE
 from vmbus.loopback.harness import LoopbackServer, describe
+from vmbus.providers.netvsc import oids
 from vmbus.vfio_user.library import Library
-from vmbus.wire import ic, network, scsi
+from vmbus.wire import ic, nvsp, rndis, scsi
 from vmbus.wire.gpa import range_for
 from vmbus.wire.storvsp import STORVSP_TYPE, Operation, pack_request
 from vmbus_guest.driver import VmbusDriver
@@ -52,7 +53,7 @@ class Kind(NamedTuple):
 
 
 KINDS = {
-    "network_survives": Kind(network.NETWORK_TYPE, 32),
+    "network_survives": Kind(nvsp.NETVSC_TYPE, 32),
     "scsi_survives": Kind(STORVSP_TYPE, 4),
     "integration_service": Kind(ic.HEARTBEAT.interface_type, 4),
 }
@@ -75,10 +76,10 @@ class Device:
         self.library = library
         self.image = disks / "disk.img"
         self.description = describe(
-            "network",
+            "netvsc",
             "scsi",
             "integration",
-            network={"interface": "host0", "namespace": outside.name, "queues": 2, "address": "192.0.2.1/24"},
+            netvsc={"interface": "host0", "namespace": outside.name, "queues": 2, "address": "192.0.2.1/24"},
             scsi={"luns": [{"image": self.image.name, "size_mib": SIZE // MIB, "create": True}]},
             integration={"heartbeat_seconds": 0.02, "services": ["heartbeat", "kvp"]},
         )
@@ -100,15 +101,6 @@ def settle(driver: VmbusDriver) -> None:
         driver.function.barrier()
 
 
-def ask(driver: VmbusDriver, channel: ClientChannel, message: bytes, **more: Any) -> bytes:
-    replies: list[bytes] = []
-    packet = channel.allocate_packet()
-    packet.completion_routine = lambda packet, status, reply: replies.append(reply)
-    packet.send(message, **more)
-    driver.run_until(lambda: bool(replies), 10, "an answer")
-    return replies[0]
-
-
 def serves(driver: VmbusDriver, name: str) -> None:
     """A fresh channel of this kind does its work."""
     if name == "scsi_survives":
@@ -118,28 +110,25 @@ def serves(driver: VmbusDriver, name: str) -> None:
         assert controller.write(MIB // 512, bytes(PAGE)).good
         give_back(controller)
         return
-    kind = KINDS[name]
+    if name == "network_survives":
+        guest = NetvscGuest(DriverEnds(driver))
+        assert guest.send(b"\xff" * 6 + bytes(54)) == nvsp.Status.SUCCESS
+        guest.shut_down()
+        return
     beats: list[ic.Message] = []
 
     def take(channel: Channel, completion: Completion, payload: bytes) -> None:
-        if kind.interface_type == ic.HEARTBEAT.interface_type:
-            beats.append(ic.parse(unframe(payload)))
+        beats.append(ic.parse(unframe(payload)))
         completion.complete()
 
+    kind = KINDS[name]
     channel = driver.client_channel(
         kind.interface_type, ring_pages_in=kind.ring_pages, ring_pages_out=kind.ring_pages, name=name
     )
-    if name == "integration_service":
-        channel.set_flags(FLAG_IS_PIPE)
+    channel.set_flags(FLAG_IS_PIPE)
     channel.set_process_packet_callbacks(take)
     driver.enable(channel)
-    if name == "integration_service":
-        driver.run_until(lambda: bool(beats), 10, "the host to negotiate versions")
-    else:
-        nic = network.parse_nic(ask(driver, channel, network.Hello().pack()))
-        assert nic is not None
-        sound = bytes(10) + b"\xff" * 6 + nic.mac + b"\x88\xb5" + bytes(46)
-        assert network.parse_status(ask(driver, channel, network.pack_frames([sound]))) == network.Status.OK
+    driver.run_until(lambda: bool(beats), 10, "the host to negotiate versions")
     driver.close_channel(channel)
 
 
@@ -224,6 +213,7 @@ class Hostile:
         self.memory = driver.allocate(64 * PAGE)
         self._end = threading.Event()
         self._held: list[Completion] = []
+        self._lent: dict[ClientChannel, int] = {}
         self._channels: dict[str, ClientChannel] = {}
         self._thread = ThreadPoolExecutor(1, "guest")
         self._running: Future[None]
@@ -291,21 +281,43 @@ class Hostile:
 
     def network_survives(self, channel: ClientChannel) -> None:
         choose = self.choose
-        sound = bytes(10) + b"\xff" * 6 + choose.randbytes(6) + b"\x88\xb5" + bytes(46)
-        self._send(
-            channel,
-            choose.choice(
-                (
-                    network.Hello(mtu=choose.choice([0, 20, 68, 1000, 1400, 0xFFFF_FFFF]), queues=2).pack(),
-                    network.Queues(choose.choice([0, 1, 2, 0xFFFF_FFFF])).pack(),
-                    network.pack_frames([sound] * choose.randint(1, 20)),
-                    network.pack_frames([sound + bytes(60000)]),
-                    network.pack_frames([struct.pack("<BBHHHH", 1, 1, 65535, 1, 65535, 65535) + sound[10:]]),
-                    struct.pack("<III", 3, choose.randrange(300), 0xFFFF_FFF0) + bytes(64),
-                    choose.randbytes(choose.randrange(200)),
-                )
-            ),
+        if channel not in self._lent:
+            self._lent[channel] = channel.create_gpadl([(self.memory.iova, self.memory.size)])
+        gpadl = choose.choice([self._lent[channel], self._lent[channel], 0, 0xFFFF_FFFF])
+        control = rndis.set_oid(choose.randrange(100), oids.PACKET_FILTER, choose.choice([UP, 0]).to_bytes(4, "little"))
+        data = choose.choice(
+            (
+                rndis.initialize(1),
+                rndis.query(2, choose.choice([*oids._QUERIES, 0xFFFF_FFFF])),
+                control,
+                rndis.halt(3),
+                (rndis.packet_header(60) + b"\xff" * 6 + bytes(58)) * choose.randint(1, 20),
+                rndis.packet_header(60)[:8] + choose.randbytes(100),
+                choose.randbytes(choose.randrange(8, 200)),
+            )
         )
+        self.memory.view[:4096] = data.ljust(4096, b"\0")[:4096]
+        external = choose.choice(
+            ([(self.memory.iova, len(data))], None, [(NOWHERE, PAGE)], [(self.memory.iova, 5 * PAGE)])
+        )
+        message = choose.choice(
+            (
+                nvsp.Init(nvsp.VERSION_6_1, nvsp.VERSION_6_1),
+                nvsp.NdisConfig(choose.choice([0, 20, 82, 1014, 1514, 0xFFFF_FFFF]), 0),
+                nvsp.ReceiveBuffer(gpadl, nvsp.RECEIVE_BUFFER_ID),
+                nvsp.SendBuffer(gpadl, 0),
+                *[
+                    nvsp.Rndis(channel, section, choose.choice([0, 60, 1 << 31]))
+                    for channel in (nvsp.DATA_CHANNEL, nvsp.CONTROL_CHANNEL)
+                    for section in (nvsp.NO_SECTION, 0, 0xFFFF_FFFE)
+                ],
+                nvsp.SubChannels(1, choose.choice([0, 1, 0xFFFF_FFFF])),
+            )
+        )
+        if choose.random() < 0.02:
+            message = choose.choice((nvsp.RevokeReceiveBuffer(nvsp.RECEIVE_BUFFER_ID), nvsp.RevokeSendBuffer(0)))
+        whole = nvsp.pack_message(message)
+        self._send(channel, choose.choice([whole, whole, whole, whole[:8]]), external=external)
 
     def scsi_survives(self, channel: ClientChannel) -> None:
         choose = self.choose
@@ -386,7 +398,7 @@ def test_nonsense_while_a_save_is_in_progress(device: Device, tmp_path: Path) ->
         hostile.halt()
         print(f"{hostile.said} messages, {held} of them held at a save; {len(driver.rescinded)} channels lost")
         status = server.command("status")["providers"]
-        assert status["network"]["refused"] > 0 and status["scsi"]["luns"][0]["errors"] == 0
+        assert status["netvsc"]["refused"] > 0 and status["scsi"]["luns"][0]["errors"] == 0
         hostile.close()
         again = VmbusDriver(server.function())
         for one in KINDS:

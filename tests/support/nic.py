@@ -1,18 +1,14 @@
-"""A cable for tests of the network provider: frames in and out of a descriptor, without rights and namespaces."""
+"""A cable for tests of network cards: frames in and out of a descriptor, without rights and namespaces."""
 
 from __future__ import annotations
 
 import socket
 import struct
-from typing import Any, ClassVar
+from typing import ClassVar
 
-from vmbus.providers.network import NetworkProvider
 from vmbus.providers.network.card import Card
 from vmbus.providers.network.interface import Port, Settings
-from vmbus.testkit import ProviderTest
-from vmbus.testkit.client import Client, HostPacket
 from vmbus.wire.ethernet import OFFLOAD_SIZE, announcement
-from vmbus.wire.network import Frames, Hello, Link, Nic, Queues, pack_frames, parse, parse_nic
 
 GUEST = bytes.fromhex("020000000001")
 PEER = bytes.fromhex("020000000002")
@@ -114,53 +110,3 @@ class Cabled(Card):
         if clock not in self.cables:
             self.cables[clock] = Cable()
         return CablePort(self.cables[clock], settings)
-
-
-class CabledNetwork(Cabled, NetworkProvider):
-    """The provider `network`."""
-
-
-class Guest:
-    """The guest's end of a NIC, driven by a test. It completes what comes, unless `holding`."""
-
-    def __init__(self, kit: ProviderTest, *, queues: int = 1, ring_pages: int = 32, **hello: Any) -> None:
-        self.kit = kit
-        self.cable = CabledNetwork.cables[kit._clock]
-        self.holding = False
-        self.held: list[HostPacket] = []
-        self.frames: list[bytes] = []
-        self.by_queue: dict[str, list[int]] = {}
-        self.links: list[bool] = []
-        self.primary: Client = kit.open(0, ring_pages=ring_pages, answer=self._answer)
-        self.nic: Nic | None = parse_nic(self.primary.request(Hello(queues=queues, **hello).pack()))
-        self.clients = [self.primary]
-        if self.nic is not None and self.nic.queues > 1:
-            for index in range(1, self.nic.queues):
-                self.clients.append(kit.open(index, ring_pages=ring_pages, answer=self._answer))
-            self.primary.request(Queues(self.nic.queues).pack())
-
-    def _answer(self, packet: HostPacket) -> bytes | None:
-        message = parse(packet.payload)
-        if isinstance(message, Link):
-            self.links.append(message.up)
-        else:
-            assert isinstance(message, Frames)
-            self.frames += [bytes(one) for one in message.frames]
-            self.by_queue.setdefault(packet.client.name, []).extend(
-                number_of(one) for one in message.frames if one[22:24] == b"\x08\0"
-            )
-        if self.holding:
-            self.held.append(packet)
-            return None
-        return b""
-
-    def release(self) -> None:
-        """Complete what was held."""
-        self.holding = False
-        held, self.held = self.held, []
-        for packet in held:
-            packet.complete()
-
-    def send(self, *frames: bytes, queue: int = 0) -> bytes:
-        """Frames to the host in one message; returns the reply."""
-        return self.clients[queue].request(pack_frames(frames))

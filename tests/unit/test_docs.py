@@ -21,8 +21,7 @@ from vmbus.providers.disk.disk import MAXIMUM_DATA, MAXIMUM_RANGE, PATIENCE
 from vmbus.providers.netvsc import oids
 from vmbus.providers.netvsc.adapter import NetvscOptions
 from vmbus.providers.netvsc.provider import CONTROL_BYTES, SEND_SECTION
-from vmbus.providers.network.card import ANNOUNCE_AFTER, DRAIN_BYTES
-from vmbus.providers.network.provider import NetworkOptions
+from vmbus.providers.network.card import ANNOUNCE_AFTER
 from vmbus.providers.scsi.provider import ScsiOptions
 from vmbus.providers.scsi.unit import UnitOptions
 from vmbus.providers.vsock.connection import CHUNK, HIGH, LINGER_SECONDS
@@ -38,8 +37,7 @@ from vmbus.soak.records import Report
 from vmbus.synic import Synic
 from vmbus.testkit.host import Clock, FakeHost
 from vmbus.vfio_user.pci import ConfigSpace
-from vmbus.wire import ethernet, hvsock, messages, nvsp, packet, scsi, storvsp, synic
-from vmbus.wire import network as network_wire
+from vmbus.wire import hvsock, messages, nvsp, packet, scsi, storvsp, synic
 from vmbus.wire.synic import PostStatus, Register
 
 pytestmark = pytest.mark.unit
@@ -275,35 +273,6 @@ def test_the_tables_of_the_scsi_provider() -> None:
             assert any(code in one for one in told), sense
 
 
-# ---- provider-network.md ---------------------------------------------------------------------------------------------
-
-
-def test_the_tables_of_the_network_provider() -> None:
-    text = page("provider-network.md")
-    options = {row["Option"].strip("`"): row["Default"].strip("`") for row in table(text, "Option", "Default")}
-    fields = {field.name: field.default for field in msgspec.structs.fields(NetworkOptions)}
-    assert list(options) == list(fields)
-    for name, default in fields.items():
-        if default is not None:
-            assert options[name] == str(default).lower(), name
-    messages = {row["Message"]: int(row["Number"]) for row in table(text, "Message", "Number")}
-    assert messages == {op.name: op.value for op in network_wire.Op}
-    statuses = {row["Status"]: int(row["Number"]) for row in table(text, "Status", "Number")}
-    assert statuses == {status.name: status.value for status in network_wire.Status}
-    limits = {row["Limit"]: row["Value"] for row in table(text, "Limit", "Value")}
-    assert list(limits.values()) == [
-        str(ethernet.MTU_MAXIMUM),
-        str(ethernet.QUEUES_MAXIMUM),
-        str(network_wire.FRAMES_MAXIMUM),
-        str(network_wire.BATCH_BYTES),
-        str(ethernet.frame_limit(1500, True)),
-        f"{DRAIN_BYTES >> 20} MiB",
-    ]
-    assert f"The answer to HELLO has {len(network_wire.Nic(1, 0, 1500, 1, True, bytes(6), '').pack())} bytes" in text
-    assert f"{ANNOUNCE_AFTER[-1]:g} s" in text and len(ANNOUNCE_AFTER) == 5 and "and four more" in text
-    assert "OFFLOAD, 1" in text and str(network_wire.NETWORK_TYPE) in text
-
-
 # ---- provider-vsock.md -----------------------------------------------------------------------------------------------
 
 
@@ -337,6 +306,7 @@ def test_the_tables_of_the_netvsc_provider() -> None:
     assert asked == set(oids._QUERIES)
     taken = {int(row["OID"], 16) for row in table(text, "OID", "Taken for")}
     assert taken == {oids.PACKET_FILTER, oids.OFFLOAD_PARAMETERS, oids.RSS_PARAMETERS, oids.MULTICAST_LIST}
+    assert f"{ANNOUNCE_AFTER[-1]:g} s" in text and len(ANNOUNCE_AFTER) == 5 and "and four more" in text
     assert str(nvsp.NETVSC_TYPE) in text and f"{SEND_SECTION}" in text and f"{CONTROL_BYTES >> 10} KiB" in text
 
 

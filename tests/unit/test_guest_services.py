@@ -37,7 +37,11 @@ instance = "6f1b4b0e-5d2c-4a53-9d0a-0f2f1f3c7a01"
 
 def test_the_kernels_command_line_says_which() -> None:
     assert wanted_services("console=ttyS0 quiet") == []
-    assert wanted_services("a vmbus.services=network,block b vmbus.services=block,,x\n") == ["network", "block", "x"]
+    assert wanted_services("a vmbus.services=integration,block b vmbus.services=block,,x\n") == [
+        "integration",
+        "block",
+        "x",
+    ]
     line = kernel_arguments(parse_description(DESCRIPTION, "test"))
     assert "vmbus.services=integration,block " in line
     assert wanted_services(line) == ["integration", "block", "more"]

@@ -7,7 +7,6 @@ import hashlib
 import json
 import os
 import shutil
-import struct
 import time
 import zlib
 from collections.abc import Callable
@@ -36,7 +35,6 @@ from vmbus.inspection.tree import clean, render
 from vmbus.inspection.watch import rates
 from vmbus.kmcl.saved import PacketChunk, decode_chunk, encode
 from vmbus.providers.echo import EchoProvider
-from vmbus.providers.network import NetworkProvider
 from vmbus.qemu.description import load_description
 from vmbus.ring import INTERRUPT_MASK, READ_INDEX, WRITE_INDEX
 from vmbus.snapshot.bundle import SnapshotWriter, utc_now
@@ -392,15 +390,6 @@ def test_what_a_provider_does_not_know_as_its_own_is_shown_as_bytes() -> None:
     )
     packet = channel_of(document, "burst1").packets[0]
     assert packet.save == b"other".hex() and "not what 'burst' saves" in packet.described["problem"]
-
-
-def test_what_the_network_saves_of_a_packet_is_told_in_words() -> None:
-    told = NetworkProvider.describe_packet
-    saved_frames, saved_link = (struct.pack("<HHII", 1, *rest) for rest in ((1, 3, 4500), (2, 1, 0)))
-    assert told(saved_frames) == {"kind": "frames", "frames": 3, "bytes": 4500}
-    assert told(saved_link) == {"kind": "link", "up": True}
-    with pytest.raises(struct.error):
-        told(b"other")
 
 
 async def make_snapshot(target: Path, sources: Path, state: saved.DeviceState) -> None:

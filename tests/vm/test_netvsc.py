@@ -4,6 +4,11 @@ complains."""
 
 from __future__ import annotations
 
+import asyncio
+import os
+import signal
+import subprocess
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Coroutine, Iterator
@@ -13,8 +18,10 @@ from typing import Any
 import msgspec
 import pytest
 
+import vmbus
 from support.boot import boot
 from support.crossing import GUEST, HOST, Traffic, moved, until
+from support.locks import in_use
 from support.namespace import Namespace, NotPermitted, namespace
 from vmbus.audit.checker import check_paths
 from vmbus.capture.pcapng import CaptureReader
@@ -23,6 +30,7 @@ from vmbus.errors import WaitTimeout
 from vmbus.qemu.command_line import Programs
 from vmbus.qemu.description import VmDescription, load_description
 from vmbus.qemu.machine import VirtualMachine
+from vmbus.qemu.process import clean_stale, runtime_base
 from vmbus.words import describe
 
 pytestmark = [pytest.mark.vm, pytest.mark.long]
@@ -201,3 +209,67 @@ async def until_shell(vm: VirtualMachine, command: str, seconds: float = 30.0) -
 
 async def carrier(vm: VirtualMachine, wanted: str) -> None:
     await until_shell(vm, f"test $(cat /sys/class/net/eth0/carrier) = {wanted}")
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_nothing_of_network_and_disk_outlives_their_owner(
+    number: signal.Signals,
+    tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
+    outside: Namespace,
+) -> None:
+    """scripts/run-vm with both devices ends in mid-traffic: no interface, no lock, no process is left, and no file but
+    the image."""
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path_factory.mktemp("r")))  # short: sockets are in there
+    monkeypatch.setenv("VMBUS_DISKS", str(tmp_path / "disks"))
+    image = tmp_path / "disks" / "linux.img"
+    config = tmp_path / "both.toml"
+    options = {"interface": "host0", "address": f"{HOST}/24", "namespace": outside.name}
+    inline = ", ".join(f'{key} = "{value}"' for key, value in options.items())
+    config.write_text(
+        (CHECKOUT / "qemu_configs" / "linux.toml").read_text()
+        + f'\n[[device.providers]]\nkind = "netvsc"\nname = "card"\ninstance = "{INSTANCE}"\n'
+        + f"options = {{ {inline} }}\n"
+    )
+    path = os.pathsep.join([str(Path(vmbus.__file__).parents[1]), str(CHECKOUT / "guest")])
+    log = tmp_path / "owner.log"
+    drives = [f"interface:interface=eth0,address={GUEST}/24", "disk-writer:device=/dev/sda,count=0"]
+    words = ["run-vm", str(config), "--name", "both", *(word for one in drives for word in ("--drive", one))]
+    with log.open("wb") as output:
+        owner = subprocess.Popen(
+            [sys.executable, "-m", "vmbus.cli", *words],
+            env={**os.environ, "PYTHONPATH": path},
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
+    try:
+        # As booted: the command that people use is under test.
+        ping = outside.start("ping", host=GUEST, count=0)
+
+        async def story() -> None:
+            await until(
+                lambda: ping.progress().get("received", 0) > 3 or owner.poll() is not None, "pings to come back"
+            )
+            assert owner.poll() is None, log.read_text()
+            assert outside.interfaces() == ["host0"] and in_use(image)
+            directory = str(runtime_base() / "both")
+            owner.send_signal(number)
+            await until(lambda: owner.poll() is not None, "the owner's end")
+            await until(lambda: outside.interfaces() == [], "the interface to be gone")
+            await until(lambda: not in_use(image), "the lock to be gone")
+
+            def processes() -> list[str]:
+                lines = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout.splitlines()
+                return [line for line in lines if directory in line]
+
+            await until(lambda: not processes(), "the processes' end")
+
+        asyncio.run(asyncio.wait_for(story(), 120))
+        clean_stale(runtime_base())  # as the next start of a VM does
+        assert not any(runtime_base().glob("[!.]*"))
+        assert [one.name for one in image.parent.iterdir()] == [image.name]
+    finally:
+        owner.kill()
+        owner.wait()

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from vmbus_bench.figures import Part, Report
 
 _MEASUREMENTS = Path(__file__).resolve().parents[3] / "bench"
-PARTS = ("guest", "host", "doorbell", "save-restore", "scsi", "network", "netvsc", "downtime", "audit")
+PARTS = ("guest", "host", "doorbell", "save-restore", "scsi", "network", "downtime", "audit")
 
 
 @click.command()
@@ -108,10 +108,7 @@ def _measure(name: str, provisioned: Provisioned, quick: bool, steps: Steps) -> 
         return run(scsi.measure(linux, programs_from(provisioned), quick=quick, step=steps))
     if name == "network":
         card = load_description(CONFIGURATIONS / "network.toml")
-        return run(network.measure(card, programs_from(provisioned), network.NETWORK, quick=quick, step=steps))
-    if name == "netvsc":
-        linux = load_description(CONFIGURATIONS / "linux-network.toml")
-        return run(network.measure(linux, programs_from(provisioned), network.NETVSC, quick=quick, step=steps))
+        return run(network.measure(card, programs_from(provisioned), quick=quick, step=steps))
     description = load_description(CONFIGURATIONS / "echo.toml")
     if name == "downtime":
         return run(downtime.measure(description, programs_from(provisioned), quick=quick, step=steps))

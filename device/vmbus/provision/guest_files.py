@@ -35,7 +35,6 @@ MODULES = (
     *LINUX_DRIVERS,
     "ext4",
     "crc32c_generic",  # ext4 asks for it by name only when it is used
-    "tun",
     "veth",
     "virtio_blk",
     "virtio_net",

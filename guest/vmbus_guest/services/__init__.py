@@ -1,8 +1,8 @@
-"""The catalogue of services: the guest's ends of devices that people use, such as a network card.
+"""The catalogue of services: the guest's ends of devices that people use.
 
 A service is a workload (`vmbus_guest.testdrivers.workload`) that ends only on request, so that several of them, and
 test drivers beside them, share the one process that a PCI function has. `vmbus_guest.services.run` runs them; the agent
-starts those that the kernel's command line names (`vmbus.services=network`). This module stays light: the agent
+starts those that the kernel's command line names (`vmbus.services=one,another`). This module stays light: the agent
 imports it at boot; the services themselves are imported where they run.
 """
 
@@ -36,11 +36,6 @@ CATALOGUE: dict[str, Entry] = {
         "vmbus_guest.services.integration",
         "IntegrationService",
         "answers heartbeats, sets the clock, powers off on request, exchanges keys and values",
-    ),
-    "network": Entry(
-        "vmbus_guest.services.network",
-        "NetworkService",
-        "makes a network card of the host's an interface of the kernel's: vmnet0",
     ),
 }
 """By name."""

@@ -32,7 +32,7 @@ COUNTERS = ("to_guest", "to_host", "bytes_to_host", "refused", "no_link", "not_t
 
 
 class CardOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """See docs/provider-network.md."""
+    """See docs/provider-netvsc.md."""
 
     mac: str | None = None
     mtu: Annotated[int, msgspec.Meta(ge=MTU_MINIMUM, le=MTU_MAXIMUM)] = 1500

@@ -1,0 +1,148 @@
+"""The host's end of a card: interfaces of the kernel's, made, configured, and gone with their owner."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from support.namespace import CHECKOUT, TUN, Namespace, NotPermitted, namespace, remove_stale
+from vmbus.errors import EnvironmentProblem, UsageError
+from vmbus.providers.network.interface import NAMESPACES, Port, Settings, open_port
+from vmbus.providers.network.veth import open_veth
+from vmbus.tap import Tap
+
+pytestmark = pytest.mark.loopback
+
+
+@pytest.fixture
+def outside() -> Iterator[Namespace]:
+    """The host's side."""
+    try:
+        with namespace() as found:
+            yield found
+    except NotPermitted as error:
+        pytest.skip(str(error))
+
+
+def until(condition: Callable[[], Any], what: str) -> None:
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.005)
+
+
+@pytest.mark.parametrize("open_port", [open_port, open_veth])
+def test_an_interface_is_made_configured_and_gone(outside: Namespace, open_port: Callable[[Settings], Port]) -> None:
+    settings = Settings("host0", b"\xfe\0\0\0\0\1", 4000, outside.name, "192.0.2.1/24")
+    port = open_port(settings)
+
+    def look(netlink: Any) -> dict[str, Any]:
+        (link,) = netlink.get_links(netlink.link_lookup(ifname="host0")[0])
+        (address,) = netlink.get_addr(index=link["index"], family=socket.AF_INET)
+        return {
+            "mtu": link.get_attr("IFLA_MTU"),
+            "mac": link.get_attr("IFLA_ADDRESS"),
+            "up": bool(link["flags"] & 1),
+            "carrier": link.get_attr("IFLA_CARRIER"),
+            "address": (address.get_attr("IFA_ADDRESS"), address["prefixlen"]),
+        }
+
+    expected = {"mtu": 4000, "mac": "fe:00:00:00:00:01", "up": True, "carrier": 0, "address": ("192.0.2.1", 24)}
+    assert outside.configure(look) == expected
+    port.set_carrier(True)
+    assert outside.configure(look)["carrier"] == 1
+    with pytest.raises(EnvironmentProblem, match=r"'host0'.*(another process has it|of this name)"):
+        open_port(settings)
+    port.close()
+    port.close()
+    assert outside.interfaces() == []
+
+
+def test_what_is_missing_is_named(outside: Namespace, tmp_path: Path) -> None:
+    settings = Settings("host0", b"\xfe\0\0\0\0\1", 1500, outside.name)
+    with pytest.raises(EnvironmentProblem, match=r"no network namespace 'nowhere'.*ip netns add nowhere"):
+        open_port(settings._replace(namespace="nowhere"))
+    with pytest.raises(EnvironmentProblem, match="no interface 'br7'"):
+        open_port(settings._replace(bridge="br7"))
+    with pytest.raises(EnvironmentProblem, match="something else"):
+        open_port(settings._replace(name="lo"))
+    with pytest.raises(EnvironmentProblem, match="load the module tun"):
+        Tap("host0", device=str(tmp_path / "tun"))
+    with pytest.raises(UsageError, match="1 to 15"):
+        Tap("a" * 16)
+    assert outside.interfaces() == []
+
+
+def test_without_rights_the_error_says_which(outside: Namespace) -> None:
+    # What is needed is imported while everything can still be read.
+    script = (
+        "import os\n"
+        "from vmbus.errors import EnvironmentProblem\n"
+        "from vmbus.tap import Tap\n"
+        "if os.getuid() == 0: os.setgroups([]), os.setgid(65534), os.setuid(65534)\n"
+        "try: Tap('host0')\n"
+        "except EnvironmentProblem as error: print(error)\n"
+    )
+    path = os.pathsep.join(str(CHECKOUT / part) for part in ("device", "guest"))
+    done = subprocess.run(
+        [sys.executable, "-c", script], env={"PYTHONPATH": path}, capture_output=True, text=True, timeout=30
+    )
+    everybody = TUN.stat().st_mode & 0o006 == 0o006
+    assert ("CAP_NET_ADMIN" if everybody else "readable and writable") in done.stdout, done
+
+
+def test_a_port_of_a_bridge(outside: Namespace) -> None:
+    def make(netlink: Any) -> None:
+        netlink.link("add", ifname="br0", kind="bridge")
+        netlink.link("set", index=netlink.link_lookup(ifname="br0")[0], state="up")
+
+    def masters(netlink: Any) -> list[bool]:
+        bridge = netlink.link_lookup(ifname="br0")[0]
+        return [link.get_attr("IFLA_MASTER") == bridge for link in netlink.get_links()]
+
+    outside.configure(make)
+    port = open_port(Settings("host0", b"\xfe\0\0\0\0\1", 1500, outside.name, bridge="br0"))
+    assert sum(outside.configure(masters)) == 1
+    port.close()
+    assert sum(outside.configure(masters)) == 0
+    outside.configure(lambda netlink: netlink.link("del", ifname="br0"))
+
+
+@pytest.mark.parametrize("function", ["interface.open_port", "veth.open_veth"])
+def test_nothing_outlives_a_killed_owner(outside: Namespace, function: str) -> None:
+    module, _, name = function.partition(".")
+    script = (
+        "import sys, time\n"
+        "from vmbus.providers.network.interface import Settings\n"
+        f"from vmbus.providers.network.{module} import {name}\n"
+        f"port = {name}(Settings('host0', bytes([254,0,0,0,0,1]), 1500, {outside.name!r}, '192.0.2.1/24'))\n"
+        "print('made', flush=True)\n"
+        "time.sleep(60)\n"
+    )
+    path = os.pathsep.join(str(CHECKOUT / part) for part in ("device", "guest"))
+    with subprocess.Popen(
+        [sys.executable, "-c", script], env={**os.environ, "PYTHONPATH": path}, stdout=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None and process.stdout.readline() == b"made\n"
+        assert outside.interfaces() == ["host0"]
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    until(lambda: outside.interfaces() == [], "the interface to be gone")
+
+
+def test_namespaces_of_dead_owners_are_removed(outside: Namespace) -> None:
+    from pyroute2 import netns  # type: ignore[import-untyped]
+
+    stale = "vmbus-test-1-0-abcd"
+    netns.create(stale)
+    remove_stale()
+    assert not (NAMESPACES / stale).exists() and (NAMESPACES / outside.name).exists()
