@@ -16,7 +16,7 @@ import pytest
 
 from support import storvsc
 from support.namespace import Namespace, NotPermitted, namespace
-from support.netvsc import UP, DriverEnds, NetvscGuest
+from support.network_guest import UP, DriverEnds, NetworkGuest
 from support.storage import Controller
 from vmbus import saved
 from vmbus.bus.server import REFUSED
@@ -27,7 +27,7 @@ from vmbus.kmcl.lifecycle import ChannelState
 from vmbus.kmcl.pipe import frame, unframe
 from vmbus.kmcl.settings import FLAG_IS_PIPE
 from vmbus.loopback.harness import LoopbackServer, describe
-from vmbus.providers.netvsc import oids
+from vmbus.providers.network import oids
 from vmbus.vfio_user.library import Library
 from vmbus.wire import ic, nvsp, rndis, scsi
 from vmbus.wire.gpa import range_for
@@ -53,7 +53,7 @@ class Kind(NamedTuple):
 
 
 KINDS = {
-    "network_survives": Kind(nvsp.NETVSC_TYPE, 32),
+    "network_survives": Kind(nvsp.NVSP_TYPE, 32),
     "scsi_survives": Kind(STORVSP_TYPE, 4),
     "integration_service": Kind(ic.HEARTBEAT.interface_type, 4),
 }
@@ -76,10 +76,10 @@ class Device:
         self.library = library
         self.image = disks / "disk.img"
         self.description = describe(
-            "netvsc",
+            "network",
             "scsi",
             "integration",
-            netvsc={"interface": "host0", "namespace": outside.name, "queues": 2, "address": "192.0.2.1/24"},
+            network={"interface": "host0", "namespace": outside.name, "queues": 2, "address": "192.0.2.1/24"},
             scsi={"luns": [{"image": self.image.name, "size_mib": SIZE // MIB, "create": True}]},
             integration={"heartbeat_seconds": 0.02, "services": ["heartbeat", "kvp"]},
         )
@@ -111,7 +111,7 @@ def serves(driver: VmbusDriver, name: str) -> None:
         give_back(controller)
         return
     if name == "network_survives":
-        guest = NetvscGuest(DriverEnds(driver))
+        guest = NetworkGuest(DriverEnds(driver))
         assert guest.send(b"\xff" * 6 + bytes(54)) == nvsp.Status.SUCCESS
         guest.shut_down()
         return
@@ -398,7 +398,7 @@ def test_nonsense_while_a_save_is_in_progress(device: Device, tmp_path: Path) ->
         hostile.halt()
         print(f"{hostile.said} messages, {held} of them held at a save; {len(driver.rescinded)} channels lost")
         status = server.command("status")["providers"]
-        assert status["netvsc"]["refused"] > 0 and status["scsi"]["luns"][0]["errors"] == 0
+        assert status["network"]["refused"] > 0 and status["scsi"]["luns"][0]["errors"] == 0
         hostile.close()
         again = VmbusDriver(server.function())
         for one in KINDS:

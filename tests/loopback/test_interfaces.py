@@ -17,8 +17,8 @@ import pytest
 from support.namespace import CHECKOUT, TUN, Namespace, NotPermitted, namespace, remove_stale
 from vmbus.errors import EnvironmentProblem, UsageError
 from vmbus.providers.network.interface import NAMESPACES, Port, Settings, open_port
+from vmbus.providers.network.tap import Tap
 from vmbus.providers.network.veth import open_veth
-from vmbus.tap import Tap
 
 pytestmark = pytest.mark.loopback
 
@@ -87,7 +87,7 @@ def test_without_rights_the_error_says_which(outside: Namespace) -> None:
     script = (
         "import os\n"
         "from vmbus.errors import EnvironmentProblem\n"
-        "from vmbus.tap import Tap\n"
+        "from vmbus.providers.network.tap import Tap\n"
         "if os.getuid() == 0: os.setgroups([]), os.setgid(65534), os.setuid(65534)\n"
         "try: Tap('host0')\n"
         "except EnvironmentProblem as error: print(error)\n"

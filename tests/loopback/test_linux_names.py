@@ -18,7 +18,7 @@ from loopback.test_scsi_survives import OPTIONS, Churn
 from support import storvsc
 from support.disk import Fault, FaultyBackend
 from support.hv_utils import HvUtils
-from support.netvsc import DriverEnds, NetvscGuest
+from support.network_guest import DriverEnds, NetworkGuest
 from support.nic import Cable, CablePort
 from support.storage import Guest
 from support.vsock import GuestSockets, accept, listen, take
@@ -36,7 +36,7 @@ from vmbus.inspection.tree import packet_text
 from vmbus.loopback.harness import LoopbackServer, describe
 from vmbus.providers.disk.backend import Backend
 from vmbus.providers.disk.image import Image
-from vmbus.providers.netvsc import NetvscProvider
+from vmbus.providers.network import NetworkProvider
 from vmbus.providers.network.interface import Port, Settings
 from vmbus.providers.scsi import ScsiProvider
 from vmbus.vfio_user.library import Library
@@ -63,11 +63,11 @@ def cable(monkeypatch: pytest.MonkeyPatch) -> Cable:
     """The outer end of every card's interface."""
     found = Cable()
 
-    class Wired(NetvscProvider):
+    class Wired(NetworkProvider):
         def make_port(self, settings: Settings) -> Port:
             return CablePort(found, settings)
 
-    monkeypatch.setitem(providers.PROVIDERS, "netvsc", Wired)
+    monkeypatch.setitem(providers.PROVIDERS, "network", Wired)
     return found
 
 
@@ -228,17 +228,17 @@ def test_a_capture_of_a_disk_is_in_words_and_can_be_replayed(libvfio_user: Libra
 
 def test_a_card_is_named_audited_and_captured(libvfio_user: Library, tmp_path: Path, cable: Cable) -> None:
     audit, path = tmp_path / "audit", tmp_path / "card.pcapng"
-    with LoopbackServer(describe("netvsc"), libvfio_user, audit=audit, capture=path) as server:
+    with LoopbackServer(describe("network"), libvfio_user, audit=audit, capture=path) as server:
         driver = VmbusDriver(server.function())
         ends = DriverEnds(driver)
-        guest = NetvscGuest(ends)
+        guest = NetworkGuest(ends)
         for shape in (1, 2, 3):
             assert guest.send(bytes(6) + bytes([2] * 6) + bytes([8, 0]) + bytes(300), shape=shape) == 1
         guest.holding = True
         frame = bytes([255] * 6) + bytes([2] * 6) + bytes([8, 0]) + bytes(500)
         cable.push(NO_OFFLOAD + frame)
         driver.run_until(lambda: bool(guest.held), 10, "a frame")
-        (packet,) = (one for one in channel_of(server, "netvsc").packets if one.state == "sent")
+        (packet,) = (one for one in channel_of(server, "network").packets if one.state == "sent")
         assert packet.words.startswith("RNDIS data, 1 messages, ") and "of the receive buffer" in packet.words
         report = checked(server, audit)
         assert report.clean, str(report)
@@ -246,7 +246,7 @@ def test_a_card_is_named_audited_and_captured(libvfio_user: Library, tmp_path: P
         assert card.driver == "hv_netvsc" and card.in_flight == {"not completed (to the guest)": [packet.transaction]}
         guest.holding = False
         guest.release()
-        driver.run_until(lambda: not channel_of(server, "netvsc").packets, 10, "the completion")
+        driver.run_until(lambda: not channel_of(server, "network").packets, 10, "the completion")
         report = checked(server, audit)
         assert report.clean and not report.channels[0].in_flight, str(report)
         driver.close(graceful=False)
@@ -257,7 +257,7 @@ def test_a_card_is_named_audited_and_captured(libvfio_user: Library, tmp_path: P
     kinds = {one.record.kind for one in packets_of(path)}
     assert kinds == {PacketType.INBAND, PacketType.TRANSFER_PAGES, PacketType.GPA_DIRECT, PacketType.COMPLETION}
     with pytest.raises(UsageError, match="its guest has lent"):
-        replay([path], "netvsc", libvfio_user)
+        replay([path], "network", libvfio_user)
 
 
 # ---- sockets and services --------------------------------------------------------------------------------------------

@@ -299,6 +299,7 @@ REFUSALS: dict[str, tuple[Callable[[Checkpoint], dict[str, Any]], type[Exception
     "no description": (lambda _: {"description": {"name": "vmbus0"}}, UsageError, "providers"),
     "other instance": (changed_description(instance="1" * 32), StateError, "instance GUIDs"),
     "unknown kind": (changed_description(kind="nothing"), UsageError, "no provider of kind"),
+    "a kind that is gone": (changed_description(kind="netvsc"), UsageError, "any more: use 'network'"),
     "wrong options": (changed_description(options={"hold": -1}), UsageError, "hold"),
     "an author's code": (changed_description(kind="evil:Class"), UsageError, "may not"),
 }

@@ -14,7 +14,7 @@ from vmbus.audit.checker import check_records
 from vmbus.audit.records import Record
 from vmbus.audit.report import Report
 from vmbus.wire.hvsock import service_of
-from vmbus.wire.nvsp import NETVSC_TYPE
+from vmbus.wire.nvsp import NVSP_TYPE
 from vmbus.wire.storvsp import STORVSP_TYPE
 
 pytestmark = pytest.mark.unit
@@ -157,7 +157,7 @@ def test_sabotage_a_completion_after_the_close_is_named() -> None:
 
 
 def test_sabotage_a_packet_of_the_servers_that_is_lost_on_its_way_back_is_named() -> None:
-    server = Server(type_=NETVSC_TYPE)
+    server = Server(type_=NVSP_TYPE)
     server.some(100)
     while not server.sent:
         server.own()

@@ -18,10 +18,9 @@ from vmbus.bus.local import LocalBus
 from vmbus.kmcl import saved, server
 from vmbus.memory import GuestMemory
 from vmbus.providers.disk.disk import MAXIMUM_DATA, MAXIMUM_RANGE, PATIENCE
-from vmbus.providers.netvsc import oids
-from vmbus.providers.netvsc.adapter import NetvscOptions
-from vmbus.providers.netvsc.provider import CONTROL_BYTES, SEND_SECTION
-from vmbus.providers.network.card import ANNOUNCE_AFTER
+from vmbus.providers.network import oids
+from vmbus.providers.network.card import ANNOUNCE_AFTER, CardOptions
+from vmbus.providers.network.provider import CONTROL_BYTES, SEND_SECTION
 from vmbus.providers.scsi.provider import ScsiOptions
 from vmbus.providers.scsi.unit import UnitOptions
 from vmbus.providers.vsock.connection import CHUNK, HIGH, LINGER_SECONDS
@@ -289,13 +288,13 @@ def test_the_tables_of_the_sockets(tmp_path: Path) -> None:
     assert f"after {HOST_SECONDS:g} s: a guest" in text
 
 
-# ---- provider-netvsc.md ----------------------------------------------------------------------------------------------
+# ---- provider-network.md ---------------------------------------------------------------------------------------------
 
 
-def test_the_tables_of_the_netvsc_provider() -> None:
-    text = page("provider-netvsc.md")
+def test_the_tables_of_the_network_provider() -> None:
+    text = page("provider-network.md")
     options = {row["Option"].strip("`"): row["Default"].strip("`") for row in table(text, "Option", "Default")}
-    fields = {field.name: field.default for field in msgspec.structs.fields(NetvscOptions)}
+    fields = {field.name: field.default for field in msgspec.structs.fields(CardOptions)}
     assert list(options) == list(fields)
     for name, default in fields.items():
         if default is not None:
@@ -307,7 +306,7 @@ def test_the_tables_of_the_netvsc_provider() -> None:
     taken = {int(row["OID"], 16) for row in table(text, "OID", "Taken for")}
     assert taken == {oids.PACKET_FILTER, oids.OFFLOAD_PARAMETERS, oids.RSS_PARAMETERS, oids.MULTICAST_LIST}
     assert f"{ANNOUNCE_AFTER[-1]:g} s" in text and len(ANNOUNCE_AFTER) == 5 and "and four more" in text
-    assert str(nvsp.NETVSC_TYPE) in text and f"{SEND_SECTION}" in text and f"{CONTROL_BYTES >> 10} KiB" in text
+    assert str(nvsp.NVSP_TYPE) in text and f"{SEND_SECTION}" in text and f"{CONTROL_BYTES >> 10} KiB" in text
 
 
 # ---- soak.md ---------------------------------------------------------------------------------------------------------

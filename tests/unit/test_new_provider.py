@@ -175,6 +175,7 @@ def test_ours_are_found_as_before() -> None:
     [
         ("block", "no provider of kind 'block' any more: use 'scsi'"),
         ("no-such", r"no provider of kind 'no-such'; known kinds: .*echo.*'package\.module:Class'"),
+        ("netvsc", "no provider of kind 'netvsc' any more: use 'network'"),
         ("author.absent:Good", rf"no module 'author\.absent' on the import path; .*{PATH_VARIABLE}"),
         ("absent:Good", rf"no module 'absent' on the import path; .*{PATH_VARIABLE}"),
         ("author.needs:Good", "its module imports 'no_such_library_at_all', which is not there"),

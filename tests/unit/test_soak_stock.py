@@ -117,10 +117,10 @@ def test_both_ends_of_a_stream_have_to_agree() -> None:
 
 def test_the_card_gets_a_namespace_or_is_left_out() -> None:
     plan = forth()
-    card = next(one for one in with_card(plan, "there").vm.device.providers if one.kind == "netvsc")
+    card = next(one for one in with_card(plan, "there").vm.device.providers if one.kind == "network")
     assert card.options["namespace"] == "there" and card.options["queues"] >= 1
     without = without_card(plan)
-    assert not [one for one in without.vm.device.providers if one.kind == "netvsc"]
+    assert not [one for one in without.vm.device.providers if one.kind == "network"]
     assert [one.driver for one in without.workloads] == ["heartbeat", "disk", "vsock"]
     assert msgspec.structs.asdict(without)["operations"] == plan.operations
 

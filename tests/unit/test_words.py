@@ -15,7 +15,7 @@ from vmbus.kmcl.pipe import frame
 from vmbus.wire import hvsock, ic, nvsp, rndis, scsi, storvsp
 from vmbus.wire.gpa import range_for
 from vmbus.wire.linux import driver_of
-from vmbus.wire.nvsp import NETVSC_TYPE
+from vmbus.wire.nvsp import NVSP_TYPE
 from vmbus.wire.packet import PacketType, TransferPages, gpa_direct_body, transfer_pages_body
 from vmbus.wire.storvsp import STORVSP_TYPE, Operation, SrbStatus, parse_srb
 from vmbus.words import Seen, describe
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.unit
 INBAND, PAGES, DIRECT, DONE = PacketType.INBAND, PacketType.TRANSFER_PAGES, PacketType.GPA_DIRECT, PacketType.COMPLETION
 SOCKET = hvsock.service_of(22)
 ECHO = UUID("5a2f2c7e-3d0e-4c43-9b58-6f0d2f1e0001")
-TYPES = [STORVSP_TYPE, NETVSC_TYPE, SOCKET, *(service.interface_type for service in ic.SERVICES)]
+TYPES = [STORVSP_TYPE, NVSP_TYPE, SOCKET, *(service.interface_type for service in ic.SERVICES)]
 
 
 def told(type_: UUID, payload: bytes, *, kind: int = INBAND, to_guest: bool = False, **more: bytes) -> str:
@@ -96,31 +96,29 @@ def test_the_rest_of_what_storvsc_says() -> None:
 # ---- network ---------------------------------------------------------------------------------------------------------
 
 
-def test_what_netvsc_says() -> None:
-    assert told(NETVSC_TYPE, nvsp.pack_message(nvsp.Init(2, 0x60001))) == "INIT, versions 0x2 to 0x60001"
-    assert (
-        told(NETVSC_TYPE, nvsp.pack_message(nvsp.ReceiveBuffer(0xE1E10, 0xCAFE))) == "RECEIVE_BUFFER in GPADL 0xe1e10"
-    )
+def test_what_hv_netvsc_says() -> None:
+    assert told(NVSP_TYPE, nvsp.pack_message(nvsp.Init(2, 0x60001))) == "INIT, versions 0x2 to 0x60001"
+    assert told(NVSP_TYPE, nvsp.pack_message(nvsp.ReceiveBuffer(0xE1E10, 0xCAFE))) == "RECEIVE_BUFFER in GPADL 0xe1e10"
     data = nvsp.pack_message(nvsp.Rndis(nvsp.DATA_CHANNEL, 3, 1514))
-    assert told(NETVSC_TYPE, data) == "RNDIS data, 1514 bytes in section 3"
+    assert told(NVSP_TYPE, data) == "RNDIS data, 1514 bytes in section 3"
     memory = nvsp.pack_message(nvsp.Rndis(nvsp.DATA_CHANNEL, nvsp.NO_SECTION, 0))
     body = gpa_direct_body([range_for(0x1000, 100), range_for(0x3000, 1000)], b"")[0]
-    assert told(NETVSC_TYPE, memory, kind=DIRECT, body=body) == "RNDIS data, 1100 bytes in 2 ranges of memory"
-    assert told(NETVSC_TYPE, memory, kind=DIRECT, body=b"") == "RNDIS data, malformed ranges"
+    assert told(NVSP_TYPE, memory, kind=DIRECT, body=body) == "RNDIS data, 1100 bytes in 2 ranges of memory"
+    assert told(NVSP_TYPE, memory, kind=DIRECT, body=b"") == "RNDIS data, malformed ranges"
     frames = [rndis.packet_header(len(one)) + one for one in (bytes(60), bytes(1514))]
-    assert told(NETVSC_TYPE, memory, kind=DIRECT, external=frames[0]) == "RNDIS data, a frame of 60 bytes"
-    assert told(NETVSC_TYPE, memory, kind=DIRECT, external=b"".join(frames)) == "RNDIS data, 2 frames of 1574 bytes"
+    assert told(NVSP_TYPE, memory, kind=DIRECT, external=frames[0]) == "RNDIS data, a frame of 60 bytes"
+    assert told(NVSP_TYPE, memory, kind=DIRECT, external=b"".join(frames)) == "RNDIS data, 2 frames of 1574 bytes"
     control = nvsp.pack_message(nvsp.Rndis(nvsp.CONTROL_CHANNEL, nvsp.NO_SECTION, 0))
     query = rndis.query(5, 0x1010101)
-    assert told(NETVSC_TYPE, control, kind=DIRECT, external=query) == "RNDIS control, QUERY OID 0x01010101, request 5"
-    cut = told(NETVSC_TYPE, control, kind=DIRECT, external=query[:20], body=body)
+    assert told(NVSP_TYPE, control, kind=DIRECT, external=query) == "RNDIS control, QUERY OID 0x01010101, request 5"
+    cut = told(NVSP_TYPE, control, kind=DIRECT, external=query[:20], body=body)
     assert cut == "RNDIS control, 1100 bytes in 2 ranges of memory"
 
 
 def test_what_the_card_says() -> None:
     pages, _ = transfer_pages_body(TransferPages(0xCAFE, [(0x1A00, 1514), (0x2000, 60)]), b"")
     payload = nvsp.rndis(nvsp.DATA_CHANNEL)
-    assert told(NETVSC_TYPE, payload, kind=PAGES, to_guest=True, body=pages) == (
+    assert told(NVSP_TYPE, payload, kind=PAGES, to_guest=True, body=pages) == (
         "RNDIS data, 2 messages, 1574 bytes at 0x1a00 of the receive buffer"
     )
     answers = {
@@ -131,9 +129,9 @@ def test_what_the_card_says() -> None:
         nvsp.sub_channels_complete(1, 3): "SUB_CHANNELS success, 3 granted",
     }
     for answer, expected in answers.items():
-        assert told(NETVSC_TYPE, answer, kind=DONE, to_guest=True) == expected
-    assert told(NETVSC_TYPE, nvsp.rndis_complete(1), kind=DONE) == "RNDIS_COMPLETE success"
-    assert told(NETVSC_TYPE, nvsp.indirection_table([0] * 16), to_guest=True) == "INDIRECTION_TABLE, 16 entries"
+        assert told(NVSP_TYPE, answer, kind=DONE, to_guest=True) == expected
+    assert told(NVSP_TYPE, nvsp.rndis_complete(1), kind=DONE) == "RNDIS_COMPLETE success"
+    assert told(NVSP_TYPE, nvsp.indirection_table([0] * 16), to_guest=True) == "INDIRECTION_TABLE, 16 entries"
 
 
 # ---- sockets and services --------------------------------------------------------------------------------------------
@@ -190,7 +188,7 @@ def test_what_an_integration_service_says(kind: int, body: bytes, expected: str)
 
 def test_what_waits_for_room_is_named_by_its_saved_bytes() -> None:
     body, offset8 = transfer_pages_body(TransferPages(0xCAFE, [(64, 1514)]), nvsp.rndis(nvsp.DATA_CHANNEL))
-    assert queued_words(NETVSC_TYPE, PAGES, 5, offset8, body) == (
+    assert queued_words(NVSP_TYPE, PAGES, 5, offset8, body) == (
         "RNDIS data, 1 message, 1514 bytes at 0x40 of the receive buffer"
     )
     assert queued_words(STORVSP_TYPE, INBAND, 5, 2, storvsp.pack_packet(Operation.ENUMERATE_BUS)) == "ENUMERATE_BUS"

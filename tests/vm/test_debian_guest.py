@@ -133,7 +133,7 @@ def machine(folder: Path, outside: Namespace, patch: pytest.MonkeyPatch) -> Iter
     (disk,) = [one for one in plain["device"]["providers"] if one["kind"] == "scsi"]
     disk["options"]["luns"][0]["snapshot"] = "shared"
     options = {"namespace": outside.name, "interface": "host0", "address": f"{HOST}/24"}
-    plain["device"]["providers"] += [{"kind": "netvsc", "name": "card", "instance": CARD, "options": options}]
+    plain["device"]["providers"] += [{"kind": "network", "name": "card", "instance": CARD, "options": options}]
     plain["guest"]["kernel_arguments"] = [f"ip={GUEST}::{HOST}:255.255.255.0:debian:eth0:off"]
     yield msgspec.convert(plain, VmDescription)
     tools = find_root(Cache(), TOOLS_RECIPE)

@@ -5,8 +5,7 @@ disk/          a disk in a raw file, without a protocol: `scsi` stands before it
 echo.py        answers each request with a transform of it
 integration/   heartbeat, time, shutdown, key-value exchange
 lab/           does what the guest's test drivers ask for: sub-channels, hot plug, GPADLs, pipes
-netvsc/        a network card for Linux's own driver, hv_netvsc
-network/       the host's end of it, an interface of the kernel's
+network/       a network card for Linux's own driver, hv_netvsc, with an interface of the host's
 vsock/         AF_VSOCK between programs of the guest and of the host
 scsi/          disks for Linux's own driver, hv_storvsc
 burst.py       the host sends, as fast as the guest takes it
@@ -21,7 +20,7 @@ from vmbus.providers.echo import EchoProvider
 from vmbus.providers.integration import IntegrationProvider
 from vmbus.providers.lab import LabProvider
 from vmbus.providers.loading import find_provider
-from vmbus.providers.netvsc import NetvscProvider
+from vmbus.providers.network import NetworkProvider
 from vmbus.providers.scsi import ScsiProvider
 from vmbus.providers.vsock import VsockProvider
 
@@ -33,7 +32,7 @@ PROVIDERS: dict[str, type[Provider]] = {
         DdiBurstProvider,
         IntegrationProvider,
         LabProvider,
-        NetvscProvider,
+        NetworkProvider,
         VsockProvider,
         ScsiProvider,
     )

@@ -20,7 +20,7 @@ from vmbus.providers.base import Provider
 PATH_VARIABLE = "VMBUS_PROVIDER_PATH"
 ALLOW_VARIABLE = "VMBUS_PROVIDERS"
 
-GONE = {"block": "scsi"}
+GONE = {"block": "scsi", "netvsc": "network"}
 """Kinds that there were, and what has taken their place."""
 
 _MODULE = re.compile(MODULE_PATTERN)

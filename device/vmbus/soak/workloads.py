@@ -192,7 +192,7 @@ STOCK_RECIPES: dict[str, Recipe] = {
     ),
     "disk": Recipe("scsi", _disk, 1.0, options=_disk_options),
     "vsock": Recipe("vsock", _vsock, 1.0),
-    "card": Recipe("netvsc", _card, 1.0, options=_card_options),
+    "card": Recipe("network", _card, 1.0, options=_card_options),
 }
 """Workloads of an episode whose guest has Linux's own drivers; `vmbus.soak.stock` runs them."""
 

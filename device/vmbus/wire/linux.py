@@ -5,14 +5,14 @@ from uuid import UUID
 
 from vmbus.wire.hvsock import port_of
 from vmbus.wire.ic import SERVICES
-from vmbus.wire.nvsp import NETVSC_TYPE
+from vmbus.wire.nvsp import NVSP_TYPE
 from vmbus.wire.storvsp import STORVSP_TYPE
 
 STORVSC, NETVSC, SOCK, UTILS = "hv_storvsc", "hv_netvsc", "hv_sock", "hv_utils"
 
 _DRIVERS = {
     STORVSP_TYPE: STORVSC,
-    NETVSC_TYPE: NETVSC,
+    NVSP_TYPE: NETVSC,
     **{service.interface_type: UTILS for service in SERVICES},
 }
 

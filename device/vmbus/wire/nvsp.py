@@ -1,4 +1,4 @@
-"""NVSP: the messages of a VMBus network card, as Linux's hv_netvsc speaks them. See docs/provider-netvsc.md.
+"""NVSP: the messages of a VMBus network card, as Linux's hv_netvsc speaks them. See docs/provider-network.md.
 
 The guest sets the card up: INIT (versions), NDIS configuration, two buffers of its own that it lends, RNDIS messages.
 A message is `u32 type` and a body, little-endian, packed. The guest pads each to 40 bytes; the host answers with 64,
@@ -17,7 +17,7 @@ from struct import error as StructError
 from typing import NamedTuple
 from uuid import UUID
 
-NETVSC_TYPE = UUID("f8615163-df3e-46c5-913f-f2d2f965ed0e")
+NVSP_TYPE = UUID("f8615163-df3e-46c5-913f-f2d2f965ed0e")
 
 VERSIONS = (0x00002, 0x30002, 0x40000, 0x50000, 0x60000, 0x60001)
 """NVSP 1, 2, 4, 5, 6.0 and 6.1."""

@@ -1,4 +1,4 @@
-"""RNDIS: what a VMBus network card and its guest say to each other over NVSP. See docs/provider-netvsc.md.
+"""RNDIS: what a VMBus network card and its guest say to each other over NVSP. See docs/provider-network.md.
 
 A message is `u32 type, u32 length` and a body, little-endian. *Offsets* in the fields of a message count from its byte
 8. A packet message carries one Ethernet frame, and in front of it *per-packet information*: records of `u32 size, u32

@@ -2,7 +2,7 @@
 
 seen.py          a packet, as far as it is known to somebody who looks
 scsi.py          hv_storvsc
-netvsc.py        hv_netvsc
+network.py       hv_netvsc
 sockets.py       hv_sock
 integration.py   hv_utils
 
@@ -16,12 +16,12 @@ from uuid import UUID
 from vmbus.errors import PeerError
 from vmbus.wire.linux import NETVSC, SOCK, STORVSC, UTILS, driver_of
 from vmbus.wire.packet import PacketType
-from vmbus.words import integration, netvsc, scsi, sockets
+from vmbus.words import integration, network, scsi, sockets
 from vmbus.words.seen import Seen, clean
 
 _WORDS: dict[str, Callable[[Seen], str]] = {
     STORVSC: scsi.words,
-    NETVSC: netvsc.words,
+    NETVSC: network.words,
     SOCK: sockets.words,
     UTILS: integration.words,
 }

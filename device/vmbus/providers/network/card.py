@@ -32,7 +32,7 @@ COUNTERS = ("to_guest", "to_host", "bytes_to_host", "refused", "no_link", "not_t
 
 
 class CardOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """See docs/provider-netvsc.md."""
+    """See docs/provider-network.md."""
 
     mac: str | None = None
     mtu: Annotated[int, msgspec.Meta(ge=MTU_MINIMUM, le=MTU_MAXIMUM)] = 1500
@@ -59,6 +59,8 @@ class Card(Provider):
         mac: the guest's Ethernet address. settings: of the host's interface. port: that, while the device runs here.
         counters: what happened so far.
     """
+
+    Options = CardOptions
 
     def __init__(self, host: Host, name: str, instance: UUID, options: Mapping[str, Any]) -> None:
         super().__init__(host, name, instance, options)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 from vmbus.errors import EnvironmentProblem
-from vmbus.tap import Tap
+from vmbus.providers.network.tap import Tap
 
 NAMESPACES = Path("/var/run/netns")
 """Where named network namespaces are, as `ip netns` has them."""
@@ -29,7 +29,7 @@ Result = TypeVar("Result")
 
 
 class Port(Protocol):
-    """The host's end of a NIC: see `vmbus.tap.Tap`. Frames have an offload header in front."""
+    """The host's end of a NIC: see `tap.Tap`. Frames have an offload header in front."""
 
     fd: int
 

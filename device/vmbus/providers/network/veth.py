@@ -28,7 +28,7 @@ from vmbus.providers.network.interface import (
     netlink,
     open_namespace,
 )
-from vmbus.tap import FRAME_LIMIT
+from vmbus.providers.network.tap import FRAME_LIMIT
 
 _INNER = "nic0"
 _BUFFER = 4 << 20
@@ -46,7 +46,7 @@ _LOST = frozenset({errno.EINVAL, errno.EMSGSIZE, errno.ENOBUFS, errno.ENOMEM, er
 
 
 class VethPort:
-    """Our end of a pair: see `vmbus.tap.Tap`. `outer`: the other end's name; `control`: a socket in its namespace."""
+    """Our end of a pair: see `tap.Tap`. `outer`: the other end's name; `control`: a socket in its namespace."""
 
     def __init__(self, outer: str, packets: socket.socket, control: socket.socket, namespace: int) -> None:
         self.name = outer

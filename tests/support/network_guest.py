@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from support.nic import Cable, Cabled
 from vmbus.kmcl import Channel, Completion, Packet
-from vmbus.providers.netvsc import NetvscProvider, oids
+from vmbus.providers.network import NetworkProvider, oids
 from vmbus.testkit import HostPacket, ProviderTest
 from vmbus.wire import nvsp, rndis
 from vmbus.wire.ethernet import NO_OFFLOAD
@@ -23,7 +23,7 @@ CONTROL_AREA = 8192
 """Bytes of memory for control messages, two pages: one may cross them."""
 
 
-class CabledNetvsc(Cabled, NetvscProvider):
+class CabledNetwork(Cabled, NetworkProvider):
     """The provider, with a cable for each kit."""
 
 
@@ -60,7 +60,7 @@ class Ends(Protocol):
     def lend(self, memory: Memory, size: int) -> int: ...
 
 
-class NetvscGuest:
+class NetworkGuest:
     """A guest that has set the card up as far as `steps` say, and completes what comes unless `holding`.
 
     Attributes:
@@ -320,7 +320,7 @@ class KitEnds:
 
     @property
     def cable(self) -> Cable:
-        return CabledNetvsc.cables[self.kit._clock]
+        return CabledNetwork.cables[self.kit._clock]
 
     def open(self, index: int, take: Take) -> None:
         def answer(packet: HostPacket) -> bytes | None:
@@ -391,7 +391,7 @@ class DriverEnds:
 
     def open(self, index: int, take: Take) -> None:
         channel = self.driver.client_channel(
-            nvsp.NETVSC_TYPE,
+            nvsp.NVSP_TYPE,
             ring_pages_in=self.ring_pages,
             ring_pages_out=self.ring_pages,
             subchannel_index=index,

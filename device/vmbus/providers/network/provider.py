@@ -1,4 +1,4 @@
-"""The provider `netvsc`: joins channels, a guest's driver and the host's interface. See docs/provider-netvsc.md.
+"""The provider `network`: joins channels, a guest's driver and the host's interface. See docs/provider-network.md.
 
 Whatever a guest sends is answered as its protocol has it, also what makes no sense: Linux waits for ever, with all its
 networking, for an answer that does not come.
@@ -21,11 +21,11 @@ from vmbus.kmcl.packet import Packet
 from vmbus.kmcl.server import ServerChannel
 from vmbus.kmcl.status import KmclError
 from vmbus.providers.base import Bound, Host
-from vmbus.providers.netvsc import oids
-from vmbus.providers.netvsc.adapter import ALL_COUNTERS, FAILED, MOST_CONTROL, Adapter
-from vmbus.providers.netvsc.lent import Arena, Lent
-from vmbus.providers.netvsc.queue import Kind, Parts, Queue, describe_saved
+from vmbus.providers.network import oids
+from vmbus.providers.network.adapter import ALL_COUNTERS, FAILED, MOST_CONTROL, Adapter
 from vmbus.providers.network.card import DRAIN_BYTES
+from vmbus.providers.network.lent import Arena, Lent
+from vmbus.providers.network.queue import Kind, Parts, Queue, describe_saved
 from vmbus.records import U16, U32, Count
 from vmbus.wire import nvsp, rndis
 from vmbus.wire.ethernet import (
@@ -92,10 +92,10 @@ class _State(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 _decoder = msgspec.msgpack.Decoder(_State)
 
 
-class NetvscProvider(Adapter):
+class NetworkProvider(Adapter):
     """See the package's text. What the guest has set up goes with the primary channel's close."""
 
-    kind = "netvsc"
+    kind = "network"
 
     def __init__(self, host: Host, name: str, instance: UUID, options: Mapping[str, Any]) -> None:
         super().__init__(host, name, instance, options)
@@ -113,7 +113,7 @@ class NetvscProvider(Adapter):
 
     def _make_queue(self, index: int) -> Queue:
         channel = ServerChannel(
-            nvsp.NETVSC_TYPE,
+            nvsp.NVSP_TYPE,
             self.instance,
             name=f"{self.name}.{index}" if index else self.name,
             subchannel_index=index,
@@ -440,14 +440,14 @@ class NetvscProvider(Adapter):
         return found | {"control messages": Bound(len(self._control), MOST_CONTROL, 0)}
 
 
-_HANDLERS: dict[type[nvsp.Message], Callable[[NetvscProvider, Completion, Any], None]] = {
-    nvsp.Init: NetvscProvider._init,
-    nvsp.NdisVersion: NetvscProvider._ignore,
-    nvsp.NdisConfig: NetvscProvider._configure,
-    nvsp.ReceiveBuffer: NetvscProvider._lend_receive,
-    nvsp.SendBuffer: NetvscProvider._lend_send,
-    nvsp.RevokeReceiveBuffer: NetvscProvider._take_back_receive,
-    nvsp.RevokeSendBuffer: NetvscProvider._take_back_send,
-    nvsp.SubChannels: NetvscProvider._sub_channels,
-    nvsp.Other: NetvscProvider._other,
+_HANDLERS: dict[type[nvsp.Message], Callable[[NetworkProvider, Completion, Any], None]] = {
+    nvsp.Init: NetworkProvider._init,
+    nvsp.NdisVersion: NetworkProvider._ignore,
+    nvsp.NdisConfig: NetworkProvider._configure,
+    nvsp.ReceiveBuffer: NetworkProvider._lend_receive,
+    nvsp.SendBuffer: NetworkProvider._lend_send,
+    nvsp.RevokeReceiveBuffer: NetworkProvider._take_back_receive,
+    nvsp.RevokeSendBuffer: NetworkProvider._take_back_send,
+    nvsp.SubChannels: NetworkProvider._sub_channels,
+    nvsp.Other: NetworkProvider._other,
 }

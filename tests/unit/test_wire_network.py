@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from support.nic import frame, udp
-from vmbus.providers.netvsc import oids
-from vmbus.providers.netvsc.lent import Arena
-from vmbus.providers.netvsc.offload import ones_sum, to_guest, to_host
+from vmbus.providers.network import oids
+from vmbus.providers.network.lent import Arena
+from vmbus.providers.network.offload import ones_sum, to_guest, to_host
 from vmbus.wire import nvsp, rndis
 from vmbus.wire.ethernet import NO_OFFLOAD, OFFLOAD, check_frame
 

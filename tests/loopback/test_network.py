@@ -1,4 +1,4 @@
-"""The provider `netvsc` with real TAP interfaces, on a real device server; a guest of ours speaks as Linux does."""
+"""The provider `network` with real TAP interfaces, on a real device server; a guest of ours speaks as Linux does."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 
 from support.namespace import Namespace, NotPermitted, namespace
-from support.netvsc import DriverEnds, NetvscGuest
+from support.network_guest import DriverEnds, NetworkGuest
 from vmbus.loopback.harness import LoopbackServer, describe
-from vmbus.providers.netvsc.offload import ones_sum
-from vmbus.providers.netvsc.provider import WHOLE_FRAME
 from vmbus.providers.network.interface import in_namespace
+from vmbus.providers.network.offload import ones_sum
+from vmbus.providers.network.provider import WHOLE_FRAME
 from vmbus.vfio_user.library import Library
 from vmbus.wire import nvsp, rndis
 from vmbus_guest.driver import VmbusDriver
@@ -49,10 +49,10 @@ def longest(netlink: Any) -> Any:
 
 
 def status(server: LoopbackServer) -> dict[str, Any]:
-    return dict(server.command("status")["providers"]["netvsc"])
+    return dict(server.command("status")["providers"]["network"])
 
 
-class EchoGuest(NetvscGuest):
+class EchoGuest(NetworkGuest):
     """It answers ARP, and sends UDP datagrams back to where they came from, with their sums left to the card."""
 
     SUCCESS = nvsp.Status.SUCCESS
@@ -133,11 +133,11 @@ def exchange(driver: VmbusDriver, guest: EchoGuest, caller: Caller, count: int, 
 
 @pytest.mark.parametrize("end", ["tap", "veth"])
 @pytest.mark.parametrize("offload", [True, False])
-def test_datagrams_go_there_and_back_over_netvsc(
+def test_datagrams_go_there_and_back(
     libvfio_user: Library, outside: Namespace, caller: Caller, end: str, offload: bool
 ) -> None:
     options = {**OPTIONS, "namespace": outside.name, "mtu": 9000, "end": end, "offload": offload}
-    with LoopbackServer(describe("netvsc", netvsc=options), libvfio_user) as server:
+    with LoopbackServer(describe("network", network=options), libvfio_user) as server:
         with VmbusDriver(server.function()) as driver:
             guest = _guest(driver, offload, mtu=9000)
             exchange(driver, guest, caller, 100)
@@ -164,9 +164,9 @@ def _guest(driver: VmbusDriver, offload: bool = True, **arguments: Any) -> EchoG
     return (EchoGuest if offload else PlainEcho)(DriverEnds(driver), **arguments)
 
 
-def test_network_survives_saves_of_netvsc(libvfio_user: Library, outside: Namespace, caller: Caller) -> None:
+def test_network_survives_saves_into_fresh_servers(libvfio_user: Library, outside: Namespace, caller: Caller) -> None:
     """Into fresh servers, with datagrams on their way in every direction; none is lost, none comes twice."""
-    description = describe("netvsc", netvsc={**OPTIONS, "namespace": outside.name})
+    description = describe("network", network={**OPTIONS, "namespace": outside.name})
     server = LoopbackServer(description, libvfio_user)
     with contextlib.ExitStack() as stack:
         stack.enter_context(server)
@@ -200,9 +200,9 @@ def test_network_survives_saves_of_netvsc(libvfio_user: Library, outside: Namesp
         driver.close(graceful=False)
 
 
-def test_several_queues_of_netvsc_come_and_go(libvfio_user: Library, outside: Namespace, caller: Caller) -> None:
+def test_several_queues_come_and_go(libvfio_user: Library, outside: Namespace, caller: Caller) -> None:
     """Sub-channels are offered when the guest asks for them, over a save, and for the next guest again."""
-    description = describe("netvsc", netvsc={**OPTIONS, "namespace": outside.name, "queues": 3})
+    description = describe("network", network={**OPTIONS, "namespace": outside.name, "queues": 3})
     others = [Caller(outside) for _ in range(12)]
     with contextlib.ExitStack() as stack:
         for one in others:
@@ -236,7 +236,7 @@ def test_several_queues_of_netvsc_come_and_go(libvfio_user: Library, outside: Na
 def test_a_switchover_copies_what_was_written_and_not_the_whole_buffer(
     libvfio_user: Library, outside: Namespace, caller: Caller
 ) -> None:
-    description = describe("netvsc", netvsc={**OPTIONS, "namespace": outside.name})
+    description = describe("network", network={**OPTIONS, "namespace": outside.name})
     with LoopbackServer(description, libvfio_user) as server, VmbusDriver(server.function()) as driver:
         guest = _guest(driver, receive=16 << 20, send=1 << 20)
         exchange(driver, guest, caller, 5)
@@ -247,8 +247,8 @@ def test_a_switchover_copies_what_was_written_and_not_the_whole_buffer(
         assert 0 < pages < 400, f"{pages} of the {17 << 8} pages of its buffers"
 
 
-def test_a_tap_that_goes_away_under_a_netvsc(libvfio_user: Library, outside: Namespace, caller: Caller) -> None:
-    description = describe("netvsc", netvsc={**OPTIONS, "namespace": outside.name})
+def test_a_tap_that_goes_away_under_the_card(libvfio_user: Library, outside: Namespace, caller: Caller) -> None:
+    description = describe("network", network={**OPTIONS, "namespace": outside.name})
     with LoopbackServer(description, libvfio_user) as server, VmbusDriver(server.function()) as driver:
         guest = _guest(driver)
         exchange(driver, guest, caller, 10)
@@ -267,8 +267,8 @@ def test_a_tap_that_goes_away_under_a_netvsc(libvfio_user: Library, outside: Nam
         exchange(driver, guest, caller, 10)
 
 
-def test_network_survives_a_hostile_netvsc_guest(libvfio_user: Library, outside: Namespace, caller: Caller) -> None:
-    description = describe("netvsc", "echo", netvsc={**OPTIONS, "namespace": outside.name, "window_kib": 64})
+def test_network_survives_a_hostile_guest(libvfio_user: Library, outside: Namespace, caller: Caller) -> None:
+    description = describe("network", "echo", network={**OPTIONS, "namespace": outside.name, "window_kib": 64})
     with LoopbackServer(description, libvfio_user) as server:
         with VmbusDriver(server.function()) as driver:
             guest = _guest(driver)
@@ -303,7 +303,7 @@ def test_network_survives_a_hostile_netvsc_guest(libvfio_user: Library, outside:
 def test_a_guest_that_dies_leaves_the_interface_to_the_next_one(
     libvfio_user: Library, outside: Namespace, caller: Caller
 ) -> None:
-    with LoopbackServer(describe("netvsc", netvsc={**OPTIONS, "namespace": outside.name}), libvfio_user) as server:
+    with LoopbackServer(describe("network", network={**OPTIONS, "namespace": outside.name}), libvfio_user) as server:
         for _ in range(2):
             driver = VmbusDriver(server.function())
             guest = _guest(driver)

@@ -12,13 +12,13 @@ from vmbus.complaints import bounded_log
 from vmbus.kmcl.completion import Completion
 from vmbus.kmcl.status import Status as PacketStatus
 from vmbus.providers.base import Host, Timer
-from vmbus.providers.netvsc import oids
-from vmbus.providers.netvsc.backlog import Backlog
-from vmbus.providers.netvsc.departure import LINK_SECONDS, calm
-from vmbus.providers.netvsc.lent import Lent
-from vmbus.providers.netvsc.offload import to_guest, to_host
-from vmbus.providers.netvsc.queue import Kind, Queue, Sent
-from vmbus.providers.network.card import COUNTERS, DRAIN_BYTES, FRAMES_PER_TURN, Card, CardOptions
+from vmbus.providers.network import oids
+from vmbus.providers.network.backlog import Backlog
+from vmbus.providers.network.card import COUNTERS, DRAIN_BYTES, FRAMES_PER_TURN, Card
+from vmbus.providers.network.departure import LINK_SECONDS, calm
+from vmbus.providers.network.lent import Lent
+from vmbus.providers.network.offload import to_guest, to_host
+from vmbus.providers.network.queue import Kind, Queue, Sent
 from vmbus.wire import nvsp, rndis
 from vmbus.wire.ethernet import OFFLOAD_SIZE, check_frame, flow_hash
 
@@ -37,18 +37,13 @@ _OWN_COUNTERS = ("filtered", "control", "backlog_lost")
 ALL_COUNTERS = (*COUNTERS, *_OWN_COUNTERS)
 
 
-class NetvscOptions(CardOptions, frozen=True, forbid_unknown_fields=True):
-    """See docs/provider-netvsc.md."""
-
-
 class Adapter(Card):
-    """See the module's text. The channels, and what NVSP says on them, are `NetvscProvider`'s.
+    """See the module's text. The channels, and what NVSP says on them, are `NetworkProvider`'s.
 
     Attributes:
         queues: the channels, the primary one first. backlog: frames that the guest has not got, from before a pause.
     """
 
-    Options = NetvscOptions
     queues: list[Queue]
 
     def __init__(self, host: Host, name: str, instance: UUID, options: Mapping[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""TAP devices: network interfaces of the kernel's whose other end is a descriptor of ours. For both ends of a NIC.
+"""TAP devices: network interfaces of the kernel's whose other end is a descriptor of ours.
 
 What is read and written is one Ethernet frame each time, with an offload header (`vmbus.wire.ethernet`) in front: the
 kernel may hand out TCP data longer than the MTU, to be cut, and checksums that are still to be filled in. Where the

@@ -1,4 +1,4 @@
-"""The provider `netvsc` on real channels with a guest that speaks as hv_netvsc does, good and bad, over saves."""
+"""The provider `network` on real channels with a guest that speaks as hv_netvsc does, good and bad, over saves."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from support.netvsc import UP, CabledNetvsc, KitEnds, NetvscGuest
+from support.network_guest import UP, CabledNetwork, KitEnds, NetworkGuest
 from support.nic import PEER, frame, number_of, udp
 from vmbus.errors import StateError, UsageError
-from vmbus.providers.netvsc import oids
-from vmbus.providers.netvsc.adapter import MOST_CONTROL
-from vmbus.providers.netvsc.provider import CONTROL_BYTES, SEND_SECTION
+from vmbus.providers.network import oids
+from vmbus.providers.network.adapter import MOST_CONTROL
 from vmbus.providers.network.card import ANNOUNCE_AFTER
 from vmbus.providers.network.interface import Port
+from vmbus.providers.network.provider import CONTROL_BYTES, SEND_SECTION
 from vmbus.testkit import ContractViolation, ProviderTest, every_step
 from vmbus.wire import nvsp, rndis
 
@@ -32,21 +32,21 @@ SUCCESS, FAILURE, BAD_RNDIS = nvsp.Status.SUCCESS, nvsp.Status.FAILURE, nvsp.Sta
 @pytest.fixture(autouse=True)
 def cables() -> Iterator[None]:
     yield
-    for cable in CabledNetvsc.cables.values():
+    for cable in CabledNetwork.cables.values():
         assert cable.ports == 0, "an interface outlives its device"
         cable.close()
-    CabledNetvsc.cables.clear()
+    CabledNetwork.cables.clear()
 
 
 def card(**options: Any) -> ProviderTest:
-    return ProviderTest(CabledNetvsc, options=OPTIONS | options)
+    return ProviderTest(CabledNetwork, options=OPTIONS | options)
 
 
-def guest_of(kit: ProviderTest, *, ring_pages: int = 32, **arguments: Any) -> NetvscGuest:
-    return NetvscGuest(KitEnds(kit, ring_pages), **arguments)
+def guest_of(kit: ProviderTest, *, ring_pages: int = 32, **arguments: Any) -> NetworkGuest:
+    return NetworkGuest(KitEnds(kit, ring_pages), **arguments)
 
 
-def cable_of(guest: NetvscGuest) -> Any:
+def cable_of(guest: NetworkGuest) -> Any:
     assert isinstance(guest.ends, KitEnds)
     return guest.ends.cable
 
@@ -128,7 +128,7 @@ def test_without_offload_there_are_none() -> None:
 )
 def test_wrong_options_are_named(options: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        ProviderTest(CabledNetvsc, options=options)
+        ProviderTest(CabledNetwork, options=options)
 
 
 # ---- frames ----------------------------------------------------------------------------------------------------------
@@ -230,7 +230,7 @@ def test_the_guest_never_has_more_completions_under_way_than_sections() -> None:
 # ---- queues ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_flow_keeps_its_queue_of_netvsc() -> None:
+def test_a_flow_keeps_its_queue() -> None:
     with card(queues=4) as kit:
         guest = guest_of(kit, receive=4 << 20)
         capabilities = guest.query(oids.RSS_CAPABILITIES)
@@ -355,8 +355,8 @@ def test_the_mtu_is_the_smaller_wish_and_comes_back() -> None:
         assert again.send(plain(frame(bytes(9000))), shape=2) == SUCCESS
 
 
-def provider_of(kit: ProviderTest) -> CabledNetvsc:
-    assert isinstance(kit.provider, CabledNetvsc)
+def provider_of(kit: ProviderTest) -> CabledNetwork:
+    assert isinstance(kit.provider, CabledNetwork)
     return kit.provider
 
 
@@ -640,7 +640,7 @@ def test_whatever_a_guest_says_is_answered_and_hurts_nobody(steps: list[tuple[st
 
 def seen(kit: ProviderTest, returned: Any) -> Any:
     """What counts, however frames were put together: each once, in order."""
-    guest: NetvscGuest = returned
+    guest: NetworkGuest = returned
     return {
         "to guest": list(map(number_of, guest.frames)),
         "to host": cable_of(guest).sent,
@@ -649,7 +649,7 @@ def seen(kit: ProviderTest, returned: Any) -> Any:
     }
 
 
-def script(kit: ProviderTest) -> NetvscGuest:
+def script(kit: ProviderTest) -> NetworkGuest:
     guest = guest_of(kit, ring_pages=2, receive=300 << 10)
     cable_of(guest).push(*(udp(number, 5, size=600) for number in range(60)))
     kit.run()
@@ -672,11 +672,11 @@ def script(kit: ProviderTest) -> NetvscGuest:
 SCRIPT_OPTIONS = OPTIONS | {"window_kib": 64, "offload": False}
 
 
-def test_network_survives_a_save_at_every_step_of_netvsc() -> None:
-    assert every_step(script, CabledNetvsc, options=SCRIPT_OPTIONS, outcome=seen) > 40
+def test_network_survives_a_save_at_every_step() -> None:
+    assert every_step(script, CabledNetwork, options=SCRIPT_OPTIONS, outcome=seen) > 40
 
 
-def several_queues(kit: ProviderTest) -> NetvscGuest:
+def several_queues(kit: ProviderTest) -> NetworkGuest:
     guest = guest_of(kit, ring_pages=2, receive=500 << 10)
     cable_of(guest).push(*(udp(number, number % 5, size=300) for number in range(40)))
     guest.open_queues(3)
@@ -705,11 +705,11 @@ def by_flow(kit: ProviderTest, returned: Any) -> Any:
 
 def test_network_survives_a_save_at_every_step_of_several_queues() -> None:
     options = OPTIONS | {"window_kib": 64, "offload": False, "queues": 3}
-    assert every_step(several_queues, CabledNetvsc, options=options, outcome=by_flow) > 40
+    assert every_step(several_queues, CabledNetwork, options=options, outcome=by_flow) > 40
 
 
-def test_a_netvsc_that_leaves_frames_in_the_interface_does_not_survive() -> None:
-    class Forgetful(CabledNetvsc):
+def test_a_card_that_leaves_frames_in_the_interface_does_not_survive() -> None:
+    class Forgetful(CabledNetwork):
         def _drain(self, port: Port) -> None:
             pass
 
@@ -717,10 +717,10 @@ def test_a_netvsc_that_leaves_frames_in_the_interface_does_not_survive() -> None
         every_step(script, Forgetful, options=SCRIPT_OPTIONS, outcome=seen)
 
 
-def test_a_netvsc_that_forgets_which_part_a_packet_has_is_found_out() -> None:
+def test_a_card_that_forgets_which_part_a_packet_has_is_found_out() -> None:
     """Sabotage: the SaveBuf says nothing of the receive buffer, so a part that the guest has is written over."""
 
-    class Careless(CabledNetvsc):
+    class Careless(CabledNetwork):
         def _make_queue(self, index: int) -> Any:
             queue = super()._make_queue(index)
             queue.channel._restore_packet = lambda channel, lib, own: queue.restore_packet(
@@ -732,7 +732,7 @@ def test_a_netvsc_that_forgets_which_part_a_packet_has_is_found_out() -> None:
         every_step(script, Careless, options=SCRIPT_OPTIONS, outcome=seen)
 
 
-def test_network_survives_with_netvsc_frames_in_every_place() -> None:
+def test_network_survives_with_frames_in_every_place() -> None:
     with card(window_kib=64, offload=False) as kit:
         guest = guest_of(kit, ring_pages=1)
         guest.holding = True
@@ -793,6 +793,7 @@ def test_states_that_make_no_sense_are_refused() -> None:
             msgspec.msgpack.encode(state | {"backlog": [b""]}),
             msgspec.msgpack.encode(state | {"counters": {"gold": 1}}),
             msgspec.msgpack.encode(state | {"more": 1}),
+            msgspec.msgpack.encode({"version": 1, "mac": state["mac"], "agreed": None, "channels": 1, "link": True}),
         ):
             kit.check_refuses(bad)
 
@@ -823,6 +824,6 @@ def test_a_saved_packet_is_described_in_words() -> None:
         queue = kit.provider.queues[0]  # type: ignore[attr-defined]
         buffer = bytearray(24)
         queue.save_packet(queue.channel, queue.channel.packets_in_use[0], memoryview(buffer))
-        told = CabledNetvsc.describe_packet(bytes(buffer))
+        told = CabledNetwork.describe_packet(bytes(buffer))
         assert told["kind"] == "frames" and told["messages"] == 2
         guest.release()

@@ -16,7 +16,7 @@ from vmbus.kmcl.lifecycle import ChannelState
 from vmbus.kmcl.packet import Packet
 from vmbus.kmcl.server import ServerChannel
 from vmbus.kmcl.status import KmclError, Status
-from vmbus.providers.netvsc.lent import Arena, Lent
+from vmbus.providers.network.lent import Arena, Lent
 from vmbus.wire import nvsp
 from vmbus.wire.packet import TransferPages
 

@@ -62,7 +62,7 @@ def described(outside: Namespace, cpus: int = 2, **options: Any) -> VmDescriptio
     plain["cpus"] = cpus
     card = {"namespace": outside.name, "interface": "host0", "address": f"{HOST}/24", **options}
     others = [one for one in plain["device"]["providers"] if one["kind"] == "integration"]
-    first = {"kind": "netvsc", "name": "card", "instance": INSTANCE, "options": card}
+    first = {"kind": "network", "name": "card", "instance": INSTANCE, "options": card}
     plain["device"]["providers"] = [first, *others]
     return msgspec.convert(plain, VmDescription)
 
@@ -94,7 +94,7 @@ def in_flight(state: dict[str, Any]) -> int:
     return sum(queue["in_flight"] for queue in state["queues"])
 
 
-def test_network_survives_saves_restores_and_checkpoints_of_netvsc(
+def test_network_survives_saves_restores_and_checkpoints(
     run: Run, programs: Programs, tmp_path: Path, outside: Namespace, note: Note
 ) -> None:
     audit, captured = tmp_path / "audit", tmp_path / "card.pcapng"
@@ -148,7 +148,7 @@ def test_network_survives_saves_restores_and_checkpoints_of_netvsc(
     note(f"hv_netvsc: {halves.half_transactions} packets completed once each, by the host's half of the records")
 
 
-def test_network_survives_what_people_do_with_netvsc(
+def test_network_survives_what_people_do_with_the_card(
     run: Run, programs: Programs, tmp_path: Path, outside: Namespace, note: Note
 ) -> None:
     """MTU, down and up, a cable that is pulled, unbind and bind, a card that is taken away and put in again, all under
@@ -229,7 +229,7 @@ def test_nothing_of_network_and_disk_outlives_their_owner(
     inline = ", ".join(f'{key} = "{value}"' for key, value in options.items())
     config.write_text(
         (CHECKOUT / "qemu_configs" / "linux.toml").read_text()
-        + f'\n[[device.providers]]\nkind = "netvsc"\nname = "card"\ninstance = "{INSTANCE}"\n'
+        + f'\n[[device.providers]]\nkind = "network"\nname = "card"\ninstance = "{INSTANCE}"\n'
         + f"options = {{ {inline} }}\n"
     )
     path = os.pathsep.join([str(Path(vmbus.__file__).parents[1]), str(CHECKOUT / "guest")])

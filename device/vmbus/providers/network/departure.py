@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 
 from vmbus.providers.base import Host
-from vmbus.providers.netvsc.queue import Queue
+from vmbus.providers.network.queue import Queue
 
 LINK_SECONDS = 2.5
 """From one change of the link to when Linux has surely followed the next: it waits for two seconds between them."""
