@@ -117,6 +117,27 @@ def test_a_port_of_a_bridge(outside: Namespace) -> None:
     outside.configure(lambda netlink: netlink.link("del", ifname="br0"))
 
 
+@pytest.mark.parametrize("open_port", [open_port, open_veth])
+def test_an_address_in_a_network_of_the_hosts_is_refused(
+    outside: Namespace, open_port: Callable[[Settings], Port]
+) -> None:
+    settings = Settings("host0", b"\xfe\0\0\0\0\1", 1500, outside.name)
+
+    def use(link: Any) -> None:
+        (index,) = link.link_lookup(ifname="lo")
+        link.link("set", index=index, state="up")
+        link.addr("add", index=index, address="192.0.2.77", prefixlen=24)
+        link.route("add", dst="198.51.100.64/26", oif=index)
+
+    outside.configure(use)
+    for address, network in (("192.0.2.1/24", "192.0.2.0/24"), ("198.51.100.1/24", "198.51.100.64/26")):
+        with pytest.raises(EnvironmentProblem, match=f"{network} is in use .* on interface 'lo'.*option 'address'"):
+            open_port(settings._replace(address=address))
+        assert outside.interfaces() == []
+    for address in ("198.51.100.1/26", "203.0.113.1/24", "fe80::1/64", "fd00::1/64"):
+        open_port(settings._replace(address=address)).close()
+
+
 @pytest.mark.parametrize("function", ["interface.open_port", "veth.open_veth"])
 def test_nothing_outlives_a_killed_owner(outside: Namespace, function: str) -> None:
     module, _, name = function.partition(".")

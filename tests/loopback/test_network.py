@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import socket
 import struct
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -14,7 +15,7 @@ import pytest
 from support.namespace import Namespace, NotPermitted, namespace
 from support.network_guest import DriverEnds, NetworkGuest
 from vmbus.loopback.harness import LoopbackServer, describe
-from vmbus.providers.network.interface import in_namespace
+from vmbus.providers.network.interface import Settings, in_namespace, set_mtu
 from vmbus.providers.network.offload import ones_sum
 from vmbus.providers.network.provider import WHOLE_FRAME
 from vmbus.vfio_user.library import Library
@@ -247,24 +248,61 @@ def test_a_switchover_copies_what_was_written_and_not_the_whole_buffer(
         assert 0 < pages < 400, f"{pages} of the {17 << 8} pages of its buffers"
 
 
-def test_a_tap_that_goes_away_under_the_card(libvfio_user: Library, outside: Namespace, caller: Caller) -> None:
-    description = describe("network", network={**OPTIONS, "namespace": outside.name})
+@pytest.mark.parametrize("end", ["tap", "veth"])
+def test_network_survives_an_interface_that_goes_down_or_away(
+    libvfio_user: Library, outside: Namespace, caller: Caller, end: str
+) -> None:
+    """Others switch it off, remove it, or remove its bridge: the guest has no link until it is back."""
+
+    def bridge(link: Any) -> None:
+        link.link("add", ifname="br0", kind="bridge")
+        (index,) = link.link_lookup(ifname="br0")
+        link.addr("add", index=index, address=HOST, prefixlen=24)
+        link.link("set", index=index, state="up")
+
+    def switch(state: str) -> None:
+        outside.configure(lambda link: link.link("set", index=link.link_lookup(ifname="host0")[0], state=state))
+
+    outside.configure(bridge)
+    options = {"mac": OPTIONS["mac"], "interface": "host0", "bridge": "br0", "namespace": outside.name, "end": end}
+    description = describe("network", network=options)
     with LoopbackServer(description, libvfio_user) as server, VmbusDriver(server.function()) as driver:
         guest = _guest(driver)
         exchange(driver, guest, caller, 10)
-        outside.configure(lambda link: link.link("set", index=link.link_lookup(ifname="host0")[0], state="down"))
+
+        def trouble(wanted: str | None) -> None:
+            linked = rndis.Status.MEDIA_DISCONNECT if wanted else rndis.Status.MEDIA_CONNECT
+            until(driver, lambda: status(server)["trouble"] == wanted, f"trouble {wanted!r}")
+            until(driver, lambda: guest.link and guest.link[-1] == linked, "the guest to be told")
+
+        switch("down")
+        trouble("it is switched off")
         assert guest.send(bytes(60)) == nvsp.Status.SUCCESS, "a frame that is lost is no failure"
-        outside.configure(lambda link: link.link("set", index=link.link_lookup(ifname="host0")[0], state="up"))
+        switch("up")
+        trouble(None)
+        exchange(driver, guest, caller, 10)
+        outside.configure(lambda link: link.link("del", ifname="br0"))
+        trouble("it is no port of its bridge any more")
+        outside.configure(bridge)
+        trouble(None)
         exchange(driver, guest, caller, 10)
         outside.configure(lambda link: link.link("del", ifname="host0"))
-        deadline = time.monotonic() + 10
-        while status(server)["present"]:
-            assert guest.send(bytes(60)) == nvsp.Status.SUCCESS
-            assert time.monotonic() < deadline, "the provider to notice"
-        assert guest.query(0x00010114) == bytes(4), "questions are answered all the same"
-        server.command("pause")
-        server.command("resume")
+        trouble("it was removed")
+        assert not status(server)["present"] and guest.query(0x00010114) == b"\1\0\0\0"
+        assert guest.send(bytes(60)) == nvsp.Status.SUCCESS
+        trouble(None)
         exchange(driver, guest, caller, 10)
+        assert status(server)["announced"] >= 2
+        # While there is none, and another one is just being made, the device pauses, goes on, and ends.
+        outside.configure(lambda link: link.link("del", ifname="host0"))
+        trouble("it was removed")
+        server.command("pause")
+        assert outside.interfaces() == ["br0"]
+        server.command("resume")
+        trouble(None)
+        exchange(driver, guest, caller, 10)
+        outside.configure(lambda link: link.link("del", ifname="br0"))
+    assert outside.interfaces() == []
 
 
 def test_network_survives_a_hostile_guest(libvfio_user: Library, outside: Namespace, caller: Caller) -> None:
@@ -309,3 +347,73 @@ def test_a_guest_that_dies_leaves_the_interface_to_the_next_one(
             guest = _guest(driver)
             exchange(driver, guest, caller, 5)
             driver.function.abandon()
+
+
+def test_mtus_without_end_are_one_change_at_a_time(
+    libvfio_user: Library, outside: Namespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A guest asks faster than an interface can be changed: a pause waits for no more than two changes. What is agreed
+    upon is set anew at each open."""
+    asked: list[int] = []
+    go = threading.Event()
+
+    def slowly(settings: Settings, mtu: int) -> None:
+        asked.append(mtu)
+        assert go.wait(10)
+        set_mtu(settings, mtu)
+
+    def mtu(link: Any) -> Any:
+        (found,) = link.get_links(*link.link_lookup(ifname="host0"))
+        return found.get_attr("IFLA_MTU")
+
+    monkeypatch.setattr("vmbus.providers.network.card.set_mtu", slowly)
+    description = describe("network", network={**OPTIONS, "namespace": outside.name, "mtu": 9000})
+    with LoopbackServer(description, libvfio_user) as server, VmbusDriver(server.function()) as driver:
+        guest = _guest(driver, upto="init")
+        for number in range(201):
+            guest.ends.tell(nvsp.pack_message(nvsp.NdisConfig(1014 + number, 0)))
+        guest.step_receive()
+        assert asked == [1000]
+        go.set()
+        server.command("pause", seconds=5.0)
+        assert asked == [1000, 1200]
+        server.command("resume")
+        assert outside.configure(mtu) == 1200
+        guest.shut_down()
+        # The oldest protocol says nothing of an MTU.
+        again = _guest(driver, upto="init", version=nvsp.VERSIONS[0])
+        for step in ("receive", "send", "initialize"):
+            getattr(again, f"step_{step}")()
+        until(driver, lambda: outside.configure(mtu) == 1500, "the MTU of a guest that says nothing")
+        assert status(server)["guest"]["mtu"] == 1500
+
+
+def test_it_is_announced_where_it_runs_and_not_before(libvfio_user: Library, outside: Namespace) -> None:
+    """A destination that has everything, but still waits for the decision, draws no frames to itself."""
+    description = describe("network", network={**OPTIONS, "namespace": outside.name})
+
+    def announcements(listener: socket.socket) -> int:
+        count = 0
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                count += listener.recv(2048)[6:14] == MAC + b"\x80\x35"
+        return count
+
+    # On all interfaces of the namespace, those to come included.
+    listener = in_namespace(
+        outside.name, lambda: socket.socket(socket.AF_PACKET, socket.SOCK_RAW | socket.SOCK_NONBLOCK, socket.htons(3))
+    )
+    with listener, LoopbackServer(description, libvfio_user) as source:
+        driver = VmbusDriver(source.function())
+        _guest(driver)
+        state = source.save()
+        assert outside.interfaces() == []
+        with LoopbackServer(description, libvfio_user, restore=state) as destination:
+            driver.function.reconnect(destination.socket_path, state.config)
+            destination.command("restore-finish", frozen=True)
+            assert outside.interfaces() == ["host0"]
+            time.sleep(0.05)  # nothing shall happen meanwhile
+            assert announcements(listener) == 0 and status(destination)["announced"] == 0
+            destination.command("resume")
+            until(driver, lambda: announcements(listener), "the announcement")
+            driver.close(graceful=False)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import struct
 from typing import ClassVar
 
+from vmbus.errors import EnvironmentProblem
 from vmbus.providers.network.card import Card
 from vmbus.providers.network.interface import Port, Settings
+from vmbus.providers.network.watch import Trouble
 from vmbus.wire.ethernet import OFFLOAD_SIZE, announcement
 
 GUEST = bytes.fromhex("020000000001")
@@ -50,6 +53,15 @@ class Cable:
         self.sent: list[bytes] = []
         self.announced = 0
         self.refusing = False
+        self.missing = False
+        self.trouble: Trouble | None = None
+        self.news, self.told = socket.socketpair()
+        self.news.setblocking(False)
+
+    def becomes(self, trouble: Trouble | None) -> None:
+        """Others do something to the interface."""
+        self.trouble = trouble
+        self.told.send(b"!")
 
     def push(self, *frames: bytes) -> None:
         """Frames on their way to the guest."""
@@ -57,8 +69,21 @@ class Cable:
             self.outside.send(one)
 
     def close(self) -> None:
-        self.inside.close()
-        self.outside.close()
+        for one in (self.inside, self.outside, self.news, self.told):
+            one.close()
+
+
+class CableWatch:
+    """What tells of it."""
+
+    def __init__(self, cable: Cable) -> None:
+        self.cable = cable
+        self.fd = cable.news.fileno()
+
+    def look(self) -> Trouble | None:
+        with contextlib.suppress(BlockingIOError):
+            self.cable.news.recv(100)
+        return self.cable.trouble
 
 
 class CablePort:
@@ -68,6 +93,7 @@ class CablePort:
         self.cable = cable
         self.settings = settings
         self.fd = cable.inside.fileno()
+        self.watch = CableWatch(cable)
         cable.ports += 1
         cable.carrier = settings.carrier
 
@@ -109,4 +135,8 @@ class Cabled(Card):
         clock = self.host.clock  # type: ignore[attr-defined]
         if clock not in self.cables:
             self.cables[clock] = Cable()
-        return CablePort(self.cables[clock], settings)
+        cable = self.cables[clock]
+        if cable.missing:
+            raise EnvironmentProblem("no interface can be made")
+        cable.trouble = None
+        return CablePort(cable, settings)

@@ -19,6 +19,7 @@ from vmbus.providers.network.adapter import MOST_CONTROL
 from vmbus.providers.network.card import ANNOUNCE_AFTER
 from vmbus.providers.network.interface import Port
 from vmbus.providers.network.provider import CONTROL_BYTES, SEND_SECTION
+from vmbus.providers.network.watch import Trouble
 from vmbus.testkit import ContractViolation, ProviderTest, every_step
 from vmbus.wire import nvsp, rndis
 
@@ -333,6 +334,52 @@ def test_the_link_goes_down_and_up() -> None:
         guest.release()
         kit.run()
         assert guest.link[-1] == rndis.Status.MEDIA_DISCONNECT and len(guest.link) == 3
+
+
+class Deaf(CabledNetwork):
+    """Sabotage: it does not hear what becomes of its interface."""
+
+    def _hear(self) -> None:
+        assert self.port is not None
+        self.port.watch.look()
+
+
+def interface_comes_and_goes(kit: ProviderTest) -> None:
+    guest = guest_of(kit)
+    cable = cable_of(guest)
+    for trouble in Trouble:
+        told = len(guest.link)
+        cable.missing = True
+        cable.becomes(trouble)
+        kit.advance(0.1)
+        assert guest.link[told:] == [rndis.Status.MEDIA_DISCONNECT], trouble
+        status = kit.provider.status()
+        assert status["trouble"] == trouble and status["present"] is (trouble is not Trouble.GONE)
+        assert guest.send(plain(udp(1, 1))) == SUCCESS
+        guest.set_filter(0)
+        guest.set_filter(UP)
+        kit.advance(5)
+        cable.missing = False
+        if trouble is Trouble.DOWN:
+            kit.save_and_restore()  # the next one is made at the restore
+        else:
+            cable.becomes(None)
+        kit.advance(5)
+        assert guest.link[told + 1 :] == [rndis.Status.MEDIA_CONNECT] and kit.provider.status()["trouble"] is None
+        assert cable.carrier and cable.announced > 0
+        cable.push(udp(5, 1))
+        kit.run()
+        assert guest.frames[-1] == udp(5, 1)
+
+
+def test_while_the_interface_is_of_no_use_the_guest_has_no_link() -> None:
+    with card() as kit:
+        interface_comes_and_goes(kit)
+
+
+def test_sabotage_a_card_that_does_not_hear_of_its_interface_is_found_out() -> None:
+    with ProviderTest(Deaf, options=OPTIONS) as kit, pytest.raises(AssertionError):
+        interface_comes_and_goes(kit)
 
 
 def test_switches_are_told_after_a_move() -> None:

@@ -250,7 +250,7 @@ def test_nothing_of_network_and_disk_outlives_their_owner(
 
         async def story() -> None:
             await until(
-                lambda: ping.progress().get("received", 0) > 3 or owner.poll() is not None, "pings to come back"
+                lambda: ping.progress().get("received", 0) > 3 or owner.poll() is not None, "pings to come back", 150
             )
             assert owner.poll() is None, log.read_text()
             assert outside.interfaces() == ["host0"] and in_use(image)
@@ -266,7 +266,7 @@ def test_nothing_of_network_and_disk_outlives_their_owner(
 
             await until(lambda: not processes(), "the processes' end")
 
-        asyncio.run(asyncio.wait_for(story(), 120))
+        asyncio.run(asyncio.wait_for(story(), 240))
         clean_stale(runtime_base())  # as the next start of a VM does
         assert not any(runtime_base().glob("[!.]*"))
         assert [one.name for one in image.parent.iterdir()] == [image.name]

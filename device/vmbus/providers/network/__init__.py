@@ -11,6 +11,8 @@ departure.py  how it takes leave of its guest
 offload.py    checksums and segmentation: between what a guest asks for and what a kernel takes
 interface.py  the host's end, a TAP device: made, configured and removed, in a network namespace if asked
 tap.py        the TAP device
+watch.py      what others do to the interface meanwhile
+mending.py    getting it back
 veth.py       the same without a TAP device
 """
 

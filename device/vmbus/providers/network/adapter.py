@@ -26,6 +26,8 @@ log = bounded_log(__name__)
 
 MOST_CONTROL = 64
 """Control messages to the guest that wait for room."""
+MTU_UNSAID = 1500
+"""That of a guest that says nothing of one, as the oldest version has it."""
 MOST_FRAMES = 64
 """Frames of the guest's in one packet; it is told of fewer."""
 
@@ -60,7 +62,7 @@ class Adapter(Card):
     def _forget(self) -> None:
         """As it is when a guest has just opened the card."""
         self._version = 0
-        self._mtu = self.options.mtu
+        self._mtu = min(self.options.mtu, MTU_UNSAID)
         self._receive: Lent | None = None
         self._receive_size = self._page_set = 0
         self._send: Lent | None = None
@@ -226,6 +228,7 @@ class Adapter(Card):
         match message:
             case rndis.Initialize(request):
                 self._initialized = True
+                self._change_mtu(self._mtu)  # a guest that says nothing of an MTU has another one than its predecessor
                 self._say(rndis.initialize_complete(request))
             case rndis.Halt():
                 self._halt()
@@ -350,8 +353,8 @@ class Adapter(Card):
 
     @property
     def link_up(self) -> bool:
-        """As tools want it, and while the card is here to stay."""
-        return self._link and not self._going
+        """As tools want it, while the interface is of use, and the card here to stay."""
+        return self._link and not self._going and self._trouble is None
 
     @property
     def filter(self) -> int:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import ipaddress
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Annotated, Any, Literal
 from uuid import UUID
@@ -14,8 +15,10 @@ import msgspec
 from vmbus.complaints import bounded_log
 from vmbus.errors import EnvironmentProblem, UsageError
 from vmbus.providers.base import Host, Provider, Timer
-from vmbus.providers.network.interface import Port, Settings, open_port, set_mtu
+from vmbus.providers.network.interface import Port, Settings, open_port, rejoin, set_mtu
+from vmbus.providers.network.mending import Mending
 from vmbus.providers.network.veth import open_veth
+from vmbus.providers.network.watch import Trouble
 from vmbus.wire.ethernet import MTU_MAXIMUM, MTU_MINIMUM, QUEUES_MAXIMUM, announcement, format_mac, parse_mac
 
 log = bounded_log(__name__)
@@ -83,9 +86,11 @@ class Card(Provider):
         self._carrier = False  # whether the interface has a link
         self._reading = False
         self._announcements: list[Timer] = []
-        self._mtu_wanted = 0
+        self._mtu_wanted = self._mtu_there = chosen.mtu
         self._mtu_changing = False
-        self._lost_reason = ""
+        self._trouble: Trouble | None = None
+        self._mending: Mending | None = None
+        self._attempted = self.settings
 
     # ---- what a protocol says ------------------------------------------------------------------------------------
 
@@ -128,31 +133,33 @@ class Card(Provider):
         if self.port is not None:
             return
         mtu = self._guest_mtu
-        self._lost_reason = ""
-        self._carrier = self._has_link
+        self._trouble = None
         self._mtu_wanted = self.options.mtu if mtu is None else mtu
-        self.port = self.make_port(self._settings(self._mtu_wanted))
-        self._apply_offload(self.port)
+        settings, offload = self._port_wanted()
+        self._take_port(self._port_made(settings, offload), settings)
+        self._announce_soon()
+
+    def _port_wanted(self) -> tuple[Settings, bool | None]:
+        """Its settings, and whether frames may come that are to be cut, if that was agreed upon."""
+        return self.settings._replace(mtu=self._mtu_wanted, carrier=self._has_link), self._guest_offload
+
+    def _port_made(self, settings: Settings, offload: bool | None) -> Port:
+        port = self.make_port(settings)
+        if offload is not None:
+            try:
+                port.set_offload(offload)
+            except OSError as error:
+                port.close()
+                raise EnvironmentProblem(
+                    f"interface {settings.name!r} cannot take the offloads that the guest knows of: {error}"
+                ) from error
+        return port
+
+    def _take_port(self, port: Port, settings: Settings) -> None:
+        """It is the host's end from now on."""
+        self.port, self._carrier, self._mtu_there = port, settings.carrier, settings.mtu
+        self.host.add_reader(port.watch.fd, self._hear)
         self._update()
-        if mtu is not None:
-            # By timers, which stand still until the device runs: a destination that has everything, but may still be
-            # discarded, must not draw the guest's frames to itself.
-            for seconds in ANNOUNCE_AFTER:
-                self._announcements.append(self.host.call_later(seconds, self._announce))
-
-    def _settings(self, mtu: int) -> Settings:
-        return self.settings._replace(mtu=mtu, carrier=self._carrier)
-
-    def _apply_offload(self, port: Port) -> None:
-        wanted = self._guest_offload
-        if wanted is None:
-            return
-        try:
-            port.set_offload(wanted)
-        except OSError as error:
-            raise EnvironmentProblem(
-                f"interface {self.settings.name!r} cannot take the offloads that the guest knows of: {error}"
-            ) from error
 
     def make_port(self, settings: Settings) -> Port:
         """The host's end. Tests put another one here."""
@@ -171,22 +178,22 @@ class Card(Provider):
         for timer in self._announcements:
             timer.cancel()
         self._announcements.clear()
+        self._give_up_mending()
         if self.port is not None:
             self._stop_reading()
+            self.host.remove_reader(self.port.watch.fd)
             self.port.close()
             self.port = None
 
     def _drain(self, port: Port) -> None:
         """Frames that the kernel holds become the guest's, and are saved with all others."""
         taken = 0
-        try:
+        with contextlib.suppress(OSError):  # it is gone, and with it what it has held
             while taken < DRAIN_BYTES and (frame := port.read()) is not None:
                 taken += len(frame)
                 self._to_guest(frame)
                 self.counters["to_guest"] += 1
                 self.counters["drained"] += 1
-        except OSError as error:
-            self._lost(error)
         self._flush()
 
     # ---- the interface -------------------------------------------------------------------------------------------
@@ -199,7 +206,7 @@ class Card(Provider):
     def _update(self) -> None:
         """Let the interface have a link, and read it, exactly when there is a guest for its frames."""
         port = self.port
-        if port is None or self._lost_reason:
+        if port is None:
             return
         link = self._has_link
         if link is not self._carrier:
@@ -207,7 +214,7 @@ class Card(Provider):
             try:
                 port.set_carrier(link)
             except OSError as error:
-                self._lost(error)
+                self._fails(error)
                 return
         if link:
             self._read_on()
@@ -215,7 +222,7 @@ class Card(Provider):
             self._stop_reading()
 
     def _read_on(self) -> None:
-        if self._reading or self.port is None or self._lost_reason or not (self._has_link and self._guest_ready):
+        if self._reading or self.port is None or not (self._has_link and self._guest_ready):
             return
         self._reading = True
         self.host.add_reader(self.port.fd, self._readable)
@@ -225,12 +232,51 @@ class Card(Provider):
             self._reading = False
             self.host.remove_reader(self.port.fd)
 
-    def _lost(self, error: OSError) -> None:
-        """The interface is gone: somebody has removed it."""
-        self._stop_reading()
-        if not self._lost_reason:
-            self._lost_reason = error.strerror or str(error)
-            log.error("network %s: interface %s is gone: %s", self.name, self.settings.name, self._lost_reason)
+    def _hear(self) -> None:
+        """The kernel has something to say about the interface."""
+        assert self.port is not None
+        self._note(self.port.watch.look())
+
+    def _fails(self, error: OSError) -> None:
+        """The interface is gone; its watch may not have said so yet."""
+        log.warning("network %s: interface %s: %s", self.name, self.settings.name, error.strerror or error)
+        self._note(Trouble.GONE)
+
+    def _note(self, trouble: Trouble | None) -> None:
+        """How the interface is now. While it is of no use, the guest's card has no link."""
+        if trouble is not self._trouble:
+            self._trouble = trouble
+            log.warning("network %s: interface %s: %s", self.name, self.settings.name, trouble or "it is back")
+            if trouble is Trouble.GONE:
+                self._close_port()
+            self._give_up_mending()
+            self._update()
+            self._tell_link()
+            if trouble is None:
+                self._announce_soon()
+        if trouble in (Trouble.GONE, Trouble.NO_BRIDGE) and self._mending is None:
+            self._mending = Mending(self.host, self._attempt, self._mended)
+
+    def _attempt(self) -> Callable[[], Port | None]:
+        """For `Mending`."""
+        if self.port is not None:
+            return partial(rejoin, self.settings)
+        self._attempted, offload = self._port_wanted()
+        return partial(self._port_made, self._attempted, offload)
+
+    def _mended(self, port: Port | None) -> None:
+        self._mending = None
+        if port is None:
+            self._hear()  # whether it has helped
+            return
+        self._take_port(port, self._attempted)
+        self._change_mtu(self._mtu_wanted)
+        self._note(None)
+
+    def _give_up_mending(self) -> None:
+        mending, self._mending = self._mending, None
+        if mending is not None:
+            mending.give_up()
 
     def _readable(self) -> None:
         """Frames for the guest."""
@@ -245,7 +291,7 @@ class Card(Provider):
                     self._stop_reading()
                     break
         except OSError as error:
-            self._lost(error)
+            self._fails(error)
         self.counters["to_guest"] += taken
         self._flush()
 
@@ -258,9 +304,15 @@ class Card(Provider):
                 counters["bytes_to_host"] += len(frame)
                 return True
         except OSError as error:
-            self._lost(error)
+            self._fails(error)
         counters["not_taken"] += 1
         return False
+
+    def _announce_soon(self) -> None:
+        """Again and again, for a while. By timers, which stand still until the device runs: a destination that has
+        everything, but may still be discarded, must not draw the guest's frames to itself."""
+        if self._guest_mtu is not None:
+            self._announcements += [self.host.call_later(seconds, self._announce) for seconds in ANNOUNCE_AFTER]
 
     def _announce(self) -> None:
         """Switches learn from it where the guest is now."""
@@ -268,7 +320,7 @@ class Card(Provider):
             try:
                 self.counters["announced"] += self.port.write(announcement(self.mac))
             except OSError as error:
-                self._lost(error)
+                self._fails(error)
 
     def _use_offload(self, wanted: bool) -> None:
         """The guest has said whether it takes frames that are to be cut."""
@@ -276,26 +328,25 @@ class Card(Provider):
             try:
                 self.port.set_offload(wanted)
             except OSError as error:
-                self._lost(error)
+                self._fails(error)
 
     def _change_mtu(self, mtu: int) -> None:
         """Bring the interface's MTU to this. One change at a time: a guest may ask faster than they are made, and a
         pause waits for those under way."""
-        if self.port is None or mtu == self._mtu_wanted:
-            return
         self._mtu_wanted = mtu
-        if not self._mtu_changing:
+        if self.port is not None and mtu != self._mtu_there and not self._mtu_changing:
             self._bring_mtu()
 
     def _bring_mtu(self) -> None:
-        mtu = self._mtu_wanted
+        mtu = self._mtu_there = self._mtu_wanted
 
         def done(_: None, error: BaseException | None) -> None:
             self._mtu_changing = False
             if error is not None:
+                self._mtu_there = 0  # the next wish is tried, whatever it is
                 log.error("network %s: %s", self.name, error)
-            if self._mtu_wanted != mtu and self.port is not None:
-                self._bring_mtu()
+            if self._mtu_wanted != mtu:
+                self._change_mtu(self._mtu_wanted)
 
         self._mtu_changing = True
         self.host.run_blocking(partial(set_mtu, self.settings, mtu), done)
@@ -322,7 +373,8 @@ class Card(Provider):
         return {
             "interface": self.settings.name,
             "namespace": self.settings.namespace,
-            "present": self.port is not None and not self._lost_reason,
+            "present": self.port is not None,
+            "trouble": self._trouble,
             "mac": format_mac(self.mac),
             "link": "up" if self._link else "down",
             **self.counters,

@@ -10,28 +10,34 @@ import contextlib
 import ctypes
 import errno
 import os
+import socket
 import threading
 from collections.abc import Callable, Iterator
+from ipaddress import ip_interface, ip_network
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 from vmbus.errors import EnvironmentProblem
 from vmbus.providers.network.tap import Tap
+from vmbus.providers.network.watch import Watch
 
 NAMESPACES = Path("/var/run/netns")
 """Where named network namespaces are, as `ip netns` has them."""
 
 _REACHABLE = 0x02  # until it has to be confirmed
 _CLONE_NEWNET = 0x40000000
+_MAIN_TABLE = 254
 _libc = ctypes.CDLL(None, use_errno=True)
 
 Result = TypeVar("Result")
 
 
 class Port(Protocol):
-    """The host's end of a NIC: see `tap.Tap`. Frames have an offload header in front."""
+    """The host's end of a NIC: see `tap.Tap`. Frames have an offload header in front. `watch` tells what others have
+    done to the interface."""
 
     fd: int
+    watch: Watch
 
     def read(self) -> bytes | None: ...
 
@@ -68,16 +74,39 @@ def open_port(settings: Settings) -> Port:
     """Make the interface, and switch it on. Raises EnvironmentProblem saying what is missing."""
 
     def make() -> Port:
-        tap = Tap(settings.name)
+        tap = TapPort(settings.name)
         try:
             tap.set_carrier(settings.carrier)
             configure(settings)
+            tap.watch = Watch(settings.name, settings.bridge is not None)
         except BaseException:
             tap.close()
             raise
         return tap
 
     return in_namespace(settings.namespace, make)
+
+
+class TapPort(Tap):
+    """A TAP device as the host's end."""
+
+    watch: Watch
+
+    def close(self) -> None:
+        """Remove it. Repeating it does nothing."""
+        super().close()
+        with contextlib.suppress(AttributeError):  # it has never been there
+            self.watch.close()
+
+
+def rejoin(settings: Settings) -> None:
+    """Make the interface a port of its bridge again. Blocks for a moment. Raises EnvironmentProblem."""
+
+    def work() -> None:
+        with netlink() as link, explained(settings):
+            link.link("set", index=_index(link, settings.name), master=_index(link, str(settings.bridge)))
+
+    in_namespace(settings.namespace, work)
 
 
 def configure(settings: Settings) -> None:
@@ -93,12 +122,35 @@ def configure(settings: Settings) -> None:
         if settings.bridge is not None:
             link.link("set", index=index, master=_index(link, settings.bridge))
         if settings.address is not None:
+            _require_free(link, index, settings.address)
             address, _, prefix = settings.address.partition("/")
             link.addr("replace", index=index, address=address, prefixlen=int(prefix))
         link.link("set", index=index, state="up")
         if settings.neighbour is not None:
             address, mac = settings.neighbour
             link.neigh("replace", ifindex=index, dst=address, lladdr=mac.hex(":"), state=_REACHABLE)
+
+
+def _require_free(link: Any, index: int, address: str) -> None:
+    """Refuse an address in a network that this host has already: its way there would lead to the guest from now on."""
+    wanted = ip_interface(address).network
+    if wanted.is_link_local:
+        return
+    family = socket.AF_INET if wanted.version == 4 else socket.AF_INET6
+    taken = [
+        (one["index"], ip_network(f"{one.get_attr('IFA_ADDRESS')}/{one['prefixlen']}", strict=False))
+        for one in link.get_addr(family=family)
+    ]
+    for route in link.get_routes(family=family, table=_MAIN_TABLE):
+        if (to := route.get_attr("RTA_DST")) is not None:
+            taken.append((route.get_attr("RTA_OIF"), ip_network(f"{to}/{route['dst_len']}")))
+    for other, network in taken:
+        if other != index and network.overlaps(wanted):
+            where = f" on interface {socket.if_indextoname(other)!r}" if other else ""
+            raise EnvironmentProblem(
+                f"address {address} cannot be used: {network} is in use on this host{where}; choose another one by the "
+                "provider's option 'address'"
+            )
 
 
 def set_mtu(settings: Settings, mtu: int) -> None:

@@ -167,6 +167,7 @@ class NetworkProvider(Adapter):
 
     def _started(self, channel: Channel) -> None:
         if channel is self.queues[0].channel:
+            self._tell_link()
             self._send_control()
             self._deliver_backlog()
             self._update()

@@ -29,6 +29,7 @@ from vmbus.providers.network.interface import (
     open_namespace,
 )
 from vmbus.providers.network.tap import FRAME_LIMIT
+from vmbus.providers.network.watch import Watch
 
 _INNER = "nic0"
 _BUFFER = 4 << 20
@@ -47,6 +48,8 @@ _LOST = frozenset({errno.EINVAL, errno.EMSGSIZE, errno.ENOBUFS, errno.ENOMEM, er
 
 class VethPort:
     """Our end of a pair: see `tap.Tap`. `outer`: the other end's name; `control`: a socket in its namespace."""
+
+    watch: Watch
 
     def __init__(self, outer: str, packets: socket.socket, control: socket.socket, namespace: int) -> None:
         self.name = outer
@@ -96,6 +99,8 @@ class VethPort:
         if self.fd < 0:
             return
         self.fd = -1
+        with contextlib.suppress(AttributeError):  # it has never been there
+            self.watch.close()
 
         def remove() -> None:
             with netlink() as link:
@@ -139,6 +144,7 @@ def open_veth(settings: Settings) -> Port:
         os.close(outside)
     try:
         in_namespace(settings.namespace, lambda: configure(settings))
+        port.watch = in_namespace(settings.namespace, lambda: Watch(settings.name, bridged=settings.bridge is not None))
         port.set_offload(False)
     except OSError as error:
         port.close()
