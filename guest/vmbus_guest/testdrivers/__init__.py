@@ -200,7 +200,7 @@ CATALOGUE: dict[str, Entry] = {
     ),
     "services": Entry(
         "vmbus_guest.services.run",
-        "runs the guest's ends of disk and integration services until it is stopped",
+        "runs the guest's ends of the integration services until it is stopped",
     ),
     "disk-writer": Entry(
         "vmbus_guest.testdrivers.disk_writer",

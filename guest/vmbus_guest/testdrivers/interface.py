@@ -36,9 +36,10 @@ def run(context: Context) -> dict[str, Any]:
     get = context.parameters.get
     modules = get("modules", "")
     name = get("interface", "eth0")
-    address, prefix = parse_address(get("address", ""))
+    text = get("address", "")
     appear = get("appear_seconds", 30.0, minimum=0)
     context.parameters.check()
+    address, prefix = parse_address(text)
     for module in filter(None, modules.split(",")):
         if not os.path.isdir(f"/sys/module/{module}"):
             run_tool("busybox", "insmod", f"/lib/modules/{module}.ko")
