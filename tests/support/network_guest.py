@@ -10,12 +10,15 @@ from typing import Any, Protocol
 from support.nic import Cable, Cabled
 from vmbus.kmcl import Channel, Completion, Packet
 from vmbus.providers.network import NetworkProvider, oids
+from vmbus.providers.network.spread import DEFAULT_KEY, UDP4
 from vmbus.testkit import HostPacket, ProviderTest
 from vmbus.wire import nvsp, rndis
 from vmbus.wire.ethernet import NO_OFFLOAD
 from vmbus.wire.packet import PacketType, TransferPages
 from vmbus_guest.driver import VmbusDriver
 
+HASH_INFO = 0x1701 | UDP4
+"""What Linux says, and datagrams beside it."""
 UP = 0xD
 """The packet filter of an interface that is up."""
 SUCCESS = nvsp.Status.SUCCESS
@@ -148,10 +151,16 @@ class NetworkGuest:
         for index in range(1, granted + 1):
             self.ends.open(index, partial(self._take, index))
         table = [number % (granted + 1) for number in range(oids.RSS_ENTRIES)]
-        head = pack("<BBHHHIHxxIHxxIIII", 0x89, 2, 40, 0, 0, 0x1701, 4 * len(table), 40, 40, 0, 0, 0, 0)[:40]
-        data = head + pack(f"<{len(table)}I", *table) + bytes(40)
-        assert self.set(oids.RSS_PARAMETERS, data) == 0
+        assert self.spread(table) == 0
         return granted + 1
+
+    def spread(
+        self, table: Sequence[int] = (), key: bytes = DEFAULT_KEY, *, info: int = HASH_INFO, flags: int = 0
+    ) -> int:
+        """Have frames spread over the queues; the status of the answer."""
+        places = (4 * len(table), 40, len(key), 40 + 4 * len(table))
+        head = pack("<BBHHHIHxxIHxxIIII", 0x89, 2, 40, flags, 0, info, *places, 0, 0, 0)
+        return self.set(oids.RSS_PARAMETERS, head + pack(f"<{len(table)}I", *table) + key)
 
     def step_filter(self) -> None:
         assert self.set_filter(UP) == 0

@@ -304,7 +304,14 @@ def test_the_tables_of_the_network_provider() -> None:
     asked = {int(row["OID"], 16) for row in table(text, "OID", "Answer")}
     assert asked == set(oids._QUERIES)
     taken = {int(row["OID"], 16) for row in table(text, "OID", "Taken for")}
-    assert taken == {oids.PACKET_FILTER, oids.OFFLOAD_PARAMETERS, oids.RSS_PARAMETERS, oids.MULTICAST_LIST}
+    assert taken == {
+        oids.PACKET_FILTER,
+        oids.OFFLOAD_PARAMETERS,
+        oids.RSS_PARAMETERS,
+        oids.CONFIG_PARAMETER,
+        oids.CURRENT_ADDRESS,
+        oids.MULTICAST_LIST,
+    }
     assert f"{ANNOUNCE_AFTER[-1]:g} s" in text and len(ANNOUNCE_AFTER) == 5 and "and four more" in text
     assert str(nvsp.NVSP_TYPE) in text and f"{SEND_SECTION}" in text and f"{CONTROL_BYTES >> 10} KiB" in text
 

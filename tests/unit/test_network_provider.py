@@ -19,6 +19,7 @@ from vmbus.providers.network.adapter import MOST_CONTROL
 from vmbus.providers.network.card import ANNOUNCE_AFTER
 from vmbus.providers.network.interface import Port
 from vmbus.providers.network.provider import CONTROL_BYTES, SEND_SECTION
+from vmbus.providers.network.spread import UDP4, Spread
 from vmbus.providers.network.watch import Trouble
 from vmbus.testkit import ContractViolation, ProviderTest, every_step
 from vmbus.wire import nvsp, rndis
@@ -300,16 +301,79 @@ def test_a_small_receive_buffer_is_good_for_fewer_queues() -> None:
         guest.step_receive()
 
 
-def test_a_table_that_names_no_queue_is_refused() -> None:
+def test_the_guests_table_and_key_say_which_queue_and_are_saved() -> None:
     with card(queues=3) as kit:
         guest = guest_of(kit, receive=4 << 20)
-        guest.open_queues(2)
-        head = struct.pack("<BBHHHIHxxIHxxIIII", 0x89, 2, 40, 0, 0, 0x1701, 8, 40, 40, 0, 0, 0, 0)[:40]
-        assert guest.set(oids.RSS_PARAMETERS, head + struct.pack("<2I", 1, 2)) == rndis.Status.INVALID_DATA
-        assert guest.set(oids.RSS_PARAMETERS, head + struct.pack("<2I", 1, 1)) == 0
-        cable_of(guest).push(*(udp(number, number) for number in range(30)))
+        guest.open_queues(3)
+        key = bytes(range(40))
+        assert guest.spread([1, 2], key) == 0
+        frames = [udp(number, number) for number in range(60)]
+        expected = [Spread([1, 2], key, UDP4).queue_of(one) for one in frames]
+        for _ in range(2):
+            assert guest.spread([1, 3], key) == guest.spread([], key) == rndis.Status.INVALID_DATA
+            guest.by_channel.clear()
+            cable_of(guest).push(*frames)
+            kit.run()
+            for queue in (1, 2):
+                wanted = [one for one, place in zip(frames, expected, strict=True) if place == queue]
+                assert guest.by_channel[queue] == wanted and wanted
+            kit.save_and_restore()
+        assert guest.spread(flags=0x10) == 0
+        guest.by_channel.clear()
+        cable_of(guest).push(*frames)
         kit.run()
-        assert set(guest.by_channel) == {1}
+        assert set(guest.by_channel) == {0}
+
+
+# ---- its address -----------------------------------------------------------------------------------------------------
+
+
+def parameter(name: str, value: str, kind: int = 2) -> bytes:
+    texts = [text.encode("utf-16-le") for text in (name, value)]
+    return struct.pack("<5I", 20, len(texts[0]), kind, 20 + len(texts[0]), len(texts[1])) + b"".join(texts)
+
+
+def test_a_guest_may_choose_another_address() -> None:
+    """As Linux asks for it, and as the OID of the address has it; it is saved, and announced."""
+    mine, chosen = bytes.fromhex("020000000001"), bytes.fromhex("0200000000aa")
+    with card() as kit:
+        guest = guest_of(kit)
+        cable = cable_of(guest)
+        assert guest.set(oids.CONFIG_PARAMETER, parameter("NetworkAddress", "0200000000AA")) == 0
+        assert cable.announced == 1
+        for _ in range(2):
+            assert guest.query(oids.CURRENT_ADDRESS) == chosen and guest.query(oids.PERMANENT_ADDRESS) == mine
+            guest.frames.clear()
+            frames = [frame(b"a", target=chosen), frame(b"b", target=mine)]
+            cable.push(*frames, frame(b"c", target=PEER))
+            kit.run()
+            assert guest.frames == frames
+            kit.save_and_restore()
+        kit.advance(5)
+        assert kit.provider.status()["guest"]["address"] == chosen.hex(":")
+        # A driver that begins anew goes on with either.
+        guest.shut_down()
+        again = guest_of(kit)
+        cable.push(frame(b"a", target=chosen), frame(b"b", target=mine))
+        kit.run()
+        assert len(again.frames) == 2
+        for oid, data, status in (
+            (oids.CURRENT_ADDRESS, chosen, rndis.Status.SUCCESS),
+            (oids.CURRENT_ADDRESS, b"\1" + bytes(5), rndis.Status.INVALID_DATA),
+            (oids.CURRENT_ADDRESS, chosen[:5], rndis.Status.INVALID_DATA),
+            (oids.CURRENT_ADDRESS, bytes(6), rndis.Status.INVALID_DATA),
+            (oids.CONFIG_PARAMETER, parameter("NetworkAddress", "02-00-00-00-00-AB"), rndis.Status.SUCCESS),
+            (oids.CONFIG_PARAMETER, parameter("NetworkAddress", "0200000000"), rndis.Status.INVALID_DATA),
+            (oids.CONFIG_PARAMETER, parameter("NetworkAddress", "ffffffffffff"), rndis.Status.INVALID_DATA),
+            (oids.CONFIG_PARAMETER, parameter("NetworkAddress", "0200000000AA", 0), rndis.Status.INVALID_DATA),
+            (oids.CONFIG_PARAMETER, parameter("Speed", "10"), rndis.Status.NOT_SUPPORTED),
+            (oids.CONFIG_PARAMETER, parameter("NetworkAddress", "0200000000AA")[:-2], rndis.Status.INVALID_DATA),
+            (oids.CONFIG_PARAMETER, b"", rndis.Status.INVALID_DATA),
+        ):
+            assert again.set(oid, data) == status, (hex(oid), data)
+        assert again.query(oids.CURRENT_ADDRESS) == bytes.fromhex("0200000000ab")
+        assert again.set(oids.CONFIG_PARAMETER, parameter("NetworkAddress", "")) == 0
+        assert again.query(oids.CURRENT_ADDRESS) == mine
 
 
 # ---- the link, announcements -----------------------------------------------------------------------------------------
@@ -581,6 +645,9 @@ def test_nonsense_is_completed_too() -> None:
         assert guest.ends.ask(0, nvsp.pack_message(nvsp.Other(nvsp.Type.SWITCH_DATA_PATH)), None) == b""
         assert guest.nvsp(nvsp.Other(nvsp.Type.OID_QUERY)).words[0] == rndis.Status.NOT_SUPPORTED
         assert guest.nvsp(nvsp.SubChannels(1, 3)).words[:2] == (FAILURE, 0)
+        assert guest.nvsp(nvsp.PdApi(3))[:] == (nvsp.Type.PD_API, (3, FAILURE, *[0] * 13))
+        for unasked in (nvsp.Type.PD_POST_BATCH, nvsp.Type.INDIRECTION_TABLE, 137):
+            assert guest.ends.ask(0, struct.pack("<II", unasked, 1) + bytes(32), None) == b""
         assert guest.set(oids.OFFLOAD_PARAMETERS, b"1234") == rndis.Status.INVALID_DATA
         assert guest.set(oids.RSS_PARAMETERS, b"1234") == rndis.Status.INVALID_DATA
         assert guest.set(oids.PACKET_FILTER, b"1") == rndis.Status.INVALID_DATA
@@ -641,7 +708,7 @@ RNDIS = st.one_of(
     ),
     st.builds(
         lambda oid, data, set_it: (rndis.set_oid if set_it else rndis.query)(77, oid, data),
-        st.sampled_from([*oids._QUERIES, oids.OFFLOAD_PARAMETERS, oids.RSS_PARAMETERS, 0]),
+        st.sampled_from([*oids._QUERIES, oids.OFFLOAD_PARAMETERS, oids.RSS_PARAMETERS, oids.CONFIG_PARAMETER, 0]),
         st.binary(max_size=200),
         st.booleans(),
     ),
@@ -833,6 +900,10 @@ def test_states_that_make_no_sense_are_refused() -> None:
             msgspec.msgpack.encode(state | {"queues": 2}),
             msgspec.msgpack.encode(state | {"table": [1]}),
             msgspec.msgpack.encode(state | {"table": [-1]}),
+            msgspec.msgpack.encode(state | {"key": bytes(41)}),
+            msgspec.msgpack.encode(state | {"types": -1}),
+            msgspec.msgpack.encode(state | {"address": b"\1\0\0\0\0\1"}),
+            msgspec.msgpack.encode(state | {"address": bytes(6)}),
             msgspec.msgpack.encode(state | {"receive": state["receive"] | {"size": CONTROL_BYTES}}),
             msgspec.msgpack.encode(state | {"control": [[2, b""]] * (MOST_CONTROL + 1)}),
             msgspec.msgpack.encode(state | {"control": [[1, b""]]}),

@@ -7,8 +7,8 @@ import struct
 
 import pytest
 
-from support.nic import GUEST, PEER, frame, number_of, udp
-from vmbus.wire.ethernet import OFFLOAD_SIZE, announcement, check_frame, flow_hash, format_mac, parse_mac
+from support.nic import frame
+from vmbus.wire.ethernet import OFFLOAD_SIZE, announcement, check_frame, format_mac, parse_mac
 
 pytestmark = pytest.mark.unit
 
@@ -18,7 +18,6 @@ def test_noise_raises_nothing() -> None:
     for _ in range(3000):
         one = choose.randbytes(choose.randrange(100))
         check_frame(one, 1500, choose.randrange(2))
-        flow_hash(one)
 
 
 def offload(flags: int, kind: int, header: int, segment: int, start: int, at: int, size: int) -> bytes:
@@ -51,44 +50,6 @@ def test_frames_are_checked_against_what_was_agreed() -> None:
         (offload(1, 0, 0, 0, 34, 16, 1600), "MTU"),
     ):
         assert why in check_frame(bad, 1500, whole), (bad[:10], why)
-
-
-def test_a_flow_has_one_hash_in_both_directions() -> None:
-    flows = {flow_hash(udp(0, port)) for port in range(1000, 1200)}
-    assert len(flows) > 190
-    assert len({value % 4 for value in flows}) == 4
-    for port in (1000, 1001):
-        same = {flow_hash(udp(number, port, size=number)) for number in range(20)}
-        assert same == {flow_hash(udp(0, port, to_guest=False))}
-    tagged = udp(1, 1000)
-    tagged = tagged[: OFFLOAD_SIZE + 12] + b"\x81\0\0\x05" + tagged[OFFLOAD_SIZE + 12 :]
-    assert flow_hash(tagged) == flow_hash(udp(2, 1000))
-
-
-def test_fragments_and_other_protocols_have_their_addresses_hash() -> None:
-    def fragment(port: int, offset: int, more: bool) -> bytes:
-        whole = bytearray(udp(1, port))
-        struct.pack_into("!H", whole, OFFLOAD_SIZE + 14 + 6, offset | (0x2000 if more else 0))
-        return bytes(whole)
-
-    parts = {flow_hash(fragment(port, *how)) for port in (1, 2) for how in ((0, True), (185, True), (370, False))}
-    assert len(parts) == 1
-    whole = bytearray(udp(1, 5))
-    struct.pack_into("!H", whole, OFFLOAD_SIZE + 14 + 6, 0x4000)  # "do not fragment" makes no fragment
-    assert flow_hash(bytes(whole)) == flow_hash(udp(9, 5))
-    assert flow_hash(frame(b"a")) == flow_hash(frame(b"b", source=GUEST, target=PEER))
-    assert flow_hash(frame(b"a")) != flow_hash(frame(b"a", source=bytes(6)))
-
-    def six(port: int, swap: bool = False) -> bytes:
-        one, other = b"\x20\x01" + bytes(13) + b"\1", b"\x20\x01" + bytes(13) + b"\2"
-        ports = (port, 80)
-        if swap:
-            one, other, ports = other, one, (80, port)
-        head = struct.pack("!IHBB", 0x6000_0000, 20, 6, 64) + one + other
-        return frame(head + struct.pack("!HH", *ports) + bytes(16), kind=0x86DD)
-
-    assert flow_hash(six(1)) == flow_hash(six(1, swap=True)) != flow_hash(six(2))
-    assert number_of(udp(77, 1)) == 77
 
 
 def test_addresses() -> None:

@@ -34,7 +34,8 @@ MESSAGES = st.one_of(
     st.builds(nvsp.RevokeSendBuffer, st.integers(0, 0xFFFF)),
     st.builds(nvsp.Rndis, WORD, WORD, WORD),
     st.builds(nvsp.SubChannels, WORD, WORD),
-    st.builds(nvsp.Other, st.sampled_from([nvsp.Type.SWITCH_DATA_PATH, nvsp.Type.OID_QUERY])),
+    st.builds(nvsp.PdApi, WORD),
+    st.builds(nvsp.Other, st.sampled_from(sorted(nvsp._OTHERS))),
 )
 
 
@@ -161,22 +162,9 @@ def test_whether_long_frames_are_wanted() -> None:
         assert oids.coalescing_wanted(bad) is None and not oids.offload_parameters(bad)
 
 
-def rss(table: list[int], flags: int = 0, offset: int = 40) -> bytes:
-    head = struct.pack("<BBHHHIHxxIHxxIIII", 0x89, 2, 40, flags, 0, 0x1701, 4 * len(table), offset, 40, 0, 0, 0, 0)
-    return head[:40] + struct.pack(f"<{len(table)}I", *table) + bytes(40)
-
-
-def test_how_frames_are_spread() -> None:
-    assert oids.rss_parameters(rss([0, 1, 2, 3] * 32), 4) == oids.Spread((0, 1, 2, 3) * 32)
-    assert oids.rss_parameters(rss([0], 0x10), 4) == oids.Spread(())
-    for bad in (rss([0, 4]), rss([]), rss([0] * 129), rss([0], offset=0), rss([0], offset=200), rss([0])[:30], b""):
-        assert oids.rss_parameters(bad, 4) is None
-
-
 @given(st.binary(max_size=80))
 def test_no_parameters_do_worse_than_none(data: bytes) -> None:
-    for one in (data, b"\x89" + data, b"\x80" + data):
-        oids.rss_parameters(one, 4)
+    for one in (data, b"\x80" + data):
         oids.coalescing_wanted(one)
         oids.offload_parameters(one)
 

@@ -99,6 +99,7 @@ def test_the_rest_of_what_storvsc_says() -> None:
 def test_what_hv_netvsc_says() -> None:
     assert told(NVSP_TYPE, nvsp.pack_message(nvsp.Init(2, 0x60001))) == "INIT, versions 0x2 to 0x60001"
     assert told(NVSP_TYPE, nvsp.pack_message(nvsp.ReceiveBuffer(0xE1E10, 0xCAFE))) == "RECEIVE_BUFFER in GPADL 0xe1e10"
+    assert told(NVSP_TYPE, nvsp.pack_message(nvsp.PdApi(4))) == "PD_API, operation 4"
     data = nvsp.pack_message(nvsp.Rndis(nvsp.DATA_CHANNEL, 3, 1514))
     assert told(NVSP_TYPE, data) == "RNDIS data, 1514 bytes in section 3"
     memory = nvsp.pack_message(nvsp.Rndis(nvsp.DATA_CHANNEL, nvsp.NO_SECTION, 0))
@@ -127,6 +128,7 @@ def test_what_the_card_says() -> None:
         nvsp.send_buffer_complete(2): "SEND_BUFFER_COMPLETE failure, sections of 0 bytes",
         nvsp.rndis_complete(5): "RNDIS_COMPLETE invalid_rndis",
         nvsp.sub_channels_complete(1, 3): "SUB_CHANNELS success, 3 granted",
+        nvsp.pd_api_complete(4, 2): "PD_API failure, operation 4",
     }
     for answer, expected in answers.items():
         assert told(NVSP_TYPE, answer, kind=DONE, to_guest=True) == expected

@@ -5,6 +5,7 @@ complains."""
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import os
 import signal
 import subprocess
@@ -26,7 +27,7 @@ from support.namespace import Namespace, NotPermitted, namespace
 from vmbus.audit.checker import check_paths
 from vmbus.capture.pcapng import CaptureReader
 from vmbus.capture.record import PACKET
-from vmbus.errors import WaitTimeout
+from vmbus.errors import VmbusError, WaitTimeout
 from vmbus.qemu.command_line import Programs
 from vmbus.qemu.description import VmDescription, load_description
 from vmbus.qemu.machine import VirtualMachine
@@ -38,6 +39,7 @@ pytestmark = [pytest.mark.vm, pytest.mark.long]
 Run = Callable[[Coroutine[Any, Any, Any]], Any]
 Note = Callable[[str], None]
 CHECKOUT = Path(__file__).resolve().parents[2]
+CHOSEN = "02:00:00:00:00:aa"
 INSTANCE = "6f1b4b0e-5d2c-4a53-9d0a-0f2f1f3c7d05"
 BAD_WORDS = (
     *("WARNING:", "BUG:", "Call Trace", "rcu_sched", "soft lockup", "general protection", "blocked for more than"),
@@ -152,8 +154,14 @@ def test_network_survives_what_people_do_with_the_card(
     run: Run, programs: Programs, tmp_path: Path, outside: Namespace, note: Note
 ) -> None:
     """MTU, down and up, a cable that is pulled, unbind and bind, a card that is taken away and put in again, all under
-    load; then a save of what came of it."""
+    load; a save of what came of it, a checkpoint under a download, a revert, and a server that is killed."""
     description = described(outside, cpus=1, mtu=9000, offload=False)
+    served = tmp_path / "served"
+    served.mkdir()
+    content = os.urandom(4 << 20)
+    (served / "file").write_bytes(content)
+    digest = hashlib.sha256(content).hexdigest()
+    fetch = f"wget -q -O - http://{HOST}:8000/file | sha256sum"
 
     async def story() -> None:
         vm = await boot(description, programs)
@@ -162,12 +170,13 @@ def test_network_survives_what_people_do_with_the_card(
             await bring_up(vm)
             traffic = await Traffic.start(vm, outside)
             await moved(traffic.client, 1 << 18)
-            await shell(vm, "ip link set eth0 down && sleep 0.3 && ip link set eth0 up")
+            await shell(vm, f"ip link set eth0 down && ip link set eth0 address {CHOSEN} && ip link set eth0 up")
             await moved(traffic.client, 1 << 18)
             for mtu in (1280, 9000):
                 await shell(vm, f"ip link set eth0 mtu {mtu}")
                 await moved(traffic.client, 1 << 18)
-                assert (await card(vm))["guest"]["mtu"] == mtu
+                guest = (await card(vm))["guest"]
+                assert (guest["mtu"], guest["address"]) == (mtu, CHOSEN)
             large = outside.start("ping", host=GUEST, count=5, size=8900)
             await until(lambda: large.process.poll() is not None, "large pings")
             assert large.result()["received"] == 5
@@ -192,12 +201,32 @@ def test_network_survives_what_people_do_with_the_card(
             await vm.save(tmp_path / "saved", live=True)
         async with await VirtualMachine.restore(tmp_path / "saved", programs) as vm:
             await moved(traffic.client, 1 << 18)
+            await shell(vm, f"({fetch} > /tmp/sum) > /dev/null 2>&1 &")
+            await vm.checkpoint("here")
+            await until_shell(vm, f"grep {digest} /tmp/sum")
+            await moved(traffic.client, 1 << 18)
             await require_no_complaints(vm)
             state = await card(vm)
             await traffic.finish(vm)
             note(f"hv_netvsc, handled: {state['to_guest']} frames to the guest, {state['control']} control messages")
+            # What it had under way there has no other end any more; the card goes on.
+            await vm.revert("here")
+            await until_shell(vm, f"{fetch} | grep {digest}")
+            ping = outside.start("ping", host=GUEST, count=5)
+            await until(lambda: ping.process.poll() is not None, "pings")
+            assert ping.result()["received"] == 5
+            assert vm.server is not None
+            os.kill(vm.server.process.pid, signal.SIGKILL)
+            with pytest.raises(VmbusError):
+                await vm.wait_ended()
+            await until(lambda: outside.interfaces() == [], "the interface to be gone with its server")
 
-    run(story())
+    server = outside.serve_files(served, 8000)
+    try:
+        run(story())
+    finally:
+        server.kill()
+        server.wait()
 
 
 async def until_shell(vm: VirtualMachine, command: str, seconds: float = 30.0) -> None:

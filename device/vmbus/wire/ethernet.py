@@ -5,7 +5,6 @@ The offload header is that of virtio's specification: what the kernel, or the ot
 
 from struct import Struct
 from struct import pack as pack_struct
-from zlib import crc32
 
 MTU_MINIMUM = 68
 MTU_MAXIMUM = 9000
@@ -52,36 +51,6 @@ def check_frame(frame: bytes | memoryview, mtu: int, offload: int) -> str:
     if not 0 < segment <= mtu or size > ETHERNET_SLACK + (1 << 16):
         return f"a frame of {size} bytes to be cut into {segment}, and the MTU is {mtu}"
     return ""
-
-
-def flow_hash(frame: bytes | memoryview) -> int:
-    """A number that is the same for all frames of a flow, in both directions; 32 bits.
-
-    Of TCP and UDP: addresses and ports. Of other IP, and of fragments: addresses. Of the rest: Ethernet addresses.
-    """
-    at = OFFLOAD_SIZE + ETHERNET_SIZE
-    frame = bytes(frame[: at + 4 + 60 + 4])
-    kind = frame[at - 2 : at]
-    if kind == b"\x81\x00":
-        at += 4
-        kind = frame[at - 2 : at]
-    if kind == b"\x08\x00" and len(frame) >= at + 20:
-        one, other = frame[at + 12 : at + 16], frame[at + 16 : at + 20]
-        ports = at + 4 * (frame[at] & 15)
-        whole = not (frame[at + 6] & 0x3F or frame[at + 7])
-        protocol = frame[at + 9]
-    elif kind == b"\x86\xdd" and len(frame) >= at + 40:
-        one, other = frame[at + 8 : at + 24], frame[at + 24 : at + 40]
-        ports = at + 40
-        whole = True
-        protocol = frame[at + 6]
-    else:
-        one, other = frame[OFFLOAD_SIZE : OFFLOAD_SIZE + MAC_SIZE], frame[OFFLOAD_SIZE + 6 : OFFLOAD_SIZE + 12]
-        whole, protocol, ports = False, 0, 0
-    if whole and protocol in (6, 17) and len(frame) >= ports + 4:
-        one += frame[ports : ports + 2]
-        other += frame[ports + 2 : ports + 4]
-    return crc32(one + other) if one <= other else crc32(other + one)
 
 
 def announcement(mac: bytes) -> bytes:

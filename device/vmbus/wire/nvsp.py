@@ -65,6 +65,8 @@ class Type(IntEnum):
     OID_QUERY_COMPLETE = 132
     SUB_CHANNELS = 133
     INDIRECTION_TABLE = 134
+    PD_API = 135
+    PD_POST_BATCH = 136
 
 
 class Status(IntEnum):
@@ -139,6 +141,12 @@ class SubChannels(NamedTuple):
     wanted: int
 
 
+class PdApi(NamedTuple):
+    """The guest asks for something of PacketDirect, which cards in software do not have."""
+
+    operation: int
+
+
 class Other(NamedTuple):
     """A message that is known and not served."""
 
@@ -155,6 +163,7 @@ Message = (
     | RevokeSendBuffer
     | Rndis
     | SubChannels
+    | PdApi
     | Other
 )
 
@@ -167,8 +176,9 @@ _LAYOUTS: dict[int, tuple[type[Message], Struct]] = {
     Type.REVOKE_SEND_BUFFER: (RevokeSendBuffer, _REVOKE),
     Type.RNDIS: (Rndis, _FOUR),
     Type.SUB_CHANNELS: (SubChannels, _THREE),
+    Type.PD_API: (PdApi, _TWO),
 }
-_OTHERS = {Type.SWITCH_DATA_PATH, Type.OID_QUERY}
+_OTHERS = {Type.SWITCH_DATA_PATH, Type.OID_QUERY, Type.PD_POST_BATCH}
 
 
 def parse(payload: bytes) -> Message | None:
@@ -235,6 +245,11 @@ def sub_channels_complete(status: int, granted: int) -> bytes:
 def oid_query_complete(status: int) -> bytes:
     """The answer to a query outside of RNDIS."""
     return _TWO.pack(Type.OID_QUERY_COMPLETE, status).ljust(_PADDED, b"\0")
+
+
+def pd_api_complete(operation: int, status: int) -> bytes:
+    """The answer to PD_API; whatever it would give is zero."""
+    return _THREE.pack(Type.PD_API, operation, status).ljust(_PADDED, b"\0")
 
 
 def rndis(channel: int) -> bytes:

@@ -35,6 +35,8 @@ def words(packet: Seen) -> str:
             return "REVOKE_SEND_BUFFER"
         case nvsp.SubChannels(_, wanted):
             return f"SUB_CHANNELS, {wanted} wanted"
+        case nvsp.PdApi(operation):
+            return f"PD_API, operation {operation}"
         case nvsp.Rndis(channel, section, size):
             return _rndis_from_guest(packet, channel, section, size)
         case nvsp.Other(kind):
@@ -109,6 +111,8 @@ def _from_host(packet: Seen) -> str:
         return f"{name} {_status(values[0])}, sections of {values[1]} bytes"
     if kind == nvsp.Type.SUB_CHANNELS:
         return f"SUB_CHANNELS {_status(values[0])}, {values[1]} granted"
+    if kind == nvsp.Type.PD_API:
+        return f"{name} {_status(values[1])}, operation {values[0]}"
     return f"{name} {_status(values[0])}"
 
 

@@ -2,6 +2,8 @@
 
 provider.py   the channels and what NVSP says on them, the guest's buffers, saved state
 adapter.py    the card as RNDIS has it: control messages, filter, frames
+state.py      what is saved
+spread.py     which queue a frame for the guest goes to
 card.py       the card without its protocol: the host's interface, the link, options
 lent.py       the guest's two buffers, and which parts of one are in its hands
 backlog.py    frames that wait over a pause

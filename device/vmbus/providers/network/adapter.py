@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from concurrent.futures import Future
 from typing import Any
 from uuid import UUID
@@ -19,8 +19,9 @@ from vmbus.providers.network.departure import LINK_SECONDS, calm
 from vmbus.providers.network.lent import Lent
 from vmbus.providers.network.offload import to_guest, to_host
 from vmbus.providers.network.queue import Kind, Queue, Sent
+from vmbus.providers.network.spread import Spread
 from vmbus.wire import nvsp, rndis
-from vmbus.wire.ethernet import OFFLOAD_SIZE, check_frame, flow_hash
+from vmbus.wire.ethernet import OFFLOAD_SIZE, check_frame
 
 log = bounded_log(__name__)
 
@@ -57,6 +58,7 @@ class Adapter(Card):
         self._going = False  # it is about to be withdrawn
         self._heard = 0  # packets of the guest's
         self._link_timer: Timer | None = None  # while the guest may still be at the last change of the link
+        self._use_address(self.mac)
         self._forget()
 
     def _forget(self) -> None:
@@ -73,7 +75,7 @@ class Adapter(Card):
         self._initialized = False
         self._filter = 0
         self._coalescing = False
-        self._spread_by(())
+        self._spread = Spread()
         self._control.clear()
         self.backlog.clear()
         self._link_told = True
@@ -97,7 +99,7 @@ class Adapter(Card):
     def _in_use(self) -> list[Queue]:
         """Queues that get frames."""
         queues = self.queues
-        return [queues[index] for index in self._table_queues if index < len(queues)]
+        return [queues[index] for index in self._spread.queues if index < len(queues)]
 
     @property
     def _guest_mtu(self) -> int | None:
@@ -120,15 +122,9 @@ class Adapter(Card):
         queue.add(to_guest(frame))
         self._touched[queue] = None
 
-    def _spread_by(self, table: Sequence[int]) -> None:
-        """Frames go to these queues, by the hash of their flow; without any, to the first."""
-        self._table = tuple(table)
-        self._table_queues = sorted({*table}) or [0]
-
     def _queue_of(self, frame: bytes) -> Queue:
         """The same one for all frames of a flow."""
-        table = self._table
-        index = table[flow_hash(frame) % len(table)] if table else 0
+        index = self._spread.queue_of(frame)
         return self.queues[index if index < len(self.queues) and self.queues[index].channel.active else 0]
 
     def _passes(self, frame: bytes) -> bool:
@@ -137,7 +133,7 @@ class Adapter(Card):
         if wanted & oids.FILTER_PROMISCUOUS:
             return True
         if not first & 1:
-            return bool(wanted & oids.FILTER_DIRECTED) and frame.startswith(self.mac, OFFLOAD_SIZE)
+            return bool(wanted & oids.FILTER_DIRECTED) and frame.startswith(self._stations, OFFLOAD_SIZE)
         if frame.startswith(b"\xff" * 6, OFFLOAD_SIZE):
             return bool(wanted & oids.FILTER_BROADCAST)
         return bool(wanted & (oids.FILTER_MULTICAST | oids.FILTER_ALL_MULTICAST))
@@ -271,14 +267,36 @@ class Adapter(Card):
                 self._coalescing = wanted and self.offers_coalescing
                 self._use_offload(self._coalescing)
         elif oid == oids.RSS_PARAMETERS:
-            spread = oids.rss_parameters(data, len(self.queues))
+            spread = oids.rss_parameters(data, len(self.queues), self._spread)
             if spread is None:
                 return rndis.Status.INVALID_DATA
-            self._spread_by(spread.table)
+            self._spread = spread
             self._update()
+        elif oid in (oids.CURRENT_ADDRESS, oids.CONFIG_PARAMETER):
+            return self._set_address(oid, data)
         elif oid != oids.MULTICAST_LIST:
             return rndis.Status.NOT_SUPPORTED
         return rndis.Status.SUCCESS
+
+    def _set_address(self, oid: int, data: bytes) -> int:
+        """The guest wants another Ethernet address, or its own again."""
+        if oid == oids.CONFIG_PARAMETER:
+            name, text = oids.config_parameter(data) or ("", "")
+            if name != "NetworkAddress":
+                return rndis.Status.NOT_SUPPORTED if name else rndis.Status.INVALID_DATA
+            wanted = oids.station(text) if text else self.mac
+        else:
+            wanted = oids.station(data.hex())
+        if wanted is None:
+            return rndis.Status.INVALID_DATA
+        self._use_address(wanted)
+        self._announce()
+        return rndis.Status.SUCCESS
+
+    def _use_address(self, address: bytes) -> None:
+        """Frames for its own one reach the guest all the same: a driver that begins anew takes that one again."""
+        self.address = address
+        self._stations = (self.mac, address)
 
     def _say(self, message: bytes, kind: Kind = Kind.CONTROL) -> None:
         """A control message to the guest, in its turn."""

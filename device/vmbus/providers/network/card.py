@@ -59,7 +59,8 @@ class Card(Provider):
     """A card without its protocol.
 
     Attributes:
-        mac: the guest's Ethernet address. settings: of the host's interface. port: that, while the device runs here.
+        mac: the guest's Ethernet address. address: the one that it uses. settings: of the host's interface. port: that,
+            while the device runs here.
         counters: what happened so far.
     """
 
@@ -70,6 +71,7 @@ class Card(Provider):
         chosen: CardOptions = self.options
         digest = hashlib.sha256(b"network " + instance.bytes).digest()
         self.mac = derived_mac(digest) if chosen.mac is None else parse_mac(chosen.mac)
+        self.address = self.mac
         self.settings = Settings(
             name=chosen.interface or f"vmnet-{digest[:4].hex()}",
             # The same after every move, or the guest would go on talking to an address that is no more. High, so that
@@ -318,7 +320,7 @@ class Card(Provider):
         """Switches learn from it where the guest is now."""
         if self.port is not None and self._link:
             try:
-                self.counters["announced"] += self.port.write(announcement(self.mac))
+                self.counters["announced"] += self.port.write(announcement(self.address))
             except OSError as error:
                 self._fails(error)
 

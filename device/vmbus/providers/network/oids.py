@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from struct import Struct, pack, unpack_from
 from struct import error as StructError
-from typing import NamedTuple, Protocol
+from typing import Protocol
+
+from vmbus.providers.network.spread import KEY_LIMIT, Spread
+from vmbus.wire.ethernet import parse_mac
 
 LINK_SPEED = 100_000_000
 """In units of 100 bit/s: 10 Gbit/s."""
@@ -21,7 +25,9 @@ RSS_CAPABILITIES = 0x00010203
 RSS_PARAMETERS = 0x00010204
 MULTICAST_LIST = 0x01010103
 FRIENDLY_NAME = 0x00020216
+CONFIG_PARAMETER = 0x0001021B
 PERMANENT_ADDRESS = 0x01010101
+CURRENT_ADDRESS = 0x01010102
 OFFLOAD_PARAMETERS = 0xFC01020C
 OFFLOAD_HW_CAPABILITIES = 0xFC01020D
 
@@ -33,6 +39,9 @@ FILTER_PROMISCUOUS = 0x20
 
 _OFFLOAD_SIZE = 156
 _NDIS_HEADER = Struct("<BBH")
+_RSS = Struct("<BBHHHIHxxIHxxI")  # the header, flags, CPU, hash; size and offset of the table, and of the key
+_CONFIG = Struct("<5I")  # offset and size of the name, kind, offset and size of the value
+_TEXT = 2  # a kind
 _8023 = 2  # encapsulation
 _TCP4 = 0x4 | 0x10  # checksums, with options
 _TCP6 = 0x1 | 0x4 | 0x10  # the same, with extension headers
@@ -47,6 +56,7 @@ class About(Protocol):
     """What there is to know about a card."""
 
     mac: bytes
+    address: bytes
     name: str
 
     @property
@@ -119,7 +129,7 @@ _QUERIES: dict[int, Callable[[About], bytes]] = {
     0x00020102: lambda card: _word(card.statistics["to_guest"]),
     FRIENDLY_NAME: lambda card: card.name[:NAME_LIMIT].encode("utf-16-le"),
     PERMANENT_ADDRESS: lambda card: card.mac,
-    0x01010102: lambda card: card.mac,  # current address
+    CURRENT_ADDRESS: lambda card: card.address,
     0x01010104: lambda _: _word(32),  # maximum list size; the list is taken and not needed
     OFFLOAD_HW_CAPABILITIES: lambda card: ndis_offload(card.offers_offload, card.offers_coalescing),
 }
@@ -129,12 +139,6 @@ def answer(card: About, oid: int) -> bytes | None:
     """The data of the answer to a question; None when nothing is known of it."""
     found = _QUERIES.get(oid)
     return None if found is None else found(card)
-
-
-class Spread(NamedTuple):
-    """RSS_PARAMETERS: frames go to the queues in `table`, by the hash of their flow; none: to the first one only."""
-
-    table: tuple[int, ...]
 
 
 def coalescing_wanted(data: bytes) -> bool | None:
@@ -156,17 +160,54 @@ def offload_parameters(data: bytes) -> bool:
     return len(data) >= 22 and data[0] == 0x80 and 22 <= unpack_from("<H", data, 2)[0] <= len(data)
 
 
-def rss_parameters(data: bytes, queues: int) -> Spread | None:
-    """RSS_PARAMETERS; None when they make no sense. `queues`: there are."""
+_HASH_KEPT, _TABLE_KEPT, _KEY_KEPT, _RSS_OFF = 2, 4, 8, 0x10  # flags of RSS_PARAMETERS
+_TOEPLITZ = 1
+
+
+def rss_parameters(data: bytes, queues: int, before: Spread) -> Spread | None:
+    """What RSS_PARAMETERS make of how frames were spread `before` over so many queues; None when they make no sense."""
     try:
-        kind, _, size, flags, _, _, length, offset = unpack_from("<BBHHHIHxxI", data)
+        kind, _, size, flags, _, info, length, offset, key_length, key_offset = _RSS.unpack_from(data)
     except StructError:
         return None
-    if kind != 0x89 or not 18 <= size <= len(data):
+    if kind != 0x89 or not _RSS.size <= size <= len(data):
         return None
-    if flags & 0x10:
-        return Spread(())
-    if length % 4 or not 0 < length <= 4 * RSS_ENTRIES or not 18 <= offset <= len(data) - length:
+    function, types = info & 0xFF, info & ~0xFF
+    if flags & _RSS_OFF or not (info or flags & _HASH_KEPT):
+        return Spread((), before.key, before.types)
+    table, key = before.table, before.key
+    if not flags & _TABLE_KEPT:
+        if length % 4 or not 0 < length <= 4 * RSS_ENTRIES or not _RSS.size <= offset <= len(data) - length:
+            return None
+        table = unpack_from(f"<{length // 4}I", data, offset)
+    if not flags & _KEY_KEPT and key_length:
+        if key_length > KEY_LIMIT or not _RSS.size <= key_offset <= len(data) - key_length:
+            return None
+        key = data[key_offset : key_offset + key_length]
+    if flags & _HASH_KEPT:
+        types = before.types
+    elif function != _TOEPLITZ:
         return None
-    table = unpack_from(f"<{length // 4}I", data, offset)
-    return Spread(table) if max(table) < queues else None
+    return Spread(table, key, types) if table and max(table) < queues else None
+
+
+def config_parameter(data: bytes) -> tuple[str, str] | None:
+    """CONFIG_PARAMETER: the name and the value of one that is text; None when it makes no sense."""
+    try:
+        name_at, name_size, kind, value_at, value_size = _CONFIG.unpack_from(data)
+    except StructError:
+        return None
+    texts = []
+    for at, size in ((name_at, name_size), (value_at, value_size)):
+        if kind != _TEXT or not _CONFIG.size <= at <= len(data) - size:
+            return None
+        texts.append(data[at : at + size].decode("utf-16-le", "replace").rstrip("\0"))
+    return texts[0], texts[1]
+
+
+def station(text: str) -> bytes | None:
+    """The address in a parameter `NetworkAddress`, "020000000001" or with dashes; None when it is none."""
+    try:
+        return parse_mac(":".join(re.findall("..?", text.replace("-", ""))))
+    except ValueError:
+        return None

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Annotated, Any, Literal
+from typing import Any
 from uuid import UUID
 
 import msgspec
@@ -21,19 +21,17 @@ from vmbus.kmcl.packet import Packet
 from vmbus.kmcl.server import ServerChannel
 from vmbus.kmcl.status import KmclError
 from vmbus.providers.base import Bound, Host
-from vmbus.providers.network import oids
 from vmbus.providers.network.adapter import ALL_COUNTERS, FAILED, MOST_CONTROL, Adapter
 from vmbus.providers.network.card import DRAIN_BYTES
 from vmbus.providers.network.lent import Arena, Lent
 from vmbus.providers.network.queue import Kind, Parts, Queue, describe_saved
-from vmbus.records import U16, U32, Count
+from vmbus.providers.network.spread import Spread
+from vmbus.providers.network.state import DECODER, Buffer, State
 from vmbus.wire import nvsp, rndis
 from vmbus.wire.ethernet import (
     ETHERNET_SIZE,
-    MTU_MAXIMUM,
     MTU_MINIMUM,
     OFFLOAD_SIZE,
-    QUEUES_MAXIMUM,
     format_mac,
     frame_limit,
 )
@@ -52,44 +50,6 @@ WHOLE_FRAME = 60 << 10
 """Bytes of a frame that the host leaves whole: Linux puts each into memory of its own, of a power of two."""
 MESSAGE_ROOM = 128
 """What a frame's message has beside the frame, at most, in a section of the receive buffer."""
-
-
-class _Buffer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A buffer that the guest has lent. `size`: its bytes that are in use; `identifier`: the guest's number of it."""
-
-    gpadl: U32
-    identifier: U16
-    size: U32
-
-
-class _State(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What is saved. `nvsp`: the version agreed upon, 0: none. `table`: queues by the hash of a flow; empty: the first.
-    `control`: messages that wait for room; `backlog`: frames that the guest has not got."""
-
-    version: Literal[1]
-    mac: Annotated[bytes, msgspec.Meta(min_length=6, max_length=6)]
-    nvsp: U32
-    mtu: Annotated[int, msgspec.Meta(ge=MTU_MINIMUM, le=MTU_MAXIMUM)]
-    receive: _Buffer | None
-    send: _Buffer | None
-    initialized: bool
-    filter: U32
-    coalescing: bool
-    queues: Annotated[int, msgspec.Meta(ge=1, le=QUEUES_MAXIMUM)]
-    table: Annotated[
-        list[Annotated[int, msgspec.Meta(ge=0, lt=QUEUES_MAXIMUM)]], msgspec.Meta(max_length=oids.RSS_ENTRIES)
-    ]
-    link: bool
-    link_told: bool
-    control: Annotated[
-        list[tuple[Literal[2, 3], Annotated[bytes, msgspec.Meta(max_length=2 * rndis.CONTROL_LIMIT)]]],
-        msgspec.Meta(max_length=MOST_CONTROL),
-    ]
-    backlog: list[Annotated[bytes, msgspec.Meta(min_length=OFFLOAD_SIZE, max_length=1 << 17)]]
-    counters: dict[str, Count]
-
-
-_decoder = msgspec.msgpack.Decoder(_State)
 
 
 class NetworkProvider(Adapter):
@@ -210,6 +170,9 @@ class NetworkProvider(Adapter):
         """Known, and not served: the answers that a guest takes for a no."""
         query = message.type is nvsp.Type.OID_QUERY
         completion.complete(nvsp.oid_query_complete(rndis.Status.NOT_SUPPORTED) if query else b"")
+
+    def _packet_direct(self, completion: Completion, message: nvsp.PdApi) -> None:
+        completion.complete(nvsp.pd_api_complete(message.operation, nvsp.Status.FAILURE))
 
     def _sub_channels(self, completion: Completion, message: nvsp.SubChannels) -> None:
         """Exactly as many are offered as were granted: the guest waits for each of them."""
@@ -338,18 +301,21 @@ class NetworkProvider(Adapter):
     def save(self) -> bytes:
         receive, send = self._receive, self._send
         return msgspec.msgpack.encode(
-            _State(
+            State(
                 version=1,
                 mac=self.mac,
                 nvsp=self._version,
                 mtu=self._mtu,
-                receive=None if receive is None else _Buffer(receive.gpadl, self._page_set, self._receive_size),
-                send=None if send is None else _Buffer(send.gpadl, self._send_id, self._send_size),
+                receive=None if receive is None else Buffer(receive.gpadl, self._page_set, self._receive_size),
+                send=None if send is None else Buffer(send.gpadl, self._send_id, self._send_size),
                 initialized=self._initialized,
                 filter=self._filter,
                 coalescing=self._coalescing,
                 queues=len(self.queues),
-                table=list(self._table),
+                table=list(self._spread.table),
+                key=self._spread.key,
+                types=self._spread.types,
+                address=self.address,
                 link=self._link,
                 link_told=self._link_told,
                 control=[(kind.value, message) for kind, message in self._control],  # type: ignore[misc]
@@ -358,10 +324,10 @@ class NetworkProvider(Adapter):
             )
         )
 
-    def _decoded(self, state: bytes) -> _State:
+    def _decoded(self, state: bytes) -> State:
         options = self.options
         what = f"the saved state of network {self.name!r}"
-        saved = self.decoded(_decoder, state)
+        saved = self.decoded(DECODER, state)
         if saved.mac != self.mac:
             raise StateError(f"{what} has the address {format_mac(saved.mac)}, and here it is {format_mac(self.mac)}")
         if saved.queues > options.queues or saved.mtu > options.mtu or (saved.coalescing and not options.offload):
@@ -379,6 +345,8 @@ class NetworkProvider(Adapter):
             raise StateError(f"{what} has {len(saved.backlog)} frames of more than {DRAIN_BYTES} bytes")
         if any(index >= saved.queues for index in saved.table):
             raise StateError(f"{what} spreads frames over more than its {saved.queues} queues")
+        if saved.address[0] & 1 or not any(saved.address):
+            raise StateError(f"{what} has {format_mac(saved.address)}, which is no station, for the guest's address")
         if set(saved.counters) - set(ALL_COUNTERS):
             raise StateError(f"{what} has unknown counters {sorted(set(saved.counters) - set(ALL_COUNTERS))}")
         return saved
@@ -394,7 +362,8 @@ class NetworkProvider(Adapter):
         self._initialized = saved.initialized
         self._filter = saved.filter
         self._coalescing = saved.coalescing
-        self._spread_by(saved.table)
+        self._spread = Spread(saved.table, saved.key, saved.types)
+        self._use_address(saved.address)
         self._link = saved.link
         self._link_told = saved.link_told
         self._control.extend((Kind(kind), message) for kind, message in saved.control)
@@ -422,6 +391,7 @@ class NetworkProvider(Adapter):
             "guest": {
                 "nvsp": f"{self._version >> 16}.{self._version & 0xFFFF}" if self._version else None,
                 "mtu": self._mtu,
+                "address": format_mac(self.address),
                 "initialized": self._initialized,
                 "filter": self._filter,
                 "long_frames": self._coalescing,
@@ -450,5 +420,6 @@ _HANDLERS: dict[type[nvsp.Message], Callable[[NetworkProvider, Completion, Any],
     nvsp.RevokeReceiveBuffer: NetworkProvider._take_back_receive,
     nvsp.RevokeSendBuffer: NetworkProvider._take_back_send,
     nvsp.SubChannels: NetworkProvider._sub_channels,
+    nvsp.PdApi: NetworkProvider._packet_direct,
     nvsp.Other: NetworkProvider._other,
 }
