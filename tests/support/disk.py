@@ -1,4 +1,4 @@
-"""Storage for tests of the block provider: a disk with a volatile cache and a power switch, and one with faults."""
+"""Storage for tests of disks: one with a volatile cache and a power switch, and one with faults."""
 
 from __future__ import annotations
 
