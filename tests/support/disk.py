@@ -9,8 +9,17 @@ import threading
 from collections.abc import Callable, Sequence
 
 from vmbus.providers.disk.backend import Backend
+from vmbus.providers.disk.core import Geometry
+from vmbus.providers.disk.request import Feature, Op, Request
 
 BLOCK = 512
+BLOCKS = 8
+GEOMETRY = Geometry(BLOCKS * BLOCK, BLOCK, 4 * BLOCK, 4 * BLOCK, False)
+FEATURES = int(Feature.FUA | Feature.DISCARD | Feature.WRITE_ZEROES)
+
+
+def request(op: Op, first: int = 0, count: int = 1, flags: int = 0) -> Request:
+    return Request(op, flags, first * BLOCK, count * BLOCK) if op != Op.FLUSH else Request(op, flags, 0, 0)
 
 
 class CachedDisk:
