@@ -10,12 +10,11 @@ from collections.abc import Callable, Sequence
 
 from vmbus.providers.disk.backend import Backend
 from vmbus.providers.disk.core import Geometry
-from vmbus.providers.disk.request import Feature, Op, Request
+from vmbus.providers.disk.request import Op, Request
 
 BLOCK = 512
 BLOCKS = 8
 GEOMETRY = Geometry(BLOCKS * BLOCK, BLOCK, 4 * BLOCK, 4 * BLOCK, False)
-FEATURES = int(Feature.FUA | Feature.DISCARD | Feature.WRITE_ZEROES)
 
 
 def request(op: Op, first: int = 0, count: int = 1, flags: int = 0) -> Request:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from support.disk import BLOCK, BLOCKS, FEATURES, GEOMETRY, request
+from support.disk import BLOCK, BLOCKS, GEOMETRY, request
 from vmbus.providers.disk.core import Core, Geometry, Job
 from vmbus.providers.disk.request import Op, Request
 
@@ -34,7 +34,7 @@ class Naive:
 @settings(max_examples=300, deadline=None)
 @given(st.randoms(use_true_random=False), st.integers(min_value=1, max_value=120))
 def test_requests_wait_for_exactly_those_that_they_overlap_with(choose: random.Random, steps: int) -> None:
-    core, naive = Core(GEOMETRY, FEATURES), Naive()
+    core, naive = Core(GEOMETRY), Naive()
     running: dict[int, Job] = {}
     number_of: dict[Job, int] = {}
 
@@ -72,7 +72,7 @@ def test_requests_wait_for_exactly_those_that_they_overlap_with(choose: random.R
 @given(st.randoms(use_true_random=False), st.integers(min_value=1, max_value=120))
 def test_one_of_several_channels_goes(choose: random.Random, steps: int) -> None:
     """The requests of the others keep their order, and those that waited for dropped ones alone begin."""
-    core, naive = Core(GEOMETRY, FEATURES), Naive()
+    core, naive = Core(GEOMETRY), Naive()
     running: dict[int, Job] = {}
     number_of: dict[Job, int] = {}
     channel_of: dict[int, int] = {}
@@ -121,7 +121,7 @@ def test_one_of_several_channels_goes(choose: random.Random, steps: int) -> None
 
 
 def test_a_flush_that_others_wait_for_stays_when_one_channel_goes() -> None:
-    core = Core(GEOMETRY, FEATURES)
+    core = Core(GEOMETRY)
     (first,) = core.accept(request(Op.FLUSH), ("a", 1)).jobs
     core.accept(request(Op.FLUSH), ("a", 2))
     core.accept(request(Op.FLUSH), ("b", 3))
@@ -137,7 +137,7 @@ def test_what_a_request_costs_does_not_grow_with_those_that_wait_elsewhere() -> 
     geometry = Geometry(BLOCK * 100_000, BLOCK, 64 * BLOCK, 64 * BLOCK, False)
 
     def touched(waiting: int) -> int:
-        core = Core(geometry, FEATURES)
+        core = Core(geometry)
         for number in range(waiting):
             core.accept(request(Op.WRITE, 8 * number), number)
         looked = 0
@@ -158,7 +158,7 @@ def test_what_a_request_costs_does_not_grow_with_those_that_wait_elsewhere() -> 
 
 
 def test_spans_that_a_reader_was_cut_into_come_together_again() -> None:
-    core = Core(Geometry(BLOCK << 20, BLOCK, BLOCK << 20, BLOCK << 20, False), FEATURES)
+    core = Core(Geometry(BLOCK << 20, BLOCK, BLOCK << 20, BLOCK << 20, False))
     core.accept(Request(Op.READ, 0, 0, BLOCK << 20), "a slow one")
     for number in range(1000):
         (job,) = core.accept(request(Op.READ, 7 * number), "quick").jobs
