@@ -1,4 +1,4 @@
-"""Storage for tests of the block provider: a disk with a volatile cache and a power switch, and one with faults."""
+"""Storage for tests of disks: one with a volatile cache and a power switch, and one with faults."""
 
 from __future__ import annotations
 
@@ -9,8 +9,16 @@ import threading
 from collections.abc import Callable, Sequence
 
 from vmbus.providers.disk.backend import Backend
+from vmbus.providers.disk.core import Geometry
+from vmbus.providers.disk.request import Op, Request
 
 BLOCK = 512
+BLOCKS = 8
+GEOMETRY = Geometry(BLOCKS * BLOCK, BLOCK, 4 * BLOCK, 4 * BLOCK, False)
+
+
+def request(op: Op, first: int = 0, count: int = 1, flags: int = 0) -> Request:
+    return Request(op, flags, first * BLOCK, count * BLOCK) if op != Op.FLUSH else Request(op, flags, 0, 0)
 
 
 class CachedDisk:

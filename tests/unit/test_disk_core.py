@@ -5,26 +5,16 @@ from __future__ import annotations
 import errno
 import random
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from support.disk import BLOCK, CachedDisk
-from vmbus.providers.disk.core import Core, Geometry, Job, Outcome
-from vmbus.providers.disk.request import Feature, Flag, Op, Request, Status
+from support.disk import BLOCK, BLOCKS, GEOMETRY, CachedDisk, request
+from vmbus.providers.disk.core import Core, Job, Outcome
+from vmbus.providers.disk.request import Flag, Op, Request, Status
 
 pytestmark = pytest.mark.unit
-
-BLOCKS = 8
-GEOMETRY = Geometry(BLOCKS * BLOCK, BLOCK, 4 * BLOCK, 4 * BLOCK, False)
-FEATURES = int(Feature.FUA | Feature.DISCARD | Feature.WRITE_ZEROES)
-
-
-def request(op: Op, first: int = 0, count: int = 1, flags: int = 0) -> Request:
-    return Request(op, flags, first * BLOCK, count * BLOCK) if op != Op.FLUSH else Request(op, flags, 0, 0)
-
 
 # ---- the model -------------------------------------------------------------------------------------------------------
 
@@ -38,7 +28,7 @@ class Script:
 
     def __init__(self, seed: int, core: Core | None = None) -> None:
         self.choose = random.Random(seed)
-        self.core = core or Core(GEOMETRY, FEATURES)
+        self.core = core or Core(GEOMETRY)
         self.disk = CachedDisk(BLOCKS)
         self.begun: list[Job] = []
         self.effective: list[Job] = []
@@ -188,7 +178,7 @@ def test_a_read_sees_the_writes_that_came_before_it(seed: int, steps: int) -> No
 def broken_by(change: Callable[[Core], None], check: Callable[[Script], list[str]]) -> bool:
     """Whether a core with this defect is found out within some runs."""
     for seed in range(300):
-        core = Core(GEOMETRY, FEATURES)
+        core = Core(GEOMETRY)
         change(core)
         script = Script(seed, core)
         try:
@@ -252,50 +242,35 @@ def started(outcome: Outcome) -> Job:
 
 
 @pytest.mark.parametrize(
-    ("wrong", "status"),
+    "wrong",
     [
-        (Request(Op.READ, 0, BLOCKS * BLOCK, BLOCK), Status.INVALID),
-        (Request(Op.READ, 0, (BLOCKS - 1) * BLOCK, 2 * BLOCK), Status.INVALID),
-        (Request(Op.WRITE, 0, (1 << 64) - BLOCK, BLOCK), Status.INVALID),
-        (Request(Op.WRITE, 0, (1 << 64) - BLOCK, 2 * BLOCK), Status.INVALID),
-        (Request(Op.WRITE, 0, BLOCK, (1 << 64) - BLOCK), Status.INVALID),
-        (Request(Op.READ, 0, 1, BLOCK), Status.INVALID),
-        (Request(Op.READ, 0, 0, BLOCK - 1), Status.INVALID),
-        (Request(Op.READ, 0, 0, 0), Status.INVALID),
-        (Request(Op.WRITE, 0, 0, 5 * BLOCK), Status.INVALID),
-        (Request(Op.DISCARD, 0, 0, 5 * BLOCK), Status.INVALID),
-        (Request(Op.FLUSH, 0, BLOCK, 0), Status.INVALID),
-        (Request(Op.FLUSH, 0, 0, BLOCK), Status.INVALID),
-        (Request(Op.FLUSH, Flag.FUA, 0, 0), Status.UNSUPPORTED),
-        (Request(Op.READ, Flag.FUA, 0, BLOCK), Status.UNSUPPORTED),
-        (Request(Op.WRITE, Flag.MAY_UNMAP, 0, BLOCK), Status.UNSUPPORTED),
-        (Request(Op.WRITE, 0x8000_0000, 0, BLOCK), Status.UNSUPPORTED),
-        (Request(0, 0, 0, BLOCK), Status.UNSUPPORTED),
-        (Request(7, 0, 0, BLOCK), Status.UNSUPPORTED),
-        (Request(0xFFFF_FFFF, 0, 0, BLOCK), Status.UNSUPPORTED),
+        Request(Op.READ, 0, BLOCKS * BLOCK, BLOCK),
+        Request(Op.READ, 0, (BLOCKS - 1) * BLOCK, 2 * BLOCK),
+        Request(Op.WRITE, 0, (1 << 64) - BLOCK, BLOCK),
+        Request(Op.WRITE, 0, (1 << 64) - BLOCK, 2 * BLOCK),
+        Request(Op.WRITE, 0, BLOCK, (1 << 64) - BLOCK),
+        Request(Op.READ, 0, 1, BLOCK),
+        Request(Op.READ, 0, 0, BLOCK - 1),
+        Request(Op.READ, 0, 0, 0),
+        Request(Op.WRITE, 0, 0, 5 * BLOCK),
+        Request(Op.DISCARD, 0, 0, 5 * BLOCK),
+        Request(Op.FLUSH, 0, BLOCK, 0),
+        Request(Op.FLUSH, 0, 0, BLOCK),
     ],
 )
-def test_what_makes_no_sense_is_refused(wrong: Request, status: Status) -> None:
-    assert Core(GEOMETRY, FEATURES).check(wrong) is status
-
-
-def test_features_that_were_not_agreed_on_are_refused() -> None:
-    core = Core(GEOMETRY, 0)
-    assert core.check(request(Op.DISCARD)) is Status.UNSUPPORTED
-    assert core.check(request(Op.WRITE_ZEROES)) is Status.UNSUPPORTED
-    assert core.check(request(Op.WRITE, flags=Flag.FUA)) is Status.UNSUPPORTED
-    assert core.check(request(Op.WRITE)) is core.check(request(Op.FLUSH)) is Status.OK
+def test_what_makes_no_sense_is_refused(wrong: Request) -> None:
+    assert Core(GEOMETRY).check(wrong) is Status.INVALID
 
 
 def test_a_read_only_disk_changes_nothing() -> None:
-    core = Core(GEOMETRY._replace(read_only=True), FEATURES)
+    core = Core(GEOMETRY._replace(read_only=True))
     for op in (Op.WRITE, Op.DISCARD, Op.WRITE_ZEROES):
         assert core.check(request(op)) is Status.READ_ONLY
     assert core.check(request(Op.READ)) is core.check(request(Op.FLUSH)) is Status.OK
 
 
 def test_independent_requests_run_together_and_overlapping_ones_wait() -> None:
-    core = Core(GEOMETRY, FEATURES)
+    core = Core(GEOMETRY)
     first = started(core.accept(request(Op.WRITE, 0, 2), "a"))
     assert core.accept(request(Op.READ, 1, 1), "b").jobs == []
     assert core.accept(request(Op.WRITE, 1, 2), "c").jobs == []
@@ -315,14 +290,14 @@ def test_independent_requests_run_together_and_overlapping_ones_wait() -> None:
 
 
 def test_reads_never_wait_for_reads() -> None:
-    core = Core(GEOMETRY, FEATURES)
+    core = Core(GEOMETRY)
     jobs = [started(core.accept(request(Op.READ, 0, 2), number)) for number in range(5)]
     for job in reversed(jobs):
         assert core.finished(job).jobs == []
 
 
 def test_flushes_that_come_while_one_runs_share_the_next() -> None:
-    core = Core(GEOMETRY, FEATURES)
+    core = Core(GEOMETRY)
     first = started(core.accept(request(Op.FLUSH), "a"))
     assert core.accept(request(Op.FLUSH), "b") == core.accept(request(Op.FLUSH), "c") == Outcome([], [])
     outcome = core.finished(first)
@@ -332,7 +307,7 @@ def test_flushes_that_come_while_one_runs_share_the_next() -> None:
 
 
 def test_errors_go_to_whom_they_belong() -> None:
-    core = Core(GEOMETRY, FEATURES)
+    core = Core(GEOMETRY)
     for number, status in ((errno.EIO, Status.IO_ERROR), (errno.ENOSPC, Status.NO_SPACE), (errno.EROFS, 1)):
         job = started(core.accept(request(Op.WRITE), "a"))
         other = started(core.accept(request(Op.WRITE, 3), "b"))
@@ -345,7 +320,7 @@ def test_errors_go_to_whom_they_belong() -> None:
 @pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC])
 def test_after_a_failed_flush_none_succeeds(number: int) -> None:
     """The kernel reports a lost page once; a second fdatasync would say that all is well."""
-    core = Core(GEOMETRY, FEATURES)
+    core = Core(GEOMETRY)
     flush = started(core.accept(request(Op.FLUSH), "a"))
     assert core.accept(request(Op.FLUSH), "b").jobs == []
     assert core.finished(flush, number) == Outcome([("a", Status.IO_ERROR), ("b", Status.IO_ERROR)], [])
@@ -358,7 +333,7 @@ def test_after_a_failed_flush_none_succeeds(number: int) -> None:
 
 
 def test_a_durable_write_that_fails_counts_as_a_failed_flush_unless_space_was_short() -> None:
-    core = Core(GEOMETRY, FEATURES)
+    core = Core(GEOMETRY)
     job = started(core.accept(request(Op.WRITE, flags=Flag.FUA), "a"))
     assert core.finished(job, errno.ENOSPC).answers == [("a", Status.NO_SPACE)]
     assert core.flush_failed == 0
@@ -368,7 +343,7 @@ def test_a_durable_write_that_fails_counts_as_a_failed_flush_unless_space_was_sh
 
 
 def test_orphans_run_on_unanswered_and_hold_back_what_comes_after() -> None:
-    core = Core(GEOMETRY, FEATURES)
+    core = Core(GEOMETRY)
     old = started(core.accept(request(Op.WRITE, 0, 2), "old"))
     assert core.accept(request(Op.WRITE, 1), "waiting").jobs == []
     flush = started(core.accept(request(Op.FLUSH), "flush"))
@@ -385,156 +360,3 @@ def test_orphans_run_on_unanswered_and_hold_back_what_comes_after() -> None:
     assert outcome.answers == [] and [job.tokens for job in outcome.jobs] == [["new flush"]]
     core.finished(outcome.jobs[0])
     assert core.idle
-
-
-# ---- who waits for whom, and what it costs ---------------------------------------------------------------------------
-
-
-class Naive:
-    """Which jobs run, by comparing each with all before it."""
-
-    def __init__(self) -> None:
-        self.jobs: list[tuple[int, int, int, bool]] = []
-
-    def running(self) -> set[int]:
-        free = set()
-        for index, (token, start, end, changes) in enumerate(self.jobs):
-            others = self.jobs[:index]
-            if not any(start < e and s < end and (changes or c) for _, s, e, c in others):
-                free.add(token)
-        return free
-
-
-@settings(max_examples=300, deadline=None)
-@given(st.randoms(use_true_random=False), st.integers(min_value=1, max_value=120))
-def test_requests_wait_for_exactly_those_that_they_overlap_with(choose: random.Random, steps: int) -> None:
-    core, naive = Core(GEOMETRY, FEATURES), Naive()
-    running: dict[int, Job] = {}
-    number_of: dict[Job, int] = {}
-
-    def note(jobs: list[Job]) -> None:
-        for job in jobs:
-            number_of[job] = job.tokens[0]
-            running[job.tokens[0]] = job
-
-    for token in range(steps):
-        if choose.random() < 0.02:
-            # Another channel: what could not be taken back stays in the way of what comes.
-            kept = {one for one in running if choose.random() < 0.3}
-            core.forget(lambda job, kept=kept: number_of[job] not in kept)  # type: ignore[misc]
-            naive.jobs = [job for job in naive.jobs if job[0] in kept]
-            running = {one: running[one] for one in kept}
-        if choose.random() < 0.6 or not running:
-            op = choose.choice([Op.READ, Op.WRITE, Op.DISCARD])
-            first = choose.randrange(BLOCKS)
-            count = choose.randint(1, min(4, BLOCKS - first))
-            outcome = core.accept(request(op, first, count), token)
-            naive.jobs.append((token, first, first + count, op != Op.READ))
-        else:
-            number = choose.choice(sorted(running))
-            outcome = core.finished(running.pop(number))
-            naive.jobs = [job for job in naive.jobs if job[0] != number]
-        note(outcome.jobs)
-        assert set(running) == naive.running()
-        assert [number_of[job] for job in outcome.jobs] == sorted(number_of[job] for job in outcome.jobs)
-    while running:
-        note(core.finished(running.pop(min(running))).jobs)
-    assert core.idle and len(core._conflicts) == 0
-
-
-@settings(max_examples=300, deadline=None)
-@given(st.randoms(use_true_random=False), st.integers(min_value=1, max_value=120))
-def test_one_of_several_channels_goes(choose: random.Random, steps: int) -> None:
-    """The requests of the others keep their order, and those that waited for dropped ones alone begin."""
-    core, naive = Core(GEOMETRY, FEATURES), Naive()
-    running: dict[int, Job] = {}
-    number_of: dict[Job, int] = {}
-    channel_of: dict[int, int] = {}
-    answered: list[int] = []
-
-    def take(jobs: list[Job]) -> None:
-        for job in jobs:
-            number_of[job] = job.tokens[0]
-            running[job.tokens[0]] = job
-
-    def end(number: int) -> None:
-        outcome = core.finished(running.pop(number))
-        naive.jobs = [job for job in naive.jobs if job[0] != number]
-        answered.extend(token for token, _ in outcome.answers)
-        take(outcome.jobs)
-
-    gone: set[int] = set()
-    for token in range(steps):
-        if choose.random() < 0.05:
-            channel = choose.randrange(3)
-            mine = {one for one in channel_of if channel_of[one] == channel and one not in answered}
-            begun = {one for one in mine & running.keys() if choose.random() < 0.5}
-            take_back = lambda job, begun=begun: number_of[job] in mine - begun  # noqa: B023, E731
-            started = core.forget(take_back, lambda one, mine=mine: one in mine)  # type: ignore[misc]
-            gone |= mine
-            # An orphan of an earlier time may be taken back, too.
-            left = {number_of[job] for job in core._jobs if job in number_of}
-            naive.jobs = [job for job in naive.jobs if job[0] in left or job[0] not in mine]
-            for one in mine - begun:
-                running.pop(one, None)
-            take(started)
-        elif choose.random() < 0.6 or not running:
-            first = choose.randrange(BLOCKS)
-            count = choose.randint(1, min(4, BLOCKS - first))
-            op = choose.choice([Op.READ, Op.WRITE])
-            channel_of[token] = choose.randrange(3)
-            naive.jobs.append((token, first, first + count, op != Op.READ))
-            take(core.accept(request(op, first, count), token).jobs)
-        else:
-            end(choose.choice(sorted(running)))
-        assert set(running) == naive.running()
-    while running:
-        end(min(running))
-    assert core.idle and len(core._conflicts) == 0
-    assert sorted(answered) == sorted(set(channel_of) - gone), "each request of a channel that is there, exactly once"
-
-
-def test_a_flush_that_others_wait_for_stays_when_one_channel_goes() -> None:
-    core = Core(GEOMETRY, FEATURES)
-    (first,) = core.accept(request(Op.FLUSH), ("a", 1)).jobs
-    core.accept(request(Op.FLUSH), ("a", 2))
-    core.accept(request(Op.FLUSH), ("b", 3))
-    assert core.forget(lambda job: True, lambda token: token[0] == "a") == []
-    outcome = core.finished(first)
-    assert outcome.answers == [] and [job.tokens for job in outcome.jobs] == [[("b", 3)]]
-    assert [token for token, _ in core.finished(outcome.jobs[0]).answers] == [("b", 3)]
-    assert core.idle
-
-
-def test_what_a_request_costs_does_not_grow_with_those_that_wait_elsewhere() -> None:
-    """Steps are counted, not seconds: how many spans an accept or a report looks at."""
-    geometry = Geometry(BLOCK * 100_000, BLOCK, 64 * BLOCK, 64 * BLOCK, False)
-
-    def touched(waiting: int) -> int:
-        core = Core(geometry, FEATURES)
-        for number in range(waiting):
-            core.accept(request(Op.WRITE, 8 * number), number)
-        looked = 0
-        conflicts, put = core._conflicts, core._conflicts._put
-
-        def counted(first: int, last: int, spans: list[Any]) -> None:
-            nonlocal looked
-            looked += max(last - first, len(spans))
-            put(first, last, spans)
-
-        conflicts._put = counted  # type: ignore[method-assign]
-        for number in range(100):
-            (job,) = core.accept(request(Op.WRITE, 8 * number + 4), "new").jobs
-            core.finished(job)
-        return looked
-
-    assert touched(2000) <= 2 * touched(200)
-
-
-def test_spans_that_a_reader_was_cut_into_come_together_again() -> None:
-    core = Core(Geometry(BLOCK << 20, BLOCK, BLOCK << 20, BLOCK << 20, False), FEATURES)
-    core.accept(Request(Op.READ, 0, 0, BLOCK << 20), "a slow one")
-    for number in range(1000):
-        (job,) = core.accept(request(Op.READ, 7 * number), "quick").jobs
-        core.finished(job)
-    assert len(core._conflicts) == 1

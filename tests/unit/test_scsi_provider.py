@@ -324,7 +324,14 @@ def test_a_write_protected_disk(disks: Path) -> None:
         guest = Guest(kit)
         (found,) = guest.scan()
         assert (found.read_only, found.thin, found.write_cache, found.fua) == (True, False, False, False)
-        assert sense(guest.write(0, bytes(512))) == scsi.WRITE_PROTECTED
+        zeroes = storvsc.long_form(Opcode.WRITE_SAME_16, 0, 1, scsi.NO_DATA_BIT)
+        for result in (
+            guest.write(0, bytes(512)),
+            guest.write(0, bytes(512), fua=True),
+            guest.unmap((0, 1)),
+            guest.ask(zeroes),
+        ):
+            assert sense(result) == scsi.WRITE_PROTECTED
         assert guest.read(0, MIB) == pattern(MIB)
         assert guest.ask(storvsc.SYNCHRONIZE).good
         assert kit.provider.files() == {}

@@ -11,6 +11,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable, Coroutine
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +20,19 @@ import pytest
 
 from support import slow_disk
 from support.boot import boot
+from support.locks import in_use
 from support.writer import ENDLESS, clean, finish, more, until_acknowledged, writing
 from vmbus.audit.checker import check_paths
 from vmbus.capture.pcapng import CaptureReader
 from vmbus.capture.record import PACKET
-from vmbus.errors import VmbusError, WaitTimeout
+from vmbus.errors import EnvironmentProblem, VmbusError, WaitTimeout
 from vmbus.migration.address import parse_address
 from vmbus.migration.channel import listen
+from vmbus.migration.source import MigrateFailed
 from vmbus.qemu.command_line import Programs
 from vmbus.qemu.description import VmDescription, load_description
 from vmbus.qemu.machine import VirtualMachine
+from vmbus.qemu.moments import Hook, Moment, no_hook
 from vmbus.words import describe
 
 pytestmark = [pytest.mark.vm, pytest.mark.long]
@@ -100,6 +104,19 @@ async def command(vm: VirtualMachine, name: str, **arguments: Any) -> dict[str, 
 
 async def storage(vm: VirtualMachine) -> dict[str, Any]:
     return dict((await vm.call_server("status"))["providers"]["storage"])
+
+
+async def move(vm: VirtualMachine, programs: Programs, directory: Path, at: Hook = no_hook) -> VirtualMachine:
+    """To other processes, live."""
+    listener = await listen(parse_address(f"unix:{directory / 'm.sock'}"), SECRET)
+    receiving = asyncio.create_task(VirtualMachine.receive(listener, programs, timeout=60))
+    try:
+        report = await vm.migrate(str(listener.address), SECRET, at=at)
+        print(f"downtime {report.downtime * 1000:.0f} ms: {report.spans}")
+        return await receiving
+    finally:
+        await asyncio.wait({receiving}, timeout=30)
+        receiving.cancel()
 
 
 def test_scsi_survives_saves_restores_a_revert_and_disks_that_come_and_go(
@@ -176,16 +193,16 @@ def test_scsi_survives_saves_restores_a_revert_and_disks_that_come_and_go(
 def test_scsi_survives_a_live_migration_and_a_server_that_is_killed(
     run: Run, programs: Programs, tmp_path: Path, disks: Path, note: Note
 ) -> None:
-    async def move(vm: VirtualMachine) -> VirtualMachine:
-        listener = await listen(parse_address(f"unix:{tmp_path / 'm.sock'}"), SECRET)
-        receiving = asyncio.create_task(VirtualMachine.receive(listener, programs, timeout=60))
-        try:
-            report = await vm.migrate(str(listener.address), SECRET)
-            note(f"hv_storvsc: a live migration with {report.downtime * 1000:.0f} ms of downtime")
-            return await receiving
-        finally:
-            await asyncio.wait({receiving}, timeout=30)
-            receiving.cancel()
+    seen_by: list[tuple[str, bool, bool]] = []
+
+    async def look(vm: VirtualMachine, now: Moment) -> None:
+        """Who has the image: the source by its own word, anybody by the kernel's."""
+        if now in (Moment.RAM_COPY, Moment.WRITING, Moment.BEFORE_GO, Moment.AFTER_GO):
+            seen_by.append((now.name, (await storage(vm))["luns"][0]["locked"], in_use(disks / "disk.img")))
+
+    async def fail(now: Moment) -> None:
+        if now is Moment.BEFORE_GO:
+            raise EnvironmentProblem("on purpose")
 
     async def story() -> tuple[int, dict[str, Any]]:
         seen = 0
@@ -199,15 +216,22 @@ def test_scsi_survives_a_live_migration_and_a_server_that_is_killed(
 
         async with vm:
             await more(vm, job)
-            there = await move(vm)
+            with pytest.raises(MigrateFailed, match=r"on purpose.*the VM runs on"):
+                await move(vm, programs, tmp_path, fail)  # when the other one has the lock
+            await more(vm, job)
+            there = await move(vm, programs, tmp_path, partial(look, vm))
         async with there as vm:
             vm.on_agent_event = progress
+            await vm.save(tmp_path / "old", live=True, keep=True)
+            assert not list((tmp_path / "old").glob("file.*"))
             await more(vm, job, 200)
             await require_no_complaints(vm)
             assert vm.server is not None
             os.kill(vm.server.process.pid, signal.SIGKILL)
             with pytest.raises(VmbusError):
                 await vm.wait_ended()
+        with pytest.raises(VmbusError, match="was written to after the VM was saved"):
+            await VirtualMachine.restore(tmp_path / "old", programs)
         shutil.copyfile(disks / "disk.img", disks / "after.img")
         # 1 CPU: one channel.
         async with await boot(described(image="after.img", create=False, cpus=1), programs) as vm:
@@ -242,3 +266,47 @@ def test_scsi_survives_a_live_migration_and_a_server_that_is_killed(
     seen, result = run(story())
     assert seen > 200
     clean(result, seen, KNOWN)
+    # Who has it: the source while it runs, then nobody, and the destination before the decision that it may run.
+    assert list(dict.fromkeys(seen_by)) == [
+        ("RAM_COPY", True, True),
+        ("WRITING", False, False),
+        ("BEFORE_GO", False, True),
+        ("AFTER_GO", False, True),
+    ]
+
+
+def test_scsi_survives_alone_on_its_image_with_a_clone_and_from_its_last_snapshot(
+    run: Run, programs: Programs, tmp_path: Path, disks: Path, note: Note
+) -> None:
+    description, then = described(), tmp_path / "then"
+
+    async def story() -> tuple[int, int, list[dict[str, Any]]]:
+        vm, job = await writing(description, programs, **WRITER)
+        async with vm:
+            await vm.save(then, live=True, keep=True)
+            saved = await until_acknowledged(vm, job, 0)
+            # Another VM on the same image is refused.
+            with pytest.raises(VmbusError, match="is in use: another virtual machine"):
+                await VirtualMachine.launch(description, programs)  # as booted: it is refused
+            with pytest.raises(VmbusError, match="is in use: another virtual machine"):
+                await VirtualMachine.restore(then, programs)
+            async with await VirtualMachine.restore(then, programs, clone=True) as clone:
+                await more(clone, job, 40)
+                last = await more(vm, job, 40)
+                results = [await finish(clone, job)]
+                await require_no_complaints(clone)
+            assert vm.server is not None
+            os.kill(vm.server.process.pid, signal.SIGKILL)
+            with pytest.raises(VmbusError):
+                await vm.wait_ended()
+        async with await VirtualMachine.restore(then, programs) as vm:
+            await more(vm, job, 40)
+            results.append(await finish(vm, job))
+            await require_no_complaints(vm)
+        return saved, last, results
+
+    saved, last, results = run(story())
+    note(f"hv_storvsc: {saved} writes acknowledged at the snapshot, {last} when the server was killed")
+    for result in results:
+        clean(result, 100, KNOWN)
+    assert [path.name for path in disks.iterdir()] == ["disk.img"]

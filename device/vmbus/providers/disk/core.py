@@ -25,16 +25,11 @@ from enum import Enum
 from typing import Any, NamedTuple
 
 from vmbus.providers.disk.conflicts import Conflicts
-from vmbus.providers.disk.request import Feature, Flag, Op, Request, Status
+from vmbus.providers.disk.request import Flag, Op, Request, Status
 
 _U64 = 1 << 64
 _MOVES_DATA = frozenset({Op.READ, Op.WRITE})
 _CHANGES = frozenset({Op.WRITE, Op.DISCARD, Op.WRITE_ZEROES})
-_OPS = frozenset(Op)
-# Plain numbers: `check` is asked for each request, and those of enum are slow.
-_NEEDS: dict[int, int] = {Op.DISCARD: int(Feature.DISCARD), Op.WRITE_ZEROES: int(Feature.WRITE_ZEROES)}
-_FLAGS: dict[int, int] = {Op.WRITE: int(Flag.FUA), Op.WRITE_ZEROES: int(Flag.FUA | Flag.MAY_UNMAP)}
-_FUA, _FUA_FEATURE = int(Flag.FUA), int(Feature.FUA)
 _NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
 
@@ -112,9 +107,8 @@ class Outcome(NamedTuple):
 class Core:
     """One disk."""
 
-    def __init__(self, geometry: Geometry, features: int) -> None:
+    def __init__(self, geometry: Geometry) -> None:
         self.geometry = geometry
-        self.features = features
         self.flush_failed = 0
         """The errno of the flush that failed; 0 if none did."""
         self.unflushed = False
@@ -128,13 +122,7 @@ class Core:
 
     def check(self, request: Request) -> Status:
         """Whether a request makes sense here, before its memory is looked at."""
-        op, flags, offset, length = request
-        if op not in _OPS:
-            return Status.UNSUPPORTED
-        if op in _NEEDS and not self.features & _NEEDS[op]:
-            return Status.UNSUPPORTED
-        if flags & ~_FLAGS.get(op, 0) or (flags & _FUA and not self.features & _FUA_FEATURE):
-            return Status.UNSUPPORTED
+        op, _, offset, length = request
         if op == Op.FLUSH:
             return Status.OK if offset == 0 and length == 0 else Status.INVALID
         geometry = self.geometry

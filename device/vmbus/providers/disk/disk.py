@@ -101,7 +101,6 @@ class Disk:
         self._make_backend = make_backend
         self.counters = {"errors": 0, "bytes_read": 0, "bytes_written": 0, "flushes": 0}
         self.core: Core | None = None
-        self.features = 0
         self.most_jobs = MOST_JOBS
         self.on_idle: Callable[[], None] | None = None
         self.under_way = UnderWay()
@@ -149,7 +148,7 @@ class Disk:
         self._copy = self._restored = None
         if self.core is None:
             geometry = Geometry(image.size, options.block_size, MAXIMUM_DATA, MAXIMUM_RANGE, options.read_only)
-            self.core = Core(geometry, self.features)
+            self.core = Core(geometry)
         self._image = image
         self._active = True
         self.backend = self._make_backend(image)

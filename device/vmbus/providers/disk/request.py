@@ -21,14 +21,6 @@ class Flag(IntFlag):
     MAY_UNMAP = 2  # WRITE_ZEROES: storage may be given back
 
 
-class Feature(IntFlag):
-    """What a disk can do."""
-
-    FUA = 1
-    DISCARD = 2
-    WRITE_ZEROES = 4
-
-
 class Status(IntEnum):
     """How a request ended."""
 
@@ -37,7 +29,6 @@ class Status(IntEnum):
     NO_SPACE = 2
     READ_ONLY = 3
     INVALID = 4  # outside of the disk, not aligned, or too long
-    UNSUPPORTED = 5  # an operation that is not known, or one that the disk does not have
 
 
 class Request(NamedTuple):

@@ -10,13 +10,11 @@ from vmbus.providers.base import Host
 from vmbus.providers.disk.backend import Backend
 from vmbus.providers.disk.disk import MAXIMUM_DATA, MAXIMUM_RANGE, Disk, DiskOptions, DiskRecord
 from vmbus.providers.disk.image import Image
-from vmbus.providers.disk.request import Feature, Status
+from vmbus.providers.disk.request import Status
 from vmbus.providers.scsi.commands import Facts
 
 MOST_UNITS = 64
 """Logical units of one controller."""
-
-_FEATURES = int(Feature.FUA | Feature.DISCARD | Feature.WRITE_ZEROES)
 
 
 class UnitOptions(DiskOptions, frozen=True, forbid_unknown_fields=True):
@@ -53,7 +51,6 @@ class Unit:
         self.options = options
         self.lun = options.lun
         self.disk = Disk(host, f"{name} lun {options.lun}", options, answer, make_backend)
-        self.disk.features = 0 if options.read_only else _FEATURES
         # Another image is another disk, and the same image the same one, wherever it goes.
         self.identity = uuid5(controller, f"{options.lun} {options.image}").bytes
         self.grown = False
