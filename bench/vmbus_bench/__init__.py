@@ -11,4 +11,5 @@ audit           transactions with audit records, against the same without
 downtime        live migration with the device, against the same VM without it
 scsi            a disk behind Linux's hv_storvsc, against QEMU's virtio-blk
 network         the network card of a Linux guest, Linux's hv_netvsc, against virtio-net
+debian          a boot of Debian from our disk, against one from virtio-blk
 """

@@ -20,9 +20,6 @@ what it prints that is no report (`rubbish`), and for how long it has said nothi
 says nothing for so long is killed.
 
 A user's own test drivers are installed at run time, with `install`.
-
-The services that the kernel's command line asks for are such a job, too. It is started with the agent, and started
-again when it ends without having been stopped or killed by the host.
 """
 
 # Imports are kept few, os instead of pathlib and subprocess: each costs boot time in an emulated guest.
@@ -40,7 +37,6 @@ import time
 from collections.abc import Callable, Iterable
 
 from vmbus_guest import programs
-from vmbus_guest.services import wanted_services
 from vmbus_guest.testdrivers import CATALOGUE, NAME_RULE, directory, drivers, is_name
 
 TYPE_CHECKING = False  # without `typing`, which costs a tenth of a second under TCG
@@ -72,8 +68,6 @@ RUBBISH_SHOWN = 200
 KILL_PATIENCE = 10.0
 """Seconds that a killed process gets to be gone."""
 
-RESTART_DELAYS = (1.0, 30.0)
-"""Seconds until services that died are started again, the first time and at most; it doubles each time."""
 
 _READ = 64 << 10
 
@@ -302,7 +296,6 @@ class Agent:
         descriptor: int,
         *,
         poweroff: Callable[[], None],
-        services: Iterable[str] = (),
         runner: tuple[str, ...] = (sys.executable, "-S", "-m", "vmbus_guest.testdrivers"),
         audit: str | None = None,
     ) -> None:
@@ -317,10 +310,6 @@ class Agent:
         self._open: set[int | str] = set()  # ids that are still being worked on
         self._waits: list[tuple[float, int, int | str]] = []  # deadline, job, id of the request
         self._running = True
-        self._services = list(services)
-        self._services_job: Job | None = None
-        self._services_delay = RESTART_DELAYS[0]
-        self._services_due = 0.0 if self._services else None
         self._looked = time.monotonic()
         self._epoll = select.epoll()
         self._by_descriptor: dict[int, Job] = {}
@@ -349,7 +338,6 @@ class Agent:
         """Work until the host asks for poweroff; then call the function given for it."""
         self._greet()
         while self._running:
-            self._start_services()
             for descriptor, events in self._epoll.poll(self._timeout()):
                 if descriptor == self._port.descriptor:
                     self._port_events(events)
@@ -664,21 +652,6 @@ class Agent:
             del self._jobs[number]
         return job
 
-    def _start_services(self) -> None:
-        """Start the services if that is due."""
-        if self._services_due is None or time.monotonic() < self._services_due:
-            return
-        self._services_due = None
-        try:
-            self._services_job = self._launch({"driver": "services", "parameters": {"services": self._services}})
-        except RequestError as error:
-            self._services_ended(str(error))
-
-    def _services_ended(self, why: str) -> None:
-        print(f"agent: the services ended ({why}); next try in {self._services_delay:g} s", file=sys.stderr)
-        self._services_due = time.monotonic() + self._services_delay
-        self._services_delay = min(2 * self._services_delay, RESTART_DELAYS[1])
-
     def _signal(self, job: Job, number: signal.Signals) -> None:
         if job.state == "running":
             signal.pidfd_send_signal(job.pidfd, number)
@@ -694,10 +667,6 @@ class Agent:
                 self._drop(other)
             job.end(status)
             self._port.send({"event": "finished", "job": job.number, "state": job.state}, event=True)
-            if job is self._services_job:
-                self._services_job = None
-                if not (job.stop_requested or job.kill_requested):
-                    self._services_ended((job.error or {}).get("message", job.state))
             for wait in [wait for wait in self._waits if wait[1] == job.number]:
                 self._waits.remove(wait)
                 self._answer(wait[2], {"result": job.report()})
@@ -740,8 +709,6 @@ class Agent:
     def _timeout(self) -> float | None:
         due = [deadline for deadline, _, _ in self._waits]
         due += [program.deadline for program in self._programs.values() if not program.expired]
-        if self._services_due is not None:
-            due.append(self._services_due)
         if (look := self._look_interval()) is not None:
             due.append(self._looked + look)
         return max(0.0, min(due) - time.monotonic()) if due else None
@@ -832,7 +799,7 @@ def main() -> None:
     with open("/proc/cmdline", encoding="ascii", errors="replace") as file:
         command_line = file.read()
     audit = AUDIT_DIRECTORY if AUDIT_WORD in command_line.split() else None
-    Agent(descriptor, poweroff=poweroff, services=wanted_services(command_line), audit=audit).serve()
+    Agent(descriptor, poweroff=poweroff, audit=audit).serve()
 
 
 if __name__ == "__main__":

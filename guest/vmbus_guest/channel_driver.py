@@ -242,19 +242,10 @@ class ChannelDriver(ABC):
         """
         self._watched().add_reader(fd, call)
 
-    def watch_writable(self, fd: int, call: Callable[[], None]) -> None:
-        """As `watch`, whenever `fd` can be written to."""
-        self._watched().add_writer(fd, call)
-
     def unwatch(self, fd: int) -> None:
         """End `watch`. Harmless without one."""
         if self._watches is not None:
             self._watches.remove_reader(fd)
-
-    def unwatch_writable(self, fd: int) -> None:
-        """End `watch_writable`. Harmless without one."""
-        if self._watches is not None:
-            self._watches.remove_writer(fd)
 
     def _watched(self) -> Watches:
         if self._watches is None:

@@ -24,7 +24,9 @@ import json
 import os
 import shutil
 import subprocess
+import time
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -92,7 +94,9 @@ TOOLS = ("usr/sbin/mke2fs", "usr/sbin/e2fsck", "etc/mke2fs.conf", "usr/sbin/hv_k
 
 COMPILE_TIMEOUT = 300.0
 KEPT_IMAGES = 8
-"""Older images are removed; one that a virtual machine was started from is not needed any more once it runs."""
+RECENT = 1800.0
+"""Images that were used less lately are removed, but for those of the last so many seconds: somebody may be about to
+start a machine from one. It is not needed any more once that runs."""
 
 _COMPILER = """
 import json, marshal, sys
@@ -173,7 +177,11 @@ def find_image(cache: Cache, key: str) -> GuestImage | None:
     """Return the image with this key if it is in the cache."""
     directory = cache.path("image", key)
     image = GuestImage(directory / "vmlinuz", directory / "initramfs.cpio", key)
-    return image if image.kernel.is_file() and image.initramfs.is_file() else None
+    if not image.kernel.is_file() or not image.initramfs.is_file():
+        return None
+    with suppress(OSError):  # a cache that is not ours to write to
+        os.utime(directory)
+    return image
 
 
 def image_key(
@@ -443,9 +451,12 @@ def _run(argv: list[str], what: str, text: str = "") -> str:
 
 
 def _prune(cache: Cache, current: str) -> None:
-    """Remove all but the latest images."""
+    """Remove all but the images that were used lately."""
+    recent = time.time() - RECENT
     folder = cache.path("image")
     images = [path for path in folder.iterdir() if path.is_dir() and path.name != current and path.name[0] != "."]
     images.sort(key=lambda path: path.stat().st_mtime, reverse=True)
     for path in images[KEPT_IMAGES - 1 :]:
+        if path.stat().st_mtime > recent:
+            continue
         shutil.rmtree(path, ignore_errors=True)

@@ -1,6 +1,9 @@
 """The whole device over the real transport: both workloads in every shape of memory."""
 
 import random
+import socket
+import threading
+import time
 from collections.abc import Iterator
 from itertools import pairwise
 
@@ -9,7 +12,7 @@ import pytest
 from support.traffic import PAGE, Burst, Echo, Traffic
 from vmbus.loopback.harness import LoopbackServer, describe
 from vmbus.vfio_user.library import Library
-from vmbus.workload import echo_request, parse_echo_reply, transform
+from vmbus.workload import BURST_TYPE, echo_request, parse_echo_reply, transform
 from vmbus_guest.driver import VmbusDriver
 
 pytestmark = pytest.mark.loopback
@@ -164,3 +167,25 @@ def test_a_second_client_has_to_wait_for_the_first(server: LoopbackServer) -> No
         echo = Echo(again)
         echo.start(100)
         wait(again, echo)
+
+
+def test_a_watched_descriptor_ends_a_step(libvfio_user: Library) -> None:
+    with LoopbackServer(describe("echo"), libvfio_user) as server, VmbusDriver(server.function()) as driver:
+        ours, theirs = socket.socketpair()
+        ours.setblocking(False)
+        got: list[bytes] = []
+        driver.watch(ours.fileno(), lambda: got.append(ours.recv(8)))
+        started = time.monotonic()
+        threading.Timer(0.05, lambda: theirs.send(b"hello")).start()
+        driver.run_until(lambda: bool(got), 10, "the watched socket")
+        assert time.monotonic() - started < 5
+        assert got == [b"hello"] and not driver.step(0.0)
+        driver.unwatch(ours.fileno())
+        theirs.send(b"nobody")
+        assert not driver.step(0.0) and got == [b"hello"]
+        # An interrupt still ends a step.
+        burst = {"kind": "burst", "name": "burst", "instance": "00000000-0000-4000-8000-0000000000aa"}
+        server.command("offer", provider=burst)
+        driver.run_until(lambda: driver.bus.find_offer(BURST_TYPE, None, 0) is not None, 10, "the new offer")
+        ours.close()
+        theirs.close()

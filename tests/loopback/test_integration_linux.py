@@ -7,12 +7,16 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import msgspec
 import pytest
 
 from support.hv_utils import FACTS, HvUtils
 from vmbus.description import DeviceDescription, ProviderDescription
 from vmbus.errors import UsageError, VmbusError
+from vmbus.kmcl.pipe import frame
+from vmbus.kmcl.settings import FLAG_IS_PIPE
 from vmbus.loopback.harness import LoopbackServer
+from vmbus.providers.integration.parts import Time
 from vmbus.vfio_user.library import Library
 from vmbus.wire import ic
 from vmbus_guest.driver import VmbusDriver
@@ -25,8 +29,11 @@ VALUES = {"role": "test", "place": "loopback"}
 
 def describe(**options: Any) -> DeviceDescription:
     settings = {"heartbeat_seconds": 0.02, "time_seconds": 0.05, "sync_seconds": 0.2, "values": VALUES, **options}
-    provider = ProviderDescription(kind="integration", name="services", instance=INSTANCE, options=settings)
-    return DeviceDescription(name="vmbus0", providers=[provider])
+    providers = [
+        ProviderDescription(kind="integration", name="services", instance=INSTANCE, options=settings),
+        ProviderDescription(kind="echo", name="echo", instance=INSTANCE[:-1] + "1"),
+    ]
+    return DeviceDescription(name="vmbus0", providers=providers)
 
 
 class Guest:
@@ -36,6 +43,10 @@ class Guest:
         self._library = library
         self._options = options
         self.server = LoopbackServer(describe(**options), library)
+        self.boot(daemon=daemon)
+
+    def boot(self, *, daemon: bool = True) -> None:
+        """Another one, with the same device."""
         self.function = self.server.function()
         self.driver = VmbusDriver(self.function)
         self.linux = HvUtils(self.driver, daemon=daemon)
@@ -49,8 +60,10 @@ class Guest:
 
     def ask(self, command: str, **arguments: Any) -> dict[str, Any]:
         """A command to the provider, while the guest runs."""
-        request = {"name": "services", "command": command, "arguments": arguments}
-        work = asyncio.run_coroutine_threadsafe(self.server.server._command("provider", request), self.server._loop)
+        return self.command("provider", name="services", command=command, arguments=arguments)
+
+    def command(self, command: str, /, **arguments: Any) -> dict[str, Any]:
+        work = asyncio.run_coroutine_threadsafe(self.server.server._command(command, arguments), self.server._loop)
         self.until(work.done, f"the server to do {command!r}")
         return work.result(0)
 
@@ -91,10 +104,15 @@ def test_integration_service_of_linux_over_a_restore(guest: Guest) -> None:
     ):
         with pytest.raises(UsageError, match=message):
             guest.ask(command, **arguments)
-    assert guest.ask("kvp-delete", key="number") == {}
+    assert guest.ask("kvp-delete", key="number") == {"told": True}
+    sequence = guest.status("heartbeat")["sequence"]
     guest.save_and_restore(3600)
     guest.until(lambda: abs(linux.offset) < 1, "the new time")
     assert guest.ask("kvp-list", pool="external")["values"] == VALUES, "not told twice, and nothing lost"
+    beats = guest.status("heartbeat")["beats"]
+    guest.until(lambda: guest.status("heartbeat")["beats"] > beats + 2, "more heartbeats")
+    heartbeat = guest.status("heartbeat")
+    assert heartbeat["wrong"] == 0 and sequence < heartbeat["sequence"] <= linux.heartbeats, "their numbers go on"
     assert guest.ask("shutdown", mode="restart", force=True) == {"accepted": True, "status": 0}
     assert guest.ask("shutdown", mode="hibernate")["status"] == ic.IcStatus.FAIL
     assert linux.ended == [3] and linux.overrun == 0
@@ -105,22 +123,84 @@ def test_integration_service_of_linux_over_a_restore(guest: Guest) -> None:
 
 @pytest.mark.parametrize("step", [-1e9, 1e9])
 def test_integration_service_of_linux_is_put_right_whatever_its_clock_did(guest: Guest, step: float) -> None:
-    guest.until(lambda: guest.linux.syncs, "the time at the start")
+    guest.until(lambda: guest.linux.sets, "the time at the start")
     guest.linux.offset += step
     before = guest.linux.samples
     guest.until(lambda: abs(guest.linux.offset) < 1, "its clock to be right again")
     guest.until(lambda: guest.linux.samples > before, "samples between")
 
 
-def test_sabotage_a_guest_that_is_only_given_samples_stays_wrong(libvfio_user: Library) -> None:
+def test_sabotage_a_guest_that_is_only_given_samples_stays_wrong(
+    libvfio_user: Library, monkeypatch: pytest.MonkeyPatch
+) -> None:
     guest = Guest(libvfio_user, sync_seconds=0)
     try:
-        guest.until(lambda: guest.linux.syncs, "the time at the start")
+        guest.until(lambda: guest.linux.sets, "the time at the start")
         guest.linux.offset = 1e6
         guest.until(lambda: guest.linux.samples > 10, "samples")
         assert guest.linux.offset == 1e6
+        # Over a restore, too.
+        told = Time.tell
+        monkeypatch.setattr(Time, "tell", lambda time, flag, done=None: told(time, ic.TimeFlag.SAMPLE, done))
+        guest.save_and_restore(3600)
+        before = guest.linux.samples
+        guest.until(lambda: guest.linux.samples > before + 10, "samples")
+        assert guest.linux.offset == 1e6 - 3600
     finally:
         guest.close()
+
+
+def test_integration_service_of_linux_that_boots_again_or_is_offered_anew(guest: Guest) -> None:
+    """Each time it is told what the host wants it to know."""
+    guest.ask("kvp-set", key="kept", value="x")
+    for _ in range(2):
+        guest.driver.close(graceful=False)  # it dies
+        assert guest.server.command("provider", name="services", command="kvp-set", arguments={"key": "n", "value": 1})
+        with pytest.raises(UsageError, match="shutdown service is not there: it has not opened the channel"):
+            guest.server.command("provider", name="services", command="shutdown")
+        guest.boot()
+        guest.until(lambda: guest.linux.pools[0] == VALUES | {"kept": "x", "n": "1"}, "the values")
+    assert guest.command("rescind", name="services")["released"]
+    again = describe().providers[0]
+    guest.command("offer", provider=msgspec.to_builtins(again))
+    before = guest.linux.heartbeats
+    guest.until(lambda: guest.linux.heartbeats > before + 2, "heartbeats of the new provider")
+    assert guest.status("heartbeat")["beats"] >= 1
+
+
+def test_integration_service_hostile_bytes_cost_one_channel(guest: Guest) -> None:
+    guest.until(lambda: guest.linux.sets, "the time")
+    guest.driver.on_rescind = lambda channel: None  # so that it does not come back
+    channel = guest.linux.channels["time"]
+    channel.allocate_packet().send(frame(b"\xff" * 64), wait_for_completion=False)
+    guest.until(lambda: not channel.active, "the channel to be withdrawn")
+    assert guest.status("time")["phase"] == "closed"
+    assert guest.ask("kvp-list", pool="auto")["values"]
+    before = guest.linux.heartbeats
+    guest.until(lambda: guest.linux.heartbeats > before + 2, "heartbeats")
+
+
+def test_integration_service_a_guest_that_answers_nothing_is_asked_little(libvfio_user: Library) -> None:
+    with LoopbackServer(describe(answer_seconds=60, services=["heartbeat", "kvp"]), libvfio_user) as server:
+        driver = VmbusDriver(server.function())
+        taken: list[ic.Message] = []
+        for service in (ic.HEARTBEAT, ic.KVP):
+            channel = driver.client_channel(service.interface_type, name=service.name)
+            channel.set_flags(FLAG_IS_PIPE)
+            channel.set_process_packet_callbacks(
+                lambda channel, completion, payload: (taken.append(ic.parse(payload[8:])), completion.complete())
+            )
+            driver.enable(channel)
+        driver.run_until(lambda: len(taken) == 2, 10, "two negotiations")
+        for _ in range(64):
+            with pytest.raises(VmbusError, match="vain"):
+                server.command("provider", name="services", command="kvp-list", seconds=0.0)
+        with pytest.raises(UsageError, match="does not answer: 64 requests wait"):
+            server.command("provider", name="services", command="kvp-list", seconds=5)
+        driver.step(0.2)
+        assert [one.kind for one in taken] == [0, 0], "nothing but the negotiation, once"
+        assert server.command("pause")["incoming_held"] == 0
+        driver.close(graceful=False)
 
 
 def test_integration_service_of_linux_before_its_daemon_has_come(libvfio_user: Library) -> None:
@@ -131,12 +211,13 @@ def test_integration_service_of_linux_before_its_daemon_has_come(libvfio_user: L
         with pytest.raises(VmbusError, match="perhaps its daemon does not run"):
             guest.ask("kvp-list")
         guest.save_and_restore(0)
-        for _ in range(5):
-            with pytest.raises(VmbusError, match="perhaps its daemon does not run"):
-                guest.ask("kvp-set", key="early", value="x")
+        for number in range(5):
+            assert guest.ask("kvp-set", key="early", value=number) == {"told": False}
+        with pytest.raises(VmbusError, match="perhaps its daemon does not run"):
+            guest.ask("kvp-list")
         assert guest.status("kvp")["sent"] == 1, "the negotiation, once"
         linux.start_daemon()
-        guest.until(lambda: linux.pools[0] == VALUES, "the description's values")
+        guest.until(lambda: linux.pools[0] == VALUES | {"early": "4"}, "the values of the host's")
         assert linux.overrun == 0 and guest.status("kvp")["stray"] == 0
         # A daemon that is slower than anybody waits: it is never asked two things at once.
         linux.busy = 0.3

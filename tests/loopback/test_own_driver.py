@@ -109,7 +109,6 @@ def test_a_file_is_read_without_being_run(tmp_path: Path) -> None:
         ("my_driver.txt", "", "the file's name is that of the driver"),
         ("My.py", "", "the file's name is that of the driver"),
         ("echo.py", "", "there is a test driver 'echo' already"),
-        ("integration.py", "", "there is a test driver 'integration' already"),
         ("x.py", "def (:\n", "x.py, line 1: invalid syntax"),
         ("x.py", "a = 1\n", "defines neither WORKLOAD nor run"),
         ("x.py", "#" * 600_000, "at most 524288 can be installed"),
@@ -133,7 +132,6 @@ def test_what_the_command_line_asks_for() -> None:
             parse_drive(text)
     own = [DriverFile("mine", "", True), DriverFile("alone", "", False)]
     assert jobs_for([Drive("echo", {"count": 1})], []) == [Drive("echo", {"count": 1})]
-    assert jobs_for([Drive("integration", {})], []) == [Drive("services", {"services": [{"service": "integration"}]})]
     wanted = [Drive("echo", {"count": 1}), Drive("alone", {}), Drive("mine", {}), Drive("disk-writer", {"count": 2})]
     assert jobs_for(wanted, own) == [
         Drive("alone", {}),

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import errno
 import random
+import shutil
 import threading
 import time
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ from support.disk import Fault, FaultyBackend
 from support.storage import Guest, pattern, status, until
 from support.storvsc import Extents, Pending, result_of
 from vmbus import providers, saved
-from vmbus.errors import EnvironmentProblem, VmbusError, WaitTimeout
+from vmbus.errors import EnvironmentProblem, UsageError, VmbusError, WaitTimeout
 from vmbus.loopback.harness import LoopbackServer, describe
 from vmbus.providers.disk.backend import Backend
 from vmbus.providers.disk.image import Image
@@ -361,8 +362,9 @@ def test_a_flush_that_fails_at_a_pause_fails_the_save(
     guest.close()
 
 
-def test_two_hosts_never_have_an_image_at_once(libvfio_user: Library) -> None:
-    options = {"luns": [one | {"snapshot": "shared"} for one in OPTIONS["luns"]]}
+@pytest.mark.parametrize("snapshot", ["shared", "copy"])
+def test_two_hosts_never_have_an_image_at_once(libvfio_user: Library, snapshot: str) -> None:
+    options = {"luns": [one | {"snapshot": snapshot} for one in OPTIONS["luns"]]}
     description = describe("scsi", scsi=options)
     with LoopbackServer(description, libvfio_user) as source:
         function = source.function()
@@ -370,7 +372,7 @@ def test_two_hosts_never_have_an_image_at_once(libvfio_user: Library) -> None:
         guest.write(0, pattern(4096, 1))
         with pytest.raises(VmbusError, match="is in use"):
             LoopbackServer(description, libvfio_user)
-        state = source.save()
+        state = source.save(moving=True)
         config = bytes.fromhex(source.command("pci")["config"])
         with LoopbackServer(description, libvfio_user, restore=state) as destination:
             function.reconnect(destination.socket_path, config)
@@ -381,6 +383,42 @@ def test_two_hosts_never_have_an_image_at_once(libvfio_user: Library) -> None:
                 source.command("resume")
         with pytest.raises(EnvironmentProblem, match="was written to by somebody else"):
             source.command("resume")
+
+
+def test_scsi_survives_a_move_to_where_its_image_is_not(
+    libvfio_user: Library, tmp_path: Path, disks: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such a host refuses, and so does a save when nobody could find the image."""
+    description = describe("scsi", scsi=OPTIONS)
+    other = tmp_path / "other"
+
+    def refused(why: str) -> None:
+        with monkeypatch.context() as there, LoopbackServer(description, libvfio_user, restore=state) as host:
+            there.setenv("VMBUS_DISKS", str(other))
+            function.reconnect(host.socket_path, config)
+            with pytest.raises(EnvironmentProblem, match=why):
+                host.command("restore-finish")
+
+    with LoopbackServer(description, libvfio_user) as source:
+        function = source.function()
+        guest = Guest(function)
+        guest.write(0, pattern(4096, 1))
+        state = source.save(moving=True)
+        config = bytes.fromhex(source.command("pci")["config"])
+    refused("cannot open the disk image .*: No such file")
+    assert not other.exists(), "it makes no empty one"
+    shutil.copytree(disks, other, copy_function=shutil.copyfile)
+    refused("or is another disk.*both hosts have to reach the same image")
+    with LoopbackServer(description, libvfio_user, restore=state) as host:
+        function.reconnect(host.socket_path, config)
+        host.command("restore-finish")
+        assert guest.read(0, 4096) == pattern(4096, 1)
+        (disks / "disk.img").rename(disks / "renamed.img")
+        with pytest.raises(UsageError, match="belong to the device's state, and nothing takes them along"):
+            host.save(moving=True)
+        host.command("resume")
+        assert guest.read(0, 4096) == pattern(4096, 1)
+        guest.close()
 
 
 def test_a_guest_that_asks_for_nonsense(server: LoopbackServer, disks: Path) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import time
+from collections.abc import Callable
 
 from vmbus.kmcl.channel import Channel
 from vmbus.kmcl.client import ClientChannel
@@ -21,61 +22,26 @@ from vmbus.wire import ic
 from vmbus_guest.driver import VmbusDriver
 
 FACTS = ("FullyQualifiedDomainName", "IntegrationServicesVersion", "NetworkAddressIPv4", "NetworkAddressIPv6")
+ANSWERED = (ic.HEARTBEAT, ic.SHUTDOWN, ic.TIME, ic.KVP)
+"""The services that are here."""
 
 
-class HvUtils:
-    """The four services over a driver. `offset`: by how much the guest's clock is wrong."""
+class LinuxAnswers:
+    """What the four services answer, and what they did. `offset`: by how much the guest's clock is ahead of `clock`."""
 
-    def __init__(self, driver: VmbusDriver, *, daemon: bool = True) -> None:
+    def __init__(self, clock: Callable[[], float] = time.time) -> None:
+        self.clock = clock
         self.offset = 0.0
-        self.daemon = daemon
-        self.busy: float | None = None
-        """Seconds that the daemon takes for each answer, unless None."""
-        self.heartbeats = self.syncs = self.samples = self.overrun = 0
+        self.heartbeats = self.samples = 0
+        self.sets: list[float] = []
+        """What the clock was set to."""
         self.ended: list[int] = []
         self.pools: dict[int, dict[str, str]] = {number: {} for number in range(5)}
         self.pools[ic.Pool.AUTO] = {name: f"the guest's {name}" for name in FACTS}
         self._versions: dict[str, ic.Version] = {}
-        self._unread: list[tuple[Channel, int, ic.Message]] = []
-        self.channels: dict[str, ClientChannel] = {}
-        for service in (ic.HEARTBEAT, ic.SHUTDOWN, ic.TIME, ic.KVP):
-            channel = driver.client_channel(service.interface_type, ring_pages_in=4, ring_pages_out=4)
-            channel.set_flags(FLAG_IS_PIPE)
-            channel.set_process_packet_callbacks(functools.partial(self._arrived, service))
-            self.channels[service.name] = channel
-            driver.enable(channel)
 
-    def now(self) -> float:
-        """The guest's time of day."""
-        return time.time() + self.offset
-
-    def start_daemon(self) -> None:
-        """It registers, and the driver reads what lies there."""
-        self.daemon = True
-        self.go_on()
-
-    def go_on(self) -> None:
-        """Read one message from the key-value channel, if there is one and somebody to answer it."""
-        if self.daemon and self._unread:
-            channel, transaction, message = self._unread.pop(0)
-            self._send(channel, transaction, self._answer(ic.KVP, message))
-
-    def _arrived(self, service: ic.Service, channel: Channel, completion: Completion, payload: bytes) -> None:
-        message = ic.parse(unframe(payload))
-        completion.complete()
-        if service is not ic.KVP:
-            self._send(channel, completion.transaction, self._answer(service, message))
-            return
-        self.overrun += bool(self._unread)
-        self._unread.append((channel, completion.transaction, message))
-        if self.busy is None:
-            self.go_on()
-
-    @staticmethod
-    def _send(channel: Channel, transaction: int, message: ic.Message) -> None:
-        channel.allocate_packet().send(frame(message.pack()), wait_for_completion=False, transaction=transaction)
-
-    def _answer(self, service: ic.Service, message: ic.Message) -> ic.Message:
+    def answer(self, service: ic.Service, message: ic.Message) -> ic.Message:
+        """The answer to a message of the host's."""
         if message.kind == ic.MessageType.NEGOTIATE:
             choice = ic.choose(message.body, ic.FRAMEWORK_VERSIONS, service.versions)
             if choice is not None:
@@ -89,8 +55,8 @@ class HvUtils:
             case "time":
                 told = ic.parse_time_sync(message.body, message.version)
                 if told.flag & ic.TimeFlag.SYNC:
-                    self.syncs += 1
-                    self.offset = told.seconds - time.time()
+                    self.sets.append(told.seconds)
+                    self.offset = told.seconds - self.clock()
                 else:
                     self.samples += 1
                 return message.reply()
@@ -124,3 +90,53 @@ class HvUtils:
                 key = list(pool)[request.position]
                 text = ic.ValueType.STRING
                 return message.reply(ic.kvp(request._replace(key=key, value=pool[key], value_type=text)))
+
+
+class HvUtils(LinuxAnswers):
+    """The four services over a driver."""
+
+    def __init__(self, driver: VmbusDriver, *, daemon: bool = True) -> None:
+        super().__init__()
+        self.daemon = daemon
+        self.busy: float | None = None
+        """Seconds that the daemon takes for each answer, unless None."""
+        self.overrun = 0
+        self._unread: list[tuple[Channel, int, ic.Message]] = []
+        self.channels: dict[str, ClientChannel] = {}
+        for service in ANSWERED:
+            channel = driver.client_channel(service.interface_type, ring_pages_in=4, ring_pages_out=4)
+            channel.set_flags(FLAG_IS_PIPE)
+            channel.set_process_packet_callbacks(functools.partial(self._arrived, service))
+            self.channels[service.name] = channel
+            driver.enable(channel)
+        driver.on_rescind = self._rescinded
+
+    def _rescinded(self, channel: ClientChannel) -> None:
+        self._unread.clear()
+        channel.enable()
+
+    def start_daemon(self) -> None:
+        """It registers, and the driver reads what lies there."""
+        self.daemon = True
+        self.go_on()
+
+    def go_on(self) -> None:
+        """Read one message from the key-value channel, if there is one and somebody to answer it."""
+        if self.daemon and self._unread:
+            channel, transaction, message = self._unread.pop(0)
+            self._send(channel, transaction, self.answer(ic.KVP, message))
+
+    def _arrived(self, service: ic.Service, channel: Channel, completion: Completion, payload: bytes) -> None:
+        message = ic.parse(unframe(payload))
+        completion.complete()
+        if service is not ic.KVP:
+            self._send(channel, completion.transaction, self.answer(service, message))
+            return
+        self.overrun += bool(self._unread)
+        self._unread.append((channel, completion.transaction, message))
+        if self.busy is None:
+            self.go_on()
+
+    @staticmethod
+    def _send(channel: Channel, transaction: int, message: ic.Message) -> None:
+        channel.allocate_packet().send(frame(message.pack()), wait_for_completion=False, transaction=transaction)

@@ -1,64 +1,23 @@
-"""A guest's integration service without a guest: a system that only notes what would be done to it, and the service's
-end of the channels in the test kit."""
+"""Linux's ends of an integration provider's channels, in the test kit."""
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
+import time
+from collections.abc import Callable
 
+from support.hv_utils import ANSWERED, LinuxAnswers
 from vmbus.kmcl.pipe import frame, unframe
 from vmbus.testkit import ProviderTest
 from vmbus.testkit.client import Client, HostPacket
 from vmbus.wire import ic
-from vmbus_guest.services.integration import ANSWERED, IntegrationService
-from vmbus_guest.testdrivers.context import Parameters
-
-
-class FakeSystem:
-    """Notes what is done. `lag`: how far behind its clock is; setting it mends that."""
-
-    def __init__(self) -> None:
-        self.time = 1_000_000.0
-        self.sets: list[float] = []
-        self.ends: list[tuple[bool, bool]] = []
-
-    def now(self) -> float:
-        return self.time
-
-    def set_clock(self, seconds: float) -> None:
-        if seconds > 1e12:
-            raise OverflowError
-        self.sets.append(seconds)
-        self.time = seconds
-
-    def end(self, *, restart: bool, force: bool) -> None:
-        self.ends.append((restart, force))
-
-    def facts(self) -> dict[str, str]:
-        return {"OSName": "Fake", "FullyQualifiedDomainName": "guest.test"}
-
-
-class FakeService(IntegrationService):
-    """The service on a fake system."""
-
-    def __init__(self, parameters: Parameters) -> None:
-        self.fake = FakeSystem()
-        super().__init__(parameters)
-
-    def make_system(self) -> FakeSystem:
-        return self.fake
-
-
-def make_service(directory: Path, **parameters: Any) -> FakeService:
-    return FakeService(Parameters({"directory": str(directory), **parameters}))
 
 
 class KitGuest:
-    """The service's ends of an integration provider's channels in the test kit. While `silent` it answers nothing."""
+    """`linux` answers, in the channels of the named services (all of them). While `silent` it answers nothing."""
 
-    def __init__(self, kit: ProviderTest, directory: Path, *names: str) -> None:
+    def __init__(self, kit: ProviderTest, *names: str, clock: Callable[[], float] = time.time) -> None:
         self.kit = kit
-        self.service = make_service(directory)
+        self.linux = LinuxAnswers(clock)
         self.silent = False
         self.asked: dict[str, list[ic.Message]] = {}
         self.unanswered: list[tuple[Client, ic.Service, int, ic.Message]] = []
@@ -87,7 +46,7 @@ class KitGuest:
         """Answer all that was asked."""
         while self.unanswered:
             client, service, transaction, message = self.unanswered.pop(0)
-            self.send(client, self.service._answer(service, message), transaction)
+            self.send(client, self.linux.answer(service, message), transaction)
 
     def send(self, client: Client, message: ic.Message, transaction: int = 0) -> None:
         client.channel.allocate_packet().send(frame(message.pack()), wait_for_completion=False, transaction=transaction)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import itertools
 import json
@@ -16,8 +17,8 @@ from vmbus.errors import EnvironmentProblem, UsageError
 from vmbus.loopback.harness import describe
 from vmbus.migration.source import MigrationReport
 from vmbus.qemu.command_line import Programs
-from vmbus.qemu.description import VmDescription
-from vmbus_bench import doorbell, downtime, host
+from vmbus.qemu.description import VmDescription, load_description
+from vmbus_bench import debian, doorbell, downtime, host
 from vmbus_bench.figures import (
     Part,
     Report,
@@ -47,6 +48,17 @@ def test_the_median_of_an_even_number_lies_between() -> None:
 def test_one_value_astray_does_not_hide_how_close_the_others_are() -> None:
     sample = Sample.of([10.0, 10.0, 11.0, 9.0, 1000.0], "us")
     assert (sample.median, sample.maximum, sample.spread) == (10.0, 1000.0, 0.1)
+
+
+def test_without_a_debian_its_boot_is_not_measured() -> None:
+    machine = load_description(Path(__file__).resolve().parents[2] / "qemu_configs" / "debian.toml")
+    programs = Programs(("qemu",), "11.0.0", Path("k"), Path("i"), "tcg")
+    with pytest.raises(debian.NotMade, match="setup --debian makes one"):
+        asyncio.run(debian.measure(machine, programs, None, quick=True, step=print))
+    theirs, with_disk = debian._with_their_disk(machine, programs, Path("/d/debian.img"))
+    assert "virtio-blk-pci,drive=base,addr=0x10" in with_disk.extra and theirs.guest == machine.guest
+    (controller,) = [one for one in theirs.device.providers if one.kind == "scsi"]
+    assert controller.options["luns"] == []
 
 
 def test_six_digits_are_kept() -> None:

@@ -31,8 +31,6 @@ def test_every_driver_of_the_catalogue_loads_and_refuses_unknown_parameters(name
     values: dict[str, Any] = {"typing_error": 1}
     if name == "mixed":
         values = {"workloads": [{"driver": "echo", "typing_error": 1}]}
-    elif name == "services":
-        values = {"services": ["typing_error"]}
     with pytest.raises(UsageError, match="typing_error"):
         CATALOGUE[name].load()(Context(values, no_function))
 

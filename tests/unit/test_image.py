@@ -216,3 +216,9 @@ def test_older_images_are_removed(tmp_path: Path) -> None:
     assert len(left) == image.KEPT_IMAGES
     assert "k0" in left  # the current one, although it is the oldest
     assert "k1" not in left
+    for path in cache.path("image").iterdir():  # all in use
+        os.utime(path)
+    for number in range(3):
+        cache.path("image", f"new{number}").mkdir()
+    image._prune(cache, "k0")
+    assert len(list(cache.path("image").iterdir())) == image.KEPT_IMAGES + 3

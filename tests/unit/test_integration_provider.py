@@ -1,9 +1,9 @@
-"""The integration provider against the guest's service, in the test kit."""
+"""The integration provider in the test kit, against a guest that answers as Linux does."""
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Iterator
+import struct
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +12,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from support.hv_utils import ANSWERED, FACTS, LinuxAnswers
 from support.integration import KitGuest
 from vmbus.errors import UsageError
 from vmbus.kmcl.pipe import frame
 from vmbus.providers.integration import IntegrationProvider
 from vmbus.providers.integration.exchange import QUEUE
+from vmbus.providers.integration.kvp import MOST_TOLD
 from vmbus.providers.integration.provider import TIME_VERSIONS, IntegrationOptions
 from vmbus.testkit import ContractViolation, ProviderTest, every_step
 from vmbus.wire import ic
 from vmbus.wire.ic import MessageType
-from vmbus_guest.services.integration import ANSWERED
 
 pytestmark = pytest.mark.unit
 
@@ -50,15 +51,9 @@ class Clocks(IntegrationProvider):
     steady = staticmethod(lambda: Clocks.elapsed)
 
 
-@pytest.fixture
-def directory(tmp_path: Path) -> Iterator[Path]:
-    with tempfile.TemporaryDirectory(dir=tmp_path) as fresh:
-        yield Path(fresh)
-
-
-def test_versions_are_negotiated_and_heartbeats_answered(directory: Path) -> None:
+def test_versions_are_negotiated_and_heartbeats_answered() -> None:
     with ProviderTest(Provider) as kit:
-        guest = KitGuest(kit, directory)
+        guest = KitGuest(kit)
         status = kit.provider.status()
         assert {name: part["version"] for name, part in status.items()} == {
             "heartbeat": "3.0",
@@ -84,20 +79,19 @@ def test_versions_are_negotiated_and_heartbeats_answered(directory: Path) -> Non
         assert kit.command("heartbeat")["alive"]
 
 
-def test_the_guest_is_told_the_time_at_the_start_after_a_restore_and_on_request(directory: Path) -> None:
+def test_the_guest_is_told_the_time_at_the_start_after_a_restore_and_on_request() -> None:
     with ProviderTest(Provider, options={"time_seconds": 5}) as kit:
-        guest = KitGuest(kit, directory, "time")
-        system = guest.service.fake
-        assert len(system.sets) == 1
+        guest = KitGuest(kit, "time")
+        sets = guest.linux.sets
+        assert len(sets) == 1
         kit.advance(12)
         flags = [ic.parse_time_sync(one.body, ic.Version(3, 0)).flag for one in guest.asked["time"][1:]]
         assert flags == [ic.TimeFlag.SYNC, ic.TimeFlag.SAMPLE, ic.TimeFlag.SAMPLE]
-        system.time -= 3600  # the time between the save and the restore
         kit.save_and_restore()
         kit.run()
-        assert len(system.sets) == 2 and guest.service.largest_offset > 3600
+        assert len(sets) == 2
         assert kit.command("time-sync") == {"status": 0}
-        assert len(system.sets) == 3 and system.sets == sorted(system.sets)
+        assert len(sets) == 3 and sets == sorted(sets)
         assert kit.provider.status()["time"]["syncs"] == 3
         # A request that the guest has not taken at the save does not keep the new time back for long.
         guest.silent = True
@@ -107,41 +101,38 @@ def test_the_guest_is_told_the_time_at_the_start_after_a_restore_and_on_request(
         kit.run()
         guest.answer()
         kit.run()
-        assert len(system.sets) in (4, 5) and system.time == system.sets[-1] == max(system.sets)
+        assert len(sets) in (4, 5) and sets[-1] == max(sets)
 
 
-def test_a_shutdown_is_asked_for_and_answered(directory: Path) -> None:
+def test_a_shutdown_is_asked_for_and_answered() -> None:
     with ProviderTest(Provider) as kit:
         with pytest.raises(UsageError, match="shutdown service is not there: it has not opened"):
             kit.command("shutdown")
-        guest = KitGuest(kit, directory, "shutdown")
-        system = guest.service.fake
+        guest = KitGuest(kit, "shutdown")
         assert kit.command("shutdown", text="bye") == {"accepted": True, "status": 0}
-        guest.service.tick(0)
         assert kit.command("shutdown", mode="restart", force=True)["accepted"]
-        guest.service.tick(0)
-        assert system.ends == [(False, False), (True, True)]
+        assert guest.linux.ended == [0, 3]
         refused = kit.command("shutdown", mode="hibernate")
-        assert refused == {"accepted": False, "status": ic.IcStatus.NOT_SUPPORTED}
+        assert refused == {"accepted": False, "status": ic.IcStatus.FAIL}
         assert ic.parse_shutdown(guest.asked["shutdown"][1].body) == ic.Shutdown(text="bye")
         for arguments, message in (({"mode": "explode"}, "no way 'explode'"), ({"loud": True}, "loud")):
             with pytest.raises(UsageError, match=message):
                 kit.command("shutdown", **arguments)
 
 
-def test_keys_and_values_go_both_ways(directory: Path) -> None:
+def test_keys_and_values_go_both_ways() -> None:
     with ProviderTest(Provider, options={"values": {"role": "web", "zone": "b"}}) as kit:
-        guest = KitGuest(kit, directory, "kvp")
-        store = guest.service.store
-        assert store.values("external") == {"role": (1, "web"), "zone": (1, "b")}
-        assert kit.command("kvp-set", key="größe", value=4711, type="u32") == {}
-        assert store.values("external")["größe"] == (4, "4711")
-        store.set("guest", "answer", "42")
+        guest = KitGuest(kit, "kvp")
+        external = guest.linux.pools[ic.Pool.EXTERNAL]
+        assert external == {"role": "web", "zone": "b"}
+        assert kit.command("kvp-set", key="größe", value=4711, type="u32") == {"told": True}
+        assert external["größe"] == "4711"
+        guest.linux.pools[ic.Pool.GUEST]["answer"] = "42"
         assert kit.command("kvp-get", key="answer") == {"value": "42", "type": "string"}
-        assert kit.command("kvp-get", key="größe", pool="external") == {"value": "4711", "type": "u32"}
-        assert kit.command("kvp-list", pool="auto")["values"] == guest.service.fake.facts()
+        assert kit.command("kvp-get", key="größe", pool="external") == {"value": "4711", "type": "string"}
+        assert tuple(kit.command("kvp-list", pool="auto")["values"]) == FACTS
         assert kit.command("kvp-list", pool="auto-external")["values"] == {}
-        assert kit.command("kvp-delete", key="zone") == {}
+        assert kit.command("kvp-delete", key="zone") == {"told": True}
         assert list(kit.command("kvp-list", pool="external")["values"]) == ["role", "größe"]
         for command, arguments, message in (
             ("kvp-get", {"key": "nothing"}, "no key 'nothing' in its pool guest"),
@@ -155,53 +146,131 @@ def test_keys_and_values_go_both_ways(directory: Path) -> None:
         ):
             with pytest.raises(UsageError, match=message):
                 kit.command(command, **arguments)
-        # Another open is another life of the guest: it is told again.
-        guest.clients["kvp"].close()
-        (directory / "pool-external.json").unlink()
-        guest.open(ic.KVP)
-        assert store.values("external") == {"role": (1, "web"), "zone": (1, "b")}
         assert kit.provider.status()["kvp"]["stray"] == 0
 
 
-def test_integration_service_saved_at_every_step(directory: Path) -> None:
+def test_integration_service_fault_d10_keys_of_the_host_are_told_at_every_open() -> None:
+    """Also those that were set before the guest's service came, and over a restore; what was refused is forgotten."""
+    with ProviderTest(Provider, options={"values": {"role": "web", "zone": "b"}, "services": ["kvp"]}) as kit:
+        assert kit.command("kvp-set", key="early", value=1, type="u64") == {"told": False}
+        assert kit.command("kvp-set", key="role", value="db") == {"told": False}
+        assert kit.command("kvp-delete", key="zone") == {"told": False}
+        kit.save_and_restore()
+        guest = KitGuest(kit, "kvp")
+        external = guest.linux.pools[ic.Pool.EXTERNAL]
+        wanted = {"early": "1", "role": "db"}
+        assert external == wanted
+        guest.clients["kvp"].close()
+        external.clear()  # it boots anew
+        kit.save_and_restore()
+        guest.open(ic.KVP)
+        assert external == wanted
+        assert kit.command("kvp-delete", key="early") == {"told": True}
+        assert kit.command("kvp-set", key="late", value="x") == {"told": True}
+        # Refused, it is as it was; in a pool of the guest's, nothing is remembered.
+        guest.silent = True
+        refused = kit.provider.command("kvp-set", {"key": "late", "value": "y"})
+        kit.run()
+        client, _, transaction, message = guest.unanswered.pop()
+        guest.send(client, message.reply(status=ic.IcStatus.FAIL), transaction)
+        kit.run()
+        assert not isinstance(refused, dict) and "refused to set key 'late'" in str(refused.exception(0))
+        guest.silent = False
+        kit.command("kvp-set", key="theirs", value="x", pool="guest")
+        guest.clients["kvp"].close()
+        external.clear()
+        guest.open(ic.KVP)
+        assert external == {"role": "db", "late": "x"}
+        guest.clients["kvp"].close()
+        for number in range(MOST_TOLD - 2):
+            kit.command("kvp-set", key=f"k{number}", value="x" * 1000)
+        with pytest.raises(UsageError, match=f"told of {MOST_TOLD} keys at most"):
+            kit.command("kvp-set", key="more", value="x")
+        kit.save_and_restore()
+        guest.open(ic.KVP)
+        assert len(external) == MOST_TOLD and kit.provider.status()["kvp"]["stray"] == 0
+
+
+def test_integration_service_fault_d6_d7_d9_an_answer_without_sense_or_refused_is_named() -> None:
+    """A list goes on beyond it, and only the guest's word that there is no more is its end."""
+    with ProviderTest(Provider, options={"services": ["kvp"]}) as kit:
+        guest = KitGuest(kit, "kvp")
+        for number in range(6):
+            guest.linux.pools[ic.Pool.GUEST][f"k{number}"] = "v"
+        bad: dict[int, Callable[[bytes], bytes] | int] = {}
+
+        def answer(service: ic.Service, message: ic.Message) -> ic.Message:
+            found = LinuxAnswers.answer(guest.linux, service, message)
+            position = ic.parse_kvp(message.body).position
+            what = bad.get(position)
+            if isinstance(what, int):
+                return message.reply(status=what)
+            return found if what is None else message.reply(what(found.body))
+
+        guest.linux.answer = answer  # type: ignore[method-assign]
+        first = ic.kvp(ic.Kvp(ic.KvpOperation.ENUMERATE, ic.Pool.GUEST, "k", "v"))
+        unknown = ENUMERATED_TYPE.pack(99)
+        bad[1] = lambda body: body[:8] + unknown + body[12:16] + bytes(4) + body[20:]  # of no type, and no value
+        bad[2] = lambda body: body[:12] + SIZES.pack(3, 4) + body[20:]  # half a character
+        bad[3] = lambda body: body[:12] + SIZES.pack(4, 9999) + body[20:]
+        bad[4] = lambda body: body[:20] + b"\0\xd8" + body[22:]  # half a pair
+        bad[5] = lambda body: first[:4] + ENUMERATED_TYPE.pack(17) + first[8:]  # of another request
+        listed = kit.command("kvp-list")
+        assert listed["values"] == {"k0": "v"} and len(listed["senseless"]) == 5
+        assert "number 1: a value of type 99" in listed["senseless"][0]
+        with pytest.raises(UsageError, match="no key 'k3' in its pool guest; and the guest's answers make no sense"):
+            kit.command("kvp-get", key="k3")
+        assert kit.command("kvp-get", key="k0")["value"] == "v"
+        bad.clear()
+        bad[3] = int(ic.IcStatus.FAIL)
+        for command, arguments in (("kvp-list", {}), ("kvp-get", {"key": "k5"})):
+            with pytest.raises(UsageError, match="refused to enumerate number 3 of pool 1: status 0x80004005"):
+                kit.command(command, **arguments)
+        assert kit.command("kvp-get", key="k2")["value"] == "v"
+        assert kit.provider.status()["kvp"]["phase"] == "ready"
+
+
+ENUMERATED_TYPE = struct.Struct("<I")
+SIZES = struct.Struct("<II")
+
+
+def test_integration_service_saved_at_every_step() -> None:
     """Heartbeats keep their numbers, the guest's books are right, and no answer is stray."""
 
     def script(kit: ProviderTest) -> object:
-        with tempfile.TemporaryDirectory(dir=directory) as fresh:
-            guest = KitGuest(kit, Path(fresh), "heartbeat", "shutdown", "kvp")
-            kit.advance(5)
-            kit.command("kvp-set", key="one", value="1")
-            guest.silent = True
-            # The tool that asked goes with the process; the request does not.
-            for name in ("two", "three"):
-                kit.provider.command("kvp-set", {"key": name, "value": name})
-            kit.provider.command("shutdown", {})
-            kit.step("requests are under way and waiting")
-            kit.run()
-            kit.advance(1)
-            guest.silent = False
-            guest.answer()
-            kit.run()
-            kit.advance(5)
-            guest.service.tick(0)
-            beats = [ic.parse_heartbeat(one.body) for one in guest.asked["heartbeat"][1:]]
-            assert beats == list(range(len(beats))), beats
-            status = kit.provider.status()
-            assert status["heartbeat"]["beats"] == len(beats) and status["heartbeat"]["wrong"] == 0
-            assert [part["stray"] + part["unanswered"] for part in status.values()] == [0] * 3
-            assert [part["sent"] - part["answered"] for part in status.values()] == [0] * 3
-            negotiations = [sum(one.kind == 0 for one in asked) for asked in guest.asked.values()]
-            sets = [ic.parse_kvp(one.body).key for one in guest.asked["kvp"][1:]]
-            return guest.service.store.values("external"), guest.service.fake.ends, negotiations, sets
+        guest = KitGuest(kit, "heartbeat", "shutdown", "kvp")
+        kit.advance(5)
+        kit.command("kvp-set", key="one", value="1")
+        guest.silent = True
+        # The tool that asked goes with the process; the request does not.
+        for name in ("two", "three"):
+            kit.provider.command("kvp-set", {"key": name, "value": name})
+        kit.provider.command("shutdown", {})
+        kit.step("requests are under way and waiting")
+        kit.run()
+        kit.advance(1)
+        guest.silent = False
+        guest.answer()
+        kit.run()
+        kit.advance(5)
+        beats = [ic.parse_heartbeat(one.body) for one in guest.asked["heartbeat"][1:]]
+        assert beats == list(range(len(beats))), beats
+        status = kit.provider.status()
+        assert status["heartbeat"]["beats"] == len(beats) and status["heartbeat"]["wrong"] == 0
+        assert [part["stray"] + part["unanswered"] for part in status.values()] == [0] * 3
+        assert [part["sent"] - part["answered"] for part in status.values()] == [0] * 3
+        negotiations = [sum(one.kind == 0 for one in asked) for asked in guest.asked.values()]
+        sets = [ic.parse_kvp(one.body).key for one in guest.asked["kvp"][1:]]
+        return guest.linux.pools, guest.linux.ended, negotiations, sets
 
     # Without the time: it is told after every restore, so with a save at every step there would be no end of it.
     options = {"services": ["heartbeat", "shutdown", "kvp"]}
     assert every_step(script, Provider, options=options, outcome=lambda kit, returned: returned) > 25
 
 
-def test_the_time_is_right_wherever_a_save_is(directory: Path) -> None:
+def test_the_time_is_right_wherever_a_save_is() -> None:
     def script(kit: ProviderTest) -> None:
-        guest = KitGuest(kit, directory, "time")
+        guest = KitGuest(kit, "time")
         kit.advance(4)
         guest.silent = True
         kit.provider.command("time-sync", {})
@@ -209,7 +278,7 @@ def test_the_time_is_right_wherever_a_save_is(directory: Path) -> None:
         guest.silent = False
         guest.answer()
         kit.advance(2)
-        sets = guest.service.fake.sets
+        sets = guest.linux.sets
         assert sets == sorted(sets) and 2 <= len(sets) <= 2 + kit.saves, (sets, kit.saves)
         status = kit.provider.status()["time"]
         assert (status["stray"], status["unanswered"], status["sent"]) == (0, 0, status["answered"])
@@ -224,9 +293,9 @@ def test_the_time_is_right_wherever_a_save_is(directory: Path) -> None:
             script(kit)
 
 
-def test_sabotage_without_the_request_in_the_state_its_answer_is_stray(directory: Path) -> None:
+def test_sabotage_without_the_request_in_the_state_its_answer_is_stray() -> None:
     with ProviderTest(Provider, options={"services": ["heartbeat"]}) as kit:
-        guest = KitGuest(kit, directory, "heartbeat")
+        guest = KitGuest(kit, "heartbeat")
         guest.silent = True
         kit.advance(2.5)
         kit.save_and_restore()
@@ -239,10 +308,10 @@ def test_sabotage_without_the_request_in_the_state_its_answer_is_stray(directory
         assert (heartbeat["stray"], heartbeat["beats"], heartbeat["alive"]) == (1, 0, False)
 
 
-def test_answers_that_do_not_come_are_given_up(directory: Path) -> None:
+def test_answers_that_do_not_come_are_given_up() -> None:
     """By whoever asked: the guest is asked nothing else until it has answered, so it never has two requests at once."""
     with ProviderTest(Provider, options={"answer_seconds": 3}) as kit:
-        guest = KitGuest(kit, directory, "kvp")
+        guest = KitGuest(kit, "kvp")
         guest.silent = True
         first = kit.provider.command("kvp-get", {"key": "a"})
         kit.advance(1)
@@ -264,7 +333,7 @@ def test_answers_that_do_not_come_are_given_up(directory: Path) -> None:
         guest.answer()  # the first one, too late, and the others in time, except for the second, which was dropped
         kit.run()
         assert not isinstance(last, dict) and "no key 'c'" in str(last.exception(0))
-        assert "b" not in guest.service.store.values("external")
+        assert "b" not in guest.linux.pools[ic.Pool.EXTERNAL]
         status = kit.provider.status()["kvp"]
         assert (status["stray"], status["unanswered"], status["sent"]) == (0, 2, status["answered"])
         guest.silent = True
@@ -273,9 +342,9 @@ def test_answers_that_do_not_come_are_given_up(directory: Path) -> None:
         assert not isinstance(waiting, dict) and "went away: it has closed" in str(waiting.exception(0))
 
 
-def test_backpressure_a_guest_that_never_reads_has_one_message_to_read(directory: Path) -> None:
+def test_backpressure_a_guest_that_never_reads_has_one_message_to_read() -> None:
     with ProviderTest(Provider, options={"answer_seconds": 0.1, "time_seconds": 0.2, "services": ["time"]}) as kit:
-        guest = KitGuest(kit, directory, "time")
+        guest = KitGuest(kit, "time")
         guest.silent = True
         kit.advance(1.0)
         with guest.clients["time"].away():
@@ -289,11 +358,11 @@ def test_backpressure_a_guest_that_never_reads_has_one_message_to_read(directory
             assert bound.now <= 1
 
 
-def test_integration_service_negotiation_waits_for_a_daemon_as_long_as_it_takes(directory: Path) -> None:
+def test_integration_service_negotiation_waits_for_a_daemon_as_long_as_it_takes() -> None:
     """Linux reads nothing from the key-value channel before its daemon has come."""
     with ProviderTest(Provider, options={"values": {"role": "web"}, "services": ["kvp"]}) as kit:
-        guest = KitGuest(kit, directory, "kvp")
-        (directory / "pool-external.json").unlink()
+        guest = KitGuest(kit, "kvp")
+        guest.linux.pools[ic.Pool.EXTERNAL].clear()
         guest.clients["kvp"].close()
         guest.silent = True
         guest.open(ic.KVP)
@@ -307,26 +376,28 @@ def test_integration_service_negotiation_waits_for_a_daemon_as_long_as_it_takes(
         guest.silent = False
         guest.answer()
         kit.run()
-        assert guest.service.store.values("external") == {"role": (1, "web")}
+        assert guest.linux.pools[ic.Pool.EXTERNAL] == {"role": "web"}
         assert kit.command("kvp-list", pool="external")["values"] == {"role": "web"}
         assert kit.provider.status()["kvp"]["stray"] == 0
 
 
 @pytest.mark.parametrize("step", [-400 * 86400.0, -3600.0, -1.0, 1.0, 3600.0, 20_000 * 86400.0])
 @pytest.mark.parametrize("whose", ["host", "guest"])
-def test_integration_service_puts_the_guest_right_within_a_minute(directory: Path, whose: str, step: float) -> None:
+def test_integration_service_fault_d8_puts_the_guest_right_within_a_minute(whose: str, step: float) -> None:
     """Whatever one of the two clocks did: the host's slept or was set, the guest's was set by somebody in it. A guest
     like Linux sets its clock only when it is told to."""
     with ProviderTest(Clocks, options={"services": ["time"]}) as kit:
-        guest = KitGuest(kit, directory, "time")
-        system = guest.service.fake
-        assert system.time == Clocks.time
+        linux = KitGuest(kit, "time", clock=lambda: Clocks.elapsed).linux
+
+        def wrong() -> float:
+            return abs(Clocks.elapsed + linux.offset - Clocks.time)
+
+        assert wrong() == 0
 
         def pass_time(seconds: int) -> None:
             for _ in range(seconds):
                 Clocks.elapsed += 1
                 Clocks.time += 1
-                system.time += 1
                 kit.advance(1)
 
         pass_time(17)
@@ -334,26 +405,24 @@ def test_integration_service_puts_the_guest_right_within_a_minute(directory: Pat
             Clocks.time += step
             pass_time(6)
         else:
-            system.time += step
+            linux.offset += step
             pass_time(59)
-        assert abs(system.time - Clocks.time) < 0.3
-        before = guest.service.done["syncs"]
+        assert wrong() < 0.3
+        before = len(linux.sets)
         pass_time(10)
-        assert guest.service.done["syncs"] <= before + 1, "it is not told to set it all the time"
+        assert len(linux.sets) <= before + 1, "it is not told to set it all the time"
 
 
-def test_sabotage_without_the_periodic_sync_a_guest_stays_wrong(directory: Path) -> None:
+def test_sabotage_without_the_periodic_sync_a_guest_stays_wrong() -> None:
     with ProviderTest(Provider, options={"services": ["time"], "sync_seconds": 0}) as kit:
-        guest = KitGuest(kit, directory, "time")
-        system = guest.service.fake
-        system.time -= 1_000_000
+        linux = KitGuest(kit, "time").linux
         kit.advance(600)
-        assert len(system.sets) == 1 and guest.service.done["samples"] > 100
+        assert len(linux.sets) == 1 and linux.samples > 100
 
 
-def test_a_tool_that_has_gone_harms_nobody(directory: Path) -> None:
+def test_a_tool_that_has_gone_harms_nobody() -> None:
     with ProviderTest(Provider) as kit:
-        guest = KitGuest(kit, directory)
+        guest = KitGuest(kit)
         guest.silent = True
         for name, arguments in (
             ("kvp-list", {"pool": "auto"}),
@@ -367,13 +436,13 @@ def test_a_tool_that_has_gone_harms_nobody(directory: Path) -> None:
         guest.silent = False
         guest.answer()
         kit.advance(3)
-        assert guest.service.store.values("external") == {"a": (1, "b")}
+        assert guest.linux.pools[ic.Pool.EXTERNAL] == {"a": "b"}
         assert kit.command("kvp-list", pool="external")["values"] == {"a": "b"}
 
 
-def test_a_guest_that_speaks_other_versions(directory: Path) -> None:
+def test_a_guest_that_speaks_other_versions() -> None:
     with ProviderTest(Provider) as kit:
-        guest = KitGuest(kit, directory, "heartbeat")
+        guest = KitGuest(kit, "heartbeat")
         guest.silent = True
         guest.open(ic.SHUTDOWN)
         client, _, transaction, message = guest.unanswered.pop()
@@ -406,9 +475,9 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("what", HOSTILE)
-def test_integration_service_hostile_bytes_close_their_channel_only(directory: Path, what: str) -> None:
+def test_integration_service_hostile_bytes_close_their_channel_only(what: str) -> None:
     with ProviderTest(Provider) as kit:
-        guest = KitGuest(kit, directory, "time", "kvp")
+        guest = KitGuest(kit, "time", "kvp")
         guest.silent = True
         guest.open(ic.HEARTBEAT)
         client, _, transaction, message = guest.unanswered.pop()
@@ -427,9 +496,9 @@ def test_integration_service_hostile_bytes_close_their_channel_only(directory: P
         assert kit.command("heartbeat")["alive"]
 
 
-def test_strange_but_harmless_messages_are_only_counted(directory: Path) -> None:
+def test_strange_but_harmless_messages_are_only_counted() -> None:
     with ProviderTest(Provider) as kit:
-        guest = KitGuest(kit, directory, "heartbeat")
+        guest = KitGuest(kit, "heartbeat")
         client = guest.clients["heartbeat"]
         for _ in range(300):
             guest.send(client, ic.Message(MessageType.HEARTBEAT, b"", transaction=9, flags=5))
@@ -451,8 +520,8 @@ def test_strange_but_harmless_messages_are_only_counted(directory: Path) -> None
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.binary(max_size=200), max_size=6), st.sampled_from([one.name for one in ANSWERED]))
 def test_no_bytes_of_the_guest_harm_another_service(payloads: list[bytes], name: str) -> None:
-    with tempfile.TemporaryDirectory() as fresh, ProviderTest(Provider) as kit:
-        guest = KitGuest(kit, Path(fresh))
+    with ProviderTest(Provider) as kit:
+        guest = KitGuest(kit)
         client = guest.clients[name]
         for payload in payloads:
             if not client.is_open:
@@ -471,9 +540,9 @@ def test_no_bytes_of_the_guest_harm_another_service(payloads: list[bytes], name:
             assert kit.command("heartbeat")["alive"]
 
 
-def test_states_of_others_and_damage_are_refused(directory: Path) -> None:
+def test_states_of_others_and_damage_are_refused() -> None:
     with ProviderTest(Provider) as kit:
-        KitGuest(kit, directory)
+        KitGuest(kit)
         kit.advance(3)
         kit.provider.restore(kit.provider.save())
         state: dict[str, Any] = msgspec.msgpack.decode(kit.provider.save())
@@ -485,6 +554,9 @@ def test_states_of_others_and_damage_are_refused(directory: Path) -> None:
             (lambda s: s["parts"]["time"]["exchange"].update(version=[4, 0]), "agreed on versions"),
             (lambda s: s["parts"]["time"]["exchange"].update(last_transaction=256), "last_transaction"),
             (lambda s: s["parts"]["time"]["exchange"]["counters"].pop("sent"), "other counters"),
+            (lambda s: s["parts"]["kvp"]["wishes"].update(a={"value": "\0"}), "zero character"),
+            (lambda s: s["parts"]["kvp"]["wishes"].update(a={"value": "x", "value_type": 4}), "kvp service"),
+            (lambda s: s["parts"]["kvp"].update(wishes={str(n): {"value": "x"} for n in range(MOST_TOLD + 1)}), "wish"),
             (lambda s: s["parts"]["kvp"]["exchange"].update(waiting=[{"kind": 2, "body": bytes(9999)}]), "body"),
         ):
             damaged = msgspec.msgpack.decode(msgspec.msgpack.encode(state))
@@ -505,6 +577,7 @@ def test_options_are_checked() -> None:
         ({"heartbeat_seconds": 0}, "heartbeat_seconds"),
         ({"values": {"": "x"}}, "values"),
         ({"values": {"x": "y" * 1024}}, "values"),
+        ({"values": {"x": "\0"}}, "zero character"),
     ):
         with pytest.raises(UsageError, match=message):
             ProviderTest(Provider, options=options)

@@ -263,6 +263,10 @@ class Filed:
 
     def __init__(self, files: dict[str, Path]) -> None:
         self._files = files
+        self.shared: list[str] = []
+
+    def shared_files(self) -> list[str]:
+        return self.shared
 
     def files(self) -> dict[str, Path]:
         return self._files
@@ -288,6 +292,10 @@ def test_a_copy_that_fails_leaves_nothing(tmp_path: Path) -> None:
     (tmp_path / "one").write_bytes(b"1")
     wanted = wanted_files([Filed({"a": tmp_path / "one", "b": tmp_path / "missing"})])  # type: ignore[list-item]
     assert list(wanted) == ["file.disk.a", "file.disk.b"]
+    moved = Filed({"a": tmp_path / "one", "b": tmp_path / "missing"})
+    moved.shared = ["b"]
+    assert list(wanted_files([moved], moving=True)) == ["file.disk.a"]  # type: ignore[list-item]
+    assert wanted_files([moved]) == wanted  # type: ignore[list-item]
     target = tmp_path / "snapshot"
     target.mkdir()
     with pytest.raises(EnvironmentProblem, match=r"cannot copy .*missing"):

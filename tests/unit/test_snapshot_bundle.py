@@ -260,6 +260,14 @@ def test_another_version_is_refused_before_all_else(snapshot: Path) -> None:
         load(snapshot)
 
 
+def test_a_guest_with_services_of_ours_is_refused_in_a_line() -> None:
+    document = json.loads(ENCODED)
+    assert document["manifest"]["vm"]["guest"]["services"] == [], "as older snapshots have it"
+    document["manifest"]["vm"]["guest"]["services"] = ["block"]
+    with pytest.raises(StateError, match=r"^old: .*guest.services = \['block'\]: there are none any more[^\n]*$"):
+        decode_manifest(json.dumps(document).encode(), "old")
+
+
 def test_another_device_is_refused(snapshot: Path) -> None:
     other = bytes.fromhex("8680d310") + bytes(252)
     rewrite(

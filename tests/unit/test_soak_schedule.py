@@ -214,7 +214,7 @@ def test_a_script_and_weights_decide_what_linux_can_do() -> None:
 
 
 def test_a_description_of_ones_own_keeps_its_providers() -> None:
-    plan = plan_episode(Settings(description="services"), 1, 0)
+    plan = plan_episode(Settings(description="network"), 1, 0)
     assert "integration" in [one.kind for one in plan.vm.device.providers]
     with pytest.raises(EnvironmentProblem, match="no VM description 'nothing'"):
         plan_episode(Settings(description="nothing"), 1, 0)

@@ -138,9 +138,9 @@ def test_integration_service_of_linux_over_a_restore(run: Run, programs: Program
         facts = (await ask(vm, "kvp-list", pool="auto"))["values"]
         assert facts["FullyQualifiedDomainName"] == "vmbus-guest" and "cloud" in facts["OSBuildNumber"], facts
         assert len(facts) == 10
-        await ask(vm, "kvp-set", key="number", value=4711, type="u32")
+        assert await ask(vm, "kvp-set", key="number", value=4711, type="u32") == {"told": True}
         values = (await ask(vm, "kvp-list", pool="external"))["values"]
-        assert values == {"role": "example", "number": "4711"}
+        assert values == {"role": "example", "early": "x", "number": "4711"}
         assert "role" in await shell(vm, "tr -d '\\0' < /var/lib/hyperv/.kvp_pool_0")
 
     image = tmp_path / "disk.img"
@@ -174,6 +174,7 @@ def test_integration_service_of_linux_over_a_restore(run: Run, programs: Program
     async def story() -> None:
         vm = await VirtualMachine.launch(described(0), programs)  # as booted: it is saved and restored further down
         async with vm:
+            assert await ask(vm, "kvp-set", key="early", value="y") == {"told": False}, "its kernel boots"
             await vm.wait_ready()
             await samples_alone_set_no_clock(vm)
             # The provider goes, and another comes: the driver's channels, and its daemon, go and come with them.
@@ -182,6 +183,7 @@ def test_integration_service_of_linux_over_a_restore(run: Run, programs: Program
             await vm.control.call("rescind", name="services")
             again = described(4).device.providers[0]
             await vm.control.call("offer", provider=msgspec.to_builtins(again))
+            assert await ask(vm, "kvp-set", key="early", value="x") == {"told": False}, "its driver is not there yet"
             await until_negotiated(vm, 1)
             await until_beats(vm, 5)
             await keys_and_values(vm)
@@ -219,6 +221,11 @@ def test_integration_service_of_linux_over_a_restore(run: Run, programs: Program
             for name in ("heartbeat", "shutdown", "time", "kvp", "vss"):
                 status = await part(vm, name)
                 assert status["stray"] == 0 and status["phase"] == "ready", status
+            # A checkpoint stops the guest for a moment, too: it is told the time.
+            syncs = (await part(vm, "time"))["syncs"]
+            await vm.save(tmp_path / "1", keep=True)
+            await until_beats(vm, 5)
+            assert (await part(vm, "time"))["syncs"] > syncs
             trouble = await shell(vm, "dmesg | grep -E 'WARNING|BUG|blocked for|Call Trace|Stale'")
             assert trouble == "", trouble
             started = time.monotonic()

@@ -18,7 +18,7 @@ from rich.table import Table
 from vmbus.cli.terminal import Steps, run
 from vmbus.cli.vm import CONFIGURATIONS
 from vmbus.errors import EnvironmentProblem
-from vmbus.provision import Provisioned, provision
+from vmbus.provision import Provisioned, find_debian, provision
 from vmbus.qemu.command_line import programs_from
 from vmbus.qemu.description import load_description
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from vmbus_bench.figures import Part, Report
 
 _MEASUREMENTS = Path(__file__).resolve().parents[3] / "bench"
-PARTS = ("guest", "host", "doorbell", "save-restore", "scsi", "network", "downtime", "audit")
+PARTS = ("guest", "host", "doorbell", "save-restore", "scsi", "network", "debian", "downtime", "audit")
 
 
 @click.command()
@@ -54,6 +54,7 @@ def bench(json_file: Path | None, quick: bool, names: tuple[str, ...]) -> None:
         raise EnvironmentProblem(f"the benchmark needs a checkout of the project: there is no {_MEASUREMENTS}")
     if str(_MEASUREMENTS) not in sys.path:
         sys.path.append(str(_MEASUREMENTS))
+    from vmbus_bench.debian import NotMade
     from vmbus_bench.figures import Report
     from vmbus_bench.network import NotPermitted
     from vmbus_bench.processes import describe_machine
@@ -72,7 +73,7 @@ def bench(json_file: Path | None, quick: bool, names: tuple[str, ...]) -> None:
             began = time.monotonic()
             try:
                 part = _measure(name, provisioned, quick, steps)
-            except NotPermitted as error:
+            except (NotPermitted, NotMade) as error:
                 if names:
                     raise
                 left_out.append(f"{name}: {error}")
@@ -93,7 +94,7 @@ def bench(json_file: Path | None, quick: bool, names: tuple[str, ...]) -> None:
 
 
 def _measure(name: str, provisioned: Provisioned, quick: bool, steps: Steps) -> Part:
-    from vmbus_bench import audit, doorbell, downtime, guest, host, network, save_restore, scsi
+    from vmbus_bench import audit, debian, doorbell, downtime, guest, host, network, save_restore, scsi
 
     if name == "host":
         return host.measure(provisioned.libvfio_user, quick=quick, step=steps)
@@ -109,6 +110,11 @@ def _measure(name: str, provisioned: Provisioned, quick: bool, steps: Steps) -> 
     if name == "network":
         card = load_description(CONFIGURATIONS / "network.toml")
         return run(network.measure(card, programs_from(provisioned), quick=quick, step=steps))
+    if name == "debian":
+        machine = load_description(CONFIGURATIONS / "debian.toml")
+        found = find_debian()
+        template = None if found is None else found.image
+        return run(debian.measure(machine, programs_from(provisioned), template, quick=quick, step=steps))
     description = load_description(CONFIGURATIONS / "echo.toml")
     if name == "downtime":
         return run(downtime.measure(description, programs_from(provisioned), quick=quick, step=steps))

@@ -14,7 +14,6 @@ from rich.markup import escape
 from vmbus.cli.agent import parse_parameters
 from vmbus.errors import EnvironmentProblem, UsageError
 from vmbus.qemu.machine import VirtualMachine
-from vmbus_guest.services import CATALOGUE as SERVICES
 from vmbus_guest.testdrivers import CATALOGUE, NAME_RULE, is_name
 from vmbus_guest.testdrivers.describe import COMMON, describe
 
@@ -58,7 +57,7 @@ def read_driver_file(path: Path) -> DriverFile:
     name = path.name.removesuffix(".py").replace("_", "-")
     if path.suffix != ".py" or not is_name(name):
         raise UsageError(f"driver file {path}: the file's name is that of the driver, and '.py'; {NAME_RULE}, or '_'")
-    if name in CATALOGUE or name in SERVICES:
+    if name in CATALOGUE:
         raise UsageError(f"driver file {path}: there is a test driver {name!r} already; give the file another name")
     try:
         source = path.read_text(encoding="utf-8")
@@ -97,8 +96,8 @@ def jobs_for(drives: list[Drive], own: list[DriverFile]) -> list[Drive]:
 
     Raises UsageError for one that does not exist.
     """
-    workloads = {one.name for one in own if one.workload} | set(SERVICES)
-    known = {one.name for one in own} | set(CATALOGUE) | set(SERVICES)
+    workloads = {one.name for one in own if one.workload}
+    known = {one.name for one in own} | set(CATALOGUE)
     together: list[Drive] = []
     alone: list[Drive] = []
     for drive in drives:
@@ -110,12 +109,7 @@ def jobs_for(drives: list[Drive], own: list[DriverFile]) -> list[Drive]:
     if len(together) > 1:
         workloads_parameter = [{"driver": one.driver, **one.parameters} for one in together]
         together = [Drive("mixed", {"workloads": workloads_parameter})]
-    for drive in together:
-        if drive.driver in SERVICES:
-            alone.append(Drive("services", {"services": [{"service": drive.driver, **drive.parameters}]}))
-        else:
-            alone.append(drive)
-    return alone
+    return alone + together
 
 
 async def install(vm: VirtualMachine, own: Sequence[DriverFile]) -> None:

@@ -136,12 +136,12 @@ class LoopbackServer:
         """Connect a guest, which is the caller's to close; arguments as for `LoopbackFunction`."""
         return LoopbackFunction(self.socket_path, **arguments)
 
-    def save(self, files: Path | None = None) -> saved.DeviceState:
+    def save(self, files: Path | None = None, *, moving: bool = False) -> saved.DeviceState:
         """Pause the server and take its state, through the file as it would be written; providers' files go into the
-        directory `files`."""
+        directory `files`. `moving`: as for a live migration."""
         self.command("pause")
         path = self.directory / f"state-{uuid.uuid4().hex}.bin"
-        self.command("save", path=str(path), files=None if files is None else str(files))
+        self.command("save", path=str(path), files=None if files is None else str(files), moving=moving)
         return saved.decode(path.read_bytes())
 
     def stop(self) -> None:

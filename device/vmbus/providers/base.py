@@ -1,7 +1,7 @@
 """What every provider has, and what it may ask of its host."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
@@ -204,9 +204,14 @@ class Provider(ABC):
         """Files outside of the state that a snapshot has to contain, by a name of your own (a-z, 0-9, `_`, `-`).
 
         Asked for while the provider is inactive. They are copied into the snapshot's directory. A live migration
-        copies no files, and is refused while there are some: a provider whose files both hosts share returns none.
+        copies no files, and is refused while there are some, but for those of `shared_files`.
         """
         return {}
+
+    def shared_files(self) -> "Collection[str]":
+        """The names of those `files` with which a live migration needs no copy: where the device goes to, the provider
+        finds the same file by itself, or refuses to be activated."""
+        return ()
 
     def restore_files(self, files: Mapping[str, Path]) -> None:  # noqa: B027 - optional to override
         """Where the copies of `files` are, by their names; called before `restore`. Raise StateError to refuse them.

@@ -119,6 +119,16 @@ def provision_debian(
     return debian_system.make(cache, tools, reporter, environment)
 
 
+def find_debian(cache: Cache | None = None, environment: Mapping[str, str] = os.environ) -> DebianSystem | None:
+    """Return the image with a Debian for guests if it has been made."""
+    from vmbus.provision import debian_system
+    from vmbus.provision.cache import Cache
+
+    cache = cache or Cache()
+    parts = _remembered(cache, environment)
+    return None if parts is None else debian_system.find(cache, parts.kernel)
+
+
 def is_provisioned(cache: Cache, environment: Mapping[str, str] = os.environ) -> bool:
     """Tell whether a set-up with these settings has been completed and is still there."""
     from vmbus.provision import native

@@ -158,7 +158,6 @@ def kernel_arguments(description: VmDescription, *, audit: bool = False) -> str:
         ),
         *([f"vmbus.root={LABEL}"] if description.guest.root else []),
         *([AUDIT_WORD] if audit else []),
-        *([f"vmbus.services={','.join(description.guest.services)}"] if description.guest.services else []),
         *description.guest.kernel_arguments,
     ]
     return " ".join(words)

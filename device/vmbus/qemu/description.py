@@ -27,10 +27,8 @@ class GuestDescription(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         list[Annotated[str, msgspec.Meta(pattern=r"^[!-~]+$")]], msgspec.Meta(max_length=32)
     ] = []
     """Words added to the guest kernel's command line."""
-    services: Annotated[
-        list[Annotated[str, msgspec.Meta(pattern=r"^[a-z][a-z0-9-]{0,31}$")]], msgspec.Meta(max_length=16)
-    ] = []
-    """The guest's services that are started at boot, such as ``integration``: see `vmbus_guest.services`."""
+    services: list[str] = []
+    """Empty: there are none any more. Manifests have it."""
     driver: Literal["userspace", "linux", "both"] | msgspec.UnsetType = msgspec.UNSET
     """Who drives the device: programs over VFIO (``userspace``, unless it is said), or Linux's own VMBus drivers
     (``linux``; with ``both``, programs can drive further functions of the machine). See docs/linux-guest.md. Left out
@@ -52,8 +50,11 @@ class GuestDescription(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return self.driver != "linux"
 
     def __post_init__(self) -> None:
-        if self.linux and self.services:
-            raise ValueError("guest.services are for the userspace driver: Linux's own drivers do that themselves")
+        if self.services:
+            raise ValueError(
+                f"guest.services = {self.services}: there are none any more; Linux's own drivers do that, with "
+                'guest.driver = "linux"'
+            )
 
 
 class VmDescription(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -204,7 +204,8 @@ class Target(Protocol):
 
     @property
     def files(self) -> Path | None:
-        """The directory for copies of the providers' files. None: they cannot go along, and prevent the save."""
+        """The directory for copies of the providers' files. None: it is a migration; none go along, and those that
+        would have to prevent it."""
 
     async def begin(self) -> list[dict[str, object]]:
         """A pass begins: the `channels` for QEMU's migrate. The VM runs as ever and has not been touched."""
@@ -489,7 +490,9 @@ class Capture:
         if not self._driven:
             await barrier(self._monitor, self._control, self._bar0)
             paused = await self._control.call("pause", timeout=PAUSE_TIMEOUT)
-            if paused.get("files") and target.files is not None:
+            if target.files is None:
+                arguments["moving"] = True
+            elif paused.get("files"):
                 arguments["files"] = str(target.files)
                 timeout += FILES_TIMEOUT
         await self._at(Moment.SAVING)

@@ -543,13 +543,13 @@ class DeviceServer:
         raise EnvironmentProblem("the client sends requests without end; stop the vCPUs before pausing the device")
 
     async def _save(
-        self, path: str, files: str | None = None, seconds: float = 30.0, durable: bool = True
+        self, path: str, files: str | None = None, seconds: float = 30.0, durable: bool = True, moving: bool = False
     ) -> dict[str, Any]:
         """Write the state into a new file: if the client migrates the device, the one that it reads.
 
         `files`: the directory for copies of the providers' files. `seconds`: what the providers' callbacks may take.
         `durable`: the file is on the disk when this answers, as it has to be unless it only lives for a while, or the
-        caller sees to that.
+        caller sees to that. `moving`: for a live migration, which takes no files along.
         """
         _check_seconds("save", seconds)
         given = self.driven.given if self.phase is Phase.DRIVEN else None
@@ -562,12 +562,11 @@ class DeviceServer:
         if given is not None:
             state, data = saved.decode(given), given
         else:
-            wanted = wanted_files(self.providers)
+            wanted = wanted_files(self.providers, moving=moving)
             if wanted and files is None:
                 raise UsageError(
                     f"the files {sorted(map(str, wanted.values()))} of providers belong to the device's state, and "
-                    "nothing takes them along here; for a live migration, keep them where both hosts reach them and "
-                    "say so in the provider's options"
+                    "nothing takes them along here"
                 )
             if wanted:
                 assert files is not None

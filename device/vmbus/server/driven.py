@@ -372,7 +372,7 @@ class Driven:
             if wanted := wanted_files(server.providers):
                 raise UsageError(
                     f"the files {sorted(map(str, wanted.values()))} of providers belong to the device's state, and the "
-                    "client does not take them along; keep them where both hosts reach them and say so in the "
+                    "client does not take them along; keep them where both hosts reach them, and say so in the "
                     "provider's options"
                 )
             state = saved.save_device(

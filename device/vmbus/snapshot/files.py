@@ -20,11 +20,15 @@ FILE_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,31}")
 """What a provider may call its file."""
 
 
-def wanted_files(providers: Sequence[Provider]) -> dict[str, Path]:
-    """What is to be copied: name in the snapshot, and where it is now. Raises UsageError for a bad name."""
+def wanted_files(providers: Sequence[Provider], *, moving: bool = False) -> dict[str, Path]:
+    """What is to be copied: name in the snapshot, and where it is now. `moving`: what a live migration would have to
+    copy. Raises UsageError for a bad name."""
     wanted: dict[str, Path] = {}
     for provider in providers:
+        shared = provider.shared_files() if moving else ()
         for name, path in provider.files().items():
+            if name in shared:
+                continue
             if FILE_NAME.fullmatch(name) is None:
                 raise UsageError(f"provider {provider.name!r} calls a file {name!r}; allowed: {FILE_NAME.pattern}")
             wanted[f"{PREFIX}{provider.name}.{name}"] = path

@@ -454,3 +454,14 @@ def parse_kvp(body: bytes) -> Kvp:
     # A request to get or to enumerate has no value yet, and need not say of which type.
     text = _from_value(kind, value, value_size) if value_size or operation == KvpOperation.SET else ""
     return Kvp(operation, pool, name, text, kind, position)
+
+
+def parse_kvp_answer(body: bytes, request: Kvp) -> Kvp:
+    """The answer to a request. Raises IcError for one to another request, and for what has no value of a known type
+    where there has to be one."""
+    found = parse_kvp(body)
+    if found.operation != request.operation or found.position != request.position:
+        raise IcError("an answer to another request")
+    if found.operation == KvpOperation.ENUMERATE and found.value_type not in tuple(ValueType):
+        raise IcError(f"a value of type {found.value_type}; known are {[int(one) for one in ValueType]}")
+    return found

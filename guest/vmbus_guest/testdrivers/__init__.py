@@ -198,10 +198,6 @@ CATALOGUE: dict[str, Entry] = {
         "vmbus_guest.testdrivers.mixed",
         "runs several of the others side by side over one connection to the device",
     ),
-    "services": Entry(
-        "vmbus_guest.services.run",
-        "runs the guest's ends of the integration services until it is stopped",
-    ),
     "disk-writer": Entry(
         "vmbus_guest.testdrivers.disk_writer",
         "makes a file system on a block device, writes and syncs, and checks what it holds: no channels",
@@ -221,10 +217,6 @@ CATALOGUE: dict[str, Entry] = {
     "vsock": Entry(
         "vmbus_guest.testdrivers.vsock",
         "sends and takes frames over two AF_VSOCK connections, checks each, and connects again: no channels",
-    ),
-    "kvp": Entry(
-        "vmbus_guest.testdrivers.kvp",
-        "reads and writes the key-value pools of the guest, as its programs do: no device",
     ),
     "disk-speed": Entry(
         "vmbus_guest.testdrivers.disk_speed",

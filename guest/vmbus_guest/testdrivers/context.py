@@ -59,15 +59,10 @@ class Parameters:
             raise UsageError(f"parameter '{name}' is {value}; it must be {limits}")
         return value
 
-    def objects(self, name: str, short: str = "") -> list[dict[str, Any]]:
-        """Return a parameter that is a list of objects, at least one. Raises `UsageError` if it is not.
-
-        With `short`, a string stands for an object that has it under this key.
-        """
+    def objects(self, name: str) -> list[dict[str, Any]]:
+        """Return a parameter that is a list of objects, at least one. Raises `UsageError` if it is not."""
         self.asked[name] = Asked(None, None, None)
         values = self._values.get(name)
-        if short and isinstance(values, list):
-            values = [{short: value} if isinstance(value, str) else value for value in values]
         if not isinstance(values, list) or not values or not all(isinstance(value, dict) for value in values):
             raise UsageError(f"parameter '{name}' must be a list of objects, not {values!r}")
         return values

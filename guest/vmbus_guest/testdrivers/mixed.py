@@ -2,10 +2,10 @@
 
 Parameters:
 
-    workloads  a list of objects, each with `driver` (a test driver that is a workload, one of a user's, or a service
-               such as "integration") and that one's parameters
+    workloads  a list of objects, each with `driver` (a test driver that is a workload, or one of a user's) and that
+               one's parameters
 
-Services end with the last test driver. The result has their results, in the same order, and one verdict.
+The result has their results, in the same order, and one verdict.
 """
 
 from __future__ import annotations
@@ -13,19 +13,16 @@ from __future__ import annotations
 from typing import Any
 
 from vmbus.errors import UsageError
-from vmbus_guest.services import CATALOGUE
 from vmbus_guest.testdrivers import drivers
 from vmbus_guest.testdrivers.context import Context, Parameters
 from vmbus_guest.testdrivers.workload import Workload, run_workloads
 
 
 def workload_class(name: str) -> type[Workload]:
-    """The class of a workload or service. Raises UsageError."""
-    if name in CATALOGUE:
-        return CATALOGUE[name].load()
+    """The class of a workload. Raises UsageError."""
     known = drivers()
     if name not in known:
-        raise UsageError(f"no workload '{name}'; there are {', '.join(sorted({**known, **CATALOGUE}))}")
+        raise UsageError(f"no workload '{name}'; there are {', '.join(sorted(known))}")
     kind = known[name].workload()
     if kind is None:
         raise UsageError(f"test driver '{name}' runs alone: it is no workload")

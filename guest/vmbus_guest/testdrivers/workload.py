@@ -1,8 +1,8 @@
-"""Running workloads: what all test drivers and services have in common.
+"""Running workloads: what all test drivers have in common.
 
 A workload drives one channel, or several. Several workloads may share the device (a PCI function has one driver
 process), so they have no loop of their own: `run_workloads` connects, opens their channels, pumps, and collects the
-results. A test driver ends when its work is done; a service (`vmbus_guest.services`) ends only on request.
+results. Each ends when its work is done.
 """
 
 from __future__ import annotations
@@ -38,8 +38,6 @@ class Workload(ABC):
     interface_type: UUID
     provider = ""
     """The kind of provider that it needs, for messages; `interface_type` decides."""
-    lasting = False
-    """Whether it goes on until it is stopped."""
     default_pages = 16
     """Data pages of each ring."""
 
@@ -195,13 +193,10 @@ def run_workloads(context: Context, workloads: Sequence[Workload]) -> list[dict[
         for workload in workloads:
             _guarded(workload, workload.begin)
         running = list(workloads)
-        passing = not all(workload.lasting for workload in workloads)
         stopping = False
         looked = time.monotonic()
         while running:
-            # Services that came along with test drivers end with the last of these.
-            alone = passing and all(workload.lasting for workload in running)
-            if (context.stop_requested or alone) and not stopping:
+            if context.stop_requested and not stopping:
                 stopping = True
                 for workload in running:
                     _guarded(workload, workload.stop)

@@ -135,6 +135,8 @@ class Disk:
         create = None if options.size_mib is None or not options.create else options.size_mib * MEBIBYTE
         if self._copy is not None:
             create = create or 0
+        elif self._restored is not None:
+            create = None  # an empty one would not be the guest's disk
         image = open_image(options.image, read_only=options.read_only, create=create, directory=self._directory)
         if self._copy is not None:
             image = self._with_copy(image, self._copy)
@@ -192,9 +194,12 @@ class Disk:
         if self._copy is not None:
             return
         if self._restored is not None and image.stamp != self._restored.stamp:
+            hint = 'a snapshot that shall outlive its VM needs the image in it: snapshot = "copy"'
+            if options.snapshot == "copy":
+                hint = "both hosts have to reach the same image"
             raise EnvironmentProblem(
-                f"{path} was written to after the VM was saved, so it does not fit the guest's memory any more; a "
-                'snapshot that shall outlive its VM needs the image in it: snapshot = "copy"'
+                f"{path} was written to after the VM was saved, or is another disk, so it does not fit the guest's "
+                f"memory; {hint}"
             )
         if self._left is not None and image.stamp != self._left:
             raise EnvironmentProblem(
@@ -422,6 +427,13 @@ class Disk:
             return None
         image = self._image
         return image_path(self.options.image, self._directory) if image is None else image.opened_path
+
+    @property
+    def shared(self) -> bool:
+        """Whether whoever goes on with it can find the very image by its name, and tell that it is. A clone's images
+        are its own, and a block device does not say when it was written to."""
+        image = self._image
+        return self._directory is None and image is not None and image.regular and image.still_there
 
     def restore_file(self, copy: Path | None) -> None:
         """Where the copy is that a snapshot contains. In a clone the disk gets an image of its own."""

@@ -13,7 +13,8 @@ from vmbus.errors import StateError, UsageError
 from vmbus.providers.base import Bound, Host, Provider
 from vmbus.providers.integration.exchange import Exchange, ExchangeState
 from vmbus.providers.integration.freezing import Freeze
-from vmbus.providers.integration.parts import Heartbeat, Kvp, Part, Shutdown, Time, settle
+from vmbus.providers.integration.kvp import MOST_TOLD, Key, Kvp, Value, Wish
+from vmbus.providers.integration.parts import Heartbeat, Part, Shutdown, Time, settle
 from vmbus.records import Count
 from vmbus.wire import ic
 
@@ -24,8 +25,6 @@ _Arguments = TypeVar("_Arguments")
 _Part = TypeVar("_Part", bound=Part)
 
 ServiceName = Literal["heartbeat", "shutdown", "time", "kvp", "vss"]
-_Key = Annotated[str, msgspec.Meta(min_length=1, max_length=255)]
-_Value = Annotated[str, msgspec.Meta(max_length=1023)]
 
 
 class IntegrationOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -39,16 +38,20 @@ class IntegrationOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True
     time_seconds: Annotated[float, msgspec.Meta(ge=0, le=3600)] = 5.0
     sync_seconds: Annotated[float, msgspec.Meta(ge=0, le=86400)] = 30.0
     answer_seconds: Annotated[float, msgspec.Meta(gt=0, le=60)] = 8.0
-    values: Annotated[dict[_Key, _Value], msgspec.Meta(max_length=32)] = {}
+    values: Annotated[dict[Key, Value], msgspec.Meta(max_length=32)] = {}
 
     def __post_init__(self) -> None:
         if not self.services or len(set(self.services)) != len(self.services):
             raise ValueError(f"services = {self.services}: at least one, and each at most once")
+        for key, value in self.values.items():
+            Wish(value).check(key)
 
 
-class _PartState(msgspec.Struct, frozen=True):
+class _PartState(msgspec.Struct, frozen=True, omit_defaults=True):
     exchange: ExchangeState
     numbers: dict[str, Count]
+    wishes: Annotated[dict[Key, Wish], msgspec.Meta(max_length=MOST_TOLD)] | None = None
+    """Of the key-value service; states that do not have it are older, and those of the description were told."""
 
 
 class _State(msgspec.Struct, frozen=True):
@@ -69,19 +72,19 @@ _Pool = Literal["external", "guest", "auto", "auto-external"]
 
 
 class _GetArguments(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    key: _Key
+    key: Key
     pool: _Pool = "guest"
 
 
 class _SetArguments(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    key: _Key
+    key: Key
     value: str | int
     pool: _Pool = "external"
     type: Literal["string", "u32", "u64"] = "string"
 
 
 class _DeleteArguments(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    key: _Key
+    key: Key
     pool: _Pool = "external"
 
 
@@ -155,18 +158,18 @@ class IntegrationProvider(Provider):
                 self._arguments(name, arguments, _NoArguments)
                 return self._tell_time()
             case "shutdown":
-                wish = self._arguments(name, arguments, _ShutdownArguments)
-                return self._part(Shutdown, "shutdown").request(wish.mode, force=wish.force, text=wish.text)
+                end = self._arguments(name, arguments, _ShutdownArguments)
+                return self._part(Shutdown, "shutdown").request(end.mode, force=end.force, text=end.text)
             case "kvp-get":
                 get = self._arguments(name, arguments, _GetArguments)
                 return self._part(Kvp, "kvp").get(get.key, _pool(get.pool))
             case "kvp-set":
                 put = self._arguments(name, arguments, _SetArguments)
-                kind = int(ic.ValueType[put.type.upper()])
-                return self._part(Kvp, "kvp").set(put.key, str(put.value), _pool(put.pool), kind)
+                wish = Wish(str(put.value), ic.ValueType[put.type.upper()])
+                return self._part(Kvp, "kvp").change(put.key, wish, _pool(put.pool))
             case "kvp-delete":
                 delete = self._arguments(name, arguments, _DeleteArguments)
-                return self._part(Kvp, "kvp").delete(delete.key, _pool(delete.pool))
+                return self._part(Kvp, "kvp").change(delete.key, Wish(None), _pool(delete.pool))
             case "kvp-list":
                 which = self._arguments(name, arguments, _ListArguments)
                 return self._part(Kvp, "kvp").list(_pool(which.pool))
@@ -208,7 +211,12 @@ class IntegrationProvider(Provider):
         return msgspec.msgpack.encode(
             _State(
                 version=1,
-                parts={name: _PartState(part.exchange.save(), dict(part.numbers)) for name, part in self.parts.items()},
+                parts={
+                    name: _PartState(
+                        part.exchange.save(), dict(part.numbers), part.wishes if isinstance(part, Kvp) else None
+                    )
+                    for name, part in self.parts.items()
+                },
             )
         )
 
@@ -221,6 +229,11 @@ class IntegrationProvider(Provider):
             if set(record.numbers) != set(part.numbers):
                 raise StateError(f"the state of the {name} service has other numbers: {sorted(record.numbers)}")
             part.exchange.check(record.exchange)
+            for key, wish in (record.wishes or {}).items():
+                try:
+                    wish.check(key)
+                except ValueError as error:
+                    raise StateError(f"the state of the {name} service: {error}") from None
         return saved
 
     def check(self, state: bytes) -> None:
@@ -231,6 +244,9 @@ class IntegrationProvider(Provider):
         for name, part in self.parts.items():
             part.exchange.restore(saved.parts[name].exchange)
             part.numbers.update(saved.parts[name].numbers)
+            wishes = saved.parts[name].wishes
+            if isinstance(part, Kvp) and wishes is not None:
+                part.wishes = dict(wishes)
 
     def status(self) -> dict[str, Any]:
         return {name: part.status() for name, part in self.parts.items()}

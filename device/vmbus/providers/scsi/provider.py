@@ -368,6 +368,9 @@ class ScsiProvider(Provider):
         found = {unit.file_name: unit.disk.file for unit in self.units.values()}
         return {name: file for name, file in found.items() if file is not None}
 
+    def shared_files(self) -> list[str]:
+        return [unit.file_name for unit in self.units.values() if unit.disk.shared]
+
     def restore_files(self, files: Mapping[str, Path]) -> None:
         self._files = dict(files)
 
