@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, settings
 
+from support.pace import PACE, seconds
 from support.twins import twin as twin
 
 # How long an example takes says how busy the machine is, not whether it is right.
@@ -31,6 +32,9 @@ LAYERS = ("unit", "loopback", "browser", "vm")
 NEEDS_MIGRATION_V2 = "needs_migration_v2"
 NO_MIGRATION_V2 = "the installed libvfio-user has no migration v2"
 
+
+PATIENCE = "VMBUS_PATIENCE"
+"""See `vmbus.patience`."""
 
 MATRIX_TEST = "test_failure_matrix.py::test_failure_matrix["
 """One cell of the failure matrix each: see support/failure_matrix.py."""
@@ -65,6 +69,14 @@ def _layer(report: pytest.TestReport | pytest.CollectReport) -> str:
     return str(layer or next((layer for layer in LAYERS if f"/{layer}/" in f"/{report.nodeid}"), LAYERS[-1]))
 
 
+def _usual_bound(item: pytest.Item) -> float:
+    """Seconds that a test may take on a usual machine; 0: any time."""
+    marker = item.get_closest_marker("timeout")
+    if marker is not None:
+        return float(marker.args[0] if marker.args else marker.kwargs["timeout"])
+    return float(getattr(item.config, "_env_timeout", None) or 0)  # of pytest-timeout, if that is installed
+
+
 class _Tally:
     """Outcomes by layer."""
 
@@ -77,6 +89,7 @@ class _Tally:
         self.matrix: Counter[str] = Counter()  # cells of the failure matrix that hold, by layer
         self.notes: list[str] = []
         self.took: Counter[str] = Counter()  # seconds, by test
+        self.tight: dict[str, tuple[float, str]] = {}  # tests that used more than half of a bound: its share, in words
         self.broken = False  # pytest itself, here or in a worker; of the latter xdist's exit status says nothing
 
     def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -97,10 +110,34 @@ class _Tally:
             long = {item.path for item in items if item.get_closest_marker("long")}
             items.sort(key=lambda item: (LAYERS.index(layer_of[item.nodeid]), item.path not in long))
 
+    @pytest.hookimpl(wrapper=True, tryfirst=True)  # around pytest-timeout, which looks for the marker
+    def pytest_runtest_protocol(self, item: pytest.Item) -> Iterator[None]:
+        """The bound of a whole test follows the machine's speed, as those of its waits do."""
+        if item.get_closest_marker("vm"):
+            PACE.look()
+            os.environ[PATIENCE] = f"{PACE.factor:.2f}"  # so what the product waits for a VM follows it, too
+        else:
+            os.environ.pop(PATIENCE, None)
+        PACE.begin()
+        usual = _usual_bound(item)
+        if usual:
+            item.add_marker(pytest.mark.timeout(seconds(usual)), append=False)
+            item.user_properties.append(("bound", seconds(usual)))
+        return (yield)
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_teardown(self, item: pytest.Item) -> Iterator[None]:
+        try:
+            return (yield)
+        finally:
+            item.user_properties.append(("fullest", PACE.fullest))
+
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         layer = _layer(report)
         self.seconds[layer] += report.duration
         self.took[report.nodeid] += report.duration
+        if report.when == "teardown":
+            self._note_bounds(report)
         if self.config.pluginmanager.hasplugin("dsession"):
             self._tell(report)
         if report.when == "call" or report.outcome != "passed":
@@ -136,6 +173,15 @@ class _Tally:
             reporter.write_line(f"FAILED {report.nodeid} ({report.when}): {why[:300]}", red=True)
         elif report.when == "teardown" and _layer(report) == "vm":
             reporter.write_line(f"{self.took[report.nodeid]:6.1f} s  {report.nodeid}")
+
+    def _note_bounds(self, report: pytest.TestReport) -> None:
+        said = dict(report.user_properties)
+        share, words = said.get("fullest", (0.0, ""))
+        took, bound = self.took[report.nodeid], said.get("bound")
+        if bound and took / bound > share:
+            share, words = took / bound, f"{took:.1f} of {bound:.0f} s for all of it"
+        if share > 0.5:
+            self.tight[report.nodeid] = (share, words)
 
     @property
     def gaps(self) -> list[str]:
@@ -173,6 +219,8 @@ class _Tally:
                 f"failure matrix: {self.matrix['loopback']} of {len(CELLS)} cells hold, {self.matrix['vm']} of "
                 f"{len(IN_QEMU)} in QEMU; {len(GAPS)} combinations are left out with a reason"
             )
+        for nodeid, (_, words) in sorted(self.tight.items(), key=lambda one: -one[1][0]):
+            terminalreporter.line(f"more than half of a bound: {nodeid}: {words}", yellow=True)
         if self.excused:
             terminalreporter.line(f"{self.excused.total()} tests left out: {self.excuse}", yellow=True)
         if config.option.all_layers:
@@ -182,6 +230,10 @@ class _Tally:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[NOTES] = []
+    if is_worker(config) or not config.getoption("numprocesses", None):
+        PACE.start()
+        if PACE.factor > 1.5:
+            config.stash[NOTES].append(f"a slow or busy machine: bounds were {PACE.factor:.1f} times as long as usual")
     if threading.current_thread() is threading.main_thread():
         # Whoever ends the run (`timeout` in CI) gets what a Ctrl-C gets: tests clean up, and what has failed is told.
         signal.signal(signal.SIGTERM, signal.default_int_handler)

@@ -146,6 +146,30 @@ def test_a_failure_is_told_whatever_is_collected_meanwhile(tmp_path: Path) -> No
     assert "INTERNALERROR" not in text, text
 
 
+@pytest.mark.parametrize("options", [(), SEVERAL], ids=["one", "several"])
+def test_bounds_follow_the_machine_and_who_came_close_is_said(tmp_path: Path, options: tuple[str, ...]) -> None:
+    """On a machine of half the speed a test may take twice as long; whole tests and single waits are looked at."""
+    (tmp_path / "half_speed.py").write_text(
+        "from support.pace import PACE\ndef measured(): PACE.factor = 2.0\nPACE.start = PACE.look = measured\n"
+    )
+    (tmp_path / "test_slow.py").write_text(
+        "import time, pytest\nfrom support.pace import until\n"
+        "pytestmark = pytest.mark.vm\n"
+        "@pytest.mark.timeout(1)\ndef test_whole(): time.sleep(1.2)\n"
+        "@pytest.mark.timeout(100)\ndef test_wait():\n"
+        "    begun = time.monotonic()\n"
+        "    until(lambda: time.monotonic() > begun + 0.6, 'a moment to pass', 0.5)\n"
+        "def test_quick(): pass\n"
+    )
+    code, text = outcome(tmp_path, "", *options, "-p", "half_speed")
+    assert code == 0, text
+    assert "a slow or busy machine: bounds were 2.0 times as long as usual" in text
+    said = [line.removeprefix("more than half of a bound: ") for line in text.splitlines() if "half of a" in line]
+    assert len(said) == 2, text
+    assert any(line.startswith("test_slow.py::test_whole: 1.") and "of 2 s for all of it" in line for line in said)
+    assert any(line.startswith("test_slow.py::test_wait: 0.") and "for a moment to pass" in line for line in said)
+
+
 def _counts(text: str) -> dict[str, tuple[int, int]]:
     """Passed and failed, by layer, as the summary has them."""
     rows = [line.split() for line in text.splitlines() if line.startswith(("unit ", "loopback ", "vm "))]
