@@ -19,6 +19,8 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, settings
 
+from support.ending import RunFolder, left_in, tell_workers
+from support.pace import PACE, seconds
 from support.twins import twin as twin
 
 # How long an example takes says how busy the machine is, not whether it is right.
@@ -32,12 +34,22 @@ NEEDS_MIGRATION_V2 = "needs_migration_v2"
 NO_MIGRATION_V2 = "the installed libvfio-user has no migration v2"
 
 
+PATIENCE = "VMBUS_PATIENCE"
+"""See `vmbus.patience`."""
+
 MATRIX_TEST = "test_failure_matrix.py::test_failure_matrix["
 """One cell of the failure matrix each: see support/failure_matrix.py."""
 
 
+NEEDS_ROOT = "needs-root"
+"""Property of a test that was left out for a user who may not do what it needs; its value says what that is."""
+
 NOTES = pytest.StashKey[list[str]]()
 """Lines for the summary, see `note`."""
+
+
+FOLDER = pytest.StashKey[RunFolder]()
+"""The temporary directory of this process."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -45,7 +57,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--all-layers",
         action="store_true",
         help=f"fail when a layer ({', '.join(LAYERS)}) passed no test, or when any test was skipped, except for those "
-        f"marked {NEEDS_MIGRATION_V2} where {NO_MIGRATION_V2}",
+        f"marked {NEEDS_MIGRATION_V2} where {NO_MIGRATION_V2}, and, unless by root, what this machine lets only root do",
     )
 
 
@@ -65,6 +77,22 @@ def _layer(report: pytest.TestReport | pytest.CollectReport) -> str:
     return str(layer or next((layer for layer in LAYERS if f"/{layer}/" in f"/{report.nodeid}"), LAYERS[-1]))
 
 
+def _usual_bound(item: pytest.Item) -> float:
+    """Seconds that a test may take on a usual machine; 0: any time."""
+    marker = item.get_closest_marker("timeout")
+    if marker is not None:
+        return float(marker.args[0] if marker.args else marker.kwargs["timeout"])
+    return float(getattr(item.config, "_env_timeout", None) or 0)  # of pytest-timeout, if that is installed
+
+
+def _not_permitted(skipped: BaseException) -> bool:
+    """Whether a test was skipped because the machine did not let it do something."""
+    from support.namespace import NotPermitted
+    from vmbus.testbed.hosts import Forbidden
+
+    return isinstance(skipped.__context__, NotPermitted | Forbidden | PermissionError)
+
+
 class _Tally:
     """Outcomes by layer."""
 
@@ -74,9 +102,11 @@ class _Tally:
         self.seconds: Counter[str] = Counter()
         self.excused: Counter[str] = Counter()
         self.excuse = ""
+        self.for_root: Counter[tuple[str, str]] = Counter()  # tests left out, by layer and by what only root may do
         self.matrix: Counter[str] = Counter()  # cells of the failure matrix that hold, by layer
         self.notes: list[str] = []
         self.took: Counter[str] = Counter()  # seconds, by test
+        self.tight: dict[str, tuple[float, str]] = {}  # tests that used more than half of a bound: its share, in words
         self.broken = False  # pytest itself, here or in a worker; of the latter xdist's exit status says nothing
 
     def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -97,10 +127,34 @@ class _Tally:
             long = {item.path for item in items if item.get_closest_marker("long")}
             items.sort(key=lambda item: (LAYERS.index(layer_of[item.nodeid]), item.path not in long))
 
+    @pytest.hookimpl(wrapper=True, tryfirst=True)  # around pytest-timeout, which looks for the marker
+    def pytest_runtest_protocol(self, item: pytest.Item) -> Iterator[None]:
+        """The bound of a whole test follows the machine's speed, as those of its waits do."""
+        if item.get_closest_marker("vm"):
+            PACE.look()
+            os.environ[PATIENCE] = f"{PACE.factor:.2f}"  # so what the product waits for a VM follows it, too
+        else:
+            os.environ.pop(PATIENCE, None)
+        PACE.begin()
+        usual = _usual_bound(item)
+        if usual:
+            item.add_marker(pytest.mark.timeout(seconds(usual)), append=False)
+            item.user_properties.append(("bound", seconds(usual)))
+        return (yield)
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_teardown(self, item: pytest.Item) -> Iterator[None]:
+        try:
+            return (yield)
+        finally:
+            item.user_properties.append(("fullest", PACE.fullest))
+
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         layer = _layer(report)
         self.seconds[layer] += report.duration
         self.took[report.nodeid] += report.duration
+        if report.when == "teardown":
+            self._note_bounds(report)
         if self.config.pluginmanager.hasplugin("dsession"):
             self._tell(report)
         if report.when == "call" or report.outcome != "passed":
@@ -113,6 +167,17 @@ class _Tally:
             if reason.startswith(NO_MIGRATION_V2):
                 self.excused[layer] += 1
                 self.excuse = reason
+
+        for reason in (value for key, value in report.user_properties if key == NEEDS_ROOT):
+            self.for_root[layer, str(reason)] += 1
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_makereport(self, call: pytest.CallInfo[None]) -> Iterator[pytest.TestReport]:
+        """An ordinary user may leave out what this machine only lets root do; root may not."""
+        report = yield
+        if report.skipped and os.geteuid() != 0 and call.excinfo is not None and _not_permitted(call.excinfo.value):
+            report.user_properties.append((NEEDS_ROOT, str(call.excinfo.value)))
+        return report
 
     def pytest_internalerror(self) -> None:
         self.broken = True
@@ -137,13 +202,25 @@ class _Tally:
         elif report.when == "teardown" and _layer(report) == "vm":
             reporter.write_line(f"{self.took[report.nodeid]:6.1f} s  {report.nodeid}")
 
+    def _note_bounds(self, report: pytest.TestReport) -> None:
+        said = dict(report.user_properties)
+        share, words = said.get("fullest", (0.0, ""))
+        took, bound = self.took[report.nodeid], said.get("bound")
+        if bound and took / bound > share:
+            share, words = took / bound, f"{took:.1f} of {bound:.0f} s for all of it"
+        if share > 0.5:
+            self.tight[report.nodeid] = (share, words)
+
+    def _for_root(self, layer: str) -> int:
+        return sum(count for (of, _), count in self.for_root.items() if of == layer)
+
     @property
     def gaps(self) -> list[str]:
         gaps = [f"layer {layer} passed no test" for layer in LAYERS if not self.counts[layer]["passed"]]
         return gaps + [
             f"{skipped} tests of layer {layer} were skipped"
             for layer in LAYERS
-            if (skipped := self.counts[layer]["skipped"] - self.excused[layer])
+            if (skipped := self.counts[layer]["skipped"] - self.excused[layer] - self._for_root(layer))
         ]
 
     @pytest.hookimpl(trylast=True)
@@ -173,8 +250,15 @@ class _Tally:
                 f"failure matrix: {self.matrix['loopback']} of {len(CELLS)} cells hold, {self.matrix['vm']} of "
                 f"{len(IN_QEMU)} in QEMU; {len(GAPS)} combinations are left out with a reason"
             )
+        for nodeid, (_, words) in sorted(self.tight.items(), key=lambda one: -one[1][0]):
+            terminalreporter.line(f"more than half of a bound: {nodeid}: {words}", yellow=True)
         if self.excused:
             terminalreporter.line(f"{self.excused.total()} tests left out: {self.excuse}", yellow=True)
+        by_reason: Counter[str] = Counter()
+        for (_, reason), count in self.for_root.items():
+            by_reason[reason] += count
+        for reason, count in by_reason.items():
+            terminalreporter.line(f"root would run {count} tests more: {reason}", yellow=True)
         if config.option.all_layers:
             for gap in self.gaps:
                 terminalreporter.line(f"NOT COMPLETE: {gap}", red=True)
@@ -182,10 +266,29 @@ class _Tally:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[NOTES] = []
+    config.stash[FOLDER] = (
+        RunFolder.of_a_worker(config.workerinput["workerid"]) if is_worker(config) else RunFolder.of_the_run()
+    )
+    if is_worker(config) or not config.getoption("numprocesses", None):
+        PACE.start()
+        if PACE.factor > 1.5:
+            config.stash[NOTES].append(f"a slow or busy machine: bounds were {PACE.factor:.1f} times as long as usual")
     if threading.current_thread() is threading.main_thread():
         # Whoever ends the run (`timeout` in CI) gets what a Ctrl-C gets: tests clean up, and what has failed is told.
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+        def terminated(number: int, frame: Any) -> None:
+            if config.pluginmanager.hasplugin("dsession"):
+                tell_workers(number)
+            signal.default_int_handler(number, frame)
+
+        signal.signal(signal.SIGTERM, terminated)
     config.pluginmanager.register(_Tally(config), "layer-tally")
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    folder = config.stash.get(FOLDER, None)
+    if folder is not None:
+        folder.remove()
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
@@ -217,6 +320,17 @@ def _complaints_from_the_start() -> None:
     from vmbus.complaints import COMPLAINTS
 
     COMPLAINTS.refill()
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_left(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Nothing stays in the directory for temporary files."""
+    folder = request.config.stash[FOLDER].path
+    before = left_in(folder)
+    yield
+    if request.node.get_closest_marker("loopback"):
+        left = left_in(folder) - before
+        assert not left, f"left in the directory for temporary files: {sorted(left)}"
 
 
 @pytest.fixture(autouse=True)

@@ -146,6 +146,68 @@ def test_a_failure_is_told_whatever_is_collected_meanwhile(tmp_path: Path) -> No
     assert "INTERNALERROR" not in text, text
 
 
+FOR_ROOT = """
+import pytest
+from support.namespace import NotPermitted
+
+@pytest.mark.loopback
+def test_namespace():
+    try: raise NotPermitted("no namespaces for you")
+    except NotPermitted as error: pytest.skip(str(error))
+
+@pytest.mark.vm
+def test_mount():
+    try: raise PermissionError(1, "cannot mount")
+    except OSError as error: pytest.skip(str(error))
+"""
+OTHERS = """
+import os
+os.geteuid = lambda: {uid}
+"""
+
+
+@pytest.mark.parametrize("options", [(), SEVERAL], ids=["one", "several"])
+def test_fault_n4_what_needs_root_is_excused_for_others_and_said(tmp_path: Path, options: tuple[str, ...]) -> None:
+    (tmp_path / "who.py").write_text(OTHERS.format(uid=1000))
+    code, text = outcome(tmp_path, FOR_ROOT, *options, "-p", "who")
+    assert code == 0, text
+    assert "root would run 1 tests more: no namespaces for you" in text and "NOT COMPLETE" not in text, text
+    assert "root would run 1 tests more: [Errno 1] cannot mount" in text, text
+
+
+@pytest.mark.parametrize("uid", [0, 1000])
+def test_fault_n4_root_leaves_nothing_out_and_others_nothing_else(tmp_path: Path, uid: int) -> None:
+    (tmp_path / "who.py").write_text(OTHERS.format(uid=uid))
+    code, text = outcome(tmp_path, WITHOUT_THE_MARKER + (FOR_ROOT if uid == 0 else ""), "-p", "who")
+    assert code == 1, text
+    assert f"NOT COMPLETE: {2 if uid == 0 else 1} tests of layer loopback were skipped" in text, text
+    assert "root would run" not in text
+
+
+@pytest.mark.parametrize("options", [(), SEVERAL], ids=["one", "several"])
+def test_bounds_follow_the_machine_and_who_came_close_is_said(tmp_path: Path, options: tuple[str, ...]) -> None:
+    """On a machine of half the speed a test may take twice as long; whole tests and single waits are looked at."""
+    (tmp_path / "half_speed.py").write_text(
+        "from support.pace import PACE\ndef measured(): PACE.factor = 2.0\nPACE.start = PACE.look = measured\n"
+    )
+    (tmp_path / "test_slow.py").write_text(
+        "import time, pytest\nfrom support.pace import until\n"
+        "pytestmark = pytest.mark.vm\n"
+        "@pytest.mark.timeout(1)\ndef test_whole(): time.sleep(1.2)\n"
+        "@pytest.mark.timeout(100)\ndef test_wait():\n"
+        "    begun = time.monotonic()\n"
+        "    until(lambda: time.monotonic() > begun + 0.6, 'a moment to pass', 0.5)\n"
+        "def test_quick(): pass\n"
+    )
+    code, text = outcome(tmp_path, "", *options, "-p", "half_speed")
+    assert code == 0, text
+    assert "a slow or busy machine: bounds were 2.0 times as long as usual" in text
+    said = [line.removeprefix("more than half of a bound: ") for line in text.splitlines() if "half of a" in line]
+    assert len(said) == 2, text
+    assert any(line.startswith("test_slow.py::test_whole: 1.") and "of 2 s for all of it" in line for line in said)
+    assert any(line.startswith("test_slow.py::test_wait: 0.") and "for a moment to pass" in line for line in said)
+
+
 def _counts(text: str) -> dict[str, tuple[int, int]]:
     """Passed and failed, by layer, as the summary has them."""
     rows = [line.split() for line in text.splitlines() if line.startswith(("unit ", "loopback ", "vm "))]

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from support import boot, streams
+from support.pace import bounded
 from support.processes import children
 from vmbus.provision import provision
 from vmbus.qemu.command_line import Programs, programs_from
@@ -65,13 +66,14 @@ def demo_description() -> VmDescription:
 
 @pytest.fixture
 def run() -> Callable[[Coroutine[Any, Any, Any]], Any]:
-    """Run a coroutine with a bound that is far above what any of them needs."""
+    """Run a coroutine with a bound that is far above what any of them needs, and follows the machine's speed."""
 
     def run(work: Coroutine[Any, Any, Any], timeout: float = 200.0) -> Any:
-        async def bounded() -> Any:
-            return await asyncio.wait_for(work, timeout)
+        async def in_time() -> Any:
+            with bounded(timeout, "a story") as bound:
+                return await asyncio.wait_for(work, bound)
 
-        return asyncio.run(bounded())
+        return asyncio.run(in_time())
 
     return run
 

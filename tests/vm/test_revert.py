@@ -10,7 +10,6 @@ import asyncio
 import contextlib
 import os
 import signal
-import time
 from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ import msgspec
 import pytest
 
 from support.boot import boot
+from support.pace import eventually, seconds
 from vmbus.errors import EnvironmentProblem, StateError, UsageError, VmbusError
 from vmbus.qemu.command_line import Programs
 from vmbus.qemu.description import VmDescription
@@ -27,14 +27,15 @@ from vmbus.qemu.process import ProcessDied
 from vmbus.qemu.qmp import QmpCommandFailed
 from vmbus.qemu.revert import RevertFailed, RevertReport
 from vmbus.qemu.save import Sabotage
-from vmbus.qemu.story import Figures, Story, audit, finish, until_in_flight
+from vmbus.qemu.story import Figures, Story, audit, begun, finish, until_in_flight
 
 pytestmark = [pytest.mark.vm, pytest.mark.long]
 
 Run = Callable[[Coroutine[Any, Any, Any]], Any]
 
-# Under TCG the guest's clock jumps at a revert by all that was undone, which is no stall.
-STORY = Story(packets=128, echo_count=6_000, burst_count=8_000, stall_seconds=120.0)
+# The traffic goes on until it is stopped: so it never has run out when somebody was slow to look. Under TCG the guest's
+# clock jumps at a revert by all that was undone, which is no stall.
+STORY = Story(packets=128, echo_count=0, burst_count=0, stall_seconds=120.0)
 NEW = {"kind": "echo", "name": "added", "instance": "00000000-0000-4000-8000-0000000000aa", "options": {"hold": 2}}
 
 
@@ -51,11 +52,12 @@ async def in_traffic(description: VmDescription, programs: Programs) -> tuple[Vi
 
 
 async def to_the_end(vm: VirtualMachine, job: int) -> Figures:
-    """The traffic runs out; both sides' books."""
-    report = await finish(vm, job)
+    """The traffic goes on for a while, and runs out; both sides' books."""
+    await until_ahead(vm, await progress(vm) + 2000)
+    report = await finish(vm, job, stop=True)
     assert vm.control is not None
     figures = Figures()
-    audit(figures, report, await vm.control.call("status"), STORY.expected())
+    audit(figures, report, await vm.control.call("status"), begun(report))
     return figures
 
 
@@ -70,19 +72,21 @@ async def progress(vm: VirtualMachine) -> int:
 
 
 async def until_ahead(vm: VirtualMachine, of: int) -> None:
-    deadline = time.monotonic() + 30
-    while await progress(vm) <= of:
-        assert time.monotonic() < deadline, f"the device did not get beyond {of} transactions in 30 s"
+    async def ahead() -> bool:
+        return await progress(vm) > of
+
+    await eventually(ahead, f"the device to get beyond {of} transactions", 30)
 
 
 async def a_migration_that_fails(vm: VirtualMachine) -> None:
     """QEMU remembers it, and would fail its next load for it."""
     with contextlib.suppress(QmpCommandFailed):
         await vm.execute("migrate", {"uri": "unix:/no/such/socket"})
-    deadline = time.monotonic() + 20
-    while "error-desc" not in (found := await vm.execute("query-migrate")):
-        assert time.monotonic() < deadline, f"the migration to nowhere did not fail in 20 s: {found}"
-        await asyncio.sleep(0.02)
+
+    async def failed() -> bool:
+        return "error-desc" in await vm.execute("query-migrate")
+
+    await eventually(failed, "the migration to nowhere to fail", 20)
 
 
 def show(what: str, report: RevertReport) -> None:
@@ -106,7 +110,8 @@ def test_revert_in_mid_traffic_to_any_checkpoint_and_forward_again(
             for tag in ("3", "1", "2"):
                 taken = await vm.checkpoint(tag)
                 print(f"checkpoint {tag}: {taken}")
-                assert min(taken.packets.values()) >= 0 and taken.downtime < 10
+                # How long the disk takes for the guest's memory is not ours.
+                assert min(taken.packets.values()) >= 0 and taken.downtime - taken.phases["ram"] < seconds(10)
                 seen[tag] = taken.packets["queued"] + taken.packets["sent"]
                 await until_ahead(vm, await progress(vm) + 1000)
             assert [one.tag for one in vm.checkpoints()] == ["3", "1", "2"]
@@ -122,7 +127,7 @@ def test_revert_in_mid_traffic_to_any_checkpoint_and_forward_again(
                 figures = await to_the_end(vm, job)
                 assert not figures.reasons, figures.reasons
                 print(f"from {tag} to the end: {figures.completed} of {figures.transactions} transactions")
-                assert figures.completed == figures.transactions
+                assert figures.completed == figures.transactions > 2000
             await vm.delete_checkpoint("1")
             with pytest.raises(UsageError, match=r"there is no checkpoint '1'.*there: 2, 3"):
                 await vm.revert("1")

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from vmbus.errors import EnvironmentProblem, UsageError, VmbusError, WaitTimeout
+from vmbus.patience import patient
 
 LINE_LIMIT = 8 << 20
 """Longest line accepted from a guest, in bytes. A guest that sends more is cut off."""
@@ -49,7 +50,8 @@ class GuestOutput:
 
 
 class AgentClient:
-    """A client of one VM's agent. Several requests may be under way at once.
+    """A client of one VM's agent. Several requests may be under way at once. Timeouts are seconds of a usual machine
+    (see `vmbus.patience`).
 
     `on_event` is called with every line that is not an answer (``{"event": ...}``); it must not raise.
     """
@@ -80,6 +82,7 @@ class AgentClient:
 
     async def connect(self, timeout: float = 10.0) -> None:
         """Connects, and stays connected (reconnecting if need be) until `close`."""
+        timeout = patient(timeout)
         if self._task is None:
             self._task = asyncio.create_task(self._run(), name=f"agent client of {self._path}")
         try:
@@ -130,6 +133,7 @@ class AgentClient:
         """As `call`, with the arguments as a dictionary (which may then have any keys)."""
         if self._task is None:
             raise UsageError("the agent client is not connected: call connect() first")
+        timeout = patient(timeout)
         self._next_id += 1
         number = self._next_id
         line = json.dumps({"id": number, "command": command, "arguments": arguments}).encode() + b"\n"
@@ -163,11 +167,12 @@ class AgentClient:
 
         Raises `WaitTimeout` then, with the beginning of what it printed; `AgentError` if it cannot be started.
         """
-        arguments = {"argv": list(argv), "timeout": timeout}
+        within = patient(timeout)
+        arguments = {"argv": list(argv), "timeout": within}
         result = await self.request("execute", arguments, timeout=timeout + _EXECUTE_GRACE)
         if result["expired"]:
             shown = " ".join(argv)
-            raise WaitTimeout(f"{shown!r} in the guest to end; it printed {result['output'][:2000]!r}", timeout)
+            raise WaitTimeout(f"{shown!r} in the guest to end; it printed {result['output'][:2000]!r}", within)
         return GuestOutput(int(result["code"]), str(result["output"]), int(result["bytes"]))
 
     async def wait_ready(self, timeout: float) -> None:

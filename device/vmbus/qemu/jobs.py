@@ -9,6 +9,7 @@ import time
 from collections.abc import Mapping
 
 from vmbus.errors import WaitTimeout
+from vmbus.patience import patient
 from vmbus.qemu.qmp import QmpCommandFailed
 from vmbus.qemu.save import QemuMonitor
 
@@ -23,6 +24,7 @@ async def run_job(
     Raises `QmpCommandFailed` with QEMU's reason if it fails, `WaitTimeout` naming `what`. A job cannot be called off:
     if we are cancelled, its end is still waited for, so that nothing goes on behind our back.
     """
+    timeout = patient(timeout)
     name = f"vmbus-{secrets.token_hex(6)}"
     with monitor.listen("JOB_STATUS_CHANGE") as events:
         await monitor.execute(command, {"job-id": name, **arguments})

@@ -33,6 +33,7 @@ from vmbus.migration.destination import GO_TIMEOUT, Destination
 from vmbus.migration.link import SILENCE
 from vmbus.migration.messages import Prepare
 from vmbus.migration.source import ASK_TIMEOUT, Departing, MigrationInDoubt, MigrationReport, Source
+from vmbus.patience import patient
 from vmbus.providers.disk.image import CLONE_VARIABLE
 from vmbus.qemu.agent import AgentClient, GuestOutput
 from vmbus.qemu.audit import collect
@@ -80,6 +81,8 @@ CONTROL_TIMEOUT = 30.0
 
 START_TIMEOUT = 60.0
 """Seconds that the server and QEMU have for coming up, each."""
+
+_ANSWER_GRACE = 20.0  # seconds that the guest may need to say that its time is up
 
 FINISH_TIMEOUT = 120.0
 """Seconds that the device server may take to rebuild its channels and packets."""
@@ -557,7 +560,13 @@ class VirtualMachine:
         await self.guard(self.agent.wait_ready(timeout), "the guest's agent", timeout + 1)
 
     async def call_agent(self, command: str, /, *, timeout: float = 30.0, **arguments: Any) -> dict[str, Any]:
-        """A request to the guest's agent that also ends when a process of the VM dies. See `AgentClient.call`."""
+        """A request to the guest's agent that also ends when a process of the VM dies. See `AgentClient.call`.
+
+        ``wait`` is answered after `timeout` seconds with what the job has come to by then.
+        """
+        if command == "wait":
+            arguments = {"timeout": patient(timeout), **arguments}
+            timeout += _ANSWER_GRACE
         return await self.guard(
             self.agent.request(command, arguments, timeout=timeout), f"the agent's answer to {command!r}", timeout + 1
         )

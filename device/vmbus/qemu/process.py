@@ -28,6 +28,7 @@ from typing import TypeVar
 import msgspec
 
 from vmbus.errors import EnvironmentProblem, UsageError, VmbusError, WaitTimeout
+from vmbus.patience import patient
 from vmbus.qemu.logs import LOOK_EVERY, shorten
 
 T = TypeVar("T")
@@ -177,11 +178,13 @@ class Child:
 
 
 async def guard_all(children: Iterable[Child], work: Awaitable[T], what: str, timeout: float) -> T:
-    """Waits for `work`, at most `timeout` seconds, and only while every one of `children` lives.
+    """Waits for `work`, at most `timeout` seconds (of a usual machine: see `vmbus.patience`), and only while every one
+    of `children` lives.
 
     Raises `ProcessDied` as soon as a child ends (unless the work is done by then), `WaitTimeout` naming `what` when
     time is up, and whatever the work raises. The work is cancelled in every case but its own end.
     """
+    timeout = patient(timeout)
     task = asyncio.ensure_future(work)
     watched = list(children)
     ends = {child.exited for child in watched}

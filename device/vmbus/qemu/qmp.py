@@ -14,6 +14,7 @@ from qemu.qmp import ExecuteError, QMPClient, QMPError
 from qemu.qmp.events import EventListener
 
 from vmbus.errors import EnvironmentProblem, WaitTimeout
+from vmbus.patience import patient
 
 COMMAND_TIMEOUT = 20.0
 """Seconds that QEMU may take to answer a command, unless the caller says otherwise."""
@@ -35,6 +36,8 @@ class MigrationFailed(EnvironmentProblem):
 class Monitor:
     """A connection to one QEMU's monitor.
 
+    Timeouts are seconds of a usual machine (see `vmbus.patience`).
+
     Every method raises `WaitTimeout` when QEMU does not answer in time, `QmpCommandFailed` when it refuses, and
     `EnvironmentProblem` when the connection is lost.
     """
@@ -48,6 +51,7 @@ class Monitor:
 
     async def connect(self, address: Path | socket.socket, timeout: float = COMMAND_TIMEOUT) -> None:
         """Connects to a monitor socket (a path, or a socket that is connected already)."""
+        timeout = patient(timeout)
         target = str(address) if isinstance(address, Path) else address
         try:
             async with asyncio.timeout(timeout):
@@ -67,6 +71,7 @@ class Monitor:
         self, command: str, arguments: Mapping[str, object] | None = None, *, timeout: float = COMMAND_TIMEOUT
     ) -> Any:
         """Executes one command and returns its value (decoded JSON; see QEMU's reference for its shape)."""
+        timeout = patient(timeout)
         try:
             async with asyncio.timeout(timeout):
                 return await self._client.execute(command, arguments)
@@ -96,10 +101,11 @@ class Monitor:
         After a migration QEMU needs a moment more until it may run again, and says nothing when that is over: so this
         asks until it is.
         """
-        deadline = time.monotonic() + COMMAND_TIMEOUT
+        timeout = patient(COMMAND_TIMEOUT)
+        deadline = time.monotonic() + timeout
         while (state := await self.status()) == "finish-migrate":
             if time.monotonic() > deadline:
-                raise WaitTimeout(f"{self.name} to finish its migration", COMMAND_TIMEOUT)
+                raise WaitTimeout(f"{self.name} to finish its migration", timeout)
             await asyncio.sleep(0.005)
         if state != "running":
             await self.execute("cont")
@@ -128,6 +134,7 @@ class Monitor:
         Raises `MigrationFailed` with QEMU's reason if it ends in any other way. The status is asked for, and MIGRATION
         events (which the caller has switched on, or not) only shorten the wait until the next question.
         """
+        timeout = patient(timeout)
         deadline = time.monotonic() + timeout
         with self.listen("MIGRATION") as events:
             while True:

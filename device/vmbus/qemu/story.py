@@ -15,6 +15,7 @@ from typing import Any
 import msgspec
 
 from vmbus.errors import WaitTimeout
+from vmbus.patience import patient
 from vmbus.qemu.command_line import Programs
 from vmbus.qemu.description import VmDescription
 from vmbus.qemu.machine import VirtualMachine
@@ -116,7 +117,8 @@ def _pids(vm: VirtualMachine) -> list[int]:
 
 async def until_in_flight(vm: VirtualMachine, job: int, story: Story) -> dict[str, Any]:
     """Wait until enough packets are in flight in every state; the server's status then."""
-    deadline = time.monotonic() + _CONDITION_TIMEOUT
+    bound = patient(_CONDITION_TIMEOUT)
+    deadline = time.monotonic() + bound
     assert vm.control is not None
     while True:
         status = await vm.control.call("status")
@@ -137,7 +139,7 @@ async def until_in_flight(vm: VirtualMachine, job: int, story: Story) -> dict[st
             raise WaitTimeout(
                 f"{story.packets} packets in flight in both states (now {packets}, "
                 f"{status['incoming_held']} requests held by providers)",
-                _CONDITION_TIMEOUT,
+                bound,
             )
         await asyncio.sleep(0.02)
 
@@ -147,12 +149,13 @@ async def finish(vm: VirtualMachine, job: int, *, stop: bool = False) -> dict[st
     WaitTimeout."""
     if stop:
         await vm.call_agent("stop", job=job)
-    deadline = time.monotonic() + _WORKLOAD_TIMEOUT
+    bound = patient(_WORKLOAD_TIMEOUT)
+    deadline = time.monotonic() + bound
     while time.monotonic() < deadline:
-        report = await vm.call_agent("wait", job=job, timeout=60.0)
+        report = await vm.call_agent("wait", job=job, timeout=30.0)
         if report["state"] != "running":
             return report
-    raise WaitTimeout("the guest's workloads to end", _WORKLOAD_TIMEOUT)
+    raise WaitTimeout(f"the guest's workloads to end: {report.get('progress')}", bound)
 
 
 def begun(report: dict[str, Any]) -> dict[str, int]:

@@ -19,6 +19,7 @@ import msgspec
 from vmbus.complaints import bounded_log
 from vmbus.errors import EnvironmentProblem, StateError, UsageError, VmbusError, WaitTimeout
 from vmbus.memory import DirtyLogBroken
+from vmbus.patience import patient
 
 log = bounded_log(__name__)
 
@@ -171,7 +172,11 @@ class ControlClient:
         self._id = 0
 
     async def call(self, command: str, /, timeout: float = 30.0, **arguments: Any) -> dict[str, Any]:
-        """One command. Raises ControlError (the server refused), WaitTimeout, EnvironmentProblem (no server)."""
+        """One command. Raises ControlError (the server refused), WaitTimeout, EnvironmentProblem (no server).
+
+        `timeout`: seconds of a usual machine, see `vmbus.patience`.
+        """
+        timeout = patient(timeout)
         async with self._lock:
             try:
                 async with asyncio.timeout(timeout):

@@ -26,7 +26,8 @@ from vmbus.vfio_user import bindings
 from vmbus.vfio_user.protocol import HEADER, Command
 
 _TYPE_MASK = 0xF
-_LONGEST_PATH = 107  # bytes in sockaddr_un without the NUL
+LONGEST_PATH = 107
+"""Bytes of a socket's path, without the NUL."""
 
 _CLOCK_MONOTONIC = 1
 _TFD_FLAGS = 0o4000 | 0o2000000  # non-blocking, close-on-exec
@@ -146,9 +147,9 @@ class Listener:
 
     def __init__(self, path: Path, *, backlog: int = 4) -> None:
         self.path = path
-        if len(os.fsencode(path)) > _LONGEST_PATH:
+        if len(os.fsencode(path)) > LONGEST_PATH:
             raise EnvironmentProblem(
-                f"socket path {path} has more than {_LONGEST_PATH} bytes, the system's limit; choose a shorter one"
+                f"socket path {path} has more than {LONGEST_PATH} bytes, the system's limit; choose a shorter one"
             )
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:

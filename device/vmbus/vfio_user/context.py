@@ -56,7 +56,7 @@ from typing import Any, Protocol
 from vmbus.complaints import bounded_log
 from vmbus.errors import EnvironmentProblem, PeerError, UsageError, VmbusError
 from vmbus.vfio_user import bindings, protocol
-from vmbus.vfio_user.connection import Listener, Timer, Waiting, bound_blocking, look, receive
+from vmbus.vfio_user.connection import LONGEST_PATH, Listener, Timer, Waiting, bound_blocking, look, receive
 from vmbus.vfio_user.library import Generation, Library
 from vmbus.vfio_user.mapping import GuestMapping, any_lost
 from vmbus.vfio_user.migration import (
@@ -705,7 +705,10 @@ class Context:
 
     def _create(self) -> _LibraryContext:
         vfu = self._vfu
-        with tempfile.TemporaryDirectory(prefix="vmbus-") as directory:
+        # Beside the socket, if there is room for a name: whoever owns that directory clears it away if we are killed.
+        beside = self._listener.path.parent.absolute()
+        near = len(os.fsencode(beside)) + len("/.c-12345678/s") <= LONGEST_PATH
+        with tempfile.TemporaryDirectory(prefix=".c-", dir=beside if near else None) as directory:
             path = Path(directory) / "s"
             pointer = vfu.vfu_create_ctx(
                 bindings.TRANS_SOCK, os.fsencode(path), bindings.FLAG_ATTACH_NB, None, bindings.DEV_TYPE_PCI

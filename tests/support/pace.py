@@ -1,0 +1,109 @@
+"""How fast this machine is just now, and waits whose bounds follow that.
+
+Bounds of tests are written for a quiet machine of two cores. Each process of a run measures at its start, and again
+before each VM test, how much longer a fixed piece of work takes here: a slow processor and a busy one are the same to
+it. Bounds are multiplied by that, and are never endless. What a test counts or compares does not change.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from vmbus.errors import WaitTimeout
+
+PIECE = 20_000
+"""Turns of the loop that is measured."""
+USUAL = 0.00075
+"""Seconds that these take where nothing else runs, on a machine that needs a third of each bound at most."""
+LARGEST = 10.0
+"""A machine that is slower than that does not pass, instead of waiting for ever for what hangs."""
+
+
+def _work() -> int:
+    found = 0
+    for turn in range(PIECE):
+        found = (found * 31 + turn) & 0xFFFF
+    return found
+
+
+def measure(seconds: float) -> float:
+    """How many times longer than usual the work takes; looked at for about so many seconds, busy or not."""
+    begun = now = time.perf_counter()
+    pieces = 0
+    while now - begun < seconds:
+        _work()
+        pieces += 1
+        now = time.perf_counter()
+    return (now - begun) / pieces / USUAL
+
+
+class Pace:
+    """What a process of a test run knows of the machine. `factor`: 1 to `LARGEST`. `fullest`: of all waits since
+    `begin` the one that used most of its bound: which share, and in words."""
+
+    def __init__(self) -> None:
+        self.factor = self.at_start = 1.0
+        self.fullest: tuple[float, str] = (0.0, "")
+
+    def start(self) -> None:
+        """Measures, at the start of a run."""
+        self.factor = self.at_start = min(max(measure(0.2), 1.0), LARGEST)
+
+    def look(self) -> None:
+        """Measures again, cheaply: never less than at the start, since a busy machine is idle at times."""
+        self.factor = min(max(measure(0.03), self.at_start), LARGEST)
+
+    def begin(self) -> None:
+        self.fullest = (0.0, "")
+
+    def used(self, what: str, took: float, bound: float) -> None:
+        if took / bound > self.fullest[0]:
+            self.fullest = (took / bound, f"{took:.1f} of {bound:.0f} s for {what}")
+
+
+PACE = Pace()
+
+
+def seconds(usual: float) -> float:
+    """A bound of so many seconds on a usual machine, for this one."""
+    return usual * PACE.factor
+
+
+@contextmanager
+def bounded(usual: float, what: str) -> Iterator[float]:
+    """Notes how much of the bound, which is given, what is done inside takes. Whoever is inside keeps to it."""
+    bound = seconds(usual)
+    begun = time.monotonic()
+    try:
+        yield bound
+    finally:
+        PACE.used(what, time.monotonic() - begun, bound)
+
+
+def until(condition: Callable[[], Any], what: str, usual: float = 20.0, *, every: float = 0.005) -> None:
+    """Waits until `condition` is true. Raises WaitTimeout."""
+    with bounded(usual, what) as bound:
+        deadline = time.monotonic() + bound
+        while not condition():
+            if time.monotonic() > deadline:
+                raise WaitTimeout(what, bound)
+            time.sleep(every)
+
+
+async def eventually(condition: Callable[[], Any], what: str, usual: float = 20.0, *, every: float = 0.02) -> None:
+    """As `until`, for a condition that may be a coroutine function, with the event loop running meanwhile."""
+    with bounded(usual, what) as bound:
+        deadline = time.monotonic() + bound
+        while True:
+            found = condition()
+            if asyncio.iscoroutine(found):
+                found = await found
+            if found:
+                return
+            if time.monotonic() > deadline:
+                raise WaitTimeout(what, bound)
+            await asyncio.sleep(every)
