@@ -264,6 +264,7 @@ class Bench:
         self.log.touch()
         self.programs = programs(self.root)
         patch.setenv("XDG_RUNTIME_DIR", str(self.base))
+        patch.setenv("VMBUS_STATE", str(self.base / "state"))
         patch.setenv("FAKE_QEMU_LOG", str(self.log))
         patch.setenv("VMBUS_PROVIDER_PATH", str(TESTS))
         patch.setenv("VMBUS_PROVIDERS", "support.faults:Faulty")
@@ -460,7 +461,7 @@ class Bench:
             expected = {f"{name}.sock" for name in sockets} | {"owner.json", "device.json", "server.log", "qemu.log"}
             expected |= {"console.sock", "console.log"}
             there = {path.name for path in self.vm.run_directory.path.iterdir()}
-            assert there <= expected | {"checkpoints"}, there - expected
+            assert there <= expected | {"checkpoints", "departure", "arrival"}, there - expected
         own = {"b", "log", "owner.log", "boot", "snapshot", "checkpoints", "whole"}
         left = {path.name for path in self.root.iterdir()} - own
         assert not left, f"left behind: {left}"

@@ -266,7 +266,7 @@ class VirtualMachine:
         def claim(description: VmDescription) -> Path:
             if not directories:
                 directories.append(RunDirectory.create(description.name))
-            return directories[0].path
+            return directories[0].room("arrival")
 
         def build(prepare: Prepare, kernel: Path, initramfs: Path, host: str | None) -> Arrival:
             own = dataclasses.replace(programs, kernel=kernel, initramfs=initramfs)
@@ -345,7 +345,7 @@ class VirtualMachine:
         inherited = os.environ.get("PYTHONPATH")
         environment = {"PYTHONPATH": f"{_IMPORT_ROOT}:{inherited}" if inherited else _IMPORT_ROOT}
         if self.clone:
-            environment[CLONE_VARIABLE] = str(self.run_directory / "disks")
+            environment[CLONE_VARIABLE] = str(self.run_directory.room("disks"))
         self.server = await Child.spawn(
             f"the device server of VM {self.name!r}",
             arguments,
@@ -712,7 +712,7 @@ class VirtualMachine:
             self._idle.set()
 
     def _checkpoints_in(self, directory: Path | None) -> Checkpoints:
-        path = self.run_directory / "checkpoints" if directory is None else directory.absolute()
+        path = self.run_directory.room("checkpoints") if directory is None else directory.absolute()
         if path not in self._checkpoints:
             assert self.control is not None
             patient = Patient(
@@ -778,7 +778,7 @@ class VirtualMachine:
                     machine=self.machine,
                     monitor=_GuardedMonitor(self, self.monitor),
                     control=_GuardedControl(self, self.control),
-                    folder=self.run_directory.path,
+                    folder=self.run_directory.room("departure"),
                     end=functools.partial(self._leave, address),
                 ),
                 target,
