@@ -33,7 +33,7 @@ from vmbus.migration.address import Address, TcpAddress, UnixAddress
 from vmbus.server.control import bind_private
 
 MAGIC = b"VMBUSMIG"
-VERSION = 1
+VERSION = 2
 SECRET_BYTES = 32
 NONCE_BYTES = 32
 PROOF_BYTES = 32

@@ -32,7 +32,8 @@ from vmbus.migration.channel import Listener
 from vmbus.migration.destination import GO_TIMEOUT, Destination
 from vmbus.migration.link import SILENCE
 from vmbus.migration.messages import Prepare
-from vmbus.migration.source import ASK_TIMEOUT, Departing, MigrationInDoubt, MigrationReport, Source
+from vmbus.migration.ownership import SourceStage
+from vmbus.migration.source import ASK_TIMEOUT, Departing, MigrationReport, Source
 from vmbus.providers.block.image import CLONE_VARIABLE
 from vmbus.qemu.agent import AgentClient, GuestOutput
 from vmbus.qemu.audit import collect
@@ -151,7 +152,7 @@ class VirtualMachine:
         self.moved_to: str | None = None
         """Where the VM went, once a migration has succeeded: it has ended here then."""
         self._guard: MigrationGuard | None = None
-        self._in_doubt: Source | None = None
+        self._last_migration: Source | None = None
         self._checkpoints: dict[Path, Checkpoints] = {}
         self._idle = asyncio.Event()  # set while no operation is under way that stops or moves the VM
         self._idle.set()
@@ -737,7 +738,7 @@ class VirtualMachine:
         """Nothing else that stops or moves the VM may run from here until `_idle` is set. Raises `UsageError`."""
         if self._ended:
             raise UsageError(f"VM {self.name!r} has ended: there is nothing to {what}")
-        if self._in_doubt is not None:
+        if self.in_doubt:
             raise UsageError(f"VM {self.name!r} waits for a decision about its migration: resolve that first")
         if not self._idle.is_set():
             raise UsageError(f"VM {self.name!r} is being saved or migrated already")
@@ -794,11 +795,9 @@ class VirtualMachine:
                 ask_timeout=ask_timeout,
                 sabotage=sabotage,
             )
+            self._last_migration = source
             with self.own_migration():
                 return await source.run()
-        except MigrationInDoubt:
-            self._in_doubt = source
-            raise
         except SaveFailed as error:
             if not error.source_alive:
                 await self.kill()
@@ -810,25 +809,32 @@ class VirtualMachine:
         self.moved_to = address
         await self.kill()
 
-    async def resolve(self, *, run: bool) -> None:
-        """Decides about a migration in doubt: the VM runs on here, or it ends here since it runs at the destination.
+    async def resolve(self, *, run: bool | None) -> None:
+        """Decides about a migration in doubt: the VM runs on here, or it ends here since it runs at the destination;
+        None asks the destination, and does what it says.
 
-        Whoever lets it run has to be sure that it does not run there. Raises `UsageError` if nothing is in doubt,
-        `MigrateFailed` if it cannot be set running again.
+        Whoever lets it run has to be sure that it does not run there. Once made, a decision is carried out to its end;
+        making it again changes nothing. Raises `UsageError` if nothing is in doubt, `MigrationInDoubt` if the
+        destination cannot say, `MigrateFailed` if it cannot be set running again.
         """
-        if self._in_doubt is None:
+        source = self._last_migration
+        if source is None:
             raise UsageError(f"no migration of VM {self.name!r} is in doubt")
-        source, self._in_doubt = self._in_doubt, None
+        if not self._idle.is_set():
+            raise UsageError(f"VM {self.name!r}: something else is under way; try again when it is over")
+        self._idle.clear()
         try:
             await source.resolve(run=run)
         except SaveFailed:
             await self.kill()
             raise
+        finally:
+            self._idle.set()
 
     @property
     def in_doubt(self) -> bool:
         """Whether the VM stands still until `resolve`."""
-        return self._in_doubt is not None
+        return self._last_migration is not None and self._last_migration.stage is SourceStage.IN_DOUBT
 
     async def _save(
         self, writer: SnapshotWriter, phases: Phases, *, live: bool, keep: bool, sabotage: Sabotage, at: Hook
