@@ -172,8 +172,9 @@ class Supervisor:
             if isinstance(error, VmbusError) and self.vm.ended:
                 after = str(error)
         finally:
-            with contextlib.suppress(OSError):
-                await writer.drain()
+            with contextlib.suppress(OSError, TimeoutError):
+                async with asyncio.timeout(_REQUEST_TIMEOUT):  # who does not read its answer has none
+                    await writer.drain()
             if after is not None:
                 self.finish(after)
 
