@@ -386,7 +386,7 @@ def test_fault_m4_fault_h11_silent_strangers_do_not_keep_the_source_out(stranger
             place = listener.address.host, listener.address.port
             silent: list[asyncio.StreamWriter] = []
             floods = [asyncio.create_task(_flood(place, silent)) for _ in range(strangers)]
-            while len(silent) < strangers:
+            while len(silent) < strangers:  # noqa: ASYNC110 - they come as they come
                 await asyncio.sleep(0.01)
             for _ in range(12):
                 (await connect(listener.address, SECRET)).abort()

@@ -45,8 +45,8 @@ HANDSHAKE_TIMEOUT = 10.0
 """Seconds that a peer has to prove itself."""
 
 MAX_STRANGERS = 64
-"""Connections that may be proving themselves at the same time. For a further one the oldest of the address that has most
-of them is closed: who proves itself at once is never the oldest for long, whoever else comes and says nothing."""
+"""Connections that may be proving themselves at the same time. For a further one the oldest of the address that has
+most of them is closed: who proves itself at once is never the oldest for long, whoever else comes and says nothing."""
 
 SEND_TIMEOUT = 30.0
 """Seconds for which a peer may take nothing of what is sent to it; then it is gone."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Literal, Protocol, TypeVar
 
 from vmbus.description import DeviceDescription
 from vmbus.errors import EnvironmentProblem, StateError, VmbusError, WaitTimeout
+from vmbus.interruptible import Stop, in_thread
 from vmbus.migration.channel import Channel, Listener
 from vmbus.migration.files import receive_file, record_of
 from vmbus.migration.link import SILENCE, Link
@@ -426,10 +428,10 @@ class Destination:
         """The source's kernel and initramfs: ours if they are the same, else received into the folder."""
         kernel, initramfs = self._programs.kernel, self._programs.initramfs
         wanted: list[Literal["kernel", "initramfs"]] = []
-        if not await asyncio.to_thread(_is, kernel, prepare.kernel):
+        if not await in_thread(functools.partial(_is, kernel, prepare.kernel)):
             kernel = folder / "vmlinuz"
             wanted.append("kernel")
-        if not await asyncio.to_thread(_is, initramfs, prepare.initramfs):
+        if not await in_thread(functools.partial(_is, initramfs, prepare.initramfs)):
             initramfs = folder / "initramfs.cpio"
             wanted.append("initramfs")
         assert self._record is not None
@@ -441,9 +443,9 @@ class Destination:
         return kernel, initramfs
 
 
-def _is(path: Path, record: FileRecord) -> bool:
+def _is(path: Path, record: FileRecord, stop: Stop) -> bool:
     with contextlib.suppress(VmbusError):
-        return record_of(path) == record
+        return record_of(path, stop) == record
     return False
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import secrets
 import time
 from collections.abc import Awaitable, Callable
@@ -21,6 +22,7 @@ import msgspec
 import vmbus
 from vmbus.description import DeviceDescription
 from vmbus.errors import EnvironmentProblem, StateError, UsageError, VmbusError
+from vmbus.interruptible import in_thread
 from vmbus.migration.address import Address, TcpAddress, UnixAddress, stream_channel
 from vmbus.migration.channel import connect
 from vmbus.migration.files import record_of, send_file
@@ -334,7 +336,8 @@ class Source:
         vm = self.vm
         with self.phases("prepare"):
             kernel, initramfs = [
-                await asyncio.to_thread(record_of, path) for path in (vm.programs.kernel, vm.programs.initramfs)
+                await in_thread(functools.partial(record_of, path))
+                for path in (vm.programs.kernel, vm.programs.initramfs)
             ]
             status = await vm.control.call("status")
             config = (await vm.control.call("pci"))["config"]

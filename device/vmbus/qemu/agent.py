@@ -208,7 +208,8 @@ class AgentClient:
         Raises `WaitTimeout` then, with the beginning of what it printed; `AgentError` if it cannot be started.
         """
         arguments = {"argv": list(argv), "timeout": timeout}
-        result = convert(await self.request("execute", arguments, timeout=timeout + _EXECUTE_GRACE), _Executed, "execute")
+        answer = await self.request("execute", arguments, timeout=timeout + _EXECUTE_GRACE)
+        result = convert(answer, _Executed, "execute")
         if result.expired:
             shown = " ".join(argv)
             raise WaitTimeout(f"{shown!r} in the guest to end; it printed {result.output[:2000]!r}", timeout)

@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import os
 import shutil
 import time
@@ -40,6 +41,7 @@ import msgspec
 from vmbus import saved
 from vmbus.description import DeviceDescription
 from vmbus.errors import EnvironmentProblem, StateError, UsageError, VmbusError
+from vmbus.interruptible import in_thread
 from vmbus.qemu.description import VmDescription
 from vmbus.qemu.jobs import run_job
 from vmbus.qemu.moments import Hook, Moment, no_hook
@@ -253,7 +255,7 @@ class Checkpoints:
             incoming_held=taken.incoming_held,
             state=FileRecord(taken.state_bytes, taken.state_sha256),
             image=image,
-            files=(await asyncio.to_thread(self.store.seal_files, tag, taken.files)) or msgspec.UNSET,
+            files=(await in_thread(functools.partial(self.store.seal_files, tag, taken.files))) or msgspec.UNSET,
         )
         self.store.verify_state(record)
         await asyncio.to_thread(self.store.commit, record)
@@ -323,7 +325,7 @@ class Checkpoints:
     async def _verified(self, tag: str) -> Checkpoint:
         record = self.store.record(tag)
         saved.decode(self.store.verify_state(record))
-        await asyncio.to_thread(self.store.verify_files, record)
+        await in_thread(functools.partial(self.store.verify_files, record))
         vm = self._vm
         there = msgspec.structs.replace(record.machine, pci_config="", device_in_stream=False)
         if vm.machine != there:
