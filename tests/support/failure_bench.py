@@ -98,10 +98,10 @@ class Disk:
 
     SIZE = 96 << 20
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, size: int = SIZE) -> None:
         self.path = path
         path.mkdir(mode=0o700)
-        if _libc.mount(b"tmpfs", bytes(path), b"tmpfs", 0, b"mode=700,size=%d" % self.SIZE) != 0:
+        if _libc.mount(b"tmpfs", bytes(path), b"tmpfs", 0, b"mode=700,size=%d" % size) != 0:
             code = ctypes.get_errno()
             raise PermissionError(code, f"cannot mount a file system: {os.strerror(code)}")
 

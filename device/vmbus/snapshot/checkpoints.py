@@ -35,6 +35,9 @@ IMAGE = "vmstate.qcow2"
 VERSION = 1
 """Version of the record's layout. A reader refuses every other."""
 
+RESERVE = 4 << 20
+"""Bytes that are set aside while a checkpoint is taken: of the image's tables for a terabyte, less would do."""
+
 _TAG = re.compile(r"[a-z0-9][a-z0-9._-]{0,31}")
 _RECORD_LIMIT = 1 << 20  # bytes
 _Count = Annotated[int, msgspec.Meta(ge=0)]
@@ -216,6 +219,39 @@ class Store:
             with contextlib.suppress(OSError):
                 temporary.unlink()
             raise EnvironmentProblem(f"cannot write {path}: {error.strerror}") from error
+
+    def keep_reserve(self) -> None:
+        """Sets space aside that a take which meets a full disk needs to give its own back. Raises
+        `EnvironmentProblem` if there is none."""
+        try:
+            descriptor = os.open(self._reserve, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            try:
+                os.posix_fallocate(descriptor, 0, RESERVE)
+            finally:
+                os.close(descriptor)
+        except OSError as error:
+            self.give_up_reserve()
+            raise EnvironmentProblem(f"no checkpoint can be kept in {self.directory}: {error.strerror}") from error
+
+    def give_up_reserve(self) -> None:
+        with contextlib.suppress(OSError):
+            self._reserve.unlink(missing_ok=True)
+
+    @property
+    def _reserve(self) -> Path:
+        return self.directory / ".reserve"
+
+    def reclaim(self) -> None:
+        """Removes the parts of checkpoints that have no record: nobody finished them."""
+        tags = set(self.tags())
+        with contextlib.suppress(OSError):
+            for path in self.directory.iterdir():
+                if path.suffix not in (".state", ".files") or _TAG.fullmatch(path.stem) is None or path.stem in tags:
+                    continue
+                if path.is_dir() and not path.is_symlink():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink()
 
     def remove(self, tag: str) -> None:
         """Forgets a checkpoint. Its snapshot in the image is the caller's to delete."""
