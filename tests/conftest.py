@@ -27,6 +27,9 @@ from support.twins import twin as twin
 settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("any machine")
 
+# Large files of running VMs, and what outlives them, is not put among the user's own.
+os.environ.setdefault("VMBUS_STATE", str(Path(__file__).resolve().parents[1] / ".pytest_cache" / "state"))
+
 LAYERS = ("unit", "loopback", "browser", "vm")
 
 # The one marker whose tests may be left out although everything was asked for, and when: see docs/testing.md.

@@ -10,12 +10,14 @@ import fcntl
 import os
 from pathlib import Path
 
+from vmbus.interruptible import NEVER, Stop
+
 _FICLONE = 0x40049409  # linux/fs.h: _IOW(0x94, 9, int)
 _CHUNK = 4 << 20
 _NO_CLONE = (errno.EOPNOTSUPP, errno.EXDEV, errno.EINVAL, errno.ENOTTY, errno.ENOSYS, errno.EPERM)
 
 
-def copy_content(source: int, target: int) -> int:
+def copy_content(source: int, target: int, stop: Stop = NEVER) -> int:
     """Fill the new, empty file `target` with the content of `source`, a file or block device, and flush it to disk.
 
     Both are descriptors. Returns the size in bytes. Raises OSError.
@@ -23,8 +25,27 @@ def copy_content(source: int, target: int) -> int:
     size = os.lseek(source, 0, os.SEEK_END)
     if not _clone(source, target):
         os.ftruncate(target, size)
-        copy_data(source, target, size)
+        copy_data(source, target, size, stop)
     os.fsync(target)
+    return size
+
+
+def copy_file(source: Path, target: Path, *, made: list[Path] | None = None, stop: Stop = NEVER) -> int:
+    """Copy a file (or a block device) to a new file of its owner alone, flushed to disk; returns its size in bytes.
+
+    `made` gets the target once it exists. Raises OSError, also when the target is there already.
+    """
+    fd = os.open(source, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        out = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        if made is not None:
+            made.append(target)
+        try:
+            size = copy_content(fd, out, stop)
+        finally:
+            os.close(out)
+    finally:
+        os.close(fd)
     return size
 
 
@@ -48,12 +69,13 @@ def _clone(source: int, target: int) -> bool:
     return True
 
 
-def copy_data(source: int, target: int, size: int) -> None:
+def copy_data(source: int, target: int, size: int, stop: Stop = NEVER) -> None:
     """Copy all of `size` bytes that is not a hole. Raises OSError."""
     offset = 0
     while offset < size:
         offset, end = _next_data(source, offset, size)
         while offset < end:
+            stop.check()
             data = os.pread(source, min(_CHUNK, end - offset), offset)
             if not data:
                 raise OSError(errno.EIO, "the file became shorter while it was copied")

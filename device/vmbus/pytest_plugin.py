@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from vmbus.vfio_user.library import Library
 
 _PREFIX = "vmbus-pytest-"
-_OWNER = "owner.json"
 _LOG_LINES = 30
 
 _SUBJECTS: pytest.StashKey[list[BlockingVm]] = pytest.StashKey()
@@ -116,38 +115,30 @@ class _Booted:
 def vmbus_booted(vmbus_programs: Programs) -> Iterator[_Booted]:
     """For the other fixtures."""
     from vmbus.qemu.blocking import LoopThread
+    from vmbus.qemu.process import own
 
     _clear_abandoned()
     folder = Path(tempfile.mkdtemp(prefix=_PREFIX))
     thread = LoopThread()
     try:
-        _own(folder)
+        lock = own(folder)
         yield _Booted(thread, vmbus_programs, folder)
+        lock.close()
     finally:
         thread.close()
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _own(folder: Path) -> None:
-    import msgspec
-
-    from vmbus.qemu.process import Owner
-
-    (folder / _OWNER).write_bytes(msgspec.json.encode(Owner.current()))
-
-
 def _clear_abandoned() -> None:
     """Remove what killed runs of this user have left: their processes are gone with them, their snapshots are not."""
-    import msgspec
-
-    from vmbus.qemu.process import Owner
+    from vmbus.qemu.process import read_owner
 
     for folder in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
-        with contextlib.suppress(OSError, msgspec.MsgspecError):
+        with contextlib.suppress(OSError):
             status = folder.lstat()
             if status.st_uid == os.getuid() and not folder.is_symlink():
-                owner = msgspec.json.decode((folder / _OWNER).read_bytes(), type=Owner)
-                if not owner.alive():
+                owner = read_owner(folder)
+                if owner is not None and not owner.alive(folder):
                     shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -34,8 +34,9 @@ from pathlib import Path
 import vmbus
 from vmbus.errors import EnvironmentProblem
 from vmbus.native.build import FILE_NAME, BuildError
-from vmbus.provision.cache import Cache, digest, publish_bytes
+from vmbus.provision.cache import Cache, digest, publish_bytes, remove
 from vmbus.provision.debian import RECORD, Root
+from vmbus.provision.digests import damaged, write_digests
 from vmbus.provision.guest_files import LINUX_DRIVERS, PYTHON, USERSPACE_DRIVER, Kernel
 from vmbus.provision.kernel_module import NAME as KERNEL_MODULE
 from vmbus.provision.native import check
@@ -148,6 +149,9 @@ def build_image(
     found = find_image(cache, key)
     if found is not None:
         return found
+    if name := damaged(kernel.image.parent):
+        folder = kernel.image.parent
+        raise EnvironmentProblem(f"{folder / name} was damaged: remove {folder}, and the next set-up fetches it anew")
     base = _base(userland, kernel, cache, reporter)
     reporter.begin("Guest image")
     own = newc.write(
@@ -159,14 +163,12 @@ def build_image(
     )
     directory = cache.path("image", key)
     with cache.publish_directory(directory) as partial:
-        try:
-            os.link(kernel.image, partial / "vmlinuz")
-        except OSError:  # a file system without hard links
-            shutil.copyfile(kernel.image, partial / "vmlinuz")
+        shutil.copyfile(kernel.image, partial / "vmlinuz")  # a link would share its damage
         with (partial / "initramfs.cpio").open("wb") as file:
             with base.open("rb") as source:
                 shutil.copyfileobj(source, file, 1 << 20)
             file.write(own)
+        write_digests(partial)
     image = GuestImage(directory / "vmlinuz", directory / "initramfs.cpio", key)
     _prune(cache, key)
     reporter.end(f"{image.initramfs.stat().st_size / 1e6:.1f} MB")
@@ -174,10 +176,10 @@ def build_image(
 
 
 def find_image(cache: Cache, key: str) -> GuestImage | None:
-    """Return the image with this key if it is in the cache."""
+    """Return the image with this key if it is in the cache, as it was made."""
     directory = cache.path("image", key)
     image = GuestImage(directory / "vmlinuz", directory / "initramfs.cpio", key)
-    if not image.kernel.is_file() or not image.initramfs.is_file():
+    if not image.kernel.is_file() or not image.initramfs.is_file() or damaged(directory):
         return None
     with suppress(OSError):  # a cache that is not ours to write to
         os.utime(directory)
@@ -212,8 +214,9 @@ def _base_key(userland: Root, kernel: Kernel) -> str:
 
 
 def _base(userland: Root, kernel: Kernel, cache: Cache, reporter: Reporter) -> Path:
-    final = cache.path("image", f"base-{_base_key(userland, kernel)}.cpio")
-    if final.is_file():
+    folder = cache.path("image", f".base-{_base_key(userland, kernel)}")
+    final = folder / "base.cpio"
+    if final.is_file() and not damaged(folder):
         return final
     reporter.begin("Guest base")
     with cache.scratch() as scratch:
@@ -226,9 +229,11 @@ def _base(userland: Root, kernel: Kernel, cache: Cache, reporter: Reporter) -> P
             *_modules(kernel),
         ]
         data = newc.write(entries)
-    for old in final.parent.glob("base-*.cpio"):
-        old.unlink()
-    publish_bytes(final, data)
+    for old in (*folder.parent.glob(".base-*"), *folder.parent.glob("base-*.cpio")):
+        remove(old)
+    with cache.publish_directory(folder) as partial:
+        publish_bytes(partial / final.name, data)
+        write_digests(partial)
     reporter.end(f"{len(data) / 1e6:.1f} MB")
     return final
 

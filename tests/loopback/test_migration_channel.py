@@ -368,20 +368,110 @@ def test_strangers(said: bytes, reason: str) -> None:
     run(body())
 
 
-def test_silent_strangers_do_not_keep_others_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(channels, "HANDSHAKE_TIMEOUT", 0.2)
+async def _flood(place: tuple[str, int], silent: list[asyncio.StreamWriter]) -> None:
+    """Connects and says nothing, again for each connection that is closed."""
+    while True:
+        with contextlib.suppress(OSError):
+            reader, writer = await asyncio.open_connection(*place)
+            silent.append(writer)
+            await reader.read(-1)
+            writer.close()
+
+
+@pytest.mark.parametrize("strangers", [8, 12, 200])
+def test_fault_m4_fault_h11_silent_strangers_do_not_keep_the_source_out(strangers: int) -> None:
+    async def body() -> None:
+        async with listening(TcpAddress("127.0.0.1", 0)) as (listener, _):
+            assert isinstance(listener.address, TcpAddress)
+            place = listener.address.host, listener.address.port
+            silent: list[asyncio.StreamWriter] = []
+            floods = [asyncio.create_task(_flood(place, silent)) for _ in range(strangers)]
+            while len(silent) < strangers:  # noqa: ASYNC110 - they come as they come
+                await asyncio.sleep(0.01)
+            for _ in range(12):
+                (await connect(listener.address, SECRET)).abort()
+            assert len(listener._strangers) <= channels.MAX_STRANGERS
+            for flood in floods:
+                flood.cancel()
+            await asyncio.gather(*floods, return_exceptions=True)
+            for writer in silent:
+                writer.close()
+
+    run(body())
+
+
+def test_fault_m4_sabotage_with_the_oldest_kept_the_source_would_be_the_one_to_go(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(_: Listener) -> None:
+        raise LinkLost("there are too many")
+
+    monkeypatch.setattr(Listener, "_turn_one_away", refuse)
 
     async def body() -> None:
         async with listening(TcpAddress("127.0.0.1", 0)) as (listener, _):
             assert isinstance(listener.address, TcpAddress)
             place = listener.address.host, listener.address.port
-            silent = [await asyncio.open_connection(*place) for _ in range(channels.MAX_STRANGERS + 1)]
-            # The last one found no room and is closed at once; the others when their time is up.
-            for reader, writer in reversed(silent):
-                assert await asyncio.wait_for(reader.read(-1), 5) == b""
+            silent = [await asyncio.open_connection(*place) for _ in range(channels.MAX_STRANGERS)]
+            with pytest.raises(LinkLost, match="hung up"):
+                await connect(listener.address, SECRET)
+            for _, writer in silent:
                 writer.close()
-            assert listener.refused == len(silent)
-            (await connect(listener.address, SECRET)).abort()
+
+    run(body())
+
+
+def test_a_stranger_has_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(channels, "HANDSHAKE_TIMEOUT", 0.2)
+
+    async def body() -> None:
+        async with listening(TcpAddress("127.0.0.1", 0)) as (listener, _):
+            assert isinstance(listener.address, TcpAddress)
+            reader, writer = await asyncio.open_connection(listener.address.host, listener.address.port)
+            assert await asyncio.wait_for(reader.read(-1), 5) == b""
+            writer.close()
+            assert listener.refused == 1 and "did not prove itself in time" in listener.last_refusal
+
+    run(body())
+
+
+def test_fault_m4_the_address_that_has_most_connections_loses_one() -> None:
+    """A flood from one host does not push out the slow connection of another."""
+
+    async def body() -> None:
+        listener = await listen(TcpAddress("127.0.0.1", 0), SECRET)
+        tasks = [asyncio.create_task(asyncio.sleep(60)) for _ in range(4)]
+        for task, name in zip(tasks, ("quiet", "flood", "flood", "other"), strict=True):
+            listener._strangers[task] = name
+        listener._turn_one_away()
+        await asyncio.sleep(0)
+        assert [task.cancelled() or bool(task.cancelling()) for task in tasks] == [False, True, False, False]
+        for task in tasks:
+            task.cancel()
+        listener.close()
+
+    run(body())
+
+
+def test_fault_m4_a_peer_that_says_ping_and_reads_nothing_is_gone_in_time() -> None:
+    async def body() -> None:
+        async with ends(TcpAddress("127.0.0.1", 0)) as both:
+
+            async def ping_only() -> None:
+                while True:
+                    await both.server.send(encode(Ping()))
+                    await asyncio.sleep(0.1)
+
+            both.client._writer.transport.set_write_buffer_limits(high=1 << 16)  # type: ignore[attr-defined]
+            pings = asyncio.create_task(ping_only())
+            async with Link(both.client, silence=1.0) as link:
+                with pytest.raises(LinkLost, match=r"has taken nothing for 1 s"):
+                    async with link.watch():
+                        while True:
+                            await link.send(Again(reason="x" * 60_000))
+                assert link.failure.done()
+            pings.cancel()
+            await asyncio.gather(pings, return_exceptions=True)
 
     run(body())
 

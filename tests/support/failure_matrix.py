@@ -70,7 +70,7 @@ class Outcome(Enum):
     """Nobody, and there is a whole snapshot from which it is restored."""
     NOBODY = "nobody"
     DOUBT = "in doubt"
-    """The destination runs it; the source cannot know, and stays stopped until somebody decides."""
+    """The source cannot know whether the destination runs it, and stays stopped until that is decided."""
 
 
 @dataclass(frozen=True)
@@ -227,12 +227,15 @@ def _migrations() -> Iterable[Cell]:
             yield Cell(O.MIGRATE, phase, F.SOURCE_OWNER, Outcome.NOBODY, says, why)
             yield Cell(O.MIGRATE, phase, F.ASKER, Outcome.SOURCE, "")
             yield Cell(O.MIGRATE, phase, F.LINK_CUT, Outcome.SOURCE, "nothing came from .* for .*the VM runs on")
-        after = "after the decision: .*" if decided else ""
         for failure in DESTINATION_PROCESS:  # an idle one may be missed only when it is needed, after the decision
             says = f"gives up: (.|\n)*{KILLED}(.|\n)*(runs on here|the VM runs on)"
             yield Cell(O.MIGRATE, phase, failure, Outcome.SOURCE, says)
-        says = f"{after}.*(closed the connection|broke|nobody listens)(.|\n)*(runs on here|the VM runs on)"
-        yield Cell(O.MIGRATE, phase, F.DESTINATION_OWNER, Outcome.SOURCE, says)
+        if decided:
+            says = "nobody listens at .*could not be asked .* runs there(.|\n)*--resolve ask"
+            yield Cell(O.MIGRATE, phase, F.DESTINATION_OWNER, Outcome.DOUBT, says)
+        else:
+            says = "(closed the connection|broke)(.|\n)*the VM runs on"
+            yield Cell(O.MIGRATE, phase, F.DESTINATION_OWNER, Outcome.SOURCE, says)
     full = "No space left on device.*the VM runs on"
     yield Cell(O.MIGRATE, P.SAVING, F.SOURCE_DISK, Outcome.SOURCE, full)
     for phase in (P.BEFORE_STREAM, P.WRITING):

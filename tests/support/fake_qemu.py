@@ -386,6 +386,10 @@ class Qemu:
         del self.nodes[node_name]
         return {}
 
+    async def do_block_resize(self, node_name: str, size: int) -> Any:
+        assert node_name in self.nodes and size > 0
+        return {}
+
     async def do_query_named_block_nodes(self, flat: bool) -> Any:
         listed = [
             {"id": "1", "name": name, "vm-state-size": RAM, "date-sec": one["made"], "date-nsec": 0}

@@ -21,6 +21,7 @@ from vmbus.migration.address import Address
 from vmbus.migration.destination import Destination
 from vmbus.migration.messages import Prepare
 from vmbus.migration.source import Departing, Source
+from vmbus.migration.verdicts import Verdicts
 from vmbus.qemu.command_line import Programs
 from vmbus.qemu.description import VmDescription
 from vmbus.qemu.qmp import MIGRATION_ENDS, MigrationFailed
@@ -336,11 +337,14 @@ class Pair:
         to_source = {name: options.pop(name) for name in ("ask_timeout",) if name in options}
         source_at, destination_at = options.pop("source_at", None), options.pop("destination_at", None)
         self.listener = listener
+        (folder / "verdicts").mkdir(exist_ok=True)
+        self.verdicts = Verdicts(folder / "verdicts")
         self.destination = Destination(
             listener,
             there,
             lambda _: self.arriving.folder,
             build,
+            verdicts=self.verdicts,
             **shared,
             **options,
             **({"at": destination_at} if destination_at else {}),

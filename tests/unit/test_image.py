@@ -9,7 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vmbus.errors import EnvironmentProblem
 from vmbus.provision.debian import Root
+from vmbus.provision.digests import damaged, write_digests
 from vmbus.provision.guest_files import Kernel
 from vmbus_guest import image, newc
 
@@ -172,6 +174,55 @@ def test_key_follows_everything_that_goes_in(parts: tuple[Root, Kernel, list[Pat
         (core := packages[0] / "core.so").write_text(contents)
         keys.append(image.image_key(userland, kernel, packages, rootfs, core))
     assert len(set(keys)) == len(keys)
+
+
+def test_fault_h10_an_image_that_was_damaged_in_the_cache_is_made_anew(tmp_path: Path) -> None:
+    from vmbus.provision.cache import Cache
+
+    cache = Cache(tmp_path)
+    folder = cache.path("image", "key")
+    folder.mkdir(parents=True)
+    (folder / "vmlinuz").write_bytes(b"kernel")
+    (folder / "initramfs.cpio").write_bytes(b"initramfs")
+    write_digests(folder)
+    assert image.find_image(cache, "key") is not None
+    with (folder / "vmlinuz").open("r+b") as file:
+        file.write(b"K")
+    assert damaged(folder) == "vmlinuz"
+    assert image.find_image(cache, "key") is None, "it is built again, in its place"
+
+
+@pytest.mark.parametrize("how", ["more", "less", "record", "rubbish"])
+def test_fault_h10_whatever_was_changed_is_named(tmp_path: Path, how: str) -> None:
+    (tmp_path / "modules").mkdir()
+    (tmp_path / "modules" / "a.ko").write_bytes(b"a")
+    assert damaged(tmp_path) == "", "an older folder has no digests"
+    write_digests(tmp_path)
+    assert damaged(tmp_path) == ""
+    if how == "more":
+        (tmp_path / "new").touch()
+    elif how == "less":
+        (tmp_path / "modules" / "a.ko").unlink()
+    else:
+        (tmp_path / "digests.json").write_bytes(b"{}" if how == "record" else b"[" * 100_000)
+    expected = {"more": "new", "less": "modules/a.ko", "record": "modules/a.ko", "rubbish": "digests.json"}
+    assert damaged(tmp_path) == expected[how]
+
+
+def test_fault_h10_a_damaged_kernel_is_not_built_in(
+    tmp_path: Path, parts: tuple[Root, Kernel, list[Path], Path]
+) -> None:
+    from vmbus.provision.cache import Cache
+
+    userland, kernel, packages, rootfs = parts
+    folder = tmp_path / "kernel"
+    folder.mkdir()
+    (folder / "vmlinuz").write_bytes(b"kernel")
+    write_digests(folder)
+    (folder / "vmlinuz").write_bytes(b"Kernel")
+    kernel = Kernel(folder / "vmlinuz", "6.12", {}, "1")
+    with pytest.raises(EnvironmentProblem, match=r"vmlinuz was damaged: remove .*/kernel, and the next set-up"):
+        image.build_image(userland, kernel, Cache(tmp_path / "cache"), packages=packages, rootfs=rootfs)
 
 
 def test_key_ignores_what_stays_at_home(parts: tuple[Root, Kernel, list[Path], Path]) -> None:

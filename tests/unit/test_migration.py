@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 from collections.abc import AsyncIterator, Coroutine
 from pathlib import Path
 from typing import Any
@@ -13,14 +14,15 @@ import pytest
 
 from support.migration import PACKETS, SECRET, STATE, LogBroken, Pair, make_programs
 from vmbus.errors import EnvironmentProblem, UsageError, VmbusError, WaitTimeout
-from vmbus.migration import ownership
+from vmbus.migration import ownership, verdicts
 from vmbus.migration.address import TcpAddress, UnixAddress, parse_address, stream_channel
 from vmbus.migration.channel import MAX_FRAME, Listener, connect, listen
-from vmbus.migration.destination import GO_TIMEOUT
+from vmbus.migration.destination import GO_TIMEOUT, Destination
 from vmbus.migration.link import SILENCE, Link
 from vmbus.migration.messages import Fate, Go, Hello, Wanted
 from vmbus.migration.ownership import DESTINATION, SOURCE, DestinationStage, Ownership, SourceStage
 from vmbus.migration.source import ASK_TIMEOUT, MigrateFailed, MigrationInDoubt
+from vmbus.migration.verdicts import Verdicts
 from vmbus.qemu import save
 from vmbus.qemu.moments import Hook, Moment
 from vmbus.qemu.save import REFUSED_CAPABILITIES
@@ -503,39 +505,234 @@ def test_a_destination_that_cannot_be_asked_leaves_the_vm_in_doubt(
                 await both.source.resolve(run=True)
                 runs_on(both)
             with pytest.raises(UsageError, match="nothing is to be decided"):
-                await both.source.resolve(run=True)
+                await both.source.resolve(run=decision == "end")
 
     run(body())
 
 
-def test_a_destination_whose_owner_is_gone_leaves_the_vm_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def _killed(both: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The owner of the destination is killed between Go and the vCPUs; the source is in doubt."""
+    links: list[Link] = []
+
+    async def die(now: Moment) -> None:
+        if now is Moment.BEFORE_CONT:
+            # As SIGKILL does: no word, the sockets are closed, nothing of it goes on.
+            both.listener.close()
+            links[0].channel.abort()
+            asyncio.get_running_loop().call_later(0.1, both.world.give_up, "destination")
+            assert both.destination._record is not None
+            both.destination._record.close()
+            await asyncio.sleep(3600)
+
+    serve = both.destination._serve
+
+    async def remember(link: Link) -> None:
+        links.append(link)
+        await serve(link)
+
+    monkeypatch.setattr(both.destination, "_serve", remember)
+    both.destination._at = die
+    receiving = asyncio.create_task(both.destination.run(30))
+    with pytest.raises(MigrationInDoubt, match=r"nobody listens at unix:.*--resolve ask"):
+        await both.source.run()
+    assert "source" not in both.world.running and both.source.stage is SourceStage.IN_DOUBT
+    receiving.cancel()
+
+
+@contextlib.asynccontextmanager
+async def another_destination(both: Pair, verdicts: Verdicts) -> AsyncIterator[Destination]:
+    """A destination at the same address that knows the same secret."""
+    listener = await listen(both.listener.address, SECRET)
+    there = Destination(listener, both.leaving.programs, lambda _: Path(), lambda *_: both.arriving, verdicts=verdicts)
+    receiving = asyncio.create_task(there.run(30))
+    try:
+        yield there
+    finally:
+        receiving.cancel()
+        await asyncio.wait({receiving})
+        listener.close()
+
+
+def test_fault_m1_silence_is_no_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody listens any more: that says nothing. A destination there that has what is on disk can tell."""
+
     async def body() -> None:
-        async with pair(tmp_path) as both:
-            links: list[Link] = []
-
-            async def die(now: Moment) -> None:
-                if now is Moment.BEFORE_CONT:
-                    # As SIGKILL does: no word, the sockets are closed, nothing of it goes on.
-                    both.listener.close()
-                    links[0].channel.abort()
-                    asyncio.get_running_loop().call_later(0.1, both.world.give_up, "destination")
-                    await asyncio.sleep(3600)
-
-            serve = both.destination._serve
-
-            async def remember(link: Link) -> None:
-                links.append(link)
-                await serve(link)
-
-            monkeypatch.setattr(both.destination, "_serve", remember)
-            both.destination._at = die
-            receiving = asyncio.create_task(both.destination.run(30))
-            with pytest.raises(MigrateFailed, match=r"after the decision: .*nobody listens at unix:.*runs on here"):
-                await both.source.run()
+        async with pair(tmp_path, ask_timeout=1.5) as both:
+            await _killed(both, monkeypatch)
+            with pytest.raises(MigrationInDoubt, match="nobody listens"):
+                await both.source.resolve(run=None)
+            async with another_destination(both, both.verdicts):
+                await both.source.resolve(run=None)
             assert both.world.running == {"source"} and both.source.stage is SourceStage.KEPT
             assert both.world.lock == "source"
-            receiving.cancel()
-            await asyncio.wait({receiving})
+
+    run(body())
+
+
+def test_fault_m1_another_destination_with_the_same_secret_cannot_tell(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def body() -> None:
+        strangers = tmp_path / "strangers"
+        strangers.mkdir()
+        async with pair(tmp_path, ask_timeout=1.5) as both:
+            await _killed(both, monkeypatch)
+            async with another_destination(both, Verdicts(strangers)):
+                with pytest.raises(MigrationInDoubt, match="is another destination, which knows nothing"):
+                    await both.source.resolve(run=None)
+            assert "source" not in both.world.running and both.source.stage is SourceStage.IN_DOUBT
+            # Nor can one that answers about this migration and is not whom the source began with.
+            record = Verdicts(strangers).begin(both.source.migration)
+            record.note("gone")
+            record.close()
+            async with another_destination(both, Verdicts(strangers)):
+                with pytest.raises(MigrationInDoubt, match="is another destination"):
+                    await both.source.resolve(run=None)
+
+    run(body())
+
+
+def test_fault_m1_a_vm_that_ran_and_ended_there_never_runs_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The link is cut after Go, the VM there runs and ends, its listener goes: what the source has is of the past."""
+    from vmbus.migration import source
+    from vmbus.migration.messages import Running
+
+    async def nobody(*_: Any) -> Any:
+        raise ConnectionRefusedError
+
+    async def body() -> None:
+        async def deaf(now: Moment) -> None:
+            if now is Moment.AFTER_GO:
+                monkeypatch.setattr(source, "connect", nobody)
+
+        async with pair(tmp_path, source_at=deaf, ask_timeout=1.5) as both:
+            Interceptor(monkeypatch, (Running,))
+            await _doubt(both, tmp_path)
+            staying = asyncio.create_task(both.destination.stay())
+            await asyncio.sleep(0)
+            staying.cancel()  # the VM has ended there, and with it who answered
+            await asyncio.wait({staying})
+            await both.arriving.discard()
+            monkeypatch.setattr(source, "connect", connect)
+            async with another_destination(both, both.verdicts):
+                await both.source.resolve(run=None)
+            assert both.leaving.ended and both.world.running == set()
+            assert both.source.stage is SourceStage.MOVED
+
+    run(body())
+
+
+def test_fault_m1_what_could_not_be_ended_is_not_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process there that does not end after SIGKILL may still run the VM, for all that anybody knows."""
+
+    async def body() -> None:
+        async def stuck() -> None:
+            raise WaitTimeout("QEMU to end after SIGKILL", 30)
+
+        async with pair(tmp_path, ask_timeout=0.5, destination_at=at(Moment.BEFORE_CONT, on_purpose())) as both:
+            monkeypatch.setattr(both.arriving, "discard", stuck)
+            found = await both.migrate()
+            assert isinstance(found.problem, MigrationInDoubt), found
+            assert "source" not in both.world.running
+
+    run(body())
+
+
+@pytest.mark.parametrize(
+    ("stages", "alive", "boot", "fate"),
+    [
+        ([], False, "", "unknown"),
+        (["arriving"], True, "", "undecided"),
+        (["arriving"], False, "", "gone"),
+        (["arriving"], False, "another", "undecided"),
+        (["arriving", "starting"], False, "", "undecided"),
+        (["arriving", "starting"], True, "", "undecided"),
+        (["arriving", "starting", "running"], False, "another", "running"),
+        (["arriving", "gone"], False, "another", "gone"),
+        (["arriving", "starting", "gone"], True, "", "gone"),
+    ],
+)
+def test_fault_m1_what_a_record_on_disk_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stages: list[Any], alive: bool, boot: str, fate: str
+) -> None:
+    found = Verdicts(tmp_path)
+    migration = "a" * 32
+    record = None
+    if stages:
+        record = found.begin(migration)
+        for stage in stages[1:]:
+            record.note(stage)
+        if not alive:
+            record.close()
+    if boot:
+        monkeypatch.setattr(verdicts, "boot_id", lambda: boot)
+    answer = found.find(migration)
+    assert answer.fate == fate
+    assert answer.destination == (record.destination if record else None)
+
+
+@pytest.mark.parametrize("cut", [1, 30])
+def test_fault_m1_a_line_that_was_cut_off_makes_it_less_certain(tmp_path: Path, cut: int) -> None:
+    found = Verdicts(tmp_path)
+    record = found.begin("a" * 32)
+    record.note("starting")
+    record.note("running")
+    record.close()
+    (file,) = tmp_path.iterdir()
+    file.write_bytes(file.read_bytes()[:-cut])
+    assert found.find("a" * 32).fate == "undecided"
+    file.write_bytes(b"[" * 5000 + b"\n")
+    assert found.find("a" * 32).fate == "unknown"
+
+
+def test_fault_m1_old_records_go(tmp_path: Path) -> None:
+    found = Verdicts(tmp_path)
+    old, held = found.begin("a" * 32), found.begin("b" * 32)
+    old.close()
+    for file in tmp_path.iterdir():
+        os.utime(file, (0, 0))
+    found.begin("c" * 32).close()
+    assert found.find("a" * 32).fate == "unknown" and found.find("b" * 32).fate == "undecided"
+    held.close()
+
+
+@pytest.mark.parametrize("decision", ["run", "end"])
+def test_fault_m2_a_decision_survives_its_interruption(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, decision: str
+) -> None:
+    """Whoever asked for it is gone in the middle: it is carried out all the same, and may be made again."""
+
+    async def body() -> None:
+        async with pair(tmp_path, ask_timeout=0.2) as both:
+            await _killed(both, monkeypatch)
+            take_back, end = both.leaving._take_back, both.leaving.end
+
+            async def slowly(seconds: float) -> None:
+                begun.set()
+                await asyncio.sleep(0.1)
+                await take_back(seconds)
+
+            async def end_slowly() -> None:
+                begun.set()
+                await asyncio.sleep(0.1)
+                await end()
+
+            begun = asyncio.Event()
+            both.leaving._take_back = slowly  # type: ignore[method-assign]
+            both.source.vm.end = end_slowly
+            resolving = asyncio.create_task(both.source.resolve(run=decision == "run"))
+            await begun.wait()
+            resolving.cancel()
+            await asyncio.wait({resolving})
+            if decision == "run":
+                assert both.world.running == {"source"} and both.source.stage is SourceStage.KEPT
+            else:
+                assert both.leaving.ended and both.source.stage is SourceStage.MOVED
+            await both.source.resolve(run=decision == "run")  # once more is no error
+            with pytest.raises(UsageError, match="nothing is to be decided"):
+                await both.source.resolve(run=decision != "run")
 
     run(body())
 
@@ -628,7 +825,7 @@ def test_who_asks_about_an_unknown_migration(tmp_path: Path) -> None:
             async with Link(await connect(both.listener.address, SECRET)) as link:
                 await link.send(Hello(migration="0" * 32, purpose="ask"))
                 fate = await link.expect(Fate, timeout=5, what="the fate")
-            assert fate.fate == "gone" and "knows nothing" in fate.reason
+            assert fate.fate == "unknown" and fate.destination is None and "knows nothing" in fate.reason
             receiving.cancel()
             await asyncio.wait({receiving})
 

@@ -223,3 +223,89 @@ def test_a_guest_that_goes_back_in_time_answers_nobody_twice(tmp_path: Path) -> 
             await client.close()
 
     asyncio.run(body())
+
+
+NONSENSE = [
+    b"[" * 100_000,
+    b'{"a":' * 100_000,
+    b'{"id": ' + b"9" * 5000 + b', "result": 1}',
+    b'{"id": 1e999, "result": 1}',
+    b'{"id": NaN, "result": {}}',
+    b"\xff\xfe",
+    b'"\\ud800"',
+    b"[1, 2]",
+    b"",
+]
+
+
+@pytest.mark.parametrize("line", NONSENSE, ids=range(len(NONSENSE)))
+def test_fault_h7_one_bad_line_is_one_error(tmp_path: Path, line: bytes) -> None:
+    """The client works on over the same connection, and a later one."""
+
+    async def handler(_: int, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        async for request in requests(reader):
+            writer.write(line + b"\n")
+            reply(writer, request, {"ok": True})
+
+    async def body() -> None:
+        async with peer(tmp_path / "s", handler):
+            client = AgentClient(tmp_path / "s")
+            await client.connect()
+            for _ in range(2):
+                assert await client.call("ping", timeout=10) == {"ok": True}
+            assert client.reconnects == 0
+            await client.close()
+
+    asyncio.run(body())
+
+
+@pytest.mark.parametrize("line", [b"\n", b'{"event": "x"}\n'])
+def test_fault_h7_endless_lines_take_no_timeout_away(tmp_path: Path, line: bytes) -> None:
+    """What a guest sends without end is read in short turns: others run, and a timeout comes when it should."""
+
+    async def handler(_: int, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while not stop.is_set():
+            writer.write(line * 60_000)
+            await writer.drain()
+
+    async def body() -> None:
+        async with peer(tmp_path / "s", handler):
+            client = AgentClient(tmp_path / "s")
+            await client.connect()
+            turns = 0
+
+            async def count() -> None:
+                nonlocal turns
+                while True:
+                    await asyncio.sleep(0)
+                    turns += 1
+
+            counting = asyncio.create_task(count())
+            busy = asyncio.get_running_loop().time()
+            with pytest.raises(WaitTimeout):
+                await client.call("ping", timeout=1.0)
+            took = asyncio.get_running_loop().time() - busy
+            counting.cancel()
+            assert turns > 20 and took < 5, (turns, took)
+            stop.set()
+            await client.close()
+
+    stop = asyncio.Event()
+    asyncio.run(body())
+
+
+@pytest.mark.parametrize("result", [{}, {"code": "x", "output": 1, "bytes": 2, "expired": False}, {"expired": True}])
+def test_fault_h7_an_answer_of_another_shape_is_the_agents_error(tmp_path: Path, result: dict[str, Any]) -> None:
+    async def handler(_: int, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        async for request in requests(reader):
+            reply(writer, request, result)
+
+    async def body() -> None:
+        async with peer(tmp_path / "s", handler):
+            client = AgentClient(tmp_path / "s")
+            await client.connect()
+            with pytest.raises(AgentError, match="its answer is not one"):
+                await client.execute(["true"], timeout=5)
+            await client.close()
+
+    asyncio.run(body())

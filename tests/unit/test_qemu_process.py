@@ -195,6 +195,77 @@ def test_names_are_claimed_once(base: Path) -> None:
     assert stat.S_IMODE((base / "demo").stat().st_mode) == 0o700
 
 
+HOLD = """
+import sys, msgspec, time
+from pathlib import Path
+from vmbus.lockfile import LockFile
+from vmbus.qemu.process import Owner, boot_id
+lock = LockFile(Path(sys.argv[1]))
+lock.append(msgspec.json.encode(Owner(2**22 + 5, 1, boot_id(), locked=True)))  # an id that is nobody's here
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_fault_m6_a_vm_of_another_container_is_left_alone(base: Path) -> None:
+    """Two containers share the run directory and not the process ids: the lock tells who lives, and when it is over."""
+    theirs = base / "theirs"
+    theirs.mkdir()
+    argv = [sys.executable, "-c", HOLD, str(theirs / "owner.json")]
+    with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None and other.stdout.readline() == b"held\n"
+        assert running_vms() == ["theirs"]
+        assert clean_stale(base) == [] and theirs.is_dir()
+        with pytest.raises(UsageError, match="'theirs' is running already"):
+            RunDirectory.create("theirs", exact=True)
+        other.kill()
+        other.wait()
+    assert running_vms() == []
+    assert RunDirectory.create("theirs", exact=True).path == theirs
+
+
+def test_fault_m6_sabotage_without_the_lock_it_would_be_deleted(base: Path) -> None:
+    stale(base, "theirs", Owner(2**22 + 5, 1, process.boot_id(), locked=True))
+    assert clean_stale(base) == ["theirs"]
+
+
+def test_fault_m5_what_is_large_is_in_the_state_directory(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VMBUS_STATE", str(tmp_path / "state"))
+    mine = RunDirectory.create("demo")
+    room = mine.room("checkpoints")
+    assert room == mine.path / "checkpoints" and room == mine.room("checkpoints")
+    (room / "large").write_bytes(bytes(4096))
+    (mine.room("disks") / "large").write_bytes(bytes(4096))
+    state = tmp_path / "state" / "run" / "demo"
+    assert sorted(path.name for path in state.iterdir()) == ["checkpoints", "disks", "owner.json"]
+    assert (state / "checkpoints" / "large").stat().st_size == 4096 and stat.S_IMODE(state.stat().st_mode) == 0o700
+    size = sum(path.lstat().st_size for path in mine.path.iterdir())
+    assert size < 1024, "the run directory has names and no bulk"
+    mine.remove()
+    assert list(state.parent.iterdir()) == [] and list(base.iterdir()) == []
+
+
+def test_fault_m5_large_files_of_a_killed_owner_are_removed_by_the_next_start(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VMBUS_STATE", str(tmp_path / "state"))
+    kill = "import os; from vmbus.qemu.process import RunDirectory as R; R.create('x').room('disks'); os._exit(0)"
+    subprocess.run([sys.executable, "-c", kill], check=True)
+    assert (tmp_path / "state" / "run" / "x").is_dir() and running_vms() == []
+    RunDirectory.create("another").remove()
+    assert list((tmp_path / "state" / "run").iterdir()) == [] and list(base.iterdir()) == []
+
+
+def test_fault_m5_a_state_directory_that_cannot_be_made_says_which_setting_helps(
+    base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VMBUS_STATE", "/proc/nope")
+    with pytest.raises(EnvironmentProblem, match="VMBUS_STATE names another place"):
+        RunDirectory.create("demo").room("disks")
+
+
 def stale(base: Path, name: str, owner: Owner) -> None:
     (base / name).mkdir()
     (base / name / "owner.json").write_bytes(msgspec.json.encode(owner))
@@ -203,7 +274,7 @@ def stale(base: Path, name: str, owner: Owner) -> None:
 def test_directories_of_the_dead_are_cleared(base: Path) -> None:
     ended = subprocess.Popen(["true"])
     ended.wait()
-    own = Owner.current()
+    own = Owner(os.getpid(), Owner.current().start_time, process.boot_id())  # as older ones were, without a lock
     stale(base, "dead", Owner(ended.pid, 1, own.boot))
     stale(base, "reused", Owner(own.pid, own.start_time + 1, own.boot))  # our id, another process
     stale(base, "before-reboot", Owner(own.pid, own.start_time, "another boot"))

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -492,6 +493,52 @@ def test_a_full_disk_leaves_the_vm_running_and_nothing_behind(vm: Vm) -> None:
         vm.take("d")
     assert vm.model.vcpus and vm.model.consistent()
     assert not (vm.directory / "d.state").exists() and not (vm.directory / "d.json").exists()
+
+
+def test_fault_h13_what_a_failed_checkpoint_wrote_into_the_image_is_given_back(vm: Vm) -> None:
+    """QEMU would keep it for the next one, however long that takes (tests/vm/test_checkpoint.py has the real one)."""
+    vm.model.job_errors["snapshot-save"] = "No space left on device"
+    reserves: list[bool] = []
+    execute = vm.model.execute
+
+    async def look(command: str, *arguments: Any, **more: Any) -> Any:
+        if command in ("snapshot-save", "block_resize"):
+            reserves.append((vm.directory / ".reserve").exists())
+        return await execute(command, *arguments, **more)
+
+    vm.model.execute = look  # type: ignore[method-assign]
+    with pytest.raises(SaveFailed):
+        vm.take("d")
+    assert vm.model.steps[-2:] == ["block_resize", "block_resize"]
+    assert reserves == [True, False, False], "there is room for what has to be written for that"
+    del vm.model.job_errors["snapshot-save"]
+    vm.model.steps.clear()
+    vm.take("d")
+    assert "block_resize" not in vm.model.steps and not (vm.directory / ".reserve").exists()
+
+
+def test_fault_h13_a_checkpoint_is_not_begun_without_room(vm: Vm, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    vm.model.steps.clear()
+    with pytest.raises(EnvironmentProblem, match="no checkpoint can be kept in .*No space left on device"):
+        vm.take("d")
+    assert vm.model.steps == [] and vm.model.vcpus and not (vm.directory / ".reserve").exists()
+
+
+def test_fault_h12_what_was_left_half_taken_or_half_deleted_is_removed_by_the_next(vm: Vm) -> None:
+    """Of whatever name: its record is missing."""
+    (vm.directory / "x.state").write_bytes(b"half")
+    (vm.directory / "x.files").mkdir()
+    (vm.directory / "x.files" / "file.disk.image").touch()
+    (vm.directory / "letter.txt").touch()
+    vm.model.snapshots["vmbus-x"] = vm.model.snapshots["vmbus-y"] = {"memory": 1, "made": 9}
+    vm.take("d")
+    assert sorted(vm.model.snapshots) == [f"vmbus-{tag}" for tag in "abcd"]
+    left = {path.name for path in vm.directory.iterdir()}
+    assert left == {"letter.txt", IMAGE} | {f"{tag}.{kind}" for tag in "abcd" for kind in ("json", "state")}
 
 
 def test_an_image_that_cannot_be_made_leaves_nothing(tmp_path: Path) -> None:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import hashlib
 import json
 import os
 import stat
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +20,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vmbus.errors import EnvironmentProblem, StateError, UsageError
+from vmbus.interruptible import Stop, Unwanted, in_thread
+from vmbus.migration.files import record_of
 from vmbus.qemu.command_line import Programs
 from vmbus.qemu.description import load_description
 from vmbus.snapshot import bundle
@@ -137,21 +142,34 @@ def test_abort_leaves_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_a_dead_process_left_is_cleared_away(tmp_path: Path) -> None:
-    hour_ago = time.time() - 3600
+SAVE_AND_DIE = """
+import os, sys
+from pathlib import Path
+from vmbus.snapshot.bundle import SnapshotWriter
+writer = SnapshotWriter.begin(Path(sys.argv[1]))
+writer.ram.write_bytes(bytes(1 << 20))
+(writer.directory / ".device.state.tmp").touch()
+os._exit(0)
+"""
+
+
+def test_fault_h12_what_a_killed_save_left_is_reclaimed_by_any_later_one(tmp_path: Path) -> None:
     living = SnapshotWriter.begin(tmp_path / "snapshot")
-    (tmp_path / ".snapshot.partial-dead").mkdir()
-    (tmp_path / ".snapshot.partial-dead" / RAM).touch()
-    (tmp_path / ".other.partial-dead").mkdir()
-    for path in tmp_path.iterdir():
-        os.utime(path, (hour_ago, hour_ago))
-    second = SnapshotWriter.begin(tmp_path / "snapshot")
+    for name in ("snapshot", "another"):
+        subprocess.run([sys.executable, "-c", SAVE_AND_DIE, str(tmp_path / name)], check=True)
+    others = tmp_path / ".mine.partial-01234567"
+    others.mkdir()
+    (others / "letter").touch()  # of somebody else, by its content
+    (tmp_path / ".vmbus-new-0").mkdir()
+    (tmp_path / ".vmbus-new-1").mkdir()
+    hour_ago = time.time() - 3600
+    os.utime(tmp_path / ".vmbus-new-1", (hour_ago, hour_ago))
+    # The first living save has not touched the second's: it is locked. At once, not only after a while:
+    third = SnapshotWriter.begin(tmp_path / "third")
     assert {path.name for path in tmp_path.iterdir()} == {
-        ".other.partial-dead",
-        living.directory.name,
-        second.directory.name,
-    }
-    second.abort()
+        living.directory.name, third.directory.name, others.name, ".vmbus-new-0",
+    }  # fmt: skip
+    third.abort()
     living.abort()
 
 
@@ -179,7 +197,7 @@ def test_everything_is_flushed_before_the_name_appears(tmp_path: Path, monkeypat
     monkeypatch.setattr(os, "fsync", fsync)
     monkeypatch.setattr(Path, "rename", rename)
     asyncio.run(write(tmp_path / "snapshot", tmp_path))
-    at = events.index("rename")
+    at = len(events) - 1 - events[::-1].index("rename")  # the first is that of the temporary directory
     assert set(events[:at]) >= {*CONTENTS, MANIFEST}
     assert events[at - 2] == MANIFEST  # the last file; then its directory
     assert events[at + 1 :] == [tmp_path.name]
@@ -193,10 +211,6 @@ def change(path: Path) -> None:
 
 @pytest.mark.parametrize("name", CONTENTS)
 def test_a_changed_byte_is_noticed(snapshot: Path, name: str) -> None:
-    if name in (KERNEL, INITRAMFS):  # links to the sources: replaced, not written through
-        data = (snapshot / name).read_bytes()
-        (snapshot / name).unlink()
-        (snapshot / name).write_bytes(data)
     change(snapshot / name)
     with pytest.raises(StateError, match=rf"{name} was changed"):
         load(snapshot)
@@ -311,14 +325,63 @@ def test_names_in_the_manifest_lead_nowhere(snapshot: Path) -> None:
         load(snapshot)
 
 
-def test_boot_files_are_copied_where_links_are_impossible(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: object) -> None:
-        raise OSError("other file system")
-
-    monkeypatch.setattr(bundle.os, "link", refuse)
+def test_fault_m7_fault_h10_a_snapshot_shares_no_file_with_the_cache(tmp_path: Path) -> None:
     asyncio.run(write(tmp_path / "snapshot", tmp_path))
-    assert load(tmp_path / "snapshot").kernel.read_bytes() == b"kernel"
-    assert (tmp_path / "snapshot" / KERNEL).stat().st_nlink == 1
+    for name, source in ((KERNEL, "kernel"), (INITRAMFS, "initramfs")):
+        assert (tmp_path / "snapshot" / name).stat().st_nlink == 1
+        assert not (tmp_path / "snapshot" / name).samefile(tmp_path / source)
+        with (tmp_path / "snapshot" / name).open("r+b") as file:  # damage in place
+            file.write(b"x")
+        assert (tmp_path / source).read_bytes() == source.encode()
+    with pytest.raises(StateError, match=f"{KERNEL} was changed"):
+        load(tmp_path / "snapshot")
+
+
+def test_fault_h14_sizes_are_looked_at_before_digests(snapshot: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (snapshot / INITRAMFS).write_bytes(b"short")
+    looked: list[str] = []
+    monkeypatch.setattr(bundle, "sha256", lambda file, stop: looked.append(file.name))
+    with pytest.raises(StateError, match=f"{INITRAMFS} has 5 bytes"):
+        load(snapshot)
+    assert looked == []
+
+
+def test_fault_h14_a_digest_of_terabytes_ends_when_nobody_wants_it(tmp_path: Path) -> None:
+    """As a signal does it; the process would wait for its thread."""
+    huge = tmp_path / RAM
+    with huge.open("wb") as file:
+        file.truncate(4 << 40)
+    record = FileRecord(4 << 40, "0" * 64)
+
+    async def body() -> float:
+        work = asyncio.create_task(in_thread(functools.partial(bundle._verify, huge, record)))
+        await asyncio.sleep(0.2)
+        begun = time.monotonic()
+        work.cancel()
+        await asyncio.wait({work})
+        assert work.cancelled()
+        return time.monotonic() - begun
+
+    begun = time.monotonic()
+    assert asyncio.run(body()) < 5
+    assert time.monotonic() - begun < 10, "the thread went on"
+
+
+@pytest.mark.parametrize("what", ["seal", "copy", "record"])
+def test_fault_h14_so_does_other_long_work_on_files(tmp_path: Path, what: str) -> None:
+    huge = tmp_path / RAM
+    with huge.open("wb") as file:
+        file.truncate(4 << 40)
+        file.write(b"x" * 4096)
+    stop = Stop()
+    stop.set()
+    with pytest.raises(Unwanted):
+        if what == "seal":
+            bundle._seal(huge, stop)
+        elif what == "record":
+            record_of(huge, stop)
+        else:
+            bundle._copy(huge, tmp_path / "copy", stop)
 
 
 ENCODED = encode_manifest(manifest({name: FileRecord(1, hashlib.sha256(b"x").hexdigest()) for name in CONTENTS}))

@@ -22,6 +22,7 @@ from vmbus.provision import provision
 from vmbus.qemu.command_line import Programs, programs_from
 from vmbus.qemu.description import VmDescription, load_description
 from vmbus.qemu.process import clean_stale, runtime_base
+from vmbus.statedir import state_directory
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 
@@ -31,6 +32,7 @@ def runtime(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Where VMs have their directories that are given no other place; nobody else's are there."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_RUNTIME_DIR", str(tmp_path_factory.mktemp("r")))
+        patch.setenv("VMBUS_STATE", str(tmp_path_factory.mktemp("s")))
         yield runtime_base()
 
 
@@ -40,6 +42,7 @@ def own_temporary_files(tmp_path_factory: pytest.TempPathFactory) -> Iterator[No
     with pytest.MonkeyPatch.context() as patch:
         folder = str(tmp_path_factory.mktemp("t"))
         patch.setenv("TMPDIR", folder)
+        patch.setenv("VMBUS_STATE", folder)
         patch.setattr(tempfile, "tempdir", folder)
         yield
 
@@ -51,7 +54,10 @@ def nothing_outlives_the_test(runtime: Path) -> Iterator[None]:
     left = {pid: command[:120] for pid, command in children().items() if pid not in before}
     assert not left, f"processes outlive the test: {left}"
     clean_stale(runtime)  # of owners that the test has killed
-    assert not list(runtime.iterdir()), f"directories of VMs outlive the test: {list(runtime.iterdir())}"
+    bases = [runtime, base] if (base := state_directory() / "run").is_dir() else [runtime]
+    for base in bases:
+        clean_stale(base)
+        assert not list(base.iterdir()), f"directories of VMs outlive the test: {list(base.iterdir())}"
 
 
 @pytest.fixture(scope="session")

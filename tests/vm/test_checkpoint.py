@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
@@ -9,12 +10,14 @@ from typing import Any
 import pytest
 
 from support.boot import boot
+from support.failure_bench import Disk
 from vmbus.inspection.difference import compare
 from vmbus.inspection.saved import inspect_path
 from vmbus.inspection.target import Running
 from vmbus.qemu.command_line import Programs
 from vmbus.qemu.description import VmDescription
 from vmbus.qemu.machine import VirtualMachine
+from vmbus.qemu.save import SaveFailed
 from vmbus.qemu.story import Figures, Story, audit, begun, finish, until_in_flight
 
 pytestmark = pytest.mark.vm
@@ -123,3 +126,45 @@ def test_checkpoint_to_a_directory_and_in_place_go_together(
                 await books(vm, job)
 
     run(body())
+
+
+def test_fault_h13_a_checkpoint_on_a_full_disk_gives_its_space_back(
+    run: Run, demo_description: VmDescription, programs: Programs, tmp_path: Path
+) -> None:
+    """With another checkpoint in the same image, which stays whole."""
+    folder = tmp_path / "small"
+
+    def free() -> int:
+        status = os.statvfs(folder)
+        return status.f_bavail * status.f_frsize >> 20
+
+    async def body() -> None:
+        async with await boot(demo_description, programs) as vm:
+            await vm.wait_ready()
+            await vm.stop()
+            size = (await vm.checkpoint("measured")).vm_state_bytes
+            try:
+                disks.append(Disk(folder, size * 3 // 2))
+            except PermissionError as error:
+                pytest.skip(str(error))
+            there = folder / "checkpoints"
+            before = free()
+            report = await vm.checkpoint("first", directory=there)
+            once = report.vm_state_bytes >> 20
+            assert once < before < 2 * once, (before, once)
+            left = free()
+            with pytest.raises(SaveFailed, match="checkpoint 'second' failed.*No space left on device"):
+                await vm.checkpoint("second", directory=there)
+            print(f"MiB free: {before}, {left} with a checkpoint of {once}, {free()} after one that failed")
+            assert free() >= left - 2
+            await vm.revert("first", directory=there)
+            await vm.delete_checkpoint("first", directory=there)
+            assert free() >= before - 8, "a checkpoint that is deleted gives its space back, too"
+            await vm.checkpoint("third", directory=there)
+
+    disks: list[Disk] = []
+    try:
+        run(body())
+    finally:
+        for disk in disks:
+            disk.remove()

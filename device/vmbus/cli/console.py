@@ -14,6 +14,8 @@ from pathlib import Path
 from vmbus.errors import EnvironmentProblem
 
 ESCAPE = 0x1D  # Ctrl-]
+MOST_TYPED = 64 << 10
+"""Bytes that wait for a guest which does not read them; what is typed then is lost, but for the escape sequences."""
 HELP = "Ctrl-] then q ends the VM, Ctrl-] twice sends one"
 
 
@@ -79,7 +81,7 @@ async def attach(path: Path, on_escape: Callable[[], None], write: Callable[[byt
             loop.remove_reader(source)
             return
         out, leave = filter_.feed(data)
-        if out:
+        if out and writer.transport.get_write_buffer_size() < MOST_TYPED:  # else the guest does not read its console
             writer.write(out)
         if leave:
             on_escape()

@@ -38,8 +38,9 @@ def absolute(text: str) -> Address:
 )
 @click.option(
     "--resolve",
-    type=click.Choice(["run", "end"]),
-    help="After a migration in doubt: let the VM run here (it must not run there), or end it here. Takes no ADDRESS.",
+    type=click.Choice(["ask", "run", "end"]),
+    help="After a migration in doubt: ask the destination and do what it says; or let the VM run here (it must never "
+    "have run there), or end it here. Takes no ADDRESS.",
 )
 def migrate(
     words: tuple[str, ...],
@@ -59,7 +60,9 @@ def migrate(
         raise UsageError("give [NAME] alone with --resolve" if resolve else "give [NAME] ADDRESS, see --help")
     name = find_vm(words[0] if len(words) > least else None)
     if resolve:
-        run(ask(name, "resolve", {"run": resolve == "run"}, timeout=120))
+        wanted = None if resolve == "ask" else resolve == "run"
+        result = run(ask(name, "resolve", {"run": wanted}, timeout=120))
+        console.print(f"VM {name!r} {'runs on here' if result['runs'] else 'has ended here'}", markup=False)
         return
     if secret_file is None:
         raise UsageError("--secret-file is missing: both sides of a migration need the same secret")

@@ -51,7 +51,7 @@ class Arrival:
 
     @property
     def folder(self) -> Path:
-        return self.vm.run_directory.path
+        return self.vm.run_directory.room("arrival")
 
     async def start(self, phases: Phases, multifd: int) -> int | str:
         vm = self.vm
@@ -69,7 +69,7 @@ class Arrival:
             )
             if multifd:
                 await vm.execute("migrate-set-parameters", {"multifd-channels": multifd})
-            path = self.folder / STREAM_SOCKET
+            path = vm.run_directory / STREAM_SOCKET
             address: Address = UnixAddress(str(path)) if self._host is None else TcpAddress(self._host, 0)
             with vm.own_migration():
                 await vm.execute("migrate-incoming", {"channels": stream_channel(address), "exit-on-error": False})

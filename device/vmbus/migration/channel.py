@@ -25,6 +25,7 @@ import secrets
 import socket
 import stat
 import struct
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
@@ -33,7 +34,7 @@ from vmbus.migration.address import Address, TcpAddress, UnixAddress
 from vmbus.server.control import bind_private
 
 MAGIC = b"VMBUSMIG"
-VERSION = 1
+VERSION = 2
 SECRET_BYTES = 32
 NONCE_BYTES = 32
 PROOF_BYTES = 32
@@ -43,8 +44,12 @@ MAX_FRAME = 1 << 20
 HANDSHAKE_TIMEOUT = 10.0
 """Seconds that a peer has to prove itself."""
 
-MAX_STRANGERS = 8
-"""Connections that may be proving themselves at the same time; further ones are closed at once."""
+MAX_STRANGERS = 64
+"""Connections that may be proving themselves at the same time. For a further one the oldest of the address that has
+most of them is closed: who proves itself at once is never the oldest for long, whoever else comes and says nothing."""
+
+SEND_TIMEOUT = 30.0
+"""Seconds for which a peer may take nothing of what is sent to it; then it is gone."""
 
 _HELLO = struct.Struct(f">8sH{NONCE_BYTES}s")
 _LENGTH = struct.Struct(">I")
@@ -113,15 +118,20 @@ class Channel:
         self._received = 0
         self._lost: str | None = None
 
-    async def send(self, data: bytes) -> None:
-        """Sends one frame. Raises `LinkLost`; `UsageError` for one that is too large."""
+    async def send(self, data: bytes, timeout: float = SEND_TIMEOUT) -> None:
+        """Sends one frame. Raises `LinkLost`, also if the other side does not take it for `timeout` seconds: then the
+        connection is ended. Raises `UsageError` for one that is too large."""
         if len(data) > MAX_FRAME:
             raise UsageError(f"a frame of {len(data)} bytes is too large: {MAX_FRAME} are allowed")
         mark = _hmac(self._send_key, _COUNTED.pack(self._sent, len(data)), data)
         self._sent += 1
         try:
             self._writer.write(_LENGTH.pack(len(data)) + data + mark)
-            await self._writer.drain()
+            async with asyncio.timeout(timeout):
+                await self._writer.drain()
+        except TimeoutError:
+            self.abort()
+            raise LinkLost(f"{self.name} has taken nothing for {timeout:g} s of what was sent to it") from None
         except OSError as error:
             raise LinkLost(f"the connection to {self.name} broke: {error}") from error
 
@@ -297,7 +307,7 @@ class Listener:
         self._secret = secret
         self._server: asyncio.Server | None = None
         self._tasks: set[asyncio.Task[None]] = set()
-        self._strangers = 0
+        self._strangers: dict[asyncio.Task[None], str] = {}  # oldest first, with their addresses
         self._on_channel: asyncio.Future[Accepted] = asyncio.get_running_loop().create_future()
         self.refused = 0
         """Connections that did not prove themselves, or for which there was no room."""
@@ -333,26 +343,35 @@ class Listener:
         peer = writer.get_extra_info("peername")
         name = f"the source {peer[0]}" if isinstance(peer, tuple) else "the source"
         try:
-            if self._strangers >= MAX_STRANGERS:
-                raise LinkLost(f"{self._strangers} connections are proving themselves already")
-            self._strangers += 1
+            if len(self._strangers) >= MAX_STRANGERS:
+                self._turn_one_away()
+            self._strangers[task] = name
             try:
                 async with asyncio.timeout(HANDSHAKE_TIMEOUT):
                     channel = await open_as_server(reader, writer, self._secret, name)
             finally:
-                self._strangers -= 1
+                self._strangers.pop(task, None)
             on_channel = await asyncio.shield(self._on_channel)
         except (EnvironmentProblem, TimeoutError) as error:
             self.refused += 1
             self.last_refusal = str(error) or f"{name} did not prove itself in time"
             writer.close()
             return
-        except asyncio.CancelledError:  # the listener is closed
-            writer.close()
+        except asyncio.CancelledError:  # the listener is closed, or there are too many
+            writer.transport.abort()
             return
         finally:
             self._tasks.discard(task)
         await on_channel(channel)
+
+    def _turn_one_away(self) -> None:
+        shares = Counter(self._strangers.values())
+        most = max(shares, key=lambda name: shares[name])
+        oldest = next(task for task, name in self._strangers.items() if name == most)
+        del self._strangers[oldest]
+        self.refused += 1
+        self.last_refusal = f"{most} and others have {MAX_STRANGERS} connections that do not prove themselves"
+        oldest.cancel()
 
     def close(self) -> None:
         """Stops listening. May be called more than once."""

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Literal, Protocol, TypeVar
 
 from vmbus.description import DeviceDescription
-from vmbus.errors import StateError, VmbusError, WaitTimeout
+from vmbus.errors import EnvironmentProblem, StateError, VmbusError, WaitTimeout
+from vmbus.interruptible import Stop, in_thread
 from vmbus.migration.channel import Channel, Listener
 from vmbus.migration.files import receive_file, record_of
 from vmbus.migration.link import SILENCE, Link
@@ -37,6 +39,7 @@ from vmbus.migration.messages import (
 )
 from vmbus.migration.ownership import DESTINATION, DestinationStage, Ownership
 from vmbus.migration.source import STATE_FILE, MigrateFailed
+from vmbus.migration.verdicts import Record, Stage, Verdicts
 from vmbus.qemu.command_line import Programs, machine_version
 from vmbus.qemu.description import VmDescription
 from vmbus.qemu.moments import Hook, Moment, no_hook
@@ -117,7 +120,12 @@ class Destination:
         silence: float = SILENCE,
         go_timeout: float = GO_TIMEOUT,
         answer_timeout: float = ANSWER_TIMEOUT,
+        verdicts: Verdicts | None = None,
     ) -> None:
+        """Raises `EnvironmentProblem` if it cannot be kept on disk what becomes of the VM."""
+        self._verdicts = verdicts or Verdicts()
+        self._record: Record | None = None
+        self._left = False  # something was started here and could not be ended
         self.phases = Phases(progress)
         self.ownership = Ownership(DESTINATION, DestinationStage.PREPARING)
         self.migration: str | None = None
@@ -167,6 +175,8 @@ class Destination:
         except BaseException:
             await uninterrupted(self._end_session())
             self._listener.close()
+            if self._record is not None:
+                self._record.close()
             raise
 
     async def stay(self) -> None:
@@ -178,6 +188,8 @@ class Destination:
             self._listener.close()
             if self._session is not None:
                 self._session.cancel()
+            if self._record is not None:
+                self._record.close()
 
     @property
     def _cont_seconds(self) -> dict[str, float]:
@@ -199,6 +211,11 @@ class Destination:
                 elif self._session is not None:
                     await link.tell_failure("this destination serves another migration")
                 else:
+                    try:
+                        self._record = self._verdicts.begin(hello.migration)
+                    except EnvironmentProblem as error:
+                        await link.tell_failure(error)
+                        raise
                     self.migration = hello.migration
                     self.source = link.name
                     self._session = asyncio.create_task(self._serve(link), name="migration's destination")
@@ -207,8 +224,8 @@ class Destination:
 
     async def _answer(self, link: Link, migration: str) -> None:
         if migration != self.migration:
-            # Our address was free, so the destination that had it before has ended.
-            await link.send(Fate(fate="gone", reason="this destination knows nothing of that migration"))
+            # Another destination was here before us; what it has left on disk is its word.
+            await link.send(self._verdicts.find(migration))
         else:
             if self.ownership.row.fate == "gone":
                 # A source asks because its link broke. Its Go cannot come any more, and now it never will.
@@ -216,12 +233,13 @@ class Destination:
                 await self._end_session()
             fate = self.ownership.row.fate
             running_for = time.monotonic() - self.running_at if fate == "running" else 0.0
-            if fate == "gone" and self.stage is not DestinationStage.DISCARDED:
-                fate = "undecided"  # it takes longer than it should; the source asks again
+            if fate == "gone" and (self._left or self.stage is not DestinationStage.DISCARDED):
+                fate = "undecided"  # it takes longer than it should, or for ever; the source asks again
             assert fate is not None
             await link.send(
                 Fate(
                     fate=fate,
+                    destination=self._record.destination if self._record is not None else None,
                     reason=short(self._why_ended or ""),
                     running_for=running_for,
                     seconds=self._cont_seconds if fate == "running" else {},
@@ -242,6 +260,7 @@ class Destination:
             await self._at(Moment.BEFORE_CONT)
             assert self._vm is not None
             with self.phases("cont"):
+                self._note("starting")
                 await self._vm.release()
                 if state.run:
                     await self._vm.run()
@@ -255,9 +274,13 @@ class Destination:
         # From here on nothing can be taken back: the VM runs, whoever may know it.
         self._done.set_result(None)
         with contextlib.suppress(VmbusError):
+            self._note("running")
+        with contextlib.suppress(VmbusError):
             await link.send(Running(seconds=self._cont_seconds))
+            await self._flush_record()
             await link.expect(Released, timeout=_SOURCE_TIMEOUT, what="to end its VM")
             return
+        await self._flush_record()
         # The source does not know. It asks over another connection; `stay` bounds how long we wait for that.
         await asyncio.sleep(self._answer_timeout)
 
@@ -267,12 +290,18 @@ class Destination:
         if not isinstance(problem, VmbusError):
             problem = StateError(f"it was interrupted ({f'{type(error).__name__} {error}'.strip()})")
         self._why_ended = problem
+        self._left = True
         try:
             if self._vm is not None:
                 await self._vm.discard()
+            self._left = False
+            with contextlib.suppress(VmbusError):
+                self._note("gone", str(problem))
+            await self._flush_record()
         finally:
             self.ownership.move(DestinationStage.DISCARDED)
-            await link.tell_failure(problem)
+            if not self._left:
+                await link.tell_failure(problem)
             if not self._done.done():
                 if isinstance(error, Exception) and not isinstance(error, VmbusError):
                     self._done.set_exception(error)  # a defect of ours, not to be dressed up
@@ -283,6 +312,15 @@ class Destination:
                     failed.__cause__ = problem
                     self._done.set_exception(failed)
                 self._done.exception()  # whoever runs us may have been cancelled: then nobody asks
+
+    def _note(self, stage: Stage, reason: str = "") -> None:
+        assert self._record is not None
+        self._record.note(stage, reason)
+
+    async def _flush_record(self) -> None:
+        assert self._record is not None
+        with contextlib.suppress(VmbusError):  # a lost line makes an answer less certain, and never another one
+            await asyncio.to_thread(self._record.flush)
 
     async def _rebuild(self, link: Link) -> State:
         """Everything up to a VM that only needs its vCPUs to run."""
@@ -390,13 +428,14 @@ class Destination:
         """The source's kernel and initramfs: ours if they are the same, else received into the folder."""
         kernel, initramfs = self._programs.kernel, self._programs.initramfs
         wanted: list[Literal["kernel", "initramfs"]] = []
-        if not await asyncio.to_thread(_is, kernel, prepare.kernel):
+        if not await in_thread(functools.partial(_is, kernel, prepare.kernel)):
             kernel = folder / "vmlinuz"
             wanted.append("kernel")
-        if not await asyncio.to_thread(_is, initramfs, prepare.initramfs):
+        if not await in_thread(functools.partial(_is, initramfs, prepare.initramfs)):
             initramfs = folder / "initramfs.cpio"
             wanted.append("initramfs")
-        await link.send(Wanted(files=wanted))
+        assert self._record is not None
+        await link.send(Wanted(files=wanted, destination=self._record.destination))
         if "kernel" in wanted:
             await receive_file(link, prepare.kernel, kernel)
         if "initramfs" in wanted:
@@ -404,9 +443,9 @@ class Destination:
         return kernel, initramfs
 
 
-def _is(path: Path, record: FileRecord) -> bool:
+def _is(path: Path, record: FileRecord, stop: Stop) -> bool:
     with contextlib.suppress(VmbusError):
-        return record_of(path) == record
+        return record_of(path, stop) == record
     return False
 
 

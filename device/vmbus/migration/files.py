@@ -10,6 +10,7 @@ from io import BufferedWriter
 from pathlib import Path
 
 from vmbus.errors import EnvironmentProblem, StateError
+from vmbus.interruptible import NEVER, Stop, sha256
 from vmbus.migration.link import Link
 from vmbus.migration.messages import CHUNK, Chunk
 from vmbus.snapshot.manifest import FileRecord
@@ -18,11 +19,11 @@ CHUNK_TIMEOUT = 60.0
 """Seconds that one chunk may take."""
 
 
-def record_of(path: Path) -> FileRecord:
+def record_of(path: Path, stop: Stop = NEVER) -> FileRecord:
     """Size and digest of a file. Raises `EnvironmentProblem` if it cannot be read."""
     try:
         with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            digest = sha256(file, stop)
             return FileRecord(file.tell(), digest)
     except OSError as error:
         raise EnvironmentProblem(f"cannot read {path}: {error.strerror}") from error

@@ -96,8 +96,13 @@ class Link:
                 await asyncio.sleep(PING_INTERVAL)
 
     async def send(self, message: Message) -> None:
-        """Sends a message. Raises `LinkLost`."""
-        await self.channel.send(encode(message))
+        """Sends a message. Raises `LinkLost`, also if the other side takes nothing for the time of its `silence`,
+        whatever it says itself meanwhile: then the link is of no use any more."""
+        try:
+            await self.channel.send(encode(message), self._silence)
+        except LinkLost as error:
+            self._fail(error)
+            raise
 
     async def tell_failure(self, error: object, timeout: float = 2.0) -> None:
         """Tells the other side that we give up, if that is possible at all. Never raises."""
@@ -147,11 +152,11 @@ class Link:
         task = asyncio.current_task()
         assert task is not None
         cancelling = task.cancelling()
-        struck = False
+        struck = over = False
 
         def strike(_: object) -> None:
             nonlocal struck
-            if self._called_off:
+            if self._called_off or over:  # it may have been on its way when the block ended
                 return
             struck = True
             task.cancel("the link failed")
@@ -170,6 +175,7 @@ class Link:
                 task.uncancel()
             raise
         finally:
+            over = True
             self.failure.remove_done_callback(strike)
         if struck:  # the block was over before the blow could land
             task.uncancel()

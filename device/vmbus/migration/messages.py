@@ -5,7 +5,7 @@ In the order in which a migration uses them (S from the source, D from the desti
     S Hello        which migration this is, and whether it begins or is asked about
     D Fate         (when asked) what became of it
     S Prepare      the VM, and what it needs
-    D Wanted       boot files that the destination lacks
+    D Wanted       boot files that the destination lacks, and who it is
     S Chunk ...    their bytes
     D Prepared     the server and QEMU wait; where QEMU's stream goes
     S Again        the pass was given up: a new server and a new QEMU, please; Prepared follows
@@ -35,6 +35,8 @@ CHUNK = 256 << 10
 """Bytes of a file in one Chunk."""
 
 MigrationId = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{32}$")]
+DestinationId = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{32}$")]
+"""Tells the destination that a source has begun with from any other that knows the same secret."""
 _Count = Annotated[int, msgspec.Meta(ge=0)]
 _Text = Annotated[str, msgspec.Meta(max_length=65536)]
 
@@ -57,7 +59,9 @@ class Hello(_Message):
 class Fate(_Message):
     """What became of a migration, as its destination knows it: see `vmbus.migration.ownership`."""
 
-    fate: Literal["running", "gone", "undecided"]
+    fate: Literal["running", "gone", "undecided", "unknown"]
+    destination: DestinationId | None = None
+    """Whose word it is, as in `Wanted`; None if it knows nothing."""
     reason: _Text = ""
     running_for: Annotated[float, msgspec.Meta(ge=0)] = 0.0
     """Seconds for which the VM has been running there (the time, not the clock: clocks of two hosts differ)."""
@@ -82,6 +86,8 @@ class Wanted(_Message):
     """Boot files that the destination lacks: ``kernel``, ``initramfs``."""
 
     files: Annotated[list[Literal["kernel", "initramfs"]], msgspec.Meta(max_length=2)]
+    destination: DestinationId
+    """Who says what became of this migration, and nobody else does."""
 
 
 class Chunk(_Message):

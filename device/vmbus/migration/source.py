@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import secrets
 import time
 from collections.abc import Awaitable, Callable
@@ -21,6 +22,7 @@ import msgspec
 import vmbus
 from vmbus.description import DeviceDescription
 from vmbus.errors import EnvironmentProblem, StateError, UsageError, VmbusError
+from vmbus.interruptible import in_thread
 from vmbus.migration.address import Address, TcpAddress, UnixAddress, stream_channel
 from vmbus.migration.channel import connect
 from vmbus.migration.files import record_of, send_file
@@ -218,6 +220,9 @@ class Source:
         self._restored: Restored | None = None
         self._cont = 0.0
         self._times: dict[str, float] = {}
+        self._decision: bool | None = None  # of somebody's, about a doubt: whether the VM is to run here
+        self._destination: str | None = None
+        """Whose word counts: see `vmbus.migration.messages.Wanted`."""
 
     @property
     def stage(self) -> SourceStage:
@@ -256,14 +261,30 @@ class Source:
             if self._target is not None:
                 self._target.discard()
 
-    async def resolve(self, *, run: bool) -> None:
+    async def resolve(self, *, run: bool | None) -> None:
         """Decides for a migration that is in doubt: the VM runs on here, or is given up for the one at the destination.
 
-        Whoever decides for `run` has to be sure that it does not run at the destination. Raises `UsageError` if nothing
-        is in doubt, `MigrateFailed` if the VM cannot be set running again.
+        Whoever decides for `run` has to be sure that it does not run at the destination; None asks the destination once
+        more. A decision is carried out to its end, also if this is cancelled meanwhile, and the same one may be made
+        again. Raises `UsageError` if nothing is in doubt or it was decided otherwise, `MigrationInDoubt` if the
+        destination cannot say, `MigrateFailed` if the VM cannot be set running again.
         """
         if self.stage is not SourceStage.IN_DOUBT:
+            if run is not None and run is self._decision:
+                return
             raise UsageError(f"nothing is to be decided: the migration is {self.stage.value}")
+        if run is None:
+            try:
+                answer = await self._ask_once()
+            except VmbusError as error:
+                raise MigrationInDoubt(f"{error}: it stays in doubt") from error
+            if answer.fate == "undecided":
+                raise MigrationInDoubt(f"the destination cannot tell ({answer.reason}): it stays in doubt")
+            run = answer.fate == "gone"
+        await uninterrupted(self._carry_out(run))
+
+    async def _carry_out(self, run: bool) -> None:
+        self._decision = run
         if run:
             await self._run_on()
         else:
@@ -315,7 +336,8 @@ class Source:
         vm = self.vm
         with self.phases("prepare"):
             kernel, initramfs = [
-                await asyncio.to_thread(record_of, path) for path in (vm.programs.kernel, vm.programs.initramfs)
+                await in_thread(functools.partial(record_of, path))
+                for path in (vm.programs.kernel, vm.programs.initramfs)
             ]
             status = await vm.control.call("status")
             config = (await vm.control.call("pci"))["config"]
@@ -338,6 +360,7 @@ class Source:
                 )
             )
             wanted = await link.expect(Wanted, timeout=PREPARE_TIMEOUT, what="which boot files it lacks")
+            self._destination = wanted.destination
             for name in wanted.files:
                 await send_file(link, vm.programs.kernel if name == "kernel" else vm.programs.initramfs)
             return await link.expect(Prepared, timeout=PREPARE_TIMEOUT, what="a server and a QEMU that wait")
@@ -385,8 +408,10 @@ class Source:
             raise MigrationInDoubt(
                 f"the link to {self.address} broke at the moment of the decision ({reason}), and for "
                 f"{self._ask_timeout:g} s the destination could not be asked whether VM {self.vm.name!r} runs there. "
-                "It stays stopped here. Look there: if it runs, end it here (resolve(run=False), or scripts/migrate "
-                "--resolve end); if it certainly does not, let it run here (resolve(run=True), or --resolve run)"
+                "It stays stopped here. If a destination can be started there again, at the same address, ask it "
+                "(scripts/migrate --resolve ask): what became of the VM is on its disk. Or look there: if it runs, or "
+                "ran, end it here (resolve(run=False), or scripts/migrate --resolve end); if it certainly never did, "
+                "let it run here (resolve(run=True), or scripts/migrate --resolve run)"
             )
         self.ownership.move(SourceStage.MOVED)
         try:
@@ -402,31 +427,37 @@ class Source:
         self._cont = seconds.get("cont", 0.0)
 
     async def _ask(self, problem: Exception) -> Fate:
-        """What became of the VM, and why; still ``undecided`` if nobody could tell in time."""
+        """What became of the VM, and why; still ``undecided`` if the destination could not tell in time.
+
+        Only the destination that this migration began with can tell: neither that nobody listens there (a firewall, a
+        listener that was given up, a reboot), nor the word of another one that knows the same secret says anything.
+        """
         deadline = time.monotonic() + self._ask_timeout
-        refused = 0
         reason = str(problem) or type(problem).__name__
         while True:
             try:
-                channel = await connect(self.address, self._secret, _ASK_ONCE)
-                async with Link(channel, silence=self._silence) as link:
-                    await link.send(Hello(migration=self.migration, purpose="ask"))
-                    answer = await link.expect(Fate, timeout=_ASK_ONCE, what="what became of the VM")
-                refused = 0
+                answer = await self._ask_once()
                 if answer.fate != "undecided":
                     return msgspec.structs.replace(answer, reason=answer.reason or reason)
-            except ConnectionRefusedError:
-                # The owner of the VM there listens as long as it may be asked, and all that it started ends with it.
-                # Asked twice, since its listening socket is closed a moment before its processes are dead.
-                refused += 1
-                if refused == 2:
-                    return Fate(fate="gone", reason=f"{reason}; nobody listens at {self.address} any more")
+                latest = answer.reason
             except VmbusError as error:
-                refused = 0
-                reason = str(error)
+                latest = str(error)
             if time.monotonic() >= deadline:
-                return Fate(fate="undecided", reason=reason)
+                return Fate(fate="undecided", reason=f"{reason}; {latest}" if latest else reason)
             await asyncio.sleep(ASK_INTERVAL)
+
+    async def _ask_once(self) -> Fate:
+        """The word of the destination that this migration began with, ``undecided`` included. Raises `VmbusError`."""
+        try:
+            channel = await connect(self.address, self._secret, _ASK_ONCE)
+        except ConnectionRefusedError:
+            raise EnvironmentProblem(f"nobody listens at {self.address}") from None
+        async with Link(channel, silence=self._silence) as link:
+            await link.send(Hello(migration=self.migration, purpose="ask"))
+            answer = await link.expect(Fate, timeout=_ASK_ONCE, what="what became of the VM")
+        if answer.fate == "unknown" or answer.destination != self._destination:
+            raise EnvironmentProblem(f"at {self.address} is another destination, which knows nothing of this migration")
+        return answer
 
     async def _run_on(self) -> None:
         assert self._capture is not None

@@ -19,6 +19,7 @@ from vmbus.errors import EnvironmentProblem
 from vmbus.provision.archive import command_output, decompress_xz
 from vmbus.provision.cache import Cache, digest, publish_bytes
 from vmbus.provision.debian import SUITE, Apt, Root, RootRecipe, discard, make_root, package_fields, write_record
+from vmbus.provision.digests import write_digests
 from vmbus.provision.report import Reporter, SilentReporter
 
 KERNEL_PACKAGE = "linux-image-cloud-amd64"
@@ -111,6 +112,7 @@ def find_kernel(cache: Cache | None = None, reporter: Reporter | None = None, ap
             write_record(partial, [package], (SUITE,))
             facts = {"version": version, "package": package.version, "modules": modules, "vmbus": vmbus}
             publish_bytes(partial / record.name, (json.dumps(facts, indent=1) + "\n").encode())
+            write_digests(partial)
             reporter.end(f"{len(modules)} modules")
         discard([deb])
     facts = json.loads(record.read_text())

@@ -11,19 +11,27 @@ import asyncio
 import contextlib
 import json
 import secrets
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+import msgspec
 
 from vmbus.errors import EnvironmentProblem, UsageError, VmbusError, WaitTimeout
 from vmbus.patience import patient
+
+T = TypeVar("T")
 
 LINE_LIMIT = 8 << 20
 """Longest line accepted from a guest, in bytes. A guest that sends more is cut off."""
 
 RESEND_INTERVAL = 5.0
 """Seconds without an answer after which a request is sent again."""
+
+TURN_SECONDS = 0.004
+"""Seconds of a turn of the event loop that go into a guest's lines."""
 
 _RECONNECT_INTERVAL = 0.2
 _EXECUTE_GRACE = 20.0  # seconds that a guest may need to say that a program has ended
@@ -37,6 +45,27 @@ class AgentError(VmbusError):
         self.kind = kind
 
 
+def decode_line(line: bytes) -> dict[str, Any] | None:
+    """What a guest says in a line; None for everything that is no JSON object. Raises nothing."""
+    try:
+        message = json.loads(line)
+    except (ValueError, RecursionError):  # a decoding error is a ValueError
+        return None
+    return message if isinstance(message, dict) else None
+
+
+class _Turn:
+    """Lets others run while lines are read that are there already: reading them never waits, whatever a guest sends."""
+
+    def __init__(self) -> None:
+        self._begun = time.monotonic()
+
+    async def over(self) -> None:
+        if time.monotonic() - self._begun > TURN_SECONDS:
+            await asyncio.sleep(0)
+            self._begun = time.monotonic()
+
+
 @dataclass(frozen=True)
 class GuestOutput:
     """What a program in the guest came to."""
@@ -47,6 +76,21 @@ class GuestOutput:
     """What it printed, both streams in one; of much, the beginning."""
     bytes: int
     """How many bytes it printed."""
+
+
+class _Executed(msgspec.Struct):
+    code: int
+    output: str
+    bytes: int
+    expired: bool
+
+
+def convert(result: dict[str, Any], wanted: type[T], command: str) -> T:
+    """A guest's result as what it should be. Raises `AgentError`: a guest's word is not to be relied on."""
+    try:
+        return msgspec.convert(result, wanted)
+    except msgspec.ValidationError as error:
+        raise AgentError(command, "malformed", f"its answer is not one: {error}") from error
 
 
 class AgentClient:
@@ -169,11 +213,12 @@ class AgentClient:
         """
         within = patient(timeout)
         arguments = {"argv": list(argv), "timeout": within}
-        result = await self.request("execute", arguments, timeout=timeout + _EXECUTE_GRACE)
-        if result["expired"]:
+        answer = await self.request("execute", arguments, timeout=timeout + _EXECUTE_GRACE)
+        result = convert(answer, _Executed, "execute")
+        if result.expired:
             shown = " ".join(argv)
-            raise WaitTimeout(f"{shown!r} in the guest to end; it printed {result['output'][:2000]!r}", within)
-        return GuestOutput(int(result["code"]), str(result["output"]), int(result["bytes"]))
+            raise WaitTimeout(f"{shown!r} in the guest to end; it printed {result.output[:2000]!r}", within)
+        return GuestOutput(result.code, result.output, result.bytes)
 
     async def wait_ready(self, timeout: float) -> None:
         """Waits until the agent answers, e.g. after the guest's boot. Raises `WaitTimeout`."""
@@ -216,13 +261,12 @@ class AgentClient:
             await asyncio.sleep(_RECONNECT_INTERVAL)
 
     async def _read(self, reader: asyncio.StreamReader) -> None:
+        turn = _Turn()
         while line := await reader.readline():
-            try:
-                message = json.loads(line)
-            except ValueError:
-                continue  # the rest of a line whose start went to an earlier connection
-            if not isinstance(message, dict):
-                continue
+            await turn.over()
+            message = decode_line(line)
+            if message is None:
+                continue  # the rest of a line whose start went to an earlier connection, or a guest's nonsense
             number = message.get("id")
             if isinstance(number, int) and ("result" in message or "error" in message):
                 future = self._answers.get(number)

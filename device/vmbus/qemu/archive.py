@@ -114,9 +114,18 @@ class ArchiveServer:
     Attributes: `served`, how many files; `refused`, how many requests were for something else.
     """
 
-    def __init__(self, path: Path, fetch: Fetch, on_trouble: Callable[[str], None] = lambda text: None) -> None:
-        """`on_trouble` is told in a sentence what could not be fetched; it must not raise."""
+    def __init__(
+        self,
+        path: Path,
+        fetch: Fetch,
+        on_trouble: Callable[[str], None] = lambda text: None,
+        *,
+        folder: Path | None = None,
+    ) -> None:
+        """`on_trouble` is told in a sentence what could not be fetched; it must not raise. `folder`: for files that are
+        on their way (None: beside the socket)."""
         self._path = path
+        self._folder = folder or path.parent
         self._fetch = fetch
         self._on_trouble = on_trouble
         self._slots = asyncio.Semaphore(MOST_FETCHES)
@@ -177,7 +186,7 @@ class ArchiveServer:
             self.refused += 1
             await _answer(writer, "404 Not Found")
             return True
-        with tempfile.TemporaryDirectory(prefix="archive-", dir=self._path.parent) as folder:
+        with tempfile.TemporaryDirectory(prefix="archive-", dir=self._folder) as folder:
             file = Path(folder) / "file"
             try:
                 async with self._slots:
@@ -222,9 +231,10 @@ async def archive_for(vm: VirtualMachine, notice: Callable[[str], None]) -> Asyn
     providers = (await vm.call_server("status"))["providers"] if vm.description.guest.root else {}
     sockets = [str(status["socket"]) for status in providers.values() if "socket" in status]
     try:
-        server = (
-            ArchiveServer(Path(f"{sockets[0]}_{ARCHIVE_PORT}"), Mirrors.of_host().fetch, notice) if sockets else None
-        )
+        server = None
+        if sockets:
+            path, folder = Path(f"{sockets[0]}_{ARCHIVE_PORT}"), vm.run_directory.room("archive")
+            server = ArchiveServer(path, Mirrors.of_host().fetch, notice, folder=folder)
     except EnvironmentProblem as error:
         notice(f"the guest's apt has no archive: {error}")
         server = None

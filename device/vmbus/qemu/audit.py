@@ -14,9 +14,12 @@ import time
 from pathlib import Path
 from typing import Any, Protocol
 
+import msgspec
+
 from vmbus.audit import format as f
 from vmbus.audit.files import SUFFIX, make_directory
 from vmbus.errors import StateError, UsageError
+from vmbus.qemu.agent import convert
 
 FLUSH_SECONDS = 10.0
 """How long test drivers have to write what they have recorded; one that does not is fetched as it is."""
@@ -35,7 +38,8 @@ async def collect(vm: Collectable, directory: Path, *, timeout: float = 60.0) ->
     """Fetch all records that the guest has into `directory`, and flush the server's; returns the fetched files.
 
     A record that is fetched again replaces what was fetched from it under the same server. The guest must be running.
-    Raises UsageError when the VM's server does not record, and what the agent's and the server's calls raise.
+    Raises UsageError when the VM's server does not record, StateError for a record that cannot be one, and what the
+    agent's and the server's calls raise.
     """
     before = await vm.call_server("audit")
     if not before.get("on"):
@@ -44,19 +48,29 @@ async def collect(vm: Collectable, directory: Path, *, timeout: float = 60.0) ->
     records = await _flushed(vm, timeout)
     files = []
     for record in records:
-        data = await _read(vm, str(record["name"]), timeout)
-        files.append(_write(directory, str(record["name"]), data, str(before["uid"]), int(before["position"])))
+        data = await _read(vm, record.name, timeout)
+        files.append(_write(directory, record.name, data, str(before["uid"]), int(before["position"])))
     await vm.call_server("audit")
     return files
 
 
-async def _flushed(vm: Collectable, timeout: float) -> list[dict[str, Any]]:
+class _Record(msgspec.Struct):
+    name: str
+    flushed: bool
+    running: bool
+
+
+class _Records(msgspec.Struct):
+    records: list[_Record] = []
+
+
+async def _flushed(vm: Collectable, timeout: float) -> list[_Record]:
     token = secrets.token_hex(8)
     deadline = time.monotonic() + FLUSH_SECONDS
     while True:
         answer = await vm.call_agent("audit", timeout=timeout, token=token)
-        records: list[dict[str, Any]] = answer.get("records", [])
-        if all(one["flushed"] or not one["running"] for one in records) or time.monotonic() > deadline:
+        records = convert(answer, _Records, "audit").records
+        if all(one.flushed or not one.running for one in records) or time.monotonic() > deadline:
             return records
         await asyncio.sleep(_RETRY)
 

@@ -32,7 +32,8 @@ from vmbus.migration.channel import Listener
 from vmbus.migration.destination import GO_TIMEOUT, Destination
 from vmbus.migration.link import SILENCE
 from vmbus.migration.messages import Prepare
-from vmbus.migration.source import ASK_TIMEOUT, Departing, MigrationInDoubt, MigrationReport, Source
+from vmbus.migration.ownership import SourceStage
+from vmbus.migration.source import ASK_TIMEOUT, Departing, MigrationReport, Source
 from vmbus.patience import patient
 from vmbus.providers.disk.image import CLONE_VARIABLE
 from vmbus.qemu.agent import AgentClient, GuestOutput
@@ -154,7 +155,7 @@ class VirtualMachine:
         self.moved_to: str | None = None
         """Where the VM went, once a migration has succeeded: it has ended here then."""
         self._guard: MigrationGuard | None = None
-        self._in_doubt: Source | None = None
+        self._last_migration: Source | None = None
         self._checkpoints: dict[Path, Checkpoints] = {}
         self._idle = asyncio.Event()  # set while no operation is under way that stops or moves the VM
         self._idle.set()
@@ -269,7 +270,7 @@ class VirtualMachine:
         def claim(description: VmDescription) -> Path:
             if not directories:
                 directories.append(RunDirectory.create(description.name))
-            return directories[0].path
+            return directories[0].room("arrival")
 
         def build(prepare: Prepare, kernel: Path, initramfs: Path, host: str | None) -> Arrival:
             own = dataclasses.replace(programs, kernel=kernel, initramfs=initramfs)
@@ -348,7 +349,7 @@ class VirtualMachine:
         inherited = os.environ.get("PYTHONPATH")
         environment = {"PYTHONPATH": f"{_IMPORT_ROOT}:{inherited}" if inherited else _IMPORT_ROOT}
         if self.clone:
-            environment[CLONE_VARIABLE] = str(self.run_directory / "disks")
+            environment[CLONE_VARIABLE] = str(self.run_directory.room("disks"))
         self.server = await Child.spawn(
             f"the device server of VM {self.name!r}",
             arguments,
@@ -721,7 +722,7 @@ class VirtualMachine:
             self._idle.set()
 
     def _checkpoints_in(self, directory: Path | None) -> Checkpoints:
-        path = self.run_directory / "checkpoints" if directory is None else directory.absolute()
+        path = self.run_directory.room("checkpoints") if directory is None else directory.absolute()
         if path not in self._checkpoints:
             assert self.control is not None
             patient = Patient(
@@ -746,7 +747,7 @@ class VirtualMachine:
         """Nothing else that stops or moves the VM may run from here until `_idle` is set. Raises `UsageError`."""
         if self._ended:
             raise UsageError(f"VM {self.name!r} has ended: there is nothing to {what}")
-        if self._in_doubt is not None:
+        if self.in_doubt:
             raise UsageError(f"VM {self.name!r} waits for a decision about its migration: resolve that first")
         if not self._idle.is_set():
             raise UsageError(f"VM {self.name!r} is being saved or migrated already")
@@ -787,7 +788,7 @@ class VirtualMachine:
                     machine=self.machine,
                     monitor=_GuardedMonitor(self, self.monitor),
                     control=_GuardedControl(self, self.control),
-                    folder=self.run_directory.path,
+                    folder=self.run_directory.room("departure"),
                     end=functools.partial(self._leave, address),
                 ),
                 target,
@@ -803,11 +804,9 @@ class VirtualMachine:
                 ask_timeout=ask_timeout,
                 sabotage=sabotage,
             )
+            self._last_migration = source
             with self.own_migration():
                 return await source.run()
-        except MigrationInDoubt:
-            self._in_doubt = source
-            raise
         except SaveFailed as error:
             if not error.source_alive:
                 await self.kill()
@@ -819,25 +818,32 @@ class VirtualMachine:
         self.moved_to = address
         await self.kill()
 
-    async def resolve(self, *, run: bool) -> None:
-        """Decides about a migration in doubt: the VM runs on here, or it ends here since it runs at the destination.
+    async def resolve(self, *, run: bool | None) -> None:
+        """Decides about a migration in doubt: the VM runs on here, or it ends here since it runs at the destination;
+        None asks the destination, and does what it says.
 
-        Whoever lets it run has to be sure that it does not run there. Raises `UsageError` if nothing is in doubt,
-        `MigrateFailed` if it cannot be set running again.
+        Whoever lets it run has to be sure that it does not run there. Once made, a decision is carried out to its end;
+        making it again changes nothing. Raises `UsageError` if nothing is in doubt, `MigrationInDoubt` if the
+        destination cannot say, `MigrateFailed` if it cannot be set running again.
         """
-        if self._in_doubt is None:
+        source = self._last_migration
+        if source is None:
             raise UsageError(f"no migration of VM {self.name!r} is in doubt")
-        source, self._in_doubt = self._in_doubt, None
+        if not self._idle.is_set():
+            raise UsageError(f"VM {self.name!r}: something else is under way; try again when it is over")
+        self._idle.clear()
         try:
             await source.resolve(run=run)
         except SaveFailed:
             await self.kill()
             raise
+        finally:
+            self._idle.set()
 
     @property
     def in_doubt(self) -> bool:
         """Whether the VM stands still until `resolve`."""
-        return self._in_doubt is not None
+        return self._last_migration is not None and self._last_migration.stage is SourceStage.IN_DOUBT
 
     async def _save(
         self, writer: SnapshotWriter, phases: Phases, *, live: bool, keep: bool, sabotage: Sabotage, at: Hook

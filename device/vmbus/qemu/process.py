@@ -4,8 +4,9 @@ A child runs in a session of its own (a terminal's Ctrl-C reaches us, not it), d
 to a file in the run directory, which stays bounded (`logs`). Whoever waits for something that a child does waits
 through `Child.guard`: if the child dies first, the wait ends at once with an error that shows the end of its log.
 
-A run directory holds one VM's sockets and logs. It names its owner by process id and start time, so a directory
-whose owner is gone is recognised, even after process ids were used again, and cleared away.
+A run directory holds one VM's sockets and logs. Its owner holds a lock on its record, so a directory whose owner is
+gone is recognised, also by a process in another container, and cleared away. What may become large is in the state
+directory (`RunDirectory.room`): the directory for what runs is often a small file system in memory.
 """
 
 from __future__ import annotations
@@ -28,16 +29,22 @@ from typing import TypeVar
 import msgspec
 
 from vmbus.errors import EnvironmentProblem, UsageError, VmbusError, WaitTimeout
+from vmbus.lockfile import LockFile, held
 from vmbus.patience import patient
 from vmbus.qemu.logs import LOOK_EVERY, shorten
+from vmbus.statedir import state_directory, state_folder
 
 T = TypeVar("T")
 
 SOCKET_PATH_LIMIT = 107
 """Bytes that a unix socket's path may have (sun_path without its end)."""
 
+OWNER = "owner.json"
+"""The record in a directory that has an owner."""
+
 _LAUNCHER = Path(__file__).with_name("launcher.py")
 _LONGEST_SOCKET_NAME = len("/supervisor.sock")
+_ROOM = "run"  # in the state directory
 _UNFINISHED_AGE = 60.0  # seconds after which a directory without an owner record counts as abandoned
 
 
@@ -212,27 +219,40 @@ async def guard_all(children: Iterable[Child], work: Awaitable[T], what: str, ti
 # --- run directories ---------------------------------------------------------------------------------------------
 
 
-class Owner(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Whose run directory it is: a process, told apart from later ones with the same id by its start time."""
+class Owner(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """Whose directory it is: a process, told apart from later ones with the same id by its start time."""
 
     pid: int
     start_time: int
     """Clock ticks since boot at which the process started (field 22 of /proc/PID/stat)."""
     boot: str
     """The kernel's random id of this boot."""
+    locked: bool = False
+    """The owner holds a lock on this record. Older ones do not; then its process is looked for."""
 
     @classmethod
     def current(cls) -> Owner:
         pid = os.getpid()
         started = _start_time(pid)
         assert started is not None
-        return cls(pid, started, _boot_id())
+        return cls(pid, started, boot_id(), locked=True)
 
-    def alive(self) -> bool:
-        return self.boot == _boot_id() and _start_time(self.pid) == self.start_time
+    def alive(self, path: Path) -> bool:
+        """Whether it lives; `path` is the directory."""
+        if self.locked:
+            return held(path / OWNER)
+        return self.boot == boot_id() and _start_time(self.pid) == self.start_time
 
 
-def _boot_id() -> str:
+def own(path: Path) -> LockFile:
+    """Makes a directory ours for as long as the lock is open. Raises `OSError`."""
+    lock = LockFile(path / OWNER)  # locked before there is a record, so that nobody finds it without
+    lock.append(msgspec.json.encode(Owner.current()))
+    return lock
+
+
+def boot_id() -> str:
+    """The kernel's random id of this boot."""
     return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
 
@@ -254,12 +274,14 @@ def runtime_base() -> Path:
 def private_base(name: str, *, large: bool = False) -> Path:
     """A directory of this user for things that run: made if need be, 0700, ours.
 
-    It is $XDG_RUNTIME_DIR/NAME, or NAME-UID in the directory for temporary files, as it always is for what is `large`:
-    the other one is often a small file system in memory. Raises `EnvironmentProblem` if it belongs to somebody else, is
-    not a directory, or cannot be made.
+    It is $XDG_RUNTIME_DIR/NAME, or NAME-UID in the directory for temporary files. Both are often small file systems in
+    memory, so for what is `large` it is in the state directory. Raises `EnvironmentProblem` if it belongs to somebody
+    else, is not a directory, or cannot be made.
     """
+    if large:
+        return state_folder(name)
     runtime = os.environ.get("XDG_RUNTIME_DIR")
-    if runtime and not large and os.access(runtime, os.W_OK | os.X_OK):
+    if runtime and os.access(runtime, os.W_OK | os.X_OK):
         base = Path(runtime) / name
     else:
         base = Path(tempfile.gettempdir()) / f"{name}-{os.getuid()}"
@@ -280,8 +302,10 @@ def private_base(name: str, *, large: bool = False) -> Path:
 class RunDirectory:
     """One VM's directory of sockets and logs; `create` makes it, `remove` ends it."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, lock: LockFile | None = None) -> None:
         self.path = path
+        self._lock = lock
+        self._room: RunDirectory | None = None
 
     @property
     def name(self) -> str:
@@ -299,6 +323,8 @@ class RunDirectory:
         """
         base = base or runtime_base()
         clean_stale(base)
+        if (large := state_directory() / _ROOM).is_dir():
+            clean_stale(large)
         longest = len(os.fsencode(base)) + 1 + len(name) + len("-99") + _LONGEST_SOCKET_NAME
         if sockets and longest > SOCKET_PATH_LIMIT:
             raise EnvironmentProblem(
@@ -309,16 +335,17 @@ class RunDirectory:
             fresh = Path(tempfile.mkdtemp(prefix=".new-", dir=base))
         except OSError as error:
             raise EnvironmentProblem(f"cannot make a run directory in {base}: {error.strerror}") from error
+        lock: LockFile | None = None
         try:
             try:
-                (fresh / "owner.json").write_bytes(msgspec.json.encode(Owner.current()))
+                lock = own(fresh)
             except OSError as error:
                 raise EnvironmentProblem(f"cannot write a run directory in {base}: {error.strerror}") from error
             for number in range(1, 100):
                 path = base / (name if number == 1 else f"{name}-{number}")
                 try:
                     fresh.rename(path)  # atomic; refused if the target is a directory with something in it
-                    return cls(path)
+                    return cls(path, lock)
                 except OSError as error:
                     if not path.is_dir():
                         raise EnvironmentProblem(f"cannot make run directory {path}: {error.strerror}") from error
@@ -329,17 +356,37 @@ class RunDirectory:
             raise UsageError(f"a VM called {name!r} is running already{by}; choose another name")
         except BaseException:
             shutil.rmtree(fresh, ignore_errors=True)
+            if lock is not None:
+                lock.close()
             raise
+
+    def room(self, name: str) -> Path:
+        """A directory in it, made if need be, for what may become large: a link to one in the state directory, which
+        ends with this one. Raises `EnvironmentProblem`."""
+        path = self.path / name
+        if self._room is None:
+            self._room = RunDirectory.create(self.name, base=private_base(_ROOM, large=True), sockets=False)
+        try:
+            if not path.is_symlink():
+                (self._room / name).mkdir(mode=0o700)
+                path.symlink_to(self._room / name)
+        except OSError as error:
+            raise EnvironmentProblem(f"cannot make {path}: {error.strerror}") from error
+        return path
 
     def remove(self) -> None:
         """Removes the directory and all in it. Does nothing if it is gone."""
         _remove(self.path)
+        if self._lock is not None:
+            self._lock.close()
+        if self._room is not None:
+            self._room.remove()
 
 
 def read_owner(path: Path) -> Owner | None:
     """The owner recorded in a run directory, or None if there is no (readable) record."""
     try:
-        return msgspec.json.decode((path / "owner.json").read_bytes(), type=Owner)
+        return msgspec.json.decode((path / OWNER).read_bytes(), type=Owner)
     except (OSError, msgspec.DecodeError):
         return None
 
@@ -352,7 +399,7 @@ def running_vms(base: Path | None = None) -> list[str]:
         if path.name.startswith(".") or not path.is_dir():
             continue
         owner = read_owner(path)
-        if owner is not None and owner.alive():
+        if owner is not None and owner.alive(path):
             names.append(path.name)
     return sorted(names)
 
@@ -365,7 +412,7 @@ def clean_stale(base: Path) -> list[str]:
             if not stat.S_ISDIR(path.lstat().st_mode):
                 continue
             owner = read_owner(path)
-            if owner.alive() if owner else time.time() - path.lstat().st_mtime < _UNFINISHED_AGE:
+            if owner.alive(path) if owner else time.time() - path.lstat().st_mtime < _UNFINISHED_AGE:
                 continue
             _remove(path)
             removed.append(path.name)

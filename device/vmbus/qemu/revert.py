@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import os
 import shutil
 import time
@@ -40,6 +41,7 @@ import msgspec
 from vmbus import saved
 from vmbus.description import DeviceDescription
 from vmbus.errors import EnvironmentProblem, StateError, UsageError, VmbusError
+from vmbus.interruptible import in_thread
 from vmbus.qemu.description import VmDescription
 from vmbus.qemu.jobs import run_job
 from vmbus.qemu.moments import Hook, Moment, no_hook
@@ -63,6 +65,8 @@ from vmbus.snapshot.checkpoints import Checkpoint, ImageSnapshot, Store, check_t
 from vmbus.snapshot.manifest import FileRecord, Machine, Packets
 
 _IMAGE_BYTES = 1 << 20  # of the (empty) disk in the image; what is kept lies beside it
+_STATE_OFFSET = 512 << 20  # where QEMU puts a VM's state behind a disk of that size (one entry of the first table)
+_BESIDE_MEMORY = 256 << 20  # bytes that it may have besides guest memory, by far
 _IMAGE_TIMEOUT = 60.0
 _FINISH_TIMEOUT = 120.0
 # In front of a tag in the image: QEMU takes a name of digits for the number of a snapshot, and would load another one.
@@ -159,13 +163,16 @@ class Checkpoints:
         added = []
         try:
             await self._monitor.execute(
-                "blockdev-add", {"driver": "file", "node-name": file, "filename": str(image.absolute())}
+                "blockdev-add",
+                {"driver": "file", "node-name": file, "filename": str(image.absolute()), "discard": "unmap"},
             )
             added.append(file)
             if fresh:
                 options = {"driver": "qcow2", "file": file, "size": _IMAGE_BYTES}
                 await run_job(self._monitor, "blockdev-create", {"options": options}, _IMAGE_TIMEOUT, f"making {image}")
-            await self._monitor.execute("blockdev-add", {"driver": "qcow2", "node-name": self._node, "file": file})
+            # What a deleted checkpoint had is given back to the disk.
+            options = {"driver": "qcow2", "node-name": self._node, "file": file, "discard": "unmap"}
+            await self._monitor.execute("blockdev-add", options)
         except BaseException:
             for node in added:
                 await uninterrupted(self._remove_node(node))
@@ -180,9 +187,7 @@ class Checkpoints:
 
     async def _in_image(self, tag: str) -> ImageSnapshot | None:
         """What the image has under a tag."""
-        nodes = await self._monitor.execute("query-named-block-nodes", {"flat": True})
-        node = next(one for one in nodes if one["node-name"] == self._node)
-        for one in node["image"].get("snapshots", []):
+        for one in await self._all_in_image():
             if one["name"] == _PREFIX + tag:
                 return ImageSnapshot(
                     name=one["name"],
@@ -191,6 +196,31 @@ class Checkpoints:
                     nanoseconds=int(one["date-nsec"]),
                 )
         return None
+
+    async def _all_in_image(self) -> list[dict[str, Any]]:
+        nodes = await self._monitor.execute("query-named-block-nodes", {"flat": True})
+        node = next(one for one in nodes if one["node-name"] == self._node)
+        return list(node["image"].get("snapshots", []))
+
+    async def _reclaim(self) -> None:
+        """Removes what takes and deletions that never came to their end have left."""
+        tags = set(self.store.tags())
+        for name in [str(one["name"]) for one in await self._all_in_image()]:
+            if name.startswith(_PREFIX) and name.removeprefix(_PREFIX) not in tags:
+                tag = name.removeprefix(_PREFIX)
+                await self._job("snapshot-delete", tag, f"removing what was left of checkpoint {tag!r}")
+        self.store.reclaim()
+
+    async def _give_back(self) -> None:
+        """Gives back to the disk the VM's state in the image that belongs to no snapshot: a take that failed wrote it,
+        or a revert came from it.
+
+        QEMU keeps that for the next one, behind the end of the image's (empty) disk. As a part of the disk it can be
+        cut off: the disk is made so large that it covers it, and then as small as it was.
+        """
+        memory = (self._vm.description.memory_mib << 20) + _BESIDE_MEMORY
+        for size in (_STATE_OFFSET + memory, _IMAGE_BYTES):
+            await self._monitor.execute("block_resize", {"node-name": self._node, "size": size})
 
     async def _job(self, command: str, tag: str, what: str) -> None:
         arguments: dict[str, object] = {"tag": _PREFIX + tag, "devices": [self._node]}
@@ -206,9 +236,8 @@ class Checkpoints:
         if tag in self.store.tags():
             raise UsageError(f"there is a checkpoint {tag!r} already: delete it first, or choose another name")
         await self._open()
-        if await self._in_image(tag) is not None:  # left over by one that was never finished
-            await self._job("snapshot-delete", tag, f"removing what was left of checkpoint {tag!r}")
-        self.store.remove(tag)
+        await self._reclaim()
+        self.store.keep_reserve()
         capture = _Capture(self, tag, phases, at)
         try:
             with self._vm.own_migration():
@@ -221,6 +250,8 @@ class Checkpoints:
         except BaseException:
             await uninterrupted(self._forget(tag))
             raise
+        finally:
+            self.store.give_up_reserve()
         return CheckpointReport(
             tag=tag,
             directory=str(self.store.directory),
@@ -253,7 +284,7 @@ class Checkpoints:
             incoming_held=taken.incoming_held,
             state=FileRecord(taken.state_bytes, taken.state_sha256),
             image=image,
-            files=(await asyncio.to_thread(self.store.seal_files, tag, taken.files)) or msgspec.UNSET,
+            files=(await in_thread(functools.partial(self.store.seal_files, tag, taken.files))) or msgspec.UNSET,
         )
         self.store.verify_state(record)
         await asyncio.to_thread(self.store.commit, record)
@@ -261,10 +292,12 @@ class Checkpoints:
 
     async def _forget(self, tag: str) -> None:
         """Removes what a checkpoint that failed has left; what cannot be removed now, the next of its name removes."""
+        self.store.give_up_reserve()  # what is given back has to be written down
         self.store.remove(tag)
         with contextlib.suppress(VmbusError):
             if await self._in_image(tag) is not None:
                 await self._job("snapshot-delete", tag, f"removing what was left of checkpoint {tag!r}")
+            await self._give_back()
 
     async def delete(self, tag: str) -> None:
         """Raises `UsageError` if there is no such checkpoint."""
@@ -275,6 +308,7 @@ class Checkpoints:
         self.store.remove(tag)
         if await self._in_image(tag) is not None:
             await self._job("snapshot-delete", tag, f"deleting checkpoint {tag!r}")
+        await self._give_back()  # if it was gone back to, the image's present still refers to it
 
     # ---- going back --------------------------------------------------------------------------------------------------
 
@@ -323,7 +357,7 @@ class Checkpoints:
     async def _verified(self, tag: str) -> Checkpoint:
         record = self.store.record(tag)
         saved.decode(self.store.verify_state(record))
-        await asyncio.to_thread(self.store.verify_files, record)
+        await in_thread(functools.partial(self.store.verify_files, record))
         vm = self._vm
         there = msgspec.structs.replace(record.machine, pci_config="", device_in_stream=False)
         if vm.machine != there:

@@ -48,7 +48,9 @@ class _MigrateArguments(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class _ResolveArguments(msgspec.Struct, forbid_unknown_fields=True):
-    run: bool
+    """`run`: None asks the destination."""
+
+    run: bool | None
 
 
 class _CheckpointArguments(msgspec.Struct, forbid_unknown_fields=True):
@@ -170,8 +172,9 @@ class Supervisor:
             if isinstance(error, VmbusError) and self.vm.ended:
                 after = str(error)
         finally:
-            with contextlib.suppress(OSError):
-                await writer.drain()
+            with contextlib.suppress(OSError, TimeoutError):
+                async with asyncio.timeout(_REQUEST_TIMEOUT):  # who does not read its answer has none
+                    await writer.drain()
             if after is not None:
                 self.finish(after)
 
@@ -212,7 +215,9 @@ class Supervisor:
             case "resolve":
                 choice = msgspec.convert(request.arguments, _ResolveArguments)
                 await vm.resolve(run=choice.run)
-                return {}, None if choice.run else "ended here, since it runs at its migration's destination"
+                return {"runs": not vm.ended}, (
+                    "ended here, since it runs at its migration's destination" if vm.ended else None
+                )
             case "agent":
                 call = msgspec.convert(request.arguments, _AgentArguments)
                 work = vm.agent.request(call.command, call.arguments, timeout=call.timeout)

@@ -25,6 +25,7 @@ log = bounded_log(__name__)
 
 MAX_LINE = 16 << 20
 _PROBE_TIMEOUT = 5.0  # seconds
+_ANSWER_TIMEOUT = 60.0  # seconds that a client may take to read an answer
 
 Handler = Callable[[str, dict[str, Any]], Awaitable[dict[str, Any]]]
 
@@ -137,7 +138,11 @@ class ControlServer:
         try:
             while line := await reader.readline():
                 writer.write(_encode(await self._answer(line)) + b"\n")
-                await writer.drain()
+                async with asyncio.timeout(_ANSWER_TIMEOUT):
+                    await writer.drain()
+        except TimeoutError:
+            log.warning("control connection ended: its other end has not read an answer for %g s", _ANSWER_TIMEOUT)
+            writer.transport.abort()
         except (ConnectionError, ValueError, asyncio.LimitOverrunError) as error:
             log.warning("control connection ended: %s", error)
         except asyncio.CancelledError:

@@ -15,8 +15,10 @@ import contextlib
 import datetime
 import errno
 import fcntl
+import functools
 import hashlib
 import os
+import re
 import secrets
 import shutil
 import stat
@@ -26,8 +28,9 @@ from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
 
-from vmbus.copying import sync_directory
+from vmbus.copying import copy_file, sync_directory
 from vmbus.errors import EnvironmentProblem, StateError, UsageError
+from vmbus.interruptible import NEVER, Stop, in_thread, sha256
 from vmbus.qemu.command_line import Programs, machine_version
 from vmbus.qemu.description import VmDescription
 from vmbus.snapshot.manifest import (
@@ -44,7 +47,9 @@ from vmbus.snapshot.manifest import (
     is_content,
 )
 
-_UNLOCKED_AGE = 60.0  # seconds after which a partial snapshot that nobody holds locked is taken for abandoned
+_PARTIAL = re.compile(r"\..{1,100}\.partial-[0-9a-f]{8}")
+_NEW = ".vmbus-new-"
+_UNLOCKED_AGE = 60.0  # seconds after which a new directory that nobody holds locked is taken for abandoned
 _MANIFEST_LIMIT = 4 << 20  # bytes; a real one has a few thousand
 _VENDOR_DEVICE = bytes.fromhex("4256564d")  # configuration bytes 0 to 3: vendor 0x5642, device 0x4d56
 
@@ -72,14 +77,18 @@ class SnapshotWriter:
         target = Path(os.path.abspath(target))  # noqa: PTH100 - links in the parent stay as the user wrote them
         if os.path.lexists(target):
             raise UsageError(f"{target} exists already; a snapshot never overwrites anything: choose another name")
-        prefix = f".{target.name[:100]}.partial-"
-        _remove_abandoned(target.parent, prefix)
-        directory = target.with_name(f"{prefix}{secrets.token_hex(4)}")
+        _remove_abandoned(target.parent)
+        token = secrets.token_hex(4)
+        directory = target.with_name(f".{target.name[:100]}.partial-{token}")
+        fresh = target.with_name(f"{_NEW}{token}")
         try:
-            directory.mkdir(mode=0o700)
-            lock = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            fresh.mkdir(mode=0o700)
+            lock = os.open(fresh, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fresh.rename(directory)
         except OSError as error:
+            with contextlib.suppress(OSError):
+                fresh.rmdir()
             raise EnvironmentProblem(f"cannot make a directory in {target.parent}: {error.strerror}") from error
         return cls(target, directory, lock)
 
@@ -94,16 +103,16 @@ class SnapshotWriter:
         return self.directory / STATE
 
     async def add_boot_files(self, kernel: Path, initramfs: Path) -> None:
-        """Puts what QEMU booted into the snapshot (a link where possible, else a copy), and seals both."""
+        """Puts what QEMU booted into the snapshot , and seals both."""
         for source, name in ((kernel, KERNEL), (initramfs, INITRAMFS)):
-            await asyncio.to_thread(_link_or_copy, source, self.directory / name)
+            await in_thread(functools.partial(_copy, source, self.directory / name))
             await self.seal(name)
 
     async def seal(self, name: str) -> FileRecord:
         """Flushes a file that is complete to disk and notes its size and digest."""
         if not is_content(name):
             raise UsageError(f"{name!r} is not a file of a snapshot")
-        record = await asyncio.to_thread(_seal, self.directory / name)
+        record = await in_thread(functools.partial(_seal, self.directory / name))
         self._records[name] = record
         return record
 
@@ -195,10 +204,14 @@ async def open_snapshot(
     _check_device(directory, manifest, expected)
     if programs is not None:
         _check_programs(directory, manifest, programs)
-    for name in (*CONTENTS, *sorted(set(manifest.files) - set(CONTENTS))):
+    names = (*CONTENTS, *sorted(set(manifest.files) - set(CONTENTS)))
+    for name in names:  # what costs nothing first: a digest of terabytes takes hours
+        with _open_whole(directory / name, manifest.files[name]):
+            pass
+    for name in names:
         if progress is not None:
             progress(name)
-        await asyncio.to_thread(_verify, directory / name, manifest.files[name])
+        await in_thread(functools.partial(_verify, directory / name, manifest.files[name]))
     return Snapshot(directory, manifest)
 
 
@@ -298,48 +311,60 @@ def _open_regular(path: Path) -> BufferedReader:
     return os.fdopen(descriptor, "rb")
 
 
-def _verify(path: Path, record: FileRecord) -> None:
-    with _open_regular(path) as file:
-        size = os.fstat(file.fileno()).st_size
-        if size != record.size:
-            raise StateError(f"{path} has {size} bytes; its snapshot was made with {record.size}")
-        if hashlib.file_digest(file, "sha256").hexdigest() != record.sha256:
+def _open_whole(path: Path, record: FileRecord) -> BufferedReader:
+    """Opens a file that has the recorded size."""
+    file = _open_regular(path)
+    size = os.fstat(file.fileno()).st_size
+    if size != record.size:
+        file.close()
+        raise StateError(f"{path} has {size} bytes; its snapshot was made with {record.size}")
+    return file
+
+
+def _verify(path: Path, record: FileRecord, stop: Stop = NEVER) -> None:
+    with _open_whole(path, record) as file:
+        if sha256(file, stop) != record.sha256:
             raise StateError(f"{path} was changed after the snapshot was made: its digest does not match")
 
 
-def _seal(path: Path) -> FileRecord:
+def _seal(path: Path, stop: Stop) -> FileRecord:
     try:
         with path.open("rb") as file:
             os.fsync(file.fileno())  # flushes what the other process wrote, too
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            digest = sha256(file, stop)
             return FileRecord(os.fstat(file.fileno()).st_size, digest)
     except OSError as error:
         raise EnvironmentProblem(f"cannot flush {path} to disk: {error.strerror}") from error
 
 
-def _link_or_copy(source: Path, target: Path) -> None:
+def _copy(source: Path, target: Path, stop: Stop) -> None:
+    """A copy, which shares blocks where the file system can do that, and never the file: damage stays where it is."""
     try:
-        with contextlib.suppress(OSError):
-            os.link(source, target)
-            if stat.S_ISREG(target.lstat().st_mode):
-                return
-            target.unlink()
-        shutil.copyfile(source, target)
-        target.chmod(0o600)
+        copy_file(source, target, stop=stop)
     except OSError as error:
         raise EnvironmentProblem(f"cannot put {source} into the snapshot: {error.strerror}") from error
 
 
-def _remove_abandoned(parent: Path, prefix: str) -> None:
-    """Removes what a process that died in the middle of a save left behind."""
+def _remove_abandoned(parent: Path) -> None:
+    """Removes what processes that died in the middle of a save left behind, of whatever snapshot.
+
+    A directory is locked before it has such a name, so one that is not locked is abandoned.
+    """
     with contextlib.suppress(OSError):
         for path in parent.iterdir():
-            if not path.name.startswith(prefix) or time.time() - path.lstat().st_mtime < _UNLOCKED_AGE:
+            if _PARTIAL.fullmatch(path.name) is None and not _is_old_new(path):
                 continue
             with contextlib.suppress(OSError):
                 lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
                 try:
                     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    shutil.rmtree(path, ignore_errors=True)
+                    inside = {entry.name for entry in path.iterdir()}
+                    if all(name == MANIFEST or name[0] == "." or is_content(name) for name in inside):  # else: not ours
+                        shutil.rmtree(path, ignore_errors=True)
                 finally:
                     os.close(lock)
+
+
+def _is_old_new(path: Path) -> bool:
+    """Whether somebody made a directory and died before it was locked."""
+    return path.name.startswith(_NEW) and time.time() - path.lstat().st_mtime > _UNLOCKED_AGE

@@ -12,24 +12,31 @@ parts of different moments are never put together.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
 import re
 import shutil
+import stat
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, BinaryIO
 
 import msgspec
 
+from vmbus import saved
 from vmbus.description import NAME_RULE, Name, explain
 from vmbus.errors import EnvironmentProblem, StateError, UsageError
+from vmbus.interruptible import NEVER, Stop, sha256
 from vmbus.qemu.description import VmDescription
 from vmbus.snapshot.manifest import FileRecord, Machine, Packets
 
 IMAGE = "vmstate.qcow2"
 VERSION = 1
 """Version of the record's layout. A reader refuses every other."""
+
+RESERVE = 4 << 20
+"""Bytes that are set aside while a checkpoint is taken: of the image's tables for a terabyte, less would do."""
 
 _TAG = re.compile(r"[a-z0-9][a-z0-9._-]{0,31}")
 _RECORD_LIMIT = 1 << 20  # bytes
@@ -128,7 +135,7 @@ class Store:
         check_tag(tag)
         path = self._record(tag)
         try:
-            with path.open("rb") as file:
+            with _open_regular(path) as file:
                 data = file.read(_RECORD_LIMIT + 1)
         except FileNotFoundError:
             known = ", ".join(sorted(self.tags())) or "none"
@@ -154,7 +161,7 @@ class Store:
         """The bytes of the device's state. Raises `StateError` if they are not those of the record."""
         path = self.state(one.tag)
         try:
-            data = path.read_bytes()
+            data = saved.read_file(path)
         except OSError as error:
             raise StateError(f"cannot read {path}, the device's part of the checkpoint: {error.strerror}") from error
         if len(data) != one.state.size or hashlib.sha256(data).hexdigest() != one.state.sha256:
@@ -163,24 +170,25 @@ class Store:
             )
         return data
 
-    def seal_files(self, tag: str, names: Iterable[str]) -> dict[str, FileRecord]:
+    def seal_files(self, tag: str, names: Iterable[str], stop: Stop = NEVER) -> dict[str, FileRecord]:
         """The records of the files that were copied for a checkpoint. Raises `EnvironmentProblem`."""
         try:
-            found = {name: _file_record(self.files(tag) / name) for name in names}
+            found = {name: _file_record(self.files(tag) / name, stop) for name in names}
             if found:
                 _sync(self.files(tag))
         except OSError as error:
             raise EnvironmentProblem(f"cannot read back the files of checkpoint {tag!r}: {error.strerror}") from error
         return found
 
-    def verify_files(self, one: Checkpoint) -> Path | None:
+    def verify_files(self, one: Checkpoint, stop: Stop = NEVER) -> Path | None:
         """The directory with the providers' files, None without any. Raises `StateError` if they are others."""
         if not one.files:
             return None
         directory = self.files(one.tag)
         for name, record in one.files.items():
             try:
-                found = _file_record(directory / name)
+                size = (directory / name).stat().st_size
+                found = _file_record(directory / name, stop) if size == record.size else None
             except OSError as error:
                 raise StateError(
                     f"cannot read {directory / name}, which belongs to the checkpoint: {error.strerror}"
@@ -212,6 +220,39 @@ class Store:
                 temporary.unlink()
             raise EnvironmentProblem(f"cannot write {path}: {error.strerror}") from error
 
+    def keep_reserve(self) -> None:
+        """Sets space aside that a take which meets a full disk needs to give its own back. Raises
+        `EnvironmentProblem` if there is none."""
+        try:
+            descriptor = os.open(self._reserve, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            try:
+                os.posix_fallocate(descriptor, 0, RESERVE)
+            finally:
+                os.close(descriptor)
+        except OSError as error:
+            self.give_up_reserve()
+            raise EnvironmentProblem(f"no checkpoint can be kept in {self.directory}: {error.strerror}") from error
+
+    def give_up_reserve(self) -> None:
+        with contextlib.suppress(OSError):
+            self._reserve.unlink(missing_ok=True)
+
+    @property
+    def _reserve(self) -> Path:
+        return self.directory / ".reserve"
+
+    def reclaim(self) -> None:
+        """Removes the parts of checkpoints that have no record: nobody finished them."""
+        tags = set(self.tags())
+        with contextlib.suppress(OSError):
+            for path in self.directory.iterdir():
+                if path.suffix not in (".state", ".files") or _TAG.fullmatch(path.stem) is None or path.stem in tags:
+                    continue
+                if path.is_dir() and not path.is_symlink():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink()
+
     def remove(self, tag: str) -> None:
         """Forgets a checkpoint. Its snapshot in the image is the caller's to delete."""
         for path in (self._record(tag), self.state(tag)):
@@ -224,10 +265,19 @@ def _digest(one: Checkpoint) -> str:
     return hashlib.sha256(msgspec.json.encode(one)).hexdigest()
 
 
-def _file_record(path: Path) -> FileRecord:
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256")
-        return FileRecord(file.tell(), digest.hexdigest())
+def _open_regular(path: Path) -> BinaryIO:
+    """Opens a plain file, without waiting for the other end of a FIFO. Raises OSError."""
+    file = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError(errno.EINVAL, "it is not a plain file")
+    return file
+
+
+def _file_record(path: Path, stop: Stop) -> FileRecord:
+    with _open_regular(path) as file:
+        digest = sha256(file, stop)
+        return FileRecord(file.tell(), digest)
 
 
 def _encode(one: Checkpoint) -> bytes:

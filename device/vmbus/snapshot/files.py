@@ -6,12 +6,11 @@ its blocks with the original where the file system can do that, and keeps its ho
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from vmbus.copying import copy_content
+from vmbus.copying import copy_file
 from vmbus.errors import EnvironmentProblem, UsageError
 from vmbus.providers import Provider
 from vmbus.snapshot.manifest import FILE_PREFIX as PREFIX
@@ -54,25 +53,6 @@ def copy_files(wanted: Mapping[str, Path], directory: Path) -> dict[str, int]:
             path.unlink(missing_ok=True)
         raise
     return sizes
-
-
-def copy_file(source: Path, target: Path, *, made: list[Path] | None = None) -> int:
-    """Copy a file (or a block device) to a new file of its owner alone, flushed to disk; returns its size in bytes.
-
-    `made` gets the target once it exists. Raises OSError, also when the target is there already.
-    """
-    fd = os.open(source, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        out = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        if made is not None:
-            made.append(target)
-        try:
-            size = copy_content(fd, out)
-        finally:
-            os.close(out)
-    finally:
-        os.close(fd)
-    return size
 
 
 def files_of(provider: Provider, directory: Path | None) -> dict[str, Path]:

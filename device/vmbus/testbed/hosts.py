@@ -143,7 +143,7 @@ class Host:
     @property
     def environment(self) -> dict[str, str]:
         """What a program needs to know to use the host's own directories."""
-        return {"TMPDIR": str(TEMPORARY), "XDG_RUNTIME_DIR": str(RUNTIME)}
+        return {"TMPDIR": str(TEMPORARY), "XDG_RUNTIME_DIR": str(RUNTIME), "VMBUS_STATE": str(TEMPORARY / "state")}
 
     async def spawn(
         self, name: str, argv: Sequence[str], *, environment: dict[str, str] | None = None, capture_stdout: bool = False
