@@ -78,6 +78,7 @@ def provision(
     from vmbus.provision.report import PlainReporter
 
     cache = cache or Cache()
+    cache.require_own()
     parts = _remembered(cache, environment)
     found = _with_image(parts, cache, None, environment) if parts is not None else None
     if found is not None:

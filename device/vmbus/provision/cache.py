@@ -56,12 +56,27 @@ class Cache:
         """
         try:
             self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
-            if self.root.stat().st_uid == os.getuid():
-                self.root.chmod(0o700)
+            self.require_own()
+            self.root.chmod(0o700)
         except OSError as error:
             raise EnvironmentProblem(
                 f"cannot create the cache directory {self.root}: {error}; set VMBUS_CACHE to a writable place"
             ) from error
+
+    def require_own(self) -> None:
+        """Raise EnvironmentProblem if the directory is somebody else's: what lies in it is run. One that is not there
+        is nobody's."""
+        try:
+            status = self.root.stat()
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            raise EnvironmentProblem(f"cannot look at the cache directory {self.root}: {error.strerror}") from error
+        if status.st_uid != os.getuid():
+            raise EnvironmentProblem(
+                f"the cache directory {self.root} belongs to user {status.st_uid}, and programs are run from it (we "
+                f"are user {os.getuid()}); set VMBUS_CACHE to a place of your own"
+            )
 
     @contextmanager
     def lock(self, timeout: float = LOCK_TIMEOUT, on_wait: Callable[[str], None] | None = None) -> Iterator[None]:

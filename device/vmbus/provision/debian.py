@@ -198,15 +198,13 @@ def mirror_candidates(environment: Mapping[str, str] = os.environ, etc_apt: Path
     return found
 
 
-def archive_keyring(source: Source | None = None) -> Path:
-    """Return the file with the Debian archive's keys.
+def archive_keyring() -> Path:
+    """Return the file with the Debian archive's keys: that of Debian's own package, whatever the host's apt trusts for
+    an archive. What a key is called says nothing about whose it is.
 
     Raises EnvironmentProblem if the host has none.
     """
-    candidates = list(KEYRINGS)
-    if source is not None and source.signed_by.startswith("/") and "debian" in source.signed_by:
-        candidates.insert(0, source.signed_by)
-    for name in candidates:
+    for name in KEYRINGS:
         if Path(name).is_file():
             return Path(name)
     raise EnvironmentProblem(
@@ -416,7 +414,7 @@ class Apt:
         state = self.directory
         for folder in ("lists/partial", "cache/archives/partial"):
             (state / folder).mkdir(mode=0o700, parents=True, exist_ok=True)
-        keyring = archive_keyring(source)
+        keyring = archive_keyring()
         settings = [f"signed-by={keyring}", f"arch={ARCHITECTURE}"]
         if not source.check_valid_until:
             settings.append("check-valid-until=no")

@@ -48,7 +48,11 @@ def environment_path(cache: Cache, checkout: Path) -> Path:
 
 
 def environment_python(cache: Cache, checkout: Path) -> Path | None:
-    """Return the environment's Python if the environment is complete, else None."""
+    """Return the environment's Python if the environment is complete, else None.
+
+    Raises EnvironmentProblem for a cache that is somebody else's.
+    """
+    cache.require_own()
     directory = environment_path(cache, checkout)
     python = directory / "bin/python"
     return python if (directory / STAMP).exists() and python.exists() else None
