@@ -32,16 +32,23 @@ class Console:
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._reader, self._writer = reader, writer
+        self._seen = ""
 
     async def _until(self, text: str, seconds: float = 60.0) -> str:
-        seen = ""
         try:
             async with asyncio.timeout(seconds):
-                while text not in seen:
-                    seen += (await self._reader.read(65536)).decode(errors="replace").replace("\r", "")
+                while text not in self._seen:
+                    self._seen += (await self._reader.read(65536)).decode(errors="replace").replace("\r", "")
         except TimeoutError:
-            raise WaitTimeout(f"{text!r} on the console, which said {seen[-1000:]!r}", seconds) from None
-        return seen.partition(text)[0]
+            raise WaitTimeout(f"{text!r} on the console, which said {self._seen[-1000:]!r}", seconds) from None
+        before, _, self._seen = self._seen.partition(text)
+        return before
+
+    async def begin(self) -> None:
+        """Take the shell, whatever it has printed until now."""
+        self._writer.write(b"echo begin-$((20 + 22))\r")
+        await self._until("begin-42")
+        await self._until(PROMPT)
 
     async def run(self, command: str) -> tuple[int, list[str]]:
         """Type a line as it stands there; its status and what it printed."""
@@ -49,8 +56,9 @@ class Console:
         self._writer.write(command.encode() + b"\r")
         printed = await self._until(PROMPT)
         self._writer.write(b'echo "status=$?"\r')
-        status = re.search(r"^status=(\d+)", await self._until(PROMPT), re.MULTILINE)
-        assert status is not None
+        told = await self._until(PROMPT)
+        status = re.search(r"^status=(\d+)", told, re.MULTILINE)
+        assert status is not None, (printed, told)
         return int(status[1]), printed.splitlines()
 
 
@@ -77,8 +85,7 @@ def test_fault_n3_what_a_page_types_in_a_guest_is_right(
             reader, writer = await asyncio.open_unix_connection(str(vm.paths.console))
             console = Console(reader, writer)
             await vm.wait_ready()
-            writer.write(b"\r")
-            await console._until(PROMPT)
+            await console.begin()
             for story in BY_VM[name]:
                 await _typed(console, story)
             writer.close()

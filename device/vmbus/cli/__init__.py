@@ -1,4 +1,5 @@
-"""The command line: ``python -m vmbus.cli COMMAND``; each script in ``scripts/`` is one of its commands.
+"""The command line: ``python -m vmbus.cli COMMAND``, or ``vmbus COMMAND`` where the package is installed; each script
+in ``scripts/`` is one of its commands.
 
 Every error that we raise on purpose becomes one readable message and exit status 1, without a traceback.
 """
@@ -23,6 +24,8 @@ from vmbus.cli.soak import soak
 from vmbus.cli.ssh import ssh
 from vmbus.cli.vm import list_vms, restore, run_vm, save
 from vmbus.errors import VmbusError
+from vmbus.places import spelled
+from vmbus.provision.__main__ import main as setup
 
 
 class _Group(click.Group):
@@ -56,3 +59,10 @@ main.add_command(new_provider)
 main.add_command(provider)
 main.add_command(soak)
 main.add_command(ssh)
+main.add_command(setup, "setup")
+
+for _command in main.commands.values():
+    _command.help = spelled(_command.help or "")
+    for _option in _command.params:
+        if isinstance(_option, click.Option):
+            _option.help = spelled(_option.help or "")

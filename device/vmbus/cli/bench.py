@@ -1,4 +1,4 @@
-"""The command `bench`: measures, shows tables, writes JSON. The measurements are in `bench/` of the checkout."""
+"""The command `bench`: measures, shows tables, writes JSON. The measurements are a package of their own."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from vmbus.cli.terminal import Steps, run
-from vmbus.cli.vm import CONFIGURATIONS
 from vmbus.errors import EnvironmentProblem
+from vmbus.places import DESCRIPTIONS as CONFIGURATIONS
+from vmbus.places import MEASUREMENTS
 from vmbus.provision import Provisioned, provision
 from vmbus.qemu.command_line import programs_from
 from vmbus.qemu.description import load_description
@@ -25,7 +26,6 @@ from vmbus.qemu.description import load_description
 if TYPE_CHECKING:
     from vmbus_bench.figures import Part, Report
 
-_MEASUREMENTS = Path(__file__).resolve().parents[3] / "bench"
 PARTS = ("guest", "host", "doorbell", "save-restore", "block", "scsi", "network", "netvsc", "downtime", "audit")
 
 
@@ -50,10 +50,8 @@ def bench(json_file: Path | None, quick: bool, names: tuple[str, ...]) -> None:
     """
     if json_file is not None and not json_file.absolute().parent.is_dir():
         raise EnvironmentProblem(f"cannot write {json_file}: there is no directory {json_file.absolute().parent}")
-    if not _MEASUREMENTS.is_dir():
-        raise EnvironmentProblem(f"the benchmark needs a checkout of the project: there is no {_MEASUREMENTS}")
-    if str(_MEASUREMENTS) not in sys.path:
-        sys.path.append(str(_MEASUREMENTS))
+    if str(MEASUREMENTS) not in sys.path:
+        sys.path.append(str(MEASUREMENTS))
     from vmbus_bench.figures import Report
     from vmbus_bench.network import NotPermitted
     from vmbus_bench.processes import describe_machine

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from vmbus.cli.terminal import Steps, console, run
-from vmbus.cli.vm import CONFIGURATIONS
+from vmbus.places import DESCRIPTIONS
 from vmbus.provision import provision
 from vmbus.qemu.command_line import programs_from
 from vmbus.qemu.description import find_description, load_description
@@ -35,7 +35,7 @@ def demo(packets: int, json_file: Path | None, stopped: bool) -> None:
     """Save a VM in mid-traffic, restore it in fresh processes, and prove that no packet was lost or doubled."""
     provisioned = provision()
     programs = programs_from(provisioned)
-    description = load_description(find_description("demo", CONFIGURATIONS))
+    description = load_description(find_description("demo", DESCRIPTIONS))
     console.print(
         f"QEMU {programs.qemu_version}, accelerator {provisioned.accelerator.name} "
         f"({provisioned.accelerator.reason}), guest kernel {provisioned.kernel_version}"

@@ -31,6 +31,8 @@ from vmbus.cli.terminal import (
 from vmbus.errors import UsageError, VmbusError
 from vmbus.migration.address import Address
 from vmbus.migration.channel import listen, read_secret
+from vmbus.places import DESCRIPTIONS as CONFIGURATIONS
+from vmbus.places import command, spelled
 from vmbus.provision import provision, provision_debian
 from vmbus.qemu.agent import AgentError
 from vmbus.qemu.archive import archive_for
@@ -41,9 +43,6 @@ from vmbus.qemu.process import RunDirectory, running_vms
 from vmbus.qemu.root import missing_root
 from vmbus.qemu.save import SaveReport
 from vmbus.qemu.supervisor import Supervisor, ask, find_vm
-
-CONFIGURATIONS = Path(__file__).resolve().parents[3] / "qemu_configs"
-"""The VM descriptions that come with the project."""
 
 SAVE_TIMEOUT = 1800.0
 
@@ -279,7 +278,7 @@ async def _attend(vm: VirtualMachine, start: float, drives: list[Drive], own: Se
     try:
         console.print(
             f"console of VM {vm.name!r}: {guest_console.HELP if sys.stdin.isatty() else 'shown only'}; "
-            f"to save it: scripts/save --vm {vm.name} DIR"
+            f"to save it: {command('save')} --vm {vm.name} DIR"
         )
         async with (
             archive_for(vm, _notice),
@@ -331,7 +330,7 @@ async def _follow(vm: VirtualMachine, driver: str, job: int) -> None:
 
 
 def _notice(text: str) -> None:
-    console.print(f"\n[bold]vmbus:[/bold] {escape(text)}", soft_wrap=True)
+    console.print(f"\n[bold]vmbus:[/bold] {escape(spelled(text))}", soft_wrap=True)
 
 
 def _show_save(report: SaveReport) -> None:
