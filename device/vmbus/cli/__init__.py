@@ -1,7 +1,8 @@
 """The command line: ``python -m vmbus.cli COMMAND``, or ``vmbus COMMAND`` where the package is installed; each script
 in ``scripts/`` is one of its commands.
 
-Every error that we raise on purpose becomes one readable message and exit status 1, without a traceback.
+Every error that we raise on purpose becomes one readable message and exit status 1, without a traceback; so does
+Ctrl-C, with 130.
 """
 
 from __future__ import annotations
@@ -27,6 +28,9 @@ from vmbus.errors import VmbusError
 from vmbus.places import spelled
 from vmbus.provision.__main__ import main as setup
 
+INTERRUPTED = 130
+"""The exit status after Ctrl-C, as shells have it."""
+
 
 class _Group(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
@@ -35,6 +39,9 @@ class _Group(click.Group):
         except VmbusError as error:
             click.echo(f"error: {error}", err=True)
             ctx.exit(1)
+        except (KeyboardInterrupt, click.Abort):
+            click.echo("interrupted", err=True)
+            ctx.exit(INTERRUPTED)
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})

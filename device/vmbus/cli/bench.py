@@ -15,8 +15,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from vmbus.cli.outputs import output
 from vmbus.cli.terminal import Steps, run
-from vmbus.errors import EnvironmentProblem
 from vmbus.places import DESCRIPTIONS as CONFIGURATIONS
 from vmbus.places import MEASUREMENTS
 from vmbus.provision import Provisioned, provision
@@ -48,8 +48,17 @@ def bench(json_file: Path | None, quick: bool, names: tuple[str, ...]) -> None:
     Figures are medians of several rounds; half of the rounds lie within about ± of it. The exit status
     does not depend on the targets: how fast a machine is is no defect.
     """
-    if json_file is not None and not json_file.absolute().parent.is_dir():
-        raise EnvironmentProblem(f"cannot write {json_file}: there is no directory {json_file.absolute().parent}")
+    with output(json_file) as write:
+        report, left_out = _measured(quick, names)
+        write(report.to_json())
+    console = Console(highlight=False)
+    show(report, console)
+    for reason in left_out:
+        console.print(f"left out: {escape(reason)}", style="yellow")
+
+
+def _measured(quick: bool, names: tuple[str, ...]) -> tuple[Report, list[str]]:
+    """The report, and what was left out and why."""
     if str(MEASUREMENTS) not in sys.path:
         sys.path.append(str(MEASUREMENTS))
     from vmbus_bench.figures import Report
@@ -79,15 +88,7 @@ def bench(json_file: Path | None, quick: bool, names: tuple[str, ...]) -> None:
             report.parts.append(part)
     report.machine["load_after"] = list(os.getloadavg())
     report.seconds = round(time.monotonic() - started, 2)
-    if json_file is not None:
-        try:
-            json_file.write_bytes(report.to_json())
-        except OSError as error:
-            raise EnvironmentProblem(f"cannot write {json_file}: {error.strerror}") from error
-    console = Console(highlight=False)
-    show(report, console)
-    for reason in left_out:
-        console.print(f"left out: {escape(reason)}", style="yellow")
+    return report, left_out
 
 
 def _measure(name: str, provisioned: Provisioned, quick: bool, steps: Steps) -> Part:
