@@ -152,6 +152,11 @@ def build_key() -> str:
     return digest(2, SUITE, COMPILER_OPTIONS, LINKER_OPTIONS, host_suite())
 
 
+def is_built(cache: Cache) -> bool:
+    """Whether our own build is there, or the system has one."""
+    return _record(cache).exists() or system_library() is not None
+
+
 def _record(cache: Cache) -> Path:
     return cache.path("libvfio-user", build_key(), "build.json")
 
