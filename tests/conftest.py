@@ -60,7 +60,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--all-layers",
         action="store_true",
         help=f"fail when a layer ({', '.join(LAYERS)}) passed no test, or when any test was skipped, except for those "
-        f"marked {NEEDS_MIGRATION_V2} where {NO_MIGRATION_V2}, and, unless by root, what this machine lets only root do",
+        f"marked {NEEDS_MIGRATION_V2} where {NO_MIGRATION_V2}, and, unless by root, what only root may do here",
     )
 
 

@@ -16,8 +16,9 @@ from typing import Annotated, Any
 import msgspec
 
 from vmbus.errors import EnvironmentProblem, UsageError
+from vmbus.explaining import complaint
 
-NAME_PATTERN = r"^[a-z0-9][a-z0-9._-]{0,31}$"
+NAME_PATTERN = r"^[a-z0-9][a-z0-9._-]{0,31}\Z"
 """Names of VMs, devices and providers: they become parts of file names and of log lines."""
 
 NAME_RULE = "1 to 32 of a-z, 0-9, '.', '_' and '-', starting with a letter or digit"
@@ -27,7 +28,7 @@ Name = Annotated[str, msgspec.Meta(pattern=NAME_PATTERN)]
 MODULE_PATTERN = r"[A-Za-z_][A-Za-z0-9_]*(?:[.][A-Za-z_][A-Za-z0-9_]*)*:[A-Za-z_][A-Za-z0-9_]*"
 """An author's own provider: module and class, see `vmbus.providers`."""
 
-KIND_PATTERN = rf"^(?:[a-z0-9][a-z0-9._-]{{0,31}}|{MODULE_PATTERN})$"
+KIND_PATTERN = rf"^(?:[a-z0-9][a-z0-9._-]{{0,31}}|{MODULE_PATTERN})\Z"
 
 KIND_RULE = "the kind of a provider of ours, such as 'echo', or 'package.module:Class' for one of your own"
 
@@ -75,17 +76,22 @@ class DeviceDescription(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
         return msgspec.json.format(msgspec.json.encode(self), indent=2) + b"\n"
 
 
-def explain(error: msgspec.ValidationError) -> str:
-    """Turns a decoder's complaint into "field X: what is wrong (what is allowed)"."""
-    text = str(error)
-    found = re.match(r"^(?P<what>.*?)(?: - at `(?P<where>.*)`)?$", text, re.DOTALL)
-    assert found is not None
-    what, where = found["what"], found["where"]
-    if KIND_PATTERN in what:
+def check_name(name: str) -> str:
+    """Returns a name of a VM that somebody has given, if it is usable: it becomes part of file names. Raises
+    UsageError."""
+    if re.search(NAME_PATTERN, name) is None:
+        raise UsageError(f"{name!r} is not a usable name of a VM; allowed: {NAME_RULE}")
+    return name
+
+
+def explain(error: msgspec.ValidationError, type_: Any = None) -> str:
+    """Turns a decoder's complaint into "field X: what is wrong (what is allowed)"; `type_`: what was to be decoded,
+    from which more is said about what is allowed."""
+    field, what = complaint(error, type_)
+    if repr(KIND_PATTERN)[1:-1] in what:
         what = f"not a kind of provider; allowed: {KIND_RULE}"
-    elif NAME_PATTERN in what:
+    elif repr(NAME_PATTERN)[1:-1] in what:
         what = f"not a usable name; allowed: {NAME_RULE}"
-    field = where.removeprefix("$").removeprefix(".") if where else ""
     return f"field '{field}': {what}" if field else what
 
 
@@ -101,6 +107,6 @@ def load_device(path: Path) -> DeviceDescription:
     try:
         return msgspec.json.decode(data, type=DeviceDescription)
     except msgspec.ValidationError as error:
-        raise UsageError(f"{path}: {explain(error)}") from error
+        raise UsageError(f"{path}: {explain(error, DeviceDescription)}") from error
     except (msgspec.DecodeError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UsageError(f"{path}: not JSON: {error}") from error

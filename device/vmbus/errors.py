@@ -9,9 +9,14 @@
 Every message says what failed, on which object, and what to do.
 """
 
+from vmbus.places import spelled
+
 
 class VmbusError(Exception):
     """Base of every error that this project raises on purpose."""
+
+    def __str__(self) -> str:
+        return spelled(super().__str__())
 
 
 class PeerError(VmbusError):

@@ -213,11 +213,11 @@ def vmbus_loopback(
 
 
 def _description(config: pytest.Config, wanted: str | Path | None) -> VmDescription:
-    from vmbus.cli.vm import CONFIGURATIONS
+    from vmbus.places import DESCRIPTIONS
     from vmbus.qemu.description import find_description, load_description
 
     name = str(wanted or config.getoption("--vmbus-config") or config.getini("vmbus_config"))
-    found = find_description(name, CONFIGURATIONS)
+    found = find_description(name, DESCRIPTIONS)
     if not found.is_absolute() and not found.exists():
         found = config.rootpath / found
     return load_description(found)

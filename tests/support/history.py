@@ -59,6 +59,7 @@ class End:
     interface_instance = INSTANCE
     subchannel_index = 0
     name = "model"
+    ids_given = False
 
     def __init__(self, side: str, grain: int, limit: int) -> None:
         self.side = side

@@ -14,7 +14,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from support.device import Machine
-from support.history import COMPLETION, History, Link, ring_bytes
+from support.history import COMPLETION, INBAND, History, Link, ring_bytes
 from support.pair import Pair
 from support.traffic import Burst, Traffic
 from vmbus import saved
@@ -68,6 +68,63 @@ def test_packets_that_belong_to_no_request_are_no_gap_in_the_order(seed: int) ->
     model.settle()
     report = model.check()
     assert report.clean, str(report)
+
+
+def _answering(seed: int, *, steps: int = 120, **damage: str | int) -> History:
+    """A history in which the guest answers each of the host's packets by one of its own with the same number, as a
+    driver of integration services does, and sends packets of its own beside."""
+    model, choose = History(), random.Random(seed)
+    guest = model.guest
+    guest.ids_given = True
+    if damage:
+        model.damage = (str(damage["reader"]), int(damage["at"]), str(damage["what"]))
+    for _ in range(steps):
+        model.run(choose, 1)
+        if guest.held and choose.random() < 0.5:
+            guest.queue.append((INBAND, False, guest.held[-1][0], b"answer.."))
+    return model
+
+
+@given(SEEDS)
+@settings(max_examples=150, deadline=None)
+def test_fault_n2_answers_under_the_others_numbers_are_clean(seed: int) -> None:
+    model = _answering(seed)
+    report = model.check()
+    assert report.clean, str(report)
+    model.settle()
+    report = model.check()
+    assert report.clean, str(report)
+
+
+def test_fault_n2_nothing_but_answers_under_the_others_numbers() -> None:
+    """What heartbeats look like: none of them is of the channel's own numbers."""
+    model = History()
+    model.guest.ids_given = True
+    for number in range(1, 40):
+        model.host.accept(True, b"request.")
+        model.put(model.host, 1)
+        model.take(model.guest, 1)
+        model.guest.complete(0, b"done")
+        model.guest.queue.append((INBAND, False, number, b"answer.."))
+        model.put(model.guest, 2)
+    model.settle()
+    report = model.check()
+    assert report.clean and report.packets == 78, str(report)
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_fault_n2_a_packet_that_is_lost_before_the_ring_is_found_among_answers(wanted: bool) -> None:
+    found = 0
+    for seed in range(40):
+        model = _answering(seed)
+        own = [at for at, one in enumerate(model.guest.queue) if one[0] == INBAND and one[2] and one[1] is wanted]
+        if not own or (not wanted and model.guest.queue[own[0]][3] == b"answer.."):
+            continue
+        del model.guest.queue[own[0]]
+        model.settle()
+        report = model.check()
+        found += report.verdict == "broken" and report.problems[0].kind == "lost"
+    assert found >= 5
 
 
 @given(SEEDS)

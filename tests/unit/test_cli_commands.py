@@ -5,10 +5,15 @@ from __future__ import annotations
 import asyncio
 import os
 import pty
+import signal
+import subprocess
+import sys
 import termios
+import time
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 from click.testing import CliRunner
 from hypothesis import given
@@ -17,7 +22,13 @@ from hypothesis import strategies as st
 from vmbus.cli import console, main
 from vmbus.cli.agent import build_request, parse_parameters
 from vmbus.cli.console import ESCAPE, EscapeFilter, raw_terminal
+from vmbus.cli.drivers import jobs_for, parse_drive
+from vmbus.cli.outputs import output
+from vmbus.cli.vm import _follow
 from vmbus.errors import EnvironmentProblem, UsageError
+from vmbus.inspection.target import Running
+from vmbus.qemu.agent import AgentError, GuestWentBack
+from vmbus.qemu.process import RunDirectory
 
 pytestmark = pytest.mark.unit
 
@@ -82,6 +93,152 @@ def test_errors_are_one_readable_line(words: list[str], message: str) -> None:
     assert result.output.startswith(message)
     assert result.output.count("\n") == 1
     assert "Traceback" not in result.output
+
+
+@pytest.mark.parametrize("command", [["run-vm"], ["restore", "/no/such"], ["run-vm", "--receive", "tcp:here:0"]])
+@pytest.mark.parametrize("name", ["../x", "Bad/Name", "..", "/x", "", "x\n", "-x", "x" * 33])
+def test_fault_n7_the_name_of_a_vm_stays_a_name(
+    command: list[str], name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vmbus.cli.vm.provision", lambda: pytest.fail("the set-up began"))
+    result = run(*command, "--name", name)
+    assert result.exit_code == 1 and "is not a usable name of a VM; allowed: 1 to 32" in result.output, result.output
+    with pytest.raises(UsageError, match="usable name"):
+        RunDirectory.create(name, base=tmp_path)
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(UsageError, match="usable name"):
+        Running.vm(name)
+
+
+@pytest.mark.parametrize("command", [["demo"], ["bench"]])
+@pytest.mark.parametrize("place", ["nope/x.json", "folder"])
+def test_fault_n8_a_file_that_cannot_be_written_is_refused_before_the_work(
+    command: list[str], place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "folder").mkdir()
+    for module in ("demo", "bench"):
+        monkeypatch.setattr(sys.modules[f"vmbus.cli.{module}"], "provision", lambda: pytest.fail("the work began"))
+    result = run(*command, "--json", str(tmp_path / place))
+    assert result.exit_code in (1, 2) and "Traceback" not in result.output, result.output
+    assert place in result.output.replace("\n", "") and "x.json" not in {path.name for path in tmp_path.rglob("*")}
+
+
+def test_fault_n8_an_output_is_opened_first_and_written_last(tmp_path: Path) -> None:
+    old, new = tmp_path / "old", tmp_path / "new"
+    old.write_bytes(b"what was there before")
+    for path in (old, new):
+        with pytest.raises(ZeroDivisionError), output(path):
+            raise ZeroDivisionError
+    assert old.read_bytes() == b"what was there before" and not new.exists()
+    for path in (old, new):
+        with output(path) as write:
+            assert path.exists()
+            write(b"figures")
+        assert path.read_bytes() == b"figures"
+    with output(None) as write:
+        write(b"nowhere")
+    with pytest.raises(EnvironmentProblem, match="No space left"), output(Path("/dev/full")) as write:
+        write(b"figures")
+
+
+@pytest.mark.parametrize("raised", [KeyboardInterrupt, click.Abort])
+def test_fault_n15_an_interrupted_command_says_so_in_one_word(
+    raised: type[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise raised
+
+    monkeypatch.setattr("vmbus.cli.vm.running_vms", interrupted)
+    result = run("list")
+    assert (result.exit_code, result.output) == (130, "interrupted\n")
+
+
+def test_fault_n15_ctrl_c_in_the_first_moments_leaves_no_traceback(tmp_path: Path) -> None:
+    """Of the script, of the interpreter, and of the command, wherever it is by then."""
+    script = Path(__file__).resolve().parents[2] / "scripts" / "run-vm"
+    statuses = []
+    for wait in (0.0, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4):
+        environment = {**os.environ, "XDG_RUNTIME_DIR": str(tmp_path)}
+        process = subprocess.Popen(
+            [script, "no-such-vm"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment, text=True,
+            process_group=0, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        )  # fmt: skip
+        time.sleep(wait)  # as a person does, who waits for nothing in particular
+        os.killpg(process.pid, signal.SIGINT)
+        _, told = process.communicate(timeout=60)
+        statuses.append(process.returncode)
+        assert "Traceback" not in told and "Aborted" not in told, (wait, told)
+        assert process.returncode in (130, -signal.SIGINT, 1), (wait, told)
+        assert process.returncode != 1 or "no VM description" in told  # it was through
+    assert {130, -signal.SIGINT} & set(statuses)
+
+
+@pytest.mark.parametrize(
+    ("drive", "message"),
+    [
+        ("echo:foo=1", "--drive echo: unknown parameter 'foo'; known: access, "),
+        ("echo:count=-1", "--drive echo: parameter 'count' is -1; it must be "),
+        ("echo:window=many", "--drive echo: parameter 'window' must be of type int"),
+        ("disk-writer:foo=1", "--drive disk-writer: unknown parameter 'foo'"),
+        ("ping:count=x", "--drive ping: parameter 'count' must be of type int"),
+    ],
+)
+def test_fault_n16_a_drivers_parameters_are_refused_before_the_boot(
+    drive: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vmbus.cli.vm.provision", lambda: pytest.fail("the set-up began"))
+    result = run("run-vm", "--drive", "echo:count=3", "--drive", drive)
+    assert result.exit_code == 1 and result.output.startswith(f"error: {message}"), result.output
+
+
+class _Reverted:
+    """A VM that is taken back while somebody waits for its test driver. `after`: what the agent says then."""
+
+    ended = False
+
+    def __init__(self, *after: Any) -> None:
+        self._answers = [GuestWentBack("the VM was taken back"), *after]
+
+    async def call_agent(self, command: str, *, job: int, **_: Any) -> dict[str, Any]:
+        assert (command, job) == ("wait", 7)
+        answer = self._answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return dict(answer)
+
+
+@pytest.mark.parametrize(
+    ("after", "told"),
+    [
+        ([{"state": "running"}, {"state": "finished", "result": {"verdict": "passed"}}], "finished, passed"),
+        ([GuestWentBack("again"), {"state": "finished", "result": {"verdict": "passed"}}], "finished, passed"),
+        ([AgentError("wait", "unknown-job", "no job 7")], "is undone: it was started after the checkpoint"),
+    ],
+)
+def test_fault_n11_a_drivers_verdict_comes_after_a_revert(
+    after: list[Any], told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(sys.modules["vmbus.cli.vm"], "_notice", said.append)
+    vm: Any = _Reverted(*after)
+    asyncio.run(_follow(vm, "echo", 7))
+    assert len(said) == 1 and f"test driver 'echo' (job 7) {told}" in said[0]
+
+
+def test_fault_n16_what_the_pages_show_is_taken() -> None:
+    for drive in ("many:channels=64,count=0", 'storm:{"count": 0}', "echo:count=10000,external=0.3", "burst:hold=10"):
+        assert jobs_for([parse_drive(drive)], [])
+
+
+def test_fault_n17_what_is_allowed_is_named() -> None:
+    for words, message in (
+        (["--set", "weights.foo=1"], "field 'weights, a key': Invalid enum value 'foo'; allowed: "),
+        (["--set", "sabotage=foo"], "field 'sabotage': Invalid enum value 'foo'; allowed: , disk-loses-a-block, "),
+        (["--set", "foo=1"], "unknown field `foo`"),
+    ):
+        result = run("soak", "--plan", *words)
+        assert result.exit_code != 0 and message in result.output, result.output
+    assert "clone" in run("soak", "--plan", "--set", "weights.foo=1").output
 
 
 def test_list_is_empty_without_vms() -> None:

@@ -14,7 +14,9 @@ import pytest
 
 from vmbus.cachedir import cache_directory
 from vmbus.errors import EnvironmentProblem, WaitTimeout
+from vmbus.provision import provision
 from vmbus.provision.cache import Cache, digest, publish_bytes, remove
+from vmbus.provision.environment import environment_python
 
 pytestmark = pytest.mark.unit
 
@@ -45,6 +47,24 @@ def test_unusable_place_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(EnvironmentProblem, match="VMBUS_CACHE"):
         Cache(tmp_path / "file" / "cache").prepare()
+
+
+def test_fault_p4_a_cache_that_somebody_else_owns_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = Cache(tmp_path / "cache")
+    cache.require_own()  # nobody's yet
+    cache.prepare()
+    (tmp_path / "requirements.lock").write_text("")
+    assert environment_python(cache, tmp_path) is None
+    us = os.getuid()
+    monkeypatch.setattr(os, "getuid", lambda: us + 1)
+    for use in (
+        cache.prepare,
+        lambda: cache.lock().__enter__(),
+        lambda: environment_python(cache, tmp_path),
+        lambda: provision(cache),
+    ):
+        with pytest.raises(EnvironmentProblem, match=rf"belongs to user {us}, .*set VMBUS_CACHE"):
+            use()
 
 
 def test_directory_is_published_whole(tmp_path: Path) -> None:

@@ -230,6 +230,23 @@ def test_downloads_that_are_there_already_count(tmp_path: Path, monkeypatch: pyt
     assert [path.name for path in apt.install_closure(["thing"])] == ["a.deb", "b.deb"]
 
 
+def test_fault_p1_only_debians_own_keyrings_are_trusted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the host's apt trusts for an archive, and whatever that file is called."""
+    official = tmp_path / "official.gpg"
+    official.write_bytes(b"")
+    monkeypatch.setattr(debian, "KEYRINGS", (str(official),))
+    for name in ("debian-evil.gpg", "debian-archive-keyring.gpg", "my-debian.asc"):
+        key = tmp_path / name
+        key.write_bytes(b"")
+        (tmp_path / "sources.list").write_text(f"deb [signed-by={key}] https://mirror.test/debian trixie main\n")
+        apt = Apt(Cache(tmp_path / "cache"), ("trixie",), environment={}, etc_apt=tmp_path)
+        (source,) = debian.mirror_candidates({}, tmp_path)
+        assert source.signed_by == str(key)
+        apt._configure(source)
+        lines = (apt.directory / "sources.list").read_text()
+        assert f"signed-by={official}" in lines and name not in lines
+
+
 def test_missing_keyring_is_one_line_to_paste(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(debian, "KEYRINGS", ("/nonexistent",))
     with pytest.raises(EnvironmentProblem, match="sudo apt-get install debian-archive-keyring"):

@@ -117,7 +117,7 @@ def test_pip_comes_from_a_package_where_python_has_none(tmp_path: Path, monkeypa
 
     monkeypatch.setattr(environment, "make_root", fake_root)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    found = find_pip(Cache(tmp_path / "cache"), Path("/nonexistent/python"), SilentReporter())
+    found = find_pip(Cache(tmp_path / "cache"), Path("/nonexistent/python"), SilentReporter(), tmp_path)
     assert found == ["-I", str(wheel / "pip")]
     assert asked == [environment.PIP_RECIPE]
 

@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import tarfile
 import time
+from io import BytesIO
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from vmbus.errors import EnvironmentProblem
 from vmbus.provision import accel, libvfio_user, qemu
 from vmbus.provision.accel import Accelerator, boot_trial, choose_accelerator
+from vmbus.provision.archive import place_below
 from vmbus.provision.cache import Cache
 from vmbus.provision.debian import Root
 from vmbus.provision.guest_files import Kernel
+from vmbus.provision.libvfio_user import VfioUserLibrary
 from vmbus.provision.qemu import QemuProgram, find_qemu, parse_version
 from vmbus.provision.report import SilentReporter
+from vmbus.vfio_user import bindings
 
 pytestmark = pytest.mark.unit
 
@@ -140,6 +149,79 @@ def test_explicit_library_that_cannot_be_used(tmp_path: Path, monkeypatch: pytes
     rubbish.write_bytes(b"\x7fELF rubbish")
     with pytest.raises(EnvironmentProblem, match=r"VMBUS_LIBVFIO_USER is .*unset it"):
         libvfio_user.find_library(Cache(tmp_path), environment={"VMBUS_LIBVFIO_USER": str(rubbish)})
+
+
+def _library(folder: Path, *, between: bool) -> Path:
+    """A libvfio-user of no use, of the 2022 generation or of one in between, as far as can be told from outside."""
+    folder.mkdir()
+    names = [*bindings.FUNCTIONS, *([] if between else ["vfu_get_migr_register_area_size"])]
+    text = "#include <stddef.h>\n" + "".join(
+        f"size_t {name}(void) {{ return {bindings.SG_SIZE if name == 'dma_sg_size' else 0}; }}\n" for name in set(names)
+    )
+    (folder / "library.c").write_text(text)
+    path = folder / libvfio_user.SONAME
+    subprocess.run(
+        [libvfio_user.find_compiler(), "-shared", "-fPIC", "-w", "-o", path, folder / "library.c"],
+        check=True,
+        timeout=60,
+    )
+    return path
+
+
+def test_fault_p3_a_system_library_of_an_unsupported_generation_is_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old, between = _library(tmp_path / "old", between=False), _library(tmp_path / "between", between=True)
+    assert libvfio_user.loading_problem(old) is None
+    assert "differ from both supported generations" in str(libvfio_user.loading_problem(between))
+    ours = VfioUserLibrary(tmp_path / "ours.so", "built")
+    monkeypatch.setattr(libvfio_user, "build", lambda cache, reporter: ours)
+    monkeypatch.setattr(libvfio_user, "_linkers_library", lambda: between)
+    told = Told()
+    assert libvfio_user.find(Cache(tmp_path / "cache"), told, {}) == ours
+    assert len(told.notes) == 1 and f"the system's {between} is left alone" in told.notes[0]
+    monkeypatch.setattr(libvfio_user, "_linkers_library", lambda: old)
+    assert libvfio_user.find(Cache(tmp_path / "cache"), told, {}) == VfioUserLibrary(old, "system")
+
+
+class Told(SilentReporter):
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
+def test_fault_p2_a_member_that_would_leave_its_folder_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fetched(name: str) -> Path:
+        archive = tmp_path / "qemu_1.orig.tar.xz"
+        with tarfile.open(archive, "w:xz") as tar:
+            for member in ("qemu-1/subprojects/libvfio-user/lib/libvfio-user.c", name):
+                entry = tarfile.TarInfo(member)
+                entry.size = 4
+                tar.addfile(entry, BytesIO(b"code"))
+        monkeypatch.setattr(libvfio_user.Apt, "source_archive", lambda *_: archive)
+        return libvfio_user.fetch_source(Cache(tmp_path / "cache"), SilentReporter())
+
+    victim = tmp_path / "victim"
+    for name in (f"/{victim}", "../../../../victim", "lib/../../victim", "lib/.."):
+        with pytest.raises(EnvironmentProblem, match="would leave its folder"):
+            fetched(f"qemu-1/subprojects/libvfio-user/{name}")
+        assert not victim.exists()
+    assert (fetched("qemu-1/subprojects/libvfio-user/lib//tran.c") / "lib/tran.c").read_bytes() == b"code"
+
+
+@given(st.text(alphabet="a./\0", max_size=12))
+def test_fault_p2_no_member_leaves_its_folder(name: str) -> None:
+    folder = Path("/somewhere/deep")
+    try:
+        place = place_below(folder, name, "an archive")
+    except EnvironmentProblem:
+        return
+    assert place != folder and folder in place.parents
+    assert Path(os.path.normpath(place)) == place
 
 
 def test_another_library_is_refused() -> None:

@@ -56,8 +56,11 @@ def test_defaults() -> None:
         (GOOD + PROVIDER.replace('name = "echo"', 'name = "other"'), ["two providers", "instance"]),
         (GOOD.replace("[device]", "[guest]\nhuge_pages = 100\n[device]"), ["huge_pages", "memory_mib", "up to 64"]),
         (GOOD.replace("[device]", '[guest]\nkernel_arguments = ["a b"]\n[device]'), ["guest.kernel_arguments"]),
-        (GOOD.replace("[device]", '[guest]\ndriver = "windows"\n[device]'), ["guest.driver", "windows"]),
         (GOOD.replace("[device]", '[guest]\nservices = ["block"]\n[device]'), ["guest.services", 'driver = "linux"']),
+        (
+            GOOD.replace("[device]", '[guest]\ndriver = "windows"\n[device]'),
+            ["guest.driver", "windows", "allowed: both, linux, userspace"],
+        ),
         ("name = ", ["not TOML"]),
         ('name = "one"\n[device]\nname = "d"\nproviders = []\n', ["device.providers", ">= 1"]),
     ],

@@ -523,7 +523,7 @@ def test_fault_h13_a_checkpoint_is_not_begun_without_room(vm: Vm, monkeypatch: p
 
     monkeypatch.setattr(os, "posix_fallocate", full)
     vm.model.steps.clear()
-    with pytest.raises(EnvironmentProblem, match="no checkpoint can be kept in .*No space left on device"):
+    with pytest.raises(EnvironmentProblem, match=r"no checkpoint can be kept in .*No space left on device"):
         vm.take("d")
     assert vm.model.steps == [] and vm.model.vcpus and not (vm.directory / ".reserve").exists()
 

@@ -19,15 +19,19 @@ def fake(*more: str) -> ctypes.CDLL:
     return cast(ctypes.CDLL, SimpleNamespace(**dict.fromkeys((*bindings.FUNCTIONS, *more))))
 
 
-def test_order_of_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fault_p3_order_of_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     files = {name: tmp_path / name for name in ("explicit", "named", "system", "built")}
     for file in files.values():
         file.write_bytes(b"")
     environment = {library.ENVIRONMENT_VARIABLE: str(files["named"])}
     monkeypatch.setattr(library, "_system_path", lambda: files["system"])
+    monkeypatch.setattr(library, "served", lambda path: path == files["system"])
     assert library.locate(files["explicit"], built=files["built"], environment=environment) == files["explicit"]
     assert library.locate(built=files["built"], environment=environment) == files["named"]
     assert library.locate(built=files["built"], environment={}) == files["system"]
+    monkeypatch.setattr(library, "served", lambda _: False)  # of a generation in between
+    assert library.locate(built=files["built"], environment={}) == files["built"]
+    assert library.locate(environment={}) == files["system"]  # and refused by `load` with a reason
     monkeypatch.setattr(library, "_system_path", lambda: None)
     assert library.locate(built=files["built"], environment={}) == files["built"]
     with pytest.raises(EnvironmentProblem, match="scripts/setup"):

@@ -11,6 +11,7 @@ from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from support.boot import boot
@@ -21,7 +22,7 @@ from vmbus.qemu.command_line import Programs
 from vmbus.qemu.description import VmDescription
 from vmbus.qemu.machine import VirtualMachine
 from vmbus.qemu.save import Sabotage
-from vmbus.qemu.story import Figures, Story, audit, finish, run_story, until_in_flight
+from vmbus.qemu.story import Figures, Story, audit, finish, run_story, save_in_flight, until_in_flight
 
 pytestmark = [pytest.mark.vm, pytest.mark.long]
 
@@ -44,8 +45,7 @@ async def boot_and_save(description: VmDescription, programs: Programs, director
     async with vm:
         await vm.wait_ready()
         job = int((await vm.call_agent("start", driver="mixed", parameters=STORY.workloads()))["job"])
-        await until_in_flight(vm, job, STORY)
-        report = await vm.save(directory, live=live)
+        report = await save_in_flight(vm, job, msgspec.structs.replace(STORY, live=live), directory)
     return Taken(directory, job, report.packets)
 
 
@@ -97,9 +97,8 @@ def test_a_restored_vm_can_be_saved_again_and_every_snapshot_restored_again(
         for generation, live in enumerate((True, False)):
             vm = await VirtualMachine.restore(source, programs)
             async with vm:
-                await until_in_flight(vm, taken.job, STORY)
                 source = tmp_path / f"generation-{generation}"
-                report = await vm.save(source, live=live)
+                report = await save_in_flight(vm, taken.job, msgspec.structs.replace(STORY, live=live), source)
                 assert min(report.packets.values()) > 0
         for snapshot in (source, taken.directory):
             vm = await VirtualMachine.restore(snapshot, programs)

@@ -15,7 +15,7 @@ from typing import Any, Literal
 from uuid import UUID
 
 from vmbus.audit import format as f
-from vmbus.audit import half
+from vmbus.audit import given, half
 from vmbus.audit.records import (
     COMPLETION,
     UNKNOWN,
@@ -330,6 +330,9 @@ class _Pair:
         lane = life.out
         expected = life.first
         where = f"between its sender and the ring ({'server' if life is self._host else 'guest'})"
+        if life is self._guest and given.ids_given(life):
+            self._with_given(life, direction, where)
+            return
         occasions = list(life.in_use)
         if life.closed is not None:
             occasions.append(("closed", lane.count, life.closed))
@@ -361,6 +364,13 @@ class _Pair:
                 following = number + 1
             start = count
         self._consecutive(life, direction, start, lane.count, expected, where)
+
+    def _with_given(self, life: Life, direction: str, where: str) -> None:
+        """The same where some packets have ids of their sender's choice."""
+        breach = given.check(life)
+        if breach is not None:
+            kind, first, message = breach
+            self._add(kind, direction, where, message, first=first, completion=False)
 
     def _consecutive(self, life: Life, direction: str, start: int, stop: int, expected: int, where: str) -> int:
         """The transaction expected after the packets from `start` to `stop`; -1 when they are not in order."""

@@ -166,9 +166,12 @@ class Trace:
 def in_use(channel: Channel) -> dict[str, Any]:
     """What is in flight at this end: `sent` (transactions that wait for a completion), `awaited` (packets of the other
     end that the owner has, and that want one), `queued` (entries that wait for room: kind, transaction, CRC-32 of the
-    bytes behind the descriptor), `next` (the next packet's transaction)."""
+    bytes behind the descriptor), `next` (the next packet's transaction), `given` (packets were put under ids of their
+    sender's choice; left out where there were none)."""
     sent, queued, following = channel.in_use()
+    given = {"given": True} if getattr(channel, "ids_given", False) else {}
     return {
+        **given,
         "awaited": channel.awaited,
         "sent": sent,
         "queued": [[kind, transaction, crc32(body)] for kind, transaction, body in queued],

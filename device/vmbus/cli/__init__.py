@@ -1,6 +1,8 @@
-"""The command line: ``python -m vmbus.cli COMMAND``; each script in ``scripts/`` is one of its commands.
+"""The command line: ``python -m vmbus.cli COMMAND``, or ``vmbus COMMAND`` where the package is installed; each script
+in ``scripts/`` is one of its commands.
 
-Every error that we raise on purpose becomes one readable message and exit status 1, without a traceback.
+Every error that we raise on purpose becomes one readable message and exit status 1, without a traceback; so does
+Ctrl-C, with 130.
 """
 
 from __future__ import annotations
@@ -23,6 +25,11 @@ from vmbus.cli.soak import soak
 from vmbus.cli.ssh import ssh
 from vmbus.cli.vm import list_vms, restore, run_vm, save
 from vmbus.errors import VmbusError
+from vmbus.places import spelled
+from vmbus.provision.__main__ import main as setup
+
+INTERRUPTED = 130
+"""The exit status after Ctrl-C, as shells have it."""
 
 
 class _Group(click.Group):
@@ -32,6 +39,9 @@ class _Group(click.Group):
         except VmbusError as error:
             click.echo(f"error: {error}", err=True)
             ctx.exit(1)
+        except (KeyboardInterrupt, click.Abort):
+            click.echo("interrupted", err=True)
+            ctx.exit(INTERRUPTED)
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
@@ -56,3 +66,10 @@ main.add_command(new_provider)
 main.add_command(provider)
 main.add_command(soak)
 main.add_command(ssh)
+main.add_command(setup, "setup")
+
+for _command in main.commands.values():
+    _command.help = spelled(_command.help or "")
+    for _option in _command.params:
+        if isinstance(_option, click.Option):
+            _option.help = spelled(_option.help or "")

@@ -1,4 +1,4 @@
-"""The command `bench`: measures, shows tables, writes JSON. The measurements are in `bench/` of the checkout."""
+"""The command `bench`: measures, shows tables, writes JSON. The measurements are a package of their own."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from vmbus.cli.outputs import output
 from vmbus.cli.terminal import Steps, run
-from vmbus.cli.vm import CONFIGURATIONS
-from vmbus.errors import EnvironmentProblem
+from vmbus.places import DESCRIPTIONS as CONFIGURATIONS
+from vmbus.places import MEASUREMENTS
 from vmbus.provision import Provisioned, find_debian, provision
 from vmbus.qemu.command_line import programs_from
 from vmbus.qemu.description import load_description
@@ -25,7 +26,6 @@ from vmbus.qemu.description import load_description
 if TYPE_CHECKING:
     from vmbus_bench.figures import Part, Report
 
-_MEASUREMENTS = Path(__file__).resolve().parents[3] / "bench"
 PARTS = ("guest", "host", "doorbell", "save-restore", "scsi", "network", "debian", "downtime", "audit")
 
 
@@ -48,12 +48,19 @@ def bench(json_file: Path | None, quick: bool, names: tuple[str, ...]) -> None:
     Figures are medians of several rounds; half of the rounds lie within about ± of it. The exit status
     does not depend on the targets: how fast a machine is is no defect.
     """
-    if json_file is not None and not json_file.absolute().parent.is_dir():
-        raise EnvironmentProblem(f"cannot write {json_file}: there is no directory {json_file.absolute().parent}")
-    if not _MEASUREMENTS.is_dir():
-        raise EnvironmentProblem(f"the benchmark needs a checkout of the project: there is no {_MEASUREMENTS}")
-    if str(_MEASUREMENTS) not in sys.path:
-        sys.path.append(str(_MEASUREMENTS))
+    with output(json_file) as write:
+        report, left_out = _measured(quick, names)
+        write(report.to_json())
+    console = Console(highlight=False)
+    show(report, console)
+    for reason in left_out:
+        console.print(f"left out: {escape(reason)}", style="yellow")
+
+
+def _measured(quick: bool, names: tuple[str, ...]) -> tuple[Report, list[str]]:
+    """The report, and what was left out and why."""
+    if str(MEASUREMENTS) not in sys.path:
+        sys.path.append(str(MEASUREMENTS))
     from vmbus_bench.debian import NotMade
     from vmbus_bench.figures import Report
     from vmbus_bench.network import NotPermitted
@@ -82,15 +89,7 @@ def bench(json_file: Path | None, quick: bool, names: tuple[str, ...]) -> None:
             report.parts.append(part)
     report.machine["load_after"] = list(os.getloadavg())
     report.seconds = round(time.monotonic() - started, 2)
-    if json_file is not None:
-        try:
-            json_file.write_bytes(report.to_json())
-        except OSError as error:
-            raise EnvironmentProblem(f"cannot write {json_file}: {error.strerror}") from error
-    console = Console(highlight=False)
-    show(report, console)
-    for reason in left_out:
-        console.print(f"left out: {escape(reason)}", style="yellow")
+    return report, left_out
 
 
 def _measure(name: str, provisioned: Provisioned, quick: bool, steps: Steps) -> Part:

@@ -11,8 +11,9 @@ import msgspec
 from rich.console import Console
 from rich.table import Table
 
+from vmbus.cli.outputs import output
 from vmbus.cli.terminal import Steps, console, run
-from vmbus.cli.vm import CONFIGURATIONS
+from vmbus.places import DESCRIPTIONS
 from vmbus.provision import provision
 from vmbus.qemu.command_line import programs_from
 from vmbus.qemu.description import find_description, load_description
@@ -33,9 +34,18 @@ LABELS = {
 @click.option("--stopped", is_flag=True, help="Stop the guest before the save instead of saving it live.")
 def demo(packets: int, json_file: Path | None, stopped: bool) -> None:
     """Save a VM in mid-traffic, restore it in fresh processes, and prove that no packet was lost or doubled."""
+    with output(json_file) as write:
+        figures = _told(packets, stopped)
+        write(msgspec.json.format(msgspec.json.encode(figures), indent=2) + b"\n")
+    show(figures)
+    sys.exit(0 if figures.verdict == "pass" else 1)
+
+
+def _told(packets: int, stopped: bool) -> Figures:
+    """The story, with its steps shown."""
     provisioned = provision()
     programs = programs_from(provisioned)
-    description = load_description(find_description("demo", CONFIGURATIONS))
+    description = load_description(find_description("demo", DESCRIPTIONS))
     console.print(
         f"QEMU {programs.qemu_version}, accelerator {provisioned.accelerator.name} "
         f"({provisioned.accelerator.reason}), guest kernel {provisioned.kernel_version}"
@@ -44,7 +54,7 @@ def demo(packets: int, json_file: Path | None, stopped: bool) -> None:
     scale = 10 if programs.accelerator == "kvm" else 1
     story = Story(packets=packets, live=not stopped, echo_count=15_000 * scale, burst_count=30_000 * scale)
     with tempfile.TemporaryDirectory(prefix="vmbus-demo-") as directory, Steps("demo", LABELS) as steps:
-        figures = run(
+        return run(
             run_story(
                 story,
                 description,
@@ -54,10 +64,6 @@ def demo(packets: int, json_file: Path | None, stopped: bool) -> None:
                 say=lambda text: console.print(f"           {text}", soft_wrap=True),
             )
         )
-    if json_file is not None:
-        json_file.write_bytes(msgspec.json.format(msgspec.json.encode(figures), indent=2) + b"\n")
-    show(figures)
-    sys.exit(0 if figures.verdict == "pass" else 1)
 
 
 def show(figures: Figures) -> None:

@@ -15,7 +15,7 @@ from vmbus.cli.agent import parse_parameters
 from vmbus.errors import EnvironmentProblem, UsageError
 from vmbus.qemu.machine import VirtualMachine
 from vmbus_guest.testdrivers import CATALOGUE, NAME_RULE, is_name
-from vmbus_guest.testdrivers.describe import COMMON, describe
+from vmbus_guest.testdrivers.describe import COMMON, check_parameters, describe
 
 LARGEST_FILE = 512 << 10
 """Bytes of a user's driver."""
@@ -94,7 +94,8 @@ def _defined(tree: ast.Module) -> set[str]:
 def jobs_for(drives: list[Drive], own: list[DriverFile]) -> list[Drive]:
     """What to start in the guest. Workloads share the device, so several of them become one `mixed`.
 
-    Raises UsageError for one that does not exist.
+    Raises UsageError for one that does not exist, or does not take these parameters. (What one of a user's own takes
+    is only known in the guest.)
     """
     workloads = {one.name for one in own if one.workload}
     known = {one.name for one in own} | set(CATALOGUE)
@@ -104,6 +105,11 @@ def jobs_for(drives: list[Drive], own: list[DriverFile]) -> list[Drive]:
         if drive.driver not in known:
             raise UsageError(f"--drive {drive.driver}: no such test driver; there are {', '.join(sorted(known))}")
         entry = CATALOGUE.get(drive.driver)
+        if entry is not None:
+            try:
+                check_parameters(entry, drive.parameters)
+            except UsageError as error:
+                raise UsageError(f"--drive {drive.driver}: {error}") from None
         is_workload = drive.driver in workloads or (entry is not None and entry.workload() is not None)
         (together if is_workload else alone).append(drive)
     if len(together) > 1:

@@ -13,6 +13,7 @@ from string import Template
 import click
 
 from vmbus.errors import EnvironmentProblem, UsageError
+from vmbus.places import command
 from vmbus.providers.loading import PATH_VARIABLE
 
 _NAME = re.compile(r"[a-z][a-z0-9_]{0,31}")
@@ -64,7 +65,7 @@ def new_provider(name: str, directory: Path) -> None:
     click.echo(f"its test         {test}")
     click.echo(f"a VM with it     {machine}")
     click.echo("")
-    click.echo(f"  scripts/test {test}")
-    click.echo(f"  {PATH_VARIABLE}={module.parent} scripts/run-vm {machine}")
+    click.echo(f"  {command('test')} {test}")
+    click.echo(f"  {PATH_VARIABLE}={module.parent} {command('run-vm')} {machine}")
     click.echo("")
     click.echo("docs/writing-a-provider.md explains what is in them.")

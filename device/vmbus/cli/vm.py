@@ -28,11 +28,14 @@ from vmbus.cli.terminal import (
     console,
     run,
 )
+from vmbus.description import check_name
 from vmbus.errors import UsageError, VmbusError
 from vmbus.migration.address import Address
 from vmbus.migration.channel import listen, read_secret
+from vmbus.places import DESCRIPTIONS as CONFIGURATIONS
+from vmbus.places import command, spelled
 from vmbus.provision import provision, provision_debian
-from vmbus.qemu.agent import AgentError
+from vmbus.qemu.agent import AgentError, GuestWentBack
 from vmbus.qemu.archive import archive_for
 from vmbus.qemu.command_line import Programs, programs_from
 from vmbus.qemu.description import VmDescription, find_description, load_description
@@ -41,9 +44,6 @@ from vmbus.qemu.process import RunDirectory, running_vms
 from vmbus.qemu.root import missing_root
 from vmbus.qemu.save import SaveReport
 from vmbus.qemu.supervisor import Supervisor, ask, find_vm
-
-CONFIGURATIONS = Path(__file__).resolve().parents[3] / "qemu_configs"
-"""The VM descriptions that come with the project."""
 
 SAVE_TIMEOUT = 1800.0
 
@@ -106,6 +106,8 @@ def run_vm(
     CONFIG is a VM description: a name in qemu_configs/ or a path to a .toml file (default: demo). On a terminal the
     console is interactive; Ctrl-] then q ends the VM. Without one the console is only shown.
     """
+    if name is not None:
+        check_name(name)
     own = [read_driver_file(path) for path in driver_files]
     if list_drivers:
         show_drivers(console, own)
@@ -164,6 +166,8 @@ def restore(directory: Path, name: str | None, count: int, audit: Path | None, c
 
     Of several clones no console is shown; each goes its own way under a name of its own until all have ended.
     """
+    if name is not None:
+        check_name(name)
     programs = programs_from(provision())
     if count == 1:
         run(_restore(directory, programs, name, audit, capture))
@@ -279,7 +283,7 @@ async def _attend(vm: VirtualMachine, start: float, drives: list[Drive], own: Se
     try:
         console.print(
             f"console of VM {vm.name!r}: {guest_console.HELP if sys.stdin.isatty() else 'shown only'}; "
-            f"to save it: scripts/save --vm {vm.name} DIR"
+            f"to save it: {command('save')} --vm {vm.name} DIR"
         )
         async with (
             archive_for(vm, _notice),
@@ -314,12 +318,19 @@ async def _drive(vm: VirtualMachine, start: float, drives: list[Drive], own: Seq
 
 
 async def _follow(vm: VirtualMachine, driver: str, job: int) -> None:
+    reverted = False
     while True:
         try:
             report = await vm.call_agent("wait", timeout=90.0, job=job)
+        except GuestWentBack:
+            reverted = True  # perhaps it runs at that moment, too
+            continue
         except AgentError as error:
             if error.kind == "timeout":
                 continue
+            if reverted and error.kind == "unknown-job":
+                _notice(f"test driver {driver!r} (job {job}) is undone: it was started after the checkpoint")
+                return
             raise
         if report.get("state") != "running":
             _notice(f"test driver {driver!r} (job {job}) {outcome(report)}")
@@ -331,7 +342,7 @@ async def _follow(vm: VirtualMachine, driver: str, job: int) -> None:
 
 
 def _notice(text: str) -> None:
-    console.print(f"\n[bold]vmbus:[/bold] {escape(text)}", soft_wrap=True)
+    console.print(f"\n[bold]vmbus:[/bold] {escape(spelled(text))}", soft_wrap=True)
 
 
 def _show_save(report: SaveReport) -> None:

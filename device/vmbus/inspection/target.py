@@ -6,6 +6,7 @@ import stat
 from collections.abc import Sequence
 from pathlib import Path
 
+from vmbus.description import check_name
 from vmbus.errors import EnvironmentProblem, UsageError
 from vmbus.inspection.document import DEFAULT_PACKETS, Inspection, from_answer
 from vmbus.inspection.saved import inspect_path
@@ -27,7 +28,7 @@ class Running:
     @classmethod
     def vm(cls, name: str) -> Running:
         """That of VM `name`, whether it runs or not."""
-        return cls(name, Sockets(runtime_base() / name).control)
+        return cls(name, Sockets(runtime_base() / check_name(name)).control)
 
     async def look(self, packets: int = DEFAULT_PACKETS, channels: Sequence[str] | None = None) -> Inspection:
         """The device as it is now; `packets` of each sort are listed for each channel, of `channels` only.

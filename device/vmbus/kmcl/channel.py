@@ -233,6 +233,11 @@ class Channel(Endpoint):
         return self.outgoing.described()
 
     @property
+    def ids_given(self) -> bool:
+        """Whether packets were sent under ids of their owner's choice, other than 0."""
+        return self.outgoing.ids_given
+
+    @property
     def awaited(self) -> list[int]:
         """Transactions of incoming packets that the owner has and that want a completion."""
         return sorted(completion.transaction for completion in self.flow.outstanding if completion.wanted)

@@ -74,6 +74,7 @@ class Outgoing:
         self.queue: deque[Packet | QueuedCompletion] = deque()
         # Packets below this came back with a restore: how old they really are is not known.
         self.first_own = 1
+        self.ids_given = False
         self._finished: deque[tuple[Packet, Status, bytes]] = deque()
 
     # ---- corks ---------------------------------------------------------------------------------------------------
@@ -242,6 +243,7 @@ class Outgoing:
                 Status.INVALID_PARAMETER,
             )
         packet.transaction = transaction
+        self.ids_given |= bool(transaction)
 
     def withdraw(self, packet: Packet) -> bool:
         """Take a queued packet back; False when it has left the queue."""

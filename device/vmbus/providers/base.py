@@ -144,7 +144,7 @@ class Provider(ABC):
         try:
             self.options: Any = msgspec.convert(dict(options), self.Options)
         except msgspec.ValidationError as error:
-            raise UsageError(f"options of provider {name!r} ({self.kind}): {explain(error)}") from error
+            raise UsageError(f"options of provider {name!r} ({self.kind}): {explain(error, self.Options)}") from error
 
     @abstractmethod
     def start(self) -> None:

@@ -111,6 +111,12 @@ class DdiBurstProvider(Provider):
         self._run = None
 
     def _evt_process_packet(self, _: Channel, completion: Completion, buffer: bytes, length: int, flags: int) -> None:
+        if workload.is_burst_stop(buffer[:length]):
+            ddi.VmbChannelPacketComplete(completion, workload.STATUS_OK.to_bytes(4, "little"))
+            if self._run is not None:
+                self._run = self._run._replace(packets=self._issued)
+                self._finish_if_done()
+            return
         start = workload.parse_burst_start(buffer[:length])
         if start is None or self._run is not None or flags & ddi.VMBUS_CHANNEL_PROCESS_PACKET_FLAG_EXTERNAL_DATA:
             ddi.VmbChannelPacketComplete(completion, workload.STATUS_MALFORMED.to_bytes(4, "little"))

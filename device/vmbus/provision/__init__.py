@@ -14,6 +14,7 @@ with a virtual environment made first.
     accel           KVM if it runs a guest, else TCG (VMBUS_ACCELERATOR overrides)
     chromium        a browser for tests of the report, fetched by those only
     environment     the virtual environment with the Python packages of requirements.lock
+    needs           what is missing for set-up and for each feature, and the room for it, before anything is fetched
     debian, cache, archive, report    apt with a state of its own, the cache directory, unpacking, progress
 
 Modules here use the standard library only (apart from `__main__`): the first stage of the set-up runs before there
@@ -74,15 +75,21 @@ def provision(
     Without a `reporter`, longer work is reported on standard error. Raises EnvironmentProblem (with what to do),
     vmbus.provision.debian.AptError, WaitTimeout.
     """
+    from vmbus.provision import needs
     from vmbus.provision.cache import Cache, remove
     from vmbus.provision.report import PlainReporter
 
     cache = cache or Cache()
+    cache.require_own()
     parts = _remembered(cache, environment)
     found = _with_image(parts, cache, None, environment) if parts is not None else None
     if found is not None:
         return found
     reporter = reporter or PlainReporter()
+    if parts is None:
+        needs.require_room(cache, environment)
+        if notice := needs.own_cache_notice(cache, environment):
+            reporter.note(notice)
     with cache.lock(on_wait=reporter.note):
         # Somebody else may have done it while we waited.
         parts = _remembered(cache, environment) or _make(cache, reporter, environment)

@@ -12,10 +12,11 @@ import sys
 import click
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 from vmbus.errors import VmbusError
-from vmbus.provision import Provisioned, provision, provision_debian
+from vmbus.provision import Provisioned, needs, provision, provision_debian
+from vmbus.provision.cache import Cache
 from vmbus.provision.report import PlainReporter, Reporter, SilentReporter
 
 
@@ -24,12 +25,14 @@ class RichReporter:
 
     def __init__(self, console: Console) -> None:
         self._progress = Progress(
-            SpinnerColumn(finished_text="[green]✓"),
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
-            TextColumn("{task.fields[text]}"),
-            TimeElapsedColumn(),
+            SpinnerColumn(finished_text="[green]✓", table_column=Column(width=1)),
+            # What a step is called gives way to what it says; the time is always whole.
+            TextColumn("{task.description}", markup=False, table_column=Column(ratio=3, no_wrap=True)),
+            BarColumn(bar_width=10, table_column=Column(width=10)),
+            TextColumn("{task.fields[text]}", markup=False, table_column=Column(ratio=2, no_wrap=True)),
+            TimeElapsedColumn(table_column=Column(width=7, no_wrap=True)),
             console=console,
+            expand=True,
         )
         self._task: TaskID | None = None
 
@@ -100,9 +103,16 @@ def summary(result: Provisioned) -> Table:
 @click.command(help="Find or fetch everything that virtual machines with our devices need.")
 @click.option("--json", "as_json", is_flag=True, help="Print the outcome as JSON.")
 @click.option("--quiet", is_flag=True, help="Print no summary, and progress only if there is something to do.")
+@click.option("--check", is_flag=True, help="Only say what is there, what is needed, and for what; fetch nothing.")
+@click.option(
+    "--clean", is_flag=True, help="Only remove everything that was fetched and made, and say how much it was."
+)
 @click.option("--debian", is_flag=True, help="Make the Debian for guests too, which run-vm debian does by itself.")
-def main(as_json: bool, quiet: bool, debian: bool) -> None:
+def main(as_json: bool, quiet: bool, check: bool, clean: bool, debian: bool) -> None:
     """Run the set-up's second stage."""
+    if check or clean:
+        words = [*(["--check"] if check else []), *(["--clean"] if clean else [])]
+        sys.exit(needs.run(words, Cache(), None))
     errors = Console(stderr=True)
     try:
         if errors.is_terminal and not as_json:

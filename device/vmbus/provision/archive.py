@@ -10,7 +10,7 @@ import shutil
 import subprocess
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import IO, cast
 
 from vmbus.errors import EnvironmentProblem
@@ -41,6 +41,18 @@ def decompress_xz(data: bytes, tools: Sequence[Sequence[str]] = (("xz",),)) -> b
             return result.stdout
         raise EnvironmentProblem(f"{tool[0]} could not decompress: {result.stderr.decode(errors='replace').strip()}")
     raise EnvironmentProblem("nothing on this machine can decompress xz; run: sudo apt-get install -y xz-utils")
+
+
+def place_below(folder: Path, name: str, origin: str) -> Path:
+    """Where an archive's member `name` goes: somewhere below `folder`, as far as its name says.
+
+    Raises EnvironmentProblem, which names `origin`, for one that would leave the folder: an absolute name, as two
+    slashes in a row make one of what is left when its beginning is cut off, or one that climbs.
+    """
+    parts = PurePosixPath(name).parts
+    if not parts or name.startswith("/") or ".." in parts or "\0" in name:
+        raise EnvironmentProblem(f"{origin} holds a file that would leave its folder: {name!r}")
+    return folder.joinpath(*parts)
 
 
 @contextmanager

@@ -24,11 +24,14 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from vmbus.cachedir import cache_directory
-from vmbus.errors import EnvironmentProblem, WaitTimeout
+from vmbus.errors import EnvironmentProblem, VmbusError, WaitTimeout
 
 LOCK_TIMEOUT = 1800.0
 """Seconds to wait for another set-up: longer than one takes from nothing on a slow network."""
 
+_NEARLY_FULL = 1 << 20
+_FULL = ("No space left on device", "Disk quota exceeded", "enough free space", "os error 28")
+"""What programs say of a disk that is full."""
 _SCRATCH = ".scratch-"
 _PARTIAL = ".partial-"
 
@@ -56,12 +59,77 @@ class Cache:
         """
         try:
             self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
-            if self.root.stat().st_uid == os.getuid():
-                self.root.chmod(0o700)
+            self.require_own()
+            self.root.chmod(0o700)
         except OSError as error:
             raise EnvironmentProblem(
                 f"cannot create the cache directory {self.root}: {error}; set VMBUS_CACHE to a writable place"
             ) from error
+
+    def require_own(self) -> None:
+        """Raise EnvironmentProblem if the directory is somebody else's: what lies in it is run. One that is not there
+        is nobody's."""
+        try:
+            status = self.root.stat()
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            raise EnvironmentProblem(f"cannot look at the cache directory {self.root}: {error.strerror}") from error
+        if status.st_uid != os.getuid():
+            raise EnvironmentProblem(
+                f"the cache directory {self.root} belongs to user {status.st_uid}, and programs are run from it (we "
+                f"are user {os.getuid()}); set VMBUS_CACHE to a place of your own"
+            )
+
+    def free(self) -> int:
+        """Bytes that are left on the file system on which the directory is, or will be."""
+        place = self.root
+        while not place.exists() and place != place.parent:
+            place = place.parent
+        return shutil.disk_usage(place).free
+
+    def require_room(self, size: int, what: str) -> None:
+        """Raise EnvironmentProblem if there are no `size` bytes left for `what`."""
+        free = self.free()
+        if free < size:
+            raise EnvironmentProblem(
+                f"{what} needs about {size / 1e6:.0f} MB, and the file system of the cache directory {self.root} has "
+                f"{free / 1e6:.0f} MB left: make room there, or set VMBUS_CACHE to a place that has it"
+            )
+
+    def is_full(self, error: BaseException | None = None) -> str:
+        """What to tell if there is no room left, whatever a program that failed for it has said; empty if there is."""
+        said = error is not None and any(text in str(error) for text in _FULL)
+        if not said and self.free() >= _NEARLY_FULL:
+            return ""
+        return (
+            f"the file system of the cache directory {self.root} is full ({self.free() / 1e6:.0f} MB are left): make "
+            "room there, or set VMBUS_CACHE to a place that has it"
+        )
+
+    def size(self) -> int:
+        """Bytes that everything in the directory takes."""
+        seen = set()
+        total = 0
+        for folder, _, names in os.walk(self.root):
+            for name in names:
+                with suppress(OSError):
+                    status = Path(folder, name).lstat()
+                    if status.st_nlink == 1 or (status.st_dev, status.st_ino) not in seen:
+                        seen.add((status.st_dev, status.st_ino))
+                        total += status.st_blocks * 512
+        return total
+
+    def clear(self) -> int:
+        """Remove everything; returns how many bytes that were. Raises EnvironmentProblem, WaitTimeout."""
+        if not self.root.exists():
+            return 0
+        with self.lock():
+            size = self.size()
+            for entry in self.root.iterdir():
+                if entry.name != "lock":
+                    remove(entry)
+        return size
 
     @contextmanager
     def lock(self, timeout: float = LOCK_TIMEOUT, on_wait: Callable[[str], None] | None = None) -> Iterator[None]:
@@ -118,9 +186,12 @@ class Cache:
             yield partial
             remove(final)
             partial.rename(final)
-        except BaseException:
+        except BaseException as error:
+            full = self.is_full(error) if isinstance(error, OSError | VmbusError) else ""
             with suppress(OSError):  # what went wrong first is what the caller has to hear of
                 remove(partial)
+            if full:
+                raise EnvironmentProblem(full) from error
             raise
 
 

@@ -198,15 +198,13 @@ def mirror_candidates(environment: Mapping[str, str] = os.environ, etc_apt: Path
     return found
 
 
-def archive_keyring(source: Source | None = None) -> Path:
-    """Return the file with the Debian archive's keys.
+def archive_keyring() -> Path:
+    """Return the file with the Debian archive's keys: that of Debian's own package, whatever the host's apt trusts for
+    an archive. What a key is called says nothing about whose it is.
 
     Raises EnvironmentProblem if the host has none.
     """
-    candidates = list(KEYRINGS)
-    if source is not None and source.signed_by.startswith("/") and "debian" in source.signed_by:
-        candidates.insert(0, source.signed_by)
-    for name in candidates:
+    for name in KEYRINGS:
         if Path(name).is_file():
             return Path(name)
     raise EnvironmentProblem(
@@ -250,12 +248,14 @@ def run_lines(
     timeout: float,
     on_line: Callable[[str], None] | None = None,
     cwd: Path | None = None,
+    **more: str,
 ) -> list[str]:
     """Run a program and return the lines it printed (standard output and error), telling `on_line` of each at once.
+    `more` is added to its environment.
 
     Raises AptError if it fails, WaitTimeout if it is still running after `timeout` seconds (it is killed then).
     """
-    environment = {**os.environ, "LC_ALL": "C", "DEBIAN_FRONTEND": "noninteractive"}
+    environment = {**os.environ, "LC_ALL": "C", "DEBIAN_FRONTEND": "noninteractive", **more}
     process = subprocess.Popen(
         [*mortal(), *(str(part) for part in argv)],
         stdin=subprocess.DEVNULL,
@@ -339,6 +339,11 @@ class Apt:
         return self.cache.path("apt", "-".join(self.suites) + ("-source" if self.sources else ""))
 
     @property
+    def lists(self) -> Path:
+        """The archives' indexes, by archive and suite: those that several objects want are fetched once."""
+        return self.cache.path("apt", "lists")
+
+    @property
     def archives(self) -> Path:
         """Downloaded packages, complete ones; partial downloads are in a folder below and are resumed by apt."""
         return self.directory / "cache" / "archives"
@@ -362,6 +367,8 @@ class Apt:
                     UPDATE_TIMEOUT,
                 )
             except (AptError, WaitTimeout) as error:
+                if full := self.cache.is_full(error):
+                    raise EnvironmentProblem(full) from error
                 failures.append(str(error))
                 self.reporter.end("failed")
                 continue
@@ -414,9 +421,9 @@ class Apt:
 
     def _configure(self, source: Source) -> list[str]:
         state = self.directory
-        for folder in ("lists/partial", "cache/archives/partial"):
-            (state / folder).mkdir(mode=0o700, parents=True, exist_ok=True)
-        keyring = archive_keyring(source)
+        for folder in (self.lists / "partial", state / "cache/archives/partial"):
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        keyring = archive_keyring()
         settings = [f"signed-by={keyring}", f"arch={ARCHITECTURE}"]
         if not source.check_valid_until:
             settings.append("check-valid-until=no")
@@ -430,7 +437,8 @@ class Apt:
             "Dir::Etc::preferences": "/dev/null",
             "Dir::Etc::preferencesparts": "/dev/null",
             "Dir::State": state,
-            "Dir::State::Lists": state / "lists",
+            "Dir::State::Lists": self.lists,
+            "APT::Get::List-Cleanup": "false",  # the others are wanted by others
             "Dir::State::status": state / "status",
             "Dir::State::extended_states": state / "extended_states",
             "Dir::Cache": state / "cache",
@@ -479,7 +487,13 @@ class Apt:
                 done += 1
                 self.reporter.progress(min(done, len(entries)), len(entries))
 
-        run_lines(base, f"the download of {what}", DOWNLOAD_TIMEOUT, on_line, cwd=self.archives)
+        self.cache.require_room(total, f"the download of {what}")
+        try:
+            run_lines(base, f"the download of {what}", DOWNLOAD_TIMEOUT, on_line, cwd=self.archives)
+        except AptError as error:
+            if full := self.cache.is_full(error):
+                raise EnvironmentProblem(full) from error
+            raise
         self.reporter.end()
         files = [self.archives / name for name, _ in entries]
         missing = [path.name for path in files if not path.is_file()]

@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -48,7 +49,11 @@ def environment_path(cache: Cache, checkout: Path) -> Path:
 
 
 def environment_python(cache: Cache, checkout: Path) -> Path | None:
-    """Return the environment's Python if the environment is complete, else None."""
+    """Return the environment's Python if the environment is complete, else None.
+
+    Raises EnvironmentProblem for a cache that is somebody else's.
+    """
+    cache.require_own()
     directory = environment_path(cache, checkout)
     python = directory / "bin/python"
     return python if (directory / STAMP).exists() and python.exists() else None
@@ -74,7 +79,9 @@ def make_environment(cache: Cache, checkout: Path, reporter: Reporter) -> Path:
         )
         reporter.end()
         inside = partial / "bin/python"
-        pip = find_pip(cache, inside, reporter)
+        temporary = partial / "tmp"
+        temporary.mkdir()
+        pip = find_pip(cache, inside, reporter, temporary)
         reporter.begin(f"Python packages ({pinned} pinned)")
         seen = 0
 
@@ -85,6 +92,7 @@ def make_environment(cache: Cache, checkout: Path, reporter: Reporter) -> Path:
                 reporter.progress(seen, pinned, line.split()[1].split("==")[0])
 
         try:
+            # pip's own files, too: those of one that was killed are removed with the directory.
             run_lines(
                 [
                     *(str(inside), *pip, "install", "--require-hashes", "--only-binary", ":all:"),
@@ -94,8 +102,12 @@ def make_environment(cache: Cache, checkout: Path, reporter: Reporter) -> Path:
                 "installing the Python packages",
                 INSTALL_TIMEOUT,
                 on_line,
+                TMPDIR=str(temporary),
             )
+            shutil.rmtree(temporary, ignore_errors=True)
         except AptError as error:
+            if full := cache.is_full(error):
+                raise EnvironmentProblem(full) from None
             raise EnvironmentProblem(f"{error}\ncheck the network and pip's configuration, then run it again") from None
         relocate(partial, directory)
         publish_bytes(partial / STAMP, b"")
@@ -105,14 +117,14 @@ def make_environment(cache: Cache, checkout: Path, reporter: Reporter) -> Path:
     return python
 
 
-def find_pip(cache: Cache, python: Path, reporter: Reporter) -> list[str]:
-    """Return the arguments for `python` that start pip.
+def find_pip(cache: Cache, python: Path, reporter: Reporter, temporary: Path) -> list[str]:
+    """Return the arguments for `python` that start pip. `temporary`: for files that nobody needs afterwards.
 
     Raises EnvironmentProblem, AptError, WaitTimeout.
     """
     if importlib.util.find_spec("ensurepip") is not None:
         try:
-            run_lines([python, "-I", "-m", "ensurepip"], "ensurepip", VENV_TIMEOUT)
+            run_lines([python, "-I", "-m", "ensurepip"], "ensurepip", VENV_TIMEOUT, TMPDIR=str(temporary))
             return ["-I", "-m", "pip"]
         except AptError:
             reporter.note("Python's ensurepip does not work here; taking pip from a Debian package")

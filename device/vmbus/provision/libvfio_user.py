@@ -5,7 +5,8 @@ is one run of the host's C compiler over the library's files, with the options o
 neither pkg-config nor meson nor the library's test framework. The json-c headers come from the host or, where they are
 not installed, from the host suite's Debian package.
 
-Which generation of the library was found, and whether the binding can serve it, is `vmbus.vfio_user`'s business.
+Which generation of the library was found, and whether the binding can serve it, is told by `vmbus.vfio_user` at once:
+of what it cannot serve, the next one is tried.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vmbus.errors import EnvironmentProblem
-from vmbus.provision.archive import open_archive
+from vmbus.provision.archive import open_archive, place_below
 from vmbus.provision.cache import Cache, digest, publish_bytes
 from vmbus.provision.debian import SUITE, Apt, RootRecipe, host_suite, make_root
 from vmbus.provision.report import Reporter, SilentReporter
@@ -40,6 +41,18 @@ LINKER_OPTIONS = ("-Wl,-soname," + SONAME, "-Wl,--no-undefined", "-Wl,-z,relro,-
 
 OPTIONAL_SOURCES = ("tran_pipe.c",)
 """A transport for the library's own tests, left out of its release build."""
+
+_PACKAGES = str(Path(__file__).resolve().parents[2])
+_TRIAL = """
+import pathlib, sys
+sys.path.insert(0, sys.argv[1])
+from vmbus.errors import VmbusError
+from vmbus.vfio_user.library import load
+try:
+    load(pathlib.Path(sys.argv[2]))
+except VmbusError as error:
+    sys.exit(str(error))
+"""
 
 _JSON_C_SONAME = "libjson-c.so.5"
 
@@ -78,10 +91,11 @@ def find(
         if problem:
             raise EnvironmentProblem(f"VMBUS_LIBVFIO_USER is {explicit}: {problem}; unset it to have one built")
         return VfioUserLibrary(path, "VMBUS_LIBVFIO_USER")
-    system = system_library()
+    reporter = reporter or SilentReporter()
+    system = system_library(reporter)
     if system is not None:
         return VfioUserLibrary(system, "system")
-    return build(cache or Cache(), reporter or SilentReporter())
+    return build(cache or Cache(), reporter)
 
 
 def check_prerequisites(cache: Cache, environment: Mapping[str, str] = os.environ) -> None:
@@ -91,8 +105,17 @@ def check_prerequisites(cache: Cache, environment: Mapping[str, str] = os.enviro
         find_compiler()
 
 
-def system_library() -> Path | None:
-    """Return the path of the library that the dynamic linker finds, or None."""
+def system_library(reporter: Reporter | None = None) -> Path | None:
+    """Return the path of the library that the dynamic linker finds, if it is one that our binding can serve, or None.
+    The reporter is told of one that is passed over, and why."""
+    found = _linkers_library()
+    problem = None if found is None else loading_problem(found)
+    if problem is not None and reporter is not None:
+        reporter.note(f"the system's {found} is left alone: {problem}")
+    return None if problem else found
+
+
+def _linkers_library() -> Path | None:
     if ctypes.util.find_library("vfio-user") is None:
         return None
     try:
@@ -108,11 +131,11 @@ def system_library() -> Path | None:
 
 
 def loading_problem(path: Path) -> str | None:
-    """Return why the library cannot be loaded into a Python like this one, or None if it can."""
+    """Return why the library cannot be loaded into a Python like this one, or is of no generation that our binding
+    serves; None if all is well."""
     # In a process of its own: loading runs code of the library, and what is loaded here once stays.
-    program = "import ctypes, sys; ctypes.CDLL(sys.argv[1]).vfu_create_ctx"
     result = subprocess.run(
-        [sys.executable, "-I", "-c", program, str(path)],
+        [sys.executable, "-I", "-c", _TRIAL, _PACKAGES, str(path)],
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
@@ -127,6 +150,11 @@ def loading_problem(path: Path) -> str | None:
 def build_key() -> str:
     """Key of the build: recipe and host suite (whose json-c it is linked with)."""
     return digest(2, SUITE, COMPILER_OPTIONS, LINKER_OPTIONS, host_suite())
+
+
+def is_built(cache: Cache) -> bool:
+    """Whether our own build is there, or the system has one."""
+    return _record(cache).exists() or system_library() is not None
 
 
 def _record(cache: Cache) -> Path:
@@ -193,9 +221,7 @@ def fetch_source(cache: Cache, reporter: Reporter) -> Path:
                 _, _, inside = member.name.partition("/")
                 if not inside.startswith(SOURCE_FOLDER) or not member.isfile():
                     continue
-                target = partial / inside.removeprefix(SOURCE_FOLDER)
-                if ".." in target.parts:
-                    raise EnvironmentProblem(f"{archive.name} holds a file that would leave its folder: {member.name}")
+                target = place_below(partial, inside.removeprefix(SOURCE_FOLDER), archive.name)
                 data = tar.extractfile(member)
                 assert data is not None
                 target.parent.mkdir(parents=True, exist_ok=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 import time
 from typing import Protocol, TextIO
@@ -51,7 +52,8 @@ class PlainReporter:
 
     def progress(self, done: int, total: int, text: str = "") -> None:
         if self._terminal:
-            self._write(f"\r\x1b[K{self._text} ... {done}/{total} {text}"[:110], ending="")
+            line = f"{self._text} ... {done}/{total} {text}"
+            self._write("\r\x1b[K" + line[: shutil.get_terminal_size().columns - 1], ending="")
 
     def end(self, text: str = "") -> None:
         seconds = time.monotonic() - self._start

@@ -66,6 +66,11 @@ class _Turn:
             self._begun = time.monotonic()
 
 
+class GuestWentBack(EnvironmentProblem):
+    """The guest was taken back to an earlier moment while it was asked: whatever was under way there is undone, and
+    what ran at that moment runs again."""
+
+
 @dataclass(frozen=True)
 class GuestOutput:
     """What a program in the guest came to."""
@@ -148,7 +153,7 @@ class AgentClient:
         self._lines.clear()
 
     async def go_back(self, reason: str) -> None:
-        """The guest has gone back in time: requests under way fail with `EnvironmentProblem` (`reason`), and the
+        """The guest has gone back in time: requests under way fail with `GuestWentBack` (`reason`), and the
         connection is made anew, since the guest may have been in the middle of another line then.
 
         Ids are never used again, so an answer that the guest gives once more, to somebody who asked in a life that is
@@ -156,7 +161,7 @@ class AgentClient:
         """
         for number, future in list(self._answers.items()):
             if not future.done():
-                future.set_exception(EnvironmentProblem(reason))
+                future.set_exception(GuestWentBack(reason))
             self._lines.pop(number, None)
         if self._task is not None:
             former = self._task

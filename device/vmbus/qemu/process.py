@@ -28,6 +28,7 @@ from typing import TypeVar
 
 import msgspec
 
+from vmbus.description import check_name
 from vmbus.errors import EnvironmentProblem, UsageError, VmbusError, WaitTimeout
 from vmbus.lockfile import LockFile, held
 from vmbus.patience import patient
@@ -318,9 +319,11 @@ class RunDirectory:
     def create(cls, name: str, *, exact: bool = False, base: Path | None = None, sockets: bool = True) -> RunDirectory:
         """Claims a directory called `name`, or ``name-2`` and so on if that is in use (unless `exact`).
 
-        Directories of owners that are gone are cleared away first. Raises `UsageError` if `exact` and in use, and
+        Directories of owners that are gone are cleared away first. Raises `UsageError` for a name that is not usable,
+        and if `exact` and in use, and
         `EnvironmentProblem` if the directory cannot be made, or its path is too long for `sockets`.
         """
+        check_name(name)
         base = base or runtime_base()
         clean_stale(base)
         if (large := state_directory() / _ROOM).is_dir():

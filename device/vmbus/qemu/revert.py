@@ -164,7 +164,12 @@ class Checkpoints:
         try:
             await self._monitor.execute(
                 "blockdev-add",
-                {"driver": "file", "node-name": file, "filename": str(image.absolute()), "discard": "unmap"},
+                {
+                    "driver": "file",
+                    "node-name": file,
+                    "filename": str(image.absolute()),
+                    "discard": "unmap",
+                },
             )
             added.append(file)
             if fresh:

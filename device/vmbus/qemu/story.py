@@ -7,8 +7,9 @@ dies, new ones restore it, the traffic runs to its end, and the books of both si
 from __future__ import annotations
 
 import asyncio
+import shutil
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from vmbus.qemu.command_line import Programs
 from vmbus.qemu.description import VmDescription
 from vmbus.qemu.machine import VirtualMachine
 from vmbus.qemu.process import RunDirectory
-from vmbus.qemu.save import NO_SABOTAGE, Sabotage
+from vmbus.qemu.save import NO_SABOTAGE, Sabotage, SaveReport
 from vmbus.qemu.timing import Progress
 
 # Bytes of ring that one burst packet takes: 64 bytes of data, its header, descriptor and trailer.
@@ -29,6 +30,8 @@ _PACKET_BYTES = 112
 _GUEST_HOLD = 64
 _CONDITION_TIMEOUT = 60.0
 _WORKLOAD_TIMEOUT = 300.0
+_SAVES = 8
+"""Saves, at most, until one finds enough in flight."""
 
 
 Boot = Callable[[VmDescription, Programs, RunDirectory], Awaitable[VirtualMachine]]
@@ -36,7 +39,7 @@ Boot = Callable[[VmDescription, Programs, RunDirectory], Awaitable[VirtualMachin
 
 class Story(msgspec.Struct, kw_only=True, frozen=True):
     """What is to happen. `packets`: at least so many outgoing packets in flight in each of the two states. With counts
-    of 0 the workloads go on until they are stopped: see `finish`."""
+    of 0 the workloads go on until they are stopped: see `finish`. `run_story` stops them once they have got so far."""
 
     packets: int = 256
     live: bool = True
@@ -81,6 +84,10 @@ class Story(msgspec.Struct, kw_only=True, frozen=True):
     def expected(self) -> dict[str, int]:
         """Transactions that each workload must complete, by its name."""
         return {one["driver"]: int(one["count"]) for one in self.workloads()["workloads"]}
+
+    def endless(self) -> Story:
+        """The same with workloads that go on until they are stopped."""
+        return msgspec.structs.replace(self, echo_count=0, burst_count=0)
 
 
 class Figures(msgspec.Struct, kw_only=True):
@@ -142,6 +149,48 @@ async def until_in_flight(vm: VirtualMachine, job: int, story: Story) -> dict[st
                 bound,
             )
         await asyncio.sleep(0.02)
+
+
+def missing(story: Story, packets: Mapping[str, int], held: int) -> list[str]:
+    """What a save with these packets in flight lacks of what the story asks for, in words."""
+    lacks = [
+        f"only {packets[state]} packets were {state} at the save, {story.packets} were asked for"
+        for state in ("queued", "sent")
+        if packets[state] < story.packets
+    ]
+    return lacks if held else [*lacks, "no provider held an incoming packet at the save"]
+
+
+async def save_in_flight(
+    vm: VirtualMachine, job: int, story: Story, directory: Path, *, sabotage: Sabotage = NO_SABOTAGE
+) -> SaveReport:
+    """Save the VM, which runs on, with enough packets in flight in every state.
+
+    What was in flight when somebody looked need not be when the save happens, some steps later. So a save that finds
+    too little is thrown away, and another one made; the last one stays in any case. The traffic must go on meanwhile.
+    """
+    for left in reversed(range(_SAVES)):
+        await until_in_flight(vm, job, story)
+        report = await vm.save(directory, live=story.live, keep=True, sabotage=sabotage)
+        if not left or not missing(story, report.packets, report.incoming_held):
+            break
+        await asyncio.to_thread(shutil.rmtree, directory)
+    return report
+
+
+async def until_completed(vm: VirtualMachine, job: int, counts: Mapping[str, int]) -> None:
+    """Wait until each provider has completed so many transactions, or the guest's driver has ended. Raises
+    WaitTimeout."""
+    deadline = time.monotonic() + _WORKLOAD_TIMEOUT
+    assert vm.control is not None
+    while time.monotonic() < deadline:
+        providers = (await vm.control.call("status"))["providers"]
+        if all(providers[name]["tally"]["completed"] >= count for name, count in counts.items()):
+            return
+        if (await vm.call_agent("poll", job=job))["state"] != "running":
+            return
+        await asyncio.sleep(0.05)
+    raise WaitTimeout(f"{counts} transactions to complete", _WORKLOAD_TIMEOUT)
 
 
 async def finish(vm: VirtualMachine, job: int, *, stop: bool = False) -> dict[str, Any]:
@@ -229,12 +278,13 @@ async def run_story(
         figures.processes["saved"] = _pids(vm)
         start = time.monotonic()
         step("traffic")
-        job = int((await vm.call_agent("start", driver="mixed", parameters=story.workloads()))["job"])
+        workloads = story.endless().workloads()
+        job = int((await vm.call_agent("start", driver="mixed", parameters=workloads))["job"])
         status = await until_in_flight(vm, job, story)
         lap("traffic_before", start)
         start = time.monotonic()
         step("save")
-        saved = await vm.save(snapshot, live=story.live, sabotage=sabotage)
+        saved = await save_in_flight(vm, job, story, snapshot, sabotage=sabotage)
         lap("save", start)
     finally:
         await vm.kill()
@@ -260,10 +310,11 @@ async def run_story(
         seconds["downtime"] = round(vm.restored.running_at - saved.stopped_at, 3)
         start = time.monotonic()
         step("end")
-        report = await finish(vm, job)
+        await until_completed(vm, job, story.expected())
+        report = await finish(vm, job, stop=True)
         lap("traffic_after", start)
         status = await vm.control.call("status")
-        audit(figures, report, status, story.expected())
+        audit(figures, report, status, begun(report))
         figures.rebuilt_by_provider = int(status["providers"]["burst"]["restored"])
     finally:
         await vm.kill()
@@ -275,11 +326,9 @@ async def run_story(
 def _judge(figures: Figures, story: Story) -> None:
     """The verdict, with what speaks against it."""
     wrong = figures.reasons.append
-    for state in ("queued", "sent"):
-        if figures.in_flight[state] < story.packets:
-            wrong(f"only {figures.in_flight[state]} packets were {state} at the save, {story.packets} were asked for")
-    if not figures.in_flight["incoming_held"]:
-        wrong("no provider held an incoming packet at the save")
+    figures.reasons += missing(story, figures.in_flight, figures.in_flight["incoming_held"])
+    if figures.transactions < sum(story.expected().values()):
+        wrong(f"only {figures.transactions} transactions began, {sum(story.expected().values())} were to")
     if {key: figures.in_flight[key] for key in figures.restored_by_state} != figures.restored_by_state:
         wrong(f"saved {figures.in_flight}, restored {figures.restored_by_state}")
     if figures.rebuilt_by_provider != figures.packets_saved:

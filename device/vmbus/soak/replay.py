@@ -17,6 +17,7 @@ from typing import Any
 import msgspec
 
 from vmbus.errors import UsageError
+from vmbus.places import command
 from vmbus.soak.settings import Settings
 
 _OWN_OPTIONS = {"seed": "--seed", "operations": "--operations", "seconds": "--seconds"}
@@ -24,13 +25,13 @@ _OWN_OPTIONS = {"seed": "--seed", "operations": "--operations", "seconds": "--se
 
 def campaign_command(settings: dict[str, Any], folder: Path) -> str:
     """The command that runs the whole campaign again, in another folder."""
-    return shlex.join(["scripts/soak", *words(settings), "--report", f"{folder.resolve().name}-again"])
+    return shlex.join([*command("soak").split(), *words(settings), "--report", f"{folder.resolve().name}-again"])
 
 
 def replay_command(settings: dict[str, Any], episode: int, folder: Path) -> str:
     """The command that runs one episode again."""
     target = f"{folder.resolve().name}-episode-{episode}"
-    return shlex.join(["scripts/soak", *words(settings), "--episode", str(episode), "--report", target])
+    return shlex.join([*command("soak").split(), *words(settings), "--episode", str(episode), "--report", target])
 
 
 def words(settings: dict[str, Any]) -> list[str]:

@@ -21,6 +21,7 @@ import msgspec
 
 from vmbus.description import DeviceDescription, ProviderDescription, explain
 from vmbus.errors import EnvironmentProblem, UsageError
+from vmbus.places import DESCRIPTIONS as CONFIGURATIONS
 from vmbus.qemu.description import GuestDescription, VmDescription, find_description, load_description
 from vmbus.qemu.moments import Moment
 from vmbus.soak.draw import Draw, seed_of
@@ -35,9 +36,6 @@ from vmbus.soak.settings import (
     Step,
 )
 from vmbus.soak.workloads import LAB, LAB_OPTIONS, RECIPES, STOCK_RECIPES
-
-CONFIGURATIONS = Path(__file__).resolve().parents[3] / "qemu_configs"
-"""The VM descriptions that come with the project."""
 
 LOSSY_PROVIDER = "vmbus.soak.lossy:LossyBurst"
 """The burst provider of a sabotaged campaign."""

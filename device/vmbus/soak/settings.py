@@ -146,7 +146,7 @@ def settings_from(values: dict[str, Any], source: str) -> Settings:
     try:
         return msgspec.convert(values, Settings)
     except msgspec.ValidationError as error:
-        raise UsageError(f"{source}: {explain(error)}") from error
+        raise UsageError(f"{source}: {explain(error, Settings)}") from error
 
 
 def load_settings(path: Path) -> Settings:

@@ -54,6 +54,7 @@ def locate(
     explicit: Path | None = None, *, built: Path | None = None, environment: Mapping[str, str] = os.environ
 ) -> Path:
     """The file to load: `explicit`, else the environment variable, else the system's, else `built` (our own build).
+    The system's is passed over, where there is another, if it is of a generation that nobody here can serve.
 
     Raises EnvironmentProblem if a named file does not exist, or if there is none at all.
     """
@@ -63,7 +64,7 @@ def locate(
     if named:
         return _existing(Path(named), f"from {ENVIRONMENT_VARIABLE}")
     system = _system_path()
-    if system is not None:
+    if system is not None and (built is None or served(system)):
         return system
     if built is not None:
         return _existing(built, "our own build")
@@ -89,6 +90,15 @@ def load(path: Path) -> Library:
             f"not {bindings.SG_SIZE}: an unknown revision; {_HOW_TO_GET_ONE}"
         )
     return Library(cdll, generation, path, f"{path} ({generation.value} generation)")
+
+
+def served(path: Path) -> bool:
+    """Whether `load` takes this one."""
+    try:
+        load(path)
+    except EnvironmentProblem:
+        return False
+    return True
 
 
 def find_and_load(explicit: Path | None = None, *, built: Path | None = None) -> Library:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 from vmbus.errors import UsageError
@@ -75,6 +76,25 @@ def describe(entry: Entry) -> dict[str, Any]:
         "workload": kind is not None,
         "parameters": {name: _parameter(asked, texts.get(name, "")) for name, asked in parameters.asked.items()},
     }
+
+
+def check_parameters(entry: Entry, values: Mapping[str, Any]) -> None:
+    """Raise UsageError, as the driver will, for parameters that it does not take. Nothing is run."""
+    kind = entry.workload()
+    if kind is not None:
+        parameters = Parameters(values)
+        kind(parameters)
+    else:
+        context = Context({_UNKNOWN: 0}, _no_function)
+        with contextlib.suppress(UsageError):
+            entry.load()(context)
+        parameters = Parameters(values)
+        for name, asked in context.parameters.asked.items():
+            if asked.default is not None:
+                parameters.get(name, asked.default, minimum=asked.minimum, maximum=asked.maximum)
+            else:
+                parameters.asked[name] = asked
+    parameters.check()
 
 
 def _parameter(asked: Asked, text: str) -> dict[str, Any]:

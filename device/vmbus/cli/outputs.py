@@ -1,0 +1,46 @@
+"""What a command writes is opened before its work begins: a place that cannot be written is no surprise at the end."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from vmbus.errors import EnvironmentProblem
+
+
+@contextlib.contextmanager
+def output(path: Path | None) -> Iterator[Callable[[bytes], None]]:
+    """Gives out what writes the file `path` in the end, in place of what was in it; None: nothing is written.
+
+    Until then an existing file keeps its content; a new one is gone again if nothing was written. Raises
+    EnvironmentProblem at once for a file that cannot be written.
+    """
+    if path is None:
+        yield lambda _: None
+        return
+    existed = path.exists()
+    try:
+        file = path.open("ab")
+    except OSError as error:
+        raise EnvironmentProblem(f"cannot write {path}: {error.strerror}") from error
+    written = False
+
+    def write(data: bytes) -> None:
+        nonlocal written
+        try:
+            if path.is_file():
+                file.truncate(0)
+            file.write(data)
+            file.flush()
+        except OSError as error:
+            raise EnvironmentProblem(f"cannot write {path}: {error.strerror}") from error
+        written = True
+
+    try:
+        yield write
+    finally:
+        with contextlib.suppress(OSError):
+            file.close()
+        if not written and not existed:
+            path.unlink(missing_ok=True)
