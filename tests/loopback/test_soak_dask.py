@@ -13,6 +13,7 @@ import pytest
 
 from support.dask_cluster import Checkout, Cluster
 from support.failure_bench import until
+from support.processes import alive
 from support.soak import Script, Sitting, episodes, events, read
 from vmbus.errors import EnvironmentProblem, UsageError
 from vmbus.soak import remote
@@ -98,7 +99,7 @@ def test_a_worker_that_is_killed_costs_nothing(tmp_path: Path, cluster: Cluster)
             await until(lambda: len(operations(folder)) == 2, "the operations, live")
             process = int(marker.read_text())
             os.kill(first.pid, signal.SIGKILL)
-            await until(lambda: not Path(f"/proc/{process}").exists(), "the end of the episode's process")
+            await until(lambda: not alive(process), "the end of the episode's process")
             go.touch()
             await cluster.worker()
             return await asyncio.wait_for(running, 60)
@@ -142,10 +143,10 @@ def test_a_campaign_that_is_gone_leaves_nothing_running(tmp_path: Path, cluster:
                 Sitting(tmp_path / "campaign", Script([["pid", str(marker)], ["hang"]]), engine=engine)()
             )
             await until(marker.exists, "the episode's marker")
-            process = Path(f"/proc/{marker.read_text()}")
+            process = int(marker.read_text())
             assert engine._beating is not None
             engine._beating.cancel()  # as if it were killed
-            await until(lambda: not process.exists(), "the end of the episode's process", 20)
+            await until(lambda: not alive(process), "the end of the episode's process", 20)
             running.cancel()
             await asyncio.wait({running}, timeout=30)
             await engine.close()

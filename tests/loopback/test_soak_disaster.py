@@ -17,6 +17,7 @@ import msgspec
 import pytest
 
 from support.failure_bench import Disk, until
+from support.processes import alive
 from support.soak import Script, Sitting, campaign, episodes, events, read
 from vmbus.soak.campaign import Limits
 from vmbus.soak.folder import RESERVE, CampaignFolder, read_state
@@ -39,8 +40,7 @@ def test_a_campaign_that_is_killed_leaves_no_process_and_is_gone_on_with(tmp_pat
     finally:
         owner.send_signal(signal.SIGKILL)
         owner.wait(30)
-    worker = Path(f"/proc/{pid.read_text()}")
-    asyncio.run(until(lambda: not worker.exists(), "the end of the worker"))
+    asyncio.run(until(lambda: not alive(int(pid.read_text())), "the end of the worker"))
     assert read_state(folder).state == "running"
     assert [(record.episode, record.number) for record in read(folder, OperationRecord)] == [(0, 0), (0, 1), (1, 0)]
     go.touch()

@@ -28,8 +28,10 @@ import pytest
 
 from support.failure_matrix import Cell, Failure, Operation, Outcome
 from support.matrix_owner import TAG, Errand
+from support.pace import eventually
+from support.processes import alive
 from vmbus.description import DeviceDescription, ProviderDescription
-from vmbus.errors import VmbusError, WaitTimeout
+from vmbus.errors import VmbusError
 from vmbus.migration import arrival, link, source
 from vmbus.migration.address import UnixAddress
 from vmbus.migration.channel import listen
@@ -80,11 +82,7 @@ def processes(base: Path) -> dict[int, str]:
 
 
 async def until(condition: Callable[[], bool], what: str, timeout: float = SOON) -> None:
-    deadline = time.monotonic() + timeout
-    while not condition():
-        if time.monotonic() > deadline:
-            raise WaitTimeout(what, timeout)
-        await asyncio.sleep(0.01)
+    await eventually(condition, what, timeout, every=0.01)
 
 
 async def forever() -> None:
@@ -125,7 +123,7 @@ def _clean_stale() -> None:
     """Removes what a test run that was killed has left: the file system, above all."""
     for path in Path("/tmp").glob(f"{_PREFIX}*"):
         process = path.name.removeprefix(_PREFIX).partition("-")[0]
-        if not Path(f"/proc/{process}").exists():
+        if not alive(int(process)):
             _libc.umount2(bytes(path / "b"), 2)
             shutil.rmtree(path, ignore_errors=True)
 

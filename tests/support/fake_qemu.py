@@ -31,6 +31,7 @@ from typing import Any
 TESTS = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(TESTS), str(TESTS.parent / "device"), str(TESTS.parent / "guest")]
 
+from support.processes import alive  # noqa: E402
 from support.traffic import Traffic  # noqa: E402
 from vmbus.errors import VmbusError  # noqa: E402
 from vmbus.loopback.function import LoopbackFunction  # noqa: E402
@@ -58,13 +59,6 @@ def running(log: str) -> set[int]:
         elif what == "stop":
             found.discard(int(process))
     return {one for one in found if alive(one)}
-
-
-def alive(process: int) -> bool:
-    try:
-        return Path(f"/proc/{process}/stat").read_text().rpartition(") ")[2][0] != "Z"
-    except OSError:
-        return False
 
 
 def settings(text: str) -> dict[str, str]:

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from support.pace import until
+from support.processes import alive
 from vmbus.cachedir import cache_directory
 from vmbus.errors import EnvironmentProblem, WaitTimeout
 from vmbus.provision import provision
@@ -202,18 +204,7 @@ run_lines(["sh", "-c", "echo $$; exec tail -f /dev/null"], "the job", 60, lambda
     child = int(process.stdout.readline())
     process.kill()
     process.communicate(timeout=10)
-    deadline = time.monotonic() + 10
-    while _runs(child) and time.monotonic() < deadline:
-        os.sched_yield()
-    assert not _runs(child)
-
-
-def _runs(pid: int) -> bool:
-    try:
-        status = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return False
-    return status.rpartition(")")[2].split()[0] not in "ZX"  # an orphan waits for whoever reaps it
+    until(lambda: not alive(child), "the child to end")
 
 
 def test_digest_depends_on_every_part() -> None:

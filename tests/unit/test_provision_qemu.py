@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from support.processes import alive
 from vmbus.errors import EnvironmentProblem
 from vmbus.provision import accel, libvfio_user, qemu
 from vmbus.provision.accel import Accelerator, boot_trial, choose_accelerator
@@ -354,7 +355,7 @@ def test_trial_is_bounded_and_leaves_nothing(tmp_path: Path, script: str, outcom
         assert result is None
     else:
         assert outcome in str(result)
-    assert not Path(f"/proc/{pid_file.read_text().strip()}").exists()
+    assert not alive(int(pid_file.read_text()))
 
 
 # --- all of it together ----------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from loopback.test_pytest_plugin import CHECKOUT, PLUGIN, example, properties, run
+from support.processes import alive
 from vmbus.pytest_plugin import _clear_abandoned
 from vmbus.qemu.command_line import Programs
 
@@ -105,10 +106,3 @@ def test_a_run_that_is_killed_leaves_no_process_and_the_next_one_removes_its_fil
         monkeypatch.setattr(tempfile, "tempdir", temporary)
         _clear_abandoned()
         assert not list(folder.glob("vmbus-pytest-*"))
-
-
-def alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False

@@ -18,6 +18,8 @@ import pytest
 
 import vmbus
 from support.boot import boot
+from support.pace import until
+from support.processes import command_lines
 from vmbus.errors import VmbusError
 from vmbus.provision import provision
 from vmbus.qemu.command_line import Programs, programs_from
@@ -51,8 +53,7 @@ def nothing_is_left(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytes
     yield
     assert running_vms() == []
     assert list((base / "vmbus").iterdir()) == []
-    processes = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
-    assert str(base) not in processes  # its sockets are on every command line of ours
+    assert not [line for line in command_lines().values() if str(base) in line]  # its sockets are on each of ours
 
 
 async def until_flooded(vm: VirtualMachine, job: int) -> None:
@@ -382,10 +383,7 @@ def test_an_owner_that_dies_takes_everything_along(snapshot: Path, number: signa
         run_directory = Path(os.environ["XDG_RUNTIME_DIR"]) / "vmbus" / name
         owner.send_signal(number)
         owner.wait(SOON)
-        deadline = time.monotonic() + SOON
-        while str(run_directory) in subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout:
-            assert time.monotonic() < deadline, "a process outlived its owner"
-            time.sleep(0.05)
+        until(lambda: str(run_directory) not in "\n".join(command_lines().values()), "all processes to end", SOON)
         # After SIGKILL nobody could clear the directory away; the next start does.
         assert run_directory.exists() == (number == signal.SIGKILL)
         assert running_vms() == []

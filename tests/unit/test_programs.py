@@ -1,0 +1,92 @@
+"""Which programs of the machine's the project starts: each is declared, so an empty Debian with those will do.
+
+What a list of words or `shutil.which` names is found in the sources; what a guest runs is none of the machine's.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.unit
+
+CHECKOUT = Path(__file__).parents[2]
+ESSENTIAL = {"apt-get", "cat", "dpkg-deb", "dpkg-query", "mkdir", "setpriv", "sh", "sleep", "true", "unshare"}
+"""Of every Debian: packages that are marked essential, and apt, which installs."""
+DECLARED = {
+    "cc": "C compiler",
+    "git": "git",
+    "make": "`make`",
+    "qemu-img": "QEMU",
+    "ssh": "openssh-client",
+    "xz": "xz-utils",
+}
+"""How the pages call it; or, where it may be missing, what is said then."""
+STARTS = {"run", "Popen", "call", "check_call", "check_output", "create_subprocess_exec", "spawn", "which", "_run"}
+
+
+def words_of(call: ast.Call) -> Iterator[str]:
+    name = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
+    if name not in STARTS:
+        return
+    for argument in call.args[:2]:
+        first = argument.elts[0] if isinstance(argument, ast.List) and argument.elts else None
+        if name in ("which", "create_subprocess_exec"):
+            first = first or argument
+        if isinstance(first, ast.Constant) and isinstance(first.value, str):
+            yield first.value
+
+
+def found() -> dict[str, list[str]]:
+    """Programs, and where they are started."""
+    programs: dict[str, list[str]] = {}
+    for folder in ("device", "bench", "scripts", "tests"):
+        for path in sorted((CHECKOUT / folder).rglob("*.py")):
+            for node in ast.walk(ast.parse(path.read_text())):
+                for word in words_of(node) if isinstance(node, ast.Call) else ():
+                    where = f"{path.relative_to(CHECKOUT)}:{node.lineno}"
+                    programs.setdefault(word.removeprefix("/bin/"), []).append(where)
+    return programs
+
+
+def test_fault_n6_every_program_is_declared() -> None:
+    programs = found()
+    assert {"dpkg-deb", "git", "sh"} <= set(programs)  # so it does find them
+    unknown = {
+        word: places
+        for word, places in programs.items()
+        if re.fullmatch(r"[a-z][a-z0-9.+-]*", word) and word not in ESSENTIAL | set(DECLARED)
+    }
+    assert not unknown
+
+
+def test_fault_n6_one_that_is_not_would_be_found() -> None:
+    call = ast.parse('subprocess.run(["ps", "-eo", "args"], check=True)', mode="eval").body
+    assert isinstance(call, ast.Call) and list(words_of(call)) == ["ps"] and "ps" not in ESSENTIAL | set(DECLARED)
+
+
+def test_fault_n6_what_is_not_on_every_debian_is_said() -> None:
+    places = (CHECKOUT / "README.md", *(CHECKOUT / "docs").glob("*.md"), *(CHECKOUT / "device").rglob("*.py"))
+    said = "\n".join(path.read_text() for path in places)
+    assert [word for word, text in DECLARED.items() if text not in said] == []
+
+
+LIVENESS = re.compile(r"""/proc/\{[^}]*\}(/cmdline)?"\)\.exists\(\)|os\.kill\([^()]*, 0\)""")
+
+
+def test_fault_n19_nobody_takes_a_process_that_is_there_for_one_that_lives() -> None:
+    """A zombie is there as long as nobody reaps it: `support.processes.alive` looks at its state."""
+    assert LIVENESS.search('assert not Path(f"/proc/{pid}").exists()')
+    places = [
+        f"{path.relative_to(CHECKOUT)}: {line.strip()}"
+        for folder in ("device", "guest", "bench", "tests")
+        for path in sorted((CHECKOUT / folder).rglob("*.py"))
+        if path != Path(__file__)
+        for line in path.read_text().splitlines()
+        if LIVENESS.search(line) and "alive(" not in line
+    ]
+    assert places == []
