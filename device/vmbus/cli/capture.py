@@ -11,7 +11,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,6 @@ from vmbus.words import describe
 
 _LOOK = 0.5  # seconds between looks at how a capture goes
 _PIPE_BYTES = 1 << 16
-_FIFO = "fifo"
 _UNITS = {"k": 10, "m": 20, "g": 30}
 
 
@@ -113,8 +112,8 @@ def record(
             raise UsageError("--detach needs a file: standard output ends with this command")
         if sys.stdout.isatty():
             raise UsageError("a capture is no text: send standard output into a file or a program")
-        with _pipe() as pipe:
-            _watch(socket, Path(pipe.name) / _FIFO, options, seconds, packets, begun=pipe.cleanup)
+        with _pipe() as path:
+            _watch(socket, path, options, seconds, packets)
         return
     path = Path(output).absolute()
     if detach:
@@ -132,15 +131,7 @@ async def _ask(socket: Path, command: str, **arguments: Any) -> dict[str, Any]:
         client.close()
 
 
-def _watch(
-    socket: Path,
-    path: Path,
-    options: dict[str, Any],
-    seconds: float | None,
-    packets: int | None,
-    begun: Callable[[], None] = lambda: None,
-) -> None:
-    """Attends to a capture until its end. `begun` is called when the server has the file open."""
+def _watch(socket: Path, path: Path, options: dict[str, Any], seconds: float | None, packets: int | None) -> None:
     status: dict[str, Any] = {}
     gone = ""
 
@@ -149,7 +140,6 @@ def _watch(
         client = ControlClient(socket)
         try:
             status.update(await client.call("capture-start", path=str(path), options=options))
-            begun()
             console.print(f"capturing to {path}; Ctrl-C ends it")
             end = None if seconds is None else time.monotonic() + seconds
             try:
@@ -189,14 +179,14 @@ def _watch(
 
 
 @contextlib.contextmanager
-def _pipe() -> Iterator[tempfile.TemporaryDirectory[str]]:
-    """A directory with a FIFO whose content goes to standard output. Nobody else can reach it.
+def _pipe() -> Iterator[Path]:
+    """A FIFO whose content goes to standard output. Nobody else can reach it.
 
-    It may be removed as soon as the other end is open; so nothing is left behind however this process ends.
+    It is gone as soon as the other end has begun to write: so nothing is left however this process ends.
     """
     directory = tempfile.TemporaryDirectory(prefix="vmbus-capture-")
     with directory:
-        path = Path(directory.name) / _FIFO
+        path = Path(directory.name) / "fifo"
         os.mkfifo(path, 0o600)
         # Open at both ends from here on, so that neither the server's open nor ours waits or fails.
         reader = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
@@ -218,6 +208,7 @@ def _pipe() -> Iterator[tempfile.TemporaryDirectory[str]]:
                         if ended.wait(0.05):
                             return
                         continue
+                    directory.cleanup()
                     view = memoryview(data)
                     while view:
                         view = view[os.write(1, view) :]
@@ -229,7 +220,7 @@ def _pipe() -> Iterator[tempfile.TemporaryDirectory[str]]:
         thread = threading.Thread(target=copy, name="capture to standard output", daemon=True)
         thread.start()
         try:
-            yield directory
+            yield path
         finally:
             ended.set()
             thread.join(5.0)
