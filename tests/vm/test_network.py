@@ -24,6 +24,7 @@ from support.boot import boot
 from support.crossing import GUEST, HOST, Traffic, moved, until
 from support.locks import in_use
 from support.namespace import Namespace, NotPermitted, namespace
+from support.processes import command_lines
 from vmbus.audit.checker import check_paths
 from vmbus.capture.pcapng import CaptureReader
 from vmbus.capture.record import PACKET
@@ -290,7 +291,7 @@ def test_nothing_of_network_and_disk_outlives_their_owner(
             await until(lambda: not in_use(image), "the lock to be gone")
 
             def processes() -> list[str]:
-                lines = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout.splitlines()
+                lines = list(command_lines().values())
                 return [line for line in lines if directory in line]
 
             await until(lambda: not processes(), "the processes' end")
