@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import NoReturn, Protocol, cast
 
 from vmbus.errors import PeerError, UsageError, VmbusError
+from vmbus.reach import Reach, reach
 from vmbus.spans import PageSet, SpanMap
 from vmbus.wire.gpa import PAGE_SIZE
 
@@ -263,6 +264,7 @@ class GuestMemory:
         self._regions: SpanMap[Region] = SpanMap()
         self._windows: dict[Window, list[Region]] = {}  # the open ones
         self._writable_grants: dict[Grant, list[Region]] = {}
+        self._reach: Reach | None = None
 
     # ---- what the transport tells us -------------------------------------------------------------------------
 
@@ -276,6 +278,7 @@ class GuestMemory:
             self.unmap(iova, size)
         if len(self._regions) >= MAX_REGIONS:
             raise MemoryFault(f"more than {MAX_REGIONS} mappings")
+        self._let_go()
         if not self._regions.add(Region(iova, view if writable else view.toreadonly(), writable)):
             raise MemoryFault(f"mapping {iova:#x}+{size:#x} overlaps one that exists")
 
@@ -284,6 +287,7 @@ class GuestMemory:
 
         The windows' owners are told when all is done. A log that runs is broken if it has pages of what is removed.
         """
+        self._let_go()
         windows: dict[Window, None] = {}
         for region in self._regions.take(iova, iova + size):
             if self.log is not None and self.log.broken is None and self.log.pages.meets(*_pages(region)):
@@ -296,6 +300,12 @@ class GuestMemory:
         for window in windows:
             if window.on_revoke is not None:
                 window.on_revoke()
+
+    def _let_go(self) -> None:
+        """What is within reach changes."""
+        if self._reach is not None:
+            self._reach.release()
+            self._reach = None
 
     def move_to(self, other: "GuestMemory") -> None:
         """Make everything that is reachable here reachable through `other` instead.
@@ -397,6 +407,16 @@ class GuestMemory:
         """The provider has done with it. Harmless when repeated."""
         for region in self._writable_grants.pop(grant, ()):
             region.lent.pop(grant, None)
+
+    @property
+    def reach(self) -> Reach | None:
+        """All that is mapped, for moves that go past grants; None while a dirty log runs, which must be told of every
+        write, and where there are no such moves."""
+        if self.log is not None:
+            return None
+        if self._reach is None:
+            self._reach = reach((region.iova, region.view) for region in self._regions)
+        return self._reach
 
     # ---- the dirty log -----------------------------------------------------------------------------------------
 

@@ -1,5 +1,6 @@
 """Incoming packets: the handle that their receiver must complete exactly once."""
 
+import os
 from threading import get_ident
 from typing import cast
 
@@ -7,6 +8,8 @@ from vmbus.kmcl.flow import CompletionBase, Flow
 from vmbus.kmcl.status import ChannelStateError, KmclError, Status
 from vmbus.memory import Grant, MemoryFault
 from vmbus.wire.packet import PacketError, PacketType, TransferPages, parse_gpa_direct, parse_transfer_pages
+
+_GPA_DIRECT = int(PacketType.GPA_DIRECT)
 
 
 class Completion(CompletionBase):
@@ -54,6 +57,23 @@ class Completion(CompletionBase):
         except (PacketError, MemoryFault) as error:
             raise KmclError(f"external data of {where}: {error}", Status.DATA_ERROR) from error
         return grant
+
+    def move(self, fd: int, offset: int, length: int, *, write: bool, flags: int = 0) -> int | None:
+        """Have the kernel move `length` bytes between a file and the memory that the packet describes, all of it:
+        pwritev2 with `write`, else preadv2, at `offset`, with `flags`. Returns how many bytes were moved.
+
+        None, and nothing was done, where it is not as simple as that: go over `external_data`, which says what is
+        wrong, if anything is. Raises OSError.
+        """
+        channel = self.channel
+        if self.done or self._grant is not None or self.kind != _GPA_DIRECT or length > channel.maximum_external_data:
+            return None
+        memory = channel.memory_of(self)
+        reach = None if memory is None or get_ident() != channel.thread else memory.reach
+        moved = None if reach is None else reach.move(self._body, length, fd, offset, write, flags)
+        if moved is not None and moved < 0:
+            raise OSError(-moved, os.strerror(-moved))
+        return moved
 
     def transfer_pages(self) -> TransferPages:
         """Which parts of memory that was lent to the other end the packet hands over; they are lent again with

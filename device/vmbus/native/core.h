@@ -84,6 +84,7 @@ int span_read(const Span *span, Py_ssize_t offset, uint8_t *to, Py_ssize_t lengt
 int span_write(const Span *span, Py_ssize_t offset, const uint8_t *from, Py_ssize_t length);
 
 extern PyType_Spec pieces_spec;
+extern PyType_Spec reach_spec; /* reach.c */
 
 /* ---- packets.c -------------------------------------------------------------------------------------------------- */
 

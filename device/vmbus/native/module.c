@@ -129,7 +129,7 @@ PyMODINIT_FUNC PyInit__core(void)
     core.size = PyUnicode_InternFromString("size");
     PyObject *module = PyModule_Create(&definition);
     if (module == NULL || core.log == NULL || core.mark == NULL || core.lend == NULL || core.size == NULL ||
-        add_type(module, &pieces_spec, &core.pieces_type) < 0 || add_type(module, &reader_spec, NULL) < 0 ||
+        add_type(module, &pieces_spec, &core.pieces_type) < 0 || add_type(module, &reach_spec, NULL) < 0 || add_type(module, &reader_spec, NULL) < 0 ||
         add_type(module, &writer_spec, &core.writer_type) < 0 || add_type(module, &flow_spec, NULL) < 0 ||
         add_type(module, &completion_spec, &core.completion_base) < 0)
         CLEAR(module);

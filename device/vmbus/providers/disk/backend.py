@@ -17,6 +17,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Protocol
 
+from vmbus.providers.disk.prompt import Prompt
+
 _VECTOR = 1024  # IOV_MAX: buffers in one call
 _ZEROES = bytes(1 << 20)
 
@@ -28,6 +30,13 @@ _NOT_THERE = frozenset({errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOTTY, errno.EINV
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.fallocate.restype = ctypes.c_int
 _libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
+
+
+class Movable(Protocol):
+    """A packet that describes memory: see `vmbus.kmcl.Completion.move`."""
+
+    def move(self, fd: int, offset: int, length: int, *, write: bool, flags: int = 0) -> int | None:
+        """Move bytes between a file and that memory."""
 
 
 class Backend(Protocol):
@@ -61,6 +70,8 @@ class FileBackend:
         self._users = 0
         self._closed = False
         self._prompt = True  # whether `read_now` may find out something
+        self._nowait = os.RWF_NOWAIT  # for `write_now`; 0 where the file system does not know it
+        self.writes = Prompt()
 
     @contextmanager
     def open(self) -> Iterator[int]:
@@ -99,6 +110,48 @@ class FileBackend:
         except OSError:
             self._prompt = False  # the file system cannot tell, or something is wrong: the long way says what
             return False
+
+    def move_now(self, memory: Movable, offset: int, length: int, *, write: bool) -> bool:
+        """`read_now`, or `write_now`, of all the memory that a packet describes, without looking at it; False, and
+        nothing done, also where that is not possible."""
+        if self._closed:
+            return False
+        if not write:
+            if not self._prompt:
+                return False
+            try:
+                return memory.move(self._fd, offset, length, write=False, flags=os.RWF_NOWAIT) == length
+            except OSError:
+                return False
+        writes = self.writes
+        if not writes.takes(offset, length):
+            return False
+        began = writes.clock()
+        try:
+            return memory.move(self._fd, offset, length, write=True, flags=self._nowait) == length
+        except OSError:
+            return False
+        finally:
+            writes.took(writes.clock() - began)
+
+    def write_now(self, offset: int, views: Sequence[memoryview], length: int) -> bool:
+        """Write all of `views`, `length` bytes, if that is not likely to need waiting; whether it is done. Not for
+        several threads at a time. What was written of it may be written again."""
+        writes = self.writes
+        if self._closed or len(views) > _VECTOR or not writes.takes(offset, length):
+            return False
+        began = writes.clock()
+        try:
+            return os.pwritev(self._fd, views, offset, self._nowait) == length
+        except BlockingIOError:
+            return False
+        except OSError as error:
+            if error.errno == errno.EOPNOTSUPP and self._nowait:
+                self._nowait = 0
+                return self.write_now(offset, views, length)
+            return False  # the long way says what is wrong
+        finally:
+            writes.took(writes.clock() - began)
 
     def write(self, offset: int, views: Sequence[memoryview], *, durable: bool) -> None:
         """Write all of `views`."""

@@ -156,8 +156,14 @@ class Core:
 
     @property
     def undisturbed(self) -> bool:
-        """Whether a read may be done here and now, without `accept`: nothing that changes the disk runs or waits."""
+        """Whether a request may be done here and now, without `accept`: nothing runs or waits but flushes. Whoever
+        writes so says it by `unflushed`."""
         return not self._conflicts
+
+    @property
+    def flushing(self) -> bool:
+        """Whether a flush runs."""
+        return self._flushing is not None
 
     def flush(self) -> list[Job]:
         """Flush on nobody's behalf, if anything that ended needs it. Returns the job, unless it has to wait."""

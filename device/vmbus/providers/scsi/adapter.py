@@ -20,6 +20,7 @@ from vmbus.providers.base import Host
 from vmbus.providers.disk.disk import MAXIMUM_DATA
 from vmbus.providers.disk.request import Op, Request, Status
 from vmbus.providers.scsi.commands import (
+    QUICK,
     READS,
     REPORTS_NO_ATTENTION,
     WITH_PARAMETERS,
@@ -38,6 +39,7 @@ from vmbus.providers.scsi.unit import Unit
 from vmbus.wire import scsi
 from vmbus.wire.scsi import Sense
 from vmbus.wire.storvsp import (
+    CDB_SIZE,
     STORVSP_TYPE,
     Operation,
     ScsiStatus,
@@ -54,6 +56,8 @@ from vmbus.wire.storvsp import Status as NtStatus
 log = bounded_log(__name__)
 
 _MOVES = READS | WRITES
+_EXECUTE_SRB = int(Operation.EXECUTE_SRB)
+_READY = Phase.READY
 _RESETS = frozenset({Operation.RESET_LUN, Operation.RESET_ADAPTER, Operation.RESET_BUS})
 _OPEN = frozenset({ChannelState.OPENED, ChannelState.ACTIVE})
 _NOBODY = Facts(0, 512, False, bytes(16), MAXIMUM_DATA, 0)
@@ -245,8 +249,9 @@ class Adapter:
     def _process(self, channel: Channel, completion: Completion, payload: bytes) -> None:
         self.counters["requests"] += 1
         operation = parse_operation(payload)
-        if operation == Operation.EXECUTE_SRB:
-            self._execute(completion, payload)
+        if operation == _EXECUTE_SRB:
+            if not self._move_at_once(completion, payload):
+                self._execute(completion, payload)
         elif operation in STEPS and channel is self.channels[0]:
             before = self.handshake.sub_channels
             completion.complete(self.handshake.step(operation, payload))
@@ -260,6 +265,31 @@ class Adapter:
             self.counters["refused"] += 1
             status = NtStatus.NOT_SUPPORTED if operation else NtStatus.INVALID_PARAMETER
             completion.complete(pack_packet(Operation.COMPLETE_IO, status))
+
+    def _move_at_once(self, completion: Completion, payload: bytes) -> bool:
+        """The short way of READ and WRITE: whether it was gone. Nearly all requests are such, with nothing special
+        about them; whatever has that goes through `_execute`, which would come to the same here."""
+        shape = QUICK.get(payload[28])
+        unit = self._target.units.get(payload[19])
+        if shape is None or unit is None or payload[17] or payload[18] or self.handshake.phase is not _READY:
+            return False
+        if unit.grown or not unit.disk.active or not shape.least <= payload[20] <= CDB_SIZE:
+            return False
+        flags, first, count = shape.unpack(payload, 28)
+        core = unit.disk.core
+        if core is None or (shape.write and (flags & scsi.FUA or core.geometry.read_only)):
+            return False
+        block_size = core.geometry.block_size
+        length = count * block_size
+        offset = first * block_size
+        if not 0 < length <= MAXIMUM_DATA or offset + length > core.geometry.size:
+            return False
+        if length != int.from_bytes(payload[24:28], "little"):
+            return False
+        if not unit.disk.move(completion, offset, length, write=shape.write):
+            return False
+        completion.complete(pack_good(payload, length))
+        return True
 
     def _execute(self, completion: Completion, payload: bytes) -> None:
         # By their places in the packet (`storvsp.Srb`): this is done for each read and write.
