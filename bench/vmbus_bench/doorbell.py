@@ -34,10 +34,10 @@ from vmbus_bench.processes import ServerProcess, cpu_seconds, describe_own
 KIND = f"{__name__}:TimedProvider"
 STAGES = (
     ("awake", "look", "the event loop, from epoll to the transport"),
-    ("look", "looked", "a look at what waits on the socket"),
-    ("looked", "register", "libvfio-user reads the message and calls Python"),
+    ("look", "looked", "the message is seen on the socket, and taken off it"),
+    ("looked", "register", "to the register"),
     ("register", "registered", "the register: SynIC, bus, channel found"),
-    ("registered", "turn", "back through the library; is there more?"),
+    ("registered", "turn", "back, and on to the turn"),
     ("turn", "provider", "the turn begins: ring read, packet handed over"),
     ("provider", "provided", "the provider: checks, transforms, completes"),
     ("provided", "event", "space given back, the answer published"),
@@ -114,7 +114,7 @@ class TimedProvider(EchoProvider):
         selector: Any = asyncio.get_running_loop()._selector  # type: ignore[attr-defined]
         selector.select = stamps.select(selector.select)
         for owner, name, before, after in (
-            (context, "look", "look", "looked"),
+            (context, "take_posted_writes", "look", "looked"),
             (Device, "bar_write", "register", "registered"),
             (Channel, "process", "turn", None),
             (Synic, "raise_event", "event", None),

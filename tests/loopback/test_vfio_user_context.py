@@ -103,6 +103,67 @@ def test_posted_writes_keep_their_order(server: ServerThread, client: VfioUserCl
             assert struct.unpack("<II", client.region_read(BAR0, STORE, 8)) == (number - 1, number)
 
 
+def posted(region: int, offset: int, data: bytes, flags: int = protocol.FLAG_NO_REPLY) -> bytes:
+    body = protocol.REGION_ACCESS.pack(offset, region, len(data)) + data
+    return protocol.encode(0, Command.REGION_WRITE, body, flags=flags)
+
+
+def test_doorbells_go_past_the_library_and_all_else_through_it(libvfio_user: Library, tmp_path: Path) -> None:
+    device = RecordingDevice()
+    with (
+        Context(libvfio_user, tmp_path / "socket", device) as context,
+        socket.socket(socket.AF_UNIX) as connection,
+    ):
+        connection.connect(os.fspath(tmp_path / "socket"))
+        connection.send(protocol.encode(0, Command.VERSION, protocol.version_body({})))
+        while not context.attached:
+            context.run()
+        through: list[str] = []
+        run_library = context._run_library
+        context._run_library = lambda: through.append("a request") or run_library()  # type: ignore[method-assign,func-returns-value]
+        written: list[tuple[int, bytes]] = []  # past the library, which has the device's own method
+        write = device.bar0_write
+        device.bar0_write = lambda offset, data: written.append((offset, data)) or write(offset, data)  # type: ignore[method-assign,func-returns-value]
+        for number in range(100):
+            connection.send(posted(BAR0, STORE, number.to_bytes(4, "little")))
+        while context.run(max_requests=7) is not RunResult.IDLE:
+            assert len(written) % 7 == 0 or len(written) == 100
+        assert [data for _, data in written] == [number.to_bytes(4, "little") for number in range(100)]
+        assert not through
+        written.clear()
+        others = [
+            posted(BAR0, STORE, b"12345678"),  # other sizes
+            posted(BAR0, STORE, b"1"),
+            posted(CONFIG, 4, b"\0\0\0\0"),  # another region
+            posted(BAR0, STORE, b"abcd", flags=0),  # one that is answered
+        ]
+        for other in others:
+            through.clear()
+            connection.send(posted(BAR0, STORE, bytes(4)) + other + posted(BAR0, STORE, b"last"))
+            while context.run() is not RunResult.IDLE:
+                pass
+            assert through and bytes(device.store[STORE : STORE + 4]) == b"last"
+        # Outside of the BAR: nobody hears of it, and the stream goes on. In pieces, too.
+        before = len(written)
+        for offset in (4096, 4094, 1 << 63, (1 << 64) - 1):
+            connection.send(posted(BAR0, offset, b"away"))
+        for piece in (posted(BAR0, STORE, b"torn")[:20], posted(BAR0, STORE, b"torn")[20:]):
+            connection.send(piece)
+            while context.run() is not RunResult.IDLE:
+                pass
+        assert written[before:] == [(STORE, b"torn")] and context.attached
+
+
+def test_a_doorbell_that_fails_in_the_device_is_logged_and_the_next_one_is_heard(
+    server: ServerThread, client: VfioUserClient, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.DEBUG, "vmbus"):
+        for register in (BROKEN, REFUSED, STORE):
+            client.region_write(BAR0, register, b"next", posted=True)
+        assert client.region_read(BAR0, STORE, 4) == b"next"
+    assert "a defect of the device" in caplog.text and "refused register" in caplog.text
+
+
 def test_configuration_accesses_arrive_unsplit(server: ServerThread, client: VfioUserClient) -> None:
     assert client.region_read(CONFIG, 0, 256) == pci.ConfigSpace().snapshot()
     client.region_write(CONFIG, 0x3F, b"\xff" * 16)  # from the header into the capability

@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 from vmbus.errors import EnvironmentProblem
 from vmbus.vfio_user import bindings
-from vmbus.vfio_user.protocol import HEADER, Command
+from vmbus.vfio_user.protocol import FLAG_NO_REPLY, HEADER, Command
 
 _TYPE_MASK = 0xF
 LONGEST_PATH = 107
@@ -102,6 +102,37 @@ def look(client: socket.socket) -> Look:
     if messages:
         return Look(Waiting.COMPLETE, first, messages, watched)
     return _CLOSED if _hung_up(client) else Look(Waiting.PARTIAL)
+
+
+_POSTED = struct.Struct("<HHIIIQII4s")  # `protocol.HEADER`, `REGION_ACCESS`, and a register's value
+_REGION_WRITE = int(Command.REGION_WRITE)
+_TAKE_FLAGS = int(socket.MSG_DONTWAIT)
+
+
+def take_posted_writes(client: socket.socket, most: int) -> tuple[list[tuple[int, bytes]], bool]:
+    """Take the 4-byte writes to BAR0 that nobody waits for an answer to, as long as they come next on `client`, at most
+    `most`: (offset, value) of each. Whether anything was seen behind them.
+
+    Doorbells are such writes. They go past the library, which takes longer for one than all else that it causes. Raises
+    OSError.
+    """
+    try:
+        content = client.recv(_PEEK_SIZE, _PEEK_FLAGS)
+    except BlockingIOError:
+        return [], False
+    found: list[tuple[int, bytes]] = []
+    end = 0
+    while len(found) < most and len(content) - end >= _POSTED.size:
+        _, command, size, flags, _, offset, region, count, value = _POSTED.unpack_from(content, end)
+        if command != _REGION_WRITE or flags != FLAG_NO_REPLY or region != bindings.REGION_BAR0:
+            break
+        if size != _POSTED.size or count != 4:
+            break
+        found.append((offset, value))
+        end += size
+    if end and len(client.recv(end, _TAKE_FLAGS)) != end:
+        raise OSError("what was seen on the socket could not be taken off it")
+    return found, len(content) > end
 
 
 def receive(client: socket.socket, size: int, flags: int = 0) -> tuple[bytes, list[int]]:

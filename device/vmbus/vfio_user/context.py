@@ -14,6 +14,8 @@ How it treats the library:
   silent client is dropped after `handshake_timeout`; it delays nobody.
 * Requests. The library reads a message only when it is completely there; one whose rest does not come within
   `message_timeout` ends the connection.
+* Posted writes of registers (doorbells) are taken off the socket and handled without the library, which has nothing to
+  do for them; not where a client may migrate the device, since the library knows when it must refuse them.
 * Configuration space is the handler's alone (the callback gets every access, unsplit).
 * Migration. Where the library has migration v2 and there is a `MigrationHandler`, the client can migrate the device
   through the protocol; see `migration` for what is looked at before the library gets it.
@@ -56,7 +58,16 @@ from typing import Any, Protocol
 from vmbus.complaints import bounded_log
 from vmbus.errors import EnvironmentProblem, PeerError, UsageError, VmbusError
 from vmbus.vfio_user import bindings, protocol
-from vmbus.vfio_user.connection import LONGEST_PATH, Listener, Timer, Waiting, bound_blocking, look, receive
+from vmbus.vfio_user.connection import (
+    LONGEST_PATH,
+    Listener,
+    Timer,
+    Waiting,
+    bound_blocking,
+    look,
+    receive,
+    take_posted_writes,
+)
 from vmbus.vfio_user.library import Generation, Library
 from vmbus.vfio_user.mapping import GuestMapping, any_lost
 from vmbus.vfio_user.migration import (
@@ -204,7 +215,6 @@ class Context:
         self._handshake_timeout = handshake_timeout
         self._message_timeout = message_timeout
         self._client: socket.socket | None = None
-        self._poller = select.poll()  # of the client's socket
         self._pending: list[_Pending] = []
         self._stall_deadline: float | None = None
         self._cooling: list[float] = []  # when places are free again that failed clients had
@@ -304,9 +314,18 @@ class Context:
         while handled < max_requests and time.monotonic() < until:
             if any_lost() and (region := self._regions.shrunk()) is not None:
                 return self._disconnect(f"pages of its memory at {region.iova:#x} are gone: the file was made shorter")
-            if handled and not self._poller.poll(0):  # a look that sees nothing raises, which takes longer
-                self._note_progress()
-                return RunResult.IDLE
+            if not self._gate.driven:
+                try:
+                    writes, more = take_posted_writes(self._client, max_requests - handled)
+                except OSError:
+                    return self._leave(None, max_requests)
+                if writes:
+                    handled += len(writes)
+                    self._note_progress()
+                    self._posted(writes)
+                    if not more:
+                        return RunResult.IDLE
+                    continue
             waiting, size, messages, watched = look(self._client)
             if waiting is Waiting.NOTHING:
                 self._note_progress()
@@ -493,10 +512,24 @@ class Context:
         # A device has one client; the next one waits in the socket's queue without waking us.
         self._watch_listener(False)
         self._epoll.modify(client.fileno(), select.EPOLLIN)
-        self._poller.register(client.fileno(), select.POLLIN)
         self._set_timer()
         logger.info("client attached on %s", self._listener.path)
         return True
+
+    def _posted(self, writes: list[tuple[int, bytes]]) -> None:
+        """Writes to BAR0 that were taken off the socket."""
+        self._depth += 1
+        try:
+            for offset, value in writes:
+                try:
+                    if offset + len(value) <= self._bar0_size:
+                        self._handler.bar0_write(offset, value)
+                except DeviceAccessError as error:
+                    logger.debug("BAR0 write at %#x refused: %s", offset, error)
+                except Exception:
+                    logger.exception("BAR0 write at %#x failed in the device", offset)
+        finally:
+            self._depth -= 1
 
     def _run_watched(self, command: int, size: int, room: int) -> tuple[int, str | None]:
         """One request that is looked at first. Returns how much of `room` it took, and as `_run_library`."""
@@ -689,7 +722,6 @@ class Context:
             return
         self._stall_deadline = None
         self._epoll.unregister(client.fileno())
-        self._poller.unregister(client.fileno())
         self._destroy()  # unmaps and resets through the callbacks
         client.close()
         # The library has done both by now, unless it lost track.
