@@ -26,6 +26,7 @@ from vmbus.kmcl.endpoint import DEFAULT_TIMEOUT, Endpoint, Link, Waiter
 from vmbus.kmcl.lifecycle import ChannelState
 from vmbus.kmcl.outgoing import QueuedCompletion
 from vmbus.kmcl.packet import Described, Packet
+from vmbus.kmcl.polling import MOST_SECONDS, Polling
 from vmbus.kmcl.requests import send_synchronous_request
 from vmbus.kmcl.status import KmclError, Status
 from vmbus.kmcl.threads import own_thread
@@ -122,6 +123,15 @@ class Channel(Endpoint):
         if quota <= 0:
             raise self.refuse(f"a quota of {quota}", Status.INVALID_PARAMETER_2)
         self.incoming.set_quota(quota)
+
+    @own_thread
+    def set_polling(self, seconds: float) -> None:
+        """Look on for so long at most, when all packets were handed over, before the other end is asked to signal the
+        next one: it saves the signals while packets come one right after the other, and costs processor time. 0: do
+        not, as it is at first. Raises KmclError for more than `vmbus.kmcl.polling.MOST_SECONDS`."""
+        if not 0 <= seconds <= MOST_SECONDS:
+            raise self.refuse(f"polling for {seconds:g} s; at most {MOST_SECONDS:g}", Status.INVALID_PARAMETER_2)
+        self.incoming.polling = Polling(seconds) if seconds else None
 
     @own_thread
     def set_incoming_processing_at_passive(self, passive: bool) -> None:

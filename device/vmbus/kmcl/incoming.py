@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Protocol
 from vmbus.kmcl.completion import Completion
 from vmbus.kmcl.flow import NO_LIMIT
 from vmbus.kmcl.lifecycle import ChannelState
+from vmbus.kmcl.polling import Polling
 from vmbus.kmcl.status import ChannelStateError, Status
 from vmbus.wire.packet import PacketType
 
@@ -67,6 +68,7 @@ class Incoming:
         in_turn: a turn is on, and its owner's code cannot wait in it.
         in_passive_turn: an owner has a packet in a turn in which it may wait.
         deferred: packets that wait for such a turn.
+        polling: looks on for a while before the channel goes idle; None: it does so at once.
     """
 
     def __init__(self, channel: Channel) -> None:
@@ -83,6 +85,7 @@ class Incoming:
         self._error: str | None = None  # what is wrong behind it
         self._given = 0  # ring bytes of it that were given back
         self._told = 0  # and those that observers were told of
+        self.polling: Polling | None = None
 
     # ---- limits --------------------------------------------------------------------------------------------------
 
@@ -170,6 +173,8 @@ class Incoming:
                     channel.outgoing.publish()
                     if channel.link is not link:
                         return False
+                    if self.polling is not None and self.polling.comes(reader, flow.received, flow.began):
+                        continue
                     if reader.unmask():
                         channel.went_idle()
                         return False

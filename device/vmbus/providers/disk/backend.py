@@ -70,7 +70,7 @@ class FileBackend:
         self._users = 0
         self._closed = False
         self._prompt = True  # whether `read_now` may find out something
-        self._nowait = os.RWF_NOWAIT  # for `write_now`; 0 where the file system does not know it
+        self._nowait = True  # whether the file system may know RWF_NOWAIT for writes
         self.writes = Prompt()
 
     @contextmanager
@@ -111,44 +111,40 @@ class FileBackend:
             self._prompt = False  # the file system cannot tell, or something is wrong: the long way says what
             return False
 
-    def move_now(self, memory: Movable, offset: int, length: int, *, write: bool) -> bool:
-        """`read_now`, or `write_now`, of all the memory that a packet describes, without looking at it; False, and
-        nothing done, also where that is not possible."""
-        if self._closed:
-            return False
-        if not write:
-            if not self._prompt:
-                return False
-            try:
-                return memory.move(self._fd, offset, length, write=False, flags=os.RWF_NOWAIT) == length
-            except OSError:
-                return False
-        writes = self.writes
-        if not writes.takes(offset, length):
-            return False
-        began = writes.clock()
-        try:
-            return memory.move(self._fd, offset, length, write=True, flags=self._nowait) == length
-        except OSError:
-            return False
-        finally:
-            writes.took(writes.clock() - began)
-
     def write_now(self, offset: int, views: Sequence[memoryview], length: int) -> bool:
         """Write all of `views`, `length` bytes, if that is not likely to need waiting; whether it is done. Not for
         several threads at a time. What was written of it may be written again."""
+        if len(views) > _VECTOR:
+            return False
+        return self._written_now(offset, length, lambda flags: os.pwritev(self._fd, views, offset, flags))
+
+    def move_now(self, memory: Movable, offset: int, length: int, *, write: bool) -> bool:
+        """`read_now`, or `write_now`, of all the memory that a packet describes, without looking at it; False, and
+        nothing done, also where that is not possible."""
+        if write:
+            move = lambda flags: memory.move(self._fd, offset, length, write=True, flags=flags)  # noqa: E731
+            return self._written_now(offset, length, move)
+        try:
+            return self._prompt and memory.move(self._fd, offset, length, write=False, flags=os.RWF_NOWAIT) == length
+        except OSError:
+            return False
+
+    def _written_now(self, offset: int, length: int, write: Callable[[int], int | None]) -> bool:
+        """`write` with these flags, if it is not likely to need waiting; whether all is done."""
         writes = self.writes
-        if self._closed or len(views) > _VECTOR or not writes.takes(offset, length):
+        if self._closed or not writes.takes(offset, length):
             return False
         began = writes.clock()
         try:
-            return os.pwritev(self._fd, views, offset, self._nowait) == length
-        except BlockingIOError:
-            return False
-        except OSError as error:
-            if error.errno == errno.EOPNOTSUPP and self._nowait:
-                self._nowait = 0
-                return self.write_now(offset, views, length)
+            if self._nowait:
+                try:
+                    return write(os.RWF_NOWAIT) == length
+                except OSError as error:
+                    if error.errno != errno.EOPNOTSUPP:
+                        return False
+                    self._nowait = False
+            return write(0) == length
+        except OSError:
             return False  # the long way says what is wrong
         finally:
             writes.took(writes.clock() - began)

@@ -19,8 +19,8 @@ from vmbus.memory import first_bytes
 from vmbus.providers.base import Host
 from vmbus.providers.disk.disk import MAXIMUM_DATA
 from vmbus.providers.disk.request import Op, Request, Status
+from vmbus.providers.scsi.at_once import move_at_once
 from vmbus.providers.scsi.commands import (
-    QUICK,
     READS,
     REPORTS_NO_ATTENTION,
     WITH_PARAMETERS,
@@ -39,7 +39,6 @@ from vmbus.providers.scsi.unit import Unit
 from vmbus.wire import scsi
 from vmbus.wire.scsi import Sense
 from vmbus.wire.storvsp import (
-    CDB_SIZE,
     STORVSP_TYPE,
     Operation,
     ScsiStatus,
@@ -106,13 +105,22 @@ class Adapter:
     """One controller. `counters`: what happened so far."""
 
     def __init__(
-        self, host: Host, name: str, instance: UUID, target: Target, *, sub_channels: int, queue_depth: int
+        self,
+        host: Host,
+        name: str,
+        instance: UUID,
+        target: Target,
+        *,
+        sub_channels: int,
+        queue_depth: int,
+        poll_seconds: float = 0.0,
     ) -> None:
         self._host = host
         self._name = name
         self._instance = instance
         self._target = target
         self._queue_depth = queue_depth
+        self._poll_seconds = poll_seconds
         self.handshake = Handshake(sub_channels, MAXIMUM_DATA)
         self.counters = {"requests": 0, "refused": 0, "failed": 0, "notices": 0, "resets": 0}
         self.channels: dict[int, ServerChannel] = {}
@@ -141,6 +149,7 @@ class Adapter:
                 )
             channel.set_save_restore_packet_callbacks(self._save_packet, self._restore_packet)
             channel.set_transaction_quota(self._queue_depth)
+            channel.set_polling(self._poll_seconds)
             self.channels[index] = channel
         self._host.add_channel(channel)
         channel.enable()
@@ -250,7 +259,7 @@ class Adapter:
         self.counters["requests"] += 1
         operation = parse_operation(payload)
         if operation == _EXECUTE_SRB:
-            if not self._move_at_once(completion, payload):
+            if self.handshake.phase is not _READY or not move_at_once(self._target.units, completion, payload):
                 self._execute(completion, payload)
         elif operation in STEPS and channel is self.channels[0]:
             before = self.handshake.sub_channels
@@ -265,31 +274,6 @@ class Adapter:
             self.counters["refused"] += 1
             status = NtStatus.NOT_SUPPORTED if operation else NtStatus.INVALID_PARAMETER
             completion.complete(pack_packet(Operation.COMPLETE_IO, status))
-
-    def _move_at_once(self, completion: Completion, payload: bytes) -> bool:
-        """The short way of READ and WRITE: whether it was gone. Nearly all requests are such, with nothing special
-        about them; whatever has that goes through `_execute`, which would come to the same here."""
-        shape = QUICK.get(payload[28])
-        unit = self._target.units.get(payload[19])
-        if shape is None or unit is None or payload[17] or payload[18] or self.handshake.phase is not _READY:
-            return False
-        if unit.grown or not unit.disk.active or not shape.least <= payload[20] <= CDB_SIZE:
-            return False
-        flags, first, count = shape.unpack(payload, 28)
-        core = unit.disk.core
-        if core is None or (shape.write and (flags & scsi.FUA or core.geometry.read_only)):
-            return False
-        block_size = core.geometry.block_size
-        length = count * block_size
-        offset = first * block_size
-        if not 0 < length <= MAXIMUM_DATA or offset + length > core.geometry.size:
-            return False
-        if length != int.from_bytes(payload[24:28], "little"):
-            return False
-        if not unit.disk.move(completion, offset, length, write=shape.write):
-            return False
-        completion.complete(pack_good(payload, length))
-        return True
 
     def _execute(self, completion: Completion, payload: bytes) -> None:
         # By their places in the packet (`storvsp.Srb`): this is done for each read and write.

@@ -5,7 +5,6 @@ requests to the disk. READ and WRITE, which are nearly all there is, have a way 
 """
 
 from collections.abc import Callable
-from struct import Struct
 from typing import NamedTuple
 
 from vmbus.providers.disk.request import Flag, Op, Request, Status
@@ -21,25 +20,6 @@ _GRANULARITY = 4096  # bytes that storage is best given back in
 READS = frozenset({Opcode.READ_6, Opcode.READ_10, Opcode.READ_12, Opcode.READ_16})
 WRITES = frozenset({Opcode.WRITE_6, Opcode.WRITE_10, Opcode.WRITE_12, Opcode.WRITE_16})
 _FUA_FREE = frozenset({Opcode.READ_6, Opcode.WRITE_6})  # their byte 1 has a part of the address there
-
-
-class Quick(NamedTuple):
-    """A READ or WRITE whose fields are taken out of a packet at one go: (byte 1, first block, blocks). `least`: bytes
-    of its command block."""
-
-    write: bool
-    least: int
-    unpack: Callable[[bytes, int], tuple[int, ...]]
-
-
-_TEN, _SIXTEEN = Struct(">xBIxH").unpack_from, Struct(">xBQI").unpack_from
-QUICK: dict[int, Quick] = {
-    int(Opcode.READ_10): Quick(False, 10, _TEN),
-    int(Opcode.WRITE_10): Quick(True, 10, _TEN),
-    int(Opcode.READ_16): Quick(False, 16, _SIXTEEN),
-    int(Opcode.WRITE_16): Quick(True, 16, _SIXTEEN),
-}
-"""By their opcodes: all that Linux sends."""
 
 
 class Facts(NamedTuple):

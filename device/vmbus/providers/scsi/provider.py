@@ -37,6 +37,7 @@ class ScsiOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     luns: Annotated[list[UnitOptions], msgspec.Meta(max_length=MOST_UNITS)] = []
     sub_channels: Annotated[int, msgspec.Meta(ge=0, le=MOST_SUB_CHANNELS)] = 4
     queue_depth: Annotated[int, msgspec.Meta(ge=1, le=4096)] = 512
+    poll_us: Annotated[int, msgspec.Meta(ge=0, le=1000)] = 0
 
     def __post_init__(self) -> None:
         _check_units(self.luns, ValueError)
@@ -93,7 +94,13 @@ class ScsiProvider(Provider):
         super().__init__(host, name, instance, options)
         chosen: ScsiOptions = self.options
         self.adapter = Adapter(
-            host, name, instance, self, sub_channels=chosen.sub_channels, queue_depth=chosen.queue_depth
+            host,
+            name,
+            instance,
+            self,
+            sub_channels=chosen.sub_channels,
+            queue_depth=chosen.queue_depth,
+            poll_seconds=chosen.poll_us / 1e6,
         )
         self.units: dict[int, Unit] = {}
         self._set_units([self._make(one) for one in chosen.luns])
