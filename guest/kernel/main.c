@@ -13,6 +13,7 @@
 #include <linux/module.h>
 #include <linux/pci.h>
 #include <linux/version.h>
+#include <linux/workqueue.h>
 #include <asm/hypervisor.h>
 #include <asm/mshyperv.h>
 
@@ -95,6 +96,41 @@ forget:
 	return ret;
 }
 
+/* The interrupt's processor is changed where one may sleep, and seldom: each time writes to the configuration space. */
+#define MOVE_AT_MOST_EVERY HZ
+
+static unsigned int interrupt_cpu;
+static int interrupt_number;	/* 0: there is none */
+static void move_interrupt(struct work_struct *unused);
+static DECLARE_WORK(moving, move_interrupt);
+
+static void move_interrupt(struct work_struct *unused)
+{
+	unsigned int cpu = READ_ONCE(interrupt_cpu);
+
+	if (interrupt_number && !irq_set_affinity(interrupt_number, cpumask_of(cpu)))
+		count_up(moves);
+}
+
+/* In an interrupt. */
+void vmbus_pci_move_interrupt(unsigned int cpu)
+{
+	static unsigned long next = INITIAL_JIFFIES;
+
+	if (time_before(jiffies, next))
+		return;
+	next = jiffies + MOVE_AT_MOST_EVERY;
+	WRITE_ONCE(interrupt_cpu, cpu);
+	schedule_work(&moving);
+}
+
+/* It is not moved any more when this returns. May sleep. */
+static void forget_interrupt(void)
+{
+	interrupt_number = 0;
+	cancel_work_sync(&moving);
+}
+
 static int vmbus_pci_probe(struct pci_dev *pdev, const struct pci_device_id *id)
 {
 	int irq, ret;
@@ -123,6 +159,7 @@ static int vmbus_pci_probe(struct pci_dev *pdev, const struct pci_device_id *id)
 	if (ret)
 		goto free_vectors;
 	irq_set_affinity(irq, cpumask_of(0));
+	interrupt_number = irq;
 	ret = become_the_platform();
 	if (ret)
 		goto free_interrupt;
@@ -132,6 +169,7 @@ static int vmbus_pci_probe(struct pci_dev *pdev, const struct pci_device_id *id)
 	return 0;
 
 free_interrupt:
+	forget_interrupt();
 	free_irq(irq, pdev);
 free_vectors:
 	pci_free_irq_vectors(pdev);
@@ -145,6 +183,7 @@ static void vmbus_pci_remove(struct pci_dev *pdev)
 	/* Linux's drivers are told that their channels are gone, and get them anew if the function comes back. */
 	ours = NULL;
 	device_close(pdev);
+	forget_interrupt();
 	free_irq(pci_irq_vector(pdev, 0), pdev);
 	pci_free_irq_vectors(pdev);
 	rejoin_suspect();

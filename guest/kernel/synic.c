@@ -167,6 +167,35 @@ static bool wake(const struct cpumask *cpus)
 	return cpumask_test_cpu(here, cpus);
 }
 
+/*
+ * Where the interrupt goes: to the processor whose events it brings, if they are one processor's alone. Waking that one
+ * from here costs about as much as all the rest of an interrupt does. With events for several there is no better place.
+ */
+#define MOVE_AFTER 64		/* interrupts in a row, all for one other processor, */
+#define MOVE_WITHIN HZ		/* that come within so long; and no sooner after the last move */
+
+static void note_target(const struct cpumask *cpus)
+{
+	static unsigned long since;
+	static unsigned int count, before = NR_CPUS;
+	unsigned int cpu = cpumask_first(cpus);
+
+	if (cpu >= nr_cpu_ids)
+		return;
+	if (cpu == smp_processor_id() || cpu != before || cpumask_weight(cpus) != 1) {
+		before = cpu;
+		count = 0;
+		return;
+	}
+	if (!count++)
+		since = jiffies;
+	if (count < MOVE_AFTER)
+		return;
+	if (time_before(jiffies, since + MOVE_WITHIN))
+		vmbus_pci_move_interrupt(cpu);
+	count = 0;
+}
+
 irqreturn_t synic_interrupt(int irq, void *data)
 {
 	static struct cpumask cpus; /* the lock's; too large for a stack */
@@ -178,6 +207,7 @@ irqreturn_t synic_interrupt(int irq, void *data)
 	if (fill_message_slot())
 		cpumask_set_cpu(MESSAGE_CPU, &cpus);
 	device_take_events(deliver, &cpus);
+	note_target(&cpus);
 	here = wake(&cpus);
 	raw_spin_unlock(&synic_lock);
 	if (here)

@@ -35,6 +35,7 @@
 	X(events)		\
 	X(lost_events)		\
 	X(wakes)		\
+	X(moves)		\
 	X(posts)		\
 	X(refused_posts)	\
 	X(signals)		\
@@ -53,6 +54,9 @@ DECLARE_PER_CPU(struct vmbus_pci_counters, vmbus_pci_counters);
 
 struct hv_message;
 struct pci_dev;
+
+/* main.c */
+void vmbus_pci_move_interrupt(unsigned int cpu);
 
 /* device.c */
 int device_open(struct pci_dev *pdev);
