@@ -40,6 +40,7 @@ from vmbus.providers.network import NetworkProvider
 from vmbus.providers.network.interface import Port, Settings
 from vmbus.providers.scsi import ScsiProvider
 from vmbus.vfio_user.library import Library
+from vmbus.wire import nvsp
 from vmbus.wire.ethernet import NO_OFFLOAD
 from vmbus.wire.packet import PacketType
 from vmbus.wire.storvsp import Direction
@@ -232,8 +233,11 @@ def test_a_card_is_named_audited_and_captured(libvfio_user: Library, tmp_path: P
         driver = VmbusDriver(server.function())
         ends = DriverEnds(driver)
         guest = NetworkGuest(ends)
+        sent = bytes(6) + bytes([2] * 6) + bytes([8, 0]) + bytes(range(250))
         for shape in (1, 2, 3):
-            assert guest.send(bytes(6) + bytes([2] * 6) + bytes([8, 0]) + bytes(300), shape=shape) == 1
+            assert guest.send(sent, shape=shape) == 1
+        for section, size in ((0xFFFFFFFE, 60), (3, 1 << 31), (11, 60)):
+            assert guest.send_rndis(nvsp.DATA_CHANNEL, section, size, None) != nvsp.Status.SUCCESS
         guest.holding = True
         frame = bytes([255] * 6) + bytes([2] * 6) + bytes([8, 0]) + bytes(500)
         cable.push(NO_OFFLOAD + frame)
@@ -252,10 +256,17 @@ def test_a_card_is_named_audited_and_captured(libvfio_user: Library, tmp_path: P
         driver.close(graceful=False)
     said = comments(path)
     assert "" not in said and not any("does not have" in one for one in said)
-    assert any("of the receive buffer" in one for one in said) and any("in section" in one for one in said)
+    assert any(one.startswith("RNDIS data, a frame of 514 bytes at 0x") and "receive buffer" in one for one in said)
     assert any(one.startswith("RNDIS control, QUERY OID") for one in said), said
+    assert any(one.startswith("RNDIS control, QUERY_COMPLETE, request ") for one in said), said
     kinds = {one.record.kind for one in packets_of(path)}
     assert kinds == {PacketType.INBAND, PacketType.TRANSFER_PAGES, PacketType.GPA_DIRECT, PacketType.COMPLETION}
+    # The frames are there as they were, whether in a section of a lent buffer, in memory, or in parts of the other one.
+    (received,) = (
+        one.record for one in packets_of(path) if one.record.external.endswith(frame) and one.record.direction == 1
+    )
+    assert received.external_size == len(received.external) and received.kind == PacketType.TRANSFER_PAGES
+    assert sum(one.record.external.endswith(sent) for one in packets_of(path)) == 3
     with pytest.raises(UsageError, match="its guest has lent"):
         replay([path], "network", libvfio_user)
 

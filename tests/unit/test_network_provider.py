@@ -690,6 +690,18 @@ def test_control_messages_that_nobody_completes_are_bounded() -> None:
         assert guest.query(oids.MEDIA_CONNECT_STATUS) == bytes(4)
 
 
+def test_while_nobody_looks_on_nothing_is_read_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    def look(*_: Any) -> None:
+        raise AssertionError("a capture's work without a capture")
+
+    monkeypatch.setattr(CabledNetwork, "_referred_to", look)
+    with card() as kit:
+        guest = guest_of(kit)
+        cable_of(guest).push(udp(1, 1))
+        kit.run()
+        assert guest.frames and guest.send(plain(udp(2, 1))) == SUCCESS
+
+
 MESSAGES = st.one_of(
     st.binary(max_size=64),
     st.builds(

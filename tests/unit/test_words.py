@@ -122,6 +122,21 @@ def test_what_the_card_says() -> None:
     assert told(NVSP_TYPE, payload, kind=PAGES, to_guest=True, body=pages) == (
         "RNDIS data, 2 messages, 1574 bytes at 0x1a00 of the receive buffer"
     )
+    two = b"".join(rndis.packet_header(one) + bytes(one) for one in (1514, 60))
+    assert told(NVSP_TYPE, payload, kind=PAGES, to_guest=True, body=pages, external=two) == (
+        "RNDIS data, 2 frames of 1574 bytes at 0x1a00 of the receive buffer"
+    )
+    control = nvsp.rndis(nvsp.CONTROL_CHANNEL)
+    for message, expected in (
+        (rndis.query_complete(7, 0, bytes(4)), "QUERY_COMPLETE, request 7"),
+        (rndis.indicate(rndis.Status.MEDIA_CONNECT), "INDICATE MEDIA_CONNECT"),
+        (rndis.indicate(77), "2 messages, 1574 bytes"),
+        (rndis.reset_complete(), "RESET_COMPLETE"),
+        (b"\xff" * 7, "2 messages, 1574 bytes"),
+    ):
+        assert told(NVSP_TYPE, control, kind=PAGES, to_guest=True, body=pages, external=message) == (
+            f"RNDIS control, {expected} at 0x1a00 of the receive buffer"
+        )
     answers = {
         nvsp.init_complete(0x60001, 1): "INIT_COMPLETE success, version 0x60001",
         nvsp.receive_buffer_complete(1, 1728, 100): "RECEIVE_BUFFER_COMPLETE success, 100 sections of 1728 bytes",

@@ -276,7 +276,7 @@ def test_nothing_of_network_and_disk_outlives_their_owner(
         )
     try:
         # As booted: the command that people use is under test.
-        ping = outside.start("ping", host=GUEST, count=0)
+        ping = outside.start("ping", host=GUEST, count=0, appear_seconds=150)
 
         async def story() -> None:
             await until(

@@ -28,7 +28,7 @@ from vmbus.words import describe
 
 if TYPE_CHECKING:
     from vmbus.kmcl.channel import Channel, Link
-    from vmbus.kmcl.observer import How
+    from vmbus.kmcl.observer import How, Lent
 
 DEFAULT_SNAPLEN = 1 << 20
 """Bytes kept of a record; more than any packet has, with its headers and with `DEFAULT_EXTERNAL`."""
@@ -41,6 +41,7 @@ _MOST = 1 << 40
 
 _GPA_DIRECT = int(PacketType.GPA_DIRECT)
 _COMPLETION = int(PacketType.COMPLETION)
+_TRANSFER_PAGES = int(PacketType.TRANSFER_PAGES)
 
 _COMMENT = "Packets of VMBus-like channels; each begins with a header of 40 bytes, see docs/capture.md."
 
@@ -84,7 +85,7 @@ def selects(pattern: str, name: str, type_: str, instance: str, subchannel: int)
 
 
 class _Copy(NamedTuple):
-    """External data of one packet, as far as it was copied."""
+    """Memory that one packet describes or refers to, as far as it was copied."""
 
     size: int
     data: bytes
@@ -108,12 +109,16 @@ class _Traffic:
     # ---- to the host -----------------------------------------------------------------------------------------------
 
     def about_to_take(self, packets: Sequence[RawPacket], offset: int) -> None:
-        """Copy the memory that they describe, as the guest left it."""
+        """Copy the memory that they describe or refer to, as the guest left it."""
         self._looking = True
         self._copies.clear()
+        lent = self.channel.lent
         for packet in packets:
-            if packet.kind == _GPA_DIRECT:
-                self._copies[packet.end - offset] = self._external(packet)
+            copy = self._external(packet) if packet.kind == _GPA_DIRECT else None
+            if lent is not None:
+                copy = self._with_lent(lent, packet, copy)
+            if copy is not None:
+                self._copies[packet.end - offset] = copy
 
     def _external(self, packet: RawPacket) -> _Copy:
         channel = self.channel
@@ -126,6 +131,21 @@ class _Traffic:
         if packet.flags:  # else no completion will ever take it out again
             self._given[packet.transaction] = (extents, size, hash(copy.data))
         return copy
+
+    def _with_lent(self, lent: Lent, packet: RawPacket, described: _Copy | None = None) -> _Copy | None:
+        """What a packet refers to in memory that was lent, and behind it what it describes."""
+        most = self.capture.options.external
+        try:
+            found = lent(packet, most)
+        except PeerError:
+            return _Copy(0, b"", r.UNREADABLE) if described is None else described
+        if found is None:
+            return described
+        size, data = found
+        if described is None:
+            return _Copy(size, data, 0)
+        more = described.data if len(data) == size else b""
+        return _Copy(size + described.size, (data + more)[:most], described.bits)
 
     def _read(self, extents: Sequence[tuple[int, int]], size: int) -> _Copy:
         left = self.capture.options.external
@@ -153,11 +173,15 @@ class _Traffic:
     # ---- to the guest ----------------------------------------------------------------------------------------------
 
     def about_to_put(self, data: bytes) -> None:
-        """Copy the memory that answered packets describe, if that has changed."""
-        if not self._given:
+        """Copy the memory that answered packets describe, if that has changed, and what is handed over."""
+        lent = self.channel.lent
+        if not self._given and lent is None:
             return
         for packet in split_packets(data)[0]:
-            if packet.kind == _COMPLETION and (given := self._given.pop(packet.transaction, None)) is not None:
+            if packet.kind == _TRANSFER_PAGES and lent is not None:
+                if (pages := self._with_lent(lent, packet)) is not None:
+                    self._replies[packet.end] = pages
+            elif packet.kind == _COMPLETION and (given := self._given.pop(packet.transaction, None)) is not None:
                 extents, size, digest = given
                 copy = self._read(extents, size)
                 if not copy.bits and hash(copy.data) == digest:

@@ -53,7 +53,7 @@ _SHOWN = 32  # bytes of a difference
 _NO_OPENING = "a channel was open before the capture began: its provider then had a past that it has not here"
 
 _NOT_REPLAYED = {
-    "network": "what it works on lies in buffers that its guest has lent, and their content is not in a capture",
+    "network": "what it works on lies in buffers that its guest has lent, and a guest of a capture lends none",
     "vsock": "its channels come when programs ask for them, and those are not in a capture",
 }
 

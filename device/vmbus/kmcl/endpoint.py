@@ -16,7 +16,7 @@ from vmbus.errors import PeerError, VmbusError, WaitTimeout
 from vmbus.kmcl.flow import Flow
 from vmbus.kmcl.incoming import TURN_SECONDS, Incoming
 from vmbus.kmcl.lifecycle import ChannelEvent, ChannelState, next_state
-from vmbus.kmcl.observer import How, LifeObserver, Observer
+from vmbus.kmcl.observer import How, Lent, LifeObserver, Observer
 from vmbus.kmcl.outgoing import Outgoing
 from vmbus.kmcl.settings import Settings
 from vmbus.kmcl.status import ChannelStateError
@@ -78,7 +78,8 @@ class Endpoint(Settings):
         carrier: how calls from other threads get to the channel's own; without one they are refused.
         on_owner_error: told which callback of the owner raised, and what.
         on_idle: called with the channel when it has become idle with transactions of its own under way.
-        observers: who is asked at each open whether to look at it; `observing`: those who look at the present one.
+        observers: who is asked at each open whether to look at it; `observing`: those who look at the present one;
+            `lent`: for them, what packets refer to in memory that was lent.
         queueings, signals: entries that found no room at once, and signals given, so far.
     """
 
@@ -91,6 +92,7 @@ class Endpoint(Settings):
         self.on_idle: Callable[[Channel], None] | None = None
         self.observers: list[Observer] = []
         self.observing: list[LifeObserver] = []
+        self.lent: Lent | None = None
         self.can_describe_memory = False
         self.started = False
         self.quiescing = False

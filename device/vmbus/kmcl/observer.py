@@ -10,7 +10,7 @@ observer may raise, and none may touch the channel.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Literal, Protocol
 
 from vmbus.wire.packet import RawPacket
@@ -21,6 +21,12 @@ if TYPE_CHECKING:
 How = Literal["opened", "resumed", "joined"]
 """How a look begins: the other end opened the channel just now; a restore put it back on its rings; it was open when
 the observer came."""
+
+
+Lent = Callable[[RawPacket, int], "tuple[int, bytes] | None"]
+"""What a packet refers to in memory that the guest has lent beforehand (a GPADL): how many bytes that is, and the first
+of them, not more than asked for; None: nothing. Raises PeerError where it cannot be read. An owner of a channel may set
+one, for observers alone."""
 
 
 class LifeObserver(Protocol):

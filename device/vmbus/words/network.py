@@ -1,6 +1,8 @@
 """Packets between hv_netvsc and a network card: NVSP, and as far as they are known the RNDIS messages in them."""
 
 from itertools import islice
+from struct import error as StructError
+from struct import unpack_from
 
 from vmbus.errors import PeerError
 from vmbus.wire import nvsp, rndis
@@ -49,12 +51,10 @@ def _title(channel: int) -> str:
 
 def _rndis_from_guest(packet: Seen, channel: int, section: int, size: int) -> str:
     parts = []
+    if known := _message(packet.external):
+        return f"{_title(channel)}, {known}"
     if section != nvsp.NO_SECTION:
         parts.append(f"{counted(size, 'byte')} in section {section}")
-    elif packet.external:
-        known = _message(packet.external)
-        if known:
-            return f"{_title(channel)}, {known}"
     if packet.kind == PacketType.GPA_DIRECT:
         try:
             ranges = parse_gpa_direct(packet.body, max_bytes=_ANY_SIZE)
@@ -88,6 +88,18 @@ def _message(data: bytes) -> str:
             return f"{type(first).__name__.upper()}, request {first.request}"
 
 
+def _reply(data: bytes) -> str:
+    """A control message of the host's, likewise."""
+    try:
+        kind, _, number = unpack_from("<3I", data)
+        name = rndis.Type(kind).name
+        if kind == rndis.Type.INDICATE:
+            return f"{name} {rndis.Status(number).name}"
+        return f"{name}, request {number}" if kind != rndis.Type.RESET_COMPLETE else name
+    except (StructError, ValueError):
+        return ""
+
+
 def _from_host(packet: Seen) -> str:
     kind, values = nvsp.parse_answer(packet.payload)
     name = nvsp.Type(kind).name
@@ -96,9 +108,9 @@ def _from_host(packet: Seen) -> str:
         ranges = parse_transfer_pages(packet.body).ranges
         total = sum(length for _, length in ranges)
         first = min(offset for offset, _ in ranges)
-        return (
-            f"{_title(values[0])}, {counted(len(ranges), 'message')}, {total} bytes at {first:#x} of the receive buffer"
-        )
+        known = _message(packet.external) if values[0] == nvsp.DATA_CHANNEL else _reply(packet.external)
+        what = known or f"{counted(len(ranges), 'message')}, {total} bytes"
+        return f"{_title(values[0])}, {what} at {first:#x} of the receive buffer"
     if kind == nvsp.Type.INDIRECTION_TABLE:
         return f"{name}, {counted(values[0], 'entry').replace('entrys', 'entries')}"
     if not answers:

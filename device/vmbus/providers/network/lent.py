@@ -38,6 +38,13 @@ class Lent:
             raise ValueError(f"{length} bytes at {offset} of {window.size}")
         return window.read(offset, length)
 
+    def look(self, offset: int, length: int) -> bytes:
+        """The same for somebody who looks on. Raises PeerError, whatever the reason."""
+        try:
+            return self.read(offset, length)
+        except (KmclError, ValueError) as error:
+            raise PeerError(str(error)) from error
+
     def write(self, offset: int, data: bytes) -> None:
         """Store `data`, and have it logged."""
         window = self.open()

@@ -35,6 +35,7 @@ from vmbus.wire.ethernet import (
     format_mac,
     frame_limit,
 )
+from vmbus.wire.packet import PacketType, RawPacket, parse_transfer_pages
 
 log = bounded_log(__name__)
 
@@ -84,6 +85,7 @@ class NetworkProvider(Adapter):
         channel.set_process_packet_callbacks(partial(self._process, queue))
         channel.set_state_change_callbacks(opened=self._opened, closed=self._closed, started=self._started)
         channel.set_save_restore_packet_callbacks(queue.save_packet, queue.restore_packet)
+        channel.lent = self._referred_to
         return queue
 
     def _offer(self, queue: Queue) -> None:
@@ -271,6 +273,25 @@ class NetworkProvider(Adapter):
         lent, self._send = self._send, None
         if lent is not None:
             lent.close()
+
+    def _referred_to(self, packet: RawPacket, most: int) -> tuple[int, bytes] | None:
+        """RNDIS messages in the two buffers, for observers: see `vmbus.kmcl.observer.Lent`."""
+        if packet.kind == PacketType.TRANSFER_PAGES:
+            lent, ranges = self._receive, parse_transfer_pages(packet.body).ranges
+        else:
+            message = nvsp.parse(packet.payload)
+            if not isinstance(message, nvsp.Rndis) or message.section == nvsp.NO_SECTION:
+                return None
+            if message.size > SEND_SECTION:
+                raise PeerError(f"{message.size} bytes of a section")
+            lent, ranges = self._send, [(message.section * SEND_SECTION, message.size)]
+        if lent is None:
+            return None
+        left, found = most, []
+        for offset, length in ranges:
+            found.append(lent.look(offset, min(left, length)))
+            left -= len(found[-1])
+        return sum(length for _, length in ranges), b"".join(found)
 
     # ---- RNDIS -------------------------------------------------------------------------------------------------------
 
