@@ -47,9 +47,7 @@ SAME = {"ddi-burst": "burst"}
 ELSEWHERE = {
     "scsi": "tests/vm/test_scsi.py",
     "vsock": "tests/loopback/test_vsock.py",
-    "netvsc": "tests/vm/test_netvsc.py",
-    "network": "tests/vm/test_netvsc.py",
-    "block": "tests/loopback/test_block_survives.py",
+    "network": "tests/vm/test_network.py",
 }
 """Kinds whose guest is not set up here, and where they are audited."""
 
