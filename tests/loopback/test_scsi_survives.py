@@ -406,7 +406,7 @@ def test_scsi_survives_a_move_to_where_its_image_is_not(
         guest.write(0, pattern(4096, 1))
         state = source.save(moving=True)
         config = bytes.fromhex(source.command("pci")["config"])
-    refused("cannot open the disk image .*: No such file")
+    refused("there is no disk image .*: who goes on with a VM needs the same image")
     assert not other.exists(), "it makes no empty one"
     shutil.copytree(disks, other, copy_function=shutil.copyfile)
     refused("or is another disk.*both hosts have to reach the same image")
@@ -419,6 +419,18 @@ def test_scsi_survives_a_move_to_where_its_image_is_not(
             host.save(moving=True)
         host.command("resume")
         assert guest.read(0, 4096) == pattern(4096, 1)
+        files = tmp_path / "snapshot"
+        files.mkdir()
+        state = host.save(files)
+        config = bytes.fromhex(host.command("pci")["config"])
+    monkeypatch.setenv("VMBUS_CLONE_DISKS", str(tmp_path / "clone"))
+    with LoopbackServer(description, libvfio_user, restore=state, files=files) as clone:
+        function.reconnect(clone.socket_path, config)
+        clone.command("restore-finish")
+        assert guest.read(0, 4096) == pattern(4096, 1)
+        with pytest.raises(UsageError, match="belong to the device's state, and nothing takes them along"):
+            clone.save(moving=True)
+        clone.command("resume")
         guest.close()
 
 

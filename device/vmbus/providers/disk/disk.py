@@ -139,6 +139,9 @@ class Disk:
             create = create or 0
         elif self._restored is not None:
             create = None  # an empty one would not be the guest's disk
+            path = image_path(options.image, self._directory)
+            if not path.exists():
+                raise EnvironmentProblem(f"there is no disk image {path}: who goes on with a VM needs the same image")
         image = open_image(options.image, read_only=options.read_only, create=create, directory=self._directory)
         if self._copy is not None:
             image = self._with_copy(image, self._copy)
