@@ -219,6 +219,7 @@ class Context:
         self._migration = migration if library.generation is Generation.NEW else None
         self._gate = FeatureGate(self._migration, self)
         self._closed = False
+        self._folder = _folder_for(socket_path)
         self._context: _LibraryContext | None = self._create()
         try:
             self._listener = Listener(socket_path)
@@ -705,10 +706,7 @@ class Context:
 
     def _create(self) -> _LibraryContext:
         vfu = self._vfu
-        # Beside the socket, if there is room for a name: whoever owns that directory clears it away if we are killed.
-        beside = self._listener.path.parent.absolute()
-        near = len(os.fsencode(beside)) + len("/.c-12345678/s") <= LONGEST_PATH
-        with tempfile.TemporaryDirectory(prefix=".c-", dir=beside if near else None) as directory:
+        with tempfile.TemporaryDirectory(prefix=".c-", dir=self._folder) as directory:
             path = Path(directory) / "s"
             pointer = vfu.vfu_create_ctx(
                 bindings.TRANS_SOCK, os.fsencode(path), bindings.FLAG_ATTACH_NB, None, bindings.DEV_TYPE_PCI
@@ -1032,6 +1030,17 @@ def _with_shorter_transfers(version_reply: bytes) -> bytes:
         return version_reply
     body = version_reply[HEADER.size : start] + json.dumps(told, separators=(",", ":")).encode() + b"\0"
     return protocol.encode(message_id, command, body, flags=flags, error=error)
+
+
+def _folder_for(socket_path: Path) -> Path | None:
+    """Where a context may have its own socket for a moment: beside ours, if there is room for a name, else None.
+
+    Whoever owns that directory clears it away if we are killed meanwhile.
+    """
+    folder = socket_path.absolute().parent
+    if len(os.fsencode(folder)) + len("/.c-12345678/s") > LONGEST_PATH or not os.access(folder, os.W_OK | os.X_OK):
+        return None
+    return folder
 
 
 def _errno_text() -> str:
