@@ -18,7 +18,8 @@ import msgspec
 from vmbus.errors import EnvironmentProblem, UsageError
 from vmbus.explaining import complaint
 
-NAME_PATTERN = r"^[a-z0-9][a-z0-9._-]{0,31}\Z"
+NAME = r"[a-z0-9][a-z0-9._-]{0,31}"
+NAME_PATTERN = rf"^{NAME}\Z"
 """Names of VMs, devices and providers: they become parts of file names and of log lines."""
 
 NAME_RULE = "1 to 32 of a-z, 0-9, '.', '_' and '-', starting with a letter or digit"

@@ -10,7 +10,13 @@ import pytest
 
 from vmbus.description import DeviceDescription, load_device
 from vmbus.errors import EnvironmentProblem, UsageError
-from vmbus.qemu.description import VmDescription, find_description, load_description, parse_description
+from vmbus.qemu.description import (
+    VmDescription,
+    find_description,
+    load_description,
+    parse_description,
+    with_options,
+)
 
 pytestmark = pytest.mark.unit
 
@@ -87,6 +93,14 @@ def test_who_drives_the_device() -> None:
     # Huge pages are the userspace driver's.
     small = GOOD.replace("[device]", '[guest]\ndriver = "linux"\nhuge_pages = 100\n[device]')
     assert parse_description(small, "x").guest.linux
+
+
+def test_options_of_a_provider_can_be_others() -> None:
+    vm = parse_description(GOOD + "options = { hold = 1, hold_seconds = 2.0 }\n", "x")
+    (other,) = with_options(vm, {"echo": {"hold": 3}}).device.providers
+    assert other.options == {"hold": 3, "hold_seconds": 2.0} and vm.device.providers[0].options["hold"] == 1
+    with pytest.raises(UsageError, match="there is no provider two"):
+        with_options(vm, {"two": {}})
 
 
 def test_a_missing_file_is_an_environment_problem(tmp_path: Path) -> None:

@@ -40,6 +40,7 @@ from vmbus.snapshot.manifest import (
     Versions,
     decode_manifest,
     encode_manifest,
+    is_content,
 )
 
 pytestmark = pytest.mark.unit
@@ -98,6 +99,13 @@ def test_what_is_written_can_be_opened(snapshot: Path) -> None:
     assert sorted(path.name for path in snapshot.iterdir()) == sorted([MANIFEST, *CONTENTS])
     assert stat.S_IMODE(snapshot.stat().st_mode) == 0o700
     assert {path.name for path in snapshot.parent.iterdir()} == {"snapshot", "sources"}  # nothing temporary is left
+
+
+def test_files_of_providers_are_told_by_their_names() -> None:
+    assert all(map(is_content, (RAM, "file.storage.lun-0", "file.a.b.c", "file.9-_.x")))
+    assert not any(
+        map(is_content, ("file.storage", "file.Storage.x", "file.storage.x\n", "file.storage.lun-0/..", "x"))
+    )
 
 
 def test_an_existing_target_is_refused_and_untouched(tmp_path: Path) -> None:

@@ -1,4 +1,5 @@
-"""A guest with a network card moves to another host and back, while both hosts talk to it over TCP and ping.
+"""A guest with a network card moves to another host and back, while both hosts talk to it over TCP and ping, and its
+disk, which both hosts reach, is written to.
 
 One network: a bridge in each host, the link between them a port of both. The guest's card becomes a port of the bridge
 of the host it is on, so its frames take another way after each move, which the switches have to learn.
@@ -26,6 +27,7 @@ import vmbus_guest
 from support import network_owner, vm_owner
 from support.streams import agree, good_ping
 from vmbus.errors import VmbusError, WaitTimeout
+from vmbus.providers.disk.image import DIRECTORY_VARIABLE
 from vmbus.qemu.command_line import Programs
 from vmbus.qemu.description import VmDescription, load_description
 from vmbus.qemu.process import Child, log_tail
@@ -40,6 +42,13 @@ MAC = "02:00:00:00:00:0a"
 PORT = 4711
 SECRET = secrets.token_hex(32)
 STREAMS = 2
+DISK = {
+    "kind": "scsi",
+    "name": "storage",
+    "instance": "3f6c2a10-7f7c-4f0e-9a53-6f1b0c5d2e07",
+    "options": {"luns": [{"image": "disk.img", "size_mib": 64, "create": True}]},
+}
+WRITER = {"device": "/dev/sda", "count": 0, "slots": 400, "batch": 16, "verify_every": 10, "pace": 0.02}
 IMPORT_PATH = os.pathsep.join(
     str(Path(path).resolve().parents[1]) for path in (vmbus.__file__, vmbus_guest.__file__, vm_owner.__file__)
 )
@@ -50,6 +59,7 @@ def described() -> VmDescription:
     plain = msgspec.to_builtins(load_description(CHECKOUT / "qemu_configs" / "network.toml"))
     card = plain["device"]["providers"][0]
     card["options"] = {"interface": "vmnet0", "bridge": network_owner.BRIDGE, "mac": MAC}
+    plain["device"]["providers"].append(DISK)
     return msgspec.convert(plain, VmDescription)
 
 
@@ -122,16 +132,16 @@ class Place:
 
 
 @asynccontextmanager
-async def places(programs: Programs) -> AsyncIterator[tuple[Place, Place]]:
-    """Two hosts on one network. Raises Forbidden."""
-    async with await TwoHosts.create(keep=[programs.kernel, programs.initramfs]) as hosts:
+async def places(programs: Programs, disks: Path) -> AsyncIterator[tuple[Place, Place]]:
+    """Two hosts on one network, which reach the same disks. Raises Forbidden."""
+    async with await TwoHosts.create(keep=[programs.kernel, programs.initramfs, disks]) as hosts:
         found = []
         words = msgspec.json.encode(programs, enc_hook=str).decode()
         for host in hosts.hosts:
             owner = await host.spawn(
                 "the owner",
                 [sys.executable, "-m", "support.network_owner", str(SOCKET), words, host.address],
-                environment={"PYTHONPATH": IMPORT_PATH},
+                environment={"PYTHONPATH": IMPORT_PATH, DIRECTORY_VARIABLE: str(disks)},
             )
 
             async def said(owner: Child = owner) -> bool:
@@ -168,9 +178,12 @@ async def move(source: Place, target: Place) -> dict[str, Any]:
     return report
 
 
-def test_network_survives_live_migration_there_and_back(programs: Programs) -> None:
+def test_network_survives_live_migration_there_and_back(programs: Programs, tmp_path: Path) -> None:
+    disks = tmp_path / "disks"
+    disks.mkdir()
+
     async def story() -> None:
-        async with places(programs) as (a, b):
+        async with places(programs, disks) as (a, b):
             await a.ask("launch", description=msgspec.to_builtins(described()))
             up = f"ip link set eth0 up && ip addr add {GUEST}/24 dev eth0"
             done = await a.agent("execute", argv=["/bin/sh", "-c", up])
@@ -198,7 +211,21 @@ def test_network_survives_live_migration_there_and_back(programs: Programs) -> N
 
                     await until(enough, 60, f"bytes on every stream: {client.progress()}")
 
+            async def written(place: Place, more: int = 100) -> None:
+                """So many more writes that the disk has acknowledged."""
+                seen: list[int] = []
+
+                async def enough() -> bool:
+                    report = await place.agent("poll", job=writer)
+                    assert report["state"] == "running", report
+                    seen.append(int((report["progress"] or {"acknowledged": 0})["acknowledged"]))
+                    return seen[-1] >= seen[0] + more
+
+                await until(enough, 60, "writes to be acknowledged")
+
+            writer = int((await a.agent("start", driver="disk-writer", parameters=WRITER))["job"])
             await moved()
+            await written(a)
             here, there = a, b
             for _ in range(2):
                 assert await here.port_of_the_guest() == "vmnet0"
@@ -206,10 +233,15 @@ def test_network_survives_live_migration_there_and_back(programs: Programs) -> N
                 await move(here, there)
                 here, there = there, here
                 await moved()
+                await written(here)
             assert here is a and await a.port_of_the_guest() == "vmnet0"
             state = (await a.ask("device"))["providers"]["card"]
             print(f"the card: {state}")
             assert state["announced"] >= 4 and state["refused"] == 0
+            await a.agent("stop", job=writer)
+            report = await a.agent("wait", job=writer)
+            assert report["result"]["verdict"] == "passed", report
+            print(f"the disk: {report['result']['acknowledged']} writes acknowledged, {report['result']['fsck']}")
             for program in (*clients, *pings):
                 program.stop()
             await a.agent("stop", job=int(pinging["job"]))

@@ -6,8 +6,9 @@ stored in a snapshot and used on another machine.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 
@@ -79,6 +80,20 @@ class VmDescription(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
                 f"guest.huge_pages = {self.guest.huge_pages} ({self.guest.huge_pages * 2} MiB) is more than half of "
                 f"memory_mib = {self.memory_mib}; allowed: up to {self.memory_mib // 4}"
             )
+
+
+def with_options(vm: VmDescription, options: Mapping[str, Mapping[str, Any]]) -> VmDescription:
+    """With further options of providers, by their names, in the place of those that it has.
+
+    Raises UsageError for a name that it does not have.
+    """
+    if unknown := sorted(set(options) - {one.name for one in vm.device.providers}):
+        raise UsageError(f"there is no provider {', '.join(unknown)}, whose options were to be others")
+    providers = [
+        msgspec.structs.replace(one, options={**one.options, **options.get(one.name, {})})
+        for one in vm.device.providers
+    ]
+    return msgspec.structs.replace(vm, device=msgspec.structs.replace(vm.device, providers=providers))
 
 
 def parse_description(data: str | bytes, source: str) -> VmDescription:

@@ -46,7 +46,7 @@ from vmbus.qemu.command_line import (
     qemu_arguments,
     with_available_driver,
 )
-from vmbus.qemu.description import VmDescription
+from vmbus.qemu.description import VmDescription, with_options
 from vmbus.qemu.foreign import MigrationGuard
 from vmbus.qemu.moments import Hook, Moment, no_hook
 from vmbus.qemu.pci_replay import PciAddress, replay
@@ -212,11 +212,14 @@ class VirtualMachine:
         audit: Path | None = None,
         capture: Path | None = None,
         clone: bool = False,
+        options: Mapping[str, Mapping[str, Any]] | None = None,
         at: Hook = no_hook,
     ) -> VirtualMachine:
         """Brings a VM back from the snapshot in `directory`, running; `vm.restored` has the report.
 
         `clone`: one of several that run at the same time; its disks are in its run directory, and end with it.
+        `options`: of providers, by their names, in the place of the snapshot's: such as another `namespace` for the
+        card of a clone. Whether they fit the state, its providers decide.
 
         The snapshot is verified before anything is started. Raises `StateError` if it is refused, by us or by the
         device server, and `EnvironmentProblem` or `WaitTimeout`; nothing is left behind then.
@@ -225,6 +228,7 @@ class VirtualMachine:
         try:
             with phases("verify"):
                 snapshot = await open_snapshot(directory, programs, expected=expected)
+            described = with_options(snapshot.manifest.vm, options or {})
             programs = dataclasses.replace(programs, kernel=snapshot.kernel, initramfs=snapshot.initramfs)
             if run_directory is None:
                 run_directory = RunDirectory.create(snapshot.manifest.vm.name)
@@ -233,7 +237,7 @@ class VirtualMachine:
                 run_directory.remove()
             raise
         spare = snapshot.manifest.machine.spare_cpus
-        vm = cls(snapshot.manifest.vm, programs, run_directory, audit=audit, capture=capture, spare_cpus=spare)
+        vm = cls(described, programs, run_directory, audit=audit, capture=capture, spare_cpus=spare)
         vm.clone = clone
         try:
             await vm._restore(snapshot, phases, sabotage, at)

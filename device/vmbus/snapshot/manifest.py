@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 
 import msgspec
 
-from vmbus.description import NAME_PATTERN, explain
+from vmbus.description import NAME, explain
 from vmbus.errors import StateError
 from vmbus.qemu.description import VmDescription
 
@@ -30,7 +30,7 @@ CONTENTS = (RAM, STATE, KERNEL, INITRAMFS)
 """Every snapshot's files besides the manifest: QEMU's stream, the device server's state, and what QEMU booted."""
 
 FILE_PREFIX = "file."
-FILE_NAME = re.compile(rf"file\.{NAME_PATTERN.strip('^$')}\.[a-z0-9][a-z0-9_-]{{0,31}}")
+FILE_NAME = re.compile(rf"file\.{NAME}\.[a-z0-9][a-z0-9_-]{{0,31}}")
 """Files of providers: `file.PROVIDER.NAME`. A snapshot may have any number of them."""
 
 

@@ -198,7 +198,7 @@ async def kill(stage: Stage, parameters: Parameters) -> Figures:
         await subject.vm.kill()
     else:
         raise Wrong(f"{victim.name} was killed, and nobody noticed")
-    stage.subject = await stage.restored(stage.snapshot)
+    stage.subject = await stage.restored(stage.snapshot, back=True)
     restored = stage.here.vm.restored
     assert restored is not None
     if figures.packets is not None:
@@ -212,7 +212,7 @@ async def clone(stage: Stage, parameters: Parameters) -> Figures:
     """Two VMs from one snapshot: both go on, one is brought to its end and checked, the other goes on for good."""
     report, kept = await _save_and_end(stage, live=bool(parameters["live"]))
     async with contextlib.AsyncExitStack() as stack:
-        stage.subject, other = await _both(stage.restored(kept, clone=True), stage.restored(kept, clone=True), stack)
+        stage.subject, other = await _both(stage.restored(kept), stage.restored(kept, clone=True), stack)
         figures = _came_back(stage.subject, report)
         _require_all(report.packets, other.vm, "the restore of the other clone")
         for subject in (other, stage.subject):
@@ -266,7 +266,7 @@ async def revert(stage: Stage, parameters: Parameters) -> Figures:
     tag = str(parameters["tag"])
     with stage.going_back():
         report = await stage.here.vm.revert(tag, directory=stage.scratch / "checkpoints")
-    stage.here.life = stage.checkpoints[tag].moved()
+    stage.here.life = stage.checkpoints[tag].moved(back=True)
     return Figures(downtime=report.downtime, restore_seconds=sum(report.phases.values()), packets=report.packets)
 
 

@@ -1,5 +1,5 @@
-"""The card's other end: a network namespace of the episode's own, and a program in it that exchanges TCP streams with
-the guest. It stays where it is, whatever is done to the VM.
+"""The card's other end: a network namespace of the episode's own, and in it the other ends of TCP connections with the
+guest. It stays where it is, whatever is done to the VM; a clone that runs beside it has one of its own.
 
 The namespace's name says who made it; what a killed worker has left is removed by the next one.
 """
@@ -8,32 +8,18 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import os
-import sys
+import socket
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
-import vmbus
-import vmbus_guest
 from vmbus.errors import EnvironmentProblem
 from vmbus.providers.network.interface import NAMESPACES, in_namespace
-from vmbus.qemu.process import Child
+from vmbus.soak.peer import GUEST_PORT, PORT, Accept, Peer
 
 HOST, GUEST, PREFIX_LENGTH = "192.0.2.1", "192.0.2.2", 24
 _PREFIX = "vmbus-soak-"
 _TUN = Path("/dev/net/tun")
-_PROGRAM = """
-import ctypes, os, runpy, sys
-libc = ctypes.CDLL(None, use_errno=True)
-descriptor = os.open(sys.argv[1], os.O_RDONLY)
-if libc.setns(descriptor, 0x40000000):
-    sys.exit(os.strerror(ctypes.get_errno()))
-os.close(descriptor)
-del sys.argv[1]
-runpy.run_module("vmbus_guest.testdrivers", run_name="__main__", alter_sys=True)
-"""
-"""Joins the namespace argv[1], and runs a test driver of the guest's with the other arguments."""
 
 
 def why_not() -> str:
@@ -46,56 +32,61 @@ def why_not() -> str:
 
 
 class Outside:
-    """Use `make`. `name`: what the card's option `namespace` takes."""
+    """Use `make`. `name`: what the card's option `namespace` takes. `peer`: the other ends, once they are there."""
 
-    def __init__(self, name: str, log: Path) -> None:
+    def __init__(self, name: str) -> None:
         self.name = name
-        self._log = log
-        self._program: Child | None = None
+        self.peer: Peer | None = None
 
     @classmethod
-    async def make(cls, log: Path) -> Outside:
-        """`log`: a file for the program's words. Raises EnvironmentProblem."""
+    async def make(cls) -> Outside:
+        """Raises EnvironmentProblem."""
         name = f"{_PREFIX}{os.getpid()}-{_started(os.getpid())}-{os.urandom(2).hex()}"
         await asyncio.to_thread(_make, name)
-        return cls(name, log)
+        return cls(name)
 
-    async def begin(self, streams: int, stall_seconds: float) -> None:
-        """Connect to the guest, which serves. Raises EnvironmentProblem."""
-        parameters = {"mode": "connect", "host": GUEST, "streams": streams, "stall_seconds": stall_seconds}
-        roots = [str(Path(package.__file__ or "").parents[1]) for package in (vmbus, vmbus_guest)]
-        self._program = await Child.spawn(
-            "the card's other end",
-            [
-                *(sys.executable, "-c", _PROGRAM, str(NAMESPACES / self.name), "transfer"),
-                *("--parameters", json.dumps(parameters)),
-            ],
-            self._log,
-            environment={"PYTHONPATH": os.pathsep.join(roots)},
-        )
+    async def begin(self, seed: int, size: int, pairs: int) -> None:
+        """Listen for the guest, and connect to it. Raises OSError, EnvironmentProblem."""
+        self.peer = Peer(self, seed, size, pairs)
+        await self.peer.start()
 
-    @property
-    def running(self) -> bool:
-        """Whether the program is there."""
-        return self._program is not None and self._program.running
+    def cut(self) -> None:
+        """The VM has gone back: forget all connections."""
+        if self.peer is not None:
+            self.peer.cut()
 
-    async def finish(self, seconds: float) -> dict[str, Any]:
-        """No more bytes from this end: its result, once the guest has ended, too. Raises EnvironmentProblem."""
-        assert self._program is not None
-        if self._program.running:
-            self._program.process.terminate()
-            await asyncio.wait({self._program.exited}, timeout=seconds)
-        text = await asyncio.to_thread(self._log.read_text, errors="replace")
-        for line in reversed(text.splitlines()):
-            if line.startswith('{"event":"result"'):
-                return dict(json.loads(line)["result"])
-        raise EnvironmentProblem(f"the card's other end came to no result: {text[-500:]!r}")
+    @contextlib.contextmanager
+    def going_back(self) -> Iterator[None]:
+        """In the block the VM goes back; then all connections are forgotten."""
+        with contextlib.nullcontext() if self.peer is None else self.peer.excused():
+            yield
+            self.cut()
 
     async def remove(self) -> None:
         """All of it."""
-        if self._program is not None:
-            await self._program.stop()
+        self.cut()  # what the kernel has still to send would keep the namespace
+        if self.peer is not None:
+            await self.peer.close()
         await asyncio.to_thread(_remove, self.name)
+
+    async def listen(self, accept: Accept) -> asyncio.Server:
+        """For the guest's connections."""
+        return await asyncio.start_server(accept, sock=await self._new(lambda: socket.create_server(("0.0.0.0", PORT))))
+
+    async def connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        """One to the guest."""
+        end = await self._new(socket.socket)
+        try:
+            end.setblocking(False)
+            await asyncio.get_running_loop().sock_connect(end, (GUEST, GUEST_PORT))
+            return await asyncio.open_connection(sock=end)
+        except BaseException:
+            end.close()
+            raise
+
+    async def _new(self, make: Callable[[], socket.socket]) -> socket.socket:
+        """A socket in the namespace: it belongs there for life."""
+        return await asyncio.to_thread(in_namespace, self.name, make)
 
 
 def _started(pid: int) -> str:

@@ -15,7 +15,7 @@ import json
 import uuid
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
 
@@ -50,22 +50,12 @@ MOST_OPTIONAL = 3
 
 Parameters = dict[str, Scalar]
 
-Way = Literal["", "forth", "back"]
-"""Who drives the device in the guest, and with that what can be done to the VM.
-
-Empty: programs of ours, over VFIO, and all operations. The others: Linux's own drivers. `forth`: the VM only goes on,
-so its disk's image is shared between source and destination of a migration, and it has a card, whose TCP streams would
-not survive otherwise. `back`: its disk is copied into each snapshot, so it can go back to one, and be cloned.
-"""
-
-_EVERY_WAY: tuple[Kind, ...] = ("save_restore", "save_restore_live", "full_disk", "pause", "hot_add", "rescind")
-STOCK_OPERATIONS: dict[Way, tuple[Kind, ...]] = {
-    "forth": (*_EVERY_WAY, "migrate", "cancelled_migration", "sabotaged_migration"),
-    "back": (*_EVERY_WAY, "checkpoint", "revert", "clone", "kill"),
-}
-"""What can be done in an episode with Linux's own drivers."""
+STOCK_OPERATIONS = tuple(kind for kind in WEIGHTS if kind != "driver_kill")
+"""What can be done in an episode with Linux's own drivers, which are no process."""
+STOCK_CPUS = (1, 2, 4)
+"""How many CPUs its guest has. A disk and a card have as many channels, up to their own bounds."""
 STOCK_PACE = 8
-"""By which a `pace` is divided there: a transaction is a write to a disk, 16 KiB of a stream, or the like."""
+"""By which a `pace` is divided there: a transaction is a write to a disk, a frame of a connection, or the like."""
 _NEEDS_ANOTHER = ("revert", "rescind")
 
 
@@ -116,15 +106,15 @@ def plan_episode(settings: Settings, seed: int, index: int) -> EpisodePlan:
         count = min(count, settings.total - index * settings.length)
         if count <= 0:
             raise UsageError(f"episode {index} is none of this campaign: it has {episodes_planned(settings)}, from 0")
-    way = _way(settings, own)
-    vm, workloads = _stock_machine(settings, draw, way) if way else _machine(settings, draw)
+    linux = _linux(settings, own)
+    vm, workloads = _stock_machine(settings, draw) if linux else _machine(settings, draw)
     return EpisodePlan(
         episode=index,
         seed=own,
         vm=vm,
         workloads=workloads,
-        operations=_operations(settings, draw, count, way),
-        audit=settings.audit and not way,  # Linux keeps no records
+        operations=_operations(settings, draw, count, linux),
+        audit=settings.audit,
         packets=settings.packets,
         operation_seconds=settings.operation_seconds,
         finish_seconds=settings.finish_seconds,
@@ -164,22 +154,16 @@ def linux_share(settings: Settings) -> float:
         return float(settings.sabotage == DISK_LOSES_A_BLOCK)
     if settings.description:
         return float(_description(settings.description).guest.linux)
-    return settings.linux if _possible_ways(settings) else 0.0
+    return settings.linux if _fits(settings, STOCK_OPERATIONS) else 0.0
 
 
-def _possible_ways(settings: Settings) -> list[Way]:
-    return [way for way, kinds in STOCK_OPERATIONS.items() if _fits(settings, kinds)]
-
-
-def _way(settings: Settings, own: int) -> Way:
-    """Of an episode with this seed. Drawn by itself, so that it leaves everything else as it was."""
-    draw = Draw(seed_of(own, 0))
-    drawn, which = draw.chance(linux_share(settings)), draw.number(0, 0.999)
-    possible = _possible_ways(settings)
-    if not drawn:
-        return ""
-    if possible:
-        return possible[int(which * len(possible))]
+def _linux(settings: Settings, own: int) -> bool:
+    """Whether the episode with this seed has Linux's own drivers. Drawn by itself, so that it leaves everything else as
+    it was."""
+    if not Draw(seed_of(own, 0)).chance(linux_share(settings)):
+        return False
+    if _fits(settings, STOCK_OPERATIONS):
+        return True
     raise UsageError("none of these operations, or not all of the script's, are there with Linux's own drivers")
 
 
@@ -250,9 +234,9 @@ def _machine(settings: Settings, draw: Draw) -> tuple[VmDescription, list[Worklo
     return msgspec.structs.replace(vm, device=device), workloads
 
 
-def _stock_machine(settings: Settings, draw: Draw, way: Way) -> tuple[VmDescription, list[WorkloadPlan]]:
+def _stock_machine(settings: Settings, draw: Draw) -> tuple[VmDescription, list[WorkloadPlan]]:
     """With Linux's own drivers: each workload has a provider, one of the description's own if it has such a one."""
-    cpus = draw.between(1, 2)
+    cpus = draw.one_of(STOCK_CPUS)
     vm = _description(settings.description)
     providers = list(vm.device.providers)
     if not settings.description:
@@ -263,11 +247,8 @@ def _stock_machine(settings: Settings, draw: Draw, way: Way) -> tuple[VmDescript
     for name, recipe in STOCK_RECIPES.items():
         runs = draw.chance(settings.share(name))
         options, parameters = recipe.options(draw), recipe.parameters(draw, settings.packets)
-        if not runs or (name == "card" and way != "forth"):
+        if not runs:
             continue
-        if name == "disk":
-            snapshot = "shared" if way == "forth" else "copy"
-            options = {**options, "luns": [{**unit, "snapshot": snapshot} for unit in options["luns"]]}
         at = next((at for at, one in enumerate(providers) if one.kind == recipe.provider), None)
         if at is None:
             taken = {provider.name for provider in providers}
@@ -404,10 +385,10 @@ _ALLOWED: dict[str, tuple[Scalar, ...]] = {
 }
 
 
-def _operations(settings: Settings, draw: Draw, count: int, way: Way) -> list[OperationPlan]:
+def _operations(settings: Settings, draw: Draw, count: int, linux: bool) -> list[OperationPlan]:
     world = World()
-    kinds = STOCK_OPERATIONS.get(way, tuple(WEIGHTS))
-    pace = max(1, settings.pace // STOCK_PACE) if way else settings.pace
+    kinds = STOCK_OPERATIONS if linux else tuple(WEIGHTS)
+    pace = max(1, settings.pace // STOCK_PACE) if linux else settings.pace
     plans = []
     for number in range(count):
         after = draw.between(max(1, pace // 4), pace)

@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,8 @@ LOG_BYTES = 512 << 10
 LOGS = ("server.log", "qemu.log", "console.log")
 MIXED = "mixed"
 WRONGS = ("lost", "duplicated", "reordered", "corrupted")
+
+Options = Mapping[str, Mapping[str, Any]]
 
 _BETWEEN = ("awaiting", "restoring")  # phases of a server whose books are not those of the VM yet
 _JOB_INTERVAL = 1.0  # seconds between two looks whether the guest's driver still runs
@@ -81,7 +84,8 @@ class Life:
 
     `job`: the guest's number of the driver that runs. `baseline`: the hosts' tallies when it was started. `before`:
     transactions completed by earlier drivers. `killed`: drivers that were killed up to then. `jobs`: with Linux's own
-    drivers, the number of each workload's program. `moves`: how often the guest found itself restored, up to then.
+    drivers, the number of each workload's program. `moves`: how often the guest found itself restored, up to then;
+    `backs`: how often with another end of its network than the one that it had spoken with, which has not gone back.
     """
 
     job: int
@@ -90,10 +94,11 @@ class Life:
     killed: int = 0
     jobs: dict[str, int] = field(default_factory=dict)
     moves: int = 0
+    backs: int = 0
 
-    def moved(self) -> Life:
-        """This one, restored, migrated, or taken back to."""
-        return replace(self, moves=self.moves + 1)
+    def moved(self, *, back: bool = False) -> Life:
+        """This one, restored, migrated, or (`back`) taken back to."""
+        return replace(self, moves=self.moves + 1, backs=self.backs + back)
 
 
 @dataclass
@@ -172,13 +177,18 @@ class Stage:
         await vm.wait_ready()
         await self.start_workloads()
 
-    async def restored(self, kept: Kept, *, clone: bool = False) -> Subject:
-        """Another VM from a snapshot. Raises what a restore raises."""
+    async def restored(
+        self, kept: Kept, *, clone: bool = False, back: bool = False, options: Options | None = None
+    ) -> Subject:
+        """Another VM from a snapshot. Raises what a restore raises.
+
+        `clone`: beside one that goes on from it. `back`: the VM has gone on since. `options`: of providers.
+        """
         vm = await VirtualMachine.restore(
-            kept.directory, self.programs, self.run_directory(), audit=self.audit, clone=clone
+            kept.directory, self.programs, self.run_directory(), audit=self.audit, clone=clone, options=options
         )
         vm.programs = self.programs  # the same files as those in the snapshot, which may go before the VM does
-        return Subject(vm, kept.life.moved())
+        return Subject(vm, kept.life.moved(back=back or clone))
 
     async def keep(self, kept: Kept | None) -> None:
         """The last snapshot, instead of the one before it."""
@@ -302,12 +312,8 @@ class Stage:
         report = await self._job_end(subject, life.job)
         status = await vm.call_server("status")
         records, wrong = self._compare(subject, report, status)
-        verdict = ""
-        if self.audit is not None:
-            found = await self._audited(vm)
-            verdict = found.verdict
-            wrong += self._judge(found, life)
-        return records, verdict, wrong
+        verdict, broken = await self._auditor(subject)
+        return records, verdict, wrong + broken
 
     async def _job_end(self, subject: Subject, job: int) -> dict[str, Any]:
         deadline = time.monotonic() + self.plan.finish_seconds
@@ -358,11 +364,14 @@ class Stage:
             wrong.append(f"packets are still in flight at the end: {_counts(left)}")
         return records, wrong
 
-    async def _audited(self, vm: VirtualMachine) -> Report:
-        assert self.audit is not None
-        await vm.collect_audit()
-        leaf = str((await vm.call_server("audit"))["uid"])
-        return await asyncio.to_thread(check_paths, [self.audit], leaf=leaf)
+    async def _auditor(self, subject: Subject) -> tuple[str, list[str]]:
+        """The auditor's verdict, and what it has found wrong; nothing, where no records are kept."""
+        if self.audit is None:
+            return "", []
+        await subject.vm.collect_audit()
+        leaf = str((await subject.vm.call_server("audit"))["uid"])
+        found = await asyncio.to_thread(check_paths, [self.audit], leaf=leaf)
+        return found.verdict, self._judge(found, subject.life)
 
     def _judge(self, report: Report, life: Life) -> list[str]:
         """What speaks against a record. A driver that was killed leaves one that stops short."""

@@ -2,6 +2,9 @@
 
 The workloads are programs of the guest's without a channel, so the server has no books of theirs. Theirs are what the
 guest's programs say, what the other ends on this host say, and what the guest's kernel has written into its log.
+
+What ends a connection: those of sockets end with every restore, since their other ends do not travel. Those over the
+card live on, unless the VM goes back to a moment: their other ends do not, and forget them.
 """
 
 from __future__ import annotations
@@ -18,17 +21,16 @@ import msgspec
 
 from vmbus.errors import EnvironmentProblem
 from vmbus.providers.disk.image import DIRECTORY_VARIABLE
+from vmbus.qemu.description import with_options
 from vmbus.qemu.machine import VirtualMachine
 from vmbus.soak.outside import GUEST, HOST, PREFIX_LENGTH, Outside, why_not
-from vmbus.soak.peer import GUEST_PORT, PORT, Peer
+from vmbus.soak.peer import GUEST_PORT, PORT, Peer, Sockets
 from vmbus.soak.records import Count, WorkloadRecord
 from vmbus.soak.schedule import EpisodePlan, WorkloadPlan
 from vmbus.soak.settings import DISK_LOSES_A_BLOCK
-from vmbus.soak.stage import Kept, Life, Stage, Subject, Wrong
+from vmbus.soak.stage import Kept, Life, Options, Stage, Subject, Wrong
 from vmbus.soak.workloads import IMAGE
 
-CONNECTIONS = 2
-"""Of the workload `vsock`: a restore ends them, and nothing else does."""
 HUNG_SECONDS = 30
 """The guest's kernel tells of a task that waits for so long for what the host owes it."""
 BAD_WORDS = re.compile(
@@ -37,9 +39,9 @@ BAD_WORDS = re.compile(
     r"no rndis request found|unhandled rndis|Unexpected VMBUS completion|Ring buffer not empty"
 )
 """Of which the guest's kernel log has none."""
-_DRIVERS = {"disk": "disk-writer", "vsock": "vsock", "card": "transfer"}
-_COUNTED = {"disk": "acknowledged", "vsock": "received"}
-_CARD_BYTES = 16384  # of a stream in both directions together count as a transaction
+_DRIVERS = {"disk": "disk-writer", "vsock": "frames", "card": "frames"}
+_COUNTED = {"disk": "acknowledged", "vsock": "received", "card": "received"}
+_SLOWEST = {"disk": "acknowledged", "vsock": "slowest", "card": "slowest"}  # so that each connection has to move on
 _BLOCK, _MAGIC, _BATCH = 1024, b"written!", 32  # of a small ext4, and of the guest's disk-writer
 
 
@@ -66,17 +68,18 @@ class StockStage(Stage):
         super().__init__(*arguments)
         self._peers: dict[int, tuple[VirtualMachine, Peer]] = {}
         self._outside: Outside | None = None
+        self._beside: dict[int, tuple[VirtualMachine, Outside]] = {}  # of clones
         self._counts: dict[str, int] = {}
         self._wrong: list[str] = []
 
     # ---- VMs that come and go ------------------------------------------------------------------------------------
 
     async def boot(self) -> None:
-        if any(one.driver == "card" for one in self.plan.workloads):
+        if self._plan_of("card") is not None:
             reason = why_not()
             if not reason:
                 try:
-                    self._outside = await Outside.make(self.folder / "card.log")
+                    self._outside = await Outside.make()
                 except EnvironmentProblem as error:
                     reason = str(error)
             self.plan = with_card(self.plan, self._outside.name) if self._outside else without_card(self.plan)
@@ -84,8 +87,24 @@ class StockStage(Stage):
                 self.event(f"the workload card is left out: {reason}")
         await super().boot()
 
-    async def restored(self, kept: Kept, *, clone: bool = False) -> Subject:
-        subject = await super().restored(kept, clone=clone)
+    async def restored(
+        self, kept: Kept, *, clone: bool = False, back: bool = False, options: Options | None = None
+    ) -> Subject:
+        beside = None
+        if self._outside is not None and clone:
+            beside = await Outside.make()
+            options = {self._card.provider: {"namespace": beside.name}}
+        elif self._outside is not None and back:
+            self._outside.cut()
+        try:
+            subject = await super().restored(kept, clone=clone, back=back, options=options)
+        except BaseException:
+            if beside is not None:
+                await beside.remove()
+            raise
+        if beside is not None:
+            self._beside[id(subject.vm)] = (subject.vm, beside)
+            await self._begin(beside)
         if self.plan.sabotage == DISK_LOSES_A_BLOCK and not clone:
             await asyncio.to_thread(lose_a_block, Path(os.environ[DIRECTORY_VARIABLE]) / IMAGE)
         return subject
@@ -96,6 +115,8 @@ class StockStage(Stage):
             for vm, peer in self._peers.values():
                 if vm is self.here.vm:
                     stack.enter_context(peer.excused())
+            if self._outside is not None:
+                stack.enter_context(self._outside.going_back())
             yield
 
     async def end(self) -> None:
@@ -115,6 +136,11 @@ class StockStage(Stage):
                 del self._peers[key]
                 self._wrong += peer.wrong
                 await peer.close()
+        for key, (vm, outside) in list(self._beside.items()):
+            if everyone or vm.ended:
+                del self._beside[key]
+                self._wrong += outside.peer.wrong if outside.peer is not None else []
+                await outside.remove()
 
     # ---- workloads -----------------------------------------------------------------------------------------------
 
@@ -128,19 +154,29 @@ class StockStage(Stage):
             if one.driver not in _DRIVERS:
                 continue
             parameters = one.parameters
-            if one.driver == "vsock":
+            if one.driver != "disk":
                 parameters = {"port": PORT, "listen": GUEST_PORT, **parameters}
             if one.driver == "card":
                 up = {"interface": "eth0", "address": f"{GUEST}/{PREFIX_LENGTH}"}
                 report = await vm.call_agent("run", driver="interface", parameters=up, timeout=60.0)
                 if report["state"] != "finished":
                     raise Wrong(f"the card does not come up: {report.get('error')}")
+                assert self._outside is not None
+                await self._begin(self._outside)
+                parameters = {"address": HOST, **parameters}
             started = await vm.call_agent("start", driver=_DRIVERS[one.driver], parameters=parameters)
             jobs[one.driver] = int(started["job"])
-            if one.driver == "card":
-                assert self._outside is not None
-                await self._outside.begin(parameters["streams"], parameters["stall_seconds"])
         self.here.life = Life(next(iter(jobs.values()), 0), {}, before, killed, jobs)
+
+    async def _begin(self, outside: Outside) -> None:
+        parameters = self._card.parameters
+        await outside.begin(parameters["seed"], parameters["size"], parameters["pairs"])
+
+    @property
+    def _card(self) -> WorkloadPlan:
+        plan = self._plan_of("card")
+        assert plan is not None
+        return plan
 
     def _plan_of(self, driver: str) -> WorkloadPlan | None:
         return next((one for one in self.plan.workloads if one.driver == driver), None)
@@ -153,7 +189,7 @@ class StockStage(Stage):
         if id(subject.vm) not in self._peers:
             await self._forget_peers()
             path = status["providers"][plan.provider]["socket"]
-            peer = Peer(path, plan.parameters["seed"], plan.parameters["size"])
+            peer = Peer(Sockets(path), plan.parameters["seed"], plan.parameters["size"])
             await peer.start()
             self._peers[id(subject.vm)] = (subject.vm, peer)
         return self._peers[id(subject.vm)][1]
@@ -175,10 +211,7 @@ class StockStage(Stage):
                 counts[one.driver] = int(status["providers"][one.provider]["heartbeat"]["beats"])
                 continue
             progress = reports[one.driver]["progress"] or {}
-            if one.driver == "card":
-                counts[one.driver] = int(progress.get("slowest", 0)) // _CARD_BYTES
-            else:
-                counts[one.driver] = int(progress.get(_COUNTED[one.driver], 0))
+            counts[one.driver] = int(progress.get(_SLOWEST[one.driver], 0))
         return counts
 
     def transactions(self, subject: Subject, status: dict[str, Any]) -> int:
@@ -205,25 +238,33 @@ class StockStage(Stage):
             progress = report["progress"] or {}
             if report["state"] != "running":
                 wrong.append(f"workload {name} has {report['state']} by itself: {_say(report)}")
-            elif progress.get("wrong") or progress.get("dropped"):
+            elif progress.get("wrong"):
                 wrong.append(f"workload {name}, as the guest counts: {progress}")
-        wrong += self._compare_vsock(subject, (status["reports"].get("vsock") or {}).get("progress") or {})
+        wrong += self._compare_connections(subject, status["reports"], "progress")
         wrong += self._compare_providers(status)
-        if self._plan_of("card") and self._outside is not None and not self._outside.running:
-            wrong.append("workload card: the other end has ended by itself")
         if wrong:
             raise Wrong("; ".join(wrong))
 
-    def _compare_vsock(self, subject: Subject, progress: dict[str, Any]) -> list[str]:
+    def _compare_connections(self, subject: Subject, reports: dict[str, Any], field: str) -> list[str]:
         wrong = []
-        if id(subject.vm) in self._peers:
-            peer = self._peers[id(subject.vm)][1]
-            wrong += [f"workload vsock, as the host reads: {text}" for text in peer.wrong]
-            if peer.ends:
-                wrong.append(f"workload vsock: {peer.ends} connections ended, and their VM ran on")
-        ends, most = int(progress.get("ends", 0)), CONNECTIONS * subject.life.moves
-        if ends > most:
-            wrong.append(f"workload vsock: {ends} connections ended in the guest, {most} at most with its restores")
+        key, life = id(subject.vm), subject.life
+        outside = self._beside[key][1] if key in self._beside else self._outside
+        for name, peer, causes in (
+            ("vsock", self._peers[key][1] if key in self._peers else None, life.moves),
+            # One that is made while it goes back may end, too.
+            ("card", outside.peer if outside is not None else None, 2 * life.backs),
+        ):
+            plan = self._plan_of(name)
+            if plan is None:
+                continue
+            if peer is not None:
+                wrong += [f"workload {name}, as the host reads: {text}" for text in peer.wrong]
+                if peer.ends:
+                    wrong.append(f"workload {name}: {peer.ends} connections ended, and their VM ran on")
+            ends = int(((reports.get(name) or {}).get(field) or {}).get("ends", 0))
+            most = 2 * int(plan.parameters.get("pairs", 1)) * causes
+            if ends > most:
+                wrong.append(f"workload {name}: {ends} connections ended in the guest, {most} at most might have")
         return wrong
 
     def _compare_providers(self, status: dict[str, Any]) -> list[str]:
@@ -242,12 +283,8 @@ class StockStage(Stage):
         vm = subject.vm
         status = await self.status(subject)
         self.check_books(subject, status)
-        theirs = None
-        for name, job in subject.life.jobs.items():
-            if name != "card":
-                await vm.call_agent("stop", job=job)
-        if "card" in subject.life.jobs and self._outside is not None:
-            theirs = await self._outside.finish(self.plan.finish_seconds)
+        for job in subject.life.jobs.values():
+            await vm.call_agent("stop", job=job)
         reports = {name: await self._job_end(subject, job) for name, job in subject.life.jobs.items()}
         status = await super().status(subject)
         records, wrong = [], list(self._wrong)
@@ -255,12 +292,11 @@ class StockStage(Stage):
             record, faults = self._record(one, reports.get(one.driver), status)
             records.append(record)
             wrong += faults
-        wrong += self._compare_vsock(subject, (reports.get("vsock") or {}).get("result") or {})
+        wrong += self._compare_connections(subject, reports, "result")
         wrong += self._compare_providers(status)
-        if theirs is not None:
-            wrong += compare_streams(theirs, reports["card"].get("result") or {})
         wrong += await self._complaints(vm)
-        return records, "", wrong
+        verdict, broken = await self._auditor(subject)
+        return records, verdict, wrong + broken
 
     def _record(
         self, plan: WorkloadPlan, report: dict[str, Any] | None, status: dict[str, Any]
@@ -272,10 +308,7 @@ class StockStage(Stage):
         else:
             result = report.get("result") or {}
             verdict = str(result.get("verdict", "none"))
-            if plan.driver == "card":
-                count = int(result.get("slowest", 0)) // _CARD_BYTES
-            else:
-                count = int(result.get(_COUNTED[plan.driver], 0))
+            count = int(result.get(_COUNTED[plan.driver], 0))
             if report["state"] != "finished" or verdict != "passed":
                 message = _say(report)
                 wrong.append(f"workload {plan.driver} {report['state']}: {message}")
@@ -290,40 +323,20 @@ class StockStage(Stage):
         return [f"the guest's kernel: {found[0]} ({len(found)} such lines)"] if found else []
 
 
-def compare_streams(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
-    """What speaks against the results of both ends of TCP streams."""
-    wrong = []
-    for name, one in (("host", ours), ("guest", theirs)):
-        if one.get("verdict") != "passed" or one.get("dropped") or one.get("wrong"):
-            wrong.append(f"workload card, at the {name}: {one}")
-    for one, other in zip(ours.get("results", []), theirs.get("results", []), strict=False):
-        for way, back in (("sent", "received"), ("received", "sent")):
-            if (one[way], one[f"{way}_crc"]) != (other[back], other[f"{back}_crc"]):
-                wrong.append(f"workload card, stream {one['stream']}: {way} {one[way]} bytes, {back} {other[back]}")
-    return wrong
-
-
 def with_card(plan: EpisodePlan, namespace: str) -> EpisodePlan:
     """The plan, with a card whose interface is in this namespace."""
     card = next(one for one in plan.workloads if one.driver == "card")
-    more = {"namespace": namespace, "interface": "host0", "address": f"{HOST}/{PREFIX_LENGTH}"}
-    providers = [
-        msgspec.structs.replace(one, options={**one.options, **more}) if one.name == card.provider else one
-        for one in plan.vm.device.providers
-    ]
-    return _with_providers(plan, providers)
+    options = {"namespace": namespace, "interface": "host0", "address": f"{HOST}/{PREFIX_LENGTH}"}
+    return msgspec.structs.replace(plan, vm=with_options(plan.vm, {card.provider: options}))
 
 
 def without_card(plan: EpisodePlan) -> EpisodePlan:
     """The plan, without that workload and its provider."""
     card = next(one for one in plan.workloads if one.driver == "card")
-    plan = msgspec.structs.replace(plan, workloads=[one for one in plan.workloads if one is not card])
-    return _with_providers(plan, [one for one in plan.vm.device.providers if one.name != card.provider])
-
-
-def _with_providers(plan: EpisodePlan, providers: list[Any]) -> EpisodePlan:
-    device = msgspec.structs.replace(plan.vm.device, providers=providers)
-    return msgspec.structs.replace(plan, vm=msgspec.structs.replace(plan.vm, device=device))
+    others = [one for one in plan.vm.device.providers if one.name != card.provider]
+    device = msgspec.structs.replace(plan.vm.device, providers=others)
+    vm = msgspec.structs.replace(plan.vm, device=device)
+    return msgspec.structs.replace(plan, vm=vm, workloads=[one for one in plan.workloads if one is not card])
 
 
 def lose_a_block(image: Path) -> None:

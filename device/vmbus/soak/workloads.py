@@ -179,11 +179,17 @@ def _vsock(draw: Draw, packets: int) -> Parameters:
 
 
 def _card(draw: Draw, packets: int) -> Parameters:
-    return {"streams": draw.between(1, 3), "stall_seconds": 90.0}
+    return {
+        "pairs": draw.between(1, 3),
+        "size": draw.between(1024, 61440),
+        "window": draw.between(2, 16),
+        "pace": draw.one_of((0.0, 0.005, 0.02)),
+        "seed": draw.between(1, 1 << 30),
+    }
 
 
 def _card_options(draw: Draw) -> Parameters:
-    return {"queues": draw.between(1, 2), "offload": draw.chance(0.7)}
+    return {"queues": draw.one_of((1, 4)), "offload": draw.chance(0.7)}
 
 
 STOCK_RECIPES: dict[str, Recipe] = {

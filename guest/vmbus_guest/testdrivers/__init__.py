@@ -214,9 +214,9 @@ CATALOGUE: dict[str, Entry] = {
         "vmbus_guest.testdrivers.transfer",
         "sends and takes TCP streams whose every byte is known, and checks them: no device",
     ),
-    "vsock": Entry(
-        "vmbus_guest.testdrivers.vsock",
-        "sends and takes frames over two AF_VSOCK connections, checks each, and connects again: no channels",
+    "frames": Entry(
+        "vmbus_guest.testdrivers.frames",
+        "sends and takes frames over connections of AF_VSOCK or TCP, checks each, and connects again: no channels",
     ),
     "disk-speed": Entry(
         "vmbus_guest.testdrivers.disk_speed",

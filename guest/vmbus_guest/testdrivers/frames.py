@@ -1,13 +1,16 @@
-"""Test driver `vsock`: two connections over AF_VSOCK, one each way, whose every byte is known and checked. No channels.
+"""Test driver `frames`: connections made by each side, whose every byte is known and checked. No channels.
 
-Both ends send numbered frames with a checksum; this end keeps a window of them open, and the host's end sends one for
-each that it gets. When a connection ends, as each does when its VM is restored, the next one is made, and begins at 0.
-How often that was is counted (`ends`): whoever runs this knows how often it may have been.
+They are sockets of AF_VSOCK, or TCP where an address is given. Both ends send numbered frames with a checksum; this end
+keeps a window of them open, and the host's end sends one for each that it gets. When a connection ends, as each of
+AF_VSOCK does when its VM is restored, the next one is made, and begins at 0. How often that was is counted (`ends`):
+whoever runs this knows how often it may have been.
 
 Parameters:
 
+    address  of the host's, IPv4; empty: AF_VSOCK
     port     of the host's, to connect to
     listen   port to listen on, to which the host connects
+    pairs    connections that are made by each side
     size     most bytes of data in a frame
     window   frames that wait for one of the host's, on each connection
     pace     seconds between two frames of a connection
@@ -37,8 +40,25 @@ _FRAME, _LAST = 0x4D415246, 0x5453414C
 _MOST = 65536
 _CONNECT_SECONDS = 5.0
 _AGAIN_SECONDS = 0.2
-_NOT_SENT = frozenset({errno.EAGAIN, errno.EPIPE, errno.ECONNRESET, errno.ENODEV})
+_NOT_SENT = frozenset(
+    {errno.EAGAIN, errno.EPIPE, errno.ECONNRESET, errno.ENODEV, errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH}
+)
 """What sending may say; reading finds the end. ENODEV: the channel is rescinded, which the socket is yet to hear."""
+_LOOK_SECONDS, _LOOKS = 2, 120
+"""With TCP: after so long without a word the other end is asked whether it knows this connection; so often in vain. A
+guest that went back in time waits for what came already, and the other end has forgotten it."""
+
+
+def look_alive(end: socket.socket) -> None:
+    """Notice that the other end does not know this connection of TCP, also if nothing is sent."""
+    for option, value in (
+        (socket.TCP_NODELAY, 1),
+        (socket.TCP_KEEPIDLE, _LOOK_SECONDS),
+        (socket.TCP_KEEPINTVL, _LOOK_SECONDS),
+        (socket.TCP_KEEPCNT, _LOOKS),
+    ):
+        end.setsockopt(socket.IPPROTO_TCP, option, value)
+    end.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
 
 
 class WrongBytes(VmbusError):
@@ -100,7 +120,7 @@ class Frames:
 
 
 class _Link:
-    """One of the two connections, and those before it."""
+    """One connection, and those before it."""
 
     def __init__(self, values: dict[str, Any]) -> None:
         self._values = values
@@ -112,6 +132,8 @@ class _Link:
 
     def begin(self, end: socket.socket) -> None:
         end.setblocking(False)
+        if end.family == socket.AF_INET:
+            look_alive(end)
         self.socket = end
         self._frames = Frames(self._values["seed"], GUEST_END, self._values["size"])
         self._out = bytearray()
@@ -169,22 +191,37 @@ class _Link:
         self.again_at = time.monotonic() + _AGAIN_SECONDS
 
 
-def _connect(port: int) -> socket.socket | None:
-    end = socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM)
+def _new(address: str) -> socket.socket:
+    return socket.socket(socket.AF_INET if address else socket.AF_VSOCK, socket.SOCK_STREAM)
+
+
+def _connect(address: str, port: int) -> socket.socket | None:
+    end = _new(address)
     end.settimeout(_CONNECT_SECONDS)
     try:
-        end.connect((HOST, port))
+        end.connect((address or HOST, port))
     except OSError:
         end.close()
         return None
     return end
 
 
+def _listen(address: str, port: int, most: int) -> socket.socket:
+    waiting = _new(address)
+    waiting.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    waiting.bind(("0.0.0.0" if address else socket.VMADDR_CID_ANY, port))
+    waiting.listen(most)
+    waiting.setblocking(False)
+    return waiting
+
+
 def run(context: Context) -> dict[str, Any]:
     """See the module's text."""
     get = context.parameters.get
+    address = get("address", "")
     port = get("port", 1024, minimum=1, maximum=(1 << 31) - 1)
     listen = get("listen", 2048, minimum=1, maximum=(1 << 31) - 1)
+    pairs = get("pairs", 1, minimum=1, maximum=64)
     values = {
         "size": get("size", 16384, minimum=1, maximum=_MOST),
         "window": get("window", 8, minimum=1, maximum=1024),
@@ -193,11 +230,9 @@ def run(context: Context) -> dict[str, Any]:
     }
     end_seconds = get("end_seconds", 20.0, minimum=0, maximum=600)
     context.parameters.check()
-    waiting = socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM)
-    waiting.bind((socket.VMADDR_CID_ANY, listen))
-    waiting.listen(4)
-    waiting.setblocking(False)
-    out, into = links = (_Link(values), _Link(values))
+    waiting = _listen(address, listen, 4 * pairs)
+    ours, theirs = [_Link(values) for _ in range(pairs)], [_Link(values) for _ in range(pairs)]
+    links = (*ours, *theirs)
     deadline = None
     while not all(link.done for link in links) and not any(link.wrong for link in links):
         now = time.monotonic()
@@ -206,32 +241,34 @@ def run(context: Context) -> dict[str, Any]:
             deadline = now + end_seconds
         if deadline is not None and now > deadline:
             break
-        if out.socket is None and not out.done and now >= out.again_at:
-            if (end := _connect(port)) is not None:
-                out.begin(end)
-            else:
-                out.refused += 1
-                out.again_at = now + _AGAIN_SECONDS
+        for out in ours:
+            if out.socket is None and not out.done and now >= out.again_at:
+                if (end := _connect(address, port)) is not None:
+                    out.begin(end)
+                else:
+                    out.refused += 1
+                    out.again_at = now + _AGAIN_SECONDS
         busy = [link for link in links if link.socket is not None]
-        readers: list[Any] = [link.socket for link in busy] + ([waiting] if into.socket is None else [])
+        free = [link for link in theirs if link.socket is None and not link.done]
+        readers: list[Any] = [link.socket for link in busy] + ([waiting] if free else [])
         writers: list[Any] = [link.socket for link in busy if link.wants_to_send(now, stop)]
-        pause = 0.25 if all(link.done for link in links) else max(0.005, values["pace"])
-        readable, writable, _ = select.select(readers, writers, [], pause)
+        readable, writable, _ = select.select(readers, writers, [], max(0.005, values["pace"]))
         for link in busy:
             if link.socket in writable:
                 link.send()
             if link.socket in readable:
                 link.receive()
-        if waiting in readable and not into.done:
+        if waiting in readable:
             with contextlib.suppress(OSError):
-                into.begin(waiting.accept()[0])
+                free[0].begin(waiting.accept()[0])
         if context.progress_due:
             context.progress(**_counts(links))
     waiting.close()
     wrong = [text for link in links for text in link.wrong]
     wrong += [
-        f"the {name} connection did not come to its end"
-        for name, link in zip(("first", "second"), links, strict=True)
+        f"connection {number} of those that {who} did not come to its end"
+        for who, some in (("this end makes", ours), ("the host makes", theirs))
+        for number, link in enumerate(some)
         if not link.done
     ]
     return {**_counts(links), "reasons": wrong[:10], "verdict": "failed" if wrong else "passed"}
