@@ -153,7 +153,7 @@ def test_fault_h13_a_checkpoint_on_a_full_disk_gives_its_space_back(
             once = report.vm_state_bytes >> 20
             assert once < before < 2 * once, (before, once)
             left = free()
-            with pytest.raises(SaveFailed, match="checkpoint 'second' failed.*No space left on device"):
+            with pytest.raises(SaveFailed, match=r"checkpoint 'second' failed.*No space left on device"):
                 await vm.checkpoint("second", directory=there)
             print(f"MiB free: {before}, {left} with a checkpoint of {once}, {free()} after one that failed")
             assert free() >= left - 2
