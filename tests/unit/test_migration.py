@@ -882,7 +882,10 @@ def test_no_destination_waits(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("version", "accelerator", "message"),
-    [("10.1.0", "tcg", "machine pc-q35-11.1.*QEMU here is 10.1.0"), ("11.1.3", "kvm", "cannot run under kvm")],
+    [
+        ("10.1.0", "tcg", "machine pc-q35-11.1.*QEMU here is too old for .10.1.0."),
+        ("11.1.3", "kvm", "cannot run under kvm"),
+    ],
 )
 def test_a_machine_that_does_not_fit(tmp_path: Path, version: str, accelerator: str, message: str) -> None:
     import dataclasses
@@ -897,6 +900,18 @@ def test_a_machine_that_does_not_fit(tmp_path: Path, version: str, accelerator: 
                 with pytest.raises(MigrateFailed, match=message):
                     raise problem
             assert both.arriving.steps == [] and both.world.running == {"source"}
+
+    run(body())
+
+
+def test_fault_m15_a_later_qemu_takes_a_vm_of_an_earlier_machine(tmp_path: Path) -> None:
+    import dataclasses
+
+    async def body() -> None:
+        there = dataclasses.replace(make_programs(tmp_path / "destination"), qemu_version="12.0.1")
+        async with pair(tmp_path, programs=there) as both:
+            assert (await both.migrate()).arrived
+            assert both.prepared is not None and both.prepared.machine.type == "pc-q35-11.1"
 
     run(body())
 

@@ -175,7 +175,7 @@ def test_only_the_suite_differs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         for kind in ("deb", "deb-src")
     ]
     settings = dict(part.split("=", 1) for part in commands[0] if re.match(r"[A-Za-z]\w*(::[\w-]+)*=", part))
-    for name in ("Dir::State", "Dir::State::Lists", "Dir::State::status", "Dir::Cache", "Dir::Etc::sourcelist"):
+    for name in ("Dir::State", "Dir::State::status", "Dir::Cache", "Dir::Etc::sourcelist"):
         assert settings[name].startswith(str(apt.directory)), name
     assert settings["APT::Get::AllowUnauthenticated"] == "false"
 

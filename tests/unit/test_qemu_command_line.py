@@ -15,6 +15,7 @@ from vmbus.qemu.command_line import (
     kernel_arguments,
     machine_version,
     qemu_arguments,
+    serves_machine,
     with_available_driver,
 )
 from vmbus.qemu.description import GuestDescription, load_description
@@ -157,6 +158,33 @@ def test_a_machine_without_the_kernel_module_falls_back_and_says_so() -> None:
 @pytest.mark.parametrize(("version", "machine"), [("11.1.3", "pc-q35-11.1"), ("10.2.0", "pc-q35-10.2")])
 def test_machine_versions(version: str, machine: str) -> None:
     assert machine_version(version) == machine
+
+
+@pytest.mark.parametrize(
+    ("version", "machine", "served"),
+    [
+        ("11.1.3", "pc-q35-11.1", True),
+        ("11.1.3", "pc-q35-10.2", True),
+        ("12.0.0", "pc-q35-11.1", True),
+        ("11.1.3", "pc-q35-11.2", False),
+        ("10.2.0", "pc-q35-11.1", False),
+        ("11.1.3", "pc-i440fx-11.1", False),
+        ("11.1.3", "pc-q35-11.1,dump-guest-core=on", False),
+    ],
+)
+def test_fault_m15_which_machines_a_qemu_has(version: str, machine: str, served: bool) -> None:
+    assert serves_machine(version, machine) is served
+
+
+def test_fault_m15_a_machine_is_made_as_it_was_made_once(tmp_path: Path) -> None:
+    words = qemu_arguments(DEMO, PROGRAMS, tmp_path, machine_type="pc-q35-10.1", generation_id=False)
+    assert words[words.index("-machine") + 1].startswith("pc-q35-10.1,")
+    assert not any("vmgenid" in word for word in words)
+
+
+def test_fault_m10_fault_m14_new_machines_reboot_and_have_a_generation_of_their_own(tmp_path: Path) -> None:
+    words = qemu_arguments(DEMO, PROGRAMS, tmp_path)
+    assert "-no-reboot" not in words and "vmgenid,guid=auto,id=generation" in words
 
 
 def test_nonsense_is_no_version() -> None:

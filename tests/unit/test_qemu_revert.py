@@ -653,7 +653,7 @@ REFUSALS: list[tuple[Callable[[Vm], None], type[Exception], str]] = [
     (unsafe_setting, UsageError, "postcopy-ram"),
     (does_not_fit, StateError, "another kind"),
     (another_vm, StateError, "another VM"),
-    (room_for_no_second_cpu, StateError, "spare CPUs: 1; this one .* spare CPUs: 0: start the VM with --spare-cpus 1"),
+    (room_for_no_second_cpu, StateError, "spare CPUs: 1.*; this one .* spare CPUs: 0.*; start the VM with --like /"),
 ]
 
 
@@ -664,6 +664,20 @@ def test_a_refusal_changes_nothing(vm: Vm, damage: Callable[[Vm], None], error: 
         vm.revert("a")
     assert vm.model.vcpus and vm.model.memory == vm.model.device == 4
     assert "stop" not in vm.model.steps
+
+
+def test_fault_m8_a_checkpoint_of_a_paused_vm_is_paused_after_a_revert(vm: Vm) -> None:
+    vm.model.vcpus = False
+    vm.take("paused")
+    assert not vm.model.vcpus and vm.checkpoints.store.record("paused").paused is True
+    vm.model.vcpus = True
+    vm.revert("paused")
+    assert not vm.model.vcpus and vm.model.memory == vm.model.device == 4
+    vm.revert("a")
+    assert not vm.model.vcpus, "a VM that is paused stays so"
+    vm.model.vcpus = True
+    vm.revert("a")
+    assert vm.model.vcpus and vm.checkpoints.store.record("a").paused is msgspec.UNSET
 
 
 @pytest.mark.parametrize("tag", ["", "A", "a b", "../a", ".a", "a/b", "x" * 33, "a\n"])

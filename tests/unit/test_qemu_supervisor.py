@@ -94,6 +94,7 @@ class DummyVm:
 
     async def resolve(self, *, run: bool) -> None:
         self.resolved.append(run)
+        self.ended = not run
 
     async def kill(self) -> None:
         self.ended = True
@@ -198,7 +199,7 @@ def test_a_migration_in_doubt_waits_for_a_decision(choice: bool) -> None:
     async def body() -> None:
         vm = DummyVm()
         async with supervised(vm) as task:
-            assert await ask("demo", "resolve", {"run": choice}, timeout=10) == {}
+            assert await ask("demo", "resolve", {"run": choice}, timeout=10) == {"runs": choice}
             assert vm.resolved == [choice]
             if choice:
                 assert (await ask("demo", "status", timeout=10))["running"]

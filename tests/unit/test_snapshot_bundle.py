@@ -309,12 +309,13 @@ def test_another_vm_is_refused_by_what_differs(snapshot: Path) -> None:
         load(snapshot, expected=msgspec.structs.replace(DEMO, memory_mib=512))
 
 
-def test_another_machine_is_refused(snapshot: Path) -> None:
-    with pytest.raises(StateError, match=r"machine pc-q35-11\.1 .*at hand is 11\.2\.0"):
-        load(snapshot, programs=msgspec_replace(PROGRAMS, qemu_version="11.2.0"))
+def test_fault_m15_the_machine_type_decides(snapshot: Path) -> None:
+    with pytest.raises(StateError, match=r"machine pc-q35-11\.1 .*at hand .11\.0\.9"):
+        load(snapshot, programs=msgspec_replace(PROGRAMS, qemu_version="11.0.9"))
     with pytest.raises(StateError, match="saved under tcg and cannot run under kvm"):
         load(snapshot, programs=msgspec_replace(PROGRAMS, accelerator="kvm"))
     load(snapshot, programs=msgspec_replace(PROGRAMS, qemu_version="11.1.9"))  # same machine
+    load(snapshot, programs=msgspec_replace(PROGRAMS, qemu_version="12.0.0"))  # has it, too
 
 
 def msgspec_replace(programs: Programs, **changes: str) -> Programs:

@@ -28,7 +28,7 @@ from vmbus.provision import provision
 from vmbus.provision.libvfio_user import find_compiler
 from vmbus.qemu.command_line import Programs, programs_from
 from vmbus.qemu.description import VmDescription
-from vmbus.qemu.machine import VirtualMachine
+from vmbus.qemu.machine import Made, VirtualMachine
 from vmbus.snapshot.manifest import MANIFEST
 
 pytestmark = [
@@ -160,7 +160,8 @@ def test_litmus_sabotage_a_machine_without_room_for_a_second_cpu(
         assert words[words.index("-smp") + 1] == "1"
 
     async def story() -> Result:
-        launch = VirtualMachine.launch(demo_description, programs, spare_cpus=0)  # as booted: it is saved below
+        made = dataclasses.replace(Made.new(demo_description, programs), spare_cpus=0, generation_id=False)
+        launch = VirtualMachine.launch(demo_description, programs, made=made)  # as booted: it is saved below
         async with await launch as vm:
             await vm.wait_ready()
             await vm.save(directory)

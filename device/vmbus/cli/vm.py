@@ -39,11 +39,12 @@ from vmbus.qemu.agent import AgentError, GuestWentBack
 from vmbus.qemu.archive import archive_for
 from vmbus.qemu.command_line import Programs, programs_from
 from vmbus.qemu.description import VmDescription, find_description, load_description
-from vmbus.qemu.machine import VirtualMachine
+from vmbus.qemu.machine import Made, VirtualMachine
 from vmbus.qemu.process import RunDirectory, running_vms
 from vmbus.qemu.root import missing_root
 from vmbus.qemu.save import SaveReport
 from vmbus.qemu.supervisor import Supervisor, ask, find_vm
+from vmbus.snapshot.checkpoints import Store
 
 SAVE_TIMEOUT = 1800.0
 
@@ -76,7 +77,10 @@ CAPTURE_HELP = "Capture all packets from the start on into this new pcapng file 
 @click.option("--audit", type=click.Path(path_type=Path, file_okay=False), help=AUDIT_HELP)
 @click.option("--capture", type=click.Path(path_type=Path, dir_okay=False), help=CAPTURE_HELP)
 @click.option(
-    "--spare-cpus", metavar="N", type=click.IntRange(0, 64), help="Room for CPUs, as a checkpoint's machine had it."
+    "--like",
+    metavar="DIRECTORY",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Make the machine as it is in the checkpoints of this directory, to revert to them.",
 )
 @click.option(
     "--ssh-key",
@@ -96,7 +100,7 @@ def run_vm(
     list_drivers: bool,
     audit: Path | None,
     capture: Path | None,
-    spare_cpus: int | None,
+    like: Path | None,
     ssh_keys: tuple[Path, ...],
     receive: str | None,
     secret_file: Path | None,
@@ -113,9 +117,9 @@ def run_vm(
         show_drivers(console, own)
         return
     if receive is not None:
-        if config is not None or drives or own or ssh_keys or spare_cpus is not None:
+        if config is not None or drives or own or ssh_keys or like is not None:
             raise UsageError(
-                "--receive takes no CONFIG, --drive, --driver-file, --ssh-key or --spare-cpus: the VM brings its own"
+                "--receive takes no CONFIG, --drive, --driver-file, --ssh-key or --like: the VM brings its own"
             )
         if secret_file is None:
             raise UsageError("--secret-file is missing: both sides of a migration need the same secret")
@@ -138,7 +142,8 @@ def run_vm(
         programs = dataclasses.replace(programs, debian=provision_debian().image)
     if notice:
         console.print(notice, soft_wrap=True)
-    run(_run_vm(description, programs, name, wanted, own, audit, capture, spare_cpus))
+    made = None if like is None else made_like(like)
+    run(_run_vm(description, programs, name, wanted, own, audit, capture, made))
 
 
 @click.command()
@@ -177,6 +182,14 @@ def restore(directory: Path, name: str | None, count: int, audit: Path | None, c
         run(_restore_clones(directory, programs, name, count, audit))
 
 
+def made_like(directory: Path) -> Made:
+    """How the machine is made whose checkpoints are there. Raises `UsageError` if there are none, `StateError`."""
+    found = Store(directory, own=False).list()
+    if not found:
+        raise UsageError(f"there are no checkpoints in {directory}")
+    return Made.of(found[-1].machine)
+
+
 @click.command("list")
 def list_vms() -> None:
     """List the running VMs."""
@@ -192,7 +205,7 @@ async def _run_vm(
     own: list[DriverFile],
     audit: Path | None,
     capture: Path | None,
-    spare_cpus: int | None,
+    made: Made | None,
 ) -> None:
     directory = RunDirectory.create(name or description.name, exact=name is not None)
     start = time.monotonic()
@@ -200,7 +213,7 @@ async def _run_vm(
         f"start of VM {directory.name!r} (QEMU {programs.qemu_version}, {programs.accelerator})", START_LABELS
     ) as steps:
         vm = await VirtualMachine.launch(
-            description, programs, directory, progress=steps, audit=audit, capture=capture, spare_cpus=spare_cpus
+            description, programs, directory, progress=steps, audit=audit, capture=capture, made=made
         )
     if vm.notice:
         _notice(vm.notice)
@@ -222,7 +235,13 @@ async def _restore(
         f"VM {vm.name!r} is back: {vm.restored.channels} channels, "
         f"{packets['queued']} queued and {packets['sent']} sent packets in flight"
     )
+    _tell_paused(vm)
     await _attend(vm, start, [])
+
+
+def _tell_paused(vm: VirtualMachine) -> None:
+    if vm.restored is not None and vm.restored.paused:
+        _notice(f"VM {vm.name!r} is paused, as it was: 'cont' on its monitor {vm.paths.qmp_tools} lets it run")
 
 
 async def _restore_clones(
@@ -274,6 +293,7 @@ async def _receive(address: Address, secret: bytes, programs: Programs, name: st
         f"VM {vm.name!r} has arrived: {vm.restored.channels} channels, "
         f"{packets['queued']} queued and {packets['sent']} sent packets in flight"
     )
+    _tell_paused(vm)
     await _attend(vm, start, [])
 
 
@@ -303,6 +323,8 @@ async def _drive(vm: VirtualMachine, start: float, drives: list[Drive], own: Seq
         for name, status in (await vm.call_server("status"))["providers"].items():
             if "socket" in status:
                 _notice(f"{name}: programs of the host connect to the guest at {status['socket']}")
+        if vm.restored is not None and vm.restored.paused:
+            return
         await vm.wait_ready()
         _notice(f"the guest's agent is up after {time.monotonic() - start:.1f} s")
         await install(vm, own)

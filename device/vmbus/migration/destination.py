@@ -40,7 +40,7 @@ from vmbus.migration.messages import (
 from vmbus.migration.ownership import DESTINATION, DestinationStage, Ownership
 from vmbus.migration.source import STATE_FILE, MigrateFailed
 from vmbus.migration.verdicts import Record, Stage, Verdicts
-from vmbus.qemu.command_line import Programs, machine_version
+from vmbus.qemu.command_line import Programs, serves_machine
 from vmbus.qemu.description import VmDescription
 from vmbus.qemu.moments import Hook, Moment, no_hook
 from vmbus.qemu.save import uninterrupted
@@ -133,6 +133,8 @@ class Destination:
         self.source = ""
         self.running_at = 0.0
         """CLOCK_MONOTONIC when the vCPUs ran."""
+        self.paused = False
+        """They stand, as they did at the source."""
         self._listener = listener
         self._programs = programs
         self._claim = claim
@@ -264,6 +266,7 @@ class Destination:
                 await self._vm.release()
                 if state.run:
                     await self._vm.run()
+                self.paused = not state.run
             self.running_at = time.monotonic()
             self.ownership.move(DestinationStage.RUNNING)
         except BaseException as error:
@@ -398,11 +401,10 @@ class Destination:
 
     def _check(self, prepare: Prepare, link: Link) -> None:
         """Raises `StateError` unless such a VM can run on this machine."""
-        machine = machine_version(self._programs.qemu_version)
-        if machine != prepare.machine.type:
+        if not serves_machine(self._programs.qemu_version, prepare.machine.type):
             raise StateError(
-                f"{link.name} sends a VM of machine {prepare.machine.type} (QEMU {prepare.versions.qemu}); "
-                f"the QEMU here is {self._programs.qemu_version} ({machine}): use the same one (VMBUS_QEMU)"
+                f"{link.name} sends a VM of machine {prepare.machine.type} (QEMU {prepare.versions.qemu}), which the "
+                f"QEMU here is too old for ({self._programs.qemu_version}): use that one or a later one (VMBUS_QEMU)"
             )
         if prepare.machine.accelerator != self._programs.accelerator:
             raise StateError(

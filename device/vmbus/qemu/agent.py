@@ -67,8 +67,8 @@ class _Turn:
 
 
 class GuestWentBack(EnvironmentProblem):
-    """The guest was taken back to an earlier moment while it was asked: whatever was under way there is undone, and
-    what ran at that moment runs again."""
+    """The guest that was asked is not the one that is there now: it was taken back to an earlier moment, where what ran
+    then runs again, or booted again."""
 
 
 @dataclass(frozen=True)
@@ -153,8 +153,9 @@ class AgentClient:
         self._lines.clear()
 
     async def go_back(self, reason: str) -> None:
-        """The guest has gone back in time: requests under way fail with `GuestWentBack` (`reason`), and the
-        connection is made anew, since the guest may have been in the middle of another line then.
+        """The guest has gone back in time, or boots again: requests under way fail with `GuestWentBack` (`reason`), and
+        the connection is made anew, since the guest may have been in the middle of another line then. They are not sent
+        again: who asked for a reboot would have another one, and a guest that went back does not know what it did.
 
         Ids are never used again, so an answer that the guest gives once more, to somebody who asked in a life that is
         undone, finds nobody waiting for it.
@@ -228,8 +229,12 @@ class AgentClient:
     async def wait_ready(self, timeout: float) -> None:
         """Waits until the agent answers, e.g. after the guest's boot. Raises `WaitTimeout`."""
         try:
-            await self.request("ping", {}, timeout=timeout)
-        except WaitTimeout:
+            async with asyncio.timeout(timeout):
+                while True:
+                    with contextlib.suppress(GuestWentBack):  # it boots once more
+                        await self.request("ping", {}, timeout=timeout)
+                        return
+        except (TimeoutError, WaitTimeout):
             raise WaitTimeout("the guest's agent to come up (see the console's log)", timeout) from None
 
     async def _send(self, line: bytes) -> None:

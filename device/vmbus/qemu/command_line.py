@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -104,6 +105,17 @@ def machine_version(qemu_version: str) -> str:
     return f"pc-q35-{parts[0]}.{parts[1]}"
 
 
+_MACHINE = re.compile(r"pc-q35-(\d{1,3})\.(\d{1,3})")
+
+
+def serves_machine(qemu_version: str, machine: str) -> bool:
+    """Whether this QEMU has that machine type: a later one keeps those of earlier ones, and takes their streams."""
+    here, there = (_MACHINE.fullmatch(one) for one in (machine_version(qemu_version), machine))
+    if here is None or there is None:
+        return False
+    return (int(here[1]), int(here[2])) >= (int(there[1]), int(there[2]))
+
+
 def default_spare_cpus(cpus: int, accelerator: str) -> int:
     """CPUs that a new machine of so many gets room for, and does not have.
 
@@ -173,18 +185,21 @@ def qemu_arguments(
     with_device: bool = True,
     audit: bool = False,
     spare_cpus: int | None = None,
+    machine_type: str | None = None,
+    generation_id: bool = True,
 ) -> list[str]:
     """QEMU's whole command for a description, ready to be executed.
 
     `qmp` replaces the supervisor's monitor socket by another chardev setting (such as an inherited descriptor);
     `incoming` makes it wait, paused, for a state to be loaded; without `with_device` the VMBus device is left out
-    (for tests of the rest); `spare_cpus` is the number of CPUs to leave room for, if it is not that of a new machine.
+    (for tests of the rest). What a machine has that was made once, if it is not that of a new one: `spare_cpus`, the
+    number of CPUs to leave room for; `machine_type`; `generation_id`, by which a guest notices that it is a copy.
     """
     paths = Sockets(run_directory)
     # Appended to, so that it can be shortened while QEMU has it open (qemu/logs.py).
     console_log = f"logfile={_escape(paths.console_log)},logappend=on"
     memory = f"{description.memory_mib}M"
-    machine = f"{machine_version(programs.qemu_version)},memory-backend=mem"
+    machine = f"{machine_type or machine_version(programs.qemu_version)},memory-backend=mem"
     if programs.accelerator == "kvm":
         machine += ",kernel-irqchip=split"  # interrupt remapping needs it
     cpu = "qemu64"
@@ -205,12 +220,13 @@ def qemu_arguments(
         *("-object", f"memory-backend-memfd,id=mem,size={memory},share=on"),
         "-no-user-config",
         "-nodefaults",
-        "-no-reboot",
         *("-display", "none"),
         *("-msg", "timestamp=on"),
         # Before the device that it translates for. Caching mode makes the guest announce every mapping. Linux's own
         # drivers tell the device physical addresses, and need none.
         *(["-device", "intel-iommu,caching-mode=on,intremap=on"] if description.guest.vfio else []),
+        # Another one in each QEMU: after a restore the guest's random numbers begin anew, in each clone in another way.
+        *(["-device", "vmgenid,guid=auto,id=generation"] if generation_id else []),
         *("-chardev", f"{_socket_chardev('console', paths.console)},{console_log}"),
         *("-serial", "chardev:console"),
         *("-chardev", qmp or _socket_chardev("qmp", paths.qmp)),

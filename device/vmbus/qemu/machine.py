@@ -47,6 +47,7 @@ from vmbus.qemu.command_line import (
     with_available_driver,
 )
 from vmbus.qemu.description import VmDescription, with_options
+from vmbus.qemu.ends import Ends, GuestPanicked
 from vmbus.qemu.foreign import MigrationGuard
 from vmbus.qemu.moments import Hook, Moment, no_hook
 from vmbus.qemu.pci_replay import PciAddress, replay
@@ -89,6 +90,27 @@ FINISH_TIMEOUT = 120.0
 """Seconds that the device server may take to rebuild its channels and packets."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Made:
+    """How a machine is made, as far as QEMU's streams depend on it: what a restored one has, whatever new ones have."""
+
+    type: str
+    """Versioned machine type."""
+    spare_cpus: int
+    generation_id: bool
+
+    @classmethod
+    def new(cls, description: VmDescription, programs: Programs) -> Made:
+        """As new machines are made."""
+        spare = default_spare_cpus(description.cpus, programs.accelerator)
+        return cls(machine_version(programs.qemu_version), spare, generation_id=True)
+
+    @classmethod
+    def of(cls, machine: Machine) -> Made:
+        """As a machine is that was made elsewhere."""
+        return cls(machine.type, machine.spare_cpus, machine.generation_id)
+
+
 class RestoreReport(msgspec.Struct, kw_only=True):
     """What a restore did. Times in seconds."""
 
@@ -100,6 +122,8 @@ class RestoreReport(msgspec.Struct, kw_only=True):
     """Outgoing packets rebuilt: ``queued`` and ``sent``."""
     channels: int
     pci_writes: int
+    paused: bool = False
+    """The vCPUs stand, as they did when it was saved."""
 
     @property
     def total(self) -> float:
@@ -122,18 +146,16 @@ class VirtualMachine:
         *,
         audit: Path | None = None,
         capture: Path | None = None,
-        spare_cpus: int | None = None,
+        made: Made | None = None,
     ) -> None:
         """`audit`: the directory for the server's audit record; test drivers in the guest keep one, too, then.
-        `capture`: a new file for all packets from the server's start on (docs/capture.md). `spare_cpus`: as the
-        machine has that was made elsewhere (None: this is a new one)."""
+        `capture`: a new file for all packets from the server's start on (docs/capture.md). `made`: how the machine is
+        made that comes from elsewhere (None: this is a new one)."""
         self.description = description
         self.audit = audit
         self.capture = capture
         self.programs = programs
-        self.spare_cpus = (
-            default_spare_cpus(description.cpus, programs.accelerator) if spare_cpus is None else spare_cpus
-        )
+        self.made = made or Made.new(description, programs)
         self.run_directory = run_directory
         self.paths = Sockets(run_directory.path)
         self.name = run_directory.name
@@ -155,6 +177,7 @@ class VirtualMachine:
         self.moved_to: str | None = None
         """Where the VM went, once a migration has succeeded: it has ended here then."""
         self._guard: MigrationGuard | None = None
+        self._ends: Ends | None = None
         self._last_migration: Source | None = None
         self._checkpoints: dict[Path, Checkpoints] = {}
         self._idle = asyncio.Event()  # set while no operation is under way that stops or moves the VM
@@ -173,13 +196,13 @@ class VirtualMachine:
         progress: Progress | None = None,
         audit: Path | None = None,
         capture: Path | None = None,
-        spare_cpus: int | None = None,
+        made: Made | None = None,
     ) -> VirtualMachine:
         """Starts a VM from power-on and returns when it runs (the guest is then still booting; see `wait_ready`).
 
-        The VM owns `run_directory` (made if not given) from here on. `spare_cpus` is for machines as they were made
-        once, without room for a second CPU: to revert them to checkpoints of that time. Raises `EnvironmentProblem` or
-        `WaitTimeout`; nothing is left behind then.
+        The VM owns `run_directory` (made if not given) from here on. `made` is for machines as they were made once: to
+        revert them to checkpoints of that time. Raises `EnvironmentProblem` or `WaitTimeout`; nothing is left behind
+        then.
         """
         directory = run_directory or RunDirectory.create(description.name)
         try:
@@ -188,7 +211,7 @@ class VirtualMachine:
         except BaseException:
             directory.remove()
             raise
-        vm = cls(description, programs, directory, audit=audit, capture=capture, spare_cpus=spare_cpus)
+        vm = cls(description, programs, directory, audit=audit, capture=capture, made=made)
         vm.notice = notice
         phases = Phases(progress)
         try:
@@ -215,7 +238,8 @@ class VirtualMachine:
         options: Mapping[str, Mapping[str, Any]] | None = None,
         at: Hook = no_hook,
     ) -> VirtualMachine:
-        """Brings a VM back from the snapshot in `directory`, running; `vm.restored` has the report.
+        """Brings a VM back from the snapshot in `directory`, running, or paused if it was paused when it was saved;
+        `vm.restored` has the report.
 
         `clone`: one of several that run at the same time; its disks are in its run directory, and end with it.
         `options`: of providers, by their names, in the place of the snapshot's: such as another `namespace` for the
@@ -236,8 +260,8 @@ class VirtualMachine:
             if run_directory is not None:
                 run_directory.remove()
             raise
-        spare = snapshot.manifest.machine.spare_cpus
-        vm = cls(described, programs, run_directory, audit=audit, capture=capture, spare_cpus=spare)
+        made = Made.of(snapshot.manifest.machine)
+        vm = cls(described, programs, run_directory, audit=audit, capture=capture, made=made)
         vm.clone = clone
         try:
             await vm._restore(snapshot, phases, sabotage, at)
@@ -278,8 +302,7 @@ class VirtualMachine:
 
         def build(prepare: Prepare, kernel: Path, initramfs: Path, host: str | None) -> Arrival:
             own = dataclasses.replace(programs, kernel=kernel, initramfs=initramfs)
-            spare = prepare.machine.spare_cpus
-            machines.append(cls(prepare.vm, own, directories[0], audit=audit, spare_cpus=spare))
+            machines.append(cls(prepare.vm, own, directories[0], audit=audit, made=Made.of(prepare.machine)))
             return Arrival(machines[0], host)
 
         destination = Destination(
@@ -304,6 +327,7 @@ class VirtualMachine:
             packets=msgspec.structs.asdict(restored.packets),
             channels=restored.channels,
             pci_writes=restored.pci_writes,
+            paused=destination.paused,
         )
         vm._spawn(destination.stay())
         return vm
@@ -397,7 +421,9 @@ class VirtualMachine:
                 qmp=f"socket,id=qmp,fd={listener.fileno()},server=on,wait=off",
                 incoming=incoming,
                 audit=self.audit is not None,
-                spare_cpus=self.spare_cpus,
+                spare_cpus=self.made.spare_cpus,
+                machine_type=self.made.type,
+                generation_id=self.made.generation_id,
             )
             self.qemu = await Child.spawn(
                 f"QEMU of VM {self.name!r}",
@@ -405,7 +431,6 @@ class VirtualMachine:
                 self.run_directory / "qemu.log",
                 pass_fds=[listener.fileno()],
             )
-            # A guest that panics ends QEMU with status 0 (`panic=-1`, `-no-reboot`).
             self.qemu.witness = ("the guest's console", self.paths.console_log)
         finally:
             listener.close()
@@ -416,9 +441,20 @@ class VirtualMachine:
         self._guard = MigrationGuard(self.monitor, self._notice, functools.partial(driven_by_client, self.control))
         await self.guard(self._guard.start(), "QEMU to tell of migrations", START_TIMEOUT)
         self._spawn(self._guard.run())
+        self._ends = Ends(self.monitor, self.paths.console_log)
+        self._spawn(self._ends.run(self._rebooted))
+
+    def _rebooted(self) -> None:
+        self._notice("the guest boots again")
+        self._spawn(self._ask_anew())
+
+    async def _ask_anew(self) -> None:
+        with contextlib.suppress(VmbusError):
+            await self.agent.go_back("the guest booted again meanwhile")
 
     async def _restore(self, snapshot: Snapshot, phases: Phases, sabotage: Sabotage, at: Hook) -> None:
         state = snapshot.state
+        paused = snapshot.manifest.paused is not msgspec.UNSET
         if sabotage.edit_state is not None:
             state = self.run_directory / STATE
             state.write_bytes(sabotage.edit_state(snapshot.state.read_bytes()))
@@ -451,7 +487,8 @@ class VirtualMachine:
         with phases("cont"):
             await at(Moment.BEFORE_CONT)
             await self.require_device()
-            await self.cont()
+            if not paused:
+                await self.cont()
         packets = finished.get("packets", {})
         self.restored = RestoreReport(
             directory=str(snapshot.directory),
@@ -460,15 +497,18 @@ class VirtualMachine:
             packets={"queued": int(packets.get("queued", 0)), "sent": int(packets.get("sent", 0))},
             channels=int(finished.get("channels", 0)),
             pci_writes=writes,
+            paused=paused,
         )
 
     async def _let_run_what_qemu_restored(self, snapshot: Snapshot, phases: Phases) -> None:
         """The device's state was in QEMU's stream, and QEMU puts it back when the vCPUs run."""
         assert self.control is not None
         await self.guard(require_complete(self.control), "the device server's status", CONTROL_TIMEOUT)
-        with phases("cont"):
-            await self.cont()
-        await self.guard(require_running(self.control), "the device server's status", CONTROL_TIMEOUT)
+        paused = snapshot.manifest.paused is not msgspec.UNSET
+        if not paused:
+            with phases("cont"):
+                await self.cont()
+            await self.guard(require_running(self.control), "the device server's status", CONTROL_TIMEOUT)
         state = saved.decode(await asyncio.to_thread(snapshot.state.read_bytes))
         packets = snapshot.manifest.packets
         self.restored = RestoreReport(
@@ -478,6 +518,7 @@ class VirtualMachine:
             packets={"queued": packets.queued, "sent": packets.sent},
             channels=sum(offer.open is not None for offer in state.bus.offers),
             pci_writes=0,
+            paused=paused,
         )
 
     async def _load(self, ram: Path, at: Hook) -> None:
@@ -537,11 +578,12 @@ class VirtualMachine:
     def machine(self) -> Machine:
         """What QEMU's streams fit; without the function's configuration, which is the guest's doing."""
         return Machine(
-            type=machine_version(self.programs.qemu_version),
+            type=self.made.type,
             accelerator="kvm" if self.programs.accelerator == "kvm" else "tcg",
             pci_address=str(self.pci_address),
             pci_config="",
-            spare_cpus=self.spare_cpus,
+            spare_cpus=self.made.spare_cpus,
+            generation_id=self.made.generation_id,
         )
 
     @property
@@ -924,6 +966,7 @@ class VirtualMachine:
             packets=Packets(**taken.packets),
             incoming_held=taken.incoming_held,
             files=writer.records,
+            paused=msgspec.UNSET if taken.was_running else True,
         )
 
     # --- the end -----------------------------------------------------------------------------------------------
@@ -933,22 +976,28 @@ class VirtualMachine:
         """Whether the VM has been torn down."""
         return self._ended
 
-    async def wait_ended(self) -> None:
+    async def wait_ended(self) -> str:
         """Waits (without a bound: it is what a supervisor does) until the VM ends.
 
-        Returns if the guest powered itself off. Raises `ProcessDied` if a process ended in any other way. The
-        caller then calls `kill`, which also ends the other process.
+        Returns how QEMU ended if that was no failure: the guest powered itself off, above all. Raises `GuestPanicked`
+        if the guest's kernel gave up (else a guest that reboots boots again), and `ProcessDied` if a process ended in
+        any other way. The caller then calls `kill`, which also ends the other process.
 
         A save or migration that is under way is waited for: it notices a death by itself where that matters, and where
         it does not (all is written, or sent), it can still be completed, and is then all that is left of the VM.
         """
         assert self.qemu is not None and self.server is not None
-        await asyncio.wait({self.qemu.exited, self.server.exited}, return_when=asyncio.FIRST_COMPLETED)
+        ends = self._ends
+        assert ends is not None
+        watched: set[asyncio.Future[Any]] = {self.qemu.exited, self.server.exited, ends.panicked}
+        await asyncio.wait(watched, return_when=asyncio.FIRST_COMPLETED)
         await self._idle.wait()
+        if ends.panicked.done():
+            raise GuestPanicked(f"the guest of VM {self.name!r} panicked: {ends.panicked.result()}")
         if self.qemu.running:  # a server that merely follows a QEMU which is just ending is no failure
             await asyncio.wait({self.qemu.exited}, timeout=2)
         if not self.qemu.running and self.qemu.exited.result() == 0:
-            return
+            return await ends.how()
         raise next(child for child in self.children if not child.running).death()
 
     async def shutdown(self, timeout: float = 20.0) -> None:

@@ -290,6 +290,7 @@ class Checkpoints:
             state=FileRecord(taken.state_bytes, taken.state_sha256),
             image=image,
             files=(await in_thread(functools.partial(self.store.seal_files, tag, taken.files))) or msgspec.UNSET,
+            paused=msgspec.UNSET if taken.was_running else True,
         )
         self.store.verify_state(record)
         await asyncio.to_thread(self.store.commit, record)
@@ -366,11 +367,8 @@ class Checkpoints:
         vm = self._vm
         there = msgspec.structs.replace(record.machine, pci_config="", device_in_stream=False)
         if vm.machine != there:
-            old = msgspec.structs.replace(there, spare_cpus=vm.machine.spare_cpus) == vm.machine
-            raise StateError(
-                f"checkpoint {tag!r} is of another machine: {there}; this one is {vm.machine}"
-                + (f": start the VM with --spare-cpus {there.spare_cpus}" if old else "")
-            )
+            hint = f"; start the VM with --like {self.store.directory}" if not self.store.own else ""
+            raise StateError(f"checkpoint {tag!r} is of another machine: {there}; this one is {vm.machine}{hint}")
         if msgspec.structs.replace(record.vm, device=vm.description.device) != vm.description:
             raise StateError(f"checkpoint {tag!r} is of another VM: its memory, CPUs, slot or guest settings differ")
         await self._open()
@@ -487,7 +485,7 @@ class Checkpoints:
                 await at(Moment.BEFORE_CONT)
                 await self._vm.forget(f"the VM was taken back to checkpoint {tag!r} meanwhile: ask again")
                 await self._control.call("status")  # a server that is dead may be noticed only by who asks it
-                if was_running:
+                if was_running and record.paused is msgspec.UNSET:
                     await self._monitor.cont()
                     if in_stream:
                         await require_running(self._control)

@@ -97,8 +97,8 @@ class Supervisor:
     async def run(self) -> str:
         """Serves until the VM ends, ends the VM's processes, and says why: powered off, saved, or stopped.
 
-        Raises `ProcessDied` if QEMU or the device server ended by itself. The VM is torn down in every case, also when
-        this is cancelled.
+        Raises `GuestPanicked`, and `ProcessDied` if QEMU or the device server ended by itself. The VM is torn down in
+        every case, also when this is cancelled.
         """
         self._finished = asyncio.get_running_loop().create_future()
         ended = asyncio.create_task(self.vm.wait_ended())
@@ -114,8 +114,7 @@ class Supervisor:
                     return self._finished.result()
                 if self.vm.moved_to is not None:
                     return f"migrated to {self.vm.moved_to}"
-                await ended
-                return "the guest powered off"
+                return await ended
             finally:
                 server.close()
                 await self._let_go()

@@ -31,7 +31,7 @@ from pathlib import Path
 from vmbus.copying import copy_file, sync_directory
 from vmbus.errors import EnvironmentProblem, StateError, UsageError
 from vmbus.interruptible import NEVER, Stop, in_thread, sha256
-from vmbus.qemu.command_line import Programs, machine_version
+from vmbus.qemu.command_line import Programs, serves_machine
 from vmbus.qemu.description import VmDescription
 from vmbus.snapshot.manifest import (
     CONTENTS,
@@ -285,11 +285,11 @@ def _check_device(directory: Path, manifest: Manifest, expected: VmDescription |
 
 
 def _check_programs(directory: Path, manifest: Manifest, programs: Programs) -> None:
-    machine = machine_version(programs.qemu_version)
-    if machine != manifest.machine.type:
+    if not serves_machine(programs.qemu_version, manifest.machine.type):
         raise StateError(
-            f"the snapshot {directory} is of machine {manifest.machine.type} (QEMU {manifest.versions.qemu}); "
-            f"the QEMU at hand is {programs.qemu_version} ({machine}): use the one it was saved with (VMBUS_QEMU)"
+            f"the snapshot {directory} is of machine {manifest.machine.type} (QEMU {manifest.versions.qemu}), which "
+            f"the QEMU at hand ({programs.qemu_version}) does not have: use the one it was saved with, or a later one "
+            "(VMBUS_QEMU)"
         )
     if manifest.machine.accelerator != programs.accelerator:
         raise StateError(

@@ -20,7 +20,7 @@ import shutil
 import stat
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, BinaryIO
+from typing import Annotated, BinaryIO, Literal
 
 import msgspec
 
@@ -72,6 +72,8 @@ class Checkpoint(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     image: ImageSnapshot
     files: dict[str, FileRecord] | msgspec.UnsetType = msgspec.UNSET
     """Providers' files; absent if there are none."""
+    paused: Literal[True] | msgspec.UnsetType = msgspec.UNSET
+    """The vCPUs stood, and stand after a revert; absent if they ran."""
 
 
 class _File(msgspec.Struct, forbid_unknown_fields=True):

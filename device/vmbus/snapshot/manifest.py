@@ -79,9 +79,13 @@ class Machine(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defa
     """QEMU migrated the device itself: its stream has the device's state, and the file is a copy."""
     spare_cpus: Annotated[int, msgspec.Meta(ge=0, le=64)] = 0
     """CPUs that the machine has room for and does not have: see `vmbus.qemu.command_line.spare_cpus`."""
+    generation_id: bool = False
+    """The machine has a device by which the guest notices that it is a copy."""
 
     def __str__(self) -> str:
-        return f"{self.type} under {self.accelerator}, its device at {self.pci_address}, spare CPUs: {self.spare_cpus}"
+        parts = [f"{self.type} under {self.accelerator}, its device at {self.pci_address}"]
+        parts.append(f"spare CPUs: {self.spare_cpus}")
+        return ", ".join(parts) + ("" if self.generation_id else ", no generation id")
 
 
 class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -100,6 +104,8 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     incoming_held: _Count
     """Packets from the guest that providers held when the save began."""
     files: dict[str, FileRecord]
+    paused: Literal[True] | msgspec.UnsetType = msgspec.UNSET
+    """The vCPUs stood when the save began, and stand after the restore; absent if they ran."""
 
 
 class _Header(msgspec.Struct):
