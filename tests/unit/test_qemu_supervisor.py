@@ -32,7 +32,7 @@ class DummyVm:
         self.programs = SimpleNamespace(qemu_version="11.1.3", accelerator="tcg")
         self.monitor = SimpleNamespace(running=self._running)
         self.agent = SimpleNamespace(request=self._request)
-        self.end: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.end: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self.ended = False
         self.moved_to: str | None = None
         self.migrations: list[dict[str, Any]] = []
@@ -58,8 +58,8 @@ class DummyVm:
     async def guard(self, work: Awaitable[Any], what: str, timeout: float) -> Any:
         return await work
 
-    async def wait_ended(self) -> None:
-        await asyncio.shield(self.end)
+    async def wait_ended(self) -> str:
+        return await asyncio.shield(self.end)
 
     async def save(self, directory: Path, *, live: bool, keep: bool, progress: Any) -> SaveReport:
         progress("ram")
@@ -230,7 +230,7 @@ def test_the_vms_own_end() -> None:
     async def body() -> None:
         vm = DummyVm()
         async with supervised(vm) as task:
-            vm.end.set_result(None)
+            vm.end.set_result("the guest powered off")
             assert await asyncio.wait_for(task, 10) == "the guest powered off"
         vm = DummyVm()
         async with supervised(vm) as task:
