@@ -248,7 +248,11 @@ class Grant:
         return sum(length for _, length in self.extents)
 
     def release(self) -> None:
-        """Give the memory back. Harmless when repeated."""
+        """Give the memory back: its packet was completed. Harmless when repeated."""
+        self._memory.end_grant(self, completed=True)
+
+    def abandon(self) -> None:
+        """The same for a packet whose channel was closed by force: its owner may not know yet."""
         self._memory.end_grant(self)
 
 
@@ -403,8 +407,8 @@ class GuestMemory:
                 self.mark(at, part)
         return grant
 
-    def end_grant(self, grant: Grant) -> None:
-        """The provider has done with it. Harmless when repeated."""
+    def end_grant(self, grant: Grant, *, completed: bool = False) -> None:
+        """The provider has done with it (`completed`), or its channel is gone. Harmless when repeated."""
         for region in self._writable_grants.pop(grant, ()):
             region.lent.pop(grant, None)
 

@@ -9,7 +9,7 @@ import threading
 from collections.abc import Mapping
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 from uuid import UUID
 
 import msgspec
@@ -34,6 +34,7 @@ class OutsideProvider(Provider):
     """Requests: b"read" answers with the file's content, read by another thread; b"stay" is answered once `go` is set;
     anything else is echoed."""
 
+    of_a_test: ClassVar[bool] = True  # `alive` is its test's
     kind = "outside"
     Options = OutsideOptions
     alive: "list[OutsideProvider]" = []  # noqa: RUF012 - all that were made, for tests

@@ -375,3 +375,68 @@ def test_checkpoints_and_reverts_over_the_supervisors_socket() -> None:
         ]
 
     asyncio.run(body())
+
+
+# ---- what the owner's terminal hears ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", ["save", "checkpoint", "revert", "delete-checkpoint", "migrate"])
+@pytest.mark.parametrize("refusal", [UsageError("refused"), EnvironmentProblem("refused")])
+def test_fault_n25_what_was_refused_is_only_told_to_who_asked(
+    command: str, refusal: VmbusError, tmp_path: Path
+) -> None:
+    async def refuses(*_: Any, **__: Any) -> Any:
+        raise refusal
+
+    async def body() -> list[str]:
+        vm, notices = DummyVm(), []
+        for name in ("save", "checkpoint", "revert", "delete_checkpoint", "migrate"):
+            setattr(vm, name, refuses)
+        secret = tmp_path / "secret"
+        secret.write_bytes(b"0123456789abcdef" * 2)
+        secret.chmod(0o600)
+        arguments: dict[str, dict[str, Any]] = {
+            "save": {"directory": "/x", "live": True, "keep": False},
+            "migrate": {"address": "tcp:here:1", "secret_file": str(secret)},
+        }
+        async with supervised(vm, notices):
+            with pytest.raises(VmbusError, match="refused"):
+                await ask("demo", command, arguments.get(command, {"tag": "now"}), timeout=10)
+        return notices
+
+    assert asyncio.run(body()) == []
+
+
+def test_fault_n25_what_failed_after_it_began_is_told_to_the_owner() -> None:
+    async def body() -> list[str]:
+        vm, notices = DummyVm(), []
+        vm.save_error = VmbusError("the disk is full")
+        async with supervised(vm, notices):
+            with pytest.raises(VmbusError, match="full"):
+                await ask("demo", "save", {"directory": "/x", "live": True, "keep": False}, timeout=10)
+        return notices
+
+    assert asyncio.run(body()) == ["saving to /x ...", "the disk is full"]
+
+
+@pytest.mark.parametrize("accelerator", ["tcg", "kvm"])
+def test_fault_n10_a_jump_of_the_guests_clock_is_explained_where_it_is_seen(accelerator: str) -> None:
+    async def body() -> list[str]:
+        vm, notices = DummyVm(), []
+        vm.programs.accelerator = accelerator
+
+        async def reverted(*_: Any, **__: Any) -> RevertReport:
+            return RevertReport(
+                tag="a", directory="/x", phases={}, downtime=0.1, packets={}, channels=2, pci_writes=1, forced=False
+            )
+
+        vm.revert = reverted  # type: ignore[attr-defined]
+        async with supervised(vm, notices):
+            await ask("demo", "revert", {"tag": "a"}, timeout=10)
+        return notices
+
+    (told,) = asyncio.run(body())
+    assert told.startswith("taken back to checkpoint 'a'")
+    assert ("soft lockup: it is none" in told) is (accelerator == "tcg")
+    page = (Path(__file__).resolve().parents[2] / "docs" / "checkpoints.md").read_text()
+    assert "soft lockup - CPU#0 stuck for" in page

@@ -24,6 +24,7 @@ from vmbus.interruptible import Stop, Unwanted, in_thread
 from vmbus.migration.files import record_of
 from vmbus.qemu.command_line import Programs
 from vmbus.qemu.description import load_description
+from vmbus.qemu.machine import VirtualMachine
 from vmbus.snapshot import bundle
 from vmbus.snapshot.bundle import Snapshot, SnapshotWriter, open_snapshot, utc_now
 from vmbus.snapshot.manifest import (
@@ -309,11 +310,38 @@ def test_another_vm_is_refused_by_what_differs(snapshot: Path) -> None:
         load(snapshot, expected=msgspec.structs.replace(DEMO, memory_mib=512))
 
 
+def test_fault_p6_a_snapshot_of_before_kvm_worked_runs_under_tcg_again(
+    snapshot: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it was saved under is in it, and TCG is everywhere."""
+    here = msgspec_replace(PROGRAMS, accelerator="kvm")
+    load(snapshot, programs=here)
+    used: list[str] = []
+
+    class Stopped(Exception):
+        pass
+
+    def begin(self: VirtualMachine, description: object, programs: Programs, *_: object, **__: object) -> None:
+        used.append(programs.accelerator)
+        raise Stopped
+
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(snapshot.parent))
+    monkeypatch.setattr(VirtualMachine, "__init__", begin)
+    with pytest.raises(Stopped):
+        asyncio.run(VirtualMachine.restore(snapshot, here))
+    assert used == ["tcg"]
+    rewrite(
+        snapshot,
+        lambda found: msgspec.structs.replace(found, machine=msgspec.structs.replace(found.machine, accelerator="kvm")),
+    )
+    load(snapshot, programs=here)
+    with pytest.raises(StateError, match=r"saved under kvm and cannot run under tcg.*VMBUS_ACCELERATOR"):
+        load(snapshot, programs=PROGRAMS)
+
+
 def test_fault_m15_the_machine_type_decides(snapshot: Path) -> None:
     with pytest.raises(StateError, match=r"machine pc-q35-11\.1 .*at hand .11\.0\.9"):
         load(snapshot, programs=msgspec_replace(PROGRAMS, qemu_version="11.0.9"))
-    with pytest.raises(StateError, match="saved under tcg and cannot run under kvm"):
-        load(snapshot, programs=msgspec_replace(PROGRAMS, accelerator="kvm"))
     load(snapshot, programs=msgspec_replace(PROGRAMS, qemu_version="11.1.9"))  # same machine
     load(snapshot, programs=msgspec_replace(PROGRAMS, qemu_version="12.0.0"))  # has it, too
 

@@ -1,5 +1,6 @@
 """The test kit: what an author can do with it, and that each breach of the contract is named."""
 
+import importlib
 import os
 import re
 import struct
@@ -16,7 +17,9 @@ from vmbus.kmcl import KmclError, Status
 from vmbus.kmcl.server import ServerChannel
 from vmbus.providers import Provider
 from vmbus.testkit import ContractViolation, HostPacket, ProviderTest, every_step
+from vmbus.testkit.contract import differing
 from vmbus.testkit.kit import difference
+from vmbus.testkit.watch import ProviderWarning
 from vmbus.workload import (
     BURST_ANSWER,
     BurstDone,
@@ -705,3 +708,175 @@ def test_the_messages_on_the_page_exist() -> None:
     fragments = [span for row in rows for span in re.findall(r"`([^`]+)`", row)]
     assert len(fragments) > 15
     assert [one for one in fragments if one not in sources] == []
+
+
+# ---- what no channel shows -------------------------------------------------------------------------------------------
+
+
+def test_fault_t2_a_difference_far_behind_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Forgets(Counter):
+        def save(self) -> bytes:
+            return bytes(100) + NUMBER.pack(self.count) + bytes(100)
+
+        def restore(self, state: bytes) -> None:
+            pass
+
+    with pytest.raises(ContractViolation, match="does not round trip") as caught, ProviderTest(Forgets) as kit:
+        kit.open().request(b"now")
+        kit.save_and_restore()
+    found = re.search(
+        r"save\(\) returned (.*) at byte 100, and after restore\(\) of that it returns (.*) there;", str(caught.value)
+    )
+    assert found is not None and found[1] != found[2], str(caught.value)
+    assert "\\x01" in found[1] and "\\x01" not in found[2] and "208 bytes" in found[1]
+    assert differing(b"short", b"other") == ("b'short'", "b'other'")
+    assert (
+        differing(bytes(60), bytes(61))[0].startswith("60 bytes with ...")
+        and "at byte 60" in differing(bytes(60), bytes(61))[0]
+    )
+    assert "byte 70" in difference({"a": [bytes(80)]}, {"a": [bytes(70) + b"\x07" + bytes(9)]})
+
+
+AUTHORS = """
+from vmbus.providers import Provider
+from vmbus.kmcl.server import ServerChannel
+import os, time, uuid
+
+SEEN = []
+LIMIT = 5
+
+class Mine(Provider):
+    kind = "mine"
+    total = 0
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.queue = []
+        self.channel = ServerChannel(uuid.UUID(int=7), self.instance, name=self.name)
+
+    def start(self):
+        self.channel.set_process_packet_callbacks(self.process)
+        self.host.add_channel(self.channel)
+        self.channel.enable()
+        self.channel.start()
+
+    def process(self, channel, completion, payload):
+        match payload.rstrip(bytes(1)):
+            case b"global":
+                SEEN.append(payload)
+            case b"rebound":
+                global LIMIT
+                LIMIT = 6
+            case b"class":
+                Mine.total += 1
+            case b"descriptor":
+                os.open("/dev/null", os.O_RDONLY)
+            case b"slow":
+                time.sleep(0.08)
+            case b"queue":
+                self.queue += [payload] * 6000
+            case b"view":
+                self.view = completion.external_data().views[0]
+            case b"slice":
+                self.view = completion.external_data().views[0][2:4].cast("B")
+            case b"later":
+                self.view[0]
+        completion.complete(b"")
+
+    def save(self):
+        return b""
+"""
+
+
+@pytest.fixture
+def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> type[Provider]:
+    (tmp_path / "authors_module.py").write_text(AUTHORS)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "authors_module", raising=False)
+    module = importlib.import_module("authors_module")
+    monkeypatch.delitem(sys.modules, "authors_module")
+    monkeypatch.setitem(sys.modules, "authors_module", module)
+    found: type[Provider] = module.Mine
+    return found
+
+
+@pytest.mark.parametrize(
+    ("request_", "where"),
+    [(b"global", r"authors_module.SEEN"), (b"rebound", r"authors_module.LIMIT"), (b"class", r"Mine.total")],
+)
+def test_fault_t3_state_outside_of_the_provider_is_named_at_a_save(
+    request_: bytes, where: str, mine: type[Provider]
+) -> None:
+    with ProviderTest(mine) as kit:
+        guest = kit.open()
+        guest.request(b"harmless")
+        kit.save_and_restore()
+        guest.request(request_)
+        with pytest.raises(ContractViolation, match=rf"provider mine keeps state in {where}, which was .* and is "):
+            kit.save_and_restore()
+
+
+def test_fault_t3_a_descriptor_that_is_left_open_is_named(mine: type[Provider]) -> None:
+    for end in ("save_and_restore", "finish"):
+        kit = ProviderTest(mine)
+        kit.open().request(b"descriptor")
+        with pytest.raises(
+            ContractViolation, match=r"stop\(\) of provider mine leaves descriptors open: \d+ \(/dev/null\)"
+        ):
+            getattr(kit, end)()
+    with ProviderTest(mine) as kit, open(os.devnull):  # noqa: PTH123 - the test's own is none of it
+        kit.open().request(b"harmless")
+
+
+def test_fault_t3_a_view_is_no_more_once_its_packet_is_completed(mine: type[Provider]) -> None:
+    with ProviderTest(mine) as kit:
+        guest = kit.open()
+        guest.request(b"view", external=guest.memory(100))
+        with kit.expect_errors() as errors:
+            guest.send(b"later")
+            kit.run()
+        assert isinstance(errors[0], ValueError) and "released memoryview" in str(errors[0])
+
+
+def test_fault_t3_a_turn_that_takes_long_is_reported(mine: type[Provider]) -> None:
+    with ProviderTest(mine) as kit:
+        guest = kit.open()
+        with pytest.warns(ProviderWarning, match=r"a turn of provider mine took \d+ ms: no channel moves meanwhile"):
+            guest.request(b"slow")
+
+
+def test_fault_t3_a_container_that_only_grows_is_reported(mine: type[Provider]) -> None:
+    with pytest.warns(ProviderWarning, match=r"queue of provider mine has 6000 entries: what bounds it\?"):  # noqa: SIM117
+        with ProviderTest(mine) as kit:
+            kit.open().request(b"queue")
+
+
+def test_fault_t5_sending_when_closed_can_be_staged() -> None:
+    """Something is due, and the channel is closed before it is called."""
+
+    class SendsLater(Counter):
+        due = False
+
+        def process(self, channel, completion, payload: bytes) -> None:
+            completion.complete(b"")
+            self.host.call_soon(self.send)
+            self.due = True
+
+    with ProviderTest(SendsLater) as kit:
+        guest = kit.open()
+        guest.send(b"now")
+        turns = 0
+        while not getattr(kit.provider, "due"):  # noqa: B009
+            assert kit.turn()
+            turns += 1
+        guest.close()
+        with kit.expect_errors() as errors:
+            while kit.turn():
+                pass
+        assert (
+            turns
+            and isinstance(errors[0], KmclError)
+            and "packets can be sent from the opened callback on until" in str(errors[0])
+        )
+    with ProviderTest(Counter) as kit:
+        assert not kit.turn()

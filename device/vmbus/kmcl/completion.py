@@ -113,7 +113,7 @@ class Completion(CompletionBase):
     def orphan(self) -> None:
         """For the channel: it is closed by force, and nobody will complete this packet. Its memory is given back."""
         if self._grant is not None:
-            self._grant.release()
+            self._grant.abandon()
 
     def defer_to_passive(self) -> None:
         """Have this packet handed over once more, where blocking calls are possible (VmbChannelPacketDeferToPassive).

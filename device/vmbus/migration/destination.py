@@ -40,7 +40,7 @@ from vmbus.migration.messages import (
 from vmbus.migration.ownership import DESTINATION, DestinationStage, Ownership
 from vmbus.migration.source import STATE_FILE, MigrateFailed
 from vmbus.migration.verdicts import Record, Stage, Verdicts
-from vmbus.qemu.command_line import Programs, serves_machine
+from vmbus.qemu.command_line import Programs, runs_under, serves_machine
 from vmbus.qemu.description import VmDescription
 from vmbus.qemu.moments import Hook, Moment, no_hook
 from vmbus.qemu.save import uninterrupted
@@ -406,7 +406,7 @@ class Destination:
                 f"{link.name} sends a VM of machine {prepare.machine.type} (QEMU {prepare.versions.qemu}), which the "
                 f"QEMU here is too old for ({self._programs.qemu_version}): use that one or a later one (VMBUS_QEMU)"
             )
-        if prepare.machine.accelerator != self._programs.accelerator:
+        if not runs_under(prepare.machine.accelerator, self._programs):
             raise StateError(
                 f"{link.name} sends a VM that runs under {prepare.machine.accelerator}; it cannot run under "
                 f"{self._programs.accelerator}, which is used here (VMBUS_ACCELERATOR)"

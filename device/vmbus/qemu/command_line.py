@@ -55,6 +55,11 @@ def programs_from(provisioned: Provisioned) -> Programs:
     )
 
 
+def runs_under(accelerator: str, programs: Programs) -> bool:
+    """Whether a VM that was saved under an accelerator can run here: TCG is everywhere, KVM where it is used."""
+    return accelerator in ("tcg", programs.accelerator)
+
+
 @dataclass(frozen=True)
 class Sockets:
     """Paths of a VM's sockets and logs in its run directory."""

@@ -253,7 +253,12 @@ class VirtualMachine:
             with phases("verify"):
                 snapshot = await open_snapshot(directory, programs, expected=expected)
             described = with_options(snapshot.manifest.vm, options or {})
-            programs = dataclasses.replace(programs, kernel=snapshot.kernel, initramfs=snapshot.initramfs)
+            programs = dataclasses.replace(
+                programs,
+                kernel=snapshot.kernel,
+                initramfs=snapshot.initramfs,
+                accelerator=snapshot.manifest.machine.accelerator,
+            )
             if run_directory is None:
                 run_directory = RunDirectory.create(snapshot.manifest.vm.name)
         except BaseException:
@@ -301,7 +306,8 @@ class VirtualMachine:
             return directories[0].room("arrival")
 
         def build(prepare: Prepare, kernel: Path, initramfs: Path, host: str | None) -> Arrival:
-            own = dataclasses.replace(programs, kernel=kernel, initramfs=initramfs)
+            accelerator = prepare.machine.accelerator
+            own = dataclasses.replace(programs, kernel=kernel, initramfs=initramfs, accelerator=accelerator)
             machines.append(cls(prepare.vm, own, directories[0], audit=audit, made=Made.of(prepare.machine)))
             return Arrival(machines[0], host)
 

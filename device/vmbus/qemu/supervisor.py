@@ -81,6 +81,29 @@ class _ProviderArguments(msgspec.Struct, forbid_unknown_fields=True):
     seconds: float = 10.0
 
 
+class _Begun:
+    """The progress of a request, of which the owner's terminal hears once its first phase begins: what was refused is
+    told to whoever asked alone."""
+
+    def __init__(self, notice: Callable[[str], None], progress: Callable[[str], None], text: str = "") -> None:
+        self._notice = notice
+        self._progress = progress
+        self._text = text
+        self._begun = False
+
+    def __call__(self, phase: str) -> None:
+        if not self._begun:
+            self._begun = True
+            if self._text:
+                self._notice(self._text)
+        self._progress(phase)
+
+    def failed(self, text: str) -> None:
+        """It came to nothing."""
+        if self._begun:
+            self._notice(text)
+
+
 class Supervisor:
     """Serves a VM's socket until the VM ends.
 
@@ -192,13 +215,13 @@ class Supervisor:
                 return status, None
             case "save":
                 arguments = msgspec.convert(request.arguments, _SaveArguments)
-                self._on_notice(f"saving to {arguments.directory} ...")
+                begun = _Begun(self._on_notice, progress, f"saving to {arguments.directory} ...")
                 try:
                     report = await vm.save(
-                        Path(arguments.directory), live=arguments.live, keep=arguments.keep, progress=progress
+                        Path(arguments.directory), live=arguments.live, keep=arguments.keep, progress=begun
                     )
                 except BaseException as error:
-                    self._on_notice(str(error) or "the save was interrupted")
+                    begun.failed(str(error) or "the save was interrupted")
                     raise
                 self._on_notice(f"saved to {report.directory}")
                 return msgspec.to_builtins(report), None if arguments.keep else f"saved to {report.directory}"
@@ -242,25 +265,35 @@ class Supervisor:
     async def _go_to(
         self, command: str, where: _CheckpointArguments, progress: Callable[[str], None]
     ) -> dict[str, Any]:
+        begun = _Begun(self._on_notice, progress)
         try:
             if command == "checkpoint":
-                taken = await self.vm.checkpoint(where.tag, directory=where.path, progress=progress)
+                taken = await self.vm.checkpoint(where.tag, directory=where.path, progress=begun)
                 self._on_notice(f"checkpoint {where.tag!r} taken")
                 return dict(msgspec.to_builtins(taken))
             if command == "revert":
-                report = await self.vm.revert(where.tag, directory=where.path, progress=progress)
-                self._on_notice(f"taken back to checkpoint {where.tag!r}")
+                report = await self.vm.revert(where.tag, directory=where.path, progress=begun)
+                self._on_notice(f"taken back to checkpoint {where.tag!r}{self._clock_ahead()}")
                 return dict(msgspec.to_builtins(report))
             await self.vm.delete_checkpoint(where.tag, directory=where.path)
             return {}
         except VmbusError as error:
-            self._on_notice(str(error))
+            begun.failed(str(error))
             raise
+
+    def _clock_ahead(self) -> str:
+        """Why the guest's kernel may complain right behind this line."""
+        if self.vm.programs.accelerator != "tcg":
+            return ""
+        return (
+            "; its clock is ahead by the time since then, which its kernel may take for a soft lockup: it is none "
+            "(docs/checkpoints.md)"
+        )
 
     async def _migrate(
         self, arguments: _MigrateArguments, progress: Callable[[str], None]
     ) -> tuple[dict[str, Any], str | None]:
-        self._on_notice(f"migrating to {arguments.address} ...")
+        begun = _Begun(self._on_notice, progress, f"migrating to {arguments.address} ...")
         try:
             report = await self.vm.migrate(
                 arguments.address,
@@ -268,10 +301,10 @@ class Supervisor:
                 multifd=arguments.multifd,
                 timeout=arguments.timeout,
                 downtime_limit=arguments.downtime_limit,
-                progress=progress,
+                progress=begun,
             )
         except BaseException as error:
-            self._on_notice(str(error) or "the migration was interrupted")
+            begun.failed(str(error) or "the migration was interrupted")
             raise
         return msgspec.to_builtins(report), f"migrated to {report.address}"
 

@@ -31,7 +31,7 @@ from pathlib import Path
 from vmbus.copying import copy_file, sync_directory
 from vmbus.errors import EnvironmentProblem, StateError, UsageError
 from vmbus.interruptible import NEVER, Stop, in_thread, sha256
-from vmbus.qemu.command_line import Programs, serves_machine
+from vmbus.qemu.command_line import Programs, runs_under, serves_machine
 from vmbus.qemu.description import VmDescription
 from vmbus.snapshot.manifest import (
     CONTENTS,
@@ -291,10 +291,10 @@ def _check_programs(directory: Path, manifest: Manifest, programs: Programs) -> 
             f"the QEMU at hand ({programs.qemu_version}) does not have: use the one it was saved with, or a later one "
             "(VMBUS_QEMU)"
         )
-    if manifest.machine.accelerator != programs.accelerator:
+    if not runs_under(manifest.machine.accelerator, programs):
         raise StateError(
             f"the snapshot {directory} was saved under {manifest.machine.accelerator} and cannot run under "
-            f"{programs.accelerator}"
+            f"{programs.accelerator}, which is what is used here: scripts/setup says why, and VMBUS_ACCELERATOR chooses"
         )
 
 

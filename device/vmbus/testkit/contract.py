@@ -20,6 +20,20 @@ def shorten(data: bytes) -> str:
     return repr(data) if len(data) <= _SHOWN else f"{data[:_SHOWN]!r}... ({len(data)} bytes)"
 
 
+def differing(one: bytes, other: bytes) -> tuple[str, str]:
+    """Two different texts for a message that show where they differ."""
+    if len(one) <= _SHOWN and len(other) <= _SHOWN:
+        return repr(one), repr(other)
+    at = next((at for at, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+    first = max(0, at - 8)
+
+    def shown(data: bytes) -> str:
+        part = data[first : first + _SHOWN]
+        return f"{len(data)} bytes with {'...' if first else ''}{part!r}{'...' if first + _SHOWN < len(data) else ''}"
+
+    return f"{shown(one)} at byte {at}", f"{shown(other)} there"
+
+
 def packets_of(channel: ServerChannel) -> dict[int, tuple[Any, Any]]:
     """Completion routine and pointer of every outgoing packet in use, by transaction."""
     packets = channel.packets_in_use
@@ -29,18 +43,22 @@ def packets_of(channel: ServerChannel) -> dict[int, tuple[Any, Any]]:
 def check_save_is_repeatable(name: str, what: str, first: object, second: object) -> None:
     """A save changes nothing: two in a row are equal."""
     if first != second:
+        shown = ""
+        if isinstance(first, bytes) and isinstance(second, bytes):
+            shown = " ({}, then {})".format(*differing(first, second))
         raise ContractViolation(
-            f"{what} of {name} returned different bytes when it was asked twice in a row: a save must change nothing, "
-            "and depend on nothing but the state (no times, no random numbers)"
+            f"{what} of {name} returned different bytes when it was asked twice in a row{shown}: a save must change "
+            "nothing, and depend on nothing but the state (no times, no random numbers)"
         )
 
 
 def check_provider_state(name: str, saved: bytes, again: bytes) -> None:
     """The provider's own bytes round-trip."""
     if saved != again:
+        before, after = differing(saved, again)
         raise ContractViolation(
-            f"the state of provider {name} does not round trip: save() returned {shorten(saved)}, and after "
-            f"restore() of that it returns {shorten(again)}; restore() has to put back all that save() writes"
+            f"the state of provider {name} does not round trip: save() returned {before}, and after restore() of that "
+            f"it returns {after}; restore() has to put back all that save() writes"
         )
 
 
@@ -57,10 +75,11 @@ def check_channel_state(channel: ServerChannel, saved: Sequence[bytes], again: S
                 "restore callback may not complete, free or send packets"
             )
         if found.save != chunk.save:
+            one, other = differing(chunk.save, found.save)
             raise ContractViolation(
-                f"packet {transaction} of channel {channel.name}: its save callback wrote {shorten(chunk.save)}, and "
-                f"for the restored packet it writes {shorten(found.save)}; the restore callback has to rebuild from "
-                "save_buf all that the save callback writes (usually packet.pointer)"
+                f"packet {transaction} of channel {channel.name}: its save callback wrote {one}, and for the restored "
+                f"packet it writes {other}; the restore callback has to rebuild from save_buf "
+                "all that the save callback writes (usually packet.pointer)"
             )
     new = sorted(set(after) - set(before))
     raise ContractViolation(

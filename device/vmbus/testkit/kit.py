@@ -21,8 +21,9 @@ from vmbus.replacing import key_of
 from vmbus.snapshot.files import copy_files, files_of, wanted_files
 from vmbus.testkit import contract
 from vmbus.testkit.client import Client
-from vmbus.testkit.contract import ContractViolation, shorten
+from vmbus.testkit.contract import ContractViolation, differing, shorten
 from vmbus.testkit.host import Clock, FakeHost
+from vmbus.testkit.watch import KitMemory, Watch
 from vmbus.wire import messages as m
 
 INSTANCE = UUID("00000000-0000-4000-8000-000000000001")
@@ -99,6 +100,8 @@ class ProviderTest:
         self.last_step = "the start"
         self.saves = 0
         self.bus = LocalBus(waiter=self._wait)
+        self.bus.server_memory = KitMemory()
+        self._watch = Watch(self._class, self._name)
         self.bus.on_failed = lambda channel, reason: self._failures.append((channel, reason))
         self.provider: Provider
         self._host: FakeHost
@@ -123,11 +126,13 @@ class ProviderTest:
     def _start_provider(self) -> None:
         self._host = FakeHost(self._clock, self.bus, self._name, Path(self._scratch.name))
         self._host.faults.on_seen = self._errors.append
-        self.provider = self._class(self._host, self._name, self._instance, self._options)
-        self.provider.start()
+        with self._watch.turn("start()"):
+            self.provider = self._class(self._host, self._name, self._instance, self._options)
+            self.provider.start()
 
     def _activate(self) -> None:
-        self.provider.activate()
+        with self._watch.turn("activate()"):
+            self.provider.activate()
         self._host.active = True
 
     def _deactivate(self) -> None:
@@ -148,10 +153,19 @@ class ProviderTest:
         """Code of the provider or of the clients runs: no point to save at."""
         before, self._in_turn = self._in_turn, True
         try:
-            yield
+            with self._watch.turn("a turn"):
+                yield
         finally:
             self._in_turn = before
         self._raise_failures()
+
+    def turn(self) -> bool:
+        """Let one turn pass, of the provider's host or of a channel, and return whether there was one: to do something
+        in between two of them, such as closing a channel before what is due is called. `run` is many of these."""
+        done = self._one_turn()
+        if done:
+            self.step("a turn")
+        return done
 
     def run(self) -> None:
         """Let both ends take turns until nothing is left to be done at this moment. Virtual time stands still.
@@ -364,7 +378,9 @@ class ProviderTest:
 
     def _save_and_restore(self) -> Saved:
         self.saves += 1
-        self._quiesce("saved")
+        with self._watch.turn("the suspend callbacks"):
+            self._quiesce("saved")
+        self._watch.saved(self.provider)
         self._deactivate()
         old = list(self.bus.offers)
         directory = Path(self._scratch.name) / str(self.saves)
@@ -380,7 +396,9 @@ class ProviderTest:
         self._host.abandon()
 
         def make() -> None:
-            self.provider.stop()
+            with self._watch.turn("stop()"):
+                self.provider.stop()
+            self._watch.stopped()
             self._host.abandon()
             self._start_provider()
             # Sub-channels come with restore().
@@ -513,6 +531,7 @@ class ProviderTest:
             self._quiesce("closed")
             for channel in self.bus.offers:
                 self.bus.disabled(channel)
+        self._watch.grown(self.provider)
         with self._turn():
             self._deactivate()
             self.provider.stop()
@@ -527,6 +546,7 @@ class ProviderTest:
                 f"stop() of provider {self._name} leaves a timer that runs out in {due - self.now:g} s; expected: "
                 "Timer.cancel() of every one"
             )
+        self._watch.stopped()
 
     def command(self, name: str, /, seconds: float = 10.0, **arguments: Any) -> dict[str, Any]:
         """A tool's command to the provider; the kit runs until it has answered. One step: a command does not outlive
@@ -652,4 +672,7 @@ def difference(expected: Any, found: Any, where: str = "") -> str:
             if one != other:
                 return difference(one, other, f"{where}/{index}")
         return f"{where or 'the outcome'} has {len(found)} entries, and {len(expected)} without the save"
+    if isinstance(expected, bytes) and isinstance(found, bytes):
+        without, with_save = differing(expected, found)
+        return f"{where or 'the outcome'} is {with_save}, and {without} without the save"
     return f"{where or 'the outcome'} is {found!r}, and {expected!r} without the save"
