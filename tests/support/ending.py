@@ -162,10 +162,13 @@ def tell_workers(number: int) -> None:
 
 
 def left_in(path: Path) -> set[str]:
-    """What is in a directory for temporary files, other than the bases that users' run directories have there."""
+    """What is in a directory for temporary files, other than the bases that users' run directories have there, and what
+    pytest keeps of its last runs."""
     found = set()
     with contextlib.suppress(OSError):
         for entry in path.iterdir():
+            if entry.name.startswith("pytest-of-"):
+                continue
             lasting = entry.name in {f"{name}-{os.getuid()}" for name in ("vmbus", "vmbus-soak")}
             if not lasting or any(part.is_file() or part.is_socket() or part.is_fifo() for part in entry.rglob("*")):
                 found.add(entry.name)
