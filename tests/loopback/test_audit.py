@@ -14,6 +14,7 @@ import msgspec
 import pytest
 from msgspec.structs import replace
 
+from support import pace
 from support.traffic import PAGE, Traffic
 from vmbus import saved
 from vmbus.audit import recorder
@@ -117,7 +118,7 @@ def test_a_timeline_that_was_reverted_is_abandoned(vm: Vm) -> None:
     echo = server.server.providers[0]
     before = server.on_loop(lambda: echo.tally.completed)
     server.command("resume")
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + pace.seconds(10)
     while server.on_loop(lambda: echo.tally.completed) == before:
         assert time.monotonic() < deadline, "the server does nothing"
     server.command("pause")
@@ -208,7 +209,7 @@ def busy(vm: Vm) -> Traffic:
     # some, and the host fills the ring and its queue again.
     for _ in range(min(len(traffic.burst.held) - 20, 100)):
         traffic.burst.complete_one()
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + pace.seconds(10)
     while vm.server.command("status")["packets"]["queued"] < 10:
         assert time.monotonic() < deadline, "the host does not fill the ring"
     return traffic

@@ -19,6 +19,7 @@ from click.testing import CliRunner
 from pcapng import FileScanner
 from pcapng.blocks import EnhancedPacket, InterfaceDescription, InterfaceStatistics
 
+from support import pace
 from vmbus import workload
 from vmbus.audit.checker import check_paths
 from vmbus.audit.files import recorder_in
@@ -301,7 +302,7 @@ def traffic(server: LoopbackServer) -> Iterator[None]:
         yield
     finally:
         end.set()
-        thread.join(20)
+        thread.join(pace.seconds(20))
 
 
 def command(*words: object) -> Any:
@@ -336,7 +337,7 @@ def spawn(server: LoopbackServer, *words: str) -> subprocess.Popen[bytes]:
 def test_the_command_captures_to_standard_output(libvfio_user: Library, tmp_path: Path) -> None:
     with LoopbackServer(describe("echo"), libvfio_user) as server, traffic(server):
         done = spawn(server, "--packets", "20")
-        output, errors = done.communicate(timeout=60)
+        output, errors = done.communicate(timeout=pace.seconds(60))
         assert done.returncode == 0, errors
         (tmp_path / "a").write_bytes(output)
         assert len(packets_of(tmp_path / "a")) >= 20
@@ -345,13 +346,13 @@ def test_the_command_captures_to_standard_output(libvfio_user: Library, tmp_path
         assert gone.stdout is not None
         assert len(gone.stdout.read(100)) == 100
         gone.stdout.close()
-        _, errors = gone.communicate(timeout=60)
+        _, errors = gone.communicate(timeout=pace.seconds(60))
         assert gone.returncode == 1 and b"its reader is gone" in errors, errors
         # One that is killed does, too.
         killed = spawn(server)
         assert killed.stdout is not None and killed.stdout.read(100)
         killed.kill()
-        killed.communicate(timeout=60)
+        killed.communicate(timeout=pace.seconds(60))
         for _ in range(1000):
             if not server.command("capture")["running"]:
                 break
@@ -463,7 +464,7 @@ def test_timed_replays_keep_the_distances(libvfio_user: Library, tmp_path: Path,
         guest.request(workload.echo_request(0, b"a", inline=True))
         pair.run_for(0.5)
         guest.request(workload.echo_request(1, b"b", inline=True))
-    assert play(path).seconds < play(path, timed=True).seconds - 0.3
+    assert min(play(path).seconds for _ in range(3)) < play(path, timed=True).seconds - 0.3
 
 
 def test_closings_and_openings_are_replayed(libvfio_user: Library, tmp_path: Path, play: Play) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from support import pace
 from vmbus.complaints import BURST
 from vmbus.inspection.document import Inspection, from_answer
 from vmbus.inspection.tree import render
@@ -97,7 +98,7 @@ def test_the_log_of_a_server_stays_short(
             status = ask(control, "status")
             tree = shown(from_answer(ask(control, "inspect"), "echo"))
             process.send_signal(signal.SIGTERM)
-            assert process.wait(20) == 0
+            assert process.wait(pace.seconds(20)) == 0
         finally:
             process.kill()
     text = log.read_text()
@@ -121,7 +122,7 @@ def test_the_longest_turn_is_named(libvfio_user: Library) -> None:
 
         server.on_loop(lambda: server.server.timers.call_later(0.0, slow))
         # It is on its way through the same loop before this is.
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + pace.seconds(10)
         while (after := server.command("status")["longest_turn"])["seconds"] < 0.25:
             assert time.monotonic() < deadline, after
         assert after["what"].startswith("timer ") and after["what"].endswith("slow")

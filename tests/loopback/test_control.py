@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from support import pace
 from vmbus.errors import EnvironmentProblem, StateError, UsageError, WaitTimeout
 from vmbus.kmcl.status import Status
 from vmbus.loopback.function import LoopbackFunction
@@ -371,7 +372,7 @@ class Process:
         return json.loads(self.process.stdout.readline())
 
     def end(self) -> tuple[int, str, str]:
-        output, errors = self.process.communicate(timeout=20)
+        output, errors = self.process.communicate(timeout=pace.seconds(20))
         return self.process.returncode, output, errors
 
     def __enter__(self) -> "Process":

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from support import pace
 from vmbus.kmcl import Completion, Packet
 from vmbus.kmcl.server import ServerChannel
 from vmbus.loopback.harness import describe
@@ -63,7 +64,7 @@ def threaded(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for _ in threads:
         todo.put(None)
     for thread in threads:
-        thread.join(10)
+        thread.join(pace.seconds(10))
         assert not thread.is_alive()
 
 

@@ -14,7 +14,7 @@ from uuid import UUID
 
 import pytest
 
-from support import storvsc
+from support import pace, storvsc
 from support.namespace import Namespace, NotPermitted, namespace
 from support.network_guest import UP, DriverEnds, NetworkGuest
 from support.storage import Controller
@@ -370,7 +370,7 @@ def test_nonsense_while_a_save_is_in_progress(device: Device, tmp_path: Path) ->
         held = 0
         for number in range(15):
             said = hostile.said
-            deadline = time.monotonic() + 20
+            deadline = time.monotonic() + pace.seconds(20)
             while hostile.said < said + 50 and not hostile.trouble:
                 assert time.monotonic() < deadline, "the guest says nothing"
                 time.sleep(0.001)
@@ -391,7 +391,7 @@ def test_nonsense_while_a_save_is_in_progress(device: Device, tmp_path: Path) ->
         server.command("restore-finish")
         said = hostile.said
         hostile.go_on()
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + pace.seconds(20)
         while hostile.said < said + 500 and not hostile.trouble:
             assert time.monotonic() < deadline, "the guest says nothing"
             time.sleep(0.001)

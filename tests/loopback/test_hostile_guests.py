@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from support import storvsc
+from support import pace, storvsc
 from support.hostile import PAGE, WORDS, Raw, Scene
 from support.slow_disk import SlowScsiProvider
 from vmbus import providers
@@ -73,7 +73,7 @@ def test_backpressure_on_a_guest_that_reads_nothing(make: Callable[..., Scene], 
     scene = make(kind)
     raw = Raw(scene.driver, interface_type, pages_in=32, pages_out=32)
     usual, meanwhile = scene.bears(lambda: raw.fill(payload))
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + pace.seconds(20)
     while raw.fill(payload):
         assert time.monotonic() < deadline, "it is read on and on"
         scene.trip()
@@ -113,7 +113,7 @@ def test_backpressure_on_a_slow_guest(make: Callable[..., Scene], name: str) -> 
             last = time.monotonic()
             raw.take_one()
 
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + pace.seconds(10)
     while raw.taken < 10:
         assert time.monotonic() < deadline, "a slow guest gets no answers"
         scene.bears(act, trips=200)
@@ -298,7 +298,7 @@ def test_teardown_with_everything_in_flight(make: Callable[..., Scene], name: st
             scene.trip()  # the good channel is still there
         else:
             scene.function.barrier()
-            deadline = time.monotonic() + 10
+            deadline = time.monotonic() + pace.seconds(10)
             while any(scene.server.on_loop(lambda: [one.link for one in scene.server.server.device.channels])):
                 assert time.monotonic() < deadline, "channels stay open"
             inspected: Any = scene.server.command("inspect")["in_flight"]

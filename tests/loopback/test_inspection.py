@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from support import pace
 from support.traffic import Traffic
 from vmbus.errors import UsageError
 from vmbus.inspection.difference import compare
@@ -182,7 +183,7 @@ class Process:
 
     def __exit__(self, *_: object) -> None:
         self.process.kill()
-        self.process.wait(10)
+        self.process.wait(pace.seconds(10))
         assert self.process.stdout is not None
         self.process.stdout.close()
 
@@ -242,7 +243,12 @@ def test_the_command_looks_watches_and_ends(server: LoopbackServer) -> None:
 
     def run(*words: str) -> str:
         done = subprocess.run(
-            command(server, *words), capture_output=True, text=True, timeout=60, env=environment, check=False
+            command(server, *words),
+            capture_output=True,
+            text=True,
+            timeout=pace.seconds(60),
+            env=environment,
+            check=False,
         )
         assert done.returncode == 0, done.stderr
         return done.stdout
@@ -277,7 +283,7 @@ def test_on_a_terminal_the_watch_is_a_live_picture(server: LoopbackServer) -> No
             if not data:
                 break
             shown += data
-        assert process.wait(30) == 0
+        assert process.wait(pace.seconds(30)) == 0
     finally:
         os.close(ours)
     text = shown.decode()

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from support import pace
 from support.namespace import CHECKOUT, TUN, Namespace, NotPermitted, namespace, remove_stale
 from vmbus.errors import EnvironmentProblem, UsageError
 from vmbus.providers.network.interface import NAMESPACES, Port, Settings, open_port
@@ -34,7 +35,7 @@ def outside() -> Iterator[Namespace]:
 
 
 def until(condition: Callable[[], Any], what: str) -> None:
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + pace.seconds(20)
     while not condition():
         assert time.monotonic() < deadline, what
         time.sleep(0.005)
@@ -94,7 +95,11 @@ def test_without_rights_the_error_says_which(outside: Namespace) -> None:
     )
     path = os.pathsep.join(str(CHECKOUT / part) for part in ("device", "guest"))
     done = subprocess.run(
-        [sys.executable, "-c", script], env={"PYTHONPATH": path}, capture_output=True, text=True, timeout=30
+        [sys.executable, "-c", script],
+        env={"PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=pace.seconds(30),
     )
     everybody = TUN.stat().st_mode & 0o006 == 0o006
     assert ("CAP_NET_ADMIN" if everybody else "readable and writable") in done.stdout, done

@@ -14,6 +14,7 @@ from uuid import uuid4
 import msgspec
 import pytest
 
+from support import pace
 from support.multi import MultiProvider
 from support.traffic import PAGE, Traffic
 from vmbus import providers, saved
@@ -73,7 +74,7 @@ class Vm:
 
     def wander(self, since: int) -> None:
         """Waits until the running server has got ahead, by itself, with what it finds in the rings."""
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + pace.seconds(10)
         while self.progress() <= since:
             assert time.monotonic() < deadline, "the server does nothing"
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from support import pace
 from vmbus.errors import EnvironmentProblem, UsageError, VmbusError, WaitTimeout
 from vmbus.migration import channel as channels
 from vmbus.migration import link as links
@@ -41,7 +42,7 @@ CUT = b"cut here"
 
 def run(work: Coroutine[Any, Any, Any]) -> Any:
     async def bounded() -> Any:
-        return await asyncio.wait_for(work, 60)
+        return await asyncio.wait_for(work, pace.seconds(60))
 
     return asyncio.run(bounded())
 
@@ -73,7 +74,7 @@ async def ends(address: Address, through: Middle | None = None) -> AsyncIterator
         if through is not None:
             await through.start(listener.address)
         client = await connect(through.address if through is not None else listener.address, SECRET)
-        server = await asyncio.wait_for(arrived.get(), 10)
+        server = await asyncio.wait_for(arrived.get(), pace.seconds(10))
         try:
             yield Ends(client, server)
         finally:
@@ -323,7 +324,7 @@ def test_another_secret_is_noticed_by_both(tmp_path: Path, kind: str) -> None:
             with pytest.raises(NotAuthentic, match="does not know our secret: both sides need the same secret file"):
                 await connect(listener.address, OTHER)
             client = await connect(listener.address, SECRET)  # it goes on serving those who know it
-            await asyncio.wait_for(arrived.get(), 10)
+            await asyncio.wait_for(arrived.get(), pace.seconds(10))
             assert listener.refused == 1
             client.abort()
 
@@ -428,7 +429,7 @@ def test_a_stranger_has_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
         async with listening(TcpAddress("127.0.0.1", 0)) as (listener, _):
             assert isinstance(listener.address, TcpAddress)
             reader, writer = await asyncio.open_connection(listener.address.host, listener.address.port)
-            assert await asyncio.wait_for(reader.read(-1), 5) == b""
+            assert await asyncio.wait_for(reader.read(-1), pace.seconds(5)) == b""
             writer.close()
             assert listener.refused == 1 and "did not prove itself in time" in listener.last_refusal
 
@@ -501,7 +502,7 @@ def test_those_who_come_before_somebody_serves_wait(tmp_path: Path) -> None:
         client = await connect(listener.address, SECRET)
         arrived: asyncio.Queue[Channel] = asyncio.Queue()
         listener.serve(arrived.put)
-        server = await asyncio.wait_for(arrived.get(), 10)
+        server = await asyncio.wait_for(arrived.get(), pace.seconds(10))
         listener.close()  # those who are in stay in
         await client.send(b"still there")
         assert await server.receive() == b"still there"
@@ -644,7 +645,7 @@ def test_what_was_said_before_the_end_is_still_heard() -> None:
         async with ends(TcpAddress("127.0.0.1", 0)) as both, Link(both.client) as one:
             await both.server.send(encode(Running(seconds={"cont": 0.5})))
             both.server.close()
-            await asyncio.wait({one.failure}, timeout=5)
+            await asyncio.wait({one.failure}, timeout=pace.seconds(5))
             assert (await one.expect(Running, timeout=5, what="Running")).seconds == {"cont": 0.5}
             with pytest.raises(LinkLost):
                 await one.expect(Running, timeout=5, what="more")

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from support import pace
 from support.failure_bench import Bench, stand_in
 from vmbus.errors import VmbusError
 from vmbus.migration.address import UnixAddress
@@ -44,7 +45,7 @@ async def move(bench: Bench, at: Hook = no_hook) -> VirtualMachine:
     vm = await bench.source()
     address = UnixAddress(str(bench.root / "d"))
     listener = await listen(address, SECRET)
-    receiving = asyncio.create_task(VirtualMachine.receive(listener, bench.programs, timeout=20))
+    receiving = asyncio.create_task(VirtualMachine.receive(listener, bench.programs, timeout=pace.seconds(20)))
     try:
         await vm.migrate(str(address), SECRET, at=at)
     finally:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from support import pace
 from support.namespace import Namespace, NotPermitted, namespace
 from support.network_guest import DriverEnds, NetworkGuest
 from vmbus.loopback.harness import LoopbackServer, describe
@@ -359,7 +360,7 @@ def test_mtus_without_end_are_one_change_at_a_time(
 
     def slowly(settings: Settings, mtu: int) -> None:
         asked.append(mtu)
-        assert go.wait(10)
+        assert go.wait(pace.seconds(10))
         set_mtu(settings, mtu)
 
     def mtu(link: Any) -> Any:

@@ -7,6 +7,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from support import pace
 from support.multi import MULTI_TYPE, Guest, MultiProvider
 from support.traffic import Echo
 from vmbus import providers
@@ -306,7 +307,7 @@ def test_provider_timers_run_in_order_and_can_be_cancelled(server: LoopbackServe
         timers.call_later(0.0, lambda: seen.append(0))
 
     server.on_loop(set_up)
-    assert done.wait(5)
+    assert done.wait(pace.seconds(5))
     assert seen == [0, 1, 3]
     assert server.on_loop(timers.next_in) is None
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from support import pace
 from vmbus.cli.new_provider import create
 from vmbus.errors import UsageError
 from vmbus.loopback.harness import LoopbackServer
@@ -63,7 +64,7 @@ def test_an_own_provider_is_served_saved_and_restored(
         request(b"four")
         driver.run_until(lambda: len(replies) == 4, 10, "the fourth answer")
         assert replies == [b"ONE", b"TWO", b"THREE", b"FOUR"]
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + pace.seconds(10)
         while (status := server.command("status")["providers"]["door-bell"])["acknowledged"] != 3:
             assert time.monotonic() < deadline, status
         assert status == {"served": 4, "acknowledged": 3}

@@ -12,6 +12,7 @@ from uuid import UUID
 import msgspec
 import pytest
 
+from support import pace
 from vmbus import providers
 from vmbus.kmcl.channel import Channel
 from vmbus.kmcl.completion import Completion
@@ -79,7 +80,7 @@ class Careless(Provider):
         if what == b"echo":
             completion.complete(payload)
         elif what == b"done":
-            self.host.run_blocking(lambda: self.go.wait(20), self._done)
+            self.host.run_blocking(lambda: self.go.wait(pace.seconds(20)), self._done)
         elif what == b"wait":
             self.host.call_later(0.05, lambda: self._done())
             try:
@@ -110,7 +111,7 @@ def provider_of(pair: LoopbackPair) -> Careless:
 
 
 def until(condition: Callable[[], bool], what: str) -> None:
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + pace.seconds(10)
     while not condition():
         assert time.monotonic() < deadline, f"waited in vain for {what}"
         time.sleep(0.005)
@@ -148,7 +149,7 @@ def test_a_pause_that_waits_for_it_ends_with_the_cause(pair: LoopbackPair) -> No
     began = time.monotonic()
     with pytest.raises(ProviderRaised, match=r"done of run_blocking \(Careless._done\) of provider careless raised"):
         pair.command("pause", seconds=20.0)
-    assert time.monotonic() - began < 10 and pair.status()["phase"] == "running"
+    assert time.monotonic() - began < pace.seconds(10) and pair.status()["phase"] == "running"
     pair.command("pause", seconds=5.0)
     pair.command("resume")
 

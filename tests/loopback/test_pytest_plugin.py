@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from support import pace
 from vmbus.loopback.pair import LoopbackPair
 from vmbus.pytest_plugin import pytest_addoption, pytest_configure
 
@@ -40,7 +41,7 @@ def run(folder: Path, text: str, *words: str) -> subprocess.CompletedProcess[str
         env={**environment, "PYTHONPATH": roots},
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=pace.seconds(200),
     )
 
 

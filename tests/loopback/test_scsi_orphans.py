@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from support import storvsc
+from support import pace, storvsc
 from support.disk import Fault, FaultyBackend
 from support.storage import Guest, disk_status, pattern, until
 from support.storvsc import Pending, result_of
@@ -86,7 +86,7 @@ class Killed:
             memory = guest.data.extents(SLOT, number * SLOT)
             guest.send(storvsc.read_10(number * BLOCKS, BLOCKS), SLOT, channel=number % 2, external=memory)
         for fault in self.hung:
-            assert fault.begun.wait(10)
+            assert fault.begun.wait(pace.seconds(10))
 
     def canary(self) -> memoryview:
         """The memory that the reads were for, as its new owner sees it."""
@@ -202,7 +202,7 @@ def test_an_old_write_never_replaces_a_new_one(
     hung = Fault("write", hang=True)
     faults.append(hung)
     write(Guest(function), b"old." * 1024)
-    assert hung.begun.wait(10)
+    assert hung.begun.wait(pace.seconds(10))
     function.write32(Register.CONTROL, CONTROL_RESET)
     new = Guest(function)
     asked = write(new, b"new." * 1024)
@@ -229,7 +229,7 @@ def test_a_server_ends_with_a_disk_that_hangs(
     hung = Fault("write", hang=True)
     faults.append(hung)
     write(guest, bytes(4096))
-    assert hung.begun.wait(10)
+    assert hung.begun.wait(pace.seconds(10))
     provider = server.server.providers[0]
     assert isinstance(provider, ScsiProvider)
     under_way = provider.units[0].disk.under_way

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from support import storvsc
+from support import pace, storvsc
 from support.disk import Fault, FaultyBackend
 from support.storage import Guest, pattern, status, until
 from support.storvsc import Extents, Pending, result_of
@@ -196,7 +196,7 @@ def test_a_slow_disk_does_not_keep_the_other_one_waiting(server: LoopbackServer,
     slow = [Fault("write", hang=True) for _ in range(40)]
     faults += slow
     pending = [guest.send(storvsc.write_10(8 * n, 8), 4096, lun=1, direction=Direction.TO_DEVICE) for n in range(40)]
-    assert slow[0].begun.wait(10)
+    assert slow[0].begun.wait(pace.seconds(10))
     guest.bus.step(0.02)
     for number in range(50):
         # With FUA: others are done without a thread.
@@ -219,7 +219,7 @@ def test_with_all_threads_for_one_disk_the_other_one_would_wait(server: Loopback
     slow = [Fault("write", hang=True) for _ in range(40)]
     faults += slow
     pending = [guest.send(storvsc.write_10(8 * n, 8), 4096, lun=1, direction=Direction.TO_DEVICE) for n in range(40)]
-    assert slow[7].begun.wait(10)
+    assert slow[7].begun.wait(pace.seconds(10))
     other = guest.send(storvsc.write_10(0, 8, fua=True), 4096, direction=Direction.TO_DEVICE)
     guest.bus.step(0.2)
     assert not other.done
@@ -239,7 +239,7 @@ def test_a_disk_that_vanishes_under_load(server: LoopbackServer, disks: Path) ->
     removal = threading.Thread(target=lambda: answers.append(command(server, "remove-lun", lun=1)))
     removal.start()
     # On a busy machine the removal may be over before the guest has taken its notice, or asked for that disk again.
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + pace.seconds(20)
     while churn.done < 600 or removal.is_alive() or not (churn.vanished and guest.notices):
         assert time.monotonic() < deadline, (churn.done, churn.vanished, guest.notices)
         churn.some()
@@ -304,7 +304,7 @@ def test_a_withdrawal_that_fails_leaves_the_disks(server: LoopbackServer, faults
     hung = Fault("write", hang=True)
     faults.append(hung)
     pending = guest.send(storvsc.write_10(0, 8), 4096, lun=1, direction=Direction.TO_DEVICE)
-    assert hung.begun.wait(10)
+    assert hung.begun.wait(pace.seconds(10))
     with pytest.raises(WaitTimeout):
         server.command("rescind", name="scsi", seconds=1.0)
     assert [one.lun for one in guest.scan()] == [0, 1] and len(guest.notices) == 2
@@ -321,7 +321,7 @@ def test_a_save_waits_for_what_is_in_flight_and_a_hung_disk_fails_it(
     hung = Fault("write", hang=True)
     faults.append(hung)
     pending = guest.send(storvsc.write_10(0, 8), 4096, lun=1, direction=Direction.TO_DEVICE)
-    assert hung.begun.wait(10)
+    assert hung.begun.wait(pace.seconds(10))
     with pytest.raises(WaitTimeout, match="incoming packets"):
         server.command("pause", seconds=0.3)
     assert server.command("status")["phase"] == "running"
@@ -335,7 +335,7 @@ def test_a_save_waits_for_what_is_in_flight_and_a_hung_disk_fails_it(
     guest.bus.step(0.05)
     assert not pending.done and pause.is_alive()
     hung.go.set()
-    pause.join(10)
+    pause.join(pace.seconds(10))
     assert answers[0]["incoming_held"] == 1
     assert not any(one["locked"] or one["running"] for one in status(server)["luns"])
     guest.bus.step(0.05)

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from support import pace
 from support.outside import OUTSIDE_TYPE, OutsideProvider
 from vmbus import providers
 from vmbus.description import DeviceDescription
@@ -88,7 +89,7 @@ def locked(path: Path) -> bool:
 
 
 def until(condition: Any, what: str) -> None:
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + pace.seconds(10)
     while not condition():
         assert time.monotonic() < deadline, what
         time.sleep(0.001)
@@ -434,7 +435,7 @@ def test_a_resume_calls_a_pause_off_that_waits_for_work(libvfio_user: Library, t
         until(lambda: server.command("status")["phase"] == "pausing", "the pause to begin")
         server.command("resume")
         provider.go.set()
-        thread.join(10)
+        thread.join(pace.seconds(10))
         assert "called off" in str(failed[0])
         assert server.command("status")["phase"] == "running" and "deactivate" not in provider.calls
         guest.close()

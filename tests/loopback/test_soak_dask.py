@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from support import pace
 from support.dask_cluster import Checkout, Cluster
 from support.failure_bench import until
 from support.processes import alive
@@ -102,7 +103,7 @@ def test_a_worker_that_is_killed_costs_nothing(tmp_path: Path, cluster: Cluster)
             await until(lambda: not alive(process), "the end of the episode's process")
             go.touch()
             await cluster.worker()
-            return await asyncio.wait_for(running, 60)
+            return await asyncio.wait_for(running, pace.seconds(60))
 
     assert asyncio.run(body()) == "passed"
     assert [record.where for record in read(folder, EpisodeRecord)] == ["worker-1"]
@@ -121,7 +122,7 @@ def test_interrupted_and_gone_on_with(tmp_path: Path, cluster: Cluster) -> None:
             running = asyncio.create_task(sitting())
             await until(marker.exists, "the episode's marker")
             sitting.run.interrupt()
-            assert await asyncio.wait_for(running, 30) == "interrupted"
+            assert await asyncio.wait_for(running, pace.seconds(30)) == "interrupted"
             await engine.close()
             assert [record.verdict for record in read(folder, EpisodeRecord)] == ["passed", "interrupted"]
             go.touch()
@@ -148,7 +149,7 @@ def test_a_campaign_that_is_gone_leaves_nothing_running(tmp_path: Path, cluster:
             engine._beating.cancel()  # as if it were killed
             await until(lambda: not alive(process), "the end of the episode's process", 20)
             running.cancel()
-            await asyncio.wait({running}, timeout=30)
+            await asyncio.wait({running}, timeout=pace.seconds(30))
             await engine.close()
 
     asyncio.run(body())
@@ -168,7 +169,7 @@ def test_a_scheduler_that_dies_is_an_interruption(
             await until(marker.exists, "the episode's marker")
             assert cluster.scheduler is not None
             os.kill(cluster.scheduler.pid, signal.SIGKILL)
-            return await asyncio.wait_for(running, 90)
+            return await asyncio.wait_for(running, pace.seconds(90))
 
     assert asyncio.run(body()) == "interrupted"
     assert [record.verdict for record in read(folder, EpisodeRecord)] == ["passed"]

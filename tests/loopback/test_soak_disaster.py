@@ -16,6 +16,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from support import pace
 from support.failure_bench import Disk, until
 from support.processes import alive
 from support.soak import Script, Sitting, campaign, episodes, events, read
@@ -39,7 +40,7 @@ def test_a_campaign_that_is_killed_leaves_no_process_and_is_gone_on_with(tmp_pat
         asyncio.run(until(lambda: pid.exists() and len(known()) == 3, "the second episode"))
     finally:
         owner.send_signal(signal.SIGKILL)
-        owner.wait(30)
+        owner.wait(pace.seconds(30))
     asyncio.run(until(lambda: not alive(int(pid.read_text())), "the end of the worker"))
     assert read_state(folder).state == "running"
     assert [(record.episode, record.number) for record in read(folder, OperationRecord)] == [(0, 0), (0, 1), (1, 0)]
@@ -90,7 +91,7 @@ def test_a_disk_that_gets_full_and_empty_again_costs_only_time(tmp_path: Path, d
         assert "MiB left, and 8 MiB are needed; waiting up to 60 s for room" in sitting.told.text
         assert not (folder / "reserve").exists()
         disk.empty()
-        return await asyncio.wait_for(running, 30)
+        return await asyncio.wait_for(running, pace.seconds(30))
 
     assert asyncio.run(body()) == "passed"
     assert {number: record.verdict for number, record in episodes(folder).items()} == dict.fromkeys(range(3), "passed")
@@ -172,7 +173,7 @@ def test_an_episode_whose_record_found_no_room_is_run_again(tmp_path: Path, disk
         (folder / "reserve").unlink()
         disk.fill()
         go.touch()
-        return await asyncio.wait_for(running, 30)
+        return await asyncio.wait_for(running, pace.seconds(30))
 
     assert asyncio.run(body()) == "interrupted"
     assert episodes(folder) == {}

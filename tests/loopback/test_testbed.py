@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 import vmbus
+from support import pace
 from vmbus.errors import EnvironmentProblem, WaitTimeout
 from vmbus.qemu.process import Child, ProcessDied
 from vmbus.testbed.hosts import Forbidden, Host, TwoHosts
@@ -47,6 +48,7 @@ def with_hosts(story: Story, base: Path, *, timeout: float = 90.0, **options: An
 
 
 async def until(condition: Callable[[], Awaitable[bool]], timeout: float, what: str) -> None:
+    timeout = pace.seconds(timeout)
     deadline = time.monotonic() + timeout
     while not await condition():
         if time.monotonic() > deadline:
@@ -197,19 +199,19 @@ def test_a_unix_socket_in_a_host_is_reached_from_outside(tmp_path: Path) -> None
 def test_latency_is_added_in_each_direction(tmp_path: Path) -> None:
     async def story(hosts: TwoHosts) -> None:
         await server(hosts.b)
-        fast = await round_trip(hosts.a, hosts.b)
+        fast = min([await round_trip(hosts.a, hosts.b) for _ in range(5)])
         await hosts.shape(latency=0.05)
-        slow = await round_trip(hosts.a, hosts.b)
+        slow = min([await round_trip(hosts.a, hosts.b) for _ in range(5)])
         seconds = await talk(hosts.a, hosts.b, "send", "20000000")
         await hosts.shape()
-        again = await round_trip(hosts.a, hosts.b)
+        again = min([await round_trip(hosts.a, hosts.b) for _ in range(5)])
         print(
             f"round trip {1e3 * fast:.2f} ms, with 50 ms each way {1e3 * slow:.1f} ms (20 MB in {seconds:.2f} s), "
             f"then {1e3 * again:.2f} ms"
         )
         assert fast < 0.05 and again < 0.05
         assert 0.1 <= slow < 0.2
-        assert seconds < 30
+        assert seconds < pace.seconds(30)
 
     with_hosts(story, tmp_path)
 
@@ -297,7 +299,7 @@ def test_a_program_ends_as_it_wants_and_with_its_host(tmp_path: Path) -> None:
         with held([hosts.b.pid]) as (network,):
             await hosts.b.end()
             assert in_network(network) == set()
-        await asyncio.wait_for(asyncio.shield(last.exited), 10)
+        await asyncio.wait_for(asyncio.shield(last.exited), pace.seconds(10))
         with pytest.raises(EnvironmentProblem, match="host 'b'"):
             await hosts.b.counters()
 
@@ -354,10 +356,10 @@ def test_nothing_survives_an_owner_that_is_killed(tmp_path: Path) -> None:
             assert all(len(in_network(inode)) >= 2 for inode in networks)
         finally:
             owner.kill()
-            owner.wait(10)
+            owner.wait(pace.seconds(10))
             if owner.stdout is not None:
                 owner.stdout.close()
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + pace.seconds(20)
         while left := set().union(*map(in_network, networks)):
             assert time.monotonic() < deadline, f"these processes survive their owner: {left}"
             time.sleep(0.01)
@@ -406,7 +408,11 @@ except Forbidden as error:
 def test_a_machine_that_forbids_namespaces_is_told_apart(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(Path(vmbus.__file__).resolve().parents[1])}
     done = subprocess.run(
-        [sys.executable, "-c", FORBIDDEN, str(tmp_path)], capture_output=True, text=True, env=environment, timeout=60
+        [sys.executable, "-c", FORBIDDEN, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=pace.seconds(60),
     )
     assert "does not let us make host 'a': new network namespace: Operation not permitted" in done.stdout, done.stderr
     assert list(tmp_path.iterdir()) == []

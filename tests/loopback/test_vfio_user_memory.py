@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from support import pace
 from support.transport import ADDRESS, VALUE, ServerThread, serve
 from vmbus.errors import EnvironmentProblem, VmbusError
 from vmbus.vfio_user import bindings, protocol
@@ -350,7 +351,9 @@ memory = mmap.mmap(fd, 4096)
 os.ftruncate(fd, 0)
 print(memory[0])
 """
-    result = subprocess.run([sys.executable, "-c", program], env={"PYTHONPATH": os.pathsep.join(sys.path)}, timeout=60)
+    result = subprocess.run(
+        [sys.executable, "-c", program], env={"PYTHONPATH": os.pathsep.join(sys.path)}, timeout=pace.seconds(60)
+    )
     assert result.returncode == -signal.SIGBUS
 
 

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from support import pace
 from support.namespace import Namespace, Program
 from support.streams import agree, good_ping
 from vmbus.errors import WaitTimeout
@@ -17,6 +18,7 @@ STREAMS = 4
 
 
 async def until(condition: Callable[[], Any], what: str, seconds: float = 60.0) -> None:
+    seconds = pace.seconds(seconds)
     deadline = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > deadline:

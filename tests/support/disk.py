@@ -8,6 +8,7 @@ import random
 import threading
 from collections.abc import Callable, Sequence
 
+from support import pace
 from vmbus.providers.disk.backend import Backend
 from vmbus.providers.disk.core import Geometry
 from vmbus.providers.disk.request import Op, Request
@@ -86,7 +87,7 @@ class FaultyBackend:
                 if not fault.hang:
                     raise OSError(fault.number, os.strerror(fault.number))
                 fault.begun.set()
-                fault.go.wait(60)
+                fault.go.wait(pace.seconds(60))
         work()
 
     def read_now(self, offset: int, views: Sequence[memoryview]) -> bool:

@@ -26,6 +26,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from support import pace
 from support.failure_matrix import Cell, Failure, Operation, Outcome
 from support.matrix_owner import TAG, Errand
 from support.pace import eventually
@@ -87,7 +88,7 @@ async def until(condition: Callable[[], bool], what: str, timeout: float = SOON)
 
 async def forever() -> None:
     """Stays until it is interrupted, as it will be."""
-    async with asyncio.timeout(SOON):
+    async with asyncio.timeout(pace.seconds(SOON)):
         await asyncio.Event().wait()
 
 
@@ -288,7 +289,7 @@ class Bench:
             self.run(self.end_source())
         finally:
             self._loop.call_soon_threadsafe(self._loop.stop)
-            self._thread.join(10)
+            self._thread.join(pace.seconds(10))
             self._loop.close()
             left = processes(self.root)
             self.disk.remove()
@@ -311,7 +312,7 @@ class Bench:
 
     async def in_flight(self, vm: VirtualMachine) -> None:
         """Waits until packets of the host are in flight, and requests come and go."""
-        deadline = time.monotonic() + SOON
+        deadline = time.monotonic() + pace.seconds(SOON)
         while (counts := await vm.call_agent("counts"))["held"] < 100 or counts["completed"] < 50:
             assert time.monotonic() < deadline, counts
             await asyncio.sleep(0.01)
@@ -331,7 +332,7 @@ class Bench:
         assert not vm.ended and await vm.monitor.running(), "the vCPUs stand"
         status = await vm.call_server("status")
         assert status["phase"] == "running", status["phase"]
-        deadline = time.monotonic() + SOON
+        deadline = time.monotonic() + pace.seconds(SOON)
         before = (await vm.call_agent("counts"))["completed"]
         while (counts := await vm.call_agent("counts"))["completed"] < before + 20:
             assert time.monotonic() < deadline, f"the workload does not go on: {counts}"
@@ -559,7 +560,7 @@ class Bench:
             _, writer = await asyncio.open_unix_connection(str(vm.paths.supervisor))
             asker.append(writer)
             writer.write(msgspec.json.encode({"command": name, "arguments": arguments}) + b"\n")
-            async with asyncio.timeout(SOON):
+            async with asyncio.timeout(pace.seconds(SOON)):
                 await over.wait()
         finally:
             delattr(vm, name)
@@ -688,7 +689,9 @@ class Bench:
     @contextlib.asynccontextmanager
     async def _receiving(self, address: UnixAddress, **options: Any) -> AsyncIterator[asyncio.Task[VirtualMachine]]:
         listener = await listen(address, SECRET)
-        task = asyncio.create_task(VirtualMachine.receive(listener, self.programs, timeout=SOON, **options))
+        task = asyncio.create_task(
+            VirtualMachine.receive(listener, self.programs, timeout=pace.seconds(SOON), **options)
+        )
         try:
             yield task
         finally:
@@ -698,7 +701,7 @@ class Bench:
 
     async def _landed(self, task: Awaitable[VirtualMachine], found: Found) -> None:
         try:
-            async with asyncio.timeout(SOON):
+            async with asyncio.timeout(pace.seconds(SOON)):
                 found.arrived = await task
         except VmbusError as error:
             found.refusal = error

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import msgspec
 
+from support import pace
 from support.failure_matrix import Operation
 from vmbus.errors import VmbusError
 from vmbus.migration.address import parse_address
@@ -50,7 +51,7 @@ async def perform(errand: Errand) -> None:
     if errand.receive:
         listener = await listen(parse_address(errand.address), secret)
         print("ready", flush=True)
-        vm = await VirtualMachine.receive(listener, errand.programs, timeout=60, at=at)
+        vm = await VirtualMachine.receive(listener, errand.programs, timeout=pace.seconds(60), at=at)
     elif errand.operation is Operation.RESTORE:
         print("ready", flush=True)
         vm = await VirtualMachine.restore(folder, errand.programs, at=at)

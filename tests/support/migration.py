@@ -15,6 +15,7 @@ from typing import Any
 
 from qemu.qmp.events import EventListener
 
+from support import pace
 from vmbus.description import DeviceDescription, ProviderDescription
 from vmbus.errors import EnvironmentProblem, StateError, VmbusError
 from vmbus.migration.address import Address
@@ -204,6 +205,7 @@ class LeavingVm:
         return {}
 
     async def _take_back(self, seconds: float) -> None:
+        seconds = pace.seconds(seconds)
         deadline = asyncio.get_running_loop().time() + seconds
         while True:
             try:
@@ -367,7 +369,7 @@ class Pair:
         except (Exception, asyncio.CancelledError) as error:
             found.problem = error
         try:
-            async with asyncio.timeout(30):
+            async with asyncio.timeout(pace.seconds(30)):
                 await receiving
             found.arrived = True
         except (Exception, asyncio.CancelledError) as error:

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from vmbus.errors import WaitTimeout
+from vmbus.patience import factor
 
 PIECE = 20_000
 """Turns of the loop that is measured."""
@@ -46,7 +47,8 @@ class Pace:
     `begin` the one that used most of its bound: which share, and in words."""
 
     def __init__(self) -> None:
-        self.factor = self.at_start = 1.0
+        # In a process that a test has started: what the test has.
+        self.factor = self.at_start = factor()
         self.fullest: tuple[float, str] = (0.0, "")
 
     def start(self) -> None:

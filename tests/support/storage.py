@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from support import pace
 from support.storvsc import Driver, Extents, Pending
 from vmbus.errors import WaitTimeout
 from vmbus.kmcl.channel import Channel
@@ -126,6 +127,7 @@ def disk_status(server: LoopbackServer, index: int = 0) -> dict[str, Any]:
 
 
 def until(condition: Callable[[], bool], what: str, seconds: float = 10.0) -> None:
+    seconds = pace.seconds(seconds)
     deadline = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > deadline:

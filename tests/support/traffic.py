@@ -4,6 +4,7 @@ import random
 import time
 from typing import Any
 
+from support import pace
 from vmbus.errors import WaitTimeout
 from vmbus.kmcl.channel import Channel
 from vmbus.kmcl.completion import Completion
@@ -177,6 +178,7 @@ class Traffic:
 
     def finish(self, timeout: float = 20.0) -> None:
         """To the end; every transaction of both ends exactly once."""
+        timeout = pace.seconds(timeout)
         deadline = time.monotonic() + timeout
         while not (self.echo.finished and self.burst.finished):
             if not self.driver.step(0.002):

@@ -13,6 +13,7 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
+from support import pace
 from vmbus.vfio_user.context import Context, DeviceAccessError, ResetKind, RunResult
 from vmbus.vfio_user.library import Library
 from vmbus.vfio_user.pci import ConfigSpace
@@ -160,7 +161,7 @@ class ServerThread:
     def stop(self) -> None:
         self._stop = True
         os.eventfd_write(self._wake, 1)
-        self._thread.join(10)
+        self._thread.join(pace.seconds(10))
         assert not self._thread.is_alive(), "the server thread hangs"
         os.close(self._wake)
         self.context.close()
@@ -196,7 +197,7 @@ def serve_in_process(library: Path, path: Path) -> Iterator[subprocess.Popen[str
         with contextlib.suppress(BrokenPipeError):
             process.stdin.close()  # tells it to end
         try:
-            process.wait(10)
+            process.wait(pace.seconds(10))
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()

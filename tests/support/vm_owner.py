@@ -17,6 +17,7 @@ from typing import Any
 
 import msgspec
 
+from support import pace
 from vmbus.errors import UsageError, VmbusError
 from vmbus.migration.address import parse_address
 from vmbus.migration.channel import listen
@@ -75,7 +76,7 @@ class Owner:
         listener = await listen(parse_address(address), bytes.fromhex(secret))
         self.vm = None
         self.vm = await VirtualMachine.receive(
-            listener, self.programs, timeout=60.0, at=self._hook(halt_at), audit=AUDIT, **more
+            listener, self.programs, timeout=pace.seconds(60.0), at=self._hook(halt_at), audit=AUDIT, **more
         )
         return {"phases": self.vm.phases}
 

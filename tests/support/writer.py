@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from support import pace
 from support.boot import boot
 from vmbus.errors import WaitTimeout
 from vmbus.qemu.command_line import Programs
@@ -34,6 +35,7 @@ async def writing(
 
 async def until_acknowledged(vm: VirtualMachine, job: int, count: int, seconds: float = 60.0) -> int:
     """Wait until so many writes were acknowledged; returns how many."""
+    seconds = pace.seconds(seconds)
     deadline = time.monotonic() + seconds
     while True:
         report = await vm.call_agent("poll", job=job)

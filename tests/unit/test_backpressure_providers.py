@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from support import pace
 from support.device import Machine, connect
 from support.storvsc import HANDSHAKE, SYNCHRONIZE, long_form, request, write_10
 from vmbus.kmcl.channel import Channel
@@ -612,7 +613,9 @@ def test_an_operation_that_hangs_is_waited_for_at_one_reset_and_not_at_each() ->
     first = begin(Op.READ)
     assert not under_way.wait(0.01) and len(under_way) == 1
     began = time.monotonic()
-    assert not under_way.wait(60.0) and time.monotonic() - began < 30  # at once: it was given up
+    assert not under_way.wait(pace.seconds(60)) and time.monotonic() - began < pace.seconds(
+        30
+    )  # at once: it was given up
     second = begin(Op.WRITE)
     threading.Timer(0.05, second.set).start()
     under_way.wait(20.0)

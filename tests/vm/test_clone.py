@@ -17,6 +17,7 @@ import pytest
 
 import vmbus
 import vmbus_guest
+from support import pace
 from support.boot import boot
 from vmbus.qemu.command_line import Programs
 from vmbus.qemu.description import VmDescription
@@ -117,7 +118,7 @@ def test_clone_that_dies_leaves_the_others_alone(
         async with one, other:
             assert one.qemu is not None
             one.qemu.process.kill()
-            await asyncio.wait({one.qemu.exited}, timeout=20)
+            await asyncio.wait({one.qemu.exited}, timeout=pace.seconds(20))
             await one.kill()
             await run_out(other, job)
 
@@ -142,7 +143,11 @@ def test_clone_checkpoint_and_revert_from_the_command_line(
 
     def vm_command(*words: str, status: int = 0) -> str:
         done = subprocess.run(
-            [sys.executable, "-m", "vmbus.cli", *words], env=environment, capture_output=True, text=True, timeout=90
+            [sys.executable, "-m", "vmbus.cli", *words],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=pace.seconds(90),
         )
         assert done.returncode == status, done.stderr
         return done.stdout + done.stderr
@@ -153,7 +158,7 @@ def test_clone_checkpoint_and_revert_from_the_command_line(
         env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
     try:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + pace.seconds(60)
         sockets = [runtime / "vmbus" / name / "supervisor.sock" for name in ("demo", "demo-2")]
         while not all(path.exists() for path in sockets):
             assert owner.poll() is None, owner.communicate()
@@ -174,8 +179,8 @@ def test_clone_checkpoint_and_revert_from_the_command_line(
         vm_command("save", "--vm", "demo-2", str(tmp_path / "saved"))
         assert owner.poll() is None, "one clone ended with its save, the other runs on"
         vm_command("save", "--vm", "demo", str(tmp_path / "other"))
-        output, _ = owner.communicate(timeout=60)
+        output, _ = owner.communicate(timeout=pace.seconds(60))
         assert owner.returncode == 0, output.decode()
     finally:
         owner.terminate()
-        owner.communicate(timeout=30)
+        owner.communicate(timeout=pace.seconds(30))

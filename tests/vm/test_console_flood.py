@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from support import pace
 from support.boot import boot
 from vmbus.qemu import logs, process
 from vmbus.qemu.command_line import Programs
@@ -43,13 +44,13 @@ def test_a_console_that_is_flooded_stays_bounded(
             writer.write(f"yes flood | head -c {FLOOD} > /dev/ttyS0; echo 'last'' words'\n".encode())
             began, most, tail = time.monotonic(), 0, b""
             while b"last words" not in tail:
-                data = await asyncio.wait_for(reader.read(65536), 60)
+                data = await asyncio.wait_for(reader.read(65536), pace.seconds(60))
                 assert data, "the console is gone"
                 tail = (tail + data)[-100:]
                 most = max(most, vm.paths.console_log.stat().st_size)
             rate = FLOOD / (time.monotonic() - began)
             writer.close()
-            deadline = time.monotonic() + 30
+            deadline = time.monotonic() + pace.seconds(30)
             # What the console's reader has seen to its end, the file may not have yet.
             while vm.paths.console_log.stat().st_size > LIMIT or "last words" not in log_tail(vm.paths.console_log):
                 assert time.monotonic() < deadline

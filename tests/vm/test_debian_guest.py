@@ -16,6 +16,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from support import pace
 from support.namespace import Namespace, NotPermitted, namespace
 from vmbus.cli.keys import with_keys
 from vmbus.cli.ssh import PORT
@@ -150,13 +151,13 @@ async def move(vm: VirtualMachine, programs: Programs, path: Path) -> tuple[Virt
     """Migrate to another machine on this host, which is then the VM; and how long it stood still."""
     secret = secrets.token_bytes(32)
     listener = await listen(UnixAddress(str(path)), secret)
-    receiving = asyncio.create_task(VirtualMachine.receive(listener, programs, timeout=60))
+    receiving = asyncio.create_task(VirtualMachine.receive(listener, programs, timeout=pace.seconds(60)))
     try:
         report = await vm.migrate(str(listener.address), secret)
         return await receiving, report.downtime
     finally:
         if not receiving.done():
-            await asyncio.wait({receiving}, timeout=30)
+            await asyncio.wait({receiving}, timeout=pace.seconds(30))
 
 
 class Client:
@@ -191,7 +192,7 @@ class Client:
         """What a command in the guest prints, by way of the socket that scripts/ssh uses; `code`: as ssh shall end."""
         (path,) = [one["socket"] for one in (await vm.call_server("status"))["providers"].values() if "socket" in one]
         process = await self._start(proxy_command(sys.executable, path, PORT), command)
-        async with asyncio.timeout(90):
+        async with asyncio.timeout(pace.seconds(90)):
             output, _ = await process.communicate()
         assert process.returncode == code, output
         return output.decode().strip()
@@ -226,7 +227,7 @@ class Session:
         """What is said comes back."""
         assert self._process.stdin is not None and self._process.stdout is not None
         self._process.stdin.write(f"{word}\n".encode())
-        async with asyncio.timeout(120):
+        async with asyncio.timeout(pace.seconds(120)):
             line = await self._process.stdout.readline()
         assert line.decode().strip() == word, (word, line)
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from support import pace
 from support.boot import boot
 from vmbus.cli.drivers import Drive, install, jobs_for, read_driver_file
 from vmbus.errors import UsageError
@@ -63,7 +64,7 @@ def run(context):
 
 async def until_all_have_moved(vm: VirtualMachine, job: int, since: dict[str, int]) -> dict[str, int]:
     """Wait until each workload has completed more than it had."""
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + pace.seconds(60)
     while True:
         report = await vm.call_agent("poll", job=job)
         assert report["state"] == "running", report

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from support import pace
 from support.failure_bench import Bench
 from support.failure_matrix import CELLS, IN_QEMU, Cell, Outcome
 from vmbus.errors import WaitTimeout
@@ -83,7 +84,7 @@ class QemuBench(Bench):
             assert not any(tally[kind] for tally in tallies for kind in wrong), tallies
             return sum(tally["completed"] for tally in tallies)
 
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + pace.seconds(30)
         before = await progress()
         while await self._under_way(vm) and await progress() < before + 500:
             assert time.monotonic() < deadline, "the workload does not go on"

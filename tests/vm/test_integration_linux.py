@@ -12,6 +12,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from support import pace
 from vmbus.errors import VmbusError, WaitTimeout
 from vmbus.qemu.command_line import Programs
 from vmbus.qemu.description import VmDescription, load_description
@@ -75,7 +76,7 @@ async def until_right(vm: VirtualMachine, seconds: float) -> float:
 async def until_beats(vm: VirtualMachine, count: int) -> None:
     """Wait for so many heartbeats more than there are."""
     wanted = (await part(vm, "heartbeat"))["beats"] + count
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + pace.seconds(60)
     while (heartbeat := await part(vm, "heartbeat"))["beats"] < wanted:
         if time.monotonic() > deadline:
             raise WaitTimeout(f"{wanted} heartbeats: {heartbeat}", 60)
@@ -85,7 +86,7 @@ async def until_beats(vm: VirtualMachine, count: int) -> None:
 
 async def until_negotiated(vm: VirtualMachine, after: int) -> None:
     """Wait for the key-value service to be there, with more answers than that."""
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + pace.seconds(60)
     while (kvp := await part(vm, "kvp"))["phase"] != "ready" or kvp["answered"] <= after:
         if time.monotonic() > deadline:
             raise WaitTimeout(f"the daemon: {kvp}", 60)
@@ -126,7 +127,7 @@ def test_integration_service_of_linux_over_a_restore(run: Run, programs: Program
         """Else what follows would prove nothing."""
         await shell(vm, "date -s 2001-01-01")
         samples = (await part(vm, "time"))["samples"]
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + pace.seconds(60)
         while (await part(vm, "time"))["samples"] < samples + 3:
             assert time.monotonic() < deadline, "no samples"
             await asyncio.sleep(0.2)
@@ -152,7 +153,7 @@ def test_integration_service_of_linux_over_a_restore(run: Run, programs: Program
         return await shell(vm, script) == f"/run/{name}"
 
     async def until_written(vm: VirtualMachine, name: str) -> None:
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + pace.seconds(30)
         while await shell(vm, f"ls /run/{name}") != f"/run/{name}":
             assert time.monotonic() < deadline, "it still waits"
             await asyncio.sleep(0.1)
@@ -230,7 +231,7 @@ def test_integration_service_of_linux_over_a_restore(run: Run, programs: Program
             assert trouble == "", trouble
             started = time.monotonic()
             assert await ask(vm, "shutdown", text="maintenance") == {"accepted": True, "status": 0}
-            await asyncio.wait_for(vm.wait_ended(), 60)
+            await asyncio.wait_for(vm.wait_ended(), pace.seconds(60))
             off = time.monotonic() - started
         note(
             f"Linux's hv_utils: a clock set to 2001, to 2091, and restored {AWAY:g} s after its save was right after "

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from support import pace
 from support.boot import boot
 from support.linux_guest import GuestMemory, described, event_page, message_page
 from vmbus.errors import VmbusError, WaitTimeout
@@ -58,6 +59,7 @@ async def beats(vm: VirtualMachine) -> int:
 
 async def until_beats(vm: VirtualMachine, count: int, seconds: float = 60.0) -> int:
     """Wait for so many answered heartbeats more than there are."""
+    seconds = pace.seconds(seconds)
     deadline = time.monotonic() + seconds
     wanted = await beats(vm) + count
     while (now := await beats(vm)) < wanted:
@@ -81,6 +83,7 @@ async def counters(vm: VirtualMachine) -> dict[str, int]:
 
 async def until(vm: VirtualMachine, command: str, seconds: float = 60.0) -> str:
     """Wait until a shell command in the guest prints something."""
+    seconds = pace.seconds(seconds)
     deadline = time.monotonic() + seconds
     while not (text := await shell(vm, f"{command} || true")):
         if time.monotonic() > deadline:
@@ -118,7 +121,7 @@ async def over_a_migration(vm: VirtualMachine, path: Path, programs: Programs) -
     """Live, to other processes on this host."""
     secret = secrets.token_bytes(32)
     listener = await listen(UnixAddress(str(path)), secret)
-    receiving = asyncio.create_task(VirtualMachine.receive(listener, programs, timeout=60.0))
+    receiving = asyncio.create_task(VirtualMachine.receive(listener, programs, timeout=pace.seconds(60.0)))
     try:
         await vm.migrate(str(listener.address), secret)
     except BaseException:
@@ -170,7 +173,7 @@ def test_linux_guest_over_saves_and_with_drivers_that_come_and_go(
             assert after["messages"] > before["messages"] and not after["bad_messages"] + after["faults"], after
             with contextlib.suppress(VmbusError):
                 await vm.run_in_guest(["/bin/sh", "-c", "echo c > /proc/sysrq-trigger"], timeout=1.0)
-            deadline = time.monotonic() + 60
+            deadline = time.monotonic() + pace.seconds(60)
             while (await vm.call_server("inspect"))["bus"]["version"] != "":
                 assert time.monotonic() < deadline, vm.paths.console_log.read_text()[-3000:]
                 await asyncio.sleep(0.1)

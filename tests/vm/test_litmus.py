@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
+from support import pace
 from support.boot import boot
 from vmbus.migration.address import UnixAddress
 from vmbus.migration.channel import listen
@@ -103,7 +104,7 @@ async def litmus(vm: VirtualMachine, library: Library) -> Result:
     await vm.call_agent("install", name="litmus", source=DRIVER)
     parameters = {"library": library.text, "rounds": ROUNDS, "increments": INCREMENTS}
     job = (await vm.call_agent("start", driver="litmus", parameters=parameters))["job"]
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(pace.seconds(60)):
         while (report := await vm.call_agent("poll", job=job))["progress"] is None:
             assert report["state"] == "running", report
             await asyncio.sleep(0.05)
@@ -112,7 +113,7 @@ async def litmus(vm: VirtualMachine, library: Library) -> Result:
         address = ctypes.addressof(ctypes.c_char.from_buffer(page))
         playing = asyncio.create_task(asyncio.to_thread(library.code.host, address, ROUNDS, ctypes.addressof(result)))
         try:
-            await asyncio.wait({playing}, timeout=PATIENCE)
+            await asyncio.wait({playing}, timeout=pace.seconds(PATIENCE))
         finally:
             library.code.halt(address)
             await playing  # or it would go on in memory that is gone
@@ -171,11 +172,11 @@ def test_litmus_sabotage_a_machine_without_room_for_a_second_cpu(
             await vm.wait_ready()
             await vm.checkpoint("before", directory=checkpoints)
             listener = await listen(UnixAddress(str(tmp_path / "m.sock")), SECRET)
-            receiving = asyncio.create_task(VirtualMachine.receive(listener, programs, timeout=60))
+            receiving = asyncio.create_task(VirtualMachine.receive(listener, programs, timeout=pace.seconds(60)))
             try:
                 await vm.migrate(str(listener.address), SECRET)
             finally:
-                await asyncio.wait({receiving}, timeout=60)
+                await asyncio.wait({receiving}, timeout=pace.seconds(60))
         async with receiving.result() as vm:
             is_old(vm)
             await vm.revert("before", directory=checkpoints)

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 import vmbus
+from support import pace
 from support.boot import boot
 from vmbus.errors import EnvironmentProblem, WaitTimeout
 from vmbus.migration.address import parse_address
@@ -52,14 +53,15 @@ async def move(
     """Migrate to a destination in this process. If it fails, the destination's end is waited for too."""
     listener = await listen(parse_address(address), SECRET)
     receiving = asyncio.create_task(
-        VirtualMachine.receive(listener, programs or vm.programs, timeout=60, at=destination_at), name="destination"
+        VirtualMachine.receive(listener, programs or vm.programs, timeout=pace.seconds(60), at=destination_at),
+        name="destination",
     )
     try:
         report = await vm.migrate(str(listener.address), SECRET, at=source_at, **options)
         return await receiving, report
     finally:
         if not receiving.done():
-            await asyncio.wait({receiving}, timeout=30)
+            await asyncio.wait({receiving}, timeout=pace.seconds(30))
             receiving.cancel()
             await asyncio.wait({receiving})
         if not receiving.cancelled() and receiving.exception() is not None:
@@ -235,7 +237,7 @@ def test_a_foreign_migration_is_cancelled_and_told(
                 if not slow:
                     await other.execute("stop")
                 await other.execute("migrate", {"channels": file_channel(tmp_path / f"foreign-{slow}")})
-                notices.append(await asyncio.wait_for(told.get(), 30))
+                notices.append(await asyncio.wait_for(told.get(), pace.seconds(30)))
                 assert await other.running() == slow  # as it was before
             await other.execute("cont")
             await other.close()
@@ -253,7 +255,7 @@ def test_a_foreign_migration_is_cancelled_and_told(
 async def until_written(vm: VirtualMachine) -> None:
     """Wait until the device has written to memory since the log was started."""
     assert vm.control is not None
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + pace.seconds(20)
     while True:
         log = (await vm.control.call("inspect", packets=0))["memory"]["log"]
         assert log is not None, "no dirty log runs while memory is copied"
@@ -326,14 +328,14 @@ def test_live_migration_from_the_command_line(tmp_path: Path, monkeypatch: pytes
     def perform(side: int, *words: str) -> str:
         process = command(side, *words)
         try:
-            output, _ = process.communicate(timeout=120)
+            output, _ = process.communicate(timeout=pace.seconds(120))
         finally:
             process.kill()
         assert process.returncode == 0, output
         return output
 
     def wait_for(path: Path, owner: subprocess.Popen[str]) -> None:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + pace.seconds(60)
         while not path.exists():
             assert owner.poll() is None and time.monotonic() < deadline, owner.communicate()
             time.sleep(0.05)
@@ -346,13 +348,13 @@ def test_live_migration_from_the_command_line(tmp_path: Path, monkeypatch: pytes
         wait_for(tmp_path / "m.sock", owners[1])
         perform(0, "agent", "ping")
         print(perform(0, "migrate", "demo", address, "--secret-file", str(secret)))
-        output, _ = owners[0].communicate(timeout=60)
+        output, _ = owners[0].communicate(timeout=pace.seconds(60))
         assert owners[0].returncode == 0 and f"migrated to {address}" in output, output
         wait_for(folders[1] / "vmbus" / "demo" / "supervisor.sock", owners[1])
         # 5,000 requests may still be under way, or over: the job's report says it.
         assert '"verdict": "passed"' in perform(1, "agent", "wait", "1", "timeout=90")
         perform(1, "agent", "poweroff")
-        output, _ = owners[1].communicate(timeout=60)
+        output, _ = owners[1].communicate(timeout=pace.seconds(60))
         assert owners[1].returncode == 0 and "has arrived" in output, output
     finally:
         for owner in owners:

@@ -20,6 +20,7 @@ import msgspec
 import pytest
 
 import vmbus
+from support import pace
 from support.boot import boot
 from support.crossing import GUEST, HOST, Traffic, moved, until
 from support.locks import in_use
@@ -231,6 +232,7 @@ def test_network_survives_what_people_do_with_the_card(
 
 
 async def until_shell(vm: VirtualMachine, command: str, seconds: float = 30.0) -> None:
+    seconds = pace.seconds(seconds)
     deadline = time.monotonic() + seconds
     while (await vm.run_in_guest(["/bin/sh", "-c", command])).code:
         if time.monotonic() > deadline:
@@ -296,7 +298,7 @@ def test_nothing_of_network_and_disk_outlives_their_owner(
 
             await until(lambda: not processes(), "the processes' end")
 
-        asyncio.run(asyncio.wait_for(story(), 240))
+        asyncio.run(asyncio.wait_for(story(), pace.seconds(240)))
         clean_stale(runtime_base())  # as the next start of a VM does
         assert not any(runtime_base().glob("[!.]*"))
         assert [one.name for one in image.parent.iterdir()] == [image.name]

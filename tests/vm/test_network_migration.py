@@ -24,7 +24,7 @@ import pytest
 
 import vmbus
 import vmbus_guest
-from support import network_owner, vm_owner
+from support import network_owner, pace, vm_owner
 from support.streams import agree, good_ping
 from vmbus.errors import VmbusError, WaitTimeout
 from vmbus.providers.disk.image import DIRECTORY_VARIABLE
@@ -64,6 +64,7 @@ def described() -> VmDescription:
 
 
 async def until(condition: Callable[[], Awaitable[bool]], timeout: float, what: str) -> None:
+    timeout = pace.seconds(timeout)
     deadline = time.monotonic() + timeout
     while not await condition():
         if time.monotonic() > deadline:
@@ -89,7 +90,7 @@ class Program:
         os.killpg(self.child.pid, signal.SIGTERM)
 
     async def result(self) -> dict[str, Any]:
-        await asyncio.wait({self.child.exited}, timeout=60)
+        await asyncio.wait({self.child.exited}, timeout=pace.seconds(60))
         results = [line["result"] for line in self._lines() if line["event"] == "result"]
         assert results, log_tail(self.child.log, 20)
         return dict(results[0])
@@ -257,7 +258,7 @@ def test_network_survives_live_migration_there_and_back(programs: Programs, tmp_
             await a.ask("kill")
 
     async def bounded() -> None:
-        async with asyncio.timeout(280):
+        async with asyncio.timeout(pace.seconds(280)):
             await story()
 
     try:

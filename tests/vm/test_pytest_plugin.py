@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from loopback.test_pytest_plugin import CHECKOUT, PLUGIN, example, properties, run
+from support import pace
 from support.processes import alive
 from vmbus.pytest_plugin import _clear_abandoned
 from vmbus.qemu.command_line import Programs
@@ -89,7 +90,7 @@ def test_a_run_that_is_killed_leaves_no_process_and_the_next_one_removes_its_fil
             stderr=subprocess.DEVNULL,
         )
         try:
-            deadline = time.monotonic() + 60
+            deadline = time.monotonic() + pace.seconds(60)
             started: dict[int, str] = {}
             while not any("qemu-system" in command for command in started.values()):
                 assert child.poll() is None and time.monotonic() < deadline, "no QEMU was started"
@@ -97,8 +98,8 @@ def test_a_run_that_is_killed_leaves_no_process_and_the_next_one_removes_its_fil
             assert len(started) >= 2
         finally:
             child.send_signal(signal.SIGKILL)
-            child.wait(30)
-        deadline = time.monotonic() + 10
+            child.wait(pace.seconds(30))
+        deadline = time.monotonic() + pace.seconds(10)
         while left := [pid for pid in started if Path(f"/proc/{pid}/cmdline").exists() and alive(pid)]:
             assert time.monotonic() < deadline, f"processes outlive the run: {[started[pid] for pid in left]}"
         folder = Path(temporary)

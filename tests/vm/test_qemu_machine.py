@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 import vmbus
+from support import pace
 from support.boot import boot
 from support.pace import until
 from support.processes import command_lines
@@ -59,7 +60,7 @@ def nothing_is_left(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytes
 async def until_flooded(vm: VirtualMachine, job: int) -> None:
     """Waits until packets are in flight in both states."""
     assert vm.control is not None
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(pace.seconds(60)):
         while True:
             packets = (await vm.control.call("status"))["packets"]
             if packets["queued"] > 100 and packets["sent"] > 100:
@@ -72,7 +73,7 @@ async def until_flooded(vm: VirtualMachine, job: int) -> None:
 async def finish(vm: VirtualMachine, job: int) -> None:
     """Lets the workloads run to their end and checks both sides' books."""
     assert vm.control is not None
-    async with asyncio.timeout(120):
+    async with asyncio.timeout(pace.seconds(120)):
         while (report := await vm.call_agent("wait", job=job, timeout=90.0))["state"] == "running":
             pass
     assert report["state"] == "finished", report
@@ -223,7 +224,7 @@ def test_the_death_of_either_process_is_the_end_of_both(programs: Programs, snap
     async def body() -> None:
         async with await VirtualMachine.restore(snapshot, programs) as vm:
             os.kill(getattr(vm, victim).pid, signal.SIGKILL)
-            async with asyncio.timeout(SOON):
+            async with asyncio.timeout(pace.seconds(SOON)):
                 with pytest.raises(ProcessDied, match="was killed by SIGKILL"):
                     await vm.wait_ended()
                 with pytest.raises(VmbusError):
@@ -260,7 +261,7 @@ def test_a_death_during_a_save_is_told_and_leaves_nothing(
         with pytest.raises(SaveFailed, match=r"was killed by SIGKILL(.|\n)*the VM is lost") as caught:
             await vm.save(tmp_path / "snapshot", live=live, keep=True, progress=strike)
         assert not caught.value.source_alive
-        assert time.monotonic() - start < SOON
+        assert time.monotonic() - start < pace.seconds(SOON)
         assert vm.ended
 
     asyncio.run(body())
@@ -292,7 +293,7 @@ def test_a_death_during_a_restore_is_told_and_leaves_nothing(
     monkeypatch.setattr(VirtualMachine, "__init__", remember)
 
     async def body() -> None:
-        async with asyncio.timeout(2 * SOON):
+        async with asyncio.timeout(pace.seconds(2 * SOON)):
             vm = await VirtualMachine.restore(snapshot, programs, progress=strike)
             async with vm:  # the blow may land just after the last step
                 await vm.wait_ended()
@@ -331,7 +332,7 @@ def environment() -> dict[str, str]:
 
 def wait_for_vm(owner: subprocess.Popen[bytes]) -> str:
     """The name of the VM that `owner` runs, once its supervisor answers."""
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + pace.seconds(60)
     while time.monotonic() < deadline:
         assert owner.poll() is None, owner.communicate()
         names = running_vms()
@@ -350,21 +351,29 @@ def test_from_the_command_line(snapshot: Path, tmp_path: Path) -> None:
     try:
         assert wait_for_vm(owner) == "demo"
         report = subprocess.run(
-            command("agent", "poll", str(JOB)), env=environment(), capture_output=True, text=True, timeout=60
+            command("agent", "poll", str(JOB)),
+            env=environment(),
+            capture_output=True,
+            text=True,
+            timeout=pace.seconds(60),
         )
         assert json.loads(report.stdout)["driver"] == "mixed", report.stderr
         for words, status in ((["--live", "--keep"], 0), (["--live", "--keep"], 1), ([], 1)):
             saved = subprocess.run(
                 command("save", *words, str(tmp_path / "a")), env=environment(), capture_output=True, text=True,
-                timeout=120,
+                timeout=pace.seconds(120),
             )  # fmt: skip
             assert saved.returncode == status, saved.stderr
         assert "exists already" in saved.stderr
         saved = subprocess.run(
-            command("save", str(tmp_path / "b")), env=environment(), capture_output=True, text=True, timeout=120
+            command("save", str(tmp_path / "b")),
+            env=environment(),
+            capture_output=True,
+            text=True,
+            timeout=pace.seconds(120),
         )
         assert saved.returncode == 0, saved.stderr
-        output, _ = owner.communicate(timeout=60)
+        output, _ = owner.communicate(timeout=pace.seconds(60))
         assert owner.returncode == 0
         assert f"saved to {tmp_path / 'b'}" in output.decode()
     finally:
@@ -382,7 +391,7 @@ def test_an_owner_that_dies_takes_everything_along(snapshot: Path, number: signa
         name = wait_for_vm(owner)
         run_directory = Path(os.environ["XDG_RUNTIME_DIR"]) / "vmbus" / name
         owner.send_signal(number)
-        owner.wait(SOON)
+        owner.wait(pace.seconds(SOON))
         until(lambda: str(run_directory) not in "\n".join(command_lines().values()), "all processes to end", SOON)
         # After SIGKILL nobody could clear the directory away; the next start does.
         assert run_directory.exists() == (number == signal.SIGKILL)

@@ -18,7 +18,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from support import slow_disk
+from support import pace, slow_disk
 from support.boot import boot
 from support.locks import in_use
 from support.writer import ENDLESS, clean, finish, more, until_acknowledged, writing
@@ -84,6 +84,7 @@ async def watched(vm: VirtualMachine) -> None:
 
 async def until(vm: VirtualMachine, command: str, expected: str, seconds: float = 30.0) -> None:
     """Wait until a shell command in the guest prints this."""
+    seconds = pace.seconds(seconds)
     deadline = time.monotonic() + seconds
     while (found := (await vm.run_in_guest(["/bin/sh", "-c", command])).output.strip()) != expected:
         if time.monotonic() > deadline:
@@ -109,13 +110,13 @@ async def storage(vm: VirtualMachine) -> dict[str, Any]:
 async def move(vm: VirtualMachine, programs: Programs, directory: Path, at: Hook = no_hook) -> VirtualMachine:
     """To other processes, live."""
     listener = await listen(parse_address(f"unix:{directory / 'm.sock'}"), SECRET)
-    receiving = asyncio.create_task(VirtualMachine.receive(listener, programs, timeout=60))
+    receiving = asyncio.create_task(VirtualMachine.receive(listener, programs, timeout=pace.seconds(60)))
     try:
         report = await vm.migrate(str(listener.address), SECRET, at=at)
         print(f"downtime {report.downtime * 1000:.0f} ms: {report.spans}")
         return await receiving
     finally:
-        await asyncio.wait({receiving}, timeout=30)
+        await asyncio.wait({receiving}, timeout=pace.seconds(30))
         receiving.cancel()
 
 

@@ -17,6 +17,7 @@ import pytest
 
 import vmbus
 import vmbus_guest
+from support import pace
 from support.processes import children
 from vmbus.qemu.command_line import Programs
 from vmbus.soak.episode import run_episode, scratch_base
@@ -151,7 +152,7 @@ def test_a_worker_that_is_told_to_end_or_killed(number: signal.Signals, tmp_path
             lines.append(json.loads(line))
             if lines[-1]["kind"] == "phase" and "operation 1" in lines[-1]["record"]:
                 worker.send_signal(number)
-        status = worker.wait(60)
+        status = worker.wait(pace.seconds(60))
     finally:
         with contextlib.suppress(ProcessLookupError):
             worker.kill()
@@ -165,7 +166,7 @@ def test_a_worker_that_is_told_to_end_or_killed(number: signal.Signals, tmp_path
         assert not scratch_left()
     else:
         assert status == -signal.SIGKILL and "episode" not in kinds
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + pace.seconds(20)
         while left := [
             command for command in children().values() if "vmbus.server" in command or "-chardev" in command
         ]:
@@ -181,6 +182,6 @@ def test_the_worker_says_what_is_wrong_with_its_plan(tmp_path: Path) -> None:
         env={**os.environ, "PYTHONPATH": roots},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=pace.seconds(60),
     )
     assert done.returncode == 1 and not done.stdout and "a plan of format 99" in done.stderr

@@ -26,7 +26,7 @@ import pytest
 
 import vmbus
 import vmbus_guest
-from support import vm_owner
+from support import pace, vm_owner
 from vmbus.audit.checker import check_paths
 from vmbus.description import ProviderDescription
 from vmbus.errors import VmbusError, WaitTimeout
@@ -152,7 +152,7 @@ class Pair:
             self.before = {name: tallies[name] for name in ("echo", "bulk")}
             started = await at.agent("start", driver="mixed", parameters={"workloads": WORKLOADS})
             self.job = int(started["job"])
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + pace.seconds(60)
         while True:
             status = await self._status(at)
             packets, done = status["packets"], _completed(status)
@@ -173,7 +173,7 @@ class Pair:
     async def finish(self, at: Place) -> None:
         """Lets the run come to its end, and compares the books."""
         assert self.job is not None
-        deadline = time.monotonic() + 300
+        deadline = time.monotonic() + pace.seconds(300)
         while (report := await at.agent("wait", job=self.job, timeout=60.0))["state"] == "running":
             if time.monotonic() > deadline:
                 raise WaitTimeout("the guest's workloads to end", 300)
@@ -206,7 +206,7 @@ class Pair:
     async def receive(self, at: Place, **more: Any) -> asyncio.Task[dict[str, Any]]:
         """An owner that waits for a VM; returns when it listens."""
         task = asyncio.create_task(at.ask("receive", address=at.address, secret=SECRET, patience=400, **more))
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + pace.seconds(30)
         while not await self.listens(at):
             if task.done():
                 task.result()
@@ -333,6 +333,7 @@ async def pair(idle: Idle, programs: Programs) -> AsyncIterator[Pair]:
 
 
 async def until(condition: Callable[[], Awaitable[bool]], timeout: float, what: str) -> None:
+    timeout = pace.seconds(timeout)
     deadline = time.monotonic() + timeout
     while not await condition():
         if time.monotonic() > deadline:
@@ -350,7 +351,7 @@ def tell(idle: Idle, programs: Programs) -> Callable[[Story], None]:
 
     def tell(story: Story) -> None:
         async def body() -> None:
-            async with asyncio.timeout(500), pair(idle, programs) as found:
+            async with asyncio.timeout(pace.seconds(500)), pair(idle, programs) as found:
                 await story(found)
 
         try:
@@ -464,20 +465,20 @@ def test_live_migration_with_the_commands(idle: Idle, programs: Programs) -> Non
         await pair.traffic(pair.a)
         await target.guard(until(lambda: pair.listens(pair.b), 60, "B to listen"), "B to listen", 61)
         moving = await command(hosts.a, "migrate", VM, address, "--secret-file", str(secret))
-        assert await asyncio.wait_for(asyncio.shield(moving.exited), 120) == 0, log_tail(moving.log, 40)
+        assert await asyncio.wait_for(asyncio.shield(moving.exited), pace.seconds(120)) == 0, log_tail(moving.log, 40)
         print(moving.log.read_text())
         # The command that owned it in A says where it is, and ends.
-        assert await asyncio.wait_for(asyncio.shield(source.exited), 30) == 0, log_tail(source.log, 40)
+        assert await asyncio.wait_for(asyncio.shield(source.exited), pace.seconds(30)) == 0, log_tail(source.log, 40)
         assert f"migrated to {address}" in source.log.read_text()
         await target.guard(until(pair.b.supervises, 60, "the VM to run in B"), "the VM to run in B", 61)
         await pair.finish(pair.b)
         await pair.clean(pair.b)
         await pair.b.ask("stop")
-        assert await asyncio.wait_for(asyncio.shield(target.exited), 30) == 0, log_tail(target.log, 40)
+        assert await asyncio.wait_for(asyncio.shield(target.exited), pace.seconds(30)) == 0, log_tail(target.log, 40)
 
     async def body() -> None:
         keep = [idle.snapshot, programs.kernel, programs.initramfs]
-        async with asyncio.timeout(300), await TwoHosts.create(keep=keep) as hosts:
+        async with asyncio.timeout(pace.seconds(300)), await TwoHosts.create(keep=keep) as hosts:
             await story(hosts)
 
     try:
@@ -532,7 +533,7 @@ async def still_at(pair: Pair, place: Place) -> None:
 
 async def gone(place: Place) -> None:
     """Waits until nothing of a VM is left in a host: no QEMU, no device server, no run directory."""
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + pace.seconds(60)
     while left := await place.host.run([sys.executable, "-I", "-S", "-c", _LEFT]):
         if time.monotonic() > deadline:
             raise WaitTimeout(f"{place.name} to give everything up; left: {left}", 60)

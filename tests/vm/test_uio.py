@@ -14,6 +14,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from support import pace
 from vmbus.audit.checker import check_paths
 from vmbus.audit.report import Report
 from vmbus.errors import WaitTimeout
@@ -58,7 +59,7 @@ def described() -> VmDescription:
 
 async def until_all_have_moved(vm: VirtualMachine, job: int, since: dict[str, int]) -> dict[str, int]:
     """Wait until each workload has completed more than it had."""
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + pace.seconds(90)
     while True:
         report = await vm.call_agent("poll", job=job)
         assert report["state"] == "running", report
@@ -91,7 +92,7 @@ async def checked(vm: VirtualMachine, audit: Path) -> Report:
 
 async def until_moved(vm: VirtualMachine, job: int) -> None:
     """Wait until a driver that runs alone has completed something."""
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + pace.seconds(90)
     while not ((report := await vm.call_agent("poll", job=job))["progress"] or {}).get("completed"):
         assert report["state"] == "running", report
         if time.monotonic() > deadline:

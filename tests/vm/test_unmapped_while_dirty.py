@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from support import pace
 from support.boot import boot
 from vmbus.qemu import save
 from vmbus.qemu.command_line import Programs
@@ -59,7 +60,7 @@ async def some_rounds(vm: VirtualMachine) -> None:
     """Has memory be copied slowly until the guest has certainly unmapped what was written since the pass began."""
     await vm.monitor.execute("migrate-set-parameters", {"max-bandwidth": 1 << 20})
     wanted = await completed(vm) + 3 * ENDLESS["window"]
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + pace.seconds(20)
     while await completed(vm) < wanted:
         assert time.monotonic() < deadline, "the guest did not come through 3 rounds in 20 s"
     await vm.monitor.execute("migrate-set-parameters", {"max-bandwidth": 8 << 30})

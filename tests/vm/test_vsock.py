@@ -15,7 +15,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from support import vsock_guest
+from support import pace, vsock_guest
 from support.boot import boot
 from vmbus.errors import WaitTimeout
 from vmbus.migration.address import parse_address
@@ -76,6 +76,7 @@ class Machine:
         return found
 
     async def until(self, condition: Callable[[dict[str, Any]], bool], what: str, seconds: float = 30.0) -> None:
+        seconds = pace.seconds(seconds)
         deadline = time.monotonic() + seconds
         while not condition(status := await self.status()):
             if time.monotonic() > deadline:
@@ -107,6 +108,7 @@ class Machine:
 
     async def said(self, what: str, lines: int, seconds: float = 60.0) -> list[dict[str, Any]]:
         """What such a program has said, once it is so much."""
+        seconds = pace.seconds(seconds)
         deadline = time.monotonic() + seconds
         while len(text := (await shell(self.vm, f"cat /tmp/{what}")).splitlines()) < lines:
             if time.monotonic() > deadline:
@@ -123,7 +125,7 @@ class Machine:
         """A program of the host's that connects to the guest; what it is told, too."""
         reader, writer = await asyncio.open_unix_connection((await self.status())["socket"])
         writer.write(b"CONNECT %d\n" % port)
-        return reader, writer, await asyncio.wait_for(reader.readline(), 10)
+        return reader, writer, await asyncio.wait_for(reader.readline(), pace.seconds(10))
 
     async def devices(self) -> list[str]:
         return (await shell(self.vm, "ls /sys/bus/vmbus/devices")).split()
@@ -176,11 +178,11 @@ async def bytes_both_ways(machine: Machine) -> str:
 
 async def refusals(machine: Machine) -> str:
     (answer,) = await machine.guest("refused", 9999)
-    assert answer.get("bytes") == 0 and answer["seconds"] < 1.5, answer
+    assert answer.get("bytes") == 0 and answer["seconds"] < pace.seconds(1.5), answer
     start = time.monotonic()
     _, writer, said = await machine.call(9999)
     seconds = time.monotonic() - start
-    assert said == b"" and 1.5 < seconds < 4
+    assert said == b"" and 1.5 < seconds < pace.seconds(4)
     writer.close()
     return f"refusals after {answer['seconds'] * 1000:.0f} ms by the host, {seconds:.1f} s by the guest"
 
@@ -198,11 +200,11 @@ async def many_connections(machine: Machine, count: int) -> str:
         assert said.startswith(b"OK "), (number, said)
         writer.write(b"%d" % number)
         writer.write_eof()
-        assert await asyncio.wait_for(reader.read(), 20) == b"%d" % number
+        assert await asyncio.wait_for(reader.read(), pace.seconds(20)) == b"%d" % number
         writer.close()
     await machine.said("echo", 2)
     await machine.nothing_is_left()
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + pace.seconds(20)
     while sorted(await machine.devices()) != sorted(before):
         assert time.monotonic() < deadline, await machine.devices()
         await asyncio.sleep(0.1)
@@ -226,7 +228,7 @@ class Held:
 
         async with await machine.listen(PORT, serve):
             await machine.start("hold", PORT, GUEST_PORT)
-            await asyncio.wait_for(arrived.wait(), 20)
+            await asyncio.wait_for(arrived.wait(), pace.seconds(20))
         reader, writer, said = await machine.call(GUEST_PORT)
         assert said.startswith(b"OK "), said
         self.ends.append((reader, writer))
@@ -238,7 +240,7 @@ class Held:
         """They are alive."""
         for reader, writer in self.ends:
             writer.write(word)
-            assert await asyncio.wait_for(reader.readexactly(len(word)), 20) == word
+            assert await asyncio.wait_for(reader.readexactly(len(word)), pace.seconds(20)) == word
 
     async def talk_until(self, work: asyncio.Task[Any]) -> int:
         """Bytes there and back on all connections until something else is done; how many."""
@@ -252,7 +254,7 @@ class Held:
 
     async def end_at_the_host(self) -> None:
         for reader, writer in self.ends:
-            assert await asyncio.wait_for(reader.read(), 20) == b""
+            assert await asyncio.wait_for(reader.read(), pace.seconds(20)) == b""
             writer.close()
 
     @staticmethod
@@ -266,7 +268,7 @@ async def migrate(vm: VirtualMachine, programs: Programs) -> VirtualMachine:
     """Live, to other processes."""
     secret = secrets.token_bytes(32)
     listener = await listen(parse_address("tcp:127.0.0.1:0"), secret)
-    receiving = asyncio.create_task(VirtualMachine.receive(listener, programs, timeout=60))
+    receiving = asyncio.create_task(VirtualMachine.receive(listener, programs, timeout=pace.seconds(60)))
     try:
         await vm.migrate(str(listener.address), secret)
         return await receiving
@@ -282,7 +284,7 @@ async def still_works(machine: Machine) -> None:
     reader, writer, said = await machine.call(GUEST_PORT)
     writer.write(b"again")
     writer.write_eof()
-    assert said.startswith(b"OK ") and await asyncio.wait_for(reader.read(), 20) == b"again"
+    assert said.startswith(b"OK ") and await asyncio.wait_for(reader.read(), pace.seconds(20)) == b"again"
     writer.close()
     await machine.said("echo", 2)
 
