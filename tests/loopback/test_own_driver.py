@@ -25,9 +25,11 @@ pytestmark = pytest.mark.loopback
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "test-drivers.md"
 
 
+EXAMPLES = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(), re.DOTALL | re.MULTILINE)
+
+
 def example() -> str:
-    (found,) = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(), re.DOTALL | re.MULTILINE)
-    return str(found)
+    return str(EXAMPLES[0])
 
 
 @pytest.fixture
@@ -48,6 +50,36 @@ def test_the_example_passes_survives_restores_and_runs_beside_others(installed: 
         result = CATALOGUE["mixed"].load()(Context({"workloads": workloads}, servers.function))
     assert result["verdict"] == "passed", result
     assert [part["name"] for part in result["workloads"]] == ["ping-pong", "burst"]
+
+
+def test_fault_t7_the_pages_example_with_memory_passes_and_survives_restores(
+    tmp_path: Path, libvfio_user: Library, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(DIRECTORY_VARIABLE, str(tmp_path))
+    first, second = EXAMPLES
+    (tmp_path / "fills.py").write_text(f"{first}\n\n{second}\n\nWORKLOAD = Fills\n")
+    with Servers(describe("echo"), libvfio_user, [5, 20, 50]) as servers:
+        result = drivers()["fills"].load()(Context({"count": 200}, servers.function))
+        assert servers.restores == 3
+    assert result["verdict"] == "passed" and result["completed"] == 200, result
+
+
+@pytest.mark.parametrize(
+    ("page", "words"),
+    [
+        ("writing-a-provider.md", "Sub-channels: make them with"),
+        ("writing-a-provider.md", "Clones of one snapshot that run side by side have the"),
+        ("writing-a-provider.md", "`done` of `run_blocking`"),
+        ("writing-a-provider.md", "When `stop()` is called"),
+        ("test-drivers.md", "## One of your own"),
+        ("test-drivers.md", "### Memory that a request describes"),
+        ("checkpoints.md", "Clones (`--count N`"),
+        ("capture.md", "`--external BYTES`"),
+        ("limits.md", "BAR0 where something else answers"),
+    ],
+)
+def test_fault_t7_the_pages_say_what_authors_looked_for(page: str, words: str) -> None:
+    assert words in (PAGE.parent / page).read_text()
 
 
 def test_the_example_notices(installed: Path, libvfio_user: Library, monkeypatch: pytest.MonkeyPatch) -> None:

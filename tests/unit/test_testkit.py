@@ -3,6 +3,7 @@
 import importlib
 import os
 import re
+import shutil
 import struct
 import subprocess
 import sys
@@ -12,12 +13,14 @@ from uuid import UUID
 
 import pytest
 
+from vmbus.bus.local import LocalBus
 from vmbus.errors import StateError, UsageError
 from vmbus.kmcl import KmclError, Status
 from vmbus.kmcl.server import ServerChannel
 from vmbus.providers import Provider
 from vmbus.testkit import ContractViolation, HostPacket, ProviderTest, every_step
 from vmbus.testkit.contract import differing
+from vmbus.testkit.host import Clock, FakeHost
 from vmbus.testkit.kit import difference
 from vmbus.testkit.watch import ProviderWarning
 from vmbus.workload import (
@@ -678,6 +681,49 @@ def test_the_page_reads_a_file(page: dict[str, Any], tmp_path: Path) -> None:
         assert kit.open().request(b"x") == b"-" * 56 + b"the end!"
         with pytest.raises(BlockingIOError):  # the file is one provider's at a time
             ProviderTest(page["Tail"], options={"path": str(path)})
+
+
+def test_fault_d13_the_pages_restore_takes_nothing_from_a_running_vm_and_can_be_tried_again(
+    page: dict[str, Any], tmp_path: Path
+) -> None:
+    """Two VMs restored from one snapshot: the second one leaves the first one's file alone, and its own copy is there
+    when it is tried again."""
+    path = tmp_path / "data"
+    path.write_bytes(b"as it is in the running VM")
+    copy = tmp_path / "copy"
+    copy.write_bytes(b"as it was at the save")
+    running = ProviderTest(page["Tail"], options={"path": str(path)})
+    second = page["Tail"](FakeHost(Clock(), LocalBus()), "tail", UUID(int=1), {"path": str(path)})
+    second.start()
+    second.restore_files({"data": copy})
+    inode = path.stat().st_ino
+    for _ in range(2):
+        with pytest.raises(BlockingIOError):
+            second.activate()
+        assert (path.read_bytes(), path.stat().st_ino) == (b"as it is in the running VM", inode)
+    running.finish()
+    copied = shutil.copyfile
+
+    def fails(source: object, target: object) -> None:
+        copied(source, target)  # type: ignore[call-overload]
+        raise OSError(28, "No space left on device")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shutil, "copyfile", fails)
+        with pytest.raises(OSError, match="No space"):
+            second.activate()
+    assert path.read_bytes() == b"as it is in the running VM"  # whole, or not at all
+    second.activate()
+    assert path.read_bytes() == b"as it was at the save" and copy.exists()
+    second.deactivate()
+    path.write_bytes(b"written since")
+    second.activate()  # after a pause that went on: nothing is put back again
+    assert path.read_bytes() == b"written since"
+    second.stop()
+
+
+def test_fault_t6_the_page_says_when_stop_is_called() -> None:
+    assert "When a VM ends, its server is killed" in PAGE and "nothing is called" in PAGE
 
 
 def test_the_pages_alarm_refuses_damage_and_wrong_options(page: dict[str, Any]) -> None:

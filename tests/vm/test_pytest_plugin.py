@@ -41,10 +41,13 @@ def test_whose_vm_dies(vmbus_vm):
 """
 
 
-def test_the_migration_example_passes_and_its_report_has_the_figures(programs: Programs, tmp_path: Path) -> None:
+def test_fault_t8_the_migration_example_passes_and_its_report_has_the_figures(
+    programs: Programs, tmp_path: Path
+) -> None:
     assert len(example("vmbus_vm.migrate").splitlines()) <= 10
     # All audited, so that one boot does for them.
     text = "import pytest\n\npytestmark = pytest.mark.vmbus(audit=True)\n\n\n" + example("vmbus_vm.migrate")
+    assert "sum(report.packets.values()) > 0" in text
     text += "\n\n" + example("check_audit") + CAPTURED
     done = run(tmp_path, text, "-p", PLUGIN, "--strict-markers", "--durations=6")
     print(done.stdout)
@@ -53,7 +56,7 @@ def test_the_migration_example_passes_and_its_report_has_the_figures(programs: P
     assert "--- device server of VM 'demo" in done.stdout, "a failure comes with the logs"
     found = properties(tmp_path)
     migration = found["test_packets_survive_a_migration"]
-    assert (migration["vmbus_operations_migrate"], migration["vmbus_transactions"]) == ("1", "10000")
+    assert migration["vmbus_operations_migrate"] == "1" and int(migration["vmbus_transactions"]) > 0
     assert 0 < float(migration["vmbus_downtime_max_s"]) < 5
     both = found["test_everything_at_once"]
     assert (both["vmbus_operations"], both["vmbus_transactions"], both["vmbus_vms"]) == ("2", "12000", "1")
