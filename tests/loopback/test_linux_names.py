@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 from pcapng import FileScanner
-from pcapng.blocks import EnhancedPacket
+from pcapng.blocks import EnhancedPacket, InterfaceDescription
 
 from loopback.test_scsi_survives import OPTIONS, Churn
 from support import storvsc
@@ -267,6 +267,14 @@ def test_a_card_is_named_audited_and_captured(libvfio_user: Library, tmp_path: P
     )
     assert received.external_size == len(received.external) and received.kind == PacketType.TRANSFER_PAGES
     assert sum(one.record.external.endswith(sent) for one in packets_of(path)) == 3
+    # A stock reader finds them in a file of their own.
+    done = CliRunner().invoke(main, ["capture", "frames", str(path), "-o", str(tmp_path / "frames")])
+    assert done.exit_code == 0 and ": 4 frames; those of 3 packets were" in done.output, done.output
+    with (tmp_path / "frames").open("rb") as file:
+        blocks = list(FileScanner(file))
+    (interface,) = (block for block in blocks if isinstance(block, InterfaceDescription))
+    assert interface.link_type == 1 and interface.options["if_name"] == "network"
+    assert [block.packet_data for block in blocks if isinstance(block, EnhancedPacket)] == [sent] * 3 + [frame]
     with pytest.raises(UsageError, match="its guest has lent"):
         replay([path], "network", libvfio_user)
 

@@ -17,6 +17,7 @@ from vmbus.capture.record import Record, parse
 from vmbus.errors import EnvironmentProblem, StateError
 
 LINKTYPE_USER0 = 147
+LINKTYPE_ETHERNET = 1
 SECTION = 0x0A0D0D0A
 INTERFACE = 1
 SIMPLE_PACKET = 3
@@ -98,7 +99,7 @@ def section_block(application: str, comment: str) -> bytes:
     return _block(SECTION, _SECTION.pack(MAGIC, 1, 0, -1) + options)
 
 
-def interface_block(interface: Interface, snaplen: int) -> bytes:
+def interface_block(interface: Interface, snaplen: int, link_type: int = LINKTYPE_USER0) -> bytes:
     """A channel: the next interface of the section."""
     options = (
         _text(_IF_NAME, interface.name)
@@ -106,7 +107,7 @@ def interface_block(interface: Interface, snaplen: int) -> bytes:
         + _option(_IF_TSRESOL, b"\x09")
         + _option(_END_OF_OPTIONS, b"")
     )
-    return _block(INTERFACE, _INTERFACE.pack(LINKTYPE_USER0, 0, snaplen) + options)
+    return _block(INTERFACE, _INTERFACE.pack(link_type, 0, snaplen) + options)
 
 
 _PACKET_OPTIONS = tuple(

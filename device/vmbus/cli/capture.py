@@ -58,6 +58,7 @@ def capture() -> None:
     \b
     capture [record] [NAME] -o FILE   capture a running VM's packets until Ctrl-C
     capture show FILE                 what is in a capture
+    capture frames FILE -o OUTPUT     its network cards' frames, as Wireshark and others know them
     capture replay FILE --provider K  play its guest to a provider, and compare the answers
     """
 
@@ -267,6 +268,24 @@ def _describe(interface: Interface, record: r.Record) -> str:
             text += " (unreadable)"
     words = describe(interface.type, record.seen()) if record.whole else ""
     return f"{text}  {words or record.payload[:24].hex()}"
+
+
+# ---- frames --------------------------------------------------------------------------------------------------------
+
+
+@capture.command()
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="A new pcapng file.")
+def frames(file: Path, output: Path) -> None:
+    """Write the Ethernet frames of network cards in a capture (FILE) to a file of their own, for any tool that reads
+    captures of networks."""
+    from vmbus.capture.frames import export
+
+    found = export(file, output)
+    text = f"{output}: {found.frames} frames"
+    if found.missing:
+        text += f"; those of {found.missing} packets were captured in part or not at all (--external)"
+    click.echo(text)
 
 
 # ---- replay --------------------------------------------------------------------------------------------------------
