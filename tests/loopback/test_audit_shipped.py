@@ -122,7 +122,7 @@ def test_fault_n2_every_shipped_description_under_every_driver_is_clean(
 def test_fault_n2_answers_that_carry_the_hosts_numbers_are_clean(
     libvfio_user: Library, tmp_path: Path, recorded: bool
 ) -> None:
-    _answered(_device("services"), libvfio_user, tmp_path / "audit", recorded=recorded)
+    _answered(_device("linux"), libvfio_user, tmp_path / "audit", recorded=recorded)
 
 
 def _until_beats(driver: VmbusDriver, linux: HvUtils, beats: int) -> None:
