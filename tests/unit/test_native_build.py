@@ -275,8 +275,14 @@ def test_sabotage_is_noticed(
         ({" || PyThread_get_thread_ident() != flow->thread": ""}, "from_any_thread", "completions_once_each"),
         ({"        flow->at = ++at;\n": "        ++at;\n"}, "exactly_once", "one_by_one"),
         ({"    flow->next_transaction++;\n": ""}, "kmcl", "transaction or order"),
+        ({" || (written && region->buffer.readonly)": ""}, "pure_and_native_reach", "long_way_would"),
+        ({" || part > region->end - address": ""}, "pure_and_native_reach", "inside_of_a_page"),
+        ({"    let_go((Reach *)self);\n    return ref": "    return ref"}, "pure_and_native_reach", "taken_back"),
     ],
-    ids=["no limit", "bytes kept", "on after a pause", "any thread", "cursor stands", "one id for all"],
+    ids=[
+        *("no limit", "bytes kept", "on after a pause", "any thread", "cursor stands", "one id for all"),
+        *("read-only memory", "beyond a region", "within reach for ever"),
+    ],
 )
 def test_sabotage_of_the_flow_is_noticed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, str], file: str, which: str
@@ -302,7 +308,7 @@ def sanitized(environment: Mapping[str, str]) -> dict[str, str]:
 
 def test_sanitizers_find_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     environment = sanitized(made(tmp_path, monkeypatch, {}, *SANITIZERS))
-    files = ("tests/unit/test_pure_and_native.py", "tests/unit/test_ring.py", "tests/unit/test_wire.py")
+    files = [f"tests/unit/test_{name}.py" for name in ("pure_and_native", "pure_and_native_reach", "ring", "wire")]
     code, text = run_tests(environment, *files, "-k", "pure_and_native and not pure]")
     assert code == 0 and " passed" in text, text
 

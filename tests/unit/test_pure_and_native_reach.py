@@ -111,6 +111,15 @@ def test_neighbours_become_one_piece_and_errors_are_told(fd: int) -> None:
     assert reach_of(memory).move(body(0, PAGE, [16]), PAGE, fd, 1 << 30, False, 0) == 0
 
 
+def test_a_region_that_ends_inside_of_a_page(fd: int) -> None:
+    memory = GuestMemory()
+    memory.map(16 * PAGE, memoryview(bytearray(1000)), True)
+    assert reach_of(memory).move(body(0, PAGE, [16]), PAGE, fd, 0, False, 0) is None
+    assert reach_of(memory).move(body(500, 501, [16]), 501, fd, 0, False, 0) is None
+    assert reach_of(memory).move(body(500, 500, [16]), 500, fd, 0, False, 0) == 500
+    assert memory.read(16 * PAGE, 1000) == bytes(500) + os.pread(fd, 500, 0)
+
+
 def test_what_is_taken_back_is_out_of_reach_at_once(fd: int) -> None:
     memory = memory_of(0)
     reach = reach_of(memory)
