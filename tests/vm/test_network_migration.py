@@ -212,7 +212,7 @@ def test_network_survives_live_migration_there_and_back(programs: Programs, tmp_
 
                     await until(enough, 60, f"bytes on every stream: {client.progress()}")
 
-            async def written(place: Place, more: int = 100) -> None:
+            async def written(place: Place, more: int = 48) -> None:
                 """So many more writes that the disk has acknowledged."""
                 seen: list[int] = []
 

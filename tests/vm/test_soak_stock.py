@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from support.pace import seconds
 from vmbus.qemu.command_line import Programs
 from vmbus.qemu.description import with_options
 from vmbus.soak.episode import run_episode, scratch_base
@@ -19,7 +20,7 @@ from vmbus.soak.settings import DISK_LOSES_A_BLOCK, settings_from
 from vmbus.soak.sink import NoSink
 
 pytestmark = [
-    *(pytest.mark.vm, pytest.mark.long, pytest.mark.timeout(600)),
+    *(pytest.mark.vm, pytest.mark.long, pytest.mark.timeout(330)),
     pytest.mark.usefixtures("own_temporary_files"),
 ]
 
@@ -41,7 +42,8 @@ class Recording(NoSink):
 
 def planned(*operations: tuple[str, dict[str, Any]], **values: Any) -> EpisodePlan:
     script = [{"kind": kind, "parameters": parameters} for kind, parameters in operations]
-    return plan_episode(settings_from({"linux": 1.0, "pace": 240, "script": script, **values}, "test"), 1, 0)
+    bounds = {"operation_seconds": seconds(120.0), "finish_seconds": seconds(60.0)}
+    return plan_episode(settings_from({"linux": 1.0, "pace": 240, "script": script, **bounds, **values}, "test"), 1, 0)
 
 
 def carried_out(
@@ -50,7 +52,7 @@ def carried_out(
     plan = msgspec.structs.replace(plan, vm=msgspec.structs.replace(plan.vm, cpus=cpus))
     folder.mkdir(mode=0o700)
     sink = Recording()
-    record: EpisodeRecord = run(run_episode(plan, folder, sink, programs=programs), timeout=560.0)
+    record: EpisodeRecord = run(run_episode(plan, folder, sink, programs=programs), timeout=300.0)
     print(sink.events, record.failure)
     print([(one.kind, one.at, one.seconds, one.downtime) for one in sink.operations])
     assert not list(scratch_base().iterdir())

@@ -19,6 +19,7 @@ from pathlib import Path
 import msgspec
 
 from vmbus.errors import VmbusError, WaitTimeout
+from vmbus.patience import patient
 from vmbus.providers.loading import ALLOW_VARIABLE
 from vmbus.provision import provision
 from vmbus.qemu.command_line import Programs, programs_from
@@ -130,7 +131,7 @@ class _Episode:
     async def _all(self) -> None:
         stage, plan = self._stage, self._stage.plan
         stage.sink.phase("boot")
-        async with asyncio.timeout(_BOOT_SECONDS):
+        async with asyncio.timeout(patient(_BOOT_SECONDS)):
             await stage.boot()
         drivers = "Linux's own drivers and " if plan.vm.guest.linux else ""
         stage.event(f"the VM is up, with {drivers}{', '.join(one.driver for one in stage.plan.workloads)}")
