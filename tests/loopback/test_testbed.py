@@ -344,7 +344,7 @@ asyncio.run(main())
 
 
 def test_nothing_survives_an_owner_that_is_killed(tmp_path: Path) -> None:
-    with_hosts(_nothing, tmp_path)  # or this test is skipped, with the reason
+    with_hosts(_slow_link, tmp_path)  # or this test is skipped, with the reason
     environment = {**os.environ, "PYTHONPATH": str(Path(vmbus.__file__).resolve().parents[1])}
     owner = subprocess.Popen(
         [sys.executable, "-c", OWNER, str(tmp_path)], stdout=subprocess.PIPE, env=environment, start_new_session=True
@@ -389,6 +389,10 @@ def test_two_pairs_of_hosts_at_a_time(tmp_path: Path) -> None:
 
 async def _nothing(hosts: TwoHosts) -> None:
     pass
+
+
+async def _slow_link(hosts: TwoHosts) -> None:
+    await hosts.shape(latency=0.01)
 
 
 FORBIDDEN = """

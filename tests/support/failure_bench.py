@@ -86,6 +86,12 @@ async def until(condition: Callable[[], bool], what: str, timeout: float = SOON)
     await eventually(condition, what, timeout, every=0.01)
 
 
+def kill(pid: int) -> None:
+    """The process is dead when this returns: else the operation might end before, and nothing would have failed."""
+    os.kill(pid, signal.SIGKILL)
+    pace.until(lambda: not alive(pid), "a killed process to be dead", SOON, every=0.0005)
+
+
 async def forever() -> None:
     """Stays until it is interrupted, as it will be."""
     async with asyncio.timeout(pace.seconds(SOON)):
@@ -382,11 +388,11 @@ class Bench:
                 assert self.vm is not None
                 child = self.vm.server if cell.failure is Failure.SOURCE_SERVER else self.vm.qemu
                 assert child is not None
-                os.kill(child.pid, signal.SIGKILL)
+                kill(child.pid)
             case Failure.DESTINATION_SERVER:
-                os.kill(children["server"], signal.SIGKILL)
+                kill(children["server"])
             case Failure.DESTINATION_QEMU:
-                os.kill(children["qemu"], signal.SIGKILL)
+                kill(children["qemu"])
             case Failure.LINK_CUT:
                 assert wire is not None
                 wire.cut()
@@ -738,7 +744,7 @@ class Bench:
         early = cell.failure is Failure.DESTINATION_DISK and cell.phase is Moment.BEFORE_STREAM
         if early or cell.failure is Failure.DESTINATION_DISK:
             by_source = False
-        silence = 1.0 if cell.failure is Failure.LINK_CUT else 10.0
+        silence = 1.0 if cell.failure is Failure.LINK_CUT else pace.seconds(10.0)
         options: dict[str, Any] = {"silence": silence, "ask_timeout": 10.0}
         if cell.outcome is Outcome.DOUBT:
             options["ask_timeout"] = 1.0
