@@ -232,10 +232,16 @@ class RingReader(_Ring):
         available = self.available()
         if not available:
             return [], None
-        self.batch = data = self._copy(min(available, limit))
+        length = min(available, limit)
+        if available > limit:
+            # A packet longer than the limit is copied and parsed once, too. (Only a hint: it may change before that.)
+            hint = first_packet_size(self.data.read(self._index, 8) + bytes(8))
+            if length < hint <= available:
+                length = hint
+        self.batch = data = self._copy(length)
         packets, error = split_packets(data)
         if not packets and error is None:
-            # The first packet is longer than the limit. Copy again, and believe only the new copy.
+            # It became longer since it was looked at. Copy again, and believe only the new copy.
             wanted = max(first_packet_size(data), limit)
             if wanted <= available:
                 self.batch = self._copy(wanted)

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 import pytest
 from click.testing import CliRunner
@@ -20,6 +21,7 @@ from pcapng import FileScanner
 from pcapng.blocks import EnhancedPacket, InterfaceDescription, InterfaceStatistics
 
 from support import pace
+from support.shuffled import EACH, KEYS, SHUFFLED_TYPE
 from vmbus import workload
 from vmbus.audit.checker import check_paths
 from vmbus.audit.files import recorder_in
@@ -28,7 +30,9 @@ from vmbus.capture.pcapng import CaptureReader
 from vmbus.capture.record import Record
 from vmbus.capture.replay import ReplayOptions, ReplayReport, replay
 from vmbus.cli import main
+from vmbus.description import DeviceDescription, ProviderDescription
 from vmbus.errors import StateError, UsageError
+from vmbus.kmcl.channel import Channel
 from vmbus.kmcl.completion import Completion
 from vmbus.loopback.harness import LoopbackServer, describe
 from vmbus.loopback.pair import LoopbackPair
@@ -455,6 +459,33 @@ def test_a_replay_with_the_guests_answers_and_the_providers_own_packets(
     # Nothing of that is compared: the guest's own requests and their answers are.
     free = play(path, "burst", ignore_packets=True)
     assert free.same and free.sent == free.answers == 1, str(free)
+
+
+def test_fault_t10_the_order_of_what_is_worked_on_at_once_is_compared_per_key(
+    libvfio_user: Library, tmp_path: Path, play: Play
+) -> None:
+    kind, path = "support.shuffled:Shuffled", tmp_path / "shuffled.pcapng"
+    got: list[bytes] = []
+    provider = ProviderDescription(kind=kind, name="mine", instance=str(UUID(int=77)), options={"seed": 1})
+    described = DeviceDescription(name="vmbus0", providers=[provider])
+    with LoopbackServer(described, libvfio_user, capture=path) as server, VmbusDriver(server.function()) as driver:
+        channel = driver.client_channel(SHUFFLED_TYPE)
+
+        def took(_: Channel, completion: Completion, payload: bytes) -> None:
+            got.append(payload)
+            completion.complete()
+
+        channel.set_process_packet_callbacks(took)
+        driver.enable(channel)
+        channel.allocate_packet().send(b"go......")
+        driver.run_until(lambda: len(got) == KEYS * EACH, 20, "the provider's packets")
+    ours = {"provider_options": {"seed": 2}}
+    strict = play(path, kind, **ours)
+    assert strict.differences > 10 and {one.what for one in strict.details} == {"packet"}
+    found = play(path, kind, key=(0, 8), **ours)
+    assert found.same and found.packets == KEYS * EACH, str(found)
+    late = play(path, kind, key=(0, 8), provider_options={"seed": 2, "late": True})
+    assert late.differences == 2 and {one.what for one in late.details} == {"packet"}, str(late)
 
 
 def test_timed_replays_keep_the_distances(libvfio_user: Library, tmp_path: Path, play: Play) -> None:

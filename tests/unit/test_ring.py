@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
 from support.twins import RingFences, Twin, both
-from vmbus import device
+from vmbus import device, ring_pure
 from vmbus.errors import UsageError
 from vmbus.memory import GuestMemory
 from vmbus.ring import (
@@ -342,3 +342,32 @@ def test_a_ring_of_another_shape_is_refused() -> None:
             kind(page, odd)
         with pytest.raises(RingCorrupt, match="4104 header bytes"):
             kind(odd, page)
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_fault_d12_a_packet_longer_than_a_batch_is_copied_once(wrapped: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Copies are counted in the pure twin; both find the same packet."""
+    copies: list[int] = []
+    writer, reader, _ = make(32)
+    pure = isinstance(reader, ring_pure.RingReader)
+    if pure:
+        copy = ring_pure.RingReader._copy
+
+        def counted(self: ring_pure.RingReader, length: int) -> bytes:
+            copies.append(length)
+            return copy(self, length)
+
+        monkeypatch.setattr(ring_pure.RingReader, "_copy", counted)
+    if wrapped:
+        for _ in range(2):
+            assert writer.put(6, 0, 1, bytes(50_000))
+            writer.commit()
+            reader.fetch()
+            reader.advance(len(reader.batch))
+        copies.clear()
+    for number in range(2):
+        assert writer.put(6, 0, number, bytes([number + 1]) * 60_000)
+    writer.commit()
+    packets, error = reader.fetch()
+    assert error is None and [len(one.payload) for one in packets] == [60_000]
+    assert len(reader.batch) == 60_024 and copies == ([60_024] if pure else [])

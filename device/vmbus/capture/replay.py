@@ -124,6 +124,9 @@ class ReplayOptions(msgspec.Struct, frozen=True, kw_only=True):
     ignore: bytes of answers and packets that may differ, (first, behind the last).
     ignore_packets: packets of the provider's own are answered and not compared, for providers that send what they like.
     ignore_external: external data is not compared.
+    key: bytes that say what a packet of the provider's belongs to, (first, behind the last): the order is compared
+        among those that have the same there. Without it all packets of a channel have one order, which nobody promises
+        where requests are worked on at the same time.
     timed: guest packets keep their distances in time; else each is sent as soon as what came before it has happened.
     timeout: seconds to wait for each thing that the provider should send.
     settle: seconds of quiet at the end after which nothing more is expected.
@@ -133,6 +136,7 @@ class ReplayOptions(msgspec.Struct, frozen=True, kw_only=True):
     ignore: tuple[tuple[int, int], ...] = ()
     ignore_packets: bool = False
     ignore_external: bool = False
+    key: tuple[int, int] | None = None
     timed: bool = False
     timeout: float = 10.0
     settle: float = 0.2
@@ -453,11 +457,14 @@ class Replay:
             self._differs(line, "external data", f"after request {record.transaction}: {text}", number)
 
     def _expect_packet(self, line: _Line, number: int, record: Record) -> None:
-        if not self._wait(lambda: bool(line.arrived), line):
+        if not self._wait(lambda: self._next(line, record) is not None, line):
             if line.active:
                 self._differs(line, "missing", f"packet {record.transaction} of the provider did not come", number)
             return
-        payload, wanted, completion = line.arrived.popleft()
+        index = self._next(line, record)
+        assert index is not None
+        payload, wanted, completion = line.arrived[index]
+        del line.arrived[index]
         self._report.packets += 1
         if wanted != record.wanted:
             self._differs(line, "packet", f"it wants a completion: {wanted}, and captured {record.wanted}", number)
@@ -467,6 +474,14 @@ class Replay:
             line.held[record.transaction] = completion
         else:
             completion.complete()
+
+    def _next(self, line: _Line, record: Record) -> int | None:
+        """Which of the packets that have come is the next one of those that the captured one belongs to."""
+        if self._options.key is None:
+            return 0 if line.arrived else None
+        first, behind = self._options.key
+        mine = record.payload[first:behind]
+        return next((index for index, one in enumerate(line.arrived) if one[0][first:behind] == mine), None)
 
     def _compare(self, wanted: bytes, got: bytes, *, cut: bool, masked: bool = True) -> str:
         """What is different, for people; empty if nothing is."""

@@ -300,6 +300,11 @@ def frames(file: Path, output: Path) -> None:
 @click.option(
     "--ignore-packets", is_flag=True, help="Answer what the provider sends of its own, and compare none of it."
 )
+@click.option(
+    "--key",
+    metavar="FIRST:BEHIND",
+    help="Bytes of the provider's own packets; order counts among those with equal ones.",
+)
 @click.option("--ignore-external", is_flag=True, help="Do not compare external data.")
 @click.option("--timed", is_flag=True, help="Keep the guest's distances in time; else all goes as fast as it can.")
 @click.option("--timeout", default=10.0, show_default=True, help="Seconds to wait for each thing that should come.")
@@ -311,6 +316,7 @@ def replay(
     channels: tuple[str, ...],
     ignore: tuple[str, ...],
     ignore_packets: bool,
+    key: str | None,
     ignore_external: bool,
     timed: bool,
     timeout: float,
@@ -337,6 +343,7 @@ def replay(
         ignore=parse_ranges(ignore),
         ignore_packets=ignore_packets,
         ignore_external=ignore_external,
+        key=parse_ranges([key])[0] if key is not None else None,
         timed=timed,
         timeout=timeout,
     )

@@ -52,6 +52,16 @@ static PyObject *parse(Reader *reader, Py_ssize_t *claimed, PyObject **error)
     return packets;
 }
 
+/* What the next packet claims to be long, its trailer included; -1 with an exception. Only a hint for how much to copy: it
+   may change before that. Its words never wrap: indices and sizes of rings are multiples of 8. */
+static Py_ssize_t hinted_size(Reader *reader)
+{
+    uint8_t head[8];
+    if (span_read(&reader->ring.data, reader->ring.index, head, sizeof head) < 0)
+        return -1;
+    return (Py_ssize_t)(head[4] | head[5] << 8) * 8 + 8;
+}
+
 PyObject *reader_fetch(Reader *reader, Py_ssize_t limit, PyObject **error)
 {
     Py_ssize_t available, wanted, again;
@@ -62,12 +72,20 @@ PyObject *reader_fetch(Reader *reader, Py_ssize_t limit, PyObject **error)
         return PyList_New(0);
     if (limit < 0)
         limit = 0;
-    if (copy(reader, available < limit ? available : limit) < 0)
+    Py_ssize_t length = available < limit ? available : limit;
+    if (available > limit) {
+        Py_ssize_t hint = hinted_size(reader);
+        if (hint < 0)
+            return NULL;
+        if (hint > length && hint <= available)
+            length = hint; /* a packet longer than the limit is copied and parsed once, too */
+    }
+    if (copy(reader, length) < 0)
         return NULL;
     PyObject *packets = parse(reader, &wanted, error);
     if (packets == NULL || PyList_Size(packets) > 0 || *error != NULL)
         return packets;
-    /* The first packet is longer than the limit. Copy again, and believe only the new copy. */
+    /* It became longer since it was looked at. Copy again, and believe only the new copy. */
     if (wanted < limit)
         wanted = limit;
     if (wanted <= available) {
