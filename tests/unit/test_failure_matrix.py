@@ -6,6 +6,7 @@ import asyncio
 import os
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -23,12 +24,16 @@ from support.failure_matrix import (
     markdown,
 )
 from support.fake_qemu import running
+from support.pace import eventually
 from vmbus.description import DeviceDescription, ProviderDescription
 from vmbus.qemu import machine, save
 from vmbus.qemu.command_line import Programs
 from vmbus.qemu.description import VmDescription
+from vmbus.qemu.ends import Ends
 from vmbus.qemu.moments import Moment
 from vmbus.qemu.process import Child, ProcessDied, RunDirectory
+from vmbus.qemu.save import SaveFailed
+from vmbus.snapshot.bundle import SnapshotWriter
 
 pytestmark = pytest.mark.unit
 
@@ -94,6 +99,7 @@ def test_failure_matrix_owner_lets_a_migration_end_that_does_not_need_the_dead(
             vm.server, vm.qemu = [
                 await Child.spawn(name, ["sleep", "60"], tmp_path / name) for name in ("server", "qemu")
             ]
+            vm._ends = Ends(vm.monitor, vm.paths.console_log)
             vm._begin("migrate")
             waiting = asyncio.create_task(vm.wait_ended())
             vm.qemu.process.kill()
@@ -107,3 +113,47 @@ def test_failure_matrix_owner_lets_a_migration_end_that_does_not_need_the_dead(
             await vm.kill()
 
     asyncio.run(body())
+
+
+WRITES = "import pathlib, sys, time\nfolder = pathlib.Path(sys.argv[1])\nnumber = 0\nwhile True:\n" + (
+    "    number += 1\n    try: (folder / f'{number}.state').touch()\n    except OSError: time.sleep(0.001)\n"
+)
+"""What a device server may do yet whose save is given up: it goes on writing."""
+
+
+def test_failure_matrix_nobody_writes_into_a_snapshot_that_is_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A save that cost the VM removes its files when the processes have ended, and not under their hands."""
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    provider = ProviderDescription("echo", "echo", "00000000-0000-4000-8000-000000000001")
+    description = VmDescription("demo", DeviceDescription("vmbus0", [provider]))
+    programs = Programs(("qemu",), "11.1.3", "tcg", tmp_path, tmp_path)
+    removed: list[bool] = []
+
+    async def body() -> None:
+        vm = machine.VirtualMachine(description, programs, RunDirectory.create("demo"))
+
+        async def fail(writer: SnapshotWriter, *_: object, **__: object) -> None:
+            writing = [sys.executable, "-c", WRITES, str(writer.directory)]
+            vm.server = await Child.spawn("server", writing, tmp_path / "server")
+            await eventually(lambda: any(writer.directory.glob("*.state")), "the server to write")
+            raise SaveFailed("the VM is lost", source_alive=False)
+
+        abort = SnapshotWriter.abort
+
+        def looked_at(writer: SnapshotWriter) -> None:
+            removed.append(vm.server is not None and not vm.server.running)
+            abort(writer)
+
+        monkeypatch.setattr(vm, "_save", fail)
+        monkeypatch.setattr(SnapshotWriter, "abort", looked_at)
+        try:
+            with pytest.raises(SaveFailed):
+                await vm.save(tmp_path / "taken")
+        finally:
+            await vm.kill()
+
+    asyncio.run(body())
+    assert removed == [True]
+    assert not list(tmp_path.glob(".taken*")) and not (tmp_path / "taken").exists()

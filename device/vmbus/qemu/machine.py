@@ -709,10 +709,10 @@ class VirtualMachine:
             with self.own_migration():
                 return await self._save(writer, Phases(progress), live=live, keep=keep, sabotage=sabotage, at=at)
         except BaseException as error:
+            if isinstance(error, SaveFailed) and not error.source_alive:
+                await self.kill()  # first: nobody writes into what is removed now
             if writer is not None:
                 writer.abort()
-            if isinstance(error, SaveFailed) and not error.source_alive:
-                await self.kill()
             raise
         finally:
             self._idle.set()
