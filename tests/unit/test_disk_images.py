@@ -414,3 +414,22 @@ def test_an_error_at_a_pause_is_not_forgotten(guest: Guest, monkeypatch: pytest.
     assert guest.ask(storvsc.SYNCHRONIZE).sense == scsi.INTERNAL_TARGET_FAILURE
     with pytest.raises(EnvironmentProblem, match="stable storage"):
         guest.provider.save()
+
+
+def test_fault_n18_a_home_that_cannot_be_written_to_is_said_with_the_setting_that_helps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read_only(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setenv("VMBUS_DISKS", str(tmp_path / "home" / "disks"))
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "mkdir", read_only)
+        with pytest.raises(
+            EnvironmentProblem, match=r"disks for the disk image a.img: Read-only .*; VMBUS_DISKS names"
+        ):
+            open_image("a.img", read_only=False, create=1 << 20)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", read_only)
+        with pytest.raises(EnvironmentProblem, match=r"cannot open .*a.img: Read-only file system; VMBUS_DISKS names"):
+            open_image("a.img", read_only=False, create=1 << 20)
