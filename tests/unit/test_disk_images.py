@@ -278,7 +278,7 @@ def test_a_restore_puts_the_copy_into_place_and_leaves_the_copy_alone(disks: Pat
 
 @pytest.mark.parametrize("allowed", [False, True])
 @pytest.mark.parametrize("link", [False, True])
-def test_a_restore_replaces_no_image_but_its_own(
+def test_fault_d2_a_restore_replaces_no_image_but_its_own(
     disks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, allowed: bool, link: bool
 ) -> None:
     """Whoever made the snapshot has chosen the name. What is somebody else's stays, also behind a link."""
