@@ -123,7 +123,7 @@ def test_a_port_of_a_bridge(outside: Namespace) -> None:
 
 
 @pytest.mark.parametrize("open_port", [open_port, open_veth])
-def test_an_address_in_a_network_of_the_hosts_is_refused(
+def test_fault_n23_an_address_in_a_network_of_the_hosts_is_refused(
     outside: Namespace, open_port: Callable[[Settings], Port]
 ) -> None:
     settings = Settings("host0", b"\xfe\0\0\0\0\1", 1500, outside.name)

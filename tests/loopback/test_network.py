@@ -250,7 +250,7 @@ def test_a_switchover_copies_what_was_written_and_not_the_whole_buffer(
 
 
 @pytest.mark.parametrize("end", ["tap", "veth"])
-def test_network_survives_an_interface_that_goes_down_or_away(
+def test_fault_d11_network_survives_an_interface_that_goes_down_or_away(
     libvfio_user: Library, outside: Namespace, caller: Caller, end: str
 ) -> None:
     """Others switch it off, remove it, or remove its bridge: the guest has no link until it is back."""

@@ -265,7 +265,9 @@ def test_a_disk_that_is_full_says_so_and_works_again(server: LoopbackServer, fau
     guest.close()
 
 
-def test_an_image_that_is_replaced_while_it_is_in_use(server: LoopbackServer, disks: Path, tmp_path: Path) -> None:
+def test_fault_d1_an_image_that_is_replaced_while_it_is_in_use(
+    server: LoopbackServer, disks: Path, tmp_path: Path
+) -> None:
     guest = Guest(server.function())
     assert guest.write(0, pattern(4096, 1)).good
     (disks / "disk.img").rename(disks / "moved.img")

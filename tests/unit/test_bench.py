@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 from rich.console import Console
 
 from vmbus.errors import EnvironmentProblem, UsageError
@@ -257,3 +258,15 @@ def test_cpu_time_of_a_process_that_is_gone() -> None:
     os.waitpid(pid, 0)
     with pytest.raises(EnvironmentProblem, match="ended"):
         cpu_seconds(pid)
+
+
+def test_fault_n12_how_long_a_quick_run_takes_is_said_as_it_is() -> None:
+    """134 s on a quiet machine of two processors: half a minute it is not."""
+    from vmbus.cli import main
+
+    help_text = " ".join(CliRunner().invoke(main, ["bench", "--help"]).output.split())
+    assert "rough figures in about two minutes" in help_text
+    checkout = Path(__file__).resolve().parents[2]
+    pages = [checkout / "README.md", *(checkout / "docs").glob("*.md")]
+    told = [line for page in pages for line in page.read_text().splitlines() if "--quick" in line and "minute" in line]
+    assert told and all("two minutes" in line for line in told)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import os
 import pty
 import signal
@@ -18,13 +19,14 @@ import pytest
 from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
 
 from vmbus.cli import console, main
 from vmbus.cli.agent import build_request, parse_parameters
 from vmbus.cli.console import ESCAPE, EscapeFilter, raw_terminal
 from vmbus.cli.drivers import jobs_for, parse_drive
 from vmbus.cli.outputs import output
-from vmbus.cli.vm import _follow
+from vmbus.cli.vm import _boot_sign, _follow
 from vmbus.errors import EnvironmentProblem, UsageError
 from vmbus.inspection.target import Running
 from vmbus.qemu.agent import AgentError, GuestWentBack
@@ -321,6 +323,28 @@ def test_a_console_is_shown_without_a_terminal(tmp_path: Path, monkeypatch: pyte
     with open(os.devnull) as null:  # noqa: PTH123
         monkeypatch.setattr("sys.stdin", null)
         assert asyncio.run(body()) == b"hello from the guest\r\n"
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_fault_n26_there_is_a_sign_of_life_until_the_console_shows_something(
+    terminal: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = io.StringIO()
+    monkeypatch.setattr(
+        sys.modules["vmbus.cli.vm"], "console", Console(file=out, force_terminal=terminal, color_system=None, width=100)
+    )
+
+    async def body() -> None:
+        shown = asyncio.Event()
+        sign = asyncio.create_task(_boot_sign(shown))
+        while "\r  0 s" not in out.getvalue() and not sign.done():  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+        shown.set()
+        await asyncio.wait_for(sign, 10)
+
+    asyncio.run(body())
+    assert out.getvalue().startswith("the guest boots")
+    assert ("\r  0 s" in out.getvalue()) is terminal
 
 
 def test_typed_keys_reach_the_guest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -332,7 +332,7 @@ def test_after_a_failed_flush_none_succeeds(number: int) -> None:
     assert core.flush_failed == number
 
 
-def test_a_durable_write_that_fails_counts_as_a_failed_flush_unless_space_was_short() -> None:
+def test_fault_d4_a_durable_write_that_fails_counts_as_a_failed_flush_unless_space_was_short() -> None:
     core = Core(GEOMETRY)
     job = started(core.accept(request(Op.WRITE, flags=Flag.FUA), "a"))
     assert core.finished(job, errno.ENOSPC).answers == [("a", Status.NO_SPACE)]
@@ -340,6 +340,19 @@ def test_a_durable_write_that_fails_counts_as_a_failed_flush_unless_space_was_sh
     job = started(core.accept(request(Op.WRITE, flags=Flag.FUA), "b"))
     assert core.finished(job, errno.EIO).answers == [("b", Status.IO_ERROR)]
     assert core.flush_failed == errno.EIO
+
+
+def test_fault_d3_what_waits_at_a_reset_is_dropped_however_often() -> None:
+    """A slow disk, and a guest that sends 64 requests and resets, again and again."""
+    core = Core(GEOMETRY)
+    slow = started(core.accept(request(Op.WRITE, 0, 2), "slow"))
+    for number in range(400):
+        for one in range(64):
+            op = (Op.WRITE, Op.DISCARD, Op.WRITE_ZEROES)[one % 3]
+            assert core.accept(request(op, 1), (number, one)).jobs == []
+        core.forget()
+    outcome = core.finished(slow)
+    assert (outcome.answers, outcome.jobs) == ([], []) and core.idle
 
 
 def test_orphans_run_on_unanswered_and_hold_back_what_comes_after() -> None:

@@ -278,7 +278,7 @@ def test_a_restore_puts_the_copy_into_place_and_leaves_the_copy_alone(disks: Pat
 
 @pytest.mark.parametrize("allowed", [False, True])
 @pytest.mark.parametrize("link", [False, True])
-def test_a_restore_replaces_no_image_but_its_own(
+def test_fault_d2_a_restore_replaces_no_image_but_its_own(
     disks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, allowed: bool, link: bool
 ) -> None:
     """Whoever made the snapshot has chosen the name. What is somebody else's stays, also behind a link."""
@@ -414,3 +414,22 @@ def test_an_error_at_a_pause_is_not_forgotten(guest: Guest, monkeypatch: pytest.
     assert guest.ask(storvsc.SYNCHRONIZE).sense == scsi.INTERNAL_TARGET_FAILURE
     with pytest.raises(EnvironmentProblem, match="stable storage"):
         guest.provider.save()
+
+
+def test_fault_n18_a_home_that_cannot_be_written_to_is_said_with_the_setting_that_helps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read_only(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setenv("VMBUS_DISKS", str(tmp_path / "home" / "disks"))
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "mkdir", read_only)
+        with pytest.raises(
+            EnvironmentProblem, match=r"disks for the disk image a.img: Read-only .*; VMBUS_DISKS names"
+        ):
+            open_image("a.img", read_only=False, create=1 << 20)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", read_only)
+        with pytest.raises(EnvironmentProblem, match=r"cannot open .*a.img: Read-only file system; VMBUS_DISKS names"):
+            open_image("a.img", read_only=False, create=1 << 20)

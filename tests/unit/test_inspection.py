@@ -658,6 +658,16 @@ def test_the_command_on_something_saved(snapshot: Path) -> None:
 
 
 @pytest.mark.usefixtures("runtime")
+def test_fault_n24_one_look_is_short_unless_more_is_asked_for(snapshot: Path) -> None:
+    said = "saved by its provider"
+    short, full = run(str(snapshot)).output, run(str(snapshot), "--packets", "1000").output
+    assert short.count(said) <= 8 < full.count(said)
+    assert "more (--packets N, --channel " in short and "more (--packets" not in full
+    document = msgspec.json.decode(run(str(snapshot), "--json").output, type=Inspection)
+    name = max(document.channels, key=lambda one: len(one.packets)).name
+    assert run(str(snapshot), "--channel", name).output.count(said) == full.count(said)
+
+
 def test_the_exit_status_of_diff_is_that_of_diff(tmp_path: Path) -> None:
     a, b = str(golden("traffic")), str(golden("opened"))
     same = run("diff", a, a)

@@ -191,7 +191,7 @@ def test_integration_service_fault_d10_keys_of_the_host_are_told_at_every_open()
         assert len(external) == MOST_TOLD and kit.provider.status()["kvp"]["stray"] == 0
 
 
-def test_integration_service_fault_d6_d7_d9_an_answer_without_sense_or_refused_is_named() -> None:
+def test_integration_service_fault_d6_fault_d7_fault_d9_an_answer_without_sense_or_refused_is_named() -> None:
     """A list goes on beyond it, and only the guest's word that there is no more is its end."""
     with ProviderTest(Provider, options={"services": ["kvp"]}) as kit:
         guest = KitGuest(kit, "kvp")

@@ -454,7 +454,7 @@ def test_switches_are_told_after_a_move() -> None:
         assert cable_of(guest).announced == len(ANNOUNCE_AFTER)
 
 
-def test_the_mtu_is_the_smaller_wish_and_comes_back() -> None:
+def test_fault_d5_the_mtu_is_the_smaller_wish_and_comes_back() -> None:
     with card(mtu=9000) as kit:
         guest = guest_of(kit, mtu=1500)
         assert kit.provider.status()["guest"]["mtu"] == 1500

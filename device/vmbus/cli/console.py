@@ -66,7 +66,7 @@ async def attach(path: Path, on_escape: Callable[[], None], write: Callable[[byt
     Without a terminal on standard input, the console is only shown. `on_escape` is called when the user asks for the
     end. Raises `EnvironmentProblem` if the socket cannot be reached.
     """
-    output = write or _write_stdout
+    output = write or write_stdout
     try:
         reader, writer = await asyncio.open_unix_connection(str(path))
     except OSError as error:
@@ -97,6 +97,7 @@ async def attach(path: Path, on_escape: Callable[[], None], write: Callable[[byt
                 output(data)
 
 
-def _write_stdout(data: bytes) -> None:
+def write_stdout(data: bytes) -> None:
+    """Show what came from the guest, as it is."""
     sys.stdout.buffer.write(data)
     sys.stdout.buffer.flush()

@@ -29,6 +29,8 @@ from vmbus.snapshot.bundle import open_snapshot
 
 DEFAULT_SECONDS = 1.0
 _WATCHED_PACKETS = 4
+_SHORT = 4
+"""Packets of each sort of a channel that one look shows, unless more are asked for."""
 _NOTICES = 5
 _PLAIN_WIDTH = 4000
 _SHOWN = 400  # characters of a value in a difference
@@ -73,7 +75,8 @@ def _is_number(words: list[str]) -> bool:
     "--packets",
     type=click.IntRange(min=0),
     metavar="N",
-    help="List at most N packets of each sort for each channel (default: 64, with --watch 4, of something saved all).",
+    help="List at most N packets of each sort for each channel (default: 4; with --channel or --json 64, of something "
+    "saved all).",
 )
 @click.option("--checkpoint", metavar="TAG", help="Look into checkpoint TAG of the running VM, not into the VM.")
 @click.option("--verify", is_flag=True, help="Verify every file of a snapshot first, guest memory too.")
@@ -110,6 +113,8 @@ def inspect(
     if seconds is None:
         if count is not None:
             raise click.UsageError("--count goes with --watch")
+        if packets is None and not as_json and not channels:
+            packets = _SHORT  # for people, who want to see the whole of it first
         document = run(_look(word, packets, channels, verify=verify))
         _show(document, channels, as_json=as_json)
         return

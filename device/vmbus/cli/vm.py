@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import sys
 import time
@@ -217,7 +218,7 @@ async def _run_vm(
         )
     if vm.notice:
         _notice(vm.notice)
-    await _attend(vm, start, drives, own)
+    await _attend(vm, start, drives, own, boots=True)
 
 
 async def _restore(
@@ -297,8 +298,33 @@ async def _receive(address: Address, secret: bytes, programs: Programs, name: st
     await _attend(vm, start, [])
 
 
-async def _attend(vm: VirtualMachine, start: float, drives: list[Drive], own: Sequence[DriverFile] = ()) -> None:
-    """Shows the console and serves others' requests until the VM ends."""
+async def _boot_sign(shown: asyncio.Event) -> None:
+    """A sign of life while the guest boots and its console is blank."""
+    console.print("the guest boots: its console is blank until it is up, some 5 to 20 s")
+    if not console.is_terminal:
+        return
+    start = time.monotonic()
+    while not shown.is_set():
+        console.file.write(f"\r{time.monotonic() - start:3.0f} s ")
+        console.file.flush()
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(shown.wait(), 1.0)
+
+
+async def _attend(
+    vm: VirtualMachine, start: float, drives: list[Drive], own: Sequence[DriverFile] = (), *, boots: bool = False
+) -> None:
+    """Shows the console and serves others' requests until the VM ends. `boots`: it has just begun to."""
+    shown = asyncio.Event()
+
+    def show(data: bytes) -> None:
+        if not shown.is_set():
+            shown.set()
+            if boots and console.is_terminal:
+                console.file.write("\r\x1b[K")
+                console.file.flush()
+        guest_console.write_stdout(data)
+
     supervisor = Supervisor(vm, _notice)
     try:
         console.print(
@@ -308,8 +334,9 @@ async def _attend(vm: VirtualMachine, start: float, drives: list[Drive], own: Se
         async with (
             archive_for(vm, _notice),
             background(
-                guest_console.attach(vm.paths.console, lambda: supervisor.finish("ended from the console")),
+                guest_console.attach(vm.paths.console, lambda: supervisor.finish("ended from the console"), show),
                 _drive(vm, start, drives, own),
+                *([_boot_sign(shown)] if boots else []),
             ),
         ):
             reason = await supervisor.run()

@@ -297,7 +297,7 @@ def _channel(branch: Tree, channel: ChannelInfo, rates: Rates | None) -> None:
     for packet in channel.packets:
         packets.add(packet_text(packet))
     if channel.omitted:
-        packets.add(_line(f"... {channel.omitted} more", style="dim"))
+        packets.add(_line(f"... {channel.omitted} more (--packets N, --channel {channel.name})", style="dim"))
 
 
 def _ring(ring: RingInfo) -> Text:

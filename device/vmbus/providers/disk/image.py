@@ -139,13 +139,20 @@ def open_image(name: str, *, read_only: bool, create: int | None, directory: Pat
     flags = (os.O_RDONLY if read_only else os.O_RDWR) | os.O_CLOEXEC | os.O_NONBLOCK
     if create is not None and not read_only:
         flags |= os.O_CREAT
-        with suppress(OSError):  # the open tells
+        try:
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as error:
+            raise EnvironmentProblem(
+                f"cannot make the directory {path.parent} for the disk image {path.name}: {error.strerror}; "
+                f"{DIRECTORY_VARIABLE} names another one"
+            ) from error
     for _ in range(_TRIES):
         try:
             fd = os.open(path, flags, 0o600)
         except OSError as error:
             hint = "; 'create = true' and 'size_mib' make one" if error.errno == errno.ENOENT and create is None else ""
+            if error.errno in (errno.EROFS, errno.EACCES) and not read_only:
+                hint = f"; {DIRECTORY_VARIABLE} names another directory, that can be written to"
             raise EnvironmentProblem(f"cannot open the disk image {path}: {error.strerror}{hint}") from error
         try:
             kind = os.fstat(fd).st_mode
