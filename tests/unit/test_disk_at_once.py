@@ -11,9 +11,9 @@ import pytest
 
 from vmbus.providers.disk import prompt
 from vmbus.providers.disk.backend import FileBackend
-from vmbus.providers.disk.disk import Disk, DiskOptions
+from vmbus.providers.disk.disk import MOST_AT_ONCE, Disk, DiskOptions
 from vmbus.providers.disk.prompt import FIRST_BACK_OFF, LONGEST_BACK_OFF, SLOW_SECONDS, Prompt, host_has_room
-from vmbus.providers.disk.request import Feature, Flag, Op, Request, Status
+from vmbus.providers.disk.request import Flag, Op, Request, Status
 
 pytestmark = pytest.mark.unit
 
@@ -155,10 +155,13 @@ class Threads:
     def cancel(self) -> bool:
         return False
 
+    def step(self) -> None:
+        work, done = self.work.pop(0)
+        done(work(), None)
+
     def run(self) -> None:
         while self.work:
-            work, done = self.work.pop(0)
-            done(work(), None)
+            self.step()
 
 
 class Asked:
@@ -182,7 +185,6 @@ def disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, threads: Threads, answ
     options = DiskOptions(image="disk.img", size_mib=1, create=True)
     host: Any = threads
     disk = Disk(host, "disk", options, lambda token, status: answers.append(status), lambda image: image.backend)
-    disk.features = int(Feature.FUA)
     disk.activate()
     backend = disk.backend
     assert isinstance(backend, FileBackend)
@@ -232,3 +234,18 @@ def test_a_write_stays_behind_the_one_that_it_overlaps_with(
     threads.run()
     assert answers == [Status.OK] * 3
     assert (tmp_path / "disk.img").read_bytes()[: 2 * PAGE] == b"b" * PAGE + b"c" * PAGE
+
+
+def test_what_waited_in_a_crowd_is_not_all_done_in_one_turn(
+    disk: Disk, threads: Threads, answers: list[Status]
+) -> None:
+    write(disk, 0, b"a" * PAGE, Flag.FUA)
+    large = bytes(256 << 10)
+    at_once = MOST_AT_ONCE // len(large)
+    for _ in range(at_once + 3):
+        write(disk, 0, large)  # each waits for the one before
+    assert not answers and len(threads.work) == 1
+    threads.step()
+    assert len(answers) == 1 + at_once and len(threads.work) == 1, "others on the loop would wait meanwhile"
+    threads.run()
+    assert answers == [Status.OK] * (at_once + 4)

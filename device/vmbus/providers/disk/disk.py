@@ -36,6 +36,8 @@ MAXIMUM_DATA = 1 << 20
 MAXIMUM_RANGE = 64 << 20
 PATIENCE = 2.0
 """Seconds that a reset of the device, or the guest that takes its memory back, waits for operations under way."""
+MOST_AT_ONCE = 4 << 20
+"""Bytes that are read and written on the event loop, in one turn, for requests that waited for one that has ended."""
 MOST_JOBS = 8
 """Jobs of one disk that are given to threads at the same time."""
 
@@ -316,13 +318,15 @@ class Disk:
         core = self.core
         assert core is not None
         todo = [outcome]
+        left = MOST_AT_ONCE
         while todo:
             answers, jobs = todo.pop()
             for token, status in answers:
                 self._answer(token, status)
             for job in jobs:
-                moves = not job.durable and bool(job.tokens)
+                moves = not job.durable and bool(job.tokens) and job.length <= left
                 if moves and self._now(job.op, job.offset, job.length, job.tokens[0].views):
+                    left -= job.length
                     todo.append(core.finished(job))
                 else:
                     self._ready[job] = None
