@@ -302,6 +302,14 @@ def test_fault_d11_network_survives_an_interface_that_goes_down_or_away(
         server.command("resume")
         trouble(None)
         exchange(driver, guest, caller, 10)
+        # Without its bridge it cannot be made when the device goes on; the guest goes on all the same.
+        outside.configure(lambda link: link.link("del", ifname="br0"))
+        server.command("pause")
+        server.command("resume")
+        trouble("it was removed")
+        outside.configure(bridge)
+        trouble(None)
+        exchange(driver, guest, caller, 10)
         outside.configure(lambda link: link.link("del", ifname="br0"))
     assert outside.interfaces() == []
 

@@ -93,6 +93,7 @@ class Card(Provider):
         self._trouble: Trouble | None = None
         self._mending: Mending | None = None
         self._attempted = self.settings
+        self._had_port = False
 
     # ---- what a protocol says ------------------------------------------------------------------------------------
 
@@ -138,7 +139,15 @@ class Card(Provider):
         self._trouble = None
         self._mtu_wanted = self.options.mtu if mtu is None else mtu
         settings, offload = self._port_wanted()
-        self._take_port(self._port_made(settings, offload), settings)
+        try:
+            self._take_port(self._port_made(settings, offload), settings)
+        except EnvironmentProblem as error:
+            if not self._had_port:
+                raise
+            # After a pause, the guest does not have to end for what others have done meanwhile.
+            log.warning("network %s: %s", self.name, error)
+            self._note(Trouble.GONE)
+        self._had_port = True
         self._announce_soon()
 
     def _port_wanted(self) -> tuple[Settings, bool | None]:
@@ -272,7 +281,9 @@ class Card(Provider):
             self._hear()  # whether it has helped
             return
         self._take_port(port, self._attempted)
+        # The guest may have asked for something else meanwhile.
         self._change_mtu(self._mtu_wanted)
+        self._use_offload(bool(self._guest_offload))
         self._note(None)
 
     def _give_up_mending(self) -> None:
