@@ -79,7 +79,7 @@ async def until_all_have_moved(vm: VirtualMachine, job: int, since: dict[str, in
 def test_the_whole_catalogue_in_one_guest_saved_and_restored(
     run: Callable[[Coroutine[Any, Any, Any]], Any], programs: Programs, tmp_path: Path
 ) -> None:
-    (source,) = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(), re.DOTALL | re.MULTILINE)
+    source = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(), re.DOTALL | re.MULTILINE)[0]  # the driver itself
     files = {"ping_pong": source, "hangs": HANGS, "dies": DIES, "does_not_load": "WORKLOAD = nothing\n"}
     for name, text in files.items():
         (tmp_path / f"{name}.py").write_text(text)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import secrets
 import shutil
 import sys
@@ -513,7 +514,7 @@ def test_live_migration_through_a_link_that_is_too_slow_is_told(tell: Callable[[
             await pair.move(pair.a, timeout=8.0)
         print(f"told: {caught.value}")
         assert caught.value.kind == "MigrateFailed" and caught.value.source_alive
-        assert "waited 8 s in vain" in str(caught.value)
+        assert re.search(r"waited [0-9.]+ s in vain", str(caught.value))
         await still_at(pair, pair.a)
         # The same VM moves once the link is good.
         await pair.hosts.shape()

@@ -20,7 +20,7 @@ from vmbus.errors import EnvironmentProblem, StateError, VmbusError, WaitTimeout
 from vmbus.interruptible import Stop, in_thread
 from vmbus.migration.channel import Channel, Listener
 from vmbus.migration.files import receive_file, record_of
-from vmbus.migration.link import SILENCE, Link
+from vmbus.migration.link import SILENCE, Link, Silence
 from vmbus.migration.messages import (
     Accepted,
     Again,
@@ -38,7 +38,7 @@ from vmbus.migration.messages import (
     short,
 )
 from vmbus.migration.ownership import DESTINATION, DestinationStage, Ownership
-from vmbus.migration.source import STATE_FILE, MigrateFailed
+from vmbus.migration.source import ASK_TIMEOUT, STATE_FILE, MigrateFailed
 from vmbus.migration.verdicts import Record, Stage, Verdicts
 from vmbus.qemu.command_line import Programs, runs_under, serves_machine
 from vmbus.qemu.description import VmDescription
@@ -120,6 +120,7 @@ class Destination:
         silence: float = SILENCE,
         go_timeout: float = GO_TIMEOUT,
         answer_timeout: float = ANSWER_TIMEOUT,
+        ask_timeout: float = ASK_TIMEOUT,
         verdicts: Verdicts | None = None,
     ) -> None:
         """Raises `EnvironmentProblem` if it cannot be kept on disk what becomes of the VM."""
@@ -143,6 +144,8 @@ class Destination:
         self._silence = silence
         self._go_timeout = go_timeout
         self._answer_timeout = answer_timeout
+        self._ask_timeout = ask_timeout
+        self._told = asyncio.Event()  # the source, over a connection of its own, what became of its VM
         self._vm: Arriving | None = None
         self._session: asyncio.Task[None] | None = None
         self._came = asyncio.Event()
@@ -173,6 +176,10 @@ class Destination:
                     timeout or 0.0,
                 ) from None
             await asyncio.wait({self._done})  # each step of the session has its bound
+            if self._go_may_be_lost:
+                # Its source asks then, for as long, and nobody else can tell it that its VM may run on.
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._told.wait(), self._ask_timeout)
             self._done.result()
         except BaseException:
             await uninterrupted(self._end_session())
@@ -192,6 +199,13 @@ class Destination:
                 self._session.cancel()
             if self._record is not None:
                 self._record.close()
+
+    @property
+    def _go_may_be_lost(self) -> bool:
+        """The link is silent, and its source may have sent Go to a VM that has ended here. A source that has ended closes
+        the link."""
+        error = self._done.exception()
+        return self.restored is not None and error is not None and isinstance(error.__cause__, Silence)
 
     @property
     def _cont_seconds(self) -> dict[str, float]:
@@ -247,6 +261,8 @@ class Destination:
                     seconds=self._cont_seconds if fate == "running" else {},
                 )
             )
+            if fate == "gone":
+                self._told.set()
         with contextlib.suppress(VmbusError):  # the asking side hangs up when it has read the answer
             await link.expect(Released, timeout=HELLO_TIMEOUT, what="to hang up")
 

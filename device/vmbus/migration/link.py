@@ -30,6 +30,10 @@ class PeerFailed(EnvironmentProblem):
     """The other side said that it gives the migration up."""
 
 
+class Silence(LinkLost):
+    """Nothing comes any more, and nothing says why: the link may be cut, and the other side live on."""
+
+
 class Link:
     """Messages over a channel. Use as an async context manager; the channel is closed with it."""
 
@@ -74,7 +78,7 @@ class Link:
                     async with asyncio.timeout(self._silence):
                         data = await self.channel.receive()
                 except TimeoutError:
-                    raise LinkLost(
+                    raise Silence(
                         f"nothing came from {self.name} for {self._silence:g} s: it is gone, or the link is cut"
                     ) from None
                 message = decode(data, self.name)
