@@ -16,12 +16,13 @@ from uuid import UUID
 import msgspec
 
 from vmbus.kmcl.server import ServerChannel
+from vmbus.patience import patient
 from vmbus.providers import Host, Provider
 
 FAULTY_TYPE = UUID("5b0c8a3e-3d5b-4b39-9a86-0d5b6c0f3b21")
 STATE = b"faulty's own state"
 LATE = 1.5
-"""Seconds for which a callback that ``returns late`` holds up the server."""
+"""Seconds, of a machine of usual speed, for which a callback that ``returns late`` holds up the server."""
 
 
 class FaultyOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -66,7 +67,7 @@ class Faulty(Provider):
             threading.Event().wait()
         # As native code does that does not look at signals.
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGALRM})
-        threading.Event().wait(None if how == "hangs beyond reach" else LATE)
+        threading.Event().wait(None if how == "hangs beyond reach" else patient(LATE))
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.sigtimedwait({signal.SIGALRM}, 0)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGALRM})
