@@ -17,6 +17,9 @@ from vmbus.qemu.supervisor import ask, find_vm
 
 _TIMEOUT = 7200.0
 
+NAME_FIRST = "give the NAME of one first"
+"""How a VM is chosen where it has no option of its own."""
+
 SECRET_HELP = "File with the secret that both sides know: 32 bytes, or 64 hexadecimal digits; mode 0600."
 
 
@@ -58,11 +61,11 @@ def migrate(
     least = 0 if resolve else 1
     if not least <= len(words) <= least + 1:
         raise UsageError("give [NAME] alone with --resolve" if resolve else "give [NAME] ADDRESS, see --help")
-    name = find_vm(words[0] if len(words) > least else None)
+    name = find_vm(words[0] if len(words) > least else None, NAME_FIRST)
     if resolve:
         wanted = None if resolve == "ask" else resolve == "run"
         result = run(ask(name, "resolve", {"run": wanted}, timeout=120))
-        console.print(f"VM {name!r} {'runs on here' if result['runs'] else 'has ended here'}", markup=False)
+        console.print(f"VM {name!r} {'runs on here' if result['runs'] else 'has ended here'}")
         return
     if secret_file is None:
         raise UsageError("--secret-file is missing: both sides of a migration need the same secret")

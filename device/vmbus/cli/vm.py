@@ -5,15 +5,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import click
 import msgspec
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from vmbus.cli import console as guest_console
 from vmbus.cli.drivers import Drive, DriverFile, install, jobs_for, outcome, parse_drive, read_driver_file, show_drivers
@@ -327,9 +326,9 @@ async def _attend(
 
     supervisor = Supervisor(vm, _notice)
     try:
+        keys = "shown only" if guest_console.own_terminal() is None else guest_console.HELP
         console.print(
-            f"console of VM {vm.name!r}: {guest_console.HELP if sys.stdin.isatty() else 'shown only'}; "
-            f"to save it: {command('save')} --vm {vm.name} DIR"
+            f"console of VM {vm.name!r}: {keys}; to save it: {command('save')} --vm {vm.name} DIR"
         )
         async with (
             archive_for(vm, _notice),
@@ -391,7 +390,7 @@ async def _follow(vm: VirtualMachine, driver: str, job: int) -> None:
 
 
 def _notice(text: str) -> None:
-    console.print(f"\n[bold]vmbus:[/bold] {escape(spelled(text))}", soft_wrap=True)
+    console.print(Text.assemble("\n", ("vmbus:", "bold"), f" {spelled(text)}"), soft_wrap=True)
 
 
 def _show_save(report: SaveReport) -> None:

@@ -83,6 +83,8 @@ class MigrateFailed(SaveFailed):
 class MigrationInDoubt(EnvironmentProblem):
     """Nobody can tell whether the VM runs at the destination: it stays stopped here until somebody decides."""
 
+    status = 15
+
 
 class MigrationReport(msgspec.Struct, kw_only=True):
     """What a live migration did, as the source saw it. Times in seconds by its own clock, sizes in bytes."""

@@ -95,6 +95,7 @@ class SaveFailed(EnvironmentProblem):
     def __init__(self, message: str, *, source_alive: bool) -> None:
         super().__init__(message)
         self.source_alive = source_alive
+        self.status = 13 if source_alive else 14
 
 
 class QemuMonitor(Protocol):

@@ -190,7 +190,7 @@ class Supervisor:
             result, after = await self._perform(request, lambda text: send({"progress": text}))
             send({"result": result})
         except (VmbusError, msgspec.MsgspecError, UnicodeDecodeError) as error:
-            send({"error": str(error)})
+            send({"error": str(error), "status": getattr(error, "status", UsageError.status)})
             if isinstance(error, VmbusError) and self.vm.ended:
                 after = str(error)
         finally:
@@ -309,10 +309,10 @@ class Supervisor:
         return msgspec.to_builtins(report), f"migrated to {report.address}"
 
 
-def find_vm(name: str | None) -> str:
+def find_vm(name: str | None, how: str = "choose one with --vm NAME") -> str:
     """The name of the running VM that is meant: `name`, or the only one there is.
 
-    Raises `UsageError` that lists what runs.
+    Raises `UsageError` that lists what runs, and says `how` one is chosen.
     """
     names = running_vms()
     if name is not None:
@@ -321,7 +321,7 @@ def find_vm(name: str | None) -> str:
         return name
     if len(names) != 1:
         if names:
-            raise UsageError(f"several VMs are running ({', '.join(names)}): choose one with --vm NAME")
+            raise UsageError(f"several VMs are running ({', '.join(names)}): {how}")
         raise UsageError("no VM is running; scripts/run-vm starts one")
     return names[0]
 
@@ -350,7 +350,9 @@ async def ask(
                         if progress is not None:
                             progress(str(message["progress"]))
                     elif "error" in message:
-                        raise VmbusError(str(message["error"]))
+                        refused = VmbusError(str(message["error"]))
+                        refused.status = int(message.get("status", 1))
+                        raise refused
                     else:
                         return dict(message["result"])
             finally:
