@@ -113,7 +113,7 @@ def test_each_creation_is_a_device_of_its_own(tmp_path: Path) -> None:
 )
 def test_names_that_cannot_be(tmp_path: Path, name: str, message: str) -> None:
     result = run(name, str(tmp_path))
-    assert (result.exit_code, list(tmp_path.iterdir())) == (EnvironmentProblem.status, [])
+    assert (result.exit_code, list(tmp_path.iterdir())) == (UsageError.status, [])
     assert result.output.startswith("error: ") and message in result.output and result.output.count("\n") == 1
 
 

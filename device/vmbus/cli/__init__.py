@@ -35,7 +35,7 @@ INTERRUPTED = 130
 
 
 def _open_standard_files() -> None:
-    """Has standard input, output and error where they were closed: else whatever is opened next would be one of them."""
+    """Opens standard input, output and error where they are closed: else whatever is opened next would be one."""
     for number in range(3):
         try:
             os.fstat(number)

@@ -91,8 +91,8 @@ def raw_terminal(descriptor: int) -> Iterator[None]:
 async def attach(path: Path, on_escape: Callable[[], None], write: Callable[[bytes], None] | None = None) -> None:
     """Connects our terminal to the console's socket until the socket closes or this is cancelled.
 
-    Without a terminal on standard input that is ours (`own_terminal`), the console is only shown. `on_escape` is called when the user asks for the
-    end. Raises `EnvironmentProblem` if the socket cannot be reached.
+    Without a terminal on standard input that is ours (`own_terminal`), the console is only shown. `on_escape` is called
+    when the user asks for the end. Raises `EnvironmentProblem` if the socket cannot be reached.
     """
     output = write or write_stdout
     try:

@@ -40,6 +40,12 @@ def absolute(text: str) -> Address:
     help="Milliseconds that QEMU may plan for its last pass; else 20, and more if the copy does not end with that.",
 )
 @click.option(
+    "--bandwidth",
+    metavar="MIB",
+    type=click.FloatRange(min=0.1),
+    help="MiB per second that QEMU may send while the guest runs; else as much as there is.",
+)
+@click.option(
     "--resolve",
     type=click.Choice(["ask", "run", "end"]),
     help="After a migration in doubt: ask the destination and do what it says; or let the VM run here (it must never "
@@ -51,6 +57,7 @@ def migrate(
     multifd: int,
     timeout: float | None,
     downtime_limit: int | None,
+    bandwidth: float | None,
     resolve: str | None,
 ) -> None:
     """Move the running VM NAME to the destination that waits at ADDRESS.
@@ -76,6 +83,7 @@ def migrate(
         "multifd": multifd,
         "timeout": timeout,
         "downtime_limit": downtime_limit,
+        "bandwidth": None if bandwidth is None else int(bandwidth * 2**20),
     }
     with Steps(f"migration of VM {name!r} to {words[-1]}", MIGRATE_LABELS) as steps:
         result = run(ask(name, "migrate", arguments, timeout=_TIMEOUT, progress=steps))

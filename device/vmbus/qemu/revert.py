@@ -547,6 +547,7 @@ class _BesideImage:
     """The device's state and its providers' files, without memory: implements `vmbus.qemu.save.Target`."""
 
     durable = True
+    way = None
 
     def __init__(self, store: Store, tag: str) -> None:
         self.state = store.state(tag).absolute()

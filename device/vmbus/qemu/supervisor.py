@@ -45,6 +45,7 @@ class _MigrateArguments(msgspec.Struct, forbid_unknown_fields=True):
     multifd: int = 0
     timeout: float | None = None
     downtime_limit: int | None = None
+    bandwidth: int | None = None
 
 
 class _ResolveArguments(msgspec.Struct, forbid_unknown_fields=True):
@@ -301,6 +302,7 @@ class Supervisor:
                 multifd=arguments.multifd,
                 timeout=arguments.timeout,
                 downtime_limit=arguments.downtime_limit,
+                bandwidth=arguments.bandwidth,
                 progress=begun,
             )
         except BaseException as error:
