@@ -11,7 +11,6 @@ import asyncio
 import contextlib
 import dataclasses
 import functools
-import json
 import os
 import socket
 import sys
@@ -36,7 +35,7 @@ from vmbus.migration.ownership import SourceStage
 from vmbus.migration.source import ASK_TIMEOUT, Departing, MigrationReport, Source
 from vmbus.patience import patient
 from vmbus.providers.disk.image import CLONE_VARIABLE
-from vmbus.qemu.agent import AgentClient, GuestOutput
+from vmbus.qemu.agent import AgentClient, GuestOutput, decode_line
 from vmbus.qemu.audit import collect
 from vmbus.qemu.command_line import (
     Programs,
@@ -403,11 +402,10 @@ class VirtualMachine:
         output = self.server.process.stdout
         assert output is not None
         while line := await output.readline():
-            with contextlib.suppress(ValueError):
-                message = json.loads(line)
-                if isinstance(message, dict) and message.get("event") == "listening":
-                    self._spawn(_drain(output, self.server.log))
-                    return
+            message = decode_line(line)
+            if message is not None and message.get("event") == "listening":
+                self._spawn(_drain(output, self.server.log))
+                return
             with contextlib.suppress(OSError), self.server.log.open("ab") as log:  # a full disk loses the log, no more
                 log.write(line)
         await self.server.exited  # it closed its output: the guard around us reports how it ended

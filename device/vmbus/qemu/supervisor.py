@@ -187,10 +187,10 @@ class Supervisor:
 
         after: str | None = None
         try:
-            request = msgspec.json.decode(line, type=_Request)
+            request = decode_request(line)
             result, after = await self._perform(request, lambda text: send({"progress": text}))
             send({"result": result})
-        except (VmbusError, msgspec.MsgspecError, UnicodeDecodeError) as error:
+        except (VmbusError, msgspec.MsgspecError) as error:  # the latter of a command's arguments
             send({"error": str(error), "status": getattr(error, "status", UsageError.status)})
             if isinstance(error, VmbusError) and self.vm.ended:
                 after = str(error)
@@ -311,6 +311,26 @@ class Supervisor:
         return msgspec.to_builtins(report), f"migrated to {report.address}"
 
 
+def decode_request(line: bytes) -> _Request:
+    """What is asked for in a line. Raises `UsageError`."""
+    try:
+        return msgspec.json.decode(line, type=_Request)
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+        raise UsageError(f"not a request: {error}") from error
+
+
+def decode_answer(line: bytes) -> dict[str, Any]:
+    """What the owner of a VM says in a line. Raises `EnvironmentProblem`."""
+    try:
+        message = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise EnvironmentProblem(f"what the VM's owner says cannot be understood: {error}") from error
+    told = isinstance(message, dict) and ("progress" in message or "error" in message)
+    if not told and not (isinstance(message, dict) and isinstance(message.get("result"), dict)):
+        raise EnvironmentProblem(f"what the VM's owner says cannot be understood: {line[:200]!r}")
+    return dict(message)
+
+
 def find_vm(name: str | None, how: str = "choose one with --vm NAME") -> str:
     """The name of the running VM that is meant: `name`, or the only one there is.
 
@@ -347,7 +367,7 @@ async def ask(
             try:
                 writer.write(json.dumps({"command": command, "arguments": arguments or {}}).encode() + b"\n")
                 while line := await reader.readline():
-                    message = json.loads(line)
+                    message = decode_answer(line)
                     if "progress" in message:
                         if progress is not None:
                             progress(str(message["progress"]))
