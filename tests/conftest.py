@@ -20,6 +20,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from support.ending import RunFolder, left_in, tell_workers
+from support.fault_rows import keywords
 from support.pace import PACE, seconds
 from support.twins import twin as twin
 
@@ -62,6 +63,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help=f"fail when a layer ({', '.join(LAYERS)}) passed no test, or when any test was skipped, except for those "
         f"marked {NEEDS_MIGRATION_V2} where {NO_MIGRATION_V2}, and, unless by root, what only root may do here",
     )
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """`-k fault_h1` picks tests by the row of the table of faults that they tell."""
+    item.extra_keyword_matches.update(keywords(item.nodeid))
 
 
 def is_worker(config: pytest.Config) -> bool:

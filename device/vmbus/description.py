@@ -7,7 +7,6 @@ errors that name the source, the field and what is allowed.
 
 from __future__ import annotations
 
-import json
 import re
 import uuid
 from pathlib import Path
@@ -105,9 +104,14 @@ def load_device(path: Path) -> DeviceDescription:
         data = path.read_bytes()
     except OSError as error:
         raise EnvironmentProblem(f"cannot read device description {path}: {error.strerror}") from error
+    return parse_device(data, str(path))
+
+
+def parse_device(data: bytes, source: str) -> DeviceDescription:
+    """Decodes a device description from JSON; `source` names it in errors. Raises `UsageError`."""
     try:
         return msgspec.json.decode(data, type=DeviceDescription)
     except msgspec.ValidationError as error:
-        raise UsageError(f"{path}: {explain(error, DeviceDescription)}") from error
-    except (msgspec.DecodeError, json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path}: not JSON: {error}") from error
+        raise UsageError(f"{source}: {explain(error, DeviceDescription)}") from error
+    except (msgspec.DecodeError, ValueError, RecursionError) as error:
+        raise UsageError(f"{source}: not JSON: {error}") from error

@@ -15,6 +15,9 @@ from vmbus.places import spelled
 class VmbusError(Exception):
     """Base of every error that this project raises on purpose."""
 
+    status = 1
+    """Exit status of a command that ends with it; they are listed in the README."""
+
     def __str__(self) -> str:
         return spelled(super().__str__())
 
@@ -26,17 +29,25 @@ class PeerError(VmbusError):
 class UsageError(VmbusError):
     """The caller used our API against its contract."""
 
+    status = 2
+
 
 class EnvironmentProblem(VmbusError):
     """The machine lacks something, or something on it cannot be used; the message says how to mend it."""
+
+    status = 10
 
 
 class StateError(VmbusError):
     """Saved state is damaged, incomplete, foreign, or of an unsupported version. Nothing was changed."""
 
+    status = 11
+
 
 class WaitTimeout(VmbusError):
     """A bounded wait ran out."""
+
+    status = 12
 
     def __init__(self, what: str, seconds: float) -> None:
         super().__init__(f"waited {seconds:g} s in vain for {what}")

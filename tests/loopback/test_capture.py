@@ -318,7 +318,9 @@ def test_the_command_captures_into_a_file(libvfio_user: Library, tmp_path: Path)
     with LoopbackServer(describe("echo"), libvfio_user) as server, traffic(server):
         done = command("--control", server.control_path, "-o", path, "--packets", 20)
         assert done.exit_code == 0, done.output
-        assert command("--control", server.control_path, "-o", path, "--packets", 20).exit_code == 1  # it exists
+        assert (
+            command("--control", server.control_path, "-o", path, "--packets", 20).exit_code == UsageError.status
+        )  # it exists
         other = tmp_path / "b.pcapng"
         assert command("--control", server.control_path, "-o", other, "--detach").exit_code == 0
         assert json.loads(command("--control", server.control_path, "--status").stdout)["running"]

@@ -20,7 +20,7 @@ from vmbus.migration.source import MigrateFailed
 from vmbus.provision.libvfio_user import find_library
 from vmbus.qemu.machine import VirtualMachine
 from vmbus.qemu.moments import Hook, Moment, no_hook
-from vmbus.vfio_user.pci import MSI_CONTROL
+from vmbus.vfio_user.pci import MSI_CONTROL, MSI_DATA
 
 pytestmark = pytest.mark.loopback
 
@@ -82,8 +82,19 @@ def guest_writes(bench: Bench, moment: Moment) -> Hook:
     return at
 
 
-def test_a_function_that_does_not_change_is_written_ahead_only(bench: Bench) -> None:
-    assert bench.run(arrived(bench)) == WRITES
+def test_fault_m3_only_the_interrupt_is_written_when_the_stream_is_loaded(bench: Bench, monkeypatch: Patch) -> None:
+    """Where nothing has changed. It is not enabled before what it is translated by is there."""
+    seen: list[bool] = []
+    loaded = Arrival.loaded
+
+    async def look(arrival: Arrival) -> None:
+        config = bytes.fromhex((await arrival.vm.call_server("pci"))["config"])
+        seen.append(bool(config[MSI_CONTROL] & 1))
+        await loaded(arrival)
+
+    monkeypatch.setattr(Arrival, "loaded", look)
+    assert bench.run(arrived(bench)) == WRITES + 1
+    assert seen == [False]
 
 
 @pytest.mark.parametrize("moment", [Moment.BEFORE_STREAM, Moment.RAM_COPY])
@@ -119,7 +130,7 @@ def test_sabotage_a_replay_ahead_that_nobody_compares_is_refused(bench: Bench, m
     async def spoil(arrival: Arrival, config: bytes) -> None:
         await ahead(arrival, config)
         slot = arrival.vm.pci_address
-        for line in (f"o /w 0xcf8 {slot.latch(MSI_CONTROL):#x}", "o /h 0xcfe 0x80"):
+        for line in (f"o /w 0xcf8 {slot.latch(MSI_DATA):#x}", "o /h 0xcfc 0x1234"):
             assert await arrival.vm.monitor.human(line) == ""
 
     monkeypatch.setattr(Arrival, "replay_ahead", spoil)

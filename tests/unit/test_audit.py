@@ -521,7 +521,7 @@ def test_the_command_says_when_something_is_missing(tmp_path: Path) -> None:
     next(path for path in directory.iterdir() if b'"guest"' in path.read_bytes()[:400]).unlink()
     result = CliRunner().invoke(main, ["audit", str(directory)])
     assert result.exit_code == 3 and "NOT PROVEN" in result.output
-    assert CliRunner().invoke(main, ["audit", str(tmp_path / "nowhere")]).exit_code == 1
+    assert CliRunner().invoke(main, ["audit", str(tmp_path / "nowhere")]).exit_code == EnvironmentProblem.status
 
 
 def test_a_record_that_reaches_its_last_byte_ends(tmp_path: Path) -> None:

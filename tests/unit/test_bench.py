@@ -138,7 +138,7 @@ def test_the_table_shows_the_same_figures() -> None:
     from vmbus.cli.bench import show
 
     output = io.StringIO()
-    show(_report(), Console(file=output, width=160))
+    show(_report(), Console(file=output, width=160, markup=False, emoji=False))
     text = output.getvalue()
     assert "title [with brackets]" in text
     assert "42 /s ± 2 %" in text

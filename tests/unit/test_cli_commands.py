@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import ast
 import asyncio
+import contextlib
 import io
 import os
 import pty
+import re
 import signal
 import subprocess
 import sys
 import termios
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,19 +24,28 @@ from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
+from rich.table import Table
 
 from vmbus.cli import console, main
 from vmbus.cli.agent import build_request, parse_parameters
 from vmbus.cli.console import ESCAPE, EscapeFilter, raw_terminal
 from vmbus.cli.drivers import jobs_for, parse_drive
 from vmbus.cli.outputs import output
+from vmbus.cli.terminal import Steps
 from vmbus.cli.vm import _boot_sign, _follow
-from vmbus.errors import EnvironmentProblem, UsageError
+from vmbus.errors import EnvironmentProblem, StateError, UsageError, VmbusError, WaitTimeout
 from vmbus.inspection.target import Running
+from vmbus.migration.source import MigrateFailed, MigrationInDoubt
 from vmbus.qemu.agent import AgentError, GuestWentBack
+from vmbus.qemu.ends import GuestPanicked
 from vmbus.qemu.process import RunDirectory
+from vmbus.qemu.revert import RevertFailed
+from vmbus.qemu.save import SaveFailed
+from vmbus.screen import screen
 
 pytestmark = pytest.mark.unit
+
+CHECKOUT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(autouse=True)
@@ -91,7 +104,7 @@ def test_the_commands_are_there() -> None:
 )
 def test_errors_are_one_readable_line(words: list[str], message: str) -> None:
     result = run(*words)
-    assert result.exit_code == 1
+    assert result.exit_code in (UsageError.status, EnvironmentProblem.status)
     assert result.output.startswith(message)
     assert result.output.count("\n") == 1
     assert "Traceback" not in result.output
@@ -104,7 +117,7 @@ def test_fault_n7_the_name_of_a_vm_stays_a_name(
 ) -> None:
     monkeypatch.setattr("vmbus.cli.vm.provision", lambda: pytest.fail("the set-up began"))
     result = run(*command, "--name", name)
-    assert result.exit_code == 1 and "is not a usable name of a VM; allowed: 1 to 32" in result.output, result.output
+    assert result.exit_code == UsageError.status and "is not a usable name of a VM; allowed: 1 to 32" in result.output, result.output
     with pytest.raises(UsageError, match="usable name"):
         RunDirectory.create(name, base=tmp_path)
     assert not list(tmp_path.iterdir())
@@ -121,7 +134,7 @@ def test_fault_n8_a_file_that_cannot_be_written_is_refused_before_the_work(
     for module in ("demo", "bench"):
         monkeypatch.setattr(sys.modules[f"vmbus.cli.{module}"], "provision", lambda: pytest.fail("the work began"))
     result = run(*command, "--json", str(tmp_path / place))
-    assert result.exit_code in (1, 2) and "Traceback" not in result.output, result.output
+    assert result.exit_code in (1, 2, 10) and "Traceback" not in result.output, result.output
     assert place in result.output.replace("\n", "") and "x.json" not in {path.name for path in tmp_path.rglob("*")}
 
 
@@ -190,7 +203,7 @@ def test_fault_n16_a_drivers_parameters_are_refused_before_the_boot(
 ) -> None:
     monkeypatch.setattr("vmbus.cli.vm.provision", lambda: pytest.fail("the set-up began"))
     result = run("run-vm", "--drive", "echo:count=3", "--drive", drive)
-    assert result.exit_code == 1 and result.output.startswith(f"error: {message}"), result.output
+    assert result.exit_code == UsageError.status and result.output.startswith(f"error: {message}"), result.output
 
 
 class _Reverted:
@@ -241,6 +254,247 @@ def test_fault_n17_what_is_allowed_is_named() -> None:
         result = run("soak", "--plan", *words)
         assert result.exit_code != 0 and message in result.output, result.output
     assert "clone" in run("soak", "--plan", "--set", "weights.foo=1").output
+
+
+# --- what is typed and shown: tests of the faults that people found
+
+
+def test_fault_u1_a_text_is_shown_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    """Brackets are no markup, words between colons no pictures; neither in a title, a table's cell nor a notice."""
+    path = "/tmp/x[/b] [red]y[/red] :smile: [link=z]"
+    for console_ in (screen(), screen(width=200)):
+        console_.print(path)
+        table = Table(show_header=False, box=None)
+        table.add_row("snapshot", path)
+        console_.print(table)
+    out = capsys.readouterr().out
+    assert out.count(path) == 4, out
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_fault_u1_steps_with_brackets(monkeypatch: pytest.MonkeyPatch, terminal: bool) -> None:
+    path = "/tmp/x[/b]:smile:"
+    shown = Console(file=io.StringIO(), force_terminal=terminal, markup=False, emoji=False, highlight=False, width=200)
+    monkeypatch.setattr("vmbus.cli.terminal.console", shown)
+    with Steps(f"save of {path}") as steps:
+        steps(f"phase {path}")
+        time.sleep(0.2 if terminal else 0)  # the moving sign is drawn
+    out = shown.file.getvalue()  # type: ignore[attr-defined]
+    assert f"save of {path}" in out and f"phase {path}" in out
+
+
+def test_fault_u1_no_console_is_made_elsewhere() -> None:
+    """The kind: whoever makes a console of his own, or asks for markup, is found here."""
+    found = []
+    for folder in ("device", "bench"):
+        for path in sorted((CHECKOUT / folder).rglob("*.py")):
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.Call):
+                    name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+                    takes = name in ("TextColumn",) and not any(word.arg == "markup" for word in node.keywords)
+                    wants = any(
+                        word.arg in ("markup", "emoji") and getattr(word.value, "value", None) is True
+                        for word in node.keywords
+                    )
+                    if name in ("Console", "from_markup") or takes or wants:
+                        found.append(f"{path.relative_to(CHECKOUT)}:{node.lineno}")
+                if isinstance(node, ast.ImportFrom) and node.module == "rich.markup":
+                    found.append(f"{path.relative_to(CHECKOUT)}:{node.lineno}")
+    assert [one.rpartition(":")[0] for one in found] == ["device/vmbus/screen.py"], found
+
+
+WITHOUT_STANDARD_FILES = """
+import os, sys
+from vmbus.cli import main
+sys.argv = ["vmbus", "list"]
+try:
+    main()
+except SystemExit as end:
+    assert not end.code, end.code
+from vmbus.cli.console import own_terminal
+assert own_terminal() is None
+assert all(os.fstat(number).st_ino for number in range(3)) and sys.stdin.read() == ""
+print("nobody reads this")
+os._exit(42)
+"""
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_fault_u2_standard_files_may_be_closed(closed: str) -> None:
+    words = ["sh", "-c", f'exec "$0" -c "$1" {closed}', sys.executable, WITHOUT_STANDARD_FILES]
+    assert subprocess.run(words, timeout=60).returncode == 42
+
+
+IN_THE_BACKGROUND = """
+import asyncio, os, sys, tempfile
+from vmbus.cli import console
+async def guest(reader, writer):
+    writer.write(b"hello\\n"); await writer.drain(); await asyncio.sleep(0.3); writer.close()
+async def body():
+    path = tempfile.mktemp()
+    server = await asyncio.start_unix_server(guest, path=path)
+    await console.attach(path, lambda: None)
+    os.unlink(path)
+asyncio.run(body())
+"""
+
+ON_A_TERMINAL = """
+import os, subprocess, sys, termios
+before = termios.tcgetattr(0)
+child = subprocess.Popen([sys.executable, "-c", sys.argv[1]], process_group=0)
+_, status = os.waitpid(child.pid, os.WUNTRACED)
+stopped = os.WIFSTOPPED(status)
+if stopped:
+    child.kill()
+print("stopped" if stopped else f"ended {os.waitstatus_to_exitcode(status)}", termios.tcgetattr(0) == before)
+"""
+
+
+def test_fault_u3_in_the_background_of_a_terminal_nothing_stops_us() -> None:
+    """As `timeout 60 scripts/run-vm` has it, or an `&`: the console is only shown."""
+    pid, master = pty.fork()
+    if pid == 0:
+        os.execv(sys.executable, [sys.executable, "-c", ON_A_TERMINAL, IN_THE_BACKGROUND])
+    out = b""
+    with contextlib.suppress(OSError):
+        while data := os.read(master, 4096):
+            out += data
+    os.waitpid(pid, 0)
+    os.close(master)
+    assert b"hello" in out and b"ended 0 True" in out, out
+
+
+SENT_TO_THE_BACKGROUND = """
+import os, signal, sys, termios
+from vmbus.cli.console import raw_terminal
+before = termios.tcgetattr(0)
+with raw_terminal(0):
+    # Somebody else is in the foreground when it is put back.
+    other = os.fork()
+    if other == 0:
+        os.setpgid(0, 0)
+        signal.pause()
+    os.setpgid(other, other)
+    os.tcsetpgrp(0, other)
+os.kill(other, signal.SIGKILL)
+os.waitpid(other, 0)
+print("put back", termios.tcgetattr(0) == before)
+"""
+
+
+def test_fault_u3_the_terminal_is_put_back_from_the_background() -> None:
+    pid, master = pty.fork()
+    if pid == 0:
+        os.execv(sys.executable, [sys.executable, "-c", SENT_TO_THE_BACKGROUND])
+    out = b""
+    with contextlib.suppress(OSError):
+        while data := os.read(master, 4096):
+            out += data
+    os.waitpid(pid, 0)
+    os.close(master)
+    assert b"put back True" in out, out
+
+
+def hints() -> Iterator[tuple[str, str]]:
+    """Every option that a text of ours names (docstrings of commands are help): where, and what stands before it."""
+    for folder in ("device/vmbus", "guest/vmbus_guest", "bench"):
+        for path in sorted((CHECKOUT / folder).rglob("*.py")):
+            tree = ast.parse(path.read_text())
+            for node in ast.walk(tree):
+                if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                    for match in HINT.finditer(node.value):
+                        yield f"{path.relative_to(CHECKOUT)}:{node.lineno}", match[0]
+
+
+HINT = re.compile(
+    r"(?:scripts/(?P<script>[a-z-]+)|vmbus (?P<command>[a-z-]+))?(?P<between>[^\n;,(]*?)(?P<option>--[a-z][a-z-]+)"
+)
+
+
+def options_of(command: click.Command) -> set[str]:
+    found = {option for one in command.params for option in [*one.opts, *one.secondary_opts]} | {"--help"}
+    if isinstance(command, click.Group):
+        found |= set().union(*(options_of(one) for one in command.commands.values()))
+    return found
+
+
+def all_options() -> dict[str, set[str]]:
+    from vmbus.provision.__main__ import main as setup
+    from vmbus.server.__main__ import main as server
+
+    found = {name: options_of(command) for name, command in main.commands.items()}
+    return found | {"setup": options_of(setup), "server": options_of(server)}
+
+
+def test_fault_u4_hints_name_options_that_exist() -> None:
+    known = all_options()
+    every = set().union(*known.values())
+    wrong = []
+    for where, text in hints():
+        found = HINT.search(text)
+        assert found is not None
+        name, option = found["script"] or found["command"], found["option"]
+        ours = every | FOREIGN if "vmbus/cli/" in where else None
+        allowed = ours if name is None else known.get(name)
+        if allowed is not None and option not in allowed:
+            wrong.append(f"{where}: {text!r}")
+    assert not wrong, "\n".join(wrong)
+
+
+FOREIGN = {"--parameters"}
+"""Options of programs that are not ours, named in the commands' texts."""
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("save", "/x"), ("checkpoint", "now"), ("checkpoint", "--list"), ("revert", "now"),
+        ("migrate", "--resolve", "run"), ("migrate", "tcp:there:1", "--secret-file", "/x"), ("agent", "list"),
+        ("provider", "a", "b"), ("ssh",),
+        ("audit",), ("capture", "--status"), ("inspect",),
+    ],
+    ids=" ".join,
+)  # fmt: skip
+def test_fault_u4_how_one_of_several_vms_is_chosen(words: tuple[str, ...]) -> None:
+    """The hint is tried: it is an option of that very command, or a word in front."""
+    for name in ("one", "two"):
+        RunDirectory.create(name)
+    result = run(*words)
+    if words == ("audit",):  # needs no VM
+        return
+    assert "several VMs are running (one, two)" in result.output, result.output
+    options = re.findall(r"--[a-z-]+", result.output)
+    assert all(option in options_of(main.commands[words[0]]) for option in options), result.output
+    if options:
+        again = run(words[0], *options, "one", *words[1:])
+    else:
+        assert "NAME" in result.output or "say which one" in result.output
+        again = run(words[0], "one", *words[1:])
+    assert "several VMs" not in again.output, again.output
+
+
+def test_fault_u6_failures_are_told_apart_by_their_status() -> None:
+    kinds = [UsageError, EnvironmentProblem, StateError, SaveFailed, MigrationInDoubt, GuestPanicked]
+    errors = [kind("x", source_alive=True) if kind is SaveFailed else kind("x") for kind in kinds]  # type: ignore[call-arg]
+    errors += [SaveFailed("x", source_alive=False), WaitTimeout("x", 1), VmbusError("x")]
+    statuses = [error.status for error in errors]
+    assert len(set(statuses)) == len(statuses) and 0 not in statuses
+    assert MigrateFailed("x", source_alive=False).status == RevertFailed("x", source_alive=False).status == 14
+    table = (CHECKOUT / "README.md").read_text()
+    for status in statuses:
+        assert re.search(rf"^\| {status} \| ", table, re.MULTILINE), f"README lists no status {status}"
+
+
+@pytest.mark.parametrize("kind", [UsageError, EnvironmentProblem, StateError, MigrationInDoubt])
+def test_fault_u6_a_command_ends_with_the_status_of_its_error(
+    monkeypatch: pytest.MonkeyPatch, kind: type[VmbusError]
+) -> None:
+    def fail() -> list[str]:
+        raise kind("on purpose")
+
+    monkeypatch.setattr("vmbus.cli.vm.running_vms", fail)
+    result = run("list")
+    assert (result.exit_code, result.output) == (kind.status, "error: on purpose\n")
 
 
 def test_list_is_empty_without_vms() -> None:

@@ -654,7 +654,7 @@ def test_the_command_on_something_saved(snapshot: Path) -> None:
     flip(snapshot / RAM)
     assert run(str(snapshot)).exit_code == 0
     refused = run(str(snapshot), "--verify")
-    assert refused.exit_code == 1 and "ram.qemu was changed" in refused.output
+    assert refused.exit_code == StateError.status and "ram.qemu was changed" in refused.output
 
 
 @pytest.mark.usefixtures("runtime")
@@ -685,19 +685,19 @@ def test_the_exit_status_of_diff_is_that_of_diff(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "status", "message"),
     [
-        ([], 1, "no VM is running; name a snapshot"),
-        (["demo"], 1, "neither a running VM (running: none) nor a snapshot"),
-        (["./demo"], 1, "there is nothing at demo"),
-        ([".", "--watch"], 1, "does not change: --watch is for running VMs"),
-        (["--watch", "."], 1, "does not change"),
-        (["--watch", "2", "."], 1, "does not change"),
+        ([], 2, "no VM is running; name a snapshot"),
+        (["demo"], 2, "neither a running VM (running: none) nor a snapshot"),
+        (["./demo"], 11, "there is nothing at demo"),
+        ([".", "--watch"], 2, "does not change: --watch is for running VMs"),
+        (["--watch", "."], 2, "does not change"),
+        (["--watch", "2", "."], 2, "does not change"),
         (["--watch", "0", "."], 2, "0.05"),
         ([".", "--count", "1"], 2, "--count goes with --watch"),
         (["a", "b"], 2, "give one TARGET"),
         (["diff", "a", "b", "--watch"], 2, "diff goes with"),
-        ([".", "--checkpoint", "x"], 1, "--checkpoint goes with a running VM"),
-        ([str(GOLDEN / "idle.state.bin"), "--channel", "x"], 1, "there is no channel 'x'"),
-        ([str(GOLDEN)], 1, "is not a snapshot: it has no manifest.json"),
+        ([".", "--checkpoint", "x"], 2, "--checkpoint goes with a running VM"),
+        ([str(GOLDEN / "idle.state.bin"), "--channel", "x"], 2, "there is no channel 'x'"),
+        ([str(GOLDEN)], 11, "is not a snapshot: it has no manifest.json"),
     ],
 )
 def test_wrong_words_are_explained(words: list[str], status: int, message: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import re
 from collections.abc import AsyncIterator, Coroutine
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,10 @@ from vmbus.migration.messages import Fate, Go, Hello, Wanted
 from vmbus.migration.ownership import DESTINATION, SOURCE, DestinationStage, Ownership, SourceStage
 from vmbus.migration.source import ASK_TIMEOUT, MigrateFailed, MigrationInDoubt
 from vmbus.migration.verdicts import Verdicts
-from vmbus.qemu import save
+from vmbus.qemu import machine, save
 from vmbus.qemu.moments import Hook, Moment
-from vmbus.qemu.save import REFUSED_CAPABILITIES
+from vmbus.qemu.qmp import MigrationFailed
+from vmbus.qemu.save import REFUSED_CAPABILITIES, StreamSettings
 
 pytestmark = pytest.mark.unit
 
@@ -910,6 +912,64 @@ def test_fault_p6_a_vm_of_tcgs_comes_to_a_host_where_kvm_works(tmp_path: Path) -
             assert both.world.running == {"destination"}
 
     run(body())
+
+
+@pytest.mark.parametrize("how", ["refused", "dropped"])
+def test_fault_m11_a_port_that_is_not_let_through_is_named_within_seconds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    """Only the migration's own port is forwarded: QEMU's stream reaches nobody."""
+    monkeypatch.setattr(save, "CONNECT_TIMEOUT", 0.3)
+
+    async def body() -> None:
+        listener = await listen(TcpAddress("127.0.0.1", 0), SECRET)
+        both = Pair(tmp_path, listener)
+        start, wait = both.arriving.start, both.leaving.wait_migration
+
+        async def at_a_port(*arguments: Any) -> int:
+            await start(*arguments)
+            return 41234
+
+        async def unreachable(wanted: Any, timeout: float, what: str) -> str:
+            if "active" in wanted:
+                assert timeout == 0.3
+                raise (MigrationFailed(f"{what}: refused") if how == "refused" else WaitTimeout(what, timeout))
+            return await wait(wanted, timeout, what)
+
+        both.arriving.start = at_a_port  # type: ignore[method-assign]
+        both.leaving.wait_migration = unreachable  # type: ignore[method-assign]
+        found = await both.migrate()
+        listener.close()
+        assert re.search(r"connect to tcp:127.0.0.1:41234(.|\n)*--stream-port PORT", str(found.problem)), found.problem
+        assert found.problem.source_alive
+        runs_on(both)
+
+    run(body())
+
+
+def test_fault_m12_the_bandwidth_is_what_was_asked_for(tmp_path: Path) -> None:
+    async def body() -> None:
+        async with pair(tmp_path) as both:
+            told: list[Any] = []
+            execute = both.leaving.execute
+
+            async def note(command: str, arguments: Any = None, **more: Any) -> Any:
+                if command == "migrate-set-parameters":
+                    told.append(arguments["max-bandwidth"])
+                return await execute(command, arguments, **more)
+
+            both.leaving.execute = note  # type: ignore[method-assign]
+            both.source._stream = StreamSettings(bandwidth=5 << 20)
+            assert (await both.migrate()).arrived
+            assert told == [5 << 20]
+
+    run(body())
+
+
+def test_fault_m12_a_narrow_way_has_the_time_that_it_takes() -> None:
+    assert machine._copy_timeout(256, None) == 60 + 128
+    assert machine._copy_timeout(256, 1 << 30) == 60 + 128
+    assert machine._copy_timeout(256, 1 << 20) == 60 + 3 * 256
 
 
 def test_fault_m15_a_later_qemu_takes_a_vm_of_an_earlier_machine(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import vmbus.providers
 from vmbus.cli import main
 from vmbus.description import DeviceDescription, ProviderDescription, load_device
 from vmbus.device import Device
-from vmbus.errors import UsageError
+from vmbus.errors import EnvironmentProblem, UsageError
 from vmbus.providers import PROVIDERS, provider_class
 from vmbus.providers.loading import ALLOW_VARIABLE, PATH_VARIABLE
 from vmbus.qemu.description import load_description
@@ -113,7 +113,7 @@ def test_each_creation_is_a_device_of_its_own(tmp_path: Path) -> None:
 )
 def test_names_that_cannot_be(tmp_path: Path, name: str, message: str) -> None:
     result = run(name, str(tmp_path))
-    assert (result.exit_code, list(tmp_path.iterdir())) == (1, [])
+    assert (result.exit_code, list(tmp_path.iterdir())) == (UsageError.status, [])
     assert result.output.startswith("error: ") and message in result.output and result.output.count("\n") == 1
 
 
@@ -121,13 +121,16 @@ def test_names_that_cannot_be(tmp_path: Path, name: str, message: str) -> None:
 def test_nothing_is_overwritten(tmp_path: Path, existing: str) -> None:
     (tmp_path / existing).write_text("mine")
     result = run("door_bell", str(tmp_path))
-    assert result.exit_code == 1 and f"{existing} is there already; nothing was written" in result.output
+    assert (
+        result.exit_code == EnvironmentProblem.status
+        and f"{existing} is there already; nothing was written" in result.output
+    )
     assert [path.read_text() for path in tmp_path.iterdir()] == ["mine"]
 
 
 def test_a_directory_that_cannot_be(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    assert run("door_bell", str(tmp_path / "file" / "below")).exit_code == 1
+    assert run("door_bell", str(tmp_path / "file" / "below")).exit_code == EnvironmentProblem.status
 
 
 # ---- loading ---------------------------------------------------------------------------------------------------------

@@ -262,11 +262,11 @@ def tell(view: Any) -> None:
 
 def test_the_live_view() -> None:
     output = io.StringIO()
-    console = Console(file=output, force_terminal=True, width=110)
+    console = Console(file=output, force_terminal=True, width=110, markup=False, emoji=False)
     figures = Figures(planned=100, seconds=None)
     with LiveView(figures, console, "dir", "soak: seed 1") as view:
         tell(view)
-        shown = Console(file=io.StringIO(), width=110)
+        shown = Console(file=io.StringIO(), width=110, markup=False, emoji=False)
         shown.print(view.render())
         text = shown.file.getvalue()  # type: ignore[attr-defined]
         failed = EpisodeRecord(

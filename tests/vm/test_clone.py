@@ -164,7 +164,7 @@ def test_clone_checkpoint_and_revert_from_the_command_line(
             assert owner.poll() is None, owner.communicate()
             assert time.monotonic() < deadline, "the clones did not come up"
             time.sleep(0.05)
-        assert "several VMs are running (demo, demo-2)" in vm_command("checkpoint", "here", status=1)
+        assert "several VMs are running (demo, demo-2)" in vm_command("checkpoint", "here", status=2)
         assert "packets in flight" in vm_command("checkpoint", "demo-2", "here")
         assert vm_command("checkpoint", "--list", "demo") == ""
         assert vm_command("checkpoint", "--list", "demo-2").startswith("here ")
@@ -173,7 +173,7 @@ def test_clone_checkpoint_and_revert_from_the_command_line(
         assert "downtime" in vm_command("revert", "demo-2", "here")
         finished = json.loads(vm_command("agent", "--vm", "demo-2", "wait", str(job)))
         assert finished["result"]["verdict"] == "passed"
-        assert "no checkpoint 'there'" in vm_command("revert", "demo-2", "there", status=1)
+        assert "no checkpoint 'there'" in vm_command("revert", "demo-2", "there", status=2)
         vm_command("checkpoint", "--delete", "demo-2", "here")
         assert vm_command("checkpoint", "--list", "demo-2") == ""
         vm_command("save", "--vm", "demo-2", str(tmp_path / "saved"))

@@ -21,7 +21,7 @@ from support import pace
 from support.boot import boot
 from support.pace import until
 from support.processes import command_lines
-from vmbus.errors import VmbusError
+from vmbus.errors import StateError, VmbusError
 from vmbus.provision import provision
 from vmbus.qemu.command_line import Programs, programs_from
 from vmbus.qemu.description import load_description
@@ -358,7 +358,7 @@ def test_from_the_command_line(snapshot: Path, tmp_path: Path) -> None:
             timeout=pace.seconds(60),
         )
         assert json.loads(report.stdout)["driver"] == "mixed", report.stderr
-        for words, status in ((["--live", "--keep"], 0), (["--live", "--keep"], 1), ([], 1)):
+        for words, status in ((["--live", "--keep"], 0), (["--live", "--keep"], 2), ([], 2)):
             saved = subprocess.run(
                 command("save", *words, str(tmp_path / "a")), env=environment(), capture_output=True, text=True,
                 timeout=pace.seconds(120),
@@ -397,7 +397,7 @@ def test_an_owner_that_dies_takes_everything_along(snapshot: Path, number: signa
         assert run_directory.exists() == (number == signal.SIGKILL)
         assert running_vms() == []
         listed = subprocess.run(command("restore", "/no/such/snapshot"), env=environment(), capture_output=True)
-        assert listed.returncode == 1
+        assert listed.returncode == StateError.status
     finally:
         owner.kill()
         owner.wait()

@@ -1,12 +1,14 @@
 """The command line: ``python -m vmbus.cli COMMAND``, or ``vmbus COMMAND`` where the package is installed; each script
 in ``scripts/`` is one of its commands.
 
-Every error that we raise on purpose becomes one readable message and exit status 1, without a traceback; so does
-Ctrl-C, with 130.
+Every error that we raise on purpose becomes one readable message and the exit status of its kind, without a traceback;
+so does Ctrl-C, with 130.
 """
 
 from __future__ import annotations
 
+import os
+import sys
 from typing import Any
 
 import click
@@ -32,13 +34,29 @@ INTERRUPTED = 130
 """The exit status after Ctrl-C, as shells have it."""
 
 
+def _open_standard_files() -> None:
+    """Opens standard input, output and error where they are closed: else whatever is opened next would be one."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest number that is free
+    for name, number, mode in (("stdin", 0, "r"), ("stdout", 1, "w"), ("stderr", 2, "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(number, mode, closefd=False))  # noqa: SIM115 - as long as the process
+
+
 class _Group(click.Group):
+    def main(self, *args: Any, **extra: Any) -> Any:
+        _open_standard_files()
+        return super().main(*args, **extra)
+
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
         except VmbusError as error:
             click.echo(f"error: {error}", err=True)
-            ctx.exit(1)
+            ctx.exit(error.status)
         except (KeyboardInterrupt, click.Abort):
             click.echo("interrupted", err=True)
             ctx.exit(INTERRUPTED)

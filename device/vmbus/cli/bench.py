@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 import click
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from vmbus.cli.outputs import output
 from vmbus.cli.terminal import Steps, run
@@ -22,6 +22,7 @@ from vmbus.places import MEASUREMENTS
 from vmbus.provision import Provisioned, find_debian, provision
 from vmbus.qemu.command_line import programs_from
 from vmbus.qemu.description import load_description
+from vmbus.screen import screen
 
 if TYPE_CHECKING:
     from vmbus_bench.figures import Part, Report
@@ -51,10 +52,10 @@ def bench(json_file: Path | None, quick: bool, names: tuple[str, ...]) -> None:
     with output(json_file) as write:
         report, left_out = _measured(quick, names)
         write(report.to_json())
-    console = Console(highlight=False)
+    console = screen()
     show(report, console)
     for reason in left_out:
-        console.print(f"left out: {escape(reason)}", style="yellow")
+        console.print(f"left out: {reason}", style="yellow")
 
 
 def _measured(quick: bool, names: tuple[str, ...]) -> tuple[Report, list[str]]:
@@ -125,16 +126,16 @@ def show(report: Report, console: Console) -> None:
     from vmbus_bench.figures import readable_sample, readable_target
 
     for part in report.parts:
-        console.print(f"\n{escape(part.title)}", style="bold")
-        console.print(f"baseline: {escape(part.baseline)}", style="dim")
+        console.print(f"\n{part.title}", style="bold")
+        console.print(f"baseline: {part.baseline}", style="dim")
         table = Table(box=SIMPLE_HEAD, pad_edge=False)
         for heading in ("", "figure", "baseline", "ratio"):
             table.add_column(heading, justify="right" if heading else "left")
         for row in part.rows:
-            name = escape(row.name)
+            name = Text(row.name)
             details = ", ".join(f"{key} {readable_sample(sample)}" for key, sample in row.details.items())
             for remark in filter(None, (row.note, details)):
-                name += f"\n[dim]  {escape(remark)}[/dim]"
+                name.append(f"\n  {remark}", style="dim")
             table.add_row(
                 name,
                 readable_sample(row.figure),
@@ -143,11 +144,11 @@ def show(report: Report, console: Console) -> None:
             )
         console.print(table)
     for target in report.targets:
-        console.print(escape(readable_target(target)), style="green" if target.reached else "yellow")
+        console.print(readable_target(target), style="green" if target.reached else "yellow")
     machine = report.machine
     before, after = machine["load_before"], machine["load_after"]
     console.print(
-        f"{machine['processors']} x {escape(machine['processor'])}, Python {machine['python']}; "
+        f"{machine['processors']} x {machine['processor']}, Python {machine['python']}; "
         f"load average (1 min) {before[0]:.2f} before, {after[0]:.2f} after; {report.seconds:.0f} s"
         + ("; quick, so rough" if report.quick else "")
     )

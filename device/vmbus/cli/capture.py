@@ -20,6 +20,7 @@ import click
 from vmbus.capture import record as r
 from vmbus.capture.capture import DEFAULT_EXTERNAL, DEFAULT_LIMIT, DEFAULT_SNAPLEN, selects
 from vmbus.capture.pcapng import CaptureReader, Interface
+from vmbus.cli.migrate import NAME_FIRST
 from vmbus.cli.terminal import console, run
 from vmbus.errors import EnvironmentProblem, UsageError
 from vmbus.qemu.command_line import Sockets
@@ -94,7 +95,7 @@ def record(
     control: Path | None,
 ) -> None:
     """Capture the packets of VM NAME (none for the only one) until Ctrl-C."""
-    socket = control or Sockets(runtime_base() / find_vm(name)).control
+    socket = control or Sockets(runtime_base() / find_vm(name, NAME_FIRST)).control
     if ask_status or ask_stop:
         if output is not None or (ask_status and ask_stop):
             raise UsageError("--status and --stop go alone: without -o, and without each other")

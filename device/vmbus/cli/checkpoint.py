@@ -9,6 +9,7 @@ import click
 import msgspec
 from rich.table import Table
 
+from vmbus.cli.migrate import NAME_FIRST
 from vmbus.cli.terminal import CHECKPOINT_LABELS, REVERT_LABELS, Steps, console, run
 from vmbus.errors import UsageError
 from vmbus.qemu.revert import CheckpointReport, RevertReport
@@ -37,7 +38,7 @@ def checkpoint(words: tuple[str, ...], directory: Path | None, listing: bool, de
     if listing:
         if delete or len(words) > 1:
             raise UsageError("give [NAME] alone with --list")
-        name = find_vm(words[0] if words else None)
+        name = find_vm(words[0] if words else None, NAME_FIRST)
         _list(run(ask(name, "checkpoints", _arguments(directory), timeout=TIMEOUT))["checkpoints"])
         return
     name, tag = _name_and_tag(words)
@@ -81,7 +82,7 @@ def revert(words: tuple[str, ...], directory: Path | None) -> None:
 def _name_and_tag(words: tuple[str, ...]) -> tuple[str, str]:
     if not 1 <= len(words) <= 2:
         raise UsageError("give [NAME] TAG, see --help")
-    return find_vm(words[0] if len(words) == 2 else None), words[-1]
+    return find_vm(words[0] if len(words) == 2 else None, NAME_FIRST), words[-1]
 
 
 def _arguments(directory: Path | None, tag: str | None = None) -> dict[str, Any]:

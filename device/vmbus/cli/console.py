@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import signal
 import sys
 import termios
+import threading
 import tty
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -46,10 +48,33 @@ class EscapeFilter:
         return bytes(out), False
 
 
+def own_terminal() -> int | None:
+    """The descriptor of standard input if it is a terminal whose keys are for us: we are in its foreground.
+
+    In the background (`timeout 60 scripts/run-vm`, or with an `&`) who reads from it or sets it is stopped.
+    """
+    try:
+        descriptor = sys.stdin.fileno()
+        if not os.isatty(descriptor):
+            return None
+    except (OSError, ValueError, AttributeError):  # there is none
+        return None
+    with contextlib.suppress(OSError):  # a terminal that does not control us stops nobody
+        if os.tcgetpgrp(descriptor) != os.getpgrp():
+            return None
+    return descriptor
+
+
 @contextlib.contextmanager
 def raw_terminal(descriptor: int) -> Iterator[None]:
-    """Every key goes to us unchanged, Ctrl-C included; output still gets its carriage returns."""
+    """Every key goes to us unchanged, Ctrl-C included; output still gets its carriage returns.
+
+    It is put back as it was also if we are in the background by then, and nothing stops us meanwhile.
+    """
     before = termios.tcgetattr(descriptor)
+    main = threading.current_thread() is threading.main_thread()  # nobody else may set what a signal does
+    numbers = (signal.SIGTTOU, signal.SIGTTIN) if main else ()
+    stops = {number: signal.signal(number, signal.SIG_IGN) for number in numbers}
     try:
         tty.setraw(descriptor)
         mode = termios.tcgetattr(descriptor)
@@ -57,14 +82,17 @@ def raw_terminal(descriptor: int) -> Iterator[None]:
         termios.tcsetattr(descriptor, termios.TCSADRAIN, mode)
         yield
     finally:
-        termios.tcsetattr(descriptor, termios.TCSADRAIN, before)
+        with contextlib.suppress(termios.error):  # it is gone
+            termios.tcsetattr(descriptor, termios.TCSADRAIN, before)
+        for number, handler in stops.items():
+            signal.signal(number, handler)
 
 
 async def attach(path: Path, on_escape: Callable[[], None], write: Callable[[bytes], None] | None = None) -> None:
     """Connects our terminal to the console's socket until the socket closes or this is cancelled.
 
-    Without a terminal on standard input, the console is only shown. `on_escape` is called when the user asks for the
-    end. Raises `EnvironmentProblem` if the socket cannot be reached.
+    Without a terminal on standard input that is ours (`own_terminal`), the console is only shown. `on_escape` is called
+    when the user asks for the end. Raises `EnvironmentProblem` if the socket cannot be reached.
     """
     output = write or write_stdout
     try:
@@ -72,11 +100,14 @@ async def attach(path: Path, on_escape: Callable[[], None], write: Callable[[byt
     except OSError as error:
         raise EnvironmentProblem(f"cannot connect to the console {path}: {error.strerror}") from error
     loop = asyncio.get_running_loop()
-    source = sys.stdin.fileno()
+    source = own_terminal()
     filter_ = EscapeFilter()
 
     def typed() -> None:
-        data = os.read(source, 4096)
+        assert source is not None
+        data = b""
+        with contextlib.suppress(OSError):  # it is gone, or we are in the background now
+            data = os.read(source, 4096)
         if not data:
             loop.remove_reader(source)
             return
@@ -88,7 +119,7 @@ async def attach(path: Path, on_escape: Callable[[], None], write: Callable[[byt
 
     with contextlib.ExitStack() as stack:
         stack.callback(writer.close)
-        if os.isatty(source):
+        if source is not None:
             stack.enter_context(raw_terminal(source))
             loop.add_reader(source, typed)
             stack.callback(loop.remove_reader, source)

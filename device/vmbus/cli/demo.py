@@ -8,8 +8,8 @@ from pathlib import Path
 
 import click
 import msgspec
-from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from vmbus.cli.outputs import output
 from vmbus.cli.terminal import Steps, console, run
@@ -18,6 +18,7 @@ from vmbus.provision import provision
 from vmbus.qemu.command_line import programs_from
 from vmbus.qemu.description import find_description, load_description
 from vmbus.qemu.story import Figures, Story, run_story
+from vmbus.screen import screen
 
 LABELS = {
     "boot": "Linux guest booted, its agent answers",
@@ -68,7 +69,7 @@ def _told(packets: int, stopped: bool) -> Figures:
 
 def show(figures: Figures) -> None:
     """The one table, and the verdict."""
-    out = Console(highlight=False)
+    out = screen()
     table = Table(title="Save and restore in mid-traffic", title_justify="left")
     table.add_column("")
     table.add_column("at the save", justify="right")
@@ -93,8 +94,9 @@ def show(figures: Figures) -> None:
     table.add_row("downtime (guest stopped to guest running)", "", f"{seconds['downtime']:.2f} s")
     out.print(table)
     for reason in figures.reasons:
-        out.print(f"[red]wrong:[/red] {reason}", soft_wrap=True)
+        out.print(Text.assemble(("wrong:", "red"), f" {reason}"), soft_wrap=True)
     if figures.verdict == "pass":
-        out.print("[bold green]PASS[/bold green]  every transaction completed exactly once, in order, intact")
+        verdict = Text.assemble(("PASS", "bold green"), "  every transaction completed exactly once, in order, intact")
+        out.print(verdict)
     else:
-        out.print("[bold red]FAIL[/bold red]")
+        out.print("FAIL", style="bold red")

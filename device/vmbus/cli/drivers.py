@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rich.console import Console
-from rich.markup import escape
+from rich.text import Text
 
 from vmbus.cli.agent import parse_parameters
 from vmbus.errors import EnvironmentProblem, UsageError
@@ -170,7 +170,7 @@ def show_drivers(console: Console, own: list[DriverFile]) -> None:
 
 
 def _show(console: Console, name: str, summary: str) -> None:
-    console.print(f"[bold]{name}[/bold]  {escape(summary)}", soft_wrap=True, highlight=False)
+    console.print(Text.assemble((name, "bold"), f"  {summary}"), soft_wrap=True)
 
 
 def _show_parameter(console: Console, name: str, about: dict[str, Any]) -> None:
@@ -179,4 +179,4 @@ def _show_parameter(console: Console, name: str, about: dict[str, Any]) -> None:
     if about["minimum"] is not None or about["maximum"] is not None:
         least, most = ("" if about[limit] is None else str(about[limit]) for limit in ("minimum", "maximum"))
         value += f" ({least}..{most})"
-    console.print(f"    {name:16} {value:24} {about['text']}", soft_wrap=True, markup=False, highlight=False)
+    console.print(f"    {name:16} {value:24} {about['text']}", soft_wrap=True)

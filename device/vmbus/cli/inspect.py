@@ -25,6 +25,7 @@ from vmbus.inspection.target import Running, find, look
 from vmbus.inspection.tree import clean, counted, packet_text, render
 from vmbus.inspection.watch import View, Watch
 from vmbus.qemu.process import runtime_base
+from vmbus.screen import screen
 from vmbus.snapshot.bundle import open_snapshot
 
 DEFAULT_SECONDS = 1.0
@@ -155,9 +156,9 @@ def _require(document: Inspection, channels: tuple[str, ...]) -> None:
 
 
 def _console() -> Console:
-    console = Console(highlight=False)
+    console = screen()
     # Without a terminal a line stays a line, however long.
-    return console if console.is_terminal else Console(highlight=False, width=_PLAIN_WIDTH)
+    return console if console.is_terminal else screen(width=_PLAIN_WIDTH)
 
 
 def _show(document: Inspection, channels: tuple[str, ...], *, as_json: bool) -> None:

@@ -17,6 +17,9 @@ from vmbus.qemu.supervisor import ask, find_vm
 
 _TIMEOUT = 7200.0
 
+NAME_FIRST = "give the NAME of one first"
+"""How a VM is chosen where it has no option of its own."""
+
 SECRET_HELP = "File with the secret that both sides know: 32 bytes, or 64 hexadecimal digits; mode 0600."
 
 
@@ -37,6 +40,12 @@ def absolute(text: str) -> Address:
     help="Milliseconds that QEMU may plan for its last pass; else 20, and more if the copy does not end with that.",
 )
 @click.option(
+    "--bandwidth",
+    metavar="MIB",
+    type=click.FloatRange(min=0.1),
+    help="MiB per second that QEMU may send while the guest runs; else as much as there is.",
+)
+@click.option(
     "--resolve",
     type=click.Choice(["ask", "run", "end"]),
     help="After a migration in doubt: ask the destination and do what it says; or let the VM run here (it must never "
@@ -48,6 +57,7 @@ def migrate(
     multifd: int,
     timeout: float | None,
     downtime_limit: int | None,
+    bandwidth: float | None,
     resolve: str | None,
 ) -> None:
     """Move the running VM NAME to the destination that waits at ADDRESS.
@@ -58,11 +68,11 @@ def migrate(
     least = 0 if resolve else 1
     if not least <= len(words) <= least + 1:
         raise UsageError("give [NAME] alone with --resolve" if resolve else "give [NAME] ADDRESS, see --help")
-    name = find_vm(words[0] if len(words) > least else None)
+    name = find_vm(words[0] if len(words) > least else None, NAME_FIRST)
     if resolve:
         wanted = None if resolve == "ask" else resolve == "run"
         result = run(ask(name, "resolve", {"run": wanted}, timeout=120))
-        console.print(f"VM {name!r} {'runs on here' if result['runs'] else 'has ended here'}", markup=False)
+        console.print(f"VM {name!r} {'runs on here' if result['runs'] else 'has ended here'}")
         return
     if secret_file is None:
         raise UsageError("--secret-file is missing: both sides of a migration need the same secret")
@@ -73,6 +83,7 @@ def migrate(
         "multifd": multifd,
         "timeout": timeout,
         "downtime_limit": downtime_limit,
+        "bandwidth": None if bandwidth is None else int(bandwidth * 2**20),
     }
     with Steps(f"migration of VM {name!r} to {words[-1]}", MIGRATE_LABELS) as steps:
         result = run(ask(name, "migrate", arguments, timeout=_TIMEOUT, progress=steps))

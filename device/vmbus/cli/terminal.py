@@ -9,11 +9,13 @@ import time
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
-from rich.console import Console
+from rich.text import Text
+
+from vmbus.screen import screen
 
 T = TypeVar("T")
 
-console = Console(stderr=True, highlight=False)
+console = screen(stderr=True)
 
 
 class Steps:
@@ -25,7 +27,7 @@ class Steps:
     def __init__(self, title: str, labels: dict[str, str] | None = None) -> None:
         self._title = title
         self._labels = labels or {}
-        self._status = console.status(title)
+        self._status = console.status(Text(title))
         self._phase: str | None = None
         self._start = self._begin = time.monotonic()
 
@@ -46,7 +48,7 @@ class Steps:
         self._finish()
         self._phase = self._labels.get(phase, phase)
         self._begin = time.monotonic()
-        self._status.update(f"{self._title}: {self._phase}")
+        self._status.update(Text(f"{self._title}: {self._phase}"))
 
     def _finish(self) -> None:
         if self._phase is not None:

@@ -5,15 +5,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import click
 import msgspec
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from vmbus.cli import console as guest_console
 from vmbus.cli.drivers import Drive, DriverFile, install, jobs_for, outcome, parse_drive, read_driver_file, show_drivers
@@ -92,6 +91,13 @@ CAPTURE_HELP = "Capture all packets from the start on into this new pcapng file 
     help="A public key that may log in as root, for a guest with a Debian (default: ~/.ssh/*.pub).",
 )
 @click.option("--receive", metavar="ADDRESS", help="Wait at tcp:HOST:PORT or unix:PATH for a VM that migrates here.")
+@click.option(
+    "--stream-port",
+    metavar="PORT",
+    default=0,
+    type=click.IntRange(0, 65535),
+    help="With --receive tcp:...: where memory is to come, if not every port is let through. Default: any free one.",
+)
 @click.option("--secret-file", type=click.Path(path_type=Path, dir_okay=False), help=SECRET_HELP)
 def run_vm(
     config: str | None,
@@ -104,6 +110,7 @@ def run_vm(
     like: Path | None,
     ssh_keys: tuple[Path, ...],
     receive: str | None,
+    stream_port: int,
     secret_file: Path | None,
 ) -> None:
     """Start a VM, or receive one, and show its console.
@@ -127,10 +134,12 @@ def run_vm(
         address, secret = absolute(receive), read_secret(secret_file)
         if capture is not None:
             raise UsageError("--capture does not go with --receive: start it with scripts/capture when the VM is there")
-        run(_receive(address, secret, programs_from(provision()), name, audit))
+        run(_receive(address, secret, programs_from(provision()), name, audit, stream_port))
         return
     if secret_file is not None:
         raise UsageError("--secret-file goes with --receive")
+    if stream_port:
+        raise UsageError("--stream-port goes with --receive")
     description = load_description(find_description(config or "demo", CONFIGURATIONS))
     wanted = jobs_for([parse_drive(text) for text in drives], own)
     notice = ""
@@ -276,7 +285,9 @@ async def _restore_clones(
             await vm.kill()
 
 
-async def _receive(address: Address, secret: bytes, programs: Programs, name: str | None, audit: Path | None) -> None:
+async def _receive(
+    address: Address, secret: bytes, programs: Programs, name: str | None, audit: Path | None, stream_port: int
+) -> None:
     run_directory = RunDirectory.create(name, exact=True) if name is not None else None
     try:
         listener = await listen(address, secret)
@@ -287,7 +298,9 @@ async def _receive(address: Address, secret: bytes, programs: Programs, name: st
     console.print(f"waiting for a VM at {listener.address} (QEMU {programs.qemu_version}, {programs.accelerator})")
     start = time.monotonic()
     with Steps("arrival", RECEIVE_LABELS) as steps:
-        vm = await VirtualMachine.receive(listener, programs, run_directory, progress=steps, audit=audit)
+        vm = await VirtualMachine.receive(
+            listener, programs, run_directory, progress=steps, audit=audit, stream_port=stream_port
+        )
     assert vm.restored is not None
     packets = vm.restored.packets
     console.print(
@@ -327,10 +340,8 @@ async def _attend(
 
     supervisor = Supervisor(vm, _notice)
     try:
-        console.print(
-            f"console of VM {vm.name!r}: {guest_console.HELP if sys.stdin.isatty() else 'shown only'}; "
-            f"to save it: {command('save')} --vm {vm.name} DIR"
-        )
+        keys = "shown only" if guest_console.own_terminal() is None else guest_console.HELP
+        console.print(f"console of VM {vm.name!r}: {keys}; to save it: {command('save')} --vm {vm.name} DIR")
         async with (
             archive_for(vm, _notice),
             background(
@@ -391,7 +402,7 @@ async def _follow(vm: VirtualMachine, driver: str, job: int) -> None:
 
 
 def _notice(text: str) -> None:
-    console.print(f"\n[bold]vmbus:[/bold] {escape(spelled(text))}", soft_wrap=True)
+    console.print(Text.assemble("\n", ("vmbus:", "bold"), f" {spelled(text)}"), soft_wrap=True)
 
 
 def _show_save(report: SaveReport) -> None:

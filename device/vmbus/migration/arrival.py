@@ -16,6 +16,7 @@ from vmbus.migration.address import Address, TcpAddress, UnixAddress, stream_cha
 from vmbus.qemu.probe import driven_by_client, require_complete, require_running
 from vmbus.qemu.timing import Phases
 from vmbus.snapshot.manifest import Packets
+from vmbus.vfio_user.pci import interrupt_writes, without_interrupts
 
 if TYPE_CHECKING:
     from vmbus.qemu.machine import VirtualMachine
@@ -41,8 +42,10 @@ def packets_found(found: dict[str, Any]) -> Packets:
 class Arrival:
     """Starts, fills and, if need be, discards one VM. `host`: our address on the source's connection, if it is TCP."""
 
-    def __init__(self, vm: VirtualMachine, host: str | None) -> None:
+    def __init__(self, vm: VirtualMachine, host: str | None, stream_port: int = 0) -> None:
+        """`stream_port`: where QEMU's stream is to come, if it is TCP; 0: at any port that is free."""
         self.vm = vm
+        self._stream_port = stream_port
         self._host = host
         # A copy of what QEMU has in its stream, if it migrates the device itself: then it puts everything back.
         self._in_stream: saved.DeviceState | None = None
@@ -70,7 +73,9 @@ class Arrival:
             if multifd:
                 await vm.execute("migrate-set-parameters", {"multifd-channels": multifd})
             path = vm.run_directory / STREAM_SOCKET
-            address: Address = UnixAddress(str(path)) if self._host is None else TcpAddress(self._host, 0)
+            address: Address = (
+                UnixAddress(str(path)) if self._host is None else TcpAddress(self._host, self._stream_port)
+            )
             with vm.own_migration():
                 await vm.execute("migrate-incoming", {"channels": stream_channel(address), "exit-on-error": False})
             if isinstance(address, UnixAddress):
@@ -87,7 +92,8 @@ class Arrival:
         return self._driven
 
     async def replay_ahead(self, config: bytes) -> None:
-        self._ahead = 0 if self._driven else await self.vm.put_back(config)
+        # Without its interrupt: QEMU's stream brings what that is translated by.
+        self._ahead = 0 if self._driven else await self.vm.put_back(without_interrupts(config))
 
     async def load_state(self, path: Path, sha256: str, device: DeviceDescription) -> Packets:
         vm = self.vm
@@ -123,8 +129,9 @@ class Arrival:
     async def replay(self, config: bytes) -> int:
         if self._in_stream is not None:
             return 0
-        if await self.vm.is_back(config):
-            return self._ahead
+        if await self.vm.is_back(without_interrupts(config)):
+            only = interrupt_writes(config) if config != without_interrupts(config) else []
+            return self._ahead + (await self.vm.put_back(config, only) if only else 0)
         return self._ahead + await self.vm.put_back(config)
 
     async def rebuild(self) -> tuple[Packets, int]:

@@ -83,6 +83,8 @@ class MigrateFailed(SaveFailed):
 class MigrationInDoubt(EnvironmentProblem):
     """Nobody can tell whether the VM runs at the destination: it stays stopped here until somebody decides."""
 
+    status = 15
+
 
 class MigrationReport(msgspec.Struct, kw_only=True):
     """What a live migration did, as the source saw it. Times in seconds by its own clock, sizes in bytes."""
@@ -149,6 +151,7 @@ class _Stream:
         self.durable = False  # whatever ends this host ends the VM, and the file is of no use then
         self.state = folder / STATE_FILE
         self.files = None
+        self.way: str | None = None
         self.sent_at = 0.0
 
     async def begin(self) -> list[dict[str, object]]:
@@ -157,7 +160,9 @@ class _Stream:
         if prepared is None:
             await self._link.send(Again(reason="the guest took memory back that the device had written"))
             prepared = await self._link.expect(Prepared, timeout=PREPARE_TIMEOUT, what="a new server and a new QEMU")
-        return stream_channel(self._place(prepared))
+        place = self._place(prepared)
+        self.way = str(place) if isinstance(place, TcpAddress) else None
+        return stream_channel(place)
 
     def _place(self, prepared: Prepared) -> Address:
         if isinstance(prepared.stream, str):

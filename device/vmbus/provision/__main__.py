@@ -13,11 +13,13 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Column, Table
+from rich.text import Text
 
 from vmbus.errors import VmbusError
 from vmbus.provision import Provisioned, needs, provision, provision_debian
 from vmbus.provision.cache import Cache
 from vmbus.provision.report import PlainReporter, Reporter, SilentReporter
+from vmbus.screen import screen
 
 
 class RichReporter:
@@ -25,7 +27,7 @@ class RichReporter:
 
     def __init__(self, console: Console) -> None:
         self._progress = Progress(
-            SpinnerColumn(finished_text="[green]✓", table_column=Column(width=1)),
+            SpinnerColumn(finished_text=Text("✓", style="green"), table_column=Column(width=1)),
             # What a step is called gives way to what it says; the time is always whole.
             TextColumn("{task.description}", markup=False, table_column=Column(ratio=3, no_wrap=True)),
             BarColumn(bar_width=10, table_column=Column(width=10)),
@@ -58,7 +60,7 @@ class RichReporter:
             self._task = None
 
     def note(self, text: str) -> None:
-        self._progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        self._progress.console.print(text, soft_wrap=True)
 
 
 def facts(result: Provisioned) -> dict[str, object]:
@@ -113,7 +115,7 @@ def main(as_json: bool, quiet: bool, check: bool, clean: bool, debian: bool) -> 
     if check or clean:
         words = [*(["--check"] if check else []), *(["--clean"] if clean else [])]
         sys.exit(needs.run(words, Cache(), None))
-    errors = Console(stderr=True)
+    errors = screen(stderr=True)
     try:
         if errors.is_terminal and not as_json:
             with RichReporter(errors) as reporter:
@@ -124,7 +126,7 @@ def main(as_json: bool, quiet: bool, check: bool, clean: bool, debian: bool) -> 
             result = provision(reporter=plain)
             system = provision_debian(reporter=plain) if debian else None
     except VmbusError as error:
-        errors.print(f"set-up: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        errors.print(f"set-up: {error}", style="red", soft_wrap=True)
         sys.exit(1)
     except KeyboardInterrupt:
         errors.print("set-up interrupted; the next run continues with what is missing", soft_wrap=True)
@@ -136,7 +138,7 @@ def main(as_json: bool, quiet: bool, check: bool, clean: bool, debian: bool) -> 
         if system is not None:
             megabytes = system.image.stat().st_blocks * 512 / 1e6
             table.add_row("Debian", f"{system.image} ({len(system.packages)} packages, {megabytes:.0f} MB)")
-        Console().print(table)
+        screen().print(table)
 
 
 if __name__ == "__main__":

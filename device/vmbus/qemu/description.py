@@ -105,7 +105,7 @@ def parse_description(data: str | bytes, source: str) -> VmDescription:
         return msgspec.toml.decode(data, type=VmDescription)
     except msgspec.ValidationError as error:
         raise UsageError(f"{source}: {explain(error, VmDescription)}") from error
-    except (msgspec.DecodeError, ValueError) as error:
+    except (msgspec.DecodeError, ValueError, RecursionError) as error:
         raise UsageError(f"{source}: not TOML: {error}") from error
 
 

@@ -34,6 +34,8 @@ REASONS = {
 class GuestPanicked(EnvironmentProblem):
     """The guest's kernel gave up."""
 
+    status = 16
+
 
 class Ends:
     """Watches one QEMU."""

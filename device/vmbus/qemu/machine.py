@@ -11,7 +11,6 @@ import asyncio
 import contextlib
 import dataclasses
 import functools
-import json
 import os
 import socket
 import sys
@@ -36,7 +35,7 @@ from vmbus.migration.ownership import SourceStage
 from vmbus.migration.source import ASK_TIMEOUT, Departing, MigrationReport, Source
 from vmbus.patience import patient
 from vmbus.providers.disk.image import CLONE_VARIABLE
-from vmbus.qemu.agent import AgentClient, GuestOutput
+from vmbus.qemu.agent import AgentClient, GuestOutput, decode_line
 from vmbus.qemu.audit import collect
 from vmbus.qemu.command_line import (
     Programs,
@@ -289,13 +288,15 @@ class VirtualMachine:
         silence: float = SILENCE,
         go_timeout: float = GO_TIMEOUT,
         audit: Path | None = None,
+        stream_port: int = 0,
     ) -> VirtualMachine:
         """Waits on `listener` for a VM that migrates here, at most `timeout` seconds (None: as long as it takes), and
         returns when it runs; `vm.restored` has the report.
 
         The kernel and the initramfs of the source are used: those of `programs` if they are the same, else they are
-        sent. Serves one migration; the listener belongs to it, and is closed when the source has ended its VM. Raises
-        `WaitTimeout` if nobody comes, and `MigrateFailed`; nothing is left behind then.
+        sent. QEMU's stream comes to a TCP port of its own, `stream_port` (0: any that is free), unless the listener's
+        address is a unix socket. Serves one migration; the listener belongs to it, and is closed when the source has
+        ended its VM. Raises `WaitTimeout` if nobody comes, and `MigrateFailed`; nothing is left behind then.
         """
         machines: list[VirtualMachine] = []
         directories = [] if run_directory is None else [run_directory]
@@ -309,7 +310,7 @@ class VirtualMachine:
             accelerator = prepare.machine.accelerator
             own = dataclasses.replace(programs, kernel=kernel, initramfs=initramfs, accelerator=accelerator)
             machines.append(cls(prepare.vm, own, directories[0], audit=audit, made=Made.of(prepare.machine)))
-            return Arrival(machines[0], host)
+            return Arrival(machines[0], host, stream_port)
 
         destination = Destination(
             listener, programs, claim, build, progress=progress, at=at, silence=silence, go_timeout=go_timeout
@@ -401,11 +402,10 @@ class VirtualMachine:
         output = self.server.process.stdout
         assert output is not None
         while line := await output.readline():
-            with contextlib.suppress(ValueError):
-                message = json.loads(line)
-                if isinstance(message, dict) and message.get("event") == "listening":
-                    self._spawn(_drain(output, self.server.log))
-                    return
+            message = decode_line(line)
+            if message is not None and message.get("event") == "listening":
+                self._spawn(_drain(output, self.server.log))
+                return
             with contextlib.suppress(OSError), self.server.log.open("ab") as log:  # a full disk loses the log, no more
                 log.write(line)
         await self.server.exited  # it closed its output: the guard around us reports how it ended
@@ -538,12 +538,14 @@ class VirtualMachine:
         if await self.monitor.running():
             raise StateError("QEMU runs the guest before its device was put back")
 
-    async def put_back(self, config: bytes) -> int:
+    async def put_back(self, config: bytes, only: Sequence[tuple[int, int, int]] | None = None) -> int:
         """Puts the PCI function back as `config` (256 bytes) says, and returns the number of writes. The VM is paused.
+        `only`: the writes that are missing (offset, size, value), if it was put back but for them.
 
         Raises `EnvironmentProblem` or `StateError` if it does not take it.
         """
-        return await self.guard(self._put_back(config), "the PCI function to be put back", 60.0)
+        writes = replay_writes(config) if only is None else only
+        return await self.guard(self._put_back(config, writes), "the PCI function to be put back", 60.0)
 
     async def is_back(self, config: bytes) -> bool:
         """Whether the PCI function is as `config` says, and its BAR answers; the VM is paused.
@@ -560,9 +562,9 @@ class VirtualMachine:
         await self.guard(barrier(self.monitor, self.control, pci["bar0"]), "the BAR to answer", START_TIMEOUT)
         return True
 
-    async def _put_back(self, config: bytes) -> int:
+    async def _put_back(self, config: bytes, writes: Sequence[tuple[int, int, int]]) -> int:
         assert self.control is not None
-        count = await replay(self.monitor.human, self.pci_address, replay_writes(config))
+        count = await replay(self.monitor.human, self.pci_address, writes)
         known = bytes.fromhex((await self.control.call("pci"))["config"])
         if known != config:
             at = next(i for i in range(len(config)) if known[i : i + 1] != config[i : i + 1])
@@ -813,6 +815,7 @@ class VirtualMachine:
         multifd: int = 0,
         timeout: float | None = None,
         downtime_limit: int | None = None,
+        bandwidth: int | None = None,
         progress: Progress | None = None,
         at: Hook = no_hook,
         silence: float = SILENCE,
@@ -823,7 +826,8 @@ class VirtualMachine:
 
         `secret` is the 32 bytes that both sides know. `multifd` connections are used for memory besides the main one.
         `timeout` bounds the copy of memory in seconds, `downtime_limit` is what QEMU plans for its last pass in
-        milliseconds. When this returns, the VM runs there and has ended here.
+        milliseconds, `bandwidth` the most that it sends in bytes per second. When this returns, the VM runs there and
+        has ended here.
 
         Raises `UsageError` if another operation is under way; `MigrateFailed`, whose `source_alive` tells whether the
         VM runs on as before; and `MigrationInDoubt`: then it stays stopped until `resolve`.
@@ -847,8 +851,9 @@ class VirtualMachine:
                 secret,
                 stream=StreamSettings(
                     multifd=multifd,
-                    timeout=timeout or 60.0 + self.description.memory_mib / 2,
+                    timeout=timeout or _copy_timeout(self.description.memory_mib, bandwidth),
                     downtime_limit=downtime_limit,
+                    bandwidth=bandwidth,
                 ),
                 progress=progress,
                 at=at,
@@ -1065,6 +1070,12 @@ class VirtualMachine:
     def _agent_event(self, event: dict[str, Any]) -> None:
         if self.on_agent_event is not None:
             self.on_agent_event(event)
+
+
+def _copy_timeout(memory_mib: int, bandwidth: int | None) -> float:
+    """Seconds for the copy of memory: 2 MiB/s, or three times what the bandwidth allows for, should that be longer."""
+    allowed = 0.0 if bandwidth is None else 3 * (memory_mib << 20) / bandwidth
+    return 60.0 + max(memory_mib / 2, allowed)
 
 
 class _Bundle(FileTarget):

@@ -390,7 +390,7 @@ def read_owner(path: Path) -> Owner | None:
     """The owner recorded in a run directory, or None if there is no (readable) record."""
     try:
         return msgspec.json.decode((path / OWNER).read_bytes(), type=Owner)
-    except (OSError, msgspec.DecodeError):
+    except (OSError, msgspec.DecodeError, ValueError, RecursionError):
         return None
 
 

@@ -81,6 +81,7 @@ class RevertFailed(EnvironmentProblem):
     def __init__(self, message: str, *, source_alive: bool) -> None:
         super().__init__(message)
         self.source_alive = source_alive
+        self.status = 13 if source_alive else 14
 
 
 class CheckpointReport(msgspec.Struct, kw_only=True):
@@ -546,6 +547,7 @@ class _BesideImage:
     """The device's state and its providers' files, without memory: implements `vmbus.qemu.save.Target`."""
 
     durable = True
+    way = None
 
     def __init__(self, store: Store, tag: str) -> None:
         self.state = store.state(tag).absolute()

@@ -35,7 +35,7 @@ from typing import Any, Protocol, TypeVar
 import msgspec
 from qemu.qmp.events import EventListener
 
-from vmbus.errors import EnvironmentProblem, StateError, UsageError, VmbusError
+from vmbus.errors import EnvironmentProblem, StateError, UsageError, VmbusError, WaitTimeout
 from vmbus.qemu.moments import Hook, Moment, no_hook
 from vmbus.qemu.probe import Control, driven_by_client
 from vmbus.qemu.qmp import MIGRATION_ENDS, MigrationFailed, file_channel
@@ -71,6 +71,11 @@ REFUSED_CAPABILITIES = {
 """Capabilities of QEMU's migration that break what is promised here, and why. None of them is ever switched off in
 silence: whoever switched it on wanted something."""
 
+CONNECT_TIMEOUT = 10.0
+"""Seconds for QEMU to reach another host: TCP itself tries for minutes."""
+
+_CONNECTED = {"active", "device", "pre-switchover", "completed"}  # statuses of a migration whose stream has begun
+
 PAUSE_TIMEOUT = 30.0
 """Seconds to wait for the device to come to rest; the server gives its providers less than that."""
 
@@ -95,6 +100,7 @@ class SaveFailed(EnvironmentProblem):
     def __init__(self, message: str, *, source_alive: bool) -> None:
         super().__init__(message)
         self.source_alive = source_alive
+        self.status = 13 if source_alive else 14
 
 
 class QemuMonitor(Protocol):
@@ -182,12 +188,14 @@ class StreamSettings:
     """How QEMU sends its stream. `multifd` is the number of connections for memory, 0 for none of their own.
 
     `timeout` bounds, in seconds, the copy of memory while the guest runs; None allows for a slow disk.
-    `downtime_limit` is what QEMU may plan for its last pass, in milliseconds; None: `DOWNTIME_LIMITS`.
+    `downtime_limit` is what QEMU may plan for its last pass, in milliseconds; None: `DOWNTIME_LIMITS`. `bandwidth` is
+    the most that it sends, in bytes per second, while the guest runs; None: `MAX_BANDWIDTH`.
     """
 
     multifd: int = 0
     timeout: float | None = None
     downtime_limit: int | None = None
+    bandwidth: int | None = None
 
 
 class Target(Protocol):
@@ -197,6 +205,10 @@ class Target(Protocol):
     def durable(self) -> bool:
         """Whether the state has to be on the disk as soon as it is written: a file that only lives for a while need
         not."""
+
+    @property
+    def way(self) -> str | None:
+        """The TCP address of another host to which QEMU's stream goes, in words; None: it goes elsewhere."""
 
     @property
     def state(self) -> Path:
@@ -222,6 +234,7 @@ class FileTarget:
     """QEMU's stream and the device's state go into two files."""
 
     durable = True
+    way = None
 
     def __init__(self, ram: Path, state: Path) -> None:
         self.ram = ram
@@ -444,7 +457,7 @@ class Capture:
             "migrate-set-capabilities",
             {"capabilities": [{"capability": name, "state": state} for name, state in wanted.items()]},
         )
-        parameters: dict[str, object] = {"max-bandwidth": MAX_BANDWIDTH}
+        parameters: dict[str, object] = {"max-bandwidth": self._stream.bandwidth or MAX_BANDWIDTH}
         if self._stream.multifd:
             parameters["multifd-channels"] = self._stream.multifd
         if self._live:
@@ -481,6 +494,14 @@ class Capture:
     async def _migrate(self, channels: list[dict[str, object]]) -> None:
         self._migrating = True
         await self._monitor.execute("migrate", {"channels": channels})
+        if (way := self._target.way) is not None:
+            try:
+                await self._monitor.wait_migration(_CONNECTED, CONNECT_TIMEOUT, f"QEMU to connect to {way}")
+            except (WaitTimeout, MigrationFailed) as error:
+                raise EnvironmentProblem(
+                    f"{error}; guest memory goes to {way}, a port of its own: it has to be let through (and forwarded, "
+                    "if the other one is), and scripts/run-vm --receive ADDRESS --stream-port PORT says which one it is"
+                ) from error
 
     async def _save_device(self, stopped_at: float) -> Captured:
         """Barrier, pause and state, with the vCPUs stopped."""

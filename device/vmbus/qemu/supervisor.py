@@ -45,6 +45,7 @@ class _MigrateArguments(msgspec.Struct, forbid_unknown_fields=True):
     multifd: int = 0
     timeout: float | None = None
     downtime_limit: int | None = None
+    bandwidth: int | None = None
 
 
 class _ResolveArguments(msgspec.Struct, forbid_unknown_fields=True):
@@ -186,11 +187,11 @@ class Supervisor:
 
         after: str | None = None
         try:
-            request = msgspec.json.decode(line, type=_Request)
+            request = decode_request(line)
             result, after = await self._perform(request, lambda text: send({"progress": text}))
             send({"result": result})
-        except (VmbusError, msgspec.MsgspecError, UnicodeDecodeError) as error:
-            send({"error": str(error)})
+        except (VmbusError, msgspec.MsgspecError) as error:  # the latter of a command's arguments
+            send({"error": str(error), "status": getattr(error, "status", UsageError.status)})
             if isinstance(error, VmbusError) and self.vm.ended:
                 after = str(error)
         finally:
@@ -301,6 +302,7 @@ class Supervisor:
                 multifd=arguments.multifd,
                 timeout=arguments.timeout,
                 downtime_limit=arguments.downtime_limit,
+                bandwidth=arguments.bandwidth,
                 progress=begun,
             )
         except BaseException as error:
@@ -309,10 +311,30 @@ class Supervisor:
         return msgspec.to_builtins(report), f"migrated to {report.address}"
 
 
-def find_vm(name: str | None) -> str:
+def decode_request(line: bytes) -> _Request:
+    """What is asked for in a line. Raises `UsageError`."""
+    try:
+        return msgspec.json.decode(line, type=_Request)
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+        raise UsageError(f"not a request: {error}") from error
+
+
+def decode_answer(line: bytes) -> dict[str, Any]:
+    """What the owner of a VM says in a line. Raises `EnvironmentProblem`."""
+    try:
+        message = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise EnvironmentProblem(f"what the VM's owner says cannot be understood: {error}") from error
+    told = isinstance(message, dict) and ("progress" in message or "error" in message)
+    if not told and not (isinstance(message, dict) and isinstance(message.get("result"), dict)):
+        raise EnvironmentProblem(f"what the VM's owner says cannot be understood: {line[:200]!r}")
+    return dict(message)
+
+
+def find_vm(name: str | None, how: str = "choose one with --vm NAME") -> str:
     """The name of the running VM that is meant: `name`, or the only one there is.
 
-    Raises `UsageError` that lists what runs.
+    Raises `UsageError` that lists what runs, and says `how` one is chosen.
     """
     names = running_vms()
     if name is not None:
@@ -321,7 +343,7 @@ def find_vm(name: str | None) -> str:
         return name
     if len(names) != 1:
         if names:
-            raise UsageError(f"several VMs are running ({', '.join(names)}): choose one with --vm NAME")
+            raise UsageError(f"several VMs are running ({', '.join(names)}): {how}")
         raise UsageError("no VM is running; scripts/run-vm starts one")
     return names[0]
 
@@ -345,12 +367,14 @@ async def ask(
             try:
                 writer.write(json.dumps({"command": command, "arguments": arguments or {}}).encode() + b"\n")
                 while line := await reader.readline():
-                    message = json.loads(line)
+                    message = decode_answer(line)
                     if "progress" in message:
                         if progress is not None:
                             progress(str(message["progress"]))
                     elif "error" in message:
-                        raise VmbusError(str(message["error"]))
+                        refused = VmbusError(str(message["error"]))
+                        refused.status = int(message.get("status", 1))
+                        raise refused
                     else:
                         return dict(message["result"])
             finally:

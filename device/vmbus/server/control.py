@@ -106,6 +106,22 @@ def bind_private(path: Path) -> socket.socket:
     return sock
 
 
+def decode_request(line: bytes) -> _Request:
+    """What is asked for in a line. Raises UsageError."""
+    try:
+        return msgspec.json.decode(line, type=_Request)
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+        raise UsageError(f"not a request: {error}") from error
+
+
+def decode_response(line: bytes) -> _Response:
+    """What a server answers in a line. Raises EnvironmentProblem."""
+    try:
+        return msgspec.json.decode(line, type=_Response)
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+        raise EnvironmentProblem(f"what the device server says cannot be understood: {error}") from error
+
+
 class ControlServer:
     """Serves `handler` on a socket."""
 
@@ -153,9 +169,9 @@ class ControlServer:
 
     async def _answer(self, line: bytes) -> _Response:
         try:
-            request = msgspec.json.decode(line, type=_Request)
-        except (msgspec.MsgspecError, ValueError, RecursionError) as error:
-            return _Response(0, error=_Error("usage", f"not a request: {error}"))
+            request = decode_request(line)
+        except UsageError as error:
+            return _Response(0, error=_Error("usage", str(error)))
         try:
             return _Response(request.id, result=await self._handler(request.command, request.arguments))
         except Exception as error:
@@ -193,7 +209,10 @@ class ControlClient:
             except TimeoutError as error:
                 self.close()
                 raise WaitTimeout(f"the device server on {self._path} to answer {command!r}", timeout) from error
-            except (OSError, EOFError, msgspec.MsgspecError) as error:
+            except EnvironmentProblem:
+                self.close()
+                raise
+            except (OSError, EOFError, ValueError) as error:  # a line that is too long is a ValueError
                 self.close()
                 raise EnvironmentProblem(
                     f"the device server on {self._path} is gone or never was there ({command!r}: {error!r})"
@@ -208,7 +227,7 @@ class ControlClient:
         line = await self._reader.readline()
         if not line:
             raise EOFError("connection closed")
-        response = msgspec.json.decode(line, type=_Response)
+        response = decode_response(line)
         if response.id != self._id:
             raise EOFError(f"answer {response.id} came for request {self._id}")
         if response.error is not None:

@@ -13,7 +13,6 @@ from collections.abc import Callable
 from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
-from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
@@ -40,7 +39,7 @@ class Figures:
         self.transactions = 0
         self.downtimes: list[float] = []
         self.running: dict[int, _Running] = {}
-        self.events: deque[str] = deque(maxlen=EVENTS_SHOWN)
+        self.events: deque[Text] = deque(maxlen=EVENTS_SHOWN)
         self._began = time.monotonic()
 
     @property
@@ -231,13 +230,13 @@ class LiveView:
         self._figures.ended(record)
         if record.verdict == "failed":
             text = failure_text(record, self._folder, replay)
-            self._console.print(text, style="red", markup=False, highlight=False, soft_wrap=True)
+            self._console.print(text, style="red", soft_wrap=True)
         else:
             self._note(f"episode {record.episode} {record.verdict} after {record.seconds:.1f} s", False)
 
     def _note(self, text: str, serious: bool) -> None:
         line = f"{clock(self._figures.ran):>8}  {text}"
-        self._figures.events.append(f"[red]{escape(line)}[/red]" if serious else escape(line))
+        self._figures.events.append(Text(line, style="red" if serious else ""))
 
     def render(self) -> RenderableType:
         """The view as it is now."""
@@ -251,8 +250,8 @@ class LiveView:
         head.add_row(
             "operations done", f"{figures.operations}{of}, {figures.refused} of them refused as they should be"
         )
-        failed = f"[bold red]{figures.failed} failed[/bold red]" if figures.failed else "none failed"
-        head.add_row("episodes ended", f"{figures.finished}, {failed}")
+        failed = (f"{figures.failed} failed", "bold red") if figures.failed else "none failed"
+        head.add_row("episodes ended", Text.assemble(f"{figures.finished}, ", failed))
         head.add_row("packets in flight", counts(figures.in_flight))
         head.add_row("carried over", f"{figures.packets} packets so far")
         if figures.downtimes:
@@ -271,9 +270,9 @@ class LiveView:
                 str(one.operations),
                 str(one.sample.transactions),
                 str(sum(one.sample.in_flight.values())),
-                escape(one.phase),
+                one.phase,
             )
-        events = Text.from_markup("\n".join(figures.events)) if figures.events else Text("nothing yet", style="dim")
+        events = Text("\n").join(figures.events) if figures.events else Text("nothing yet", style="dim")
         events.no_wrap, events.overflow = True, "ellipsis"
         return Group(
             Text(self._title, style="bold"),

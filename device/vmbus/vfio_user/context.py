@@ -1046,9 +1046,11 @@ def _announced_transfer(version_request: bytes) -> int:
     text = version_request[HEADER.size + 4 :].rstrip(b"\0")
     try:
         announced = json.loads(text)["capabilities"]["max_data_xfer_size"]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return bindings.MAX_DATA_TRANSFER
-    return min(announced, bindings.MAX_DATA_TRANSFER) if isinstance(announced, int) else bindings.MAX_DATA_TRANSFER
+    if type(announced) is not int or announced < 1:
+        return bindings.MAX_DATA_TRANSFER
+    return min(announced, bindings.MAX_DATA_TRANSFER)
 
 
 def _with_shorter_transfers(version_reply: bytes) -> bytes:
@@ -1058,7 +1060,7 @@ def _with_shorter_transfers(version_reply: bytes) -> bytes:
     try:
         told = json.loads(version_reply[start:].rstrip(b"\0"))
         told["capabilities"]["max_data_xfer_size"] = min(told["capabilities"]["max_data_xfer_size"], LONGEST_DATA)
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return version_reply
     body = version_reply[HEADER.size : start] + json.dumps(told, separators=(",", ":")).encode() + b"\0"
     return protocol.encode(message_id, command, body, flags=flags, error=error)
