@@ -202,7 +202,7 @@ REFUSED: dict[str, Callable[[Carrying], object]] = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_from_any_thread_every_other_call_is_refused_by_name(name: str) -> None:
+def test_from_any_thread_fault_t4_every_other_call_is_refused_by_name(name: str) -> None:
     one = Carrying()
     one.pair.open()
     one.pair.client.allocate_packet().send(b"request!", external=[(0x10000, 8)])

@@ -79,7 +79,7 @@ WHERE = {
 
 
 @pytest.mark.parametrize("where", WHERE)
-def test_whatever_raises_fails_the_test_and_the_channel_that_hangs_on_it(where: str) -> None:
+def test_fault_t1_whatever_raises_fails_the_test_and_the_channel_that_hangs_on_it(where: str) -> None:
     with ProviderTest(Careless) as kit:
         guest = kit.open()
         request = guest.send(where.encode())

@@ -290,3 +290,15 @@ def test_the_live_view() -> None:
 
 def test_the_clock() -> None:
     assert [clock(seconds) for seconds in (0, 61, 3600, 86399)] == ["0:00", "1:01", "1:00:00", "23:59:59"]
+
+
+def test_fault_t9_an_authors_provider_is_in_a_campaigns_machine(tmp_path: Path) -> None:
+    """Its kind as in a description of the author's; a plan imports nothing of it."""
+    (tmp_path / "mine.toml").write_text(
+        'name = "mine"\n[device]\nname = "vmbus0"\n[[device.providers]]\nkind = "door_bell:DoorBell"\nname = "bell"\n'
+        'instance = "0d5c1c0e-8f3f-4f0e-9a57-1f5f6a8f2b01"\n'
+    )
+    result = run("--plan", "--seed", "3", "--operations", "5", "--set", f"description={tmp_path / 'mine.toml'}")
+    assert result.exit_code == 0, result.output
+    kinds = [one["kind"] for one in json.loads(result.output.splitlines()[0])["vm"]["device"]["providers"]]
+    assert "door_bell:DoorBell" in kinds and {"echo", "burst"} <= set(kinds)
