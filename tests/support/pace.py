@@ -1,13 +1,16 @@
 """How fast this machine is just now, and waits whose bounds follow that.
 
 Bounds of tests are written for a quiet machine of two cores. Each process of a run measures at its start, and again
-before each VM test, how much longer a fixed piece of work takes here: a slow processor and a busy one are the same to
-it. Bounds are multiplied by that, and are never endless. What a test counts or compares does not change.
+before each VM test, how much longer a fixed piece of work takes here, and a small file on its way to the disk: slow and
+busy are the same to it. Bounds are multiplied by the larger of the two, and are never endless. What a test counts or
+compares does not change.
 """
 
 from __future__ import annotations
 
 import asyncio
+import os
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,8 +23,11 @@ PIECE = 20_000
 """Turns of the loop that is measured."""
 USUAL = 0.00075
 """Seconds that these take where nothing else runs, on a machine that needs a third of each bound at most."""
-LARGEST = 10.0
-"""A machine that is slower than that does not pass, instead of waiting for ever for what hangs."""
+FILE_BYTES = 1 << 20
+USUAL_FILE = 0.1
+"""Seconds for as many bytes, on the disk. VMs that are saved write some hundred times as much."""
+LARGEST = 6.0
+"""Beyond that no wait is longer: one test that hangs on a slow machine must not take all the time of a run."""
 
 
 def _work() -> int:
@@ -42,6 +48,19 @@ def measure(seconds: float) -> float:
     return (now - begun) / pieces / USUAL
 
 
+def measure_disk() -> float:
+    """How many times longer than usual a small file takes to be on the disk; less than 1 on most. 1 if it cannot be."""
+    try:
+        with tempfile.TemporaryFile() as file:
+            begun = time.perf_counter()
+            file.write(bytes(FILE_BYTES))
+            file.flush()
+            os.fsync(file.fileno())
+            return (time.perf_counter() - begun) / USUAL_FILE
+    except OSError:
+        return 1.0
+
+
 class Pace:
     """What a process of a test run knows of the machine. `factor`: 1 to `LARGEST`. `fullest`: of all waits since
     `begin` the one that used most of its bound: which share, and in words."""
@@ -53,11 +72,11 @@ class Pace:
 
     def start(self) -> None:
         """Measures, at the start of a run."""
-        self.factor = self.at_start = min(max(measure(0.2), 1.0), LARGEST)
+        self.factor = self.at_start = min(max(measure(0.2), measure_disk(), 1.0), LARGEST)
 
     def look(self) -> None:
         """Measures again, cheaply: never less than at the start, since a busy machine is idle at times."""
-        self.factor = min(max(measure(0.03), self.at_start), LARGEST)
+        self.factor = min(max(measure(0.03), measure_disk(), self.at_start), LARGEST)
 
     def begin(self) -> None:
         self.fullest = (0.0, "")

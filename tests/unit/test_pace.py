@@ -43,15 +43,26 @@ def test_a_machine_is_measured_as_slow_as_it_is(monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize(
     ("start", "later", "factor"), [(0.3, 0.3, 1.0), (0.3, 2.0, 2.0), (3.0, 2.0, 3.0), (3.0, 900.0, pace.LARGEST)]
 )
+@pytest.mark.parametrize("slow", ["measure", "measure_disk"])
 def test_bounds_never_shrink_below_the_start_and_never_end(
-    monkeypatch: pytest.MonkeyPatch, start: float, later: float, factor: float
+    monkeypatch: pytest.MonkeyPatch, start: float, later: float, factor: float, slow: str
 ) -> None:
     one = Pace()
-    monkeypatch.setattr(pace, "measure", lambda _: start)
+    for name in ("measure", "measure_disk"):
+        monkeypatch.setattr(pace, name, lambda *_: 0.1)
+    monkeypatch.setattr(pace, slow, lambda *_: start)
     one.start()
-    monkeypatch.setattr(pace, "measure", lambda _: later)
+    monkeypatch.setattr(pace, slow, lambda *_: later)
     one.look()
     assert one.factor == factor
+
+
+def test_a_disk_is_measured_as_slow_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([0.0, 3 * pace.USUAL_FILE])
+    synced = []
+    monkeypatch.setattr("support.pace.time.perf_counter", lambda: next(clock))
+    monkeypatch.setattr("support.pace.os.fsync", synced.append)
+    assert pace.measure_disk() == pytest.approx(3.0) and len(synced) == 1
 
 
 def test_the_wait_that_used_most_of_its_bound_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
