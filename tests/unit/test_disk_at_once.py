@@ -11,9 +11,10 @@ import pytest
 
 from vmbus.providers.disk import prompt
 from vmbus.providers.disk.backend import FileBackend
-from vmbus.providers.disk.disk import Disk, DiskOptions
+from vmbus.providers.disk.disk import Disk
+from vmbus.providers.disk.options import DiskOptions
 from vmbus.providers.disk.prompt import FIRST_BACK_OFF, LONGEST_BACK_OFF, SLOW_SECONDS, Prompt, host_has_room
-from vmbus.providers.disk.request import Feature, Flag, Op, Request, Status
+from vmbus.providers.disk.request import Flag, Op, Request, Status
 
 pytestmark = pytest.mark.unit
 
@@ -182,7 +183,6 @@ def disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, threads: Threads, answ
     options = DiskOptions(image="disk.img", size_mib=1, create=True)
     host: Any = threads
     disk = Disk(host, "disk", options, lambda token, status: answers.append(status), lambda image: image.backend)
-    disk.features = int(Feature.FUA)
     disk.activate()
     backend = disk.backend
     assert isinstance(backend, FileBackend)
