@@ -130,6 +130,7 @@ def test_a_new_image_is_zero_and_its_owners_alone(disks: Path) -> None:
         ({"image": "../secret"}, "image"),
         ({"image": "/etc/passwd"}, "image"),
         ({"image": ".hidden.new"}, "image"),
+        ({"image": "disk.img\n"}, "image"),
         ({"image": "a", "create": True}, "needs size_mib"),
         ({"image": "a", "create": True, "size_mib": 1, "read_only": True}, "read_only"),
         ({"image": "a", "size_mib": 0}, "size_mib"),

@@ -8,10 +8,8 @@ import errno
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal, Protocol
+from typing import Any, Protocol
 from uuid import uuid4
-
-import msgspec
 
 from vmbus.complaints import bounded_log
 from vmbus.errors import EnvironmentProblem, StateError, UsageError
@@ -27,6 +25,7 @@ from vmbus.providers.disk.image import (
     replace_content,
     require_own,
 )
+from vmbus.providers.disk.options import DiskOptions, DiskRecord
 from vmbus.providers.disk.request import Op, Request, Status
 from vmbus.providers.disk.work import UnderWay, perform
 
@@ -40,34 +39,6 @@ MOST_AT_ONCE = 4 << 20
 """Bytes that are read and written on the event loop, in one turn, for requests that waited for one that has ended."""
 MOST_JOBS = 8
 """Jobs of one disk that are given to threads at the same time."""
-
-IMAGE_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
-
-
-class DiskOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """See docs/provider-scsi.md."""
-
-    image: Annotated[str, msgspec.Meta(pattern=IMAGE_NAME)]
-    size_mib: Annotated[int, msgspec.Meta(ge=1, le=1 << 26)] | None = None
-    create: bool = False
-    read_only: bool = False
-    block_size: Literal[512, 4096] = 512
-    snapshot: Literal["copy", "shared"] = "copy"
-
-    def __post_init__(self) -> None:
-        if self.create and self.size_mib is None:
-            raise ValueError("create = true needs size_mib")
-        if self.create and self.read_only:
-            raise ValueError("create = true makes an empty disk, and read_only = true lets nobody fill it")
-
-
-class DiskRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What is saved of a disk. Sizes in bytes; `stamp`, `identity`: see `Image`."""
-
-    size: Annotated[int, msgspec.Meta(gt=0, le=(1 << 63) - 1)]
-    block_size: Literal[512, 4096]
-    stamp: Annotated[int, msgspec.Meta(ge=-(1 << 63), le=(1 << 63) - 1)]
-    identity: Annotated[str, msgspec.Meta(pattern=r"^([0-9a-f]{32})?$")] = ""
 
 
 class Token(Protocol):

@@ -8,8 +8,9 @@ import msgspec
 
 from vmbus.providers.base import Host
 from vmbus.providers.disk.backend import Backend
-from vmbus.providers.disk.disk import MAXIMUM_DATA, MAXIMUM_RANGE, Disk, DiskOptions, DiskRecord
+from vmbus.providers.disk.disk import MAXIMUM_DATA, MAXIMUM_RANGE, Disk
 from vmbus.providers.disk.image import Image
+from vmbus.providers.disk.options import DiskOptions, DiskRecord
 from vmbus.providers.disk.request import Status
 from vmbus.providers.scsi.commands import Facts
 
