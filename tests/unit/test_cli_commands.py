@@ -117,7 +117,9 @@ def test_fault_n7_the_name_of_a_vm_stays_a_name(
 ) -> None:
     monkeypatch.setattr("vmbus.cli.vm.provision", lambda: pytest.fail("the set-up began"))
     result = run(*command, "--name", name)
-    assert result.exit_code == UsageError.status and "is not a usable name of a VM; allowed: 1 to 32" in result.output, result.output
+    assert (
+        result.exit_code == UsageError.status and "is not a usable name of a VM; allowed: 1 to 32" in result.output
+    ), result.output
     with pytest.raises(UsageError, match="usable name"):
         RunDirectory.create(name, base=tmp_path)
     assert not list(tmp_path.iterdir())

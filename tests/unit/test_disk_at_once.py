@@ -11,12 +11,8 @@ import pytest
 
 from vmbus.providers.disk import prompt
 from vmbus.providers.disk.backend import FileBackend
-<<<<<<< HEAD
-from vmbus.providers.disk.disk import MOST_AT_ONCE, Disk, DiskOptions
-=======
-from vmbus.providers.disk.disk import Disk
+from vmbus.providers.disk.disk import MOST_AT_ONCE, Disk
 from vmbus.providers.disk.options import DiskOptions
->>>>>>> wip-disk
 from vmbus.providers.disk.prompt import FIRST_BACK_OFF, LONGEST_BACK_OFF, SLOW_SECONDS, Prompt, host_has_room
 from vmbus.providers.disk.request import Flag, Op, Request, Status
 

@@ -275,7 +275,7 @@ def test_sabotage_is_noticed(
         ({" || PyThread_get_thread_ident() != flow->thread": ""}, "from_any_thread", "completions_once_each"),
         ({"        flow->at = ++at;\n": "        ++at;\n"}, "exactly_once", "one_by_one"),
         ({"    flow->next_transaction++;\n": ""}, "kmcl", "transaction or order"),
-        ({" || (written && region->buffer.readonly)": ""}, "pure_and_native_reach", "long_way_would"),
+        ({" || (written && region->buffer.readonly)": ""}, "pure_and_native_reach", "read_only"),
         ({" || part > region->end - address": ""}, "pure_and_native_reach", "inside_of_a_page"),
         ({"    let_go((Reach *)self);\n    return ref": "    return ref"}, "pure_and_native_reach", "taken_back"),
     ],

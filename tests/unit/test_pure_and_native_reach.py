@@ -111,6 +111,16 @@ def test_neighbours_become_one_piece_and_errors_are_told(fd: int) -> None:
     assert reach_of(memory).move(body(0, PAGE, [16]), PAGE, fd, 1 << 30, False, 0) == 0
 
 
+def test_read_only_memory_can_be_written_from_and_not_read_into(fd: int) -> None:
+    memory = memory_of(7)
+    before = content(memory)
+    assert reach_of(memory).move(body(0, PAGE, [40]), PAGE, fd, 0, False, 0) is None
+    assert reach_of(memory).move(body(0, 2 * PAGE, [20, 40]), 2 * PAGE, fd, 0, False, 0) is None
+    assert content(memory) == before
+    assert reach_of(memory).move(body(0, PAGE, [40]), PAGE, fd, 0, True, 0) == PAGE
+    assert os.pread(fd, PAGE, 0) == memory.read(40 * PAGE, PAGE)
+
+
 def test_a_region_that_ends_inside_of_a_page(fd: int) -> None:
     memory = GuestMemory()
     memory.map(16 * PAGE, memoryview(bytearray(1000)), True)

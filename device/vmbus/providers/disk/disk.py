@@ -14,6 +14,7 @@ from uuid import uuid4
 from vmbus.complaints import bounded_log
 from vmbus.errors import EnvironmentProblem, StateError, UsageError
 from vmbus.providers.base import Host, Work
+from vmbus.providers.disk.at_once import AtOnce
 from vmbus.providers.disk.backend import Backend, Movable
 from vmbus.providers.disk.core import Core, Geometry, Job, JobState, Outcome
 from vmbus.providers.disk.image import (
@@ -80,9 +81,7 @@ class Disk:
         self._image: Image | None = None
         self._active = False
         self.backend: Backend | None = None
-        self._read_now: Callable[[int, Sequence[memoryview]], bool] | None = None
-        self._write_now: Callable[[int, Sequence[memoryview], int], bool] | None = None
-        self._move_now: Callable[..., bool] | None = None
+        self._at_once: AtOnce | None = None
         self._left: int | None = None  # the image's stamp when it was given up last
         self._copy: Path | None = None
         self._directory: Path | None = None  # of the image, if it is not among the others
@@ -132,9 +131,7 @@ class Disk:
         self._image = image
         self._active = True
         self.backend = self._make_backend(image)
-        self._read_now = getattr(self.backend, "read_now", None)
-        self._write_now = getattr(self.backend, "write_now", None)
-        self._move_now = getattr(self.backend, "move_now", None)
+        self._at_once = AtOnce(self.backend, self.core, self.counters)
 
     def _with_copy(self, image: Image, copy: Path) -> Image:
         """With the content that came with the snapshot."""
@@ -212,7 +209,7 @@ class Disk:
             self.backend.close()
         if self._image is not None:
             self._image.close()
-        self._image = self.backend = self._read_now = self._write_now = self._move_now = None
+        self._image = self.backend = self._at_once = None
         self._active = False
 
     def grow(self, size: int | None) -> Callable[[], int]:
@@ -249,9 +246,8 @@ class Disk:
         core = self.core
         assert core is not None
         op, flags, offset, length = request
-        if core.undisturbed and not flags and self._now(op, offset, length, token.views):
-            if op == Op.WRITE:
-                core.unflushed = True
+        now = self._at_once if core.undisturbed and not flags else None
+        if now is not None and now.transfer(op, offset, length, token.views):
             self._answer(token, Status.OK)
         else:
             self._carry_out(core.accept(request, token))
@@ -259,44 +255,20 @@ class Disk:
     def move(self, memory: Movable, offset: int, length: int, *, write: bool) -> bool:
         """Do a read or a write (not one with FUA) of which everything is known to be right, here and now; whether it is
         done. If not, it is as if it had not been tried: `submit` it."""
-        core, move_now = self.core, self._move_now
-        if core is None or move_now is None or not core.undisturbed or (write and core.flushing):
-            return False
-        if not move_now(memory, offset, length, write=write):
-            return False
-        if write:
-            core.unflushed = True
-            self.counters["bytes_written"] += length
-        else:
-            self.counters["bytes_read"] += length
-        return True
-
-    def _now(self, op: int, offset: int, length: int, views: Sequence[memoryview]) -> bool:
-        """Read or write on this thread, if that needs no waiting; whether it is done."""
-        if op == Op.READ:
-            if self._read_now is None or not self._read_now(offset, views):
-                return False
-            self.counters["bytes_read"] += length
-            return True
-        if op != Op.WRITE or self._write_now is None or self.core is None or self.core.flushing:
-            return False
-        if not self._write_now(offset, views, length):
-            return False
-        self.counters["bytes_written"] += length
-        return True
+        return self._at_once is not None and self._at_once.move(memory, offset, length, write=write)
 
     def _carry_out(self, outcome: Outcome) -> None:
         core = self.core
         assert core is not None
         todo = [outcome]
-        left = MOST_AT_ONCE
+        now, left = self._at_once, MOST_AT_ONCE
         while todo:
             answers, jobs = todo.pop()
             for token, status in answers:
                 self._answer(token, status)
             for job in jobs:
-                moves = not job.durable and bool(job.tokens) and job.length <= left
-                if moves and self._now(job.op, job.offset, job.length, job.tokens[0].views):
+                short = not job.durable and bool(job.tokens) and job.length <= left
+                if short and now is not None and now.transfer(job.op, job.offset, job.length, job.tokens[0].views):
                     left -= job.length
                     todo.append(core.finished(job))
                 else:
