@@ -436,6 +436,19 @@ def test_a_replay_finds_a_missing_answer(captured: Path, play: Play, sabotage: C
     assert Counter(one.what for one in report.details) == {"missing": 4, "channel": 1}
 
 
+def test_fault_u7_a_replay_tells_at_once_and_gives_up_after_a_few(
+    captured: Path, libvfio_user: Library, sabotage: Callable[[str], None]
+) -> None:
+    """A capture with hundreds of lost packets would take the full wait for each of them."""
+    sabotage("missing")
+    told: list[str] = []
+    options = ReplayOptions(timeout=0.3, give_up=2)
+    report = replay([captured], "echo", libvfio_user, options=options, tell=told.append)
+    assert sum(one.what == "missing" for one in report.details) == 2 and not report.same
+    assert any(note.startswith("given up: 2 things") for note in report.notes)
+    assert told[0].startswith("missing: channel ") and any("given up" in one for one in told)
+
+
 def test_a_replay_finds_wrong_external_data(captured: Path, play: Play, sabotage: Callable[[str], None]) -> None:
     sabotage("external")
     report = play(captured)

@@ -124,6 +124,7 @@ DECODERS: dict[str, Decoder] = {
     "vmbus.wire.gpa.parse_ranges": Decoder(partial(gpa.parse_ranges, count=2, max_bytes=1 << 20), PeerError),
     "vmbus.wire.packet.parse_gpa_direct": Decoder(partial(packet.parse_gpa_direct, max_bytes=1 << 20), PeerError),
     "vmbus.wire.ic.parse_time_sync": Decoder(partial(ic.parse_time_sync, version=ic.Version(3, 0)), PeerError),
+    "vmbus.wire.ic.parse_kvp_answer": Decoder(partial(ic.parse_kvp_answer, request=ic.Kvp(3, 0)), PeerError),
     "vmbus.wire.scsi.parse_unmap": Decoder(partial(scsi.parse_unmap, most=64), PeerError),
     **{
         f"vmbus.wire.messages.decode {direction.name}": Decoder(
@@ -140,7 +141,6 @@ OUR_OWN = {
     "vmbus.vfio_user.client.VfioUserClient._negotiate": "the tests' client",
     "vmbus_guest.agent.Job.feed": "tests/unit/test_guest_agent.py has drivers that print rubbish",
     "vmbus_guest.agent.Agent._request": "tests/unit/test_guest_agent.py has requests that are none",
-    "vmbus_guest.services.kvp.Store.values": "the service's own file",
     "vmbus_guest.testdrivers.__main__.main": "what the agent has said",
     "vmbus.wire.ethernet.parse_mac": "takes text, of a description",
 }

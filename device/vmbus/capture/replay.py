@@ -130,6 +130,7 @@ class ReplayOptions(msgspec.Struct, frozen=True, kw_only=True):
     timed: guest packets keep their distances in time; else each is sent as soon as what came before it has happened.
     timeout: seconds to wait for each thing that the provider should send.
     settle: seconds of quiet at the end after which nothing more is expected.
+    give_up: after so many things that did not come in time the replay ends: each of the rest would be waited for, too.
     """
 
     channels: tuple[str, ...] = ()
@@ -140,6 +141,7 @@ class ReplayOptions(msgspec.Struct, frozen=True, kw_only=True):
     timed: bool = False
     timeout: float = 10.0
     settle: float = 0.2
+    give_up: int = 5
 
 
 def parse_ranges(texts: Iterable[str]) -> tuple[tuple[int, int], ...]:
@@ -183,10 +185,19 @@ class _Line:
         return self.channel is not None and self.channel.state is ChannelState.ACTIVE
 
 
+def _silent(_: str) -> None:
+    pass
+
+
 class Replay:
     """One replay; see `replay`."""
 
-    def __init__(self, driver: VmbusDriver, options: ReplayOptions, report: ReplayReport) -> None:
+    def __init__(
+        self, driver: VmbusDriver, options: ReplayOptions, report: ReplayReport, tell: Callable[[str], None] = _silent
+    ) -> None:
+        self.gave_up = False
+        self._missing = 0
+        self._tell = tell
         self._driver = driver
         self._options = options
         self._report = report
@@ -199,10 +210,18 @@ class Replay:
 
     def _note(self, text: str) -> None:
         """Tell people; the same thing once, with how often."""
+        if text not in self._noted:
+            self._tell(text)
         self._noted[text] = self._noted.get(text, 0) + 1
 
     def _differs(self, line: _Line, what: What, message: str, number: int = 0) -> None:
         self._report.differences += 1
+        self._tell(f"{what}: channel {line.name}, record {number}: {message}")
+        if what == "missing":
+            self._missing += 1
+            if self._missing == self._options.give_up and not self.gave_up:
+                self.gave_up = True
+                self._note(f"given up: {self._missing} things did not come within {self._options.timeout:g} s each")
         if len(self._report.details) < _MOST_DIFFERENCES:
             self._report.details.append(Difference(record=number, channel=line.name, what=what, message=message))
 
@@ -564,8 +583,10 @@ def replay(
     *,
     provider_options: Mapping[str, Any] | None = None,
     options: ReplayOptions | None = None,
+    tell: Callable[[str], None] = _silent,
 ) -> ReplayReport:
-    """Play captures, in this order, to a provider of this kind (as in a description) with these options.
+    """Play captures, in this order, to a provider of this kind (as in a description) with these options. `tell` is told
+    at once what differs, and what is left out; it must not raise.
 
     Raises StateError for a damaged capture or one that cannot be replayed, EnvironmentProblem for one that cannot be
     read, UsageError if the provider is none, offers no channel of the capture, or is of a kind to which none can be
@@ -586,11 +607,15 @@ def replay(
         function = server.function(ram_size=GUEST_MEMORY, map_size=_MAP_SIZE)
         driver = VmbusDriver(function)
         try:
-            player = Replay(driver, options, report)
+            player = Replay(driver, options, report, tell)
             for path in paths:
+                if player.gave_up:
+                    break
                 with CaptureReader(path) as reader:
                     for one in reader:
                         player.play(one, reader.interfaces[one.interface])
+                        if player.gave_up:
+                            break
                     if reader.torn:
                         report.notes.append(reader.torn)
                     for index, lost in reader.lost.items():

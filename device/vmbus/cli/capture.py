@@ -292,6 +292,23 @@ def frames(file: Path, output: Path) -> None:
 # ---- replay --------------------------------------------------------------------------------------------------------
 
 
+_MOST_TOLD = 20
+
+
+class _Told:
+    """What a replay finds, line by line as it goes; of much, the beginning."""
+
+    def __init__(self) -> None:
+        self._left = _MOST_TOLD
+
+    def __call__(self, text: str) -> None:
+        self._left -= 1
+        if self._left >= 0:
+            click.echo(text, err=True)
+        elif self._left == -1:
+            click.echo("more of it is in the report", err=True)
+
+
 @capture.command()
 @click.argument("files", type=click.Path(path_type=Path), nargs=-1, required=True)
 @click.option("--provider", "kind", required=True, metavar="KIND", help="As in a description: echo, my_module:MyClass.")
@@ -309,6 +326,9 @@ def frames(file: Path, output: Path) -> None:
 @click.option("--ignore-external", is_flag=True, help="Do not compare external data.")
 @click.option("--timed", is_flag=True, help="Keep the guest's distances in time; else all goes as fast as it can.")
 @click.option("--timeout", default=10.0, show_default=True, help="Seconds to wait for each thing that should come.")
+@click.option(
+    "--give-up", default=5, show_default=True, type=click.IntRange(min=1), help="End after so many that did not come."
+)
 @click.option("--json", "as_json", is_flag=True, help="The report as JSON.")
 def replay(
     files: tuple[Path, ...],
@@ -321,6 +341,7 @@ def replay(
     ignore_external: bool,
     timed: bool,
     timeout: float,
+    give_up: int,
     as_json: bool,
 ) -> None:
     """Play the guest of captures (FILES, in this order) to a provider, and compare what it sends with the capture.
@@ -347,9 +368,10 @@ def replay(
         key=parse_ranges([key])[0] if key is not None else None,
         timed=timed,
         timeout=timeout,
+        give_up=give_up,
     )
     named = os.environ.get(ENVIRONMENT_VARIABLE)
     library = load(Path(named) if named else find_library())
-    report = play(files, kind, library, provider_options=settings, options=options)
+    report = play(files, kind, library, provider_options=settings, options=options, tell=_Told())
     click.echo(report.to_json() if as_json else str(report))
     sys.exit(0 if report.same else 1)

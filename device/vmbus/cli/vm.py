@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from vmbus.cli import console as guest_console
+from vmbus.cli.capture import parse_size
 from vmbus.cli.drivers import Drive, DriverFile, install, jobs_for, outcome, parse_drive, read_driver_file, show_drivers
 from vmbus.cli.keys import with_keys
 from vmbus.cli.migrate import SECRET_HELP, absolute
@@ -76,6 +77,7 @@ CAPTURE_HELP = "Capture all packets from the start on into this new pcapng file 
 @click.option("--list-drivers", is_flag=True, help="Show the test drivers and their parameters, and start nothing.")
 @click.option("--audit", type=click.Path(path_type=Path, file_okay=False), help=AUDIT_HELP)
 @click.option("--capture", type=click.Path(path_type=Path, dir_okay=False), help=CAPTURE_HELP)
+@click.option("--external", metavar="BYTES", help="With --capture: how much of each packet's external data (64K).")
 @click.option(
     "--like",
     metavar="DIRECTORY",
@@ -107,6 +109,7 @@ def run_vm(
     list_drivers: bool,
     audit: Path | None,
     capture: Path | None,
+    external: str | None,
     like: Path | None,
     ssh_keys: tuple[Path, ...],
     receive: str | None,
@@ -124,6 +127,9 @@ def run_vm(
     if list_drivers:
         show_drivers(console, own)
         return
+    external_bytes = None if external is None else parse_size(external)
+    if external is not None and capture is None:
+        raise UsageError("--external goes with --capture")
     if receive is not None:
         if config is not None or drives or own or ssh_keys or like is not None:
             raise UsageError(
@@ -153,7 +159,7 @@ def run_vm(
     if notice:
         console.print(notice, soft_wrap=True)
     made = None if like is None else made_like(like)
-    run(_run_vm(description, programs, name, wanted, own, audit, capture, made))
+    run(_run_vm(description, programs, name, wanted, own, audit, capture, external_bytes, made))
 
 
 @click.command()
@@ -215,6 +221,7 @@ async def _run_vm(
     own: list[DriverFile],
     audit: Path | None,
     capture: Path | None,
+    external: int | None,
     made: Made | None,
 ) -> None:
     directory = RunDirectory.create(name or description.name, exact=name is not None)
@@ -223,7 +230,7 @@ async def _run_vm(
         f"start of VM {directory.name!r} (QEMU {programs.qemu_version}, {programs.accelerator})", START_LABELS
     ) as steps:
         vm = await VirtualMachine.launch(
-            description, programs, directory, progress=steps, audit=audit, capture=capture, made=made
+            description, programs, directory, progress=steps, audit=audit, capture=capture, external=external, made=made
         )
     if vm.notice:
         _notice(vm.notice)

@@ -153,6 +153,8 @@ class VirtualMachine:
         self.description = description
         self.audit = audit
         self.capture = capture
+        self.external: int | None = None
+        """Bytes that the capture copies of each packet's external data; None: its default."""
         self.programs = programs
         self.made = made or Made.new(description, programs)
         self.run_directory = run_directory
@@ -195,13 +197,14 @@ class VirtualMachine:
         progress: Progress | None = None,
         audit: Path | None = None,
         capture: Path | None = None,
+        external: int | None = None,
         made: Made | None = None,
     ) -> VirtualMachine:
         """Starts a VM from power-on and returns when it runs (the guest is then still booting; see `wait_ready`).
 
-        The VM owns `run_directory` (made if not given) from here on. `made` is for machines as they were made once: to
-        revert them to checkpoints of that time. Raises `EnvironmentProblem` or `WaitTimeout`; nothing is left behind
-        then.
+        `external` is how much a `capture` copies of each packet's external data, in bytes. The VM owns `run_directory`
+        (made if not given) from here on. `made` is for machines as they were made once: to revert them to checkpoints
+        of that time. Raises `EnvironmentProblem` or `WaitTimeout`; nothing is left behind then.
         """
         directory = run_directory or RunDirectory.create(description.name)
         try:
@@ -211,6 +214,7 @@ class VirtualMachine:
             directory.remove()
             raise
         vm = cls(description, programs, directory, audit=audit, capture=capture, made=made)
+        vm.external = external
         vm.notice = notice
         phases = Phases(progress)
         try:
@@ -381,6 +385,8 @@ class VirtualMachine:
             arguments += ["--audit", str(self.audit.absolute())]
         if self.capture is not None:
             arguments += ["--capture", str(self.capture.absolute())]
+            if self.external is not None:
+                arguments += ["--external", str(self.external)]
         inherited = os.environ.get("PYTHONPATH")
         environment = {"PYTHONPATH": f"{_IMPORT_ROOT}:{inherited}" if inherited else _IMPORT_ROOT}
         if self.clone:

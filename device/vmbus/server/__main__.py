@@ -11,6 +11,7 @@ from pathlib import Path
 import click
 
 from vmbus import saved
+from vmbus.capture.capture import DEFAULT_EXTERNAL
 from vmbus.complaints import COMPLAINTS
 from vmbus.description import load_device
 from vmbus.errors import EnvironmentProblem, VmbusError
@@ -41,6 +42,7 @@ async def _serve(
     files: Path | None,
     audit: Path | None,
     capture: Path | None,
+    external: int,
 ) -> None:
     description = load_device(description_path)
     state = None if restore is None else read_state(restore)
@@ -54,6 +56,7 @@ async def _serve(
         files=files,
         audit=audit,
         capture=capture,
+        external=external,
     )
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -80,6 +83,7 @@ async def _serve(
 @click.option("--await-state", is_flag=True, help="do nothing until the command `load` brings the device's state")
 @click.option("--audit", type=click.Path(path_type=Path), help="directory for the audit record (docs/audit.md)")
 @click.option("--capture", type=click.Path(path_type=Path), help="new file for a capture from the beginning on")
+@click.option("--external", default=DEFAULT_EXTERNAL, help="bytes that it copies of each packet's external data")
 @click.option("--verbose", is_flag=True, help="log what happens in detail")
 def main(
     description: Path,
@@ -91,6 +95,7 @@ def main(
     await_state: bool,
     audit: Path | None,
     capture: Path | None,
+    external: int,
     verbose: bool,
 ) -> None:
     """Run one device server until it is told to stop."""
@@ -103,7 +108,9 @@ def main(
     description_path = description
     try:
         library = find_and_load(library_path)
-        work = _serve(description_path, socket_path, control_path, library, restore, await_state, files, audit, capture)
+        work = _serve(
+            description_path, socket_path, control_path, library, restore, await_state, files, audit, capture, external
+        )
         asyncio.run(work)
     except VmbusError as error:
         print(f"device server: {error}", file=sys.stderr, flush=True)

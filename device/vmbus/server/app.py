@@ -30,7 +30,7 @@ import vmbus
 from vmbus import saved
 from vmbus.audit.files import make_directory, recorder_in
 from vmbus.bus.offers import Offer
-from vmbus.capture.capture import Capture, CaptureOptions
+from vmbus.capture.capture import DEFAULT_EXTERNAL, Capture, CaptureOptions
 from vmbus.complaints import COMPLAINTS, bounded_log
 from vmbus.description import DeviceDescription, explain
 from vmbus.device import Device
@@ -94,11 +94,13 @@ class DeviceServer:
         files: Path | None = None,
         audit: Path | None = None,
         capture: Path | None = None,
+        external: int = DEFAULT_EXTERNAL,
     ) -> None:
         """Builds the device and listens. `awaiting`: the device does nothing until `load` brings its state.
         `files`: the directory with the providers' files that belong to `restore`.
         `audit`: the directory for audit records, made if need be; None: nothing is recorded.
         `capture`: the file for a capture of all packets from the beginning on (docs/capture.md); None: no capture yet.
+        `external`: bytes that it copies of each packet's external data.
 
         Raises StateError when `restore` is not of such a device (before anything listens), EnvironmentProblem for
         sockets and the library, UsageError for a wrong description.
@@ -126,7 +128,9 @@ class DeviceServer:
         self._lives = 1
         if audit is not None:
             make_directory(audit)
-        self._capture: Capture | None = None if capture is None else Capture(capture.absolute(), CaptureOptions())
+        self._capture: Capture | None = (
+            None if capture is None else Capture(capture.absolute(), CaptureOptions(external=external))
+        )
         self._life = self._new_life(description)
         self.phase = self._phase
         self._life.build(from_snapshot=restore is not None or awaiting)
