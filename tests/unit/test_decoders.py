@@ -56,11 +56,13 @@ def folder() -> Iterator[None]:
 
 
 class Decoder(NamedTuple):
-    """`call` takes bytes; `error` is all that it may raise (None: nothing). `samples`: good ones, to be mutated."""
+    """`call` takes bytes, `least` or more of them; `error` is all that it may raise (None: nothing). `samples`: good ones,
+    to be mutated."""
 
     call: Callable[[bytes], object]
     error: type[VmbusError] | None
     samples: tuple[bytes, ...] = ()
+    least: int = 0
 
 
 def in_file(name: str, read: Callable[[Path], object]) -> Callable[[bytes], object]:
@@ -145,6 +147,17 @@ OUR_OWN = {
     "vmbus.wire.ethernet.parse_mac": "takes text, of a description",
 }
 
+AT_LEAST = {
+    # Their callers have looked at the length: a whole message, a whole command, a whole word.
+    "vmbus.wire.nvsp.parse_answer": 4,
+    "vmbus.wire.rndis.parse": 8,
+    "vmbus.wire.scsi.parse_extent": 16,
+    "vmbus.wire.storvsp.parse_head": 64,
+    "vmbus.wire.storvsp.parse_properties": 64,
+    "vmbus.wire.storvsp.parse_srb": 64,
+    "vmbus.wire.storvsp.parse_u16": 64,
+}
+
 NOT_DECODERS = re.compile(r"^vmbus\.wire\.scsi\.read_capacity")
 DEVELOPERS_TOOLS = ("soak", "cli", "provision", "testbed", "testkit")
 
@@ -163,7 +176,8 @@ def wire_parsers() -> dict[str, Decoder]:
                 continue
             (parameter,) = inspect.signature(value).parameters.values()  # else it needs a row of its own
             view = "memoryview" in str(parameter.annotation)
-            found[full] = Decoder((lambda data, of=value: of(memoryview(data))) if view else value, PeerError)
+            call = (lambda data, of=value: of(memoryview(data))) if view else value
+            found[full] = Decoder(call, PeerError, least=AT_LEAST.get(full, 0))
     return found
 
 
@@ -171,6 +185,8 @@ ALL = DECODERS | wire_parsers()
 
 
 def check(decoder: Decoder, data: bytes) -> None:
+    if len(data) < decoder.least:
+        return
     try:
         decoder.call(data)
     except Exception as error:
