@@ -56,8 +56,8 @@ def folder() -> Iterator[None]:
 
 
 class Decoder(NamedTuple):
-    """`call` takes bytes, `least` or more of them; `error` is all that it may raise (None: nothing). `samples`: good ones,
-    to be mutated."""
+    """`call` takes bytes, `least` or more of them; `error` is all that it may raise (None: nothing). `samples`: good
+    ones, to be mutated."""
 
     call: Callable[[bytes], object]
     error: type[VmbusError] | None

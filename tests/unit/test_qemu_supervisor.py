@@ -187,6 +187,7 @@ def test_a_migration_ends_the_vm_here(tmp_path: Path) -> None:
                 "multifd": 2,
                 "timeout": None,
                 "downtime_limit": None,
+                "bandwidth": None,
             }
         ]
         assert notices[:2] == ["migrating to tcp:there:1 ...", "migration failed: link cut; the VM runs on"]
