@@ -371,3 +371,26 @@ def test_fault_d12_a_packet_longer_than_a_batch_is_copied_once(wrapped: bool, mo
     packets, error = reader.fetch()
     assert error is None and [len(one.payload) for one in packets] == [60_000]
     assert len(reader.batch) == 60_024 and copies == ([60_024] if pure else [])
+
+
+def test_a_packet_that_grows_between_the_look_and_the_copy_is_believed_as_copied(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    writer, reader, ram = make(32)
+    if not isinstance(reader, ring_pure.RingReader):
+        return  # the twin's steps cannot be interrupted
+    assert writer.put(6, 0, 7, bytes(60_000))
+    writer.commit()
+    size8 = ram[PAGE + 4 : PAGE + 6]
+    ram[PAGE + 4 : PAGE + 6] = (3).to_bytes(2, "little")
+    copies: list[int] = []
+    copy = ring_pure.RingReader._copy
+
+    def grown(self: ring_pure.RingReader, length: int) -> bytes:
+        ram[PAGE + 4 : PAGE + 6] = size8
+        copies.append(length)
+        return copy(self, length)
+
+    monkeypatch.setattr(ring_pure.RingReader, "_copy", grown)
+    packets, error = reader.fetch()
+    assert error is None and [len(one.payload) for one in packets] == [60_000] and copies == [16384, 60_024]
