@@ -150,9 +150,12 @@ def test_clients_come_and_go(server: LoopbackServer) -> None:
         else:
             traffic.finish()
             driver.close()
-    status = server.command("inspect")
-    assert status["in_flight"].held == 0
-    assert status["memory"].regions == 0
+
+    def nothing_is_left() -> bool:
+        status = server.command("inspect")
+        return bool(status["in_flight"].held == 0 and status["memory"].regions == 0)
+
+    pace.until(nothing_is_left, "the server to notice that the last client is gone")
 
 
 def test_a_second_client_has_to_wait_for_the_first(server: LoopbackServer) -> None:
