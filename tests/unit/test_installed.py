@@ -11,6 +11,7 @@ import pytest
 from support.installed import CHECKOUT, install, run
 from vmbus import places
 from vmbus.cli import main
+from vmbus.errors import EnvironmentProblem, UsageError
 
 pytestmark = pytest.mark.unit
 
@@ -57,9 +58,14 @@ def test_fault_p5_what_scripts_do_is_done_from_a_wheel(modules: Path, elsewhere:
     """What needs no set-up; the others are in the layers that have one."""
     assert "churn" in vmbus(modules, elsewhere, "run-vm", "--list-drivers")
     shipped = sorted(path.stem for path in (CHECKOUT / "qemu_configs").glob("*.toml"))
-    assert f"there: {', '.join(shipped)};" in vmbus(modules, elsewhere, "run-vm", "no-such-vm", status=1)
+    assert f"there: {', '.join(shipped)};" in vmbus(
+        modules, elsewhere, "run-vm", "no-such-vm", status=UsageError.status
+    )
     assert vmbus(modules, elsewhere, "list") == ""
-    assert vmbus(modules, elsewhere, "save", "x", status=1) == "error: no VM is running; vmbus run-vm starts one\n"
+    assert (
+        vmbus(modules, elsewhere, "save", "x", status=EnvironmentProblem.status)
+        == "error: no VM is running; vmbus run-vm starts one\n"
+    )
     plan = vmbus(modules, elsewhere, "soak", "--seed", "7", "--operations", "20", "--plan")
     assert plan.count("\n") == 2
     assert "--debian" in vmbus(modules, elsewhere, "setup", "--help")

@@ -63,7 +63,7 @@ def test_fault_m8_fault_m9_fault_m10_fault_m14_clones_of_a_paused_vm(
 
     async def body() -> None:
         directory = tmp_path / "paused"
-        async with await VirtualMachine.launch(description, programs) as vm:
+        async with await VirtualMachine.launch(description, programs) as vm:  # as booted: it is saved paused
             await vm.wait_ready()
             await vm.stop()
             await vm.save(directory)

@@ -230,7 +230,7 @@ class LiveView:
         self._figures.ended(record)
         if record.verdict == "failed":
             text = failure_text(record, self._folder, replay)
-            self._console.print(text, style="red", soft_wrap=True)
+            self._console.print(text, style="red", soft_wrap=True, highlight=False)
         else:
             self._note(f"episode {record.episode} {record.verdict} after {record.seconds:.1f} s", False)
 
