@@ -11,7 +11,6 @@ import pytest
 from support.installed import CHECKOUT, install, run
 from vmbus import places
 from vmbus.cli import main
-from vmbus.errors import EnvironmentProblem, UsageError
 
 pytestmark = pytest.mark.unit
 
@@ -27,9 +26,9 @@ def elsewhere(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def vmbus(modules: Path, cwd: Path, *words: str, status: int = 0) -> str:
+def vmbus(modules: Path, cwd: Path, *words: str, fails: bool = False) -> str:
     done = run(modules, "-m", "vmbus.cli", *words, cwd=cwd, XDG_RUNTIME_DIR=str(cwd / "runtime"))
-    assert done.returncode == status, done.stdout + done.stderr
+    assert (done.returncode != 0) is fails, done.stdout + done.stderr
     assert "Traceback" not in done.stderr and "scripts/" not in done.stdout + done.stderr, done.stdout + done.stderr
     return done.stdout + done.stderr
 
@@ -58,14 +57,9 @@ def test_fault_p5_what_scripts_do_is_done_from_a_wheel(modules: Path, elsewhere:
     """What needs no set-up; the others are in the layers that have one."""
     assert "churn" in vmbus(modules, elsewhere, "run-vm", "--list-drivers")
     shipped = sorted(path.stem for path in (CHECKOUT / "qemu_configs").glob("*.toml"))
-    assert f"there: {', '.join(shipped)};" in vmbus(
-        modules, elsewhere, "run-vm", "no-such-vm", status=UsageError.status
-    )
+    assert f"there: {', '.join(shipped)};" in vmbus(modules, elsewhere, "run-vm", "no-such-vm", fails=True)
     assert vmbus(modules, elsewhere, "list") == ""
-    assert (
-        vmbus(modules, elsewhere, "save", "x", status=EnvironmentProblem.status)
-        == "error: no VM is running; vmbus run-vm starts one\n"
-    )
+    assert vmbus(modules, elsewhere, "save", "x", fails=True) == "error: no VM is running; vmbus run-vm starts one\n"
     plan = vmbus(modules, elsewhere, "soak", "--seed", "7", "--operations", "20", "--plan")
     assert plan.count("\n") == 2
     assert "--debian" in vmbus(modules, elsewhere, "setup", "--help")
