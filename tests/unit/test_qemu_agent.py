@@ -155,7 +155,7 @@ def test_errors_have_the_agents_kind(tmp_path: Path) -> None:
     asyncio.run(body())
 
 
-def test_waits_are_bounded(tmp_path: Path) -> None:
+def test_waits_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async def handler(_: int, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.read()
 
@@ -170,8 +170,12 @@ def test_waits_are_bounded(tmp_path: Path) -> None:
             await client.connect()
             with pytest.raises(WaitTimeout, match="to answer 'ping'"):
                 await client.call("ping", timeout=0.05)
-            with pytest.raises(WaitTimeout, match="to come up"):
+            with pytest.raises(WaitTimeout, match=r"waited 0.05 s .* to come up"):
                 await client.wait_ready(0.05)
+            monkeypatch.setenv("VMBUS_PATIENCE", "2")
+            with pytest.raises(WaitTimeout, match=r"waited 0.1 s .* to come up"):
+                await client.wait_ready(0.05)
+            monkeypatch.delenv("VMBUS_PATIENCE")
             waiting = asyncio.create_task(client.call("ping"))
             await asyncio.wait({waiting}, timeout=0.05)
             await client.close()

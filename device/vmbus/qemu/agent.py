@@ -228,14 +228,15 @@ class AgentClient:
 
     async def wait_ready(self, timeout: float) -> None:
         """Waits until the agent answers, e.g. after the guest's boot. Raises `WaitTimeout`."""
+        within = patient(timeout)
         try:
-            async with asyncio.timeout(timeout):
+            async with asyncio.timeout(within):
                 while True:
                     with contextlib.suppress(GuestWentBack):  # it boots once more
                         await self.request("ping", {}, timeout=timeout)
                         return
         except (TimeoutError, WaitTimeout):
-            raise WaitTimeout("the guest's agent to come up (see the console's log)", timeout) from None
+            raise WaitTimeout("the guest's agent to come up (see the console's log)", within) from None
 
     async def _send(self, line: bytes) -> None:
         writer = self._writer
