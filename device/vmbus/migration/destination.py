@@ -202,8 +202,8 @@ class Destination:
 
     @property
     def _go_may_be_lost(self) -> bool:
-        """The link is silent, and its source may have sent Go to a VM that has ended here. A source that has ended closes
-        the link."""
+        """The link is silent, and its source may have sent Go to a VM that has ended here. A source that has ended
+        closes the link."""
         error = self._done.exception()
         return self.restored is not None and error is not None and isinstance(error.__cause__, Silence)
 
