@@ -108,7 +108,9 @@ def test_without_rights_the_error_says_which(outside: Namespace) -> None:
 def test_a_port_of_a_bridge(outside: Namespace) -> None:
     def make(netlink: Any) -> None:
         netlink.link("add", ifname="br0", kind="bridge")
-        netlink.link("set", index=netlink.link_lookup(ifname="br0")[0], state="up")
+        (index,) = netlink.link_lookup(ifname="br0")
+        netlink.link("set", index=index, state="up", address="02:00:00:00:00:17")
+        netlink.addr("add", index=index, address="192.0.2.1", prefixlen=24)
 
     def masters(netlink: Any) -> list[bool]:
         bridge = netlink.link_lookup(ifname="br0")[0]
@@ -116,6 +118,7 @@ def test_a_port_of_a_bridge(outside: Namespace) -> None:
 
     outside.configure(make)
     port = open_port(Settings("host0", b"\xfe\0\0\0\0\1", 1500, outside.name, bridge="br0"))
+    assert port.hosts == ((bytes([192, 0, 2, 1]), b"\2\0\0\0\0\x17"),)
     assert sum(outside.configure(masters)) == 1
     port.close()
     assert sum(outside.configure(masters)) == 0

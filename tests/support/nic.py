@@ -9,7 +9,7 @@ from typing import ClassVar
 
 from vmbus.errors import EnvironmentProblem
 from vmbus.providers.network.card import Card
-from vmbus.providers.network.interface import Port, Settings
+from vmbus.providers.network.interface import Hosts, Port, Settings
 from vmbus.providers.network.watch import Trouble
 from vmbus.wire.ethernet import OFFLOAD_SIZE, announcement
 
@@ -55,6 +55,7 @@ class Cable:
         self.refusing = False
         self.missing = False
         self.trouble: Trouble | None = None
+        self.hosts: Hosts = ()
         self.news, self.told = socket.socketpair()
         self.news.setblocking(False)
 
@@ -94,6 +95,7 @@ class CablePort:
         self.settings = settings
         self.fd = cable.inside.fileno()
         self.watch = CableWatch(cable)
+        self.hosts = cable.hosts
         cable.ports += 1
         cable.carrier = settings.carrier
 

@@ -23,6 +23,7 @@ from vmbus.providers.network.spread import UDP4, Spread
 from vmbus.providers.network.watch import Trouble
 from vmbus.testkit import ContractViolation, ProviderTest, every_step
 from vmbus.wire import nvsp, rndis
+from vmbus.wire.ethernet import OFFLOAD_SIZE
 
 pytestmark = pytest.mark.unit
 
@@ -452,6 +453,36 @@ def test_switches_are_told_after_a_move() -> None:
         kit.save_and_restore()
         kit.advance(5)
         assert cable_of(guest).announced == len(ANNOUNCE_AFTER)
+
+
+def introduced(kit: Any) -> list[bytes]:
+    """The ARP frames that a guest has after a move to where the bridge has another Ethernet address."""
+    guest = guest_of(kit)
+    cable_of(guest).hosts = ((bytes([192, 0, 2, 1]), PEER),)
+    kit.save_and_restore()
+    kit.advance(5)
+    return [frame for frame in guest.frames if frame[OFFLOAD_SIZE + 12 :][:2] == b"\x08\x06"]
+
+
+def test_fault_m13_the_guest_is_told_where_its_bridge_is_after_a_move() -> None:
+    """At once, and again: no more than 2 s, and no line of a moment ago, are between the move and the last of them."""
+    with card() as kit:
+        frames = introduced(kit)
+        assert len(frames) == len(ANNOUNCE_AFTER) and ANNOUNCE_AFTER[0] < 0.1 and ANNOUNCE_AFTER[-1] < 2
+        sender = frames[0][OFFLOAD_SIZE + 14 + 8 :]
+        assert sender[:10] == PEER + bytes([192, 0, 2, 1]) and sender[16:20] == bytes([192, 0, 2, 1])
+
+
+class Mute(CabledNetwork):
+    """Says nothing of where things are now."""
+
+    def _announce_soon(self) -> None:
+        pass
+
+
+def test_sabotage_fault_m13_a_card_that_does_not_tell_its_guest_is_found_out() -> None:
+    with ProviderTest(Mute, options=OPTIONS) as kit:
+        assert not introduced(kit)
 
 
 def test_fault_d5_the_mtu_is_the_smaller_wish_and_comes_back() -> None:

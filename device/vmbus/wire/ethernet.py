@@ -59,6 +59,13 @@ def announcement(mac: bytes) -> bytes:
     return NO_OFFLOAD + (b"\xff" * MAC_SIZE + mac + b"\x80\x35" + arp).ljust(60, b"\0")
 
 
+def introduction(address: bytes, mac: bytes) -> bytes:
+    """A frame from which those who know the IPv4 `address` learn that it is at `mac` now: an ARP request for itself
+    (RFC 5227 calls it an announcement), with its header."""
+    arp = pack_struct("!HHBBH6s4s6s4s", 1, 0x0800, MAC_SIZE, 4, 1, mac, address, bytes(MAC_SIZE), address)
+    return NO_OFFLOAD + (b"\xff" * MAC_SIZE + mac + b"\x08\x06" + arp).ljust(60, b"\0")
+
+
 def parse_mac(text: str) -> bytes:
     """A station's address from "52:54:00:12:34:56". Raises ValueError; also for a group's address, and for zero."""
     parts = text.split(":")

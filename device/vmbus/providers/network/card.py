@@ -19,7 +19,15 @@ from vmbus.providers.network.interface import Port, Settings, open_port, rejoin,
 from vmbus.providers.network.mending import Mending
 from vmbus.providers.network.veth import open_veth
 from vmbus.providers.network.watch import Trouble
-from vmbus.wire.ethernet import MTU_MAXIMUM, MTU_MINIMUM, QUEUES_MAXIMUM, announcement, format_mac, parse_mac
+from vmbus.wire.ethernet import (
+    MTU_MAXIMUM,
+    MTU_MINIMUM,
+    QUEUES_MAXIMUM,
+    announcement,
+    format_mac,
+    introduction,
+    parse_mac,
+)
 
 log = bounded_log(__name__)
 
@@ -328,8 +336,12 @@ class Card(Provider):
             self._announcements += [self.host.call_later(seconds, self._announce) for seconds in ANNOUNCE_AFTER]
 
     def _announce(self) -> None:
-        """Switches learn from it where the guest is now."""
+        """Switches learn from it where the guest is now, and the guest where its bridge is: the one of another host may
+        have the same IP address and another Ethernet address."""
         if self.port is not None and self._link:
+            for address, mac in self.port.hosts:
+                self._to_guest(introduction(address, mac))
+            self._flush()
             try:
                 self.counters["announced"] += self.port.write(announcement(self.address))
             except OSError as error:

@@ -24,6 +24,7 @@ from vmbus.providers.network.watch import Watch
 NAMESPACES = Path("/var/run/netns")
 """Where named network namespaces are, as `ip netns` has them."""
 
+_MOST_HOSTS = 16
 _REACHABLE = 0x02  # until it has to be confirmed
 _CLONE_NEWNET = 0x40000000
 _MAIN_TABLE = 254
@@ -32,12 +33,16 @@ _libc = ctypes.CDLL(None, use_errno=True)
 Result = TypeVar("Result")
 
 
+Hosts = tuple[tuple[bytes, bytes], ...]
+
+
 class Port(Protocol):
     """The host's end of a NIC: see `tap.Tap`. Frames have an offload header in front. `watch` tells what others have
-    done to the interface."""
+    done to the interface. `hosts`: the bridge's own IPv4 addresses, each with the Ethernet address that it has here."""
 
     fd: int
     watch: Watch
+    hosts: Hosts
 
     def read(self) -> bytes | None: ...
 
@@ -77,7 +82,7 @@ def open_port(settings: Settings) -> Port:
         tap = TapPort(settings.name)
         try:
             tap.set_carrier(settings.carrier)
-            configure(settings)
+            tap.hosts = configure(settings)
             tap.watch = Watch(settings.name, settings.bridge is not None)
         except BaseException:
             tap.close()
@@ -91,6 +96,7 @@ class TapPort(Tap):
     """A TAP device as the host's end."""
 
     watch: Watch
+    hosts: Hosts
 
     def close(self) -> None:
         """Remove it. Repeating it does nothing."""
@@ -109,8 +115,8 @@ def rejoin(settings: Settings) -> None:
     in_namespace(settings.namespace, work)
 
 
-def configure(settings: Settings) -> None:
-    """Give the interface, which is there, its settings, and switch it on. Raises EnvironmentProblem."""
+def configure(settings: Settings) -> Hosts:
+    """Give the interface, which is there, its settings, and switch it on; `Port.hosts`. Raises EnvironmentProblem."""
     from pyroute2.netlink.exceptions import NetlinkError  # type: ignore[import-untyped]
 
     with netlink() as link, explained(settings):
@@ -129,6 +135,13 @@ def configure(settings: Settings) -> None:
         if settings.neighbour is not None:
             address, mac = settings.neighbour
             link.neigh("replace", ifindex=index, dst=address, lladdr=mac.hex(":"), state=_REACHABLE)
+        return () if settings.bridge is None else _hosts(link, _index(link, settings.bridge))
+
+
+def _hosts(link: Any, index: int) -> Hosts:
+    mac = bytes.fromhex(link.get_links(index)[0].get_attr("IFLA_ADDRESS").replace(":", ""))
+    found = [one.get_attr("IFA_LOCAL") for one in link.get_addr(family=socket.AF_INET, index=index)]
+    return tuple((socket.inet_aton(address), mac) for address in found[:_MOST_HOSTS])
 
 
 def _require_free(link: Any, index: int, address: str) -> None:

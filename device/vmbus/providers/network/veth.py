@@ -19,6 +19,7 @@ from pathlib import Path
 
 from vmbus.errors import EnvironmentProblem
 from vmbus.providers.network.interface import (
+    Hosts,
     Port,
     Settings,
     configure,
@@ -50,6 +51,7 @@ class VethPort:
     """Our end of a pair: see `tap.Tap`. `outer`: the other end's name; `control`: a socket in its namespace."""
 
     watch: Watch
+    hosts: Hosts
 
     def __init__(self, outer: str, packets: socket.socket, control: socket.socket, namespace: int) -> None:
         self.name = outer
@@ -143,7 +145,7 @@ def open_veth(settings: Settings) -> Port:
     finally:
         os.close(outside)
     try:
-        in_namespace(settings.namespace, lambda: configure(settings))
+        port.hosts = in_namespace(settings.namespace, lambda: configure(settings))
         port.watch = in_namespace(settings.namespace, lambda: Watch(settings.name, bridged=settings.bridge is not None))
         port.set_offload(False)
     except OSError as error:
