@@ -98,7 +98,7 @@ class Console:
         """Type a line; `answer` has to come."""
         self._writer.write(line.encode() + b"\r")
         try:
-            async with asyncio.timeout(seconds):
+            async with asyncio.timeout(pace.seconds(seconds)):
                 while answer not in self._seen:
                     self._seen += (await self._reader.read(65536)).decode(errors="replace")
         except TimeoutError:
@@ -108,7 +108,7 @@ class Console:
 
 async def shell(vm: VirtualMachine, command: str, timeout: float = 60.0) -> str:
     """What a shell command in the guest prints. It has to succeed."""
-    done = await vm.run_in_guest(["/bin/sh", "-c", command], timeout=timeout)
+    done = await vm.run_in_guest(["/bin/sh", "-c", command], timeout=pace.seconds(timeout))
     assert done.code == 0, (command, done)
     return done.output.strip()
 
@@ -123,7 +123,7 @@ async def require_health(vm: VirtualMachine) -> None:
 
 async def until_ended(vm: VirtualMachine, seconds: float = 90.0) -> None:
     assert vm.qemu is not None
-    async with asyncio.timeout(seconds):
+    async with asyncio.timeout(pace.seconds(seconds)):
         await vm.qemu.process.wait()
 
 
@@ -266,7 +266,7 @@ def test_linux_guest_debian_over_saves_and_moves(
         start = time.monotonic()
         vm = await VirtualMachine.launch(description, programs)  # as booted: it is saved below
         async with vm:
-            await vm.wait_ready(300)
+            await vm.wait_ready(pace.seconds(120))
             seconds["agent"] = time.monotonic() - start
             await require_health(vm)
             seconds["running"] = time.monotonic() - start
