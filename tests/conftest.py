@@ -301,6 +301,12 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_keyboard_interrupt() -> Iterator[None]:
+    """Whoever ends the run is told where it was: see `pytest_runtest_makereport`."""
+    return (yield from pytest_runtest_makereport())
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_runtest_makereport() -> Iterator[None]:
     """Reports are made while nothing is collected.
 

@@ -13,6 +13,7 @@ from vmbus import saved
 from vmbus.description import DeviceDescription
 from vmbus.errors import EnvironmentProblem, StateError
 from vmbus.migration.address import Address, TcpAddress, UnixAddress, stream_channel
+from vmbus.patience import patient
 from vmbus.qemu.probe import driven_by_client, require_complete, require_running
 from vmbus.qemu.timing import Phases
 from vmbus.snapshot.manifest import Packets
@@ -121,7 +122,7 @@ class Arrival:
         what = "QEMU to load its stream"
         with self.vm.own_migration():
             await self.vm.guard(
-                self.vm.monitor.wait_migration({"completed"}, _STREAM_TIMEOUT, what), what, _STREAM_TIMEOUT + 1
+                self.vm.monitor.wait_migration({"completed"}, patient(_STREAM_TIMEOUT), what), what, _STREAM_TIMEOUT + 1
             )
         if await self.vm.guard(self.vm.monitor.running(), "QEMU's run state", _STATUS_TIMEOUT):
             raise StateError("QEMU runs the guest before its device was put back")

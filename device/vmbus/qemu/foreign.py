@@ -16,6 +16,7 @@ from typing import Any
 from qemu.qmp.events import EventListener
 
 from vmbus.errors import VmbusError
+from vmbus.patience import patient
 from vmbus.qemu.qmp import MIGRATION_ENDS, MigrationFailed, Monitor
 
 _BEGINNINGS = frozenset({"setup", "active", "device", "pre-switchover"})
@@ -90,7 +91,7 @@ class MigrationGuard:
             await self._monitor.execute("migrate_cancel")
             with contextlib.suppress(MigrationFailed):
                 status = await self._monitor.wait_migration(
-                    MIGRATION_ENDS, _CANCEL_TIMEOUT, "QEMU to cancel a migration that is not ours"
+                    MIGRATION_ENDS, patient(_CANCEL_TIMEOUT), "QEMU to cancel a migration that is not ours"
                 )
         if status == "completed":
             self._notice(f"a migration was completed before it could be cancelled; its result is of no use: {why}")

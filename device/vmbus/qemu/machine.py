@@ -540,7 +540,9 @@ class VirtualMachine:
         # Without exit-on-error QEMU would be gone before it could tell the reason.
         await self.monitor.execute("migrate-incoming", {"channels": file_channel(ram), "exit-on-error": False})
         await at(Moment.LOADING)
-        await self.monitor.wait_migration({"completed"}, self._stream_timeout, "QEMU to load the guest's memory")
+        await self.monitor.wait_migration(
+            {"completed"}, patient(self._stream_timeout), "QEMU to load the guest's memory"
+        )
         if await self.monitor.running():
             raise StateError("QEMU runs the guest before its device was put back")
 
@@ -1081,7 +1083,7 @@ class VirtualMachine:
 def _copy_timeout(memory_mib: int, bandwidth: int | None) -> float:
     """Seconds for the copy of memory: 2 MiB/s, or three times what the bandwidth allows for, should that be longer."""
     allowed = 0.0 if bandwidth is None else 3 * (memory_mib << 20) / bandwidth
-    return 60.0 + max(memory_mib / 2, allowed)
+    return patient(60.0 + max(memory_mib / 2, allowed))
 
 
 class _Bundle(FileTarget):

@@ -131,10 +131,11 @@ class Monitor:
     async def wait_migration(self, wanted: Collection[str], timeout: float, what: str) -> str:
         """Waits until the migration has one of the `wanted` statuses and returns it.
 
+        `timeout` is what a user may have chosen, and is taken as it is.
+
         Raises `MigrationFailed` with QEMU's reason if it ends in any other way. The status is asked for, and MIGRATION
         events (which the caller has switched on, or not) only shorten the wait until the next question.
         """
-        timeout = patient(timeout)
         deadline = time.monotonic() + timeout
         with self.listen("MIGRATION") as events:
             while True:

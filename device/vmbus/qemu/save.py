@@ -36,6 +36,7 @@ import msgspec
 from qemu.qmp.events import EventListener
 
 from vmbus.errors import EnvironmentProblem, StateError, UsageError, VmbusError, WaitTimeout
+from vmbus.patience import patient
 from vmbus.qemu.moments import Hook, Moment, no_hook
 from vmbus.qemu.probe import Control, driven_by_client
 from vmbus.qemu.qmp import MIGRATION_ENDS, MigrationFailed, file_channel
@@ -291,7 +292,7 @@ class Capture:
         self._touched = False  # whether there is anything to undo
         self._bar0: int | None = None  # where it was before the vCPUs stopped
         # A slow disk takes 20 MiB/s; whatever is slower than that is stuck.
-        self._stream_timeout = self._stream.timeout or 60.0 + memory_mib / 20
+        self._stream_timeout = self._stream.timeout or patient(60.0 + memory_mib / 20)
 
     @property
     def was_running(self) -> bool:
@@ -555,7 +556,7 @@ class Capture:
                     await self._monitor.execute("migrate_cancel")
                     with contextlib.suppress(MigrationFailed):  # "failed" is an end as good as "cancelled"
                         await self._monitor.wait_migration(
-                            {"cancelled", "completed", "none"}, 60.0, "QEMU to give the migration up"
+                            {"cancelled", "completed", "none"}, patient(60.0), "QEMU to give the migration up"
                         )
                 self._migrating = False
         with _collect(failures):
