@@ -40,12 +40,22 @@ ERROR_KINDS: tuple[tuple[type[BaseException], str], ...] = (
 )
 
 
+# As which of our errors a kind counts for an exit status.
+_STATUSES: tuple[tuple[type[VmbusError], str], ...] = (
+    (StateError, "state"),
+    (WaitTimeout, "timeout"),
+    (UsageError, "usage"),
+    (EnvironmentProblem, "environment"),
+)
+
+
 class ControlError(VmbusError):
     """The server answered with an error; `kind` is one of ERROR_KINDS or "internal"."""
 
     def __init__(self, command: str, kind: str, message: str) -> None:
         super().__init__(f"device server, {command}: {message}")
         self.kind = kind
+        self.status = next((error.status for error, name in _STATUSES if name == kind), VmbusError.status)
 
 
 class _Request(msgspec.Struct, forbid_unknown_fields=True):
