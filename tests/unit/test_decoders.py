@@ -151,7 +151,6 @@ AT_LEAST = {
     # Their callers have looked at the length: a whole message, a whole command, a whole word.
     "vmbus.wire.nvsp.parse_answer": 4,
     "vmbus.wire.rndis.parse": 8,
-    "vmbus.wire.scsi.parse_extent": 16,
     "vmbus.wire.storvsp.parse_head": 64,
     "vmbus.wire.storvsp.parse_properties": 64,
     "vmbus.wire.storvsp.parse_srb": 64,
@@ -173,6 +172,9 @@ def wire_parsers() -> dict[str, Decoder]:
             if not ours or not re.match("decode|parse|unpack|read", name) or NOT_DECODERS.match(full):
                 continue
             if full in OUR_OWN or any(known.partition(" ")[0] == full for known in DECODERS):
+                continue
+            if full == "vmbus.wire.scsi.parse_extent":  # its caller has a command block, which always has 16 bytes
+                found[full] = Decoder(lambda data: scsi.parse_extent(data[:16].ljust(16, b"\0")), None)
                 continue
             (parameter,) = inspect.signature(value).parameters.values()  # else it needs a row of its own
             view = "memoryview" in str(parameter.annotation)
