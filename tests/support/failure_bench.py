@@ -775,7 +775,7 @@ class Bench:
                     owner.kill()
                 await leaving
         else:
-            async with self._receiving(address, at=hook(not by_source), silence=silence) as receiving:
+            async with self._receiving(address, at=hook(not by_source), silence=silence, ask_timeout=2.0) as receiving:
                 await depart()
                 await self._landed(receiving, found)
         if cell.outcome is Outcome.DOUBT and cell.failure is Failure.DESTINATION_OWNER:

@@ -291,6 +291,7 @@ class VirtualMachine:
         at: Hook = no_hook,
         silence: float = SILENCE,
         go_timeout: float = GO_TIMEOUT,
+        ask_timeout: float = ASK_TIMEOUT,
         audit: Path | None = None,
         stream_port: int = 0,
     ) -> VirtualMachine:
@@ -317,8 +318,9 @@ class VirtualMachine:
             return Arrival(machines[0], host, stream_port)
 
         destination = Destination(
-            listener, programs, claim, build, progress=progress, at=at, silence=silence, go_timeout=go_timeout
-        )
+            listener, programs, claim, build, progress=progress, at=at, silence=silence, go_timeout=go_timeout,
+            ask_timeout=ask_timeout,
+        )  # fmt: skip
         try:
             await destination.run(timeout)
         except BaseException:
