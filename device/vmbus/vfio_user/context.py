@@ -1048,7 +1048,7 @@ def _announced_transfer(version_request: bytes) -> int:
         announced = json.loads(text)["capabilities"]["max_data_xfer_size"]
     except (ValueError, KeyError, TypeError, RecursionError):
         return bindings.MAX_DATA_TRANSFER
-    if type(announced) is not int or announced < 1:
+    if type(announced) is not int or announced < 0:
         return bindings.MAX_DATA_TRANSFER
     return min(announced, bindings.MAX_DATA_TRANSFER)
 
