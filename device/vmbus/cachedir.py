@@ -7,10 +7,15 @@ from pathlib import Path
 
 def cache_directory(environment: Mapping[str, str] = os.environ) -> Path:
     """Return the cache directory (an absolute path); it need not exist yet."""
-    explicit = environment.get("VMBUS_CACHE")
+    return user_directory("VMBUS_CACHE", "XDG_CACHE_HOME", "~/.cache", environment)
+
+
+def user_directory(setting: str, base_setting: str, usual_base: str, environment: Mapping[str, str]) -> Path:
+    """Where one of our directories is, by a setting of ours or of XDG's, or by custom (an absolute path)."""
+    explicit = environment.get(setting)
     if explicit:
         return Path(explicit).expanduser().absolute()
-    base = environment.get("XDG_CACHE_HOME")
+    base = environment.get(base_setting)
     if base and Path(base).is_absolute():  # the XDG specification says that relative values are to be ignored
         return Path(base) / "vmbus-device"
-    return Path("~/.cache/vmbus-device").expanduser().absolute()
+    return Path(usual_base).expanduser().absolute() / "vmbus-device"

@@ -7,18 +7,13 @@ import stat
 from collections.abc import Mapping
 from pathlib import Path
 
+from vmbus.cachedir import user_directory
 from vmbus.errors import EnvironmentProblem
 
 
 def state_directory(environment: Mapping[str, str] = os.environ) -> Path:
     """The state directory (an absolute path); it need not exist yet."""
-    explicit = environment.get("VMBUS_STATE")
-    if explicit:
-        return Path(explicit).expanduser().absolute()
-    base = environment.get("XDG_STATE_HOME")
-    if base and Path(base).is_absolute():  # the XDG specification says that relative values are to be ignored
-        return Path(base) / "vmbus-device"
-    return Path("~/.local/state/vmbus-device").expanduser().absolute()
+    return user_directory("VMBUS_STATE", "XDG_STATE_HOME", "~/.local/state", environment)
 
 
 def state_folder(name: str) -> Path:
