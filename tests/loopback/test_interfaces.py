@@ -8,30 +8,21 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from support import pace
-from support.namespace import CHECKOUT, TUN, Namespace, NotPermitted, namespace, remove_stale
+from support.namespace import CHECKOUT, TUN, Namespace, remove_stale
+from support.namespace import outside as outside
 from vmbus.errors import EnvironmentProblem, UsageError
 from vmbus.providers.network.interface import NAMESPACES, Port, Settings, open_port
 from vmbus.providers.network.tap import Tap
 from vmbus.providers.network.veth import open_veth
 
 pytestmark = pytest.mark.loopback
-
-
-@pytest.fixture
-def outside() -> Iterator[Namespace]:
-    """The host's side."""
-    try:
-        with namespace() as found:
-            yield found
-    except NotPermitted as error:
-        pytest.skip(str(error))
 
 
 def until(condition: Callable[[], Any], what: str) -> None:

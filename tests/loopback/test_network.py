@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from support import pace
-from support.namespace import Namespace, NotPermitted, namespace
+from support.namespace import Namespace
+from support.namespace import outside as outside
 from support.network_guest import DriverEnds, NetworkGuest
 from vmbus.loopback.harness import LoopbackServer, describe
 from vmbus.providers.network.interface import Settings, in_namespace, set_mtu
@@ -29,16 +30,6 @@ HOST, GUEST = "192.0.2.1", "192.0.2.2"
 MAC = bytes.fromhex("020000000001")
 OPTIONS = {"mac": MAC.hex(":"), "interface": "host0", "address": f"{HOST}/24"}
 ECHO = 7777
-
-
-@pytest.fixture
-def outside() -> Iterator[Namespace]:
-    """The host's side."""
-    try:
-        with namespace() as found:
-            yield found
-    except NotPermitted as error:
-        pytest.skip(str(error))
 
 
 def until(driver: VmbusDriver, condition: Callable[[], Any], what: str) -> None:

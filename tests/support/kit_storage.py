@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
+
+import pytest
 
 from support.disk import Fault, FaultyBackend
 from support.storvsc import Driver, Extents, Pending
@@ -90,3 +94,16 @@ def faulty(*faults: Fault) -> type[ScsiProvider]:
 
 def pattern(length: int, seed: int = 1) -> bytes:
     return random.Random(seed).randbytes(length)
+
+
+@pytest.fixture(autouse=True)
+def disks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    directory = tmp_path / "disks"
+    monkeypatch.setenv("VMBUS_DISKS", str(directory))
+    return directory
+
+
+@pytest.fixture
+def guest() -> Iterator[Guest]:
+    with ProviderTest(ScsiProvider, options=ONE) as kit:
+        yield Guest(kit)

@@ -14,6 +14,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from vmbus.errors import EnvironmentProblem
 from vmbus.providers.network.interface import NAMESPACES, in_namespace
 
@@ -181,3 +183,13 @@ def namespace() -> Iterator[Namespace]:
         for program in found.programs:
             program.end()
         netns.remove(name)
+
+
+@pytest.fixture
+def outside() -> Iterator[Namespace]:
+    """The host's side."""
+    try:
+        with namespace() as found:
+            yield found
+    except NotPermitted as error:
+        pytest.skip(str(error))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 from support import storvsc
 from support.disk import Fault
 from support.kit_storage import BLOCKS, MIB, ONE, TWO, Guest, faulty, pattern
+from support.kit_storage import disks as disks
+from support.kit_storage import guest as guest
 from support.storvsc import GOOD, Result, result_of
 from vmbus.errors import EnvironmentProblem
 from vmbus.providers.scsi import ScsiProvider, adapter
@@ -26,19 +28,6 @@ from vmbus.wire.scsi import Opcode
 from vmbus.wire.storvsp import Direction, Operation
 
 pytestmark = pytest.mark.unit
-
-
-@pytest.fixture(autouse=True)
-def disks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    directory = tmp_path / "disks"
-    monkeypatch.setenv("VMBUS_DISKS", str(directory))
-    return directory
-
-
-@pytest.fixture
-def guest() -> Iterator[Guest]:
-    with ProviderTest(ScsiProvider, options=ONE) as kit:
-        yield Guest(kit)
 
 
 # ---- the handshake ---------------------------------------------------------------------------------------------------

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,8 @@ import pytest
 
 from support import storvsc
 from support.kit_storage import BLOCKS, MIB, ONE, TWO, Guest, KitMemory, KitPort, pattern
+from support.kit_storage import disks as disks
+from support.kit_storage import guest as guest
 from support.storvsc import result_of
 from vmbus.errors import EnvironmentProblem, UsageError
 from vmbus.providers.scsi import ScsiProvider
@@ -20,19 +21,6 @@ from vmbus.wire import scsi, storvsp
 from vmbus.wire.storvsp import Direction, Operation
 
 pytestmark = pytest.mark.unit
-
-
-@pytest.fixture(autouse=True)
-def disks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    directory = tmp_path / "disks"
-    monkeypatch.setenv("VMBUS_DISKS", str(directory))
-    return directory
-
-
-@pytest.fixture
-def guest() -> Iterator[Guest]:
-    with ProviderTest(ScsiProvider, options=ONE) as kit:
-        yield Guest(kit)
 
 
 # ---- logical units that come, go and grow ----------------------------------------------------------------------------
