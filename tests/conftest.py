@@ -39,7 +39,7 @@ NO_MIGRATION_V2 = "the installed libvfio-user has no migration v2"
 
 
 PATIENCE = "VMBUS_PATIENCE"
-"""See `vmbus.patience`."""
+"""See `vmbus.util.patience`."""
 
 MATRIX_TEST = "test_failure_matrix.py::test_failure_matrix["
 """One cell of the failure matrix each: see support/failure_matrix.py."""
@@ -332,7 +332,7 @@ def note(request: pytest.FixtureRequest) -> Callable[[str], None]:
 @pytest.fixture(autouse=True)
 def _complaints_from_the_start() -> None:
     """What earlier tests made the devices of this process log must not keep a later one from being heard."""
-    from vmbus.complaints import COMPLAINTS
+    from vmbus.util.complaints import COMPLAINTS
 
     COMPLAINTS.refill()
 
@@ -351,7 +351,7 @@ def _nothing_is_left(request: pytest.FixtureRequest) -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def _migration_v2(request: pytest.FixtureRequest) -> None:
     if request.node.get_closest_marker(NEEDS_MIGRATION_V2):
-        from vmbus.vfio_user.library import ENVIRONMENT_VARIABLE, Generation
+        from vmbus.transport.library import ENVIRONMENT_VARIABLE, Generation
 
         library = request.getfixturevalue("libvfio_user")
         if library.generation is not Generation.NEW:
@@ -362,7 +362,7 @@ def _migration_v2(request: pytest.FixtureRequest) -> None:
 def libvfio_user():
     """The library that VMBUS_LIBVFIO_USER names, else the one that set-up has found or built."""
     from vmbus.provision.libvfio_user import find_library
-    from vmbus.vfio_user.library import ENVIRONMENT_VARIABLE, load
+    from vmbus.transport.library import ENVIRONMENT_VARIABLE, load
 
     named = os.environ.get(ENVIRONMENT_VARIABLE)
     return load(Path(named) if named else find_library())

@@ -11,7 +11,7 @@ from vmbus.kmcl.channel import Channel
 from vmbus.kmcl.completion import Completion
 from vmbus.kmcl.server import ServerChannel
 from vmbus.providers.base import Host, Provider
-from vmbus.workload import ECHO_TYPE
+from vmbus.wire.workload import ECHO_TYPE
 
 KIND = f"{__name__}:AnsweringProvider"
 """What a description calls it."""

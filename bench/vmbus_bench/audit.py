@@ -12,10 +12,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from vmbus.audit.checker import check_paths
 from vmbus.errors import VmbusError
-from vmbus.loopback.function import LoopbackFunction
-from vmbus.loopback.harness import describe
+from vmbus.observe.audit.checker import check_paths
+from vmbus.testkit.loopback.function import LoopbackFunction
+from vmbus.testkit.loopback.harness import describe
 from vmbus_bench.figures import Part, Row, Sample, Target, ratio
 from vmbus_bench.processes import ServerProcess, cpu_seconds
 from vmbus_guest.testdrivers.context import Context

@@ -18,10 +18,10 @@ import msgspec
 
 from vmbus.errors import EnvironmentProblem, VmbusError
 from vmbus.providers.disk.image import DIRECTORY_VARIABLE
-from vmbus.qemu.command_line import Programs
-from vmbus.qemu.description import VmDescription
 from vmbus.qemu.machine import VirtualMachine
-from vmbus.qemu.root import copy_image
+from vmbus.vm.command_line import Programs
+from vmbus.vm.description import VmDescription
+from vmbus.vm.root import copy_image
 from vmbus_bench.figures import Part, Row, Sample, Target, ratio
 
 TARGET = 1.5

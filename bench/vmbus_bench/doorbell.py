@@ -20,14 +20,14 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from vmbus.device import Device
+from vmbus.bus.synic import Synic
+from vmbus.device.device import Device
 from vmbus.errors import VmbusError
 from vmbus.kmcl.channel import Channel
 from vmbus.kmcl.completion import Completion
-from vmbus.loopback.function import LoopbackFunction
 from vmbus.providers.echo import EchoProvider
-from vmbus.synic import Synic
-from vmbus.vfio_user import context
+from vmbus.testkit.loopback.function import LoopbackFunction
+from vmbus.transport import context
 from vmbus_bench.figures import Part, Row, Sample
 from vmbus_bench.processes import ServerProcess, cpu_seconds, describe_own
 

@@ -22,17 +22,17 @@ from typing import Any
 import msgspec
 
 from vmbus.errors import VmbusError, WaitTimeout
-from vmbus.loopback.harness import describe
-from vmbus.migration.address import UnixAddress, stream_channel
-from vmbus.migration.channel import listen
-from vmbus.migration.source import MigrationReport
+from vmbus.operations.migration.address import UnixAddress, stream_channel
+from vmbus.operations.migration.channel import listen
+from vmbus.operations.migration.source import MigrationReport
+from vmbus.operations.save import MAX_BANDWIDTH
 from vmbus.qemu.agent import AgentClient
-from vmbus.qemu.command_line import Programs, Sockets, qemu_arguments
-from vmbus.qemu.description import VmDescription
 from vmbus.qemu.machine import VirtualMachine
-from vmbus.qemu.process import Child, RunDirectory
 from vmbus.qemu.qmp import Monitor
-from vmbus.qemu.save import MAX_BANDWIDTH
+from vmbus.testkit.loopback.harness import describe
+from vmbus.vm.command_line import Programs, Sockets, qemu_arguments
+from vmbus.vm.description import VmDescription
+from vmbus.vm.process import Child, RunDirectory
 from vmbus_bench.figures import Part, Row, Sample, Target, ratio
 
 IN_FLIGHT = (0, 100, 1000)

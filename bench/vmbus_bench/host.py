@@ -28,10 +28,10 @@ from pathlib import Path
 from typing import Any
 
 from vmbus.errors import VmbusError
-from vmbus.loopback.function import LoopbackFunction
-from vmbus.loopback.harness import LoopbackServer
 from vmbus.native import SETTING
-from vmbus.vfio_user.library import find_and_load
+from vmbus.testkit.loopback.function import LoopbackFunction
+from vmbus.testkit.loopback.harness import LoopbackServer
+from vmbus.transport.library import find_and_load
 from vmbus_bench import answering
 from vmbus_bench.figures import Part, Row, Sample, Target, ratio
 from vmbus_bench.processes import ServerProcess, cpu_seconds, describe_own, spawn

@@ -23,10 +23,10 @@ import vmbus
 import vmbus_guest
 from vmbus.errors import EnvironmentProblem, VmbusError
 from vmbus.providers.network.interface import Settings, configure, in_namespace
-from vmbus.qemu.command_line import Programs
-from vmbus.qemu.description import VmDescription
 from vmbus.qemu.machine import VirtualMachine
-from vmbus.qemu.process import Child
+from vmbus.vm.command_line import Programs
+from vmbus.vm.description import VmDescription
+from vmbus.vm.process import Child
 from vmbus_bench.figures import Part, Row, Sample, Target, ratio
 
 PINGS = 200

@@ -19,7 +19,7 @@ from types import TracebackType
 from typing import Any
 
 import vmbus
-from vmbus.description import DeviceDescription, ProviderDescription
+from vmbus.device.description import DeviceDescription, ProviderDescription
 from vmbus.errors import EnvironmentProblem, WaitTimeout
 from vmbus.providers.loading import PATH_VARIABLE
 from vmbus.server.control import ControlClient
@@ -27,7 +27,7 @@ from vmbus.server.control import ControlClient
 MEASUREMENTS = str(Path(__file__).resolve().parent.parent)
 IMPORT_ROOT = str(Path(vmbus.__file__).resolve().parent.parent)
 START_TIMEOUT = 20.0
-_LAUNCHER = Path(vmbus.__file__).resolve().parent / "qemu" / "launcher.py"
+_LAUNCHER = Path(vmbus.__file__).resolve().parent / "vm" / "launcher.py"
 
 
 def cpu_seconds(pid: int) -> float:

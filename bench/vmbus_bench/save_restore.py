@@ -27,15 +27,15 @@ from pathlib import Path
 
 import msgspec
 
-from vmbus import saved
+from vmbus.device import saved
 from vmbus.errors import VmbusError
 from vmbus.kmcl.channel import Channel
 from vmbus.kmcl.client import ClientChannel
 from vmbus.kmcl.completion import Completion
 from vmbus.kmcl.packet import Packet
-from vmbus.loopback.function import LoopbackFunction
-from vmbus.loopback.harness import describe
-from vmbus.workload import (
+from vmbus.testkit.loopback.function import LoopbackFunction
+from vmbus.testkit.loopback.harness import describe
+from vmbus.wire.workload import (
     BURST_ANSWER,
     BURST_TYPE,
     BurstDone,

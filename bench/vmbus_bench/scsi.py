@@ -22,9 +22,9 @@ import msgspec
 
 from vmbus.errors import VmbusError
 from vmbus.providers.disk.image import DIRECTORY_VARIABLE
-from vmbus.qemu.command_line import Programs
-from vmbus.qemu.description import VmDescription
 from vmbus.qemu.machine import VirtualMachine
+from vmbus.vm.command_line import Programs
+from vmbus.vm.description import VmDescription
 from vmbus_bench.figures import Part, Row, Sample, Target, ratio
 from vmbus_bench.processes import cpu_seconds
 

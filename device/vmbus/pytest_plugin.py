@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
-    from vmbus.loopback.pair import LoopbackPair
-    from vmbus.qemu.blocking import BlockingVm, LoopThread
-    from vmbus.qemu.command_line import Programs
-    from vmbus.qemu.description import VmDescription
-    from vmbus.vfio_user.library import Library
+    from vmbus.testkit.blocking import BlockingVm, LoopThread
+    from vmbus.testkit.loopback.pair import LoopbackPair
+    from vmbus.transport.library import Library
+    from vmbus.vm.command_line import Programs
+    from vmbus.vm.description import VmDescription
 
 _PREFIX = "vmbus-pytest-"
 _LOG_LINES = 30
@@ -60,7 +60,7 @@ def pytest_configure(config: pytest.Config) -> None:
 def vmbus_library() -> Library:
     """The libvfio-user that VMBUS_LIBVFIO_USER names, else the one that set-up has found or built."""
     from vmbus.provision.libvfio_user import find_library
-    from vmbus.vfio_user.library import ENVIRONMENT_VARIABLE, load
+    from vmbus.transport.library import ENVIRONMENT_VARIABLE, load
 
     named = os.environ.get(ENVIRONMENT_VARIABLE)
     return load(Path(named) if named else find_library())
@@ -70,7 +70,7 @@ def vmbus_library() -> Library:
 def vmbus_programs() -> Programs:
     """QEMU, the guest's files and the rest of what a VM needs; set up first where that has not been done."""
     from vmbus.provision import provision
-    from vmbus.qemu.command_line import programs_from
+    from vmbus.vm.command_line import programs_from
 
     return programs_from(provision())
 
@@ -88,7 +88,7 @@ class _Booted:
         """A VM as it was right after its boot."""
         import msgspec
 
-        from vmbus.qemu.blocking import BlockingVm
+        from vmbus.testkit.blocking import BlockingVm
 
         key = (msgspec.json.encode(description), audit is not None)
         if key not in self._snapshots:
@@ -102,7 +102,7 @@ class _Booted:
         return vm
 
     def _boot(self, description: VmDescription, audited: bool, folder: Path) -> Path:
-        from vmbus.qemu.blocking import BlockingVm
+        from vmbus.testkit.blocking import BlockingVm
 
         folder.mkdir(mode=0o700)
         audit = folder / "audit" if audited else None
@@ -114,8 +114,8 @@ class _Booted:
 @pytest.fixture(scope="session")
 def vmbus_booted(vmbus_programs: Programs) -> Iterator[_Booted]:
     """For the other fixtures."""
-    from vmbus.qemu.blocking import LoopThread
-    from vmbus.qemu.process import own
+    from vmbus.testkit.blocking import LoopThread
+    from vmbus.vm.process import own
 
     _clear_abandoned()
     folder = Path(tempfile.mkdtemp(prefix=_PREFIX))
@@ -131,7 +131,7 @@ def vmbus_booted(vmbus_programs: Programs) -> Iterator[_Booted]:
 
 def _clear_abandoned() -> None:
     """Remove what killed runs of this user have left: their processes are gone with them, their snapshots are not."""
-    from vmbus.qemu.process import read_owner
+    from vmbus.vm.process import read_owner
 
     for folder in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
         with contextlib.suppress(OSError):
@@ -150,7 +150,7 @@ def vmbus_vms(
     request: pytest.FixtureRequest, vmbus_booted: _Booted, tmp_path: Path, vmbus_provider_errors: ProviderErrors
 ) -> Iterator[Callable[..., BlockingVm]]:
     """Call it for a VM: `vmbus_vms(config="demo", audit=False, capture=None)`. All of them end with the test."""
-    from vmbus.qemu.description import VmDescription
+    from vmbus.vm.description import VmDescription
 
     vms: list[BlockingVm] = []
     request.node.stash[_SUBJECTS] = vms
@@ -176,7 +176,7 @@ def vmbus_vms(
 
 @pytest.fixture
 def vmbus_vm(request: pytest.FixtureRequest, vmbus_vms: Callable[..., BlockingVm]) -> BlockingVm:
-    """A running VM (`vmbus.qemu.blocking.BlockingVm`), as it is right after its boot."""
+    """A running VM (`vmbus.testkit.blocking.BlockingVm`), as it is right after its boot."""
     marker = request.node.get_closest_marker("vmbus")
     return vmbus_vms(**(marker.kwargs if marker is not None else {}))
 
@@ -187,9 +187,9 @@ def vmbus_loopback(
 ) -> Iterator[Callable[..., LoopbackPair]]:
     """Call it for a device and its guest without a VM: with kinds of providers, and their options by kind, as in
     `vmbus_loopback("echo", echo={"hold": 8})`, or with a `DeviceDescription`. All of them end with the test."""
-    from vmbus.description import DeviceDescription
-    from vmbus.loopback.harness import describe
-    from vmbus.loopback.pair import LoopbackPair
+    from vmbus.device.description import DeviceDescription
+    from vmbus.testkit.loopback.harness import describe
+    from vmbus.testkit.loopback.pair import LoopbackPair
 
     pairs: list[LoopbackPair] = []
 
@@ -214,7 +214,7 @@ def vmbus_loopback(
 
 def _description(config: pytest.Config, wanted: str | Path | None) -> VmDescription:
     from vmbus.places import DESCRIPTIONS
-    from vmbus.qemu.description import find_description, load_description
+    from vmbus.vm.description import find_description, load_description
 
     name = str(wanted or config.getoption("--vmbus-config") or config.getini("vmbus_config"))
     found = find_description(name, DESCRIPTIONS)

@@ -19,13 +19,13 @@ from vmbus.errors import PeerError, UsageError, WaitTimeout
 from vmbus.kmcl.channel import Channel
 from vmbus.kmcl.client import ClientChannel
 from vmbus.kmcl.endpoint import Link
-from vmbus.memory import GuestMemory
-from vmbus.watches import Watches
+from vmbus.memory.guest import GuestMemory
+from vmbus.util.watches import Watches
 from vmbus.wire import messages as m
 from vmbus_guest.pci import DmaBuffer
 
 if TYPE_CHECKING:
-    from vmbus.audit.recorder import Recorder
+    from vmbus.observe.audit.recorder import Recorder
 
 DEFAULT_TIMEOUT = 30.0
 

@@ -8,11 +8,11 @@ from uuid import UUID
 
 from vmbus.bus.client import VERSIONS, BusClient
 from vmbus.errors import EnvironmentProblem, PeerError, UsageError, WaitTimeout
-from vmbus.fence import full_fence
 from vmbus.kmcl.client import ClientChannel
 from vmbus.kmcl.lifecycle import ChannelState
 from vmbus.ring import FEATURE_BITS, FEATURE_PENDING_SEND_SIZE, RingReader, RingWriter
-from vmbus.watches import Watches
+from vmbus.ring.fence import full_fence
+from vmbus.util.watches import Watches
 from vmbus.wire import messages as m
 from vmbus.wire.gpa import PAGE_SIZE, range_for
 from vmbus.wire.synic import (
@@ -34,7 +34,7 @@ from vmbus_guest.channel_driver import DEFAULT_TIMEOUT, ChannelDriver, ChannelRe
 from vmbus_guest.pci import DmaBuffer, PciFunction
 
 if TYPE_CHECKING:
-    from vmbus.audit.recorder import Recorder
+    from vmbus.observe.audit.recorder import Recorder
 
 
 class ClientLink:

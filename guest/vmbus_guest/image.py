@@ -46,31 +46,26 @@ from vmbus_guest import newc
 PACKAGES_FOLDER = "usr/lib/vmbus"
 """Where our packages are in the guest."""
 
-HOST_ONLY = {
+GUEST_ROOMS = {
     "vmbus": (
-        "provision",
-        "qemu",
-        "snapshot",
-        "server",
-        "cli",
-        "vfio_user",
-        "providers",
-        "loopback",
-        "migration",
-        "testbed",
-        "soak",
-        "inspection",
-        "capture",
-        "pytest_plugin.py",
-        "saved.py",
-        "records.py",
-        "synic.py",
-        "description.py",
-        "copying.py",
+        "__init__.py",
+        "errors.py",
+        "places.py",
+        "util",
+        "native",
+        "wire",
+        "memory",
+        "ring",
+        "kmcl",
+        "bus",
+        "observe/__init__.py",
+        "observe/audit",
     ),
-    "vmbus_guest": ("image.py", "newc.py", "rootfs"),
 }
-"""Parts of our packages that the guest never runs: folders and files directly below the package."""
+"""Of our packages what the guest runs: folders and files below the package, for those of which it does not run all."""
+
+HOST_ONLY = {"vmbus_guest": ("image.py", "newc.py", "rootfs")}
+"""And what it does not."""
 
 UNUSED_PYTHON = (
     # Tests, tools for people at a desk, documentation.
@@ -356,9 +351,11 @@ def _sources(packages: Iterable[Path] | None, rootfs: Path | None) -> list[tuple
     """Return (path in the guest, file on the host) for everything of ours, sorted."""
     result: list[tuple[str, Path]] = []
     for package in _default_packages() if packages is None else packages:
-        skipped = HOST_ONLY.get(package.name, ())
+        rooms, skipped = GUEST_ROOMS.get(package.name), HOST_ONLY.get(package.name, ())
         for path in package.rglob("*.py"):
             relative = path.relative_to(package)
+            if rooms is not None and not any(relative.is_relative_to(room) for room in rooms):
+                continue
             if relative.parts[0] not in skipped:
                 result.append((f"{PACKAGES_FOLDER}/{package.name}/{relative}", path))
     overlay = Path(__file__).parent / "rootfs" if rootfs is None else rootfs

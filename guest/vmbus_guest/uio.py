@@ -28,7 +28,7 @@ from vmbus.errors import EnvironmentProblem, PeerError, UsageError, WaitTimeout
 from vmbus.kmcl.client import ClientChannel
 from vmbus.kmcl.lifecycle import ChannelState
 from vmbus.ring import RingReader, RingWriter
-from vmbus.watches import Watches
+from vmbus.util.watches import Watches
 from vmbus.wire import messages as m
 from vmbus.wire.gpa import PAGE_SIZE
 from vmbus_guest.channel_driver import DEFAULT_TIMEOUT, Buffers, ChannelDriver, GpadlRefused
@@ -36,7 +36,7 @@ from vmbus_guest.huge_pages import PhysicalMemory
 from vmbus_guest.vmbus_devices import VmbusDevice, bind_device, bus_is_there, find_devices, give_back, map_size, reserve
 
 if TYPE_CHECKING:
-    from vmbus.audit.recorder import Recorder
+    from vmbus.observe.audit.recorder import Recorder
 
 __all__ = ["UioDevice", "UioDriver", "bus_is_there"]
 

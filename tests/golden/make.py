@@ -17,11 +17,11 @@ from pathlib import Path
 from unittest import mock
 
 from support.device import BASE, CONFIG, PAGE, Machine, connect, open_echo
-from vmbus import saved
+from vmbus.device import saved
 from vmbus.kmcl.client import ClientChannel
 from vmbus.wire import messages as m
 from vmbus.wire.gpa import pack_ranges, range_for
-from vmbus.workload import BURST_TYPE, BurstStart, echo_request
+from vmbus.wire.workload import BURST_TYPE, BurstStart, echo_request
 from vmbus_guest.driver import VmbusDriver
 
 ECHO_OPTIONS = {"hold": 5}

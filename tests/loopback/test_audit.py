@@ -16,19 +16,19 @@ from msgspec.structs import replace
 
 from support import pace
 from support.traffic import PAGE, Traffic
-from vmbus import saved
-from vmbus.audit import recorder
-from vmbus.audit.checker import check_paths
-from vmbus.audit.files import recorder_in
-from vmbus.audit.format import OPENED
-from vmbus.audit.records import read_records
-from vmbus.audit.report import Report
+from vmbus.device import saved
 from vmbus.errors import WaitTimeout
 from vmbus.kmcl.saved import PacketChunk, decode_chunk, decode_lib, encode
-from vmbus.loopback.function import LoopbackFunction
-from vmbus.loopback.harness import LoopbackServer, describe
+from vmbus.observe.audit import recorder
+from vmbus.observe.audit.checker import check_paths
+from vmbus.observe.audit.files import recorder_in
+from vmbus.observe.audit.format import OPENED
+from vmbus.observe.audit.records import read_records
+from vmbus.observe.audit.report import Report
 from vmbus.ring import READ_INDEX, WRITE_INDEX
-from vmbus.vfio_user.library import Library
+from vmbus.testkit.loopback.function import LoopbackFunction
+from vmbus.testkit.loopback.harness import LoopbackServer, describe
+from vmbus.transport.library import Library
 from vmbus_guest.driver import VmbusDriver
 from vmbus_guest.testdrivers.context import Context
 from vmbus_guest.testdrivers.mixed import run as run_mixed

@@ -12,13 +12,13 @@ import pytest
 
 from support.hv_utils import HvUtils
 from support.restoring import Servers
-from vmbus.audit.checker import check_paths
-from vmbus.audit.files import recorder_in
-from vmbus.audit.report import Report
 from vmbus.cli.vm import CONFIGURATIONS
-from vmbus.description import DeviceDescription, ProviderDescription
-from vmbus.qemu.description import load_description
-from vmbus.vfio_user.library import Library
+from vmbus.device.description import DeviceDescription, ProviderDescription
+from vmbus.observe.audit.checker import check_paths
+from vmbus.observe.audit.files import recorder_in
+from vmbus.observe.audit.report import Report
+from vmbus.transport.library import Library
+from vmbus.vm.description import load_description
 from vmbus_guest.driver import VmbusDriver
 from vmbus_guest.testdrivers import CATALOGUE
 from vmbus_guest.testdrivers.context import Context

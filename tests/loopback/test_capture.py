@@ -22,21 +22,21 @@ from pcapng.blocks import EnhancedPacket, InterfaceDescription, InterfaceStatist
 
 from support import pace
 from support.shuffled import EACH, KEYS, SHUFFLED_TYPE
-from vmbus import workload
-from vmbus.audit.checker import check_paths
-from vmbus.audit.files import recorder_in
-from vmbus.capture import pcapng, record
-from vmbus.capture.pcapng import CaptureReader
-from vmbus.capture.record import Record
-from vmbus.capture.replay import ReplayOptions, ReplayReport, replay
 from vmbus.cli import main
-from vmbus.description import DeviceDescription, ProviderDescription
+from vmbus.device.description import DeviceDescription, ProviderDescription
 from vmbus.errors import StateError, UsageError
 from vmbus.kmcl.channel import Channel
 from vmbus.kmcl.completion import Completion
-from vmbus.loopback.harness import LoopbackServer, describe
-from vmbus.loopback.pair import LoopbackPair
-from vmbus.vfio_user.library import Library
+from vmbus.observe.audit.checker import check_paths
+from vmbus.observe.audit.files import recorder_in
+from vmbus.observe.capture import pcapng, record
+from vmbus.observe.capture.pcapng import CaptureReader
+from vmbus.observe.capture.record import Record
+from vmbus.testkit.loopback.harness import LoopbackServer, describe
+from vmbus.testkit.loopback.pair import LoopbackPair
+from vmbus.testkit.replay import ReplayOptions, ReplayReport, replay
+from vmbus.transport.library import Library
+from vmbus.wire import workload
 from vmbus.wire.packet import PacketType
 from vmbus_guest.driver import VmbusDriver
 from vmbus_guest.testdrivers import CATALOGUE

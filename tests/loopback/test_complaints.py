@@ -18,15 +18,15 @@ import pytest
 from rich.console import Console
 
 from support import pace
-from vmbus.complaints import BURST
-from vmbus.inspection.document import Inspection, from_answer
-from vmbus.inspection.tree import age_text, render
-from vmbus.loopback.function import LoopbackFunction
-from vmbus.loopback.harness import LoopbackServer, describe
+from vmbus.bus.synic import Register
+from vmbus.observe.inspection.document import Inspection, from_answer
+from vmbus.observe.inspection.tree import age_text, render
 from vmbus.server.control import ControlClient
-from vmbus.synic import Register
-from vmbus.vfio_user.client import RemoteError, VfioUserClient
-from vmbus.vfio_user.library import Library
+from vmbus.testkit.loopback.client import RemoteError, VfioUserClient
+from vmbus.testkit.loopback.function import LoopbackFunction
+from vmbus.testkit.loopback.harness import LoopbackServer, describe
+from vmbus.transport.library import Library
+from vmbus.util.complaints import BURST
 from vmbus_guest.driver import VmbusDriver
 
 pytestmark = pytest.mark.loopback

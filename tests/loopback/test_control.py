@@ -17,12 +17,12 @@ import pytest
 from support import pace
 from vmbus.errors import EnvironmentProblem, StateError, UsageError, WaitTimeout
 from vmbus.kmcl.status import Status
-from vmbus.loopback.function import LoopbackFunction
-from vmbus.loopback.harness import LoopbackServer, describe
 from vmbus.providers.echo import EchoProvider
 from vmbus.server.control import ControlClient, ControlError
-from vmbus.vfio_user.library import Library
-from vmbus.workload import ECHO_TYPE, echo_request, parse_echo_reply
+from vmbus.testkit.loopback.function import LoopbackFunction
+from vmbus.testkit.loopback.harness import LoopbackServer, describe
+from vmbus.transport.library import Library
+from vmbus.wire.workload import ECHO_TYPE, echo_request, parse_echo_reply
 from vmbus_guest.driver import VmbusDriver
 
 pytestmark = pytest.mark.loopback

@@ -11,9 +11,9 @@ import pytest
 
 from support import pace
 from support.traffic import PAGE, Burst, Echo, Traffic
-from vmbus.loopback.harness import LoopbackServer, describe
-from vmbus.vfio_user.library import Library
-from vmbus.workload import BURST_TYPE, echo_request, parse_echo_reply, transform
+from vmbus.testkit.loopback.harness import LoopbackServer, describe
+from vmbus.transport.library import Library
+from vmbus.wire.workload import BURST_TYPE, echo_request, parse_echo_reply, transform
 from vmbus_guest.driver import VmbusDriver
 
 pytestmark = pytest.mark.loopback

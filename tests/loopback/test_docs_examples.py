@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from vmbus.vfio_user.library import Library
+from vmbus.transport.library import Library
 
 pytestmark = pytest.mark.loopback
 

@@ -10,17 +10,17 @@ from typing import Any
 import pytest
 
 from support.restoring import RestoringFunction, Servers
-from vmbus.audit.checker import check_paths
 from vmbus.errors import UsageError
 from vmbus.kmcl.completion import Completion
 from vmbus.kmcl.outgoing import Outgoing
 from vmbus.kmcl.packet import Packet
-from vmbus.loopback.harness import LoopbackServer, describe
+from vmbus.observe.audit.checker import check_paths
 from vmbus.providers.burst import BurstProvider
 from vmbus.providers.lab.pipe import PipeEnd
 from vmbus.providers.lab.station import _HANDLERS as HANDLERS
 from vmbus.providers.lab.station import Line, Station
-from vmbus.vfio_user.library import Library
+from vmbus.testkit.loopback.harness import LoopbackServer, describe
+from vmbus.transport.library import Library
 from vmbus.wire.lab import REPLY, Op, Status
 from vmbus_guest.testdrivers import CATALOGUE, drivers
 from vmbus_guest.testdrivers.context import Context

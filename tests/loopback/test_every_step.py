@@ -16,12 +16,13 @@ from support.step_provider import GuestEnd, StepProvider
 from support.step_scripts import ONE, SCENARIOS
 from support.steps import Described, Diverged, Report, Run, Scenario, Stuck, checkpoint, replace, run_once
 from support.steps_loopback import KINDS, TICK, LoopbackWorld
-from vmbus import providers, saved
+from vmbus import providers
+from vmbus.bus.synic import Synic
+from vmbus.device import saved
 from vmbus.errors import VmbusError
 from vmbus.server.timers import Timers
-from vmbus.synic import Synic
 from vmbus.testkit.kit import difference
-from vmbus.vfio_user.library import Library
+from vmbus.transport.library import Library
 
 pytestmark = pytest.mark.loopback
 

@@ -12,11 +12,11 @@ import pytest
 from support import pace
 from vmbus.kmcl import Completion, Packet
 from vmbus.kmcl.server import ServerChannel
-from vmbus.loopback.harness import describe
-from vmbus.loopback.pair import LoopbackPair
 from vmbus.providers.echo import EchoProvider
-from vmbus.vfio_user.library import Library
-from vmbus.workload import ECHO_TYPE
+from vmbus.testkit.loopback.harness import describe
+from vmbus.testkit.loopback.pair import LoopbackPair
+from vmbus.transport.library import Library
+from vmbus.wire.workload import ECHO_TYPE
 
 pytestmark = pytest.mark.loopback
 

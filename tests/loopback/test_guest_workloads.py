@@ -10,14 +10,15 @@ from typing import Any
 
 import pytest
 
-from vmbus import providers, workload
+from vmbus import providers
 from vmbus.kmcl.channel import Channel
 from vmbus.kmcl.completion import Completion
 from vmbus.kmcl.packet import Packet
-from vmbus.loopback.harness import LoopbackServer, describe
 from vmbus.providers.burst import BurstProvider
 from vmbus.providers.echo import EchoProvider
-from vmbus.vfio_user.library import Library
+from vmbus.testkit.loopback.harness import LoopbackServer, describe
+from vmbus.transport.library import Library
+from vmbus.wire import workload
 from vmbus_guest.testdrivers import CATALOGUE
 from vmbus_guest.testdrivers.context import Context
 

@@ -9,14 +9,14 @@ import pytest
 
 from support.traffic import PAGE, Burst, Echo, Traffic
 from vmbus.bus.server import REFUSED
-from vmbus.loopback.harness import LoopbackServer, describe
 from vmbus.ring import READ_INDEX, WRITE_INDEX
-from vmbus.vfio_user.client import RemoteError
-from vmbus.vfio_user.library import Library
+from vmbus.testkit.loopback.client import RemoteError
+from vmbus.testkit.loopback.harness import LoopbackServer, describe
+from vmbus.transport.library import Library
 from vmbus.wire import messages as m
 from vmbus.wire.gpa import GpaRange, pack_ranges, range_for
 from vmbus.wire.synic import CONTROL_ENABLE, CONTROL_RESET, STATUS_FAULT, Register
-from vmbus.workload import ECHO_TYPE, echo_request
+from vmbus.wire.workload import ECHO_TYPE, echo_request
 from vmbus_guest.driver import VmbusDriver
 
 pytestmark = pytest.mark.loopback

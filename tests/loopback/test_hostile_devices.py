@@ -18,17 +18,17 @@ from support import pace, storvsc
 from support.namespace import Namespace, NotPermitted, namespace
 from support.network_guest import UP, DriverEnds, NetworkGuest
 from support.storage import Controller
-from vmbus import saved
 from vmbus.bus.server import REFUSED
+from vmbus.device import saved
 from vmbus.kmcl.channel import Channel
 from vmbus.kmcl.client import ClientChannel
 from vmbus.kmcl.completion import Completion
 from vmbus.kmcl.lifecycle import ChannelState
 from vmbus.kmcl.pipe import frame, unframe
 from vmbus.kmcl.settings import FLAG_IS_PIPE
-from vmbus.loopback.harness import LoopbackServer, describe
 from vmbus.providers.network import oids
-from vmbus.vfio_user.library import Library
+from vmbus.testkit.loopback.harness import LoopbackServer, describe
+from vmbus.transport.library import Library
 from vmbus.wire import ic, nvsp, rndis, scsi
 from vmbus.wire.gpa import range_for
 from vmbus.wire.storvsp import STORVSP_TYPE, Operation, pack_request

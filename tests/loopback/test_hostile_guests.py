@@ -18,12 +18,12 @@ from support.slow_disk import SlowScsiProvider
 from vmbus import providers
 from vmbus.kmcl.incoming import MOST_REQUEST_BYTES, MOST_REQUESTS
 from vmbus.kmcl.server import ServerChannel
-from vmbus.vfio_user.library import Library
+from vmbus.transport.library import Library
 from vmbus.wire.gpa import pack_ranges, range_for
 from vmbus.wire.lab import HANDLE, KEEP, LAB_TYPE, SIZE, Op, request
 from vmbus.wire.storvsp import STORVSP_TYPE, Direction
 from vmbus.wire.synic import CONTROL_RESET, Register
-from vmbus.workload import BURST_TYPE, ECHO_TYPE, BurstStart, echo_request
+from vmbus.wire.workload import BURST_TYPE, ECHO_TYPE, BurstStart, echo_request
 from vmbus_guest.driver import VmbusDriver
 
 pytestmark = pytest.mark.loopback

@@ -10,12 +10,12 @@ import pytest
 
 from support.hostile import LONGEST_TURN, PAGE, Scene, turns_of
 from support.many import MANY_TYPE
-from vmbus.backlog import Backlog
 from vmbus.bus.offers import MAX_RELID
 from vmbus.kmcl.channel import Channel
 from vmbus.kmcl.client import ClientChannel
 from vmbus.kmcl.completion import Completion
-from vmbus.vfio_user.library import Library
+from vmbus.transport.library import Library
+from vmbus.util.backlog import Backlog
 from vmbus.wire.gpa import range_for
 from vmbus.wire.synic import CONTROL_RESET, Register
 from vmbus_guest.driver import VmbusDriver

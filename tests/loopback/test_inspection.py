@@ -18,16 +18,16 @@ import pytest
 from support import pace
 from support.traffic import Traffic
 from vmbus.errors import UsageError
-from vmbus.inspection.difference import compare
-from vmbus.inspection.document import DEFAULT_PACKETS, MOST_PACKETS, Inspection, Source, from_answer
-from vmbus.inspection.saved import inspect_state
-from vmbus.inspection.target import Running
-from vmbus.inspection.watch import Watch
 from vmbus.kmcl.client import ClientChannel
 from vmbus.kmcl.server import SERVER_FLAG_LOOPBACK_OFFER, ServerChannel
-from vmbus.loopback.harness import LoopbackServer, describe
-from vmbus.vfio_user.library import Library
-from vmbus.workload import BURST_TYPE, BurstStart
+from vmbus.observe.inspection.difference import compare
+from vmbus.observe.inspection.document import DEFAULT_PACKETS, MOST_PACKETS, Inspection, Source, from_answer
+from vmbus.observe.inspection.saved import inspect_state
+from vmbus.observe.inspection.target import Running
+from vmbus.observe.inspection.watch import Watch
+from vmbus.testkit.loopback.harness import LoopbackServer, describe
+from vmbus.transport.library import Library
+from vmbus.wire.workload import BURST_TYPE, BurstStart
 from vmbus_guest.driver import VmbusDriver
 
 pytestmark = pytest.mark.loopback

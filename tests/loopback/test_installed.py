@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from support.installed import CHECKOUT, install, run
-from vmbus.vfio_user.library import ENVIRONMENT_VARIABLE, Library
+from vmbus.transport.library import ENVIRONMENT_VARIABLE, Library
 
 pytestmark = pytest.mark.loopback
 

@@ -11,13 +11,13 @@ import msgspec
 import pytest
 
 from support.hv_utils import FACTS, HvUtils
-from vmbus.description import DeviceDescription, ProviderDescription
+from vmbus.device.description import DeviceDescription, ProviderDescription
 from vmbus.errors import UsageError, VmbusError
 from vmbus.kmcl.pipe import frame
 from vmbus.kmcl.settings import FLAG_IS_PIPE
-from vmbus.loopback.harness import LoopbackServer
 from vmbus.providers.integration.parts import Time
-from vmbus.vfio_user.library import Library
+from vmbus.testkit.loopback.harness import LoopbackServer
+from vmbus.transport.library import Library
 from vmbus.wire import ic
 from vmbus_guest.driver import VmbusDriver
 

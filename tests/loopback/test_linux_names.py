@@ -22,24 +22,25 @@ from support.network_guest import DriverEnds, NetworkGuest
 from support.nic import Cable, CablePort
 from support.storage import Guest
 from support.vsock import GuestSockets, accept, listen, take
-from vmbus import providers, saved
-from vmbus.audit.checker import check_paths
-from vmbus.audit.report import Report
-from vmbus.capture import record
-from vmbus.capture.pcapng import Captured, CaptureReader
-from vmbus.capture.replay import ReplayOptions, replay
+from vmbus import providers
 from vmbus.cli import main
+from vmbus.device import saved
 from vmbus.errors import UsageError
-from vmbus.inspection.document import ChannelInfo
-from vmbus.inspection.target import Running
-from vmbus.inspection.tree import packet_text
-from vmbus.loopback.harness import LoopbackServer, describe
+from vmbus.observe.audit.checker import check_paths
+from vmbus.observe.audit.report import Report
+from vmbus.observe.capture import record
+from vmbus.observe.capture.pcapng import Captured, CaptureReader
+from vmbus.observe.inspection.document import ChannelInfo
+from vmbus.observe.inspection.target import Running
+from vmbus.observe.inspection.tree import packet_text
 from vmbus.providers.disk.backend import Backend
 from vmbus.providers.disk.image import Image
 from vmbus.providers.network import NetworkProvider
 from vmbus.providers.network.interface import Port, Settings
 from vmbus.providers.scsi import ScsiProvider
-from vmbus.vfio_user.library import Library
+from vmbus.testkit.loopback.harness import LoopbackServer, describe
+from vmbus.testkit.replay import ReplayOptions, replay
+from vmbus.transport.library import Library
 from vmbus.wire import nvsp
 from vmbus.wire.ethernet import NO_OFFLOAD
 from vmbus.wire.packet import PacketType

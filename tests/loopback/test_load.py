@@ -17,15 +17,16 @@ import pytest
 from support import pace
 from support.multi import MultiProvider
 from support.traffic import PAGE, Traffic
-from vmbus import providers, saved
+from vmbus import providers
+from vmbus.device import saved
 from vmbus.errors import EnvironmentProblem, StateError, UsageError
 from vmbus.kmcl.saved import PacketChunk, decode_chunk
-from vmbus.loopback.function import LoopbackFunction
-from vmbus.loopback.harness import LoopbackServer, describe
-from vmbus.memory import MemoryRevoked
+from vmbus.memory.guest import MemoryRevoked
 from vmbus.providers.echo import EchoProvider
 from vmbus.ring import READ_INDEX, WRITE_INDEX
-from vmbus.vfio_user.library import Library
+from vmbus.testkit.loopback.function import LoopbackFunction
+from vmbus.testkit.loopback.harness import LoopbackServer, describe
+from vmbus.transport.library import Library
 from vmbus_guest.driver import VmbusDriver
 
 pytestmark = pytest.mark.loopback

@@ -14,10 +14,10 @@ import pytest
 
 from support import pace
 from vmbus.errors import EnvironmentProblem, UsageError, VmbusError, WaitTimeout
-from vmbus.migration import channel as channels
-from vmbus.migration import link as links
-from vmbus.migration.address import Address, TcpAddress, UnixAddress, parse_address
-from vmbus.migration.channel import (
+from vmbus.operations.migration import channel as channels
+from vmbus.operations.migration import link as links
+from vmbus.operations.migration.address import Address, TcpAddress, UnixAddress, parse_address
+from vmbus.operations.migration.channel import (
     MAX_FRAME,
     PROOF_BYTES,
     Channel,
@@ -28,8 +28,8 @@ from vmbus.migration.channel import (
     listen,
     read_secret,
 )
-from vmbus.migration.link import Link, PeerFailed
-from vmbus.migration.messages import Again, Failed, Go, Ping, Running, Sent, decode, encode
+from vmbus.operations.migration.link import Link, PeerFailed
+from vmbus.operations.migration.messages import Again, Failed, Go, Ping, Running, Sent, decode, encode
 
 pytestmark = pytest.mark.loopback
 

@@ -13,14 +13,14 @@ import pytest
 from support import pace
 from support.failure_bench import Bench, stand_in
 from vmbus.errors import VmbusError
-from vmbus.migration.address import UnixAddress
-from vmbus.migration.arrival import Arrival
-from vmbus.migration.channel import listen
-from vmbus.migration.source import MigrateFailed
+from vmbus.operations.migration.address import UnixAddress
+from vmbus.operations.migration.arrival import Arrival
+from vmbus.operations.migration.channel import listen
+from vmbus.operations.migration.source import MigrateFailed
 from vmbus.provision.libvfio_user import find_library
 from vmbus.qemu.machine import VirtualMachine
-from vmbus.qemu.moments import Hook, Moment, no_hook
-from vmbus.vfio_user.pci import MSI_CONTROL, MSI_DATA
+from vmbus.transport.pci import MSI_CONTROL, MSI_DATA
+from vmbus.vm.moments import Hook, Moment, no_hook
 
 pytestmark = pytest.mark.loopback
 

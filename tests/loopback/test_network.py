@@ -16,11 +16,11 @@ from support import pace
 from support.namespace import Namespace
 from support.namespace import outside as outside
 from support.network_guest import DriverEnds, NetworkGuest
-from vmbus.loopback.harness import LoopbackServer, describe
 from vmbus.providers.network.interface import Settings, in_namespace, set_mtu
 from vmbus.providers.network.offload import ones_sum
 from vmbus.providers.network.provider import WHOLE_FRAME
-from vmbus.vfio_user.library import Library
+from vmbus.testkit.loopback.harness import LoopbackServer, describe
+from vmbus.transport.library import Library
 from vmbus.wire import nvsp, rndis
 from vmbus_guest.driver import VmbusDriver
 

@@ -11,17 +11,17 @@ from support import pace
 from support.multi import MULTI_TYPE, Guest, MultiProvider
 from support.traffic import Echo
 from vmbus import providers
-from vmbus.description import DeviceDescription
+from vmbus.device.description import DeviceDescription
 from vmbus.errors import UsageError, WaitTimeout
 from vmbus.kmcl.channel import Channel
 from vmbus.kmcl.client import ClientChannel
 from vmbus.kmcl.completion import Completion
 from vmbus.kmcl.lifecycle import ChannelState
 from vmbus.kmcl.server import ServerChannel
-from vmbus.loopback.function import LoopbackFunction
-from vmbus.loopback.harness import LoopbackServer, describe
-from vmbus.vfio_user.library import Library
-from vmbus.workload import ECHO_TYPE, echo_request
+from vmbus.testkit.loopback.function import LoopbackFunction
+from vmbus.testkit.loopback.harness import LoopbackServer, describe
+from vmbus.transport.library import Library
+from vmbus.wire.workload import ECHO_TYPE, echo_request
 from vmbus_guest.driver import VmbusDriver
 
 pytestmark = pytest.mark.loopback

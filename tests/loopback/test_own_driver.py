@@ -13,9 +13,9 @@ import pytest
 from support.restoring import Servers
 from vmbus.cli.drivers import Drive, DriverFile, jobs_for, outcome, parse_drive, read_driver_file
 from vmbus.errors import EnvironmentProblem, UsageError
-from vmbus.loopback.harness import describe
 from vmbus.providers.echo import EchoProvider
-from vmbus.vfio_user.library import Library
+from vmbus.testkit.loopback.harness import describe
+from vmbus.transport.library import Library
 from vmbus_guest.testdrivers import CATALOGUE, DIRECTORY_VARIABLE, drivers
 from vmbus_guest.testdrivers.context import Context
 from vmbus_guest.testdrivers.describe import describe as describe_driver

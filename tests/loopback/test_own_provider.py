@@ -10,11 +10,11 @@ import pytest
 from support import pace
 from vmbus.cli.new_provider import create
 from vmbus.errors import UsageError
-from vmbus.loopback.harness import LoopbackServer
 from vmbus.providers import provider_class
 from vmbus.providers.loading import ALLOW_VARIABLE, PATH_VARIABLE
-from vmbus.qemu.description import load_description
-from vmbus.vfio_user.library import Library
+from vmbus.testkit.loopback.harness import LoopbackServer
+from vmbus.transport.library import Library
+from vmbus.vm.description import load_description
 from vmbus_guest.driver import VmbusDriver
 
 pytestmark = pytest.mark.loopback

@@ -16,21 +16,21 @@ import pytest
 
 from support.stubborn import ANSWER, STUBBORN_TYPE
 from support.traffic import PAGE, Traffic
-from vmbus import saved
-from vmbus.complaints import COMPLAINTS
+from vmbus.device import saved
 from vmbus.errors import UsageError, VmbusError, WaitTimeout
-from vmbus.loopback.function import LoopbackFunction
-from vmbus.loopback.harness import LoopbackServer, describe
-from vmbus.loopback.migration import ProtocolMigration
-from vmbus.memory import GuestMemory
+from vmbus.memory.guest import GuestMemory
 from vmbus.server.driven import _STEPS
 from vmbus.server.phase import Phase
-from vmbus.vfio_user import protocol
-from vmbus.vfio_user.client import Disconnected, RemoteError, VfioUserClient
-from vmbus.vfio_user.context import Context
-from vmbus.vfio_user.library import Generation, Library
-from vmbus.vfio_user.migration import LONGEST_DATA, MigrationState
-from vmbus.vfio_user.protocol import Command, DeviceState, Feature
+from vmbus.testkit.loopback.client import Disconnected, RemoteError, VfioUserClient
+from vmbus.testkit.loopback.function import LoopbackFunction
+from vmbus.testkit.loopback.harness import LoopbackServer, describe
+from vmbus.testkit.loopback.migration import ProtocolMigration
+from vmbus.transport import protocol
+from vmbus.transport.context import Context
+from vmbus.transport.library import Generation, Library
+from vmbus.transport.migration import LONGEST_DATA, MigrationState
+from vmbus.transport.protocol import Command, DeviceState, Feature
+from vmbus.util.complaints import COMPLAINTS
 from vmbus_guest.driver import VmbusDriver
 
 pytestmark = pytest.mark.loopback
@@ -752,7 +752,7 @@ def stubborn(library: Library, kind: str, *, external: bool = False) -> tuple[Lo
 @pytest.fixture
 def own_description(monkeypatch: pytest.MonkeyPatch) -> None:
     """Names of providers are theirs; these have a colon in theirs."""
-    import vmbus.loopback.harness as harness
+    import vmbus.testkit.loopback.harness as harness
 
     real = harness.ProviderDescription
     monkeypatch.setattr(
@@ -857,7 +857,7 @@ def test_a_provider_that_fails_in_save(
 
 
 def test_the_server_knows_whether_its_client_drives(libvfio_user: Library, caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.CRITICAL, "vmbus.vfio_user.context.library")
+    caplog.set_level(logging.CRITICAL, "vmbus.transport.context.library")
     with LoopbackServer(DESCRIPTION, libvfio_user) as server, server.function(ram_size=RAM) as function:
         assert server.command("status")["driven_by_client"] is False
         if libvfio_user.generation is Generation.OLD:

@@ -17,13 +17,13 @@ from vmbus import providers
 from vmbus.kmcl.channel import Channel
 from vmbus.kmcl.completion import Completion
 from vmbus.kmcl.server import ServerChannel
-from vmbus.loopback.harness import LoopbackServer, describe
-from vmbus.loopback.pair import LoopbackPair
 from vmbus.providers import Provider
 from vmbus.providers.base import Bound
 from vmbus.providers.faults import ProviderRaised
-from vmbus.vfio_user.library import Library
-from vmbus.vfio_user.migration import MigrationRefused, MigrationState
+from vmbus.testkit.loopback.harness import LoopbackServer, describe
+from vmbus.testkit.loopback.pair import LoopbackPair
+from vmbus.transport.library import Library
+from vmbus.transport.migration import MigrationRefused, MigrationState
 from vmbus_guest.driver import VmbusDriver
 
 pytestmark = pytest.mark.loopback
@@ -202,7 +202,7 @@ def test_what_the_server_calls_is_counted_too(pair: LoopbackPair) -> None:
 def test_one_request_for_a_burst_leaves_the_control_socket_alone(kind: str, libvfio_user: Library) -> None:
     """The largest window of the largest packets, never answered: the server answers, and keeps what is documented."""
     from vmbus.providers.burst import MOST_BYTES
-    from vmbus.workload import BURST_TYPE, BurstStart
+    from vmbus.wire.workload import BURST_TYPE, BurstStart
 
     with LoopbackServer(describe(kind, "burst"), libvfio_user) as server, VmbusDriver(server.function()) as driver:
         channel = driver.client_channel(BURST_TYPE, name="burst")

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from support import pace
-from vmbus.loopback.pair import LoopbackPair
 from vmbus.pytest_plugin import pytest_addoption, pytest_configure
+from vmbus.testkit.loopback.pair import LoopbackPair
 
 pytestmark = pytest.mark.loopback
 
@@ -56,7 +56,7 @@ def properties(folder: Path) -> dict[str, dict[str, str]]:
 
 MORE = """
 
-from vmbus.workload import BURST_TYPE, BurstStart
+from vmbus.wire.workload import BURST_TYPE, BurstStart
 
 
 def test_memory(vmbus_loopback, tmp_path):
@@ -100,7 +100,7 @@ def test_the_example_passes_and_the_report_has_the_figures(tmp_path: Path) -> No
 def test_a_test_that_fails_leaves_nothing_and_the_next_one_passes(tmp_path: Path) -> None:
     text = """
 import threading
-from vmbus.workload import ECHO_TYPE, echo_request
+from vmbus.wire.workload import ECHO_TYPE, echo_request
 
 def test_fails(vmbus_loopback):
     pair = vmbus_loopback("echo", echo={"hold": 4, "hold_seconds": 5})
@@ -122,7 +122,7 @@ import pytest
 from vmbus import providers
 from vmbus.kmcl.server import ServerChannel
 from vmbus.providers import Provider
-from vmbus.workload import ECHO_TYPE
+from vmbus.wire.workload import ECHO_TYPE
 
 class Careless(Provider):
     kind = "careless"

@@ -7,15 +7,15 @@ import msgspec
 import pytest
 
 from support.traffic import PAGE, Traffic
-from vmbus import saved
+from vmbus.device import saved
 from vmbus.errors import StateError, UsageError
 from vmbus.kmcl.saved import PacketChunk, decode_chunk, decode_lib, encode
-from vmbus.loopback.function import LoopbackFunction
-from vmbus.loopback.harness import LoopbackServer, describe
-from vmbus.memory import DirtyLogBroken
-from vmbus.vfio_user import bindings, pci
-from vmbus.vfio_user.library import Library
-from vmbus.vfio_user.pci import COMMAND, COMMAND_BUS_MASTER
+from vmbus.memory.guest import DirtyLogBroken
+from vmbus.testkit.loopback.function import LoopbackFunction
+from vmbus.testkit.loopback.harness import LoopbackServer, describe
+from vmbus.transport import bindings, pci
+from vmbus.transport.library import Library
+from vmbus.transport.pci import COMMAND, COMMAND_BUS_MASTER
 from vmbus_guest.driver import VmbusDriver
 
 pytestmark = pytest.mark.loopback

@@ -18,14 +18,14 @@ from support.storage import Guest, disk_status, pattern, until
 from support.storvsc import Pending, result_of
 from vmbus import providers
 from vmbus.errors import WaitTimeout
-from vmbus.loopback.harness import LoopbackServer, describe
 from vmbus.providers.disk import disk
 from vmbus.providers.disk.backend import Backend
 from vmbus.providers.disk.core import Core, Job
 from vmbus.providers.disk.image import Image
 from vmbus.providers.scsi import ScsiProvider
-from vmbus.vfio_user.library import Library
-from vmbus.vfio_user.mapping import GuestMapping
+from vmbus.testkit.loopback.harness import LoopbackServer, describe
+from vmbus.transport.library import Library
+from vmbus.transport.mapping import GuestMapping
 from vmbus.wire.storvsp import Direction
 from vmbus.wire.synic import CONTROL_RESET, Register
 

@@ -18,13 +18,14 @@ from support import pace, storvsc
 from support.disk import Fault, FaultyBackend
 from support.storage import Guest, pattern, status, until
 from support.storvsc import Extents, Pending, result_of
-from vmbus import providers, saved
+from vmbus import providers
+from vmbus.device import saved
 from vmbus.errors import EnvironmentProblem, UsageError, VmbusError, WaitTimeout
-from vmbus.loopback.harness import LoopbackServer, describe
 from vmbus.providers.disk.backend import Backend
 from vmbus.providers.disk.image import Image
 from vmbus.providers.scsi import ScsiProvider
-from vmbus.vfio_user.library import Library
+from vmbus.testkit.loopback.harness import LoopbackServer, describe
+from vmbus.transport.library import Library
 from vmbus.wire import scsi, storvsp
 from vmbus.wire.storvsp import Direction, Operation
 

@@ -15,17 +15,17 @@ import pytest
 from support import pace
 from support.outside import OUTSIDE_TYPE, OutsideProvider
 from vmbus import providers
-from vmbus.description import DeviceDescription
-from vmbus.device import Device
+from vmbus.device.description import DeviceDescription
+from vmbus.device.device import Device
 from vmbus.errors import EnvironmentProblem, StateError, UsageError, WaitTimeout
 from vmbus.kmcl.client import ClientChannel
-from vmbus.loopback.function import LoopbackFunction
-from vmbus.loopback.harness import LoopbackServer, describe
 from vmbus.server.life import Life
 from vmbus.server.services import Services
 from vmbus.server.timers import Timers
-from vmbus.vfio_user.library import Library
-from vmbus.vfio_user.migration import MigrationRefused, MigrationState
+from vmbus.testkit.loopback.function import LoopbackFunction
+from vmbus.testkit.loopback.harness import LoopbackServer, describe
+from vmbus.transport.library import Library
+from vmbus.transport.migration import MigrationRefused, MigrationState
 from vmbus_guest.driver import VmbusDriver
 
 pytestmark = pytest.mark.loopback

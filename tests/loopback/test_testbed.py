@@ -20,8 +20,8 @@ import pytest
 import vmbus
 from support import pace
 from vmbus.errors import EnvironmentProblem, WaitTimeout
-from vmbus.qemu.process import Child, ProcessDied
 from vmbus.testbed.hosts import Forbidden, Host, TwoHosts
+from vmbus.vm.process import Child, ProcessDied
 
 pytestmark = pytest.mark.loopback
 

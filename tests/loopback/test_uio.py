@@ -15,10 +15,10 @@ from support.linux_bus import Kernel, uio_context, uio_driver
 from vmbus.errors import UsageError, WaitTimeout
 from vmbus.kmcl.lifecycle import ChannelState
 from vmbus.kmcl.status import KmclError
-from vmbus.loopback.harness import LoopbackServer, describe
-from vmbus.vfio_user.library import Library
+from vmbus.testkit.loopback.harness import LoopbackServer, describe
+from vmbus.transport.library import Library
 from vmbus.wire.lab import LAB_TYPE
-from vmbus.workload import ECHO_TYPE, echo_request
+from vmbus.wire.workload import ECHO_TYPE, echo_request
 from vmbus_guest.testdrivers import CATALOGUE
 
 pytestmark = pytest.mark.loopback

@@ -30,11 +30,11 @@ from support.transport import (
     serve_in_process,
 )
 from vmbus.errors import EnvironmentProblem, UsageError
-from vmbus.vfio_user import bindings, pci, protocol
-from vmbus.vfio_user.client import Disconnected, RemoteError, VfioUserClient
-from vmbus.vfio_user.context import Context, ResetKind, RunResult
-from vmbus.vfio_user.library import Generation, Library
-from vmbus.vfio_user.protocol import Command
+from vmbus.testkit.loopback.client import Disconnected, RemoteError, VfioUserClient
+from vmbus.transport import bindings, pci, protocol
+from vmbus.transport.context import Context, ResetKind, RunResult
+from vmbus.transport.library import Generation, Library
+from vmbus.transport.protocol import Command
 
 pytestmark = pytest.mark.loopback
 BAR0, CONFIG = bindings.REGION_BAR0, bindings.REGION_CONFIG
@@ -201,7 +201,7 @@ def test_defects_are_logged_and_refusals_only_for_debugging(
     for register in (REFUSED, BROKEN):
         with pytest.raises(RemoteError):
             client.region_read(BAR0, register, 4)
-    ours = [record for record in caplog.records if record.name == "vmbus.vfio_user.context"]
+    ours = [record for record in caplog.records if record.name == "vmbus.transport.context"]
     assert [r.getMessage() for r in ours if r.levelno == logging.ERROR] == [
         "BAR0 access of 4 bytes at 0x204 failed in the device"
     ]
@@ -566,7 +566,7 @@ def test_unmapping_what_is_not_mapped_is_only_for_debugging(
     assert not [r for r in caplog.records if r.levelno >= logging.WARNING]
     with pytest.raises(RemoteError):
         client.request(200, bytes(4))
-    assert [r.name for r in caplog.records if r.levelno == logging.ERROR][:1] == ["vmbus.vfio_user.context.library"]
+    assert [r.name for r in caplog.records if r.levelno == logging.ERROR][:1] == ["vmbus.transport.context.library"]
 
 
 def _connect(path: Path) -> socket.socket:

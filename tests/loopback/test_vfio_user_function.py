@@ -10,11 +10,11 @@ import pytest
 
 from support.transport import ADDRESS, INTERRUPT, STORE, VALUE, ServerThread, serve, serve_in_process
 from vmbus.errors import EnvironmentProblem, UsageError
-from vmbus.loopback.function import LoopbackBuffer, LoopbackFunction
-from vmbus.vfio_user.bindings import OLD_MAX_DMA_REGIONS
-from vmbus.vfio_user.client import RemoteError
-from vmbus.vfio_user.context import ResetKind
-from vmbus.vfio_user.library import Library
+from vmbus.testkit.loopback.client import RemoteError
+from vmbus.testkit.loopback.function import LoopbackBuffer, LoopbackFunction
+from vmbus.transport.bindings import OLD_MAX_DMA_REGIONS
+from vmbus.transport.context import ResetKind
+from vmbus.transport.library import Library
 
 pytestmark = pytest.mark.loopback
 PAGE = 4096

@@ -17,11 +17,11 @@ import pytest
 from support import pace
 from support.transport import ADDRESS, VALUE, ServerThread, serve
 from vmbus.errors import EnvironmentProblem, VmbusError
-from vmbus.vfio_user import bindings, protocol
-from vmbus.vfio_user.client import DmaAccess, RemoteError, VfioUserClient
-from vmbus.vfio_user.context import AddressNotMapped, ClientBusy, ClientGone, ClientRefused, ResetKind, RunResult
-from vmbus.vfio_user.library import Generation, Library
-from vmbus.vfio_user.protocol import Command
+from vmbus.testkit.loopback.client import DmaAccess, RemoteError, VfioUserClient
+from vmbus.transport import bindings, protocol
+from vmbus.transport.context import AddressNotMapped, ClientBusy, ClientGone, ClientRefused, ResetKind, RunResult
+from vmbus.transport.library import Generation, Library
+from vmbus.transport.protocol import Command
 
 pytestmark = pytest.mark.loopback
 BAR0 = bindings.REGION_BAR0
@@ -343,7 +343,7 @@ def test_memory_whose_file_is_made_shorter_costs_the_client_its_connection(serve
 def test_a_bus_error_elsewhere_ends_the_process_as_ever() -> None:
     program = """
 import mmap, os
-from vmbus.vfio_user import mapping
+from vmbus.transport import mapping
 mapping._guard.install()
 fd = os.memfd_create("x")
 os.ftruncate(fd, 4096)

@@ -16,21 +16,21 @@ import pytest
 
 from support import pace
 from support.vsock import RING_PAGES, SECONDS, GuestSocket, GuestSockets, accept, call, listen, take
-from vmbus.audit.checker import check_paths
-from vmbus.audit.files import recorder_in
 from vmbus.bus.connects import CONNECTION_REFUSED, MOST_CONNECTS
+from vmbus.device.saved import count_packets
 from vmbus.errors import StateError, UsageError, WaitTimeout
-from vmbus.inspection.document import Source
-from vmbus.inspection.saved import inspect_state
 from vmbus.kmcl.server import SERVER_FLAG_FORCE_NEW_CHANNEL
-from vmbus.loopback.harness import LoopbackServer, describe
-from vmbus.migration.arrival import packets_found
+from vmbus.observe.audit.checker import check_paths
+from vmbus.observe.audit.files import recorder_in
+from vmbus.observe.inspection.document import Source
+from vmbus.observe.inspection.saved import inspect_state
+from vmbus.operations.migration.arrival import packets_found
 from vmbus.providers.vsock import VsockProvider
 from vmbus.providers.vsock.connection import CHUNK, HIGH, Connection
 from vmbus.providers.vsock.provider import _FLAGS, HOST_SECONDS, MOST_CONNECTIONS
-from vmbus.saved import count_packets
 from vmbus.snapshot.manifest import Packets
-from vmbus.vfio_user.library import Library
+from vmbus.testkit.loopback.harness import LoopbackServer, describe
+from vmbus.transport.library import Library
 from vmbus.wire import hvsock
 from vmbus.wire import messages as m
 from vmbus_guest.driver import VmbusDriver

@@ -11,10 +11,10 @@ import tempfile
 import time
 from pathlib import Path
 
-from vmbus.qemu.command_line import Programs
-from vmbus.qemu.description import VmDescription
 from vmbus.qemu.machine import VirtualMachine
-from vmbus.qemu.process import RunDirectory
+from vmbus.vm.command_line import Programs
+from vmbus.vm.description import VmDescription
+from vmbus.vm.process import RunDirectory
 
 seconds: list[float] = []
 """What each save and restore has taken, for the summary of a test run."""

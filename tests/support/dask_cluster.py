@@ -13,8 +13,8 @@ from types import TracebackType
 import vmbus
 import vmbus_guest
 from support.failure_bench import until
-from vmbus.qemu.process import Child
 from vmbus.soak import remote
+from vmbus.vm.process import Child
 
 START = 60.0
 

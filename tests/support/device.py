@@ -5,8 +5,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 from uuid import UUID
 
-from vmbus import saved
-from vmbus.device import Device
+from vmbus.device import saved
+from vmbus.device.device import Device
 from vmbus.kmcl.channel import Channel
 from vmbus.kmcl.server import ServerChannel
 from vmbus.providers import Provider, provider_class
@@ -184,7 +184,7 @@ def describe(state: saved.DeviceState) -> str:
 
 
 def open_echo(driver: VmbusDriver, **pages: int) -> Channel:
-    from vmbus.workload import ECHO_TYPE
+    from vmbus.wire.workload import ECHO_TYPE
 
     channel = driver.client_channel(ECHO_TYPE, name="echo", **pages)
     driver.enable(channel)

@@ -9,7 +9,7 @@ from support.pair import Pair, PairLink
 from vmbus.errors import PeerError, WaitTimeout
 from vmbus.kmcl import Channel, ChannelState, Completion, Packet
 from vmbus.kmcl.server import ServerChannel
-from vmbus.memory import Grant
+from vmbus.memory.guest import Grant
 
 
 class GpadlLink(PairLink):

@@ -31,19 +31,20 @@ from support.failure_matrix import Cell, Failure, Operation, Outcome
 from support.matrix_owner import TAG, Errand
 from support.pace import eventually
 from support.processes import alive
-from vmbus.description import DeviceDescription, ProviderDescription
+from vmbus.cli.supervisor import Supervisor
+from vmbus.device.description import DeviceDescription, ProviderDescription
 from vmbus.errors import VmbusError
-from vmbus.migration import arrival, link, source
-from vmbus.migration.address import UnixAddress
-from vmbus.migration.channel import listen
-from vmbus.qemu import machine, revert, save
-from vmbus.qemu.command_line import Programs
-from vmbus.qemu.description import VmDescription
+from vmbus.operations import revert, save
+from vmbus.operations.migration import arrival, link, source
+from vmbus.operations.migration.address import UnixAddress
+from vmbus.operations.migration.channel import listen
+from vmbus.qemu import machine
 from vmbus.qemu.machine import VirtualMachine
-from vmbus.qemu.moments import Moment
-from vmbus.qemu.process import clean_stale, runtime_base
-from vmbus.qemu.supervisor import Supervisor
 from vmbus.snapshot.bundle import SnapshotWriter, open_snapshot
+from vmbus.vm.command_line import Programs
+from vmbus.vm.description import VmDescription
+from vmbus.vm.moments import Moment
+from vmbus.vm.process import clean_stale, runtime_base
 
 TESTS = Path(__file__).resolve().parents[1]
 SECRET = secrets.token_bytes(32)

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 
-from vmbus.qemu.moments import Moment
+from vmbus.vm.moments import Moment
 
 
 class Operation(Enum):

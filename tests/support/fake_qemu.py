@@ -34,7 +34,7 @@ sys.path[:0] = [str(TESTS), str(TESTS.parent / "device"), str(TESTS.parent / "gu
 from support.processes import alive  # noqa: E402
 from support.traffic import Traffic  # noqa: E402
 from vmbus.errors import VmbusError  # noqa: E402
-from vmbus.loopback.function import LoopbackFunction  # noqa: E402
+from vmbus.testkit.loopback.function import LoopbackFunction  # noqa: E402
 from vmbus_guest.driver import VmbusDriver  # noqa: E402
 
 RAM = 4 << 20

@@ -16,8 +16,8 @@ from uuid import UUID
 import msgspec
 
 from vmbus.kmcl.server import ServerChannel
-from vmbus.patience import patient
 from vmbus.providers import Host, Provider
+from vmbus.util.patience import patient
 
 FAULTY_TYPE = UUID("5b0c8a3e-3d5b-4b39-9a86-0d5b6c0f3b21")
 STATE = b"faulty's own state"

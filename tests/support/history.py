@@ -11,12 +11,12 @@ from collections.abc import Sequence
 from struct import Struct
 from uuid import UUID
 
-from vmbus.audit import format as f
-from vmbus.audit.checker import check_records
-from vmbus.audit.recorder import LifePosition, Recorder, Trace
-from vmbus.audit.records import Record
-from vmbus.audit.report import Report
-from vmbus.audit.store import MemoryStore
+from vmbus.observe.audit import format as f
+from vmbus.observe.audit.checker import check_records
+from vmbus.observe.audit.recorder import LifePosition, Recorder, Trace
+from vmbus.observe.audit.records import Record
+from vmbus.observe.audit.report import Report
+from vmbus.observe.audit.store import MemoryStore
 
 INBAND, COMPLETION = 6, 11
 _HEAD = Struct("<HHHHQ")

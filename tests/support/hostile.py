@@ -18,10 +18,10 @@ from support.many import MANY_TYPE, ManyProvider
 from vmbus import providers
 from vmbus.errors import PeerError
 from vmbus.kmcl.client import ClientChannel
-from vmbus.loopback.harness import LoopbackServer, describe
 from vmbus.ring import INTERRUPT_MASK, PENDING_SEND_SIZE, READ_INDEX, WRITE_INDEX
 from vmbus.server.turns import Turn
-from vmbus.vfio_user.library import Library
+from vmbus.testkit.loopback.harness import LoopbackServer, describe
+from vmbus.transport.library import Library
 from vmbus.wire.synic import Register
 from vmbus_guest.driver import VmbusDriver
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import msgspec
 
-from vmbus.qemu.description import VmDescription, load_description
 from vmbus.qemu.machine import VirtualMachine
+from vmbus.vm.description import VmDescription, load_description
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 

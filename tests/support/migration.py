@@ -16,18 +16,18 @@ from typing import Any
 from qemu.qmp.events import EventListener
 
 from support import pace
-from vmbus.description import DeviceDescription, ProviderDescription
+from vmbus.device.description import DeviceDescription, ProviderDescription
 from vmbus.errors import EnvironmentProblem, StateError, VmbusError
-from vmbus.migration.address import Address
-from vmbus.migration.destination import Destination
-from vmbus.migration.messages import Prepare
-from vmbus.migration.source import Departing, Source
-from vmbus.migration.verdicts import Verdicts
-from vmbus.qemu.command_line import Programs
-from vmbus.qemu.description import VmDescription
+from vmbus.operations.migration.address import Address
+from vmbus.operations.migration.destination import Destination
+from vmbus.operations.migration.messages import Prepare
+from vmbus.operations.migration.source import Departing, Source
+from vmbus.operations.migration.verdicts import Verdicts
+from vmbus.operations.save import MAGIC
 from vmbus.qemu.qmp import MIGRATION_ENDS, MigrationFailed
-from vmbus.qemu.save import MAGIC
 from vmbus.snapshot.manifest import Machine, Packets
+from vmbus.vm.command_line import Programs
+from vmbus.vm.description import VmDescription
 
 CONFIG = bytes.fromhex("4256564d") + bytes(range(252))
 PACKETS = {"queued": 3, "sent": 4}
@@ -217,7 +217,7 @@ class LeavingVm:
 
 
 class ArrivingVm:
-    """Implements `vmbus.migration.destination.Arriving`."""
+    """Implements `vmbus.operations.migration.destination.Arriving`."""
 
     def __init__(self, world: World, folder: Path) -> None:
         self.world = world

@@ -19,7 +19,7 @@ from vmbus.kmcl.completion import Completion
 from vmbus.kmcl.packet import Packet
 from vmbus.kmcl.server import ServerChannel
 from vmbus.kmcl.status import KmclError
-from vmbus.memory import Grant
+from vmbus.memory.guest import Grant
 from vmbus.providers import Host, Provider
 from vmbus_guest.driver import VmbusDriver
 

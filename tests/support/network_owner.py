@@ -20,8 +20,8 @@ from support import vm_owner
 from support.boot import boot
 from vmbus.errors import EnvironmentProblem
 from vmbus.providers.network.interface import in_namespace
-from vmbus.qemu.command_line import Programs
-from vmbus.qemu.description import VmDescription
+from vmbus.vm.command_line import Programs
+from vmbus.vm.description import VmDescription
 
 BRIDGE = "br0"
 LINK = "eth0"

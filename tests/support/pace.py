@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from vmbus.errors import WaitTimeout
-from vmbus.patience import factor
+from vmbus.util.patience import factor
 
 PIECE = 20_000
 """Turns of the loop that is measured."""

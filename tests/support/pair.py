@@ -6,7 +6,7 @@ from uuid import UUID
 from vmbus.kmcl import ClientChannel
 from vmbus.kmcl.channel import Channel
 from vmbus.kmcl.server import ServerChannel
-from vmbus.memory import GuestMemory
+from vmbus.memory.guest import GuestMemory
 from vmbus.ring import FEATURE_BITS, RingReader, RingWriter
 
 TYPE = UUID("00000000-0000-4000-8000-000000000001")

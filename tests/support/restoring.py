@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from vmbus import saved
-from vmbus.description import DeviceDescription
+from vmbus.device import saved
+from vmbus.device.description import DeviceDescription
 from vmbus.errors import StateError
-from vmbus.loopback.function import LoopbackFunction
-from vmbus.loopback.harness import LoopbackServer
-from vmbus.vfio_user.library import Library
+from vmbus.testkit.loopback.function import LoopbackFunction
+from vmbus.testkit.loopback.harness import LoopbackServer
+from vmbus.transport.library import Library
 
 
 class Servers:

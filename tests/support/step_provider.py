@@ -38,7 +38,7 @@ from vmbus.kmcl.server import (
     ServerChannel,
 )
 from vmbus.kmcl.status import KmclError, Status
-from vmbus.memory import Grant
+from vmbus.memory.guest import Grant
 from vmbus.providers import Host, Provider
 from vmbus_guest.driver import VmbusDriver
 

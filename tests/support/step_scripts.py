@@ -593,7 +593,7 @@ def put_off(run: Run) -> None:
 
 def outbox_full(run: Run) -> None:
     """The guest posts more than there is room for answers, and has to take some before it can go on."""
-    with mock.patch("vmbus.synic.MAX_OUTBOX", 3):
+    with mock.patch("vmbus.bus.synic.MAX_OUTBOX", 3):
         driver = run.connect()
         for number in range(9):
             driver.bus.modify_channel(1 + number % 3, number)

@@ -31,16 +31,16 @@ from uuid import UUID
 import msgspec
 
 from support.twins import RingFences
-from vmbus import saved
-from vmbus.backlog import TURN_SECONDS
-from vmbus.device import Device
+from vmbus.device import saved
+from vmbus.device.device import Device
 from vmbus.kmcl.client import ClientChannel
 from vmbus.kmcl.saved import ChannelChunk, CompletionChunk, PacketChunk, decode_chunk, decode_lib
 from vmbus.kmcl.server import ServerChannel
-from vmbus.memory import MemoryRevoked
+from vmbus.memory.guest import MemoryRevoked
 from vmbus.providers import Provider
 from vmbus.ring import HEADER_SIZE, PENDING_SEND_SIZE, READ_INDEX, WRITE_INDEX
 from vmbus.testkit.kit import difference
+from vmbus.util.backlog import TURN_SECONDS
 from vmbus.wire import messages as m
 from vmbus.wire.packet import FLAG_COMPLETION_REQUESTED, PacketType, split_packets
 from vmbus.wire.synic import SLOT_HEADER, SLOT_OFFSET, Register
@@ -90,7 +90,7 @@ class _Timer:
 
 
 class Life:
-    """One life of the device: what ends with its process. Implements the providers' `Host`, and `vmbus.device`'s
+    """One life of the device: what ends with its process. Implements the providers' `Host`, and `vmbus.device.device`'s
     surroundings. A life that has ended must not touch anything any more."""
 
     def __init__(self, world: World, described: Sequence[Described]) -> None:

@@ -15,13 +15,13 @@ from typing import Any
 
 from support.step_provider import BackProvider, FrontProvider, PipeProvider, StepProvider
 from support.steps import Described, Points, Stuck, Tamper, describe, what_moves
-from vmbus import saved
-from vmbus.description import DeviceDescription, ProviderDescription
+from vmbus.device import saved
+from vmbus.device.description import DeviceDescription, ProviderDescription
 from vmbus.errors import WaitTimeout
-from vmbus.fence import full_fence
-from vmbus.loopback.function import LoopbackBuffer
-from vmbus.loopback.harness import LoopbackServer
-from vmbus.vfio_user.library import Library
+from vmbus.ring.fence import full_fence
+from vmbus.testkit.loopback.function import LoopbackBuffer
+from vmbus.testkit.loopback.harness import LoopbackServer
+from vmbus.transport.library import Library
 from vmbus.wire.synic import Register
 from vmbus_guest.driver import VmbusDriver
 

@@ -14,8 +14,8 @@ from vmbus.kmcl.channel import Channel
 from vmbus.kmcl.completion import Completion
 from vmbus.kmcl.packet import Packet
 from vmbus.kmcl.status import Status as PacketStatus
-from vmbus.loopback.function import LoopbackFunction
-from vmbus.loopback.harness import LoopbackServer
+from vmbus.testkit.loopback.function import LoopbackFunction
+from vmbus.testkit.loopback.harness import LoopbackServer
 from vmbus.wire.storvsp import STORVSP_TYPE
 from vmbus_guest.driver import VmbusDriver
 

@@ -8,7 +8,7 @@ from uuid import UUID
 from vmbus.kmcl.channel import Channel
 from vmbus.kmcl.completion import Completion
 from vmbus.kmcl.server import ServerChannel
-from vmbus.memory import Grant
+from vmbus.memory.guest import Grant
 from vmbus.providers import Host, Provider
 from vmbus.providers.base import NoOptions
 

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from support import pace
-from vmbus.vfio_user.context import Context, DeviceAccessError, ResetKind, RunResult
-from vmbus.vfio_user.library import Library
-from vmbus.vfio_user.pci import ConfigSpace
+from vmbus.transport.context import Context, DeviceAccessError, ResetKind, RunResult
+from vmbus.transport.library import Library
+from vmbus.transport.pci import ConfigSpace
 
 # Registers of the recording device.
 STORE = 0x000  # 64 bytes that keep what is written
@@ -205,7 +205,7 @@ def serve_in_process(library: Path, path: Path) -> Iterator[subprocess.Popen[str
 
 
 def _main() -> None:
-    from vmbus.vfio_user.library import load
+    from vmbus.transport.library import load
 
     device = RecordingDevice()
     with Context(load(Path(sys.argv[1])), Path(sys.argv[2]), device) as context:

@@ -15,11 +15,12 @@ from unittest import mock
 
 import pytest
 
-from vmbus import native, ring_pure
+from vmbus import native
 from vmbus.native import build
 from vmbus.provision.cache import Cache
 from vmbus.provision.native import find
-from vmbus.ring_pure import RingReader, RingWriter
+from vmbus.ring import pure as ring_pure
+from vmbus.ring.pure import RingReader, RingWriter
 from vmbus.wire.packet import pure_split_packets
 
 
@@ -88,7 +89,7 @@ class RingFences:
 
     def __init__(self, call: Callable[[], None]) -> None:
         self._call = call
-        self._pure = mock.patch("vmbus.ring_pure.full_fence", call)
+        self._pure = mock.patch("vmbus.ring.pure.full_fence", call)
         self._before: Callable[[], None] | None = None
 
     def start(self) -> None:

@@ -19,11 +19,11 @@ import msgspec
 
 from support import pace
 from vmbus.errors import UsageError, VmbusError
-from vmbus.migration.address import parse_address
-from vmbus.migration.channel import listen
-from vmbus.qemu.command_line import Programs
+from vmbus.operations.migration.address import parse_address
+from vmbus.operations.migration.channel import listen
 from vmbus.qemu.machine import VirtualMachine
-from vmbus.qemu.moments import Moment
+from vmbus.vm.command_line import Programs
+from vmbus.vm.moments import Moment
 
 AUDIT = Path("/tmp/audit")
 """Where the servers of this owner keep their audit records."""

@@ -14,7 +14,7 @@ from vmbus.kmcl.client import ClientChannel
 from vmbus.kmcl.completion import Completion
 from vmbus.kmcl.lifecycle import ChannelState
 from vmbus.kmcl.settings import FLAG_IS_PIPE
-from vmbus.ring_pure import PENDING_SEND_SIZE
+from vmbus.ring.pure import PENDING_SEND_SIZE
 from vmbus.wire import hvsock
 from vmbus.wire import messages as m
 from vmbus_guest.channel_driver import SteadyClock

@@ -11,9 +11,9 @@ from typing import Any
 from support import pace
 from support.boot import boot
 from vmbus.errors import WaitTimeout
-from vmbus.qemu.command_line import Programs
-from vmbus.qemu.description import VmDescription
 from vmbus.qemu.machine import VirtualMachine
+from vmbus.vm.command_line import Programs
+from vmbus.vm.description import VmDescription
 
 ENDLESS = {"count": 0, "slots": 400, "batch": 16, "verify_every": 10}
 

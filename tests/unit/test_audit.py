@@ -17,17 +17,17 @@ from support.device import Machine
 from support.history import COMPLETION, INBAND, History, Link, ring_bytes
 from support.pair import Pair
 from support.traffic import Burst, Traffic
-from vmbus import saved
-from vmbus.audit import format as f
-from vmbus.audit.checker import check_paths, check_records
-from vmbus.audit.files import guest_recorder, make_directory, recorder_in
-from vmbus.audit.recorder import BRIEF, GRAIN, Recorder
-from vmbus.audit.records import Record, find_files
-from vmbus.audit.report import Report
-from vmbus.audit.store import FileStore, MemoryStore
 from vmbus.cli import main
+from vmbus.device import saved
 from vmbus.errors import EnvironmentProblem, StateError, UsageError
 from vmbus.kmcl.saved import decode_lib
+from vmbus.observe.audit import format as f
+from vmbus.observe.audit.checker import check_paths, check_records
+from vmbus.observe.audit.files import guest_recorder, make_directory, recorder_in
+from vmbus.observe.audit.recorder import BRIEF, GRAIN, Recorder
+from vmbus.observe.audit.records import Record, find_files
+from vmbus.observe.audit.report import Report
+from vmbus.observe.audit.store import FileStore, MemoryStore
 from vmbus_guest.driver import VmbusDriver
 
 pytestmark = pytest.mark.unit

@@ -13,13 +13,13 @@ from typing import Any
 
 import pytest
 
-from vmbus.audit.checker import check_paths
-from vmbus.audit.files import guest_recorder, recorder_in
-from vmbus.audit.records import Mark, Record
 from vmbus.errors import UsageError
-from vmbus.qemu.audit import collect
-from vmbus.qemu.command_line import AUDIT_WORD, kernel_arguments
-from vmbus.qemu.description import VmDescription, load_description
+from vmbus.observe.audit.checker import check_paths
+from vmbus.observe.audit.files import guest_recorder, recorder_in
+from vmbus.observe.audit.guest import collect
+from vmbus.observe.audit.records import Mark, Record
+from vmbus.vm.command_line import AUDIT_WORD, kernel_arguments
+from vmbus.vm.description import VmDescription, load_description
 from vmbus_guest import agent as agent_module
 from vmbus_guest.agent import Agent
 

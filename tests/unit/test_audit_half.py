@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from support.history import COMPLETION, INBAND, End, Header, Link, ring_bytes
-from vmbus.audit.checker import check_records
-from vmbus.audit.records import Record
-from vmbus.audit.report import Report
+from vmbus.observe.audit.checker import check_records
+from vmbus.observe.audit.records import Record
+from vmbus.observe.audit.report import Report
 from vmbus.wire.hvsock import service_of
 from vmbus.wire.nvsp import NVSP_TYPE
 from vmbus.wire.storvsp import STORVSP_TYPE

@@ -7,9 +7,9 @@ import random
 import pytest
 
 from support.bus import TYPE, Joined, instance, one_range
-from vmbus.backlog import TURN_SECONDS, Backlog
 from vmbus.bus.offers import Offer, OfferState
 from vmbus.bus.server import BusServer, ConnectionState
+from vmbus.util.backlog import TURN_SECONDS, Backlog
 from vmbus.wire import messages as m
 
 pytestmark = pytest.mark.unit

@@ -12,7 +12,7 @@ from support.device import Machine, connect, open_echo
 from support.pair import Pair
 from vmbus.kmcl import allowance, incoming
 from vmbus.kmcl.outgoing import Outgoing
-from vmbus.workload import ECHO_TYPE, echo_request
+from vmbus.wire.workload import ECHO_TYPE, echo_request
 
 pytestmark = pytest.mark.unit
 

@@ -17,6 +17,7 @@ import pytest
 from support import pace
 from support.device import Machine, connect
 from support.storvsc import HANDSHAKE, SYNCHRONIZE, long_form, request, write_10
+from vmbus.bus.synic import CONTROL_RESET, Register
 from vmbus.kmcl.channel import Channel
 from vmbus.kmcl.completion import Completion
 from vmbus.kmcl.server import ServerChannel
@@ -32,12 +33,11 @@ from vmbus.providers.scsi import ScsiProvider
 from vmbus.providers.slices import BEHIND, BUDGET, PIECE, Slices
 from vmbus.server.services import THREADS, ProviderServices, Services
 from vmbus.server.timers import Timers
-from vmbus.synic import CONTROL_RESET, Register
 from vmbus.testkit import ProviderTest
 from vmbus.wire import lab
 from vmbus.wire.scsi import NO_DATA_BIT, Opcode
 from vmbus.wire.storvsp import STORVSP_TYPE, Direction
-from vmbus.workload import (
+from vmbus.wire.workload import (
     BURST_ANSWER,
     BURST_TYPE,
     ECHO_TYPE,

@@ -15,10 +15,10 @@ from click.testing import CliRunner
 from rich.console import Console
 
 from vmbus.errors import EnvironmentProblem, UsageError
-from vmbus.loopback.harness import describe
-from vmbus.migration.source import MigrationReport
-from vmbus.qemu.command_line import Programs
-from vmbus.qemu.description import VmDescription, load_description
+from vmbus.operations.migration.source import MigrationReport
+from vmbus.testkit.loopback.harness import describe
+from vmbus.vm.command_line import Programs
+from vmbus.vm.description import VmDescription, load_description
 from vmbus_bench import debian, doorbell, downtime, host
 from vmbus_bench.figures import (
     Part,

@@ -11,7 +11,7 @@ from vmbus.kmcl import ChannelState, ClientChannel, Completion, KmclError, Packe
 from vmbus.kmcl.channel import Channel
 from vmbus.kmcl.server import ServerChannel
 from vmbus.kmcl.status import Status
-from vmbus.memory import MemoryRevoked
+from vmbus.memory.guest import MemoryRevoked
 
 pytestmark = pytest.mark.unit
 

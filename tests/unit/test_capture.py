@@ -14,14 +14,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from support.pair import BASE, Pair
-from vmbus.capture import pcapng, record
-from vmbus.capture.capture import Capture, CaptureOptions, selects
-from vmbus.capture.pcapng import Captured, CaptureReader, Interface
-from vmbus.capture.record import Record, parse
-from vmbus.capture.replay import parse_ranges
-from vmbus.capture.sink import Sink, open_output
 from vmbus.cli.capture import parse_size
 from vmbus.errors import EnvironmentProblem, StateError, UsageError
+from vmbus.observe.capture import pcapng, record
+from vmbus.observe.capture.capture import Capture, CaptureOptions, selects
+from vmbus.observe.capture.pcapng import Captured, CaptureReader, Interface
+from vmbus.observe.capture.record import Record, parse
+from vmbus.observe.capture.sink import Sink, open_output
+from vmbus.testkit.replay import parse_ranges
 from vmbus.wire.gpa import range_for
 from vmbus.wire.packet import PacketType, gpa_direct_body
 

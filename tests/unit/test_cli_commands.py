@@ -34,14 +34,14 @@ from vmbus.cli.outputs import output
 from vmbus.cli.terminal import Steps
 from vmbus.cli.vm import _boot_sign, _follow
 from vmbus.errors import EnvironmentProblem, StateError, UsageError, VmbusError, WaitTimeout
-from vmbus.inspection.target import Running
-from vmbus.migration.source import MigrateFailed, MigrationInDoubt
+from vmbus.observe.inspection.target import Running
+from vmbus.operations.migration.source import MigrateFailed, MigrationInDoubt
+from vmbus.operations.revert import RevertFailed
+from vmbus.operations.save import SaveFailed
 from vmbus.qemu.agent import AgentError, GuestWentBack
 from vmbus.qemu.ends import GuestPanicked
-from vmbus.qemu.process import RunDirectory
-from vmbus.qemu.revert import RevertFailed
-from vmbus.qemu.save import SaveFailed
-from vmbus.screen import screen
+from vmbus.util.screen import screen
+from vmbus.vm.process import RunDirectory
 
 pytestmark = pytest.mark.unit
 
@@ -302,7 +302,7 @@ def test_fault_u1_no_console_is_made_elsewhere() -> None:
                         found.append(f"{path.relative_to(CHECKOUT)}:{node.lineno}")
                 if isinstance(node, ast.ImportFrom) and node.module == "rich.markup":
                     found.append(f"{path.relative_to(CHECKOUT)}:{node.lineno}")
-    assert [one.rpartition(":")[0] for one in found] == ["device/vmbus/screen.py"], found
+    assert [one.rpartition(":")[0] for one in found] == ["device/vmbus/util/screen.py"], found
 
 
 WITHOUT_STANDARD_FILES = """

@@ -13,8 +13,9 @@ import pytest
 
 import vmbus
 from support.device import BASE, Machine, connect
-from vmbus import complaints
-from vmbus.complaints import (
+from vmbus.bus.synic import CONTROL_ENABLE, Register
+from vmbus.util import complaints
+from vmbus.util.complaints import (
     BURST,
     COMPLAINTS,
     EVERY,
@@ -25,7 +26,6 @@ from vmbus.complaints import (
     TOTAL_EVERY,
     Complaints,
 )
-from vmbus.synic import CONTROL_ENABLE, Register
 
 pytestmark = pytest.mark.unit
 
@@ -256,7 +256,7 @@ def test_sabotage_without_the_filter_a_guest_fills_the_log(heard: io.StringIO) -
 
 # ---- no place is forgotten ----------------------------------------------------------------------------------------
 
-ON_PURPOSE = {"complaints.py", "server/__main__.py", "testkit/kit.py"}
+ON_PURPOSE = {"util/complaints.py", "server/__main__.py", "testkit/kit.py"}
 """Who handles loggers themselves."""
 
 

@@ -26,9 +26,9 @@ from vmbus.provision.debian_system import ARCHIVE_PORT, FILES, IMAGE, KEYS_CREDE
 from vmbus.provision.guest_files import Kernel
 from vmbus.provision.qemu import QemuProgram
 from vmbus.provision.report import SilentReporter
-from vmbus.qemu.command_line import Programs, kernel_arguments, with_available_driver
-from vmbus.qemu.description import VmDescription, load_description, parse_description
-from vmbus.qemu.root import copy_image, missing_root, prepare_root
+from vmbus.vm.command_line import Programs, kernel_arguments, with_available_driver
+from vmbus.vm.description import VmDescription, load_description, parse_description
+from vmbus.vm.root import copy_image, missing_root, prepare_root
 from vmbus_guest import newc
 
 pytestmark = pytest.mark.unit
@@ -122,7 +122,7 @@ def test_a_copy_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Mo
     def full(*_: int) -> int:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("vmbus.qemu.root.copy_content", full)
+    monkeypatch.setattr("vmbus.vm.root.copy_content", full)
     (tmp_path / "template").write_bytes(b"x")
     with pytest.raises(EnvironmentProblem, match="No space left"):
         asyncio.run(prepare_root(described(), tmp_path / "template"))

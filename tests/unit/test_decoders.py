@@ -24,20 +24,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import vmbus.wire
-from vmbus import saved
-from vmbus.audit import format as audit_format
-from vmbus.description import parse_device
+from vmbus.cli import supervisor
+from vmbus.device import saved
+from vmbus.device.description import parse_device
 from vmbus.errors import EnvironmentProblem, PeerError, StateError, UsageError, VmbusError
-from vmbus.migration import messages
-from vmbus.migration.channel import NotAuthentic
-from vmbus.migration.verdicts import Verdicts
-from vmbus.qemu import agent, supervisor
-from vmbus.qemu.description import parse_description
-from vmbus.qemu.process import OWNER, read_owner
+from vmbus.observe.audit import format as audit_format
+from vmbus.operations.migration import messages
+from vmbus.operations.migration.channel import NotAuthentic
+from vmbus.operations.migration.verdicts import Verdicts
+from vmbus.qemu import agent
 from vmbus.server import control
 from vmbus.snapshot.checkpoints import Store
 from vmbus.snapshot.manifest import decode_manifest
-from vmbus.vfio_user import context, protocol
+from vmbus.transport import context, protocol
+from vmbus.vm.description import parse_description
+from vmbus.vm.process import OWNER, read_owner
 from vmbus.wire import gpa, ic, packet, scsi
 from vmbus.wire import messages as wire_messages
 
@@ -82,18 +83,20 @@ MESSAGES = tuple(messages.encode(one) for one in (messages.Ping(), messages.Go()
 STATES = tuple(path.read_bytes() for path in sorted((CHECKOUT / "tests" / "golden" / "v1").glob("*.state.bin"))[:2])
 
 DECODERS: dict[str, Decoder] = {
-    "vmbus.saved.decode": Decoder(saved.decode, StateError, STATES),
-    "vmbus.migration.messages.decode": Decoder(lambda data: messages.decode(data, "peer"), NotAuthentic, MESSAGES),
-    "vmbus.migration.verdicts._last_line": Decoder(
+    "vmbus.device.saved.decode": Decoder(saved.decode, StateError, STATES),
+    "vmbus.operations.migration.messages.decode": Decoder(
+        lambda data: messages.decode(data, "peer"), NotAuthentic, MESSAGES
+    ),
+    "vmbus.operations.migration.verdicts._last_line": Decoder(
         in_file(f"{'a' * 32}.verdict", lambda path: Verdicts(path.parent).find("a" * 32)),
         None,
         (b'{"stage":"gone"}\n',),
     ),
     "vmbus.qemu.agent.decode_line": Decoder(agent.decode_line, None, (b'{"id": 1, "result": {}}',)),
-    "vmbus.qemu.supervisor.decode_request": Decoder(
+    "vmbus.cli.supervisor.decode_request": Decoder(
         supervisor.decode_request, UsageError, (b'{"command": "save", "arguments": {"directory": "/x"}}',)
     ),
-    "vmbus.qemu.supervisor.decode_answer": Decoder(
+    "vmbus.cli.supervisor.decode_answer": Decoder(
         supervisor.decode_answer, EnvironmentProblem, (b'{"progress": "x"}', b'{"result": {}}')
     ),
     "vmbus.server.control.decode_request": Decoder(
@@ -102,13 +105,13 @@ DECODERS: dict[str, Decoder] = {
     "vmbus.server.control.decode_response": Decoder(
         control.decode_response, EnvironmentProblem, (b'{"id": 1, "result": {}}',)
     ),
-    "vmbus.description.parse_device": Decoder(
+    "vmbus.device.description.parse_device": Decoder(
         lambda data: parse_device(data, "x"), UsageError, (b'{"name": "a", "providers": []}',)
     ),
-    "vmbus.qemu.description.parse_description": Decoder(
+    "vmbus.vm.description.parse_description": Decoder(
         lambda data: parse_description(data, "x"), UsageError, (DESCRIPTION,)
     ),
-    "vmbus.qemu.process.read_owner": Decoder(
+    "vmbus.vm.process.read_owner": Decoder(
         in_file(OWNER, lambda path: read_owner(path.parent)), None, (b'{"pid":1,"start_time":2,"boot":"x"}',)
     ),
     "vmbus.snapshot.manifest.decode_manifest": Decoder(
@@ -117,8 +120,10 @@ DECODERS: dict[str, Decoder] = {
     "vmbus.snapshot.checkpoints.Store.record": Decoder(
         in_file("t.json", lambda path: Store(path.parent, own=False).record("t")), StateError, (b'{"checkpoint": {}}',)
     ),
-    "vmbus.audit.format._json": Decoder(lambda data: audit_format._json(data, "x", 0), StateError, (b'{"a": 1}',)),
-    "vmbus.vfio_user.context._announced_transfer": Decoder(
+    "vmbus.observe.audit.format._json": Decoder(
+        lambda data: audit_format._json(data, "x", 0), StateError, (b'{"a": 1}',)
+    ),
+    "vmbus.transport.context._announced_transfer": Decoder(
         lambda data: context._announced_transfer(version_request(data)),
         None,
         (b'{"capabilities": {"max_data_xfer_size": 4096}}',),
@@ -137,10 +142,10 @@ DECODERS: dict[str, Decoder] = {
 }
 
 OUR_OWN = {
-    "vmbus.records.decode": "by `Refusing`, which tests/unit/test_state_hostile.py is about",
-    "vmbus.capture.replay.Replay._event": "tests/unit/test_capture.py has damaged captures",
-    "vmbus.vfio_user.context._with_shorter_transfers": "what the library has said",
-    "vmbus.vfio_user.client.VfioUserClient._negotiate": "the tests' client",
+    "vmbus.util.records.decode": "by `Refusing`, which tests/unit/test_state_hostile.py is about",
+    "vmbus.testkit.replay.Replay._event": "tests/unit/test_capture.py has damaged captures",
+    "vmbus.transport.context._with_shorter_transfers": "what the library has said",
+    "vmbus.testkit.loopback.client.VfioUserClient._negotiate": "the tests' client",
     "vmbus_guest.agent.Job.feed": "tests/unit/test_guest_agent.py has drivers that print rubbish",
     "vmbus_guest.agent.Agent._request": "tests/unit/test_guest_agent.py has requests that are none",
     "vmbus_guest.testdrivers.__main__.main": "what the agent has said",

@@ -15,7 +15,16 @@ from vmbus.ring import READ_INDEX, WRITE_INDEX
 from vmbus.wire import messages as m
 from vmbus.wire.gpa import GpaRange
 from vmbus.wire.synic import CONTROL_ENABLE, CONTROL_RESET, STATUS_FAULT, Register
-from vmbus.workload import BURST_TYPE, ECHO_TYPE, BurstStart, Sequence, Tally, echo_request, parse_echo_reply, transform
+from vmbus.wire.workload import (
+    BURST_TYPE,
+    ECHO_TYPE,
+    BurstStart,
+    Sequence,
+    Tally,
+    echo_request,
+    parse_echo_reply,
+    transform,
+)
 from vmbus_guest.driver import VmbusDriver
 
 pytestmark = pytest.mark.unit

@@ -6,16 +6,17 @@ import pytest
 
 from support.device import PAGE, Machine, connect
 from support.multi import MULTI_TYPE, Guest, MultiProvider
-from vmbus import providers, saved
+from vmbus import providers
 from vmbus.bus import gpadl
 from vmbus.bus.offers import OfferState
+from vmbus.device import saved
 from vmbus.errors import StateError, UsageError, WaitTimeout
 from vmbus.kmcl.client import ClientChannel
 from vmbus.kmcl.lifecycle import ChannelState
 from vmbus.kmcl.server import ServerChannel
 from vmbus.kmcl.status import KmclError, Status
-from vmbus.memory import MemoryRevoked
-from vmbus.migration.arrival import packets_found
+from vmbus.memory.guest import MemoryRevoked
+from vmbus.operations.migration.arrival import packets_found
 from vmbus.snapshot.manifest import Packets
 from vmbus_guest.channel_driver import GpadlRefused
 from vmbus_guest.driver import VmbusDriver

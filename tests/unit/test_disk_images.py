@@ -17,12 +17,12 @@ import pytest
 
 from support import storvsc
 from support.kit_storage import MIB, ONE, Guest, pattern
-from vmbus.copying import copy_content
 from vmbus.errors import EnvironmentProblem, UsageError
 from vmbus.providers.disk.backend import FileBackend
 from vmbus.providers.disk.image import open_image
 from vmbus.providers.scsi import ScsiProvider
 from vmbus.testkit import ProviderTest
+from vmbus.util.copying import copy_content
 from vmbus.wire import scsi
 
 pytestmark = pytest.mark.unit

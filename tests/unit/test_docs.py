@@ -13,10 +13,11 @@ import msgspec
 import pytest
 
 from vmbus import kmcl
-from vmbus import saved as device_saved
 from vmbus.bus.local import LocalBus
+from vmbus.bus.synic import Synic
+from vmbus.device import saved as device_saved
 from vmbus.kmcl import saved, server
-from vmbus.memory import GuestMemory
+from vmbus.memory.guest import GuestMemory
 from vmbus.providers.disk.disk import MAXIMUM_DATA, MAXIMUM_RANGE, PATIENCE
 from vmbus.providers.network import oids
 from vmbus.providers.network.card import ANNOUNCE_AFTER, CardOptions
@@ -33,9 +34,8 @@ from vmbus.soak import job as soak_job
 from vmbus.soak import room as soak_room
 from vmbus.soak import settings as soak_settings
 from vmbus.soak.records import Report
-from vmbus.synic import Synic
 from vmbus.testkit.host import Clock, FakeHost
-from vmbus.vfio_user.pci import ConfigSpace
+from vmbus.transport.pci import ConfigSpace
 from vmbus.wire import hvsock, messages, nvsp, packet, scsi, storvsp, synic
 from vmbus.wire.synic import PostStatus, Register
 

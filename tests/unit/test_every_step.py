@@ -17,13 +17,13 @@ import pytest
 from support.step_provider import GuestEnd, PipeEnd, PipeProvider, StepProvider
 from support.step_scripts import ONE, SCENARIOS, STEPS
 from support.steps import Diverged, Report, Run, Scenario, Stuck, World, checkpoint, every_step, replace, run_once
-from vmbus import saved
+from vmbus.bus.synic import Synic
+from vmbus.device import saved
 from vmbus.errors import VmbusError
 from vmbus.kmcl.lifecycle import ChannelState
 from vmbus.kmcl.saved import ChannelChunk, CompletionChunk, PacketChunk, decode_chunk, decode_lib, encode
 from vmbus.kmcl.status import KmclError
 from vmbus.ring import RingReader, RingWriter
-from vmbus.synic import Synic
 from vmbus.wire import messages as m
 from vmbus.wire.synic import CONTROL_ENABLE, Register
 
@@ -311,7 +311,7 @@ def no_turn_after_the_restore() -> Iterator[None]:
     def thaw(device: object) -> None:
         device.frozen = False  # type: ignore[attr-defined]
 
-    with mock.patch("vmbus.device.Device.thaw", thaw):
+    with mock.patch("vmbus.device.device.Device.thaw", thaw):
         yield
 
 

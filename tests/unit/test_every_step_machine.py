@@ -24,7 +24,7 @@ from support.step_provider import NUMBER, PUSH, REQUEST, GuestEnd, StepProvider,
 from support.step_scripts import BOTH, ONE, TWO
 from support.steps import BASE, PAGE, Run, Tamper, World, checkpoint, replace, thorough
 from support.twins import RingFences
-from vmbus import saved
+from vmbus.device import saved
 from vmbus.errors import VmbusError
 from vmbus.kmcl.lifecycle import ChannelState
 from vmbus.kmcl.saved import ChannelChunk, decode_chunk, encode

@@ -13,7 +13,7 @@ from vmbus.errors import StateError
 from vmbus.kmcl import ChannelState, Status
 from vmbus.kmcl.outgoing import ROUTINES_PER_TURN, Outgoing
 from vmbus.kmcl.server import ServerChannel
-from vmbus.workload import BURST_TYPE, BurstStart
+from vmbus.wire.workload import BURST_TYPE, BurstStart
 
 pytestmark = pytest.mark.unit
 
@@ -295,7 +295,7 @@ def with_a_broken_ring() -> tuple[Machine, object, object]:
     burst = driver.client_channel(BURST_TYPE, name="burst")
     driver.enable(burst)
     machine.serve()
-    from vmbus.workload import echo_request
+    from vmbus.wire.workload import echo_request
 
     for number in range(60):
         channel.allocate_packet().send(echo_request(number, b"x" * 200, inline=True))

@@ -25,15 +25,16 @@ from support.failure_matrix import (
 )
 from support.fake_qemu import running
 from support.pace import eventually
-from vmbus.description import DeviceDescription, ProviderDescription
-from vmbus.qemu import machine, save
-from vmbus.qemu.command_line import Programs
-from vmbus.qemu.description import VmDescription
+from vmbus.device.description import DeviceDescription, ProviderDescription
+from vmbus.operations import save
+from vmbus.operations.save import SaveFailed
+from vmbus.qemu import machine
 from vmbus.qemu.ends import Ends
-from vmbus.qemu.moments import Moment
-from vmbus.qemu.process import Child, ProcessDied, RunDirectory
-from vmbus.qemu.save import SaveFailed
 from vmbus.snapshot.bundle import SnapshotWriter
+from vmbus.vm.command_line import Programs
+from vmbus.vm.description import VmDescription
+from vmbus.vm.moments import Moment
+from vmbus.vm.process import Child, ProcessDied, RunDirectory
 
 pytestmark = pytest.mark.unit
 

@@ -16,16 +16,16 @@ import msgspec
 import pytest
 
 from support.device import BASE, CONFIG, PAGE, Machine
-from vmbus import saved
 from vmbus.bus.offers import CONNECTION_ID_BASE
+from vmbus.device import saved
 from vmbus.errors import StateError
 from vmbus.kmcl import saved as chunks
-from vmbus.memory import GuestMemory
+from vmbus.memory.guest import GuestMemory
 from vmbus.ring import RingReader, RingWriter
 from vmbus.wire import messages as m
 from vmbus.wire.packet import PacketType
 from vmbus.wire.synic import SLOT_FLAG_PENDING, SLOT_HEADER, SLOT_OFFSET, SLOT_SIZE, Register
-from vmbus.workload import (
+from vmbus.wire.workload import (
     BURST_ANSWER,
     BURST_TYPE,
     ECHO_TYPE,

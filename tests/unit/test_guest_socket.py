@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from vmbus.errors import EnvironmentProblem
-from vmbus.qemu.guest_socket import connect_guest, proxy_command
+from vmbus.vm.guest_socket import connect_guest, proxy_command
 
 pytestmark = pytest.mark.unit
 
@@ -63,7 +63,7 @@ def test_the_program_hands_the_connection_over(tmp_path: Path) -> None:
     asked: list[bytes] = []
     here, there = socket.socketpair()
     with guest(tmp_path / "s", b"OK 9\nwelcome", asked), here:
-        argv = [sys.executable, "-m", "vmbus.qemu.guest_socket", str(tmp_path / "s"), "22"]
+        argv = [sys.executable, "-m", "vmbus.vm.guest_socket", str(tmp_path / "s"), "22"]
         with there:
             subprocess.run(argv, stdout=there, check=True, timeout=30, env={"PYTHONPATH": ":".join(sys.path)})
         data, descriptors, _, _ = socket.recv_fds(here, 1, 1)
@@ -73,4 +73,4 @@ def test_the_program_hands_the_connection_over(tmp_path: Path) -> None:
             end.sendall(b"bye")
     assert asked[1] == b"bye"
     (proxy,) = [word for word in proxy_command("/a b/python", "/run/x.sock", 22) if word.startswith("ProxyCommand=")]
-    assert proxy == 'ProxyCommand="/a b/python" -m vmbus.qemu.guest_socket "/run/x.sock" 22'
+    assert proxy == 'ProxyCommand="/a b/python" -m vmbus.vm.guest_socket "/run/x.sock" 22'

@@ -11,11 +11,11 @@ from uuid import UUID
 import pytest
 
 from support.bus import Joined, one_range
-from vmbus import ring_pure
 from vmbus.errors import EnvironmentProblem, UsageError
 from vmbus.kmcl.client import ClientChannel
+from vmbus.ring import pure as ring_pure
 from vmbus.wire import messages as m
-from vmbus.workload import ECHO_TYPE
+from vmbus.wire.workload import ECHO_TYPE
 from vmbus_guest import huge_pages, uio
 from vmbus_guest.huge_pages import HUGE_PAGE, PhysicalMemory, physical_address
 from vmbus_guest.uio import UioDevice, UioDriver

@@ -101,7 +101,7 @@ def parts(tmp_path: Path) -> tuple[Root, Kernel, list[Path], Path]:
     root = tmp_path / "root"
     root.mkdir()
     (root / "packages.json").write_text("{}")
-    for name in ("vmbus/__init__.py", "vmbus/ring.py", "vmbus/bus/core.py", "vmbus/server/main.py", "vmbus/saved.py"):
+    for name in ("vmbus/__init__.py", "vmbus/errors.py", "vmbus/bus/core.py", "vmbus/server/main.py", "vmbus/vm/x.py"):
         path = tmp_path / "p" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("a = 1\n")
@@ -124,7 +124,7 @@ def test_guest_gets_its_part_only(parts: tuple[Root, Kernel, list[Path], Path]) 
         "usr/bin/tool",
         "usr/lib/vmbus/vmbus/__init__.py",
         "usr/lib/vmbus/vmbus/bus/core.py",
-        "usr/lib/vmbus/vmbus/ring.py",
+        "usr/lib/vmbus/vmbus/errors.py",
     ]
 
 
@@ -132,7 +132,7 @@ def test_this_checkouts_part() -> None:
     names = {name for name, _ in image._sources(None, None)}
     assert {
         "init",
-        "usr/lib/vmbus/vmbus/ring.py",
+        "usr/lib/vmbus/vmbus/ring/pure.py",
         "usr/lib/vmbus/vmbus/errors.py",
         "usr/lib/vmbus/vmbus_guest/__init__.py",
     } <= names
@@ -154,9 +154,9 @@ def test_key_follows_everything_that_goes_in(parts: tuple[Root, Kernel, list[Pat
         keys.append(image.image_key(userland, kernel, packages, rootfs))
         assert len(set(keys)) == len(keys)
 
-    (packages[0] / "ring.py").write_text("a = 2\n")
+    (packages[0] / "errors.py").write_text("a = 2\n")
     changed()
-    (packages[0] / "new.py").write_text("")
+    (packages[0] / "bus" / "new.py").write_text("")
     changed()
     (rootfs / "bin/tool").chmod(0o755)
     changed()

@@ -21,28 +21,28 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from support.device import BASE, CONFIG, Machine, connect, open_echo
-from vmbus import saved
 from vmbus.cli import main
+from vmbus.device import saved
 from vmbus.errors import StateError, UsageError
-from vmbus.inspection import collect
-from vmbus.inspection.collect import Listing, inspect_device
-from vmbus.inspection.difference import Difference, compare
-from vmbus.inspection.document import InFlight, Inspection, RingInfo, ServerInfo, Source, as_answer, from_answer
-from vmbus.inspection.plain import decoded, plain
-from vmbus.inspection.saved import inspect_path, inspect_state
-from vmbus.inspection.target import find
-from vmbus.inspection.tree import clean, render
-from vmbus.inspection.watch import rates
 from vmbus.kmcl.saved import PacketChunk, decode_chunk, encode
+from vmbus.observe.inspection import collect
+from vmbus.observe.inspection.collect import Listing, inspect_device
+from vmbus.observe.inspection.difference import Difference, compare
+from vmbus.observe.inspection.document import InFlight, Inspection, RingInfo, ServerInfo, Source, as_answer, from_answer
+from vmbus.observe.inspection.plain import decoded, plain
+from vmbus.observe.inspection.saved import inspect_path, inspect_state
+from vmbus.observe.inspection.target import find
+from vmbus.observe.inspection.tree import clean, render
+from vmbus.observe.inspection.watch import rates
 from vmbus.providers.echo import EchoProvider
-from vmbus.qemu.description import load_description
 from vmbus.ring import INTERRUPT_MASK, READ_INDEX, WRITE_INDEX
 from vmbus.snapshot.bundle import SnapshotWriter, utc_now
 from vmbus.snapshot.checkpoints import IMAGE, Checkpoint, ImageSnapshot, Store
 from vmbus.snapshot.manifest import RAM, STATE, FileRecord, Manifest, Packets, Versions
 from vmbus.snapshot.manifest import Machine as SavedMachine
+from vmbus.vm.description import load_description
 from vmbus.wire.synic import Register
-from vmbus.workload import BURST_TYPE, BurstStart, echo_request
+from vmbus.wire.workload import BURST_TYPE, BurstStart, echo_request
 from vmbus_guest.driver import VmbusDriver
 
 pytestmark = pytest.mark.unit

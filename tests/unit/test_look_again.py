@@ -6,7 +6,7 @@ import pytest
 
 from support.device import Machine, connect, open_echo
 from vmbus.kmcl import Channel
-from vmbus.workload import BURST_TYPE, ECHO_TYPE, BurstStart, echo_request
+from vmbus.wire.workload import BURST_TYPE, ECHO_TYPE, BurstStart, echo_request
 from vmbus_guest.driver import VmbusDriver
 
 pytestmark = pytest.mark.unit

@@ -10,9 +10,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from vmbus import spans
 from vmbus.errors import UsageError
-from vmbus.memory import DirtyLogBroken, Grant, GuestMemory, MemoryFault, MemoryRevoked, Window
+from vmbus.memory.guest import DirtyLogBroken, Grant, GuestMemory, MemoryFault, MemoryRevoked, Window, spans
 
 pytestmark = pytest.mark.unit
 

@@ -15,19 +15,20 @@ import pytest
 
 from support.migration import PACKETS, SECRET, STATE, LogBroken, Pair, make_programs
 from vmbus.errors import EnvironmentProblem, UsageError, VmbusError, WaitTimeout
-from vmbus.migration import ownership, verdicts
-from vmbus.migration.address import TcpAddress, UnixAddress, parse_address, stream_channel
-from vmbus.migration.channel import MAX_FRAME, Listener, connect, listen
-from vmbus.migration.destination import GO_TIMEOUT, Destination
-from vmbus.migration.link import SILENCE, Link
-from vmbus.migration.messages import Fate, Go, Hello, Wanted
-from vmbus.migration.ownership import DESTINATION, SOURCE, DestinationStage, Ownership, SourceStage
-from vmbus.migration.source import ASK_TIMEOUT, MigrateFailed, MigrationInDoubt
-from vmbus.migration.verdicts import Verdicts
-from vmbus.qemu import machine, save
-from vmbus.qemu.moments import Hook, Moment
+from vmbus.operations import save
+from vmbus.operations.migration import ownership, verdicts
+from vmbus.operations.migration.address import TcpAddress, UnixAddress, parse_address, stream_channel
+from vmbus.operations.migration.channel import MAX_FRAME, Listener, connect, listen
+from vmbus.operations.migration.destination import GO_TIMEOUT, Destination
+from vmbus.operations.migration.link import SILENCE, Link
+from vmbus.operations.migration.messages import Fate, Go, Hello, Wanted
+from vmbus.operations.migration.ownership import DESTINATION, SOURCE, DestinationStage, Ownership, SourceStage
+from vmbus.operations.migration.source import ASK_TIMEOUT, MigrateFailed, MigrationInDoubt
+from vmbus.operations.migration.verdicts import Verdicts
+from vmbus.operations.save import REFUSED_CAPABILITIES, StreamSettings
+from vmbus.qemu import machine
 from vmbus.qemu.qmp import MigrationFailed
-from vmbus.qemu.save import REFUSED_CAPABILITIES, StreamSettings
+from vmbus.vm.moments import Hook, Moment
 
 pytestmark = pytest.mark.unit
 
@@ -397,8 +398,8 @@ def test_a_lost_go_leaves_the_vm_at_the_source(tmp_path: Path, monkeypatch: pyte
 @pytest.mark.parametrize("clock", ["right", "mad"])
 def test_a_lost_running_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clock: str) -> None:
     """The VM runs there while it is asked about: that is no downtime, whatever a destination may say of its clock."""
-    from vmbus.migration import source
-    from vmbus.migration.messages import Running
+    from vmbus.operations.migration import source
+    from vmbus.operations.migration.messages import Running
 
     silence = 1.0  # before it can be asked
 
@@ -428,7 +429,7 @@ def test_a_destination_that_does_not_say_how_long_the_vm_has_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Then what is measured is what is known here: the figure never becomes too small."""
-    from vmbus.migration.messages import Running
+    from vmbus.operations.migration.messages import Running
 
     async def body() -> None:
         async with pair(tmp_path) as both:
@@ -484,8 +485,8 @@ async def _doubt(both: Pair, tmp_path: Path) -> MigrationInDoubt:
 def test_a_destination_that_cannot_be_asked_leaves_the_vm_in_doubt(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, decision: str
 ) -> None:
-    from vmbus.migration import source
-    from vmbus.migration.messages import Running
+    from vmbus.operations.migration import source
+    from vmbus.operations.migration.messages import Running
 
     async def unreachable(*_: Any) -> Any:
         raise EnvironmentProblem("no route to host")
@@ -598,8 +599,8 @@ def test_fault_m1_a_vm_that_ran_and_ended_there_never_runs_here(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The link is cut after Go, the VM there runs and ends, its listener goes: what the source has is of the past."""
-    from vmbus.migration import source
-    from vmbus.migration.messages import Running
+    from vmbus.operations.migration import source
+    from vmbus.operations.migration.messages import Running
 
     async def nobody(*_: Any) -> Any:
         raise ConnectionRefusedError

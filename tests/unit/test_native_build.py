@@ -33,7 +33,7 @@ pytestmark = [
 ]
 
 CHECKOUT = Path(__file__).resolve().parents[2]
-WHICH = "from vmbus.native.choice import CORE; from vmbus import fence, ring; print(CORE, ring.RingReader.__module__)"
+WHICH = "import vmbus.ring as r, vmbus.ring.fence, vmbus.native.choice as c; print(c.CORE, r.RingReader.__module__)"
 
 # ---- the choice ----------------------------------------------------------------------------------------------------
 
@@ -63,11 +63,11 @@ def test_the_setting_decides(tmp_path: Path) -> None:
     there = placed(tmp_path / "there")
     assert run("-c", WHICH, **there, VMBUS_CORE="") == (0, "native vmbus.native._core\n")
     assert run("-c", WHICH, **there, VMBUS_CORE="native") == (0, "native vmbus.native._core\n")
-    assert run("-c", WHICH, **there, VMBUS_CORE="pure") == (0, "pure (VMBUS_CORE is pure) vmbus.ring_pure\n")
+    assert run("-c", WHICH, **there, VMBUS_CORE="pure") == (0, "pure (VMBUS_CORE is pure) vmbus.ring.pure\n")
     empty = {"VMBUS_CACHE": str(tmp_path / "empty")}
     assert run("-c", WHICH, **empty, VMBUS_CORE="") == (
         0,
-        "pure (it was not built for these sources) vmbus.ring_pure\n",
+        "pure (it was not built for these sources) vmbus.ring.pure\n",
     )
     code, text = run("-c", WHICH, **empty, VMBUS_CORE="native")
     assert code == 1
@@ -80,7 +80,7 @@ def test_a_file_that_cannot_be_loaded_is_passed_over_or_named(tmp_path: Path) ->
     (tmp_path / "file").write_text("no library\n")
     spoilt = placed(tmp_path / "spoilt", tmp_path / "file")
     code, text = run("-c", WHICH, **spoilt, VMBUS_CORE="")
-    assert code == 0 and text.startswith("pure (") and text.endswith(" vmbus.ring_pure\n")
+    assert code == 0 and text.startswith("pure (") and text.endswith(" vmbus.ring.pure\n")
     code, text = run("-c", WHICH, **spoilt, VMBUS_CORE="native")
     assert code == 1 and "the native core cannot be loaded" in text
 

@@ -13,16 +13,16 @@ from click.testing import CliRunner
 
 import vmbus.providers
 from vmbus.cli import main
-from vmbus.description import DeviceDescription, ProviderDescription, load_device
-from vmbus.device import Device
+from vmbus.device.description import DeviceDescription, ProviderDescription, load_device
+from vmbus.device.device import Device
 from vmbus.errors import EnvironmentProblem, UsageError
 from vmbus.providers import PROVIDERS, provider_class
 from vmbus.providers.loading import ALLOW_VARIABLE, PATH_VARIABLE
-from vmbus.qemu.description import load_description
 from vmbus.server.life import Life
 from vmbus.server.services import Services
 from vmbus.server.timers import Timers
 from vmbus.testkit import ProviderTest
+from vmbus.vm.description import load_description
 
 pytestmark = pytest.mark.unit
 

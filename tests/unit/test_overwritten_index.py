@@ -9,9 +9,10 @@ import pytest
 
 from support.device import BASE, Machine, connect
 from support.multi import MULTI_TYPE, Guest, MultiProvider
-from vmbus import providers, saved
+from vmbus import providers
 from vmbus.bus.local import LocalBus
 from vmbus.bus.offers import OfferState
+from vmbus.device import saved
 from vmbus.errors import StateError
 from vmbus.kmcl.client import ClientChannel
 from vmbus.kmcl.lifecycle import ChannelState

@@ -8,9 +8,9 @@ import pytest
 
 from support import pace
 from support.pace import PACE, Pace, eventually, seconds, until
-from vmbus import patience
 from vmbus.errors import EnvironmentProblem, WaitTimeout
-from vmbus.qemu.process import guard_all
+from vmbus.util import patience
+from vmbus.vm.process import guard_all
 
 pytestmark = pytest.mark.unit
 

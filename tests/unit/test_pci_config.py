@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vmbus.errors import StateError, UsageError
-from vmbus.vfio_user import pci
-from vmbus.vfio_user.pci import ConfigSpace, bar0_address, replay_writes
+from vmbus.transport import pci
+from vmbus.transport.pci import ConfigSpace, bar0_address, replay_writes
 
 pytestmark = pytest.mark.unit
 

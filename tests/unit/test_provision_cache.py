@@ -15,11 +15,11 @@ import pytest
 from support import pace
 from support.pace import until
 from support.processes import alive
-from vmbus.cachedir import cache_directory
 from vmbus.errors import EnvironmentProblem, WaitTimeout
 from vmbus.provision import provision
 from vmbus.provision.cache import Cache, digest, publish_bytes, remove
 from vmbus.provision.environment import environment_python
+from vmbus.util.directories import cache_directory
 
 pytestmark = pytest.mark.unit
 

@@ -26,7 +26,7 @@ from vmbus.provision.guest_files import Kernel
 from vmbus.provision.libvfio_user import VfioUserLibrary
 from vmbus.provision.qemu import QemuProgram, find_qemu, parse_version
 from vmbus.provision.report import SilentReporter
-from vmbus.vfio_user import bindings
+from vmbus.transport import bindings
 
 pytestmark = pytest.mark.unit
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from support.twins import NATIVE, OVER_BOTH, PURE, Twin, core
 from vmbus.errors import VmbusError
-from vmbus.memory import GuestMemory, MemoryRevoked, Window
+from vmbus.memory.guest import GuestMemory, MemoryRevoked, Window
 from vmbus.ring import FEATURE_BITS, INTERRUPT_MASK, PENDING_SEND_SIZE, READ_INDEX, WRITE_INDEX
 
 pytestmark = [

@@ -12,9 +12,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from vmbus.errors import PeerError
-from vmbus.memory import GuestMemory
+from vmbus.memory.guest import GuestMemory
+from vmbus.memory.reach import MOST_IN_REACH, Reach
 from vmbus.native.choice import core
-from vmbus.reach import MOST_IN_REACH, Reach
 from vmbus.wire.packet import parse_gpa_direct
 
 pytestmark = [pytest.mark.unit, pytest.mark.skipif(core is None, reason="without the native core there is no reach")]

@@ -10,7 +10,7 @@ import msgspec
 import pytest
 
 from vmbus.errors import UsageError
-from vmbus.qemu.command_line import (
+from vmbus.vm.command_line import (
     Programs,
     kernel_arguments,
     machine_version,
@@ -18,7 +18,7 @@ from vmbus.qemu.command_line import (
     serves_machine,
     with_available_driver,
 )
-from vmbus.qemu.description import GuestDescription, load_description
+from vmbus.vm.description import GuestDescription, load_description
 
 pytestmark = pytest.mark.unit
 

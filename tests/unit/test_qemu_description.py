@@ -8,9 +8,9 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from vmbus.description import DeviceDescription, load_device
+from vmbus.device.description import DeviceDescription, load_device
 from vmbus.errors import EnvironmentProblem, UsageError
-from vmbus.qemu.description import (
+from vmbus.vm.description import (
     VmDescription,
     find_description,
     load_description,

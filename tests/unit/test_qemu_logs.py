@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from vmbus.qemu import logs
-from vmbus.qemu.logs import LOG_HEAD, LOG_LIMIT, LOG_TAIL, shorten
-from vmbus.qemu.process import Child, log_tail
+from vmbus.vm import logs
+from vmbus.vm.logs import LOG_HEAD, LOG_LIMIT, LOG_TAIL, shorten
+from vmbus.vm.process import Child, log_tail
 
 pytestmark = pytest.mark.unit
 
@@ -78,7 +78,7 @@ def test_a_link_is_not_followed(path: Path, tmp_path: Path) -> None:
 
 def test_the_logs_of_a_child_are_bounded_while_it_writes(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A flood of some 20 MB, in the child's own log and in the file of its witness; the last words are there."""
-    monkeypatch.setattr("vmbus.qemu.process.LOOK_EVERY", 0.01)
+    monkeypatch.setattr("vmbus.vm.process.LOOK_EVERY", 0.01)
     witness = path.with_name("witness")
 
     async def body() -> int:
@@ -105,7 +105,7 @@ def test_the_logs_of_a_child_are_bounded_while_it_writes(path: Path, monkeypatch
 
 
 def test_sabotage_without_the_bound_it_grows(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vmbus.qemu.process.shorten", lambda path: 0)
+    monkeypatch.setattr("vmbus.vm.process.shorten", lambda path: 0)
 
     async def body() -> None:
         child = await Child.spawn("the child", ["/bin/sh", "-c", f"head -c {4 * LOG_LIMIT} /dev/zero >&2"], path)

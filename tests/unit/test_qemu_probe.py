@@ -15,16 +15,16 @@ import pytest
 from qemu.qmp.events import EventListener
 
 from support.device import CONFIG, Machine, connect, open_echo
-from vmbus import saved
-from vmbus.description import DeviceDescription, ProviderDescription
+from vmbus.device import saved
+from vmbus.device.description import DeviceDescription, ProviderDescription
 from vmbus.errors import EnvironmentProblem, StateError
-from vmbus.migration.arrival import Arrival
+from vmbus.operations.migration.arrival import Arrival
+from vmbus.operations.save import Capture, Captured, FileTarget, SaveFailed
 from vmbus.qemu.foreign import MigrationGuard
 from vmbus.qemu.probe import Probe, driven_by_client, probe, require_complete, require_running, require_same
 from vmbus.qemu.qmp import QmpCommandFailed
-from vmbus.qemu.save import Capture, Captured, FileTarget, SaveFailed
-from vmbus.qemu.timing import Phases
 from vmbus.snapshot import manifest
+from vmbus.vm.timing import Phases
 
 pytestmark = pytest.mark.unit
 

@@ -16,8 +16,8 @@ import msgspec
 import pytest
 
 from vmbus.errors import EnvironmentProblem, UsageError, WaitTimeout
-from vmbus.qemu import process
-from vmbus.qemu.process import Child, Owner, ProcessDied, RunDirectory, clean_stale, log_tail, running_vms, runtime_base
+from vmbus.vm import process
+from vmbus.vm.process import Child, Owner, ProcessDied, RunDirectory, clean_stale, log_tail, running_vms, runtime_base
 
 pytestmark = pytest.mark.unit
 
@@ -110,7 +110,7 @@ def test_children_die_with_their_parent(tmp_path: Path) -> None:
             sys.executable,
             "-c",
             "import asyncio, pathlib, sys\n"
-            "from vmbus.qemu.process import Child\n"
+            "from vmbus.vm.process import Child\n"
             "async def main():\n"
             "    child = await Child.spawn('x', ['sleep', '1000'], pathlib.Path(sys.argv[1]))\n"
             "    while pathlib.Path(f'/proc/{child.pid}/comm').read_text() != 'sleep\\n': await asyncio.sleep(0.01)\n"
@@ -198,8 +198,8 @@ def test_names_are_claimed_once(base: Path) -> None:
 HOLD = """
 import sys, msgspec, time
 from pathlib import Path
-from vmbus.lockfile import LockFile
-from vmbus.qemu.process import Owner, boot_id
+from vmbus.util.lockfile import LockFile
+from vmbus.vm.process import Owner, boot_id
 lock = LockFile(Path(sys.argv[1]))
 lock.append(msgspec.json.encode(Owner(2**22 + 5, 1, boot_id(), locked=True)))  # an id that is nobody's here
 print("held", flush=True)
@@ -251,7 +251,7 @@ def test_fault_m5_large_files_of_a_killed_owner_are_removed_by_the_next_start(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("VMBUS_STATE", str(tmp_path / "state"))
-    kill = "import os; from vmbus.qemu.process import RunDirectory as R; R.create('x').room('disks'); os._exit(0)"
+    kill = "import os; from vmbus.vm.process import RunDirectory as R; R.create('x').room('disks'); os._exit(0)"
     subprocess.run([sys.executable, "-c", kill], check=True)
     assert (tmp_path / "state" / "run" / "x").is_dir() and running_vms() == []
     RunDirectory.create("another").remove()

@@ -19,18 +19,18 @@ import msgspec
 import pytest
 from qemu.qmp.events import EventListener
 
-from vmbus import saved
-from vmbus.description import DeviceDescription, ProviderDescription
+from vmbus.device import saved
+from vmbus.device.description import DeviceDescription, ProviderDescription
 from vmbus.errors import EnvironmentProblem, StateError, UsageError
-from vmbus.qemu.description import VmDescription
+from vmbus.operations.revert import THROWN_AWAY, Checkpoints, Patient, RevertFailed
+from vmbus.operations.save import MAGIC, REFUSED_CAPABILITIES, Sabotage, SaveFailed
 from vmbus.qemu.jobs import run_job
 from vmbus.qemu.qmp import QmpCommandFailed
-from vmbus.qemu.revert import THROWN_AWAY, Checkpoints, Patient, RevertFailed
-from vmbus.qemu.save import MAGIC, REFUSED_CAPABILITIES, Sabotage, SaveFailed
-from vmbus.qemu.timing import Phases
 from vmbus.server.control import ControlError
 from vmbus.snapshot.checkpoints import IMAGE, Store, check_tag
 from vmbus.snapshot.manifest import Machine
+from vmbus.vm.description import VmDescription
+from vmbus.vm.timing import Phases
 
 pytestmark = pytest.mark.unit
 

@@ -18,10 +18,8 @@ import pytest
 from qemu.qmp.events import EventListener
 
 from vmbus.errors import EnvironmentProblem, VmbusError
-from vmbus.qemu import save
-from vmbus.qemu.moments import Hook, Moment
-from vmbus.qemu.qmp import MigrationFailed
-from vmbus.qemu.save import (
+from vmbus.operations import save
+from vmbus.operations.save import (
     MAGIC,
     REFUSED_CAPABILITIES,
     Capture,
@@ -31,7 +29,9 @@ from vmbus.qemu.save import (
     SaveFailed,
     StreamSettings,
 )
-from vmbus.qemu.timing import Phases
+from vmbus.qemu.qmp import MigrationFailed
+from vmbus.vm.moments import Hook, Moment
+from vmbus.vm.timing import Phases
 
 pytestmark = pytest.mark.unit
 

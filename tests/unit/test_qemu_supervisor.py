@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 
+from vmbus.cli.supervisor import Supervisor, ask, find_vm
 from vmbus.errors import EnvironmentProblem, UsageError, VmbusError, WaitTimeout
-from vmbus.migration.source import MigrateFailed, MigrationReport
-from vmbus.qemu.command_line import Sockets
-from vmbus.qemu.process import ProcessDied, RunDirectory
-from vmbus.qemu.revert import CheckpointReport, RevertFailed, RevertReport
-from vmbus.qemu.save import SaveFailed, SaveReport
-from vmbus.qemu.supervisor import Supervisor, ask, find_vm
+from vmbus.operations.migration.source import MigrateFailed, MigrationReport
+from vmbus.operations.revert import CheckpointReport, RevertFailed, RevertReport
+from vmbus.operations.save import SaveFailed, SaveReport
+from vmbus.vm.command_line import Sockets
+from vmbus.vm.process import ProcessDied, RunDirectory
 
 pytestmark = pytest.mark.unit
 

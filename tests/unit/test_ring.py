@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
 from support.twins import RingFences, Twin, both
-from vmbus import device, ring_pure
+from vmbus.device import device
 from vmbus.errors import UsageError
-from vmbus.memory import GuestMemory
+from vmbus.memory.guest import GuestMemory
 from vmbus.ring import (
     INTERRUPT_MASK,
     PENDING_SEND_SIZE,
@@ -20,6 +20,7 @@ from vmbus.ring import (
     RingReader,
     RingWriter,
 )
+from vmbus.ring import pure as ring_pure
 
 pytestmark = [pytest.mark.unit, *both()]
 

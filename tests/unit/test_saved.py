@@ -11,16 +11,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from support.device import BASE, CONFIG, PAGE, Machine, connect, describe, open_echo
-from vmbus import saved
 from vmbus.bus.offers import OfferState
 from vmbus.bus.server import ConnectionState
+from vmbus.device import saved
 from vmbus.errors import StateError
 from vmbus.kmcl.lifecycle import ChannelState
 from vmbus.kmcl.saved import CompletionChunk, LibBuf, PacketChunk, decode_chunk, decode_lib, encode
 from vmbus.wire import messages as m
 from vmbus.wire.gpa import range_for
 from vmbus.wire.synic import Register
-from vmbus.workload import (
+from vmbus.wire.workload import (
     BURST_ANSWER,
     BURST_TYPE,
     BurstDone,

@@ -14,10 +14,10 @@ from support.outside import OutsideProvider
 from vmbus.errors import EnvironmentProblem, UsageError, WaitTimeout
 from vmbus.providers.faults import Faults
 from vmbus.server.activation import Activation
+from vmbus.server.files import copy_file, copy_files, files_of, wanted_files
 from vmbus.server.services import THREADS, ProviderServices, Services
-from vmbus.snapshot.files import copy_file, copy_files, files_of, wanted_files
 from vmbus.testkit import ContractViolation, ProviderTest, every_step
-from vmbus.watches import Watches
+from vmbus.util.watches import Watches
 
 pytestmark = pytest.mark.unit
 

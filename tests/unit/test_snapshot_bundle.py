@@ -21,10 +21,7 @@ from hypothesis import strategies as st
 
 from support import pace
 from vmbus.errors import EnvironmentProblem, StateError, UsageError
-from vmbus.interruptible import Stop, Unwanted, in_thread
-from vmbus.migration.files import record_of
-from vmbus.qemu.command_line import Programs
-from vmbus.qemu.description import load_description
+from vmbus.operations.migration.files import record_of
 from vmbus.qemu.machine import VirtualMachine
 from vmbus.snapshot import bundle
 from vmbus.snapshot.bundle import Snapshot, SnapshotWriter, open_snapshot, utc_now
@@ -44,6 +41,9 @@ from vmbus.snapshot.manifest import (
     encode_manifest,
     is_content,
 )
+from vmbus.util.interruptible import Stop, Unwanted, in_thread
+from vmbus.vm.command_line import Programs
+from vmbus.vm.description import load_description
 
 pytestmark = pytest.mark.unit
 

@@ -14,7 +14,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vmbus.errors import EnvironmentProblem, UsageError
-from vmbus.qemu.moments import Moment
 from vmbus.soak.draw import Draw, seed_of
 from vmbus.soak.operations import OPERATIONS
 from vmbus.soak.schedule import (
@@ -42,6 +41,7 @@ from vmbus.soak.settings import (
     settings_from,
 )
 from vmbus.soak.workloads import RECIPES, STOCK_RECIPES
+from vmbus.vm.moments import Moment
 from vmbus_guest.testdrivers import CATALOGUE
 from vmbus_guest.testdrivers.context import Parameters
 

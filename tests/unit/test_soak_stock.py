@@ -10,12 +10,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vmbus.qemu.command_line import Programs
 from vmbus.soak.schedule import plan_episode
 from vmbus.soak.settings import settings_from
 from vmbus.soak.sink import NoSink
 from vmbus.soak.stage import Life, Subject, Wrong
 from vmbus.soak.stock import BAD_WORDS, StockStage, lose_a_block, with_card, without_card
+from vmbus.vm.command_line import Programs
 from vmbus_guest.testdrivers.disk_writer import Books
 from vmbus_guest.testdrivers.frames import GUEST_END, HOST_END, Frames, WrongBytes
 

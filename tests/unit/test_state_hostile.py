@@ -16,17 +16,19 @@ from hypothesis import strategies as st
 
 from support.device import Machine, connect, open_echo
 from support.multi import Guest, MultiProvider
-from vmbus import providers, records, saved
+from vmbus import providers
 from vmbus.bus.gpadl import MAX_DESCRIPTION, MAX_GPADLS, MAX_IN_PROGRESS, MAX_RANGES
 from vmbus.bus.offers import MAX_RELID
+from vmbus.bus.synic import MAX_SAVED_OUTBOX
+from vmbus.device import saved
 from vmbus.errors import EnvironmentProblem, StateError
 from vmbus.kmcl import saved as kmcl_saved
 from vmbus.kmcl.lifecycle import ChannelState
 from vmbus.kmcl.saved import MAX_ENTRIES, decode_channel, decode_chunk, decode_lib
 from vmbus.providers import Provider
 from vmbus.server.app import _read_state
-from vmbus.synic import MAX_SAVED_OUTBOX
-from vmbus.workload import BURST_TYPE, BurstStart, Sequence, Tally, echo_request
+from vmbus.util import records
+from vmbus.wire.workload import BURST_TYPE, BurstStart, Sequence, Tally, echo_request
 
 pytestmark = pytest.mark.unit
 

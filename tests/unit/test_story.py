@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from vmbus.qemu import story as stories
-from vmbus.qemu.story import Story, missing, save_in_flight
+from vmbus.testkit import story as stories
+from vmbus.testkit.story import Story, missing, save_in_flight
 
 pytestmark = pytest.mark.unit
 

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vmbus.memory import GuestMemory
-from vmbus.synic import MAX_OUTBOX, Synic
+from vmbus.bus.synic import MAX_OUTBOX, Synic
+from vmbus.memory.guest import GuestMemory
 from vmbus.wire.synic import (
     ABI_VERSION,
     BAR_SIZE,
@@ -273,7 +273,7 @@ def test_eom_that_nobody_asked_for_is_harmless(on: Rig) -> None:
 
 def race(rig: Rig, monkeypatch: pytest.MonkeyPatch, guest: Callable[[], None]) -> None:
     """Have the guest act between the device's look at the slot and its second look, after the flag was set."""
-    monkeypatch.setattr("vmbus.synic.full_fence", lambda: guest() or monkeypatch.undo())
+    monkeypatch.setattr("vmbus.bus.synic.full_fence", lambda: guest() or monkeypatch.undo())
 
 
 def test_the_guest_empties_the_slot_before_it_can_see_the_flag(on: Rig, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,7 +23,7 @@ from vmbus.testkit.contract import differing
 from vmbus.testkit.host import Clock, FakeHost
 from vmbus.testkit.kit import difference
 from vmbus.testkit.watch import ProviderWarning
-from vmbus.workload import (
+from vmbus.wire.workload import (
     BURST_ANSWER,
     BurstDone,
     BurstStart,

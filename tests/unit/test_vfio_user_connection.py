@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from vmbus.errors import EnvironmentProblem
-from vmbus.vfio_user.connection import Listener, Look, Timer, Waiting, bound_blocking, look
-from vmbus.vfio_user.protocol import FLAG_NO_REPLY, TYPE_REPLY, Command, encode
+from vmbus.transport.connection import Listener, Look, Timer, Waiting, bound_blocking, look
+from vmbus.transport.protocol import FLAG_NO_REPLY, TYPE_REPLY, Command, encode
 
 pytestmark = pytest.mark.unit
 

@@ -10,7 +10,7 @@ from typing import Any, cast
 import pytest
 
 from vmbus.errors import EnvironmentProblem
-from vmbus.vfio_user import bindings, library
+from vmbus.transport import bindings, library
 
 pytestmark = pytest.mark.unit
 

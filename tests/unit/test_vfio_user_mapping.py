@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import pytest
 
 from vmbus.errors import EnvironmentProblem, UsageError
-from vmbus.vfio_user.mapping import PAGE_SIZE, GuestMapping
+from vmbus.transport.mapping import PAGE_SIZE, GuestMapping
 
 pytestmark = pytest.mark.unit
 SIZE = 4 * PAGE_SIZE
@@ -97,7 +97,7 @@ def test_read_only_is_enforced_by_the_processor(memory: Memory) -> None:
     # In a process of its own: it must die of a write round the read-only view.
     code = f"""
 import ctypes, mmap, os
-from vmbus.vfio_user.mapping import GuestMapping
+from vmbus.transport.mapping import GuestMapping
 fd = os.memfd_create("test"); os.ftruncate(fd, {SIZE}); first = mmap.mmap(fd, {SIZE})
 mapping = GuestMapping(ctypes.addressof((ctypes.c_ubyte * {SIZE}).from_buffer(first)), {SIZE}, writable=False)
 print("mapped", flush=True)

@@ -9,17 +9,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from support import storvsc
-from vmbus import words
-from vmbus.inspection.plain import queued_words
 from vmbus.kmcl.pipe import frame
+from vmbus.observe import words
+from vmbus.observe.inspection.plain import queued_words
+from vmbus.observe.words import Seen, describe
+from vmbus.observe.words.seen import LONGEST
 from vmbus.wire import hvsock, ic, nvsp, rndis, scsi, storvsp
 from vmbus.wire.gpa import range_for
 from vmbus.wire.linux import driver_of
 from vmbus.wire.nvsp import NVSP_TYPE
 from vmbus.wire.packet import PacketType, TransferPages, gpa_direct_body, transfer_pages_body
 from vmbus.wire.storvsp import STORVSP_TYPE, Operation, SrbStatus, parse_srb
-from vmbus.words import Seen, describe
-from vmbus.words.seen import LONGEST
 
 pytestmark = pytest.mark.unit
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vmbus import workload as w
+from vmbus.wire import workload as w
 
 pytestmark = pytest.mark.unit
 

@@ -19,10 +19,10 @@ from support import boot, streams
 from support.pace import bounded
 from support.processes import children
 from vmbus.provision import provision
-from vmbus.qemu.command_line import Programs, programs_from
-from vmbus.qemu.description import VmDescription, load_description
-from vmbus.qemu.process import clean_stale, runtime_base
-from vmbus.statedir import state_directory
+from vmbus.util.directories import state_directory
+from vmbus.vm.command_line import Programs, programs_from
+from vmbus.vm.description import VmDescription, load_description
+from vmbus.vm.process import clean_stale, runtime_base
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 

@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 
-from vmbus.audit.checker import check_paths
-from vmbus.audit.report import Report
-from vmbus.qemu.command_line import Programs
-from vmbus.qemu.description import VmDescription
+from vmbus.observe.audit.checker import check_paths
+from vmbus.observe.audit.report import Report
+from vmbus.operations.save import Sabotage
 from vmbus.qemu.machine import VirtualMachine
-from vmbus.qemu.save import Sabotage
-from vmbus.qemu.story import Story, finish, until_in_flight
+from vmbus.testkit.story import Story, finish, until_in_flight
+from vmbus.vm.command_line import Programs
+from vmbus.vm.description import VmDescription
 
 pytestmark = pytest.mark.vm
 

@@ -11,14 +11,14 @@ import pytest
 
 from support.boot import boot
 from support.failure_bench import Disk
-from vmbus.inspection.difference import compare
-from vmbus.inspection.saved import inspect_path
-from vmbus.inspection.target import Running
-from vmbus.qemu.command_line import Programs
-from vmbus.qemu.description import VmDescription
+from vmbus.observe.inspection.difference import compare
+from vmbus.observe.inspection.saved import inspect_path
+from vmbus.observe.inspection.target import Running
+from vmbus.operations.save import SaveFailed
 from vmbus.qemu.machine import VirtualMachine
-from vmbus.qemu.save import SaveFailed
-from vmbus.qemu.story import Figures, Story, audit, begun, finish, until_in_flight
+from vmbus.testkit.story import Figures, Story, audit, begun, finish, until_in_flight
+from vmbus.vm.command_line import Programs
+from vmbus.vm.description import VmDescription
 
 pytestmark = pytest.mark.vm
 

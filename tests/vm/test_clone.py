@@ -19,11 +19,11 @@ import vmbus
 import vmbus_guest
 from support import pace
 from support.boot import boot
-from vmbus.qemu.command_line import Programs
-from vmbus.qemu.description import VmDescription
 from vmbus.qemu.machine import VirtualMachine
-from vmbus.qemu.process import running_vms
-from vmbus.qemu.story import Figures, Story, audit, finish, until_in_flight
+from vmbus.testkit.story import Figures, Story, audit, finish, until_in_flight
+from vmbus.vm.command_line import Programs
+from vmbus.vm.description import VmDescription
+from vmbus.vm.process import running_vms
 
 pytestmark = [pytest.mark.vm, pytest.mark.long]
 

@@ -12,10 +12,10 @@ import pytest
 
 from support import pace
 from support.boot import boot
-from vmbus.qemu import logs, process
-from vmbus.qemu.command_line import Programs
-from vmbus.qemu.description import VmDescription
-from vmbus.qemu.process import log_tail
+from vmbus.vm import logs, process
+from vmbus.vm.command_line import Programs
+from vmbus.vm.description import VmDescription
+from vmbus.vm.process import log_tail
 
 pytestmark = pytest.mark.vm
 

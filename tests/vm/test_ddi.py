@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 
 from support.boot import boot
-from vmbus import saved
+from vmbus.device import saved
 from vmbus.kmcl.saved import PacketChunk, decode_chunk
-from vmbus.qemu.command_line import Programs
-from vmbus.qemu.description import load_description
-from vmbus.qemu.story import Story, run_story
 from vmbus.snapshot.manifest import STATE
+from vmbus.testkit.story import Story, run_story
+from vmbus.vm.command_line import Programs
+from vmbus.vm.description import load_description
 
 pytestmark = pytest.mark.vm
 

@@ -21,8 +21,8 @@ from support.namespace import Namespace, NotPermitted, namespace
 from vmbus.cli.keys import with_keys
 from vmbus.cli.ssh import PORT
 from vmbus.errors import WaitTimeout
-from vmbus.migration.address import UnixAddress
-from vmbus.migration.channel import listen
+from vmbus.operations.migration.address import UnixAddress
+from vmbus.operations.migration.channel import listen
 from vmbus.providers.network.interface import NAMESPACES
 from vmbus.provision import provision_debian
 from vmbus.provision.cache import Cache, remove
@@ -30,10 +30,10 @@ from vmbus.provision.debian import SUITE, RootRecipe, find_root, make_root
 from vmbus.provision.debian_system import LABEL, TOOLS_RECIPE, DebianSystem
 from vmbus.provision.report import SilentReporter
 from vmbus.qemu.archive import archive_for
-from vmbus.qemu.command_line import Programs
-from vmbus.qemu.description import VmDescription, load_description
-from vmbus.qemu.guest_socket import proxy_command
 from vmbus.qemu.machine import VirtualMachine
+from vmbus.vm.command_line import Programs
+from vmbus.vm.description import VmDescription, load_description
+from vmbus.vm.guest_socket import proxy_command
 
 pytestmark = [pytest.mark.vm, pytest.mark.long, pytest.mark.timeout(1500)]  # with making the image, where it is not
 

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from support.boot import boot
-from vmbus.qemu.command_line import Programs
-from vmbus.qemu.description import VmDescription
 from vmbus.qemu.machine import VirtualMachine
-from vmbus.qemu.story import Story, until_in_flight
+from vmbus.testkit.story import Story, until_in_flight
+from vmbus.vm.command_line import Programs
+from vmbus.vm.description import VmDescription
 
 pytestmark = pytest.mark.vm
 

@@ -14,10 +14,10 @@ from support import pace
 from support.failure_bench import Bench
 from support.failure_matrix import CELLS, IN_QEMU, Cell, Outcome
 from vmbus.errors import WaitTimeout
-from vmbus.qemu.command_line import Programs
-from vmbus.qemu.description import VmDescription, load_description
 from vmbus.qemu.machine import VirtualMachine
-from vmbus.qemu.story import Story, finish, until_in_flight
+from vmbus.testkit.story import Story, finish, until_in_flight
+from vmbus.vm.command_line import Programs
+from vmbus.vm.description import VmDescription, load_description
 
 pytestmark = pytest.mark.vm
 

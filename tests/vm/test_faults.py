@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from vmbus.qemu.agent import GuestWentBack
-from vmbus.qemu.command_line import Programs
-from vmbus.qemu.description import VmDescription, load_description
 from vmbus.qemu.ends import GuestPanicked
 from vmbus.qemu.machine import VirtualMachine
+from vmbus.vm.command_line import Programs
+from vmbus.vm.description import VmDescription, load_description
 
 pytestmark = pytest.mark.vm
 

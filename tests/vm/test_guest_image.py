@@ -94,7 +94,7 @@ def test_guests_python_runs_with_ctypes_and_the_native_core(parts: tuple[Root, K
         "assert vmbus.errors.__spec__.cached.endswith('.pyc'); "
         "from vmbus.native.choice import CORE; "
         f"assert CORE.startswith('{'native' if core else 'pure'}'), CORE; "
-        "from vmbus.memory import GuestMemory; from vmbus.ring import RingReader, RingWriter; "
+        "from vmbus.memory.guest import GuestMemory; from vmbus.ring import RingReader, RingWriter; "
         "memory = GuestMemory(); memory.map(0, memoryview(mmap.mmap(-1, 8192)), True); "
         "pages = memory.window([(0, 4096)]), memory.window([(4096, 4096)]); "
         "writer, reader = RingWriter(*pages), RingReader(*pages); "

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from support.boot import boot
-from vmbus.qemu.command_line import Programs
-from vmbus.qemu.description import VmDescription
 from vmbus.qemu.machine import VirtualMachine
+from vmbus.vm.command_line import Programs
+from vmbus.vm.description import VmDescription
 
 pytestmark = pytest.mark.vm
 

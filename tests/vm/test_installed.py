@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from support.installed import install, run
-from vmbus.qemu.command_line import Programs
+from vmbus.vm.command_line import Programs
 
 pytestmark = pytest.mark.vm
 

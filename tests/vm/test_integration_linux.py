@@ -14,9 +14,9 @@ import pytest
 
 from support import pace
 from vmbus.errors import VmbusError, WaitTimeout
-from vmbus.qemu.command_line import Programs
-from vmbus.qemu.description import VmDescription, load_description
 from vmbus.qemu.machine import VirtualMachine
+from vmbus.vm.command_line import Programs
+from vmbus.vm.description import VmDescription, load_description
 
 pytestmark = pytest.mark.vm
 

@@ -21,13 +21,13 @@ from support import pace
 from support.boot import boot
 from support.linux_guest import GuestMemory, described, event_page, message_page
 from vmbus.errors import VmbusError, WaitTimeout
-from vmbus.loopback.harness import LoopbackServer, describe
-from vmbus.migration.address import UnixAddress
-from vmbus.migration.channel import listen
-from vmbus.qemu.command_line import Programs
+from vmbus.operations.migration.address import UnixAddress
+from vmbus.operations.migration.channel import listen
 from vmbus.qemu.machine import VirtualMachine
-from vmbus.qemu.process import log_tail
-from vmbus.vfio_user.library import Library
+from vmbus.testkit.loopback.harness import LoopbackServer, describe
+from vmbus.transport.library import Library
+from vmbus.vm.command_line import Programs
+from vmbus.vm.process import log_tail
 
 pytestmark = [pytest.mark.vm, pytest.mark.long]
 

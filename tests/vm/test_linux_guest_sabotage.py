@@ -19,8 +19,8 @@ from vmbus.provision import kernel_module, provision
 from vmbus.provision.cache import Cache
 from vmbus.provision.guest_files import Kernel, find_kernel, find_userland
 from vmbus.provision.report import SilentReporter
-from vmbus.qemu.command_line import Programs
 from vmbus.qemu.machine import VirtualMachine
+from vmbus.vm.command_line import Programs
 from vmbus_guest.image import build_image
 
 pytestmark = pytest.mark.vm

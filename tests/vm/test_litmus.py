@@ -23,14 +23,14 @@ import pytest
 
 from support import pace
 from support.boot import boot
-from vmbus.migration.address import UnixAddress
-from vmbus.migration.channel import listen
+from vmbus.operations.migration.address import UnixAddress
+from vmbus.operations.migration.channel import listen
 from vmbus.provision import provision
 from vmbus.provision.libvfio_user import find_compiler
-from vmbus.qemu.command_line import Programs, programs_from
-from vmbus.qemu.description import VmDescription
 from vmbus.qemu.machine import Made, VirtualMachine
 from vmbus.snapshot.manifest import MANIFEST
+from vmbus.vm.command_line import Programs, programs_from
+from vmbus.vm.description import VmDescription
 
 pytestmark = [
     pytest.mark.vm,

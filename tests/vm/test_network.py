@@ -26,16 +26,16 @@ from support.crossing import GUEST, HOST, Traffic, moved, until
 from support.locks import in_use
 from support.namespace import Namespace, NotPermitted, namespace
 from support.processes import command_lines
-from vmbus.audit.checker import check_paths
-from vmbus.capture.frames import export
-from vmbus.capture.pcapng import CaptureReader
-from vmbus.capture.record import PACKET
 from vmbus.errors import VmbusError, WaitTimeout
-from vmbus.qemu.command_line import Programs
-from vmbus.qemu.description import VmDescription, load_description
+from vmbus.observe.audit.checker import check_paths
+from vmbus.observe.capture.frames import export
+from vmbus.observe.capture.pcapng import CaptureReader
+from vmbus.observe.capture.record import PACKET
+from vmbus.observe.words import describe
 from vmbus.qemu.machine import VirtualMachine
-from vmbus.qemu.process import clean_stale, runtime_base
-from vmbus.words import describe
+from vmbus.vm.command_line import Programs
+from vmbus.vm.description import VmDescription, load_description
+from vmbus.vm.process import clean_stale, runtime_base
 
 pytestmark = [pytest.mark.vm, pytest.mark.long]
 

@@ -28,10 +28,10 @@ from support import network_owner, pace, vm_owner
 from support.streams import agree, good_ping
 from vmbus.errors import VmbusError, WaitTimeout
 from vmbus.providers.disk.image import DIRECTORY_VARIABLE
-from vmbus.qemu.command_line import Programs
-from vmbus.qemu.description import VmDescription, load_description
-from vmbus.qemu.process import Child, log_tail
 from vmbus.testbed.hosts import TEMPORARY, Forbidden, Host, TwoHosts
+from vmbus.vm.command_line import Programs
+from vmbus.vm.description import VmDescription, load_description
+from vmbus.vm.process import Child, log_tail
 
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(300)]
 

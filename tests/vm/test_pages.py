@@ -12,10 +12,10 @@ import pytest
 
 from support.console_lines import CHECKOUT, PROMPT, Story, shape, stories
 from vmbus.errors import WaitTimeout
-from vmbus.qemu.command_line import Programs
-from vmbus.qemu.description import load_description
 from vmbus.qemu.machine import VirtualMachine
-from vmbus.qemu.process import RunDirectory
+from vmbus.vm.command_line import Programs
+from vmbus.vm.description import load_description
+from vmbus.vm.process import RunDirectory
 
 pytestmark = pytest.mark.vm
 

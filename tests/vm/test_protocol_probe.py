@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from vmbus.qemu.command_line import Programs
-from vmbus.qemu.description import VmDescription
 from vmbus.qemu.machine import VirtualMachine
 from vmbus.qemu.probe import probe, require_same
+from vmbus.vm.command_line import Programs
+from vmbus.vm.description import VmDescription
 
 pytestmark = pytest.mark.vm
 

@@ -16,14 +16,14 @@ from loopback.test_pytest_plugin import CHECKOUT, PLUGIN, example, properties, r
 from support import pace
 from support.processes import alive
 from vmbus.pytest_plugin import _clear_abandoned
-from vmbus.qemu.command_line import Programs
+from vmbus.vm.command_line import Programs
 
 pytestmark = pytest.mark.vm
 
 
 CAPTURED = """
 
-from vmbus.capture.replay import ReplayOptions, replay
+from vmbus.testkit.replay import ReplayOptions, replay
 
 
 def test_what_a_vm_did_is_played_again_without_one(vmbus_vms, vmbus_library, tmp_path):

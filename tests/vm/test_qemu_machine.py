@@ -22,13 +22,13 @@ from support.boot import boot
 from support.pace import until
 from support.processes import command_lines
 from vmbus.errors import StateError, VmbusError
+from vmbus.operations.save import Sabotage, SaveFailed
 from vmbus.provision import provision
-from vmbus.qemu.command_line import Programs, programs_from
-from vmbus.qemu.description import load_description
 from vmbus.qemu.machine import VirtualMachine
-from vmbus.qemu.process import ProcessDied, running_vms
-from vmbus.qemu.save import Sabotage, SaveFailed
 from vmbus.snapshot.bundle import SnapshotWriter, open_snapshot
+from vmbus.vm.command_line import Programs, programs_from
+from vmbus.vm.description import load_description
+from vmbus.vm.process import ProcessDied, running_vms
 
 pytestmark = [pytest.mark.vm, pytest.mark.long]
 
@@ -401,6 +401,6 @@ def test_an_owner_that_dies_takes_everything_along(snapshot: Path, number: signa
     finally:
         owner.kill()
         owner.wait()
-        from vmbus.qemu.process import clean_stale, runtime_base
+        from vmbus.vm.process import clean_stale, runtime_base
 
         clean_stale(runtime_base())

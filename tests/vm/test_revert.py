@@ -20,14 +20,14 @@ import pytest
 from support.boot import boot
 from support.pace import eventually, seconds
 from vmbus.errors import EnvironmentProblem, StateError, UsageError, VmbusError
-from vmbus.qemu.command_line import Programs
-from vmbus.qemu.description import VmDescription
+from vmbus.operations.revert import RevertFailed, RevertReport
+from vmbus.operations.save import Sabotage
 from vmbus.qemu.machine import VirtualMachine
-from vmbus.qemu.process import ProcessDied
 from vmbus.qemu.qmp import QmpCommandFailed
-from vmbus.qemu.revert import RevertFailed, RevertReport
-from vmbus.qemu.save import Sabotage
-from vmbus.qemu.story import Figures, Story, audit, begun, finish, until_in_flight
+from vmbus.testkit.story import Figures, Story, audit, begun, finish, until_in_flight
+from vmbus.vm.command_line import Programs
+from vmbus.vm.description import VmDescription
+from vmbus.vm.process import ProcessDied
 
 pytestmark = [pytest.mark.vm, pytest.mark.long]
 

@@ -22,18 +22,18 @@ from support import pace, slow_disk
 from support.boot import boot
 from support.locks import in_use
 from support.writer import ENDLESS, clean, finish, more, until_acknowledged, writing
-from vmbus.audit.checker import check_paths
-from vmbus.capture.pcapng import CaptureReader
-from vmbus.capture.record import PACKET
 from vmbus.errors import EnvironmentProblem, VmbusError, WaitTimeout
-from vmbus.migration.address import parse_address
-from vmbus.migration.channel import listen
-from vmbus.migration.source import MigrateFailed
-from vmbus.qemu.command_line import Programs
-from vmbus.qemu.description import VmDescription, load_description
+from vmbus.observe.audit.checker import check_paths
+from vmbus.observe.capture.pcapng import CaptureReader
+from vmbus.observe.capture.record import PACKET
+from vmbus.observe.words import describe
+from vmbus.operations.migration.address import parse_address
+from vmbus.operations.migration.channel import listen
+from vmbus.operations.migration.source import MigrateFailed
 from vmbus.qemu.machine import VirtualMachine
-from vmbus.qemu.moments import Hook, Moment, no_hook
-from vmbus.words import describe
+from vmbus.vm.command_line import Programs
+from vmbus.vm.description import VmDescription, load_description
+from vmbus.vm.moments import Hook, Moment, no_hook
 
 pytestmark = [pytest.mark.vm, pytest.mark.long]
 

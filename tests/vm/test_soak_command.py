@@ -15,10 +15,10 @@ import pytest
 
 from support.failure_bench import until
 from support.soak import events, read
-from vmbus.qemu.process import Child
 from vmbus.soak.folder import read_state
 from vmbus.soak.records import EpisodeRecord, OperationRecord
 from vmbus.soak.settings import LOSE_ONE_IN_A_THOUSAND
+from vmbus.vm.process import Child
 
 pytestmark = [pytest.mark.vm, pytest.mark.usefixtures("own_temporary_files")]
 

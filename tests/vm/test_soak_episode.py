@@ -19,12 +19,12 @@ import vmbus
 import vmbus_guest
 from support import pace
 from support.processes import children
-from vmbus.qemu.command_line import Programs
 from vmbus.soak.episode import run_episode, scratch_base
 from vmbus.soak.records import EpisodeRecord, OperationRecord
 from vmbus.soak.schedule import EpisodePlan, encode_plan, plan_episode
 from vmbus.soak.settings import LOSE_ONE_IN_A_THOUSAND, WEIGHTS, settings_from
 from vmbus.soak.sink import NoSink
+from vmbus.vm.command_line import Programs
 
 pytestmark = [pytest.mark.vm, pytest.mark.long, pytest.mark.usefixtures("own_temporary_files")]
 

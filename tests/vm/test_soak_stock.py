@@ -10,14 +10,14 @@ import msgspec
 import pytest
 
 from support.pace import seconds
-from vmbus.qemu.command_line import Programs
-from vmbus.qemu.description import with_options
 from vmbus.soak.episode import run_episode, scratch_base
 from vmbus.soak.outside import why_not
 from vmbus.soak.records import EpisodeRecord, EventRecord, OperationRecord
 from vmbus.soak.schedule import EpisodePlan, plan_episode
 from vmbus.soak.settings import DISK_LOSES_A_BLOCK, settings_from
 from vmbus.soak.sink import NoSink
+from vmbus.vm.command_line import Programs
+from vmbus.vm.description import with_options
 
 pytestmark = [
     *(pytest.mark.vm, pytest.mark.long, pytest.mark.timeout(330)),

@@ -15,14 +15,14 @@ import msgspec
 import pytest
 
 from support.boot import boot
-from vmbus import saved
+from vmbus.device import saved
 from vmbus.errors import VmbusError
 from vmbus.kmcl.saved import ChannelChunk, decode_chunk, encode
-from vmbus.qemu.command_line import Programs
-from vmbus.qemu.description import VmDescription
+from vmbus.operations.save import Sabotage
 from vmbus.qemu.machine import VirtualMachine
-from vmbus.qemu.save import Sabotage
-from vmbus.qemu.story import Figures, Story, audit, finish, run_story, save_in_flight, until_in_flight
+from vmbus.testkit.story import Figures, Story, audit, finish, run_story, save_in_flight, until_in_flight
+from vmbus.vm.command_line import Programs
+from vmbus.vm.description import VmDescription
 
 pytestmark = [pytest.mark.vm, pytest.mark.long]
 

@@ -28,16 +28,16 @@ import pytest
 import vmbus
 import vmbus_guest
 from support import pace, vm_owner
-from vmbus.audit.checker import check_paths
-from vmbus.description import ProviderDescription
+from vmbus.device.description import ProviderDescription
 from vmbus.errors import VmbusError, WaitTimeout
-from vmbus.qemu.command_line import Programs
-from vmbus.qemu.description import VmDescription
+from vmbus.observe.audit.checker import check_paths
 from vmbus.qemu.machine import VirtualMachine
-from vmbus.qemu.process import Child, log_tail
-from vmbus.qemu.story import Figures, audit
 from vmbus.server.control import ControlClient
 from vmbus.testbed.hosts import RUNTIME, TEMPORARY, Forbidden, Host, TwoHosts
+from vmbus.testkit.story import Figures, audit
+from vmbus.vm.command_line import Programs
+from vmbus.vm.description import VmDescription
+from vmbus.vm.process import Child, log_tail
 
 pytestmark = [pytest.mark.vm, pytest.mark.long, pytest.mark.timeout(600)]
 

@@ -15,13 +15,13 @@ import msgspec
 import pytest
 
 from support import pace
-from vmbus.audit.checker import check_paths
-from vmbus.audit.report import Report
 from vmbus.errors import WaitTimeout
-from vmbus.qemu.command_line import Programs
-from vmbus.qemu.description import VmDescription, load_description
+from vmbus.observe.audit.checker import check_paths
+from vmbus.observe.audit.report import Report
+from vmbus.operations.save import Sabotage
 from vmbus.qemu.machine import VirtualMachine
-from vmbus.qemu.save import Sabotage
+from vmbus.vm.command_line import Programs
+from vmbus.vm.description import VmDescription, load_description
 
 pytestmark = pytest.mark.vm
 

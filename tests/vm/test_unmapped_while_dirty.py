@@ -15,13 +15,13 @@ import pytest
 
 from support import pace
 from support.boot import boot
-from vmbus.qemu import save
-from vmbus.qemu.command_line import Programs
-from vmbus.qemu.description import VmDescription, load_description
+from vmbus.operations import save
+from vmbus.operations.save import SaveFailed
 from vmbus.qemu.machine import VirtualMachine
-from vmbus.qemu.moments import Moment
-from vmbus.qemu.save import SaveFailed
-from vmbus.qemu.story import finish
+from vmbus.testkit.story import finish
+from vmbus.vm.command_line import Programs
+from vmbus.vm.description import VmDescription, load_description
+from vmbus.vm.moments import Moment
 
 pytestmark = pytest.mark.vm
 

@@ -18,11 +18,11 @@ import pytest
 from support import pace, vsock_guest
 from support.boot import boot
 from vmbus.errors import WaitTimeout
-from vmbus.migration.address import parse_address
-from vmbus.migration.channel import listen
-from vmbus.qemu.command_line import Programs
-from vmbus.qemu.description import VmDescription, load_description
+from vmbus.operations.migration.address import parse_address
+from vmbus.operations.migration.channel import listen
 from vmbus.qemu.machine import VirtualMachine
+from vmbus.vm.command_line import Programs
+from vmbus.vm.description import VmDescription, load_description
 
 pytestmark = pytest.mark.vm
 

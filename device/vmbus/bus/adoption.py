@@ -4,14 +4,14 @@ from collections.abc import Callable
 from uuid import UUID
 
 from vmbus.bus.offers import Offer, OfferState, OfferStateRecord, OpenRequest
+from vmbus.bus.replacing import Key, channel_name, key_of
 from vmbus.bus.saved import BusState
 from vmbus.bus.server import BusServer
-from vmbus.complaints import bounded_log
 from vmbus.errors import StateError
 from vmbus.kmcl.saved import ChannelRecord
 from vmbus.kmcl.server import ServerChannel
-from vmbus.replacing import Key, channel_name, key_of
 from vmbus.ring import RingCorrupt
+from vmbus.util.complaints import bounded_log
 
 log = bounded_log(__name__)
 
@@ -19,7 +19,7 @@ Reattach = Callable[[Offer, tuple[int | None, int | None]], None]
 
 
 class Adoption:
-    """Implements `vmbus.replacing.Carrier` for the channels of a device.
+    """Implements `vmbus.bus.replacing.Carrier` for the channels of a device.
 
     A channel whose rings cannot be taken up again, because of what the guest wrote over them, is made anew, alone: the
     guest is told that it is rescinded, and gets it offered once more when it has released it. `broken` says why.

@@ -8,7 +8,7 @@ from vmbus.bus.gpadl import Gpadl, GpadlError, Mappings
 from vmbus.kmcl.channel import DEFAULT_TIMEOUT, Channel
 from vmbus.kmcl.client import ClientChannel
 from vmbus.kmcl.server import ServerChannel
-from vmbus.memory import Grant, GuestMemory, Window
+from vmbus.memory.guest import Grant, GuestMemory, Window
 from vmbus.ring import FEATURE_BITS, FEATURE_PENDING_SEND_SIZE, RingReader, RingWriter
 from vmbus.wire.gpa import PAGE_SIZE, range_for
 

@@ -7,8 +7,8 @@ from typing import Any
 
 from vmbus.bus.gpadl import Gpadl, GpadlError, GpadlMapped, GpadlTable
 from vmbus.bus.offers import Offer, OfferState
-from vmbus.complaints import bounded_log
 from vmbus.errors import PeerError
+from vmbus.util.complaints import bounded_log
 from vmbus.wire import messages as m
 
 log = bounded_log(__name__)

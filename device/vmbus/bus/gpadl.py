@@ -12,8 +12,8 @@ from typing import Annotated, NamedTuple
 import msgspec
 
 from vmbus.errors import PeerError, StateError
-from vmbus.memory import Grant, GuestMemory, Window
-from vmbus.records import U16, U32, Relid, StructVersion, decode
+from vmbus.memory.guest import Grant, GuestMemory, Window
+from vmbus.util.records import U16, U32, Relid, StructVersion, decode
 from vmbus.wire.gpa import MAX_PFN, PAGE_SIZE, GpaRange, RangeError, extents_of, page_count, parse_ranges
 
 MAX_GPADLS = 4096

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 
 from vmbus.bus.connection import Connection, LocalBuffer
-from vmbus.complaints import bounded_log
+from vmbus.bus.replacing import Key, Restored, key_of, put_back, save_channels
 from vmbus.errors import StateError, UsageError, WaitTimeout
 from vmbus.kmcl.channel import Channel, Waiter
 from vmbus.kmcl.client import ClientChannel
@@ -22,9 +22,9 @@ from vmbus.kmcl.saved import ChannelRecord
 from vmbus.kmcl.server import ServerChannel
 from vmbus.kmcl.status import KmclError, Status
 from vmbus.kmcl.turns import one_round
-from vmbus.memory import GuestMemory
-from vmbus.replacing import Key, Restored, key_of, put_back, save_channels
+from vmbus.memory.guest import GuestMemory
 from vmbus.ring import RingCorrupt
+from vmbus.util.complaints import bounded_log
 from vmbus.wire.gpa import PAGE_SIZE
 
 log = bounded_log(__name__)
@@ -441,7 +441,7 @@ class LocalBus:
 
 
 class _Replacement:
-    """Implements `vmbus.replacing.Carrier` for the server ends of a local bus."""
+    """Implements `vmbus.bus.replacing.Carrier` for the server ends of a local bus."""
 
     def __init__(self, bus: LocalBus, connections: list[Connection], saved: list[ChannelRecord]) -> None:
         self._bus = bus

@@ -19,7 +19,7 @@ from uuid import UUID
 import msgspec
 
 from vmbus.errors import StateError, UsageError
-from vmbus.records import U16, U32, Guid, Relid, StructVersion
+from vmbus.util.records import U16, U32, Guid, Relid, StructVersion
 from vmbus.wire import messages as m
 
 MAX_RELID = 2047

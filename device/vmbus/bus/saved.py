@@ -16,7 +16,7 @@ from vmbus.bus.gpadl import (
 )
 from vmbus.bus.offers import MAX_RELID, OfferStateRecord, OpenState, check_offers
 from vmbus.errors import StateError
-from vmbus.records import U32, Bytes, StructVersion, decode
+from vmbus.util.records import U32, Bytes, StructVersion, decode
 from vmbus.wire import messages as m
 
 

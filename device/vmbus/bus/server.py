@@ -25,15 +25,15 @@ from enum import Enum
 from functools import partial
 from typing import Any, Protocol
 
-from vmbus.backlog import Backlog
 from vmbus.bus.connects import ConnectDesk
 from vmbus.bus.desk import REFUSED, GpadlDesk
 from vmbus.bus.gpadl import Gpadl, GpadlError
 from vmbus.bus.offers import CONNECTION_ID_BASE, MAX_RELID, Offer, OfferEvent, OfferState, OpenRequest
 from vmbus.bus.saved import BusState
 from vmbus.bus.table import OfferTable, still_in_use
-from vmbus.complaints import bounded_log
 from vmbus.errors import PeerError, UsageError
+from vmbus.util.backlog import Backlog
+from vmbus.util.complaints import bounded_log
 from vmbus.wire import messages as m
 
 log = bounded_log(__name__)

@@ -7,9 +7,9 @@ from typing import Any
 
 import click
 
+from vmbus.cli.supervisor import ask, find_vm
 from vmbus.cli.terminal import run
 from vmbus.errors import UsageError
-from vmbus.qemu.supervisor import ask, find_vm
 
 _WITH_DRIVER = ("run", "start")
 _WITH_JOB = ("wait", "poll", "stop", "kill")

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import click
 
-from vmbus.audit.checker import check_paths
+from vmbus.cli.supervisor import ask, find_vm
 from vmbus.cli.terminal import run
 from vmbus.errors import UsageError
-from vmbus.qemu.supervisor import ask, find_vm
+from vmbus.observe.audit.checker import check_paths
 
 COLLECT_TIMEOUT = 300.0
 STATUS = {"clean": 0, "broken": 1, "incomplete": 3}

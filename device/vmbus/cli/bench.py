@@ -20,9 +20,9 @@ from vmbus.cli.terminal import Steps, run
 from vmbus.places import DESCRIPTIONS as CONFIGURATIONS
 from vmbus.places import MEASUREMENTS
 from vmbus.provision import Provisioned, find_debian, provision
-from vmbus.qemu.command_line import programs_from
-from vmbus.qemu.description import load_description
-from vmbus.screen import screen
+from vmbus.util.screen import screen
+from vmbus.vm.command_line import programs_from
+from vmbus.vm.description import load_description
 
 if TYPE_CHECKING:
     from vmbus_bench.figures import Part, Report

@@ -17,18 +17,18 @@ from typing import Any
 
 import click
 
-from vmbus.capture import record as r
-from vmbus.capture.capture import DEFAULT_EXTERNAL, DEFAULT_LIMIT, DEFAULT_SNAPLEN, selects
-from vmbus.capture.pcapng import CaptureReader, Interface
 from vmbus.cli.migrate import NAME_FIRST
+from vmbus.cli.supervisor import find_vm
 from vmbus.cli.terminal import console, run
 from vmbus.errors import EnvironmentProblem, UsageError
-from vmbus.qemu.command_line import Sockets
-from vmbus.qemu.process import runtime_base
-from vmbus.qemu.supervisor import find_vm
+from vmbus.observe.capture import record as r
+from vmbus.observe.capture.capture import DEFAULT_EXTERNAL, DEFAULT_LIMIT, DEFAULT_SNAPLEN, selects
+from vmbus.observe.capture.pcapng import CaptureReader, Interface
+from vmbus.observe.words import describe
 from vmbus.server.control import ControlClient
+from vmbus.vm.command_line import Sockets
+from vmbus.vm.process import runtime_base
 from vmbus.wire.packet import PacketType
-from vmbus.words import describe
 
 _LOOK = 0.5  # seconds between looks at how a capture goes
 _PIPE_BYTES = 1 << 16
@@ -280,7 +280,7 @@ def _describe(interface: Interface, record: r.Record) -> str:
 def frames(file: Path, output: Path) -> None:
     """Write the Ethernet frames of network cards in a capture (FILE) to a file of their own, for any tool that reads
     captures of networks."""
-    from vmbus.capture.frames import export
+    from vmbus.observe.capture.frames import export
 
     found = export(file, output)
     text = f"{output}: {found.frames} frames"
@@ -349,10 +349,10 @@ def replay(
     The provider runs in this process, in a device server of its own; no VM is needed. The exit status is 0 only if
     everything came as captured.
     """
-    from vmbus.capture.replay import ReplayOptions, parse_ranges
-    from vmbus.capture.replay import replay as play
     from vmbus.provision.libvfio_user import find_library
-    from vmbus.vfio_user.library import ENVIRONMENT_VARIABLE, load
+    from vmbus.testkit.replay import ReplayOptions, parse_ranges
+    from vmbus.testkit.replay import replay as play
+    from vmbus.transport.library import ENVIRONMENT_VARIABLE, load
 
     try:
         settings = json.loads(provider_options)

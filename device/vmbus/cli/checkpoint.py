@@ -10,10 +10,10 @@ import msgspec
 from rich.table import Table
 
 from vmbus.cli.migrate import NAME_FIRST
+from vmbus.cli.supervisor import ask, find_vm
 from vmbus.cli.terminal import CHECKPOINT_LABELS, REVERT_LABELS, Steps, console, run
 from vmbus.errors import UsageError
-from vmbus.qemu.revert import CheckpointReport, RevertReport
-from vmbus.qemu.supervisor import ask, find_vm
+from vmbus.operations.revert import CheckpointReport, RevertReport
 from vmbus.snapshot.checkpoints import Checkpoint
 
 TIMEOUT = 1800.0

@@ -15,10 +15,10 @@ from vmbus.cli.outputs import output
 from vmbus.cli.terminal import Steps, console, run
 from vmbus.places import DESCRIPTIONS
 from vmbus.provision import provision
-from vmbus.qemu.command_line import programs_from
-from vmbus.qemu.description import find_description, load_description
-from vmbus.qemu.story import Figures, Story, run_story
-from vmbus.screen import screen
+from vmbus.testkit.story import Figures, Story, run_story
+from vmbus.util.screen import screen
+from vmbus.vm.command_line import programs_from
+from vmbus.vm.description import find_description, load_description
 
 LABELS = {
     "boot": "Linux guest booted, its agent answers",

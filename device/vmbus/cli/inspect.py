@@ -19,14 +19,14 @@ from rich.tree import Tree
 
 from vmbus.cli.terminal import run
 from vmbus.errors import UsageError, VmbusError
-from vmbus.inspection.difference import Change, Difference, compare, lines
-from vmbus.inspection.document import MOST_PACKETS, Inspection, PacketInfo
-from vmbus.inspection.target import Running, find, look
-from vmbus.inspection.tree import clean, counted, packet_text, render
-from vmbus.inspection.watch import View, Watch
-from vmbus.qemu.process import runtime_base
-from vmbus.screen import screen
+from vmbus.observe.inspection.difference import Change, Difference, compare, lines
+from vmbus.observe.inspection.document import MOST_PACKETS, Inspection, PacketInfo
+from vmbus.observe.inspection.target import Running, find, look
+from vmbus.observe.inspection.tree import clean, counted, packet_text, render
+from vmbus.observe.inspection.watch import View, Watch
 from vmbus.snapshot.bundle import open_snapshot
+from vmbus.util.screen import screen
+from vmbus.vm.process import runtime_base
 
 DEFAULT_SECONDS = 1.0
 _WATCHED_PACKETS = 4

@@ -11,7 +11,7 @@ import msgspec
 
 from vmbus.errors import EnvironmentProblem, UsageError
 from vmbus.provision.debian_system import KEYS_CREDENTIAL
-from vmbus.qemu.description import VmDescription
+from vmbus.vm.description import VmDescription
 
 MOST_CHARACTERS = 1400
 """Of the word on the command line: Linux takes 2,047 in all."""

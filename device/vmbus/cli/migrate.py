@@ -8,12 +8,12 @@ import click
 import msgspec
 from rich.table import Table
 
+from vmbus.cli.supervisor import ask, find_vm
 from vmbus.cli.terminal import MIGRATE_LABELS, Steps, console, run
 from vmbus.errors import UsageError
-from vmbus.migration.address import Address, UnixAddress, parse_address
-from vmbus.migration.channel import read_secret
-from vmbus.migration.source import MigrationReport
-from vmbus.qemu.supervisor import ask, find_vm
+from vmbus.operations.migration.address import Address, UnixAddress, parse_address
+from vmbus.operations.migration.channel import read_secret
+from vmbus.operations.migration.source import MigrationReport
 
 _TIMEOUT = 7200.0
 

@@ -7,8 +7,8 @@ import json
 import click
 
 from vmbus.cli.agent import parse_parameters
+from vmbus.cli.supervisor import ask, find_vm
 from vmbus.cli.terminal import run
-from vmbus.qemu.supervisor import ask, find_vm
 
 
 @click.command()

@@ -19,7 +19,6 @@ import msgspec
 from vmbus.cli.terminal import console
 from vmbus.errors import EnvironmentProblem, UsageError, VmbusError
 from vmbus.provision import provision
-from vmbus.qemu.command_line import programs_from
 from vmbus.soak import report as reports
 from vmbus.soak.campaign import CampaignRun, Limits
 from vmbus.soak.engine import Engine, LocalEngine
@@ -32,6 +31,7 @@ from vmbus.soak.records import FORMAT, Report
 from vmbus.soak.replay import parse_words, replay_command
 from vmbus.soak.schedule import encode_plan, episodes_planned, linux_share, plan_episode
 from vmbus.soak.settings import Settings, read_values, settings_from
+from vmbus.vm.command_line import programs_from
 
 PASSED, FAILED, CANNOT, INTERRUPTED = 0, 1, 2, 3
 """Exit statuses. CANNOT: it could not begin, or there is nothing to report."""

@@ -8,13 +8,13 @@ import sys
 
 import click
 
+from vmbus.cli.supervisor import find_vm
 from vmbus.cli.terminal import run
 from vmbus.errors import EnvironmentProblem, UsageError
-from vmbus.qemu.command_line import Sockets
-from vmbus.qemu.guest_socket import proxy_command
-from vmbus.qemu.process import runtime_base
-from vmbus.qemu.supervisor import find_vm
 from vmbus.server.control import ControlClient
+from vmbus.vm.command_line import Sockets
+from vmbus.vm.guest_socket import proxy_command
+from vmbus.vm.process import runtime_base
 
 PORT = 22
 STATUS_TIMEOUT = 15.0

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from rich.text import Text
 
-from vmbus.screen import screen
+from vmbus.util.screen import screen
 
 T = TypeVar("T")
 
@@ -21,7 +21,7 @@ console = screen(stderr=True)
 class Steps:
     """Shows one line per phase with the time it took; the running phase with a moving sign on a terminal.
 
-    Call it with each phase's name as it begins (a `vmbus.qemu.timing.Progress`); use it as a context manager.
+    Call it with each phase's name as it begins (a `vmbus.vm.timing.Progress`); use it as a context manager.
     """
 
     def __init__(self, title: str, labels: dict[str, str] | None = None) -> None:

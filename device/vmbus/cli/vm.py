@@ -19,6 +19,7 @@ from vmbus.cli.capture import parse_size
 from vmbus.cli.drivers import Drive, DriverFile, install, jobs_for, outcome, parse_drive, read_driver_file, show_drivers
 from vmbus.cli.keys import with_keys
 from vmbus.cli.migrate import SECRET_HELP, absolute
+from vmbus.cli.supervisor import Supervisor, ask, find_vm
 from vmbus.cli.terminal import (
     RECEIVE_LABELS,
     RESTORE_LABELS,
@@ -29,23 +30,22 @@ from vmbus.cli.terminal import (
     console,
     run,
 )
-from vmbus.description import check_name
 from vmbus.errors import UsageError, VmbusError
-from vmbus.migration.address import Address
-from vmbus.migration.channel import listen, read_secret
+from vmbus.operations.migration.address import Address
+from vmbus.operations.migration.channel import listen, read_secret
+from vmbus.operations.save import SaveReport
 from vmbus.places import DESCRIPTIONS as CONFIGURATIONS
 from vmbus.places import command, spelled
 from vmbus.provision import provision, provision_debian
 from vmbus.qemu.agent import AgentError, GuestWentBack
 from vmbus.qemu.archive import archive_for
-from vmbus.qemu.command_line import Programs, programs_from
-from vmbus.qemu.description import VmDescription, find_description, load_description
 from vmbus.qemu.machine import Made, VirtualMachine
-from vmbus.qemu.process import RunDirectory, running_vms
-from vmbus.qemu.root import missing_root
-from vmbus.qemu.save import SaveReport
-from vmbus.qemu.supervisor import Supervisor, ask, find_vm
 from vmbus.snapshot.checkpoints import Store
+from vmbus.util.explaining import check_name
+from vmbus.vm.command_line import Programs, programs_from
+from vmbus.vm.description import VmDescription, find_description, load_description
+from vmbus.vm.process import RunDirectory, running_vms
+from vmbus.vm.root import missing_root
 
 SAVE_TIMEOUT = 1800.0
 

@@ -30,7 +30,7 @@ from vmbus.kmcl.polling import MOST_SECONDS, Polling
 from vmbus.kmcl.requests import send_synchronous_request
 from vmbus.kmcl.status import KmclError, Status
 from vmbus.kmcl.threads import own_thread
-from vmbus.memory import GuestMemory
+from vmbus.memory.guest import GuestMemory
 from vmbus.ring import RingReader, RingWriter
 
 __all__ = ["DEFAULT_TIMEOUT", "Channel", "InFlight", "Link", "QueuedCompletion", "Waiter"]

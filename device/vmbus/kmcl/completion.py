@@ -6,7 +6,7 @@ from typing import cast
 
 from vmbus.kmcl.flow import CompletionBase, Flow
 from vmbus.kmcl.status import ChannelStateError, KmclError, Status
-from vmbus.memory import Grant, MemoryFault
+from vmbus.memory.guest import Grant, MemoryFault
 from vmbus.wire.packet import PacketError, PacketType, TransferPages, parse_gpa_direct, parse_transfer_pages
 
 _GPA_DIRECT = int(PacketType.GPA_DIRECT)

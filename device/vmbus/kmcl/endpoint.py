@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Protocol, cast
 from uuid import UUID
 
-from vmbus.complaints import bounded_log
 from vmbus.errors import PeerError, VmbusError, WaitTimeout
 from vmbus.kmcl.flow import Flow
 from vmbus.kmcl.incoming import TURN_SECONDS, Incoming
@@ -21,8 +20,9 @@ from vmbus.kmcl.outgoing import Outgoing
 from vmbus.kmcl.settings import Settings
 from vmbus.kmcl.status import ChannelStateError
 from vmbus.kmcl.threads import Carrier, Threads, own_thread
-from vmbus.memory import GuestMemory, MemoryRevoked
+from vmbus.memory.guest import GuestMemory, MemoryRevoked
 from vmbus.ring import RingReader, RingWriter
+from vmbus.util.complaints import bounded_log
 from vmbus.wire.packet import MAX_PACKET_SIZE, OVERHEAD
 
 if TYPE_CHECKING:

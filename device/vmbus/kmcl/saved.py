@@ -16,7 +16,7 @@ from uuid import UUID
 import msgspec
 
 from vmbus.errors import StateError
-from vmbus.records import U16, U32, U64, Guid, Refusing, StructVersion, decode
+from vmbus.util.records import U16, U32, U64, Guid, Refusing, StructVersion, decode
 from vmbus.wire.packet import DESCRIPTOR_SIZE, MAX_PACKET_SIZE, PacketType, packet_size
 
 VERSION = 1

@@ -11,7 +11,7 @@ from vmbus.kmcl.lifecycle import ChannelEvent, ChannelState
 from vmbus.kmcl.saving import SavingChannel
 from vmbus.kmcl.status import ChannelStateError, Status
 from vmbus.kmcl.threads import own_thread
-from vmbus.memory import Grant, Window
+from vmbus.memory.guest import Grant, Window
 from vmbus.wire.messages import OfferFlag
 
 SERVER_FLAG_LOOPBACK_OFFER = 0x1

@@ -13,9 +13,9 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-from vmbus.cachedir import cache_directory
 from vmbus.errors import EnvironmentProblem
 from vmbus.native import build
+from vmbus.util.directories import cache_directory
 
 SETTING = "VMBUS_CORE"
 _NAME = "vmbus.native._core"

@@ -2,9 +2,9 @@ from collections.abc import Callable
 
 from vmbus.kmcl.flow_pure import CompletionBase as CompletionBase
 from vmbus.kmcl.flow_pure import Flow as Flow
-from vmbus.memory import GuestMemory
-from vmbus.ring_pure import RingReader as RingReader
-from vmbus.ring_pure import RingWriter as RingWriter
+from vmbus.memory.guest import GuestMemory
+from vmbus.ring.pure import RingReader as RingReader
+from vmbus.ring.pure import RingWriter as RingWriter
 from vmbus.wire.packet import RawPacket
 
 class Pieces:

@@ -1,4 +1,4 @@
-"""Which core runs in this process: the native one, or its pure twin (`vmbus.ring_pure`, `vmbus.wire.packet`)."""
+"""Which core runs in this process: the native one, or its pure twin (`vmbus.ring.pure`, `vmbus.wire.packet`)."""
 
 from types import ModuleType
 

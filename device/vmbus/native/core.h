@@ -38,7 +38,7 @@ static inline void drop(void *object)
     } while (0)
 
 typedef struct {
-    PyObject *ring_corrupt; /* vmbus.ring_pure.RingCorrupt; NULL until `core_ready` */
+    PyObject *ring_corrupt; /* vmbus.ring.pure.RingCorrupt; NULL until `core_ready` */
     PyObject *usage_error;
     PyObject *struct_error;
     PyTypeObject *raw_packet; /* vmbus.wire.packet.RawPacket, a tuple */

@@ -18,7 +18,7 @@ int core_ready(void)
 {
     if (core.raw_packet != NULL)
         return 0;
-    PyObject *ring_corrupt = core_import("vmbus.ring_pure", "RingCorrupt");
+    PyObject *ring_corrupt = core_import("vmbus.ring.pure", "RingCorrupt");
     PyObject *usage_error = core_import("vmbus.errors", "UsageError");
     PyObject *peer_error = core_import("vmbus.errors", "PeerError");
     PyObject *struct_error = core_import("struct", "error");

@@ -1,4 +1,4 @@
-/* The reading end of a ring: the native twin of vmbus.ring_pure.RingReader. */
+/* The reading end of a ring: the native twin of vmbus.ring.pure.RingReader. */
 
 #include "core.h"
 
@@ -274,7 +274,7 @@ static PyMemberDef members[] = {
 };
 
 static PyType_Slot slots[] = {
-    {Py_tp_doc, "See vmbus.ring_pure.RingReader."},
+    {Py_tp_doc, "See vmbus.ring.pure.RingReader."},
     {Py_tp_new, new},
     {Py_tp_dealloc, dealloc},
     {Py_tp_traverse, traverse},

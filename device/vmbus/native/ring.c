@@ -1,4 +1,4 @@
-/* What both ends of a ring share. The protocol is described in vmbus.ring; vmbus.ring_pure is the twin in Python. */
+/* What both ends of a ring share. The protocol is described in vmbus.ring; vmbus.ring.pure is the twin in Python. */
 
 #include "core.h"
 

@@ -1,4 +1,4 @@
-/* The writing end of a ring: the native twin of vmbus.ring_pure.RingWriter. */
+/* The writing end of a ring: the native twin of vmbus.ring.pure.RingWriter. */
 
 #include "core.h"
 
@@ -302,7 +302,7 @@ static PyMemberDef members[] = {
 };
 
 static PyType_Slot slots[] = {
-    {Py_tp_doc, "See vmbus.ring_pure.RingWriter."},
+    {Py_tp_doc, "See vmbus.ring.pure.RingWriter."},
     {Py_tp_new, new},
     {Py_tp_dealloc, dealloc},
     {Py_tp_traverse, traverse},

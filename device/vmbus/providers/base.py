@@ -10,12 +10,12 @@ from uuid import UUID
 import msgspec
 
 from vmbus.bus.connects import Wish
-from vmbus.description import explain
 from vmbus.errors import StateError, UsageError
 from vmbus.kmcl.client import ClientChannel
 from vmbus.kmcl.packet import Packet
 from vmbus.kmcl.server import ServerChannel
-from vmbus.records import decode
+from vmbus.util.explaining import explain
+from vmbus.util.records import decode
 
 Result = TypeVar("Result")
 

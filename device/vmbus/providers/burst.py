@@ -17,7 +17,6 @@ from uuid import UUID
 
 import msgspec
 
-from vmbus import workload
 from vmbus.kmcl.channel import Channel
 from vmbus.kmcl.completion import Completion
 from vmbus.kmcl.packet import Packet
@@ -26,7 +25,8 @@ from vmbus.kmcl.status import Status
 from vmbus.providers.base import Bound, Host, Provider
 from vmbus.providers.saved import TallyState, saved_run
 from vmbus.providers.slices import PIECE, STEP, Slices
-from vmbus.records import U32, U64, Count
+from vmbus.util.records import U32, U64, Count
+from vmbus.wire import workload
 
 MOST_PACKETS = 32_768
 """Packets that are in flight at most, whatever the window."""

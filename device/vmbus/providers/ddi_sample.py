@@ -14,7 +14,6 @@ from uuid import UUID
 
 import msgspec
 
-from vmbus import workload
 from vmbus.errors import UsageError
 from vmbus.kmcl import ddi
 from vmbus.kmcl.channel import Channel
@@ -25,7 +24,8 @@ from vmbus.providers.base import Bound, Host, Provider
 from vmbus.providers.burst import MOST_PACKETS, window_of
 from vmbus.providers.saved import TallyState, saved_run
 from vmbus.providers.slices import PIECE, Slices
-from vmbus.records import U32, U64, Count
+from vmbus.util.records import U32, U64, Count
+from vmbus.wire import workload
 
 _SAVED_TRANSACTION = Struct("<Q16s")
 

@@ -16,7 +16,6 @@ from zlib import crc32
 
 import msgspec
 
-from vmbus import workload
 from vmbus.kmcl.channel import Channel
 from vmbus.kmcl.completion import Completion
 from vmbus.kmcl.server import ServerChannel
@@ -24,8 +23,9 @@ from vmbus.kmcl.status import KmclError
 from vmbus.providers.base import Bound, Host, Provider, Timer
 from vmbus.providers.saved import TallyState
 from vmbus.providers.slices import PIECE, Slices, transformed
-from vmbus.records import U64, Count
-from vmbus.workload import STATUS_CORRUPT, STATUS_MALFORMED, STATUS_OK, TABLES
+from vmbus.util.records import U64, Count
+from vmbus.wire import workload
+from vmbus.wire.workload import STATUS_CORRUPT, STATUS_MALFORMED, STATUS_OK, TABLES
 
 _REQUEST_SIZE = workload.ECHO_REQUEST.size
 _REPLY_SIZE = workload.ECHO_REPLY.size

@@ -12,10 +12,10 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-from vmbus.complaints import bounded_log
 from vmbus.errors import VmbusError
 from vmbus.kmcl.channel import Channel
 from vmbus.kmcl.lifecycle import ChannelState
+from vmbus.util.complaints import bounded_log
 
 log = bounded_log(__name__)
 

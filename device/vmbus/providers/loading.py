@@ -13,9 +13,9 @@ import re
 import sys
 from collections.abc import Mapping
 
-from vmbus.description import MODULE_PATTERN
 from vmbus.errors import UsageError
 from vmbus.providers.base import Provider
+from vmbus.util.explaining import MODULE_PATTERN
 
 PATH_VARIABLE = "VMBUS_PROVIDER_PATH"
 ALLOW_VARIABLE = "VMBUS_PROVIDERS"

@@ -3,12 +3,12 @@
 import msgspec
 
 from vmbus.errors import StateError
-from vmbus.records import U64
-from vmbus.workload import BurstStart, Tally, parse_burst_start
+from vmbus.util.records import U64
+from vmbus.wire.workload import BurstStart, Tally, parse_burst_start
 
 
 class TallyState(msgspec.Struct, frozen=True):
-    """A `vmbus.workload.Tally`."""
+    """A `vmbus.wire.workload.Tally`."""
 
     completed: U64
     corrupted: U64

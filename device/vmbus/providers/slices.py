@@ -13,7 +13,7 @@ from typing import Any
 from zlib import crc32
 
 from vmbus.providers.base import Host
-from vmbus.workload import transform
+from vmbus.wire.workload import transform
 
 BUDGET = 1 << 20
 """Cost of a slice, some milliseconds."""

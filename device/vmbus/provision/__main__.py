@@ -19,7 +19,7 @@ from vmbus.errors import VmbusError
 from vmbus.provision import Provisioned, needs, provision, provision_debian
 from vmbus.provision.cache import Cache
 from vmbus.provision.report import PlainReporter, Reporter, SilentReporter
-from vmbus.screen import screen
+from vmbus.util.screen import screen
 
 
 class RichReporter:

@@ -23,8 +23,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from vmbus.cachedir import cache_directory
 from vmbus.errors import EnvironmentProblem, VmbusError, WaitTimeout
+from vmbus.util.directories import cache_directory
 
 LOCK_TIMEOUT = 1800.0
 """Seconds to wait for another set-up: longer than one takes from nothing on a slow network."""

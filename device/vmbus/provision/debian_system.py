@@ -5,7 +5,7 @@ It is made without root rights and without network in the guest. apt downloads a
 then a machine of QEMU's own, without a device of ours, boots once and has the packages on its disk configure
 themselves. Nothing in the image belongs to one machine: no host keys, no machine id, no password.
 
-The image is in the cache, and nobody writes to it: a VM has a copy (`vmbus.qemu.root`). It is made anew when the recipe
+The image is in the cache, and nobody writes to it: a VM has a copy (`vmbus.vm.root`). It is made anew when the recipe
 changes; its packages are as new as they were when it was made.
 
 Standard library only.

@@ -5,7 +5,7 @@ is one run of the host's C compiler over the library's files, with the options o
 neither pkg-config nor meson nor the library's test framework. The json-c headers come from the host or, where they are
 not installed, from the host suite's Debian package.
 
-Which generation of the library was found, and whether the binding can serve it, is told by `vmbus.vfio_user` at once:
+Which generation of the library was found, and whether the binding can serve it, is told by `vmbus.transport` at once:
 of what it cannot serve, the next one is tried.
 """
 
@@ -47,7 +47,7 @@ _TRIAL = """
 import pathlib, sys
 sys.path.insert(0, sys.argv[1])
 from vmbus.errors import VmbusError
-from vmbus.vfio_user.library import load
+from vmbus.transport.library import load
 try:
     load(pathlib.Path(sys.argv[2]))
 except VmbusError as error:

@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from vmbus.errors import EnvironmentProblem, UsageError, VmbusError, WaitTimeout
-from vmbus.patience import patient
+from vmbus.util.patience import patient
 
 T = TypeVar("T")
 
@@ -100,7 +100,7 @@ def convert(result: dict[str, Any], wanted: type[T], command: str) -> T:
 
 class AgentClient:
     """A client of one VM's agent. Several requests may be under way at once. Timeouts are seconds of a usual machine
-    (see `vmbus.patience`).
+    (see `vmbus.util.patience`).
 
     `on_event` is called with every line that is not an answer (``{"event": ...}``); it must not raise.
     """

@@ -14,8 +14,8 @@ from pathlib import Path
 from qemu.qmp.events import EventListener
 
 from vmbus.errors import EnvironmentProblem
-from vmbus.qemu.process import log_tail
 from vmbus.qemu.qmp import Monitor
+from vmbus.vm.process import log_tail
 
 _PANIC = "Kernel panic - not syncing"
 _TAIL = 64 << 10
@@ -78,7 +78,7 @@ class Ends:
         try:
             with self._log.open("rb") as file:
                 size = file.seek(0, 2)
-                if size < self._from:  # it was shortened meanwhile (`vmbus.qemu.logs`)
+                if size < self._from:  # it was shortened meanwhile (`vmbus.vm.logs`)
                     self._from = 0
                 file.seek(max(self._from, size - _TAIL))
                 text = file.read().decode(errors="replace")

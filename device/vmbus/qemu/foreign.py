@@ -16,8 +16,8 @@ from typing import Any
 from qemu.qmp.events import EventListener
 
 from vmbus.errors import VmbusError
-from vmbus.patience import patient
 from vmbus.qemu.qmp import MIGRATION_ENDS, MigrationFailed, Monitor
+from vmbus.util.patience import patient
 
 _BEGINNINGS = frozenset({"setup", "active", "device", "pre-switchover"})
 _CANCEL_TIMEOUT = 60.0

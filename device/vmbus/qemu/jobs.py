@@ -9,9 +9,9 @@ import time
 from collections.abc import Mapping
 
 from vmbus.errors import WaitTimeout
-from vmbus.patience import patient
+from vmbus.operations.save import QemuMonitor
 from vmbus.qemu.qmp import QmpCommandFailed
-from vmbus.qemu.save import QemuMonitor
+from vmbus.util.patience import patient
 
 _POLL_INTERVAL = 0.1  # seconds between looks at the job when no event comes
 

@@ -22,40 +22,20 @@ from typing import Any, TypeVar, cast
 import msgspec
 
 import vmbus
-from vmbus import saved
-from vmbus.description import DeviceDescription
+from vmbus.device import saved
+from vmbus.device.description import DeviceDescription
 from vmbus.errors import EnvironmentProblem, StateError, UsageError, VmbusError
-from vmbus.migration.address import parse_address
-from vmbus.migration.arrival import Arrival
-from vmbus.migration.channel import Listener
-from vmbus.migration.destination import GO_TIMEOUT, Destination
-from vmbus.migration.link import SILENCE
-from vmbus.migration.messages import Prepare
-from vmbus.migration.ownership import SourceStage
-from vmbus.migration.source import ASK_TIMEOUT, Departing, MigrationReport, Source
-from vmbus.patience import patient
-from vmbus.providers.disk.image import CLONE_VARIABLE
-from vmbus.qemu.agent import AgentClient, GuestOutput, decode_line
-from vmbus.qemu.audit import collect
-from vmbus.qemu.command_line import (
-    Programs,
-    Sockets,
-    default_spare_cpus,
-    machine_version,
-    qemu_arguments,
-    with_available_driver,
-)
-from vmbus.qemu.description import VmDescription, with_options
-from vmbus.qemu.ends import Ends, GuestPanicked
-from vmbus.qemu.foreign import MigrationGuard
-from vmbus.qemu.moments import Hook, Moment, no_hook
-from vmbus.qemu.pci_replay import PciAddress, replay
-from vmbus.qemu.probe import driven_by_client, require_complete, require_running, require_same
-from vmbus.qemu.process import Child, RunDirectory, guard_all
-from vmbus.qemu.qmp import COMMAND_TIMEOUT, Monitor, file_channel
-from vmbus.qemu.revert import CheckpointReport, Checkpoints, Patient, RevertFailed, RevertReport
-from vmbus.qemu.root import prepare_root
-from vmbus.qemu.save import (
+from vmbus.observe.audit.guest import collect
+from vmbus.operations.migration.address import parse_address
+from vmbus.operations.migration.arrival import Arrival
+from vmbus.operations.migration.channel import Listener
+from vmbus.operations.migration.destination import GO_TIMEOUT, Destination
+from vmbus.operations.migration.link import SILENCE
+from vmbus.operations.migration.messages import Prepare
+from vmbus.operations.migration.ownership import SourceStage
+from vmbus.operations.migration.source import ASK_TIMEOUT, Departing, MigrationReport, Source
+from vmbus.operations.revert import CheckpointReport, Checkpoints, Patient, RevertFailed, RevertReport
+from vmbus.operations.save import (
     NO_SABOTAGE,
     Capture,
     Captured,
@@ -66,12 +46,32 @@ from vmbus.qemu.save import (
     StreamSettings,
     barrier,
 )
-from vmbus.qemu.timing import Phases, Progress
+from vmbus.providers.disk.image import CLONE_VARIABLE
+from vmbus.qemu.agent import AgentClient, GuestOutput, decode_line
+from vmbus.qemu.ends import Ends, GuestPanicked
+from vmbus.qemu.foreign import MigrationGuard
+from vmbus.qemu.pci_replay import PciAddress, replay
+from vmbus.qemu.probe import driven_by_client, require_complete, require_running, require_same
+from vmbus.qemu.qmp import COMMAND_TIMEOUT, Monitor, file_channel
 from vmbus.server.control import ControlClient
 from vmbus.snapshot.bundle import Snapshot, SnapshotWriter, open_snapshot, utc_now
 from vmbus.snapshot.checkpoints import Checkpoint, Store
 from vmbus.snapshot.manifest import RAM, STATE, Machine, Manifest, Packets, Versions
-from vmbus.vfio_user.pci import replay_writes
+from vmbus.transport.pci import replay_writes
+from vmbus.util.patience import patient
+from vmbus.vm.command_line import (
+    Programs,
+    Sockets,
+    default_spare_cpus,
+    machine_version,
+    qemu_arguments,
+    with_available_driver,
+)
+from vmbus.vm.description import VmDescription, with_options
+from vmbus.vm.moments import Hook, Moment, no_hook
+from vmbus.vm.process import Child, RunDirectory, guard_all
+from vmbus.vm.root import prepare_root
+from vmbus.vm.timing import Phases, Progress
 
 T = TypeVar("T")
 
@@ -657,7 +657,7 @@ class VirtualMachine:
         return await self.guard(work, f"the device server's answer to {command!r}", CONTROL_TIMEOUT + 1)
 
     async def collect_audit(self, directory: Path | None = None) -> list[Path]:
-        """Fetches the guest's audit records into the audit directory (or another); see `vmbus.qemu.audit.collect`."""
+        """Fetches the guest's audit records into the audit directory (or another); see `observe.audit.guest`."""
         if self.audit is None and directory is None:
             raise UsageError(f"VM {self.name!r} keeps no audit records: start it with an audit directory")
         return await collect(self, directory or cast(Path, self.audit))
@@ -761,7 +761,7 @@ class VirtualMachine:
 
         Raises `UsageError` or `StateError` if the checkpoint is refused; nothing has been changed then. Raises
         `RevertFailed`, whose `source_alive` tells whether the VM runs on as before; if it does not, everything has been
-        torn down (see `vmbus.qemu.revert`).
+        torn down (see `vmbus.operations.revert`).
         """
         self._begin("take back")
         try:

@@ -14,7 +14,7 @@ from qemu.qmp import ExecuteError, QMPClient, QMPError
 from qemu.qmp.events import EventListener
 
 from vmbus.errors import EnvironmentProblem, WaitTimeout
-from vmbus.patience import patient
+from vmbus.util.patience import patient
 
 COMMAND_TIMEOUT = 20.0
 """Seconds that QEMU may take to answer a command, unless the caller says otherwise."""
@@ -36,7 +36,7 @@ class MigrationFailed(EnvironmentProblem):
 class Monitor:
     """A connection to one QEMU's monitor.
 
-    Timeouts are seconds of a usual machine (see `vmbus.patience`).
+    Timeouts are seconds of a usual machine (see `vmbus.util.patience`).
 
     Every method raises `WaitTimeout` when QEMU does not answer in time, `QmpCommandFailed` when it refuses, and
     `EnvironmentProblem` when the connection is lost.

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import click
 
-from vmbus import saved
-from vmbus.capture.capture import DEFAULT_EXTERNAL
-from vmbus.complaints import COMPLAINTS
-from vmbus.description import load_device
+from vmbus.device import saved
+from vmbus.device.description import load_device
 from vmbus.errors import EnvironmentProblem, VmbusError
+from vmbus.observe.capture.capture import DEFAULT_EXTERNAL
 from vmbus.server.app import DeviceServer
-from vmbus.vfio_user.library import Library, find_and_load
+from vmbus.transport.library import Library, find_and_load
+from vmbus.util.complaints import COMPLAINTS
 
 _GARBAGE = (20_000, 20, 50)
 """Python looks for cycles after so many new objects, and at older ones so much more rarely. With its own figures, a

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from vmbus.complaints import bounded_log
 from vmbus.errors import EnvironmentProblem, VmbusError
 from vmbus.providers import Provider
 from vmbus.server.services import ProviderServices
+from vmbus.util.complaints import bounded_log
 
 log = bounded_log(__name__)
 

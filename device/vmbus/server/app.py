@@ -27,32 +27,31 @@ from typing import Any
 import msgspec
 
 import vmbus
-from vmbus import saved
-from vmbus.audit.files import make_directory, recorder_in
 from vmbus.bus.offers import Offer
-from vmbus.capture.capture import DEFAULT_EXTERNAL, Capture, CaptureOptions
-from vmbus.complaints import COMPLAINTS, bounded_log
-from vmbus.description import DeviceDescription, explain
-from vmbus.device import Device
+from vmbus.bus.replacing import channel_name
+from vmbus.device import saved
+from vmbus.device.description import DeviceDescription
+from vmbus.device.device import Device
 from vmbus.errors import EnvironmentProblem, PeerError, StateError, UsageError, VmbusError, WaitTimeout
-from vmbus.inspection.collect import Listing, inspect_device
-from vmbus.inspection.document import DEFAULT_PACKETS, ServerInfo, as_answer
 from vmbus.kmcl.server import ServerChannel
-from vmbus.memory import DirtyLogBroken
+from vmbus.memory.guest import DirtyLogBroken
 from vmbus.native.choice import CORE
+from vmbus.observe.audit.files import make_directory, recorder_in
+from vmbus.observe.capture.capture import DEFAULT_EXTERNAL, Capture, CaptureOptions
+from vmbus.observe.inspection.collect import Listing, inspect_device
+from vmbus.observe.inspection.document import DEFAULT_PACKETS, ServerInfo, as_answer
 from vmbus.providers import Provider
 from vmbus.providers.faults import ProviderRaised
-from vmbus.replacing import channel_name
 from vmbus.server.control import ControlServer
 from vmbus.server.driven import Driven
+from vmbus.server.files import copy_files, files_of, wanted_files
 from vmbus.server.interrupt import bounded
 from vmbus.server.life import Life
 from vmbus.server.phase import Phase
 from vmbus.server.services import Services
 from vmbus.server.timers import Timers
 from vmbus.server.turns import Turns
-from vmbus.snapshot.files import copy_files, files_of, wanted_files
-from vmbus.vfio_user.context import (
+from vmbus.transport.context import (
     AddressNotMapped,
     ClientBusy,
     ClientGone,
@@ -61,8 +60,10 @@ from vmbus.vfio_user.context import (
     ResetKind,
     RunResult,
 )
-from vmbus.vfio_user.library import Library
-from vmbus.vfio_user.pci import ConfigSpace
+from vmbus.transport.library import Library
+from vmbus.transport.pci import ConfigSpace
+from vmbus.util.complaints import COMPLAINTS, bounded_log
+from vmbus.util.explaining import explain
 
 log = bounded_log(__name__)
 
@@ -400,7 +401,7 @@ class DeviceServer:
         }
 
     async def _inspect(self, packets: int = DEFAULT_PACKETS, channels: list[str] | None = None) -> dict[str, Any]:
-        """Everything about the device, see `vmbus.inspection`.
+        """Everything about the device, see `vmbus.observe.inspection`.
 
         `packets`: how many of each sort are listed for each channel; 0: they are only counted. `channels`: of which
         channels, by name; None: of all.

@@ -16,10 +16,10 @@ from typing import Annotated, Any
 
 import msgspec
 
-from vmbus.complaints import bounded_log
 from vmbus.errors import EnvironmentProblem, StateError, UsageError, VmbusError, WaitTimeout
-from vmbus.memory import DirtyLogBroken
-from vmbus.patience import patient
+from vmbus.memory.guest import DirtyLogBroken
+from vmbus.util.complaints import bounded_log
+from vmbus.util.patience import patient
 
 log = bounded_log(__name__)
 
@@ -205,7 +205,7 @@ class ControlClient:
     async def call(self, command: str, /, timeout: float = 30.0, **arguments: Any) -> dict[str, Any]:
         """One command. Raises ControlError (the server refused), WaitTimeout, EnvironmentProblem (no server).
 
-        `timeout`: seconds of a usual machine, see `vmbus.patience`.
+        `timeout`: seconds of a usual machine, see `vmbus.util.patience`.
         """
         timeout = patient(timeout)
         async with self._lock:

@@ -1,7 +1,7 @@
 """The device's side of a migration that the client drives through the vfio-user protocol.
 
-The state that is read and written here is the very one of the command `save` (`vmbus.saved.encode`). What makes the
-difference is who asks, and when: the client's requests come one at a time and are answered when they are done, so
+The state that is read and written here is the very one of the command `save` (`vmbus.device.saved.encode`). What makes
+the difference is who asks, and when: the client's requests come one at a time and are answered when they are done, so
 stopping the device means waiting for its providers *in* the request. Their timers run meanwhile; the event loop and
 the control socket do not.
 
@@ -34,21 +34,21 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Protocol
 
-from vmbus import saved
-from vmbus.complaints import bounded_log
-from vmbus.description import DeviceDescription
-from vmbus.device import Device
+from vmbus.device import saved
+from vmbus.device.description import DeviceDescription
+from vmbus.device.device import Device
 from vmbus.errors import EnvironmentProblem, PeerError, StateError, UsageError, VmbusError, WaitTimeout
-from vmbus.memory import DirtyLogBroken
+from vmbus.memory.guest import DirtyLogBroken
 from vmbus.providers import Provider
+from vmbus.server.files import wanted_files
 from vmbus.server.phase import Phase
 from vmbus.server.services import Services
 from vmbus.server.timers import Timers
-from vmbus.snapshot.files import wanted_files
-from vmbus.vfio_user.context import ResetKind
-from vmbus.vfio_user.migration import MigrationRefused, MigrationState
-from vmbus.vfio_user.pci import ConfigSpace
-from vmbus.vfio_user.protocol import DeviceState
+from vmbus.transport.context import ResetKind
+from vmbus.transport.migration import MigrationRefused, MigrationState
+from vmbus.transport.pci import ConfigSpace
+from vmbus.transport.protocol import DeviceState
+from vmbus.util.complaints import bounded_log
 
 log = bounded_log(__name__)
 

@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Any
 from uuid import UUID
 
-from vmbus import saved
 from vmbus.bus.connects import Wish
-from vmbus.complaints import bounded_log
-from vmbus.description import DeviceDescription, ProviderDescription
-from vmbus.device import Device
+from vmbus.device import saved
+from vmbus.device.description import DeviceDescription, ProviderDescription
+from vmbus.device.device import Device
 from vmbus.kmcl.client import ClientChannel
 from vmbus.kmcl.lifecycle import ChannelState
 from vmbus.kmcl.server import ServerChannel
@@ -26,6 +25,7 @@ from vmbus.server.activation import Activation
 from vmbus.server.interrupt import bounded
 from vmbus.server.services import ProviderServices, Services
 from vmbus.server.timers import TimerEntry, Timers
+from vmbus.util.complaints import bounded_log
 
 log = bounded_log(__name__)
 

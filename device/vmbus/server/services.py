@@ -14,12 +14,12 @@ from collections import OrderedDict, deque
 from collections.abc import Callable
 from typing import Any
 
-from vmbus.complaints import bounded_log
 from vmbus.errors import UsageError, WaitTimeout
 from vmbus.providers.base import MOST_WORK, Bound, WorkQueueFull
 from vmbus.providers.faults import Faults, naming
 from vmbus.server.turns import Turns
-from vmbus.watches import Watches
+from vmbus.util.complaints import bounded_log
+from vmbus.util.watches import Watches
 
 log = bounded_log(__name__)
 

@@ -9,9 +9,9 @@ import heapq
 import itertools
 from collections.abc import Callable
 
-from vmbus.complaints import bounded_log
 from vmbus.providers.faults import naming
 from vmbus.server.turns import Turns
+from vmbus.util.complaints import bounded_log
 
 log = bounded_log(__name__)
 

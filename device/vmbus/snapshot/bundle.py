@@ -28,11 +28,7 @@ from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
 
-from vmbus.copying import copy_file, sync_directory
 from vmbus.errors import EnvironmentProblem, StateError, UsageError
-from vmbus.interruptible import NEVER, Stop, in_thread, sha256
-from vmbus.qemu.command_line import Programs, runs_under, serves_machine
-from vmbus.qemu.description import VmDescription
 from vmbus.snapshot.manifest import (
     CONTENTS,
     INITRAMFS,
@@ -46,6 +42,10 @@ from vmbus.snapshot.manifest import (
     encode_manifest,
     is_content,
 )
+from vmbus.util.copying import copy_file, sync_directory
+from vmbus.util.interruptible import NEVER, Stop, in_thread, sha256
+from vmbus.vm.command_line import Programs, runs_under, serves_machine
+from vmbus.vm.description import VmDescription
 
 _PARTIAL = re.compile(r"\..{1,100}\.partial-[0-9a-f]{8}")
 _NEW = ".vmbus-new-"

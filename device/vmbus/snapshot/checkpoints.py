@@ -2,7 +2,7 @@
 
     vmstate.qcow2   QEMU's part of all of them: an image whose internal snapshots hold the VM's memory and devices
     TAG.state       the device server's part of one
-    TAG.files/      copies of its providers' files, if they have any (see `vmbus.snapshot.files`)
+    TAG.files/      copies of its providers' files, if they have any (see `vmbus.server.files`)
     TAG.json        the record of one, written last: without it there is no such checkpoint
 
 A record names the digests of its state and of its files, and the very snapshot in the image that goes with it. So the
@@ -24,12 +24,12 @@ from typing import Annotated, BinaryIO, Literal
 
 import msgspec
 
-from vmbus import saved
-from vmbus.description import NAME_RULE, Name, explain
+from vmbus.device import saved
 from vmbus.errors import EnvironmentProblem, StateError, UsageError
-from vmbus.interruptible import NEVER, Stop, sha256
-from vmbus.qemu.description import VmDescription
 from vmbus.snapshot.manifest import FileRecord, Machine, Packets
+from vmbus.util.explaining import NAME_RULE, Name, explain
+from vmbus.util.interruptible import NEVER, Stop, sha256
+from vmbus.vm.description import VmDescription
 
 IMAGE = "vmstate.qcow2"
 VERSION = 1

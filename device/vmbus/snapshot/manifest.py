@@ -12,9 +12,9 @@ from typing import Annotated, Literal
 
 import msgspec
 
-from vmbus.description import NAME, explain
 from vmbus.errors import StateError
-from vmbus.qemu.description import VmDescription
+from vmbus.util.explaining import NAME, explain
+from vmbus.vm.description import VmDescription
 
 FORMAT = "vmbus-snapshot"
 VERSION = 1
@@ -78,7 +78,7 @@ class Machine(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defa
     device_in_stream: bool = False
     """QEMU migrated the device itself: its stream has the device's state, and the file is a copy."""
     spare_cpus: Annotated[int, msgspec.Meta(ge=0, le=64)] = 0
-    """CPUs that the machine has room for and does not have: see `vmbus.qemu.command_line.spare_cpus`."""
+    """CPUs that the machine has room for and does not have: see `vmbus.vm.command_line.spare_cpus`."""
     generation_id: bool = False
     """The machine has a device by which the guest notices that it is a copy."""
 

@@ -19,11 +19,8 @@ from pathlib import Path
 import msgspec
 
 from vmbus.errors import VmbusError, WaitTimeout
-from vmbus.patience import patient
 from vmbus.providers.loading import ALLOW_VARIABLE
 from vmbus.provision import provision
-from vmbus.qemu.command_line import Programs, programs_from
-from vmbus.qemu.process import RunDirectory, private_base
 from vmbus.snapshot.bundle import utc_now
 from vmbus.soak.operations import OPERATIONS, Figures
 from vmbus.soak.records import EpisodeRecord, OperationRecord, Verdict, WorkloadRecord
@@ -31,6 +28,9 @@ from vmbus.soak.schedule import LOSSY_PROVIDER, EpisodePlan, OperationPlan
 from vmbus.soak.sink import Sink
 from vmbus.soak.stage import Stage, flight
 from vmbus.soak.stock import StockStage, disks_in
+from vmbus.util.patience import patient
+from vmbus.vm.command_line import Programs, programs_from
+from vmbus.vm.process import RunDirectory, private_base
 
 SAMPLE_INTERVAL = 0.5
 """Seconds between two samples."""

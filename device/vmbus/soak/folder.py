@@ -29,10 +29,10 @@ from typing import Any, Literal, TypeVar
 
 import msgspec
 
-from vmbus.copying import sync_directory
 from vmbus.errors import EnvironmentProblem, UsageError
 from vmbus.provision.cache import publish_bytes
 from vmbus.soak.records import FORMAT, Environment, EpisodeRecord, EventRecord, OperationRecord, State
+from vmbus.util.copying import sync_directory
 
 CAMPAIGN_FILE = "campaign.json"
 STATE_FILE = "state.json"

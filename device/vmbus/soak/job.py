@@ -25,9 +25,9 @@ import msgspec
 import vmbus
 import vmbus_guest
 from vmbus.errors import VmbusError
-from vmbus.qemu.process import Child
 from vmbus.soak.records import EpisodeRecord, EventRecord, OperationRecord, Sample
 from vmbus.soak.sink import Sink
+from vmbus.vm.process import Child
 
 WORKER = (sys.executable, "-m", "vmbus.soak.worker")
 PLAN = "plan.json"

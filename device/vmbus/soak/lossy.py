@@ -12,7 +12,7 @@ import msgspec
 
 from vmbus.kmcl.server import ServerChannel
 from vmbus.providers.burst import BurstProvider
-from vmbus.records import Count
+from vmbus.util.records import Count
 
 ONE_IN = 1000
 

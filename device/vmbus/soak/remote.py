@@ -27,11 +27,11 @@ import vmbus
 import vmbus_guest
 from vmbus.errors import EnvironmentProblem, UsageError
 from vmbus.provision import provision
-from vmbus.qemu.process import RunDirectory, private_base
 from vmbus.soak import keep
 from vmbus.soak.job import WORKER, Bounds, Job, run_job
 from vmbus.soak.records import EpisodeRecord, EventRecord, OperationRecord, Sample
 from vmbus.soak.room import ROOM_FOR_AN_EPISODE, short_of_room, tells_of_full_disk
+from vmbus.vm.process import RunDirectory, private_base
 
 BEAT = 5.0
 """Seconds between two counts of a living campaign."""

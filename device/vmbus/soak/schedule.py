@@ -19,11 +19,9 @@ from typing import Any
 
 import msgspec
 
-from vmbus.description import DeviceDescription, ProviderDescription, explain
+from vmbus.device.description import DeviceDescription, ProviderDescription
 from vmbus.errors import EnvironmentProblem, UsageError
 from vmbus.places import DESCRIPTIONS as CONFIGURATIONS
-from vmbus.qemu.description import GuestDescription, VmDescription, find_description, load_description
-from vmbus.qemu.moments import Moment
 from vmbus.soak.draw import Draw, seed_of
 from vmbus.soak.records import FORMAT
 from vmbus.soak.settings import (
@@ -36,6 +34,9 @@ from vmbus.soak.settings import (
     Step,
 )
 from vmbus.soak.workloads import LAB, LAB_OPTIONS, RECIPES, STOCK_RECIPES
+from vmbus.util.explaining import explain
+from vmbus.vm.description import GuestDescription, VmDescription, find_description, load_description
+from vmbus.vm.moments import Moment
 
 LOSSY_PROVIDER = "vmbus.soak.lossy:LossyBurst"
 """The burst provider of a sabotaged campaign."""

@@ -9,9 +9,9 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
-from vmbus.description import explain
 from vmbus.errors import EnvironmentProblem, UsageError
 from vmbus.soak.workloads import ALL_RECIPES, RECIPES, STOCK_RECIPES
+from vmbus.util.explaining import explain
 
 Kind = Literal[
     "save_restore",

@@ -17,17 +17,17 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from vmbus.audit.checker import check_paths
-from vmbus.audit.report import Report
 from vmbus.errors import VmbusError, WaitTimeout
-from vmbus.qemu.command_line import Programs
+from vmbus.observe.audit.checker import check_paths
+from vmbus.observe.audit.report import Report
 from vmbus.qemu.machine import VirtualMachine
-from vmbus.qemu.process import RunDirectory
 from vmbus.server.control import ControlClient
 from vmbus.soak.records import Count, EventRecord, Sample, WorkloadRecord
 from vmbus.soak.schedule import EpisodePlan
 from vmbus.soak.sink import Sink
 from vmbus.soak.workloads import ALL_RECIPES
+from vmbus.vm.command_line import Programs
+from vmbus.vm.process import RunDirectory
 
 LOOK_INTERVAL = 0.05
 """Seconds between two looks at the server while something is waited for."""

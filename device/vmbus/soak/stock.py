@@ -21,7 +21,6 @@ import msgspec
 
 from vmbus.errors import EnvironmentProblem
 from vmbus.providers.disk.image import DIRECTORY_VARIABLE
-from vmbus.qemu.description import with_options
 from vmbus.qemu.machine import VirtualMachine
 from vmbus.soak.outside import GUEST, HOST, PREFIX_LENGTH, Outside, why_not
 from vmbus.soak.peer import GUEST_PORT, PORT, Peer, Sockets
@@ -30,6 +29,7 @@ from vmbus.soak.schedule import EpisodePlan, WorkloadPlan
 from vmbus.soak.settings import DISK_LOSES_A_BLOCK
 from vmbus.soak.stage import Kept, Life, Options, Stage, Subject, Wrong
 from vmbus.soak.workloads import IMAGE
+from vmbus.vm.description import with_options
 
 HUNG_SECONDS = 30
 """The guest's kernel tells of a task that waits for so long for what the host owes it."""

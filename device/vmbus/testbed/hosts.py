@@ -31,8 +31,8 @@ from typing import Any
 import vmbus
 from vmbus.errors import EnvironmentProblem, WaitTimeout
 from vmbus.provision.cache import Cache
-from vmbus.qemu.process import Child, RunDirectory, log_tail, private_base
 from vmbus.testbed.init import MESSAGE_LIMIT
+from vmbus.vm.process import Child, RunDirectory, log_tail, private_base
 
 START_TIMEOUT = 30.0
 REQUEST_TIMEOUT = 20.0

@@ -15,7 +15,7 @@ from vmbus.kmcl.lifecycle import ChannelState
 from vmbus.kmcl.server import ServerChannel
 from vmbus.providers.base import MOST_WORK, WorkQueueFull
 from vmbus.providers.faults import Faults, fail_held, naming
-from vmbus.watches import Watches
+from vmbus.util.watches import Watches
 from vmbus.wire.messages import ConnectResult
 
 

@@ -10,20 +10,20 @@ from typing import Any, NamedTuple
 from uuid import UUID
 
 from vmbus.bus.local import LocalBus
-from vmbus.complaints import COMPLAINTS
+from vmbus.bus.replacing import key_of
 from vmbus.errors import StateError, UsageError, VmbusError, WaitTimeout
 from vmbus.kmcl.channel import Channel
 from vmbus.kmcl.client import ClientChannel
 from vmbus.kmcl.saved import ChannelRecord
 from vmbus.kmcl.server import ServerChannel
 from vmbus.providers import Provider, provider_class
-from vmbus.replacing import key_of
-from vmbus.snapshot.files import copy_files, files_of, wanted_files
+from vmbus.server.files import copy_files, files_of, wanted_files
 from vmbus.testkit import contract
 from vmbus.testkit.client import Client
 from vmbus.testkit.contract import ContractViolation, differing, shorten
 from vmbus.testkit.host import Clock, FakeHost
 from vmbus.testkit.watch import KitMemory, Watch
+from vmbus.util.complaints import COMPLAINTS
 from vmbus.wire import messages as m
 
 INSTANCE = UUID("00000000-0000-4000-8000-000000000001")

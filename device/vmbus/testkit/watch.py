@@ -14,7 +14,7 @@ from types import ModuleType
 from typing import Any
 
 from vmbus.errors import UsageError
-from vmbus.memory import Grant, GuestMemory
+from vmbus.memory.guest import Grant, GuestMemory
 from vmbus.providers import Provider
 from vmbus.testkit.contract import ContractViolation
 

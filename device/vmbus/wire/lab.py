@@ -5,7 +5,7 @@ A request on a station's channel starts with `u32 operation, u32 argument`; what
 ============ ==================== ================================================================================
 operation    argument             what it asks for, and what follows
 ============ ==================== ================================================================================
-ECHO         0                    an echo request (`vmbus.workload`), data inline or in external memory; so the reply
+ECHO         0                    an echo request (`wire.workload`), data inline or in external memory; so the reply
 STATION      0                    which station this is
 SUBCHANNELS  how many             sub-channels 1 to that number exist, and no others
 WITHDRAW     sub-channel          it is rescinded
@@ -30,7 +30,7 @@ from struct import Struct
 from typing import NamedTuple
 from uuid import UUID
 
-from vmbus.workload import Pattern, transform
+from vmbus.wire.workload import Pattern, transform
 
 LAB_TYPE = UUID("5a2f2c7e-3d0e-4c43-9b58-6f0d2f1e0003")
 LAB_PIPE_TYPE = UUID("5a2f2c7e-3d0e-4c43-9b58-6f0d2f1e0004")

@@ -19,7 +19,7 @@ from vmbus_guest.testdrivers import drivers
 from vmbus_guest.testdrivers.context import Context, Parameters, standard_output
 
 if TYPE_CHECKING:
-    from vmbus.audit.recorder import Recorder
+    from vmbus.observe.audit.recorder import Recorder
     from vmbus_guest.channel_driver import ChannelDriver
 
 

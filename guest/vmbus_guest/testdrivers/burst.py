@@ -19,7 +19,7 @@ from vmbus.kmcl.channel import Channel
 from vmbus.kmcl.completion import Completion
 from vmbus.kmcl.packet import Packet
 from vmbus.kmcl.status import Status
-from vmbus.workload import (
+from vmbus.wire.workload import (
     BURST_ANSWER,
     BURST_TYPE,
     STATUS_OK,

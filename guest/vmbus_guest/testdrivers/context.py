@@ -19,7 +19,7 @@ LOOK_INTERVAL = 0.05
 """Seconds between two looks whether the audit record is wanted."""
 
 if TYPE_CHECKING:
-    from vmbus.audit.recorder import Recorder
+    from vmbus.observe.audit.recorder import Recorder
     from vmbus_guest.channel_driver import ChannelDriver
 
 ACCESS = ("auto", "vfio", "uio")
@@ -121,7 +121,7 @@ class Context:
 
     def keep_record(self, directory: str, name: str) -> None:
         """Keep an audit record in a new file of `directory`. Raises EnvironmentProblem."""
-        from vmbus.audit.files import guest_recorder
+        from vmbus.observe.audit.files import guest_recorder
 
         self._audit = directory
         self.recorder = guest_recorder(directory, name)

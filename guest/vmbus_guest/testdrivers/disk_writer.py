@@ -32,7 +32,7 @@ import time
 from typing import Any
 
 from vmbus.errors import EnvironmentProblem, UsageError, WaitTimeout
-from vmbus.workload import Pattern
+from vmbus.wire.workload import Pattern
 from vmbus_guest.testdrivers.context import Context
 
 MOUNT_POINT = "/run/disk-writer"

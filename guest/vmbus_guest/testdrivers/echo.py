@@ -20,7 +20,7 @@ from typing import Any
 from vmbus.errors import UsageError
 from vmbus.kmcl.packet import Packet
 from vmbus.kmcl.status import Status
-from vmbus.workload import (
+from vmbus.wire.workload import (
     ECHO_TYPE,
     STATUS_OK,
     Pattern,

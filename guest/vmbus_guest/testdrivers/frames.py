@@ -30,7 +30,7 @@ from struct import Struct
 from typing import Any
 
 from vmbus.errors import VmbusError
-from vmbus.workload import Pattern
+from vmbus.wire.workload import Pattern
 from vmbus_guest.testdrivers.context import Context
 
 HOST = 2

@@ -17,7 +17,7 @@ from typing import Any
 
 from vmbus.kmcl.status import Status as PacketStatus
 from vmbus.wire.lab import HANDLE, KEEP, Op, request
-from vmbus.workload import STATUS_OK, Pattern, Sequence, Tally, echo_request, parse_echo_reply, transform
+from vmbus.wire.workload import STATUS_OK, Pattern, Sequence, Tally, echo_request, parse_echo_reply, transform
 from vmbus_guest.pci import PAGE_SIZE, DmaBuffer
 from vmbus_guest.testdrivers.context import Parameters
 from vmbus_guest.testdrivers.requests import LabWorkload, post

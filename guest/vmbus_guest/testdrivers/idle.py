@@ -12,7 +12,7 @@ from __future__ import annotations
 from typing import Any
 
 from vmbus.kmcl.status import Status as PacketStatus
-from vmbus.workload import Pattern, Sequence, Tally, echo_request
+from vmbus.wire.workload import Pattern, Sequence, Tally, echo_request
 from vmbus_guest.channel_driver import ChannelDriver, SteadyClock
 from vmbus_guest.testdrivers.context import Parameters
 from vmbus_guest.testdrivers.requests import ECHO, LabWorkload, post, right_answer

@@ -17,7 +17,16 @@ from vmbus.errors import UsageError
 from vmbus.kmcl.packet import Packet
 from vmbus.kmcl.status import Status as PacketStatus
 from vmbus.wire.packet import MAX_PACKET_SIZE, MAX_RANGES
-from vmbus.workload import ECHO_REPLY, STATUS_OK, Pattern, Sequence, Tally, echo_request, parse_echo_reply, transform
+from vmbus.wire.workload import (
+    ECHO_REPLY,
+    STATUS_OK,
+    Pattern,
+    Sequence,
+    Tally,
+    echo_request,
+    parse_echo_reply,
+    transform,
+)
 from vmbus_guest.pci import DmaBuffer
 from vmbus_guest.testdrivers.context import Parameters
 from vmbus_guest.testdrivers.requests import ECHO, LabWorkload, right_answer

@@ -21,7 +21,7 @@ from vmbus.kmcl.client import ClientChannel
 from vmbus.kmcl.pipe import MAX_DATA, Pipe, PipeMode
 from vmbus.wire.lab import LAB_PIPE_TYPE, MESSAGE, transform_stream
 from vmbus.wire.messages import OfferChannel
-from vmbus.workload import Pattern, Sequence, Tally, transform
+from vmbus.wire.workload import Pattern, Sequence, Tally, transform
 from vmbus_guest.channel_driver import ChannelDriver
 from vmbus_guest.testdrivers.context import Parameters
 from vmbus_guest.testdrivers.workload import Workload

@@ -19,7 +19,7 @@ from typing import Any
 
 from vmbus.kmcl.packet import Packet
 from vmbus.kmcl.status import Status
-from vmbus.workload import ECHO_REQUEST, ECHO_TYPE, Pattern
+from vmbus.wire.workload import ECHO_REQUEST, ECHO_TYPE, Pattern
 from vmbus_guest.testdrivers.context import Parameters
 from vmbus_guest.testdrivers.workload import Workload
 

@@ -17,7 +17,7 @@ from vmbus.kmcl.completion import Completion
 from vmbus.kmcl.packet import Packet
 from vmbus.kmcl.status import Status as PacketStatus
 from vmbus.wire.lab import LAB_TYPE, SIZE, Op, Stats, Status, parse_reply, parse_stats, pushed_data, request
-from vmbus.workload import (
+from vmbus.wire.workload import (
     ECHO_REPLY,
     ECHO_REQUEST,
     STATUS_OK,

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from vmbus.workload import MOST_NEEDLESS
+from vmbus.wire.workload import MOST_NEEDLESS
 from vmbus_guest.testdrivers.burst import BurstDefaults, BurstWorkload
 from vmbus_guest.testdrivers.context import Parameters
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from vmbus.kmcl.channel import Channel
 from vmbus.kmcl.completion import Completion
-from vmbus.workload import STATUS_OK, Pattern, Sequence, Tally, echo_request, parse_echo_reply, transform
+from vmbus.wire.workload import STATUS_OK, Pattern, Sequence, Tally, echo_request, parse_echo_reply, transform
 from vmbus_guest.pci import DmaBuffer
 from vmbus_guest.testdrivers.context import Parameters
 from vmbus_guest.testdrivers.requests import ECHO, LabWorkload, Pushes, right_answer

@@ -14,7 +14,7 @@ from vmbus.kmcl.ddi.header import *
 from vmbus.kmcl.ddi.table import listed, returns_status, the_client, the_server
 from vmbus.kmcl.packet import Packet
 from vmbus.kmcl.status import ChannelStateError, KmclError, Status
-from vmbus.memory import Grant
+from vmbus.memory.guest import Grant
 from vmbus.wire.gpa import PAGE_SIZE, GpaRange
 
 _WAIT = VMBUS_CHANNEL_FORMAT_FLAG_WAIT_FOR_COMPLETION

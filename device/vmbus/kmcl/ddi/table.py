@@ -6,13 +6,13 @@ import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar, Concatenate, Generic, NamedTuple, ParamSpec, TypeVar, cast
 
-from vmbus.complaints import bounded_log
 from vmbus.errors import StateError, WaitTimeout
 from vmbus.kmcl.channel import Channel
 from vmbus.kmcl.client import ClientChannel
 from vmbus.kmcl.completion import Completion
 from vmbus.kmcl.packet import Packet
 from vmbus.kmcl.status import ChannelStateError, KmclError, Status
+from vmbus.util.complaints import bounded_log
 
 if TYPE_CHECKING:
     # The server endpoint saves, for which it needs msgspec; a guest need not have that.

@@ -3,7 +3,7 @@
 Data moves with preadv and pwritev between the page cache and the buffers it is given, which are the guest's memory
 itself. Never with O_DIRECT: the kernel would pin the guest's pages for the device's DMA, and the data of a read could
 then arrive in them after the guest has taken them back. A copy by the processor goes to whatever is mapped at that
-moment, see `vmbus.vfio_user.mapping`.
+moment, see `vmbus.transport.mapping`.
 
 All methods block, are called on any thread, several at a time, and raise OSError.
 """

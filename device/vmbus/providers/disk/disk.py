@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, Protocol
 from uuid import uuid4
 
-from vmbus.complaints import bounded_log
 from vmbus.errors import EnvironmentProblem, StateError, UsageError
 from vmbus.providers.base import Host, Work
 from vmbus.providers.disk.at_once import AtOnce
@@ -29,6 +28,7 @@ from vmbus.providers.disk.image import (
 from vmbus.providers.disk.options import DiskOptions, DiskRecord
 from vmbus.providers.disk.request import Op, Request, Status
 from vmbus.providers.disk.work import UnderWay, perform
+from vmbus.util.complaints import bounded_log
 
 log = bounded_log(__name__)
 

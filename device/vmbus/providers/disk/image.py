@@ -18,9 +18,9 @@ from contextlib import suppress
 from pathlib import Path
 from struct import Struct
 
-from vmbus.copying import copy_content, copy_data, sync_directory
 from vmbus.errors import EnvironmentProblem
 from vmbus.providers.disk.backend import FileBackend, make_durable, size_of
+from vmbus.util.copying import copy_content, copy_data, sync_directory
 
 DIRECTORY_VARIABLE = "VMBUS_DISKS"
 CLONE_VARIABLE = "VMBUS_CLONE_DISKS"

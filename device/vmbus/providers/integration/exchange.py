@@ -25,7 +25,7 @@ from vmbus.kmcl.pipe import PipeMode, frame, unframe
 from vmbus.kmcl.server import SERVER_FLAG_OFFER_AS_PIPE, ServerChannel
 from vmbus.kmcl.settings import FLAG_IS_PIPE
 from vmbus.providers.base import Bound, Host, Timer
-from vmbus.records import Count
+from vmbus.util.records import Count
 from vmbus.wire import ic
 
 QUEUE = 64

@@ -8,14 +8,14 @@ from uuid import UUID, uuid5
 
 import msgspec
 
-from vmbus.description import explain
 from vmbus.errors import StateError, UsageError
 from vmbus.providers.base import Bound, Host, Provider
 from vmbus.providers.integration.exchange import Exchange, ExchangeState
 from vmbus.providers.integration.freezing import Freeze
 from vmbus.providers.integration.kvp import MOST_TOLD, Key, Kvp, Value, Wish
 from vmbus.providers.integration.parts import Heartbeat, Part, Shutdown, Time, settle
-from vmbus.records import Count
+from vmbus.util.explaining import explain
+from vmbus.util.records import Count
 from vmbus.wire import ic
 
 # 4.0 tells the value of the guest's reference counter with the time, which only the guest knows here.

@@ -11,9 +11,9 @@ from vmbus.kmcl.pipe import Pipe, PipeMode
 from vmbus.kmcl.server import ServerChannel
 from vmbus.providers.base import Host
 from vmbus.providers.saved import TallyState
-from vmbus.records import U64, Count
+from vmbus.util.records import U64, Count
 from vmbus.wire.lab import MESSAGE, transform_stream
-from vmbus.workload import Sequence, Tally, transform
+from vmbus.wire.workload import Sequence, Tally, transform
 
 
 class PipeState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

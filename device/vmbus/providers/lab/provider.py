@@ -6,13 +6,13 @@ from uuid import UUID, uuid5
 
 import msgspec
 
-from vmbus.description import explain
 from vmbus.errors import StateError, UsageError
 from vmbus.kmcl.pipe import PipeMode
 from vmbus.kmcl.server import ServerChannel
 from vmbus.providers.base import Bound, Host, Provider
 from vmbus.providers.lab.pipe import PipeEnd, PipeState
 from vmbus.providers.lab.station import Shared, Station, StationState
+from vmbus.util.explaining import explain
 from vmbus.wire.lab import LAB_PIPE_TYPE, LAB_TYPE
 from vmbus.wire.packet import MAX_PACKET_SIZE
 

@@ -16,7 +16,6 @@ from zlib import crc32
 
 import msgspec
 
-from vmbus import workload
 from vmbus.bus.gpadl import MAX_GPADLS
 from vmbus.errors import StateError, UsageError
 from vmbus.kmcl.channel import Channel
@@ -26,11 +25,12 @@ from vmbus.kmcl.packet import Packet
 from vmbus.kmcl.server import ServerChannel
 from vmbus.kmcl.status import KmclError
 from vmbus.kmcl.status import Status as PacketStatus
-from vmbus.memory import Grant, first_bytes
+from vmbus.memory.guest import Grant, first_bytes
 from vmbus.providers.base import Bound, Host
 from vmbus.providers.saved import TallyState
 from vmbus.providers.slices import BEHIND, PIECE, STEP, Slices, transformed
-from vmbus.records import U32, U64, Count
+from vmbus.util.records import U32, U64, Count
+from vmbus.wire import workload
 from vmbus.wire.lab import (
     HANDLE,
     HEAD,

@@ -8,7 +8,6 @@ from concurrent.futures import Future
 from typing import Any
 from uuid import UUID
 
-from vmbus.complaints import bounded_log
 from vmbus.kmcl.completion import Completion
 from vmbus.kmcl.status import Status as PacketStatus
 from vmbus.providers.base import Host, Timer
@@ -20,6 +19,7 @@ from vmbus.providers.network.lent import Lent
 from vmbus.providers.network.offload import to_guest, to_host
 from vmbus.providers.network.queue import Kind, Queue, Sent
 from vmbus.providers.network.spread import Spread
+from vmbus.util.complaints import bounded_log
 from vmbus.wire import nvsp, rndis
 from vmbus.wire.ethernet import OFFLOAD_SIZE, check_frame
 

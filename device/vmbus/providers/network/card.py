@@ -12,13 +12,13 @@ from uuid import UUID
 
 import msgspec
 
-from vmbus.complaints import bounded_log
 from vmbus.errors import EnvironmentProblem, UsageError
 from vmbus.providers.base import Host, Provider, Timer
 from vmbus.providers.network.interface import Port, Settings, open_port, rejoin, set_mtu
 from vmbus.providers.network.mending import Mending
 from vmbus.providers.network.veth import open_veth
 from vmbus.providers.network.watch import Trouble
+from vmbus.util.complaints import bounded_log
 from vmbus.wire.ethernet import (
     MTU_MAXIMUM,
     MTU_MINIMUM,

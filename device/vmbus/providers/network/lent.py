@@ -8,7 +8,7 @@ from collections import deque
 from vmbus.errors import PeerError
 from vmbus.kmcl.server import ServerChannel
 from vmbus.kmcl.status import KmclError
-from vmbus.memory import Window
+from vmbus.memory.guest import Window
 
 MOST_BUFFER = 32 << 20
 """Bytes of one of the two buffers."""

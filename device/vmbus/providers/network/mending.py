@@ -6,10 +6,10 @@ import threading
 from collections.abc import Callable
 from functools import partial
 
-from vmbus.complaints import bounded_log
 from vmbus.errors import EnvironmentProblem, UsageError
 from vmbus.providers.base import Host
 from vmbus.providers.network.interface import Port
+from vmbus.util.complaints import bounded_log
 
 log = bounded_log(__name__)
 

@@ -13,7 +13,6 @@ from uuid import UUID
 
 import msgspec
 
-from vmbus.complaints import bounded_log
 from vmbus.errors import PeerError, StateError
 from vmbus.kmcl.channel import Channel
 from vmbus.kmcl.completion import Completion
@@ -27,6 +26,7 @@ from vmbus.providers.network.lent import Arena, Lent
 from vmbus.providers.network.queue import Kind, Parts, Queue, describe_saved
 from vmbus.providers.network.spread import Spread
 from vmbus.providers.network.state import DECODER, Buffer, State
+from vmbus.util.complaints import bounded_log
 from vmbus.wire import nvsp, rndis
 from vmbus.wire.ethernet import (
     ETHERNET_SIZE,

@@ -9,7 +9,7 @@ import msgspec
 from vmbus.providers.network import oids
 from vmbus.providers.network.adapter import MOST_CONTROL
 from vmbus.providers.network.spread import KEY_LIMIT
-from vmbus.records import U16, U32, Count
+from vmbus.util.records import U16, U32, Count
 from vmbus.wire import rndis
 from vmbus.wire.ethernet import MTU_MAXIMUM, MTU_MINIMUM, OFFLOAD_SIZE, QUEUES_MAXIMUM
 

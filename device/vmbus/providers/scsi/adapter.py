@@ -8,14 +8,13 @@ from functools import partial
 from typing import Protocol
 from uuid import UUID
 
-from vmbus.complaints import bounded_log
 from vmbus.kmcl.channel import Channel
 from vmbus.kmcl.completion import Completion
 from vmbus.kmcl.lifecycle import ChannelState
 from vmbus.kmcl.packet import Packet
 from vmbus.kmcl.server import ServerChannel
 from vmbus.kmcl.status import KmclError
-from vmbus.memory import first_bytes
+from vmbus.memory.guest import first_bytes
 from vmbus.providers.base import Host
 from vmbus.providers.disk.disk import MAXIMUM_DATA
 from vmbus.providers.disk.request import Op, Request, Status
@@ -36,6 +35,7 @@ from vmbus.providers.scsi.commands import (
 )
 from vmbus.providers.scsi.handshake import STEPS, Handshake, Phase
 from vmbus.providers.scsi.unit import Unit
+from vmbus.util.complaints import bounded_log
 from vmbus.wire import scsi
 from vmbus.wire.scsi import Sense
 from vmbus.wire.storvsp import (

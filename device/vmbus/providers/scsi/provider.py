@@ -8,8 +8,6 @@ from uuid import UUID
 
 import msgspec
 
-from vmbus.complaints import bounded_log
-from vmbus.description import explain
 from vmbus.errors import StateError, UsageError
 from vmbus.kmcl.channel import Channel
 from vmbus.providers.base import Bound, Host, Provider
@@ -19,6 +17,8 @@ from vmbus.providers.disk.image import MEBIBYTE, Image
 from vmbus.providers.scsi.adapter import Adapter
 from vmbus.providers.scsi.handshake import Phase
 from vmbus.providers.scsi.unit import MOST_UNITS, Unit, UnitOptions, UnitState
+from vmbus.util.complaints import bounded_log
+from vmbus.util.explaining import explain
 from vmbus.wire.storvsp import VERSIONS, Operation
 
 log = bounded_log(__name__)

@@ -15,7 +15,6 @@ from collections import deque
 from collections.abc import Callable
 from itertools import islice
 
-from vmbus.complaints import bounded_log
 from vmbus.errors import PeerError
 from vmbus.kmcl.channel import Channel
 from vmbus.kmcl.completion import Completion
@@ -25,6 +24,7 @@ from vmbus.kmcl.status import Status
 from vmbus.providers.base import Host, Timer
 from vmbus.providers.vsock.states import GUEST_SENDS, HOST_SENDS, OPEN, Event, State, next_state
 from vmbus.providers.vsock.streams import Stream
+from vmbus.util.complaints import bounded_log
 from vmbus.wire.hvsock import FIN, HvSockError, pack, unpack
 from vmbus.wire.packet import OVERHEAD
 

@@ -9,7 +9,6 @@ from uuid import UUID
 import msgspec
 
 from vmbus.bus.connects import Wish
-from vmbus.complaints import bounded_log
 from vmbus.errors import UsageError, VmbusError
 from vmbus.kmcl.server import (
     SERVER_FLAG_ENUMERATE_DEVICE_INTERFACE,
@@ -23,6 +22,7 @@ from vmbus.providers.base import Bound, Host, Provider, Timer
 from vmbus.providers.vsock.connection import COUNTERS, Connection
 from vmbus.providers.vsock.states import OPEN, State
 from vmbus.providers.vsock.streams import LINE_LIMIT, Listener, Stream, check_path, connect, parse_line
+from vmbus.util.complaints import bounded_log
 from vmbus.wire.hvsock import offer_data, peer_port, port_of, service_of
 
 log = bounded_log(__name__)

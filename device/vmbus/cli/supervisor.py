@@ -1,0 +1,386 @@
+"""One process owns a VM; others ask it for things: save, migrate, revert, agent requests, status, the end.
+
+The owner listens on a socket in the VM's run directory (its user's alone). A connection carries one request as a
+JSON line, then any number of ``{"progress": TEXT}`` lines, then ``{"result": {...}}`` or ``{"error": MESSAGE}``.
+Whoever hangs up before the answer cancels what was asked for: an interrupted save leads back to a running VM.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from vmbus.errors import EnvironmentProblem, UsageError, VmbusError, WaitTimeout
+from vmbus.operations.migration.channel import read_secret
+from vmbus.qemu.machine import VirtualMachine
+from vmbus.vm.process import running_vms, runtime_base
+
+SOCKET = "supervisor.sock"
+
+_LINE_LIMIT = 8 << 20
+_REQUEST_TIMEOUT = 10.0
+
+
+class _Request(msgspec.Struct, forbid_unknown_fields=True):
+    command: str
+    arguments: dict[str, Any] = {}
+
+
+class _SaveArguments(msgspec.Struct, forbid_unknown_fields=True):
+    directory: str
+    live: bool = False
+    keep: bool = False
+
+
+class _MigrateArguments(msgspec.Struct, forbid_unknown_fields=True):
+    address: str
+    secret_file: str
+    multifd: int = 0
+    timeout: float | None = None
+    downtime_limit: int | None = None
+    bandwidth: int | None = None
+
+
+class _ResolveArguments(msgspec.Struct, forbid_unknown_fields=True):
+    """`run`: None asks the destination."""
+
+    run: bool | None
+
+
+class _CheckpointArguments(msgspec.Struct, forbid_unknown_fields=True):
+    """`directory`: None for the checkpoints that end with the VM."""
+
+    tag: str
+    directory: str | None = None
+
+    @property
+    def path(self) -> Path | None:
+        return None if self.directory is None else Path(self.directory)
+
+
+class _CheckpointsArguments(msgspec.Struct, forbid_unknown_fields=True):
+    directory: str | None = None
+
+
+class _AgentArguments(msgspec.Struct, forbid_unknown_fields=True):
+    command: str
+    arguments: dict[str, Any] = {}
+    timeout: float = 30.0
+
+
+class _ProviderArguments(msgspec.Struct, forbid_unknown_fields=True):
+    provider: str
+    command: str
+    arguments: dict[str, Any] = {}
+    seconds: float = 10.0
+
+
+class _Begun:
+    """The progress of a request, of which the owner's terminal hears once its first phase begins: what was refused is
+    told to whoever asked alone."""
+
+    def __init__(self, notice: Callable[[str], None], progress: Callable[[str], None], text: str = "") -> None:
+        self._notice = notice
+        self._progress = progress
+        self._text = text
+        self._begun = False
+
+    def __call__(self, phase: str) -> None:
+        if not self._begun:
+            self._begun = True
+            if self._text:
+                self._notice(self._text)
+        self._progress(phase)
+
+    def failed(self, text: str) -> None:
+        """It came to nothing."""
+        if self._begun:
+            self._notice(text)
+
+
+class Supervisor:
+    """Serves a VM's socket until the VM ends.
+
+    `on_notice` is told in a sentence about what others did (for the owner's terminal).
+    """
+
+    def __init__(self, vm: VirtualMachine, on_notice: Callable[[str], None] | None = None) -> None:
+        self.vm = vm
+        self._on_notice = on_notice or (lambda _: None)
+        vm.on_notice = self._on_notice
+        self._finished: asyncio.Future[str] | None = None
+        self._connections: set[asyncio.Task[None]] = set()
+
+    async def run(self) -> str:
+        """Serves until the VM ends, ends the VM's processes, and says why: powered off, saved, or stopped.
+
+        Raises `GuestPanicked`, and `ProcessDied` if QEMU or the device server ended by itself. The VM is torn down in
+        every case, also when this is cancelled.
+        """
+        self._finished = asyncio.get_running_loop().create_future()
+        ended = asyncio.create_task(self.vm.wait_ended())
+        try:
+            server = await asyncio.start_unix_server(
+                self._accept, path=str(self.vm.paths.supervisor), limit=_LINE_LIMIT
+            )
+            try:
+                os.chmod(self.vm.paths.supervisor, 0o600)  # noqa: PTH101 - quick, nothing to wait for
+                either: set[asyncio.Future[Any]] = {ended, self._finished}
+                await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+                if self._finished.done():
+                    return self._finished.result()
+                if self.vm.moved_to is not None:
+                    return f"migrated to {self.vm.moved_to}"
+                return await ended
+            finally:
+                server.close()
+                await self._let_go()
+        finally:
+            ended.cancel()
+            await self.vm.kill()
+
+    async def _let_go(self) -> None:
+        """Ends the connections; the answer that ended the VM may still be on its way out."""
+        if others := {task for task in self._connections if not task.done()}:
+            _, pending = await asyncio.wait(others, timeout=1)
+            for task in pending:
+                task.cancel()
+
+    def finish(self, reason: str) -> None:
+        """Makes `run` end the VM and return `reason`."""
+        if self._finished is not None and not self._finished.done():
+            self._finished.set_result(reason)
+
+    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._connections.add(task)
+        try:
+            async with asyncio.timeout(_REQUEST_TIMEOUT):
+                line = await reader.readline()
+            work = asyncio.create_task(self._answer(line, writer))
+            hangup = asyncio.create_task(reader.read(1))
+            try:
+                await asyncio.wait({work, hangup}, return_when=asyncio.FIRST_COMPLETED)
+                if not work.done():
+                    work.cancel()
+                await asyncio.wait({work})
+            finally:
+                hangup.cancel()
+                work.cancel()
+        except (TimeoutError, ValueError, OSError):
+            pass
+        finally:
+            self._connections.discard(task)
+            writer.close()
+
+    async def _answer(self, line: bytes, writer: asyncio.StreamWriter) -> None:
+        def send(message: dict[str, Any]) -> None:
+            writer.write(json.dumps(message).encode() + b"\n")
+
+        after: str | None = None
+        try:
+            request = decode_request(line)
+            result, after = await self._perform(request, lambda text: send({"progress": text}))
+            send({"result": result})
+        except (VmbusError, msgspec.MsgspecError) as error:  # the latter of a command's arguments
+            send({"error": str(error), "status": getattr(error, "status", UsageError.status)})
+            if isinstance(error, VmbusError) and self.vm.ended:
+                after = str(error)
+        finally:
+            with contextlib.suppress(OSError, TimeoutError):
+                async with asyncio.timeout(_REQUEST_TIMEOUT):  # who does not read its answer has none
+                    await writer.drain()
+            if after is not None:
+                self.finish(after)
+
+    async def _perform(self, request: _Request, progress: Callable[[str], None]) -> tuple[dict[str, Any], str | None]:
+        """The result of a request, and the reason for the VM's end if it is to end now."""
+        vm = self.vm
+        match request.command:
+            case "status":
+                status = {
+                    "name": vm.name,
+                    "pid": os.getpid(),
+                    "running": await vm.guard(vm.monitor.running(), "QEMU's run state", 30.0),
+                    "qemu": vm.programs.qemu_version,
+                    "accelerator": vm.programs.accelerator,
+                }
+                return status, None
+            case "save":
+                arguments = msgspec.convert(request.arguments, _SaveArguments)
+                begun = _Begun(self._on_notice, progress, f"saving to {arguments.directory} ...")
+                try:
+                    report = await vm.save(
+                        Path(arguments.directory), live=arguments.live, keep=arguments.keep, progress=begun
+                    )
+                except BaseException as error:
+                    begun.failed(str(error) or "the save was interrupted")
+                    raise
+                self._on_notice(f"saved to {report.directory}")
+                return msgspec.to_builtins(report), None if arguments.keep else f"saved to {report.directory}"
+            case "checkpoint" | "revert" | "delete-checkpoint":
+                where = msgspec.convert(request.arguments, _CheckpointArguments)
+                return await self._go_to(request.command, where, progress), None
+            case "checkpoints":
+                listed = msgspec.convert(request.arguments, _CheckpointsArguments).directory
+                found = vm.checkpoints(directory=None if listed is None else Path(listed))
+                return {"checkpoints": msgspec.to_builtins(found)}, None
+            case "migrate":
+                return await self._migrate(msgspec.convert(request.arguments, _MigrateArguments), progress)
+            case "resolve":
+                choice = msgspec.convert(request.arguments, _ResolveArguments)
+                await vm.resolve(run=choice.run)
+                return {"runs": not vm.ended}, (
+                    "ended here, since it runs at its migration's destination" if vm.ended else None
+                )
+            case "agent":
+                call = msgspec.convert(request.arguments, _AgentArguments)
+                work = vm.agent.request(call.command, call.arguments, timeout=call.timeout)
+                return await vm.guard(work, f"the agent's answer to {call.command!r}", call.timeout + 1), None
+            case "audit":
+                if vm.audit is None:
+                    raise UsageError(f"VM {vm.name!r} keeps no audit records: start it with --audit DIR")
+                files = await vm.collect_audit()
+                server = await vm.call_server("audit")
+                return {"directory": str(vm.audit), "files": len(files), "uid": server["uid"]}, None
+            case "provider":
+                wish = msgspec.convert(request.arguments, _ProviderArguments)
+                return await vm.command_provider(
+                    wish.provider, wish.command, wish.arguments, timeout=wish.seconds
+                ), None
+            case "stop":
+                return {}, "stopped on request"
+        raise UsageError(
+            f"a VM's supervisor has no command {request.command!r}; it has status, save, migrate, resolve, "
+            "checkpoint, checkpoints, delete-checkpoint, revert, agent, audit, provider, stop"
+        )
+
+    async def _go_to(
+        self, command: str, where: _CheckpointArguments, progress: Callable[[str], None]
+    ) -> dict[str, Any]:
+        begun = _Begun(self._on_notice, progress)
+        try:
+            if command == "checkpoint":
+                taken = await self.vm.checkpoint(where.tag, directory=where.path, progress=begun)
+                self._on_notice(f"checkpoint {where.tag!r} taken")
+                return dict(msgspec.to_builtins(taken))
+            if command == "revert":
+                report = await self.vm.revert(where.tag, directory=where.path, progress=begun)
+                self._on_notice(f"taken back to checkpoint {where.tag!r}{self._clock_ahead()}")
+                return dict(msgspec.to_builtins(report))
+            await self.vm.delete_checkpoint(where.tag, directory=where.path)
+            return {}
+        except VmbusError as error:
+            begun.failed(str(error))
+            raise
+
+    def _clock_ahead(self) -> str:
+        """Why the guest's kernel may complain right behind this line."""
+        if self.vm.programs.accelerator != "tcg":
+            return ""
+        return (
+            "; its clock is ahead by the time since then, which its kernel may take for a soft lockup: it is none "
+            "(docs/checkpoints.md)"
+        )
+
+    async def _migrate(
+        self, arguments: _MigrateArguments, progress: Callable[[str], None]
+    ) -> tuple[dict[str, Any], str | None]:
+        begun = _Begun(self._on_notice, progress, f"migrating to {arguments.address} ...")
+        try:
+            report = await self.vm.migrate(
+                arguments.address,
+                read_secret(Path(arguments.secret_file)),
+                multifd=arguments.multifd,
+                timeout=arguments.timeout,
+                downtime_limit=arguments.downtime_limit,
+                bandwidth=arguments.bandwidth,
+                progress=begun,
+            )
+        except BaseException as error:
+            begun.failed(str(error) or "the migration was interrupted")
+            raise
+        return msgspec.to_builtins(report), f"migrated to {report.address}"
+
+
+def decode_request(line: bytes) -> _Request:
+    """What is asked for in a line. Raises `UsageError`."""
+    try:
+        return msgspec.json.decode(line, type=_Request)
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+        raise UsageError(f"not a request: {error}") from error
+
+
+def decode_answer(line: bytes) -> dict[str, Any]:
+    """What the owner of a VM says in a line. Raises `EnvironmentProblem`."""
+    try:
+        message = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise EnvironmentProblem(f"what the VM's owner says cannot be understood: {error}") from error
+    told = isinstance(message, dict) and ("progress" in message or "error" in message)
+    if not told and not (isinstance(message, dict) and isinstance(message.get("result"), dict)):
+        raise EnvironmentProblem(f"what the VM's owner says cannot be understood: {line[:200]!r}")
+    return dict(message)
+
+
+def find_vm(name: str | None, how: str = "choose one with --vm NAME") -> str:
+    """The name of the running VM that is meant: `name`, or the only one there is.
+
+    Raises `UsageError` that lists what runs, and says `how` one is chosen.
+    """
+    names = running_vms()
+    if name is not None:
+        if name not in names:
+            raise UsageError(f"no VM {name!r} is running; running: {', '.join(names) or 'none'}")
+        return name
+    if len(names) != 1:
+        if names:
+            raise UsageError(f"several VMs are running ({', '.join(names)}): {how}")
+        raise UsageError("no VM is running; scripts/run-vm starts one")
+    return names[0]
+
+
+async def ask(
+    name: str,
+    command: str,
+    arguments: dict[str, Any] | None = None,
+    *,
+    timeout: float,
+    progress: Callable[[str], None] | None = None,
+) -> dict[str, Any]:
+    """Asks the owner of VM `name` for something and returns the result.
+
+    Raises `VmbusError` with the owner's message if it fails, `EnvironmentProblem` if the owner is gone, `WaitTimeout`.
+    """
+    path = runtime_base() / name / SOCKET
+    try:
+        async with asyncio.timeout(timeout):
+            reader, writer = await asyncio.open_unix_connection(str(path), limit=_LINE_LIMIT)
+            try:
+                writer.write(json.dumps({"command": command, "arguments": arguments or {}}).encode() + b"\n")
+                while line := await reader.readline():
+                    message = decode_answer(line)
+                    if "progress" in message:
+                        if progress is not None:
+                            progress(str(message["progress"]))
+                    elif "error" in message:
+                        refused = VmbusError(str(message["error"]))
+                        refused.status = int(message.get("status", 1))
+                        raise refused
+                    else:
+                        return dict(message["result"])
+            finally:
+                writer.close()
+    except TimeoutError:
+        raise WaitTimeout(f"VM {name!r} to perform {command!r}", timeout) from None
+    except (OSError, ValueError) as error:
+        raise EnvironmentProblem(f"cannot talk to the owner of VM {name!r}: {error}") from error
+    raise EnvironmentProblem(f"the owner of VM {name!r} went away before it answered {command!r}")

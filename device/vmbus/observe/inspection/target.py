@@ -1,0 +1,89 @@
+"""Finding what a user wants to look at: a running VM, a server by its control socket, or something saved."""
+
+from __future__ import annotations
+
+import stat
+from collections.abc import Sequence
+from pathlib import Path
+
+from vmbus.errors import EnvironmentProblem, UsageError
+from vmbus.observe.inspection.document import DEFAULT_PACKETS, Inspection, from_answer
+from vmbus.observe.inspection.saved import inspect_path
+from vmbus.server.control import ControlClient
+from vmbus.util.explaining import check_name
+from vmbus.vm.command_line import Sockets
+from vmbus.vm.process import running_vms, runtime_base
+
+TIMEOUT = 10.0
+"""Seconds that a device server may take to answer. It answers between two turns of its channels."""
+
+
+class Running:
+    """A device server of a running VM, or one at a control socket. `name`: for people."""
+
+    def __init__(self, name: str, control: Path) -> None:
+        self.name = name
+        self._control = control
+
+    @classmethod
+    def vm(cls, name: str) -> Running:
+        """That of VM `name`, whether it runs or not."""
+        return cls(name, Sockets(runtime_base() / check_name(name)).control)
+
+    async def look(self, packets: int = DEFAULT_PACKETS, channels: Sequence[str] | None = None) -> Inspection:
+        """The device as it is now; `packets` of each sort are listed for each channel, of `channels` only.
+
+        Raises EnvironmentProblem when there is no server, WaitTimeout when it does not answer, StateError when it is
+        of another version, ControlError.
+        """
+        client = ControlClient(self._control)
+        try:
+            arguments = {} if channels is None else {"channels": list(channels)}
+            return from_answer(await client.call("inspect", timeout=TIMEOUT, packets=packets, **arguments), self.name)
+        finally:
+            client.close()
+
+
+Target = Running | Path
+
+
+def find(word: str | None, *, names: Sequence[str] | None = None) -> Target:
+    """What a word on the command line means: the VM of that name, else what is at that path. None: the only VM.
+
+    A word with a slash is always a path; a path of a control socket is the server behind it. Raises UsageError.
+    """
+    names = running_vms() if names is None else names
+    if word is None:
+        if len(names) == 1:
+            return Running.vm(names[0])
+        if names:
+            raise UsageError(f"several VMs are running ({', '.join(names)}): say which one")
+        raise UsageError("no VM is running; name a snapshot to look into, or start a VM with scripts/run-vm")
+    if "/" not in word and word in names:
+        return Running.vm(word)
+    path = Path(word)
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        mode = 0
+    except (OSError, ValueError) as error:
+        raise EnvironmentProblem(f"cannot look at {word!r}: {error}") from error
+    if stat.S_ISSOCK(mode):
+        return Running(word, path)
+    if not mode and "/" not in word:
+        running = ", ".join(names) or "none"
+        raise UsageError(f"{word!r} is neither a running VM (running: {running}) nor a snapshot in this directory")
+    return path
+
+
+async def look(target: Target, packets: int | None = None, channels: Sequence[str] | None = None) -> Inspection:
+    """The document. `packets`: how many are listed; None: of something saved all. Raises what its parts raise."""
+    if isinstance(target, Running):
+        return await target.look(DEFAULT_PACKETS if packets is None else packets, channels)
+    document = inspect_path(target)
+    for channel in document.channels:
+        most = 0 if channels is not None and channel.name not in channels else packets
+        if most is not None:
+            channel.omitted = max(0, len(channel.packets) - most)
+            del channel.packets[most:]
+    return document

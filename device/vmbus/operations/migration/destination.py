@@ -1,0 +1,480 @@
+"""The destination of a live migration: lets a source in, starts a server and a QEMU, rebuilds the VM, waits for Go.
+
+One `Destination` serves one migration. Until Go has come it may end at any moment, and does so if anything fails, if
+the link is lost, or if Go does not come: then nothing is left of it. After Go the VM is its own. The listening socket
+stays open until the source has ended its VM, so that a source whose link broke can ask what became of it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Literal, Protocol, TypeVar
+
+from vmbus.device.description import DeviceDescription
+from vmbus.errors import EnvironmentProblem, StateError, VmbusError, WaitTimeout
+from vmbus.operations.migration.channel import Channel, Listener
+from vmbus.operations.migration.files import receive_file, record_of
+from vmbus.operations.migration.link import SILENCE, Link, Silence
+from vmbus.operations.migration.messages import (
+    Accepted,
+    Again,
+    Fate,
+    Go,
+    Hello,
+    Prepare,
+    Prepared,
+    Released,
+    Restored,
+    Running,
+    Sent,
+    State,
+    Wanted,
+    short,
+)
+from vmbus.operations.migration.ownership import DESTINATION, DestinationStage, Ownership
+from vmbus.operations.migration.source import ASK_TIMEOUT, STATE_FILE, MigrateFailed
+from vmbus.operations.migration.verdicts import Record, Stage, Verdicts
+from vmbus.operations.save import uninterrupted
+from vmbus.snapshot.manifest import FileRecord, Packets
+from vmbus.util.interruptible import Stop, in_thread
+from vmbus.vm.command_line import Programs, runs_under, serves_machine
+from vmbus.vm.description import VmDescription
+from vmbus.vm.moments import Hook, Moment, no_hook
+from vmbus.vm.timing import Phases, Progress
+
+T = TypeVar("T")
+
+HELLO_TIMEOUT = 10.0
+GO_TIMEOUT = 30.0
+"""Seconds for which a VM that is rebuilt waits for Go."""
+ANSWER_TIMEOUT = 900.0
+"""Seconds for which a VM that came here answers its source if that does not say that it has ended."""
+_SOURCE_TIMEOUT = 3600.0  # of steps that only the source can bound; a dead source is noticed much earlier
+_END_TIMEOUT = 60.0
+
+_VENDOR_DEVICE = bytes.fromhex("4256564d")  # vendor 0x5642, device 0x4d56, as they lie in configuration space
+
+
+class Arriving(Protocol):
+    """The VM that comes into being: see `vmbus.operations.migration.arrival`."""
+
+    @property
+    def folder(self) -> Path:
+        """A directory of its own."""
+
+    async def start(self, phases: Phases, multifd: int) -> int | str:
+        """A server that awaits its state and a QEMU that awaits its stream: the stream's TCP port or unix path."""
+
+    async def driven(self) -> bool:
+        """Whether QEMU migrates the device itself here."""
+
+    async def replay_ahead(self, config: bytes) -> None:
+        """Puts the PCI function back as far as it is known before the end of the stream."""
+
+    async def load_state(self, path: Path, sha256: str, device: DeviceDescription) -> Packets:
+        """Gives the server its state; the packets found in it. Raises if it is refused."""
+
+    async def loaded(self) -> None:
+        """Waits until QEMU has loaded its stream. Raises with QEMU's reason if it cannot."""
+
+    async def replay(self, config: bytes) -> int:
+        """Makes sure that the PCI function is back, and writes it if it is not; the number of writes, ahead or now."""
+
+    async def rebuild(self) -> tuple[Packets, int]:
+        """Rebuilds the channels: the packets, and the number of channels. Providers do nothing yet."""
+
+    async def release(self) -> None:
+        """Lets the device work. Raises if it is not there any more, as it has to be before the vCPUs run."""
+
+    async def run(self) -> None:
+        """Lets the vCPUs run."""
+
+    async def start_over(self) -> None:
+        """Ends server and QEMU; `start` may be called again."""
+
+    async def discard(self) -> None:
+        """Ends everything and removes the directory."""
+
+
+class Destination:
+    """One migration, seen from where the VM arrives.
+
+    `folder` is the new VM's directory, made by the caller when the first source comes; `build` makes the VM with the
+    kernel and the initramfs that the source named.
+    """
+
+    def __init__(
+        self,
+        listener: Listener,
+        programs: Programs,
+        claim: Callable[[VmDescription], Path],
+        build: Callable[[Prepare, Path, Path, str | None], Arriving],
+        *,
+        progress: Progress | None = None,
+        at: Hook = no_hook,
+        silence: float = SILENCE,
+        go_timeout: float = GO_TIMEOUT,
+        answer_timeout: float = ANSWER_TIMEOUT,
+        ask_timeout: float = ASK_TIMEOUT,
+        verdicts: Verdicts | None = None,
+    ) -> None:
+        """Raises `EnvironmentProblem` if it cannot be kept on disk what becomes of the VM."""
+        self._verdicts = verdicts or Verdicts()
+        self._record: Record | None = None
+        self._left = False  # something was started here and could not be ended
+        self.phases = Phases(progress)
+        self.ownership = Ownership(DESTINATION, DestinationStage.PREPARING)
+        self.migration: str | None = None
+        self.restored: Restored | None = None
+        self.source = ""
+        self.running_at = 0.0
+        """CLOCK_MONOTONIC when the vCPUs ran."""
+        self.paused = False
+        """They stand, as they did at the source."""
+        self._listener = listener
+        self._programs = programs
+        self._claim = claim
+        self._build = build
+        self._at = at
+        self._silence = silence
+        self._go_timeout = go_timeout
+        self._answer_timeout = answer_timeout
+        self._ask_timeout = ask_timeout
+        self._told = asyncio.Event()  # the source, over a connection of its own, what became of its VM
+        self._vm: Arriving | None = None
+        self._session: asyncio.Task[None] | None = None
+        self._came = asyncio.Event()
+        self._done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._why_ended: VmbusError | None = None
+
+    @property
+    def stage(self) -> DestinationStage:
+        """Where this migration is: see `vmbus.operations.migration.ownership`."""
+        return self.ownership.stage
+
+    async def run(self, timeout: float | None) -> None:
+        """Waits for a source and serves it until the VM runs here.
+
+        `stay` is then to be run beside the VM. Raises `WaitTimeout` if no source comes within `timeout` seconds, and
+        `MigrateFailed` if it does not work out: then everything that was started here has ended.
+        """
+        self._listener.serve(self._on_channel)
+        try:
+            try:
+                async with asyncio.timeout(timeout):
+                    await self._came.wait()
+            except TimeoutError:
+                refused = self._listener.last_refusal
+                raise WaitTimeout(
+                    f"a source to come to {self._listener.address}"
+                    + (f" (one was turned away: {refused})" if refused else ""),
+                    timeout or 0.0,
+                ) from None
+            await asyncio.wait({self._done})  # each step of the session has its bound
+            if self._go_may_be_lost:
+                # Its source asks then, for as long, and nobody else can tell it that its VM may run on.
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._told.wait(), self._ask_timeout)
+            self._done.result()
+        except BaseException:
+            await uninterrupted(self._end_session())
+            self._listener.close()
+            if self._record is not None:
+                self._record.close()
+            raise
+
+    async def stay(self) -> None:
+        """Answers the source until it has ended its VM, or a bound is over. To be cancelled when the VM ends."""
+        try:
+            if self._session is not None:
+                await asyncio.wait({self._session}, timeout=self._answer_timeout)
+        finally:
+            self._listener.close()
+            if self._session is not None:
+                self._session.cancel()
+            if self._record is not None:
+                self._record.close()
+
+    @property
+    def _go_may_be_lost(self) -> bool:
+        """The link is silent, and its source may have sent Go to a VM that has ended here. A source that has ended
+        closes the link."""
+        error = self._done.exception()
+        return self.restored is not None and error is not None and isinstance(error.__cause__, Silence)
+
+    @property
+    def _cont_seconds(self) -> dict[str, float]:
+        return {"cont": self.phases.seconds["cont"]}
+
+    async def _end_session(self) -> None:
+        if self._session is not None and not self._session.done():
+            self._session.cancel()
+            await asyncio.wait({self._session}, timeout=_END_TIMEOUT)
+
+    # --- connections -------------------------------------------------------------------------------------------
+
+    async def _on_channel(self, channel: Channel) -> None:
+        with contextlib.suppress(VmbusError):
+            async with Link(channel, silence=self._silence) as link:
+                hello = await link.expect(Hello, timeout=HELLO_TIMEOUT, what="which migration it is about")
+                if hello.purpose == "ask":
+                    await self._answer(link, hello.migration)
+                elif self._session is not None:
+                    await link.tell_failure("this destination serves another migration")
+                else:
+                    try:
+                        self._record = self._verdicts.begin(hello.migration)
+                    except EnvironmentProblem as error:
+                        await link.tell_failure(error)
+                        raise
+                    self.migration = hello.migration
+                    self.source = link.name
+                    self._session = asyncio.create_task(self._serve(link), name="migration's destination")
+                    self._came.set()
+                    await asyncio.wait({self._session})
+
+    async def _answer(self, link: Link, migration: str) -> None:
+        if migration != self.migration:
+            # Another destination was here before us; what it has left on disk is its word.
+            await link.send(self._verdicts.find(migration))
+        else:
+            if self.ownership.row.fate == "gone":
+                # A source asks because its link broke. Its Go cannot come any more, and now it never will.
+                self._why_ended = self._why_ended or StateError("its source asks what became of it: Go was lost")
+                await self._end_session()
+            fate = self.ownership.row.fate
+            running_for = time.monotonic() - self.running_at if fate == "running" else 0.0
+            if fate == "gone" and (self._left or self.stage is not DestinationStage.DISCARDED):
+                fate = "undecided"  # it takes longer than it should, or for ever; the source asks again
+            assert fate is not None
+            await link.send(
+                Fate(
+                    fate=fate,
+                    destination=self._record.destination if self._record is not None else None,
+                    reason=short(self._why_ended or ""),
+                    running_for=running_for,
+                    seconds=self._cont_seconds if fate == "running" else {},
+                )
+            )
+            if fate == "gone":
+                self._told.set()
+        with contextlib.suppress(VmbusError):  # the asking side hangs up when it has read the answer
+            await link.expect(Released, timeout=HELLO_TIMEOUT, what="to hang up")
+
+    # --- the migration -----------------------------------------------------------------------------------------
+
+    async def _serve(self, link: Link) -> None:
+        try:
+            async with link.watch():
+                state = await self._rebuild(link)
+                with self.phases("go"):
+                    await link.expect(Go, timeout=self._go_timeout, what="Go")
+            self.ownership.move(DestinationStage.DECIDED)
+            await self._at(Moment.BEFORE_CONT)
+            assert self._vm is not None
+            with self.phases("cont"):
+                self._note("starting")
+                await self._vm.release()
+                if state.run:
+                    await self._vm.run()
+                self.paused = not state.run
+            self.running_at = time.monotonic()
+            self.ownership.move(DestinationStage.RUNNING)
+        except BaseException as error:
+            await uninterrupted(self._discard(link, error))
+            if isinstance(error, asyncio.CancelledError):
+                raise
+            return
+        # From here on nothing can be taken back: the VM runs, whoever may know it.
+        self._done.set_result(None)
+        with contextlib.suppress(VmbusError):
+            self._note("running")
+        with contextlib.suppress(VmbusError):
+            await link.send(Running(seconds=self._cont_seconds))
+            await self._flush_record()
+            await link.expect(Released, timeout=_SOURCE_TIMEOUT, what="to end its VM")
+            return
+        await self._flush_record()
+        # The source does not know. It asks over another connection; `stay` bounds how long we wait for that.
+        await asyncio.sleep(self._answer_timeout)
+
+    async def _discard(self, link: Link, error: BaseException) -> None:
+        """Ends everything, and only then says so: a source that hears it may let its VM run."""
+        problem = self._why_ended or error
+        if not isinstance(problem, VmbusError):
+            problem = StateError(f"it was interrupted ({f'{type(error).__name__} {error}'.strip()})")
+        self._why_ended = problem
+        self._left = True
+        try:
+            if self._vm is not None:
+                await self._vm.discard()
+            self._left = False
+            with contextlib.suppress(VmbusError):
+                self._note("gone", str(problem))
+            await self._flush_record()
+        finally:
+            self.ownership.move(DestinationStage.DISCARDED)
+            if not self._left:
+                await link.tell_failure(problem)
+            if not self._done.done():
+                if isinstance(error, Exception) and not isinstance(error, VmbusError):
+                    self._done.set_exception(error)  # a defect of ours, not to be dressed up
+                else:
+                    failed = MigrateFailed(
+                        f"the VM did not arrive: {problem}; nothing is left of it here", source_alive=False
+                    )
+                    failed.__cause__ = problem
+                    self._done.set_exception(failed)
+                self._done.exception()  # whoever runs us may have been cancelled: then nobody asks
+
+    def _note(self, stage: Stage, reason: str = "") -> None:
+        assert self._record is not None
+        self._record.note(stage, reason)
+
+    async def _flush_record(self) -> None:
+        assert self._record is not None
+        with contextlib.suppress(VmbusError):  # a lost line makes an answer less certain, and never another one
+            await asyncio.to_thread(self._record.flush)
+
+    async def _rebuild(self, link: Link) -> State:
+        """Everything up to a VM that only needs its vCPUs to run."""
+        with self.phases("prepare"):
+            prepare = await link.expect(Prepare, timeout=HELLO_TIMEOUT, what="what is to move")
+            self._check(prepare, link)
+            folder = self._claim(prepare.vm)
+            kernel, initramfs = await self._boot_files(link, prepare, folder)
+            vm = self._vm = self._build(prepare, kernel, initramfs, link.channel.local_host)
+        while True:
+            await self._at(Moment.BEFORE_STREAM)
+            stream = await vm.start(self.phases, prepare.multifd)
+            await self._check_driven(vm, link, source=prepare.driven)
+            # While the VM still runs at the source. What the guest changes until it stops is written then.
+            with self.phases("pci ahead"):
+                await vm.replay_ahead(bytes.fromhex(prepare.machine.pci_config))
+            self.ownership.move(DestinationStage.LOADING)
+            await link.send(Prepared(stream=stream))
+            loading = asyncio.create_task(vm.loaded(), name="QEMU loads its stream")
+            try:
+                await self._at(Moment.RAM_COPY)
+                state = await self._receive(link, vm, loading)
+                if state is not None:
+                    break
+            finally:
+                if not loading.done():
+                    loading.cancel()
+                await asyncio.gather(loading, return_exceptions=True)  # its error is told, or is only a consequence
+            # The source gave the pass up and begins another; QEMU cannot load a second stream.
+            self.ownership.move(DestinationStage.PREPARING)
+            await vm.start_over()
+        await self._put_back(link, vm, state)
+        return state
+
+    async def _receive(self, link: Link, vm: Arriving, loading: asyncio.Task[None]) -> State | None:
+        """The state, given to the server, and memory, loaded. None if the source begins again."""
+        with self.phases("ram"):
+            first = await _unless_failed(
+                loading, link.expect(State, Again, timeout=_SOURCE_TIMEOUT, what="the device's state")
+            )
+        if isinstance(first, Again):
+            return None
+        with self.phases("state"):
+            path = vm.folder / STATE_FILE
+            await self._at(Moment.WRITING)
+            await receive_file(link, first.file, path)
+            try:
+                packets = await vm.load_state(path, first.file.sha256, first.device)
+            finally:
+                path.unlink(missing_ok=True)
+            if packets != first.packets:
+                raise StateError(f"the server found {packets} in the state; {link.name} saved {first.packets}")
+            await link.send(Accepted(packets=packets))
+        with self.phases("load"):
+            second = await _unless_failed(
+                loading, link.expect(Sent, Again, timeout=_SOURCE_TIMEOUT, what="QEMU's last page")
+            )
+            if isinstance(second, Again):
+                return None
+            await self._at(Moment.LOADING)
+            await loading
+        return first
+
+    async def _put_back(self, link: Link, vm: Arriving, state: State) -> None:
+        await self._at(Moment.PCI_REPLAY)
+        with self.phases("pci"):
+            writes = await vm.replay(state.pci_config)
+        await self._at(Moment.PACKET_RESTORE)
+        with self.phases("device"):
+            packets, channels = await vm.rebuild()
+        self.ownership.move(DestinationStage.RESTORED)
+        seconds = {name: self.phases.seconds[name] for name in ("pci", "device")}
+        self.restored = Restored(packets=packets, channels=channels, pci_writes=writes, seconds=seconds)
+        await link.send(self.restored)
+
+    def _check(self, prepare: Prepare, link: Link) -> None:
+        """Raises `StateError` unless such a VM can run on this machine."""
+        if not serves_machine(self._programs.qemu_version, prepare.machine.type):
+            raise StateError(
+                f"{link.name} sends a VM of machine {prepare.machine.type} (QEMU {prepare.versions.qemu}), which the "
+                f"QEMU here is too old for ({self._programs.qemu_version}): use that one or a later one (VMBUS_QEMU)"
+            )
+        if not runs_under(prepare.machine.accelerator, self._programs):
+            raise StateError(
+                f"{link.name} sends a VM that runs under {prepare.machine.accelerator}; it cannot run under "
+                f"{self._programs.accelerator}, which is used here (VMBUS_ACCELERATOR)"
+            )
+        if bytes.fromhex(prepare.machine.pci_config)[:4] != _VENDOR_DEVICE:
+            raise StateError(f"{link.name} sends a VM with another PCI device than 5642:4d56")
+
+    async def _check_driven(self, vm: Arriving, link: Link, *, source: bool) -> None:
+        """Raises `StateError` unless QEMU treats the device here as it does at the source, where nothing has been done
+        to the VM yet. What one has in its stream the other would not look for."""
+        here = await vm.driven()
+        if source == here:
+            return
+        ways = {True: "QEMU migrates the device itself", False: "QEMU leaves the device to the device server"}
+        raise StateError(
+            f"at {link.name} {ways[source]}, and here {ways[here]}: the device's state would be lost between them; use "
+            "the QEMU and the libvfio-user of the source (VMBUS_QEMU, VMBUS_LIBVFIO_USER)"
+        )
+
+    async def _boot_files(self, link: Link, prepare: Prepare, folder: Path) -> tuple[Path, Path]:
+        """The source's kernel and initramfs: ours if they are the same, else received into the folder."""
+        kernel, initramfs = self._programs.kernel, self._programs.initramfs
+        wanted: list[Literal["kernel", "initramfs"]] = []
+        if not await in_thread(functools.partial(_is, kernel, prepare.kernel)):
+            kernel = folder / "vmlinuz"
+            wanted.append("kernel")
+        if not await in_thread(functools.partial(_is, initramfs, prepare.initramfs)):
+            initramfs = folder / "initramfs.cpio"
+            wanted.append("initramfs")
+        assert self._record is not None
+        await link.send(Wanted(files=wanted, destination=self._record.destination))
+        if "kernel" in wanted:
+            await receive_file(link, prepare.kernel, kernel)
+        if "initramfs" in wanted:
+            await receive_file(link, prepare.initramfs, initramfs)
+        return kernel, initramfs
+
+
+def _is(path: Path, record: FileRecord, stop: Stop) -> bool:
+    with contextlib.suppress(VmbusError):
+        return record_of(path, stop) == record
+    return False
+
+
+async def _unless_failed(loading: asyncio.Task[None], message: Awaitable[T]) -> T:
+    """The message, unless QEMU gives its load up before it comes."""
+    task = asyncio.ensure_future(message)
+    try:
+        await asyncio.wait({task, loading}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            loading.result()  # raises if it failed
+        return await task
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)  # whoever interrupts us knows why

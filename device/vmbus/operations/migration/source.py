@@ -1,0 +1,521 @@
+"""The source of a live migration: gets the destination ready, captures the VM into it, hands it over, and ends.
+
+Up to the decision every failure leads back to a VM that runs on (`vmbus.operations.save.Capture` undoes what it did).
+The decision is one moment: just before Go is sent. From there on the vCPUs stay stopped here until it is known what
+became of the VM: it runs there, it is gone there (then it runs on here), or nobody can tell (then somebody has to
+decide).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import secrets
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+import vmbus
+from vmbus.device.description import DeviceDescription
+from vmbus.errors import EnvironmentProblem, StateError, UsageError, VmbusError
+from vmbus.operations.migration.address import Address, TcpAddress, UnixAddress, stream_channel
+from vmbus.operations.migration.channel import connect
+from vmbus.operations.migration.files import record_of, send_file
+from vmbus.operations.migration.link import SILENCE, Link, PeerFailed
+from vmbus.operations.migration.messages import (
+    Accepted,
+    Again,
+    Fate,
+    Go,
+    Hello,
+    Prepare,
+    Prepared,
+    Released,
+    Restored,
+    Running,
+    Sent,
+    State,
+    Wanted,
+)
+from vmbus.operations.migration.ownership import SOURCE, Ownership, SourceStage
+from vmbus.operations.save import (
+    NO_SABOTAGE,
+    Capture,
+    Captured,
+    QemuMonitor,
+    Sabotage,
+    SaveFailed,
+    StreamSettings,
+    uninterrupted,
+)
+from vmbus.qemu.probe import Control, driven
+from vmbus.qemu.qmp import MigrationFailed
+from vmbus.snapshot.manifest import FileRecord, Machine, Packets, Versions
+from vmbus.util.interruptible import in_thread
+from vmbus.vm.command_line import Programs
+from vmbus.vm.description import VmDescription
+from vmbus.vm.moments import Hook, Moment, no_hook
+from vmbus.vm.timing import Phases, Progress
+
+STATE_FILE = "migration.state"
+PREPARE_TIMEOUT = 180.0
+"""Seconds for the destination to start a server and a QEMU."""
+ACCEPT_TIMEOUT = 120.0
+"""Seconds for the destination's server to check the state."""
+RUNNING_TIMEOUT = 30.0
+"""Seconds from Go to Running before the destination is asked over a new connection."""
+ASK_TIMEOUT = 60.0
+"""Seconds for which a silent destination is asked what became of the VM."""
+CALL_OFF_TIMEOUT = 5.0
+"""Seconds for a destination that is told to give up to end everything; the VM stands still meanwhile."""
+ASK_INTERVAL = 0.5
+_ASK_ONCE = 5.0
+
+
+class MigrateFailed(SaveFailed):
+    """A live migration did not work out. `source_alive` tells whether the VM runs on here as before."""
+
+
+class MigrationInDoubt(EnvironmentProblem):
+    """Nobody can tell whether the VM runs at the destination: it stays stopped here until somebody decides."""
+
+    status = 15
+
+
+class MigrationReport(msgspec.Struct, kw_only=True):
+    """What a live migration did, as the source saw it. Times in seconds by its own clock, sizes in bytes."""
+
+    migration: str
+    address: str
+    phases: dict[str, float]
+    """All that was done, by phase."""
+    downtime: float
+    """From the stop of the vCPUs to the news that they run at the destination. If that had to be fetched, the time that
+    they ran there before it was told is taken off: the destination says how long that was."""
+    downtime_qemu: float
+    """QEMU's share: its stop, its last pages, its load, its start."""
+    downtime_device: float
+    """The rest: the device's pause, save, transfer, flush, PCI replay and restore, and the messages between."""
+    spans: dict[str, float]
+    """The downtime in the order in which it passed."""
+    packets: dict[str, int]
+    """Outgoing packets that moved: ``queued`` and ``sent``."""
+    incoming_held: int
+    channels: int
+    ram_bytes: int
+    """What QEMU sent in its last pass."""
+    state_bytes: int
+    flushed_pages: int
+    flushed_bytes: int
+    attempts: int
+    """Passes: more than 1 if the dirty log broke."""
+    multifd: int
+    asked: bool
+    """Whether the news that the VM runs had to be fetched, since the link broke after the decision."""
+
+    @property
+    def total(self) -> float:
+        return sum(self.phases.values())
+
+
+_QEMU_SPANS = ("stop", "switchover", "load", "cont")
+
+
+@dataclass
+class Departing:
+    """What a migration needs of the VM that leaves."""
+
+    name: str
+    description: VmDescription
+    programs: Programs
+    machine: Machine
+    """Without the function's configuration."""
+    monitor: QemuMonitor
+    control: Control
+    folder: Path
+    """A directory for the device's state, while it is on its way."""
+    end: Callable[[], Awaitable[None]]
+    """Ends the VM's processes."""
+
+
+class _Stream:
+    """The target of a capture that goes to another host: see `vmbus.operations.save.Target`."""
+
+    def __init__(self, folder: Path, link: Link, first: Prepared) -> None:
+        self._link = link
+        self._prepared: Prepared | None = first
+        self.durable = False  # whatever ends this host ends the VM, and the file is of no use then
+        self.state = folder / STATE_FILE
+        self.files = None
+        self.way: str | None = None
+        self.sent_at = 0.0
+
+    async def begin(self) -> list[dict[str, object]]:
+        prepared = self._prepared
+        self._prepared = None
+        if prepared is None:
+            await self._link.send(Again(reason="the guest took memory back that the device had written"))
+            prepared = await self._link.expect(Prepared, timeout=PREPARE_TIMEOUT, what="a new server and a new QEMU")
+        place = self._place(prepared)
+        self.way = str(place) if isinstance(place, TcpAddress) else None
+        return stream_channel(place)
+
+    def _place(self, prepared: Prepared) -> Address:
+        if isinstance(prepared.stream, str):
+            return UnixAddress(prepared.stream)
+        host = self._link.channel.remote_host
+        if host is None:
+            raise EnvironmentProblem(f"{self._link.name} offers a TCP port over a unix socket")
+        return TcpAddress(host, prepared.stream)
+
+    async def saved(self, captured: Captured) -> None:
+        packets = Packets(**captured.packets)
+        announced = State(
+            file=FileRecord(captured.state_bytes, captured.state_sha256),
+            device=msgspec.convert(captured.device, DeviceDescription),
+            pci_config=captured.pci_config,
+            packets=packets,
+            run=captured.was_running,
+        )
+        await self._link.send(announced)
+        await send_file(self._link, self.state)
+        accepted = await self._link.expect(Accepted, timeout=ACCEPT_TIMEOUT, what="its server to take the state")
+        if accepted.packets != packets:
+            raise StateError(f"{self._link.name} found {accepted.packets} in the state that has {packets}")
+        self.sent_at = time.monotonic()
+
+    def discard(self) -> None:
+        self.state.unlink(missing_ok=True)
+
+
+class Source:
+    """One migration, seen from where the VM leaves. Call `run` once; after `MigrationInDoubt`, `resolve`."""
+
+    def __init__(
+        self,
+        vm: Departing,
+        address: Address,
+        secret: bytes,
+        *,
+        stream: StreamSettings | None = None,
+        progress: Progress | None = None,
+        at: Hook = no_hook,
+        silence: float = SILENCE,
+        ask_timeout: float = ASK_TIMEOUT,
+        sabotage: Sabotage = NO_SABOTAGE,
+    ) -> None:
+        self.vm = vm
+        self.address = address
+        self.migration = secrets.token_hex(16)
+        self.phases = Phases(progress)
+        self.ownership = Ownership(SOURCE, SourceStage.PREPARING)
+        self._secret = secret
+        self._stream = stream or StreamSettings()
+        self._at = at
+        self._silence = silence
+        self._ask_timeout = ask_timeout
+        self._sabotage = sabotage
+        self._capture: Capture | None = None
+        self._captured: Captured | None = None
+        self._target: _Stream | None = None
+        self._restored: Restored | None = None
+        self._cont = 0.0
+        self._times: dict[str, float] = {}
+        self._decision: bool | None = None  # of somebody's, about a doubt: whether the VM is to run here
+        self._destination: str | None = None
+        """Whose word counts: see `vmbus.operations.migration.messages.Wanted`."""
+
+    @property
+    def stage(self) -> SourceStage:
+        """Where this migration is: see `vmbus.operations.migration.ownership`."""
+        return self.ownership.stage
+
+    async def run(self) -> MigrationReport:
+        """Moves the VM. When this returns, it runs at the destination and has ended here.
+
+        Raises `MigrateFailed`, whose `source_alive` tells whether the VM runs on here as before, and
+        `MigrationInDoubt`. Cancelling this before the decision leads back to a running VM; after it, what became of
+        the VM is found out first.
+        """
+        try:
+            try:
+                channel = await connect(self.address, self._secret)
+            except ConnectionRefusedError as error:
+                raise EnvironmentProblem(f"no destination waits at {self.address}: {error}") from error
+            async with Link(channel, silence=self._silence) as link:
+                await self._until_decision(link)
+                return await uninterrupted(self._settle(link))
+        except BaseException as error:
+            if self.stage is SourceStage.DECIDED:  # an end that nobody foresaw, such as that of the event loop
+                self.ownership.move(SourceStage.IN_DOUBT)
+            elif not self.ownership.over and self.stage is not SourceStage.IN_DOUBT:
+                alive = not isinstance(error, SaveFailed) or error.source_alive
+                self.ownership.move(SourceStage.KEPT if alive else SourceStage.LOST)
+            if isinstance(error, MigrateFailed | MigrationInDoubt) or not isinstance(error, VmbusError):
+                raise
+            if self.stage is SourceStage.MOVED:  # it runs there; what was left here could not be ended
+                raise
+            if isinstance(error, SaveFailed):
+                raise MigrateFailed(str(error), source_alive=error.source_alive) from error
+            raise MigrateFailed(f"migration failed: {error}; the VM runs on", source_alive=True) from error
+        finally:
+            if self._target is not None:
+                self._target.discard()
+
+    async def resolve(self, *, run: bool | None) -> None:
+        """Decides for a migration that is in doubt: the VM runs on here, or is given up for the one at the destination.
+
+        Whoever decides for `run` has to be sure that it does not run at the destination; None asks the destination once
+        more. A decision is carried out to its end, also if this is cancelled meanwhile, and the same one may be made
+        again. Raises `UsageError` if nothing is in doubt or it was decided otherwise, `MigrationInDoubt` if the
+        destination cannot say, `MigrateFailed` if the VM cannot be set running again.
+        """
+        if self.stage is not SourceStage.IN_DOUBT:
+            if run is not None and run is self._decision:
+                return
+            raise UsageError(f"nothing is to be decided: the migration is {self.stage.value}")
+        if run is None:
+            try:
+                answer = await self._ask_once()
+            except VmbusError as error:
+                raise MigrationInDoubt(f"{error}: it stays in doubt") from error
+            if answer.fate == "undecided":
+                raise MigrationInDoubt(f"the destination cannot tell ({answer.reason}): it stays in doubt")
+            run = answer.fate == "gone"
+        await uninterrupted(self._carry_out(run))
+
+    async def _carry_out(self, run: bool) -> None:
+        self._decision = run
+        if run:
+            await self._run_on()
+        else:
+            self.ownership.move(SourceStage.MOVED)
+            await self.vm.end()
+
+    # --- up to the decision ------------------------------------------------------------------------------------
+
+    async def _until_decision(self, link: Link) -> None:
+        try:
+            async with link.watch():
+                self._target = _Stream(self.vm.folder, link, await self._prepare(link))
+                self._capture = Capture(
+                    self.vm.monitor,
+                    self.vm.control,
+                    self._target,
+                    self.phases,
+                    live=True,
+                    memory_mib=self.vm.description.memory_mib,
+                    stream=self._stream,
+                    sabotage=self._sabotage,
+                    at=self._at,
+                    operation="migration",
+                )
+                self.ownership.move(SourceStage.CAPTURING)
+                async with self._capture.taken() as captured:
+                    self._captured = captured
+                    self.ownership.move(SourceStage.HANDING_OVER)
+                    try:
+                        await self._until_restored(link, captured)
+                        await self._at(Moment.BEFORE_GO)
+                    except BaseException as error:
+                        # Its providers may own their outside resources by now, and ours are about to take them back.
+                        await uninterrupted(link.call_off(str(error) or "it was interrupted", CALL_OFF_TIMEOUT))
+                        raise
+                    # The decision. Nothing is awaited from here to Go, and nothing is undone any more.
+                    self._capture.hand_over()
+                    self.ownership.move(SourceStage.DECIDED)
+        except BaseException as error:
+            if isinstance(error, SaveFailed) and isinstance(error.__cause__, MigrationFailed):
+                # QEMU's error is often only the trace of what the destination can name.
+                await asyncio.wait({link.failure}, timeout=0.3)
+                if link.failure.done() and isinstance(told := link.failure.result(), PeerFailed):
+                    error = MigrateFailed(f"{error} ({told})", source_alive=error.source_alive)
+            await uninterrupted(link.tell_failure(str(error) or "it was interrupted"))
+            raise error
+
+    async def _prepare(self, link: Link) -> Prepared:
+        vm = self.vm
+        with self.phases("prepare"):
+            kernel, initramfs = [
+                await in_thread(functools.partial(record_of, path))
+                for path in (vm.programs.kernel, vm.programs.initramfs)
+            ]
+            status = await vm.control.call("status")
+            config = (await vm.control.call("pci"))["config"]
+            await link.send(Hello(migration=self.migration, purpose="migrate"))
+            await link.send(
+                Prepare(
+                    vm=msgspec.structs.replace(
+                        vm.description, device=msgspec.convert(status["description"], DeviceDescription)
+                    ),
+                    machine=msgspec.structs.replace(vm.machine, pci_config=config),
+                    versions=Versions(
+                        project=vmbus.__version__,
+                        qemu=vm.programs.qemu_version,
+                        libvfio_user=str(status.get("libvfio_user", "unknown")),
+                    ),
+                    kernel=kernel,
+                    initramfs=initramfs,
+                    driven=driven(status),
+                    multifd=self._stream.multifd,
+                )
+            )
+            wanted = await link.expect(Wanted, timeout=PREPARE_TIMEOUT, what="which boot files it lacks")
+            self._destination = wanted.destination
+            for name in wanted.files:
+                await send_file(link, vm.programs.kernel if name == "kernel" else vm.programs.initramfs)
+            return await link.expect(Prepared, timeout=PREPARE_TIMEOUT, what="a server and a QEMU that wait")
+
+    async def _until_restored(self, link: Link, captured: Captured) -> None:
+        with self.phases("restore"):
+            await link.send(Sent())
+            await self._at(Moment.LOADING)
+            timeout = 240.0 + self.vm.description.memory_mib / 20
+            restored = await link.expect(Restored, timeout=timeout, what="everything to be rebuilt")
+            self._times["restored"] = time.monotonic()
+            packets = Packets(**captured.packets)
+            if restored.packets != packets:
+                raise StateError(f"{link.name} rebuilt {restored.packets} of the {packets} that were saved")
+            self._restored = restored
+
+    # --- after the decision ------------------------------------------------------------------------------------
+
+    async def _settle(self, link: Link) -> MigrationReport:
+        asked = False
+        decided = time.monotonic()
+        with self.phases("go"):
+            try:
+                await link.send(Go())
+                await self._at(Moment.AFTER_GO)
+                running = await link.expect(Running, timeout=RUNNING_TIMEOUT, what="the vCPUs to run")
+                self._ran(time.monotonic(), running.seconds)
+                fate, reason = "running", ""
+            except PeerFailed as error:  # said after everything there was discarded
+                fate, reason = "gone", str(error)
+            except Exception as error:  # whatever it is, only the destination knows now
+                asked = True
+                answer = await self._ask(error)
+                fate, reason = answer.fate, answer.reason
+                if fate == "running":  # no sooner than Go was sent, whatever clock the destination may have
+                    self._ran(max(decided, time.monotonic() - answer.running_for), answer.seconds)
+        if fate == "gone":
+            await self._run_on()
+            raise MigrateFailed(
+                f"migration failed after the decision: {reason}; the VM is gone there and runs on here",
+                source_alive=True,
+            )
+        if fate == "undecided":
+            self.ownership.move(SourceStage.IN_DOUBT)
+            raise MigrationInDoubt(
+                f"the link to {self.address} broke at the moment of the decision ({reason}), and for "
+                f"{self._ask_timeout:g} s the destination could not be asked whether VM {self.vm.name!r} runs there. "
+                "It stays stopped here. If a destination can be started there again, at the same address, ask it "
+                "(scripts/migrate --resolve ask): what became of the VM is on its disk. Or look there: if it runs, or "
+                "ran, end it here (resolve(run=False), or scripts/migrate --resolve end); if it certainly never did, "
+                "let it run here (resolve(run=True), or scripts/migrate --resolve run)"
+            )
+        self.ownership.move(SourceStage.MOVED)
+        try:
+            return await self._report(asked)
+        finally:
+            await self.vm.end()
+            with contextlib.suppress(VmbusError):  # if it cannot be told, it stops listening after a while
+                await link.send(Released())
+
+    def _ran(self, at: float, seconds: dict[str, float]) -> None:
+        """The vCPUs run at the destination since then, and took so long for it."""
+        self._times["running"] = at
+        self._cont = seconds.get("cont", 0.0)
+
+    async def _ask(self, problem: Exception) -> Fate:
+        """What became of the VM, and why; still ``undecided`` if the destination could not tell in time.
+
+        Only the destination that this migration began with can tell: neither that nobody listens there (a firewall, a
+        listener that was given up, a reboot), nor the word of another one that knows the same secret says anything.
+        """
+        deadline = time.monotonic() + self._ask_timeout
+        reason = str(problem) or type(problem).__name__
+        while True:
+            try:
+                answer = await self._ask_once()
+                if answer.fate != "undecided":
+                    return msgspec.structs.replace(answer, reason=answer.reason or reason)
+                latest = answer.reason
+            except VmbusError as error:
+                latest = str(error)
+            if time.monotonic() >= deadline:
+                return Fate(fate="undecided", reason=f"{reason}; {latest}" if latest else reason)
+            await asyncio.sleep(ASK_INTERVAL)
+
+    async def _ask_once(self) -> Fate:
+        """The word of the destination that this migration began with, ``undecided`` included. Raises `VmbusError`."""
+        try:
+            channel = await connect(self.address, self._secret, _ASK_ONCE)
+        except ConnectionRefusedError:
+            raise EnvironmentProblem(f"nobody listens at {self.address}") from None
+        async with Link(channel, silence=self._silence) as link:
+            await link.send(Hello(migration=self.migration, purpose="ask"))
+            answer = await link.expect(Fate, timeout=_ASK_ONCE, what="what became of the VM")
+        if answer.fate == "unknown" or answer.destination != self._destination:
+            raise EnvironmentProblem(f"at {self.address} is another destination, which knows nothing of this migration")
+        return answer
+
+    async def _run_on(self) -> None:
+        assert self._capture is not None
+        try:
+            await self._capture.resume()
+        except VmbusError as error:
+            self.ownership.move(SourceStage.LOST)
+            raise MigrateFailed(
+                f"migration failed, and the VM is lost, since it could not be set running again: {error}",
+                source_alive=False,
+            ) from error
+        self.ownership.move(SourceStage.KEPT)
+
+    async def _report(self, asked: bool) -> MigrationReport:
+        captured, restored, target = self._captured, self._restored, self._target
+        assert captured is not None and restored is not None and target is not None
+        there = restored.seconds
+        rebuilt = there.get("pci", 0.0) + there.get("device", 0.0)
+        after_sent = self._times["restored"] - captured.written_at
+        running, cont = self._times["running"], self._cont
+        spans = {
+            "stop": captured.reached_at - captured.stopped_at,
+            "save": captured.saved_at - captured.reached_at,
+            "transfer": target.sent_at - captured.saved_at,
+            "flush": captured.flushed_at - target.sent_at,
+            "switchover": captured.written_at - captured.flushed_at,
+            "load": max(0.0, after_sent - rebuilt),
+            "rebuild": min(rebuilt, after_sent),
+            "messages": max(0.0, running - self._times["restored"] - cont),
+            "cont": cont,
+        }
+        downtime = running - captured.stopped_at
+        qemu = sum(spans[name] for name in _QEMU_SPANS)
+        found: dict[str, Any] = {}
+        with contextlib.suppress(VmbusError):  # QEMU may have ended meanwhile; the VM does not need it any more
+            found = await self.vm.monitor.execute("query-migrate")
+        return MigrationReport(
+            migration=self.migration,
+            address=str(self.address),
+            phases=self.phases.seconds,
+            downtime=downtime,
+            downtime_qemu=qemu,
+            downtime_device=downtime - qemu,
+            spans=spans,
+            packets=captured.packets,
+            incoming_held=captured.incoming_held,
+            channels=restored.channels,
+            ram_bytes=int(found.get("ram", {}).get("transferred", 0)),
+            state_bytes=captured.state_bytes,
+            flushed_pages=captured.flushed_pages,
+            flushed_bytes=captured.flushed_bytes,
+            attempts=captured.attempts,
+            multifd=self._stream.multifd,
+            asked=asked,
+        )

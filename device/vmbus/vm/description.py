@@ -1,0 +1,139 @@
+"""VM descriptions: one TOML file says what machine to build and which device it gets.
+
+A description names no programs and no files of this machine: those come from the set-up. So a description can be
+stored in a snapshot and used on another machine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import msgspec
+
+from vmbus.device.description import DeviceDescription
+from vmbus.errors import EnvironmentProblem, UsageError
+from vmbus.util.explaining import Name, explain
+
+IMAGE_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
+"""Names of images in the disk directory."""
+
+
+class GuestDescription(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The guest's side of a VM description."""
+
+    huge_pages: Annotated[int, msgspec.Meta(ge=1, le=4096)] = 8
+    """2 MiB pages that the guest sets aside for rings and buffers of the userspace driver."""
+    kernel_arguments: Annotated[
+        list[Annotated[str, msgspec.Meta(pattern=r"^[!-~]+$")]], msgspec.Meta(max_length=32)
+    ] = []
+    """Words added to the guest kernel's command line."""
+    services: list[str] = []
+    """Empty: there are none any more. Manifests have it."""
+    driver: Literal["userspace", "linux", "both"] | msgspec.UnsetType = msgspec.UNSET
+    """Who drives the device: programs over VFIO (``userspace``, unless it is said), or Linux's own VMBus drivers
+    (``linux``; with ``both``, programs can drive further functions of the machine). See docs/linux-guest.md. Left out
+    of manifests if it is not said: older ones do not have it."""
+
+    root: Annotated[str, msgspec.Meta(pattern=IMAGE_PATTERN)] | msgspec.UnsetType = msgspec.UNSET
+    """The image, in the disk directory, with the root file system that the guest goes on with: a Debian, made if the
+    image is not there (docs/debian-guest.md). One of the device's disks has to have it. Left out of manifests as
+    above."""
+
+    @property
+    def linux(self) -> bool:
+        """Whether Linux's own drivers drive the device."""
+        return self.driver in ("linux", "both")
+
+    @property
+    def vfio(self) -> bool:
+        """Whether programs can drive functions over VFIO."""
+        return self.driver != "linux"
+
+    def __post_init__(self) -> None:
+        if self.services:
+            raise ValueError(
+                f"guest.services = {self.services}: there are none any more; Linux's own drivers do that, with "
+                'guest.driver = "linux"'
+            )
+
+
+class VmDescription(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A virtual machine: size, devices, and the guest's settings."""
+
+    name: Name
+    """Names the running VM for the tools; a second VM of the same name gets a number."""
+    device: DeviceDescription
+    """The VMBus device and its providers."""
+    memory_mib: Annotated[int, msgspec.Meta(ge=128, le=65536, multiple_of=2)] = 256
+    """Guest memory in MiB."""
+    cpus: Annotated[int, msgspec.Meta(ge=1, le=64)] = 1
+    """Virtual CPUs."""
+    slot: Annotated[int, msgspec.Meta(ge=4, le=30)] = 5
+    """PCI device number of the VMBus device on bus 0. The rest belongs to the machine."""
+    guest: GuestDescription = GuestDescription()
+
+    def __post_init__(self) -> None:
+        # The kernel wants room beside the huge pages; a VM that cannot hold them fails late and obscurely.
+        if self.guest.vfio and self.guest.huge_pages * 2 > self.memory_mib // 2:
+            raise ValueError(
+                f"guest.huge_pages = {self.guest.huge_pages} ({self.guest.huge_pages * 2} MiB) is more than half of "
+                f"memory_mib = {self.memory_mib}; allowed: up to {self.memory_mib // 4}"
+            )
+
+
+def with_options(vm: VmDescription, options: Mapping[str, Mapping[str, Any]]) -> VmDescription:
+    """With further options of providers, by their names, in the place of those that it has.
+
+    Raises UsageError for a name that it does not have.
+    """
+    if unknown := sorted(set(options) - {one.name for one in vm.device.providers}):
+        raise UsageError(f"there is no provider {', '.join(unknown)}, whose options were to be others")
+    providers = [
+        msgspec.structs.replace(one, options={**one.options, **options.get(one.name, {})})
+        for one in vm.device.providers
+    ]
+    return msgspec.structs.replace(vm, device=msgspec.structs.replace(vm.device, providers=providers))
+
+
+def parse_description(data: str | bytes, source: str) -> VmDescription:
+    """Decodes a VM description from TOML text; `source` names it in errors.
+
+    Raises `UsageError` that names the source, the field, and what is allowed there.
+    """
+    try:
+        return msgspec.toml.decode(data, type=VmDescription)
+    except msgspec.ValidationError as error:
+        raise UsageError(f"{source}: {explain(error, VmDescription)}") from error
+    except (msgspec.DecodeError, ValueError, RecursionError) as error:
+        raise UsageError(f"{source}: not TOML: {error}") from error
+
+
+def load_description(path: Path) -> VmDescription:
+    """Reads a VM description from a TOML file.
+
+    Raises `EnvironmentProblem` if the file cannot be read, `UsageError` if its content is wrong.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise EnvironmentProblem(f"cannot read VM description {path}: {error.strerror}") from error
+    return parse_description(data, str(path))
+
+
+def find_description(name: str, folder: Path) -> Path:
+    """Finds a description by path, or by bare name in `folder` (``demo`` means ``FOLDER/demo.toml``).
+
+    Raises `EnvironmentProblem` that lists what there is.
+    """
+    direct = Path(name)
+    if direct.suffix == ".toml" or "/" in name:
+        return direct
+    candidate = folder / f"{name}.toml"
+    if candidate.is_file():
+        return candidate
+    known = ", ".join(sorted(entry.stem for entry in folder.glob("*.toml"))) or "none"
+    raise EnvironmentProblem(
+        f"no VM description {name!r} in {folder}; there: {known}; a path to a .toml file works too"
+    )
