@@ -40,6 +40,10 @@ ROWS: dict[str, tuple[str, ...]] = {
     ),
     "h16": ("unit/test_state_hostile.py::test_a_state_is_read_from_a_plain_file_only",),
     "h17": ("loopback/test_hostile_many.py::test_2047_channels_at_work_saved_and_restored",),
+    "u5": (
+        "unit/test_provision_qemu.py::test_explicit_accelerator",
+        "unit/test_provision_qemu.py::test_kvm_that_is_asked_for_must_run_a_guest",
+    ),
     "m5": ("unit/test_qemu_logs.py::test_the_logs_of_a_child_are_bounded_while_it_writes",),
 }
 
