@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from vmbus.errors import UsageError
-from vmbus.memory.guest import DirtyLogBroken, Grant, GuestMemory, MemoryFault, MemoryRevoked, Window, spans
+from vmbus.memory import spans
+from vmbus.memory.guest import DirtyLogBroken, Grant, GuestMemory, MemoryFault, MemoryRevoked, Window
 
 pytestmark = pytest.mark.unit
 
