@@ -92,7 +92,7 @@ def wait_until(server: LoopbackServer, condition: Callable[[], bool], what: str)
 
 
 def refused(code: int) -> pytest.RaisesExc:
-    return pytest.raises(RemoteError, check=lambda error: error.code == code)
+    return pytest.raises(RemoteError, check=lambda error: error.errno == code)
 
 
 # ---- whole migrations ------------------------------------------------------------------------------------------------

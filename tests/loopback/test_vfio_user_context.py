@@ -182,7 +182,7 @@ def test_failing_reads_are_errors_for_the_client_alone(
 ) -> None:
     with pytest.raises(RemoteError) as caught:
         client.region_read(BAR0, register, 4)
-    assert caught.value.code == errno.EINVAL
+    assert caught.value.errno == errno.EINVAL
     assert client.region_read(BAR0, STORE, 4) == bytes(4)
     assert server.context.attached
 
@@ -562,7 +562,7 @@ def test_unmapping_what_is_not_mapped_is_only_for_debugging(
     # QEMU does this whenever the guest switches its IOMMU address space.
     with pytest.raises(RemoteError) as caught:
         client.dma_unmap(0x12345000, 4096)
-    assert caught.value.code == errno.ENOENT
+    assert caught.value.errno == errno.ENOENT
     assert not [r for r in caplog.records if r.levelno >= logging.WARNING]
     with pytest.raises(RemoteError):
         client.request(200, bytes(4))

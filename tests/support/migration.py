@@ -17,7 +17,7 @@ from qemu.qmp.events import EventListener
 
 from support import pace
 from vmbus.device.description import DeviceDescription, ProviderDescription
-from vmbus.errors import EnvironmentProblem, StateError, VmbusError
+from vmbus.errors import Code, EnvironmentProblem, StateError, VmbusError
 from vmbus.operations.migration.address import Address
 from vmbus.operations.migration.destination import Destination
 from vmbus.operations.migration.messages import Prepare
@@ -39,7 +39,7 @@ SECRET = bytes(range(32))
 class LogBroken(VmbusError):
     """What the server says when its dirty log cannot be trusted any more."""
 
-    kind = "log-broken"
+    code = Code.LOG_BROKEN
 
 
 class World:

@@ -92,7 +92,7 @@ def main(folder: Path) -> None:
                             while file.write(bytes(1 << 16)):
                                 pass
                         except OSError as error:
-                            end("failed", failure=f"cannot write: {error.strerror}")
+                            end("failed", failure=f"cannot write: {error.strerror}", code="disk-full")
                             return
             case "deaf":
                 signal.signal(signal.SIGTERM, signal.SIG_IGN)

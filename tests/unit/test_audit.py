@@ -247,13 +247,13 @@ def test_a_missing_generation_is_not_proven() -> None:
     middle = next(record for record in records if record.uid == model.host.records[-2][0].uid)
     report = check_records([record for record in records if record is not middle])
     assert report.verdict == "incomplete"
-    assert "goes on is not here" in report.missing[0]
+    assert "goes on is not here" in report.missing[0].text
 
 
 def test_without_the_guests_record_nothing_is_proven() -> None:
     model = history(5)
     report = check_records([record for record in model.records() if record.side == "host"])
-    assert report.verdict == "incomplete" and "guest" in report.missing[0]
+    assert report.verdict == "incomplete" and "guest" in report.missing[0].text
     with pytest.raises(UsageError, match="no record of a server"):
         check_records([record for record in model.records() if record.side == "guest"])
 
@@ -587,7 +587,7 @@ def test_a_state_without_a_record_leaves_a_gap_that_is_told() -> None:
     machine.come_back(state)
     traffic.finish()
     report = machine.check(store, recorder)
-    assert report.verdict == "incomplete" and "saved without one" in report.missing[0], str(report)
+    assert report.verdict == "incomplete" and "saved without one" in report.missing[0].text, str(report)
 
 
 def test_packets_dropped_with_a_channel_made_anew_are_seen() -> None:

@@ -170,7 +170,7 @@ def test_a_channel_of_another_driver_is_not_proven_by_half() -> None:
     server = Server(type_=ECHO)
     server.some(50)
     report = server.check()
-    assert report.verdict == "incomplete" and "the guest's record" in report.missing[0]
+    assert report.verdict == "incomplete" and "the guest's record" in report.missing[0].text
 
 
 def test_a_record_that_stops_short_is_said() -> None:
@@ -182,7 +182,7 @@ def test_a_record_that_stops_short_is_said() -> None:
         server.recorder.digest_all(trace)
     server.recorder._write()
     report = check_records([Record(bytes(server.records[0][1].data), "host")])
-    assert report.verdict == "incomplete" and "stops short" in report.missing[0], str(report)
+    assert report.verdict == "incomplete" and "stops short" in report.missing[0].text, str(report)
 
 
 def test_a_record_that_got_brief_proves_less_and_says_so() -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from vmbus.errors import EnvironmentProblem
+from vmbus.errors import EnvironmentProblem, code_in
 from vmbus.provision import debian, environment, needs, provision
 from vmbus.provision.__main__ import RichReporter
 from vmbus.provision.cache import Cache
@@ -69,7 +69,7 @@ def test_fault_n9_a_disk_that_gets_full_is_not_the_network(
     cache = Cache(tmp_path / "cache")
 
     def fails(argv: list[str], what: str, *_: object, **__: object) -> list[str]:
-        raise AptError(f"{what} failed with status 100:\n  {said}")
+        raise AptError(f"{what} failed with status 100:\n  {said}", code=code_in(said))
 
     monkeypatch.setattr(debian, "run_lines", fails)
     monkeypatch.setattr(debian, "require_programs", lambda: None)

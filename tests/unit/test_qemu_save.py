@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from qemu.qmp.events import EventListener
 
-from vmbus.errors import EnvironmentProblem, VmbusError
+from vmbus.errors import Code, EnvironmentProblem, VmbusError, code_of
 from vmbus.operations import save
 from vmbus.operations.save import (
     MAGIC,
@@ -46,7 +46,7 @@ def write_new(path: str, data: bytes) -> None:
 class Broken(VmbusError):
     """What the server says when its dirty log cannot be trusted any more."""
 
-    kind = "log-broken"
+    code = Code.LOG_BROKEN
 
 
 class Model:
@@ -300,6 +300,7 @@ def test_a_full_disk_is_called_one_whatever_qemu_calls_it(
     assert str(caught.value) == (
         f"save failed: ram_save_setup failed: Input/output error{'' if left else full}; the VM runs on"
     )
+    assert code_of(caught.value) == ("" if left else Code.DISK_FULL)
 
 
 @pytest.mark.parametrize("live", [False, True])

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from vmbus.cli.supervisor import Supervisor, ask, find_vm
-from vmbus.errors import EnvironmentProblem, UsageError, VmbusError, WaitTimeout
+from vmbus.errors import Code, EnvironmentProblem, ReportedError, StateError, UsageError, VmbusError, WaitTimeout
 from vmbus.operations.migration.source import MigrateFailed, MigrationReport
 from vmbus.operations.revert import CheckpointReport, RevertFailed, RevertReport
 from vmbus.operations.save import SaveFailed, SaveReport
@@ -374,6 +374,22 @@ def test_checkpoints_and_reverts_over_the_supervisors_socket() -> None:
             ("list", None),
             ("delete", "a", None),
         ]
+
+    asyncio.run(body())
+
+
+@pytest.mark.parametrize(
+    "error", [StateError("damaged"), SaveFailed("full", source_alive=True, code=Code.DISK_FULL), WaitTimeout("it", 3)]
+)
+def test_an_error_keeps_its_kind_and_code_over_the_socket(error: VmbusError) -> None:
+    async def body() -> None:
+        vm = DummyVm()
+        vm.save_error = error
+        async with supervised(vm):
+            with pytest.raises(ReportedError) as caught:
+                await ask("demo", "save", {"directory": "/x"}, timeout=10)
+        told = caught.value
+        assert (str(told), told.kind, told.code, told.status) == (str(error), error.kind, error.code, error.status)
 
     asyncio.run(body())
 

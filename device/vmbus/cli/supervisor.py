@@ -1,7 +1,8 @@
 """One process owns a VM; others ask it for things: save, migrate, revert, agent requests, status, the end.
 
 The owner listens on a socket in the VM's run directory (its user's alone). A connection carries one request as a
-JSON line, then any number of ``{"progress": TEXT}`` lines, then ``{"result": {...}}`` or ``{"error": MESSAGE}``.
+JSON line, then any number of ``{"progress": TEXT}`` lines, then ``{"result": {...}}`` or ``{"error": {...}}`` with the
+error's message, kind, code and exit status.
 Whoever hangs up before the answer cancels what was asked for: an interrupted save leads back to a running VM.
 """
 
@@ -17,7 +18,7 @@ from typing import Any
 
 import msgspec
 
-from vmbus.errors import EnvironmentProblem, UsageError, VmbusError, WaitTimeout
+from vmbus.errors import EnvironmentProblem, ReportedError, UsageError, VmbusError, WaitTimeout, code_of
 from vmbus.operations.migration.channel import read_secret
 from vmbus.qemu.machine import VirtualMachine
 from vmbus.vm.process import running_vms, runtime_base
@@ -31,6 +32,21 @@ _REQUEST_TIMEOUT = 10.0
 class _Request(msgspec.Struct, forbid_unknown_fields=True):
     command: str
     arguments: dict[str, Any] = {}
+
+
+class _Error(msgspec.Struct):
+    message: str
+    kind: str
+    code: str
+    status: int
+
+
+class _Answer(msgspec.Struct):
+    """A line of an answer: one of these."""
+
+    progress: str | None = None
+    result: dict[str, Any] | None = None
+    error: _Error | None = None
 
 
 class _SaveArguments(msgspec.Struct, forbid_unknown_fields=True):
@@ -191,7 +207,9 @@ class Supervisor:
             result, after = await self._perform(request, lambda text: send({"progress": text}))
             send({"result": result})
         except (VmbusError, msgspec.MsgspecError) as error:  # the latter of a command's arguments
-            send({"error": str(error), "status": getattr(error, "status", UsageError.status)})
+            refused = error if isinstance(error, VmbusError) else UsageError(*error.args)
+            told = _Error(str(refused), refused.kind, code_of(refused), refused.status)
+            send({"error": msgspec.to_builtins(told)})
             if isinstance(error, VmbusError) and self.vm.ended:
                 after = str(error)
         finally:
@@ -319,16 +337,15 @@ def decode_request(line: bytes) -> _Request:
         raise UsageError(f"not a request: {error}") from error
 
 
-def decode_answer(line: bytes) -> dict[str, Any]:
+def decode_answer(line: bytes) -> _Answer:
     """What the owner of a VM says in a line. Raises `EnvironmentProblem`."""
     try:
-        message = json.loads(line)
-    except (ValueError, RecursionError) as error:
+        answer = msgspec.json.decode(line, type=_Answer)
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
         raise EnvironmentProblem(f"what the VM's owner says cannot be understood: {error}") from error
-    told = isinstance(message, dict) and ("progress" in message or "error" in message)
-    if not told and not (isinstance(message, dict) and isinstance(message.get("result"), dict)):
+    if answer.progress is None and answer.result is None and answer.error is None:
         raise EnvironmentProblem(f"what the VM's owner says cannot be understood: {line[:200]!r}")
-    return dict(message)
+    return answer
 
 
 def find_vm(name: str | None, how: str = "choose one with --vm NAME") -> str:
@@ -358,7 +375,7 @@ async def ask(
 ) -> dict[str, Any]:
     """Asks the owner of VM `name` for something and returns the result.
 
-    Raises `VmbusError` with the owner's message if it fails, `EnvironmentProblem` if the owner is gone, `WaitTimeout`.
+    Raises `ReportedError` as the owner had it if it fails, `EnvironmentProblem` if the owner is gone, `WaitTimeout`.
     """
     path = runtime_base() / name / SOCKET
     try:
@@ -367,16 +384,13 @@ async def ask(
             try:
                 writer.write(json.dumps({"command": command, "arguments": arguments or {}}).encode() + b"\n")
                 while line := await reader.readline():
-                    message = decode_answer(line)
-                    if "progress" in message:
-                        if progress is not None:
-                            progress(str(message["progress"]))
-                    elif "error" in message:
-                        refused = VmbusError(str(message["error"]))
-                        refused.status = int(message.get("status", 1))
-                        raise refused
-                    else:
-                        return dict(message["result"])
+                    answer = decode_answer(line)
+                    if (told := answer.error) is not None:
+                        raise ReportedError(told.message, told.kind, told.code, told.status)
+                    if answer.result is not None:
+                        return answer.result
+                    if progress is not None and answer.progress is not None:
+                        progress(answer.progress)
             finally:
                 writer.close()
     except TimeoutError:

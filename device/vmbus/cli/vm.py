@@ -393,9 +393,9 @@ async def _follow(vm: VirtualMachine, driver: str, job: int) -> None:
             reverted = True  # perhaps it runs at that moment, too
             continue
         except AgentError as error:
-            if error.kind == "timeout":
+            if error.code == "timeout":
                 continue
-            if reverted and error.kind == "unknown-job":
+            if reverted and error.code == "unknown-job":
                 _notice(f"test driver {driver!r} (job {job}) is undone: it was started after the checkpoint")
                 return
             raise

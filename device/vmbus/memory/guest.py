@@ -13,7 +13,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
 from typing import NoReturn, Protocol, cast
 
-from vmbus.errors import PeerError, UsageError, VmbusError
+from vmbus.errors import Code, PeerError, UsageError, VmbusError
 from vmbus.memory.reach import Reach, reach
 from vmbus.memory.spans import PageSet, SpanMap
 from vmbus.wire.gpa import PAGE_SIZE
@@ -32,6 +32,8 @@ class MemoryRevoked(PeerError):
 
 class DirtyLogBroken(VmbusError):
     """Pages that must be copied again can no longer be reached; this migration pass cannot be trusted."""
+
+    code = Code.LOG_BROKEN
 
 
 class _RevokedView:

@@ -35,7 +35,7 @@ from typing import Any, Protocol, TypeVar
 import msgspec
 from qemu.qmp.events import EventListener
 
-from vmbus.errors import EnvironmentProblem, StateError, UsageError, VmbusError, WaitTimeout
+from vmbus.errors import Code, EnvironmentProblem, StateError, UsageError, VmbusError, WaitTimeout, code_of
 from vmbus.qemu.probe import Control, driven_by_client
 from vmbus.qemu.qmp import MIGRATION_ENDS, MigrationFailed, file_channel
 from vmbus.snapshot.manifest import FILE_PREFIX
@@ -98,8 +98,8 @@ has it is a destination that is just ending: it hears of a cut link within `vmbu
 class SaveFailed(EnvironmentProblem):
     """A save did not work out. `source_alive` tells whether the VM runs on as before."""
 
-    def __init__(self, message: str, *, source_alive: bool) -> None:
-        super().__init__(message)
+    def __init__(self, message: str, *, source_alive: bool, code: str = "") -> None:
+        super().__init__(message, code=code)
         self.source_alive = source_alive
         self.status = 13 if source_alive else 14
 
@@ -309,12 +309,13 @@ class Capture:
                     captured = await (self._take_live() if self._live else self._take_stopped())
                     break
                 except VmbusError as error:
-                    if not _log_broken(error):
+                    if code_of(error) != Code.LOG_BROKEN:
                         raise
                     if attempt == LIVE_ATTEMPTS:
                         raise EnvironmentProblem(
                             f"{error} (attempt {attempt} of {LIVE_ATTEMPTS}: each time the guest unmapped memory that "
-                            "the device had written meanwhile; let it keep its memory mapped, or stop it for the save)"
+                            "the device had written meanwhile; let it keep its memory mapped, or stop it for the save)",
+                            code=Code.NOT_CONVERGING,
                         ) from error
                     attempt += 1
                     await self._undo()
@@ -336,15 +337,16 @@ class Capture:
                 ) from error
             if isinstance(error, VmbusError):
                 fate = "the VM runs on" if self._was_running else "the VM stays paused as it was"
-                raise SaveFailed(f"{self._operation} failed: {error}{room}; {fate}", source_alive=True) from error
+                text = f"{self._operation} failed: {error}{room}; {fate}"
+                raise SaveFailed(text, source_alive=True, code=Code.DISK_FULL if room else "") from error
             raise
 
     def _no_room(self, error: BaseException) -> str:
         """To be said beside an error if the disk is full: QEMU calls that an input/output error at times."""
-        folder, full = self._target.state.parent, os.strerror(errno.ENOSPC)
+        folder = self._target.state.parent
         with contextlib.suppress(OSError):
-            if full not in str(error) and not os.statvfs(folder).f_bavail:
-                return f" ({full} in {folder})"
+            if code_of(error) != Code.DISK_FULL and not os.statvfs(folder).f_bavail:
+                return f" ({os.strerror(errno.ENOSPC)} in {folder})"
         return ""
 
     def hand_over(self) -> None:
@@ -664,10 +666,6 @@ def _stop_time(stops: EventListener) -> float:
             lag = wall - (float(stamp["seconds"]) + float(stamp["microseconds"]) / 1e6)
             return now - min(max(lag, 0.0), 60.0)  # QEMU stamps with the wall clock, which may be set meanwhile
     return now
-
-
-def _log_broken(error: VmbusError) -> bool:
-    return getattr(error, "kind", None) == "log-broken"
 
 
 @contextlib.contextmanager

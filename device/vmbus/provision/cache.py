@@ -23,15 +23,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from vmbus.errors import EnvironmentProblem, VmbusError, WaitTimeout
+from vmbus.errors import Code, EnvironmentProblem, VmbusError, WaitTimeout, code_of
 from vmbus.util.directories import cache_directory
 
 LOCK_TIMEOUT = 1800.0
 """Seconds to wait for another set-up: longer than one takes from nothing on a slow network."""
 
 _NEARLY_FULL = 1 << 20
-_FULL = ("No space left on device", "Disk quota exceeded", "enough free space", "os error 28")
-"""What programs say of a disk that is full."""
 _SCRATCH = ".scratch-"
 _PARTIAL = ".partial-"
 
@@ -99,8 +97,7 @@ class Cache:
 
     def is_full(self, error: BaseException | None = None) -> str:
         """What to tell if there is no room left, whatever a program that failed for it has said; empty if there is."""
-        said = error is not None and any(text in str(error) for text in _FULL)
-        if not said and self.free() >= _NEARLY_FULL:
+        if code_of(error) != Code.DISK_FULL and self.free() >= _NEARLY_FULL:
             return ""
         return (
             f"the file system of the cache directory {self.root} is full ({self.free() / 1e6:.0f} MB are left): make "

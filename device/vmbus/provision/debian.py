@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from vmbus.errors import EnvironmentProblem, VmbusError, WaitTimeout
+from vmbus.errors import EnvironmentProblem, VmbusError, WaitTimeout, code_in
 from vmbus.provision.cache import Cache, digest, publish_bytes
 from vmbus.provision.process import mortal
 from vmbus.provision.report import Reporter, SilentReporter
@@ -300,7 +300,7 @@ def run_lines(
         raise WaitTimeout(what, timeout)
     if status != 0:
         tail = "\n  ".join([line for line in lines if line.strip()][-8:])
-        raise AptError(f"{what} failed with status {status}:\n  {tail}")
+        raise AptError(f"{what} failed with status {status}:\n  {tail}", code=code_in(tail))
     return lines
 
 

@@ -38,11 +38,10 @@ _EXECUTE_GRACE = 20.0  # seconds that a guest may need to say that a program has
 
 
 class AgentError(VmbusError):
-    """The agent answered a request with an error; `kind` is its name for it."""
+    """The agent answered a request with an error; `code` is its name for it."""
 
-    def __init__(self, command: str, kind: str, message: str) -> None:
-        super().__init__(f"the guest's agent failed {command!r}: {message}" + (f" ({kind})" if kind else ""))
-        self.kind = kind
+    def __init__(self, command: str, code: str, message: str) -> None:
+        super().__init__(f"the guest's agent failed {command!r}: {message}" + (f" ({code})" if code else ""), code=code)
 
 
 def decode_line(line: bytes) -> dict[str, Any] | None:

@@ -8,7 +8,7 @@ import secrets
 import time
 from collections.abc import Mapping
 
-from vmbus.errors import WaitTimeout
+from vmbus.errors import WaitTimeout, code_in
 from vmbus.operations.save import QemuMonitor
 from vmbus.qemu.qmp import QmpCommandFailed
 from vmbus.util.patience import patient
@@ -55,4 +55,4 @@ async def run_job(
             task.exception()  # looked at: the cancellation is what is told
             raise
     if error is not None:
-        raise QmpCommandFailed(f"{what}: QEMU's {command} failed: {error}")
+        raise QmpCommandFailed(f"{what}: QEMU's {command} failed: {error}", code=code_in(error))

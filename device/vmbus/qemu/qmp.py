@@ -13,7 +13,7 @@ from typing import Any
 from qemu.qmp import ExecuteError, QMPClient, QMPError
 from qemu.qmp.events import EventListener
 
-from vmbus.errors import EnvironmentProblem, WaitTimeout
+from vmbus.errors import EnvironmentProblem, WaitTimeout, code_in
 from vmbus.util.patience import patient
 
 COMMAND_TIMEOUT = 20.0
@@ -144,7 +144,8 @@ class Monitor:
                     return status
                 if status in MIGRATION_ENDS:
                     raise MigrationFailed(
-                        f"{what}: the migration of {self.name} {status}" + (f": {reason}" if reason else "")
+                        f"{what}: the migration of {self.name} {status}" + (f": {reason}" if reason else ""),
+                        code=code_in(reason),
                     )
                 left = deadline - time.monotonic()
                 if left <= 0:

@@ -1,8 +1,8 @@
 """The control socket: tools talk to a device server in JSON lines.
 
 Request `{"id": 1, "command": "status", "arguments": {}}`, answer `{"id": 1, "result": {...}}` or
-`{"id": 1, "error": {"kind": "...", "message": "..."}}`. The socket belongs to its owner only. Commands of one
-connection run one after another.
+`{"id": 1, "error": {"kind": "...", "message": "..."}}`, with a `code` if the error has one. The socket belongs to its
+owner only. Commands of one connection run one after another.
 """
 
 import asyncio
@@ -16,8 +16,7 @@ from typing import Annotated, Any
 
 import msgspec
 
-from vmbus.errors import EnvironmentProblem, StateError, UsageError, VmbusError, WaitTimeout
-from vmbus.memory.guest import DirtyLogBroken
+from vmbus.errors import EnvironmentProblem, ReportedError, UsageError, VmbusError, WaitTimeout, code_of
 from vmbus.util.complaints import bounded_log
 from vmbus.util.patience import patient
 
@@ -29,33 +28,12 @@ _ANSWER_TIMEOUT = 60.0  # seconds that a client may take to read an answer
 
 Handler = Callable[[str, dict[str, Any]], Awaitable[dict[str, Any]]]
 
-# How an exception is named on the wire, most special first.
-ERROR_KINDS: tuple[tuple[type[BaseException], str], ...] = (
-    (DirtyLogBroken, "log-broken"),
-    (StateError, "state"),
-    (WaitTimeout, "timeout"),
-    (UsageError, "usage"),
-    (EnvironmentProblem, "environment"),
-    (VmbusError, "failed"),
-)
 
+class ControlError(ReportedError):
+    """The server answered with an error; its `kind` is "internal" for a defect there."""
 
-# As which of our errors a kind counts for an exit status.
-_STATUSES: tuple[tuple[type[VmbusError], str], ...] = (
-    (StateError, "state"),
-    (WaitTimeout, "timeout"),
-    (UsageError, "usage"),
-    (EnvironmentProblem, "environment"),
-)
-
-
-class ControlError(VmbusError):
-    """The server answered with an error; `kind` is one of ERROR_KINDS or "internal"."""
-
-    def __init__(self, command: str, kind: str, message: str) -> None:
-        super().__init__(f"device server, {command}: {message}")
-        self.kind = kind
-        self.status = next((error.status for error, name in _STATUSES if name == kind), VmbusError.status)
+    def __init__(self, command: str, kind: str, message: str, code: str = "") -> None:
+        super().__init__(f"device server, {command}: {message}", kind, code)
 
 
 class _Request(msgspec.Struct, forbid_unknown_fields=True):
@@ -64,9 +42,10 @@ class _Request(msgspec.Struct, forbid_unknown_fields=True):
     arguments: dict[str, Any] = msgspec.field(default_factory=dict)
 
 
-class _Error(msgspec.Struct):
+class _Error(msgspec.Struct, omit_defaults=True):
     kind: str
     message: str
+    code: str = ""
 
 
 class _Response(msgspec.Struct, omit_defaults=True):
@@ -181,13 +160,12 @@ class ControlServer:
         try:
             request = decode_request(line)
         except UsageError as error:
-            return _Response(0, error=_Error("usage", str(error)))
+            return _Response(0, error=_Error(error.kind, str(error)))
         try:
             return _Response(request.id, result=await self._handler(request.command, request.arguments))
+        except VmbusError as error:
+            return _Response(request.id, error=_Error(error.kind, str(error), code_of(error)))
         except Exception as error:
-            for kind, name in ERROR_KINDS:
-                if isinstance(error, kind):
-                    return _Response(request.id, error=_Error(name, str(error)))
             log.exception("control command %s failed", request.command)
             return _Response(request.id, error=_Error("internal", repr(error)))
 
@@ -241,7 +219,7 @@ class ControlClient:
         if response.id != self._id:
             raise EOFError(f"answer {response.id} came for request {self._id}")
         if response.error is not None:
-            raise ControlError(command, response.error.kind, response.error.message)
+            raise ControlError(command, response.error.kind, response.error.message, response.error.code)
         return response.result or {}
 
     def close(self) -> None:

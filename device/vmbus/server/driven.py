@@ -180,7 +180,7 @@ class Driven:
         try:
             step(self)
         except MigrationRefused as refusal:
-            raise MigrationRefused(f"{self.state.name} to {state.name}: {refusal}", refusal.code) from refusal
+            raise MigrationRefused(f"{self.state.name} to {state.name}: {refusal}", refusal.errno) from refusal
         log.info("the client's migration: %s to %s in %.3f s", self.state.name, state.name, time.monotonic() - started)
         self.state = state
 

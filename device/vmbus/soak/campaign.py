@@ -32,7 +32,7 @@ from vmbus.soak.records import (
     State,
     Verdict,
 )
-from vmbus.soak.room import ROOM_FOR_AN_EPISODE, ROOM_FOR_RECORDS, short_of_room, tells_of_full_disk
+from vmbus.soak.room import ROOM_FOR_AN_EPISODE, ROOM_FOR_RECORDS, hit_full_disk, short_of_room
 
 
 class Row(Protocol):
@@ -290,17 +290,19 @@ class CampaignRun:
 
     def _short_of_room(self) -> str:
         """Which place is short of room, for people; empty if none is."""
+        return short_of_room(self._places())
+
+    def _places(self) -> list[tuple[Path, int]]:
+        """Where episodes and the campaign write, and how many bytes have to be free there."""
         places = [(self._folder.path, min(ROOM_FOR_RECORDS, self._limits.room))]
-        if self._scratch is not None:
-            places.append((self._scratch, self._limits.room))
-        return short_of_room(places)
+        return places if self._scratch is None else [*places, (self._scratch, self._limits.room)]
 
     def _spoilt(self, record: EpisodeRecord) -> str:
         """Why an episode says nothing about the device, and has to be run again; empty if it does say something.
 
         One that got into a full disk fails, and says so itself; one that nobody asked to end early has lost its engine.
         """
-        if record.verdict == "failed" and tells_of_full_disk(record.failure):
+        if hit_full_disk(record, [path for path, _ in self._places()]):
             short = self._short_of_room()
             return f"the disk got full: {short}; {record.failure}" if short else ""
         if record.verdict == "interrupted" and not self._stop.is_set():

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import msgspec
 
-from vmbus.errors import VmbusError, WaitTimeout
+from vmbus.errors import VmbusError, WaitTimeout, code_of
 from vmbus.providers.loading import ALLOW_VARIABLE
 from vmbus.provision import provision
 from vmbus.snapshot.bundle import utc_now
@@ -93,6 +93,7 @@ async def run_episode(
         audit=episode.audit,
         samples=stage.samples,
         failure=episode.failure,
+        code=episode.code,
     )
 
 
@@ -101,6 +102,7 @@ class _Episode:
         self._stage = stage
         self._stop = stop
         self.failure = ""
+        self.code = ""
         self.operations = 0
         self.workloads: list[WorkloadRecord] = []
         self.audit = ""
@@ -197,7 +199,8 @@ class _Episode:
         text = str(error) or repr(error)
         if isinstance(error, TimeoutError) and not isinstance(error, VmbusError):
             text = f"it took longer than it may: {error!r}"
-        self.failure = self.failure or (f"{where}: {text}" if where else text)
+        if not self.failure:
+            self.failure, self.code = (f"{where}: {text}" if where else text), code_of(error)
         self._stage.event(self.failure, serious=True)
         if not isinstance(error, (VmbusError, OSError, TimeoutError)):
             with contextlib.suppress(OSError):

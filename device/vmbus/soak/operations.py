@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
+from vmbus.errors import Code, code_of
 from vmbus.operations.migration.address import Address, TcpAddress, UnixAddress
 from vmbus.operations.migration.channel import listen
 from vmbus.operations.migration.link import PING_INTERVAL
@@ -36,8 +37,6 @@ T = TypeVar("T")
 
 SILENCE = 4 * PING_INTERVAL
 """Seconds after which a cut link is noticed, where one is cut on purpose."""
-GAVE_UP = "each time the guest unmapped memory"
-"""In the message of a live save or migration that gave up after its last pass."""
 LIVE_TRIES = 5
 _SOON = 30.0
 _INSTANCES = "0a5e0000-0000-4000-8000-{:012x}"
@@ -92,7 +91,7 @@ async def _until_it_converges(stage: Stage, attempt: Callable[[], Awaitable[T]])
         try:
             return await attempt()
         except SaveFailed as error:
-            if not (left and error.source_alive and GAVE_UP in str(error)):
+            if not (left and error.source_alive and code_of(error) == Code.NOT_CONVERGING):
                 raise
             await _require_running(stage.here, "a live copy that gave up")
             stage.event(f"tried again: {error}")

@@ -108,6 +108,8 @@ class EpisodeRecord(msgspec.Struct, kw_only=True, omit_defaults=True):
     samples: list[Sample] = []
     failure: str = ""
     """The first thing that went wrong, for people."""
+    code: str = ""
+    """The same for programs: see `vmbus.errors.Code`; mostly empty."""
     kept: str = ""
     """Where what was kept of a failure is, relative to the campaign's folder."""
 

@@ -30,7 +30,7 @@ from vmbus.provision import provision
 from vmbus.soak import keep
 from vmbus.soak.job import WORKER, Bounds, Job, run_job
 from vmbus.soak.records import EpisodeRecord, EventRecord, OperationRecord, Sample
-from vmbus.soak.room import ROOM_FOR_AN_EPISODE, short_of_room, tells_of_full_disk
+from vmbus.soak.room import ROOM_FOR_AN_EPISODE, hit_full_disk, short_of_room
 from vmbus.vm.process import RunDirectory, private_base
 
 BEAT = 5.0
@@ -167,7 +167,7 @@ def run_request(data: bytes) -> bytes:
         record = asyncio.run(_run(request, folder, telling, lambda: int(life.get(timeout=request.patience))))
         record.where = str(worker.name)
         short = short_of_room([(directory.path, request.room)])
-        if record.verdict == "failed" and short and tells_of_full_disk(record.failure):
+        if short and hit_full_disk(record, [directory.path]):
             # The campaign runs it again, here or elsewhere.
             record.verdict = "interrupted"
             record.failure = f"the disk of {worker.name} got full: {short}; {record.failure}"

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import errno
-import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+
+from vmbus.errors import Code
+from vmbus.soak.records import EpisodeRecord
 
 ROOM_FOR_AN_EPISODE = 1 << 30
 """Bytes that must be free where episodes keep their big files before one begins."""
 ROOM_FOR_RECORDS = 64 << 20
 """The same for the campaign's folder, where this is another file system."""
-_FULL = tuple(os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT))
+_NEARLY_FULL = 1 << 20
 
 
 def short_of_room(places: Iterable[tuple[Path, int]]) -> str:
@@ -27,6 +28,8 @@ def short_of_room(places: Iterable[tuple[Path, int]]) -> str:
     return ""
 
 
-def tells_of_full_disk(failure: str) -> bool:
-    """Whether a failure says that a disk was full."""
-    return any(text in failure for text in _FULL)
+def hit_full_disk(record: EpisodeRecord, places: Sequence[Path]) -> bool:
+    """Whether an episode failed since a disk was full: it says so, or whoever died of that cannot any more."""
+    if record.verdict != "failed":
+        return False
+    return record.code == Code.DISK_FULL or bool(short_of_room((path, _NEARLY_FULL) for path in places))

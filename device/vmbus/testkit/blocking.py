@@ -131,7 +131,7 @@ class Job:
             try:
                 report = self.vm.agent("wait", timeout=min(left, _AGENT_WAIT), job=self.number)
             except AgentError as error:
-                if error.kind != "timeout":
+                if error.code != "timeout":
                     raise
                 continue
             except WaitTimeout:

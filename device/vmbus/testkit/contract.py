@@ -15,6 +15,14 @@ class ContractViolation(VmbusError, AssertionError):
     """A provider broke its contract; the message names the channel, the packet and the call that was expected."""
 
 
+class ChannelFailed(ContractViolation):
+    """A channel failed; `reason` is the provider's."""
+
+    def __init__(self, channel: str, reason: str) -> None:
+        super().__init__(f"channel {channel} failed: {reason}")
+        self.reason = reason
+
+
 def shorten(data: bytes) -> str:
     """Bytes for a message."""
     return repr(data) if len(data) <= _SHOWN else f"{data[:_SHOWN]!r}... ({len(data)} bytes)"

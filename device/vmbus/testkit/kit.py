@@ -20,7 +20,7 @@ from vmbus.providers import Provider, provider_class
 from vmbus.server.files import copy_files, files_of, wanted_files
 from vmbus.testkit import contract
 from vmbus.testkit.client import Client
-from vmbus.testkit.contract import ContractViolation, differing, shorten
+from vmbus.testkit.contract import ChannelFailed, ContractViolation, differing, shorten
 from vmbus.testkit.host import Clock, FakeHost
 from vmbus.testkit.watch import KitMemory, Watch
 from vmbus.util.complaints import COMPLAINTS
@@ -259,7 +259,7 @@ class ProviderTest:
         channel, reason = self._failures[0]
         self._failures.clear()
         cause, self._last_exception.error = self._last_exception.error, None
-        raise ContractViolation(f"channel {channel.name} failed: {reason}") from cause
+        raise ChannelFailed(channel.name, reason) from cause
 
     @contextmanager
     def expect_errors(self) -> Iterator[list[BaseException]]:
@@ -287,12 +287,9 @@ class ProviderTest:
         """
         try:
             self.run()
-        except ContractViolation as failure:
-            text = str(failure)
-            if "failed: " not in text:
-                raise
+        except ChannelFailed as failure:
             self.run()
-            return text.partition("failed: ")[2]
+            return failure.reason
         raise ContractViolation("expected: a channel that fails (Completion.fail); all went well")
 
     # ---- clients -------------------------------------------------------------------------------------------------

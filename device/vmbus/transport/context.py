@@ -541,7 +541,7 @@ class Context:
             after = self._gate.before(command, start[HEADER.size :])
         except MigrationRefused as refusal:
             logger.error("the client's migration: %s", refusal)
-            return 1, self._answer(size, refusal.code)
+            return 1, self._answer(size, refusal.errno)
         except OSError:
             return 1, ""
         if command == protocol.Command.DMA_UNMAP:
@@ -937,7 +937,7 @@ class Context:
             return step(self._migration)
         except MigrationRefused as refusal:
             logger.error("the client's migration: %s", refusal)
-            code = refusal.code
+            code = refusal.errno
         except Exception:
             logger.exception("the client's migration: %s failed in the device", what)
         except BaseException as error:

@@ -47,11 +47,11 @@ class MigrationState(enum.Enum):
 
 
 class MigrationRefused(VmbusError):
-    """The device does not do what the client wants of it; `code` is the errno that the client gets."""
+    """The device does not do what the client wants of it; `errno` is the one that the client gets."""
 
-    def __init__(self, message: str, code: int) -> None:
+    def __init__(self, message: str, errno: int) -> None:
         super().__init__(message)
-        self.code = code
+        self.errno = errno
 
 
 class MigrationHandler(Protocol):

@@ -29,7 +29,7 @@ from vmbus.observe.audit.records import (
     lineage,
     read_records,
 )
-from vmbus.observe.audit.report import ChannelReport, Problem, Report, Verdict
+from vmbus.observe.audit.report import ChannelReport, Gap, Problem, Report, Verdict
 from vmbus.wire.linux import driver_of
 
 TO_GUEST = "to the guest"
@@ -72,7 +72,7 @@ def check_records(records: Sequence[Record], *, leaf: str | None = None) -> Repo
             abandoned.append(f"{record}: what came after the save ({rest} blocks of packets)")
     report = Report(
         verdict="clean",
-        missing=missing,
+        missing=[Gap(text) for text in missing],
         timeline=[str(record) for record, _ in path],
         guests=[str(record) for record in guests],
         abandoned=abandoned,
@@ -80,9 +80,10 @@ def check_records(records: Sequence[Record], *, leaf: str | None = None) -> Repo
     )
     _check_lives(report, host.lives, guest.lives, host_complete=_complete(path, mark))
     skip = {one.nonce for one in host.troubles if one.nonce}
-    report.missing += [one.message for one in (*host.troubles, *guest.troubles) if not one.nonce or one.nonce in skip]
+    troubles = [one for one in (*host.troubles, *guest.troubles) if not one.nonce or one.nonce in skip]
+    report.missing += [Gap(one.message) for one in troubles]
     for life in (*host.unknown, *guest.unknown):
-        report.missing.append(f"channel {life.name!r} was opened while the other end did not record")
+        report.not_proven(f"channel {life.name!r} was opened while the other end did not record")
     whole, halves = ([one for one in report.channels if bool(one.driver) is alone] for alone in (False, True))
     report.packets = sum(one.to_host + one.to_guest for one in whole)
     report.transactions = sum(one.completed for one in whole)
@@ -175,7 +176,8 @@ def _check_lives(report: Report, host: dict[str, Life], guest: dict[str, Life], 
                     driver
                 )
                 continue
-            report.missing.append(f"{end} record of channel {either.name!r} (life {nonce[:8]}) is not here")
+            text = f"{end} record of channel {either.name!r} (life {nonce[:8]}) is not here"
+            report.not_proven(text, "guest-missing" if one is not None else "")
             continue
         _Pair(report, one, other, host_complete).check()
 
@@ -206,9 +208,10 @@ class _Pair:
         self._compare(guest.out, host.incoming, TO_HOST, None if open_end else seen)
         self._compare(host.out, guest.incoming, TO_GUEST, guest.incoming.count if self._host_complete else None)
         if not guest.complete:
-            self._report.missing.append(f"the guest's record of channel {guest.name!r} stops short: its process died")
+            text = f"the guest's record of channel {guest.name!r} stops short: its process died"
+            self._report.not_proven(text, "guest-stops-short")
         if not self._host_complete and not channel.closed:
-            self._report.missing.append(f"the server's record of channel {host.name!r} stops short")
+            self._report.not_proven(f"the server's record of channel {host.name!r} stops short")
         channel.to_guest = self._finished(host, guest, TO_GUEST)
         channel.to_host = self._finished(guest, host, TO_HOST)
         for life in (host, guest):
@@ -238,9 +241,9 @@ class _Pair:
                 where, completion, direction = "at its receiver (the server)", True, TO_GUEST
             self._add(breach.kind, direction, where, message, first=breach.transaction, completion=completion)
         if not self._host_complete and not channel.closed:
-            self._report.missing.append(f"the server's record of channel {host.name!r} stops short")
+            self._report.not_proven(f"the server's record of channel {host.name!r} stops short")
         if host.out.brief or host.incoming.brief:
-            self._report.missing.append(
+            self._report.not_proven(
                 f"channel {host.name!r}: its record got brief, and one half alone says nothing of single packets then"
             )
         channel.to_guest, channel.to_host = _packets(host.out), _packets(host.incoming)
@@ -465,7 +468,7 @@ class _Pair:
             )
 
         elif (writer.brief or reader.brief) and good < common:
-            self._report.missing.append(
+            self._report.not_proven(
                 f"channel {self._host.name!r}, {direction}: the bytes of the last {common - good} packets taken are "
                 "not compared yet: a record got brief, and has no checksum there that the other one has, too"
             )

@@ -33,6 +33,16 @@ class Problem(msgspec.Struct, kw_only=True, frozen=True):
         return self.message
 
 
+class Gap(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Something that could not be proven. `code` is empty where nobody tells it apart."""
+
+    text: str
+    code: Literal["guest-stops-short", "guest-missing", ""] = ""
+
+    def __str__(self) -> str:
+        return self.text
+
+
 class ChannelReport(msgspec.Struct, kw_only=True):
     """One life of a channel. Counts are of packets, completions not among them, and of completed transactions."""
 
@@ -60,7 +70,7 @@ class Report(msgspec.Struct, kw_only=True):
     verdict: Verdict
     problems: list[Problem] = []
     """In the order of the channels' openings; the first one is the first that breaks the proof."""
-    missing: list[str] = []
+    missing: list[Gap] = []
     """What could not be proven, and why."""
     timeline: list[str] = []
     """The servers' records that make up the VM's life, oldest first."""
@@ -75,6 +85,10 @@ class Report(msgspec.Struct, kw_only=True):
     half_packets: int = 0
     """On channels of Linux's own drivers, of which there is the host's half; not among `packets`."""
     half_transactions: int = 0
+
+    def not_proven(self, text: str, code: Literal["guest-stops-short", "guest-missing", ""] = "") -> None:
+        """Notes one more gap."""
+        self.missing.append(Gap(text, code))
 
     @property
     def clean(self) -> bool:

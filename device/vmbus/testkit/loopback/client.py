@@ -31,13 +31,13 @@ _NAMES = {int(command): command.name for command in Command}
 
 
 class RemoteError(VmbusError):
-    """The server refused a request; `code` is its errno."""
+    """The server refused a request; `errno` is its own."""
 
-    def __init__(self, command: int, code: int) -> None:
+    def __init__(self, command: int, errno: int) -> None:
         name = _NAMES.get(command, f"command {command}")
-        super().__init__(f"the vfio-user server refused {name}: {os.strerror(code)}")
+        super().__init__(f"the vfio-user server refused {name}: {os.strerror(errno)}")
         self.command = command
-        self.code = code
+        self.errno = errno
 
 
 class Disconnected(VmbusError):
