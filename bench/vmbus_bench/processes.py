@@ -23,11 +23,11 @@ from vmbus.device.description import DeviceDescription, ProviderDescription
 from vmbus.errors import EnvironmentProblem, WaitTimeout
 from vmbus.providers.loading import PATH_VARIABLE
 from vmbus.server.control import ControlClient
+from vmbus.util.launcher import tied
 
 MEASUREMENTS = str(Path(__file__).resolve().parent.parent)
 IMPORT_ROOT = str(Path(vmbus.__file__).resolve().parent.parent)
 START_TIMEOUT = 20.0
-_LAUNCHER = Path(vmbus.__file__).resolve().parent / "vm" / "launcher.py"
 
 
 def cpu_seconds(pid: int) -> float:
@@ -61,8 +61,7 @@ def describe_own(kind: str, name: str) -> DeviceDescription:
 
 def spawn(arguments: list[str], **options: Any) -> subprocess.Popen[bytes]:
     """Start a program that cannot outlive us. Call it from the main thread."""
-    launcher = [sys.executable, "-I", "-S", str(_LAUNCHER), str(os.getpid())]
-    return subprocess.Popen([*launcher, *arguments], **options)
+    return subprocess.Popen(tied(arguments), **options)
 
 
 class ServerProcess:

@@ -115,7 +115,7 @@ class _Booted:
 def vmbus_booted(vmbus_programs: Programs) -> Iterator[_Booted]:
     """For the other fixtures."""
     from vmbus.testkit.blocking import LoopThread
-    from vmbus.vm.process import own
+    from vmbus.vm.run_directory import own
 
     _clear_abandoned()
     folder = Path(tempfile.mkdtemp(prefix=_PREFIX))
@@ -131,15 +131,13 @@ def vmbus_booted(vmbus_programs: Programs) -> Iterator[_Booted]:
 
 def _clear_abandoned() -> None:
     """Remove what killed runs of this user have left: their processes are gone with them, their snapshots are not."""
-    from vmbus.vm.process import read_owner
+    from vmbus.vm.run_directory import remove_abandoned
 
     for folder in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
         with contextlib.suppress(OSError):
             status = folder.lstat()
             if status.st_uid == os.getuid() and not folder.is_symlink():
-                owner = read_owner(folder)
-                if owner is not None and not owner.alive(folder):
-                    shutil.rmtree(folder, ignore_errors=True)
+                remove_abandoned(folder)
 
 
 # ---- what a test asks for --------------------------------------------------------------------------------------------

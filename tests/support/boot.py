@@ -14,7 +14,7 @@ from pathlib import Path
 from vmbus.qemu.machine import VirtualMachine
 from vmbus.vm.command_line import Programs
 from vmbus.vm.description import VmDescription
-from vmbus.vm.process import RunDirectory
+from vmbus.vm.run_directory import RunDirectory
 
 seconds: list[float] = []
 """What each save and restore has taken, for the summary of a test run."""

@@ -32,7 +32,7 @@ if __name__ == "__main__":
 
 from vmbus.errors import EnvironmentProblem, WaitTimeout
 from vmbus.provision.chromium import ChromiumProgram
-from vmbus.provision.process import mortal
+from vmbus.util.launcher import tied
 
 PATIENCE = 60.0
 """Seconds for an answer: two cores may be busy with virtual machines."""
@@ -81,7 +81,7 @@ class Browser:
         shell = f'exec "$@" 3</proc/self/fd/{to_read} 4>/proc/self/fd/{to_write}'
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
-                [*mortal(), "/bin/sh", "-c", shell, "sh", str(self._program.path), *switches, "about:blank"],
+                tied(["/bin/sh", "-c", shell, "sh", str(self._program.path), *switches, "about:blank"]),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,

@@ -44,7 +44,7 @@ from vmbus.snapshot.bundle import SnapshotWriter, open_snapshot
 from vmbus.vm.command_line import Programs
 from vmbus.vm.description import VmDescription
 from vmbus.vm.moments import Moment
-from vmbus.vm.process import clean_stale, runtime_base
+from vmbus.vm.run_directory import clean_stale, runtime_base
 
 TESTS = Path(__file__).resolve().parents[1]
 SECRET = secrets.token_bytes(32)

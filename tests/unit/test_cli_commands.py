@@ -41,7 +41,7 @@ from vmbus.operations.save import SaveFailed
 from vmbus.qemu.agent import AgentError, GuestWentBack
 from vmbus.qemu.ends import GuestPanicked
 from vmbus.util.screen import screen
-from vmbus.vm.process import RunDirectory
+from vmbus.vm.run_directory import RunDirectory
 
 pytestmark = pytest.mark.unit
 

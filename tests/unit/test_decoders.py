@@ -38,7 +38,7 @@ from vmbus.snapshot.checkpoints import Store
 from vmbus.snapshot.manifest import decode_manifest
 from vmbus.transport import context, protocol
 from vmbus.vm.description import parse_description
-from vmbus.vm.process import OWNER, read_owner
+from vmbus.vm.run_directory import OWNER, read_owner
 from vmbus.wire import gpa, ic, packet, scsi
 from vmbus.wire import messages as wire_messages
 
@@ -111,7 +111,7 @@ DECODERS: dict[str, Decoder] = {
     "vmbus.vm.description.parse_description": Decoder(
         lambda data: parse_description(data, "x"), UsageError, (DESCRIPTION,)
     ),
-    "vmbus.vm.process.read_owner": Decoder(
+    "vmbus.vm.run_directory.read_owner": Decoder(
         in_file(OWNER, lambda path: read_owner(path.parent)), None, (b'{"pid":1,"start_time":2,"boot":"x"}',)
     ),
     "vmbus.snapshot.manifest.decode_manifest": Decoder(

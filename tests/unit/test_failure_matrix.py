@@ -34,7 +34,8 @@ from vmbus.snapshot.bundle import SnapshotWriter
 from vmbus.vm.command_line import Programs
 from vmbus.vm.description import VmDescription
 from vmbus.vm.moments import Moment
-from vmbus.vm.process import Child, ProcessDied, RunDirectory
+from vmbus.vm.process import Child, ProcessDied
+from vmbus.vm.run_directory import RunDirectory
 
 pytestmark = pytest.mark.unit
 

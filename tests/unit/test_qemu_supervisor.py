@@ -17,7 +17,8 @@ from vmbus.operations.migration.source import MigrateFailed, MigrationReport
 from vmbus.operations.revert import CheckpointReport, RevertFailed, RevertReport
 from vmbus.operations.save import SaveFailed, SaveReport
 from vmbus.vm.command_line import Sockets
-from vmbus.vm.process import ProcessDied, RunDirectory
+from vmbus.vm.process import ProcessDied
+from vmbus.vm.run_directory import RunDirectory
 
 pytestmark = pytest.mark.unit
 

@@ -22,7 +22,7 @@ from vmbus.provision import provision
 from vmbus.util.directories import state_directory
 from vmbus.vm.command_line import Programs, programs_from
 from vmbus.vm.description import VmDescription, load_description
-from vmbus.vm.process import clean_stale, runtime_base
+from vmbus.vm.run_directory import clean_stale, runtime_base
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 

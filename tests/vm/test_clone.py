@@ -23,7 +23,7 @@ from vmbus.qemu.machine import VirtualMachine
 from vmbus.testkit.story import Figures, Story, audit, finish, until_in_flight
 from vmbus.vm.command_line import Programs
 from vmbus.vm.description import VmDescription
-from vmbus.vm.process import running_vms
+from vmbus.vm.run_directory import running_vms
 
 pytestmark = [pytest.mark.vm, pytest.mark.long]
 

@@ -35,7 +35,7 @@ from vmbus.observe.words import describe
 from vmbus.qemu.machine import VirtualMachine
 from vmbus.vm.command_line import Programs
 from vmbus.vm.description import VmDescription, load_description
-from vmbus.vm.process import clean_stale, runtime_base
+from vmbus.vm.run_directory import clean_stale, runtime_base
 
 pytestmark = [pytest.mark.vm, pytest.mark.long]
 

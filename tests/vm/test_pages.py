@@ -15,7 +15,7 @@ from vmbus.errors import WaitTimeout
 from vmbus.qemu.machine import VirtualMachine
 from vmbus.vm.command_line import Programs
 from vmbus.vm.description import load_description
-from vmbus.vm.process import RunDirectory
+from vmbus.vm.run_directory import RunDirectory
 
 pytestmark = pytest.mark.vm
 

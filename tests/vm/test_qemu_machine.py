@@ -28,7 +28,8 @@ from vmbus.qemu.machine import VirtualMachine
 from vmbus.snapshot.bundle import SnapshotWriter, open_snapshot
 from vmbus.vm.command_line import Programs, programs_from
 from vmbus.vm.description import load_description
-from vmbus.vm.process import ProcessDied, running_vms
+from vmbus.vm.process import ProcessDied
+from vmbus.vm.run_directory import running_vms
 
 pytestmark = [pytest.mark.vm, pytest.mark.long]
 
@@ -401,6 +402,6 @@ def test_an_owner_that_dies_takes_everything_along(snapshot: Path, number: signa
     finally:
         owner.kill()
         owner.wait()
-        from vmbus.vm.process import clean_stale, runtime_base
+        from vmbus.vm.run_directory import clean_stale, runtime_base
 
         clean_stale(runtime_base())

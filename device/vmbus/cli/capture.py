@@ -27,7 +27,7 @@ from vmbus.observe.capture.pcapng import CaptureReader, Interface
 from vmbus.observe.words import describe
 from vmbus.server.control import ControlClient
 from vmbus.vm.command_line import Sockets
-from vmbus.vm.process import runtime_base
+from vmbus.vm.run_directory import runtime_base
 from vmbus.wire.packet import PacketType
 
 _LOOK = 0.5  # seconds between looks at how a capture goes

@@ -26,7 +26,7 @@ from vmbus.observe.inspection.tree import clean, counted, packet_text, render
 from vmbus.observe.inspection.watch import View, Watch
 from vmbus.snapshot.bundle import open_snapshot
 from vmbus.util.screen import screen
-from vmbus.vm.process import runtime_base
+from vmbus.vm.run_directory import runtime_base
 
 DEFAULT_SECONDS = 1.0
 _WATCHED_PACKETS = 4

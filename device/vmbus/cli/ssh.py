@@ -14,7 +14,7 @@ from vmbus.errors import EnvironmentProblem, UsageError
 from vmbus.server.control import ControlClient
 from vmbus.vm.command_line import Sockets
 from vmbus.vm.guest_socket import proxy_command
-from vmbus.vm.process import runtime_base
+from vmbus.vm.run_directory import runtime_base
 
 PORT = 22
 STATUS_TIMEOUT = 15.0

@@ -21,7 +21,7 @@ import msgspec
 from vmbus.errors import EnvironmentProblem, ReportedError, UsageError, VmbusError, WaitTimeout, code_of
 from vmbus.operations.migration.channel import read_secret
 from vmbus.qemu.machine import VirtualMachine
-from vmbus.vm.process import running_vms, runtime_base
+from vmbus.vm.run_directory import running_vms, runtime_base
 
 SOCKET = "supervisor.sock"
 

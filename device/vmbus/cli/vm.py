@@ -44,8 +44,8 @@ from vmbus.snapshot.checkpoints import Store
 from vmbus.util.explaining import check_name
 from vmbus.vm.command_line import Programs, programs_from
 from vmbus.vm.description import VmDescription, find_description, load_description
-from vmbus.vm.process import RunDirectory, running_vms
 from vmbus.vm.root import missing_root
+from vmbus.vm.run_directory import RunDirectory, running_vms
 
 SAVE_TIMEOUT = 1800.0
 

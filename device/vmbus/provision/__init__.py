@@ -175,8 +175,9 @@ def _make(cache: Cache, reporter: Reporter, environment: Mapping[str, str]) -> _
 def _memory(cache: Cache, environment: Mapping[str, str]) -> Path:
     """Path of the record of a set-up: one per combination of all that may change the outcome."""
     from vmbus.provision import guest_files, libvfio_user, qemu
-    from vmbus.provision.accel import KVM_DEVICE, boot_id
+    from vmbus.provision.accel import KVM_DEVICE
     from vmbus.provision.cache import digest
+    from vmbus.util.boot import boot_id
 
     installed = shutil.which(qemu.PROGRAM, path=environment.get("PATH"))
     key = digest(

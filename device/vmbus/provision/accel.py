@@ -23,9 +23,10 @@ from vmbus.errors import EnvironmentProblem
 from vmbus.provision.cache import Cache, digest, publish_bytes
 from vmbus.provision.debian import Root
 from vmbus.provision.guest_files import Kernel
-from vmbus.provision.process import mortal
 from vmbus.provision.qemu import QemuProgram
 from vmbus.provision.report import Reporter, SilentReporter
+from vmbus.util.boot import boot_id
+from vmbus.util.launcher import tied
 
 KVM_DEVICE = Path("/dev/kvm")
 TRIAL_SECONDS = 20.0
@@ -106,14 +107,6 @@ def _tried(qemu: QemuProgram, kernel: Kernel, userland: Root, cache: Cache, repo
     return choice
 
 
-def boot_id(path: Path = Path("/proc/sys/kernel/random/boot_id")) -> str:
-    """Return what identifies this boot of the host."""
-    try:
-        return path.read_text().strip()
-    except OSError:
-        return "unknown"
-
-
 def try_accelerator(
     name: str, qemu: QemuProgram, kernel: Kernel, userland: Root, cache: Cache, seconds: float = TRIAL_SECONDS
 ) -> str | None:
@@ -148,7 +141,7 @@ def boot_trial(argv: list[str], seconds: float) -> str | None:
     """Run QEMU until its guest prints the marker; return None then, else in a few words what went wrong."""
     try:
         process = subprocess.Popen(
-            [*mortal(), *argv], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+            tied(argv), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
         )
     except OSError as error:
         return f"QEMU could not be started: {error}"

@@ -27,8 +27,8 @@ from urllib.parse import urlsplit
 
 from vmbus.errors import EnvironmentProblem, VmbusError, WaitTimeout, code_in
 from vmbus.provision.cache import Cache, digest, publish_bytes
-from vmbus.provision.process import mortal
 from vmbus.provision.report import Reporter, SilentReporter
+from vmbus.util.launcher import tied
 
 SUITE = "trixie"
 """The suite whose kernel, guest files and QEMU source are used on every host."""
@@ -257,7 +257,7 @@ def run_lines(
     """
     environment = {**os.environ, "LC_ALL": "C", "DEBIAN_FRONTEND": "noninteractive", **more}
     process = subprocess.Popen(
-        [*mortal(), *(str(part) for part in argv)],
+        tied([str(part) for part in argv]),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

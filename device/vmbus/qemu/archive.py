@@ -21,8 +21,8 @@ from urllib.parse import unquote
 from vmbus.errors import EnvironmentProblem, WaitTimeout
 from vmbus.provision.debian import mirror_candidates
 from vmbus.provision.debian_system import ARCHIVE_PORT
-from vmbus.provision.process import mortal
 from vmbus.qemu.machine import VirtualMachine
+from vmbus.util.launcher import tied
 
 HELPER = "/usr/lib/apt/apt-helper"
 FETCH_TIMEOUT = 600.0
@@ -86,7 +86,7 @@ class Mirrors:
 
     async def _run(self, uri: str, target: Path) -> tuple[int, str]:
         # As root apt would drop to its own user, who cannot write into our directory.
-        argv = [*mortal(), *self._helper, "-o", "APT::Sandbox::User=root", "download-file", uri, str(target)]
+        argv = tied([*self._helper, "-o", "APT::Sandbox::User=root", "download-file", uri, str(target)])
         process = await asyncio.create_subprocess_exec(
             *argv,
             stdin=asyncio.subprocess.DEVNULL,

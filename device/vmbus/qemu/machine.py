@@ -69,8 +69,9 @@ from vmbus.vm.command_line import (
 )
 from vmbus.vm.description import VmDescription, with_options
 from vmbus.vm.moments import Hook, Moment, no_hook
-from vmbus.vm.process import Child, RunDirectory, guard_all
+from vmbus.vm.process import Child, guard_all
 from vmbus.vm.root import prepare_root
+from vmbus.vm.run_directory import RunDirectory
 from vmbus.vm.timing import Phases, Progress
 
 T = TypeVar("T")

@@ -30,7 +30,7 @@ from vmbus.soak.stage import Stage, flight
 from vmbus.soak.stock import StockStage, disks_in
 from vmbus.util.patience import patient
 from vmbus.vm.command_line import Programs, programs_from
-from vmbus.vm.process import RunDirectory, private_base
+from vmbus.vm.run_directory import RunDirectory, private_base
 
 SAMPLE_INTERVAL = 0.5
 """Seconds between two samples."""

@@ -31,7 +31,7 @@ from vmbus.soak import keep
 from vmbus.soak.job import WORKER, Bounds, Job, run_job
 from vmbus.soak.records import EpisodeRecord, EventRecord, OperationRecord, Sample
 from vmbus.soak.room import ROOM_FOR_AN_EPISODE, hit_full_disk, short_of_room
-from vmbus.vm.process import RunDirectory, private_base
+from vmbus.vm.run_directory import RunDirectory, private_base
 
 BEAT = 5.0
 """Seconds between two counts of a living campaign."""

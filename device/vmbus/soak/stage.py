@@ -26,7 +26,7 @@ from vmbus.soak.schedule import EpisodePlan
 from vmbus.soak.sink import Sink
 from vmbus.soak.workloads import ALL_RECIPES
 from vmbus.vm.command_line import Programs
-from vmbus.vm.process import RunDirectory
+from vmbus.vm.run_directory import RunDirectory
 
 LOOK_INTERVAL = 0.05
 """Seconds between two looks at the server while something is waited for."""

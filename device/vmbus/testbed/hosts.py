@@ -32,7 +32,8 @@ import vmbus
 from vmbus.errors import EnvironmentProblem, WaitTimeout
 from vmbus.provision.cache import Cache
 from vmbus.testbed.init import MESSAGE_LIMIT
-from vmbus.vm.process import Child, RunDirectory, log_tail, private_base
+from vmbus.vm.process import Child, log_tail
+from vmbus.vm.run_directory import RunDirectory, private_base
 
 START_TIMEOUT = 30.0
 REQUEST_TIMEOUT = 20.0

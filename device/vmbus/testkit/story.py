@@ -21,7 +21,7 @@ from vmbus.qemu.machine import VirtualMachine
 from vmbus.util.patience import patient
 from vmbus.vm.command_line import Programs
 from vmbus.vm.description import VmDescription
-from vmbus.vm.process import RunDirectory
+from vmbus.vm.run_directory import RunDirectory
 from vmbus.vm.timing import Progress
 
 # Bytes of ring that one burst packet takes: 64 bytes of data, its header, descriptor and trailer.

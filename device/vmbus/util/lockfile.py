@@ -15,16 +15,20 @@ from pathlib import Path
 class LockFile:
     """A file that is locked for as long as this object is open, or its process lives."""
 
-    def __init__(self, path: Path) -> None:
-        """Makes the file if need be (its owner's alone). Raises `BlockingIOError` if somebody holds it, `OSError`."""
-        self._descriptor: int | None = os.open(
-            path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600
-        )
+    def __init__(self, path: Path, *, create: bool = True) -> None:
+        """Makes the file if need be (its owner's alone), unless it has to be there. Raises `BlockingIOError` if
+        somebody holds it, `OSError`."""
+        flags = os.O_RDWR | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW | (os.O_CREAT if create else 0)
+        self._descriptor: int | None = os.open(path, flags, 0o600)
         try:
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             self.close()
             raise
+
+    def is_at(self, path: Path) -> bool:
+        """Whether this file is the one that has that name now. Raises `OSError`."""
+        return self._descriptor is not None and os.path.samestat(os.fstat(self._descriptor), path.lstat())
 
     def append(self, data: bytes) -> None:
         """Adds to the content. Raises `OSError`, also if it is closed or not all of it could be written."""

@@ -12,7 +12,7 @@ from vmbus.observe.inspection.saved import inspect_path
 from vmbus.server.control import ControlClient
 from vmbus.util.explaining import check_name
 from vmbus.vm.command_line import Sockets
-from vmbus.vm.process import running_vms, runtime_base
+from vmbus.vm.run_directory import running_vms, runtime_base
 
 TIMEOUT = 10.0
 """Seconds that a device server may take to answer. It answers between two turns of its channels."""

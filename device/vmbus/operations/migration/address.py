@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 
 from vmbus.errors import UsageError
-from vmbus.vm.process import SOCKET_PATH_LIMIT
+from vmbus.vm.run_directory import SOCKET_PATH_LIMIT
 
 _TCP = re.compile(r"tcp:(?:\[(?P<v6>[0-9a-fA-F:.%a-z]+)\]|(?P<host>[^\[\]:]+)):(?P<port>[0-9]{1,5})")
 

@@ -25,9 +25,9 @@ import msgspec
 
 from vmbus.errors import EnvironmentProblem
 from vmbus.operations.migration.messages import DestinationId, Fate, MigrationId
+from vmbus.util.boot import boot_id
 from vmbus.util.directories import state_folder
 from vmbus.util.lockfile import LockFile, held
-from vmbus.vm.process import boot_id
 
 KEPT_DAYS = 30
 """A record that nobody has written to for so long is removed."""

@@ -13,8 +13,14 @@ import ctypes
 import os
 import signal
 import sys
+from collections.abc import Sequence
 
 PR_SET_PDEATHSIG = 1
+
+
+def tied(argv: Sequence[str]) -> list[str]:
+    """The command line that runs `argv` as a child of this process which cannot outlive it."""
+    return [sys.executable, "-I", "-S", __file__, str(os.getpid()), *argv]
 
 
 def main(arguments: list[str]) -> None:
@@ -25,7 +31,6 @@ def main(arguments: list[str]) -> None:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
     if os.getppid() != parent:  # it ended before we asked: no signal would ever come
         sys.exit(1)
-    os.umask(0o077)  # logs, sockets and RAM streams are their owner's alone
     try:
         os.execvp(arguments[1], arguments[1:])
     except OSError as error:
