@@ -35,12 +35,12 @@ import vmbus
 from vmbus.errors import EnvironmentProblem
 from vmbus.native.build import FILE_NAME, BuildError
 from vmbus.provision.cache import Cache, digest, publish_bytes, remove
-from vmbus.provision.debian import RECORD, Root
 from vmbus.provision.digests import damaged, write_digests
 from vmbus.provision.guest_files import LINUX_DRIVERS, PYTHON, USERSPACE_DRIVER, Kernel
 from vmbus.provision.kernel_module import NAME as KERNEL_MODULE
 from vmbus.provision.native import check
 from vmbus.provision.report import Reporter, SilentReporter
+from vmbus.provision.roots import RECORD, Root
 from vmbus_guest import newc
 
 PACKAGES_FOLDER = "usr/lib/vmbus"

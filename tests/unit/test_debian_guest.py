@@ -21,11 +21,12 @@ from vmbus.errors import EnvironmentProblem, UsageError
 from vmbus.provision import debian_system
 from vmbus.provision.accel import Accelerator
 from vmbus.provision.cache import Cache, publish_bytes
-from vmbus.provision.debian import AptError, InstalledPackage, Root, write_record
 from vmbus.provision.debian_system import ARCHIVE_PORT, FILES, IMAGE, KEYS_CREDENTIAL, LABEL
 from vmbus.provision.guest_files import Kernel
+from vmbus.provision.programs import ProgramFailed
 from vmbus.provision.qemu import QemuProgram
 from vmbus.provision.report import SilentReporter
+from vmbus.provision.roots import InstalledPackage, Root, write_record
 from vmbus.vm.command_line import Programs, kernel_arguments, with_available_driver
 from vmbus.vm.description import VmDescription, load_description, parse_description
 from vmbus.vm.root import copy_image, missing_root, prepare_root
@@ -220,7 +221,7 @@ class _Archive:
     def download(self, packages: Sequence[str]) -> list[Path]:
         assert packages == ["linux-image-6.12.1-cloud-amd64=6.12.1-1"]
         if not self.kernel:
-            raise AptError("E: Version '6.12.1-1' was not found")
+            raise ProgramFailed("E: Version '6.12.1-1' was not found")
         files = {"lib/modules/6.12.1/a.ko": "module", "boot/vmlinuz": "kernel"}
         return [make_deb(self.folder, "linux-image", files, {}, version="6.12.1-1")]
 

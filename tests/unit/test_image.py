@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vmbus.errors import EnvironmentProblem
-from vmbus.provision.debian import Root
 from vmbus.provision.digests import damaged, write_digests
 from vmbus.provision.guest_files import Kernel
+from vmbus.provision.roots import Root
 from vmbus_guest import image, newc
 
 pytestmark = pytest.mark.unit

@@ -13,10 +13,11 @@ import pytest
 from vmbus.errors import EnvironmentProblem
 from vmbus.provision import kernel_module
 from vmbus.provision.cache import Cache
-from vmbus.provision.debian import AptError, Root
 from vmbus.provision.guest_files import LINUX_DRIVERS, Kernel, vmbus_aliases
 from vmbus.provision.kernel_module import KernelModule, find, is_known, module_key, remembered, source_folder, sources
+from vmbus.provision.programs import ProgramFailed
 from vmbus.provision.report import Reporter
+from vmbus.provision.roots import Root
 
 pytestmark = pytest.mark.unit
 
@@ -172,7 +173,7 @@ def test_a_kernel_whose_headers_are_gone_is_named_with_the_cure(
         def __init__(self, *_: object, **__: object) -> None: ...
 
         def depends(self, package: str) -> list[str]:
-            raise AptError(f"no package {package}")
+            raise ProgramFailed(f"no package {package}")
 
     monkeypatch.setattr(kernel_module, "Apt", Mirror)
     cache = Cache(tmp_path)

@@ -21,9 +21,9 @@ from vmbus.errors import EnvironmentProblem
 from vmbus.native import build
 from vmbus.provision import native as provision_native
 from vmbus.provision.cache import Cache
-from vmbus.provision.debian import Root
 from vmbus.provision.libvfio_user import find_compiler
 from vmbus.provision.report import SilentReporter
+from vmbus.provision.roots import Root
 from vmbus_guest import image
 
 pytestmark = [

@@ -197,7 +197,7 @@ def test_scratch_of_a_killed_set_up_is_removed(tmp_path: Path) -> None:
 def test_started_programs_die_with_their_parent(tmp_path: Path) -> None:
     program = """
 import sys
-from vmbus.provision.debian import run_lines
+from vmbus.provision.programs import run_lines
 run_lines(["sh", "-c", "echo $$; exec tail -f /dev/null"], "the job", 60, lambda line: print(line, flush=True))
 """
     process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, env=_environment())

@@ -12,8 +12,9 @@ from vmbus.errors import EnvironmentProblem
 from vmbus.provision import chromium
 from vmbus.provision.cache import Cache
 from vmbus.provision.chromium import find_chromium, font_settings, make_chromium, query, recipe
-from vmbus.provision.debian import AptError, find_root
+from vmbus.provision.programs import ProgramFailed
 from vmbus.provision.report import SilentReporter
+from vmbus.provision.roots import find_root
 
 pytestmark = pytest.mark.unit
 
@@ -136,11 +137,11 @@ def test_an_interrupted_set_up_leaves_nothing_that_is_taken_for_a_browser(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupted(*_: object) -> None:
-        raise AptError("no space left")
+        raise ProgramFailed("no space left")
 
     cache = Cache(tmp_path / "cache")
     monkeypatch.setattr(chromium, "write_record", interrupted)
-    with cache.lock(), pytest.raises(AptError):
+    with cache.lock(), pytest.raises(ProgramFailed):
         make_chromium(cache, SilentReporter(), Archive(tmp_path))  # type: ignore[arg-type]
     assert find_root(cache, recipe()) is None
     assert list(cache.path("root").iterdir()) == []

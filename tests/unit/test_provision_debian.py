@@ -12,26 +12,21 @@ import pytest
 
 from support import pace
 from vmbus.errors import EnvironmentProblem, WaitTimeout
-from vmbus.provision import debian
+from vmbus.provision import sources
+from vmbus.provision.apt import Apt, parse_print_uris
 from vmbus.provision.cache import Cache
-from vmbus.provision.debian import (
-    Apt,
-    AptError,
-    InstalledPackage,
-    RootRecipe,
+from vmbus.provision.programs import ProgramFailed, run_lines
+from vmbus.provision.report import SilentReporter
+from vmbus.provision.roots import InstalledPackage, RootRecipe, find_root, make_root
+from vmbus.provision.sources import (
     Source,
     debian_mirrors,
-    find_root,
     host_sources,
     host_suite,
-    make_root,
     mirror_candidates,
     parse_deb822_style,
     parse_one_line_style,
-    parse_print_uris,
-    run_lines,
 )
-from vmbus.provision.report import SilentReporter
 
 pytestmark = pytest.mark.unit
 
@@ -157,15 +152,15 @@ def test_only_the_suite_differs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     )
     keyring = tmp_path / "keyring.gpg"
     keyring.write_bytes(b"")
-    monkeypatch.setattr(debian, "KEYRINGS", (str(keyring),))
-    monkeypatch.setattr(debian, "require_programs", lambda: None)
+    monkeypatch.setattr("vmbus.provision.sources.KEYRINGS", (str(keyring),))
+    monkeypatch.setattr("vmbus.provision.apt.require_programs", lambda: None)
     commands: list[list[str]] = []
 
     def run(argv: list[str], what: str, timeout: float, **_: object) -> list[str]:
         commands.append([str(part) for part in argv])
         return []
 
-    monkeypatch.setattr(debian, "run_lines", run)
+    monkeypatch.setattr("vmbus.provision.apt.run_lines", run)
     apt = Apt(Cache(tmp_path / "cache"), ("trixie", "trixie-backports"), sources=True, environment={}, etc_apt=etc)
     apt.update()
     apt.update()
@@ -189,8 +184,8 @@ def test_second_archive_serves_when_the_first_does_not(tmp_path: Path, monkeypat
     )
     keyring = tmp_path / "keyring.gpg"
     keyring.write_bytes(b"")
-    monkeypatch.setattr(debian, "KEYRINGS", (str(keyring),))
-    monkeypatch.setattr(debian, "require_programs", lambda: None)
+    monkeypatch.setattr("vmbus.provision.sources.KEYRINGS", (str(keyring),))
+    monkeypatch.setattr("vmbus.provision.apt.require_programs", lambda: None)
     tried: list[str] = []
     reachable = {"http://two.example/debian"}
 
@@ -198,10 +193,10 @@ def test_second_archive_serves_when_the_first_does_not(tmp_path: Path, monkeypat
         uri = what.rsplit(" ", 1)[1]
         tried.append(uri)
         if uri not in reachable:
-            raise AptError(f"{what} failed")
+            raise ProgramFailed(f"{what} failed")
         return []
 
-    monkeypatch.setattr(debian, "run_lines", run)
+    monkeypatch.setattr("vmbus.provision.apt.run_lines", run)
     Apt(Cache(tmp_path / "cache"), ("trixie",), environment={}, etc_apt=etc).update()
     assert tried == ["http://one.example/debian", "http://two.example/debian"]
     reachable.clear()
@@ -227,7 +222,7 @@ def test_downloads_that_are_there_already_count(tmp_path: Path, monkeypatch: pyt
         (apt.archives / "b.deb").write_bytes(b"")
         return []
 
-    monkeypatch.setattr(debian, "run_lines", run)
+    monkeypatch.setattr("vmbus.provision.apt.run_lines", run)
     assert [path.name for path in apt.install_closure(["thing"])] == ["a.deb", "b.deb"]
 
 
@@ -235,13 +230,13 @@ def test_fault_p1_only_debians_own_keyrings_are_trusted(tmp_path: Path, monkeypa
     """Whatever the host's apt trusts for an archive, and whatever that file is called."""
     official = tmp_path / "official.gpg"
     official.write_bytes(b"")
-    monkeypatch.setattr(debian, "KEYRINGS", (str(official),))
+    monkeypatch.setattr("vmbus.provision.sources.KEYRINGS", (str(official),))
     for name in ("debian-evil.gpg", "debian-archive-keyring.gpg", "my-debian.asc"):
         key = tmp_path / name
         key.write_bytes(b"")
         (tmp_path / "sources.list").write_text(f"deb [signed-by={key}] https://mirror.test/debian trixie main\n")
         apt = Apt(Cache(tmp_path / "cache"), ("trixie",), environment={}, etc_apt=tmp_path)
-        (source,) = debian.mirror_candidates({}, tmp_path)
+        (source,) = sources.mirror_candidates({}, tmp_path)
         assert source.signed_by == str(key)
         apt._configure(source)
         lines = (apt.directory / "sources.list").read_text()
@@ -249,9 +244,9 @@ def test_fault_p1_only_debians_own_keyrings_are_trusted(tmp_path: Path, monkeypa
 
 
 def test_missing_keyring_is_one_line_to_paste(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(debian, "KEYRINGS", ("/nonexistent",))
+    monkeypatch.setattr("vmbus.provision.sources.KEYRINGS", ("/nonexistent",))
     with pytest.raises(EnvironmentProblem, match="sudo apt-get install debian-archive-keyring"):
-        debian.archive_keyring()
+        sources.archive_keyring()
 
 
 @pytest.mark.parametrize(
@@ -279,7 +274,7 @@ def test_print_uris() -> None:
 
 
 def test_failing_program_is_quoted() -> None:
-    with pytest.raises(AptError, match=r"(?s)the job failed with status 3:.*E: broken"):
+    with pytest.raises(ProgramFailed, match=r"(?s)the job failed with status 3:.*E: broken"):
         run_lines(["sh", "-c", "echo first; echo 'E: broken' >&2; exit 3"], "the job", 30)
 
 
@@ -312,7 +307,7 @@ class FakeApt:
 def test_root_is_made_once_and_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cache = Cache(tmp_path / "cache")
     apt = FakeApt(tmp_path / "debs")
-    monkeypatch.setattr(debian, "unpack", _fake_unpack)
+    monkeypatch.setattr("vmbus.provision.roots.unpack", _fake_unpack)
     assert find_root(cache, RECIPE) is None
     root = make_root(cache, RECIPE, SilentReporter(), apt)  # type: ignore[arg-type]
     assert root.packages == {"a": "1", "b": "1"}
@@ -331,12 +326,12 @@ def test_interrupted_unpacking_is_done_again(tmp_path: Path, monkeypatch: pytest
         (target / "usr/bin/rubbish").write_text("half")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(debian, "unpack", interrupted)
+    monkeypatch.setattr("vmbus.provision.roots.unpack", interrupted)
     with pytest.raises(KeyboardInterrupt):
         make_root(cache, RECIPE, SilentReporter(), apt)  # type: ignore[arg-type]
     assert find_root(cache, RECIPE) is None
     assert len(list(apt.folder.iterdir())) == 2  # the downloads are kept for the next run
-    monkeypatch.setattr(debian, "unpack", _fake_unpack)
+    monkeypatch.setattr("vmbus.provision.roots.unpack", _fake_unpack)
     root = make_root(cache, RECIPE, SilentReporter(), apt)  # type: ignore[arg-type]
     assert sorted(path.name for path in (root.path / "usr/bin").iterdir()) == ["a", "b"]
 

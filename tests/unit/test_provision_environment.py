@@ -17,10 +17,10 @@ from vmbus.errors import EnvironmentProblem
 from vmbus.provision import archive, environment, guest_files
 from vmbus.provision.archive import command_output, decompress_xz
 from vmbus.provision.cache import Cache
-from vmbus.provision.debian import Root, RootRecipe
 from vmbus.provision.environment import environment_path, environment_python, find_pip, relocate
 from vmbus.provision.guest_files import module_dependencies, module_name, unpack_kernel
 from vmbus.provision.report import SilentReporter
+from vmbus.provision.roots import Root, RootRecipe
 
 pytestmark = pytest.mark.unit
 

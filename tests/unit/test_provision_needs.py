@@ -16,11 +16,14 @@ import pytest
 from rich.console import Console
 
 from vmbus.errors import EnvironmentProblem, code_in
-from vmbus.provision import debian, environment, needs, provision
+from vmbus.provision import environment, needs, provision
 from vmbus.provision.__main__ import RichReporter
+from vmbus.provision.apt import Apt
 from vmbus.provision.cache import Cache
-from vmbus.provision.debian import Apt, AptError, RootRecipe, make_root
+from vmbus.provision.programs import ProgramFailed
 from vmbus.provision.report import PlainReporter, SilentReporter
+from vmbus.provision.roots import RootRecipe, make_root
+from vmbus.provision.sources import Source
 
 pytestmark = pytest.mark.unit
 
@@ -36,7 +39,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def nothing_is_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(debian, "run_lines", lambda *_, **__: pytest.fail("something was fetched"))
+    monkeypatch.setattr("vmbus.provision.apt.run_lines", lambda *_, **__: pytest.fail("something was fetched"))
 
 
 def test_fault_n9_a_small_disk_is_told_before_the_download(small: None, nothing_is_run: None, tmp_path: Path) -> None:
@@ -53,9 +56,9 @@ def test_fault_n9_each_download_is_measured_first(small: None, tmp_path: Path, m
         assert "--print-uris" in argv or "update" in argv, "it was begun"
         return ["'http://mirror.test/a.deb' a.deb 60000000 SHA256:0"]
 
-    monkeypatch.setattr(debian, "run_lines", run_lines)
+    monkeypatch.setattr("vmbus.provision.apt.run_lines", run_lines)
     apt = Apt(Cache(tmp_path), ("trixie",), environment={"VMBUS_DEBIAN_MIRROR": "http://mirror.test/debian"})
-    monkeypatch.setattr(debian, "require_programs", lambda: None)
+    monkeypatch.setattr("vmbus.provision.apt.require_programs", lambda: None)
     with pytest.raises(EnvironmentProblem, match="the download of a needs about 60 MB"):
         apt.download(["a"])
 
@@ -69,10 +72,10 @@ def test_fault_n9_a_disk_that_gets_full_is_not_the_network(
     cache = Cache(tmp_path / "cache")
 
     def fails(argv: list[str], what: str, *_: object, **__: object) -> list[str]:
-        raise AptError(f"{what} failed with status 100:\n  {said}", code=code_in(said))
+        raise ProgramFailed(f"{what} failed with status 100:\n  {said}", code=code_in(said))
 
-    monkeypatch.setattr(debian, "run_lines", fails)
-    monkeypatch.setattr(debian, "require_programs", lambda: None)
+    monkeypatch.setattr("vmbus.provision.apt.run_lines", fails)
+    monkeypatch.setattr("vmbus.provision.apt.require_programs", lambda: None)
     apt = Apt(cache, ("trixie",), environment={"VMBUS_DEBIAN_MIRROR": "http://mirror.test/debian"})
     with pytest.raises(EnvironmentProblem, match=r"cache directory .* is full .*VMBUS_CACHE") as caught:
         apt.update()
@@ -154,8 +157,8 @@ def test_fault_n21_lists_are_fetched_once_for_all_who_want_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cache = Cache(tmp_path / "cache")
-    monkeypatch.setattr(debian, "archive_keyring", lambda: tmp_path / "keys.gpg")
-    source = debian.Source("http://mirror.test/debian", ("trixie",), ("main",))
+    monkeypatch.setattr("vmbus.provision.apt.archive_keyring", lambda: tmp_path / "keys.gpg")
+    source = Source("http://mirror.test/debian", ("trixie",), ("main",))
     options = []
     for suites, sources in ((("trixie",), False), (("trixie", "trixie-backports"), False), (("trixie",), True)):
         given = Apt(cache, suites, sources)._configure(source)
@@ -234,10 +237,10 @@ def test_an_interrupted_root_keeps_its_own_error(tmp_path: Path, monkeypatch: py
     cache = Cache(tmp_path / "cache")
 
     def damaged(*_: object, **__: object) -> list[str]:
-        raise AptError("a damaged package")
+        raise ProgramFailed("a damaged package")
 
     apt = Apt(cache, ("trixie",))
     monkeypatch.setattr(apt, "install_closure", lambda *_: [tmp_path / "a.deb"])
-    monkeypatch.setattr(debian, "run_lines", damaged)
-    with pytest.raises(AptError, match="a damaged package"), cache.lock(1):
+    monkeypatch.setattr("vmbus.provision.roots.run_lines", damaged)
+    with pytest.raises(ProgramFailed, match="a damaged package"), cache.lock(1):
         make_root(cache, RootRecipe("r", ("trixie",), ("a",)), SilentReporter(), apt)

@@ -21,11 +21,11 @@ from vmbus.provision import accel, libvfio_user, qemu
 from vmbus.provision.accel import Accelerator, boot_trial, choose_accelerator
 from vmbus.provision.archive import place_below
 from vmbus.provision.cache import Cache
-from vmbus.provision.debian import Root
 from vmbus.provision.guest_files import Kernel
 from vmbus.provision.libvfio_user import VfioUserLibrary
 from vmbus.provision.qemu import QemuProgram, find_qemu, parse_version
 from vmbus.provision.report import SilentReporter
+from vmbus.provision.roots import Root
 from vmbus.transport import bindings
 
 pytestmark = pytest.mark.unit

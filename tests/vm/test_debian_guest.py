@@ -26,9 +26,10 @@ from vmbus.operations.migration.channel import listen
 from vmbus.providers.network.interface import NAMESPACES
 from vmbus.provision import provision_debian
 from vmbus.provision.cache import Cache, remove
-from vmbus.provision.debian import SUITE, RootRecipe, find_root, make_root
 from vmbus.provision.debian_system import LABEL, TOOLS_RECIPE, DebianSystem
 from vmbus.provision.report import SilentReporter
+from vmbus.provision.roots import RootRecipe, find_root, make_root
+from vmbus.provision.sources import SUITE
 from vmbus.qemu.archive import archive_for
 from vmbus.qemu.machine import VirtualMachine
 from vmbus.vm.command_line import Programs

@@ -11,8 +11,8 @@ import pytest
 from vmbus.provision import guest_files, provision
 from vmbus.provision.accel import boot_trial, try_accelerator
 from vmbus.provision.cache import Cache
-from vmbus.provision.debian import Root
 from vmbus.provision.guest_files import Kernel
+from vmbus.provision.roots import Root
 from vmbus_guest import newc
 from vmbus_guest.image import GuestImage, build_image
 

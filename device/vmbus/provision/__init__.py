@@ -73,7 +73,7 @@ def provision(
     """Return where everything is, having made what was missing.
 
     Without a `reporter`, longer work is reported on standard error. Raises EnvironmentProblem (with what to do),
-    vmbus.provision.debian.AptError, WaitTimeout.
+    vmbus.provision.programs.ProgramFailed, WaitTimeout.
     """
     from vmbus.provision import needs
     from vmbus.provision.cache import Cache, remove
@@ -110,8 +110,8 @@ def provision_debian(
     """
     from vmbus.provision import debian_system, guest_files
     from vmbus.provision.cache import Cache
-    from vmbus.provision.debian import find_root
     from vmbus.provision.report import PlainReporter
+    from vmbus.provision.roots import find_root
 
     cache = cache or Cache()
     provision(cache, reporter, environment)
@@ -157,8 +157,9 @@ class _Parts:
 
 def _make(cache: Cache, reporter: Reporter, environment: Mapping[str, str]) -> _Parts:
     from vmbus.provision import accel, guest_files, libvfio_user, qemu
+    from vmbus.provision.apt import Apt
     from vmbus.provision.cache import publish_bytes
-    from vmbus.provision.debian import SUITE, Apt
+    from vmbus.provision.sources import SUITE
 
     libvfio_user.check_prerequisites(cache, environment)  # before the large downloads
     program = qemu.find_qemu(cache, reporter, environment)
@@ -250,7 +251,7 @@ def _with_image(
 ) -> Provisioned | None:
     """Add the native core and the guest image; without a reporter (and lock) only what is in the cache already."""
     from vmbus.provision import guest_files, kernel_module, native
-    from vmbus.provision.debian import find_root
+    from vmbus.provision.roots import find_root
     from vmbus_guest import image  # imports this package
 
     userland = find_root(cache, guest_files.USERLAND_RECIPE)

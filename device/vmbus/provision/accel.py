@@ -21,10 +21,10 @@ from pathlib import Path
 
 from vmbus.errors import EnvironmentProblem
 from vmbus.provision.cache import Cache, digest, publish_bytes
-from vmbus.provision.debian import Root
 from vmbus.provision.guest_files import Kernel
 from vmbus.provision.qemu import QemuProgram
 from vmbus.provision.report import Reporter, SilentReporter
+from vmbus.provision.roots import Root
 from vmbus.util.boot import boot_id
 from vmbus.util.launcher import tied
 

@@ -23,19 +23,11 @@ from pathlib import Path
 from xml.sax.saxutils import escape
 
 from vmbus.errors import EnvironmentProblem
+from vmbus.provision.apt import Apt
 from vmbus.provision.cache import Cache, publish_bytes, remove
-from vmbus.provision.debian import (
-    Apt,
-    Root,
-    RootRecipe,
-    discard,
-    find_root,
-    host_suite,
-    merge_usr,
-    unpack,
-    write_record,
-)
 from vmbus.provision.report import Reporter, SilentReporter
+from vmbus.provision.roots import Root, RootRecipe, discard, find_root, merge_usr, unpack, write_record
+from vmbus.provision.sources import host_suite
 
 MINIMUM_VERSION = 112
 """The first release with today's headless mode."""
@@ -80,7 +72,7 @@ def find_chromium(
 ) -> ChromiumProgram:
     """Return a Chromium, fetched into the cache if need be; the cache's lock is taken for that.
 
-    Raises EnvironmentProblem if an explicit setting cannot be used or none can be had; AptError, WaitTimeout.
+    Raises EnvironmentProblem if an explicit setting cannot be used or none can be had; ProgramFailed, WaitTimeout.
     """
     cache = cache or Cache()
     reporter = reporter or SilentReporter()
@@ -107,7 +99,7 @@ def find_chromium(
 def make_chromium(cache: Cache, reporter: Reporter, apt: Apt | None = None) -> Root:
     """Return the private root, made now if it does not exist. The caller holds the cache's lock.
 
-    Raises EnvironmentProblem, AptError, WaitTimeout.
+    Raises EnvironmentProblem, ProgramFailed, WaitTimeout.
     """
     wanted = recipe()
     found = find_root(cache, wanted)

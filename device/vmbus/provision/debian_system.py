@@ -1,7 +1,7 @@
 """A Debian for the guest: the image of a disk with a root file system of packages, as somebody would have installed it.
 
 It is made without root rights and without network in the guest. apt downloads and verifies the packages on the host
-(`vmbus.provision.debian`); they become one tar (`vmbus.provision.dpkg_tree`), and that an ext4 file system, by mke2fs;
+(`vmbus.provision.apt`); they become one tar (`vmbus.provision.dpkg_tree`), and that an ext4 file system, by mke2fs;
 then a machine of QEMU's own, without a device of ours, boots once and has the packages on its disk configure
 themselves. Nothing in the image belongs to one machine: no host keys, no machine id, no password.
 
@@ -22,26 +22,25 @@ from pathlib import Path
 
 from vmbus.errors import EnvironmentProblem
 from vmbus.provision.accel import Accelerator
+from vmbus.provision.apt import Apt
 from vmbus.provision.archive import command_output
 from vmbus.provision.cache import Cache, digest, remove
-from vmbus.provision.debian import (
+from vmbus.provision.dpkg_tree import TreeWriter, write_packages
+from vmbus.provision.guest_files import Kernel
+from vmbus.provision.programs import ProgramFailed, run_lines
+from vmbus.provision.qemu import QemuProgram
+from vmbus.provision.report import Reporter
+from vmbus.provision.roots import (
     RECORD,
-    SUITE,
-    Apt,
-    AptError,
     InstalledPackage,
     Root,
     RootRecipe,
     discard,
     make_root,
     package_fields,
-    run_lines,
     write_record,
 )
-from vmbus.provision.dpkg_tree import TreeWriter, write_packages
-from vmbus.provision.guest_files import Kernel
-from vmbus.provision.qemu import QemuProgram
-from vmbus.provision.report import Reporter
+from vmbus.provision.sources import SUITE
 
 RECIPE = 1
 """Changed when the way of making the image changes; what goes into it is part of the key anyway."""
@@ -166,7 +165,7 @@ def find(cache: Cache, kernel: Kernel) -> DebianSystem | None:
 def make(cache: Cache, tools: Tools, reporter: Reporter, environment: Mapping[str, str] = os.environ) -> DebianSystem:
     """Return the image, made now if it does not exist. The caller does not hold the cache's lock.
 
-    Raises EnvironmentProblem, AptError, WaitTimeout.
+    Raises EnvironmentProblem, ProgramFailed, WaitTimeout.
     """
     own = own_cache(cache)
     with own.lock(on_wait=reporter.note):
@@ -216,7 +215,7 @@ def _fetch(
 
 
 def make_file_system(tools: Root, tree: Path, image: Path) -> None:
-    """Make `image` an ext4 file system with the content of the tar `tree`. Raises AptError, WaitTimeout."""
+    """Make `image` an ext4 file system with the content of the tar `tree`. Raises ProgramFailed, WaitTimeout."""
     with image.open("wb") as file:
         file.truncate(SIZE)
     options = ["-q", "-t", "ext4", "-L", LABEL, "-m", "1", "-E", "root_owner=0:0"]
@@ -228,7 +227,7 @@ def make_file_system(tools: Root, tree: Path, image: Path) -> None:
 def configure(image: Path, tools: Tools, scratch: Path, packages: int, reporter: Reporter) -> None:
     """Boot a machine whose disk is `image`, and have its packages configured.
 
-    Raises EnvironmentProblem if they cannot be, AptError, WaitTimeout.
+    Raises EnvironmentProblem if they cannot be, ProgramFailed, WaitTimeout.
     """
     initramfs = scratch / "configure.cpio"
     initramfs.write_bytes(_initramfs(tools))
@@ -288,7 +287,7 @@ def _kernel_package(apt: Apt, kernel: Kernel, reporter: Reporter) -> Path | None
     """The package of the guest's kernel, for all its modules; None if the archive has another version by now."""
     try:
         (deb,) = apt.download([f"linux-image-{kernel.version}={kernel.package}"])
-    except AptError:
+    except ProgramFailed:
         deb = None
     if deb is None or package_fields(deb).version != kernel.package:
         reporter.note(

@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import IO
 
 from vmbus.provision.archive import command_output
-from vmbus.provision.debian import ARCHITECTURE, InstalledPackage
+from vmbus.provision.roots import InstalledPackage
+from vmbus.provision.sources import ARCHITECTURE, parse_stanza
 
 INFO = "var/lib/dpkg/info"
 STATUS = "var/lib/dpkg/status"
@@ -52,20 +53,6 @@ class Control:
         """How dpkg names the package where several architectures of it may be installed."""
         name = self.values["Package"]
         return f"{name}:{ARCHITECTURE}" if self.values.get("Multi-Arch") == "same" else name
-
-
-def parse_stanza(text: str) -> dict[str, str]:
-    """Return the fields of a control stanza; continuation lines are joined by newlines."""
-    values: dict[str, str] = {}
-    last = ""
-    for line in text.splitlines():
-        if line[:1] in (" ", "\t"):
-            if last:
-                values[last] += "\n" + line.strip()
-        elif ":" in line:
-            last, _, value = line.partition(":")
-            values[last] = value.strip()
-    return values
 
 
 def read_control(deb: Path) -> Control:

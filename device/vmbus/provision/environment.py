@@ -19,8 +19,10 @@ from pathlib import Path
 
 from vmbus.errors import EnvironmentProblem
 from vmbus.provision.cache import Cache, digest, publish_bytes
-from vmbus.provision.debian import SUITE, AptError, RootRecipe, make_root, run_lines
+from vmbus.provision.programs import ProgramFailed, run_lines
 from vmbus.provision.report import Reporter
+from vmbus.provision.roots import RootRecipe, make_root
+from vmbus.provision.sources import SUITE
 
 LOCK_FILE = "requirements.lock"
 MINIMUM_PYTHON = (3, 11)
@@ -62,7 +64,7 @@ def environment_python(cache: Cache, checkout: Path) -> Path | None:
 def make_environment(cache: Cache, checkout: Path, reporter: Reporter) -> Path:
     """Return the environment's Python, made now if need be. The caller holds the cache's lock.
 
-    Raises EnvironmentProblem, AptError, WaitTimeout.
+    Raises EnvironmentProblem, ProgramFailed, WaitTimeout.
     """
     python = environment_python(cache, checkout)
     if python is not None:
@@ -105,7 +107,7 @@ def make_environment(cache: Cache, checkout: Path, reporter: Reporter) -> Path:
                 TMPDIR=str(temporary),
             )
             shutil.rmtree(temporary, ignore_errors=True)
-        except AptError as error:
+        except ProgramFailed as error:
             if full := cache.is_full(error):
                 raise EnvironmentProblem(full) from None
             raise EnvironmentProblem(f"{error}\ncheck the network and pip's configuration, then run it again") from None
@@ -120,13 +122,13 @@ def make_environment(cache: Cache, checkout: Path, reporter: Reporter) -> Path:
 def find_pip(cache: Cache, python: Path, reporter: Reporter, temporary: Path) -> list[str]:
     """Return the arguments for `python` that start pip. `temporary`: for files that nobody needs afterwards.
 
-    Raises EnvironmentProblem, AptError, WaitTimeout.
+    Raises EnvironmentProblem, ProgramFailed, WaitTimeout.
     """
     if importlib.util.find_spec("ensurepip") is not None:
         try:
             run_lines([python, "-I", "-m", "ensurepip"], "ensurepip", VENV_TIMEOUT, TMPDIR=str(temporary))
             return ["-I", "-m", "pip"]
-        except AptError:
+        except ProgramFailed:
             reporter.note("Python's ensurepip does not work here; taking pip from a Debian package")
     root = make_root(cache, PIP_RECIPE, reporter)
     wheels = sorted(root.path.glob("usr/share/python-wheels/pip-*.whl"))

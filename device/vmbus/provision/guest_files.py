@@ -16,11 +16,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from vmbus.errors import EnvironmentProblem
+from vmbus.provision.apt import Apt
 from vmbus.provision.archive import command_output, decompress_xz
 from vmbus.provision.cache import Cache, digest, publish_bytes
-from vmbus.provision.debian import SUITE, Apt, Root, RootRecipe, discard, make_root, package_fields, write_record
 from vmbus.provision.digests import write_digests
 from vmbus.provision.report import Reporter, SilentReporter
+from vmbus.provision.roots import Root, RootRecipe, discard, make_root, package_fields, write_record
+from vmbus.provision.sources import SUITE
 
 KERNEL_PACKAGE = "linux-image-cloud-amd64"
 """Depends on the current kernel, whose package has its version in its name."""
@@ -93,7 +95,7 @@ class Kernel:
 def find_kernel(cache: Cache | None = None, reporter: Reporter | None = None, apt: Apt | None = None) -> Kernel:
     """Return the kernel, fetched (with `apt` for the suite, if given) if need be. The caller holds the cache's lock.
 
-    Raises EnvironmentProblem, AptError, WaitTimeout.
+    Raises EnvironmentProblem, ProgramFailed, WaitTimeout.
     """
     cache = cache or Cache()
     reporter = reporter or SilentReporter()
@@ -129,7 +131,7 @@ def find_userland(cache: Cache | None = None, reporter: Reporter | None = None, 
     """Return the root with busybox, Python and the rest, fetched (with `apt` for the suite, if given) if need be. The
     caller holds the cache's lock.
 
-    Raises EnvironmentProblem, AptError, WaitTimeout.
+    Raises EnvironmentProblem, ProgramFailed, WaitTimeout.
     """
     return make_root(cache or Cache(), USERLAND_RECIPE, reporter or SilentReporter(), apt)
 

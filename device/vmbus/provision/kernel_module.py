@@ -20,21 +20,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vmbus.errors import VmbusError
+from vmbus.provision.apt import Apt
 from vmbus.provision.cache import Cache, digest, publish_bytes, remove
-from vmbus.provision.debian import (
-    RECORD,
-    SUITE,
-    Apt,
-    AptError,
-    Root,
-    discard,
-    merge_usr,
-    run_lines,
-    unpack,
-    write_record,
-)
 from vmbus.provision.guest_files import Kernel
+from vmbus.provision.programs import ProgramFailed, run_lines
 from vmbus.provision.report import Reporter, SilentReporter
+from vmbus.provision.roots import RECORD, Root, discard, merge_usr, unpack, write_record
+from vmbus.provision.sources import SUITE
 
 NAME = "vmbus_pci"
 
@@ -164,7 +156,7 @@ def find_headers(cache: Cache, kernel: Kernel, reporter: Reporter, environment: 
     """Return a root with the headers of this kernel and the programs to build with, fetched if need be. The caller
     holds the cache's lock.
 
-    Raises EnvironmentProblem, AptError, WaitTimeout.
+    Raises EnvironmentProblem, ProgramFailed, WaitTimeout.
     """
     final = cache.path("root", _headers_key(kernel))
     if not (final / RECORD).exists():
@@ -172,7 +164,7 @@ def find_headers(cache: Cache, kernel: Kernel, reporter: Reporter, environment: 
         flavour = f"linux-headers-{kernel.version}"
         try:
             needed = [name for name in apt.depends(flavour) if re.match(r"linux-(headers|kbuild)-", name)]
-        except AptError as error:
+        except ProgramFailed as error:
             raise _CannotBuild(
                 f"Debian has no headers of {kernel.version} any more; remove {cache.path('kernel')} to have "
                 "its present kernel fetched"
@@ -230,7 +222,7 @@ def build(headers: Root, kernel: Kernel, folder: Path, scratch: Path, more: Sequ
     argv: list[str | Path] = ["make", "-C", tree, f"M={scratch}", "CC=gcc", *_WITHOUT, *more, "modules"]
     try:
         run_lines(argv, "building the guest's kernel module", BUILD_TIMEOUT, on_line)
-    except AptError as error:
+    except ProgramFailed as error:
         raise _CannotBuild("\n".join(complaints[:10]) or str(error)) from error
     module = scratch / f"{NAME}.ko"
     run_lines(["objcopy", "--strip-debug", module], "stripping the guest's kernel module", BUILD_TIMEOUT)

@@ -24,10 +24,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vmbus.errors import EnvironmentProblem
+from vmbus.provision.apt import Apt
 from vmbus.provision.archive import open_archive, place_below
 from vmbus.provision.cache import Cache, digest, publish_bytes
-from vmbus.provision.debian import SUITE, Apt, RootRecipe, host_suite, make_root
 from vmbus.provision.report import Reporter, SilentReporter
+from vmbus.provision.roots import RootRecipe, make_root
+from vmbus.provision.sources import SUITE, host_suite
 
 SONAME = "libvfio-user.so.0"
 SOURCE_FOLDER = "subprojects/libvfio-user/"
@@ -81,7 +83,7 @@ def find(
 ) -> VfioUserLibrary:
     """Return a libvfio-user that can be loaded, built if need be. The caller holds the cache's lock.
 
-    Raises EnvironmentProblem (an explicit setting that cannot be used, no compiler, a failed build), AptError,
+    Raises EnvironmentProblem (an explicit setting that cannot be used, no compiler, a failed build), ProgramFailed,
     WaitTimeout.
     """
     explicit = environment.get("VMBUS_LIBVFIO_USER", "").strip()
@@ -164,7 +166,7 @@ def _record(cache: Cache) -> Path:
 def build(cache: Cache, reporter: Reporter) -> VfioUserLibrary:
     """Return our build, made now if it does not exist. The caller holds the cache's lock.
 
-    Raises EnvironmentProblem, AptError, WaitTimeout.
+    Raises EnvironmentProblem, ProgramFailed, WaitTimeout.
     """
     record = _record(cache)
     directory = record.parent

@@ -19,9 +19,10 @@ from vmbus import native
 from vmbus.errors import EnvironmentProblem
 from vmbus.native import build
 from vmbus.provision.cache import Cache, publish_bytes
-from vmbus.provision.debian import SUITE, RootRecipe, make_root
 from vmbus.provision.libvfio_user import find_compiler
 from vmbus.provision.report import Reporter, SilentReporter
+from vmbus.provision.roots import RootRecipe, make_root
+from vmbus.provision.sources import SUITE
 
 HEADERS_RECIPE = RootRecipe("python-headers", (SUITE,), ("libpython3.13-dev",), closure=False)
 _HEADERS = ("usr/include/python3.13", "usr/include")
@@ -47,7 +48,7 @@ def find(cache: Cache, reporter: Reporter | None = None, environment: Mapping[st
     """Return the native core's file, built if need be; None: the pure twin is to run.
 
     The caller holds the cache's lock. Raises EnvironmentProblem (no compiler for what `VMBUS_CORE` asks for, a failed
-    build), AptError, WaitTimeout.
+    build), ProgramFailed, WaitTimeout.
     """
     reporter = reporter or SilentReporter()
     setting = native.wanted(environment.get(native.SETTING, ""))

@@ -16,8 +16,10 @@ from vmbus.errors import VmbusError
 from vmbus.provision import environment as environments
 from vmbus.provision import guest_files, libvfio_user, qemu
 from vmbus.provision.accel import KVM_DEVICE
+from vmbus.provision.apt import require_programs
 from vmbus.provision.cache import Cache
-from vmbus.provision.debian import archive_keyring, find_root, mirror_candidates, require_programs
+from vmbus.provision.roots import find_root
+from vmbus.provision.sources import archive_keyring, mirror_candidates
 
 MEGABYTE = 1_000_000
 LISTS = 380 * MEGABYTE

@@ -16,8 +16,9 @@ from pathlib import Path
 
 from vmbus.errors import EnvironmentProblem
 from vmbus.provision.cache import Cache
-from vmbus.provision.debian import BACKPORTS, SUITE, Root, RootRecipe, find_root, make_root
 from vmbus.provision.report import Reporter, SilentReporter
+from vmbus.provision.roots import Root, RootRecipe, find_root, make_root
+from vmbus.provision.sources import BACKPORTS, SUITE
 
 MINIMUM_VERSION = (10, 1, 0)
 """The first release with a vfio-user client."""
@@ -88,7 +89,7 @@ def find_qemu(
 ) -> QemuProgram:
     """Return a QEMU that qualifies, fetched into the cache if need be. The caller holds the cache's lock.
 
-    Raises EnvironmentProblem if an explicit setting does not qualify or none can be had; AptError, WaitTimeout.
+    Raises EnvironmentProblem if an explicit setting does not qualify or none can be had; ProgramFailed, WaitTimeout.
     """
     cache = cache or Cache()
     reporter = reporter or SilentReporter()

@@ -19,8 +19,8 @@ from pathlib import Path
 from urllib.parse import unquote
 
 from vmbus.errors import EnvironmentProblem, WaitTimeout
-from vmbus.provision.debian import mirror_candidates
 from vmbus.provision.debian_system import ARCHIVE_PORT
+from vmbus.provision.sources import mirror_candidates
 from vmbus.qemu.machine import VirtualMachine
 from vmbus.util.launcher import tied
 
