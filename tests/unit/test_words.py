@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from support import storvsc
 from vmbus.kmcl.pipe import frame
 from vmbus.observe import words
-from vmbus.observe.inspection.plain import queued_words
+from vmbus.observe.inspection.parts import words_of
 from vmbus.observe.words import Seen, describe
 from vmbus.observe.words.seen import LONGEST
 from vmbus.wire import hvsock, ic, nvsp, rndis, scsi, storvsp
@@ -205,10 +205,10 @@ def test_what_an_integration_service_says(kind: int, body: bytes, expected: str)
 
 def test_what_waits_for_room_is_named_by_its_saved_bytes() -> None:
     body, offset8 = transfer_pages_body(TransferPages(0xCAFE, [(64, 1514)]), nvsp.rndis(nvsp.DATA_CHANNEL))
-    assert queued_words(NVSP_TYPE, PAGES, 5, offset8, body) == (
+    assert words_of(NVSP_TYPE, PAGES, 5, offset8, body) == (
         "RNDIS data, 1 message, 1514 bytes at 0x40 of the receive buffer"
     )
-    assert queued_words(STORVSP_TYPE, INBAND, 5, 2, storvsp.pack_packet(Operation.ENUMERATE_BUS)) == "ENUMERATE_BUS"
+    assert words_of(STORVSP_TYPE, INBAND, 5, 2, storvsp.pack_packet(Operation.ENUMERATE_BUS)) == "ENUMERATE_BUS"
 
 
 def test_sabotage_text_that_is_not_cleaned_would_reach_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -252,10 +252,9 @@ class Offer:
             self.connection_id,
         )
 
-    def save(self) -> OfferStateRecord:
-        """Raises StateError for one in the middle of opening or closing."""
-        if self.state in (OfferState.OPENING, OfferState.CLOSING):
-            raise StateError(f"channel {self.name} is {self.state.value}: it cannot be saved before that ends")
+    @property
+    def record(self) -> OfferStateRecord:
+        """As it is now, in the middle of opening or closing too."""
         return OfferStateRecord(
             interface_type=self.interface_type.bytes_le,
             instance=self.instance.bytes_le,
@@ -265,6 +264,12 @@ class Offer:
             open=None if self.request is None else self.request.save(),
             withdrawn=not self.wanted,
         )
+
+    def save(self) -> OfferStateRecord:
+        """Raises StateError for one in the middle of opening or closing."""
+        if self.state in (OfferState.OPENING, OfferState.CLOSING):
+            raise StateError(f"channel {self.name} is {self.state.value}: it cannot be saved before that ends")
+        return self.record
 
     def put_back(self, relid: int, state: OfferState, request: OpenRequest | None) -> None:
         """For a restore, the one thing that moves an offer without an event: it is where it was."""

@@ -284,7 +284,7 @@ class ChannelInfo(msgspec.Struct, kw_only=True):
     interface_type: str
     instance: str
     subchannel: int
-    relid: int
+    relid: int = 0
     state: str
     started: bool
     quiescing: bool = msgspec.field(default=False, name="held")

@@ -1,34 +1,15 @@
-"""Pieces that live and saved inspections share: bytes for people, what the registers say, provider's data as plain."""
+"""Anybody's data as plain data that JSON can carry, bounded; and bytes for people."""
 
 from __future__ import annotations
 
 import math
 from typing import Any
-from uuid import UUID
 
 import msgspec
-
-from vmbus.observe.inspection.document import Function, SynicInfo
-from vmbus.observe.words import Seen, describe
-from vmbus.transport.pci import (
-    COMMAND,
-    COMMAND_BUS_MASTER,
-    COMMAND_MEMORY,
-    MSI_ADDRESS_HIGH,
-    MSI_ADDRESS_LOW,
-    MSI_CONTROL,
-    MSI_DATA,
-    MSI_ENABLE,
-    bar0_address,
-)
-from vmbus.wire import messages as m
-from vmbus.wire.packet import DESCRIPTOR_SIZE, PacketType
-from vmbus.wire.synic import PostStatus, Register
 
 PREVIEW = 32
 """Bytes of a packet or of a state that are shown."""
 
-_MESSAGES_SHOWN = 16
 _MOST_ITEMS = 4096  # of plain data, all containers together
 _DEEPEST = 16
 _LONGEST = 1024  # characters of one text
@@ -37,83 +18,6 @@ _LONGEST = 1024  # characters of one text
 def preview(data: bytes) -> str:
     """The first bytes in hex."""
     return bytes(data[:PREVIEW]).hex()
-
-
-def kind_name(kind: int) -> str:
-    """A packet type's name."""
-    try:
-        return PacketType(kind).name.lower().replace("_", "-")
-    except ValueError:
-        return f"type {kind}"
-
-
-def queued_words(type_: UUID, kind: int, transaction: int, offset8: int, body: bytes) -> str:
-    """What a packet to the guest that waits for room says; `body` is everything behind its descriptor."""
-    headers = max(0, offset8 * 8 - DESCRIPTOR_SIZE)
-    return describe(type_, Seen(True, kind, transaction, body[:headers], body[headers:]))
-
-
-def version_name(version: int) -> str:
-    """major.minor of a protocol version."""
-    return f"{version >> 16}.{version & 0xFFFF}"
-
-
-def message_name(message: bytes) -> str:
-    """The name of a channel message by its type."""
-    number = int.from_bytes(message[:4], "little")
-    found = m.MESSAGES.get(number)
-    return found.message.__name__ if found is not None else f"message {number}"
-
-
-def function_info(config: bytes) -> Function:
-    """The PCI function, by its configuration space, which is decoded as it is."""
-
-    def number(at: int, size: int) -> int:
-        return int.from_bytes(config[at : at + size], "little")
-
-    command = number(COMMAND, 2)
-    return Function(
-        memory_enabled=bool(command & COMMAND_MEMORY),
-        bus_master=bool(command & COMMAND_BUS_MASTER),
-        msi_enabled=bool(number(MSI_CONTROL, 2) & MSI_ENABLE),
-        msi_address=number(MSI_ADDRESS_HIGH, 4) << 32 | number(MSI_ADDRESS_LOW, 4),
-        msi_data=number(MSI_DATA, 2),
-        bar0=bar0_address(config),
-        config=config.hex(),
-    )
-
-
-def synic_info(
-    *,
-    enabled: bool,
-    fault: bool,
-    registers: dict[int, int],
-    post_status: int,
-    outbox: list[bytes],
-    waiting: int,
-    bad_accesses: int | None = None,
-) -> SynicInfo:
-    """The SynIC. `outbox`: the first of the `waiting` messages."""
-    try:
-        post = PostStatus(post_status).name
-    except ValueError:
-        post = str(post_status)
-    return SynicInfo(
-        enabled=enabled,
-        fault=fault,
-        registers={_register(offset): value for offset, value in sorted(registers.items())},
-        post_status=post,
-        messages_waiting=waiting,
-        messages=[message_name(message) for message in outbox[:_MESSAGES_SHOWN]],
-        bad_accesses=bad_accesses,
-    )
-
-
-def _register(offset: int) -> str:
-    try:
-        return Register(offset).name
-    except ValueError:
-        return f"{offset:#05x}"
 
 
 def plain(value: Any) -> Any:
