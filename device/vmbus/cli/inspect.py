@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import sys
 import time
@@ -22,8 +21,9 @@ from vmbus.errors import UsageError, VmbusError
 from vmbus.observe.inspection.difference import Change, Difference, compare, lines
 from vmbus.observe.inspection.document import MOST_PACKETS, Inspection, PacketInfo
 from vmbus.observe.inspection.target import Running, find, look
-from vmbus.observe.inspection.tree import clean, counted, packet_text, render
+from vmbus.observe.inspection.tree import clean, packet_text, render
 from vmbus.observe.inspection.watch import View, Watch
+from vmbus.observe.words.seen import counted
 from vmbus.snapshot.bundle import open_snapshot
 from vmbus.util.screen import screen
 from vmbus.vm.run_directory import runtime_base
@@ -35,6 +35,7 @@ _SHORT = 4
 _NOTICES = 5
 _PLAIN_WIDTH = 4000
 _SHOWN = 400  # characters of a value in a difference
+_SIGNS = {"removed": ("-", "red"), "added": ("+", "green"), "changed": ("~", "yellow")}
 TROUBLE = 2
 """The exit status of `inspect diff` when it cannot compare, as with diff(1)."""
 
@@ -193,7 +194,7 @@ async def _watch(
     console = _console()
     if as_json:
         async for view in watch.views(seconds, count):
-            click.echo(msgspec.json.encode(_as_line(view)))
+            click.echo(msgspec.json.encode(view))
             sys.stdout.flush()
     elif console.is_terminal:
         notices: list[str] = []
@@ -212,16 +213,6 @@ async def _watch(
 
 def _clock(at: float) -> str:
     return time.strftime("%H:%M:%S", time.localtime(at))
-
-
-def _as_line(view: View) -> dict[str, Any]:
-    return {
-        "at": view.at,
-        "notices": view.notices,
-        "problem": view.problem,
-        "rates": view.rates,
-        "inspection": view.document,
-    }
 
 
 def _tree(view: View, channels: tuple[str, ...]) -> Tree:
@@ -257,9 +248,7 @@ async def _difference(a: str, b: str, packets: int | None, *, verify: bool) -> D
         target = find(word)
         if verify and isinstance(target, Path):
             await open_snapshot(target)
-        most = MOST_PACKETS if packets is None and isinstance(target, Running) else packets
-        found.append(await look(target, most))
-    await asyncio.sleep(0)
+        found.append(await look(target, MOST_PACKETS if packets is None and isinstance(target, Running) else packets))
     return compare(*found)
 
 
@@ -275,14 +264,10 @@ def _show_difference(found: Difference) -> None:
             console.print(Text(clean(where), style="bold cyan"))
         console.print(_change(what, change))
     if not found.same:
-        kinds = Counter((change.kind, _is_packet(change)) for change in found.changes)
-        words = [
-            f"{kinds[kind, packets]} {'packets ' if packets else ''}{kind}"
-            for packets in (True, False)
-            for kind in ("removed", "added", "changed")
-            if kinds[kind, packets]
-        ]
-        console.print(Text(f"{counted(len(found.changes), 'difference')}: {', '.join(words)}", style="bold"))
+        kinds = Counter(("packets " if _is_packet(change) else "") + change.kind for change in found.changes)
+        order = [f"{of}{kind}" for of in ("packets ", "") for kind in _SIGNS]
+        words = ", ".join(f"{kinds[kind]} {kind}" for kind in order if kinds[kind])
+        console.print(Text(f"{counted(len(found.changes), 'difference')}: {words}", style="bold"))
     if found.truncated:
         console.print(Text("not everything was compared: not all packets were listed, or too much is different"))
 
@@ -292,18 +277,16 @@ def _is_packet(change: Change) -> bool:
 
 
 def _change(what: str, change: Change) -> Text:
-    if _is_packet(change) and change.kind != "changed":
-        # The whole packet, as the tree shows it.
-        sign, style, value = ("+", "green", change.after) if change.kind == "added" else ("-", "red", change.before)
-        return Text.assemble((f"  {sign} packet {packet_text(msgspec.convert(value, PacketInfo)).plain}", style))
+    sign, style = _SIGNS[change.kind]
+    value = change.before if change.kind == "removed" else change.after
     if change.kind == "changed":
-        return Text(f"  ~ {clean(what)}: {_value(change.before)} -> {_value(change.after)}", style="yellow")
-    if change.kind == "added":
-        return Text(f"  + {clean(what)}: {_value(change.after)}", style="green")
-    return Text(f"  - {clean(what)}: {_value(change.before)}", style="red")
+        said = f"{clean(what)}: {_value(change.before)} -> {_value(value)}"
+    elif _is_packet(change):  # the whole packet, as the tree shows it
+        said = f"packet {packet_text(msgspec.convert(value, PacketInfo)).plain}"
+    else:
+        said = f"{clean(what)}: {_value(value)}"
+    return Text(f"  {sign} {said}", style=style)
 
 
 def _value(value: Any) -> str:
-    text = value if isinstance(value, str) else msgspec.json.encode(value).decode()
-    text = "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)
-    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
+    return clean(value if isinstance(value, str) else msgspec.json.encode(value).decode(), _SHOWN)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from vmbus.bus.server import BusServer
 from vmbus.device.device import Device
@@ -32,7 +32,9 @@ from vmbus.observe.inspection.document import (
     MemoryInfo,
     PacketInfo,
     ProviderInfo,
+    RingInfo,
     Source,
+    part_of,
 )
 from vmbus.observe.inspection.parts import (
     bus_info,
@@ -40,7 +42,7 @@ from vmbus.observe.inspection.parts import (
     function_info,
     offer_info,
     packet_info,
-    ring_infos,
+    ring_info,
     synic_info,
 )
 from vmbus.observe.inspection.plain import plain
@@ -154,7 +156,7 @@ def _channel(
     )
     try:
         if (rings := channel.rings) is not None:
-            info.rings = ring_infos(*(_ring(ring) for ring in rings))
+            info.rings = [_ring("incoming", rings[0]), _ring("outgoing", rings[1])]
     except PeerError as error:
         info.rings_problem = str(error)
     return info
@@ -196,10 +198,8 @@ def _sent(namer: Provider, packet: Packet) -> str:
         return clean(f"its provider cannot say: {error!r}")
 
 
-def _ring(ring: RingReader | RingWriter) -> dict[str, int]:
-    suppressed = ring.batches - ring.signals
-    counts = {"batches": ring.batches, "signals": ring.signals, "suppressed": suppressed}
-    return {**ring.describe(), "own_index": ring.own_index, **counts}
+def _ring(direction: Literal["incoming", "outgoing"], ring: RingReader | RingWriter) -> RingInfo:
+    return ring_info(direction, ring, **ring.describe(), suppressed=ring.batches - ring.signals)
 
 
 # ---- the rest --------------------------------------------------------------------------------------------------------
@@ -227,10 +227,10 @@ def _provider(provider: Provider, owned: Owned | None) -> ProviderInfo:
     host = owned if isinstance(owned, ProviderServices) else None
     if host is not None:
         info.errors = host.faults.count
-        info.faults = [FaultInfo(**fault._asdict()) for fault in host.faults.list]
+        info.faults = [part_of(FaultInfo, fault) for fault in host.faults.list]
     try:
         bounds = (host.bounds() if host is not None else {}) | provider.bounds()
-        info.bounds = {name: BoundInfo(**bound._asdict()) for name, bound in bounds.items()}
+        info.bounds = {name: part_of(BoundInfo, bound) for name, bound in bounds.items()}
         info.status = plain(dict(provider.status()))
     except Exception as error:  # an author's code: the rest is shown all the same
         info.problem = f"status() raised {error!r}"
@@ -239,18 +239,11 @@ def _provider(provider: Provider, owned: Owned | None) -> ProviderInfo:
 
 def _memory(memory: GuestMemory) -> MemoryInfo:
     regions = memory.mapped()
-    log = memory.log
-    return MemoryInfo(
-        regions=len(regions),
-        bytes=sum(size for _, size, _ in regions),
-        log=None
-        if log is None
-        else DirtyLogInfo(pages=len(log.pages), bytes=4096 * len(log.pages), broken=log.broken or ""),
-    )
+    info = MemoryInfo(regions=len(regions), bytes=sum(size for _, size, _ in regions), log=None)
+    if (log := memory.log) is not None:
+        info.log = DirtyLogInfo(pages=len(log.pages), bytes=4096 * len(log.pages), broken=log.broken or "")
+    return info
 
 
 def _audit(device: Device) -> AuditInfo | None:
-    recorder = device.recorder
-    if recorder is None:
-        return None
-    return AuditInfo(uid=recorder.uid, position=recorder.position, path=recorder.path, failed=recorder.failed)
+    return None if device.recorder is None else part_of(AuditInfo, device.recorder)

@@ -7,7 +7,7 @@ so. Ages are seconds, sizes bytes.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import msgspec
 
@@ -22,6 +22,7 @@ DEFAULT_PACKETS = 64
 MOST_PACKETS = 10_000
 """Packets that one document of a running server lists at most, all channels together: they take time on its loop."""
 
+Part = TypeVar("Part", bound=msgspec.Struct)
 SourceKind = Literal["server", "snapshot", "checkpoint", "state"]
 PacketStateName = Literal["held", "sent", "queued", "completion"]
 
@@ -400,6 +401,14 @@ class Inspection(msgspec.Struct, kw_only=True):
     description: dict[str, Any] | None = None
     """Of the device, where it is known."""
     seconds: float | None = None
+
+
+def part_of(part: type[Part], source: object, **more: Any) -> Part:
+    """A part of the document that has what `source` has under the same names, and `more`."""
+    same = {
+        name: getattr(source, name) for name in part.__struct_fields__ if name not in more and hasattr(source, name)
+    }
+    return part(**same, **more)
 
 
 def from_answer(answer: dict[str, Any], name: str) -> Inspection:

@@ -4,7 +4,7 @@ GPADLs, rings and registers, and packets of ours."""
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
-from typing import Any
+from typing import Any, Literal
 from uuid import UUID
 
 from vmbus.bus.gpadl import Gpadl, GpadlState, PartialGpadl, PartialState
@@ -22,6 +22,7 @@ from vmbus.observe.inspection.document import (
     PartialInfo,
     RingInfo,
     SynicInfo,
+    part_of,
 )
 from vmbus.observe.inspection.plain import preview
 from vmbus.observe.words import Seen, describe
@@ -82,16 +83,11 @@ def completion_info(type_: UUID | None, transaction: int, body: bytes) -> Packet
     )
 
 
-def ring_infos(incoming: dict[str, Any] | None, outgoing: dict[str, Any] | None) -> list[RingInfo]:
-    """A channel's rings, of the fields that are known."""
-    found = []
-    if incoming is not None:
-        found.append(RingInfo(direction="incoming", **incoming))
-    if outgoing is not None:
-        found.append(RingInfo(direction="outgoing", **outgoing))
-    for ring in found:
-        ring.judge()
-    return found
+def ring_info(direction: Literal["incoming", "outgoing"], ring: object, **more: int) -> RingInfo:
+    """One ring: what is known of it."""
+    info = part_of(RingInfo, ring, direction=direction, **more)
+    info.judge()
+    return info
 
 
 # ---- the bus ---------------------------------------------------------------------------------------------------------
@@ -126,25 +122,16 @@ def bus_info(
         offers=offers,
         gpadls=shown,
         gpadls_omitted=len(gpadls) - len(shown),
-        partial=[
-            PartialInfo(
-                relid=one.relid,
-                handle=one.handle,
-                range_bytes=one.range_bytes,
-                range_count=one.range_count,
-                received=len(one.data),
-            )
-            for one in partial
-        ],
+        partial=[part_of(PartialInfo, one, received=len(one.data)) for one in partial],
     )
 
 
 def _gpadl(gpadl: Gpadl | GpadlState, use: str, tearing_down: bool) -> GpadlInfo:
     ranges: Sequence[Any] = gpadl.ranges
     address = ranges[0].pfns[0] * 4096 + ranges[0].byte_offset if ranges and ranges[0].pfns else 0
-    return GpadlInfo(
-        relid=gpadl.relid,
-        handle=gpadl.handle,
+    return part_of(
+        GpadlInfo,
+        gpadl,
         bytes=sum(one.byte_count for one in ranges),
         pages=sum(len(one.pfns) for one in ranges),
         ranges=len(ranges),
@@ -159,23 +146,13 @@ def offer_info(
 ) -> OfferInfo:
     """One offer. `channel`: its name."""
     open_ = record.open
-    return OfferInfo(
-        relid=record.relid,
-        state=record.state,
+    return part_of(
+        OfferInfo,
+        record,
         channel=channel,
         interface_type=guid_text(record.interface_type),
         instance=guid_text(record.instance),
-        subchannel=record.subchannel,
-        withdrawn=record.withdrawn,
-        open=None
-        if open_ is None
-        else OpenInfo(
-            open_id=open_.open_id,
-            ring_gpadl=open_.ring_gpadl,
-            target_vp=open_.target_vp,
-            downstream_page_offset=open_.downstream_page_offset,
-            user_data=open_.user_data.rstrip(b"\0").hex(),
-        ),
+        open=open_ and part_of(OpenInfo, open_, user_data=open_.user_data.rstrip(b"\0").hex()),
         mapped=mapped,
         teardowns=list(teardowns),
     )
@@ -209,9 +186,9 @@ def function_info(config: bytes) -> Function:
 
 def synic_info(state: SynicState, bad_accesses: int | None = None) -> SynicInfo:
     """The SynIC."""
-    return SynicInfo(
-        enabled=state.enabled,
-        fault=state.fault,
+    return part_of(
+        SynicInfo,
+        state,
         registers={_name(Register, offset, "#05x"): value for offset, value in sorted(state.registers.items())},
         post_status=_name(PostStatus, state.post_status),
         messages_waiting=len(state.outbox),

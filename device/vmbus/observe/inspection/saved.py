@@ -28,8 +28,10 @@ from vmbus.observe.inspection.document import (
     LifeInfo,
     PacketInfo,
     ProviderInfo,
+    RingInfo,
     SavedInfo,
     Source,
+    part_of,
 )
 from vmbus.observe.inspection.parts import (
     bus_info,
@@ -38,7 +40,7 @@ from vmbus.observe.inspection.parts import (
     guid_text,
     offer_info,
     packet_info,
-    ring_infos,
+    ring_info,
     synic_info,
 )
 from vmbus.observe.inspection.plain import decoded, plain, preview
@@ -188,7 +190,7 @@ def _channel(state: st.DeviceState, record: st.ChannelRecord, offer: st.OfferSta
         next_transaction=saved.head.next_transaction,
         in_flight=InFlight(*saved.counts),
         packets=list(_packets([*saved.sent, *saved.queue], describer, type_)),
-        rings=ring_infos(_ring(record.incoming), _ring(record.outgoing)),
+        rings=_rings(record),
     )
 
 
@@ -228,11 +230,13 @@ def _described(describer: type[Provider] | None, save: bytes) -> dict[str, Any]:
     return {} if value is None else value if isinstance(value, dict) else {"values": value}
 
 
-def _ring(ring: st.RingRecord | None) -> dict[str, int] | None:
-    if ring is None:
-        return None
-    shared = ("size", "write_index", "read_index", "interrupt_mask", "pending_send_size")
-    return {name: getattr(ring, name) for name in shared}
+def _rings(record: st.ChannelRecord) -> list[RingInfo]:
+    found = []
+    if record.incoming is not None:
+        found.append(ring_info("incoming", record.incoming))
+    if record.outgoing is not None:
+        found.append(ring_info("outgoing", record.outgoing))
+    return found
 
 
 # ---- the rest --------------------------------------------------------------------------------------------------------
@@ -265,11 +269,5 @@ def _provider(record: st.ProviderRecord) -> ProviderInfo:
 def _audit(audit: st.AuditState | None) -> AuditInfo | None:
     if audit is None:
         return None
-    return AuditInfo(
-        uid=audit.uid,
-        position=audit.position,
-        lives=[
-            LifeInfo(instance=guid_text(one.instance), subchannel=one.subchannel, put=one.put, taken=one.taken)
-            for one in audit.lives
-        ],
-    )
+    lives = [part_of(LifeInfo, one, instance=guid_text(one.instance)) for one in audit.lives]
+    return part_of(AuditInfo, audit, lives=lives)

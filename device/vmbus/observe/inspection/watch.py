@@ -7,36 +7,31 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Sequence
+
+import msgspec
 
 from vmbus.errors import EnvironmentProblem, VmbusError, WaitTimeout
 from vmbus.observe.inspection.document import Inspection
 from vmbus.observe.inspection.target import Running
 
 
-class View:
-    """One look.
+class View(msgspec.Struct, kw_only=True):
+    """One look; as JSON a line of `inspect --watch --json`.
 
     Attributes:
-        document: what was seen; None while there is no server, or it does not answer.
+        at: when, by the wall clock.
         notices: what has happened since the last look, in sentences.
         problem: why there is nothing to be seen.
         rates: what the counters of each channel did in a second, since the last look at the same server.
-        at: when, by the wall clock.
+        document: what was seen; None while there is no server, or it does not answer.
     """
 
-    def __init__(
-        self,
-        document: Inspection | None,
-        notices: list[str],
-        problem: str = "",
-        rates: Mapping[str, Mapping[str, float]] | None = None,
-    ) -> None:
-        self.document = document
-        self.notices = notices
-        self.problem = problem
-        self.rates = rates or {}
-        self.at = time.time()
+    at: float = msgspec.field(default_factory=time.time)
+    notices: list[str]
+    problem: str = ""
+    rates: dict[str, dict[str, float]] = {}
+    document: Inspection | None = msgspec.field(default=None, name="inspection")
 
 
 def rates(before: Inspection, after: Inspection, seconds: float) -> dict[str, dict[str, float]]:
@@ -80,20 +75,18 @@ class Watch:
             moved = rates(self._last[0], document, now - self._last[1])
         self._last = (document, now)
         self._lost = ""
-        return View(document, notices, rates=moved)
+        return View(document=document, notices=notices, rates=moved)
 
     def _nothing(self, error: VmbusError) -> View:
-        notices = []
         if isinstance(error, WaitTimeout):
             problem = f"the device server of {self._running.name!r} does not answer: {error}"
         elif self._last is None:
             problem = f"{self._running.name!r} is not running; waiting for it"
         else:
             problem = f"{self._running.name!r} has ended; waiting for it to come back"
-        if problem != self._lost:
-            notices.append(problem)
+        notices = [problem] if problem != self._lost else []
         self._lost = problem
-        return View(None, notices, problem)
+        return View(notices=notices, problem=problem)
 
     def _compare(self, document: Inspection) -> list[str]:
         """What has happened since the last look."""
