@@ -11,7 +11,8 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from vmbus.observe.audit.records import COMPLETION, UNKNOWN, Lane, Life
+from vmbus.observe.audit.lanes import COMPLETION, UNKNOWN, Lane
+from vmbus.observe.audit.records import Life
 
 
 class Breach(NamedTuple):

@@ -10,7 +10,6 @@ A `Life` is one opening of a channel at one end, over all processes of that end;
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,10 +18,7 @@ from typing import Any, NamedTuple
 from vmbus.errors import EnvironmentProblem, StateError
 from vmbus.observe.audit import format as f
 from vmbus.observe.audit.files import SUFFIX
-
-COMPLETION = 11
-UNKNOWN = 0
-"""The kind of a packet of which a brief record says nothing."""
+from vmbus.observe.audit.lanes import Lane
 
 
 class Mark(NamedTuple):
@@ -104,66 +100,6 @@ def read_records(paths: Iterable[Path]) -> list[Record]:
 
 
 # ---- lives -----------------------------------------------------------------------------------------------------------
-
-
-class Lane:
-    """One direction of a life as one end recorded it: `kinds`, `flags` and `transactions` of its packets, and `points`,
-    CRC-32 of the first n packets' ring bytes, by n."""
-
-    def __init__(self) -> None:
-        self.kinds = bytearray()
-        self.flags = bytearray()
-        self.transactions = array("Q")
-        self.points: dict[int, int] = {0: 0}
-        self.brief = 0
-        self.wanted_in_brief = 0
-        self.completions_in_brief = 0
-
-    @property
-    def count(self) -> int:
-        return len(self.kinds)
-
-    def key(self, index: int) -> tuple[int, int]:
-        """Kind and transaction of a packet."""
-        return self.kinds[index], self.transactions[index]
-
-    def add(self, body: bytes, source: str) -> None:
-        """Append a block. Raises StateError when it does not continue what is there."""
-        try:
-            values = f.BLOCK.unpack_from(body)
-            first, count, crc, wanted, completions, form, kind, flag, transaction, number, grain = values
-            sums = array("I")
-            at = f.BLOCK.size + number * sums.itemsize
-            sums.frombytes(body[f.BLOCK.size : at])
-            if len(sums) != number or first != self.count or count < 1 or grain < 1:
-                raise ValueError(f"a block of packets {first} to {first + count - 1} behind {self.count} packets")
-            if form == f.RUN:
-                self.kinds += bytes([kind]) * count
-                self.flags += bytes([flag]) * count
-                self.transactions.extend(range(transaction, transaction + count))
-            elif form == f.COLUMNS:
-                numbers = array("Q")
-                numbers.frombytes(body[at + 2 * count :])
-                if len(numbers) != count:
-                    raise ValueError(f"{len(numbers)} transactions of {count} packets")
-                self.kinds += body[at : at + count]
-                self.flags += body[at + count : at + 2 * count]
-                self.transactions += numbers
-            elif form == f.BRIEF:
-                self.kinds += bytes(count)
-                self.flags += bytes(count)
-                self.transactions.frombytes(bytes(8 * count))
-                self.brief += count
-                self.wanted_in_brief += wanted
-                self.completions_in_brief += completions
-            else:
-                raise ValueError(f"form {form}")
-        except (ValueError, OverflowError, MemoryError, f.BLOCK_ERROR) as error:
-            raise StateError(f"{source} is damaged: a block of packets is not valid: {error}") from error
-        end = first + count
-        for point, value in zip(range((first // grain + 1) * grain, end + 1, grain), sums, strict=False):
-            self.points[point] = value
-        self.points[end] = crc
 
 
 @dataclass
