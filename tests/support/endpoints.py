@@ -16,8 +16,8 @@ class GpadlLink(PairLink):
     """A link with GPADLs: one table for both ends."""
 
     def create_gpadl(self, extents: Sequence[tuple[int, int]], read_only: bool) -> int:
-        if not extents:
-            raise PeerError("a GPADL of nothing")
+        if not 0 < sum(length for _, length in extents) <= 1 << 20:
+            raise PeerError("a GPADL of nothing, or of more than there is")
         self.pair.gpadls[len(self.pair.gpadls) + 1] = list(extents)
         return len(self.pair.gpadls)
 

@@ -5,19 +5,19 @@ import inspect
 import re
 import subprocess
 import sys
-from itertools import pairwise
 from pathlib import Path
 from struct import Struct
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from support.device import Machine, connect
-from support.pair import INSTANCE, PAGE, TYPE, Pair, PairLink
+from support.endpoints import Bench
+from support.pair import INSTANCE, PAGE, TYPE, PairLink
 from support.traffic import Traffic
 from vmbus.bus.local import LocalBus
-from vmbus.errors import PeerError, StateError, WaitTimeout
+from vmbus.errors import StateError
 from vmbus.kmcl import ChannelState, ChannelStateError, KmclError, Status, ddi
 from vmbus.kmcl.saved import decode_chunk, decode_lib
 from vmbus.kmcl.saving import split_frames
@@ -30,40 +30,7 @@ NUMBER = Struct("<Q")
 SPARE = 0x80000  # guest memory apart from the rings
 
 
-class WorldLink(PairLink):
-    """A link with GPADLs, kept in the world's tables."""
-
-    def create_gpadl(self, extents, read_only: bool) -> int:
-        if sum(length for _, length in extents) > 1 << 20:
-            raise PeerError("the host refused")
-        self.pair.gpadls[self.pair.next_gpadl] = (list(extents), read_only)
-        self.pair.next_gpadl += 1
-        return self.pair.next_gpadl - 1
-
-    def delete_gpadl(self, handle: int) -> None:
-        if handle not in self.pair.gpadls:
-            raise PeerError("no such GPADL")
-        if handle in self.pair.mapped:
-            raise WaitTimeout(f"the server to unmap GPADL {handle}", 0.0)
-        del self.pair.gpadls[handle]
-
-    def map_gpadl(self, handle: int, read_only: bool):
-        if handle not in self.pair.gpadls or handle in self.pair.mapped:
-            raise PeerError("no such GPADL, or mapped already")
-        grant = self.memory.grant(self.pair.gpadls[handle][0], writable=not read_only)
-        self.pair.mapped[handle] = grant
-        return grant
-
-    def unmap_gpadl(self, handle: int) -> None:
-        if handle not in self.pair.mapped:
-            raise PeerError("not mapped")
-        self.pair.mapped.pop(handle).release()
-
-    def close_channel(self, timeout: float) -> None:
-        self.pair.client.close(lambda: None)
-
-
-class World(Pair):
+class World(Bench):
     """A VSP and a VSC made with the DDI alone. It is the VMBus handle of both, and how they wait."""
 
     def __init__(self, *, spare_pages: int = 4, **pages: int) -> None:
@@ -77,10 +44,6 @@ class World(Pair):
         self.answers: list[tuple[int, int, bytes]] = []
         self.held: list[tuple] = []
         self.saves: list[tuple[int, int]] = []
-        self.gpadls: dict = {}
-        self.mapped: dict = {}
-        self.next_gpadl = 1
-        self.waits: list[float] = []
         self.next = 0
         self.refuse_open = Status.SUCCESS
         self.server = self.make_server()
@@ -126,9 +89,9 @@ class World(Pair):
         client.bind(lambda one: self.events.append("enabled"))
 
     def link(self, side: str) -> PairLink:
-        plain = super().link(side)
-        plain.memory.map(SPARE, memoryview(self.memory), True)
-        return WorldLink(self, side, plain.memory, plain.reader, plain.writer)
+        link = super().link(side)
+        link.memory.map(SPARE, memoryview(self.memory), True)
+        return link
 
     def open(self) -> None:
         for start in (0, (self.up_pages + 1) * PAGE):
@@ -141,14 +104,6 @@ class World(Pair):
         self.client.open(self.client_link)
         self.client.activate()
         assert ddi.VmbChannelStart(self.server) == Status.SUCCESS
-
-    def wait(self, condition, timeout: float, what: str) -> None:
-        self.waits.append(timeout)
-        while not condition():
-            if not self.ready:
-                raise WaitTimeout(what, timeout)
-            for side in sorted(self.ready):
-                self.turn(side)
 
     # the VSP
 
@@ -235,40 +190,6 @@ def allocate(is_server: bool):
 
 # ---- the table -------------------------------------------------------------------------------------------------------
 
-CONTRACT = {
-    "S": """VmbServerChannelInitSetFlags VmbServerChannelInitSetMmioMegabytes VmbServerChannelInitSetTargetInterfaceId
-        VmbServerChannelInitSetTargetVtl VmbServerChannelInitSetSaveRestorePacketCallbacks
-        VmbServerChannelInitSetVmbusHandle VmbConvertVmbusHandleToKernelHandle VmbPacketRestore VmbChannelMapGpadl
-        VmbChannelUnmapGpadl VmbChannelSaveBegin VmbChannelSaveContinue VmbChannelSaveEnd
-        VmbChannelRestoreFromBuffer""",
-    "C": """VmbClientChannelInitSetTargetPnp VmbClientChannelInitSetRingBufferPageCount VmbChannelSetInterruptLatency
-        VmbChannelGetMmioSpace
-        VmbChannelCreateGpadlFromBuffer VmbChannelCreateGpadlFromMdl VmbChannelDeleteGpadl""",
-    "B": """VmbChannelAllocate VmbChannelInitSetFlags VmbChannelInitSetMaximumPacketSize
-        VmbChannelInitSetMaximumExternalData VmbChannelInitSetClientContextSize VmbChannelInitSetProcessPacketCallbacks
-        VmbChannelInitSetStateChangeCallbacks VmbChannelInitSetFriendlyName VmbChannelEnable VmbChannelDisable
-        VmbChannelStart VmbChannelPause VmbChannelCleanup VmbChannelSetPointer VmbChannelGetPointer
-        VmbChannelSetTransactionQuota VmbChannelSetIncomingProcessingAtPassive VmbChannelGetInterfaceInstance
-        VmbChannelSizeofPacket VmbPacketAllocate VmbPacketInitialize VmbPacketFree VmbPacketSetPointer
-        VmbPacketGetPointer VmbPacketGetChannel VmbPacketSetCompletionRoutine VmbPacketSend
-        VmbPacketSendWithExternalMdl VmbPacketSendWithExternalPfns VmbChannelSendSynchronousRequest
-        VmbChannelPacketComplete VmbChannelPacketFail VmbChannelPacketDeferToPassive
-        VmbChannelPacketGetExternalData""",
-}
-CALLBACKS = """EvtVmbChannelOpened EvtVmbChannelClosed EvtVmbChannelSuspend EvtVmbChannelStarted
-    EvtVmbChannelPostStarted EvtVmbChannelPnpFailure EvtVmbChannelProcessPacket EvtVmbChannelProcessingComplete
-    EvtVmbChannelSavePacket EvtVmbChannelRestorePacket EvtVmbPacketCompletionRoutine"""
-
-
-def test_the_whole_contract_is_there_and_nothing_else() -> None:
-    expected = {name: end for end, names in CONTRACT.items() for name in names.split()}
-    assert {entry.name: entry.endpoint for entry in ddi.FUNCTIONS.values()} == expected
-    assert set(ddi.CALLBACKS) == set(CALLBACKS.split())
-    defined = {name for name, one in vars(ddi).items() if name.startswith("Vmb") and inspect.isfunction(one)}
-    assert defined == set(ddi.FUNCTIONS)
-    assert all(hasattr(ddi, name) for name in ddi.CALLBACKS)
-
-
 MODULES = {
     "Channel": "vmbus.kmcl.channel",
     "ClientChannel": "vmbus.kmcl.client",
@@ -320,7 +241,7 @@ def test_a_guest_without_msgspec_has_the_clients_functions() -> None:
 
 def test_every_function_is_called_by_a_test() -> None:
     text = Path(__file__).read_text()
-    assert not [name for name in ddi.FUNCTIONS if f"ddi.{name}(" not in text]
+    assert not [name for name in ddi.FUNCTIONS if not re.search(rf"ddi\.{name}[,(]", text)]
 
 
 def test_wrong_statuses_are_not_success() -> None:
@@ -378,21 +299,33 @@ def test_set_up_is_for_its_endpoint_and_for_a_disabled_channel(world: World, nam
     assert call_set_up(world, name, channel) == Status.SUCCESS
     fresh = World()
     fresh.open()
-    assert call_set_up(fresh, name, fresh.server if is_server else fresh.client) == Status.INVALID_PARAMETER_1
+    channel = fresh.server if is_server else fresh.client
+    assert call_set_up(fresh, name, channel) == Status.INVALID_PARAMETER_1
+    channel.close(lambda: None)  # closed is not disabled
+    assert call_set_up(fresh, name, channel) == Status.INVALID_PARAMETER_1
 
 
-def test_wrong_parameters_of_set_up_have_the_documented_status(world: World) -> None:
-    server, client = world.server, world.client
-    assert ddi.VmbChannelInitSetFlags(server, 0x1) == Status.SUCCESS
-    assert ddi.VmbChannelInitSetFlags(server, 0x2) == Status.INVALID_PARAMETER_2
-    assert ddi.VmbChannelInitSetMaximumPacketSize(server, 0) == Status.INVALID_PARAMETER_2
-    assert ddi.VmbChannelInitSetMaximumExternalData(client, 0, 1) == Status.INVALID_PARAMETER_2
-    assert ddi.VmbChannelInitSetMaximumExternalData(client, 1, 0) == Status.INVALID_PARAMETER_3
-    assert ddi.VmbServerChannelInitSetFlags(server, 0x20) == Status.INVALID_PARAMETER_2
-    assert ddi.VmbServerChannelInitSetMmioMegabytes(server, 0, 0) == Status.INVALID_PARAMETER
-    assert ddi.VmbServerChannelInitSetTargetVtl(server, 1) == Status.INVALID_PARAMETER_2
-    assert ddi.VmbClientChannelInitSetRingBufferPageCount(client, 0, 4) == Status.INVALID_PARAMETER
-    assert ddi.VmbServerChannelInitSetVmbusHandle(server, object()) == Status.INVALID_PARAMETER_2
+@pytest.mark.parametrize(
+    ("call", "arguments", "status"),
+    [
+        (ddi.VmbChannelInitSetFlags, (0x2,), Status.INVALID_PARAMETER_2),
+        (ddi.VmbChannelInitSetMaximumPacketSize, (0,), Status.INVALID_PARAMETER_2),
+        (ddi.VmbChannelInitSetMaximumExternalData, (0, 1), Status.INVALID_PARAMETER_2),
+        (ddi.VmbChannelInitSetMaximumExternalData, (1, 0), Status.INVALID_PARAMETER_3),
+        (ddi.VmbChannelInitSetClientContextSize, (-1,), Status.INVALID_PARAMETER_2),
+        (ddi.VmbChannelSetTransactionQuota, (0,), Status.INVALID_PARAMETER_2),
+        (ddi.VmbServerChannelInitSetFlags, (0x20,), Status.INVALID_PARAMETER_2),
+        (ddi.VmbServerChannelInitSetMmioMegabytes, (0, 0), Status.INVALID_PARAMETER),
+        (ddi.VmbServerChannelInitSetMmioMegabytes, (0x10000,), Status.INVALID_PARAMETER),
+        (ddi.VmbServerChannelInitSetTargetVtl, (1,), Status.INVALID_PARAMETER_2),
+        (ddi.VmbServerChannelInitSetVmbusHandle, (object(),), Status.INVALID_PARAMETER_2),
+        (ddi.VmbClientChannelInitSetRingBufferPageCount, (0, 1), Status.INVALID_PARAMETER),
+        (ddi.VmbClientChannelInitSetRingBufferPageCount, (1, 0), Status.INVALID_PARAMETER),
+    ],
+)
+def test_wrong_parameters_of_set_up_have_the_documented_status(world: World, call, arguments, status) -> None:
+    channel = world.client if "VmbClient" in call.__name__ else world.server
+    assert call(channel, *arguments) == status
 
 
 @pytest.mark.parametrize("field", ["Version", "Size"])
@@ -405,15 +338,14 @@ def test_state_callbacks_of_another_version_or_size(world: World, field: str, ch
     assert ddi.VmbChannelInitSetStateChangeCallbacks(world.server, uninitialized) == Status.INVALID_PARAMETER_2
 
 
-def test_what_was_set_up_is_what_is_offered() -> None:
-    world = World()
+def test_what_was_set_up_is_what_is_offered(world: World) -> None:
     server = world.server
-    assert (
-        ddi.VmbServerChannelInitSetFlags(server, ddi.VMBUS_SERVER_CHANNEL_INIT_FLAG_FORCE_NEW_CHANNEL) == Status.SUCCESS
-    )
+    assert ddi.VmbServerChannelInitSetFlags(server, 0x1F) == Status.SUCCESS
+    assert server.force_new_channel and server.loopback_offer and server.offer_flags
+    assert ddi.VmbServerChannelInitSetFlags(server, 0) == Status.SUCCESS
+    assert not (server.force_new_channel or server.loopback_offer or server.offer_flags)
     assert ddi.VmbServerChannelInitSetMmioMegabytes(server, 8, 16) == Status.SUCCESS
-    assert ddi.VmbServerChannelInitSetTargetVtl(server, 0) == Status.SUCCESS
-    assert (server.force_new_channel, server.mmio_megabytes, server.mmio_megabytes_optional) == (True, 8, 16)
+    assert (server.mmio_megabytes, server.mmio_megabytes_optional) == (8, 16)
     assert (server.name, server.interface_type, server.interface_instance) == ("server", TYPE, INSTANCE)
     assert ddi.VmbClientChannelInitSetRingBufferPageCount(world.client, 3, 5) == Status.SUCCESS
     assert (world.client.ring_pages_in, world.client.ring_pages_out) == (3, 5)
@@ -497,11 +429,6 @@ def test_start_and_pause_are_refused_where_the_contract_forbids_them(world: Worl
     assert ddi.VmbChannelCleanup(world.server) == Status.INVALID_DEVICE_STATE
 
 
-def test_pause_on_a_disabled_channel_means_come_up_paused(world: World) -> None:
-    assert ddi.VmbChannelPause(world.client) == Status.SUCCESS
-    assert world.client.state is ChannelState.DISABLED
-
-
 def test_pause_waits_for_what_is_held_and_gives_up_in_time(world: World) -> None:
     world.open()
     world.request()
@@ -513,32 +440,14 @@ def test_pause_waits_for_what_is_held_and_gives_up_in_time(world: World) -> None
     assert ddi.VmbChannelPause(world.server) == Status.SUCCESS
 
 
-def test_a_channel_is_given_up(world: World) -> None:
-    world.open()
-    world.server.close(lambda: None)
-    assert ddi.VmbChannelDisable(world.server) == Status.SUCCESS
-    assert ddi.VmbChannelDisable(world.client) == Status.SUCCESS
-    for channel in (world.server, world.client):
-        assert ddi.VmbChannelCleanup(channel) == Status.SUCCESS
-        assert ddi.VmbChannelEnable(channel) == Status.INVALID_DEVICE_STATE
-
-
-def test_pnp_failure_reaches_the_client(world: World) -> None:
-    seen = []
-    assert (
-        ddi.VmbClientChannelInitSetTargetPnp(world.client, TYPE, None, lambda *what: seen.append(what))
-        == Status.SUCCESS
-    )
-    world.client.connection_failed(Status.DEVICE_REMOVED)
-    assert seen == [(world.client, Status.DEVICE_REMOVED)]
-
-
 def test_interrupt_latency_is_for_an_open_client(world: World) -> None:
     assert ddi.VmbChannelSetInterruptLatency(world.client, 10) == (Status.INVALID_DEVICE_STATE, 0)
     world.open()
     assert ddi.VmbChannelSetInterruptLatency(world.client, 10) == (Status.SUCCESS, 0)
     assert ddi.VmbChannelSetInterruptLatency(world.client, 20) == (Status.SUCCESS, 10)
-    assert ddi.VmbChannelSetInterruptLatency(world.server, 20) == (Status.INVALID_PARAMETER_1, 0)
+    assert ddi.VmbChannelSetInterruptLatency(world.client, -1) == (Status.INVALID_PARAMETER_2, 0)
+    world.client.close(lambda: None)
+    assert ddi.VmbChannelSetInterruptLatency(world.client, 20) == (Status.INVALID_DEVICE_STATE, 0)
 
 
 def test_there_is_no_mmio_space_and_an_open_client_is_told_so(world: World) -> None:
@@ -546,37 +455,11 @@ def test_there_is_no_mmio_space_and_an_open_client_is_told_so(world: World) -> N
     assert ddi.VmbChannelGetMmioSpace(world.client) == (Status.INVALID_DEVICE_STATE, 0, 0)
     world.open()
     assert ddi.VmbChannelGetMmioSpace(world.client) == (Status.INSUFFICIENT_RESOURCES, 0, 0)
-    assert ddi.VmbChannelGetMmioSpace(world.server) == (Status.INVALID_PARAMETER_1, 0, 0)
     world.client.close(lambda: None)
     assert ddi.VmbChannelGetMmioSpace(world.client) == (Status.INVALID_DEVICE_STATE, 0, 0)
 
 
 # ---- sending ---------------------------------------------------------------------------------------------------------
-
-
-def test_a_transaction_goes_there_and_back(world: World) -> None:
-    world.open()
-    assert world.send(3) == Status.SUCCESS
-    world.run()
-    world.answer()
-    world.run()
-    assert world.answers == [answered(number) for number in range(3)]
-
-
-def test_without_wait_for_completion_a_packet_is_complete_in_the_ring(world: World) -> None:
-    world.open()
-    assert world.send(1, flags=0) == Status.SUCCESS
-    assert world.answers == [(0, Status.SUCCESS, b"")]
-
-
-def test_a_full_ring_queues_in_order(world: World) -> None:
-    world.open()
-    assert world.send(400) == Status.SUCCESS
-    assert world.server.packets_queued > 0
-    while len(world.answers) < 400:
-        world.run()
-        world.answer()
-    assert world.answers == [answered(number) for number in range(400)]
 
 
 def test_statuses_of_send(world: World) -> None:
@@ -586,7 +469,12 @@ def test_statuses_of_send(world: World) -> None:
     packet = ddi.VmbPacketAllocate(world.server)
     assert ddi.VmbPacketSend(packet, bytes(65), None, WAIT) == Status.INVALID_PARAMETER
     assert ddi.VmbPacketSend(packet, b"x", None, 0x8) == Status.INVALID_PARAMETER
-    assert ddi.VmbPacketSend(packet, b"x", [(world.spare, 8)], WAIT) == Status.INVALID_DEVICE_REQUEST
+    # External data needs WAIT_FOR_COMPLETION, however it is described.
+    mdl, own = [(world.spare, 8)], ddi.VmbPacketAllocate(world.client)
+    assert ddi.VmbPacketSend(own, b"x", mdl, 0) == Status.INVALID_PARAMETER
+    assert ddi.VmbPacketSendWithExternalMdl(own, b"x", mdl, 0, 0, 0) == Status.INVALID_PARAMETER
+    assert ddi.VmbPacketSendWithExternalPfns(own, b"x", [world.spare >> 12], 1, 0) == Status.INVALID_PARAMETER
+    assert ddi.VmbPacketSend(packet, b"x", mdl, WAIT) == Status.INVALID_DEVICE_REQUEST
     paged = WAIT | ddi.VMBUS_CHANNEL_FORMAT_FLAG_PAGED_BUFFER
     assert ddi.VmbPacketSend(packet, memoryview(bytearray(b"x")), None, paged) == Status.SUCCESS
     assert ddi.VmbPacketSend(packet, b"x", None, WAIT) == Status.INVALID_DEVICE_REQUEST
@@ -595,34 +483,6 @@ def test_statuses_of_send(world: World) -> None:
     world.server.close(lambda: None)
     assert packet.state.value == "freed", "the default completion routine frees"
     assert ddi.VmbPacketSend(packet, b"x", None, WAIT) == Status.INVALID_DEVICE_REQUEST
-
-
-def test_a_pipe_has_no_transactions_and_no_external_data(world: World) -> None:
-    for channel in (world.server, world.client):
-        assert ddi.VmbChannelInitSetFlags(channel, ddi.VMBUS_CHANNEL_INIT_FLAG_IS_PIPE) == Status.SUCCESS
-    world.open()
-    packet = ddi.VmbPacketAllocate(world.client)
-    assert ddi.VmbPacketSend(packet, b"x", None, WAIT) == Status.INVALID_PARAMETER
-    assert ddi.VmbPacketSend(packet, b"x", [(world.spare, 8)], WAIT) == Status.INVALID_PARAMETER
-    assert ddi.VmbPacketSend(packet, b"12345678", None, 0) == Status.SUCCESS
-    world.run()
-    assert [buffer for _, buffer, _ in world.incoming] == [b"12345678"]
-
-
-def test_external_data_needs_wait_for_completion(world: World) -> None:
-    world.open()
-    packet = ddi.VmbPacketAllocate(world.client)
-    mdl = [(world.spare, 8)]
-    assert ddi.VmbPacketSend(packet, b"x", mdl, 0) == Status.INVALID_PARAMETER
-    assert ddi.VmbPacketSendWithExternalMdl(packet, b"x", mdl, 0, 0, 0) == Status.INVALID_PARAMETER
-    assert ddi.VmbPacketSendWithExternalPfns(packet, b"x", [world.spare >> 12], 1, 0) == Status.INVALID_PARAMETER
-
-
-def test_a_closing_channel_gives_packets_back_as_cancelled(world: World) -> None:
-    world.open()
-    world.send(3)
-    world.server.close(lambda: None)
-    assert world.answers == [(number, Status.CANCELLED, b"") for number in range(3)]
 
 
 def test_caller_owned_packets(world: World) -> None:
@@ -728,53 +588,13 @@ def test_statuses_of_a_synchronous_request() -> None:
     assert send(world.client, b"question", None, WAIT, room) == (Status.SUCCESS, 16)
     assert bytes(room) == b"questionanswered" + bytes(8)
     assert send(world.client, b"question", None, WAIT, memoryview(room)[:16], -15_000_000) == (Status.SUCCESS, 16)
-    assert world.waits[-1] == 1.5, "100 ns units, negative: relative"
+    assert world.waits[-1][0] == 1.5, "100 ns units, negative: relative"
     assert send(world.client, b"question", None, WAIT, bytearray(17)) == (Status.INVALID_PARAMETER, 0)
     assert send(world.client, b"question", None, WAIT, bytearray(8)) == (Status.BUFFER_TOO_SMALL, 16)
     assert send(world.client, b"question", None, WAIT, room, 1) == (Status.INVALID_PARAMETER, 0)
     assert send(world.client, b"question", None, 0x8, room) == (Status.INVALID_PARAMETER, 0)
     world.silent = True
     assert send(world.client, b"question", None, WAIT, room, -1) == (Status.CANCELLED, 0)
-
-
-def test_the_channel_goes_away_under_a_synchronous_request() -> None:
-    world = World()
-    world.open()
-    world.client.waiter = lambda condition, timeout, what: world.client.close(lambda: None)
-    result = ddi.VmbChannelSendSynchronousRequest(world.client, b"question", None, WAIT, bytearray(8))
-    assert result == (Status.DEVICE_REMOVED, 0)
-
-
-def test_a_synchronous_request_inline_in_a_packet_is_refused_and_works_at_passive() -> None:
-    results = []
-
-    def ask(channel, completion, buffer: bytes, length: int, flags: int) -> None:
-        results.append(ddi.VmbChannelSendSynchronousRequest(channel, b"question", None, WAIT, bytearray(16)))
-        ddi.VmbChannelPacketComplete(completion)
-
-    for passive, expected in ((False, (Status.INVALID_DEVICE_REQUEST, 0)), (True, (Status.SUCCESS, 16))):
-        world = Answering()
-        assert ddi.VmbChannelInitSetProcessPacketCallbacks(world.client, ask) == Status.SUCCESS
-        assert ddi.VmbChannelSetIncomingProcessingAtPassive(world.client, passive) == Status.SUCCESS
-        world.open()
-        world.send()
-        world.run()
-        assert results.pop() == expected
-        assert world.answers[0][:2] == (0, Status.SUCCESS)
-
-
-def test_a_server_may_only_try(world: World) -> None:
-    world.open()
-    send = ddi.VmbChannelSendSynchronousRequest
-    for flags, timeout in ((WAIT, 0), (0, None), (0, -1)):
-        assert send(world.server, b"x", None, flags, None, timeout) == (Status.INVALID_PARAMETER, 0)
-    sent = 0
-    while (result := send(world.server, NUMBER.pack(sent), None, 0, None, 0)) == (Status.SUCCESS, 0):
-        sent += 1
-    assert result == (Status.BUFFER_OVERFLOW, 0)
-    assert world.server.packets_queued == 0
-    world.run()
-    assert [NUMBER.unpack_from(buffer)[0] for _, buffer in world.held] == list(range(sent))
 
 
 # ---- receiving -------------------------------------------------------------------------------------------------------
@@ -792,18 +612,6 @@ def test_packets_come_with_their_length_and_batches_end(world: World) -> None:
     contexts[0][:3] = b"abc"
     assert [len(context) for context in contexts] == [24] * 3
     assert bytes(contexts[1]) == bytes(24)
-
-
-def test_completing_twice_raises_and_names_the_packet(world: World) -> None:
-    world.open()
-    outcome = world.request()
-    world.run()
-    completion = world.incoming[0][0]
-    ddi.VmbChannelPacketComplete(completion, bytearray(b"answer!!"))
-    world.run()
-    assert outcome == [(Status.SUCCESS, b"answer!!")]
-    with pytest.raises(ChannelStateError, match="packet 1 of channel server was completed already"):
-        ddi.VmbChannelPacketComplete(completion)
 
 
 def test_a_malformed_packet_stops_the_channel(world: World) -> None:
@@ -831,13 +639,6 @@ def test_a_deferred_packet_comes_again_once(world: World) -> None:
     assert outcome[0][1].rstrip(b"\0") == b"later"
 
 
-def test_a_packet_is_deferred_only_from_its_own_callback(world: World) -> None:
-    world.open()
-    world.request()
-    world.run()
-    assert ddi.VmbChannelPacketDeferToPassive(world.incoming[0][0]) == Status.INVALID_DEVICE_REQUEST
-
-
 def test_processing_at_passive(world: World) -> None:
     assert ddi.VmbChannelSetIncomingProcessingAtPassive(world.server, True) == Status.SUCCESS
     world.open()
@@ -847,22 +648,6 @@ def test_processing_at_passive(world: World) -> None:
     assert len(world.incoming) == 3
     assert world.batches == [1, 1, 1]
     assert ddi.VmbChannelSetIncomingProcessingAtPassive(world.server, False) == Status.SUCCESS
-
-
-def test_a_quota_limits_what_is_outstanding(world: World) -> None:
-    assert ddi.VmbChannelSetTransactionQuota(world.server, 0) == Status.INVALID_PARAMETER_2
-    world.open()
-    assert ddi.VmbChannelSetTransactionQuota(world.server, 2) == Status.SUCCESS
-    for _ in range(5):
-        world.request()
-    world.run()
-    assert len(world.incoming) == 2
-    assert ddi.VmbChannelSetTransactionQuota(world.server, 4) == Status.SUCCESS
-    world.run()
-    assert len(world.incoming) == 2, "raising the quota does not restart a blocked queue"
-    ddi.VmbChannelPacketComplete(world.incoming[0][0])
-    world.run()
-    assert len(world.incoming) == 5
 
 
 def test_statuses_of_external_data(world: World) -> None:
@@ -889,29 +674,6 @@ class GuestBuffer:
     def __init__(self, iova: int, size: int) -> None:
         self.iova = iova
         self.size = size
-
-
-def test_a_gpadl_from_its_creation_to_its_end(world: World) -> None:
-    world.open()
-    read_only = ddi.VMBUS_CHANNEL_GPADL_FLAG_READ_ONLY
-    status, handle = ddi.VmbChannelCreateGpadlFromBuffer(world.client, 0, GuestBuffer(world.spare, PAGE), 100)
-    assert (status, world.gpadls[handle]) == (Status.SUCCESS, ([(world.spare, 100)], False))
-    status, second = ddi.VmbChannelCreateGpadlFromMdl(world.client, read_only, chain(world), 250, 300)
-    expected = [(world.spare + 350, 50), (world.spare + 5000, 200), (world.spare + PAGE * 2, 50)]
-    assert (status, world.gpadls[second]) == (Status.SUCCESS, (expected, True))
-    status, memory = ddi.VmbChannelMapGpadl(world.server, 0, handle)
-    assert status == Status.SUCCESS
-    memory.views[0][:5] = b"hello"
-    assert world.memory[:5] == b"hello"
-    assert ddi.VmbChannelMapGpadl(world.server, 0, handle) == (Status.INVALID_PARAMETER, None)
-    status, memory = ddi.VmbChannelMapGpadl(world.server, read_only, second)
-    assert status == Status.SUCCESS and memory.views[0].readonly
-    assert ddi.VmbChannelDeleteGpadl(world.client, handle) == Status.CANCELLED
-    assert ddi.VmbChannelUnmapGpadl(world.server, handle) == Status.SUCCESS
-    assert ddi.VmbChannelUnmapGpadl(world.server, handle) == Status.INVALID_PARAMETER
-    assert ddi.VmbChannelDeleteGpadl(world.client, handle) == Status.SUCCESS
-    assert ddi.VmbChannelDeleteGpadl(world.client, handle) == Status.INVALID_PARAMETER
-    assert ddi.VmbChannelMapGpadl(world.server, 0, handle) == (Status.INVALID_PARAMETER, None)
 
 
 def test_statuses_of_gpadls(world: World) -> None:
@@ -1014,21 +776,6 @@ def test_gpadls_over_a_bus() -> None:
     assert ddi.VmbChannelDeleteGpadl(client, handle) == Status.SUCCESS
 
 
-def test_gpadls_are_destroyed_inside_closed(world: World) -> None:
-    unmapped = []
-    callbacks = initialized()
-    callbacks.EvtChannelClosed = lambda channel: unmapped.append(ddi.VmbChannelUnmapGpadl(channel, handle))
-    assert ddi.VmbChannelInitSetStateChangeCallbacks(world.server, callbacks) == Status.SUCCESS
-    world.open()
-    status, handle = ddi.VmbChannelCreateGpadlFromBuffer(world.client, 0, GuestBuffer(world.spare, PAGE), PAGE)
-    assert status == Status.SUCCESS
-    assert ddi.VmbChannelMapGpadl(world.server, 0, handle)[0] == Status.SUCCESS
-    world.server.close(lambda: None)
-    assert unmapped == [Status.SUCCESS]
-    assert not world.mapped
-    assert ddi.VmbChannelUnmapGpadl(world.server, handle) == Status.INVALID_DEVICE_STATE
-
-
 # ---- the endpoints ---------------------------------------------------------------------------------------------------
 
 
@@ -1047,6 +794,7 @@ def test_calls_of_the_other_endpoint_are_refused(world: World) -> None:
     assert ddi.VmbChannelCreateGpadlFromMdl(server, 0, [(0, 8)], 0, 8) == (refused, 0)
     assert ddi.VmbChannelDeleteGpadl(server, 1) == refused
     assert ddi.VmbChannelSetInterruptLatency(server, 1) == (refused, 0)
+    assert ddi.VmbChannelGetMmioSpace(server) == (refused, 0, 0)
 
 
 # ---- save and restore ------------------------------------------------------------------------------------------------
@@ -1122,50 +870,13 @@ def test_the_save_callback_is_called_twice_with_a_size_of_zero_first(world: Worl
     assert [decode_lib(chunk.lib).transaction for chunk in libs] == list(range(6, 401))
 
 
-@pytest.fixture(scope="module")
-def sizes() -> tuple[int, int, bytes]:
-    """Bytes of the largest chunk and of all, and all of them."""
-    world = World()
-    fill_small(world)
-    (whole,) = save_with(world.server, 1 << 20)
-    return max(4 + len(chunk) for chunk in split_frames(whole)), len(whole), whole
-
-
-def fill_small(world: World) -> None:
-    world.open()
-    world.send(12)
-    world.server.quiesce()
-
-
-def test_every_buffer_size_from_one_chunk_up_saves_the_same(sizes: tuple[int, int, bytes]) -> None:
-    largest, total, whole = sizes
-    world = World()
-    fill_small(world)
-    for size in range(largest, total + 2):
-        pieces = save_with(world.server, size)
-        assert b"".join(pieces) == whole
-        assert all(split_frames(piece) for piece in pieces), "a piece that is no whole number of chunks"
-        assert (len(pieces) == 1) == (size >= total)
-
-
-@given(data=st.data())
-@settings(max_examples=40, deadline=None)
-def test_any_whole_number_of_chunks_restores(data: st.DataObject) -> None:
-    world = World()
-    fill(world, 300)
-    (whole,) = save_with(world.server, 1 << 20)
-    frames = [len(chunk).to_bytes(4, "little") + chunk for chunk in split_frames(whole)]
-    cuts = sorted(data.draw(st.lists(st.integers(1, len(frames) - 1), max_size=6, unique=True)))
-    bounds = [0, *cuts, len(frames)]
-    pieces = [b"".join(frames[a:b]) for a, b in pairwise(bounds)]
-    assert replace(world, pieces) == Status.SUCCESS
-    play_to_the_end(world, 300)
-
-
 def test_saved_with_small_buffers_and_restored_from_them_exactly_once(world: World) -> None:
     fill(world)
     before = world.server.packets_queued + world.server.packets_sent
-    assert replace(world, save_with(world.server, 128)) == Status.SUCCESS
+    pieces = save_with(world.server, 128)
+    assert replace(world, [b"".join(pieces)[:-1]]) == Status.DATA_ERROR
+    assert replace(world, pieces[::-1]) == Status.DATA_ERROR, "the channel's own chunk comes first"
+    assert replace(world, pieces) == Status.SUCCESS
     assert world.server.packets_queued + world.server.packets_sent == before
     world.send(1)
     play_to_the_end(world, 401)
@@ -1189,31 +900,6 @@ def test_a_buffer_too_small_for_one_chunk_makes_no_progress(world: World) -> Non
     assert ddi.VmbChannelSaveEnd(world.server) == Status.SUCCESS
 
 
-def test_an_abandoned_save_leaves_the_channel_as_it_was(world: World) -> None:
-    fill(world)
-    (whole,) = save_with(world.server, 1 << 20)
-    assert ddi.VmbChannelSaveBegin(world.server) == Status.SUCCESS
-    assert ddi.VmbChannelSaveBegin(world.server) == Status.INVALID_DEVICE_STATE
-    assert ddi.VmbChannelSaveContinue(world.server, bytearray(200))[0] == Status.BUFFER_OVERFLOW
-    assert ddi.VmbChannelSaveEnd(world.server) == Status.SUCCESS
-    assert ddi.VmbChannelSaveContinue(world.server, bytearray(200)) == (Status.INVALID_DEVICE_STATE, 0, 0)
-    assert save_with(world.server, 1 << 20) == [whole]
-    world.server.unquiesce()
-    play_to_the_end(world, 400)
-
-
-def test_only_a_quiet_channel_is_saved(world: World) -> None:
-    assert ddi.VmbChannelSaveContinue(world.server, bytearray(8)) == (Status.INVALID_DEVICE_STATE, 0, 0)
-    world.open()
-    assert ddi.VmbChannelSaveBegin(world.server) == Status.INVALID_DEVICE_STATE
-    world.request()
-    world.run()
-    world.server.quiesce()
-    assert ddi.VmbChannelSaveBegin(world.server) == Status.INVALID_DEVICE_STATE
-    ddi.VmbChannelPacketComplete(world.incoming[0][0])
-    assert ddi.VmbChannelSaveBegin(world.server) == Status.SUCCESS
-
-
 @pytest.mark.parametrize(
     ("results", "expected"),
     [
@@ -1232,15 +918,14 @@ def test_a_failing_save_callback_fails_the_save(results: list[tuple[int, int]], 
     play_to_the_end(world, 400)
 
 
-@pytest.mark.parametrize("number", [0, 1, 7])
-def test_a_failing_restore_callback_fails_the_restore_with_its_status(world: World, number: int) -> None:
+def test_a_failing_restore_callback_fails_the_restore_with_its_status(world: World) -> None:
     fill(world)
     pieces = save_with(world.server, 1 << 20)
     calls = []
 
     def restore(*arguments) -> int:
         calls.append(arguments)
-        return Status.INSUFFICIENT_RESOURCES if len(calls) > number else World.restore(world, *arguments)
+        return Status.INSUFFICIENT_RESOURCES if len(calls) > 7 else World.restore(world, *arguments)
 
     assert replace(world, pieces, restore=restore) == Status.INSUFFICIENT_RESOURCES
     assert world.server.packets_queued == world.server.packets_sent == 0
@@ -1271,26 +956,6 @@ def test_a_packet_is_restored_only_inside_the_callback(world: World) -> None:
     world.open()
     packet = ddi.VmbPacketAllocate(world.server)
     assert ddi.VmbPacketRestore(packet, b"") == Status.INVALID_DEVICE_REQUEST
-
-
-def test_damaged_and_cut_state_is_refused(world: World) -> None:
-    fill(world, 300)
-    (whole,) = save_with(world.server, 1 << 20)
-    assert replace(world, [whole[:-1]]) == Status.DATA_ERROR
-    assert replace(world, [whole[:3]]) == Status.DATA_ERROR
-    flipped = bytearray(whole)
-    flipped[6] ^= 0xFF
-    assert replace(world, [bytes(flipped)]) == Status.DATA_ERROR
-    # Chunks in the wrong order: the channel's own comes first.
-    frames = [len(chunk).to_bytes(4, "little") + chunk for chunk in split_frames(whole)]
-    assert replace(world, [frames[1], frames[0]]) == Status.DATA_ERROR
-    # And after all that the good one is still good.
-    assert replace(world, [whole]) == Status.SUCCESS
-    play_to_the_end(world, 300)
-
-
-def test_state_is_restored_into_an_enabled_channel_only(world: World) -> None:
-    assert ddi.VmbChannelRestoreFromBuffer(world.server, b"") == Status.INVALID_DEVICE_STATE
 
 
 # ---- the sample provider ---------------------------------------------------------------------------------------------

@@ -105,26 +105,6 @@ def answered(number: int) -> tuple[int, int, bytes]:
     return (number, Status.SUCCESS, struct.pack("<Q", number) + b"answered")
 
 
-def test_the_callbacks_come_in_the_order_of_the_contract(pair, vsp, guest) -> None:
-    pair.open()
-    pair.run()
-    pair.server.begin_pause()
-    pair.server.start()
-    pair.server.close(lambda: vsp.events.append("done"))
-    assert vsp.events == [
-        "opened",
-        "started",
-        "post_started",
-        "suspend",
-        "started",
-        "post_started",
-        "suspend",
-        "closed",
-        "done",
-    ]
-    assert pair.server.state is ChannelState.CLOSED
-
-
 def test_a_transaction_goes_there_and_back(pair, vsp, guest) -> None:
     pair.open()
     vsp.send()
@@ -287,18 +267,6 @@ def test_completing_twice_is_the_owners_error(pair, vsp, guest) -> None:
         vsp.incoming[0][0].complete()
 
 
-def test_a_quota_holds_packets_back_until_some_are_completed(pair, vsp, guest) -> None:
-    pair.server.set_transaction_quota(3)
-    pair.open()
-    for _ in range(10):
-        pair.client.allocate_packet().send(b"request!")
-    pair.run()
-    assert len(vsp.incoming) == 3
-    vsp.incoming[0][0].complete()
-    pair.run()
-    assert len(vsp.incoming) == 4
-
-
 def test_external_data_is_written_in_place(pair, vsp, guest) -> None:
     pair.open()
     # Any part of the pair's memory will do; the last page of the downstream ring is unused here.
@@ -312,17 +280,6 @@ def test_external_data_is_written_in_place(pair, vsp, guest) -> None:
     grant.views[1][:] = b"answered"
     completion.complete()
     assert pair.ram[-32:-24] == b"answered"
-
-
-def test_external_data_out_of_reach_is_an_error_of_that_packet_alone(pair, vsp, guest) -> None:
-    pair.open()
-    pair.client.allocate_packet().send(b"x", external=[(0x9999000, 16)])
-    pair.client.allocate_packet().send(b"y")
-    pair.run()
-    with pytest.raises(KmclError) as caught:
-        vsp.incoming[0][0].external_data()
-    assert caught.value.status is Status.DATA_ERROR
-    assert len(vsp.incoming) == 2
 
 
 @pytest.mark.parametrize("what", ["completion for nothing", "completion twice"])
@@ -353,24 +310,6 @@ def test_a_raising_owner_fails_its_channel_only(pair, guest) -> None:
     assert "boom" in pair.server_link.failures[0]
 
 
-def test_set_up_is_only_possible_while_disabled(pair, vsp, guest) -> None:
-    pair.open()
-    with pytest.raises(ChannelStateError) as caught:
-        pair.server.set_maximum_packet_size(10)
-    assert caught.value.status is Status.INVALID_PARAMETER_1
-    with pytest.raises(ChannelStateError, match="possible: "):
-        pair.server.enable()
-
-
-def test_sizes_are_checked_before_anything_is_sent(pair, vsp, guest) -> None:
-    pair.server.set_maximum_packet_size(100)
-    pair.open()
-    with pytest.raises(KmclError, match="maximum is 100"):
-        vsp.send(bytes(101))
-    with pytest.raises(KmclError, match="can never fit"):
-        pair.client.allocate_packet().send(bytes(5000))
-
-
 # ---- save and restore ------------------------------------------------------------------------------------------------
 
 
@@ -383,17 +322,6 @@ def fill(pair: Pair, vsp: Recorder, guest: Guest, count: int = 400) -> None:
     guest.complete(5)
     pair.turn("server")
     pair.server.quiesce()
-
-
-def test_the_size_protocol_is_two_calls_per_packet(pair, vsp, guest) -> None:
-    fill(pair, vsp, guest)
-    in_use = pair.server.packets_sent + pair.server.packets_queued
-    assert pair.server.packets_queued > 0
-    vsp.calls.clear()
-    pair.server.save()
-    assert len(vsp.calls) == 2 * in_use
-    assert vsp.calls[::2] == [(number, 0) for number in range(5, 5 + in_use)]
-    assert vsp.calls[1::2] == [(number, 8) for number in range(5, 5 + in_use)]
 
 
 def restored(pair: Pair, vsp: Recorder, chunks: list[bytes]) -> Recorder:
@@ -567,30 +495,6 @@ def test_a_restore_callback_must_restore_one_packet(pair, vsp, guest, break_it: 
     with pytest.raises((KmclError, StateError), match="restored"):
         pair.replace_server(make, chunks)
     assert pair.server.packets_sent == pair.server.packets_queued == 0
-
-
-def test_restore_packet_outside_of_the_callback_is_refused(pair, vsp, guest) -> None:
-    pair.open()
-    with pytest.raises(ChannelStateError, match="outside of its restore callback"):
-        pair.server.restore_packet(pair.server.allocate_packet(), b"")
-
-
-def test_a_failing_save_callback_fails_the_save_and_nothing_else(pair, guest) -> None:
-    vsp = Recorder(pair.server)
-    pair.server.set_save_restore_packet_callbacks(lambda *_: 1 / 0, vsp.restore)
-    fill(pair, vsp, guest)
-    with pytest.raises(KmclError, match="ZeroDivisionError"):
-        pair.server.save()
-    pair.server.unquiesce()
-    while len(vsp.answers) < 400:
-        pair.run()
-        guest.complete()
-
-
-def test_an_active_channel_cannot_be_saved(pair, vsp, guest) -> None:
-    pair.open()
-    with pytest.raises(ChannelStateError, match="cannot be saved"):
-        pair.server.save()
 
 
 def test_the_librarys_state_is_opaque_but_checked(pair, vsp, guest) -> None:

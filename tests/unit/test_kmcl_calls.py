@@ -7,7 +7,6 @@ import random
 from collections.abc import Callable
 from functools import partial
 from typing import Any
-from uuid import UUID
 
 import pytest
 
@@ -18,7 +17,6 @@ from vmbus.kmcl import (
     Channel,
     ChannelState,
     ChannelStateError,
-    ClientChannel,
     Completion,
     KmclError,
     Packet,
@@ -32,8 +30,6 @@ from vmbus.kmcl.server import ServerChannel
 from vmbus.wire.gpa import GpaRange
 
 pytestmark = pytest.mark.unit
-
-OPEN = (ChannelState.OPENED, ChannelState.ACTIVE)
 
 
 @pytest.fixture
@@ -50,83 +46,6 @@ def status_of(call: Callable[[], object]) -> Status:
 
 # ---- set-up ----------------------------------------------------------------------------------------------------------
 
-SET_UP: dict[str, Callable[[Any], object]] = {
-    "set_flags": lambda channel: channel.set_flags(0),
-    "set_friendly_name": lambda channel: channel.set_friendly_name("x"),
-    "set_maximum_packet_size": lambda channel: channel.set_maximum_packet_size(1),
-    "set_maximum_external_data": lambda channel: channel.set_maximum_external_data(1, 1),
-    "set_client_context_size": lambda channel: channel.set_client_context_size(0),
-    "set_process_packet_callbacks": lambda channel: channel.set_process_packet_callbacks(print),
-    "set_state_change_callbacks": lambda channel: channel.set_state_change_callbacks(),
-    "set_server_flags": lambda channel: channel.set_server_flags(0),
-    "set_mmio_megabytes": lambda channel: channel.set_mmio_megabytes(1),
-    "set_target_interface_id": lambda channel: channel.set_target_interface_id(TYPE, INSTANCE),
-    "set_target_vtl": lambda channel: channel.set_target_vtl(0),
-    "set_save_restore_packet_callbacks": lambda channel: channel.set_save_restore_packet_callbacks(print, print),
-    "server bind": lambda channel: channel.bind(print, print),
-    "set_target_pnp": lambda channel: channel.set_target_pnp(TYPE),
-    "set_ring_buffer_page_count": lambda channel: channel.set_ring_buffer_page_count(1, 1),
-    "client bind": lambda channel: channel.bind(print),
-}
-SERVER_ONLY = {name for name in SET_UP if "server" in name or "mmio" in name or "target_i" in name} | {
-    "set_target_vtl",
-    "set_save_restore_packet_callbacks",
-}
-CLIENT_ONLY = {"set_target_pnp", "set_ring_buffer_page_count", "client bind"}
-
-
-@pytest.mark.parametrize("name", SET_UP)
-def test_set_up_calls_are_for_disabled_channels(bench: Bench, name: str) -> None:
-    channels = [bench.server] * (name not in CLIENT_ONLY) + [bench.client] * (name not in SERVER_ONLY)
-    for channel in channels:
-        SET_UP[name](channel)
-    bench.open()
-    for change in (lambda: None, bench.close):  # closed is not disabled
-        change()
-        for channel in channels:
-            assert status_of(partial(SET_UP[name], channel)) is Status.INVALID_PARAMETER_1
-
-
-@pytest.mark.parametrize(
-    ("end", "call", "status"),
-    [
-        ("server", lambda c: c.set_flags(2), Status.INVALID_PARAMETER_2),
-        ("server", lambda c: c.set_maximum_packet_size(0), Status.INVALID_PARAMETER_2),
-        ("server", lambda c: c.set_maximum_external_data(0, 1), Status.INVALID_PARAMETER_2),
-        ("server", lambda c: c.set_maximum_external_data(1, 0), Status.INVALID_PARAMETER_3),
-        ("server", lambda c: c.set_client_context_size(-1), Status.INVALID_PARAMETER_2),
-        ("server", lambda c: c.set_transaction_quota(0), Status.INVALID_PARAMETER_2),
-        ("server", lambda c: c.set_server_flags(0x20), Status.INVALID_PARAMETER_2),
-        ("server", lambda c: c.set_mmio_megabytes(0, 0), Status.INVALID_PARAMETER),
-        ("server", lambda c: c.set_mmio_megabytes(0x10000), Status.INVALID_PARAMETER),
-        ("server", lambda c: c.set_target_vtl(1), Status.INVALID_PARAMETER_2),
-        ("client", lambda c: c.set_ring_buffer_page_count(0, 1), Status.INVALID_PARAMETER),
-        ("client", lambda c: c.set_ring_buffer_page_count(1, 0), Status.INVALID_PARAMETER),
-    ],
-)
-def test_bad_parameters_are_named_by_their_status(bench: Bench, end: str, call: Any, status: Status) -> None:
-    assert status_of(lambda: call(getattr(bench, end))) is status
-
-
-def test_server_flags_and_mmio_space_reach_the_offer(bench: Bench) -> None:
-    bench.server.set_server_flags(0x1F)
-    bench.server.set_mmio_megabytes(3, 4)
-    assert bench.server.force_new_channel and bench.server.loopback_offer and bench.server.offer_flags
-    assert (bench.server.mmio_megabytes, bench.server.mmio_megabytes_optional) == (3, 4)
-    bench.server.set_server_flags(0)
-    assert not (bench.server.force_new_channel or bench.server.loopback_offer or bench.server.offer_flags)
-
-
-def test_channels_without_ids_or_a_bus_cannot_be_enabled() -> None:
-    server, client = ServerChannel(), ClientChannel()
-    assert status_of(server.enable) is status_of(client.enable) is Status.INVALID_DEVICE_STATE
-    server.set_target_interface_id(TYPE, INSTANCE)
-    client.set_target_pnp(TYPE)
-    with pytest.raises(ChannelStateError, match="bound to no bus"):
-        server.enable()
-    client.enable()
-    assert client.interface_instance is None
-
 
 def test_an_enable_that_its_bus_refuses_changes_nothing(bench: Bench) -> None:
     for channel in (bench.server, bench.client):
@@ -138,25 +57,6 @@ def test_an_enable_that_its_bus_refuses_changes_nothing(bench: Bench) -> None:
     bench.client.bind(lambda _: None)
     bench.open()
     assert bench.server.active and bench.client.active
-
-
-def test_names_pointers_and_contexts(bench: Bench) -> None:
-    bench.server.set_friendly_name("a friend")
-    bench.server.pointer = mine = object()
-    bench.server.set_client_context_size(24)
-    bench.open()
-    bench.send()
-    bench.send()
-    bench.run()
-    first, second = (completion.context for completion, _ in bench.taken["server"])
-    assert first == bytearray(24) and first is not second
-    assert bench.server.pointer is mine
-    with pytest.raises(ChannelStateError, match="a friend"):
-        bench.server.enable()
-    bench.send("server")
-    bench.run()
-    assert bench.taken["client"][0][0].context is None
-    assert bench.server.interface_instance == INSTANCE
 
 
 # ---- life ------------------------------------------------------------------------------------------------------------
@@ -307,29 +207,6 @@ def test_an_opened_callback_that_fails_is_rolled_back(bench: Bench) -> None:
     bench.open()
     bench.run()
     assert [payload for _, payload in bench.taken["client"]] == [b"hello..."]
-
-
-def test_a_connection_that_failed_is_told(bench: Bench) -> None:
-    told: list[tuple[Channel, int]] = []
-    bench.client.set_target_pnp(TYPE, INSTANCE, lambda *what: told.append(what))
-    bench.client.enable()
-    bench.client.connection_failed(Status.INSUFFICIENT_RESOURCES)
-    assert told == [(bench.client, Status.INSUFFICIENT_RESOURCES)]
-
-
-def test_interrupt_latency(bench: Bench) -> None:
-    assert status_of(lambda: bench.client.set_interrupt_latency(5)) is Status.INVALID_DEVICE_STATE
-    bench.open()
-    assert [bench.client.set_interrupt_latency(value) for value in (5, 6)] == [0, 5]
-    assert status_of(lambda: bench.client.set_interrupt_latency(-1)) is Status.INVALID_PARAMETER_2
-    bench.close()
-    assert status_of(lambda: bench.client.set_interrupt_latency(5)) is Status.INVALID_DEVICE_STATE
-
-
-def test_a_channel_comes_without_mmio_space(bench: Bench) -> None:
-    assert status_of(bench.client.get_mmio_space) is Status.INVALID_DEVICE_STATE
-    bench.open()
-    assert status_of(bench.client.get_mmio_space) is Status.INSUFFICIENT_RESOURCES
 
 
 def test_a_raising_end_of_a_batch_fails_its_channel_only(bench: Bench) -> None:
@@ -690,18 +567,6 @@ def test_synchronous_requests_are_fine_in_post_started(bench: Bench) -> None:
 # ---- packets ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_caller_owned_packet_needs_a_routine(bench: Bench) -> None:
-    bench.open()
-    packet = Packet(bench.client, owned_by_caller=True)
-    assert status_of(lambda: packet.send(b"")) is Status.INVALID_DEVICE_REQUEST
-    done: list[int] = []
-    packet.completion_routine = lambda *_: done.append(1)
-    for _ in range(2):
-        packet.send(b"", wait_for_completion=False)
-    assert done == [1, 1] and packet.state is PacketState.IDLE
-    packet.free()
-
-
 def test_the_default_routine_frees_the_packet(bench: Bench) -> None:
     bench.open()
     packet = bench.client.allocate_packet()
@@ -891,18 +756,6 @@ def test_gpadls_are_made_mapped_and_taken_back(bench: Bench) -> None:
     assert status_of(lambda: bench.client.create_gpadl([])) is Status.INSUFFICIENT_RESOURCES
 
 
-def test_gpadl_calls_need_an_open_channel(bench: Bench) -> None:
-    calls: list[Callable[[], object]] = [
-        lambda: bench.client.create_gpadl([(BASE, 8)]),
-        lambda: bench.client.delete_gpadl(1),
-        lambda: bench.server.map_gpadl(1),
-        lambda: bench.server.unmap_gpadl(1),
-    ]
-    assert {status_of(call) for call in calls} == {Status.INVALID_DEVICE_STATE}
-    bench.open().close()
-    assert {status_of(call) for call in calls} == {Status.INVALID_DEVICE_STATE}
-
-
 @pytest.mark.parametrize("force", [False, True])
 def test_gpadls_can_be_given_back_in_the_closed_callback(bench: Bench, force: bool) -> None:
     def closed(channel: Channel) -> None:
@@ -1075,14 +928,6 @@ def test_every_buffer_size_gives_the_same_bytes(bench: Bench, vsp: Vsp) -> None:
     vsp.finish(COUNT)
 
 
-def test_too_small_a_buffer_says_what_it_needs_and_moves_nothing(bench: Bench, vsp: Vsp) -> None:
-    bench.server.save_begin()
-    first = bench.server.save_continue(0)
-    assert first == bench.server.save_continue(first.required - 1) == SaveStep(b"", True, first.required)
-    step = bench.server.save_continue(first.required)
-    assert len(step.data) == first.required and step.more and step.required > 0
-
-
 def test_an_abandoned_save_leaves_the_channel_as_it_was(bench: Bench, vsp: Vsp) -> None:
     before = bench.server.packets_in_use, bench.server.flow.next_transaction, bytes(bench.ram)
     for steps in range(4):
@@ -1220,21 +1065,3 @@ def test_the_status_of_a_failing_callback_is_kept(bench: Bench, vsp: Vsp, where:
         fresh._restore_packet = boom
         assert status_of(lambda: fresh.restore(chunks)) is Status.DATA_ERROR
         assert fresh.packets_in_use == []
-
-
-def test_a_stranger_cannot_be_restored_into(bench: Bench, vsp: Vsp) -> None:
-    chunks = bench.server.save()
-    fresh = replace(bench, vsp)
-    other = ServerChannel(TYPE, UUID(int=9), name="other").allocate_packet()
-    used = fresh.allocate_packet()
-    statuses: list[Status] = []
-
-    def restore(channel: ServerChannel, lib: bytes, _: bytes) -> None:
-        used.send(b"")
-        for packet in (other, used):
-            statuses.append(status_of(lambda one=packet: channel.restore_packet(one, lib)))
-
-    fresh._restore_packet = restore
-    with pytest.raises(KmclError, match=r"restored packets \[\]"):
-        fresh.restore(chunks)
-    assert statuses == [Status.INVALID_PARAMETER_1] * 2
