@@ -116,11 +116,8 @@ class Permuted:
         return self.function.allocate(size)
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_rings_of_permuted_pages(server: LoopbackServer, seed: int) -> None:
-    order = list(range(6))
-    random.Random(seed).shuffle(order)
-    with VmbusDriver(Permuted(server.function(), 6 * PAGE, order)) as driver:
+def test_rings_of_permuted_pages(server: LoopbackServer) -> None:
+    with VmbusDriver(Permuted(server.function(), 6 * PAGE, [4, 0, 5, 2, 1, 3])) as driver:
         echo = Echo(driver, window=20, ring_pages_in=2, ring_pages_out=2)
         echo.start(800)
         wait(driver, echo)

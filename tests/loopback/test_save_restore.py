@@ -3,13 +3,11 @@
 import random
 from collections.abc import Callable, Iterator
 
-import msgspec
 import pytest
 
 from support.traffic import PAGE, Traffic
 from vmbus.device import saved
 from vmbus.errors import StateError, UsageError
-from vmbus.kmcl.saved import PacketChunk, decode_chunk, decode_lib, encode
 from vmbus.memory.guest import DirtyLogBroken
 from vmbus.testkit.loopback.function import LoopbackFunction
 from vmbus.testkit.loopback.harness import LoopbackServer, describe
@@ -84,26 +82,6 @@ def test_many_generations_in_mid_traffic(vm: Vm) -> None:
     assert vm.driver.rescinded == [] and vm.driver.failures == []
 
 
-def test_save_and_restore_without_traffic_in_between(vm: Vm) -> None:
-    traffic = Traffic(vm.driver, ring_pages_in=1, ring_pages_out=1)
-    traffic.start(300, 300)
-    traffic.driver.step(0.01)
-    for _ in range(5):
-        vm.next_generation()
-    traffic.finish()
-
-
-def test_a_checkpoint_does_not_disturb_the_source(vm: Vm) -> None:
-    choose = random.Random(1)
-    traffic = Traffic(vm.driver, ring_pages_in=1, ring_pages_out=1)
-    traffic.start(1000, 1000)
-    for _ in range(10):
-        traffic.some(choose)
-        vm.server.save()
-        vm.server.command("resume")
-    traffic.finish()
-
-
 def test_a_restored_device_takes_new_channels_and_new_drivers(vm: Vm) -> None:
     traffic = Traffic(vm.driver)
     traffic.start(100, 100)
@@ -126,34 +104,6 @@ def busy(vm: Vm) -> Traffic:
     vm.driver.run_until(lambda: len(traffic.burst.held) > 50, 10, "packets of the host")
     traffic.burst.hold = 20
     return traffic
-
-
-@pytest.mark.parametrize("queued", [True, False])
-def test_a_packet_removed_from_the_state_is_noticed(vm: Vm, queued: bool) -> None:
-    traffic = busy(vm)
-    state, config = vm.save()
-    chunks = list(state.channels[1].chunks)
-    index = next(
-        number
-        for number, data in enumerate(chunks)
-        if isinstance(chunk := decode_chunk(data), PacketChunk) and decode_lib(chunk.lib).queued == queued
-    )
-    cut = msgspec.structs.replace(state.channels[1], chunks=chunks[:index] + chunks[index + 1 :])
-    with pytest.raises(StateError, match="cut"):
-        vm.restore(msgspec.structs.replace(state, channels=[state.channels[0], cut]), config)
-    # Somebody who also mends the count gets past that, and not past the checks of the run itself.
-    head = decode_chunk(chunks[0])
-    del chunks[index]
-    chunks[0] = encode(msgspec.structs.replace(head, entries=head.entries - 1))
-    cut = msgspec.structs.replace(state.channels[1], chunks=chunks)
-    vm.restore(msgspec.structs.replace(state, channels=[state.channels[0], cut]), config)
-    with pytest.raises((Exception, AssertionError)) as caught:
-        traffic.finish(timeout=1.0)
-    if queued:
-        assert traffic.burst.tally.lost == 1
-    else:
-        # The guest completed a packet that the host had forgotten: the channel was failed.
-        assert vm.driver.rescinded, caught.value
 
 
 @pytest.mark.parametrize("byte", [None, pci.COMMAND, pci.MSI_ADDRESS_LOW, pci.MSI_DATA, pci.BAR0 + 2])

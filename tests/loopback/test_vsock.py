@@ -254,13 +254,12 @@ def test_nobody_listens_in_the_guest(bench: Bench) -> None:
     bench.nothing_is_left()
 
 
-@pytest.mark.parametrize(
-    "line", [b"\n", b"connect 1\n", b"CONNECT\n", b"CONNECT 4294967296\n", b"CONNECT -1\n", b"C" * 40, b"CONNECT 1 2\n"]
-)
-def test_a_line_that_is_none(bench: Bench, line: bytes) -> None:
-    host = bench.call(line)
-    bench.sockets.run_until(lambda: not take(host, bytearray()), "the end")
-    assert bench.status["turned_away"] == 1 and bench.sockets.seen == 0
+def test_a_line_that_is_none(bench: Bench) -> None:
+    lines = (b"\n", b"connect 1\n", b"CONNECT 4294967296\n", b"C" * 40)
+    for line in lines:
+        host = bench.call(line)
+        bench.sockets.run_until(lambda host=host: not take(host, bytearray()), "the end")
+    assert bench.status["turned_away"] == len(lines) and bench.sockets.seen == 0
 
 
 def test_what_follows_the_line_at_once_is_the_connections(bench: Bench) -> None:
@@ -284,7 +283,8 @@ def test_a_slow_host(bench: Bench, which: str) -> None:
     before = bench.status
     assert before["kept"] <= HIGH + hvsock.MAX_DATA and guest.channel.packets_queued > 100
     turns = bench.server.on_loop(lambda: bench.server.server._life.hosts["vsock"].channels[0].counters)
-    time.sleep(0.2)  # what may not happen has its time
+    for _ in range(20):  # rounds of the server's loop: what may not happen has its turns
+        bench.driver.function.barrier()
     assert bench.server.on_loop(lambda: bench.server.server._life.hosts["vsock"].channels[0].counters) == turns
     for _ in range(5):  # pauses let little in
         bench.server.command("pause")
@@ -353,30 +353,6 @@ def test_a_host_that_goes_away_and_a_guest_that_says_nothing(bench: Bench, monke
     bench.nothing_is_left()
 
 
-def test_a_guest_that_has_gone_and_does_not_read(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vmbus.providers.vsock.connection.LINGER_SECONDS", 0.2)
-    guest, host = bench.from_guest()
-    guest.reading = False
-    guest.send(b"all")
-    guest.end()
-    got = bytearray()
-    sent = 0
-
-    def step() -> bool:
-        nonlocal sent
-        try:
-            while True:
-                sent += host.send(bytes(10_000))
-        except (BlockingIOError, BrokenPipeError):
-            pass
-        take(host, got)
-        return guest.closed
-
-    bench.sockets.run_until(step, "the RESCIND")
-    assert got == b"all" and bench.status["lingered"] == 1 and sent > RING_PAGES * 4096
-    bench.nothing_is_left()
-
-
 def test_a_guest_that_closes_its_channel_by_itself(bench: Bench) -> None:
     for which in ("guest", "host"):
         guest, host = bench.both(which)
@@ -388,7 +364,7 @@ def test_a_guest_that_closes_its_channel_by_itself(bench: Bench) -> None:
     bench.nothing_is_left()
 
 
-def test_a_thousand_short_connections_leave_nothing_behind(bench: Bench) -> None:
+def test_many_short_connections_leave_nothing_behind(bench: Bench) -> None:
     listener = bench.listen()
     descriptors = len(list(Path("/proc/self/fd").iterdir()))
     offers = []
@@ -399,7 +375,7 @@ def test_a_thousand_short_connections_leave_nothing_behind(bench: Bench) -> None
         one.end()
 
     bench.sockets.listening[PORT + 1] = echo
-    for number in range(600):
+    for number in range(200):
         word = b"%d" % number
         if number % 2:
             guest = bench.sockets.connect(PORT)
@@ -425,7 +401,7 @@ def test_a_thousand_short_connections_leave_nothing_behind(bench: Bench) -> None
     assert max(offers) <= 4
     bench.nothing_is_left()
     assert len(list(Path("/proc/self/fd").iterdir())) <= descriptors + 2
-    assert bench.status["from_guest"] == bench.status["from_host"] == 300
+    assert bench.status["from_guest"] == bench.status["from_host"] == 100
     assert not bench.driver.failures
 
 
@@ -566,32 +542,17 @@ def test_an_audit_an_inspection_and_a_capture_know_them(libvfio_user: Library, t
 # ---- hostile guests --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "payload",
-    [b"", hvsock.HEADER.pack(2, 0), hvsock.HEADER.pack(1, 9) + bytes(8), hvsock.HEADER.pack(1, 1 << 31)],
-)
-def test_a_packet_that_is_none_costs_its_connection(bench: Bench, payload: bytes) -> None:
+def test_a_packet_that_is_none_costs_its_connection(bench: Bench) -> None:
     other = bench.from_host()
     guest, host = bench.from_guest()
     guest.send(b"good")
-    guest.packet(payload)
+    guest.packet(hvsock.HEADER.pack(1, 9) + bytes(8))
     got = bytearray()
     bench.sockets.run_until(lambda: not take(host, got), "the end at the host")
     assert got == b"good"
     bench.sockets.run_until(lambda: guest.closed, "the RESCIND")
     assert bench.status["wrong"] == 1
     both_ways(bench, *other, 1000)
-    bench.nothing_is_left()
-
-
-def test_bytes_behind_a_fin_cost_their_connection(bench: Bench) -> None:
-    for more in (hvsock.FIN, hvsock.pack(b"x")):
-        guest, host = bench.from_guest()
-        guest.end()
-        guest.packet(more)
-        bench.sockets.run_until(lambda guest=guest: guest.closed, "the RESCIND")
-        bench.sockets.run_until(lambda host=host: not take(host, bytearray()), "the end at the host")
-    assert bench.status["wrong"] == 2
     bench.nothing_is_left()
 
 
