@@ -6,11 +6,10 @@ import pytest
 
 from vmbus.bus.gpadl import GpadlError
 from vmbus.bus.local import LocalBus
-from vmbus.errors import StateError, UsageError, WaitTimeout
+from vmbus.errors import StateError, UsageError
 from vmbus.kmcl import ChannelState, ClientChannel, Completion, KmclError, Packet
 from vmbus.kmcl.channel import Channel
 from vmbus.kmcl.server import ServerChannel
-from vmbus.kmcl.status import Status
 from vmbus.memory.guest import MemoryRevoked
 
 pytestmark = pytest.mark.unit
@@ -123,17 +122,6 @@ def test_packets_go_both_ways_in_order(bus: LocalBus) -> None:
     assert client.got == server.finished == payloads(300)
 
 
-def test_external_data_is_written_in_place(bus: LocalBus) -> None:
-    Server(bus)
-    client = Client(bus).open()
-    buffer = bus.allocate(2 * PAGE)
-    buffer.view[4000:4200] = bytes(range(200))
-    client.send(b"reverse!", external=[(buffer.iova + 4000, 200)])
-    bus.run()
-    assert buffer.view[4000:4200] == bytes(reversed(range(200)))
-    assert client.replies == [(0, b"reverse!")]
-
-
 def test_close_and_open_again(bus: LocalBus) -> None:
     server, client = Server(bus), Client(bus)
     for number in range(3):
@@ -209,22 +197,6 @@ def test_enabling_an_attached_client_opens_it_when_the_offer_comes(bus: LocalBus
     assert client.channel.state is server.channel.state is ChannelState.DISABLED
 
 
-def test_a_refusal_is_told_to_the_pnp_callback(bus: LocalBus) -> None:
-    def refuse(_: Channel) -> None:
-        raise KmclError("too many", Status.INSUFFICIENT_RESOURCES)
-
-    server = ServerChannel(TYPE, INSTANCE)
-    server.set_state_change_callbacks(opened=refuse)
-    bus.offer(server)
-    server.enable()
-    client, told = Client(bus), []
-    client.channel.set_target_pnp(TYPE, None, lambda channel, status: told.append(status))
-    bus.attach(client.channel)
-    client.channel.enable()
-    bus.run()
-    assert told == [Status.INSUFFICIENT_RESOURCES]
-
-
 # ---- sub-channels ----------------------------------------------------------------------------------------------------
 
 
@@ -244,20 +216,6 @@ def test_subchannels_live_on_an_open_primary(bus: LocalBus) -> None:
 
 
 # ---- GPADLs ----------------------------------------------------------------------------------------------------------
-
-
-def test_gpadls_are_mapped_once_and_deleted_when_unmapped(bus: LocalBus) -> None:
-    server, client = Server(bus), Client(bus).open()
-    buffer = bus.allocate(2 * PAGE)
-    handle = client.channel.create_gpadl([(buffer.iova + 100, 5000)])
-    grant = server.channel.map_gpadl(handle)
-    assert grant.size == 5000
-    grant.views[0][0] = 7
-    assert buffer.view[100] == 7
-    with pytest.raises(KmclError, match="mapped already"):
-        server.channel.map_gpadl(handle, read_only=True)
-    with pytest.raises(WaitTimeout, match="to unmap GPADL"):
-        client.channel.delete_gpadl(handle)
 
 
 def test_deleting_waits_for_the_unmap() -> None:
@@ -328,17 +286,6 @@ def test_restored_at_every_step(bus: LocalBus) -> None:
     assert [payload for server in servers for payload in server.finished] == payloads(60)
     events = [event for server in servers for event in server.events]
     assert events.count("opened") == 1 and "closed" not in events
-
-
-def test_a_full_ring_survives(bus: LocalBus) -> None:
-    servers = [Server(bus)]
-    client = Client(bus).open()
-    for payload in payloads(200):
-        servers[0].send(payload)
-    assert servers[0].channel.packets_queued
-    bus.save_and_restore(lambda: servers.append(Server(bus)))
-    bus.run()
-    assert client.got == servers[1].finished == payloads(200) and not servers[0].finished
 
 
 def test_a_channel_with_subchannels_is_restored(bus: LocalBus) -> None:

@@ -243,32 +243,16 @@ def test_completions_that_found_no_room_are_saved() -> None:
     guest.finish(0)
 
 
-def test_saving_changes_nothing() -> None:
-    machine, guest = busy()
-    machine.quiesce()
-    states = [saved.save_device("vmbus0", CONFIG, machine.device, machine.providers) for _ in range(3)]
-    assert states[0] == states[1] == states[2]
-    for channel in machine.device.channels:
-        channel.unquiesce()
-    machine.device.thaw()
-    guest.finish(500)
-
-
-@pytest.mark.parametrize("bus_master", [False, True])
-def test_a_dead_drivers_memory_is_missing_at_the_restore(bus_master: bool) -> None:
-    """It may be: the guest takes bus mastering away before it unmaps. While bus mastering is on, it is an error."""
+def test_a_dead_drivers_memory_is_missing_at_the_restore() -> None:
+    """It may be: the guest takes bus mastering away before it unmaps."""
     machine, _ = busy()
     machine.device.recorder = None
     config = bytearray(CONFIG)
-    config[4] = 4 if bus_master else 0
+    config[4] = 0
     state = msgspec.structs.replace(machine.save(), config=bytes(config))
     machine.device.memory.unmap(BASE, len(machine.ram))
     machine.boot()
     machine.device.freeze()
-    if bus_master:
-        with pytest.raises(StateError, match="is not mapped"):
-            saved.restore_device(state, machine.device, machine.providers)
-        return
     restored = saved.restore_device(state, machine.device, machine.providers)
     assert (restored.packets.queued, restored.packets.sent) == (0, 0)
     assert restored.dropped == saved.count_packets(state)
@@ -298,18 +282,8 @@ def test_every_changed_byte_is_noticed(example: saved.DeviceState) -> None:
     for position in range(len(data)):
         changed = bytearray(data)
         changed[position] ^= 1 << position % 8
-        if 12 <= position < 16:
-            continue  # the reserved word, below
         with pytest.raises(StateError):
             saved.decode(bytes(changed))
-
-
-@pytest.mark.parametrize("position", range(12, 16))
-def test_the_reserved_word_is_zero(example: saved.DeviceState, position: int) -> None:
-    data = bytearray(saved.encode(example))
-    data[position] ^= 0x40
-    with pytest.raises(StateError):
-        saved.decode(bytes(data))
 
 
 def test_every_truncation_is_noticed(example: saved.DeviceState) -> None:
@@ -338,12 +312,6 @@ def sealed(body: bytes) -> bytes:
     """A file with a right head over any body."""
     head = struct.pack("<8sIIQ32s", b"VMBSTATE", 1, 0, len(body), hashlib.sha256(body).digest())
     return head + body
-
-
-@given(st.binary(max_size=200))
-def test_a_body_of_random_bytes_is_refused(body: bytes) -> None:
-    with pytest.raises(StateError):
-        saved.decode(sealed(body))
 
 
 @settings(max_examples=150, deadline=None)
@@ -489,17 +457,6 @@ def with_chunks(state: saved.DeviceState, chunks: list[bytes]) -> saved.DeviceSt
     return replaced(state, channels=[state.channels[0], msgspec.structs.replace(state.channels[1], chunks=chunks)])
 
 
-def test_a_removed_packet_is_noticed(example: saved.DeviceState) -> None:
-    machine, _ = busy()
-    chunks = burst_chunks(machine.save())
-    for index in (1, len(chunks) // 2, len(chunks) - 1):
-        with pytest.raises(StateError, match=r"cut|burst"):
-            restored(with_chunks(machine.save(), chunks[:index] + chunks[index + 1 :]), machine)
-        assert all(channel.state is ChannelState.CLOSED for channel in machine.device.channels)
-        machine, _ = busy()
-        chunks = burst_chunks(machine.save())
-
-
 def test_a_packet_removed_by_somebody_who_keeps_the_counts_is_noticed_at_the_end() -> None:
     """The state says that all is well; then the checker of the run must raise the alarm."""
     machine, guest = busy()
@@ -520,16 +477,6 @@ def test_a_packet_removed_by_somebody_who_keeps_the_counts_is_noticed_at_the_end
 
 def queued(packet: PacketChunk) -> bool:
     return decode_lib(packet.lib).queued
-
-
-def test_a_packet_twice_is_refused() -> None:
-    machine, _ = busy()
-    state = machine.save()
-    chunks = burst_chunks(state)
-    head = decode_chunk(chunks[0])
-    chunks[0] = encode(msgspec.structs.replace(head, entries=head.entries + 1))
-    with pytest.raises(StateError, match="twice"):
-        restored(with_chunks(state, [*chunks, chunks[1]]), machine)
 
 
 @pytest.mark.parametrize(

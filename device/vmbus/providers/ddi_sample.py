@@ -2,13 +2,11 @@
 as one that was carried over from C would. On the wire it is the provider `burst`, and the guest's test driver of that
 name drives it.
 
-What the VSP itself must save of a packet, its number and the digest that the guest has to answer, travels through
-EvtVmbChannelSavePacket and EvtVmbChannelRestorePacket.
+The books of a run, which know no KMCL, are those of `burst`. What the VSP itself must save of a packet, its number and
+the digest that the guest has to answer, travels through EvtVmbChannelSavePacket and EvtVmbChannelRestorePacket.
 """
 
-import os
 from collections.abc import Iterator, Mapping
-from struct import Struct
 from typing import Any
 from uuid import UUID
 
@@ -20,24 +18,12 @@ from vmbus.kmcl.channel import Channel
 from vmbus.kmcl.completion import Completion
 from vmbus.kmcl.packet import Packet
 from vmbus.kmcl.status import Status
-from vmbus.providers.base import Bound, Host, Provider
-from vmbus.providers.burst import MOST_PACKETS, window_of
+from vmbus.providers.base import Host
+from vmbus.providers.burst import SAVED_TRANSACTION, BurstRuns, Transaction
 from vmbus.providers.saved import TallyState, saved_run
-from vmbus.providers.slices import PIECE, Slices
+from vmbus.providers.slices import PIECE
 from vmbus.util.records import U32, U64, Count
 from vmbus.wire import workload
-
-_SAVED_TRANSACTION = Struct("<Q16s")
-
-
-class _Transaction:
-    """What the VSP keeps of a packet, and must know to judge its answer."""
-
-    __slots__ = ("digest", "sequence")
-
-    def __init__(self, sequence: int, digest: bytes) -> None:
-        self.sequence = sequence
-        self.digest = digest
 
 
 class _State(msgspec.Struct, frozen=True):
@@ -57,21 +43,13 @@ def _check(status: int, call: str) -> None:
         raise UsageError(f"{call} failed: {Status(status).name}")
 
 
-class DdiBurstProvider(Provider):
+class DdiBurstProvider(BurstRuns):
     """See the module's text."""
 
     kind = "ddi-burst"
 
     def __init__(self, host: Host, name: str, instance: UUID, options: Mapping[str, Any]) -> None:
         super().__init__(host, name, instance, options)
-        self.tally = workload.Tally()
-        self.restored = 0
-        self.runs = 0
-        self._run: workload.BurstStart | None = None
-        self._issued = 0
-        self._answers = workload.Sequence(self.tally)
-        self._slices = Slices(host)
-        self._filling = False
         self._moves = False
         status, channel = ddi.VmbChannelAllocate(None, True)
         _check(status, "VmbChannelAllocate")
@@ -122,11 +100,7 @@ class DdiBurstProvider(Provider):
             ddi.VmbChannelPacketComplete(completion, workload.STATUS_MALFORMED.to_bytes(4, "little"))
             return
         ddi.VmbChannelPacketComplete(completion, workload.STATUS_OK.to_bytes(4, "little"))
-        self.tally = workload.Tally()
-        self._answers = workload.Sequence(self.tally)
-        self._run = start
-        self._issued = 0
-        self.runs += 1
+        self._begin(start)
         self._fill()
         self._finish_if_done()
 
@@ -136,20 +110,6 @@ class DdiBurstProvider(Provider):
 
     def _evt_suspend(self, _: Channel) -> None:
         self._moves = False
-
-    def _has_room(self) -> bool:
-        run = self._run
-        return run is not None and self._issued < run.packets and self._in_flight < window_of(run)
-
-    @property
-    def _in_flight(self) -> int:
-        return self._issued - self.tally.completed
-
-    def _fill(self) -> None:
-        """Send up to the window; what is more than a turn may do follows in others."""
-        if not self._filling and self._has_room():
-            self._filling = True
-            self._slices.do(self, self._filled())
 
     def _filled(self) -> Iterator[int]:
         try:
@@ -161,31 +121,17 @@ class DdiBurstProvider(Provider):
 
     def _issue(self, packet: Packet) -> None:
         """Send the next packet of the run, with a fresh packet object or one that has come back."""
-        assert self._run is not None
-        sequence = self._issued
-        self._issued += 1
-        data = os.urandom(self._run.size)
-        ddi.VmbPacketSetPointer(packet, _Transaction(sequence, workload.burst_digest(sequence, data)))
+        transaction, payload = self._next()
+        ddi.VmbPacketSetPointer(packet, transaction)
         ddi.VmbPacketSetCompletionRoutine(packet, self._evt_completed)
-        self.tally.started += 1
-        status = ddi.VmbPacketSend(
-            packet,
-            workload.burst_data(sequence, data),
-            None,
-            ddi.VMBUS_CHANNEL_FORMAT_FLAG_WAIT_FOR_COMPLETION,
-        )
+        status = ddi.VmbPacketSend(packet, payload, None, ddi.VMBUS_CHANNEL_FORMAT_FLAG_WAIT_FOR_COMPLETION)
         _check(status, "VmbPacketSend")
 
     def _evt_completed(self, packet: Packet, status: int, buffer: bytes, length: int) -> None:
         if not ddi.NT_SUCCESS(status):
             ddi.VmbPacketFree(packet)
             return
-        transaction: _Transaction = ddi.VmbPacketGetPointer(packet)
-        self.tally.completed += 1
-        self._answers.arrived(transaction.sequence)
-        answer = workload.BURST_ANSWER.pack(transaction.sequence, transaction.digest)
-        if length < len(answer) or buffer[: len(answer)] != answer:
-            self.tally.corrupted += 1
+        self._answered(ddi.VmbPacketGetPointer(packet), buffer[:length])
         if self._run is not None and self._slices.open and self._has_room():
             self._slices.spend(PIECE + self._run.size)
             self._issue(packet)
@@ -195,30 +141,21 @@ class DdiBurstProvider(Provider):
             self._finish_if_done()
 
     def _finish_if_done(self) -> None:
-        run, tally = self._run, self.tally
-        if run is None or tally.completed < run.packets:
-            return
-        self._run = None
-        wrong = tally.lost + tally.duplicated + tally.reordered + tally.corrupted
-        done = workload.BurstDone(tally.started, tally.completed, wrong).pack()
-        # The packet's default completion routine frees it.
-        _check(ddi.VmbPacketSend(ddi.VmbPacketAllocate(self.channel), done, None, 0), "VmbPacketSend")
-
-    @classmethod
-    def describe_packet(cls, saved: bytes) -> dict[str, Any]:
-        sequence, digest = _SAVED_TRANSACTION.unpack(saved)
-        return {"sequence": sequence, "digest": digest.hex()}
+        report = self._over()
+        if report is not None:
+            # The packet's default completion routine frees it.
+            _check(ddi.VmbPacketSend(ddi.VmbPacketAllocate(self.channel), report, None, 0), "VmbPacketSend")
 
     # ---- save and restore --------------------------------------------------------------------------------------
 
     def _evt_save_packet(self, _: Channel, packet: Packet, save_buf: memoryview, save_buf_size: int) -> tuple[int, int]:
-        transaction: _Transaction | None = ddi.VmbPacketGetPointer(packet)
+        transaction: Transaction | None = ddi.VmbPacketGetPointer(packet)
         if transaction is None:
             return Status.SUCCESS, 0
-        if save_buf_size < _SAVED_TRANSACTION.size:
-            return Status.BUFFER_TOO_SMALL, _SAVED_TRANSACTION.size
-        _SAVED_TRANSACTION.pack_into(save_buf, 0, transaction.sequence, transaction.digest)
-        return Status.SUCCESS, _SAVED_TRANSACTION.size
+        if save_buf_size < SAVED_TRANSACTION.size:
+            return Status.BUFFER_TOO_SMALL, SAVED_TRANSACTION.size
+        SAVED_TRANSACTION.pack_into(save_buf, 0, transaction.sequence, transaction.digest)
+        return Status.SUCCESS, SAVED_TRANSACTION.size
 
     def _evt_restore_packet(
         self, channel: Channel, lib_buf: bytes, lib_buf_size: int, save_buf: bytes, save_buf_size: int
@@ -227,24 +164,15 @@ class DdiBurstProvider(Provider):
         status = ddi.VmbPacketRestore(packet, lib_buf[:lib_buf_size])
         if not ddi.NT_SUCCESS(status) or not save_buf_size:
             return status
-        if save_buf_size != _SAVED_TRANSACTION.size:
+        if save_buf_size != SAVED_TRANSACTION.size:
             return Status.DATA_ERROR
-        ddi.VmbPacketSetPointer(packet, _Transaction(*_SAVED_TRANSACTION.unpack(save_buf)))
+        ddi.VmbPacketSetPointer(packet, Transaction(*SAVED_TRANSACTION.unpack(save_buf)))
         ddi.VmbPacketSetCompletionRoutine(packet, self._evt_completed)
         self.restored += 1
         return Status.SUCCESS
 
     def save(self) -> bytes:
-        return msgspec.msgpack.encode(
-            _State(
-                run=None if self._run is None else (self._run.size, self._run.packets, self._run.window),
-                issued=self._issued,
-                next_answer=self._answers.next,
-                tally=TallyState.of(self.tally),
-                restored=self.restored,
-                runs=self.runs,
-            )
-        )
+        return msgspec.msgpack.encode(_State(**self._books()))
 
     def _decoded(self, state: bytes) -> tuple[_State, workload.BurstStart | None]:
         saved = self.decoded(_decoder, state)
@@ -254,27 +182,4 @@ class DdiBurstProvider(Provider):
         self._decoded(state)
 
     def restore(self, state: bytes) -> None:
-        saved, self._run = self._decoded(state)
-        saved.tally.load_into(self.tally)
-        self._issued = saved.issued
-        self._answers.next = saved.next_answer
-        self.restored = saved.restored
-        self.runs = saved.runs
-
-    def status(self) -> dict[str, Any]:
-        return {
-            "running": self._run is not None,
-            "runs": self.runs,
-            "issued": self._issued,
-            "restored": self.restored,
-            "tally": self.tally.as_dict(),
-        }
-
-    def bounds(self) -> dict[str, Bound]:
-        run = self._run
-        most = MOST_PACKETS if run is None else window_of(run)
-        limited = run is not None and most < run.window
-        return {
-            "packets in flight": Bound(self._in_flight if run is not None else 0, most, int(limited)),
-            "work in a turn": Bound(self._slices.waiting, None, self._slices.reached),
-        }
+        self._take_books(*self._decoded(state))

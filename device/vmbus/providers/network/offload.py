@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from struct import pack_into, unpack_from
+from struct import pack_into
 
 from vmbus.wire.ethernet import (
     ETHERNET_SIZE,
@@ -143,14 +143,3 @@ def to_guest(frame: bytes) -> bytes:
             content = bytearray(content)
             pack_into("!H", content, start + at, 0xFFFF - ones_sum(content[start:]))
     return packet_header(len(content), information) + content
-
-
-def checksum_is_right(frame: bytes | memoryview, start: int, pseudo: int) -> bool:
-    """For a guest of ours: whether the data from `start` on has the sum that it should with a pseudo header."""
-    return (ones_sum(frame[start:]) + pseudo) % 0xFFFF == 0
-
-
-def pseudo_header(frame: bytes | memoryview, ip: int, start: int) -> int:
-    """The sum of a TCP or UDP pseudo header over IPv4, at `ip`, for a segment from `start` to the frame's end."""
-    (protocol,) = unpack_from("B", frame, ip + 9)
-    return (ones_sum(frame[ip + 12 : ip + 20]) + int(protocol) + len(frame) - start) % 0xFFFF
