@@ -3,8 +3,10 @@ as quick as usual meanwhile."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator
 from typing import Any
+from uuid import uuid4
 
 import pytest
 
@@ -15,6 +17,7 @@ from vmbus.kmcl.channel import Channel
 from vmbus.kmcl.client import ClientChannel
 from vmbus.kmcl.completion import Completion
 from vmbus.transport.library import Library
+from vmbus.util import pieces
 from vmbus.util.backlog import Backlog
 from vmbus.wire.gpa import range_for
 from vmbus.wire.synic import CONTROL_RESET, Register
@@ -176,6 +179,47 @@ def test_a_long_turn_is_noticed(make: Callable[..., Scene], monkeypatch: pytest.
     scene = make(**INSTANCES)
     monkeypatch.setattr(Backlog, "do", lambda self, piece: piece())
     assert longest(scene, unload) > LONGEST_TURN
+
+
+def longest_of(scene: Scene, command: str, **arguments: Any) -> float:
+    with turns_of(scene.server) as turns:
+        scene.server.command(command, **arguments)
+    print(f"{command}: {turns[0].seconds * 1e3:.1f} ms ({turns[0].what})")
+    return turns[0].seconds
+
+
+def save_and_restore(scene: Scene) -> list[float]:
+    """Seconds of the longest turn of each command."""
+    scene.server.command("pause")
+    path = scene.server.directory / uuid4().hex
+    saved = longest_of(scene, "save", path=str(path))
+    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+    return [
+        saved,
+        longest_of(scene, "load", path=str(path), sha256=sha256),
+        longest_of(scene, "restore-finish"),
+    ]
+
+
+@pytest.fixture
+def crowded(make: Callable[..., Scene]) -> Scene:
+    """With 2,047 open channels, of as many providers as it needs for that none of them has too many."""
+    scene = make(**INSTANCES)
+    scene.driver.close(graceful=False)
+    scene.function = scene.server.function(ram_size=64 << 20, map_size=8 << 20)
+    scene.driver = Crowd(scene.function).driver
+    return scene
+
+
+def test_fault_h17_2047_channels_are_saved_and_restored_in_turns(crowded: Scene) -> None:
+    tries = [save_and_restore(crowded) for _ in range(TRIES)]
+    assert all(min(seconds) <= LONGEST_TURN for seconds in zip(*tries, strict=True))
+
+
+def test_fault_h17_a_restore_at_once_is_noticed(crowded: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sabotage: everything is done in one turn."""
+    monkeypatch.setattr(pieces, "TURN_SECONDS", 60.0)
+    assert min(save_and_restore(crowded)) > LONGEST_TURN
 
 
 def test_2047_channels_at_work_saved_and_restored(make: Callable[..., Scene]) -> None:

@@ -12,6 +12,7 @@ from vmbus.kmcl.saved import ChannelRecord
 from vmbus.kmcl.server import ServerChannel
 from vmbus.ring import RingCorrupt
 from vmbus.util.complaints import bounded_log
+from vmbus.util.pieces import Pieces
 
 log = bounded_log(__name__)
 
@@ -54,11 +55,12 @@ class Adoption:
         self.lost: set[Key] = set()
         self.broken: dict[Key, str] = {}
 
-    def reattach(self, *, primaries: bool) -> None:
+    def reattach(self, *, primaries: bool) -> Pieces[None]:
         """With `primaries` also offers that nobody owns any more. Raises StateError for a sub-channel that is missing,
         and what the callback raises."""
         live = {offer.key: offer for offer in self._bus.offers if offer.wanted}
         for record in self._state.offers:
+            yield
             if record.abandoned:
                 if primaries:
                     self._adopt_withdrawn(record)

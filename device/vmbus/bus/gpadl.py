@@ -13,6 +13,7 @@ import msgspec
 
 from vmbus.errors import PeerError, StateError
 from vmbus.memory.guest import Grant, GuestMemory, Window
+from vmbus.util.pieces import Pieces
 from vmbus.util.records import U16, U32, Relid, StructVersion, decode
 from vmbus.wire.gpa import MAX_PFN, PAGE_SIZE, GpaRange, RangeError, extents_of, page_count, parse_ranges
 
@@ -256,10 +257,11 @@ class GpadlTable:
             for one in self.partial.values()
         ]
 
-    def restore(self, complete: list["GpadlState"], partial: list["PartialState"]) -> None:
+    def restore(self, complete: list["GpadlState"], partial: list["PartialState"]) -> Pieces[None]:
         """Put what `check_gpadls` has passed into an empty table."""
         for gpadl in complete:
             self.add(gpadl.live)
+            yield
         for one in partial:
             self.add_partial(PartialGpadl(one.relid, one.handle, one.range_bytes, one.range_count, one.data))
 

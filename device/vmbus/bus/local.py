@@ -25,6 +25,7 @@ from vmbus.kmcl.turns import one_round
 from vmbus.memory.guest import GuestMemory
 from vmbus.ring import RingCorrupt
 from vmbus.util.complaints import bounded_log
+from vmbus.util.pieces import Pieces, at_once
 from vmbus.wire.gpa import PAGE_SIZE
 
 log = bounded_log(__name__)
@@ -387,11 +388,13 @@ class LocalBus:
                 self.offer(made)
             if made.state is ChannelState.DISABLED:
                 made.enable()
-        restored = put_back(
-            _Replacement(self, old, saved),
-            {record.key: record.decoded for record in saved},
-            before_packets or _nothing,
-            after_packets or _nothing,
+        restored = at_once(
+            put_back(
+                _Replacement(self, old, saved),
+                {record.key: record.decoded for record in saved},
+                _calling(before_packets or _nothing),
+                after_packets or _nothing,
+            )
         )
         for connection in self._connections:
             self.wake(connection.server)
@@ -456,10 +459,11 @@ class _Replacement:
         """Those that are offered again."""
         return self._bus.offers
 
-    def reattach(self, *, primaries: bool) -> None:
+    def reattach(self, *, primaries: bool) -> Pieces[None]:
         """Raises StateError for an open channel that was not made again."""
         servers = {key_of(server): server for server in self.channels}
         for key, connection in self._connections:
+            yield
             if primaries is not (key[1] == 0) or key in self.renewed:
                 continue
             server = servers.get(key)
@@ -478,3 +482,8 @@ class _Replacement:
 
 def _nothing() -> None:
     pass
+
+
+def _calling(call: Callable[[], None]) -> Pieces[None]:
+    call()
+    yield

@@ -15,6 +15,7 @@ from vmbus.errors import StateError
 from vmbus.kmcl.lifecycle import ChannelState
 from vmbus.kmcl.saved import ChannelRecord, Counts, SavedChannel
 from vmbus.kmcl.server import ServerChannel
+from vmbus.util.pieces import Pieces
 
 Key = tuple[bytes, int]
 """Which channel: instance GUID and sub-channel."""
@@ -52,7 +53,7 @@ class Carrier(Protocol):
     def channels(self) -> Iterable[ServerChannel]:
         """Those that exist now."""
 
-    def reattach(self, *, primaries: bool) -> None:
+    def reattach(self, *, primaries: bool) -> Pieces[None]:
         """Put channels that were open back on their rings: primary channels, or sub-channels. Raises StateError."""
 
 
@@ -72,22 +73,23 @@ def save_channels(channels: Iterable[ServerChannel]) -> list[ChannelRecord]:
 def put_back(
     carrier: Carrier,
     saved: Mapping[Key, SavedChannel],
-    owners: Callable[[], None],
+    owners: Iterable[None],
     before_start: Callable[[], None],
-) -> Restored:
-    """Restore `saved` into fresh channels.
+) -> Pieces[Restored]:
+    """Restore `saved` into fresh channels, piece by piece.
 
-    Primary channels get their rings; `owners` gives the owners their own state, with which they make their sub-channels
+    Primary channels get their rings; `owners`, iterated, gives the owners their own state, with which they make their sub-channels
     again; sub-channels get their rings; packets come through the restore callbacks; `before_start` is called, and only
     then are the channels started that were. Raises StateError for a channel that is missing (unless it has force_new),
     and what callbacks raise.
     """
-    carrier.reattach(primaries=True)
-    owners()
-    carrier.reattach(primaries=False)
+    yield from carrier.reattach(primaries=True)
+    yield from owners
+    yield from carrier.reattach(primaries=False)
     live = {key_of(channel): channel for channel in carrier.channels}
     started: set[Key] = set()
     for key, one in saved.items():
+        yield
         channel = live.get(key)
         if channel is None:
             if key not in carrier.renewed and not one.head.force_new:
@@ -104,6 +106,7 @@ def put_back(
         raise StateError(f"{kept.queued} queued and {kept.sent} sent packets were saved, {queued} and {sent} came back")
     before_start()
     for key, channel in live.items():
+        yield
         if channel.state is ChannelState.DISABLED:
             channel.started = key in started  # the wish, for when its owner enables it
         elif key in started:

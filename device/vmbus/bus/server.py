@@ -34,6 +34,7 @@ from vmbus.bus.table import OfferTable, still_in_use
 from vmbus.errors import PeerError, UsageError
 from vmbus.util.backlog import Backlog
 from vmbus.util.complaints import bounded_log
+from vmbus.util.pieces import Pieces
 from vmbus.wire import messages as m
 
 log = bounded_log(__name__)
@@ -444,14 +445,14 @@ class BusServer(GpadlDesk):
             partial=partial,
         )
 
-    def restore(self, state: BusState) -> None:
+    def restore(self, state: BusState) -> Pieces[None]:
         """Put the connection and its GPADLs back; the offers follow (`vmbus.bus.adoption`), and `end_restore`."""
         self.restoring = True
         if state.connected:
             self.state = ConnectionState.CONNECTED
             self.version = state.version
             self.offers_requested = state.offers_requested
-        self.gpadls.restore(state.gpadls, state.partial)
+        yield from self.gpadls.restore(state.gpadls, state.partial)
 
     def adopt(self, offer: Offer, relid: int, state: OfferState, request: OpenRequest | None) -> None:
         """For restore: put an offer back into its saved state."""

@@ -34,6 +34,7 @@ from vmbus.observe.audit.recorder import LanePosition, LifePosition
 from vmbus.providers.base import Provider
 from vmbus.transport.pci import COMMAND, COMMAND_BUS_MASTER
 from vmbus.util.complaints import bounded_log
+from vmbus.util.pieces import Pieces, at_once
 from vmbus.util.records import (
     NEWEST_STRUCTURE_VERSION,
     OLDEST_STRUCTURE_VERSION,
@@ -77,6 +78,7 @@ __all__ = [
     "expected_size",
     "read_file",
     "restore_device",
+    "restoring",
     "save_device",
     "verify",
 ]
@@ -358,16 +360,17 @@ def _ask(provider: Provider, what: str, call: Callable[[bytes], None], state: by
 # ---- restore -------------------------------------------------------------------------------------------------------
 
 
-def restore_device(
+def restoring(
     state: DeviceState,
     device: Device,
     providers: list[Provider],
     *,
     files: Mapping[str, Mapping[str, Path]] | None = None,
     before_start: Callable[[], None] | None = None,
-) -> Restored:
+) -> Pieces[Restored]:
     """Put a checked state into a fresh device whose guest memory is mapped. Nothing runs yet: `Device.thaw` starts it.
 
+    Between two pieces nothing may happen to the device: no request of a client's, no turn.
     Order: registers, bus, GPADLs, rings; then each provider's own state, with which it makes its sub-channels again;
     the sub-channels' rings; then the packets through the restore callbacks, and only when all is there the channels are
     started. Channels with `force_new_channel` are rescinded instead, and their packets dropped; they are offered anew
@@ -378,13 +381,20 @@ def restore_device(
     device is then reset.
     """
     try:
-        return _restore(state, device, providers, files or {}, before_start or (lambda: None))
+        return (yield from _restore(state, device, providers, files or {}, before_start or (lambda: None)))
     except (PeerError, KmclError, UsageError) as error:
         device.reset()
         raise StateError(f"the state could not be restored: {error}") from error
     except BaseException:
         device.reset()
         raise
+
+
+def restore_device(
+    state: DeviceState, device: Device, providers: list[Provider], *, before_start: Callable[[], None] | None = None
+) -> Restored:
+    """All of `restoring` at once."""
+    return at_once(restoring(state, device, providers, before_start=before_start))
 
 
 def _driver_gone(state: DeviceState, device: Device) -> bool:
@@ -432,33 +442,36 @@ def _restore(
     providers: list[Provider],
     files: Mapping[str, Mapping[str, Path]],
     before_start: Callable[[], None],
-) -> Restored:
+) -> Pieces[Restored]:
     gone = _driver_gone(state, device)
     open_ = {offer.key for offer in state.bus.offers if offer.open is not None}
     if gone:  # as after the reset that the driver's end would have led to
         state = msgspec.structs.replace(state, synic=synic.NOTHING, bus=bus.NOTHING)
     _resume_record(state, device)
-    device.bus.restore(state.bus)
+    yield from device.bus.restore(state.bus)
     device.synic.restore(state.synic)
     adoption = Adoption(device.bus, state.bus, state.channels, device.channels, device.reattach)
     if gone:
         adoption.renewed.update(record.key for record in state.channels)
         adoption.lost.update(open_)
 
-    def owners() -> None:
+    def owners() -> Pieces[None]:
         for record, provider in zip(state.providers, providers, strict=True):
             provider.restore_files(files.get(provider.name, {}))
             _ask(provider, "restore", provider.restore, record.state)
+            yield
 
     def packets_are_back() -> None:
         if device.recorder is not None:
             device.recorder.restored(device.channels, adoption.broken)
         before_start()
 
-    restored = put_back(adoption, {one.key: one.decoded for one in state.channels}, owners, packets_are_back)
+    channels = {one.key: one.decoded for one in state.channels}
+    restored = yield from put_back(adoption, channels, owners(), packets_are_back)
     adoption.end()
     # Whatever may have been pending in either direction is raised once more.
-    for offer in device.bus.offers:
+    for offer in list(device.bus.offers):
+        yield
         if offer.state is OfferState.OPEN:
             device.synic.raise_event(offer.relid)
     device.synic.kick()

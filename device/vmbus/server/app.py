@@ -19,7 +19,7 @@ import inspect
 import os
 import select
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -64,6 +64,7 @@ from vmbus.transport.library import Library
 from vmbus.transport.pci import ConfigSpace
 from vmbus.util.complaints import COMPLAINTS, bounded_log
 from vmbus.util.explaining import explain
+from vmbus.util.pieces import in_turns
 
 log = bounded_log(__name__)
 
@@ -693,7 +694,7 @@ class DeviceServer:
         try:
             await asyncio.wait_for(self._changing.acquire(), seconds if self._changing.locked() else None)
         except TimeoutError:
-            raise WaitTimeout(f"another command to end before {command} (offer, rescind or pause)", seconds) from None
+            raise WaitTimeout(f"another command to end before {command} (offer, rescind, pause, save, load or restore-finish)", seconds) from None
         try:
             yield
         finally:
@@ -970,28 +971,17 @@ class DeviceServer:
         server, with the same state, would do once more.
         """
         self._require(Phase.RESTORING, "restore-finish")
-        assert self._restore is not None
         started = time.monotonic()
-        self._drain()
-        if self.config.snapshot() != self._restore.config:
-            raise StateError(
-                "the PCI function was not put back as it was saved: its configuration space is "
-                f"{self.config.snapshot().hex()}, saved was {self._restore.config.hex()}"
-            )
-        restored = saved.restore_device(
-            self._restore,
-            self.device,
-            self.providers,
-            files={provider.name: files_of(provider, self._files) for provider in self.providers},
-            before_start=self._life.activate,
-        )
-        self._restore = None
-        self._note("restored")
-        if frozen:
-            self.phase = Phase.PAUSED
-        else:
-            self.phase = Phase.RUNNING
-            self.device.thaw()
+        async with self._no_changes("restore-finish", _OFFER_SECONDS):
+            self._require(Phase.RESTORING, "restore-finish")
+            restored = await self._restored()
+            self._restore = None
+            self._note("restored")
+            if frozen:
+                self.phase = Phase.PAUSED
+            else:
+                self.phase = Phase.RUNNING
+                self.device.thaw()
         return {
             "packets": {"queued": restored.packets.queued, "sent": restored.packets.sent},
             "dropped": {"queued": restored.dropped.queued, "sent": restored.dropped.sent},
@@ -1001,6 +991,37 @@ class DeviceServer:
             "channels": sum(channel.active for channel in self.device.channels),
             "seconds": time.monotonic() - started,
         }
+
+    async def _restored(self) -> saved.Restored:
+        """In pieces: tools are answered meanwhile, the client when it is done. Raises StateError, EnvironmentProblem."""
+        assert self._restore is not None
+        self._drain()
+        if self.config.snapshot() != self._restore.config:
+            raise StateError(
+                "the PCI function was not put back as it was saved: its configuration space is "
+                f"{self.config.snapshot().hex()}, saved was {self._restore.config.hex()}"
+            )
+        work = saved.restoring(
+            self._restore,
+            self.device,
+            self.providers,
+            files={provider.name: files_of(provider, self._files) for provider in self.providers},
+            before_start=self._life.activate,
+        )
+        with self._client_waits():
+            return await in_turns(work)
+
+    @contextlib.contextmanager
+    def _client_waits(self) -> Iterator[None]:
+        """Nothing that the client asks is done inside: what belongs together is read or written in several turns."""
+        assert self._context is not None
+        fd = self._context.poll_fd()
+        self._loop.remove_reader(fd)
+        try:
+            yield
+        finally:
+            if self._context is not None:
+                self._loop.add_reader(fd, self._on_client)
 
     async def _stop(self) -> dict[str, Any]:
         self._loop.call_soon(self.stop)

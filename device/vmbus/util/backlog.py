@@ -11,8 +11,8 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-TURN_SECONDS = 0.004
-"""Seconds of such work in one turn, give or take a piece."""
+from vmbus.util.pieces import TURN_SECONDS
+
 
 
 class Backlog:
