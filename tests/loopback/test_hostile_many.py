@@ -11,7 +11,8 @@ from uuid import uuid4
 import pytest
 
 from support.hostile import LONGEST_TURN, PAGE, Scene, turns_of
-from support.many import MANY_TYPE
+from support.many import MANY_TYPE, ManyProvider
+from vmbus import providers
 from vmbus.bus.offers import MAX_RELID
 from vmbus.kmcl.channel import Channel
 from vmbus.kmcl.client import ClientChannel
@@ -27,6 +28,7 @@ pytestmark = pytest.mark.loopback
 
 INSTANCES = {"channels": MAX_RELID}
 SUBCHANNELS = {"channels": 2, "subchannels": MAX_RELID - 2}
+PROVIDERS = 16
 TRIES = 5
 """CPU time is counted, but a processor that others use too is slower: then it is measured again."""
 ALL_AT_ONCE = 2.5
@@ -202,18 +204,23 @@ def save_and_restore(scene: Scene) -> list[float]:
 
 
 @pytest.fixture
-def crowded(make: Callable[..., Scene]) -> Scene:
-    """With 2,047 open channels, of as many providers as it needs for that none of them has too many."""
-    scene = make(**INSTANCES)
+def crowded(libvfio_user: Library, monkeypatch: pytest.MonkeyPatch) -> Iterator[Scene]:
+    """With 2,047 open channels, of several providers: what a single one does when it starts is a turn of its own."""
+    kinds = [f"many{number}" for number in range(1, PROVIDERS)]
+    for kind in kinds:
+        monkeypatch.setitem(providers.PROVIDERS, kind, ManyProvider)
+    share, rest = divmod(MAX_RELID, PROVIDERS)
+    options = {kind: {"channels": share} for kind in kinds}
+    scene = Scene(libvfio_user, *kinds, many={"channels": share + rest}, **options)
     scene.driver.close(graceful=False)
     scene.function = scene.server.function(ram_size=64 << 20, map_size=8 << 20)
     scene.driver = Crowd(scene.function).driver
-    return scene
+    yield scene
+    scene.close()
 
 
 def test_fault_h17_2047_channels_are_saved_and_restored_in_turns(crowded: Scene) -> None:
-    tries = [save_and_restore(crowded) for _ in range(TRIES)]
-    assert all(min(seconds) <= LONGEST_TURN for seconds in zip(*tries, strict=True))
+    assert any(max(save_and_restore(crowded)) <= LONGEST_TURN for _ in range(TRIES))
 
 
 def test_fault_h17_a_restore_at_once_is_noticed(crowded: Scene, monkeypatch: pytest.MonkeyPatch) -> None:

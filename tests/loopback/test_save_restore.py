@@ -1,7 +1,8 @@
 """Save and restore over the real transport, in mid-traffic, many times; the dirty log that a live save relies on."""
 
+import asyncio
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 
 import pytest
 
@@ -9,11 +10,14 @@ from support.traffic import PAGE, Traffic
 from vmbus.device import saved
 from vmbus.errors import StateError, UsageError
 from vmbus.memory.guest import DirtyLogBroken
+from vmbus.server.app import DeviceServer
 from vmbus.testkit.loopback.function import LoopbackFunction
 from vmbus.testkit.loopback.harness import LoopbackServer, describe
 from vmbus.transport import bindings, pci
 from vmbus.transport.library import Library
 from vmbus.transport.pci import COMMAND, COMMAND_BUS_MASTER
+from vmbus.util import pieces
+from vmbus.wire.synic import CONTROL_RESET, Register
 from vmbus_guest.driver import VmbusDriver
 
 pytestmark = pytest.mark.loopback
@@ -92,6 +96,75 @@ def test_a_restored_device_takes_new_channels_and_new_drivers(vm: Vm) -> None:
     traffic = Traffic(vm.driver)
     traffic.start(200, 200)
     traffic.finish()
+
+
+# ---- in turns: see also test_hostile_many.py -------------------------------------------------------------------------
+
+
+def during(server: DeviceServer, command: str, act: Callable[[asyncio.Task], Awaitable[object]], **arguments) -> tuple:
+    """The command's result, and those of `act`, which is called between any two of its turns."""
+
+    async def run() -> tuple:
+        task = asyncio.ensure_future(server._command(command, arguments))
+        found = []
+        while not task.done():
+            found.append(await act(task))
+            await asyncio.sleep(0)
+        return await asyncio.gather(task, return_exceptions=True), found
+
+    return asyncio.run_coroutine_threadsafe(run(), server._loop).result(30)
+
+
+def test_fault_h17_tools_are_answered_in_between_and_the_client_is_not(vm: Vm, monkeypatch) -> None:
+    monkeypatch.setattr(pieces, "TURN_SECONDS", 0.0)
+    traffic = Traffic(vm.driver, hold=30, window=60, ring_pages_in=1, ring_pages_out=1)
+    traffic.start(300, 300, size=60, window=400)
+    traffic.driver.step(0.01)
+    state, config = vm.save()
+    vm.server = LoopbackServer(DESCRIPTION, vm.library, restore=state)
+    vm.function.reconnect(vm.server.socket_path, config)
+    server = vm.server.server
+    looks, refused = [], []
+
+    async def look(_: asyncio.Task) -> str:
+        status = await server._command("status", {})
+        document = await server._command("inspect", {})
+        assert document["server"].phase == status["phase"]
+        looks.append(status["resets"])
+        if len(looks) == 3:
+            refused.append(asyncio.ensure_future(server._command("restore-finish", {})))
+            reset = CONTROL_RESET.to_bytes(4, "little")
+            vm.function.client.region_write(bindings.REGION_BAR0, Register.CONTROL, reset, posted=True)
+        return status["phase"]
+
+    (restored,), seen = during(server, "restore-finish", look)
+    assert restored["packets"]["sent"] == saved.count_packets(state).sent
+    assert len(seen) > 10 and set(seen) == {"restoring"} and len(set(looks)) == 1, (seen, looks)
+    with pytest.raises(UsageError, match="running"):
+        vm.server.on_loop(lambda: refused[0].result())
+    vm.function.barrier()
+    assert vm.server.command("status")["resets"] > looks[0]  # it had waited
+
+
+@pytest.mark.parametrize("turns", [1, 2, 5])
+def test_fault_h17_a_restore_that_is_called_off_leaves_nothing_half_done(vm: Vm, monkeypatch, turns: int) -> None:
+    monkeypatch.setattr(pieces, "TURN_SECONDS", 0.0)
+    Traffic(vm.driver).start(10, 10)
+    state, config = vm.save()
+    vm.server = LoopbackServer(DESCRIPTION, vm.library, restore=state)
+    vm.function.reconnect(vm.server.socket_path, config)
+    passed = []
+
+    async def call_off(task: asyncio.Task) -> None:
+        passed.append(1)
+        if len(passed) > turns:
+            task.cancel()
+
+    (error,), _ = during(vm.server.server, "restore-finish", call_off)
+    status = vm.server.command("status")
+    assert isinstance(error, asyncio.CancelledError) and status["phase"] == "restoring" and status["resets"]
+    channels = vm.server.on_loop(lambda: vm.server.server.device.channels)
+    assert status["bus"] == "disconnected" and not any(channel.link for channel in channels)
 
 
 # ---- sabotage --------------------------------------------------------------------------------------------------------

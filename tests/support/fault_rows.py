@@ -39,7 +39,6 @@ ROWS: dict[str, tuple[str, ...]] = {
         "loopback/test_vfio_user_memory.py::test_memory_whose_file_is_made_shorter_costs_the_client_its_connection",
     ),
     "h16": ("unit/test_state_hostile.py::test_a_state_is_read_from_a_plain_file_only",),
-    "h17": ("loopback/test_hostile_many.py::test_2047_channels_at_work_saved_and_restored",),
     "u5": (
         "unit/test_provision_qemu.py::test_explicit_accelerator",
         "unit/test_provision_qemu.py::test_kvm_that_is_asked_for_must_run_a_guest",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 
 import pytest
@@ -9,7 +10,9 @@ import pytest
 from support.bus import TYPE, Joined, instance, one_range
 from vmbus.bus.offers import Offer, OfferState
 from vmbus.bus.server import BusServer, ConnectionState
-from vmbus.util.backlog import TURN_SECONDS, Backlog
+from vmbus.util import pieces
+from vmbus.util.backlog import Backlog
+from vmbus.util.pieces import TURN_SECONDS
 from vmbus.wire import messages as m
 
 pytestmark = pytest.mark.unit
@@ -53,6 +56,39 @@ def test_a_turn_is_short_and_the_rest_is_done_in_order() -> None:
     assert slow.done == list(range(8)) and slow.asked == 2
     slow.backlog.run()
     assert slow.done == list(range(11)) and slow.asked == 2 and not slow.backlog
+
+
+def test_work_in_turns_lets_others_have_theirs_and_is_undone_when_it_is_called_off() -> None:
+    now, done = 0.0, []
+
+    def work() -> pieces.Pieces[str]:
+        nonlocal now
+        try:
+            for number in range(8):
+                now += TURN_SECONDS / 4
+                done.append(number)
+                yield
+        except GeneratorExit:
+            done.append("undone")
+            raise
+        return "all"
+
+    async def turns(most: int) -> list[int]:
+        task = asyncio.ensure_future(pieces.in_turns(work(), clock=lambda: now))
+        lengths = []
+        while not task.done() and len(lengths) < most:
+            lengths.append(len(done))
+            await asyncio.sleep(0)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        return lengths
+
+    assert pieces.at_once(work()) == pieces.whole(work)() == "all" and done == 2 * list(range(8))
+    done.clear()
+    assert asyncio.run(turns(9)) == [0, 4, 8] and done == list(range(8))
+    done.clear()
+    asyncio.run(turns(1))
+    assert done == [0, 1, 2, 3, "undone"]
 
 
 def test_turns_inside_of_a_turn_are_parts_of_it() -> None:

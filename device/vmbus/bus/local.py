@@ -356,7 +356,7 @@ class LocalBus:
             server.check_rings()
         while self._lost:
             self._break(self._lost.pop(0))
-        return save_channels(self._offers)
+        return at_once(save_channels(self._offers))
 
     def replace(
         self,

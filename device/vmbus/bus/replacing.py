@@ -57,17 +57,18 @@ class Carrier(Protocol):
         """Put channels that were open back on their rings: primary channels, or sub-channels. Raises StateError."""
 
 
-def save_channels(channels: Iterable[ServerChannel]) -> list[ChannelRecord]:
+def save_channels(channels: Iterable[ServerChannel]) -> Pieces[list[ChannelRecord]]:
     """The records of channels that are held and quiescent. Raises what they raise."""
     channels = list(channels)
     # Sub-channels share the fate of their primary.
     anew = {channel.interface_instance for channel in channels if channel.force_new_channel}
-    return [
-        channel.record(anew=channel.interface_instance in anew)
-        for channel in channels
+    records = []
+    for channel in channels:
+        yield
         # A sub-channel that its owner has disabled is nothing any more: its owner need not make it again.
-        if not (channel.subchannel_index and channel.state is ChannelState.DISABLED)
-    ]
+        if not (channel.subchannel_index and channel.state is ChannelState.DISABLED):
+            records.append(channel.record(anew=channel.interface_instance in anew))
+    return records
 
 
 def put_back(
@@ -78,10 +79,10 @@ def put_back(
 ) -> Pieces[Restored]:
     """Restore `saved` into fresh channels, piece by piece.
 
-    Primary channels get their rings; `owners`, iterated, gives the owners their own state, with which they make their sub-channels
-    again; sub-channels get their rings; packets come through the restore callbacks; `before_start` is called, and only
-    then are the channels started that were. Raises StateError for a channel that is missing (unless it has force_new),
-    and what callbacks raise.
+    Primary channels get their rings; `owners`, iterated, gives the owners their own state, with which they make their
+    sub-channels again; sub-channels get their rings; packets come through the restore callbacks; `before_start` is
+    called, and only then are the channels started that were. Raises StateError for a channel that is missing (unless it
+    has force_new), and what callbacks raise.
     """
     yield from carrier.reattach(primaries=True)
     yield from owners

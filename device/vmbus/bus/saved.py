@@ -16,6 +16,7 @@ from vmbus.bus.gpadl import (
 )
 from vmbus.bus.offers import MAX_RELID, OfferStateRecord, OpenState, check_offers
 from vmbus.errors import StateError
+from vmbus.util.pieces import Pieces
 from vmbus.util.records import U32, Bytes, StructVersion, decode
 from vmbus.wire import messages as m
 
@@ -57,16 +58,19 @@ def decode_bus(data: Bytes) -> BusState:
     )
 
 
-def check(bus: BusState) -> None:
+def check(bus: BusState) -> Pieces[None]:
     """Raises StateError for records that are not those of a possible bus."""
     if bus.connected and bus.version not in set(m.Version):
         raise StateError(f"the bus was connected with version {bus.version:#x}, which is not served")
     relids = check_offers(bus.offers)
     if not (bus.connected and bus.offers_requested) and relids:
         raise StateError("channels are known to the guest, which has not asked for offers")
+    yield
     check_gpadls(bus.gpadls, bus.partial, relids)
+    yield
     gpadls = {(gpadl.relid, gpadl.handle): gpadl for gpadl in bus.gpadls}
     for offer in bus.offers:
+        yield
         if offer.open is not None:
             _check_rings(offer, offer.open, gpadls.get((offer.relid, offer.open.ring_gpadl)))
 

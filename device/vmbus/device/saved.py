@@ -34,7 +34,7 @@ from vmbus.observe.audit.recorder import LanePosition, LifePosition
 from vmbus.providers.base import Provider
 from vmbus.transport.pci import COMMAND, COMMAND_BUS_MASTER
 from vmbus.util.complaints import bounded_log
-from vmbus.util.pieces import Pieces, at_once
+from vmbus.util.pieces import Pieces, whole
 from vmbus.util.records import (
     NEWEST_STRUCTURE_VERSION,
     OLDEST_STRUCTURE_VERSION,
@@ -72,15 +72,19 @@ __all__ = [
     "RingRecord",
     "SynicState",
     "check_fits",
+    "checking",
     "count_packets",
     "decode",
     "encode",
     "expected_size",
+    "fitting",
     "read_file",
     "restore_device",
     "restoring",
     "save_device",
+    "saving",
     "verify",
+    "verifying",
 ]
 
 log = bounded_log(__name__)
@@ -234,8 +238,8 @@ def count_packets(state: DeviceState) -> Counts:
 # ---- save ----------------------------------------------------------------------------------------------------------
 
 
-def save_device(name: str, config: bytes, device: Device, providers: list[Provider]) -> DeviceState:
-    """The state of a device whose channels are all quiescent.
+def saving(name: str, config: bytes, device: Device, providers: list[Provider]) -> Pieces[DeviceState]:
+    """The state of a device whose channels are all quiescent. Between two pieces nothing may happen to it.
 
     Changes nothing, but for a channel whose rings the guest has overwritten: that fails, and is saved as rescinded.
     Raises StateError for a bus that is in the middle of closing a channel, and what channels and providers raise.
@@ -243,27 +247,38 @@ def save_device(name: str, config: bytes, device: Device, providers: list[Provid
     with device.synic.unsent():
         for channel in device.channels:
             channel.check_rings()
+            yield
+    of_bus = device.bus.save()
+    channels = yield from save_channels(device.channels)
+    records = []
+    for provider in providers:
+        records.append(ProviderRecord(provider.kind, provider.name, provider.instance.bytes_le, provider.save()))
+        yield
     return DeviceState(
         device=name,
         config=config,
         synic=device.synic.save(),
-        bus=device.bus.save(),
-        channels=save_channels(device.channels),
-        providers=[
-            ProviderRecord(provider.kind, provider.name, provider.instance.bytes_le, provider.save())
-            for provider in providers
-        ],
+        bus=of_bus,
+        channels=channels,
+        providers=records,
         audit=_audit_state(device),
     )
 
 
-def verify(data: bytes, providers: list[Provider]) -> DeviceState:
+save_device = whole(saving)
+
+
+def verifying(data: bytes, providers: list[Provider]) -> Pieces[DeviceState]:
     """What `data`, just written of the device with these providers, says. Raises StateError for a state that could not
     be restored: then nothing was saved."""
     state = decode(data)
-    check(state)
-    _check_providers(state, providers)
+    yield
+    yield from checking(state)
+    yield from _check_providers(state, providers)
     return state
+
+
+verify = whole(verifying)
 
 
 def _audit_state(device: Device) -> AuditState | None:
@@ -277,7 +292,7 @@ def _audit_state(device: Device) -> AuditState | None:
 # ---- checks --------------------------------------------------------------------------------------------------------
 
 
-def check_fits(state: DeviceState, name: str, device: Device, providers: list[Provider]) -> None:
+def fitting(state: DeviceState, name: str, device: Device, providers: list[Provider]) -> Pieces[None]:
     """Whether the state belongs to this device. Raises StateError naming the first difference; changes nothing."""
     if state.device != name:
         raise StateError(f"the state is of device {state.device!r}, not of {name!r}")
@@ -303,11 +318,15 @@ def check_fits(state: DeviceState, name: str, device: Device, providers: list[Pr
     ]
     if not {(record.interface_type, record.instance) for record in here} <= offers:
         raise StateError("the offers in the state are not those that this device's providers make")
-    check(state)
-    _check_providers(state, providers)
+    yield
+    yield from checking(state)
+    yield from _check_providers(state, providers)
 
 
-def check(state: DeviceState) -> None:
+check_fits = whole(fitting)
+
+
+def checking(state: DeviceState) -> Pieces[None]:
     """Whether its rooms fit together. Raises StateError."""
     keys = {record.key for record in state.channels}
     if len(keys) != len(state.channels):
@@ -318,9 +337,10 @@ def check(state: DeviceState) -> None:
     if len(set(known)) != len(known) or not set(known) <= keys:
         raise StateError("the offers in the state are not those of its channels")
     synic.check(state.synic)
-    bus.check(state.bus)
-    largest = _largest_packets(state.bus)
+    yield from bus.check(state.bus)
+    largest = yield from _largest_packets(state.bus)
     for record in state.channels:
+        yield
         saved = record.decoded
         ring = largest.get(record.key)
         if ring is not None:
@@ -329,11 +349,12 @@ def check(state: DeviceState) -> None:
             raise StateError("packets were saved for a channel which is not open")
 
 
-def _largest_packets(state: BusState) -> dict[tuple[bytes, int], int]:
+def _largest_packets(state: BusState) -> Pieces[dict[tuple[bytes, int], int]]:
     """Of every open channel, how many ring bytes the largest packet that we can send may take."""
     gpadls = {(gpadl.relid, gpadl.handle): gpadl for gpadl in state.gpadls}
     largest = {}
     for offer in state.offers:
+        yield
         if offer.open is not None:
             rings = gpadls[offer.relid, offer.open.ring_gpadl].live
             data = ring_extents(rings, offer.open.downstream_page_offset)[3]
@@ -341,9 +362,10 @@ def _largest_packets(state: BusState) -> dict[tuple[bytes, int], int]:
     return largest
 
 
-def _check_providers(state: DeviceState, providers: list[Provider]) -> None:
+def _check_providers(state: DeviceState, providers: list[Provider]) -> Pieces[None]:
     for record, provider in zip(state.providers, providers, strict=True):
         _ask(provider, "check", provider.check, record.state)
+        yield
 
 
 def _ask(provider: Provider, what: str, call: Callable[[bytes], None], state: bytes) -> None:
@@ -390,11 +412,7 @@ def restoring(
         raise
 
 
-def restore_device(
-    state: DeviceState, device: Device, providers: list[Provider], *, before_start: Callable[[], None] | None = None
-) -> Restored:
-    """All of `restoring` at once."""
-    return at_once(restoring(state, device, providers, before_start=before_start))
+restore_device = whole(restoring)
 
 
 def _driver_gone(state: DeviceState, device: Device) -> bool:

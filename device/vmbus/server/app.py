@@ -64,7 +64,7 @@ from vmbus.transport.library import Library
 from vmbus.transport.pci import ConfigSpace
 from vmbus.util.complaints import COMPLAINTS, bounded_log
 from vmbus.util.explaining import explain
-from vmbus.util.pieces import in_turns
+from vmbus.util.pieces import Pieces, at_once, in_turns
 
 log = bounded_log(__name__)
 
@@ -583,11 +583,9 @@ class DeviceServer:
                     for name in sizes:
                         (Path(files) / name).unlink(missing_ok=True)
                     raise
-            with bounded(seconds, "the providers to give their state"):
-                state = saved.save_device(self.description.name, self.config.snapshot(), self.device, self.providers)
-                data = saved.encode(state)
-                # What cannot be restored was not saved, and is said now, while the guest is still there.
-                state = saved.verify(data, self.providers)
+            async with self._no_changes("save", seconds):
+                self._require(Phase.PAUSED, "save")
+                state, data = await self._state(seconds)
         try:
             fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         except (OSError, ValueError) as error:
@@ -616,9 +614,29 @@ class DeviceServer:
             "seconds": time.monotonic() - started,
         }
 
+    async def _state(self, seconds: float) -> tuple[saved.DeviceState, bytes]:
+        deadline = time.monotonic() + seconds
+
+        def around() -> AbstractContextManager[None]:
+            return bounded(seconds, "the providers to give their state", deadline - time.monotonic())
+
+        name, config = self.description.name, self.config.snapshot()
+        with self._client_waits():
+            state = await in_turns(saved.saving(name, config, self.device, self.providers), around)
+            await asyncio.sleep(0)
+            data = saved.encode(state)
+            await asyncio.sleep(0)
+            # What cannot be restored was not saved, and is said now, while the guest is still there.
+            return await in_turns(saved.verifying(data, self.providers), around), data
+
     async def _flush(self) -> dict[str, Any]:
         """Write every page that we touched since log-start once more, through the client, so that it sees it."""
         self._require(Phase.PAUSED, "flush")
+        async with self._no_changes("flush", _OFFER_SECONDS):
+            self._require(Phase.PAUSED, "flush")
+            return self._flush_now()
+
+    def _flush_now(self) -> dict[str, Any]:
         assert self._context is not None
         started = time.monotonic()
         pages = size = 0
@@ -656,11 +674,18 @@ class DeviceServer:
         _check_seconds("resume", seconds)
         if self.phase is not Phase.PAUSING:
             self._require(Phase.PAUSED, "resume")
-        elif self._quiet is not None and not self._quiet.done():
-            self._quiet.set_exception(UsageError(_CALLED_OFF))
+            async with self._no_changes("resume", seconds + _OFFER_SECONDS):
+                self._require(Phase.PAUSED, "resume")
+                await self._go_on(seconds)
+        else:
+            if self._quiet is not None and not self._quiet.done():
+                self._quiet.set_exception(UsageError(_CALLED_OFF))
+            await self._go_on(seconds)
+        return {}
+
+    async def _go_on(self, seconds: float) -> None:
         await self._take_back(seconds)
         self.run_on()
-        return {}
 
     async def _take_back(self, seconds: float) -> None:
         """Activate the providers; for `seconds` again and again: whoever has what they want may just be ending."""
@@ -694,7 +719,10 @@ class DeviceServer:
         try:
             await asyncio.wait_for(self._changing.acquire(), seconds if self._changing.locked() else None)
         except TimeoutError:
-            raise WaitTimeout(f"another command to end before {command} (offer, rescind, pause, save, load or restore-finish)", seconds) from None
+            raise WaitTimeout(
+                f"another command to end before {command} (offer, rescind, pause, save, load or restore-finish)",
+                seconds,
+            ) from None
         try:
             yield
         finally:
@@ -870,7 +898,7 @@ class DeviceServer:
         async with self._no_changes("load", _OFFER_SECONDS):
             self._require_loadable()
             directory = None if files is None else Path(files)
-            return self._load_now(path, sha256, description, check=check, files=directory)
+            return await self._load_now(path, sha256, description, check=check, files=directory)
 
     def _require_loadable(self) -> None:
         if self.phase not in _LOADABLE:
@@ -879,7 +907,7 @@ class DeviceServer:
         if self.device.memory.log is not None:
             raise UsageError("load: a dirty log is running, so the device is being saved; end that first (log-stop)")
 
-    def _load_now(
+    async def _load_now(
         self,
         path: str,
         sha256: str,
@@ -894,30 +922,43 @@ class DeviceServer:
             wanted = self.description if description is None else msgspec.convert(description, DeviceDescription)
         except msgspec.ValidationError as error:
             raise UsageError(f"load: {explain(error)}") from error
+        await asyncio.sleep(0)
         counts = saved.count_packets(state)
-        if check:
-            self._fitting_life(state, wanted, recorded=False).end()
-        else:
+
+        def before() -> None:
             # What the guest wrote to registers until now was meant for the life that ends.
-            self._change_life(state, wanted, before=self._drain)
+            self._drain()
+            self._require_loadable()
+
+        def taken() -> None:
             self.phase = Phase.RESTORING
             self._restore = state
             self._files = files
             self._held_at_pause = 0
+
+        if check:
+            (await in_turns(self._fitting_life(state, wanted, recorded=False))).end()
+        else:
+            await in_turns(self._change_life(state, wanted, before, taken))
         return {
             "packets": {"queued": counts.queued, "sent": counts.sent},
             "channels": sum(offer.open is not None for offer in state.bus.offers),
             "seconds": time.monotonic() - started,
         }
 
-    def _fitting_life(self, state: saved.DeviceState, wanted: DeviceDescription, *, recorded: bool = True) -> Life:
+    def _fitting_life(
+        self, state: saved.DeviceState, wanted: DeviceDescription, *, recorded: bool = True
+    ) -> Pieces[Life]:
         """A fresh device, standing still, to which the state fits. Raises StateError or UsageError."""
         life = self._new_life(wanted, recorded=recorded)
+        life.timers.freeze()
+        life.services.freeze()
         try:
             # Code that runs here already was chosen by the owner of this server; what a state asks for was not.
-            life.build(from_snapshot=True, trusted={one.kind for one in self.description.providers})
+            trusted = {one.kind for one in self.description.providers}
+            yield from life.building(from_snapshot=True, trusted=trusted)
             try:
-                life.fit(state)
+                yield from life.fitting(state)
             except BaseException:
                 life.end()
                 raise
@@ -945,13 +986,18 @@ class DeviceServer:
 
         Raises StateError or UsageError, and changes nothing, if it does not fit the present description.
         """
-        self._change_life(state, self.description)
+        at_once(self._change_life(state, self.description, lambda: None, lambda: None))
 
     def _change_life(
-        self, state: saved.DeviceState, wanted: DeviceDescription, before: Callable[[], None] = lambda: None
-    ) -> None:
-        """`before`: called when all is checked and the present life is about to end; what it raises is a refusal."""
-        life = self._fitting_life(state, wanted)
+        self,
+        state: saved.DeviceState,
+        wanted: DeviceDescription,
+        before: Callable[[], None],
+        taken: Callable[[], None],
+    ) -> Pieces[None]:
+        """`before`: called when all is checked and the present life is about to end; what it raises is a refusal.
+        `taken`: called when another one is in its place."""
+        life = yield from self._fitting_life(state, wanted)
         try:
             before()
         except BaseException:
@@ -961,8 +1007,12 @@ class DeviceServer:
         life.inherit(ended)
         self._lives += 1
         self.phase = self._phase
-        ended.end()
-        ended.device.memory.move_to(life.device.memory)
+        taken()
+        with self._client_waits():
+            try:
+                yield from ended.ending()
+            finally:
+                ended.device.memory.move_to(life.device.memory)
 
     async def _restore_finish(self, frozen: bool = False) -> dict[str, Any]:
         """QEMU has loaded the guest and the PCI function is back: rebuild everything and run.
@@ -993,7 +1043,7 @@ class DeviceServer:
         }
 
     async def _restored(self) -> saved.Restored:
-        """In pieces: tools are answered meanwhile, the client when it is done. Raises StateError, EnvironmentProblem."""
+        """In pieces: tools are answered meanwhile, the client afterwards. Raises StateError, EnvironmentProblem."""
         assert self._restore is not None
         self._drain()
         if self.config.snapshot() != self._restore.config:

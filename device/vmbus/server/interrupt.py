@@ -32,8 +32,11 @@ def _where(frame: FrameType | None) -> str:
 
 
 @contextlib.contextmanager
-def bounded(seconds: float, what: str) -> Iterator[None]:
-    """Interrupts the block after `seconds` with WaitTimeout, which says `what` was waited for and where it hung."""
+def bounded(seconds: float, what: str, left: float | None = None) -> Iterator[None]:
+    """Interrupts the block after `seconds` with WaitTimeout, which says `what` was waited for and where it hung.
+
+    `left`: seconds that are left of them, if earlier blocks have taken the others.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -47,7 +50,7 @@ def bounded(seconds: float, what: str) -> Iterator[None]:
             raise _Interrupted
 
     before = signal.signal(signal.SIGALRM, strike)
-    signal.setitimer(signal.ITIMER_REAL, max(seconds, 0.001), _AGAIN)
+    signal.setitimer(signal.ITIMER_REAL, max(seconds if left is None else left, 0.001), _AGAIN)
     try:
         try:
             yield

@@ -26,6 +26,7 @@ from vmbus.server.interrupt import bounded
 from vmbus.server.services import ProviderServices, Services
 from vmbus.server.timers import TimerEntry, Timers
 from vmbus.util.complaints import bounded_log
+from vmbus.util.pieces import Pieces, whole
 
 log = bounded_log(__name__)
 
@@ -148,7 +149,7 @@ class Life:
         self.hosts: dict[str, ProviderHost] = {}
         self.activation = Activation(self.hosts)
 
-    def build(self, *, from_snapshot: bool, trusted: Collection[str] = ()) -> None:
+    def building(self, *, from_snapshot: bool, trusted: Collection[str] = ()) -> Pieces[None]:
         """Start all providers. `from_snapshot`: only kinds in `trusted` were chosen by this program's owner.
 
         Raises what a provider raises; then none is left started.
@@ -156,14 +157,19 @@ class Life:
         try:
             for one in self.description.providers:
                 self.add_provider(one, from_snapshot=from_snapshot and one.kind not in trusted)
+                yield
         except BaseException:
             self.end()
             raise
 
-    def fit(self, state: saved.DeviceState) -> None:
+    build = whole(building)
+
+    def fitting(self, state: saved.DeviceState) -> Pieces[None]:
         """Raises StateError when `state` is not of this device; else nothing takes a turn until it is restored."""
-        saved.check_fits(state, self.description.name, self.device, self.providers)
+        yield from saved.fitting(state, self.description.name, self.device, self.providers)
         self.device.freeze()
+
+    fit = whole(fitting)
 
     def add_provider(self, one: ProviderDescription, *, from_snapshot: bool = False) -> Provider:
         """Make and start one provider. Raises what it raises; nothing is left of it then."""
@@ -222,20 +228,43 @@ class Life:
         self.timers.close()
         self._end_record()
 
-    def end(self) -> None:
+    def ending(self) -> Pieces[None]:
         """Another life takes over: close all channels by force, stop the providers, call nothing any more.
 
         What they own outside is given up by `stop`. Errors of providers are logged.
         """
         self.device.freeze()
-        self._tried("the device's reset", self.device.reset)
+        self.timers.freeze()
+        self.services.freeze()
+        try:
+            yield from self._resetting()
+        except Exception:
+            log.exception("the device's reset raised while it was discarded")
+        finally:
+            self._end()
+
+    def _resetting(self) -> Pieces[None]:
+        backlog = self.device.backlog
+        backlog.at_once = False
+        with backlog.turn():
+            self.device.reset()
+        while backlog:
+            yield
+            backlog.run()
+
+    def _end(self) -> None:
         self.services.finish(_END_SECONDS)
         for provider in self.providers:
             self._stop(provider)
-            self._tried(f"withdrawing the channels of provider {provider.name}", self.hosts[provider.name].withdraw)
+            try:
+                self.hosts[provider.name].withdraw()
+            except Exception:
+                log.exception("withdrawing the channels of provider %s raised", provider.name)
         self.services.close()
         self.timers.close()
         self._end_record()
+
+    end = whole(ending)
 
     def _stop(self, provider: Provider) -> None:
         try:
@@ -295,9 +324,3 @@ class Life:
     def _end_record(self) -> None:
         if self.device.recorder is not None:
             self.device.recorder.close()
-
-    def _tried(self, what: str, call: Callable[[], None]) -> None:
-        try:
-            call()
-        except Exception:
-            log.exception("%s raised while the device was discarded", what)

@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from vmbus.util.pieces import TURN_SECONDS
 
 
-
 class Backlog:
     """See the module's text. Outside of `turn`, or with `at_once`, everything is done at once."""
 
