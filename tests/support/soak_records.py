@@ -11,9 +11,15 @@ import msgspec
 
 from vmbus.soak.records import (
     FORMAT,
+    BudgetResult,
+    Change,
+    Comparison,
+    Environment,
     EpisodeRecord,
     EventRecord,
+    Failure,
     OperationRecord,
+    Report,
     Sample,
     State,
     WorkloadRecord,
@@ -70,8 +76,8 @@ class Folder:
         for name in ("operations", "events", "episodes"):
             (path / f"{name}.jsonl").touch(0o600)
 
-    def state(self, state: str, ran: float = 1200.0) -> None:
-        self.json("state.json", msgspec.to_builtins(State(ran=ran, state=state)))  # type: ignore[arg-type]
+    def state(self, state: str, ran: float = 1200.0, **more: Any) -> None:
+        self.json("state.json", msgspec.to_builtins(State(ran=ran, state=state, **more)))  # type: ignore[arg-type]
 
     def json(self, name: str, value: object) -> None:
         (self.path / name).write_bytes(msgspec.json.encode(value))
@@ -202,3 +208,60 @@ def whole_campaign(path: Path, operations: int = 300, failures: int = 0, seed: i
     for name, some in lines.items():
         (path / f"{name}.jsonl").write_bytes(b"".join(line + b"\n" for line in some))
     return folder
+
+
+def everywhere(text: str) -> Report:
+    """A report with the same text wherever a record can have text of its own."""
+    return Report(
+        verdict="failed",
+        seed=1,
+        started=text,
+        seconds=1,
+        operations=1,
+        packets=1,
+        transactions=1,
+        episodes_planned=None,
+        failures=[Failure(episode=0, message=text, replay=text, kept=text)],
+        by_kind={text: {"done": 1}},
+        command=text,
+        environment=Environment(**{name: text for name, value in ENVIRONMENT.items() if isinstance(value, str)}),
+        settings={text: text, f"{text}2": [text]},
+        episode_records=[
+            episode(
+                0,
+                started=text,
+                where=text,
+                audit=text,
+                failure=text,
+                kept=text,
+                workloads=[WorkloadRecord(driver=text, verdict=text, message=text, parameters={text: text})],
+                samples=[Sample(at=float(at), transactions=100 * at, in_flight={text: 1}) for at in range(30)],
+            )
+        ],
+        operation_records=[
+            operation(
+                0,
+                number,
+                text,
+                message=text,
+                parameters={text: text},
+                packets={text: 5},
+                downtime=0.1,
+                save_seconds=0.1,
+                restore_seconds=0.2,
+                memory_bytes=1 << 20,
+                state_bytes=1 << 10,
+            )
+            for number in range(3)
+        ],
+        events=[EventRecord(episode=0, at=1, text=text, serious=serious) for serious in (False, True)],
+        missing=[text],
+        budgets=[BudgetResult(measure="downtime", kind=text, limit=1.0, value=None, kept=False)],
+        comparison=Comparison(
+            seed=1,
+            started=text,
+            growth=0.1,
+            differences=[text],
+            changes=[Change(kind=text, quantity="save", before=1.0, now=2.0, operations=(9, 9), grown=True)],
+        ),
+    )

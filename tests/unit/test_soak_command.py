@@ -96,7 +96,7 @@ def test_usage_is_told_in_one_line(arguments: list[str], message: str) -> None:
 @pytest.mark.parametrize("text", ["5x", "", "-1", "m"])
 def test_a_time_that_is_none(text: str) -> None:
     result = run("--for", text)
-    assert result.exit_code == CANNOT and "is no time, such as 90, 20m or 8h" in result.output
+    assert result.exit_code == CANNOT and "is no time, such as 90, 200ms, 20m or 8h" in result.output
 
 
 def test_a_folder_of_another_version_is_refused_and_left_alone(tmp_path: Path) -> None:

@@ -143,7 +143,7 @@ def test_a_line_that_is_no_record_hides_no_other(tmp_path: Path) -> None:
     folder.write(episode(1))
     assert set(folder.finished()) == {0, 1}
     (problem,) = folder.problems
-    assert problem.startswith("line 2 of episodes.jsonl is no record")
+    assert problem.startswith("episodes.jsonl: 1 of 3 lines could not be read; line 2 is no record")
     folder.close()
 
 

@@ -19,14 +19,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from markupsafe import Markup
 
-from support.soak_records import ENVIRONMENT, Folder, episode, operation, whole_campaign
+from support.soak_records import Folder, episode, everywhere, operation, whole_campaign
 from vmbus.errors import UsageError
-from vmbus.soak import html, plots, report
+from vmbus.soak import html, plots, report, svg
 from vmbus.soak.records import (
     CAMPAIGN,
-    Environment,
     EventRecord,
-    Failure,
     OperationRecord,
     Report,
     Sample,
@@ -206,10 +204,8 @@ def test_whatever_is_cut_off_or_spoilt_there_is_a_report(tmp_path: Path, data: s
 def test_what_the_campaign_could_not_write_is_said(tmp_path: Path) -> None:
     folder = Folder(tmp_path)
     folder.add(episode(0))
-    folder.json("missing.json", ["3 records, which found no room on the disk"])
+    folder.state("finished", missing=["3 records, which found no room on the disk"])
     assert report.build(tmp_path).missing == ["3 records, which found no room on the disk"]
-    (tmp_path / "missing.json").write_bytes(b"[")
-    assert "cannot be read" in report.build(tmp_path).missing[0]
 
 
 def test_no_campaign_and_one_of_another_version(tmp_path: Path) -> None:
@@ -261,55 +257,6 @@ class Structure(HTMLParser):
 
     def handle_data(self, data: str) -> None:
         self.text.append(data)
-
-
-def everywhere(text: str) -> Report:
-    """A report with the same text wherever a record can have text of its own."""
-    return Report(
-        verdict="failed",
-        seed=1,
-        started=text,
-        seconds=1,
-        operations=1,
-        packets=1,
-        transactions=1,
-        episodes_planned=None,
-        failures=[Failure(episode=0, message=text, replay=text, kept=text)],
-        by_kind={text: {"done": 1}},
-        command=text,
-        environment=Environment(**{name: text for name, value in ENVIRONMENT.items() if isinstance(value, str)}),
-        settings={text: text, f"{text}2": [text]},
-        episode_records=[
-            episode(
-                0,
-                started=text,
-                where=text,
-                audit=text,
-                failure=text,
-                kept=text,
-                workloads=[WorkloadRecord(driver=text, verdict=text, message=text, parameters={text: text})],
-                samples=[Sample(at=float(at), transactions=100 * at, in_flight={text: 1}) for at in range(30)],
-            )
-        ],
-        operation_records=[
-            operation(
-                0,
-                number,
-                text,
-                message=text,
-                parameters={text: text},
-                packets={text: 5},
-                downtime=0.1,
-                save_seconds=0.1,
-                restore_seconds=0.2,
-                memory_bytes=1 << 20,
-                state_bytes=1 << 10,
-            )
-            for number in range(3)
-        ],
-        events=[EventRecord(episode=0, at=1, text=text, serious=serious) for serious in (False, True)],
-        missing=[text],
-    )
 
 
 HOSTILE = [
@@ -392,7 +339,7 @@ def test_sabotage_a_page_without_escaping_is_noticed(monkeypatch: pytest.MonkeyP
 
 
 def test_sabotage_a_plot_without_escaping_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plots, "escape", Markup)
+    monkeypatch.setattr(svg, "escape", Markup)
     with pytest.raises(AssertionError):
         check_harmless(HOSTILE[0])
 
@@ -455,7 +402,7 @@ def test_points_are_thinned_and_what_stands_out_stays() -> None:
 @given(st.floats(1e-6, 1e9), st.floats(1.0, 1e6))
 def test_ticks_are_within_the_scale_and_few(low: float, factor: float) -> None:
     for logarithmic in (False, True):
-        scale = plots.Scale(low, low * factor * 1.7, 0, 100, logarithmic)
+        scale = svg.Scale(low, low * factor * 1.7, 0, 100, logarithmic)
         ticks = scale.ticks(5)
         assert len(ticks) <= 11
         assert ticks == sorted(ticks)

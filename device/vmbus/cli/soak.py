@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import datetime
 import json
-import re
 import secrets
 import signal
 import sys
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import click
 import msgspec
@@ -24,30 +24,59 @@ from vmbus.soak.campaign import CampaignRun, Limits
 from vmbus.soak.engine import Engine, LocalEngine
 from vmbus.soak.environment import describe_environment
 from vmbus.soak.episode import scratch_base
+from vmbus.soak.expected import Budget, Expected, broken, load_baseline, parse_budget
 from vmbus.soak.folder import CAMPAIGN_FILE, Campaign, CampaignFolder, read_campaign
 from vmbus.soak.job import Job
+from vmbus.soak.measures import MEASURES, parse
 from vmbus.soak.progress import Figures, LiveView, PlainView, failure_text
 from vmbus.soak.records import FORMAT, Report
 from vmbus.soak.replay import parse_words, replay_command
 from vmbus.soak.schedule import encode_plan, episodes_planned, linux_share, plan_episode
-from vmbus.soak.settings import Settings, read_values, settings_from
+from vmbus.soak.settings import WEIGHTS, Settings, read_values, settings_from
 from vmbus.vm.command_line import programs_from
 
 PASSED, FAILED, CANNOT, INTERRUPTED = 0, 1, 2, 3
 """Exit statuses. CANNOT: it could not begin, or there is nothing to report."""
+T = TypeVar("T")
 STATUS = {"passed": PASSED, "failed": FAILED, "interrupted": INTERRUPTED}
-
-_UNITS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
 def _seconds(context: click.Context, parameter: click.Parameter, value: str | None) -> float | None:
     """Seconds, or a number with its unit: 90, 20m, 8h."""
-    if value is None:
-        return None
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd]?)", value)
-    if found is None:
-        raise click.BadParameter(f"{value!r} is no time, such as 90, 20m or 8h", context, parameter)
-    return float(found[1]) * _UNITS[found[2]]
+    return None if value is None else _parsed(context, parameter, lambda: parse(value, "time"))
+
+
+def _parsed(context: click.Context, parameter: click.Parameter, read: Callable[[], T]) -> T:
+    try:
+        return read()
+    except ValueError as error:
+        raise click.BadParameter(str(error), context, parameter) from error
+
+
+def _budget_options(command: Callable[..., None]) -> Callable[..., None]:
+    """An option for each measure that can be bounded; together they are `budgets`."""
+
+    def budgets(context: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> None:
+        name = parameter.opts[0].split("-", 3)[-1]  # without the bound in front
+        known: list[Budget] = context.params.setdefault("budgets", [])
+        known += [
+            _parsed(context, parameter, lambda: parse_budget(name, value, frozenset(WEIGHTS)))  # noqa: B023
+            for value in values
+        ]
+
+    for name, measure in reversed(MEASURES.items()):
+        bound = "at most" if measure.side == "max" else "at least"
+        command = click.option(
+            f"--{measure.side}-{name}", multiple=True, metavar="[KIND=]LIMIT", expose_value=False, callback=budgets,
+            help=f"Failed unless the {measure.text} is {bound} this.",
+        )(command)  # fmt: skip
+    return command
+
+
+def _share(context: click.Context, parameter: click.Parameter, value: str | None) -> float | None:
+    return (
+        None if value is None else _parsed(context, parameter, lambda: parse(value.removesuffix("%"), "number")) / 100
+    )
 
 
 @click.command()
@@ -74,6 +103,11 @@ def _seconds(context: click.Context, parameter: click.Parameter, value: str | No
 @click.option("--resume", is_flag=True, help="Go on with the campaign in DIR, with its own settings.")
 @click.option("--plan", "only_plan", is_flag=True, help="Print the schedule, an episode a line, and do nothing.")
 @click.option("--report-only", is_flag=True, help="Only make the report of DIR anew.")
+@_budget_options
+@click.option("--compare", type=click.Path(path_type=Path), metavar="PATH",
+              help="Show medians beside those of an earlier campaign: its report.json, or its folder.")  # fmt: skip
+@click.option("--max-growth", "growth", metavar="PERCENT", callback=_share,
+              help="Failed if a median is so much above that of --compare.")  # fmt: skip
 def soak(
     seed: int | None,
     operations: int | None,
@@ -89,6 +123,9 @@ def soak(
     resume: bool,
     only_plan: bool,
     report_only: bool,
+    budgets: list[Budget],
+    compare: Path | None,
+    growth: float | None,
 ) -> None:
     """Run random workloads and operations on VMs for long, and prove that no packet was lost.
 
@@ -96,7 +133,10 @@ def soak(
     campaign could not begin, 3 if it was interrupted: then the same command goes on with it.
     """
     try:
+        expected = _expected(budgets, compare, growth)
         if report_only:
+            if expected is not None and read_campaign(_needed(folder)):
+                expected.write(_needed(folder))
             sys.exit(_show(reports.write(_needed(folder)), _needed(folder)))
         if resume:
             if any(one is not None for one in (seed, operations, seconds, schedule, episode)) or assignments:
@@ -113,13 +153,22 @@ def soak(
             raise UsageError(f"there is no episode {episode}: the campaign has {planned} of them, from 0")
         folder = folder or Path(f"soak-{settings.seed}")
         limits = Limits(seconds=settings.seconds, failures=max_failures, keep_bytes=keep << 20)
-        status = asyncio.run(_campaign(settings, folder, episode, limits, parallel, scheduler))
+        status = asyncio.run(_campaign(settings, folder, episode, limits, parallel, scheduler, expected))
     except (VmbusError, OSError) as error:
         click.echo(f"error: {error}", err=True)
         sys.exit(CANNOT)
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
     sys.exit(status)
+
+
+def _expected(budgets: list[Budget], compare: Path | None, growth: float | None) -> Expected | None:
+    """What the campaign is to keep; None where nothing is said, and what its folder has stays."""
+    if growth is not None and compare is None:
+        raise UsageError("--max-growth needs --compare: growth since when?")
+    if not budgets and compare is None:
+        return None
+    return Expected(budgets=budgets, baseline=load_baseline(compare) if compare is not None else None, growth=growth)
 
 
 def _needed(folder: Path | None) -> Path:
@@ -175,7 +224,13 @@ class _Row:
 
 
 async def _campaign(
-    settings: Settings, path: Path, episode: int | None, limits: Limits, parallel: int | None, scheduler: str | None
+    settings: Settings,
+    path: Path,
+    episode: int | None,
+    limits: Limits,
+    parallel: int | None,
+    scheduler: str | None,
+    expected: Expected | None,
 ) -> int:
     """Run the campaign in its folder and show how it goes. Returns the exit status."""
     provisioned = await asyncio.to_thread(provision)
@@ -206,6 +261,8 @@ async def _campaign(
         raise
     with ExitStack() as stack:
         stack.callback(folder.close)
+        if expected is not None:
+            folder.with_room(lambda: expected.write(path))
         there = folder.campaign.environment.project
         if there != campaign.environment.project:
             folder.problems.append(
@@ -280,6 +337,8 @@ def _show(report: Report, folder: Path) -> int:
             click.echo(failure_text(record, str(folder), failure.replay))
         else:
             click.echo(f"FAILED  episode {failure.episode}: {failure.message}\n        replay: {failure.replay}")
+    for text in broken(report):
+        click.echo(f"BROKEN  {text}")
     for text in report.missing:
         click.echo(f"missing: {text}")
     kinds = ", ".join(f"{sum(count.values())} {kind}" for kind, count in report.by_kind.items())

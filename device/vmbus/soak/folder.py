@@ -2,17 +2,16 @@
 
     campaign.json       what the campaign is (`Campaign`): it cannot be gone on with under other settings
     state.json          how far it has come (`records.State`)
-    operations.jsonl    one `records.OperationRecord` a line      events.jsonl  `records.EventRecord`
-    episodes.jsonl      one `records.EpisodeRecord` a line: an episode without one, or with an interrupted one, is run
+    operations.jsonl, events.jsonl, episodes.jsonl      the records (`journal`): an episode without one, or with an
+                        interrupted one, is run
     episodes/NNNNN/     the working folder of a running episode; removed when it has passed
     failures/NNNNN/     what was kept of a failed one (`keep`)
-    missing.json        what could not be written, as text; only there if there is such a thing
-    report.html, report.json    made of all that
+    expected.json       budgets, and an earlier campaign to compare with (`expected`)
+    report.html, report.json, junit.xml                 made of all that
     lock                held by the process that writes here
     reserve             space for the records' last lines, given up when the disk is full
 
-A line is written whole or not at all: what a full disk leaves of one is taken back at once, what a crash leaves of one
-at the next opening. Lines that find no room wait in memory, in order, and are written as soon as there is room.
+Lines that find no room wait in memory, in order, and are written as soon as there is room.
 """
 
 from __future__ import annotations
@@ -25,18 +24,18 @@ import shutil
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 
 from vmbus.errors import EnvironmentProblem, UsageError
 from vmbus.provision.cache import publish_bytes
-from vmbus.soak.records import FORMAT, Environment, EpisodeRecord, EventRecord, OperationRecord, State
+from vmbus.soak.journal import JOURNALS, Journal, Record, last_episodes, read_records
+from vmbus.soak.records import FORMAT, Environment, EpisodeRecord, State
 from vmbus.util.copying import sync_directory
 
 CAMPAIGN_FILE = "campaign.json"
 STATE_FILE = "state.json"
-MISSING_FILE = "missing.json"
 RESERVE = 4 << 20
 """Bytes that are kept free for records: some ten thousand operations."""
 WAITING_LIMIT = 100_000
@@ -44,8 +43,6 @@ WAITING_LIMIT = 100_000
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
 T = TypeVar("T")
-Journal = Literal["operations", "events", "episodes"]
-JOURNALS: tuple[Journal, ...] = ("operations", "events", "episodes")
 
 
 class Campaign(msgspec.Struct, kw_only=True):
@@ -78,77 +75,27 @@ def read_campaign(path: Path) -> Campaign:
         raise EnvironmentProblem(f"cannot read {file}: {error.strerror}") from error
     try:
         found = msgspec.json.decode(data, type=_Format).format
+        if found == FORMAT:
+            return msgspec.json.decode(data, type=Campaign)
     except msgspec.DecodeError as error:
         raise UsageError(
             f"{file} is damaged ({error}); its records are beside it, a new campaign needs a new folder"
         ) from error
-    if found != FORMAT:
-        raise UsageError(
-            f"{path} holds a campaign of format {found}, this version reads and writes {FORMAT}: "
-            "go on with the version that began it, or choose a new folder"
-        )
-    try:
-        return msgspec.json.decode(data, type=Campaign)
-    except msgspec.DecodeError as error:
-        raise UsageError(
-            f"{file} is damaged ({error}); its records are beside it, a new campaign needs a new folder"
-        ) from error
+    raise UsageError(
+        f"{path} holds a campaign of format {found}, this version reads and writes {FORMAT}: "
+        "go on with the version that began it, or choose a new folder"
+    )
 
 
-def read_state(path: Path) -> State:
-    """How far the campaign has come; the beginning, if that cannot be read."""
+def read_state(path: Path, missing: list[str] | None = None) -> State:
+    """How far the campaign has come; the beginning, if that cannot be read, which `missing` then says."""
     try:
         return msgspec.json.decode((path / STATE_FILE).read_bytes(), type=State)
-    except (OSError, msgspec.DecodeError):
+    except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
+        if missing is not None:
+            said = error.strerror if isinstance(error, OSError) else error
+            missing.append(f"{STATE_FILE}: whether the campaign came to its end is not known: {said}")
         return State()
-
-
-def episode_name(episode: int) -> str:
-    """The name of an episode's folder."""
-    return f"{episode:05}"
-
-
-class _Lines:
-    """One journal: appends whole lines, and takes back what became of one that found no room."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        try:
-            self.descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
-        except OSError as error:
-            raise EnvironmentProblem(f"cannot write {path}: {error.strerror}") from error
-        self.torn = self._cut_torn_line()
-
-    def _cut_torn_line(self) -> int:
-        """Take away a last line without its end, which a crash has left. Returns how many bytes that were."""
-        size = os.fstat(self.descriptor).st_size
-        end = size
-        while end > 0:
-            start = max(0, end - 65536)
-            found = os.pread(self.descriptor, end - start, start).rfind(b"\n")
-            if found >= 0:
-                end = start + found + 1
-                break
-            end = start
-        if end < size:
-            os.ftruncate(self.descriptor, end)
-        return size - end
-
-    def append(self, line: bytes, *, sync: bool) -> None:
-        """Write one line. Raises OSError, and then nothing of it is there."""
-        before = os.fstat(self.descriptor).st_size
-        try:
-            rest = memoryview(line)
-            while rest:
-                rest = rest[os.write(self.descriptor, rest) :]
-            if sync:
-                os.fsync(self.descriptor)
-        except OSError:
-            os.ftruncate(self.descriptor, before)
-            raise
-
-    def close(self) -> None:
-        os.close(self.descriptor)
 
 
 class CampaignFolder:
@@ -167,12 +114,12 @@ class CampaignFolder:
         self._waiting: deque[tuple[Journal, bytes]] = deque()
         self._lost = 0
         self._full = False
-        self._journals = {name: _Lines(path / f"{name}.jsonl") for name in JOURNALS}
-        for name, lines in self._journals.items():
-            if lines.torn:
-                self.problems.append(
-                    f"{name}.jsonl ended in the middle of a record ({lines.torn} bytes), which is gone"
-                )
+        self._journals = {kind: Journal(path, kind) for kind in JOURNALS}
+        self.problems += [
+            f"{one.path.name} ended in the middle of a record ({one.torn} bytes), which is gone"
+            for one in self._journals.values()
+            if one.torn
+        ]
         self.resumed = bool(self.state.ran)
         self._reserve()
 
@@ -212,24 +159,19 @@ class CampaignFolder:
     def close(self) -> None:
         """Writes what waits, if it can, and lets go of the folder."""
         self.flush()
-        for lines in self._journals.values():
-            lines.close()
+        for journal in self._journals.values():
+            journal.close()
         (self.path / "reserve").unlink(missing_ok=True)
         os.close(self._lock)
 
     # --- records ---------------------------------------------------------------------------------------------------
 
-    def write(self, record: OperationRecord | EventRecord | EpisodeRecord) -> None:
+    def write(self, record: Record) -> None:
         """Write one record down. Never raises for want of room: then it waits (see `waiting`)."""
-        journal: Journal = "operations"
-        if isinstance(record, EventRecord):
-            journal = "events"
-        elif isinstance(record, EpisodeRecord):
-            journal = "episodes"
         if len(self._waiting) >= WAITING_LIMIT:
             self._lost += 1
         else:
-            self._waiting.append((journal, msgspec.json.encode(record) + b"\n"))
+            self._waiting.append((self._journals[type(record)], msgspec.json.encode(record) + b"\n"))
         self.flush()
 
     def flush(self) -> bool:
@@ -237,15 +179,14 @@ class CampaignFolder:
         while self._waiting:
             journal, line = self._waiting[0]
             try:
-                self._journals[journal].append(line, sync=journal == "episodes")
+                journal.append(line)
             except OSError as error:
                 if self._give_up_reserve():
                     continue
                 if not self._full:
                     self._full = True
                     self.problems.append(
-                        f"cannot write {self._journals[journal].path}: {error.strerror}; records wait in memory until "
-                        "there is room"
+                        f"cannot write {journal.path}: {error.strerror}; records wait in memory until there is room"
                     )
                 return False
             self._waiting.popleft()
@@ -270,22 +211,9 @@ class CampaignFolder:
         return said
 
     def finished(self) -> dict[int, EpisodeRecord]:
-        """The last record of each episode that need not be run again. Lines that are no records are left out."""
-        last: dict[int, EpisodeRecord] = {}
-        decoder = msgspec.json.Decoder(EpisodeRecord)
-        with (self.path / "episodes.jsonl").open("rb") as file:
-            for number, line in enumerate(file, 1):
-                try:
-                    record = decoder.decode(line)
-                except msgspec.DecodeError as error:
-                    self.problems.append(f"line {number} of episodes.jsonl is no record: {error}")
-                    continue
-                last[record.episode] = record
+        """The record of each episode that need not be run again. Lines that are no records are left out."""
+        last = last_episodes(read_records(self.path, EpisodeRecord, self.problems))
         return {number: record for number, record in last.items() if record.verdict != "interrupted"}
-
-    def publish(self, name: str, data: bytes) -> None:
-        """Replace a small file as a whole. Raises OSError when there is no room even without the reserve."""
-        self.with_room(lambda: publish_bytes(self.path / name, data))
 
     def with_room(self, write: Callable[[], T]) -> T:
         """Call `write`, which may be called twice: when the disk is full, the reserve is given up for it."""
@@ -297,20 +225,16 @@ class CampaignFolder:
             return write()
 
     def save_state(self) -> None:
-        """Write `state.json` (and `missing.json`, if something is). A full disk leaves the last ones."""
-        said = self.missing()
+        """Write `state.json`. A full disk leaves the last one."""
+        self.state.missing = self.missing()
         with contextlib.suppress(OSError):
-            self.publish(STATE_FILE, _pretty(self.state))
-            if said:
-                self.publish(MISSING_FILE, msgspec.json.encode(said))
-            else:
-                (self.path / MISSING_FILE).unlink(missing_ok=True)
+            self.with_room(lambda: publish_bytes(self.path / STATE_FILE, _pretty(self.state)))
 
     # --- the folders of episodes -------------------------------------------------------------------------------------
 
     def working(self, episode: int) -> Path:
         """A new, empty working folder of an episode. What an earlier, cut off run of it left is removed."""
-        path = self.path / "episodes" / episode_name(episode)
+        path = self.path / "episodes" / f"{episode:05}"
         try:
             if path.exists():
                 shutil.rmtree(path)

@@ -11,17 +11,18 @@ import functools
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from importlib import resources
-from statistics import median
-from typing import Any
+from typing import Any, TypeVar
 
 import jinja2
 from markupsafe import Markup
 
 from vmbus.soak import plots
-from vmbus.soak.records import CAMPAIGN, EpisodeRecord, EventRecord, OperationRecord, Report
+from vmbus.soak.expected import COMPARED, ENOUGH, broken, budget_text
+from vmbus.soak.measures import MEASURES, QUANTITIES, SHOW, known, quantile
+from vmbus.soak.records import CAMPAIGN, Change, EpisodeRecord, EventRecord, OperationRecord, Report
 from vmbus.soak.text import byte_text, clean, count_text, seconds_text
 
 MAXIMUM_OPERATIONS = 3000
@@ -31,6 +32,7 @@ MAXIMUM_EVENTS = 300
 MAXIMUM_FAILURES = 100
 MAXIMUM_SERIOUS = 20
 
+R = TypeVar("R", EpisodeRecord, OperationRecord)
 _TITLES = {"passed": "Passed", "failed": "Failed", "interrupted": "Interrupted"}
 _MARKS = {"passed": "✓", "failed": "✗", "interrupted": "–"}
 
@@ -50,11 +52,19 @@ def render(report: Report) -> str:
         began=_moment(report.started),
         tiles=_tiles(report),
         failures=report.failures[:MAXIMUM_FAILURES],
+        budgets=[(budget_text(one), one) for one in report.budgets],
+        measures=MEASURES,
+        comparison=_comparison(report),
+        compared=COMPARED,
+        earlier=_moment(report.comparison.started) if report.comparison else "",
+        enough=ENOUGH,
         kinds=_kinds(report),
         figures=_figures(report),
-        operations=_chosen(report.operation_records),
-        episodes=_chosen_episodes(report.episode_records),
-        events=_chosen_events(report.events),
+        operations=_chosen(
+            report.operation_records, MAXIMUM_OPERATIONS, lambda one: (one.outcome != "failed", -(one.downtime or 0.0))
+        ),
+        episodes=_chosen(report.episode_records, MAXIMUM_EPISODES, lambda one: (one.verdict != "failed", one.episode)),
+        events=report.events[-MAXIMUM_EVENTS:],
         serious=_serious(report),
         surroundings=_surroundings(report),
         settings=[(name, _value(value)) for name, value in report.settings.items() if value not in (None, "", {}, [])],
@@ -92,6 +102,9 @@ def lead(report: Report) -> str:
         return f"{done}: each packet came out exactly once, in order and intact."
     if report.verdict == "failed":
         many = len(report.failures)
+        if not many:
+            many = len(broken(report))
+            return f"No packet was lost, but {_things(many, 'bound')} broken. {done} were carried out."
         what = "one episode" if many == 1 else f"{count_text(many)} episodes"
         return f"{what.capitalize()} failed, of {count_text(_known(report))}. {done} were carried out."
     return f"The campaign is not finished. Up to now {done} were carried out, and nothing has failed."
@@ -173,7 +186,7 @@ def _moment(text: str) -> str:
 
 def _tiles(report: Report) -> list[tuple[str, str, str]]:
     """The figures on top: name, figure, and what goes with it."""
-    downtimes = [one.downtime for one in report.operation_records if one.downtime is not None]
+    downtimes = known(report.operation_records, "downtime")
     refused = sum(count.get("refused", 0) for count in report.by_kind.values())
     planned = report.episodes_planned
     tiles = [
@@ -193,10 +206,32 @@ def _tiles(report: Report) -> list[tuple[str, str, str]]:
     ]
     if downtimes:
         tiles.append(
-            ("Downtime", seconds_text(median(downtimes)), f"median; at most {_unbroken(seconds_text(max(downtimes)))}")
+            (
+                "Downtime",
+                seconds_text(quantile(downtimes, 0.5)),
+                f"median; at most {_unbroken(seconds_text(downtimes[-1]))}",
+            )
         )
     tiles.append(("Ran for", seconds_text(report.seconds), "all sittings together"))
     return tiles
+
+
+def _comparison(report: Report) -> list[tuple[str, list[tuple[str, str, bool] | None]]]:
+    """A row for each kind of operation: what each compared quantity was and is, and whether it has grown too much."""
+    changes = report.comparison.changes if report.comparison else []
+    found = {(one.kind, one.quantity): one for one in changes}
+    return [
+        (kind, [_change(found.get((kind, quantity))) for quantity in COMPARED])
+        for kind in dict.fromkeys(one.kind for one in changes)
+    ]
+
+
+def _change(one: Change | None) -> tuple[str, str, bool] | None:
+    if one is None:
+        return None
+    show = SHOW[QUANTITIES[one.quantity].unit]
+    share = f"{(one.now / one.before - 1) * 100:+.0f} %" if one.before else ""
+    return f"{show(one.before)} → {show(one.now)}", share, one.grown
 
 
 def _kinds(report: Report) -> list[dict[str, Any]]:
@@ -204,109 +239,50 @@ def _kinds(report: Report) -> list[dict[str, Any]]:
     rows = []
     for kind, count in sorted(report.by_kind.items(), key=lambda item: (-sum(item[1].values()), item[0])):
         records = [one for one in report.operation_records if one.kind == kind]
-        rows.append(
-            {
-                "kind": kind,
-                "done": count.get("done", 0),
-                "refused": count.get("refused", 0),
-                "failed": count.get("failed", 0),
-                "downtime": _spread(one.downtime for one in records),
-                "save": _middle(one.save_seconds for one in records),
-                "restore": _middle(one.restore_seconds for one in records),
-                "memory": _middle(one.memory_bytes for one in records),
-                "state": _middle(one.state_bytes for one in records),
-                "packets": _middle(sum(one.packets.values()) if one.packets else None for one in records),
-            }
-        )
+        values = {quantity: known(records, quantity) for quantity in QUANTITIES}
+        downtimes = values.pop("downtime")
+        row: dict[str, Any] = {name: quantile(some, 0.5) if some else None for name, some in values.items()}
+        row["downtime"] = [quantile(downtimes, part) for part in (0.5, 0.95, 1.0)] if downtimes else None
+        rows.append({"kind": kind, "done": 0, "refused": 0, "failed": 0, **count, **row})
     return rows
 
 
-def _middle(values: Iterable[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return median(known) if known else None
-
-
-def _spread(values: Iterable[float | None]) -> tuple[float, float, float] | None:
-    """Median, 95th percentile, maximum."""
-    known = sorted(value for value in values if value is not None)
-    return (median(known), plots.share(known, 0.95), known[-1]) if known else None
-
-
-def _figures(report: Report) -> list[tuple[str, str, bool, Sequence[Markup]]]:
-    """The plots: heading, what to see in it, whether it is made of small ones, the plot (or these)."""
+def _figures(report: Report) -> list[tuple[str, str, Sequence[Markup]]]:
+    """The plots: heading, what to see in it, the plot, or none; the last has one for each kind of operation."""
     operations = plots.Operations.of(report.operation_records, report.episode_records)
-    curves = plots.throughput_curves(operations, report.episode_records)
-    return [
-        (
-            "Downtime by kind of operation",
-            "For how long the guest stood still.",
-            False,
-            _one(plots.downtime_by_kind(operations)),
+    over_time = functools.partial(plots.over_time, operations)
+    single = {
+        ("Downtime by kind of operation", "For how long the guest stood still."): plots.by_kind(operations, "downtime"),
+        ("Duration by kind of operation", "From the request until the VM runs on."): plots.by_kind(
+            operations, "duration"
         ),
-        (
-            "Duration by kind of operation",
-            "From the request until the VM runs on.",
-            False,
-            _one(plots.duration_by_kind(operations)),
+        ("Downtime over the campaign", "Should neither grow nor scatter as time goes by."): over_time(
+            "Downtime of each operation", "downtime"
         ),
-        (
-            "Downtime over the campaign",
-            "Should neither grow nor scatter as time goes by.",
-            False,
-            _one(plots.downtime_over_time(operations)),
+        ("Save and restore", "From the request to the end of each."): over_time(
+            "Time of each save and restore", "save", "restore"
         ),
-        (
-            "Save and restore",
-            "From the request to the end of each.",
-            False,
-            _one(plots.save_and_restore(operations)),
-        ),
-        (
-            "Size of snapshots and streams",
-            "Guest memory and the device's own state.",
-            False,
-            _one(plots.sizes(operations)),
+        ("Size of snapshots and streams", "Guest memory and the device's own state."): over_time(
+            "Size of each snapshot or stream", "memory", "state"
         ),
         (
             "Packets in flight",
             "At the moment of each operation, by state. Each had to come out exactly once.",
-            False,
-            _one(plots.packets_in_flight(operations)),
-        ),
-        (
-            "Throughput around each operation",
-            "Transactions a second, as far as no other operation is near: the line is the median, the band holds "
-            "80 % of the operations, the shade is how long one takes.",
-            True,
-            plots.throughput(curves),
-        ),
-    ]
+        ): plots.packets_in_flight(operations),
+    }
+    throughput = (
+        "Throughput around each operation",
+        "Transactions a second, as far as no other operation is near: the line is the median, the band holds "
+        "80 % of the operations, the shade is how long one takes.",
+        plots.throughput(plots.throughput_curves(operations, report.episode_records)),
+    )
+    return [*((*texts, [plot] if plot else []) for texts, plot in single.items()), throughput]
 
 
-def _one(plot: Markup) -> Sequence[Markup]:
-    return [plot] if plot else []
-
-
-def _chosen(records: Sequence[OperationRecord]) -> list[OperationRecord]:
-    if len(records) <= MAXIMUM_OPERATIONS:
-        return list(records)
-
-    def rank(one: OperationRecord) -> tuple[bool, float]:
-        return one.outcome != "failed", -(one.downtime or 0.0)
-
-    best = sorted(records, key=rank)[:MAXIMUM_OPERATIONS]
-    return sorted(best, key=lambda one: (one.episode, one.number))
-
-
-def _chosen_episodes(records: Sequence[EpisodeRecord]) -> list[EpisodeRecord]:
-    if len(records) <= MAXIMUM_EPISODES:
-        return list(records)
-    best = sorted(records, key=lambda one: (one.verdict != "failed", one.episode))[:MAXIMUM_EPISODES]
-    return sorted(best, key=lambda one: one.episode)
-
-
-def _chosen_events(records: Sequence[EventRecord]) -> list[EventRecord]:
-    return list(records[-MAXIMUM_EVENTS:])
+def _chosen(records: Sequence[R], limit: int, rank: Callable[[R], tuple[bool, float]]) -> list[R]:
+    """Some of many records, those that come first by `rank`; in their own order."""
+    best = {id(one) for one in sorted(records, key=rank)[:limit]}
+    return [one for one in records if id(one) in best]
 
 
 def _serious(report: Report) -> list[EventRecord]:

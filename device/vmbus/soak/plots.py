@@ -1,6 +1,5 @@
-"""The plots of a report, as SVG that stands inside the page: no library, no script, no network.
+"""The plots of a report.
 
-Colours, line widths and fonts are the page's (classes, in report.css), so that light, dark and print are its business.
 Each function returns markup with everything escaped, or "" where there is nothing to draw. However many operations
 there are, a plot stays below some hundred kilobytes: points are thinned out, and what stands out stays (`thinned`).
 """
@@ -9,21 +8,35 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from statistics import median
+from datetime import datetime
 
-from markupsafe import Markup, escape
+from markupsafe import Markup
 
+from vmbus.soak.measures import QUANTITIES, SHOW, known, quantile
 from vmbus.soak.records import EpisodeRecord, OperationRecord
-from vmbus.soak.text import byte_text, clean, count_text, seconds_text
+from vmbus.soak.svg import (
+    COLOURS,
+    Scale,
+    frame,
+    legend,
+    logarithmic,
+    mark,
+    note,
+    tag,
+    title,
+    words,
+    x_axis,
+    y_axis,
+)
+from vmbus.soak.text import clean, count_text, seconds_text
 
 WIDTH, HEIGHT = 560.0, 300.0
 """Of a plot, in the units of its own coordinates; the page scales it."""
 LEFT, RIGHT, TOP, BOTTOM = 74.0, 14.0, 12.0, 46.0
 
-COLOURS = 8
-"""Classes s0 to s7; beyond that, colours come again with another shape."""
 MAXIMUM_POINTS = 700
 MAXIMUM_BARS = 112
 MAXIMUM_BAR = 36.0
@@ -35,8 +48,7 @@ BEFORE, AFTER, STEP = 2.0, 8.0, 0.25
 """Seconds around an operation's start, and the grid for throughput."""
 
 _STATES = {"queued": 0, "sent": 1, "held": 2}
-
-Text = Callable[[float], str]
+"""Those that every report has come first: they keep their colours from one report to the next."""
 
 
 @dataclass(frozen=True)
@@ -50,77 +62,38 @@ class Point:
     failed: bool = False
 
 
-def tag(name: str, *children: str, **attributes: object) -> Markup:
-    """Return an element; `_` in an attribute's name is `-`, and `class_` is `class`."""
-    named = {key.rstrip("_").replace("_", "-"): value for key, value in attributes.items() if value is not None}
-    said = Markup("").join(Markup(' {}="{}"').format(Markup(key), _plain(value)) for key, value in named.items())
-    return Markup("<{0}{1}>{2}</{0}>").format(Markup(name), said, Markup("").join(children))
-
-
-def _plain(value: object) -> str:
-    if isinstance(value, float):
-        return f"{value:.1f}".removesuffix(".0")
-    return str(value)
-
-
-def words(text: str, **attributes: object) -> Markup:
-    return tag("text", escape(clean(text)), **attributes)
-
-
-# --- scales --------------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
-class Scale:
-    """Maps values to coordinates: linear, or logarithmic for what spans orders of magnitude."""
+class Operations:
+    """Operations in the order of time, and their kinds, the most frequent first."""
 
-    low: float
-    high: float
-    start: float
-    end: float
-    logarithmic: bool = False
+    ordered: Sequence[OperationRecord]
+    kinds: Sequence[str]
 
-    def __call__(self, value: float) -> float:
-        low, high = self.low, self.high
-        if self.logarithmic:
-            low, high, value = math.log10(low), math.log10(high), math.log10(max(value, self.low))
-        share = (value - low) / (high - low) if high > low else 0.5
-        return self.start + min(1.0, max(0.0, share)) * (self.end - self.start)
+    @classmethod
+    def of(cls, records: Sequence[OperationRecord], episodes: Sequence[EpisodeRecord]) -> Operations:
+        """Episodes run side by side: their operations are ordered by the clock."""
+        starts = {record.episode: _instant(record.started) for record in episodes}
+        counts = Counter(record.kind for record in records)
+        return cls(
+            sorted(records, key=lambda one: (starts.get(one.episode, 0.0) + one.at, one.episode, one.number)),
+            sorted(counts, key=lambda kind: (-counts[kind], kind)),
+        )
 
-    def ticks(self, wanted: int = 5) -> list[float]:
-        """Return round values within the scale."""
-        return _decades(self.low, self.high, wanted) if self.logarithmic else _round_values(self.low, self.high, wanted)
-
-
-def _round_values(low: float, high: float, wanted: int) -> list[float]:
-    if high <= low:
-        return [low]
-    raw = (high - low) / wanted
-    unit = 10.0 ** math.floor(math.log10(raw))
-    step = next((factor * unit for factor in (1, 2, 5, 10) if factor * unit >= raw), 10 * unit)
-    first = math.ceil(low / step - 1e-9)
-    return [number * step for number in range(first, math.floor(high / step + 1e-9) + 1)]
+    def series(self, used: Iterable[str]) -> tuple[list[str], dict[str, int]]:
+        """Return the names of series for these kinds, and each kind's number; rare kinds share the last one."""
+        wanted = set(used)
+        kinds = [kind for kind in self.kinds if kind in wanted]
+        if len(kinds) <= MAXIMUM_ROWS:
+            return kinds, {kind: number for number, kind in enumerate(kinds)}
+        names = [*kinds[: MAXIMUM_ROWS - 1], "others"]
+        return names, {kind: min(number, MAXIMUM_ROWS - 1) for number, kind in enumerate(kinds)}
 
 
-def _decades(low: float, high: float, wanted: int) -> list[float]:
-    first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
-    for factors in ((1, 1.5, 2, 3, 5, 7), (1, 2, 5), (1, 3), (1,)):
-        values = [factor * 10.0**power for power in range(first, last + 1) for factor in factors]
-        inside = [value for value in values if low * 0.999 <= value <= high * 1.001]
-        if len(inside) <= wanted + 1:
-            return inside
-    return inside[:: math.ceil(len(inside) / wanted)]
-
-
-def _logarithmic(values: Sequence[float], start: float, end: float) -> Scale:
-    low, high = min(values), max(values)
-    return Scale(low / 1.3, high * 1.3, start, end, logarithmic=True)
-
-
-def _byte_ticks(scale: Scale) -> list[float]:
-    first, last = math.floor(math.log2(scale.low)), math.ceil(math.log2(scale.high))
-    powers = [power for power in range(first, last + 1) if scale.low <= 2.0**power <= scale.high]
-    return [2.0**power for power in powers[:: max(1, math.ceil(len(powers) / 6))]]
+def _instant(text: str) -> float:
+    try:
+        return datetime.fromisoformat(text).timestamp()
+    except (ValueError, OverflowError, OSError):
+        return 0.0
 
 
 def usable(value: float | None) -> bool:
@@ -137,233 +110,96 @@ def thinned(points: Sequence[Point], limit: int = MAXIMUM_POINTS) -> list[Point]
     kept: list[Point] = []
     for begin in range(0, len(ordered), stretch):
         some = ordered[begin : begin + stretch]
-        ends = {id(one): one for one in (min(some, key=lambda p: p.y), max(some, key=lambda p: p.y))}
-        failed = {id(one): one for one in some if one.failed}
-        kept += list({**ends, **dict(list(failed.items())[:2])}.values())
+        failed = [one for one in some if one.failed][:2]
+        ends = (min(some, key=lambda one: one.y), max(some, key=lambda one: one.y))
+        kept += {id(one): one for one in (*ends, *failed)}.values()
     return kept
-
-
-def share(values: Sequence[float], part: float) -> float:
-    """Return the quantile `part` of sorted values, interpolated."""
-    place = part * (len(values) - 1)
-    below = math.floor(place)
-    above = min(below + 1, len(values) - 1)
-    return values[below] + (values[above] - values[below]) * (place - below)
-
-
-# --- what plots are made of ----------------------------------------------------------------------------------------
-
-
-def _frame(contents: Iterable[str], label: str, width: float = WIDTH, height: float = HEIGHT, kind: str = "") -> Markup:
-    inner = Markup("").join(contents)
-    return tag(
-        "svg", inner, class_=f"plot {kind}".strip(), viewBox=f"0 0 {width:g} {height:g}", role="img", aria_label=label
-    )
-
-
-def _y_axis(scale: Scale, values: Iterable[float], text: Text, left: float, right: float) -> list[Markup]:
-    parts = []
-    for value in values:
-        y = scale(value)
-        parts.append(tag("line", class_="grid", x1=left, x2=right, y1=y, y2=y))
-        parts.append(words(text(value), class_="tick", x=left - 8, y=y + 4, text_anchor="end"))
-    return parts
-
-
-def _x_axis(scale: Scale, values: Sequence[float], text: Text, bottom: float, label: str) -> list[Markup]:
-    parts = [tag("line", class_="axis", x1=scale.start, x2=scale.end, y1=bottom, y2=bottom)]
-    for value in values:
-        x = scale(value)
-        parts.append(tag("line", class_="axis", x1=x, x2=x, y1=bottom, y2=bottom + 4))
-        parts.append(words(text(value), class_="tick", x=x, y=bottom + 17, text_anchor="middle"))
-    if label:
-        middle = (scale.start + scale.end) / 2
-        parts.append(words(label, class_="label", x=middle, y=bottom + 38, text_anchor="middle"))
-    return parts
-
-
-def _mark(x: float, y: float, point: Point) -> Markup:
-    if point.failed:
-        shape = f"M{x - 4:.1f} {y - 4:.1f}l8 8m0-8l-8 8"
-        return tag("path", tag("title", escape(clean(point.title))), class_="bad", d=shape)
-    kind = f"dot s{point.series % COLOURS}"
-    title = tag("title", escape(clean(point.title)))
-    if point.series >= COLOURS:
-        return tag("path", title, class_=kind, d=f"M{x:.1f} {y - 4:.1f}l4 4l-4 4l-4-4z")
-    return tag("circle", title, class_=kind, cx=x, cy=y, r=3)
-
-
-def legend(names: Sequence[str]) -> Markup:
-    """Return the names of series 0, 1, ... with their colours, as a list of the page."""
-    items = []
-    for number, name in enumerate(names):
-        shape = "key" if number < COLOURS else "key other"
-        items.append(
-            tag("li", tag("span", class_=f"{shape} s{number % COLOURS}", aria_hidden="true"), escape(clean(name)))
-        )
-    return tag("ul", *items, class_="legend")
-
-
-def note(text: str) -> Markup:
-    return tag("p", escape(text), class_="note")
-
-
-def _over_time(
-    points: Sequence[Point], names: Sequence[str], total: int, text: Text, label: str, in_bytes: bool = False
-) -> Markup:
-    """A mark for each point over the operations in order, on a logarithmic axis, with a legend."""
-    if not points:
-        return Markup("")
-    shown = thinned(points)
-    bottom, right = HEIGHT - BOTTOM, WIDTH - RIGHT
-    x = Scale(0.5, max(total, 1) + 0.5, LEFT, right)
-    y = _logarithmic([point.y for point in points], bottom, TOP)
-    at = [value for value in x.ticks(6) if value >= 1 and value == int(value)] or [1.0]
-    values = _byte_ticks(y) if in_bytes else y.ticks()
-    contents = [
-        *_y_axis(y, values, text, LEFT, right),
-        *_x_axis(x, at, lambda value: count_text(int(value)), bottom, "operations, in the order of time"),
-        *(_mark(x(point.x), y(point.y), point) for point in shown),
-    ]
-    said = [_frame(contents, label), legend(names)]
-    if len(shown) < len(points):
-        said.append(note(f"{count_text(len(shown))} of {count_text(len(points))} marks: the extremes of each stretch."))
-    return Markup("").join(said)
-
-
-# --- the plots -----------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Operations:
-    """Operations in the order of time, and their kinds, the most frequent first."""
-
-    ordered: Sequence[OperationRecord]
-    kinds: Sequence[str]
-
-    @classmethod
-    def of(cls, records: Sequence[OperationRecord], episodes: Sequence[EpisodeRecord]) -> Operations:
-        """Episodes run side by side: their operations are ordered by the clock."""
-        begin = {record.episode: record.started for record in episodes}
-        starts = {number: _instant(text) for number, text in begin.items()}
-
-        def when(record: OperationRecord) -> tuple[float, int, int]:
-            return starts.get(record.episode, 0.0) + record.at, record.episode, record.number
-
-        counts: dict[str, int] = {}
-        for record in records:
-            counts[record.kind] = counts.get(record.kind, 0) + 1
-        kinds = sorted(counts, key=lambda kind: (-counts[kind], kind))
-        return cls(sorted(records, key=when), kinds)
-
-    def series(self, used: Iterable[str]) -> tuple[list[str], dict[str, int]]:
-        """Return the names of series for these kinds, and each kind's number; rare kinds share the last one."""
-        wanted = set(used)
-        kinds = [kind for kind in self.kinds if kind in wanted]
-        if len(kinds) <= MAXIMUM_ROWS:
-            return kinds, {kind: number for number, kind in enumerate(kinds)}
-        names = [*kinds[: MAXIMUM_ROWS - 1], "others"]
-        return names, {kind: min(number, MAXIMUM_ROWS - 1) for number, kind in enumerate(kinds)}
-
-
-def _instant(text: str) -> float:
-    from datetime import datetime
-
-    try:
-        return datetime.fromisoformat(text).timestamp()
-    except (ValueError, OverflowError, OSError):
-        return 0.0
 
 
 def _name(record: OperationRecord) -> str:
     return f"episode {record.episode}, operation {record.number}, {record.kind}"
 
 
-def downtime_over_time(operations: Operations) -> Markup:
-    """How long the guest stood still in each operation."""
-    used = [(place, one) for place, one in enumerate(operations.ordered, 1) if usable(one.downtime)]
-    names, series = operations.series(one.kind for _, one in used)
-    points = [
-        Point(
-            place,
-            one.downtime or 0.0,
-            series[one.kind],
-            f"{_name(one)}: {seconds_text(one.downtime)}",
-            one.outcome == "failed",
-        )
-        for place, one in used
+# --- over time -----------------------------------------------------------------------------------------------------
+
+
+def over_time(operations: Operations, label: str, *quantities: str) -> Markup:
+    """A mark for each of some quantities in each operation, on a logarithmic axis; of a single one by kinds."""
+    names, series = operations.series(one.kind for one in operations.ordered if known([one], quantities[0]))
+    if len(quantities) > 1:
+        names = list(quantities)
+    points = []
+    for place, one in enumerate(operations.ordered, 1):
+        for number, quantity in enumerate(quantities):
+            value = QUANTITIES[quantity].value(one)
+            if value is not None and usable(value):
+                said = f"{_name(one)}: {quantity} {SHOW[QUANTITIES[quantity].unit](value)}"
+                which = number if len(quantities) > 1 else series[one.kind]
+                points.append(Point(place, value, which, said, one.outcome == "failed"))
+    if not points:
+        return Markup("")
+    shown, unit = thinned(points), QUANTITIES[quantities[0]].unit
+    bottom, right = HEIGHT - BOTTOM, WIDTH - RIGHT
+    x = Scale(0.5, max(len(operations.ordered), 1) + 0.5, LEFT, right)
+    y = logarithmic([point.y for point in points], bottom, TOP)
+    contents = [
+        *y_axis(y, y.byte_ticks() if unit == "size" else y.ticks(), SHOW[unit], LEFT, right),
+        *x_axis(x, x.whole_ticks(), count_text, bottom, "operations, in the order of time"),
+        *(mark(x(one.x), y(one.y), one.series, one.title, failed=one.failed) for one in shown),
     ]
-    return _over_time(points, names, len(operations.ordered), seconds_text, "Downtime of each operation")
+    said_of_all = [frame(contents, label, WIDTH, HEIGHT), legend(names)]
+    if len(shown) < len(points):
+        many = f"{count_text(len(shown))} of {count_text(len(points))} marks: the extremes of each stretch."
+        said_of_all.append(note(many))
+    return Markup("").join(said_of_all)
 
 
-def downtime_by_kind(operations: Operations) -> Markup:
-    """The downtimes of each kind of operation on a line of its own."""
-    return _by_kind(operations, [(one.kind, one.downtime) for one in operations.ordered], "downtime")
+# --- by kind -------------------------------------------------------------------------------------------------------
 
 
-def duration_by_kind(operations: Operations) -> Markup:
-    """The same for how long the operations took."""
-    return _by_kind(operations, [(one.kind, one.seconds) for one in operations.ordered], "duration")
-
-
-def _by_kind(operations: Operations, values: Sequence[tuple[str, float | None]], what: str) -> Markup:
+def by_kind(operations: Operations, quantity: str) -> Markup:
     """Durations on a line for each kind of operation, with their median and their greatest; the shortest on top."""
-    found: dict[str, list[float]] = {}
-    for kind, value in values:
-        if value is not None and usable(value):
-            found.setdefault(kind, []).append(value)
-    kinds = [kind for kind in operations.kinds if kind in found][:MAXIMUM_ROWS]
+    found = {
+        kind: [value for value in known((one for one in operations.ordered if one.kind == kind), quantity) if value > 0]
+        for kind in operations.kinds
+    }
+    kinds = [kind for kind in operations.kinds if found[kind]][:MAXIMUM_ROWS]
     if not kinds:
         return Markup("")
-    kinds.sort(key=lambda kind: median(found[kind]))
+    kinds.sort(key=lambda kind: quantile(found[kind], 0.5))
     left, right = 146.0, WIDTH - 116
     row = max(19.0, (HEIGHT - TOP - BOTTOM) / max(len(kinds), 5))
     bottom = TOP + row * len(kinds)
-    x = _logarithmic([value for kind in kinds for value in found[kind]], left, right)
-    contents = _x_axis(x, x.ticks(3), seconds_text, bottom, what)
+    x = logarithmic([value for kind in kinds for value in found[kind]], left, right)
+    contents = x_axis(x, x.ticks(3), seconds_text, bottom, quantity)
+    columns = (("median", WIDTH - 58), ("max", WIDTH - 2))
     for number, kind in enumerate(kinds):
-        ordered = sorted(found[kind])
-        y = TOP + row * (number + 0.5)
-        middle, greatest = median(ordered), ordered[-1]
-        contents.append(tag("line", class_="grid", x1=left, x2=right, y1=y, y2=y))
-        contents.append(words(_shortened(kind, 21), class_="tick", x=left - 8, y=y + 4, text_anchor="end"))
-        places = sorted({round(x(value)) for value in ordered})
-        contents += [tag("circle", class_="dot s0", cx=place, cy=y, r=3) for place in places]
-        at = x(middle)
-        title = f"{kind}: {len(ordered)} operations, median {seconds_text(middle)}, maximum {seconds_text(greatest)}"
-        contents.append(
-            tag("line", tag("title", escape(clean(title))), class_="median", x1=at, x2=at, y1=y - 7, y2=y + 7)
-        )
-        contents.append(words(seconds_text(middle), class_="tick figure", x=WIDTH - 58, y=y + 4, text_anchor="end"))
-        contents.append(words(seconds_text(greatest), class_="tick figure", x=WIDTH - 2, y=y + 4, text_anchor="end"))
-    heads = (("median", WIDTH - 58), ("max", WIDTH - 2))
-    contents += [words(name, class_="tick", x=place, y=bottom + 17, text_anchor="end") for name, place in heads]
-    return _frame(contents, f"{what.capitalize()} by kind of operation", height=bottom + BOTTOM)
+        middle, greatest = quantile(found[kind], 0.5), found[kind][-1]
+        at, y = x(middle), TOP + row * (number + 0.5)
+        said = f"{kind}: {len(found[kind])} operations, median {seconds_text(middle)}, maximum {seconds_text(greatest)}"
+        contents += [
+            tag("line", class_="grid", x1=left, x2=right, y1=y, y2=y),
+            words(_shortened(kind, 21), class_="tick", x=left - 8, y=y + 4, text_anchor="end"),
+            *(
+                tag("circle", class_="dot s0", cx=place, cy=y, r=3)
+                for place in sorted({round(x(value)) for value in found[kind]})
+            ),
+            tag("line", title(said), class_="median", x1=at, x2=at, y1=y - 7, y2=y + 7),
+            *(
+                words(seconds_text(value), class_="tick figure", x=place, y=y + 4, text_anchor="end")
+                for value, (_, place) in zip((middle, greatest), columns, strict=True)
+            ),
+        ]
+    contents += [words(name, class_="tick", x=place, y=bottom + 17, text_anchor="end") for name, place in columns]
+    return frame(contents, f"{quantity.capitalize()} by kind of operation", WIDTH, bottom + BOTTOM)
 
 
-def save_and_restore(operations: Operations) -> Markup:
-    """How long each save and each restore took."""
-    points = []
-    for place, one in enumerate(operations.ordered, 1):
-        for series, (name, value) in enumerate((("save", one.save_seconds), ("restore", one.restore_seconds))):
-            if usable(value):
-                said = f"{_name(one)}: {name} {seconds_text(value)}"
-                points.append(Point(place, value or 0.0, series, said, one.outcome == "failed"))
-    label = "Time of each save and restore"
-    return _over_time(points, ("save", "restore"), len(operations.ordered), seconds_text, label)
+def _shortened(text: str, length: int) -> str:
+    cleaned = clean(text).replace("\n", " ").replace("_", " ")
+    return cleaned if len(cleaned) <= length else cleaned[: length - 1] + "…"
 
 
-def sizes(operations: Operations) -> Markup:
-    """How large each snapshot or stream was."""
-    names = ("guest memory", "device state")
-    points = []
-    for place, one in enumerate(operations.ordered, 1):
-        for series, value in enumerate((one.memory_bytes, one.state_bytes)):
-            if usable(value):
-                said = f"{_name(one)}: {names[series]} {byte_text(value)}"
-                points.append(Point(place, float(value or 0), series, said, one.outcome == "failed"))
-    label = "Size of each snapshot or stream"
-    return _over_time(points, names, len(operations.ordered), byte_text, label, in_bytes=True)
+# --- packets -------------------------------------------------------------------------------------------------------
 
 
 def packets_in_flight(operations: Operations) -> Markup:
@@ -371,52 +207,48 @@ def packets_in_flight(operations: Operations) -> Markup:
     used = [one for one in operations.ordered if any(count > 0 for count in one.packets.values())]
     if not used:
         return Markup("")
-    totals: dict[str, int] = {}
+    totals: Counter[str] = Counter()
     for one in used:
-        for state, count in one.packets.items():
-            totals[state] = totals.get(state, 0) + max(0, count)
-    # Those that every report has come first: they keep their colours from one report to the next.
+        totals.update({state: max(0, count) for state, count in one.packets.items()})
     states = sorted(totals, key=lambda state: (_STATES.get(state, len(_STATES)), -totals[state], state))
-    shown, others = states[: COLOURS - 1], states[COLOURS - 1 :]
+    parts = [(state, [state]) for state in states[: COLOURS - 1]]
+    if states[COLOURS - 1 :]:
+        parts.append(("other states", states[COLOURS - 1 :]))
     each = math.ceil(len(used) / MAXIMUM_BARS)
     groups = [used[begin : begin + each] for begin in range(0, len(used), each)]
-    bars: list[list[float]] = []
-    for group in groups:
-        heights = [sum(max(0, one.packets.get(state, 0)) for one in group) / len(group) for state in shown]
-        if others:
-            heights.append(sum(max(0, one.packets.get(state, 0)) for one in group for state in others) / len(group))
-        bars.append(heights)
-    bottom, right = HEIGHT - BOTTOM, WIDTH - RIGHT
-    right = min(right, LEFT + MAXIMUM_BAR * len(bars))
+    bars = [
+        [sum(max(0, one.packets.get(state, 0)) for one in group for state in some) / len(group) for _, some in parts]
+        for group in groups
+    ]
+    bottom, right = HEIGHT - BOTTOM, min(WIDTH - RIGHT, LEFT + MAXIMUM_BAR * len(bars))
     x = Scale(0, len(bars), LEFT, right)
     y = Scale(0, max(max(sum(bar) for bar in bars), 1) * 1.05, bottom, TOP)
-    names = [*shown, *(["other states"] if others else [])]
-    contents = _y_axis(y, y.ticks(), lambda value: count_text(round(value)), LEFT, WIDTH - RIGHT)
+    contents = y_axis(y, y.ticks(), count_text, LEFT, WIDTH - RIGHT)
     width = (right - LEFT) / len(bars)
     gap = min(2.0, width * 0.2)
-    for series in range(len(names)):
+    for series in range(len(parts)):
         path = []
         for number, bar in enumerate(bars):
-            below, height = sum(bar[:series]), bar[series]
-            if height > 0:
-                high, low = y(below + height), y(below)
+            if bar[series] > 0:
+                low, high = y(sum(bar[:series])), y(sum(bar[: series + 1]))
                 path.append(f"M{x(number) + gap / 2:.1f} {low:.1f}V{high:.1f}h{width - gap:.1f}V{low:.1f}z")
         contents.append(tag("path", class_=f"area s{series}", d="".join(path)))
     for number, (group, bar) in enumerate(zip(groups, bars, strict=True)):
-        counted = [f"{count_text(bar[place])} {name}" for place, name in enumerate(names) if bar[place] > 0]
-        parts = ", ".join(counted)
-        said = f"{_name(group[0])}: {parts}" if len(group) == 1 else f"{len(group)} operations, on average: {parts}"
+        counted = ", ".join(f"{count_text(count)} {name}" for count, (name, _) in zip(bar, parts, strict=True) if count)
+        whose = _name(group[0]) if len(group) == 1 else f"{len(group)} operations, on average"
         area = {"x": x(number), "y": TOP, "width": width, "height": bottom - TOP}
-        contents.append(tag("rect", tag("title", escape(clean(said))), class_="over", **area))
+        contents.append(tag("rect", title(f"{whose}: {counted}"), class_="over", **area))
     every = Scale(0.5, len(used) + 0.5, LEFT, right)
-    at = [value for value in every.ticks(6) if value >= 1 and value == int(value)]
-    contents += _x_axis(every, at, lambda value: count_text(int(value)), bottom, "")
+    contents += x_axis(every, every.whole_ticks(), count_text, bottom)
     label = "operations with packets in flight, in the order of time"
     contents.append(words(label, class_="label", x=(LEFT + WIDTH - RIGHT) / 2, y=bottom + 38, text_anchor="middle"))
-    said_of_all = [_frame(contents, "Packets in flight at each operation, by state"), legend(names)]
+    said = [
+        frame(contents, "Packets in flight at each operation, by state", WIDTH, HEIGHT),
+        legend([name for name, _ in parts]),
+    ]
     if each > 1:
-        said_of_all.append(note(f"Each bar is the average of {each} operations."))
-    return Markup("").join(said_of_all)
+        said.append(note(f"Each bar is the average of {each} operations."))
+    return Markup("").join(said)
 
 
 # --- throughput around operations ----------------------------------------------------------------------------------
@@ -472,9 +304,9 @@ def throughput_curves(operations: Operations, episodes: Sequence[EpisodeRecord])
         for cell, values in zip(cells, rates[kind], strict=True):
             if values:
                 values.sort()
-                points.append((cell, share(values, 0.1), share(values, 0.5), share(values, 0.9)))
+                points.append((cell, quantile(values, 0.1), quantile(values, 0.5), quantile(values, 0.9)))
         if len(points) > 1:
-            curves.append(Curve(kind, len(durations[kind]), median(durations[kind]), points))
+            curves.append(Curve(kind, len(durations[kind]), quantile(sorted(durations[kind]), 0.5), points))
     return curves
 
 
@@ -520,20 +352,14 @@ def throughput(curves: Sequence[Curve]) -> list[Markup]:
             band.append("M" + "L".join(f"{at:.1f} {value:.1f}" for at, value in ends) + "z")
             line.append("M" + "L".join(f"{x(at):.1f} {y(middle):.1f}" for at, _, middle, _ in some))
         contents = [
-            *_y_axis(y, y.ticks(4), lambda value: count_text(round(value)), left, width - 8),
+            *y_axis(y, y.ticks(4), count_text, left, width - 8),
             tag("rect", class_="during", x=x(0), y=top, width=max(1.0, x(curve.seconds) - x(0)), height=bottom - top),
             tag("path", class_="band s0", d="".join(band)),
             tag("path", class_="line s0", d="".join(line)),
             tag("line", class_="start", x1=x(0), x2=x(0), y1=top, y2=bottom),
-            *_x_axis(x, x.ticks(5), lambda value: f"{value:+g} s" if value else "0", bottom, ""),
+            *x_axis(x, x.ticks(5), lambda value: f"{value:+g} s" if value else "0", bottom),
             words(_shortened(curve.kind, 24), class_="name", x=left, y=14),
             words(f"{count_text(curve.operations)} ×", class_="tick", x=width - 8, y=14, text_anchor="end"),
         ]
-        label = f"Throughput around {curve.kind}"
-        plots.append(_frame(contents, clean(label), width, height, "small"))
+        plots.append(frame(contents, f"Throughput around {curve.kind}", width, height, "plot small"))
     return plots
-
-
-def _shortened(text: str, length: int) -> str:
-    cleaned = clean(text).replace("\n", " ").replace("_", " ")
-    return cleaned if len(cleaned) <= length else cleaned[: length - 1] + "…"

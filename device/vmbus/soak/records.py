@@ -137,6 +137,8 @@ class State(msgspec.Struct, kw_only=True):
     """`running` in the folder of a campaign that does not run: it was killed."""
     reason: str = ""
     """Why it ended before everything was done."""
+    missing: list[str] = []
+    """What could not be written, for people."""
 
 
 class Failure(msgspec.Struct, kw_only=True, omit_defaults=True):
@@ -147,6 +149,44 @@ class Failure(msgspec.Struct, kw_only=True, omit_defaults=True):
     replay: str
     """The one command that replays it."""
     kept: str = ""
+
+
+class BudgetResult(msgspec.Struct, kw_only=True):
+    """A bound on a measure (`vmbus.soak.measures`), and what became of it."""
+
+    measure: str
+    kind: str = ""
+    """Of operations; empty for all."""
+    limit: float
+    value: float | None
+    """None where nothing of it was measured: that keeps no budget."""
+    kept: bool | None
+    """None as long as the campaign is not finished."""
+
+
+class Change(msgspec.Struct, kw_only=True):
+    """The median of a quantity in operations of one kind, in an earlier campaign and in this one."""
+
+    kind: str
+    quantity: str
+    before: float
+    now: float
+    operations: tuple[int, int]
+    """That have it, before and now."""
+    grown: bool
+    """By more than is allowed."""
+
+
+class Comparison(msgspec.Struct, kw_only=True):
+    """A campaign beside an earlier one."""
+
+    seed: int
+    started: str
+    growth: float | None
+    """The share by which a median may have grown; None: any."""
+    differences: list[str]
+    """What else is different, for people: a comparison means little then."""
+    changes: list[Change]
 
 
 class Report(msgspec.Struct, kw_only=True, omit_defaults=False):
@@ -177,3 +217,5 @@ class Report(msgspec.Struct, kw_only=True, omit_defaults=False):
     events: list[EventRecord]
     missing: list[str]
     """What of the records could not be read or written, and is therefore not in here."""
+    budgets: list[BudgetResult] = []
+    comparison: Comparison | None = None

@@ -4,22 +4,25 @@ What cannot be read (a line torn by a crash, a file that is not there, what a fu
 named in `Report.missing`; it never keeps the rest from being reported. The verdict rests on the episodes' records:
 
     failed        an episode has failed, or contradicts its own verdict (its auditor, its workloads' books), or an
-                  operation has failed in an episode that has not come to its end
+                  operation has failed in an episode that has not come to its end, or the finished campaign has broken
+                  one of its budgets (`expected`)
     passed        the campaign is finished, nothing has failed, and at least one episode has passed
     interrupted   everything else
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
-from typing import TypeVar
 
 import msgspec
 
 from vmbus.provision.cache import publish_bytes
-from vmbus.soak import folder as folders
+from vmbus.soak import expected as expectations
+from vmbus.soak.folder import read_campaign, read_state
+from vmbus.soak.journal import last_episodes, read_records
 from vmbus.soak.records import (
     Count,
     EpisodeRecord,
@@ -33,11 +36,10 @@ from vmbus.soak.records import (
 
 JSON_NAME = "report.json"
 HTML_NAME = "report.html"
+JUNIT_NAME = "junit.xml"
 
 MAXIMUM_EVENTS = 5000
 """In a report: the last ones, and serious ones first. All are in events.jsonl."""
-
-_Record = TypeVar("_Record", OperationRecord, EventRecord, EpisodeRecord)
 
 
 def build(folder: Path) -> Report:
@@ -47,16 +49,13 @@ def build(folder: Path) -> Report:
     """
     from vmbus.soak.replay import campaign_command, replay_command
 
-    campaign = folders.read_campaign(folder)
+    campaign = read_campaign(folder)
     missing: list[str] = []
-    state = _state(folder, missing)
-    missing += _said_missing(folder)
-    all_episodes = _read(folder, "episodes", EpisodeRecord, missing)
-    all_operations = _read(folder, "operations", OperationRecord, missing)
-    events = _limited(_read(folder, "events", EventRecord, missing), missing)
-
-    episodes = _last_episodes(all_episodes)
-    operations, unfinished = _last_operations(all_operations, episodes, missing)
+    state = read_state(folder, missing)
+    missing += state.missing
+    episodes = last_episodes(read_records(folder, EpisodeRecord, missing))
+    operations, unfinished = _last_operations(read_records(folder, OperationRecord, missing), episodes, missing)
+    events = _limited(read_records(folder, EventRecord, missing), missing)
     failures = [
         Failure(
             episode=number,
@@ -64,10 +63,10 @@ def build(folder: Path) -> Report:
             replay=replay_command(campaign.settings, number, folder),
             kept=episodes[number].kept if number in episodes else "",
         )
-        for number, message in sorted(_failed(episodes, operations, unfinished).items())
+        for number, message in sorted(_failed(episodes, [*operations, *unfinished]).items())
     ]
     carried_out = [operation for operation in operations if operation.outcome != "failed"]
-    return Report(
+    report = Report(
         verdict=_verdict(failures, state, episodes),
         seed=campaign.seed,
         started=campaign.started,
@@ -86,18 +85,36 @@ def build(folder: Path) -> Report:
         events=events,
         missing=missing,
     )
+    _judge(report, folder, finished=state.state == "finished")
+    return report
+
+
+def _judge(report: Report, folder: Path, *, finished: bool) -> None:
+    """Hold the report against what the campaign is expected to keep. What cannot be read there has not been kept."""
+    try:
+        wanted = expectations.read(folder)
+    except ValueError as error:
+        report.missing.append(str(error))
+        if report.verdict == "passed":
+            report.verdict = "interrupted"
+        return
+    report.budgets, report.comparison = expectations.judge(report, wanted, finished=finished)
+    if report.verdict == "passed" and expectations.broken(report):
+        report.verdict = "failed"
 
 
 def write(folder: Path) -> Report:
-    """Make `report.json` and `report.html` anew in `folder`, each replaced as a whole; return the report.
+    """Make `report.json`, `report.html` and `junit.xml` anew, each replaced as a whole; return the report.
 
     Raises what `build` raises, and OSError when a file cannot be written (the old one is still there then).
     """
     from vmbus.soak.html import render  # the template engine takes a tenth of a second, and is wanted here only
+    from vmbus.soak.junit import junit_xml
 
     report = build(folder)
     publish_bytes(folder / JSON_NAME, encode(report))
     publish_bytes(folder / HTML_NAME, render(report).encode(errors="replace"))
+    publish_bytes(folder / JUNIT_NAME, junit_xml(report))
     return report
 
 
@@ -114,68 +131,7 @@ def encode(report: Report) -> bytes:
     return b"{\n " + b",\n ".join(parts) + b"\n}\n"
 
 
-# --- reading -------------------------------------------------------------------------------------------------------
-
-
-def _read(folder: Path, journal: folders.Journal, kind: type[_Record], missing: list[str]) -> list[_Record]:
-    """Return the records of one journal; what cannot be read goes into `missing`."""
-    path = folder / f"{journal}.jsonl"
-    decoder = msgspec.json.Decoder(kind)
-    records: list[_Record] = []
-    bad = 0
-    first = ""
-    try:
-        with path.open("rb") as file:
-            for number, line in enumerate(file, 1):
-                if not line.strip():
-                    continue
-                try:
-                    records.append(decoder.decode(line))
-                except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-                    bad += 1
-                    what = "is cut off" if not line.endswith(b"\n") else f"is no record: {error}"
-                    first = first or f"line {number} {what}"
-    except FileNotFoundError:
-        missing.append(f"{path.name}: there is no such file")
-    except OSError as error:
-        missing.append(f"{path.name}: cannot be read after {len(records)} records: {error.strerror}")
-    if bad:
-        missing.append(f"{path.name}: {bad} of {len(records) + bad} lines could not be read; {first}")
-    return records
-
-
-def _state(folder: Path, missing: list[str]) -> State:
-    path = folder / folders.STATE_FILE
-    try:
-        return msgspec.json.decode(path.read_bytes(), type=State)
-    except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
-        said = error.strerror if isinstance(error, OSError) else error
-        missing.append(f"{path.name}: whether the campaign came to its end is not known: {said}")
-        return State()
-
-
-def _said_missing(folder: Path) -> list[str]:
-    """What the campaign itself could not write."""
-    path = folder / folders.MISSING_FILE
-    try:
-        return msgspec.json.decode(path.read_bytes(), type=list[str])
-    except FileNotFoundError:
-        return []
-    except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
-        return [f"{path.name}: it cannot be read, so some records were not written: {error}"]
-
-
 # --- judging -------------------------------------------------------------------------------------------------------
-
-
-def _last_episodes(records: list[EpisodeRecord]) -> dict[int, EpisodeRecord]:
-    """The record of each episode that counts: the last, but what has once failed stays so."""
-    last: dict[int, EpisodeRecord] = {}
-    for record in records:
-        before = last.get(record.episode)
-        if before is None or before.verdict != "failed" or record.verdict == "failed":
-            last[record.episode] = record
-    return last
 
 
 def _last_operations(
@@ -196,28 +152,25 @@ def _last_operations(
             f"{len(unfinished)} operations of {len(numbers)} episodes without an end ({some}) are not counted: "
             "these episodes will be run again when the campaign is gone on with"
         )
-    found: Count = {}
-    for record in counted:
-        found[str(record.episode)] = found.get(str(record.episode), 0) + 1
-    short = [number for number, record in episodes.items() if found.get(str(number), 0) < record.operations]
-    if short:
-        lacking = sum(episodes[number].operations - found.get(str(number), 0) for number in short)
-        missing.append(f"operations.jsonl: the records of {lacking} operations of {len(short)} episodes")
+    found = Counter(record.episode for record in counted)
+    short = [record.operations - found[number] for number, record in episodes.items()]
+    lacking = [count for count in short if count > 0]
+    if lacking:
+        missing.append(f"operations.jsonl: the records of {sum(lacking)} operations of {len(lacking)} episodes")
     return counted, unfinished
 
 
-def _failed(
-    episodes: dict[int, EpisodeRecord], operations: list[OperationRecord], unfinished: list[OperationRecord]
-) -> dict[int, str]:
+def _failed(episodes: dict[int, EpisodeRecord], operations: list[OperationRecord]) -> dict[int, str]:
     """What went wrong first, for each episode that failed."""
-    failed: dict[int, str] = {}
-    for record in episodes.values():
-        problems = list(_problems(record))
-        if problems:
-            failed[record.episode] = problems[0]
-    for operation in [*operations, *unfinished]:
-        if operation.outcome == "failed" and operation.episode not in failed:
-            failed[operation.episode] = f"operation {operation.number}, {operation.kind}: {operation.message}"
+    failed = {
+        record.episode: problem
+        for record in episodes.values()
+        if (problem := next(_problems(record), None)) is not None
+    }
+    for operation in operations:
+        if operation.outcome == "failed":
+            text = f"operation {operation.number}, {operation.kind}: {operation.message}"
+            failed.setdefault(operation.episode, text)
     return failed
 
 
@@ -228,13 +181,8 @@ def _problems(record: EpisodeRecord) -> Iterator[str]:
     if record.audit == "broken":
         yield "the auditor found a transaction that was not exactly once there"
     for one in record.workloads:
-        wrong = {
-            "lost": one.lost,
-            "duplicated": one.duplicated,
-            "reordered": one.reordered,
-            "corrupted": one.corrupted,
-        }
-        said = ", ".join(f"{count} {name}" for name, count in wrong.items() if count)
+        wrong = (("lost", one.lost), ("duplicated", one.duplicated), ("reordered", one.reordered))
+        said = ", ".join(f"{count} {name}" for name, count in (*wrong, ("corrupted", one.corrupted)) if count)
         if said or one.verdict == "failed":
             yield f"{one.driver}: {said or one.message or 'failed'}"
         elif one.verdict != "passed" and record.verdict == "passed":
