@@ -34,7 +34,8 @@ from vmbus.observe.capture.pcapng import CaptureReader
 from vmbus.observe.capture.record import Record
 from vmbus.testkit.loopback.harness import LoopbackServer, describe
 from vmbus.testkit.loopback.pair import LoopbackPair
-from vmbus.testkit.replay import ReplayOptions, ReplayReport, replay
+from vmbus.testkit.replay import replay
+from vmbus.testkit.replay_report import ReplayOptions, ReplayReport
 from vmbus.transport.library import Library
 from vmbus.wire import workload
 from vmbus.wire.packet import PacketType

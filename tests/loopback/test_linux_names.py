@@ -39,7 +39,8 @@ from vmbus.providers.network import NetworkProvider
 from vmbus.providers.network.interface import Port, Settings
 from vmbus.providers.scsi import ScsiProvider
 from vmbus.testkit.loopback.harness import LoopbackServer, describe
-from vmbus.testkit.replay import ReplayOptions, replay
+from vmbus.testkit.replay import replay
+from vmbus.testkit.replay_report import ReplayOptions
 from vmbus.transport.library import Library
 from vmbus.wire import nvsp
 from vmbus.wire.ethernet import NO_OFFLOAD

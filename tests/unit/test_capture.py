@@ -17,11 +17,11 @@ from support.pair import BASE, Pair
 from vmbus.cli.capture import parse_size
 from vmbus.errors import EnvironmentProblem, StateError, UsageError
 from vmbus.observe.capture import pcapng, record
-from vmbus.observe.capture.capture import Capture, CaptureOptions, selects
+from vmbus.observe.capture.capture import Capture, CaptureOptions
 from vmbus.observe.capture.pcapng import Captured, CaptureReader, Interface
 from vmbus.observe.capture.record import Record, parse
 from vmbus.observe.capture.sink import Sink, open_output
-from vmbus.testkit.replay import parse_ranges
+from vmbus.testkit.replay_report import parse_ranges
 from vmbus.wire.gpa import range_for
 from vmbus.wire.packet import PacketType, gpa_direct_body
 
@@ -381,7 +381,13 @@ def test_a_capture_that_has_ended_costs_nothing_any_more(pair: Pair, tmp_path: P
     ],
 )
 def test_patterns(pattern: str, wanted: bool) -> None:
-    assert selects(pattern, "echo", str(UUID(int=1)), str(UUID(int=2)), 0) is wanted
+    assert ECHO.selected([pattern]) is wanted
+    assert ECHO.selected(["another", pattern]) is wanted and ECHO.selected([])
+
+
+def test_a_sub_channel_has_its_channels_name() -> None:
+    first = Interface("echo/1", UUID(int=1), UUID(int=2), 1)
+    assert first.selected(["echo/1"]) and first.selected(["echo"]) and not first.selected(["echo/0"])
 
 
 @pytest.mark.parametrize(

@@ -143,7 +143,7 @@ DECODERS: dict[str, Decoder] = {
 
 OUR_OWN = {
     "vmbus.util.records.decode": "by `Refusing`, which tests/unit/test_state_hostile.py is about",
-    "vmbus.testkit.replay.Replay._event": "tests/unit/test_capture.py has damaged captures",
+    "vmbus.testkit.replay_player.Player._event": "tests/unit/test_capture.py has damaged captures",
     "vmbus.transport.context._with_shorter_transfers": "what the library has said",
     "vmbus.testkit.loopback.client.VfioUserClient._negotiate": "the tests' client",
     "vmbus_guest.agent.Job.feed": "tests/unit/test_guest_agent.py has drivers that print rubbish",

@@ -23,7 +23,8 @@ pytestmark = pytest.mark.vm
 
 CAPTURED = """
 
-from vmbus.testkit.replay import ReplayOptions, replay
+from vmbus.testkit.replay import replay
+from vmbus.testkit.replay_report import ReplayOptions
 
 
 def test_what_a_vm_did_is_played_again_without_one(vmbus_vms, vmbus_library, tmp_path):

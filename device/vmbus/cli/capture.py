@@ -22,7 +22,7 @@ from vmbus.cli.supervisor import find_vm
 from vmbus.cli.terminal import console, run
 from vmbus.errors import EnvironmentProblem, UsageError
 from vmbus.observe.capture import record as r
-from vmbus.observe.capture.capture import DEFAULT_EXTERNAL, DEFAULT_LIMIT, DEFAULT_SNAPLEN, selects
+from vmbus.observe.capture.capture import DEFAULT_EXTERNAL, DEFAULT_LIMIT, DEFAULT_SNAPLEN
 from vmbus.observe.capture.pcapng import CaptureReader, Interface
 from vmbus.observe.words import describe
 from vmbus.server.control import ControlClient
@@ -242,8 +242,7 @@ def show(file: Path, channels: tuple[str, ...], count: int | None) -> None:
         first = shown = 0
         for one in reader:
             found = reader.interfaces[one.interface]
-            told = (found.name, str(found.type), str(found.instance), found.subchannel)
-            if channels and not any(selects(pattern, *told) for pattern in channels):
+            if not found.selected(channels):
                 continue
             first = first or one.at
             if one.lost:
@@ -350,8 +349,8 @@ def replay(
     everything came as captured.
     """
     from vmbus.provision.libvfio_user import find_library
-    from vmbus.testkit.replay import ReplayOptions, parse_ranges
     from vmbus.testkit.replay import replay as play
+    from vmbus.testkit.replay_report import ReplayOptions, parse_ranges
     from vmbus.transport.library import ENVIRONMENT_VARIABLE, load
 
     try:

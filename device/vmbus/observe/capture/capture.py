@@ -7,7 +7,6 @@ bytes, which exist anyway, with the time; per packet with external data, to copy
 from __future__ import annotations
 
 import json
-import re
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -49,7 +48,7 @@ _COMMENT = "Packets of VMBus-like channels; each begins with a header of 40 byte
 class CaptureOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """What is captured, and how much of it.
 
-    channels: patterns, see `selects`; none: every channel that the guest is offered.
+    channels: patterns, see `Interface.selected`; none: every channel that the guest is offered.
     snaplen: bytes of a record; what is beyond is cut. external: bytes copied of each packet's external data.
     limit: bytes of the file; the capture ends there.
     """
@@ -73,23 +72,15 @@ class CaptureOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
             raise UsageError(f"a limit of {self.limit} bytes; 4096 to {_MOST} are possible")
 
 
-def selects(pattern: str, name: str, type_: str, instance: str, subchannel: int) -> bool:
-    """Whether a pattern means a channel: its name, its interface type or its instance (GUIDs), with `/N` behind it
-    only sub-channel N (0 is the primary)."""
-    text, slash, number = pattern.rpartition("/")
-    if slash and re.fullmatch(r"\d{1,5}", number):
-        if int(number) != subchannel:
-            return False
-        pattern = text
-    return pattern == name or pattern.lower() in (type_, instance)
-
-
 class _Copy(NamedTuple):
     """Memory that one packet describes or refers to, as far as it was copied."""
 
     size: int
     data: bytes
     bits: int
+
+
+_NO_COPY = _Copy(0, b"", 0)
 
 
 class _Traffic:
@@ -232,9 +223,8 @@ class Capture:
         self._began = time.time_ns()
         self._stopped = False
         self._sink = Sink(open_output(path), str(path), limit=options.limit, queue_bytes=queue_bytes)
-        self._interfaces: dict[tuple[str, str, str, int], int] = {}
+        self._interfaces: dict[Interface, int] = {}
         self._counts: list[_Count] = []
-        self._types: list[UUID] = []  # of the interfaces
         self._open: dict[int, _Traffic] = {}  # by the id of the channel, which the traffic keeps
         application = f"vmbus-device {vmbus.__version__}"
         self._sink.put(lambda: section_block(application, _COMMENT), 0, urgent=True)
@@ -277,20 +267,19 @@ class Capture:
     # ---- into the file ---------------------------------------------------------------------------------------------
 
     def _interface(self, channel: Channel) -> int | None:
-        type_ = str(getattr(channel, "interface_type", NIL))
-        instance = str(channel.interface_instance or NIL)
         subchannel = int(getattr(channel, "subchannel_index", 0))
-        key = (channel.name, type_, instance, subchannel)
-        patterns = self.options.channels
-        if patterns and not any(selects(pattern, *key) for pattern in patterns):
+        interface = Interface(
+            f"{channel.name}/{subchannel}" if subchannel else channel.name,
+            getattr(channel, "interface_type", NIL),
+            channel.interface_instance or NIL,
+            subchannel,
+        )
+        if not interface.selected(self.options.channels):
             return None
-        number = self._interfaces.get(key)
+        number = self._interfaces.get(interface)
         if number is None:
-            number = self._interfaces[key] = len(self._counts)
+            number = self._interfaces[interface] = len(self._counts)
             self._counts.append(_Count())
-            self._types.append(UUID(type_))
-            name = f"{channel.name}/{subchannel}" if subchannel else channel.name
-            interface = Interface(name, UUID(type_), UUID(instance), subchannel)
             self._sink.put(lambda: interface_block(interface, self.options.snaplen), 0, urgent=True)
         return number
 
@@ -309,7 +298,7 @@ class Capture:
         count = self._counts[interface]
         lost = count.lost
         snaplen = self.options.snaplen
-        type_ = self._types[interface]
+        type_: UUID = getattr(traffic.channel, "interface_type", NIL)
         size = len(data) + sum(len(copy.data) for copy in copies.values())
 
         def make() -> bytes:
@@ -342,14 +331,14 @@ class Capture:
             "dropped": sum(count.dropped for count in self._counts),
             "channels": [
                 {
-                    "name": name,
-                    "type": type_,
-                    "instance": instance,
-                    "subchannel": subchannel,
-                    "packets": self._counts[number].seen - self._counts[number].dropped,
-                    "dropped": self._counts[number].dropped,
+                    "name": one.channel,
+                    "type": str(one.type),
+                    "instance": str(one.instance),
+                    "subchannel": one.subchannel,
+                    "packets": count.seen - count.dropped,
+                    "dropped": count.dropped,
                 }
-                for (name, type_, instance, subchannel), number in self._interfaces.items()
+                for one, count in zip(self._interfaces, self._counts, strict=True)
             ],
         }
 
@@ -389,31 +378,13 @@ def _count(data: bytes) -> int:
 
 
 def _blocks(
-    interface: int,
-    type_: UUID,
-    at: int,
-    direction: int,
-    data: bytes,
-    copies: dict[int, _Copy],
-    snaplen: int,
-    lost: int,
+    interface: int, type_: UUID, at: int, direction: int, data: bytes, copies: dict[int, _Copy], snaplen: int, lost: int
 ) -> bytes:
     blocks = []
-    nothing = _Copy(0, b"", 0)
-    for packet in split_packets(data)[0]:
-        copy = copies.get(packet.end, nothing)
-        record = r.Record(
-            r.PACKET,
-            direction,
-            copy.bits,
-            packet.kind,
-            packet.flags,
-            packet.transaction,
-            packet.body,
-            packet.payload,
-            copy.size,
-            copy.data,
-        )
+    for one in split_packets(data)[0]:
+        copy = copies.get(one.end, _NO_COPY)
+        head = (r.PACKET, direction, copy.bits, one.kind, one.flags, one.transaction)
+        record = r.Record(*head, one.body, one.payload, copy.size, copy.data)
         packed = record.pack()
         original = len(packed) - len(copy.data) + copy.size
         comment = describe(type_, record.seen())

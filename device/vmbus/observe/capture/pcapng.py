@@ -7,7 +7,7 @@ LINKTYPE_USER0 (147), which is for private use, and the same snap length, since 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from struct import Struct, error
 from typing import BinaryIO, NamedTuple
@@ -53,7 +53,7 @@ _DESCRIPTION = re.compile(r"type=([0-9a-f-]{36}) instance=([0-9a-f-]{36}) subcha
 
 
 class Interface(NamedTuple):
-    """One channel of a capture."""
+    """One channel of a capture. `name`: with `/N` behind it for sub-channel N."""
 
     name: str
     type: UUID
@@ -64,6 +64,24 @@ class Interface(NamedTuple):
     def description(self) -> str:
         """As it stands in the interface's description."""
         return f"type={self.type} instance={self.instance} subchannel={self.subchannel}"
+
+    @property
+    def channel(self) -> str:
+        """The channel's name, which its sub-channels have too."""
+        return self.name.removesuffix(f"/{self.subchannel}")
+
+    def selected(self, patterns: Sequence[str]) -> bool:
+        """Whether one of the patterns means it; none: all are meant. A pattern is a channel's name, its interface type
+        or its instance (GUIDs), with `/N` behind it only sub-channel N (0 is the primary)."""
+        return not patterns or any(self._is(pattern) for pattern in patterns)
+
+    def _is(self, pattern: str) -> bool:
+        text, _, number = pattern.rpartition("/")
+        if re.fullmatch(r"\d{1,5}", number) and text:
+            if int(number) != self.subchannel:
+                return False
+            pattern = text
+        return pattern == self.channel or pattern.lower() in (str(self.type), str(self.instance))
 
 
 class Captured(NamedTuple):
