@@ -21,6 +21,7 @@ from vmbus.observe.audit.records import Mark, Record
 from vmbus.vm.command_line import AUDIT_WORD, kernel_arguments
 from vmbus.vm.description import VmDescription, load_description
 from vmbus_guest import agent as agent_module
+from vmbus_guest import audit_records
 from vmbus_guest.agent import Agent
 
 pytestmark = pytest.mark.unit
@@ -126,7 +127,7 @@ def test_a_running_driver_is_asked_to_write_and_waited_for(guest: Guest, tmp_pat
 
 
 def test_records_are_fetched_whole_and_marked(guest: Guest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(agent_module, "AUDIT_PIECE", 100)
+    monkeypatch.setattr(audit_records, "AUDIT_PIECE", 100)
     recorder = guest_recorder(str(tmp_path / "records"), "mixed-12")
     for number in range(20):
         recorder.flush(f"reason {number}")

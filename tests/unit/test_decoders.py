@@ -146,7 +146,7 @@ OUR_OWN = {
     "vmbus.testkit.replay_player.Player._event": "tests/unit/test_capture.py has damaged captures",
     "vmbus.transport.context._with_shorter_transfers": "what the library has said",
     "vmbus.testkit.loopback.client.VfioUserClient._negotiate": "the tests' client",
-    "vmbus_guest.agent.Job.feed": "tests/unit/test_guest_agent.py has drivers that print rubbish",
+    "vmbus_guest.jobs.Job.feed": "tests/unit/test_guest_agent.py has drivers that print rubbish",
     "vmbus_guest.agent.Agent._request": "tests/unit/test_guest_agent.py has requests that are none",
     "vmbus_guest.testdrivers.__main__.main": "what the agent has said",
     "vmbus.wire.ethernet.parse_mac": "takes text, of a description",

@@ -18,8 +18,9 @@ import pytest
 from support.pace import until
 from support.processes import alive
 from vmbus_guest import agent as agent_module
-from vmbus_guest import programs
-from vmbus_guest.agent import Agent, Port, find_port
+from vmbus_guest import jobs, port, programs
+from vmbus_guest.agent import Agent
+from vmbus_guest.port import Port, find_port
 
 pytestmark = pytest.mark.unit
 
@@ -187,7 +188,7 @@ def test_rubbish_without_end_is_told_and_the_agent_goes_on(host: Host) -> None:
     assert report["state"] == "finished" and report["result"] == {"flooded": True}
     assert report["rubbish"]["lines"] >= 2 and report["rubbish"]["first"].startswith("b'xxx")
     report = host.call("run", driver="echo", parameters={"act": "flood", "end": "nothing"})
-    assert report["state"] == "failed" and len(report["log"]) <= agent_module.LOG_TAIL
+    assert report["state"] == "failed" and len(report["log"]) <= jobs.LOG_TAIL
     message = report["error"]["message"]
     assert "exited with status 0 without a result; it printed " in message and "lines that are no reports" in message
     report = host.call("run", driver="echo", parameters={"act": "number"})
@@ -199,7 +200,7 @@ def test_rubbish_without_end_is_told_and_the_agent_goes_on(host: Host) -> None:
 def test_a_driver_that_says_nothing_is_told_and_killed_if_so_wished(
     host: Host, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(agent_module, "SILENT_AFTER", 0.1)
+    monkeypatch.setattr(jobs, "SILENT_AFTER", 0.1)
     report = host.call("run", driver="echo", parameters={"act": "hang"}, patience=0.6)
     assert (report["state"], report["error"]["kind"]) == ("failed", "hung")
     assert report["error"]["message"] == "the test driver reported nothing for 0.6 s, and was killed"
@@ -214,9 +215,9 @@ def test_a_driver_that_says_nothing_is_told_and_killed_if_so_wished(
 def test_a_jump_of_the_clock_is_no_silence(monkeypatch: pytest.MonkeyPatch) -> None:
     ours, theirs = socket.socketpair()
     agent = Agent(theirs.detach(), poweroff=lambda: None, runner=(sys.executable, "-c", "input()"))
-    job = agent._launch({"driver": "echo", "patience": 60})
-    agent._look_for_silence(agent._looked + 1000.0)
-    assert 0 < job.quiet <= 2 * agent_module.LOOK_EVERY and not job.hung
+    job = agent._jobs.launch({"driver": "echo", "patience": 60})
+    agent._jobs.look_for_silence(agent._jobs._looked + 1000.0)
+    assert 0 < job.quiet <= 2 * jobs.LOOK_EVERY and not job.hung
     os.kill(job.pid, 9)
     os.waitpid(job.pid, 0)
     ours.close()
@@ -273,7 +274,7 @@ def test_a_line_that_is_no_request_is_answered_and_forgotten(host: Host, line: b
 
 
 def test_a_line_without_end_is_skipped(host: Host) -> None:
-    host.connection.sendall(b"x" * (3 * agent_module.MAXIMUM_LINE) + b'\n{"id": "after", "command": "ping"}\n')
+    host.connection.sendall(b"x" * (3 * port.MAXIMUM_LINE) + b'\n{"id": "after", "command": "ping"}\n')
     assert host.answer(None)["error"]["kind"] == "bad-request"
     assert host.answer("after")["result"]
 
@@ -291,11 +292,11 @@ def test_requests_that_cannot_be_served_say_why(host: Host) -> None:
 
 
 def test_the_number_of_jobs_is_bounded(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(agent_module, "RUNNING_JOBS", 2)
-    jobs = [host.call("start", driver="burst", parameters={"act": "hang"})["job"] for _ in range(2)]
+    monkeypatch.setattr(jobs, "RUNNING_JOBS", 2)
+    started = [host.call("start", driver="burst", parameters={"act": "hang"})["job"] for _ in range(2)]
     assert host.fail("start", driver="burst")["kind"] == "too-many-jobs"
-    host.call("kill", job=jobs[0])
-    monkeypatch.setattr(agent_module, "FINISHED_JOBS", 3)
+    host.call("kill", job=started[0])
+    monkeypatch.setattr(jobs, "FINISHED_JOBS", 3)
     for _ in range(5):
         host.call("run", driver="echo")
     assert len(host.call("jobs")["jobs"]) <= 5
@@ -341,7 +342,7 @@ def test_a_host_that_does_not_read_costs_bounded_memory() -> None:
         pass
     lines = [json.loads(line) for line in received.splitlines()]
     assert lines[0]["number"] == 0
-    assert len(received) <= agent_module.MAXIMUM_OUTPUT
+    assert len(received) <= port.MAXIMUM_OUTPUT
 
 
 def test_a_host_that_is_gone_is_noticed_and_forgotten() -> None:

@@ -102,7 +102,7 @@ def find_root(cache: Cache, recipe: RootRecipe) -> Root | None:
 def make_root(cache: Cache, recipe: RootRecipe, reporter: Reporter, apt: Apt | None = None) -> Root:
     """Return the root, made now if it does not exist. The caller holds the cache's lock.
 
-    Raises EnvironmentProblem, AptError, WaitTimeout.
+    Raises EnvironmentProblem, ProgramFailed, WaitTimeout.
     """
     found = find_root(cache, recipe)
     if found is not None:
