@@ -69,7 +69,6 @@ class BurstWorkload(Workload):
         self._received = 0
         self._held: deque[tuple[Completion, bytes]] = deque()
         self._done: BurstDone | None = None
-        self._stopped = False
 
     def prepare(self) -> None:
         """Take packets, and let go of them in time."""

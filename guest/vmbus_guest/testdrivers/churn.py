@@ -28,7 +28,6 @@ class ChurnWorkload(LabWorkload):
         self._requests = parameters.get("requests", 20, minimum=0)
         self._window = parameters.get("window", 32, minimum=1, maximum=4096)
         self._size = parameters.get("size", 200, minimum=1, maximum=4000)
-        self._stopped = False
         self._books = Books()
         self._life: Requests | None = None
         self.opened = 1
@@ -61,10 +60,6 @@ class ChurnWorkload(LabWorkload):
     def finished(self) -> bool:
         """The last life has come to its end by itself."""
         return self._life is not None and self._life.finished
-
-    def stop(self) -> None:
-        """The present life is the last."""
-        self._stopped = True
 
     def counts(self) -> dict[str, Any]:
         """All lives together."""

@@ -24,14 +24,12 @@ from vmbus.wire.workload import (
     ECHO_TYPE,
     STATUS_OK,
     Pattern,
-    Sequence,
-    Tally,
     echo_request,
     parse_echo_reply,
     transform,
 )
 from vmbus_guest.testdrivers.context import Parameters
-from vmbus_guest.testdrivers.workload import LONGEST_STEP, Workload
+from vmbus_guest.testdrivers.workload import LONGEST_STEP, CountedWorkload
 
 LARGEST = 60000
 """Bytes of data in a request at most."""
@@ -64,7 +62,7 @@ class Slot:
         self.external = False
 
 
-class EchoWorkload(Workload):
+class EchoWorkload(CountedWorkload):
     """See the module's text."""
 
     name = "echo"
@@ -76,7 +74,6 @@ class EchoWorkload(Workload):
 
     def __init__(self, parameters: Parameters) -> None:
         super().__init__(parameters)
-        self._count = parameters.get("count", 1000, minimum=0)
         self._window = parameters.get("window", self.defaults.window, minimum=1, maximum=65536)
         self._size = parameters.get("size", self.defaults.size, minimum=1, maximum=LARGEST)
         least = min(self.defaults.minimum_size or self._size, self._size)
@@ -88,12 +85,8 @@ class EchoWorkload(Workload):
             raise UsageError(f"parameter 'minimum_size' {self._minimum_size} is larger than 'size' {self._size}")
         self._seed = seed
         self._pattern = Pattern(seed)
-        self.tally = Tally()
-        self._sequence = Sequence(self.tally)
-        self._issued = 0
         self.bytes = 0
         """Of data sent."""
-        self._stopped = False
         self._idle: list[Packet] = []
         self._next_send = 0.0
 
@@ -129,19 +122,10 @@ class EchoWorkload(Workload):
             self._issue(self._idle.pop())
         return self._next_send if self._idle else now + LONGEST_STEP
 
-    def finished(self) -> bool:
-        """All sent, all answered."""
-        return self._no_more() and self.tally.completed >= self._issued
-
-    def stop(self) -> None:
-        """Send nothing more."""
-        self._stopped = True
-
     def counts(self) -> dict[str, Any]:
         """Where it is."""
         return {
-            "sent": self._issued,
-            **self.tally.as_dict(),
+            **super().counts(),
             "in_flight": {"queued": self.channel.packets_queued, "sent": self.channel.packets_sent},
         }
 
@@ -156,14 +140,6 @@ class EchoWorkload(Workload):
             "reordered": tally.reordered,
             "corrupted": tally.corrupted,
         }
-
-    def good(self) -> bool:
-        """Everything that was sent came back, once, in order, with the right bytes."""
-        complete = self._stopped or self._issued == self._count
-        return complete and self.tally.good and self.tally.completed == self._issued == self._sequence.next
-
-    def _no_more(self) -> bool:
-        return self._stopped or (self._count > 0 and self._issued >= self._count)
 
     def _issue(self, packet: Packet) -> None:
         slot: Slot = packet.pointer

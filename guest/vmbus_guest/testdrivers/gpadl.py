@@ -17,10 +17,11 @@ from typing import Any
 
 from vmbus.kmcl.status import Status as PacketStatus
 from vmbus.wire.lab import HANDLE, KEEP, Op, request
-from vmbus.wire.workload import STATUS_OK, Pattern, Sequence, Tally, echo_request, parse_echo_reply, transform
+from vmbus.wire.workload import STATUS_OK, Pattern, echo_request, parse_echo_reply, transform
 from vmbus_guest.pci import PAGE_SIZE, DmaBuffer
 from vmbus_guest.testdrivers.context import Parameters
 from vmbus_guest.testdrivers.requests import LabWorkload, post
+from vmbus_guest.testdrivers.workload import CountedWorkload
 
 _BLOCK = 1 << 16
 
@@ -37,24 +38,20 @@ class Loan:
         self.answered = False
 
 
-class GpadlWorkload(LabWorkload):
+class GpadlWorkload(CountedWorkload, LabWorkload):
     """See the module's text."""
 
     name = "gpadl"
     default_pages = 2
+    default_count = 40
 
     def __init__(self, parameters: Parameters) -> None:
         super().__init__(parameters)
-        self._count = parameters.get("count", 40, minimum=0)
         self._live = parameters.get("live", 4, minimum=1, maximum=64)
         self._size = parameters.get("size", 256 << 10, minimum=PAGE_SIZE, maximum=4 << 20)
         self._keep = parameters.get("keep", 0.3, minimum=0, maximum=1)
-        self._stopped = False
         self._pattern = Pattern(5)
-        self.tally = Tally()
-        self._sequence = Sequence(self.tally)
         self._loans: list[Loan] = []
-        self._sent = 0
         self.lent = 0
         self.returned = 0
         self.bytes = 0
@@ -93,8 +90,8 @@ class GpadlWorkload(LabWorkload):
 
     def _transform(self, loan: Loan) -> None:
         data = bytes(loan.buffer.view)
-        loan.sequence = sequence = self._sent
-        self._sent += 1
+        loan.sequence = sequence = self._issued
+        self._issued += 1
         self.tally.started += 1
 
         def answered(status: int, reply: bytes) -> None:
@@ -133,22 +130,15 @@ class GpadlWorkload(LabWorkload):
         """All lent, all taken back."""
         return self._no_more() and not self._loans
 
-    def stop(self) -> None:
-        """Lend no more."""
-        self._stopped = True
-
     def counts(self) -> dict[str, Any]:
         """Where it is."""
         return {"lent": self.lent, "returned": self.returned, **self.tally.as_dict(), "bytes": self.bytes}
 
-    def result(self) -> dict[str, Any]:
-        """The final counts; `completed` are transforms."""
-        self.tally.lost += self._sent - self._sequence.next
-        return self.counts()
-
     def good(self) -> bool:
         """Every piece came back, and the host had done to it what it was asked for."""
-        return self.finished() and self.tally.good and self.lent == self.returned and self.tally.completed == self._sent
+        return (
+            self.finished() and self.tally.good and self.lent == self.returned and self.tally.completed == self._issued
+        )
 
 
 WORKLOAD = GpadlWorkload

@@ -66,7 +66,6 @@ class HotplugWorkload(LabWorkload):
         self._size = parameters.get("size", 200, minimum=1, maximum=4000)
         if not self._subchannels + self._stations:
             raise UsageError("parameters 'subchannels' and 'stations' are both 0: nothing would come and go")
-        self._stopped = False
         self._books = Books()
         self._targets: list[Target] = []
         self.withdrawn = 0
@@ -178,10 +177,6 @@ class HotplugWorkload(LabWorkload):
         return self._ending and all(
             target.phase is Phase.HERE and target.life is not None and target.life.finished for target in self._targets
         )
-
-    def stop(self) -> None:
-        """Have nothing withdrawn any more."""
-        self._stopped = True
 
     def close(self) -> None:
         """Forget channels that were never offered again: nothing would close them."""

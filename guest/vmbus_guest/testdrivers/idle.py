@@ -31,7 +31,6 @@ class IdleWorkload(LabWorkload):
         super().__init__(parameters)
         self._seconds = parameters.get("seconds", 2.0, minimum=0)
         self._interval = parameters.get("interval", 0.5, minimum=0)
-        self._stopped = False
         self.tally = Tally()
         self._sequence = Sequence(self.tally)
         self._sent = 0
@@ -85,10 +84,6 @@ class IdleWorkload(LabWorkload):
     def finished(self) -> bool:
         """The last sign of life was answered."""
         return self._last and not self._waiting
-
-    def stop(self) -> None:
-        """Give the last sign of life."""
-        self._stopped = True
 
     def counts(self) -> dict[str, Any]:
         """Where it is."""

@@ -44,7 +44,6 @@ class ManyWorkload(LabWorkload):
         self._window = parameters.get("window", 8, minimum=1, maximum=1024)
         self._size = parameters.get("size", 200, minimum=1, maximum=4000)
         self._push = parameters.get("push", 16, minimum=0, maximum=1024)
-        self._stopped = False
         self.lines: list[Line] = []
 
     def begin(self) -> None:

@@ -21,8 +21,6 @@ from vmbus.wire.workload import (
     ECHO_REPLY,
     STATUS_OK,
     Pattern,
-    Sequence,
-    Tally,
     echo_request,
     parse_echo_reply,
     transform,
@@ -30,6 +28,7 @@ from vmbus.wire.workload import (
 from vmbus_guest.pci import DmaBuffer
 from vmbus_guest.testdrivers.context import Parameters
 from vmbus_guest.testdrivers.requests import ECHO, LabWorkload, right_answer
+from vmbus_guest.testdrivers.workload import CountedWorkload
 
 _BLOCK = 1 << 16
 _PIECE = 64
@@ -49,23 +48,19 @@ class Slot:
         self.data = b""
 
 
-class MaximumWorkload(LabWorkload):
+class MaximumWorkload(CountedWorkload, LabWorkload):
     """See the module's text."""
 
     name = "maximum"
     default_pages = 130
+    default_count = 15
 
     def __init__(self, parameters: Parameters) -> None:
         super().__init__(parameters)
-        self._count = parameters.get("count", 15, minimum=0)
         self._size = parameters.get("size", 0, minimum=0, maximum=MAX_PACKET_SIZE)
         self._external_size = parameters.get("external_size", 1 << 20, minimum=1, maximum=16 << 20)
         self._pieces = parameters.get("pieces", MAX_RANGES, minimum=1, maximum=MAX_RANGES)
-        self._stopped = False
         self._pattern = Pattern(9)
-        self.tally = Tally()
-        self._sequence = Sequence(self.tally)
-        self._issued = 0
         self.bytes = 0
         self.largest = 0
         """Bytes of data in the ring."""
@@ -142,29 +137,13 @@ class MaximumWorkload(LabWorkload):
             and answer == transform(slot.data, slot.sequence)
         )
 
-    def _no_more(self) -> bool:
-        return self._stopped or (self._count > 0 and self._issued >= self._count)
-
-    def finished(self) -> bool:
-        """All answered."""
-        return self._no_more() and self.tally.completed >= self._issued
-
-    def stop(self) -> None:
-        """Send nothing more."""
-        self._stopped = True
-
     def counts(self) -> dict[str, Any]:
         """Where it is."""
-        return {"sent": self._issued, **self.tally.as_dict(), "bytes": self.bytes}
+        return {**super().counts(), "bytes": self.bytes}
 
     def result(self) -> dict[str, Any]:
         """The final counts."""
-        self.tally.lost += self._issued - self._sequence.next
-        return {**self.counts(), "largest": self.largest}
-
-    def good(self) -> bool:
-        """Everything came back, once, in order, with the right bytes."""
-        return self.finished() and self.tally.good and self.tally.completed == self._issued == self._sequence.next
+        return {**super().result(), "largest": self.largest}
 
 
 WORKLOAD = MaximumWorkload

@@ -124,7 +124,6 @@ class PipeWorkload(Workload):
         if self._instance is not None and mode == "both":
             raise UsageError("parameter 'instance' names one pipe: give 'mode' as well")
         self._modes = _MODES[mode]
-        self._stopped = False
         self.ends: list[End] = []
 
     def open(self, driver: ChannelDriver) -> None:
@@ -172,10 +171,6 @@ class PipeWorkload(Workload):
     def finished(self) -> bool:
         """All written, all back."""
         return all(self._no_more(end) and end.on_its_way <= 0 for end in self.ends)
-
-    def stop(self) -> None:
-        """Write nothing more."""
-        self._stopped = True
 
     def counts(self) -> dict[str, Any]:
         """Both pipes together."""

@@ -17,10 +17,11 @@ from typing import Any
 
 from vmbus.kmcl.channel import Channel
 from vmbus.kmcl.completion import Completion
-from vmbus.wire.workload import STATUS_OK, Pattern, Sequence, Tally, echo_request, parse_echo_reply, transform
+from vmbus.wire.workload import STATUS_OK, Pattern, echo_request, parse_echo_reply, transform
 from vmbus_guest.pci import DmaBuffer
 from vmbus_guest.testdrivers.context import Parameters
 from vmbus_guest.testdrivers.requests import ECHO, LabWorkload, Pushes, right_answer
+from vmbus_guest.testdrivers.workload import CountedWorkload
 
 _TURN = 0.02
 """Seconds after which others get their turn."""
@@ -28,22 +29,18 @@ _PUSH_SIZE = 40
 _PATTERN = Pattern(17)
 
 
-class SyncWorkload(LabWorkload):
+class SyncWorkload(CountedWorkload, LabWorkload):
     """See the module's text."""
 
     name = "sync"
     default_pages = 4
+    default_count = 150
 
     def __init__(self, parameters: Parameters) -> None:
         super().__init__(parameters)
-        self._count = parameters.get("count", 150, minimum=0)
         self._size = parameters.get("size", 500, minimum=1, maximum=8192)
         self._external = parameters.get("external", 0.25, minimum=0, maximum=1)
         self._nested_every = parameters.get("nested_every", 8, minimum=0)
-        self._stopped = False
-        self.tally = Tally()
-        self._sequence = Sequence(self.tally)
-        self._sent = 0
         self.nested = 0
         """Requests that were made inside of a packet."""
         self.pushes = Pushes(self.moved)
@@ -64,15 +61,15 @@ class SyncWorkload(LabWorkload):
         until = now + _TURN
         while not self._no_more():
             self._request()
-            if self._nested_every and self._sent % self._nested_every == 0 and self.pushes.complete:
+            if self._nested_every and self._issued % self._nested_every == 0 and self.pushes.complete:
                 self.pushes.ask(self.channel, 1, _PUSH_SIZE)
             if time.monotonic() >= until:
                 return now
         return super().tick(now)
 
     def _request(self) -> None:
-        sequence = self._sent
-        self._sent += 1
+        sequence = self._issued
+        self._issued += 1
         self.tally.started += 1
         mixed = (sequence * 2654435761) & 0xFFFFFFFF
         data = _PATTERN.data(sequence, 1 + mixed % self._size)
@@ -112,24 +109,17 @@ class SyncWorkload(LabWorkload):
             self._request()
         completion.complete(answer)
 
-    def _no_more(self) -> bool:
-        return self._stopped or (self._count > 0 and self._sent >= self._count)
-
     def finished(self) -> bool:
         """All answered."""
-        return self._no_more() and self.pushes.complete and self.tally.completed >= self._sent
-
-    def stop(self) -> None:
-        """Send nothing more."""
-        self._stopped = True
+        return self.pushes.complete and super().finished()
 
     def counts(self) -> dict[str, Any]:
         """Where it is."""
-        return {"sent": self._sent, **self.tally.as_dict(), "nested": self.nested}
+        return {**super().counts(), "nested": self.nested}
 
     def result(self) -> dict[str, Any]:
         """The final counts. What was never answered is lost."""
-        self.tally.lost = max(self.tally.lost, self._sent - self.tally.completed)
+        self.tally.lost = max(self.tally.lost, self._issued - self.tally.completed)
         return {**self.counts(), "pushed": self.pushes.tally.completed}
 
     def good(self) -> bool:
@@ -138,7 +128,7 @@ class SyncWorkload(LabWorkload):
             self.finished()
             and self.tally.good
             and self.pushes.tally.good
-            and self.tally.completed == self._sent
+            and self.tally.completed == self._issued
             and self.pushes.tally.completed == self.pushes.asked
         )
 

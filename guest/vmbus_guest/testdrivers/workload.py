@@ -12,12 +12,13 @@ import functools
 import time
 import traceback
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 from uuid import UUID
 
 from vmbus.errors import EnvironmentProblem, UsageError, VmbusError
 from vmbus.kmcl.client import ClientChannel
+from vmbus.wire.workload import Sequence, Tally
 from vmbus_guest.channel_driver import LONGEST_TURN, ChannelDriver
 from vmbus_guest.testdrivers.context import ACCESS, Context, Parameters
 
@@ -60,6 +61,7 @@ class Workload(ABC):
         """When there last was progress; the workload keeps it."""
         self.trouble: list[str] = []
         """What went wrong, in words."""
+        self._stopped = False
         self.broken = False
         """Whether one of its calls raised: it is not called any more."""
 
@@ -107,9 +109,9 @@ class Workload(ABC):
     def finished(self) -> bool:
         """Whether all the work is done."""
 
-    @abstractmethod
     def stop(self) -> None:
         """End early: begin nothing new."""
+        self._stopped = True
 
     @abstractmethod
     def counts(self) -> dict[str, Any]:
@@ -165,6 +167,39 @@ class Workload(ABC):
         return summary
 
 
+class CountedWorkload(Workload):
+    """So many numbered transactions (`count`; 0: until stopped), each of which is answered once, and in order."""
+
+    default_count = 1000
+
+    def __init__(self, parameters: Parameters) -> None:
+        super().__init__(parameters)
+        self._count = parameters.get("count", self.default_count, minimum=0)
+        self.tally = Tally()
+        self._sequence = Sequence(self.tally)
+        self._issued = 0
+
+    def _no_more(self) -> bool:
+        return self._stopped or (self._count > 0 and self._issued >= self._count)
+
+    def finished(self) -> bool:
+        """All sent, all answered."""
+        return self._no_more() and self.tally.completed >= self._issued
+
+    def counts(self) -> dict[str, Any]:
+        """Where it is."""
+        return {"sent": self._issued, **self.tally.as_dict()}
+
+    def result(self) -> dict[str, Any]:
+        """The final counts. What was never answered is lost."""
+        self.tally.lost += self._issued - self._sequence.next
+        return self.counts()
+
+    def good(self) -> bool:
+        """Everything that was sent came back, once, in order, with the right bytes."""
+        return self.finished() and self.tally.good and self.tally.completed == self._issued == self._sequence.next
+
+
 def run_workload(context: Context, kind: type[Workload]) -> dict[str, Any]:
     """Run one workload with the context's parameters and return its result."""
     workload = kind(context.parameters)
@@ -172,7 +207,7 @@ def run_workload(context: Context, kind: type[Workload]) -> dict[str, Any]:
     return run_workloads(context, [workload])[0]
 
 
-def run_workloads(context: Context, workloads: Sequence[Workload]) -> list[dict[str, Any]]:
+def run_workloads(context: Context, workloads: list[Workload]) -> list[dict[str, Any]]:
     """Run workloads side by side over one connection to the device; returns their results.
 
     Raises what opening the device and its channels raises; once the work runs, trouble goes into the results. When the
@@ -240,7 +275,7 @@ def _guarded(workload: Workload, call: Callable[[], Result]) -> Result | None:
 
 
 @contextlib.contextmanager
-def _connected(context: Context, workloads: Sequence[Workload]) -> Iterator[ChannelDriver]:
+def _connected(context: Context, workloads: list[Workload]) -> Iterator[ChannelDriver]:
     ways = {workload.access for workload in workloads}
     if len(ways) > 1:
         raise UsageError(f"workloads that run side by side reach the device in one way, not in {sorted(ways)}")
@@ -254,7 +289,7 @@ def _connected(context: Context, workloads: Sequence[Workload]) -> Iterator[Chan
     driver.close(graceful=not any(workload.trouble for workload in workloads))
 
 
-def _progress(workloads: Sequence[Workload]) -> dict[str, Any]:
+def _progress(workloads: list[Workload]) -> dict[str, Any]:
     if len(workloads) == 1:
         return workloads[0].counts()
     return {"workloads": [{"name": workload.name, **workload.counts()} for workload in workloads]}
