@@ -19,10 +19,11 @@ from vmbus.errors import PeerError, UsageError, WaitTimeout
 from vmbus.kmcl.channel import Channel
 from vmbus.kmcl.client import ClientChannel
 from vmbus.kmcl.endpoint import Link
-from vmbus.memory.guest import GuestMemory
+from vmbus.kmcl.lifecycle import ChannelState
+from vmbus.memory.guest import GuestMemory, Window
 from vmbus.util.watches import Watches
 from vmbus.wire import messages as m
-from vmbus_guest.pci import DmaBuffer
+from vmbus_guest.pci import PAGE_SIZE, DmaBuffer
 
 if TYPE_CHECKING:
     from vmbus.observe.audit.recorder import Recorder
@@ -66,6 +67,41 @@ class Buffers(Protocol):
     def allocate(self, size: int) -> DmaBuffer: ...
 
     def free(self, buffer: DmaBuffer) -> None: ...
+
+
+class ChannelLink:
+    """What carries one open channel in the guest: all that links have in common (`vmbus.kmcl.endpoint.Link`)."""
+
+    def __init__(self, driver: ChannelDriver, channel: ClientChannel) -> None:
+        self.channel = channel
+        self.memory = driver.memory
+        self._of = driver
+
+    def wake(self) -> None:
+        """Give the channel a turn."""
+        self._of.wake(self.channel)
+
+    def failed(self, reason: str) -> None:
+        """The host broke the channel; it stays in the tables until the driver is closed."""
+        self._of.failures.append(f"channel {self.channel.name}: {reason}")
+
+    def close_channel(self, timeout: float) -> None:
+        """Close the channel, see `ChannelDriver.close_channel`."""
+        self._of.close_channel(self.channel, timeout)
+
+    def force_closed(self) -> None:
+        """The channel is gone at the host: close and disable it here."""
+        channel = self.channel
+        if channel.state in (ChannelState.OPENED, ChannelState.ACTIVE, ChannelState.CLOSING):
+            channel.close(lambda: None, force=True)
+        if channel.state is ChannelState.CLOSED:
+            channel.disable()
+
+
+def ring_windows(memory: GuestMemory, address: int, split: int, size: int) -> list[Window]:
+    """Two rings in `size` bytes at `address`, the second one at `split`: each one's header page and data."""
+    parts = ((0, PAGE_SIZE), (PAGE_SIZE, split), (split, split + PAGE_SIZE), (split + PAGE_SIZE, size))
+    return [memory.window([(address + start, end - start)]) for start, end in parts]
 
 
 class ChannelDriver(ABC):

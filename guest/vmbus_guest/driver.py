@@ -30,15 +30,22 @@ from vmbus.wire.synic import (
     PostStatus,
     Register,
 )
-from vmbus_guest.channel_driver import DEFAULT_TIMEOUT, ChannelDriver, ChannelRescinded, GpadlRefused
+from vmbus_guest.channel_driver import (
+    DEFAULT_TIMEOUT,
+    ChannelDriver,
+    ChannelLink,
+    ChannelRescinded,
+    GpadlRefused,
+    ring_windows,
+)
 from vmbus_guest.pci import DmaBuffer, PciFunction
 
 if TYPE_CHECKING:
     from vmbus.observe.audit.recorder import Recorder
 
 
-class ClientLink:
-    """What carries one open channel in the guest: implements `vmbus.kmcl.channel.Link`."""
+class ClientLink(ChannelLink):
+    """What carries one open channel."""
 
     def __init__(
         self,
@@ -50,28 +57,19 @@ class ClientLink:
         reader: RingReader,
         writer: RingWriter,
     ) -> None:
+        super().__init__(driver, channel)
         self._driver = driver
-        self.channel = channel
         self.offer = offer
         self.rings = rings
         self.gpadl = gpadl
         self.reader = reader
         self.writer = writer
-        self.memory = driver.memory
         # Handles of memory lent beyond the rings; the host was told of it.
         self.gpadls: set[int] = set()
 
     def signal(self) -> None:
         """Ring the doorbell."""
         self._driver.function.write32(Register.SIGNAL_EVENT, self.offer.connection_id)
-
-    def wake(self) -> None:
-        """Give the channel a turn."""
-        self._driver.wake(self.channel)
-
-    def failed(self, reason: str) -> None:
-        """The host broke the channel; it stays in the tables until the driver is closed."""
-        self._driver.failures.append(f"channel {self.channel.name}: {reason}")
 
     def create_gpadl(self, extents: Sequence[tuple[int, int]], read_only: bool) -> int:
         """Lend memory to the host; returns the handle once the host has accepted it.
@@ -100,10 +98,6 @@ class ClientLink:
         driver.bus.teardown_gpadl(self.offer.relid, handle)
         driver.await_answer(self.offer, lambda: handle in driver.bus.torndown, f"GPADL_TORNDOWN on channel {name}")
         driver.bus.torndown.discard(handle)
-
-    def close_channel(self, timeout: float) -> None:
-        """Close the channel, see `VmbusDriver.close_channel`."""
-        self._driver.close_channel(self.channel, timeout)
 
 
 class VmbusDriver(ChannelDriver):
@@ -306,15 +300,7 @@ class VmbusDriver(ChannelDriver):
     def _open_on(self, channel: ClientChannel, offer: m.OfferChannel, rings: DmaBuffer, timeout: float) -> None:
         out_pages = channel.ring_pages_out + 1
         split = out_pages * PAGE_SIZE
-        windows = [
-            self.memory.window([(rings.iova + start, length)])
-            for start, length in (
-                (0, PAGE_SIZE),
-                (PAGE_SIZE, split - PAGE_SIZE),
-                (split, PAGE_SIZE),
-                (split + PAGE_SIZE, rings.size - split - PAGE_SIZE),
-            )
-        ]
+        windows = ring_windows(self.memory, rings.iova, split, rings.size)
         windows[0].store32(FEATURE_BITS, FEATURE_PENDING_SEND_SIZE)
         windows[2].store32(FEATURE_BITS, FEATURE_PENDING_SEND_SIZE)
         relid = offer.relid
@@ -387,10 +373,7 @@ class VmbusDriver(ChannelDriver):
         self.rescinded.append(offer.interface_instance)
         link = self._links.pop(offer.relid, None)
         if link is not None:
-            if link.channel.state in (ChannelState.OPENED, ChannelState.ACTIVE, ChannelState.CLOSING):
-                link.channel.close(lambda: None, force=True)
-            if link.channel.state is ChannelState.CLOSED:
-                link.channel.disable()
+            link.force_closed()
             self.free(link.rings)
         self.bus.release(offer.relid)
         if link is not None and self.on_rescind is not None:

@@ -31,7 +31,7 @@ from vmbus.ring import RingReader, RingWriter
 from vmbus.util.watches import Watches
 from vmbus.wire import messages as m
 from vmbus.wire.gpa import PAGE_SIZE
-from vmbus_guest.channel_driver import DEFAULT_TIMEOUT, Buffers, ChannelDriver, GpadlRefused
+from vmbus_guest.channel_driver import DEFAULT_TIMEOUT, Buffers, ChannelDriver, ChannelLink, GpadlRefused, ring_windows
 from vmbus_guest.huge_pages import PhysicalMemory
 from vmbus_guest.vmbus_devices import VmbusDevice, bind_device, bus_is_there, find_devices, give_back, map_size, reserve
 
@@ -100,40 +100,22 @@ class UioDevice:
         os.close(self.fd)
 
 
-class UioLink:
-    """What carries one open channel: implements `vmbus.kmcl.channel.Link`."""
+class UioLink(ChannelLink):
+    """What carries one open channel."""
 
     def __init__(self, driver: UioDriver, channel: ClientChannel, found: VmbusDevice, device: UioDevice) -> None:
-        self._driver = driver
-        self.channel = channel
+        super().__init__(driver, channel)
         self.found = found
         self.device = device
-        self.memory = driver.memory
         self.iova = RINGS + (found.relid << 32)
         half = len(device.rings) // 2
         self.memory.map(self.iova, device.rings, True)
-        out_header, out_data, in_header, in_data = (
-            self.memory.window([(self.iova + start, length)])
-            for start, length in (
-                (0, PAGE_SIZE),
-                (PAGE_SIZE, half - PAGE_SIZE),
-                (half, PAGE_SIZE),
-                (half + PAGE_SIZE, half - PAGE_SIZE),
-            )
-        )
+        out_header, out_data, in_header, in_data = ring_windows(self.memory, self.iova, half, 2 * half)
         self.reader, self.writer = RingReader(in_header, in_data), RingWriter(out_header, out_data)
 
     def signal(self) -> None:
         """Ring the doorbell, through the kernel."""
         self.device.signal()
-
-    def wake(self) -> None:
-        """Give the channel a turn."""
-        self._driver.wake(self.channel)
-
-    def failed(self, reason: str) -> None:
-        """The host broke the channel; it stays in the tables until the driver is closed."""
-        self._driver.failures.append(f"channel {self.channel.name}: {reason}")
 
     def create_gpadl(self, extents: Sequence[tuple[int, int]], read_only: bool) -> int:
         """Raises GpadlRefused: only the kernel can lend memory."""
@@ -142,10 +124,6 @@ class UioLink:
     def delete_gpadl(self, handle: int) -> NoReturn:
         """Raises UsageError: there is none."""
         raise UsageError(f"channel {self.channel.name}: {_NO_GPADLS}")
-
-    def close_channel(self, timeout: float) -> None:
-        """Close the channel, see `UioDriver.close_channel`."""
-        self._driver.close_channel(self.channel, timeout)
 
     def let_go(self) -> None:
         """The channel does not use the rings any more: have the kernel close it."""
@@ -295,10 +273,7 @@ class UioDriver(ChannelDriver):
     def _withdrawn(self, link: UioLink) -> None:
         channel, instance = link.channel, link.found.instance
         self.rescinded.append(instance)
-        if channel.state in (ChannelState.OPENED, ChannelState.ACTIVE, ChannelState.CLOSING):
-            channel.close(lambda: None, force=True)
-        if channel.state is ChannelState.CLOSED:
-            channel.disable()
+        link.force_closed()
         self._let_go(link)
         reserved = self._reserved.pop(instance, None)
         if reserved is not None:
