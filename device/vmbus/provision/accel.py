@@ -12,21 +12,18 @@ from __future__ import annotations
 
 import json
 import os
-import selectors
-import subprocess
-import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from vmbus.errors import EnvironmentProblem
+from vmbus.errors import EnvironmentProblem, WaitTimeout
 from vmbus.provision.cache import Cache, digest, publish_bytes
 from vmbus.provision.guest_files import Kernel
+from vmbus.provision.programs import ProgramFailed, run_lines
 from vmbus.provision.qemu import QemuProgram
 from vmbus.provision.report import Reporter, SilentReporter
 from vmbus.provision.roots import Root
 from vmbus.util.boot import boot_id
-from vmbus.util.launcher import tied
 
 KVM_DEVICE = Path("/dev/kvm")
 TRIAL_SECONDS = 20.0
@@ -137,35 +134,31 @@ def try_accelerator(
         )
 
 
+class _Settled(Exception):
+    """The trial has an outcome, and QEMU is not needed any more."""
+
+    def __init__(self, problem: str | None) -> None:
+        self.problem = problem
+
+
 def boot_trial(argv: list[str], seconds: float) -> str | None:
     """Run QEMU until its guest prints the marker; return None then, else in a few words what went wrong."""
+    said: list[str] = []
+
+    def on_line(line: str) -> None:
+        if MARKER in line:
+            raise _Settled(None)
+        # QEMU then stands still with a paused guest, for somebody to look at.
+        if "KVM internal error" in line:
+            raise _Settled("the guest died of a KVM internal error")
+        said.extend([line] if line.strip() else [])
+
     try:
-        process = subprocess.Popen(
-            tied(argv), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-        )
-    except OSError as error:
-        return f"QEMU could not be started: {error}"
-    assert process.stdout is not None
-    output = b""
-    deadline = time.monotonic() + seconds
-    try:
-        with selectors.DefaultSelector() as selector:
-            selector.register(process.stdout, selectors.EVENT_READ)
-            while (left := deadline - time.monotonic()) > 0:
-                if not selector.select(left):
-                    break
-                data = os.read(process.stdout.fileno(), 65536)
-                output += data
-                if MARKER.encode() in output:
-                    return None
-                # QEMU then stands still with a paused guest, for somebody to look at.
-                if b"KVM internal error" in output:
-                    return "the guest died of a KVM internal error"
-                if not data:
-                    said = [line for line in output.decode(errors="replace").splitlines() if line.strip()]
-                    return f"QEMU ended: {said[-1][:200]}" if said else "QEMU ended without a word"
+        run_lines(argv, "a trial of the accelerator", seconds, on_line)
+    except _Settled as settled:
+        return settled.problem
+    except WaitTimeout:
         return f"the guest did not run a program within {seconds:g} s"
-    finally:
-        process.kill()
-        process.stdout.close()
-        process.wait()
+    except ProgramFailed:
+        pass
+    return f"QEMU ended: {said[-1][:200]}" if said else "QEMU ended without a word"

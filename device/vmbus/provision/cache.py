@@ -192,6 +192,13 @@ class Cache:
             raise
 
 
+def prune(current: Path, kept: int) -> None:
+    """Remove the oldest of a product's other versions, but so many in all: other checkouts share the cache."""
+    others = [path for path in current.parent.iterdir() if path != current and path.name[0] != "."]
+    for old in sorted(others, key=lambda path: path.stat().st_mtime, reverse=True)[kept - 1 :]:
+        remove(old)
+
+
 def publish_bytes(final: Path, data: bytes, mode: int = 0o600) -> None:
     """Write a file so that it appears whole: a temporary name in the same directory, then a rename."""
     final.parent.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -16,7 +16,6 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +24,7 @@ from xml.sax.saxutils import escape
 from vmbus.errors import EnvironmentProblem
 from vmbus.provision.apt import Apt
 from vmbus.provision.cache import Cache, publish_bytes, remove
+from vmbus.provision.programs import ask, said
 from vmbus.provision.report import Reporter, SilentReporter
 from vmbus.provision.roots import Root, RootRecipe, discard, find_root, merge_usr, unpack, write_record
 from vmbus.provision.sources import host_suite
@@ -157,24 +157,10 @@ def query(path: Path, source: str, environment: Mapping[str, str] | None = None)
 
     Raises EnvironmentProblem, naming what is wrong.
     """
-    try:
-        result = subprocess.run(
-            [str(path), "--version"],
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=QUERY_TIMEOUT,
-            env={**os.environ, **(environment or {})},
-        )
-    except OSError as error:
-        raise EnvironmentProblem(f"{path} cannot be started: {error}") from error
-    except subprocess.TimeoutExpired as error:
-        raise EnvironmentProblem(f"{path} did not answer within {QUERY_TIMEOUT:g} s") from error
-    match = re.search(r"Chrom\w*\D* (\d+)\.", result.stdout)
-    if result.returncode != 0 or match is None:
-        said = (result.stderr or result.stdout).strip()[-500:]
-        raise EnvironmentProblem(f"{path} is no Chromium that runs here (status {result.returncode}): {said}")
+    done = ask([str(path), "--version"], str(path), QUERY_TIMEOUT, **(environment or {}))
+    match = re.search(r"Chrom\w*\D* (\d+)\.", done.stdout)
+    if done.returncode != 0 or match is None:
+        raise EnvironmentProblem(f"{path} is no Chromium that runs here (status {done.returncode}): {said(done)}")
     version = int(match[1])
     if version < MINIMUM_VERSION:
         raise EnvironmentProblem(f"{path} is Chromium {version}; {MINIMUM_VERSION} or later is needed")

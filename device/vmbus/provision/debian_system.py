@@ -24,7 +24,7 @@ from vmbus.errors import EnvironmentProblem
 from vmbus.provision.accel import Accelerator
 from vmbus.provision.apt import Apt
 from vmbus.provision.archive import command_output
-from vmbus.provision.cache import Cache, digest, remove
+from vmbus.provision.cache import Cache, digest, prune, remove
 from vmbus.provision.dpkg_tree import TreeWriter, write_packages
 from vmbus.provision.guest_files import Kernel
 from vmbus.provision.programs import ProgramFailed, run_lines
@@ -183,7 +183,7 @@ def make(cache: Cache, tools: Tools, reporter: Reporter, environment: Mapping[st
             configure(image, tools, Path(scratch), len(packages), reporter)
             image.chmod(0o400)  # it is for copying
             write_record(partial, packages, (SUITE,))
-        _prune(directory)
+        prune(directory, KEPT)
         found = find(cache, tools.kernel)
         assert found is not None
         return found
@@ -300,10 +300,3 @@ def _kernel_package(apt: Apt, kernel: Kernel, reporter: Reporter) -> Path | None
 
 def _script(name: str) -> str:
     return resources.files("vmbus").joinpath("templates", name).read_text(encoding="utf-8")
-
-
-def _prune(current: Path) -> None:
-    """Remove all but the latest images."""
-    others = [path for path in current.parent.iterdir() if path != current and path.name[0] != "."]
-    for old in sorted(others, key=lambda path: path.stat().st_mtime, reverse=True)[KEPT - 1 :]:
-        remove(old)

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from vmbus.errors import VmbusError
 from vmbus.provision.apt import Apt
-from vmbus.provision.cache import Cache, digest, publish_bytes, remove
+from vmbus.provision.cache import Cache, digest, prune, publish_bytes, remove
 from vmbus.provision.guest_files import Kernel
 from vmbus.provision.programs import ProgramFailed, run_lines
 from vmbus.provision.report import Reporter, SilentReporter
@@ -36,6 +36,9 @@ built in, and that has given up before any module is loaded."""
 
 RECIPE = 1
 """Changed when the way of building changes."""
+
+KEPT = 8
+"""Modules in the cache, of other kernels and older sources."""
 
 TOOLS = ("make", "gcc", "ld", "objcopy")
 BUILD_TIMEOUT = 300.0
@@ -135,7 +138,7 @@ def find(
             reporter.note(f"the guest's kernel module cannot be built, so guests have the userspace driver: {problem}")
         facts = {"problem": problem, "missing": missing, "kernel": kernel.version, "package": kernel.package}
         publish_bytes(partial / "build.json", (json.dumps(facts, indent=1) + "\n").encode())
-    _prune(directory)
+    prune(directory, KEPT)
     return KernelModule(None, problem) if problem else KernelModule(directory / f"{NAME}.ko")
 
 
@@ -227,10 +230,3 @@ def build(headers: Root, kernel: Kernel, folder: Path, scratch: Path, more: Sequ
     module = scratch / f"{NAME}.ko"
     run_lines(["objcopy", "--strip-debug", module], "stripping the guest's kernel module", BUILD_TIMEOUT)
     return module
-
-
-def _prune(current: Path) -> None:
-    """Remove modules of other kernels and older sources, but some: other checkouts share the cache."""
-    others = [path for path in current.parent.iterdir() if path != current and path.name[0] != "."]
-    for old in sorted(others, key=lambda path: path.stat().st_mtime, reverse=True)[7:]:
-        remove(old)

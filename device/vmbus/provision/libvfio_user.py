@@ -16,7 +16,6 @@ import ctypes.util
 import json
 import os
 import shutil
-import subprocess
 import sys
 import tarfile
 from collections.abc import Mapping
@@ -27,6 +26,7 @@ from vmbus.errors import EnvironmentProblem
 from vmbus.provision.apt import Apt
 from vmbus.provision.archive import open_archive, place_below
 from vmbus.provision.cache import Cache, digest, publish_bytes
+from vmbus.provision.programs import ask, complaint
 from vmbus.provision.report import Reporter, SilentReporter
 from vmbus.provision.roots import RootRecipe, make_root
 from vmbus.provision.sources import SUITE, host_suite
@@ -34,6 +34,7 @@ from vmbus.provision.sources import SUITE, host_suite
 SONAME = "libvfio-user.so.0"
 SOURCE_FOLDER = "subprojects/libvfio-user/"
 BUILD_TIMEOUT = 300.0
+LOAD_TIMEOUT = 60.0
 PACKAGES_FOR_A_COMPILER = "gcc libc6-dev"
 
 COMPILER_OPTIONS = ("-shared", "-fPIC", "-O3", "-std=gnu99", "-D_GNU_SOURCE", "-fvisibility=hidden", "-w")
@@ -136,17 +137,8 @@ def loading_problem(path: Path) -> str | None:
     """Return why the library cannot be loaded into a Python like this one, or is of no generation that our binding
     serves; None if all is well."""
     # In a process of its own: loading runs code of the library, and what is loaded here once stays.
-    result = subprocess.run(
-        [sys.executable, "-I", "-c", _TRIAL, _PACKAGES, str(path)],
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        errors="replace",
-        timeout=60,
-    )
-    if result.returncode == 0:
-        return None
-    return (result.stderr.strip().splitlines() or [f"status {result.returncode}"])[-1]
+    done = ask([sys.executable, "-I", "-c", _TRIAL, _PACKAGES, str(path)], sys.executable, LOAD_TIMEOUT)
+    return None if done.returncode == 0 else complaint(done)
 
 
 def build_key() -> str:
@@ -293,12 +285,7 @@ def compile_library(compiler: str, source: Path, json_c: JsonC, output: Path) ->
         "-o",
         str(output),
     ]
-    try:
-        result = subprocess.run(
-            argv, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", timeout=BUILD_TIMEOUT
-        )
-    except subprocess.TimeoutExpired as error:
-        raise EnvironmentProblem(f"building libvfio-user took more than {BUILD_TIMEOUT:g} s") from error
+    result = ask(argv, "the C compiler that builds libvfio-user", BUILD_TIMEOUT)
     if result.returncode != 0:
         raise EnvironmentProblem(
             f"building libvfio-user failed; if the message below is about a missing header, run: "

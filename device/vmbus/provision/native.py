@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 import sysconfig
 from collections.abc import Mapping
@@ -20,12 +19,15 @@ from vmbus.errors import EnvironmentProblem
 from vmbus.native import build
 from vmbus.provision.cache import Cache, publish_bytes
 from vmbus.provision.libvfio_user import find_compiler
+from vmbus.provision.programs import ask, complaint
 from vmbus.provision.report import Reporter, SilentReporter
 from vmbus.provision.roots import RootRecipe, make_root
 from vmbus.provision.sources import SUITE
 
 HEADERS_RECIPE = RootRecipe("python-headers", (SUITE,), ("libpython3.13-dev",), closure=False)
 _HEADERS = ("usr/include/python3.13", "usr/include")
+
+LOAD_TIMEOUT = 60.0
 
 _LOAD = """
 import sys
@@ -97,13 +99,6 @@ def python_headers(cache: Cache, reporter: Reporter) -> list[Path]:
 
 def check(python: list[str], file: Path) -> None:
     """Raise BuildError if this Python (the start of its command line) cannot load the file."""
-    done = subprocess.run(
-        [*python, "-c", _LOAD, str(file)],
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        errors="replace",
-        timeout=60,
-    )
+    done = ask([*python, "-c", _LOAD, str(file)], python[0], LOAD_TIMEOUT)
     if done.returncode != 0:
-        raise build.BuildError((done.stderr.strip().splitlines() or [f"status {done.returncode}"])[-1])
+        raise build.BuildError(complaint(done))

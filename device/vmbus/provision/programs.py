@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from vmbus.errors import VmbusError, WaitTimeout, code_in
+from vmbus.errors import EnvironmentProblem, VmbusError, WaitTimeout, code_in
 from vmbus.util.launcher import tied
 
 
@@ -78,3 +78,32 @@ def run_lines(
         tail = "\n  ".join([line for line in lines if line.strip()][-8:])
         raise ProgramFailed(f"{what} failed with status {status}:\n  {tail}", code=code_in(tail))
     return lines
+
+
+def ask(argv: Sequence[str], name: str, timeout: float, **more: str) -> subprocess.CompletedProcess[str]:
+    """Run a program to its end, whatever that is; `more` is added to its environment. Raises EnvironmentProblem, which
+    calls it `name`, if it cannot be started, or has not ended after `timeout` seconds."""
+    try:
+        return subprocess.run(
+            argv,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=timeout,
+            env={**os.environ, **more},
+        )
+    except OSError as error:
+        raise EnvironmentProblem(f"{name} cannot be started: {error}") from error
+    except subprocess.TimeoutExpired as error:
+        raise EnvironmentProblem(f"{name} did not answer within {timeout:g} s") from error
+
+
+def said(done: subprocess.CompletedProcess[str]) -> str:
+    """The end of what a program has said."""
+    return (done.stderr or done.stdout).strip()[-500:]
+
+
+def complaint(done: subprocess.CompletedProcess[str]) -> str:
+    """Why a program has failed: the last line that it has complained with."""
+    return (done.stderr.strip().splitlines() or [f"status {done.returncode}"])[-1]

@@ -9,13 +9,13 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from vmbus.errors import EnvironmentProblem
 from vmbus.provision.cache import Cache
+from vmbus.provision.programs import ask, said
 from vmbus.provision.report import Reporter, SilentReporter
 from vmbus.provision.roots import Root, RootRecipe, find_root, make_root
 from vmbus.provision.sources import BACKPORTS, SUITE
@@ -128,15 +128,7 @@ def _sibling_image_tool(program: str) -> tuple[str, ...]:
 
 
 def _output(argv: tuple[str, ...], name: str) -> str:
-    try:
-        result = subprocess.run(
-            argv, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", timeout=QUERY_TIMEOUT
-        )
-    except OSError as error:
-        raise EnvironmentProblem(f"{name} cannot be started: {error}") from error
-    except subprocess.TimeoutExpired as error:
-        raise EnvironmentProblem(f"{name} did not answer within {QUERY_TIMEOUT:g} s") from error
-    if result.returncode != 0:
-        said = (result.stderr or result.stdout).strip()[-500:]
-        raise EnvironmentProblem(f"{name} failed with status {result.returncode}: {said}")
-    return result.stdout
+    done = ask(argv, name, QUERY_TIMEOUT)
+    if done.returncode != 0:
+        raise EnvironmentProblem(f"{name} failed with status {done.returncode}: {said(done)}")
+    return done.stdout
