@@ -17,8 +17,8 @@ from pathlib import Path
 import msgspec
 
 from vmbus.errors import EnvironmentProblem, VmbusError
+from vmbus.operations.machine import VirtualMachine
 from vmbus.providers.disk.image import DIRECTORY_VARIABLE
-from vmbus.qemu.machine import VirtualMachine
 from vmbus.vm.command_line import Programs
 from vmbus.vm.description import VmDescription
 from vmbus.vm.root import copy_image

@@ -22,12 +22,12 @@ from typing import Any
 import msgspec
 
 from vmbus.errors import VmbusError, WaitTimeout
+from vmbus.operations.machine import VirtualMachine
 from vmbus.operations.migration.address import UnixAddress, stream_channel
 from vmbus.operations.migration.channel import listen
-from vmbus.operations.migration.source import MigrationReport
-from vmbus.operations.save import MAX_BANDWIDTH
+from vmbus.operations.migration.report import MigrationReport
+from vmbus.operations.stream import MAX_BANDWIDTH
 from vmbus.qemu.agent import AgentClient
-from vmbus.qemu.machine import VirtualMachine
 from vmbus.qemu.qmp import Monitor
 from vmbus.testkit.loopback.harness import describe
 from vmbus.vm.command_line import Programs, Sockets, qemu_arguments

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from vmbus.errors import VmbusError, WaitTimeout
-from vmbus.qemu.machine import VirtualMachine
+from vmbus.operations.machine import VirtualMachine
 from vmbus.vm.command_line import Programs
 from vmbus.vm.description import VmDescription
 from vmbus_bench.figures import Part, Row, Sample, Target, ratio

@@ -22,8 +22,8 @@ from typing import Any, Literal, NamedTuple
 import vmbus
 import vmbus_guest
 from vmbus.errors import EnvironmentProblem, VmbusError
+from vmbus.operations.machine import VirtualMachine
 from vmbus.providers.network.interface import Settings, configure, in_namespace
-from vmbus.qemu.machine import VirtualMachine
 from vmbus.vm.command_line import Programs
 from vmbus.vm.description import VmDescription
 from vmbus.vm.process import Child

@@ -21,8 +21,8 @@ from typing import Any, NamedTuple
 import msgspec
 
 from vmbus.errors import VmbusError
+from vmbus.operations.machine import VirtualMachine
 from vmbus.providers.disk.image import DIRECTORY_VARIABLE
-from vmbus.qemu.machine import VirtualMachine
 from vmbus.vm.command_line import Programs
 from vmbus.vm.description import VmDescription
 from vmbus_bench.figures import Part, Row, Sample, Target, ratio

@@ -62,7 +62,7 @@ class Vm:
         self.server.command("restore-finish")
 
     def check(self) -> Report:
-        """As `VirtualMachine.collect_audit` does: the server's record, the guest's, the server's again."""
+        """As `collect_audit` does: the server's record, the guest's, the server's again."""
         self.server.command("audit")
         self.recorder.flush("fetched")
         self.server.command("audit")

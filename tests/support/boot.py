@@ -11,7 +11,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from vmbus.qemu.machine import VirtualMachine
+from vmbus.operations.machine import VirtualMachine
 from vmbus.vm.command_line import Programs
 from vmbus.vm.description import VmDescription
 from vmbus.vm.run_directory import RunDirectory

@@ -11,7 +11,7 @@ from support import pace
 from support.namespace import Namespace, Program
 from support.streams import agree, good_ping
 from vmbus.errors import WaitTimeout
-from vmbus.qemu.machine import VirtualMachine
+from vmbus.operations.machine import VirtualMachine
 
 HOST, GUEST = "192.0.2.1", "192.0.2.2"
 STREAMS = 4

@@ -34,12 +34,12 @@ from support.processes import alive
 from vmbus.cli.supervisor import Supervisor
 from vmbus.device.description import DeviceDescription, ProviderDescription
 from vmbus.errors import VmbusError
-from vmbus.operations import revert, save
+from vmbus.operations import capture, restore, revert
+from vmbus.operations.machine import VirtualMachine
 from vmbus.operations.migration import arrival, link, source
 from vmbus.operations.migration.address import UnixAddress
 from vmbus.operations.migration.channel import listen
-from vmbus.qemu import machine
-from vmbus.qemu.machine import VirtualMachine
+from vmbus.server.control import ControlClient
 from vmbus.snapshot.bundle import SnapshotWriter, open_snapshot
 from vmbus.vm.command_line import Programs
 from vmbus.vm.description import VmDescription
@@ -408,15 +408,15 @@ class Bench:
         with self.patch.context() as patch:
             hangs = cell.failure in (Failure.SAVE_LATE, Failure.SAVE_STUCK)
             if cell.failure is Failure.SAVE_HANGS or hangs:
-                patch.setattr(save, "PROVIDERS_TIMEOUT", 0.3)
+                patch.setattr(capture, "PROVIDERS_TIMEOUT", 0.3)
             if hangs:
-                patch.setattr(save, "SAVE_TIMEOUT", 0.6)
+                patch.setattr(capture, "SAVE_TIMEOUT", 0.6)
                 longer = 10.0 if cell.failure is Failure.SAVE_LATE else 1.0
-                patch.setattr(machine._GuardedControl.call, "__defaults__", (longer,))
+                patch.setattr(ControlClient.call, "__defaults__", (longer,))
             if cell.failure is Failure.RESTORE_HANGS:
                 patch.setattr(arrival, "LOAD_TIMEOUT", 1.0)
-                patch.setattr(machine, "FINISH_TIMEOUT", 1.0)
-                patch.setattr(revert, "_FINISH_TIMEOUT", 1.0)
+                patch.setattr(restore, "FINISH_TIMEOUT", 1.0)
+                patch.setattr(revert, "FINISH_TIMEOUT", 1.0)
             if cell.failure is Failure.LINK_CUT:
                 patch.setattr(link, "PING_INTERVAL", 0.1)
                 patch.setattr(source, "_ASK_ONCE", 0.3)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import msgspec
 
-from vmbus.qemu.machine import VirtualMachine
+from vmbus.operations.machine import VirtualMachine
 from vmbus.vm.description import VmDescription, load_description
 
 CHECKOUT = Path(__file__).resolve().parents[2]

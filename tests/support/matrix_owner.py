@@ -16,9 +16,9 @@ import msgspec
 from support import pace
 from support.failure_matrix import Operation
 from vmbus.errors import VmbusError
+from vmbus.operations.machine import VirtualMachine
 from vmbus.operations.migration.address import parse_address
 from vmbus.operations.migration.channel import listen
-from vmbus.qemu.machine import VirtualMachine
 from vmbus.vm.command_line import Programs
 from vmbus.vm.description import VmDescription
 from vmbus.vm.moments import Moment

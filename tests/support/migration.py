@@ -6,26 +6,26 @@ The world holds what the whole protocol is for: the vCPUs never run on both side
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import hashlib
-from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from qemu.qmp.events import EventListener
+import msgspec
 
 from support import pace
+from support.model_vm import ModelVm, write_new
 from vmbus.device.description import DeviceDescription, ProviderDescription
-from vmbus.errors import Code, EnvironmentProblem, StateError, VmbusError
+from vmbus.errors import EnvironmentProblem, StateError
 from vmbus.operations.migration.address import Address
+from vmbus.operations.migration.arrival import Arrival
 from vmbus.operations.migration.destination import Destination
 from vmbus.operations.migration.messages import Prepare
-from vmbus.operations.migration.source import Departing, Source
+from vmbus.operations.migration.source import Source
 from vmbus.operations.migration.verdicts import Verdicts
-from vmbus.operations.save import MAGIC
-from vmbus.qemu.qmp import MIGRATION_ENDS, MigrationFailed
-from vmbus.snapshot.manifest import Machine, Packets
+from vmbus.qemu.pci_function import MAGIC
+from vmbus.qemu.qmp import MIGRATION_ENDS
+from vmbus.snapshot.manifest import Packets
 from vmbus.vm.command_line import Programs
 from vmbus.vm.description import VmDescription
 
@@ -34,12 +34,6 @@ PACKETS = {"queued": 3, "sent": 4}
 STATE = b"the device's state " * 40_000  # several chunks
 DEVICE = DeviceDescription("vmbus0", [ProviderDescription("echo", "echo", "6f1b4b0e-5d2c-4a53-9d0a-0f2f1f3c7a01")])
 SECRET = bytes(range(32))
-
-
-class LogBroken(VmbusError):
-    """What the server says when its dirty log cannot be trusted any more."""
-
-    code = Code.LOG_BROKEN
 
 
 class World:
@@ -72,63 +66,25 @@ class World:
         return set(self._running)
 
 
-class LeavingVm:
-    """QEMU's monitor and the device server's control connection, as far as a migration touches them.
-
-    `fail` names steps that raise, each time one error of its list.
-    """
+class LeavingVm(ModelVm):
+    """QEMU's monitor and the device server's control connection, as far as a migration touches them."""
 
     def __init__(self, world: World, folder: Path) -> None:
+        super().__init__(VmDescription("demo", DEVICE), make_programs(folder), folder)
+        self.machine = msgspec.structs.replace(self.machine, spare_cpus=3)
         self.world = world
-        self.folder = folder
-        self.device = "running"
         self.logging = False
-        self.migration = "none"
-        self.steps: list[str] = []
-        self.fail: dict[str, list[Exception]] = {}
-        self.ended = False
-        self.dead = False
         self.driven = False
         self.config = CONFIG
         world.set_running("source", True)
-        self.programs = make_programs(folder)
-        self.machine = Machine(
-            type="pc-q35-11.1", accelerator="tcg", pci_address="00:05.0", pci_config="", spare_cpus=3
-        )
 
-    def departing(self) -> Departing:
-        return Departing(
-            name="demo",
-            description=VmDescription("demo", DEVICE),
-            programs=self.programs,
-            machine=self.machine,
-            monitor=self,
-            control=self,
-            folder=self.folder,
-            end=self.end,
-        )
-
-    async def end(self) -> None:
-        self.ended = True
+    async def kill(self) -> None:
+        await super().kill()
         self.world.set_running("source", False)
         self.world.give_up("source")
 
-    def step(self, name: str) -> None:
-        self.steps.append(name)
-        if self.dead:
-            raise EnvironmentProblem("the source's processes are gone")
-        if failures := self.fail.get(name):
-            raise failures.pop(0)
-
-    async def execute(
-        self, command: str, arguments: Mapping[str, object] | None = None, *, timeout: float = 1.0
-    ) -> Any:
-        self.step(command)
+    async def perform(self, command: str, given: dict[str, Any]) -> Any:
         match command:
-            case "query-migrate-capabilities":
-                return []
-            case "query-migrate-parameters":
-                return {"mode": "normal"}
             case "query-migrate":
                 return {"ram": {"transferred": 5 << 20}}
             case "migrate":
@@ -154,19 +110,6 @@ class LeavingVm:
         self.step("cont")
         self.world.set_running("source", True)
 
-    async def migration_status(self) -> tuple[str, str]:
-        return self.migration, ""
-
-    async def wait_migration(self, wanted: Collection[str], timeout: float, what: str) -> str:
-        self.step("wait " + "/".join(sorted(wanted)))
-        if self.migration not in wanted:
-            raise MigrationFailed(what)
-        return self.migration
-
-    @contextlib.contextmanager
-    def listen(self, *events: str) -> Iterator[EventListener]:
-        yield EventListener(events)
-
     async def call(self, command: str, timeout: float = 1.0, **arguments: Any) -> dict[str, Any]:
         if command not in ("status", "pci"):
             self.step(command)
@@ -185,7 +128,7 @@ class LeavingVm:
                 self.world.give_up("source")
             case "save":
                 assert self.device == "paused"
-                _write_new(Path(arguments["path"]), STATE)
+                write_new(Path(arguments["path"]), STATE)
                 digest = hashlib.sha256(STATE).hexdigest()
                 return {
                     "sha256": digest,
@@ -216,8 +159,8 @@ class LeavingVm:
             await asyncio.sleep(0.01)
 
 
-class ArrivingVm:
-    """Implements `vmbus.operations.migration.destination.Arriving`."""
+class ArrivingVm(Arrival):
+    """The steps of an arrival without QEMU and server."""
 
     def __init__(self, world: World, folder: Path) -> None:
         self.world = world
@@ -296,11 +239,6 @@ class ArrivingVm:
         self.world.give_up("destination")
 
 
-def _write_new(path: Path, data: bytes) -> None:
-    with path.open("xb") as file:
-        file.write(data)
-
-
 def _description() -> dict[str, Any]:
     return {"name": DEVICE.name, "providers": _providers()}
 
@@ -352,7 +290,7 @@ class Pair:
             **({"at": destination_at} if destination_at else {}),
         )
         self.source = Source(
-            self.leaving.departing(),
+            self.leaving,
             address or listener.address,
             SECRET,
             **shared,

@@ -19,9 +19,10 @@ import msgspec
 
 from support import pace
 from vmbus.errors import UsageError, VmbusError
+from vmbus.observe.audit.guest import collect_audit
+from vmbus.operations.machine import VirtualMachine
 from vmbus.operations.migration.address import parse_address
 from vmbus.operations.migration.channel import listen
-from vmbus.qemu.machine import VirtualMachine
 from vmbus.vm.command_line import Programs
 from vmbus.vm.moments import Moment
 
@@ -102,7 +103,7 @@ class Owner:
 
     async def do_audit(self) -> dict[str, Any]:
         """Fetches the guest's audit records; the uid of the server's own."""
-        await self.here.collect_audit(COLLECTED)
+        await collect_audit(self.here, COLLECTED)
         return {"uid": (await self.here.call_server("audit"))["uid"]}
 
     async def do_state(self) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any
 from support import pace
 from support.boot import boot
 from vmbus.errors import WaitTimeout
-from vmbus.qemu.machine import VirtualMachine
+from vmbus.operations.machine import VirtualMachine
 from vmbus.vm.command_line import Programs
 from vmbus.vm.description import VmDescription
 

@@ -16,7 +16,7 @@ import pytest
 from vmbus.errors import UsageError
 from vmbus.observe.audit.checker import check_paths
 from vmbus.observe.audit.files import guest_recorder, recorder_in
-from vmbus.observe.audit.guest import collect
+from vmbus.observe.audit.guest import collect_audit
 from vmbus.observe.audit.records import Mark, Record
 from vmbus.vm.command_line import AUDIT_WORD, kernel_arguments
 from vmbus.vm.description import VmDescription, load_description
@@ -133,14 +133,14 @@ def test_records_are_fetched_whole_and_marked(guest: Guest, tmp_path: Path, monk
         recorder.flush(f"reason {number}")
     target = tmp_path / "fetched"
     vm = Vm(guest)
-    (path,) = asyncio.run(collect(vm, target))
+    (path,) = asyncio.run(collect_audit(vm, target))
     assert vm.asked[0] == vm.asked[-1] == "server audit"
     assert path.stat().st_mode & 0o777 == 0o600 and target.stat().st_mode & 0o777 == 0o700
     record = Record(path.read_bytes(), "it")
     assert record.collected == Mark("ab" * 16, 8) and record.uid == recorder.uid and record.complete
     assert len(record.events) == recorder.position
     recorder.close()
-    assert asyncio.run(collect(vm, target)) == [path], "the newer one takes its place"
+    assert asyncio.run(collect_audit(vm, target)) == [path], "the newer one takes its place"
     assert len(Record(path.read_bytes(), "it").events) == recorder.position
     recorder_in(target, "host", "vmbus0").flush("x")
     assert check_paths([target]).clean, "two records of nothing"
@@ -148,7 +148,7 @@ def test_records_are_fetched_whole_and_marked(guest: Guest, tmp_path: Path, monk
 
 def test_a_vm_without_records_says_so(guest: Guest, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="does not keep audit records"):
-        asyncio.run(collect(Vm(guest, on=False), tmp_path / "fetched"))
+        asyncio.run(collect_audit(Vm(guest, on=False), tmp_path / "fetched"))
 
 
 def test_an_agent_that_keeps_none_has_none(tmp_path: Path) -> None:

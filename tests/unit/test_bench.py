@@ -15,7 +15,7 @@ from click.testing import CliRunner
 from rich.console import Console
 
 from vmbus.errors import EnvironmentProblem, UsageError
-from vmbus.operations.migration.source import MigrationReport
+from vmbus.operations.migration.report import MigrationReport
 from vmbus.testkit.loopback.harness import describe
 from vmbus.vm.command_line import Programs
 from vmbus.vm.description import VmDescription, load_description

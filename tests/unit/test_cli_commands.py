@@ -35,12 +35,10 @@ from vmbus.cli.terminal import Steps
 from vmbus.cli.vm import _boot_sign, _follow
 from vmbus.errors import EnvironmentProblem, StateError, UsageError, VmbusError, WaitTimeout
 from vmbus.observe.inspection.target import Running
-from vmbus.operations.migration.source import MigrateFailed, MigrationInDoubt
-from vmbus.operations.revert import RevertFailed
-from vmbus.operations.save import SaveFailed
 from vmbus.qemu.agent import AgentError, GuestWentBack
 from vmbus.qemu.ends import GuestPanicked
 from vmbus.util.screen import screen
+from vmbus.vm.errors import MigrateFailed, MigrationInDoubt, RevertFailed, SaveFailed
 from vmbus.vm.run_directory import RunDirectory
 
 pytestmark = pytest.mark.unit

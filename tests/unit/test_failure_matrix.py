@@ -26,13 +26,14 @@ from support.failure_matrix import (
 from support.fake_qemu import running
 from support.pace import eventually
 from vmbus.device.description import DeviceDescription, ProviderDescription
-from vmbus.operations import save
-from vmbus.operations.save import SaveFailed
-from vmbus.qemu import machine
+from vmbus.operations import capture, save
+from vmbus.operations.machine import VirtualMachine
+from vmbus.qemu import instance
 from vmbus.qemu.ends import Ends
 from vmbus.snapshot.bundle import SnapshotWriter
 from vmbus.vm.command_line import Programs
 from vmbus.vm.description import VmDescription
+from vmbus.vm.errors import SaveFailed
 from vmbus.vm.moments import Moment
 from vmbus.vm.process import Child, ProcessDied
 from vmbus.vm.run_directory import RunDirectory
@@ -71,9 +72,9 @@ def test_the_failure_matrix_in_the_docs_is_this_one() -> None:
     page = PAGE.read_text()
     same = page.endswith("\n" + markdown())
     assert same, "docs/migration.md is out of date: replace its tables by what python -m support.failure_matrix prints"
-    for seconds in (save.PROVIDERS_TIMEOUT, machine.CONTROL_TIMEOUT):
+    for seconds in (capture.PROVIDERS_TIMEOUT, instance.CONTROL_TIMEOUT):
         assert seconds == 30.0
-    assert save.SAVE_TIMEOUT == 60.0
+    assert capture.SAVE_TIMEOUT == 60.0
     assert "with 30 seconds and" in page and "after 60 seconds, waits for the server another 30 seconds" in page
 
 
@@ -96,19 +97,19 @@ def test_failure_matrix_owner_lets_a_migration_end_that_does_not_need_the_dead(
     programs = Programs(("qemu",), "11.1.3", "tcg", tmp_path, tmp_path)
 
     async def body() -> None:
-        vm = machine.VirtualMachine(description, programs, RunDirectory.create("demo"))
+        vm = VirtualMachine(description, programs, RunDirectory.create("demo"))
         try:
             vm.server, vm.qemu = [
                 await Child.spawn(name, ["sleep", "60"], tmp_path / name) for name in ("server", "qemu")
             ]
             vm._ends = Ends(vm.monitor, vm.paths.console_log)
-            vm._begin("migrate")
+            vm.idle.clear()
             waiting = asyncio.create_task(vm.wait_ended())
             vm.qemu.process.kill()
             await vm.qemu.exited
             await asyncio.wait({waiting}, timeout=0.1)
             assert not waiting.done(), "the migration would be torn down now"
-            vm._idle.set()
+            vm.idle.set()
             with pytest.raises(ProcessDied, match="SIGKILL"):
                 await asyncio.wait_for(waiting, 10)
         finally:
@@ -134,9 +135,9 @@ def test_failure_matrix_nobody_writes_into_a_snapshot_that_is_removed(
     removed: list[bool] = []
 
     async def body() -> None:
-        vm = machine.VirtualMachine(description, programs, RunDirectory.create("demo"))
+        vm = VirtualMachine(description, programs, RunDirectory.create("demo"))
 
-        async def fail(writer: SnapshotWriter, *_: object, **__: object) -> None:
+        async def fail(_: object, writer: SnapshotWriter, *__: object, **___: object) -> None:
             writing = [sys.executable, "-c", WRITES, str(writer.directory)]
             vm.server = await Child.spawn("server", writing, tmp_path / "server")
             await eventually(lambda: any(writer.directory.glob("*.state")), "the server to write")
@@ -148,7 +149,7 @@ def test_failure_matrix_nobody_writes_into_a_snapshot_that_is_removed(
             removed.append(vm.server is not None and not vm.server.running)
             abort(writer)
 
-        monkeypatch.setattr(vm, "_save", fail)
+        monkeypatch.setattr(save, "_save", fail)
         monkeypatch.setattr(SnapshotWriter, "abort", looked_at)
         try:
             with pytest.raises(SaveFailed):

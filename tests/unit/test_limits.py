@@ -37,7 +37,7 @@ NOT_BOUNDS = {
     "vmbus.operations.migration.verdicts._MOST_READ": "for a reader of our own files",
     "vmbus.vm.run_directory.SOCKET_PATH_LIMIT": "the system's",
     "vmbus.vm.run_directory._LONGEST_SOCKET_NAME": "a length",
-    "vmbus.operations.save.MAX_BANDWIDTH": "not our own work's",
+    "vmbus.operations.stream.MAX_BANDWIDTH": "not our own work's",
     "vmbus.server.driven._LONGEST_NAP": "how often it looks",
     "vmbus.snapshot.bundle._MANIFEST_LIMIT": "for a reader of files",
     "vmbus.snapshot.checkpoints._RECORD_LIMIT": "for a reader of files",

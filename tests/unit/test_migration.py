@@ -13,9 +13,10 @@ from typing import Any
 import msgspec
 import pytest
 
-from support.migration import PACKETS, SECRET, STATE, LogBroken, Pair, make_programs
+from support.migration import PACKETS, SECRET, STATE, Pair, make_programs
+from support.model_vm import LogBroken
 from vmbus.errors import EnvironmentProblem, UsageError, VmbusError, WaitTimeout
-from vmbus.operations import save
+from vmbus.operations import capture, migrate, stream
 from vmbus.operations.migration import ownership, verdicts
 from vmbus.operations.migration.address import TcpAddress, UnixAddress, parse_address, stream_channel
 from vmbus.operations.migration.channel import MAX_FRAME, Listener, connect, listen
@@ -23,11 +24,11 @@ from vmbus.operations.migration.destination import GO_TIMEOUT, Destination
 from vmbus.operations.migration.link import SILENCE, Link
 from vmbus.operations.migration.messages import Fate, Go, Hello, Wanted
 from vmbus.operations.migration.ownership import DESTINATION, SOURCE, DestinationStage, Ownership, SourceStage
-from vmbus.operations.migration.source import ASK_TIMEOUT, MigrateFailed, MigrationInDoubt
+from vmbus.operations.migration.source import ASK_TIMEOUT
 from vmbus.operations.migration.verdicts import Verdicts
-from vmbus.operations.save import REFUSED_CAPABILITIES, StreamSettings
-from vmbus.qemu import machine
+from vmbus.operations.stream import REFUSED_CAPABILITIES, StreamSettings
 from vmbus.qemu.qmp import MigrationFailed
+from vmbus.vm.errors import MigrateFailed, MigrationInDoubt
 from vmbus.vm.moments import Hook, Moment
 
 pytestmark = pytest.mark.unit
@@ -710,7 +711,7 @@ def test_fault_m2_a_decision_survives_its_interruption(
     async def body() -> None:
         async with pair(tmp_path, ask_timeout=0.2) as both:
             await _killed(both, monkeypatch)
-            take_back, end = both.leaving._take_back, both.leaving.end
+            take_back, end = both.leaving._take_back, both.leaving.kill
 
             async def slowly(seconds: float) -> None:
                 begun.set()
@@ -724,7 +725,7 @@ def test_fault_m2_a_decision_survives_its_interruption(
 
             begun = asyncio.Event()
             both.leaving._take_back = slowly  # type: ignore[method-assign]
-            both.source.vm.end = end_slowly
+            both.leaving.kill = end_slowly  # type: ignore[method-assign]
             resolving = asyncio.create_task(both.source.resolve(run=decision == "run"))
             await begun.wait()
             resolving.cancel()
@@ -745,7 +746,7 @@ def test_the_source_waits_for_outside_resources_of_a_destination_that_is_ending(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, patience: float
 ) -> None:
     """Its death takes a moment; a source without patience is lost."""
-    monkeypatch.setattr(save, "TAKE_BACK_TIMEOUT", patience)
+    monkeypatch.setattr(capture, "TAKE_BACK_TIMEOUT", patience)
 
     async def body() -> None:
         async with pair(tmp_path, source_at=at(Moment.BEFORE_GO, on_purpose())) as both:
@@ -775,7 +776,7 @@ def test_sabotage_a_destination_that_is_not_told_keeps_what_the_source_needs(
     async def nothing(*_: Any) -> None:
         pass
 
-    monkeypatch.setattr(save, "TAKE_BACK_TIMEOUT", 0.3)
+    monkeypatch.setattr(capture, "TAKE_BACK_TIMEOUT", 0.3)
     monkeypatch.setattr(Link, "call_off", nothing)
 
     async def body() -> None:
@@ -920,7 +921,7 @@ def test_fault_m11_a_port_that_is_not_let_through_is_named_within_seconds(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
     """Only the migration's own port is forwarded: QEMU's stream reaches nobody."""
-    monkeypatch.setattr(save, "CONNECT_TIMEOUT", 0.3)
+    monkeypatch.setattr(stream, "CONNECT_TIMEOUT", 0.3)
 
     async def body() -> None:
         listener = await listen(TcpAddress("127.0.0.1", 0), SECRET)
@@ -968,9 +969,9 @@ def test_fault_m12_the_bandwidth_is_what_was_asked_for(tmp_path: Path) -> None:
 
 
 def test_fault_m12_a_narrow_way_has_the_time_that_it_takes() -> None:
-    assert machine._copy_timeout(256, None) == 60 + 128
-    assert machine._copy_timeout(256, 1 << 30) == 60 + 128
-    assert machine._copy_timeout(256, 1 << 20) == 60 + 3 * 256
+    assert migrate._copy_timeout(256, None) == 60 + 128
+    assert migrate._copy_timeout(256, 1 << 30) == 60 + 128
+    assert migrate._copy_timeout(256, 1 << 20) == 60 + 3 * 256
 
 
 def test_fault_m15_a_later_qemu_takes_a_vm_of_an_earlier_machine(tmp_path: Path) -> None:

@@ -5,73 +5,55 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
-from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 import pytest
-from qemu.qmp.events import EventListener
 
 from support.device import CONFIG, Machine, connect, open_echo
+from support.model_vm import ModelVm, write_new
 from vmbus.device import saved
 from vmbus.device.description import DeviceDescription, ProviderDescription
 from vmbus.errors import EnvironmentProblem, StateError
+from vmbus.operations.capture import Capture
 from vmbus.operations.migration.arrival import Arrival
-from vmbus.operations.save import Capture, Captured, FileTarget, SaveFailed
+from vmbus.operations.target import Captured, FileTarget
 from vmbus.qemu.foreign import MigrationGuard
 from vmbus.qemu.probe import Probe, driven_by_client, probe, require_complete, require_running, require_same
 from vmbus.qemu.qmp import QmpCommandFailed
 from vmbus.snapshot import manifest
+from vmbus.vm.description import VmDescription
+from vmbus.vm.errors import SaveFailed
 from vmbus.vm.timing import Phases
 
 pytestmark = pytest.mark.unit
 
-
-def write(path: str, data: bytes) -> None:
-    Path(path).write_bytes(data)
+DEVICE = DeviceDescription("vmbus0", [ProviderDescription("echo", "echo", "6f1b4b0e-5d2c-4a53-9d0a-0f2f1f3c7a01")])
 
 
-class Driving:
+class Driving(ModelVm):
     """A QEMU that migrates the device itself, and its device server, which refuses what is not its client's doing."""
 
     def __init__(self, *, driven: bool = True) -> None:
+        super().__init__(VmDescription("demo", DEVICE))
         self.driven = driven
-        self.vcpus = True
-        self.device = "running"
         self.complete = False
-        self.migration = "none"
-        self.pauses = False
-        self.calls: list[str] = []
+        self.asked: list[str] = []
         self.properties = [{"name": "socket"}, {"name": "addr"}]
-        self.fail: str | None = None
 
-    async def execute(
-        self, command: str, arguments: Mapping[str, object] | None = None, *, timeout: float = 1.0
-    ) -> Any:
-        self.calls.append(command)
-        if command == self.fail:
-            raise EnvironmentProblem("on purpose")
+    async def perform(self, command: str, given: dict[str, Any]) -> Any:
         match command:
             case "device-list-properties":
-                assert arguments == {"typename": "vfio-user-pci"}
+                assert given == {"typename": "vfio-user-pci"}
                 return self.properties
-            case "query-migrate-capabilities":
-                return []
-            case "query-migrate-parameters":
-                return {"mode": "normal"}
-            case "migrate-set-capabilities":
-                capabilities: Any = (arguments or {})["capabilities"]
-                self.pauses = any(
-                    one["capability"] == "pause-before-switchover" and one["state"] for one in capabilities
-                )
             case "stop":
                 self.vcpus, self.device = False, "driven"
             case "migrate":
-                write(arguments["channels"][0]["addr"]["filename"], b"with the device")  # type: ignore[index]
+                write_new(given["channels"][0]["addr"]["filename"], b"with the device")
                 self.vcpus, self.device = False, "driven"
-                self.migration = "pre-switchover" if self.pauses else "completed"
+                self.migration = "pre-switchover" if self.capabilities["pause-before-switchover"] else "completed"
             case "migrate-continue":
                 self.migration = "completed"
             case "migrate_cancel":
@@ -83,25 +65,12 @@ class Driving:
     async def human(self, line: str, *, timeout: float = 1.0) -> str:
         raise AssertionError("a device in STOP_COPY answers no reads")
 
-    async def running(self) -> bool:
-        return self.vcpus
-
     async def cont(self) -> None:
-        self.calls.append("cont")
-        self.vcpus, self.device = True, "running"
-
-    async def migration_status(self) -> tuple[str, str]:
-        return self.migration, ""
-
-    async def wait_migration(self, wanted: Collection[str], timeout: float, what: str) -> str:
-        assert self.migration in wanted, what
-        return self.migration
-
-    @contextlib.contextmanager
-    def listen(self, *events: str) -> Iterator[EventListener]:
-        yield EventListener(events)
+        await super().cont()
+        self.device = "running"
 
     async def call(self, command: str, timeout: float = 1.0, **arguments: Any) -> dict[str, Any]:
+        self.asked.append(command)
         if command == "status":
             return {
                 "phase": self.device,
@@ -110,9 +79,9 @@ class Driving:
             }
         if command == "pci":
             return {"config": CONFIG.hex(), "bar0": 0xFEBF1000}
-        self.calls.append(command)
+        self.step(command)
         assert command == "save" and self.device == "driven" and not self.vcpus, command
-        write(arguments["path"], b"state")
+        write_new(arguments["path"], b"state")
         return {
             "sha256": hashlib.sha256(b"state").hexdigest(),
             "bytes": 5,
@@ -124,7 +93,7 @@ class Driving:
 
 
 def capture(model: Driving, folder: Path, *, live: bool) -> Capture:
-    return Capture(model, model, FileTarget(folder / "ram", folder / "state"), Phases(), live=live)
+    return Capture(model, FileTarget(folder / "ram", folder / "state"), Phases(), live=live)
 
 
 SET_UP = ["query-migrate-capabilities", "query-migrate-parameters", "migrate-set-capabilities"]
@@ -144,7 +113,12 @@ def test_a_save_leaves_the_device_to_qemu(tmp_path: Path, live: bool, calls: lis
         return captured
 
     captured = asyncio.run(body())
-    assert model.calls == [*SET_UP, "migrate-set-parameters", *calls, "cont"]
+    assert [step for step in model.steps if not step.startswith("wait")] == [
+        *SET_UP,
+        "migrate-set-parameters",
+        *calls,
+        "cont",
+    ]
     assert captured.driven and captured.packets == {"queued": 3, "sent": 4} and captured.pci_config == CONFIG
     assert (captured.flushed_pages, captured.state_sha256) == (0, hashlib.sha256(b"state").hexdigest())
     assert model.vcpus and model.device == "running"
@@ -154,7 +128,7 @@ def test_a_save_leaves_the_device_to_qemu(tmp_path: Path, live: bool, calls: lis
 @pytest.mark.parametrize("step", ["stop", "migrate", "migrate-continue"])
 def test_a_failed_save_lets_it_run_on(tmp_path: Path, live: bool, step: str) -> None:
     model = Driving()
-    model.fail = step
+    model.fail[step] = [EnvironmentProblem("on purpose")]
 
     async def body() -> None:
         async with capture(model, tmp_path, live=live).taken():
@@ -240,28 +214,13 @@ def test_an_arrival_leaves_the_device_to_qemu(tmp_path: Path) -> None:
     model = Driving()
     model.device, model.vcpus = "driven", False
 
-    async def guard(work: Any, what: str, timeout: float) -> Any:
-        return await work
-
-    device = DeviceDescription("vmbus0", [ProviderDescription("echo", "echo", "6f1b4b0e-5d2c-4a53-9d0a-0f2f1f3c7a01")])
-    vm: Any = SimpleNamespace(
-        control=model, guard=guard, execute=model.execute, description=manifest.FileRecord(0, "0" * 64)
-    )
-    vm.description = _Described(device=device)
-    asked: list[str] = []
-
-    async def require_device() -> None:
-        asked.append("status")
-
-    vm.require_device = require_device
-
     async def body() -> None:
-        arrival = Arrival(vm, None)
+        arrival = Arrival(cast(Any, model), None)
         assert await arrival.driven()
         await arrival.replay_ahead(CONFIG)
         with pytest.raises(StateError, match="digest"):
-            await arrival.load_state(path, "0" * 64, device)
-        packets = await arrival.load_state(path, hashlib.sha256(data).hexdigest(), device)
+            await arrival.load_state(path, "0" * 64, DEVICE)
+        packets = await arrival.load_state(path, hashlib.sha256(data).hexdigest(), DEVICE)
         assert (packets.queued, packets.sent) == (0, 0)
         assert await arrival.replay(CONFIG) == 0
         with pytest.raises(StateError, match="was not in it"):
@@ -272,12 +231,8 @@ def test_an_arrival_leaves_the_device_to_qemu(tmp_path: Path) -> None:
         await arrival.run()
 
     asyncio.run(body())
-    assert asked == ["status"]
-    assert model.calls == ["cont"]
-
-
-class _Described(msgspec.Struct):
-    device: DeviceDescription
+    assert model.asked[-2:] == ["status", "status"], "whether there is a device, and whether it runs"
+    assert model.steps == ["cont"]
 
 
 def test_a_migration_of_somebody_else_is_left_alone() -> None:

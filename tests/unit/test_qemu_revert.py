@@ -7,30 +7,30 @@ life the device lives, and whether both are of the same moment whenever the vCPU
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
-from qemu.qmp.events import EventListener
 
+from support.model_vm import ModelVm, write_new
 from vmbus.device import saved
 from vmbus.device.description import DeviceDescription, ProviderDescription
 from vmbus.errors import EnvironmentProblem, StateError, UsageError
-from vmbus.operations.revert import THROWN_AWAY, Checkpoints, Patient, RevertFailed
-from vmbus.operations.save import MAGIC, REFUSED_CAPABILITIES, Sabotage, SaveFailed
+from vmbus.operations.checkpoint import checkpoint, delete_checkpoint
+from vmbus.operations.image import THROWN_AWAY, image_in
+from vmbus.operations.revert import revert
 from vmbus.qemu.jobs import run_job
 from vmbus.qemu.qmp import QmpCommandFailed
 from vmbus.server.control import ControlError
 from vmbus.snapshot.checkpoints import IMAGE, Store, check_tag
-from vmbus.snapshot.manifest import Machine
 from vmbus.vm.description import VmDescription
-from vmbus.vm.timing import Phases
+from vmbus.vm.errors import RevertFailed, SaveFailed
+from vmbus.vm.moments import Sabotage
 
 pytestmark = pytest.mark.unit
 
@@ -48,20 +48,15 @@ def state_of(moment: int) -> bytes:
     )
 
 
-def write_new(path: str, data: bytes) -> None:
-    with Path(path).open("xb") as file:
-        file.write(data)
-
-
 def read(path: str) -> bytes:
     return Path(path).read_bytes()
 
 
-class Model:
-    """A VM and its device server. `fail` names steps that fail, each time with the next of its errors."""
+class Model(ModelVm):
+    """A VM and its device server."""
 
-    def __init__(self) -> None:
-        self.vcpus = True
+    def __init__(self, description: VmDescription = VM, *, folder: Path | None = None) -> None:
+        super().__init__(description, folder=folder)
         self.phase = "running"
         self.now = 1
         """What both have done: guest memory and device live at this moment, or at `memory` and `device`."""
@@ -71,13 +66,11 @@ class Model:
         self.snapshots: dict[str, dict[str, Any]] = {}
         self.nodes: list[str] = []
         self.jobs: dict[str, dict[str, Any]] = {}
-        self.steps: list[str] = []
-        self.fail: dict[str, list[BaseException]] = {}
         self.job_errors: dict[str, str] = {}
         self.load_fails_after_reset = False
         self.forgotten: list[str] = []
-        self.capabilities: dict[str, bool] = dict.fromkeys(REFUSED_CAPABILITIES, False) | {"multifd": True}
-        self.images = 0
+        self.capabilities |= {"multifd": True}
+        self.saves = 0
         self.migration_error = ""
         self.loaded: int | None = None
         self.disk: bytes | None = None
@@ -93,27 +86,15 @@ class Model:
         return not self.vcpus or (self.phase == "running" and self.memory == self.device and self.config == CONFIG)
 
     def step(self, name: str) -> None:
-        self.steps.append(name)
-        if failures := self.fail.get(name):
-            raise failures.pop(0)
+        if not name.startswith("query-"):
+            super().step(name)
 
     # the monitor
 
-    async def execute(
-        self, command: str, arguments: Mapping[str, object] | None = None, *, timeout: float = 1.0
-    ) -> Any:
-        given: Any = arguments or {}
-        if not command.startswith("query-"):
-            self.step(command)
+    async def perform(self, command: str, given: dict[str, Any]) -> Any:
         match command:
             case "query-migrate":
                 return {"error-desc": self.migration_error} if self.migration_error else {}
-            case "query-migrate-capabilities":
-                return [{"capability": name, "state": state} for name, state in self.capabilities.items()]
-            case "query-migrate-parameters":
-                return {"mode": "normal"}
-            case "migrate-set-capabilities":
-                self.capabilities |= {one["capability"]: one["state"] for one in given["capabilities"]}
             case "query-named-block-nodes":
                 return [{"node-name": node, "image": {"snapshots": self._listed()}} for node in self.nodes]
             case "blockdev-add":
@@ -152,8 +133,8 @@ class Model:
             if tag != f"vmbus-{THROWN_AWAY}":
                 assert self.phase == "paused", "nobody may write into guest memory meanwhile"
             self.migration_error = ""
-            self.images += 1
-            self.snapshots[tag] = {"memory": self.memory, "made": self.images}
+            self.saves += 1
+            self.snapshots[tag] = {"memory": self.memory, "made": self.saves}
             return None
         assert self.phase in ("paused", "restoring"), "nobody may write into guest memory meanwhile"
         self.resets += 1
@@ -164,27 +145,10 @@ class Model:
         self.memory = self.snapshots[tag]["memory"]
         return None
 
-    async def human(self, line: str, *, timeout: float = 1.0) -> str:
-        self.step("barrier")
-        return f"fe000000: {MAGIC:#x}"
-
-    async def running(self) -> bool:
-        return self.vcpus
-
     async def cont(self) -> None:
         self.step("cont")
         self.vcpus = True
         assert self.consistent()
-
-    async def migration_status(self) -> tuple[str, str]:
-        return "none", ""
-
-    async def wait_migration(self, wanted: Any, timeout: float, what: str) -> str:
-        raise AssertionError("no migration takes place")
-
-    @contextlib.contextmanager
-    def listen(self, *events: str) -> Iterator[EventListener]:
-        yield EventListener(events)
 
     # the server
 
@@ -244,47 +208,42 @@ class Model:
         self.config = config
         return 7
 
-    async def forget(self, reason: str) -> None:
+    async def renew_agent(self, reason: str) -> None:
         assert not self.vcpus
         self.forgotten.append(reason)
 
 
-def checkpoints(
-    model: Model, directory: Path, *, own: bool = False, description: VmDescription = VM, spare_cpus: int = 1
-) -> Checkpoints:
-    patient = Patient(
-        name="demo",
-        description=description,
-        machine=Machine(
-            type="pc-q35-11.1", accelerator="tcg", pci_address="00:05.0", pci_config="", spare_cpus=spare_cpus
-        ),
-        qemu_version="11.1.3",
-        monitor=model,
-        control=model,
-        put_back=model.put_back,
-        own_migration=contextlib.nullcontext,
-        forget=model.forget,
-    )
-    return Checkpoints(patient, Store(directory, own=own), 0)
-
-
 class Vm:
-    """The model with three checkpoints: a at moment 1, b at 2, c at 3; it is at moment 4."""
+    """The model with three checkpoints: a at moment 1, b at 2, c at 3; it is at moment 4. `own`: in a directory that
+    ends with it."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, model: Model | None = None, tags: str = "abc", *, own: bool = False) -> None:
         self.directory = directory
-        self.model = Model()
-        self.checkpoints = checkpoints(self.model, directory)
-        for tag in "abc":
-            asyncio.run(self.checkpoints.take(tag, Phases()))
+        self.model = model or Model(folder=directory)
+        self._where = None if own else directory
+        for tag in tags:
+            self.take(tag)
             self.model.work()
         self.model.steps.clear()
 
+    @property
+    def store(self) -> Store:
+        return image_in(self.model, self._where).store
+
     def revert(self, tag: str, **more: Any) -> Any:
-        return asyncio.run(self.checkpoints.revert(tag, Phases(), **more))
+        return asyncio.run(revert(self.model, tag, directory=self._where, **more))
 
     def take(self, tag: str) -> Any:
-        return asyncio.run(self.checkpoints.take(tag, Phases()))
+        return asyncio.run(checkpoint(self.model, tag, directory=self._where))
+
+    def delete(self, tag: str) -> None:
+        asyncio.run(delete_checkpoint(self.model, tag, directory=self._where))
+
+    def become(self, **changed: Any) -> None:
+        """Another VM opens the same checkpoints."""
+        for name, value in changed.items():
+            setattr(self.model, name, value)
+        self.model.images.clear()
 
 
 @pytest.fixture
@@ -294,7 +253,7 @@ def vm(tmp_path: Path) -> Vm:
 
 def test_the_steps_of_a_checkpoint(tmp_path: Path) -> None:
     model = Model()
-    report = asyncio.run(checkpoints(model, tmp_path / "c").take("now", Phases()))
+    report = Vm(tmp_path / "c", model, "").take("now")
     steps = [step for step in model.steps if step != "status"]
     assert steps == [
         *("blockdev-add", "blockdev-create", "job-dismiss", "blockdev-add"),
@@ -323,7 +282,7 @@ def test_to_any_and_forward_again(vm: Vm) -> None:
         vm.revert(tag)
         assert vm.model.memory == vm.model.device == moment
         vm.model.work()
-        assert [one.tag for one in vm.checkpoints.store.list()] == ["a", "b", "c"]
+        assert [one.tag for one in vm.store.list()] == ["a", "b", "c"]
 
 
 def test_after_a_migration_that_failed(vm: Vm) -> None:
@@ -370,7 +329,7 @@ def test_a_provider_that_does_not_come_to_rest_is_ended_before_memory_is_replace
 
 def test_files_of_providers_belong_to_a_checkpoint(tmp_path: Path) -> None:
     vm = Vm(tmp_path / "checkpoints")
-    store, model = vm.checkpoints.store, vm.model
+    store, model = vm.store, vm.model
     model.disk = b"as in d"
     vm.take("d")
     model.work()
@@ -396,7 +355,7 @@ def test_files_of_providers_belong_to_a_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(StateError, match="do not belong to the checkpoint"):
         vm.revert("d")
     assert model.steps == []
-    asyncio.run(vm.checkpoints.delete("d"))
+    vm.delete("d")
     assert not store.files("d").exists()
     # A checkpoint that fails leaves nothing of them.
     model.fail["snapshot-save"] = [EnvironmentProblem("on purpose")]
@@ -459,12 +418,10 @@ def test_sabotage_without_the_pci_replay(vm: Vm) -> None:
 
 
 def test_the_end_of_own_checkpoints_is_said(tmp_path: Path) -> None:
-    model = Model()
-    own = checkpoints(model, tmp_path / "c", own=True)
-    asyncio.run(own.take("a", Phases()))
-    model.load_fails_after_reset = True
+    vm = Vm(tmp_path / "c", tags="a", own=True)
+    vm.model.load_fails_after_reset = True
     with pytest.raises(RevertFailed, match=r"its checkpoints ended with it.*scripts/restore"):
-        asyncio.run(own.revert("a", Phases()))
+        vm.revert("a")
 
 
 def test_a_revert_that_cannot_be_undone_says_so(vm: Vm) -> None:
@@ -481,7 +438,7 @@ def test_a_checkpoint_that_fails_leaves_the_vm_running_and_nothing_behind(vm: Vm
     with pytest.raises(SaveFailed, match="checkpoint 'd' failed: no; the VM runs on") as caught:
         vm.take("d")
     assert caught.value.source_alive and vm.model.vcpus and vm.model.consistent()
-    assert sorted(vm.checkpoints.store.tags()) == ["a", "b", "c"]
+    assert sorted(vm.store.tags()) == ["a", "b", "c"]
     assert not (vm.directory / "d.state").exists()
     vm.take("d")
     assert sorted(vm.model.snapshots) == [f"vmbus-{tag}" for tag in "abcd"]
@@ -545,7 +502,7 @@ def test_an_image_that_cannot_be_made_leaves_nothing(tmp_path: Path) -> None:
     model = Model()
     model.job_errors["blockdev-create"] = "no"
     with pytest.raises(QmpCommandFailed, match="no"):
-        asyncio.run(checkpoints(model, tmp_path / "c").take("a", Phases()))
+        Vm(tmp_path / "c", model, "a")
     assert model.nodes == [] and list((tmp_path / "c").iterdir()) == [] and model.vcpus
 
 
@@ -568,7 +525,7 @@ def test_an_interrupted_revert_goes_all_the_way(vm: Vm) -> None:
 
     async def body() -> None:
         nonlocal task
-        task = asyncio.create_task(vm.checkpoints.revert("a", Phases()))
+        task = asyncio.create_task(revert(vm.model, "a", directory=vm.directory))
         vm.model._job = interrupt  # type: ignore[method-assign]
         with pytest.raises(asyncio.CancelledError):
             await task
@@ -633,11 +590,11 @@ def does_not_fit(vm: Vm) -> None:
 
 
 def another_vm(vm: Vm) -> None:
-    vm.checkpoints = checkpoints(vm.model, vm.directory, description=msgspec.structs.replace(VM, memory_mib=512))
+    vm.become(description=msgspec.structs.replace(VM, memory_mib=512))
 
 
 def room_for_no_second_cpu(vm: Vm) -> None:
-    vm.checkpoints = checkpoints(vm.model, vm.directory, spare_cpus=0)
+    vm.become(machine=msgspec.structs.replace(vm.model.machine, spare_cpus=0))
 
 
 REFUSALS: list[tuple[Callable[[Vm], None], type[Exception], str]] = [
@@ -669,7 +626,7 @@ def test_a_refusal_changes_nothing(vm: Vm, damage: Callable[[Vm], None], error: 
 def test_fault_m8_a_checkpoint_of_a_paused_vm_is_paused_after_a_revert(vm: Vm) -> None:
     vm.model.vcpus = False
     vm.take("paused")
-    assert not vm.model.vcpus and vm.checkpoints.store.record("paused").paused is True
+    assert not vm.model.vcpus and vm.store.record("paused").paused is True
     vm.model.vcpus = True
     vm.revert("paused")
     assert not vm.model.vcpus and vm.model.memory == vm.model.device == 4
@@ -677,7 +634,7 @@ def test_fault_m8_a_checkpoint_of_a_paused_vm_is_paused_after_a_revert(vm: Vm) -
     assert not vm.model.vcpus, "a VM that is paused stays so"
     vm.model.vcpus = True
     vm.revert("a")
-    assert vm.model.vcpus and vm.checkpoints.store.record("a").paused is msgspec.UNSET
+    assert vm.model.vcpus and vm.store.record("a").paused is msgspec.UNSET
 
 
 @pytest.mark.parametrize("tag", ["", "A", "a b", "../a", ".a", "a/b", "x" * 33, "a\n"])
@@ -693,14 +650,14 @@ def test_names_that_no_checkpoint_has(vm: Vm, tag: str) -> None:
 def test_a_tag_is_used_once_and_free_after_its_end(vm: Vm) -> None:
     with pytest.raises(UsageError, match="already"):
         vm.take("a")
-    asyncio.run(vm.checkpoints.delete("a"))
+    vm.delete("a")
     assert "vmbus-a" not in vm.model.snapshots and not (vm.directory / "a.state").exists()
     with pytest.raises(UsageError, match=r"no checkpoint 'a' .*there: b, c"):
-        asyncio.run(vm.checkpoints.delete("a"))
+        vm.delete("a")
     with pytest.raises(UsageError, match=r"no checkpoint 'a' .*there: b, c"):
         vm.revert("a")
     vm.take("a")
-    assert [one.tag for one in vm.checkpoints.store.list()] == ["b", "c", "a"]
+    assert [one.tag for one in vm.store.list()] == ["b", "c", "a"]
 
 
 def test_what_was_never_finished_is_replaced(vm: Vm) -> None:
@@ -716,10 +673,10 @@ def test_what_was_never_finished_is_replaced(vm: Vm) -> None:
 def test_a_directory_with_other_things_in_it_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "letter").write_text("precious")
     with pytest.raises(UsageError, match="has other things in it"):
-        asyncio.run(checkpoints(Model(), tmp_path).take("a", Phases()))
+        Vm(tmp_path, tags="a")
     assert [path.name for path in tmp_path.iterdir()] == ["letter"]
     with pytest.raises(EnvironmentProblem, match="cannot keep checkpoints"):
-        asyncio.run(checkpoints(Model(), tmp_path / "letter").take("a", Phases()))
+        Vm(tmp_path / "letter", tags="a")
 
 
 def test_no_checkpoints_are_an_empty_list(tmp_path: Path) -> None:
@@ -746,20 +703,18 @@ class Driving(Model):
         self.driven = True
         self.in_stream = True
 
-    async def execute(
-        self, command: str, arguments: Mapping[str, object] | None = None, *, timeout: float = 1.0
-    ) -> Any:
+    async def perform(self, command: str, given: dict[str, Any]) -> Any:
         if command == "stop":
             self.phase = "driven"
-        return await super().execute(command, arguments, timeout=timeout)
+        return await super().perform(command, given)
 
     def _job(self, command: str, given: dict[str, Any]) -> str | None:
         if command == "blockdev-create":
             return None
         assert self.phase == "driven" and not self.vcpus
         if command == "snapshot-save":
-            self.images += 1
-            self.snapshots[given["tag"]] = {"memory": self.memory, "device": self.device, "made": self.images}
+            self.saves += 1
+            self.snapshots[given["tag"]] = {"memory": self.memory, "device": self.device, "made": self.saves}
         else:
             self.resets += 1
             self.memory = self.snapshots[given["tag"]]["memory"]
@@ -790,30 +745,26 @@ class Driving(Model):
 
 def test_what_qemu_does_itself_is_left_to_it(tmp_path: Path) -> None:
     model = Driving()
-    checks = checkpoints(model, tmp_path / "c")
-    asyncio.run(checks.take("a", Phases()))
-    model.work()
-    assert checks.store.record("a").machine.device_in_stream
-    report = asyncio.run(checks.revert("a", Phases()))
+    vm = Vm(tmp_path / "c", model, "a")
+    assert vm.store.record("a").machine.device_in_stream
+    report = vm.revert("a")
     assert model.memory == model.device == 1 and model.vcpus and model.consistent()
     assert (report.packets, report.channels, report.pci_writes) == ({"queued": 1, "sent": 2}, 0, 0)
 
 
 def test_a_checkpoint_of_another_kind_is_refused_and_the_vm_runs_on(tmp_path: Path) -> None:
     model = Driving()
-    checks = checkpoints(model, tmp_path / "c")
-    asyncio.run(checks.take("a", Phases()))
+    vm = Vm(tmp_path / "c", model, "a")
     model.driven = False
     with pytest.raises(RevertFailed, match=r"in QEMU's stream.*the VM runs on") as caught:
-        asyncio.run(checks.revert("a", Phases()))
+        vm.revert("a")
     assert caught.value.source_alive and model.vcpus and model.consistent()
 
 
 def test_a_stream_without_the_device_ends_the_vm(tmp_path: Path) -> None:
     model = Driving()
-    checks = checkpoints(model, tmp_path / "c")
-    asyncio.run(checks.take("a", Phases()))
+    vm = Vm(tmp_path / "c", model, "a")
     model.in_stream = False
     with pytest.raises(RevertFailed, match="was not in it"):
-        asyncio.run(checks.revert("a", Phases()))
+        vm.revert("a")
     assert not model.vcpus

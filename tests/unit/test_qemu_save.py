@@ -7,102 +7,61 @@ is at rest, whether a migration is under way.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import hashlib
 import os
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import pytest
-from qemu.qmp.events import EventListener
 
-from vmbus.errors import Code, EnvironmentProblem, VmbusError, code_of
-from vmbus.operations import save
-from vmbus.operations.save import (
-    MAGIC,
-    REFUSED_CAPABILITIES,
-    Capture,
-    Captured,
-    FileTarget,
-    Sabotage,
-    SaveFailed,
-    StreamSettings,
-)
+from support.model_vm import BAR0, LogBroken, ModelVm, write_new
+from vmbus.device.description import DeviceDescription
+from vmbus.errors import Code, EnvironmentProblem, code_of
+from vmbus.operations import stream
+from vmbus.operations.capture import Capture
+from vmbus.operations.stream import REFUSED_CAPABILITIES, StreamSettings
+from vmbus.operations.target import Captured, FileTarget
+from vmbus.qemu.pci_function import MAGIC
 from vmbus.qemu.qmp import MigrationFailed
-from vmbus.vm.moments import Hook, Moment
+from vmbus.vm.description import VmDescription
+from vmbus.vm.errors import SaveFailed
+from vmbus.vm.moments import Hook, Moment, Sabotage
 from vmbus.vm.timing import Phases
 
 pytestmark = pytest.mark.unit
 
 CONFIG = bytes(range(256))
+VM = VmDescription("demo", DeviceDescription("vmbus0", []))
 
 
-def write_new(path: str, data: bytes) -> None:
-    with Path(path).open("xb") as file:
-        file.write(data)
+class Model(ModelVm):
+    """A VM and its device server, as far as a save touches them."""
 
-
-class Broken(VmbusError):
-    """What the server says when its dirty log cannot be trusted any more."""
-
-    code = Code.LOG_BROKEN
-
-
-class Model:
-    """A VM and its device server, as far as a save touches them. `fail` names steps that fail, once or always."""
-
-    def __init__(self, *, running: bool = True, bar0: int | None = 0xFEBF1000) -> None:
-        self.vcpus = running
-        self.device = "running"
+    def __init__(self, *, running: bool = True, bar0: int | None = BAR0) -> None:
+        super().__init__(VM)
+        self.vcpus = self.was_running = running
         self.logging = False
-        self.migration = "none"
-        self.pause_before_switchover = False
         self.bar0 = bar0
         self.magic = MAGIC
-        self.steps: list[str] = []
-        self.fail: dict[str, list[Exception]] = {}
-        self.dead = False
-        self.was_running = running
-        self.capabilities = dict.fromkeys(REFUSED_CAPABILITIES, False) | {"xbzrle": True}
-        self.mode = "normal"
-
-    def step(self, name: str) -> None:
-        self.steps.append(name)
-        if self.dead:
-            raise EnvironmentProblem("gone")
-        if failures := self.fail.get(name):
-            raise failures.pop(0)
+        self.capabilities |= {"xbzrle": True}
 
     # the monitor
 
-    async def execute(
-        self, command: str, arguments: Mapping[str, object] | None = None, *, timeout: float = 1.0
-    ) -> Any:
-        arguments = arguments or {}
-        if command == "migrate-set-capabilities":
-            capabilities: Any = arguments["capabilities"]
-            states = {one["capability"]: one["state"] for one in capabilities}
-            self.pause_before_switchover = states["pause-before-switchover"]
-        self.step(command)
+    async def perform(self, command: str, given: dict[str, Any]) -> Any:
         match command:
-            case "query-migrate-capabilities":
-                return [{"capability": name, "state": state} for name, state in self.capabilities.items()]
-            case "query-migrate-parameters":
-                return {"mode": self.mode}
             case "stop":
                 self.vcpus = False
             case "migrate":
                 assert self.migration in ("none", "cancelled", "failed", "completed")
                 self.was_running = self.vcpus
-                if self.pause_before_switchover:
+                if self.capabilities["pause-before-switchover"]:
                     self.vcpus = False
                     self.migration = "pre-switchover"
                 else:
                     assert not self.vcpus
                     self.migration = "completed"
-                channels: Any = arguments["channels"]
-                write_new(channels[0]["addr"]["filename"], b"ram")
+                write_new(given["channels"][0]["addr"]["filename"], b"ram")
             case "migrate-continue":
                 assert self.migration == "pre-switchover"
                 self.migration = "completed"
@@ -116,26 +75,6 @@ class Model:
         assert line == f"xp /1xw {self.bar0:#x}"
         assert not self.vcpus
         return f"{self.bar0:016x}: {self.magic:#x}"
-
-    async def running(self) -> bool:
-        return self.vcpus
-
-    async def cont(self) -> None:
-        self.step("cont")
-        self.vcpus = True
-
-    async def migration_status(self) -> tuple[str, str]:
-        return self.migration, ""
-
-    async def wait_migration(self, wanted: Collection[str], timeout: float, what: str) -> str:
-        self.step("wait " + "/".join(sorted(wanted)))
-        if self.migration not in wanted:
-            raise MigrationFailed(what)
-        return self.migration
-
-    @contextlib.contextmanager
-    def listen(self, *events: str) -> Iterator[EventListener]:
-        yield EventListener(events)
 
     # the control connection
 
@@ -178,7 +117,7 @@ def files(folder: Path) -> FileTarget:
 
 
 def capture(model: Model, folder: Path, *, live: bool, sabotage: Sabotage | None = None) -> Capture:
-    return Capture(model, model, files(folder), Phases(), live=live, sabotage=sabotage or Sabotage())
+    return Capture(model, files(folder), Phases(), live=live, sabotage=sabotage or Sabotage())
 
 
 async def take(model: Model, folder: Path, *, live: bool, sabotage: Sabotage | None = None) -> Captured:
@@ -253,7 +192,7 @@ def test_every_moment_is_told_in_order(tmp_path: Path) -> None:
         model = Model()
 
         async def body(live: bool = live, at: Hook = at, model: Model = model) -> None:
-            async with Capture(model, model, files(tmp_path), Phases(), live=live, at=at).taken():
+            async with Capture(model, files(tmp_path), Phases(), live=live, at=at).taken():
                 pass
 
         asyncio.run(body())
@@ -363,7 +302,7 @@ def test_a_vm_that_cannot_be_brought_back_is_said_to_be_lost(tmp_path: Path) -> 
 
 def test_cont_is_tried_even_if_the_server_does_not_resume(tmp_path: Path) -> None:
     model = Model()
-    model.fail = {"save": [EnvironmentProblem("first")], "resume": [EnvironmentProblem("second"), Broken("third")]}
+    model.fail = {"save": [EnvironmentProblem("first")], "resume": [EnvironmentProblem("second"), LogBroken("third")]}
     with pytest.raises(SaveFailed, match=r"first; the VM is lost.*second"):
         asyncio.run(take(model, tmp_path, live=True))
     assert model.steps[-1] == "cont"
@@ -403,7 +342,7 @@ def test_the_vcpus_stand_until_an_interrupted_flush_is_over(tmp_path: Path) -> N
 
 def test_a_broken_dirty_log_starts_the_live_save_again(tmp_path: Path) -> None:
     model = Model()
-    model.fail["flush"] = [Broken("unmapped"), Broken("unmapped")]
+    model.fail["flush"] = [LogBroken("unmapped"), LogBroken("unmapped")]
     found = asyncio.run(take(model, tmp_path, live=True))
     assert found.attempts == 3
     assert model.steps.count("migrate_cancel") == 2
@@ -412,7 +351,7 @@ def test_a_broken_dirty_log_starts_the_live_save_again(tmp_path: Path) -> None:
 
 def test_a_log_that_breaks_every_time_ends_the_save(tmp_path: Path) -> None:
     model = Model()
-    model.fail["flush"] = [Broken("unmapped")] * 3
+    model.fail["flush"] = [LogBroken("unmapped")] * 3
     with pytest.raises(SaveFailed, match=r"unmapped \(attempt 3 of 3: .*\); the VM runs on"):
         asyncio.run(take(model, tmp_path, live=True))
     assert model.vcpus and model.device == "running"
@@ -463,17 +402,15 @@ class Slow(Model):
         self.limits: list[int] = []
         self.caught_up = asyncio.Event()
 
-    async def execute(
-        self, command: str, arguments: Mapping[str, object] | None = None, *, timeout: float = 1.0
-    ) -> Any:
+    async def perform(self, command: str, given: dict[str, Any]) -> Any:
         if command == "query-migrate":
             self.looks += 1
             return {"ram": {"dirty-sync-count": 1 if self.looks <= 0 else 2}}
-        if command == "migrate-set-parameters" and "downtime-limit" in (arguments or {}):
-            self.limits.append(int(arguments["downtime-limit"]))  # type: ignore[index,call-overload]
+        if command == "migrate-set-parameters" and "downtime-limit" in given:
+            self.limits.append(given["downtime-limit"])
             if self.limits[-1] >= self.enough:
                 self.caught_up.set()
-        return await super().execute(command, arguments, timeout=timeout)
+        return await super().perform(command, given)
 
     async def wait_migration(self, wanted: Collection[str], timeout: float, what: str) -> str:
         if "pre-switchover" in wanted:
@@ -497,11 +434,11 @@ class Slow(Model):
 def test_qemu_plans_for_little_downtime_and_for_more_where_that_does_not_suffice(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, enough: int, given: int | None, limits: list[int]
 ) -> None:
-    monkeypatch.setattr(save, "DOWNTIME_PATIENCE", 0.01)
+    monkeypatch.setattr(stream, "DOWNTIME_PATIENCE", 0.01)
     model = Slow(enough, first_pass=3)
 
     async def body() -> None:
-        one = Capture(model, model, files(tmp_path), Phases(), live=True, stream=StreamSettings(downtime_limit=given))
+        one = Capture(model, files(tmp_path), Phases(), live=True, stream=StreamSettings(downtime_limit=given))
         async with one.taken():
             assert len(limits) == 1 or model.looks == len(limits) - 1  # those of the first pass changed nothing
 
@@ -530,7 +467,7 @@ def test_phases_are_timed_in_order(tmp_path: Path) -> None:
     phases = Phases()
 
     async def body() -> None:
-        async with Capture(model, model, files(tmp_path), phases, live=True).taken():
+        async with Capture(model, files(tmp_path), phases, live=True).taken():
             pass
 
     asyncio.run(body())

@@ -13,10 +13,12 @@ import pytest
 
 from vmbus.cli.supervisor import Supervisor, ask, find_vm
 from vmbus.errors import Code, EnvironmentProblem, ReportedError, StateError, UsageError, VmbusError, WaitTimeout
-from vmbus.operations.migration.source import MigrateFailed, MigrationReport
-from vmbus.operations.revert import CheckpointReport, RevertFailed, RevertReport
-from vmbus.operations.save import SaveFailed, SaveReport
+from vmbus.operations.checkpoint import CheckpointReport
+from vmbus.operations.migration.report import MigrationReport
+from vmbus.operations.revert import RevertReport
+from vmbus.operations.save import SaveReport
 from vmbus.vm.command_line import Sockets
+from vmbus.vm.errors import MigrateFailed, RevertFailed, SaveFailed
 from vmbus.vm.process import ProcessDied
 from vmbus.vm.run_directory import RunDirectory
 

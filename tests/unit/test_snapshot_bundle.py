@@ -21,8 +21,8 @@ from hypothesis import strategies as st
 
 from support import pace
 from vmbus.errors import EnvironmentProblem, StateError, UsageError
+from vmbus.operations.machine import VirtualMachine
 from vmbus.operations.migration.files import record_of
-from vmbus.qemu.machine import VirtualMachine
 from vmbus.snapshot import bundle
 from vmbus.snapshot.bundle import Snapshot, SnapshotWriter, open_snapshot, utc_now
 from vmbus.snapshot.manifest import (

@@ -12,12 +12,13 @@ from typing import Any
 import pytest
 
 from vmbus.observe.audit.checker import check_paths
+from vmbus.observe.audit.guest import collect_audit
 from vmbus.observe.audit.report import Report
-from vmbus.operations.save import Sabotage
-from vmbus.qemu.machine import VirtualMachine
+from vmbus.operations.machine import VirtualMachine
 from vmbus.testkit.story import Story, finish, until_in_flight
 from vmbus.vm.command_line import Programs
 from vmbus.vm.description import VmDescription
+from vmbus.vm.moments import Sabotage
 
 pytestmark = pytest.mark.vm
 
@@ -37,7 +38,7 @@ async def boot_and_save(description: VmDescription, programs: Programs, director
         await vm.wait_ready()
         job = int((await vm.call_agent("start", driver="mixed", parameters=STORY.workloads()))["job"])
         await until_in_flight(vm, job, STORY)
-        await vm.collect_audit()
+        await collect_audit(vm)
         report = check_paths([audit])
         for path in audit.glob("guest-*"):
             path.unlink()
@@ -56,7 +57,7 @@ def taken(demo_description: VmDescription, programs: Programs, tmp_path_factory:
 async def to_the_end(taken: Taken, snapshot: Path, programs: Programs) -> Report:
     async with await VirtualMachine.restore(snapshot, programs, audit=taken.audit) as vm:
         await finish(vm, taken.job)
-        await vm.collect_audit()
+        await collect_audit(vm)
         leaf = (await vm.call_server("audit"))["uid"]
     return check_paths([taken.audit], leaf=leaf)
 

@@ -14,11 +14,11 @@ from support.failure_bench import Disk
 from vmbus.observe.inspection.difference import compare
 from vmbus.observe.inspection.saved import inspect_path
 from vmbus.observe.inspection.target import Running
-from vmbus.operations.save import SaveFailed
-from vmbus.qemu.machine import VirtualMachine
+from vmbus.operations.machine import VirtualMachine
 from vmbus.testkit.story import Figures, Story, audit, begun, finish, until_in_flight
 from vmbus.vm.command_line import Programs
 from vmbus.vm.description import VmDescription
+from vmbus.vm.errors import SaveFailed
 
 pytestmark = pytest.mark.vm
 

@@ -19,7 +19,7 @@ import vmbus
 import vmbus_guest
 from support import pace
 from support.boot import boot
-from vmbus.qemu.machine import VirtualMachine
+from vmbus.operations.machine import VirtualMachine
 from vmbus.testkit.story import Figures, Story, audit, finish, until_in_flight
 from vmbus.vm.command_line import Programs
 from vmbus.vm.description import VmDescription

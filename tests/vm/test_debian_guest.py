@@ -21,6 +21,7 @@ from support.namespace import Namespace, NotPermitted, namespace
 from vmbus.cli.keys import with_keys
 from vmbus.cli.ssh import PORT
 from vmbus.errors import WaitTimeout
+from vmbus.operations.machine import VirtualMachine
 from vmbus.operations.migration.address import UnixAddress
 from vmbus.operations.migration.channel import listen
 from vmbus.providers.network.interface import NAMESPACES
@@ -31,7 +32,6 @@ from vmbus.provision.report import SilentReporter
 from vmbus.provision.roots import RootRecipe, find_root, make_root
 from vmbus.provision.sources import SUITE
 from vmbus.qemu.archive import archive_for
-from vmbus.qemu.machine import VirtualMachine
 from vmbus.vm.command_line import Programs
 from vmbus.vm.description import VmDescription, load_description
 from vmbus.vm.guest_socket import proxy_command

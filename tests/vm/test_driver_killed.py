@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from support.boot import boot
-from vmbus.qemu.machine import VirtualMachine
+from vmbus.operations.machine import VirtualMachine
 from vmbus.testkit.story import Story, until_in_flight
 from vmbus.vm.command_line import Programs
 from vmbus.vm.description import VmDescription

@@ -15,7 +15,7 @@ from support import pace
 from support.boot import boot
 from vmbus.cli.drivers import Drive, install, jobs_for, read_driver_file
 from vmbus.errors import UsageError
-from vmbus.qemu.machine import VirtualMachine
+from vmbus.operations.machine import VirtualMachine
 from vmbus.vm.command_line import Programs
 from vmbus.vm.description import load_description
 from vmbus_guest.testdrivers import CATALOGUE

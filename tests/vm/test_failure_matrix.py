@@ -14,7 +14,7 @@ from support import pace
 from support.failure_bench import Bench
 from support.failure_matrix import CELLS, IN_QEMU, Cell, Outcome
 from vmbus.errors import WaitTimeout
-from vmbus.qemu.machine import VirtualMachine
+from vmbus.operations.machine import VirtualMachine
 from vmbus.testkit.story import Story, finish, until_in_flight
 from vmbus.vm.command_line import Programs
 from vmbus.vm.description import VmDescription, load_description

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
+from vmbus.operations.machine import VirtualMachine
 from vmbus.qemu.agent import GuestWentBack
 from vmbus.qemu.ends import GuestPanicked
-from vmbus.qemu.machine import VirtualMachine
 from vmbus.vm.command_line import Programs
 from vmbus.vm.description import VmDescription, load_description
 

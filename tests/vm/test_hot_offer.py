@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from support.boot import boot
-from vmbus.qemu.machine import VirtualMachine
+from vmbus.operations.machine import VirtualMachine
 from vmbus.vm.command_line import Programs
 from vmbus.vm.description import VmDescription
 

@@ -14,7 +14,7 @@ import pytest
 
 from support import pace
 from vmbus.errors import VmbusError, WaitTimeout
-from vmbus.qemu.machine import VirtualMachine
+from vmbus.operations.machine import VirtualMachine
 from vmbus.vm.command_line import Programs
 from vmbus.vm.description import VmDescription, load_description
 

@@ -21,9 +21,9 @@ from support import pace
 from support.boot import boot
 from support.linux_guest import GuestMemory, described, event_page, message_page
 from vmbus.errors import VmbusError, WaitTimeout
+from vmbus.operations.machine import VirtualMachine
 from vmbus.operations.migration.address import UnixAddress
 from vmbus.operations.migration.channel import listen
-from vmbus.qemu.machine import VirtualMachine
 from vmbus.testkit.loopback.harness import LoopbackServer, describe
 from vmbus.transport.library import Library
 from vmbus.vm.command_line import Programs

@@ -15,11 +15,11 @@ import pytest
 
 from support import pace
 from support.linux_guest import GuestMemory, described, message_page
+from vmbus.operations.machine import VirtualMachine
 from vmbus.provision import kernel_module, provision
 from vmbus.provision.cache import Cache
 from vmbus.provision.guest_files import Kernel, find_kernel, find_userland
 from vmbus.provision.report import SilentReporter
-from vmbus.qemu.machine import VirtualMachine
 from vmbus.vm.command_line import Programs
 from vmbus_guest.image import build_image
 

@@ -19,15 +19,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import msgspec
 import pytest
 
 from support import pace
 from support.boot import boot
+from vmbus.operations.machine import VirtualMachine
 from vmbus.operations.migration.address import UnixAddress
 from vmbus.operations.migration.channel import listen
 from vmbus.provision import provision
 from vmbus.provision.libvfio_user import find_compiler
-from vmbus.qemu.machine import Made, VirtualMachine
+from vmbus.qemu.instance import machine_for
 from vmbus.snapshot.manifest import MANIFEST
 from vmbus.vm.command_line import Programs, programs_from
 from vmbus.vm.description import VmDescription
@@ -161,8 +163,9 @@ def test_litmus_sabotage_a_machine_without_room_for_a_second_cpu(
         assert words[words.index("-smp") + 1] == "1"
 
     async def story() -> Result:
-        made = dataclasses.replace(Made.new(demo_description, programs), spare_cpus=0, generation_id=False)
-        launch = VirtualMachine.launch(demo_description, programs, made=made)  # as booted: it is saved below
+        new = machine_for(demo_description, programs, None)
+        old = msgspec.structs.replace(new, spare_cpus=0, generation_id=False)
+        launch = VirtualMachine.launch(demo_description, programs, like=old)  # as booted: it is saved below
         async with await launch as vm:
             await vm.wait_ready()
             await vm.save(directory)

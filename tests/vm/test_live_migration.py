@@ -19,16 +19,16 @@ import vmbus
 from support import pace
 from support.boot import boot
 from vmbus.errors import EnvironmentProblem, WaitTimeout
+from vmbus.operations.machine import VirtualMachine
 from vmbus.operations.migration.address import parse_address
 from vmbus.operations.migration.channel import listen
-from vmbus.operations.migration.source import MigrateFailed, MigrationReport
-from vmbus.operations.save import Sabotage
-from vmbus.qemu.machine import VirtualMachine
+from vmbus.operations.migration.report import MigrationReport
 from vmbus.qemu.qmp import Monitor, file_channel
 from vmbus.testkit.story import Figures, Story, audit, finish, until_in_flight
 from vmbus.vm.command_line import Programs
 from vmbus.vm.description import VmDescription
-from vmbus.vm.moments import Hook, Moment, no_hook
+from vmbus.vm.errors import MigrateFailed
+from vmbus.vm.moments import Hook, Moment, Sabotage, no_hook
 
 pytestmark = [pytest.mark.vm, pytest.mark.long]
 

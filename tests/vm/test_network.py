@@ -28,11 +28,12 @@ from support.namespace import Namespace, NotPermitted, namespace
 from support.processes import command_lines
 from vmbus.errors import VmbusError, WaitTimeout
 from vmbus.observe.audit.checker import check_paths
+from vmbus.observe.audit.guest import collect_audit
 from vmbus.observe.capture.frames import export
 from vmbus.observe.capture.pcapng import CaptureReader
 from vmbus.observe.capture.record import PACKET
 from vmbus.observe.words import describe
-from vmbus.qemu.machine import VirtualMachine
+from vmbus.operations.machine import VirtualMachine
 from vmbus.vm.command_line import Programs
 from vmbus.vm.description import VmDescription, load_description
 from vmbus.vm.run_directory import clean_stale, runtime_base
@@ -133,7 +134,7 @@ def test_network_survives_saves_restores_and_checkpoints(
                 await require_no_complaints(vm)
                 state = await card(vm)
                 await traffic.finish(vm)
-                await vm.collect_audit()
+                await collect_audit(vm)
         note(
             f"hv_netvsc: packets in flight at the saves (queued, sent) {flight}, frames taken along "
             f"{state['drained']}, to the guest {state['to_guest']}, to the host {state['to_host']}"

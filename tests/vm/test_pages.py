@@ -12,7 +12,7 @@ import pytest
 
 from support.console_lines import CHECKOUT, PROMPT, Story, shape, stories
 from vmbus.errors import WaitTimeout
-from vmbus.qemu.machine import VirtualMachine
+from vmbus.operations.machine import VirtualMachine
 from vmbus.vm.command_line import Programs
 from vmbus.vm.description import load_description
 from vmbus.vm.run_directory import RunDirectory

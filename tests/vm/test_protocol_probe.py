@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from vmbus.qemu.machine import VirtualMachine
+from vmbus.operations.machine import VirtualMachine
 from vmbus.qemu.probe import probe, require_same
 from vmbus.vm.command_line import Programs
 from vmbus.vm.description import VmDescription

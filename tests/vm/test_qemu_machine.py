@@ -22,12 +22,13 @@ from support.boot import boot
 from support.pace import until
 from support.processes import command_lines
 from vmbus.errors import StateError, VmbusError
-from vmbus.operations.save import Sabotage, SaveFailed
+from vmbus.operations.machine import VirtualMachine
 from vmbus.provision import provision
-from vmbus.qemu.machine import VirtualMachine
 from vmbus.snapshot.bundle import SnapshotWriter, open_snapshot
 from vmbus.vm.command_line import Programs, programs_from
 from vmbus.vm.description import load_description
+from vmbus.vm.errors import SaveFailed
+from vmbus.vm.moments import Sabotage
 from vmbus.vm.process import ProcessDied
 from vmbus.vm.run_directory import running_vms
 

@@ -20,13 +20,14 @@ import pytest
 from support.boot import boot
 from support.pace import eventually, seconds
 from vmbus.errors import EnvironmentProblem, StateError, UsageError, VmbusError
-from vmbus.operations.revert import RevertFailed, RevertReport
-from vmbus.operations.save import Sabotage
-from vmbus.qemu.machine import VirtualMachine
+from vmbus.operations.machine import VirtualMachine
+from vmbus.operations.revert import RevertReport
 from vmbus.qemu.qmp import QmpCommandFailed
 from vmbus.testkit.story import Figures, Story, audit, begun, finish, until_in_flight
 from vmbus.vm.command_line import Programs
 from vmbus.vm.description import VmDescription
+from vmbus.vm.errors import RevertFailed
+from vmbus.vm.moments import Sabotage
 from vmbus.vm.process import ProcessDied
 
 pytestmark = [pytest.mark.vm, pytest.mark.long]

@@ -24,15 +24,16 @@ from support.locks import in_use
 from support.writer import ENDLESS, clean, finish, more, until_acknowledged, writing
 from vmbus.errors import EnvironmentProblem, VmbusError, WaitTimeout
 from vmbus.observe.audit.checker import check_paths
+from vmbus.observe.audit.guest import collect_audit
 from vmbus.observe.capture.pcapng import CaptureReader
 from vmbus.observe.capture.record import PACKET
 from vmbus.observe.words import describe
+from vmbus.operations.machine import VirtualMachine
 from vmbus.operations.migration.address import parse_address
 from vmbus.operations.migration.channel import listen
-from vmbus.operations.migration.source import MigrateFailed
-from vmbus.qemu.machine import VirtualMachine
 from vmbus.vm.command_line import Programs
 from vmbus.vm.description import VmDescription, load_description
+from vmbus.vm.errors import MigrateFailed
 from vmbus.vm.moments import Hook, Moment, no_hook
 
 pytestmark = [pytest.mark.vm, pytest.mark.long]
@@ -172,7 +173,7 @@ def test_scsi_survives_saves_restores_a_revert_and_disks_that_come_and_go(
                 await shell(vm, "dd if=/dev/sda of=/dev/null bs=64k count=16 iflag=direct 2>&1")
                 await until(vm, f"ls /sys/bus/vmbus/devices/{device}/channels | wc -l", "2")
             await require_no_complaints(vm)
-            await vm.collect_audit()
+            await collect_audit(vm)
         return result, held, trimmed
 
     audit, captured = tmp_path / "audit", tmp_path / "disk.pcapng"

@@ -18,11 +18,11 @@ from support.boot import boot
 from vmbus.device import saved
 from vmbus.errors import VmbusError
 from vmbus.kmcl.saved import ChannelChunk, decode_chunk, encode
-from vmbus.operations.save import Sabotage
-from vmbus.qemu.machine import VirtualMachine
+from vmbus.operations.machine import VirtualMachine
 from vmbus.testkit.story import Figures, Story, audit, finish, run_story, save_in_flight, until_in_flight
 from vmbus.vm.command_line import Programs
 from vmbus.vm.description import VmDescription
+from vmbus.vm.moments import Sabotage
 
 pytestmark = [pytest.mark.vm, pytest.mark.long]
 

@@ -31,7 +31,7 @@ from support import pace, vm_owner
 from vmbus.device.description import ProviderDescription
 from vmbus.errors import VmbusError, WaitTimeout
 from vmbus.observe.audit.checker import check_paths
-from vmbus.qemu.machine import VirtualMachine
+from vmbus.operations.machine import VirtualMachine
 from vmbus.server.control import ControlClient
 from vmbus.testbed.hosts import RUNTIME, TEMPORARY, Forbidden, Host, TwoHosts
 from vmbus.testkit.story import Figures, audit

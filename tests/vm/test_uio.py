@@ -17,11 +17,12 @@ import pytest
 from support import pace
 from vmbus.errors import WaitTimeout
 from vmbus.observe.audit.checker import check_paths
+from vmbus.observe.audit.guest import collect_audit
 from vmbus.observe.audit.report import Report
-from vmbus.operations.save import Sabotage
-from vmbus.qemu.machine import VirtualMachine
+from vmbus.operations.machine import VirtualMachine
 from vmbus.vm.command_line import Programs
 from vmbus.vm.description import VmDescription, load_description
+from vmbus.vm.moments import Sabotage
 
 pytestmark = pytest.mark.vm
 
@@ -86,7 +87,7 @@ async def end(vm: VirtualMachine, job: int) -> dict[str, Any]:
 
 async def checked(vm: VirtualMachine, audit: Path) -> Report:
     """The books of both ends, over all servers up to this one."""
-    await vm.collect_audit()
+    await collect_audit(vm)
     return check_paths([audit], leaf=(await vm.call_server("audit"))["uid"])
 
 

@@ -16,11 +16,11 @@ import pytest
 from support import pace
 from support.boot import boot
 from vmbus.operations import save
-from vmbus.operations.save import SaveFailed
-from vmbus.qemu.machine import VirtualMachine
+from vmbus.operations.machine import VirtualMachine
 from vmbus.testkit.story import finish
 from vmbus.vm.command_line import Programs
 from vmbus.vm.description import VmDescription, load_description
+from vmbus.vm.errors import SaveFailed
 from vmbus.vm.moments import Moment
 
 pytestmark = pytest.mark.vm

@@ -18,9 +18,9 @@ import pytest
 from support import pace, vsock_guest
 from support.boot import boot
 from vmbus.errors import WaitTimeout
+from vmbus.operations.machine import VirtualMachine
 from vmbus.operations.migration.address import parse_address
 from vmbus.operations.migration.channel import listen
-from vmbus.qemu.machine import VirtualMachine
 from vmbus.vm.command_line import Programs
 from vmbus.vm.description import VmDescription, load_description
 

@@ -13,7 +13,8 @@ from vmbus.cli.migrate import NAME_FIRST
 from vmbus.cli.supervisor import ask, find_vm
 from vmbus.cli.terminal import CHECKPOINT_LABELS, REVERT_LABELS, Steps, console, run
 from vmbus.errors import UsageError
-from vmbus.operations.revert import CheckpointReport, RevertReport
+from vmbus.operations.checkpoint import CheckpointReport
+from vmbus.operations.revert import RevertReport
 from vmbus.snapshot.checkpoints import Checkpoint
 
 TIMEOUT = 1800.0

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from vmbus.cli.agent import parse_parameters
 from vmbus.errors import EnvironmentProblem, UsageError
-from vmbus.qemu.machine import VirtualMachine
+from vmbus.operations.machine import VirtualMachine
 from vmbus_guest.testdrivers import CATALOGUE, NAME_RULE, is_name
 from vmbus_guest.testdrivers.describe import COMMON, check_parameters, describe
 

@@ -13,7 +13,7 @@ from vmbus.cli.terminal import MIGRATE_LABELS, Steps, console, run
 from vmbus.errors import UsageError
 from vmbus.operations.migration.address import Address, UnixAddress, parse_address
 from vmbus.operations.migration.channel import read_secret
-from vmbus.operations.migration.source import MigrationReport
+from vmbus.operations.migration.report import MigrationReport
 
 _TIMEOUT = 7200.0
 

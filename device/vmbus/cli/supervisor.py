@@ -19,8 +19,9 @@ from typing import Any
 import msgspec
 
 from vmbus.errors import EnvironmentProblem, ReportedError, UsageError, VmbusError, WaitTimeout, code_of
+from vmbus.observe.audit.guest import collect_audit
+from vmbus.operations.machine import VirtualMachine
 from vmbus.operations.migration.channel import read_secret
-from vmbus.qemu.machine import VirtualMachine
 from vmbus.vm.run_directory import running_vms, runtime_base
 
 SOCKET = "supervisor.sock"
@@ -266,7 +267,7 @@ class Supervisor:
             case "audit":
                 if vm.audit is None:
                     raise UsageError(f"VM {vm.name!r} keeps no audit records: start it with --audit DIR")
-                files = await vm.collect_audit()
+                files = await collect_audit(vm)
                 server = await vm.call_server("audit")
                 return {"directory": str(vm.audit), "files": len(files), "uid": server["uid"]}, None
             case "provider":

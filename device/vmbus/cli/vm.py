@@ -31,6 +31,7 @@ from vmbus.cli.terminal import (
     run,
 )
 from vmbus.errors import UsageError, VmbusError
+from vmbus.operations.machine import VirtualMachine
 from vmbus.operations.migration.address import Address
 from vmbus.operations.migration.channel import listen, read_secret
 from vmbus.operations.save import SaveReport
@@ -39,8 +40,8 @@ from vmbus.places import command, spelled
 from vmbus.provision import provision, provision_debian
 from vmbus.qemu.agent import AgentError, GuestWentBack
 from vmbus.qemu.archive import archive_for
-from vmbus.qemu.machine import Made, VirtualMachine
 from vmbus.snapshot.checkpoints import Store
+from vmbus.snapshot.manifest import Machine
 from vmbus.util.explaining import check_name
 from vmbus.vm.command_line import Programs, programs_from
 from vmbus.vm.description import VmDescription, find_description, load_description
@@ -158,8 +159,8 @@ def run_vm(
         programs = dataclasses.replace(programs, debian=provision_debian().image)
     if notice:
         console.print(notice, soft_wrap=True)
-    made = None if like is None else made_like(like)
-    run(_run_vm(description, programs, name, wanted, own, audit, capture, external_bytes, made))
+    machine = None if like is None else machine_like(like)
+    run(_run_vm(description, programs, name, wanted, own, audit, capture, external_bytes, machine))
 
 
 @click.command()
@@ -198,12 +199,12 @@ def restore(directory: Path, name: str | None, count: int, audit: Path | None, c
         run(_restore_clones(directory, programs, name, count, audit))
 
 
-def made_like(directory: Path) -> Made:
+def machine_like(directory: Path) -> Machine:
     """How the machine is made whose checkpoints are there. Raises `UsageError` if there are none, `StateError`."""
     found = Store(directory, own=False).list()
     if not found:
         raise UsageError(f"there are no checkpoints in {directory}")
-    return Made.of(found[-1].machine)
+    return found[-1].machine
 
 
 @click.command("list")
@@ -222,7 +223,7 @@ async def _run_vm(
     audit: Path | None,
     capture: Path | None,
     external: int | None,
-    made: Made | None,
+    like: Machine | None,
 ) -> None:
     directory = RunDirectory.create(name or description.name, exact=name is not None)
     start = time.monotonic()
@@ -230,7 +231,7 @@ async def _run_vm(
         f"start of VM {directory.name!r} (QEMU {programs.qemu_version}, {programs.accelerator})", START_LABELS
     ) as steps:
         vm = await VirtualMachine.launch(
-            description, programs, directory, progress=steps, audit=audit, capture=capture, external=external, made=made
+            description, programs, directory, progress=steps, audit=audit, capture=capture, external=external, like=like
         )
     if vm.notice:
         _notice(vm.notice)

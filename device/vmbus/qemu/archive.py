@@ -21,7 +21,7 @@ from urllib.parse import unquote
 from vmbus.errors import EnvironmentProblem, WaitTimeout
 from vmbus.provision.debian_system import ARCHIVE_PORT
 from vmbus.provision.sources import mirror_candidates
-from vmbus.qemu.machine import VirtualMachine
+from vmbus.qemu.instance import Instance
 from vmbus.util.launcher import tied
 
 HELPER = "/usr/lib/apt/apt-helper"
@@ -223,17 +223,17 @@ async def _send(writer: asyncio.StreamWriter, path: Path, *, body: bool) -> None
 
 
 @contextlib.asynccontextmanager
-async def archive_for(vm: VirtualMachine, notice: Callable[[str], None]) -> AsyncIterator[ArchiveServer | None]:
+async def archive_for(vm: Instance, notice: Callable[[str], None]) -> AsyncIterator[ArchiveServer | None]:
     """Serve the archive to a VM whose guest has a Debian and sockets to the host, while the block runs; else nothing.
 
-    `notice` is told in a sentence what could not be served. Raises what `VirtualMachine.call_server` raises.
+    `notice` is told in a sentence what could not be served. Raises what `Instance.call_server` raises.
     """
     providers = (await vm.call_server("status"))["providers"] if vm.description.guest.root else {}
     sockets = [str(status["socket"]) for status in providers.values() if "socket" in status]
     try:
         server = None
         if sockets:
-            path, folder = Path(f"{sockets[0]}_{ARCHIVE_PORT}"), vm.run_directory.room("archive")
+            path, folder = Path(f"{sockets[0]}_{ARCHIVE_PORT}"), vm.room("archive")
             server = ArchiveServer(path, Mirrors.of_host().fetch, notice, folder=folder)
     except EnvironmentProblem as error:
         notice(f"the guest's apt has no archive: {error}")

@@ -9,7 +9,7 @@ import time
 from collections.abc import Mapping
 
 from vmbus.errors import WaitTimeout, code_in
-from vmbus.operations.save import QemuMonitor
+from vmbus.qemu.connections import QemuMonitor
 from vmbus.qemu.qmp import QmpCommandFailed
 from vmbus.util.patience import patient
 

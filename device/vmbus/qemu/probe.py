@@ -13,28 +13,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from vmbus.errors import EnvironmentProblem, StateError
+from vmbus.qemu.connections import Control, QemuMonitor
 from vmbus.qemu.qmp import QmpCommandFailed
 
 DEVICE = "vfio-user-pci"
 PROPERTY = "enable-migration"
 """The setting of QEMU's other VFIO devices that turns their migration on; looked for, for the record."""
-
-
-class Control(Protocol):
-    """The device server's control connection (see `vmbus.server.control.ControlClient`)."""
-
-    async def call(self, command: str, /, timeout: float = ..., **arguments: Any) -> dict[str, Any]: ...
-
-
-class QemuMonitor(Protocol):
-    """What the probe needs of `vmbus.qemu.qmp.Monitor`."""
-
-    async def execute(
-        self, command: str, arguments: Mapping[str, object] | None = None, *, timeout: float = ...
-    ) -> Any: ...
 
 
 @dataclass(frozen=True)

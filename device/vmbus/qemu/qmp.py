@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import socket
 import time
 from collections.abc import Collection, Mapping
@@ -14,7 +15,8 @@ from qemu.qmp import ExecuteError, QMPClient, QMPError
 from qemu.qmp.events import EventListener
 
 from vmbus.errors import EnvironmentProblem, WaitTimeout, code_in
-from vmbus.util.patience import patient
+from vmbus.util.patience import Guard, patient
+from vmbus.vm.process import guard_all
 
 COMMAND_TIMEOUT = 20.0
 """Seconds that QEMU may take to answer a command, unless the caller says otherwise."""
@@ -42,8 +44,10 @@ class Monitor:
     `EnvironmentProblem` when the connection is lost.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, guard: Guard | None = None) -> None:
+        """`guard`: what waits for each answer, for a QEMU that may die meanwhile."""
         self.name = name
+        self._guard = guard or functools.partial(guard_all, ())
         self._client = QMPClient(name)
         # The library complains aloud about every lost connection; ours are reported by whoever waits.
         self._client.logger = self._client.logger.getChild("quiet")
@@ -71,12 +75,12 @@ class Monitor:
         self, command: str, arguments: Mapping[str, object] | None = None, *, timeout: float = COMMAND_TIMEOUT
     ) -> Any:
         """Executes one command and returns its value (decoded JSON; see QEMU's reference for its shape)."""
-        timeout = patient(timeout)
+        what = f"{self.name} to answer the monitor command {command!r}"
+        return await self._guard(self._execute(command, arguments), what, timeout)
+
+    async def _execute(self, command: str, arguments: Mapping[str, object] | None) -> Any:
         try:
-            async with asyncio.timeout(timeout):
-                return await self._client.execute(command, arguments)
-        except TimeoutError:
-            raise WaitTimeout(f"{self.name} to answer the monitor command {command!r}", timeout) from None
+            return await self._client.execute(command, arguments)
         except ExecuteError as error:
             raise QmpCommandFailed(f"{self.name} refused {command!r}: {error}") from error
         except (QMPError, EOFError, OSError) as error:
@@ -136,7 +140,10 @@ class Monitor:
         Raises `MigrationFailed` with QEMU's reason if it ends in any other way. The status is asked for, and MIGRATION
         events (which the caller has switched on, or not) only shorten the wait until the next question.
         """
-        deadline = time.monotonic() + timeout
+        work = self._wait_migration(wanted, time.monotonic() + timeout, timeout, what)
+        return str(await self._guard(work, what, timeout + 1))
+
+    async def _wait_migration(self, wanted: Collection[str], deadline: float, timeout: float, what: str) -> str:
         with self.listen("MIGRATION") as events:
             while True:
                 status, reason = await self.migration_status()

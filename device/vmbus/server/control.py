@@ -18,7 +18,7 @@ import msgspec
 
 from vmbus.errors import EnvironmentProblem, ReportedError, UsageError, VmbusError, WaitTimeout, code_of
 from vmbus.util.complaints import bounded_log
-from vmbus.util.patience import patient
+from vmbus.util.patience import Guard, patient
 
 log = bounded_log(__name__)
 
@@ -173,8 +173,10 @@ class ControlServer:
 class ControlClient:
     """A tool's connection to a device server. Connects at the first call, again after a failure."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, guard: Guard | None = None) -> None:
+        """`guard`: what waits for each answer, for a server that may die meanwhile."""
         self._path = path
+        self._guard = guard
         self._reader: asyncio.StreamReader | None = None
         self._writer: asyncio.StreamWriter | None = None
         self._lock = asyncio.Lock()
@@ -185,7 +187,13 @@ class ControlClient:
 
         `timeout`: seconds of a usual machine, see `vmbus.util.patience`.
         """
-        timeout = patient(timeout)
+        work = self._bounded(command, patient(timeout), arguments)
+        if self._guard is None:
+            return await work
+        answer: dict[str, Any] = await self._guard(work, f"the device server's answer to {command!r}", timeout + 1)
+        return answer
+
+    async def _bounded(self, command: str, timeout: float, arguments: dict[str, Any]) -> dict[str, Any]:
         async with self._lock:
             try:
                 async with asyncio.timeout(timeout):

@@ -19,6 +19,7 @@ from pathlib import Path
 import msgspec
 
 from vmbus.errors import VmbusError, WaitTimeout, code_of
+from vmbus.observe.audit.guest import collect_audit
 from vmbus.providers.loading import ALLOW_VARIABLE
 from vmbus.provision import provision
 from vmbus.snapshot.bundle import utc_now
@@ -222,7 +223,7 @@ class _Episode:
             with contextlib.suppress(VmbusError, OSError, TimeoutError):
                 async with asyncio.timeout(_KEEP_SECONDS):
                     if stage.audit is not None and not self.audit:
-                        await vm.collect_audit()
+                        await collect_audit(vm)
         if stage.snapshot is not None:
             with contextlib.suppress(OSError):
                 await asyncio.to_thread(shutil.move, stage.snapshot.directory, stage.folder / "snapshot")

@@ -19,17 +19,18 @@ from typing import Any, TypeVar
 import msgspec
 
 from vmbus.errors import Code, code_of
+from vmbus.operations.machine import VirtualMachine
 from vmbus.operations.migration.address import Address, TcpAddress, UnixAddress
 from vmbus.operations.migration.channel import listen
 from vmbus.operations.migration.link import PING_INTERVAL
-from vmbus.operations.migration.source import MigrateFailed, MigrationReport
-from vmbus.operations.save import SaveFailed, SaveReport
-from vmbus.qemu.machine import VirtualMachine
+from vmbus.operations.migration.report import MigrationReport
+from vmbus.operations.save import SaveReport
 from vmbus.snapshot.manifest import RAM
 from vmbus.soak.records import Count, Outcome
 from vmbus.soak.schedule import MOST_CHECKPOINTS, Parameters
 from vmbus.soak.settings import Kind
 from vmbus.soak.stage import Kept, Stage, Subject, Wrong, flight
+from vmbus.vm.errors import MigrateFailed, SaveFailed
 from vmbus.vm.moments import Moment
 from vmbus.vm.process import ProcessDied
 

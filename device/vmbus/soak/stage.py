@@ -18,8 +18,9 @@ from typing import Any
 
 from vmbus.errors import VmbusError, WaitTimeout
 from vmbus.observe.audit.checker import check_paths
+from vmbus.observe.audit.guest import collect_audit
 from vmbus.observe.audit.report import Report
-from vmbus.qemu.machine import VirtualMachine
+from vmbus.operations.machine import VirtualMachine
 from vmbus.server.control import ControlClient
 from vmbus.soak.records import Count, EventRecord, Sample, WorkloadRecord
 from vmbus.soak.schedule import EpisodePlan
@@ -367,7 +368,7 @@ class Stage:
         """The auditor's verdict, and what it has found wrong; nothing, where no records are kept."""
         if self.audit is None:
             return "", []
-        await subject.vm.collect_audit()
+        await collect_audit(subject.vm)
         leaf = str((await subject.vm.call_server("audit"))["uid"])
         found = await asyncio.to_thread(check_paths, [self.audit], leaf=leaf)
         return found.verdict, self._judge(found, subject.life)

@@ -20,8 +20,8 @@ from typing import Any
 import msgspec
 
 from vmbus.errors import EnvironmentProblem
+from vmbus.operations.machine import VirtualMachine
 from vmbus.providers.disk.image import DIRECTORY_VARIABLE
-from vmbus.qemu.machine import VirtualMachine
 from vmbus.soak.outside import GUEST, HOST, PREFIX_LENGTH, Outside, why_not
 from vmbus.soak.peer import GUEST_PORT, PORT, Peer, Sockets
 from vmbus.soak.records import Count, WorkloadRecord

@@ -21,14 +21,17 @@ import msgspec
 
 from vmbus.errors import EnvironmentProblem, UsageError, VmbusError, WaitTimeout
 from vmbus.observe.audit.checker import check_paths
+from vmbus.observe.audit.guest import collect_audit
 from vmbus.observe.audit.report import Report
+from vmbus.operations.checkpoint import CheckpointReport
+from vmbus.operations.machine import VirtualMachine
 from vmbus.operations.migration.address import UnixAddress
 from vmbus.operations.migration.channel import listen
-from vmbus.operations.migration.source import MigrationReport
-from vmbus.operations.revert import CheckpointReport, RevertReport
+from vmbus.operations.migration.report import MigrationReport
+from vmbus.operations.restore import RestoreReport
+from vmbus.operations.revert import RevertReport
 from vmbus.operations.save import SaveReport
 from vmbus.qemu.agent import AgentError, GuestOutput
-from vmbus.qemu.machine import RestoreReport, VirtualMachine
 from vmbus.vm.command_line import Programs
 from vmbus.vm.description import VmDescription
 from vmbus.vm.process import log_tail
@@ -436,7 +439,7 @@ class BlockingVm:
             raise UsageError(f"VM {self.name!r} keeps no audit records: ask for them when it is started")
         for path in self.audit.glob("guest-*"):
             path.unlink()  # they are fetched anew, and whole
-        self.call(self.machine.collect_audit())
+        self.call(collect_audit(self.machine))
         leaf = str(self.call(self.machine.call_server("audit"))["uid"])
         return check_paths([*self.audit_before, self.audit], leaf=leaf)
 

@@ -16,11 +16,12 @@ from typing import Any
 import msgspec
 
 from vmbus.errors import WaitTimeout
-from vmbus.operations.save import NO_SABOTAGE, Sabotage, SaveReport
-from vmbus.qemu.machine import VirtualMachine
+from vmbus.operations.machine import VirtualMachine
+from vmbus.operations.save import SaveReport
 from vmbus.util.patience import patient
 from vmbus.vm.command_line import Programs
 from vmbus.vm.description import VmDescription
+from vmbus.vm.moments import NO_SABOTAGE, Sabotage
 from vmbus.vm.run_directory import RunDirectory
 from vmbus.vm.timing import Progress
 

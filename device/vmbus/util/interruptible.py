@@ -1,4 +1,5 @@
-"""Long work on files in a thread that ends soon after nobody wants it any more.
+"""What becomes of work when whoever waits for it is interrupted: long work on files in a thread ends soon after, and a
+way back is gone to its end.
 
 A thread cannot be cancelled, and a process waits for its threads before it ends. So such work looks again and again
 whether it is still wanted.
@@ -7,10 +8,11 @@ whether it is still wanted.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import threading
-from collections.abc import Callable
-from typing import BinaryIO, TypeVar
+from collections.abc import Callable, Coroutine
+from typing import Any, BinaryIO, TypeVar
 
 T = TypeVar("T")
 
@@ -51,6 +53,15 @@ async def in_thread(work: Callable[[Stop], T]) -> T:
         if not task.cancelled():
             task.exception()  # it is of no interest any more
         raise
+
+
+async def uninterrupted(work: Coroutine[Any, Any, T]) -> T:
+    """Performs `work` to its end, also if we are cancelled meanwhile: half a way back would help nobody."""
+    task = asyncio.create_task(work)
+    while not task.done():
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.wait({task})
+    return task.result()
 
 
 def sha256(file: BinaryIO, stop: Stop = NEVER) -> str:

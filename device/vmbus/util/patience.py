@@ -8,11 +8,16 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Awaitable, Callable
+from typing import Any
 
 from vmbus.errors import EnvironmentProblem
 
 VARIABLE = "VMBUS_PATIENCE"
 LARGEST = 100.0
+
+Guard = Callable[[Awaitable[Any], str, float], Awaitable[Any]]
+"""Waits for work, named by a text, for at most so many seconds, and only as long as whoever does it lives."""
 
 
 def factor() -> float:

@@ -95,6 +95,11 @@ class Sockets:
         return self.run_directory / "console.log"
 
     @property
+    def stream(self) -> Path:
+        """QEMU's, of a VM that arrives over unix sockets."""
+        return self.run_directory / "stream.sock"
+
+    @property
     def supervisor(self) -> Path:
         return self.run_directory / "supervisor.sock"
 

@@ -1,4 +1,5 @@
-"""The moments of a save, a restore and a migration at which a test may kill, cut or raise.
+"""What tests do to an operation: the moments of a save, a restore and a migration at which they may kill, cut or raise,
+and damage that has to be noticed.
 
 Every operation tells its hook when it reaches a moment, and waits for the hook. Nothing but tests passes one.
 """
@@ -6,6 +7,7 @@ Every operation tells its hook when it reaches a moment, and waits for the hook.
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from enum import Enum
 
 
@@ -33,3 +35,15 @@ Hook = Callable[[Moment], Awaitable[None]]
 
 async def no_hook(moment: Moment) -> None:
     """The hook of everybody but tests."""
+
+
+@dataclass(frozen=True)
+class Sabotage:
+    """Damage done on purpose, for tests that prove that the damage is noticed. Nothing else sets these."""
+
+    skip_flush: bool = False
+    skip_pci_replay: bool = False
+    edit_state: Callable[[bytes], bytes] | None = None
+
+
+NO_SABOTAGE = Sabotage()

@@ -28,19 +28,27 @@ _LARGEST = 1 << 30
 
 
 class Collectable(Protocol):
-    """What is needed of `vmbus.qemu.machine.VirtualMachine`."""
+    """What is needed of `vmbus.qemu.instance.Instance`. `audit`: the directory for its records, if it keeps any."""
 
+    audit: Path | None
+
+    @property
+    def name(self) -> str: ...
     async def call_agent(self, command: str, /, *, timeout: float = ..., **arguments: Any) -> dict[str, Any]: ...
     async def call_server(self, command: str) -> dict[str, Any]: ...
 
 
-async def collect(vm: Collectable, directory: Path, *, timeout: float = 60.0) -> list[Path]:
-    """Fetch all records that the guest has into `directory`, and flush the server's; returns the fetched files.
+async def collect_audit(vm: Collectable, directory: Path | None = None, *, timeout: float = 60.0) -> list[Path]:
+    """Fetch all records that the guest has into the VM's directory for them (or another), and flush the server's;
+    returns the fetched files.
 
     A record that is fetched again replaces what was fetched from it under the same server. The guest must be running.
     Raises UsageError when the VM's server does not record, StateError for a record that cannot be one, and what the
     agent's and the server's calls raise.
     """
+    directory = directory or vm.audit
+    if directory is None:
+        raise UsageError(f"VM {vm.name!r} keeps no audit records: start it with an audit directory")
     before = await vm.call_server("audit")
     if not before.get("on"):
         raise UsageError("this VM does not keep audit records: start it with an audit directory")

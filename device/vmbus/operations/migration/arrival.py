@@ -1,4 +1,4 @@
-"""A VM of this machine that comes into being from a live migration: the real `Arriving` of the destination."""
+"""The steps by which a VM comes into being from a live migration, as its `destination` takes them."""
 
 from __future__ import annotations
 
@@ -20,12 +20,10 @@ from vmbus.util.patience import patient
 from vmbus.vm.timing import Phases
 
 if TYPE_CHECKING:
-    from vmbus.qemu.machine import VirtualMachine
+    from vmbus.operations.machine import VirtualMachine
 
-STREAM_SOCKET = "stream.sock"
 LOAD_TIMEOUT = 60.0
 """Seconds that the server may take to check the state, and to rebuild from it."""
-_STATUS_TIMEOUT = 30.0
 _STREAM_TIMEOUT = 3600.0  # the source bounds it
 
 
@@ -55,79 +53,71 @@ class Arrival:
 
     @property
     def folder(self) -> Path:
-        return self.vm.run_directory.room("arrival")
+        """A directory of its own."""
+        return self.vm.room("arrival")
 
     async def start(self, phases: Phases, multifd: int) -> int | str:
-        vm = self.vm
-        await vm.start_incoming(phases)
+        """A server that awaits its state and a QEMU that awaits its stream: the stream's TCP port or unix path."""
+        vm, monitor = self.vm, self.vm.monitor
+        await vm.start(phases, incoming=True)
         with phases("listen"):
             # Both sides must agree on these; the source sets its own.
-            await vm.execute(
+            wanted = {"events": True, "multifd": multifd > 0}
+            await monitor.execute(
                 "migrate-set-capabilities",
-                {
-                    "capabilities": [
-                        {"capability": "events", "state": True},
-                        {"capability": "multifd", "state": multifd > 0},
-                    ]
-                },
+                {"capabilities": [{"capability": name, "state": state} for name, state in wanted.items()]},
             )
             if multifd:
-                await vm.execute("migrate-set-parameters", {"multifd-channels": multifd})
-            path = vm.run_directory / STREAM_SOCKET
-            address: Address = (
-                UnixAddress(str(path)) if self._host is None else TcpAddress(self._host, self._stream_port)
-            )
+                await monitor.execute("migrate-set-parameters", {"multifd-channels": multifd})
+            path = str(vm.paths.stream)
+            address: Address = UnixAddress(path) if self._host is None else TcpAddress(self._host, self._stream_port)
             with vm.own_migration():
-                await vm.execute("migrate-incoming", {"channels": stream_channel(address), "exit-on-error": False})
+                await monitor.execute("migrate-incoming", {"channels": stream_channel(address), "exit-on-error": False})
             if isinstance(address, UnixAddress):
                 return address.path
-            listening = (await vm.execute("query-migrate")).get("socket-address", [])
+            listening = (await monitor.execute("query-migrate")).get("socket-address", [])
             for one in listening:
                 if one.get("type") == "inet":
                     return int(one["port"])
             raise EnvironmentProblem(f"QEMU does not say on which port it waits for its stream: {listening}")
 
     async def driven(self) -> bool:
-        assert self.vm.control is not None
+        """Whether QEMU migrates the device itself here."""
         self._driven = await driven_by_client(self.vm.control)
         return self._driven
 
     async def replay_ahead(self, config: bytes) -> None:
+        """Puts the PCI function back as far as it is known before the end of the stream."""
         # Without its interrupt: QEMU's stream brings what that is translated by.
         self._ahead = 0 if self._driven else await self.vm.put_back(without_interrupts(config))
 
     async def load_state(self, path: Path, sha256: str, device: DeviceDescription) -> Packets:
+        """Gives the server its state; the packets found in it. Raises if it is refused."""
         vm = self.vm
-        assert vm.control is not None
         if self._driven:
             data = await asyncio.to_thread(path.read_bytes)
             if hashlib.sha256(data).hexdigest() != sha256:
                 raise StateError(f"the device state in {path} is not the one meant: its digest differs")
             self._in_stream = saved.decode(data)
-            vm.description = msgspec.structs.replace(vm.description, device=device)
-            counts = saved.count_packets(self._in_stream)
-            return Packets(queued=counts.queued, sent=counts.sent)
-        work = vm.control.call(
-            "load",
-            timeout=LOAD_TIMEOUT,
-            path=str(path),
-            sha256=sha256,
-            description=msgspec.to_builtins(device),
-        )
-        found = await vm.guard(work, "the device server to take the state", LOAD_TIMEOUT + 1)
+            packets = _packets_in(self._in_stream)
+        else:
+            described = msgspec.to_builtins(device)
+            packets = packets_found(
+                await vm.control.call("load", LOAD_TIMEOUT, path=str(path), sha256=sha256, description=described)
+            )
         vm.description = msgspec.structs.replace(vm.description, device=device)
-        return packets_found(found)
+        return packets
 
     async def loaded(self) -> None:
-        what = "QEMU to load its stream"
+        """Waits until QEMU has loaded its stream. Raises with QEMU's reason if it cannot."""
+        monitor = self.vm.monitor
         with self.vm.own_migration():
-            await self.vm.guard(
-                self.vm.monitor.wait_migration({"completed"}, patient(_STREAM_TIMEOUT), what), what, _STREAM_TIMEOUT + 1
-            )
-        if await self.vm.guard(self.vm.monitor.running(), "QEMU's run state", _STATUS_TIMEOUT):
+            await monitor.wait_migration({"completed"}, patient(_STREAM_TIMEOUT), "QEMU to load its stream")
+        if await monitor.running():
             raise StateError("QEMU runs the guest before its device was put back")
 
     async def replay(self, config: bytes) -> int:
+        """Makes sure that the PCI function is back, and writes it if it is not; the number of writes, ahead or now."""
         if self._in_stream is not None:
             return 0
         if await self.vm.is_back(without_interrupts(config)):
@@ -136,31 +126,32 @@ class Arrival:
         return self._ahead + await self.vm.put_back(config)
 
     async def rebuild(self) -> tuple[Packets, int]:
-        vm = self.vm
-        assert vm.control is not None
+        """Rebuilds the channels: the packets, and the number of channels. Providers do nothing yet."""
         if self._in_stream is not None:
-            await vm.guard(require_complete(vm.control), "the device server's status", LOAD_TIMEOUT)
-            counts = saved.count_packets(self._in_stream)
-            channels = sum(offer.open is not None for offer in self._in_stream.bus.offers)
-            return Packets(queued=counts.queued, sent=counts.sent), channels
-        work = vm.control.call("restore-finish", timeout=LOAD_TIMEOUT, frozen=True)
-        found = await vm.guard(work, "the device server to rebuild its channels", LOAD_TIMEOUT + 1)
+            await require_complete(self.vm.control)
+            return _packets_in(self._in_stream), saved.count_open(self._in_stream)
+        found = await self.vm.control.call("restore-finish", LOAD_TIMEOUT, frozen=True)
         return packets_found(found), int(found.get("channels", 0))
 
     async def release(self) -> None:
-        if self._in_stream is None:
-            await self.vm.call_server("resume")
-        else:
-            await self.vm.require_device()
+        """Lets the device work. Raises if it is not there any more, as it has to be before the vCPUs run."""
+        await self.vm.control.call("resume" if self._in_stream is None else "status")
 
     async def run(self) -> None:
-        await self.vm.execute("cont")  # since `loaded` QEMU stands, and may run
+        """Lets the vCPUs run."""
+        await self.vm.monitor.execute("cont")  # since `loaded` QEMU stands, and may run
         if self._in_stream is not None:
-            assert self.vm.control is not None
             await require_running(self.vm.control)
 
     async def start_over(self) -> None:
+        """Ends server and QEMU; `start` may be called again."""
         await self.vm.end_processes()
 
     async def discard(self) -> None:
+        """Ends everything and removes the directory."""
         await self.vm.kill()
+
+
+def _packets_in(state: saved.DeviceState) -> Packets:
+    counts = saved.count_packets(state)
+    return Packets(queued=counts.queued, sent=counts.sent)

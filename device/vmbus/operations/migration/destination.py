@@ -13,10 +13,10 @@ import functools
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Literal, Protocol, TypeVar
+from typing import Literal, TypeVar
 
-from vmbus.device.description import DeviceDescription
 from vmbus.errors import EnvironmentProblem, StateError, VmbusError, WaitTimeout
+from vmbus.operations.migration.arrival import Arrival
 from vmbus.operations.migration.channel import Channel, Listener
 from vmbus.operations.migration.files import receive_file, record_of
 from vmbus.operations.migration.link import SILENCE, Link, Silence
@@ -37,13 +37,14 @@ from vmbus.operations.migration.messages import (
     short,
 )
 from vmbus.operations.migration.ownership import DESTINATION, DestinationStage, Ownership
-from vmbus.operations.migration.source import ASK_TIMEOUT, STATE_FILE, MigrateFailed
+from vmbus.operations.migration.source import ASK_TIMEOUT
+from vmbus.operations.migration.stream import STATE_FILE
 from vmbus.operations.migration.verdicts import Record, Stage, Verdicts
-from vmbus.operations.save import uninterrupted
-from vmbus.snapshot.manifest import FileRecord, Packets
-from vmbus.util.interruptible import Stop, in_thread
+from vmbus.snapshot.manifest import FileRecord
+from vmbus.util.interruptible import Stop, in_thread, uninterrupted
 from vmbus.vm.command_line import Programs, runs_under, serves_machine
 from vmbus.vm.description import VmDescription
+from vmbus.vm.errors import MigrateFailed
 from vmbus.vm.moments import Hook, Moment, no_hook
 from vmbus.vm.timing import Phases, Progress
 
@@ -60,47 +61,6 @@ _END_TIMEOUT = 60.0
 _VENDOR_DEVICE = bytes.fromhex("4256564d")  # vendor 0x5642, device 0x4d56, as they lie in configuration space
 
 
-class Arriving(Protocol):
-    """The VM that comes into being: see `vmbus.operations.migration.arrival`."""
-
-    @property
-    def folder(self) -> Path:
-        """A directory of its own."""
-
-    async def start(self, phases: Phases, multifd: int) -> int | str:
-        """A server that awaits its state and a QEMU that awaits its stream: the stream's TCP port or unix path."""
-
-    async def driven(self) -> bool:
-        """Whether QEMU migrates the device itself here."""
-
-    async def replay_ahead(self, config: bytes) -> None:
-        """Puts the PCI function back as far as it is known before the end of the stream."""
-
-    async def load_state(self, path: Path, sha256: str, device: DeviceDescription) -> Packets:
-        """Gives the server its state; the packets found in it. Raises if it is refused."""
-
-    async def loaded(self) -> None:
-        """Waits until QEMU has loaded its stream. Raises with QEMU's reason if it cannot."""
-
-    async def replay(self, config: bytes) -> int:
-        """Makes sure that the PCI function is back, and writes it if it is not; the number of writes, ahead or now."""
-
-    async def rebuild(self) -> tuple[Packets, int]:
-        """Rebuilds the channels: the packets, and the number of channels. Providers do nothing yet."""
-
-    async def release(self) -> None:
-        """Lets the device work. Raises if it is not there any more, as it has to be before the vCPUs run."""
-
-    async def run(self) -> None:
-        """Lets the vCPUs run."""
-
-    async def start_over(self) -> None:
-        """Ends server and QEMU; `start` may be called again."""
-
-    async def discard(self) -> None:
-        """Ends everything and removes the directory."""
-
-
 class Destination:
     """One migration, seen from where the VM arrives.
 
@@ -113,7 +73,7 @@ class Destination:
         listener: Listener,
         programs: Programs,
         claim: Callable[[VmDescription], Path],
-        build: Callable[[Prepare, Path, Path, str | None], Arriving],
+        build: Callable[[Prepare, Path, Path, str | None], Arrival],
         *,
         progress: Progress | None = None,
         at: Hook = no_hook,
@@ -146,7 +106,7 @@ class Destination:
         self._answer_timeout = answer_timeout
         self._ask_timeout = ask_timeout
         self._told = asyncio.Event()  # the source, over a connection of its own, what became of its VM
-        self._vm: Arriving | None = None
+        self._vm: Arrival | None = None
         self._session: asyncio.Task[None] | None = None
         self._came = asyncio.Event()
         self._done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -374,7 +334,7 @@ class Destination:
         await self._put_back(link, vm, state)
         return state
 
-    async def _receive(self, link: Link, vm: Arriving, loading: asyncio.Task[None]) -> State | None:
+    async def _receive(self, link: Link, vm: Arrival, loading: asyncio.Task[None]) -> State | None:
         """The state, given to the server, and memory, loaded. None if the source begins again."""
         with self.phases("ram"):
             first = await _unless_failed(
@@ -403,7 +363,7 @@ class Destination:
             await loading
         return first
 
-    async def _put_back(self, link: Link, vm: Arriving, state: State) -> None:
+    async def _put_back(self, link: Link, vm: Arrival, state: State) -> None:
         await self._at(Moment.PCI_REPLAY)
         with self.phases("pci"):
             writes = await vm.replay(state.pci_config)
@@ -430,7 +390,7 @@ class Destination:
         if bytes.fromhex(prepare.machine.pci_config)[:4] != _VENDOR_DEVICE:
             raise StateError(f"{link.name} sends a VM with another PCI device than 5642:4d56")
 
-    async def _check_driven(self, vm: Arriving, link: Link, *, source: bool) -> None:
+    async def _check_driven(self, vm: Arrival, link: Link, *, source: bool) -> None:
         """Raises `StateError` unless QEMU treats the device here as it does at the source, where nothing has been done
         to the VM yet. What one has in its stream the other would not look for."""
         here = await vm.driven()

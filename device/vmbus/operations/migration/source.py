@@ -1,8 +1,8 @@
 """The source of a live migration: gets the destination ready, captures the VM into it, hands it over, and ends.
 
-Up to the decision every failure leads back to a VM that runs on (`vmbus.operations.save.Capture` undoes what it did).
-The decision is one moment: just before Go is sent. From there on the vCPUs stay stopped here until it is known what
-became of the VM: it runs there, it is gone there (then it runs on here), or nobody can tell (then somebody has to
+Up to the decision every failure leads back to a VM that runs on (`vmbus.operations.capture.Capture` undoes what it
+did). The decision is one moment: just before Go is sent. From there on the vCPUs stay stopped here until it is known
+what became of the VM: it runs there, it is gone there (then it runs on here), or nobody can tell (then somebody has to
 decide).
 """
 
@@ -13,23 +13,18 @@ import contextlib
 import functools
 import secrets
 import time
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import msgspec
 
-import vmbus
 from vmbus.device.description import DeviceDescription
 from vmbus.errors import EnvironmentProblem, StateError, UsageError, VmbusError
-from vmbus.operations.migration.address import Address, TcpAddress, UnixAddress, stream_channel
+from vmbus.operations.capture import Capture
+from vmbus.operations.migration.address import Address
 from vmbus.operations.migration.channel import connect
 from vmbus.operations.migration.files import record_of, send_file
 from vmbus.operations.migration.link import SILENCE, Link, PeerFailed
 from vmbus.operations.migration.messages import (
-    Accepted,
-    Again,
     Fate,
     Go,
     Hello,
@@ -39,34 +34,23 @@ from vmbus.operations.migration.messages import (
     Restored,
     Running,
     Sent,
-    State,
     Wanted,
 )
 from vmbus.operations.migration.ownership import SOURCE, Ownership, SourceStage
-from vmbus.operations.save import (
-    NO_SABOTAGE,
-    Capture,
-    Captured,
-    QemuMonitor,
-    Sabotage,
-    SaveFailed,
-    StreamSettings,
-    uninterrupted,
-)
-from vmbus.qemu.probe import Control, driven
+from vmbus.operations.migration.report import QEMU_SPANS, MigrationReport, spans_of
+from vmbus.operations.migration.stream import PREPARE_TIMEOUT, StreamTarget
+from vmbus.operations.save import versions
+from vmbus.operations.stream import StreamSettings
+from vmbus.operations.target import Captured
+from vmbus.operations.vm import Vm
+from vmbus.qemu.probe import driven
 from vmbus.qemu.qmp import MigrationFailed
-from vmbus.snapshot.manifest import FileRecord, Machine, Packets, Versions
-from vmbus.util.interruptible import in_thread
-from vmbus.vm.command_line import Programs
-from vmbus.vm.description import VmDescription
-from vmbus.vm.moments import Hook, Moment, no_hook
+from vmbus.snapshot.manifest import Packets
+from vmbus.util.interruptible import in_thread, uninterrupted
+from vmbus.vm.errors import MigrateFailed, MigrationInDoubt, SaveFailed
+from vmbus.vm.moments import NO_SABOTAGE, Hook, Moment, Sabotage, no_hook
 from vmbus.vm.timing import Phases, Progress
 
-STATE_FILE = "migration.state"
-PREPARE_TIMEOUT = 180.0
-"""Seconds for the destination to start a server and a QEMU."""
-ACCEPT_TIMEOUT = 120.0
-"""Seconds for the destination's server to check the state."""
 RUNNING_TIMEOUT = 30.0
 """Seconds from Go to Running before the destination is asked over a new connection."""
 ASK_TIMEOUT = 60.0
@@ -77,128 +61,12 @@ ASK_INTERVAL = 0.5
 _ASK_ONCE = 5.0
 
 
-class MigrateFailed(SaveFailed):
-    """A live migration did not work out. `source_alive` tells whether the VM runs on here as before."""
-
-
-class MigrationInDoubt(EnvironmentProblem):
-    """Nobody can tell whether the VM runs at the destination: it stays stopped here until somebody decides."""
-
-    status = 15
-
-
-class MigrationReport(msgspec.Struct, kw_only=True):
-    """What a live migration did, as the source saw it. Times in seconds by its own clock, sizes in bytes."""
-
-    migration: str
-    address: str
-    phases: dict[str, float]
-    """All that was done, by phase."""
-    downtime: float
-    """From the stop of the vCPUs to the news that they run at the destination. If that had to be fetched, the time that
-    they ran there before it was told is taken off: the destination says how long that was."""
-    downtime_qemu: float
-    """QEMU's share: its stop, its last pages, its load, its start."""
-    downtime_device: float
-    """The rest: the device's pause, save, transfer, flush, PCI replay and restore, and the messages between."""
-    spans: dict[str, float]
-    """The downtime in the order in which it passed."""
-    packets: dict[str, int]
-    """Outgoing packets that moved: ``queued`` and ``sent``."""
-    incoming_held: int
-    channels: int
-    ram_bytes: int
-    """What QEMU sent in its last pass."""
-    state_bytes: int
-    flushed_pages: int
-    flushed_bytes: int
-    attempts: int
-    """Passes: more than 1 if the dirty log broke."""
-    multifd: int
-    asked: bool
-    """Whether the news that the VM runs had to be fetched, since the link broke after the decision."""
-
-    @property
-    def total(self) -> float:
-        return sum(self.phases.values())
-
-
-_QEMU_SPANS = ("stop", "switchover", "load", "cont")
-
-
-@dataclass
-class Departing:
-    """What a migration needs of the VM that leaves."""
-
-    name: str
-    description: VmDescription
-    programs: Programs
-    machine: Machine
-    """Without the function's configuration."""
-    monitor: QemuMonitor
-    control: Control
-    folder: Path
-    """A directory for the device's state, while it is on its way."""
-    end: Callable[[], Awaitable[None]]
-    """Ends the VM's processes."""
-
-
-class _Stream:
-    """The target of a capture that goes to another host: see `vmbus.operations.save.Target`."""
-
-    def __init__(self, folder: Path, link: Link, first: Prepared) -> None:
-        self._link = link
-        self._prepared: Prepared | None = first
-        self.durable = False  # whatever ends this host ends the VM, and the file is of no use then
-        self.state = folder / STATE_FILE
-        self.files = None
-        self.way: str | None = None
-        self.sent_at = 0.0
-
-    async def begin(self) -> list[dict[str, object]]:
-        prepared = self._prepared
-        self._prepared = None
-        if prepared is None:
-            await self._link.send(Again(reason="the guest took memory back that the device had written"))
-            prepared = await self._link.expect(Prepared, timeout=PREPARE_TIMEOUT, what="a new server and a new QEMU")
-        place = self._place(prepared)
-        self.way = str(place) if isinstance(place, TcpAddress) else None
-        return stream_channel(place)
-
-    def _place(self, prepared: Prepared) -> Address:
-        if isinstance(prepared.stream, str):
-            return UnixAddress(prepared.stream)
-        host = self._link.channel.remote_host
-        if host is None:
-            raise EnvironmentProblem(f"{self._link.name} offers a TCP port over a unix socket")
-        return TcpAddress(host, prepared.stream)
-
-    async def saved(self, captured: Captured) -> None:
-        packets = Packets(**captured.packets)
-        announced = State(
-            file=FileRecord(captured.state_bytes, captured.state_sha256),
-            device=msgspec.convert(captured.device, DeviceDescription),
-            pci_config=captured.pci_config,
-            packets=packets,
-            run=captured.was_running,
-        )
-        await self._link.send(announced)
-        await send_file(self._link, self.state)
-        accepted = await self._link.expect(Accepted, timeout=ACCEPT_TIMEOUT, what="its server to take the state")
-        if accepted.packets != packets:
-            raise StateError(f"{self._link.name} found {accepted.packets} in the state that has {packets}")
-        self.sent_at = time.monotonic()
-
-    def discard(self) -> None:
-        self.state.unlink(missing_ok=True)
-
-
 class Source:
     """One migration, seen from where the VM leaves. Call `run` once; after `MigrationInDoubt`, `resolve`."""
 
     def __init__(
         self,
-        vm: Departing,
+        vm: Vm,
         address: Address,
         secret: bytes,
         *,
@@ -210,6 +78,7 @@ class Source:
         sabotage: Sabotage = NO_SABOTAGE,
     ) -> None:
         self.vm = vm
+        self._folder = vm.room("departure")  # for the device's state, while it is on its way
         self.address = address
         self.migration = secrets.token_hex(16)
         self.phases = Phases(progress)
@@ -222,7 +91,7 @@ class Source:
         self._sabotage = sabotage
         self._capture: Capture | None = None
         self._captured: Captured | None = None
-        self._target: _Stream | None = None
+        self._target: StreamTarget | None = None
         self._restored: Restored | None = None
         self._cont = 0.0
         self._times: dict[str, float] = {}
@@ -234,6 +103,11 @@ class Source:
     def stage(self) -> SourceStage:
         """Where this migration is: see `vmbus.operations.migration.ownership`."""
         return self.ownership.stage
+
+    @property
+    def in_doubt(self) -> bool:
+        """Whether the VM stands still until `resolve`."""
+        return self.stage is SourceStage.IN_DOUBT
 
     async def run(self) -> MigrationReport:
         """Moves the VM. When this returns, it runs at the destination and has ended here.
@@ -295,21 +169,23 @@ class Source:
             await self._run_on()
         else:
             self.ownership.move(SourceStage.MOVED)
-            await self.vm.end()
+            await self._leave()
+
+    async def _leave(self) -> None:
+        self.vm.moved_to = str(self.address)
+        await self.vm.kill()
 
     # --- up to the decision ------------------------------------------------------------------------------------
 
     async def _until_decision(self, link: Link) -> None:
         try:
             async with link.watch():
-                self._target = _Stream(self.vm.folder, link, await self._prepare(link))
+                self._target = StreamTarget(self._folder, link, await self._prepare(link))
                 self._capture = Capture(
-                    self.vm.monitor,
-                    self.vm.control,
+                    self.vm,
                     self._target,
                     self.phases,
                     live=True,
-                    memory_mib=self.vm.description.memory_mib,
                     stream=self._stream,
                     sabotage=self._sabotage,
                     at=self._at,
@@ -348,17 +224,12 @@ class Source:
             status = await vm.control.call("status")
             config = (await vm.control.call("pci"))["config"]
             await link.send(Hello(migration=self.migration, purpose="migrate"))
+            device = msgspec.convert(status["description"], DeviceDescription)
             await link.send(
                 Prepare(
-                    vm=msgspec.structs.replace(
-                        vm.description, device=msgspec.convert(status["description"], DeviceDescription)
-                    ),
+                    vm=msgspec.structs.replace(vm.description, device=device),
                     machine=msgspec.structs.replace(vm.machine, pci_config=config),
-                    versions=Versions(
-                        project=vmbus.__version__,
-                        qemu=vm.programs.qemu_version,
-                        libvfio_user=str(status.get("libvfio_user", "unknown")),
-                    ),
+                    versions=versions(vm, status),
                     kernel=kernel,
                     initramfs=initramfs,
                     driven=driven(status),
@@ -423,7 +294,7 @@ class Source:
         try:
             return await self._report(asked)
         finally:
-            await self.vm.end()
+            await self._leave()
             with contextlib.suppress(VmbusError):  # if it cannot be told, it stops listening after a while
                 await link.send(Released())
 
@@ -480,23 +351,17 @@ class Source:
     async def _report(self, asked: bool) -> MigrationReport:
         captured, restored, target = self._captured, self._restored, self._target
         assert captured is not None and restored is not None and target is not None
-        there = restored.seconds
-        rebuilt = there.get("pci", 0.0) + there.get("device", 0.0)
-        after_sent = self._times["restored"] - captured.written_at
-        running, cont = self._times["running"], self._cont
-        spans = {
-            "stop": captured.reached_at - captured.stopped_at,
-            "save": captured.saved_at - captured.reached_at,
-            "transfer": target.sent_at - captured.saved_at,
-            "flush": captured.flushed_at - target.sent_at,
-            "switchover": captured.written_at - captured.flushed_at,
-            "load": max(0.0, after_sent - rebuilt),
-            "rebuild": min(rebuilt, after_sent),
-            "messages": max(0.0, running - self._times["restored"] - cont),
-            "cont": cont,
-        }
-        downtime = running - captured.stopped_at
-        qemu = sum(spans[name] for name in _QEMU_SPANS)
+        running_at = self._times["running"]
+        spans = spans_of(
+            captured,
+            restored,
+            sent_at=target.sent_at,
+            restored_at=self._times["restored"],
+            running_at=running_at,
+            cont=self._cont,
+        )
+        downtime = running_at - captured.stopped_at
+        qemu = sum(spans[name] for name in QEMU_SPANS)
         found: dict[str, Any] = {}
         with contextlib.suppress(VmbusError):  # QEMU may have ended meanwhile; the VM does not need it any more
             found = await self.vm.monitor.execute("query-migrate")

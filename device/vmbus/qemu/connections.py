@@ -1,0 +1,29 @@
+"""What the connections to an instance's two processes can do, whoever is at their other end (in tests, a model)."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
+
+from qemu.qmp.events import EventListener
+
+
+class QemuMonitor(Protocol):
+    """See `vmbus.qemu.qmp.Monitor`."""
+
+    async def execute(
+        self, command: str, arguments: Mapping[str, object] | None = None, *, timeout: float = ...
+    ) -> Any: ...
+    async def human(self, line: str, *, timeout: float = ...) -> str: ...
+    async def cont(self) -> None: ...
+    async def running(self) -> bool: ...
+    async def migration_status(self) -> tuple[str, str]: ...
+    async def wait_migration(self, wanted: Collection[str], timeout: float, what: str) -> str: ...
+    def listen(self, *events: str) -> AbstractContextManager[EventListener]: ...
+
+
+class Control(Protocol):
+    """See `vmbus.server.control.ControlClient`."""
+
+    async def call(self, command: str, /, timeout: float = ..., **arguments: Any) -> dict[str, Any]: ...

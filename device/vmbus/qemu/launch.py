@@ -1,0 +1,116 @@
+"""Starts the two processes of an instance and its connections to them."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import sys
+from asyncio import StreamReader
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import vmbus
+from vmbus.errors import EnvironmentProblem
+from vmbus.providers.disk.image import CLONE_VARIABLE
+from vmbus.qemu.agent import decode_line
+from vmbus.vm.command_line import qemu_arguments
+from vmbus.vm.process import Child
+
+if TYPE_CHECKING:
+    from vmbus.qemu.instance import Instance
+
+START_TIMEOUT = 60.0
+"""Seconds that the server and QEMU have for coming up, each."""
+
+_IMPORT_ROOT = str(Path(vmbus.__file__).resolve().parent.parent)  # a server of this very code, wherever it is
+
+
+async def start_server(vm: Instance, state: Path | None, files: Path | None, *, awaiting: bool) -> Child:
+    """The device server, when it listens: from power-on, from a `state` (`files`: the directory with its providers'
+    files), or `awaiting` one that the command `load` brings."""
+    file = vm.run_directory / "device.json"
+    try:
+        file.write_bytes(vm.description.device.to_json())
+    except OSError as error:
+        raise EnvironmentProblem(f"cannot write {file}: {error.strerror}") from error
+    options: dict[str, object] = {
+        "--description": file,
+        "--socket": vm.paths.vfio,
+        "--control": vm.paths.control,
+        "--libvfio-user": vm.programs.libvfio_user,
+        "--restore": state,
+        "--files": files,
+        "--audit": vm.audit and vm.audit.absolute(),
+        "--capture": vm.capture and vm.capture.absolute(),
+        "--external": vm.external if vm.capture else None,
+    }
+    arguments = [sys.executable, "-m", "vmbus.server", *(["--await-state"] if awaiting else [])]
+    for name, value in options.items():
+        arguments += [] if value is None else [name, str(value)]
+    inherited = os.environ.get("PYTHONPATH")
+    environment = {"PYTHONPATH": f"{_IMPORT_ROOT}:{inherited}" if inherited else _IMPORT_ROOT}
+    if vm.clone:
+        environment[CLONE_VARIABLE] = str(vm.run_directory.room("disks"))
+    vm.server = await Child.spawn(
+        f"the device server of VM {vm.name!r}",
+        arguments,
+        vm.run_directory / "server.log",
+        environment=environment,
+        capture_stdout=True,
+    )
+    await vm.server.guard(_listening(vm, vm.server), "the device server to listen", START_TIMEOUT)
+    return vm.server
+
+
+async def _listening(vm: Instance, server: Child) -> None:
+    """Reads the server's standard output up to its word that it listens; the rest goes to its log."""
+    output = server.process.stdout
+    assert output is not None
+    while line := await output.readline():
+        message = decode_line(line)
+        if message is not None and message.get("event") == "listening":
+            vm.background(_drain(output, server.log))
+            return
+        with contextlib.suppress(OSError), server.log.open("ab") as log:  # a full disk loses the log, no more
+            log.write(line)
+    await server.exited  # it closed its output: the guard around us reports how it ended
+    raise EnvironmentProblem("the device server ended before it listened")
+
+
+async def _drain(stream: StreamReader, log: Path) -> None:
+    """Moves what a process still prints into its log."""
+    with log.open("ab", buffering=0) as file:
+        while data := await stream.read(65536):
+            with contextlib.suppress(OSError):
+                file.write(data)
+
+
+async def start_qemu(vm: Instance, *, incoming: bool) -> None:
+    """QEMU, when its monitor answers."""
+    # The monitor's socket is made here and handed over, so that there is never a moment at which it is not there
+    # yet: we connect at once, and if QEMU dies the connection breaks at once.
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    try:
+        listener.bind(str(vm.paths.qmp))
+        vm.paths.qmp.chmod(0o600)
+        listener.listen(1)
+        vm.paths.console_log.unlink(missing_ok=True)  # of an earlier start: QEMU appends
+        arguments = qemu_arguments(
+            vm.description,
+            vm.programs,
+            vm.run_directory.path,
+            qmp=f"socket,id=qmp,fd={listener.fileno()},server=on,wait=off",
+            incoming=incoming,
+            audit=vm.audit is not None,
+            spare_cpus=vm.machine.spare_cpus,
+            machine_type=vm.machine.type,
+            generation_id=vm.machine.generation_id,
+        )
+        vm.qemu = await Child.spawn(
+            f"QEMU of VM {vm.name!r}", arguments, vm.run_directory / "qemu.log", pass_fds=[listener.fileno()]
+        )
+        vm.qemu.witness = ("the guest's console", vm.paths.console_log)
+    finally:
+        listener.close()
+    await vm.guard(vm.monitor.connect(vm.paths.qmp, START_TIMEOUT), "QEMU to start", START_TIMEOUT)
