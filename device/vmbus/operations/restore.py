@@ -155,7 +155,8 @@ async def _rebuild(
             writes = await vm.put_back(snapshot.pci_config)
     with phases("device"):
         await at(Moment.PACKET_RESTORE)
-        finished = await vm.control.call("restore-finish", timeout=FINISH_TIMEOUT)
+        work = vm.control.call("restore-finish", timeout=FINISH_TIMEOUT + 1)
+        finished = await vm.guard(work, "the device server to rebuild its channels", FINISH_TIMEOUT)
     with phases("cont"):
         await at(Moment.BEFORE_CONT)
         # QEMU would let them run without a device, and the death of the server may be noticed a moment later only.
