@@ -32,6 +32,11 @@ class BusState(msgspec.Struct, frozen=True):
     partial: Annotated[list[PartialState], msgspec.Meta(max_length=MAX_IN_PROGRESS)]
     structure_version: StructVersion = 1
 
+    @property
+    def open_channels(self) -> int:
+        """How many channels are open."""
+        return sum(offer.open is not None for offer in self.offers)
+
 
 NOTHING = BusState(connected=False, version=0, offers_requested=False, offers=[], gpadls=[], partial=[])
 """Without a connection."""

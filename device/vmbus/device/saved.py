@@ -235,11 +235,6 @@ def count_packets(state: DeviceState) -> Counts:
     return Counts.total(record.decoded.counts for record in state.channels)
 
 
-def count_open(state: DeviceState) -> int:
-    """How many channels of a state are open."""
-    return sum(offer.open is not None for offer in state.bus.offers)
-
-
 # ---- save ----------------------------------------------------------------------------------------------------------
 
 

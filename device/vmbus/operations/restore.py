@@ -175,4 +175,4 @@ async def _let_run_what_qemu_restored(vm: VirtualMachine, snapshot: Snapshot, ph
         await require_running(vm.control)
     state = saved.decode(await asyncio.to_thread(snapshot.state.read_bytes))
     packets = msgspec.structs.asdict(snapshot.manifest.packets)
-    return {"packets": packets, "channels": saved.count_open(state), "pci_writes": 0}
+    return {"packets": packets, "channels": state.bus.open_channels, "pci_writes": 0}

@@ -238,7 +238,7 @@ class _Revert:
                     if in_stream:
                         await require_running(self._control)
             if in_stream:
-                loaded = {"channels": saved.count_open(saved.decode(self._store.verify_state(record)))}
+                loaded = {"channels": saved.decode(self._store.verify_state(record)).bus.open_channels}
                 finished = {"packets": msgspec.structs.asdict(record.packets)}
         except RevertFailed:
             raise

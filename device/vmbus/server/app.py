@@ -942,7 +942,7 @@ class DeviceServer:
             await in_turns(self._change_life(state, wanted, before, taken))
         return {
             "packets": {"queued": counts.queued, "sent": counts.sent},
-            "channels": sum(offer.open is not None for offer in state.bus.offers),
+            "channels": state.bus.open_channels,
             "seconds": time.monotonic() - started,
         }
 

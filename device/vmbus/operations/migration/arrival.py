@@ -129,7 +129,7 @@ class Arrival:
         """Rebuilds the channels: the packets, and the number of channels. Providers do nothing yet."""
         if self._in_stream is not None:
             await require_complete(self.vm.control)
-            return _packets_in(self._in_stream), saved.count_open(self._in_stream)
+            return _packets_in(self._in_stream), self._in_stream.bus.open_channels
         found = await self.vm.control.call("restore-finish", LOAD_TIMEOUT, frozen=True)
         return packets_found(found), int(found.get("channels", 0))
 
