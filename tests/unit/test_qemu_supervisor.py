@@ -122,157 +122,130 @@ async def supervised(vm: DummyVm, notices: list[str] | None = None) -> AsyncIter
         await asyncio.gather(task, return_exceptions=True)
 
 
-def test_status_and_agent_requests() -> None:
-    async def body() -> None:
-        vm = DummyVm()
-        async with supervised(vm):
-            assert find_vm(None) == "demo"
-            assert (await ask("demo", "status", timeout=10))["qemu"] == "11.1.3"
-            found = await ask("demo", "agent", {"command": "echo", "arguments": {"data": 1}}, timeout=10)
-            assert found == {"command": "echo", "arguments": {"data": 1}}
-            wish = {"provider": "services", "command": "kvp-get", "arguments": {"key": "a"}, "seconds": 3.0}
-            found = await ask("demo", "provider", wish, timeout=10)
-            assert found == {"provider": "services", "command": "kvp-get", "arguments": {"key": "a"}, "timeout": 3.0}
-
-    asyncio.run(body())
+async def test_status_and_agent_requests() -> None:
+    vm = DummyVm()
+    async with supervised(vm):
+        assert find_vm(None) == "demo"
+        assert (await ask("demo", "status", timeout=10))["qemu"] == "11.1.3"
+        found = await ask("demo", "agent", {"command": "echo", "arguments": {"data": 1}}, timeout=10)
+        assert found == {"command": "echo", "arguments": {"data": 1}}
+        wish = {"provider": "services", "command": "kvp-get", "arguments": {"key": "a"}, "seconds": 3.0}
+        found = await ask("demo", "provider", wish, timeout=10)
+        assert found == {"provider": "services", "command": "kvp-get", "arguments": {"key": "a"}, "timeout": 3.0}
 
 
-def test_a_save_ends_the_vm_unless_it_is_kept() -> None:
-    async def body() -> None:
-        vm, notices, steps = DummyVm(), [], []
-        async with supervised(vm, notices) as task:
-            kept = await ask("demo", "save", {"directory": "/a", "keep": True}, timeout=10, progress=steps.append)
-            assert kept["directory"] == "/a" and not vm.ended
-            await ask("demo", "save", {"directory": "/b", "live": True}, timeout=10)
-            assert await asyncio.wait_for(task, 10) == "saved to /b"
-        assert vm.ended
-        assert [save["live"] for save in vm.saves] == [False, True]
-        assert steps == ["ram"]
-        assert notices == ["saving to /a ...", "saved to /a", "saving to /b ...", "saved to /b"]
-
-    asyncio.run(body())
+async def test_a_save_ends_the_vm_unless_it_is_kept() -> None:
+    vm, notices, steps = DummyVm(), [], []
+    async with supervised(vm, notices) as task:
+        kept = await ask("demo", "save", {"directory": "/a", "keep": True}, timeout=10, progress=steps.append)
+        assert kept["directory"] == "/a" and not vm.ended
+        await ask("demo", "save", {"directory": "/b", "live": True}, timeout=10)
+        assert await asyncio.wait_for(task, 10) == "saved to /b"
+    assert vm.ended
+    assert [save["live"] for save in vm.saves] == [False, True]
+    assert steps == ["ram"]
+    assert notices == ["saving to /a ...", "saved to /a", "saving to /b ...", "saved to /b"]
 
 
-def test_a_failed_save_tells_both_sides_and_keeps_the_vm() -> None:
-    async def body() -> None:
-        vm, notices = DummyVm(), []
-        vm.save_error = SaveFailed("save failed: disk full; the VM runs on", source_alive=True)
-        async with supervised(vm, notices):
-            with pytest.raises(VmbusError, match="disk full; the VM runs on"):
-                await ask("demo", "save", {"directory": "/a"}, timeout=10)
-            assert not vm.ended
-            assert notices[-1] == "save failed: disk full; the VM runs on"
-
-    asyncio.run(body())
+async def test_a_failed_save_tells_both_sides_and_keeps_the_vm() -> None:
+    vm, notices = DummyVm(), []
+    vm.save_error = SaveFailed("save failed: disk full; the VM runs on", source_alive=True)
+    async with supervised(vm, notices):
+        with pytest.raises(VmbusError, match="disk full; the VM runs on"):
+            await ask("demo", "save", {"directory": "/a"}, timeout=10)
+        assert not vm.ended
+        assert notices[-1] == "save failed: disk full; the VM runs on"
 
 
-def test_a_migration_ends_the_vm_here(tmp_path: Path) -> None:
+async def test_a_migration_ends_the_vm_here(tmp_path: Path) -> None:
     secret = tmp_path / "secret"
     secret.touch(mode=0o600)
     secret.write_bytes(bytes(range(32)))
     arguments = {"address": "tcp:there:1", "secret_file": str(secret), "multifd": 2}
 
-    async def body() -> None:
-        vm, notices = DummyVm(), []
-        async with supervised(vm, notices) as task:
-            vm.migrate_error = MigrateFailed("migration failed: link cut; the VM runs on", source_alive=True)
-            with pytest.raises(VmbusError, match="link cut; the VM runs on"):
-                await ask("demo", "migrate", arguments, timeout=10)
-            assert not vm.ended
-            vm.migrate_error = None
-            report = await ask("demo", "migrate", arguments, timeout=10)
-            assert report["downtime"] == 0.2
-            assert await asyncio.wait_for(task, 10) == "migrated to tcp:there:1"
-        assert vm.migrations == [
-            {
-                "address": "tcp:there:1",
-                "secret": bytes(range(32)),
-                "multifd": 2,
-                "timeout": None,
-                "downtime_limit": None,
-                "bandwidth": None,
-            }
-        ]
-        assert notices[:2] == ["migrating to tcp:there:1 ...", "migration failed: link cut; the VM runs on"]
-
-    asyncio.run(body())
+    vm, notices = DummyVm(), []
+    async with supervised(vm, notices) as task:
+        vm.migrate_error = MigrateFailed("migration failed: link cut; the VM runs on", source_alive=True)
+        with pytest.raises(VmbusError, match="link cut; the VM runs on"):
+            await ask("demo", "migrate", arguments, timeout=10)
+        assert not vm.ended
+        vm.migrate_error = None
+        report = await ask("demo", "migrate", arguments, timeout=10)
+        assert report["downtime"] == 0.2
+        assert await asyncio.wait_for(task, 10) == "migrated to tcp:there:1"
+    assert vm.migrations == [
+        {
+            "address": "tcp:there:1",
+            "secret": bytes(range(32)),
+            "multifd": 2,
+            "timeout": None,
+            "downtime_limit": None,
+            "bandwidth": None,
+        }
+    ]
+    assert notices[:2] == ["migrating to tcp:there:1 ...", "migration failed: link cut; the VM runs on"]
 
 
 @pytest.mark.parametrize("choice", [True, False])
-def test_a_migration_in_doubt_waits_for_a_decision(choice: bool) -> None:
-    async def body() -> None:
-        vm = DummyVm()
-        async with supervised(vm) as task:
-            assert await ask("demo", "resolve", {"run": choice}, timeout=10) == {"runs": choice}
-            assert vm.resolved == [choice]
-            if choice:
-                assert (await ask("demo", "status", timeout=10))["running"]
-            else:
-                assert "runs at its migration's destination" in await asyncio.wait_for(task, 10)
-
-    asyncio.run(body())
-
-
-def test_hanging_up_interrupts_a_save() -> None:
-    async def body() -> None:
-        vm = DummyVm()
-        vm.hold_save = True
-        async with supervised(vm):
-            asking = asyncio.create_task(ask("demo", "save", {"directory": "/a"}, timeout=10))
-            await vm.saving.wait()
-            asking.cancel()
-            await asyncio.gather(asking, return_exceptions=True)
-            while not vm.save_interrupted:  # noqa: ASYNC110 - bounded by the test's own limit
-                await asyncio.sleep(0.001)
-            assert not vm.ended
+async def test_a_migration_in_doubt_waits_for_a_decision(choice: bool) -> None:
+    vm = DummyVm()
+    async with supervised(vm) as task:
+        assert await ask("demo", "resolve", {"run": choice}, timeout=10) == {"runs": choice}
+        assert vm.resolved == [choice]
+        if choice:
             assert (await ask("demo", "status", timeout=10))["running"]
-
-    asyncio.run(body())
-
-
-def test_the_vms_own_end() -> None:
-    async def body() -> None:
-        vm = DummyVm()
-        async with supervised(vm) as task:
-            vm.end.set_result("the guest powered off")
-            assert await asyncio.wait_for(task, 10) == "the guest powered off"
-        vm = DummyVm()
-        async with supervised(vm) as task:
-            vm.end.set_exception(ProcessDied("QEMU was killed by SIGKILL"))
-            with pytest.raises(ProcessDied, match="SIGKILL"):
-                await asyncio.wait_for(task, 10)
-        assert vm.ended
-
-    asyncio.run(body())
+        else:
+            assert "runs at its migration's destination" in await asyncio.wait_for(task, 10)
 
 
-def test_stop_and_nonsense() -> None:
-    async def body() -> None:
-        vm = DummyVm()
-        async with supervised(vm) as task:
-            with pytest.raises(VmbusError, match="has no command 'fly'"):
-                await ask("demo", "fly", timeout=10)
-            with pytest.raises(VmbusError, match="directory"):
-                await ask("demo", "save", {}, timeout=10)
-            for garbage in (b"garbage\n", b"\xff\n", b"\n"):
-                reader, writer = await asyncio.open_unix_connection(str(vm.paths.supervisor))
-                writer.write(garbage)
-                assert b'"error"' in await reader.readline()
-                writer.close()
-            await ask("demo", "stop", timeout=10)
-            assert await asyncio.wait_for(task, 10) == "stopped on request"
-
-    asyncio.run(body())
+async def test_hanging_up_interrupts_a_save() -> None:
+    vm = DummyVm()
+    vm.hold_save = True
+    async with supervised(vm):
+        asking = asyncio.create_task(ask("demo", "save", {"directory": "/a"}, timeout=10))
+        await vm.saving.wait()
+        asking.cancel()
+        await asyncio.gather(asking, return_exceptions=True)
+        while not vm.save_interrupted:  # noqa: ASYNC110 - bounded by the test's own limit
+            await asyncio.sleep(0.001)
+        assert not vm.ended
+        assert (await ask("demo", "status", timeout=10))["running"]
 
 
-def test_cancelling_the_owner_tears_the_vm_down() -> None:
-    async def body() -> None:
-        vm = DummyVm()
-        async with supervised(vm):
-            pass
-        assert vm.ended
+async def test_the_vms_own_end() -> None:
+    vm = DummyVm()
+    async with supervised(vm) as task:
+        vm.end.set_result("the guest powered off")
+        assert await asyncio.wait_for(task, 10) == "the guest powered off"
+    vm = DummyVm()
+    async with supervised(vm) as task:
+        vm.end.set_exception(ProcessDied("QEMU was killed by SIGKILL"))
+        with pytest.raises(ProcessDied, match="SIGKILL"):
+            await asyncio.wait_for(task, 10)
+    assert vm.ended
 
-    asyncio.run(body())
+
+async def test_stop_and_nonsense() -> None:
+    vm = DummyVm()
+    async with supervised(vm) as task:
+        with pytest.raises(VmbusError, match="has no command 'fly'"):
+            await ask("demo", "fly", timeout=10)
+        with pytest.raises(VmbusError, match="directory"):
+            await ask("demo", "save", {}, timeout=10)
+        for garbage in (b"garbage\n", b"\xff\n", b"\n"):
+            reader, writer = await asyncio.open_unix_connection(str(vm.paths.supervisor))
+            writer.write(garbage)
+            assert b'"error"' in await reader.readline()
+            writer.close()
+        await ask("demo", "stop", timeout=10)
+        assert await asyncio.wait_for(task, 10) == "stopped on request"
+
+
+async def test_cancelling_the_owner_tears_the_vm_down() -> None:
+    vm = DummyVm()
+    async with supervised(vm):
+        pass
+    assert vm.ended
 
 
 def test_choosing_a_vm() -> None:
@@ -352,49 +325,43 @@ class WithCheckpoints(DummyVm):
         return []
 
 
-def test_checkpoints_and_reverts_over_the_supervisors_socket() -> None:
-    async def body() -> None:
-        vm = WithCheckpoints()
-        async with supervised(vm) as running:
-            steps: list[str] = []
-            taken = await ask("demo", "checkpoint", {"tag": "a"}, timeout=10, progress=steps.append)
-            assert taken["packets"] == {"queued": 1, "sent": 2} and steps == ["ram"]
-            assert (await ask("demo", "revert", {"tag": "a", "directory": "/x"}, timeout=10))["channels"] == 2
-            assert await ask("demo", "checkpoints", {"directory": None}, timeout=10) == {"checkpoints": []}
-            assert await ask("demo", "delete-checkpoint", {"tag": "a"}, timeout=10) == {}
-            for wrong in ({}, {"tag": 7}, {"tag": "a", "more": 1}):
-                with pytest.raises(VmbusError):
-                    await ask("demo", "revert", wrong, timeout=10)
-            with pytest.raises(VmbusError, match="no checkpoint 'none'"):
-                await ask("demo", "revert", {"tag": "none"}, timeout=10)
-            assert not running.done(), "a refusal is not the end"
-            with pytest.raises(VmbusError, match="half way back"):
-                await ask("demo", "revert", {"tag": "half"}, timeout=10)
-            assert await running == "half way back"
-        assert vm.asked[:4] == [
-            ("checkpoint", "a", None),
-            ("revert", "a", Path("/x")),
-            ("list", None),
-            ("delete", "a", None),
-        ]
-
-    asyncio.run(body())
+async def test_checkpoints_and_reverts_over_the_supervisors_socket() -> None:
+    vm = WithCheckpoints()
+    async with supervised(vm) as running:
+        steps: list[str] = []
+        taken = await ask("demo", "checkpoint", {"tag": "a"}, timeout=10, progress=steps.append)
+        assert taken["packets"] == {"queued": 1, "sent": 2} and steps == ["ram"]
+        assert (await ask("demo", "revert", {"tag": "a", "directory": "/x"}, timeout=10))["channels"] == 2
+        assert await ask("demo", "checkpoints", {"directory": None}, timeout=10) == {"checkpoints": []}
+        assert await ask("demo", "delete-checkpoint", {"tag": "a"}, timeout=10) == {}
+        for wrong in ({}, {"tag": 7}, {"tag": "a", "more": 1}):
+            with pytest.raises(VmbusError):
+                await ask("demo", "revert", wrong, timeout=10)
+        with pytest.raises(VmbusError, match="no checkpoint 'none'"):
+            await ask("demo", "revert", {"tag": "none"}, timeout=10)
+        assert not running.done(), "a refusal is not the end"
+        with pytest.raises(VmbusError, match="half way back"):
+            await ask("demo", "revert", {"tag": "half"}, timeout=10)
+        assert await running == "half way back"
+    assert vm.asked[:4] == [
+        ("checkpoint", "a", None),
+        ("revert", "a", Path("/x")),
+        ("list", None),
+        ("delete", "a", None),
+    ]
 
 
 @pytest.mark.parametrize(
     "error", [StateError("damaged"), SaveFailed("full", source_alive=True, code=Code.DISK_FULL), WaitTimeout("it", 3)]
 )
-def test_an_error_keeps_its_kind_and_code_over_the_socket(error: VmbusError) -> None:
-    async def body() -> None:
-        vm = DummyVm()
-        vm.save_error = error
-        async with supervised(vm):
-            with pytest.raises(ReportedError) as caught:
-                await ask("demo", "save", {"directory": "/x"}, timeout=10)
-        told = caught.value
-        assert (str(told), told.kind, told.code, told.status) == (str(error), error.kind, error.code, error.status)
-
-    asyncio.run(body())
+async def test_an_error_keeps_its_kind_and_code_over_the_socket(error: VmbusError) -> None:
+    vm = DummyVm()
+    vm.save_error = error
+    async with supervised(vm):
+        with pytest.raises(ReportedError) as caught:
+            await ask("demo", "save", {"directory": "/x"}, timeout=10)
+    told = caught.value
+    assert (str(told), told.kind, told.code, told.status) == (str(error), error.kind, error.code, error.status)
 
 
 # ---- what the owner's terminal hears ---------------------------------------------------------------------------------

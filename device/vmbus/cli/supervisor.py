@@ -12,7 +12,7 @@ import asyncio
 import contextlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from vmbus.observe.audit.guest import collect_audit
 from vmbus.operations.machine import VirtualMachine
 from vmbus.operations.migration.channel import read_secret
 from vmbus.vm.run_directory import running_vms, runtime_base
+from vmbus.vm.timing import Progress
 
 SOCKET = "supervisor.sock"
 
@@ -50,6 +51,10 @@ class _Answer(msgspec.Struct):
     error: _Error | None = None
 
 
+class _None(msgspec.Struct):
+    """The arguments of a command that has none."""
+
+
 class _SaveArguments(msgspec.Struct, forbid_unknown_fields=True):
     directory: str
     live: bool = False
@@ -71,10 +76,9 @@ class _ResolveArguments(msgspec.Struct, forbid_unknown_fields=True):
     run: bool | None
 
 
-class _CheckpointArguments(msgspec.Struct, forbid_unknown_fields=True):
+class _CheckpointsArguments(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     """`directory`: None for the checkpoints that end with the VM."""
 
-    tag: str
     directory: str | None = None
 
     @property
@@ -82,8 +86,8 @@ class _CheckpointArguments(msgspec.Struct, forbid_unknown_fields=True):
         return None if self.directory is None else Path(self.directory)
 
 
-class _CheckpointsArguments(msgspec.Struct, forbid_unknown_fields=True):
-    directory: str | None = None
+class _CheckpointArguments(_CheckpointsArguments, forbid_unknown_fields=True, kw_only=True):
+    tag: str
 
 
 class _AgentArguments(msgspec.Struct, forbid_unknown_fields=True):
@@ -103,7 +107,7 @@ class _Begun:
     """The progress of a request, of which the owner's terminal hears once its first phase begins: what was refused is
     told to whoever asked alone."""
 
-    def __init__(self, notice: Callable[[str], None], progress: Callable[[str], None], text: str = "") -> None:
+    def __init__(self, notice: Callable[[str], None], progress: Progress, text: str = "") -> None:
         self._notice = notice
         self._progress = progress
         self._text = text
@@ -118,7 +122,7 @@ class _Begun:
 
     def failed(self, text: str) -> None:
         """It came to nothing."""
-        if self._begun:
+        if self._begun and text:
             self._notice(text)
 
 
@@ -134,6 +138,20 @@ class Supervisor:
         vm.on_notice = self._on_notice
         self._finished: asyncio.Future[str] | None = None
         self._connections: set[asyncio.Task[None]] = set()
+        self._commands: dict[str, tuple[type[msgspec.Struct], Callable[[Any, Progress], Awaitable[Any]]]] = {
+            "status": (_None, self._status),
+            "save": (_SaveArguments, self._save),
+            "migrate": (_MigrateArguments, self._migrate),
+            "resolve": (_ResolveArguments, self._resolve),
+            "checkpoint": (_CheckpointArguments, self._checkpoint),
+            "checkpoints": (_CheckpointsArguments, self._checkpoints),
+            "delete-checkpoint": (_CheckpointArguments, self._delete_checkpoint),
+            "revert": (_CheckpointArguments, self._revert),
+            "agent": (_AgentArguments, self._agent),
+            "audit": (_None, self._audit),
+            "provider": (_ProviderArguments, self._provider),
+            "stop": (_None, self._stop),
+        }
 
     async def run(self) -> str:
         """Serves until the VM ends, ends the VM's processes, and says why: powered off, saved, or stopped.
@@ -209,8 +227,8 @@ class Supervisor:
             send({"result": result})
         except (VmbusError, msgspec.MsgspecError) as error:  # the latter of a command's arguments
             refused = error if isinstance(error, VmbusError) else UsageError(*error.args)
-            told = _Error(str(refused), refused.kind, code_of(refused), refused.status)
-            send({"error": msgspec.to_builtins(told)})
+            reported = _Error(str(refused), refused.kind, code_of(refused), refused.status)
+            send({"error": msgspec.to_builtins(reported)})
             if isinstance(error, VmbusError) and self.vm.ended:
                 after = str(error)
         finally:
@@ -220,86 +238,97 @@ class Supervisor:
             if after is not None:
                 self.finish(after)
 
-    async def _perform(self, request: _Request, progress: Callable[[str], None]) -> tuple[dict[str, Any], str | None]:
+    async def _perform(self, request: _Request, progress: Progress) -> tuple[dict[str, Any], str | None]:
         """The result of a request, and the reason for the VM's end if it is to end now."""
-        vm = self.vm
-        match request.command:
-            case "status":
-                status = {
-                    "name": vm.name,
-                    "pid": os.getpid(),
-                    "running": await vm.guard(vm.monitor.running(), "QEMU's run state", 30.0),
-                    "qemu": vm.programs.qemu_version,
-                    "accelerator": vm.programs.accelerator,
-                }
-                return status, None
-            case "save":
-                arguments = msgspec.convert(request.arguments, _SaveArguments)
-                begun = _Begun(self._on_notice, progress, f"saving to {arguments.directory} ...")
-                try:
-                    report = await vm.save(
-                        Path(arguments.directory), live=arguments.live, keep=arguments.keep, progress=begun
-                    )
-                except BaseException as error:
-                    begun.failed(str(error) or "the save was interrupted")
-                    raise
-                self._on_notice(f"saved to {report.directory}")
-                return msgspec.to_builtins(report), None if arguments.keep else f"saved to {report.directory}"
-            case "checkpoint" | "revert" | "delete-checkpoint":
-                where = msgspec.convert(request.arguments, _CheckpointArguments)
-                return await self._go_to(request.command, where, progress), None
-            case "checkpoints":
-                listed = msgspec.convert(request.arguments, _CheckpointsArguments).directory
-                found = vm.checkpoints(directory=None if listed is None else Path(listed))
-                return {"checkpoints": msgspec.to_builtins(found)}, None
-            case "migrate":
-                return await self._migrate(msgspec.convert(request.arguments, _MigrateArguments), progress)
-            case "resolve":
-                choice = msgspec.convert(request.arguments, _ResolveArguments)
-                await vm.resolve(run=choice.run)
-                return {"runs": not vm.ended}, (
-                    "ended here, since it runs at its migration's destination" if vm.ended else None
-                )
-            case "agent":
-                call = msgspec.convert(request.arguments, _AgentArguments)
-                work = vm.agent.request(call.command, call.arguments, timeout=call.timeout)
-                return await vm.guard(work, f"the agent's answer to {call.command!r}", call.timeout + 1), None
-            case "audit":
-                if vm.audit is None:
-                    raise UsageError(f"VM {vm.name!r} keeps no audit records: start it with --audit DIR")
-                files = await collect_audit(vm)
-                server = await vm.call_server("audit")
-                return {"directory": str(vm.audit), "files": len(files), "uid": server["uid"]}, None
-            case "provider":
-                wish = msgspec.convert(request.arguments, _ProviderArguments)
-                return await vm.command_provider(
-                    wish.provider, wish.command, wish.arguments, timeout=wish.seconds
-                ), None
-            case "stop":
-                return {}, "stopped on request"
-        raise UsageError(
-            f"a VM's supervisor has no command {request.command!r}; it has status, save, migrate, resolve, "
-            "checkpoint, checkpoints, delete-checkpoint, revert, agent, audit, provider, stop"
-        )
+        command = self._commands.get(request.command)
+        if command is None:
+            raise UsageError(
+                f"a VM's supervisor has no command {request.command!r}; it has {', '.join(self._commands)}"
+            )
+        arguments, perform = command
+        result = await perform(msgspec.convert(request.arguments, arguments), progress)
+        return result if isinstance(result, tuple) else (result, None)
 
-    async def _go_to(
-        self, command: str, where: _CheckpointArguments, progress: Callable[[str], None]
-    ) -> dict[str, Any]:
-        begun = _Begun(self._on_notice, progress)
+    @contextlib.contextmanager
+    def _announced(self, progress: Progress, text: str = "", interrupted: str = "") -> Iterator[_Begun]:
+        """The owner's terminal is told that something has begun, and if it comes to nothing."""
+        begun = _Begun(self._on_notice, progress, text)
         try:
-            if command == "checkpoint":
-                taken = await self.vm.checkpoint(where.tag, directory=where.path, progress=begun)
-                self._on_notice(f"checkpoint {where.tag!r} taken")
-                return dict(msgspec.to_builtins(taken))
-            if command == "revert":
-                report = await self.vm.revert(where.tag, directory=where.path, progress=begun)
-                self._on_notice(f"taken back to checkpoint {where.tag!r}{self._clock_ahead()}")
-                return dict(msgspec.to_builtins(report))
-            await self.vm.delete_checkpoint(where.tag, directory=where.path)
-            return {}
-        except VmbusError as error:
-            begun.failed(str(error))
+            yield begun
+        except BaseException as error:
+            begun.failed(str(error) or interrupted)
             raise
+
+    async def _status(self, _: _None, progress: Progress) -> dict[str, Any]:
+        vm = self.vm
+        return {
+            "name": vm.name,
+            "pid": os.getpid(),
+            "running": await vm.guard(vm.monitor.running(), "QEMU's run state", 30.0),
+            "qemu": vm.programs.qemu_version,
+            "accelerator": vm.programs.accelerator,
+        }
+
+    async def _save(self, wish: _SaveArguments, progress: Progress) -> tuple[dict[str, Any], str | None]:
+        with self._announced(progress, f"saving to {wish.directory} ...", "the save was interrupted") as begun:
+            report = await self.vm.save(Path(wish.directory), live=wish.live, keep=wish.keep, progress=begun)
+        self._on_notice(f"saved to {report.directory}")
+        return msgspec.to_builtins(report), None if wish.keep else f"saved to {report.directory}"
+
+    async def _migrate(self, wish: _MigrateArguments, progress: Progress) -> tuple[dict[str, Any], str]:
+        with self._announced(progress, f"migrating to {wish.address} ...", "the migration was interrupted") as begun:
+            report = await self.vm.migrate(
+                wish.address,
+                read_secret(Path(wish.secret_file)),
+                multifd=wish.multifd,
+                timeout=wish.timeout,
+                downtime_limit=wish.downtime_limit,
+                bandwidth=wish.bandwidth,
+                progress=begun,
+            )
+        return msgspec.to_builtins(report), f"migrated to {report.address}"
+
+    async def _resolve(self, choice: _ResolveArguments, progress: Progress) -> tuple[dict[str, Any], str | None]:
+        await self.vm.resolve(run=choice.run)
+        ended = self.vm.ended
+        return {"runs": not ended}, "ended here, since it runs at its migration's destination" if ended else None
+
+    async def _checkpoint(self, where: _CheckpointArguments, progress: Progress) -> dict[str, Any]:
+        with self._announced(progress) as begun:
+            taken = await self.vm.checkpoint(where.tag, directory=where.path, progress=begun)
+        self._on_notice(f"checkpoint {where.tag!r} taken")
+        return dict(msgspec.to_builtins(taken))
+
+    async def _revert(self, where: _CheckpointArguments, progress: Progress) -> dict[str, Any]:
+        with self._announced(progress) as begun:
+            report = await self.vm.revert(where.tag, directory=where.path, progress=begun)
+        self._on_notice(f"taken back to checkpoint {where.tag!r}{self._clock_ahead()}")
+        return dict(msgspec.to_builtins(report))
+
+    async def _checkpoints(self, wish: _CheckpointsArguments, progress: Progress) -> dict[str, Any]:
+        return {"checkpoints": msgspec.to_builtins(self.vm.checkpoints(directory=wish.path))}
+
+    async def _delete_checkpoint(self, where: _CheckpointArguments, progress: Progress) -> dict[str, Any]:
+        await self.vm.delete_checkpoint(where.tag, directory=where.path)
+        return {}
+
+    async def _agent(self, call: _AgentArguments, progress: Progress) -> dict[str, Any]:
+        work = self.vm.agent.request(call.command, call.arguments, timeout=call.timeout)
+        return await self.vm.guard(work, f"the agent's answer to {call.command!r}", call.timeout + 1)
+
+    async def _audit(self, _: _None, progress: Progress) -> dict[str, Any]:
+        vm = self.vm
+        if vm.audit is None:
+            raise UsageError(f"VM {vm.name!r} keeps no audit records: start it with --audit DIR")
+        files = await collect_audit(vm)
+        server = await vm.call_server("audit")
+        return {"directory": str(vm.audit), "files": len(files), "uid": server["uid"]}
+
+    async def _provider(self, wish: _ProviderArguments, progress: Progress) -> dict[str, Any]:
+        return await self.vm.command_provider(wish.provider, wish.command, wish.arguments, timeout=wish.seconds)
+
+    async def _stop(self, _: _None, progress: Progress) -> tuple[dict[str, Any], str]:
+        return {}, "stopped on request"
 
     def _clock_ahead(self) -> str:
         """Why the guest's kernel may complain right behind this line."""
@@ -309,25 +338,6 @@ class Supervisor:
             "; its clock is ahead by the time since then, which its kernel may take for a soft lockup: it is none "
             "(docs/checkpoints.md)"
         )
-
-    async def _migrate(
-        self, arguments: _MigrateArguments, progress: Callable[[str], None]
-    ) -> tuple[dict[str, Any], str | None]:
-        begun = _Begun(self._on_notice, progress, f"migrating to {arguments.address} ...")
-        try:
-            report = await self.vm.migrate(
-                arguments.address,
-                read_secret(Path(arguments.secret_file)),
-                multifd=arguments.multifd,
-                timeout=arguments.timeout,
-                downtime_limit=arguments.downtime_limit,
-                bandwidth=arguments.bandwidth,
-                progress=begun,
-            )
-        except BaseException as error:
-            begun.failed(str(error) or "the migration was interrupted")
-            raise
-        return msgspec.to_builtins(report), f"migrated to {report.address}"
 
 
 def decode_request(line: bytes) -> _Request:
@@ -386,8 +396,8 @@ async def ask(
                 writer.write(json.dumps({"command": command, "arguments": arguments or {}}).encode() + b"\n")
                 while line := await reader.readline():
                     answer = decode_answer(line)
-                    if (told := answer.error) is not None:
-                        raise ReportedError(told.message, told.kind, told.code, told.status)
+                    if (error := answer.error) is not None:
+                        raise ReportedError(error.message, error.kind, error.code, error.status)
                     if answer.result is not None:
                         return answer.result
                     if progress is not None and answer.progress is not None:
