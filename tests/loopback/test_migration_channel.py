@@ -28,7 +28,7 @@ from vmbus.operations.migration.channel import (
     listen,
     read_secret,
 )
-from vmbus.operations.migration.link import Link, PeerFailed
+from vmbus.operations.migration.link import Link, PeerFailed, Silence
 from vmbus.operations.migration.messages import Again, Failed, Go, Ping, Running, Sent, decode, encode
 
 pytestmark = pytest.mark.loopback
@@ -473,6 +473,21 @@ def test_fault_m4_a_peer_that_says_ping_and_reads_nothing_is_gone_in_time() -> N
                 assert link.failure.done()
             pings.cancel()
             await asyncio.gather(pings, return_exceptions=True)
+
+    run(body())
+
+
+@pytest.mark.parametrize(("chosen", "seconds"), [(None, 0.6), (0.3, 0.3)])
+def test_how_long_the_other_side_may_be_silent_follows_the_machine(
+    monkeypatch: pytest.MonkeyPatch, chosen: float | None, seconds: float
+) -> None:
+    monkeypatch.setenv("VMBUS_PATIENCE", "3")
+    monkeypatch.setattr("vmbus.operations.migration.link.SILENCE", 0.2)
+
+    async def body() -> None:
+        async with ends(TcpAddress("127.0.0.1", 0)) as both, Link(both.client, silence=chosen) as link:
+            error = await asyncio.wait_for(link.failure, 10)
+            assert isinstance(error, Silence) and f"for {seconds:g} s" in str(error)
 
     run(body())
 

@@ -16,7 +16,6 @@ from vmbus.operations.migration.address import parse_address
 from vmbus.operations.migration.arrival import Arrival
 from vmbus.operations.migration.channel import Listener
 from vmbus.operations.migration.destination import GO_TIMEOUT, Destination
-from vmbus.operations.migration.link import SILENCE
 from vmbus.operations.migration.messages import Prepare
 from vmbus.operations.migration.report import MigrationReport
 from vmbus.operations.migration.source import ASK_TIMEOUT, Source
@@ -46,7 +45,7 @@ async def migrate(
     bandwidth: int | None = None,
     progress: Progress | None = None,
     at: Hook = no_hook,
-    silence: float = SILENCE,
+    silence: float | None = None,
     ask_timeout: float = ASK_TIMEOUT,
     sabotage: Sabotage = NO_SABOTAGE,
 ) -> MigrationReport:
@@ -103,7 +102,7 @@ async def receive(
     timeout: float | None = None,
     progress: Progress | None = None,
     at: Hook = no_hook,
-    silence: float = SILENCE,
+    silence: float | None = None,
     go_timeout: float = GO_TIMEOUT,
     ask_timeout: float = ASK_TIMEOUT,
     audit: Path | None = None,

@@ -19,7 +19,7 @@ from vmbus.errors import EnvironmentProblem, StateError, VmbusError, WaitTimeout
 from vmbus.operations.migration.arrival import Arrival
 from vmbus.operations.migration.channel import Channel, Listener
 from vmbus.operations.migration.files import receive_file, record_of
-from vmbus.operations.migration.link import SILENCE, Link, Silence
+from vmbus.operations.migration.link import Link, Silence
 from vmbus.operations.migration.messages import (
     Accepted,
     Again,
@@ -77,7 +77,7 @@ class Destination:
         *,
         progress: Progress | None = None,
         at: Hook = no_hook,
-        silence: float = SILENCE,
+        silence: float | None = None,
         go_timeout: float = GO_TIMEOUT,
         answer_timeout: float = ANSWER_TIMEOUT,
         ask_timeout: float = ASK_TIMEOUT,

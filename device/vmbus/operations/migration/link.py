@@ -15,10 +15,12 @@ from typing import Any, TypeVar, overload
 from vmbus.errors import EnvironmentProblem, VmbusError, WaitTimeout
 from vmbus.operations.migration.channel import Channel, LinkLost
 from vmbus.operations.migration.messages import Failed, Message, Ping, decode, encode, short
+from vmbus.util.patience import patient
 
 PING_INTERVAL = 1.0
 SILENCE = 10.0
-"""Seconds without a sign of life after which the other side counts as gone."""
+"""Seconds without a sign of life after which the other side counts as gone; of a usual machine, unless somebody has
+chosen them: see `vmbus.util.patience`."""
 
 _MOST_WAITING = 16  # messages that nobody has asked for yet; then we stop reading
 
@@ -37,11 +39,11 @@ class Silence(LinkLost):
 class Link:
     """Messages over a channel. Use as an async context manager; the channel is closed with it."""
 
-    def __init__(self, channel: Channel, *, silence: float = SILENCE) -> None:
+    def __init__(self, channel: Channel, *, silence: float | None = None) -> None:
         self.channel = channel
         self.failure: asyncio.Future[VmbusError] = asyncio.get_running_loop().create_future()
         """Done when the link is of no use any more: `LinkLost`, or `PeerFailed`."""
-        self._silence = silence
+        self._silence = patient(SILENCE) if silence is None else silence
         self._called_off = False
         self._waiting: deque[Message] = deque()
         self._changed = asyncio.Event()

@@ -23,7 +23,7 @@ from vmbus.operations.capture import Capture
 from vmbus.operations.migration.address import Address
 from vmbus.operations.migration.channel import connect
 from vmbus.operations.migration.files import record_of, send_file
-from vmbus.operations.migration.link import SILENCE, Link, PeerFailed
+from vmbus.operations.migration.link import Link, PeerFailed
 from vmbus.operations.migration.messages import (
     Fate,
     Go,
@@ -73,7 +73,7 @@ class Source:
         stream: StreamSettings | None = None,
         progress: Progress | None = None,
         at: Hook = no_hook,
-        silence: float = SILENCE,
+        silence: float | None = None,
         ask_timeout: float = ASK_TIMEOUT,
         sabotage: Sabotage = NO_SABOTAGE,
     ) -> None:
