@@ -1,4 +1,4 @@
-"""Debian packages for tests."""
+"""Debian packages, and programs, for tests."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from pathlib import Path
 def make_deb(
     folder: Path,
     name: str,
-    files: Mapping[str, str],
-    control: Mapping[str, str],
+    files: Mapping[str, str | bytes],
+    control: Mapping[str, str] = {},
     fields: str = "",
     version: str = "1.0",
 ) -> Path:
@@ -23,7 +23,9 @@ def make_deb(
     for path, content in files.items():
         target = root / path.rstrip("*")
         target.parent.mkdir(parents=True, exist_ok=True)
-        if content.startswith("->"):
+        if isinstance(content, bytes):
+            target.write_bytes(content)
+        elif content.startswith("->"):
             target.symlink_to(content[2:])
         elif content.startswith("=>"):
             target.hardlink_to(root / content[2:])
@@ -40,3 +42,11 @@ def make_deb(
     command = ["dpkg-deb", "--root-owner-group", "-Znone", "--build", root, deb]
     subprocess.run(command, check=True, capture_output=True)
     return deb
+
+
+def script(path: Path, text: str) -> Path:
+    """A program of the shell's."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+    return path

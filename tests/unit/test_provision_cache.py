@@ -40,13 +40,10 @@ def test_location() -> None:
     assert cache_directory({}) == Path("~/.cache/vmbus-device").expanduser()
 
 
-def test_directory_is_the_owners_alone(tmp_path: Path) -> None:
+def test_directory_is_the_owners_alone_and_an_unusable_place_is_named(tmp_path: Path) -> None:
     cache = Cache(tmp_path / "deep/cache")
     cache.prepare()
     assert stat.S_IMODE(cache.root.stat().st_mode) == 0o700
-
-
-def test_unusable_place_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(EnvironmentProblem, match="VMBUS_CACHE"):
         Cache(tmp_path / "file" / "cache").prepare()
@@ -103,7 +100,7 @@ with cache.publish_directory(cache.path("kind", "key")) as partial:
     (partial / "locked").mkdir(0o500)
     os.kill(os.getpid(), 9)
 """
-    result = subprocess.run([sys.executable, "-c", program, str(tmp_path)], env=_environment(), timeout=30)
+    result = subprocess.run([sys.executable, "-c", program, str(tmp_path)], timeout=30)
     assert result.returncode == -signal.SIGKILL
     assert not final.exists()
     assert len(list(final.parent.iterdir())) == 1
@@ -200,7 +197,7 @@ import sys
 from vmbus.provision.programs import run_lines
 run_lines(["sh", "-c", "echo $$; exec tail -f /dev/null"], "the job", 60, lambda line: print(line, flush=True))
 """
-    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, env=_environment())
+    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     child = int(process.stdout.readline())
     process.kill()
@@ -226,7 +223,6 @@ class _holder:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env=_environment(),
         )
         assert self._process.stdout is not None
         assert self._process.stdout.readline() == "held\n"
@@ -235,7 +231,3 @@ class _holder:
     def __exit__(self, *_: object) -> None:
         self._process.kill()
         self._process.communicate(timeout=10)
-
-
-def _environment() -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2] / "device")}

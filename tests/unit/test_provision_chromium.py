@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
 from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
 
+from support.debs import make_deb, script
 from vmbus.errors import EnvironmentProblem
 from vmbus.provision import chromium
 from vmbus.provision.cache import Cache
@@ -21,10 +21,7 @@ pytestmark = pytest.mark.unit
 
 def fake(path: Path, says: str = "Chromium 150.0.7871.100 built on Debian", status: int = 0) -> Path:
     """Write a program that answers like Chromium."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f"#!/bin/sh\necho '{says}'\nexit {status}\n")
-    path.chmod(0o755)
-    return path
+    return script(path, f"echo '{says}'\nexit {status}")
 
 
 @pytest.mark.parametrize(
@@ -73,19 +70,9 @@ def test_one_on_the_path_is_taken_unless_it_is_a_snap(tmp_path: Path) -> None:
     assert (found.path, found.source) == (wanted, "PATH")
 
 
-def deb(folder: Path, name: str, file: str, contents: str = "#!/bin/sh\necho Chromium 150.0.1\n") -> Path:
-    """Make a package of one file."""
-    root = folder / f"build-{name}"
-    (root / "DEBIAN").mkdir(parents=True)
-    (root / "DEBIAN/control").write_text(
-        f"Package: {name}\nVersion: 1.0\nArchitecture: all\nMaintainer: nobody <n@example.invalid>\nDescription: test\n"
-    )
-    (root / file).parent.mkdir(parents=True)
-    (root / file).write_text(contents)
-    (root / file).chmod(0o755)
-    target = folder / f"{name}_1.0_all.deb"
-    subprocess.run(["dpkg-deb", "--build", root, target], check=True, capture_output=True)
-    return target
+def deb(folder: Path, name: str, file: str) -> Path:
+    """A package of one program."""
+    return make_deb(folder, name, {f"{file}*": "#!/bin/sh\necho Chromium 150.0.1\n"})
 
 
 class Archive:

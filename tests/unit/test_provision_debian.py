@@ -143,17 +143,21 @@ def test_no_archive_says_what_to_do(tmp_path: Path) -> None:
         mirror_candidates({}, tmp_path)
 
 
-def test_only_the_suite_differs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """apt is asked for our suites at the host's mirror, with the archive's keyring as the only accepted signer."""
-    etc = tmp_path / "etc"
+def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *archives: str) -> Path:
+    """The apt configuration of a host with these archives, and with a keyring."""
+    etc, keyring = tmp_path / "etc", tmp_path / "keyring.gpg"
     etc.mkdir()
-    (etc / "sources.list").write_text(
-        "deb [trusted=yes check-valid-until=no] http://one.example/debian bookworm main\n"
-    )
-    keyring = tmp_path / "keyring.gpg"
+    (etc / "sources.list").write_text("".join(f"deb {one} bookworm main\n" for one in archives))
     keyring.write_bytes(b"")
     monkeypatch.setattr("vmbus.provision.sources.KEYRINGS", (str(keyring),))
     monkeypatch.setattr("vmbus.provision.apt.require_programs", lambda: None)
+    return etc
+
+
+def test_only_the_suite_differs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """apt is asked for our suites at the host's mirror, with the archive's keyring as the only accepted signer."""
+    etc = host(tmp_path, monkeypatch, "[trusted=yes check-valid-until=no] http://one.example/debian")
+    keyring = tmp_path / "keyring.gpg"
     commands: list[list[str]] = []
 
     def run(argv: list[str], what: str, timeout: float, **_: object) -> list[str]:
@@ -177,15 +181,7 @@ def test_only_the_suite_differs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_second_archive_serves_when_the_first_does_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    etc = tmp_path / "etc"
-    etc.mkdir()
-    (etc / "sources.list").write_text(
-        "deb http://one.example/debian bookworm main\ndeb http://two.example/debian bookworm main\n"
-    )
-    keyring = tmp_path / "keyring.gpg"
-    keyring.write_bytes(b"")
-    monkeypatch.setattr("vmbus.provision.sources.KEYRINGS", (str(keyring),))
-    monkeypatch.setattr("vmbus.provision.apt.require_programs", lambda: None)
+    etc = host(tmp_path, monkeypatch, "http://one.example/debian", "http://two.example/debian")
     tried: list[str] = []
     reachable = {"http://two.example/debian"}
 

@@ -8,11 +8,11 @@ import subprocess
 import sys
 import tarfile
 import tomllib
-from io import BytesIO
 from pathlib import Path
 
 import pytest
 
+from support.debs import make_deb, script
 from vmbus.errors import EnvironmentProblem
 from vmbus.provision import archive, environment, guest_files
 from vmbus.provision.archive import command_output, decompress_xz
@@ -130,28 +130,6 @@ def module(*needed: str) -> bytes:
     return b"\x7fELF" + bytes(12) + b"\0license=GPL\0depends=" + ",".join(needed).encode() + b"\0name=x\0"
 
 
-def make_deb(path: Path, files: dict[str, bytes]) -> Path:
-    """Write a Debian package: an ar archive of a version, control data and the files."""
-
-    def tar(members: dict[str, bytes]) -> bytes:
-        buffer = BytesIO()
-        with tarfile.open(fileobj=buffer, mode="w") as output:
-            for name, data in members.items():
-                information = tarfile.TarInfo("./" + name)
-                information.size = len(data)
-                output.addfile(information, BytesIO(data))
-        return buffer.getvalue()
-
-    control = b"Package: thing\nVersion: 1.2-3\nArchitecture: amd64\nMaintainer: none\nDescription: a test\n"
-    members = {"debian-binary": b"2.0\n", "control.tar": tar({"control": control}), "data.tar": tar(files)}
-    output = b"!<arch>\n"
-    for name, data in members.items():
-        output += f"{name:<16}{0:<12}{0:<6}{0:<6}{100644:<8}{len(data):<10}`\n".encode()
-        output += data + b"\n" * (len(data) % 2)
-    path.write_bytes(output)
-    return path
-
-
 def test_module_names_and_dependencies() -> None:
     assert module_name("kernel/drivers/vfio/pci/vfio-pci.ko.xz") == "vfio_pci"
     assert module_name("vfio.ko") == "vfio"
@@ -165,7 +143,8 @@ def test_kernel_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(guest_files, "MODULES", ("vfio-pci", "tun"))
     base = "usr/lib/modules/6.12.1-cloud/kernel/"
     deb = make_deb(
-        tmp_path / "kernel.deb",
+        tmp_path,
+        "kernel",
         {
             "boot/vmlinuz-6.12.1-cloud": b"image",
             base + "vfio/vfio-pci.ko.xz": lzma.compress(module("vfio-pci-core", "vfio", "iommufd")),
@@ -193,9 +172,9 @@ def test_kernel_package_without_what_is_wanted(tmp_path: Path) -> None:
     target = tmp_path / "out"
     target.mkdir()
     with pytest.raises(EnvironmentProblem, match="no kernel image"):
-        unpack_kernel(make_deb(tmp_path / "a.deb", {"usr/share/doc/x": b""}), target)
+        unpack_kernel(make_deb(tmp_path, "a", {"usr/share/doc/x": b""}), target)
     with pytest.raises(EnvironmentProblem, match="no module irqbypass"):
-        unpack_kernel(make_deb(tmp_path / "b.deb", {"boot/vmlinuz-6": b""}), target)
+        unpack_kernel(make_deb(tmp_path, "b", {"boot/vmlinuz-6": b""}), target)
 
 
 def test_damaged_package_is_reported(tmp_path: Path) -> None:
@@ -205,9 +184,7 @@ def test_damaged_package_is_reported(tmp_path: Path) -> None:
 
 
 def test_xz_without_pythons_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tool = tmp_path / "unxz"
-    tool.write_text("#!/bin/sh\ntr a-z A-Z\n")
-    tool.chmod(0o755)
+    tool = script(tmp_path / "unxz", "tr a-z A-Z")
     monkeypatch.setattr(archive, "lzma", None)
     assert decompress_xz(b"abc", [("/nonexistent",), (str(tool),)]) == b"ABC"
     with pytest.raises(EnvironmentProblem, match="apt-get install -y xz-utils"):

@@ -7,6 +7,7 @@ import os
 import subprocess
 import tarfile
 import time
+from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from support import pace
+from support.debs import script
 from support.processes import alive
 from vmbus.errors import EnvironmentProblem
 from vmbus.provision import accel, libvfio_user, qemu
@@ -34,17 +36,14 @@ pytestmark = pytest.mark.unit
 def fake_qemu(path: Path, version: str = "10.1.0", devices: tuple[str, ...] = ("vfio-user-pci",)) -> Path:
     """Write a program that answers like QEMU."""
     listing = "\n".join(f'name "{device}", bus PCI' for device in devices)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(
-        "#!/bin/sh\n"
-        'case "$*" in\n'
-        f"*--version) echo 'QEMU emulator version {version} (a build)' ;;\n"
-        f"*help) echo '{listing}' ;;\n"
-        "*) exit 2 ;;\n"
-        "esac\n"
+    return script(
+        path,
+        f"""case "$*" in
+*--version) echo 'QEMU emulator version {version} (a build)' ;;
+*help) echo '{listing}' ;;
+*) exit 2 ;;
+esac""",
     )
-    path.chmod(0o755)
-    return path
 
 
 @pytest.mark.parametrize(
@@ -72,45 +71,30 @@ def test_explicit_program(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("version", "devices", "message"),
+    ("program", "message"),
     [
-        ("10.0.8", ("vfio-user-pci",), r"QEMU 10\.0\.8; 10\.1 is the first"),
-        ("11.0.0", ("vfio-pci", "vfio-user-pci-x"), "built without the device vfio-user-pci"),
+        (lambda path: fake_qemu(path, "10.0.8"), r"VMBUS_QEMU cannot be used: .*QEMU 10\.0\.8; 10\.1 is the first"),
+        (
+            lambda path: fake_qemu(path, "11.0.0", ("vfio-pci", "vfio-user-pci-x")),
+            "VMBUS_QEMU cannot be used: .*built without the device vfio-user-pci",
+        ),
+        (lambda path: path, "no such program"),
+        (lambda path: script(path, "echo hello"), "is not QEMU"),
+        (lambda path: script(path, "echo libfoo.so missing >&2; exit 127"), r"status 127: libfoo\.so missing"),
+        (lambda path: script(path, "exec tail -f /dev/null"), r"did not answer within 0\.3 s"),
     ],
+    ids=["old", "without the device", "missing", "something else", "broken", "hangs"],
 )
 def test_explicit_program_that_does_not_qualify(
-    tmp_path: Path, version: str, devices: tuple[str, ...], message: str, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, program: Callable[[Path], Path], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An explicit setting is an order: nothing else is fetched or tried behind the user's back."""
     monkeypatch.setattr(qemu, "make_root", _must_not_be_called)
-    program = fake_qemu(tmp_path / "q", version, devices)
-    with pytest.raises(EnvironmentProblem, match=f"VMBUS_QEMU cannot be used: .*{message}"):
-        find_qemu(Cache(tmp_path / "cache"), environment={"VMBUS_QEMU": str(program), "PATH": ""})
-
-
-def test_explicit_program_that_is_missing(tmp_path: Path) -> None:
-    with pytest.raises(EnvironmentProblem, match="no such program"):
-        find_qemu(Cache(tmp_path), environment={"VMBUS_QEMU": str(tmp_path / "none"), "PATH": ""})
-
-
-def test_explicit_program_that_is_something_else(tmp_path: Path) -> None:
-    program = tmp_path / "q"
-    program.write_text("#!/bin/sh\necho hello\n")
-    program.chmod(0o755)
-    with pytest.raises(EnvironmentProblem, match="is not QEMU"):
-        find_qemu(Cache(tmp_path / "cache"), environment={"VMBUS_QEMU": str(program), "PATH": ""})
-    program.write_text("#!/bin/sh\necho libfoo.so missing >&2\nexit 127\n")
-    with pytest.raises(EnvironmentProblem, match=r"status 127: libfoo\.so missing"):
-        find_qemu(Cache(tmp_path / "cache"), environment={"VMBUS_QEMU": str(program), "PATH": ""})
-
-
-def test_program_that_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    program = tmp_path / "q"
-    program.write_text("#!/bin/sh\nexec tail -f /dev/null\n")
-    program.chmod(0o755)
-    monkeypatch.setattr(qemu, "QUERY_TIMEOUT", 0.3)
-    with pytest.raises(EnvironmentProblem, match=r"did not answer within 0\.3 s"):
-        find_qemu(Cache(tmp_path / "cache"), environment={"VMBUS_QEMU": str(program), "PATH": "/usr/bin:/bin"})
+    path = program(tmp_path / "q")
+    if "0" in message and "within" in message:
+        monkeypatch.setattr(qemu, "QUERY_TIMEOUT", 0.3)
+    with pytest.raises(EnvironmentProblem, match=message):
+        find_qemu(Cache(tmp_path / "cache"), environment={"VMBUS_QEMU": str(path), "PATH": ""})
 
 
 def test_program_on_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -241,18 +225,14 @@ def test_missing_compiler_is_one_line_to_paste(tmp_path: Path, monkeypatch: pyte
 
 
 def test_failed_build_quotes_the_compiler(tmp_path: Path) -> None:
-    compiler = tmp_path / "cc"
-    compiler.write_text("#!/bin/sh\necho 'linux/vfio.h: No such file' >&2\nexit 1\n")
-    compiler.chmod(0o755)
+    compiler = script(tmp_path / "cc", "echo 'linux/vfio.h: No such file' >&2\nexit 1")
     json_c = libvfio_user.JsonC(tmp_path, tmp_path / "libjson-c.so.5", None, "host")
     with pytest.raises(EnvironmentProblem, match=r"(?s)apt-get install.*linux/vfio\.h: No such file"):
         libvfio_user.compile_library(str(compiler), tmp_path, json_c, tmp_path / "out.so")
 
 
 def test_compiler_gets_every_source_and_a_private_json_c(tmp_path: Path) -> None:
-    compiler = tmp_path / "cc"
-    compiler.write_text('#!/bin/sh\nprintf "%s\\n" "$@" > "$0.arguments"\n')
-    compiler.chmod(0o755)
+    compiler = script(tmp_path / "cc", 'printf "%s\\n" "$@" > "$0.arguments"')
     for name in ("dma.c", "pci.c", "tran_pipe.c"):
         (tmp_path / "lib").mkdir(exist_ok=True)
         (tmp_path / "lib" / name).write_text("")
@@ -300,18 +280,17 @@ def test_kvm_that_is_asked_for_must_run_a_guest(
             choose(tmp_path, VMBUS_ACCELERATOR="kvm")
 
 
-def test_no_kvm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(accel, "KVM_DEVICE", tmp_path / "kvm")
-    assert choose(tmp_path) == Accelerator("tcg", f"there is no {tmp_path / 'kvm'}")
-
-
-def test_forbidden_kvm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "kvm").write_text("")
-    monkeypatch.setattr(accel, "KVM_DEVICE", tmp_path / "kvm")
+@pytest.mark.parametrize(("there", "reason"), [(False, "there is no"), (True, "may not be opened")])
+def test_without_kvm_there_is_no_trial(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, there: bool, reason: str
+) -> None:
+    device = tmp_path / "kvm"
+    device.write_text("") if there else None
+    monkeypatch.setattr(accel, "KVM_DEVICE", device)
+    monkeypatch.setattr(accel, "try_accelerator", _must_not_be_called)
     monkeypatch.setattr("os.access", lambda *_: False)
     choice = choose(tmp_path)
-    assert choice.name == "tcg"
-    assert "may not be opened" in choice.reason
+    assert choice.name == "tcg" and reason in choice.reason
 
 
 @pytest.mark.parametrize(("failure", "name"), [(None, "kvm"), ("the guest died", "tcg")])
@@ -321,24 +300,17 @@ def test_trial_decides_once_per_boot(
     (tmp_path / "kvm").write_text("")
     monkeypatch.setattr(accel, "KVM_DEVICE", tmp_path / "kvm")
     trials: list[str] = []
-
-    def trial(name: str, *_: object) -> str | None:
-        trials.append(name)
-        return failure
-
-    monkeypatch.setattr(accel, "try_accelerator", trial)
+    monkeypatch.setattr(accel, "try_accelerator", lambda name, *_: trials.append(name) or failure)
     first = choose(tmp_path)
-    assert first.name == name
-    assert failure is None or failure in first.reason
-    assert choose(tmp_path) == first
-    assert trials == ["kvm"]
+    assert first.name == name and (failure is None or failure in first.reason)
+    assert choose(tmp_path) == first and trials == ["kvm"]
     monkeypatch.setattr(accel, "boot_id", lambda: "another")
     choose(tmp_path)
     assert trials == ["kvm", "kvm"]
 
 
 @pytest.mark.parametrize(
-    ("script", "outcome"),
+    ("trial", "outcome"),
     [
         (f"echo booting; echo {accel.MARKER}; exec tail -f /dev/null", None),
         ("echo 'KVM internal error. Suberror: 1'; exec tail -f /dev/null", "KVM internal error"),
@@ -347,10 +319,10 @@ def test_trial_decides_once_per_boot(
         ("echo booting; exec tail -f /dev/null", "within 1 s"),
     ],
 )
-def test_trial_is_bounded_and_leaves_nothing(tmp_path: Path, script: str, outcome: str | None) -> None:
+def test_trial_is_bounded_and_leaves_nothing(tmp_path: Path, trial: str, outcome: str | None) -> None:
     pid_file = tmp_path / "pid"
     start = time.monotonic()
-    result = boot_trial(["sh", "-c", f"echo $$ > {pid_file}; {script}"], 1.0)
+    result = boot_trial(["sh", "-c", f"echo $$ > {pid_file}; {trial}"], 1.0)
     assert time.monotonic() - start < pace.seconds(10)
     if outcome is None:
         assert result is None

@@ -140,7 +140,7 @@ class Cache:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             deadline = time.monotonic() + timeout
-            told = False
+            announced = False
             while True:
                 try:
                     fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -149,9 +149,9 @@ class Cache:
                     holder = os.pread(descriptor, 64, 0).decode(errors="replace").strip() or "another process"
                     if time.monotonic() >= deadline:
                         raise WaitTimeout(f"the lock {path} held by {holder}", timeout) from None
-                    if on_wait is not None and not told:
+                    if on_wait is not None and not announced:
                         on_wait(f"waiting for {holder}, which holds {path}")
-                        told = True
+                        announced = True
                     # flock() has no time limit of its own, and SIGALRM belongs to the application.
                     time.sleep(min(0.1, max(0.0, deadline - time.monotonic())))
             os.ftruncate(descriptor, 0)

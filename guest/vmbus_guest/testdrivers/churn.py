@@ -29,28 +29,28 @@ class ChurnWorkload(LabWorkload):
         self._window = parameters.get("window", 32, minimum=1, maximum=4096)
         self._size = parameters.get("size", 200, minimum=1, maximum=4000)
         self._books = Books()
-        self._life: Requests | None = None
+        self._session: Requests | None = None
         self.opened = 1
 
     def begin(self) -> None:
-        """The first life."""
-        self._life = Requests(self.channel, window=self._window, size=self._size, moved=self.moved)
-        self._life.begin()
+        """The first session."""
+        self._session = Requests(self.channel, window=self._window, size=self._size, moved=self.moved)
+        self._session.begin()
 
     def tick(self, now: float) -> float:
         """Close and open, when it is time."""
-        life = self._life
-        if life is None:
+        session = self._session
+        if session is None:
             return now
         if self._stopped or (self._count and self.opened >= self._count):
-            if life.tally.completed >= self._requests or self._stopped:
-                life.stop()
-        elif life.tally.completed >= self._requests:
-            life.stop()
+            if session.tally.completed >= self._requests or self._stopped:
+                session.stop()
+        elif session.tally.completed >= self._requests:
+            session.stop()
             self.driver.close_channel(self.channel)
-            life.end()
-            self._books.add(life)
-            self._life = None
+            session.end()
+            self._books.add(session)
+            self._session = None
             self.driver.enable(self.channel)
             self.opened += 1
             self.moved()
@@ -58,30 +58,30 @@ class ChurnWorkload(LabWorkload):
         return super().tick(now)
 
     def finished(self) -> bool:
-        """The last life has come to its end by itself."""
-        return self._life is not None and self._life.finished
+        """The last session has come to its end by itself."""
+        return self._session is not None and self._session.finished
 
     def counts(self) -> dict[str, Any]:
-        """All lives together."""
+        """All sessions together."""
         books = Books()
-        books.add(self._life) if self._life is not None else None
+        books.add(self._session) if self._session is not None else None
         now, before = books.as_dict(), self._books.as_dict()
         return {"opened": self.opened, **{name: now[name] + before[name] for name in now}}
 
     def result(self) -> dict[str, Any]:
-        """All lives together."""
-        if self._life is not None:
-            self._life.end()
+        """All sessions together."""
+        if self._session is not None:
+            self._session.end()
         return self.counts()
 
     def good(self) -> bool:
-        """Each request of each life was answered right, or cancelled; none of the last life was cancelled."""
+        """Each request of each session was answered right, or cancelled; none of the last session was cancelled."""
         counts = self.counts()
         enough = self._stopped or self.opened == self._count
         return (
             enough
-            and self._life is not None
-            and not self._life.cancelled
+            and self._session is not None
+            and not self._session.cancelled
             and not (counts["lost"] or counts["duplicated"] or counts["reordered"] or counts["corrupted"])
             and counts["sent"] == counts["completed"] + counts["cancelled"]
         )

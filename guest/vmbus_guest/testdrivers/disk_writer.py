@@ -160,13 +160,13 @@ class _Files:
         """Read everything from the disk; returns what is wrong."""
         with open("/proc/sys/vm/drop_caches", "w", encoding="ascii") as file:
             file.write("3")
-        wrong = []
+        faults = []
         for slot in range(self._books.slots):
             data = os.pread(self._fds[slot // PER_FILE], RECORD, slot % PER_FILE * RECORD)
             reason = self._books.judge(slot, data, acknowledged, written)
             if reason is not None:
-                wrong.append(reason)
-        return wrong
+                faults.append(reason)
+        return faults
 
     def close(self) -> None:
         for fd in (*self._fds, self._directory):
@@ -228,7 +228,7 @@ def run(context: Context) -> dict[str, Any]:
         run_tool("mke2fs", "-q", "-F", "-t", "ext4", device)
     os.makedirs(MOUNT_POINT, exist_ok=True)
     run_tool("busybox", "mount", "-t", "ext4", device, MOUNT_POINT)
-    wrong: list[str] = []
+    faults: list[str] = []
     verified = 0
     result: dict[str, Any] = {}
     started = time.monotonic()
@@ -242,17 +242,19 @@ def run(context: Context) -> dict[str, Any]:
                         files.write()
                     files.sync(since)
                     if verify_every and books.written // batch % verify_every == 0:
-                        wrong += files.verify(books.acknowledged, books.written)
+                        faults += files.verify(books.acknowledged, books.written)
                         verified += 1
-                    context.report("progress", written=books.written, acknowledged=books.acknowledged, wrong=len(wrong))
+                    context.report(
+                        "progress", written=books.written, acknowledged=books.acknowledged, wrong=len(faults)
+                    )
                     if pace:
                         time.sleep(pace)
-                wrong += files.verify(books.acknowledged, books.written)
+                faults += files.verify(books.acknowledged, books.written)
             else:
                 books.acknowledged = journal = _journal()
                 if journal < acknowledged:
-                    wrong.append(f"the journal says {journal} writes; {acknowledged} were acknowledged")
-                wrong += files.verify(max(acknowledged, journal), None)
+                    faults.append(f"the journal says {journal} writes; {acknowledged} were acknowledged")
+                faults += files.verify(max(acknowledged, journal), None)
             verified += 1
         finally:
             files.close()
@@ -262,15 +264,15 @@ def run(context: Context) -> dict[str, Any]:
     try:
         result["fsck"] = run_tool("e2fsck", "-f", "-n", device).splitlines()[-1]
     except ToolFailed as error:
-        wrong.append(str(error))
+        faults.append(str(error))
     return {
         "queue": {name: _queue(device, name) for name in ("fua", "discard_max_bytes", "write_zeroes_max_bytes")},
         "written": books.written,
         "acknowledged": books.acknowledged,
         "verified": verified,
-        "wrong": len(wrong),
-        "reasons": wrong[:10],
+        "wrong": len(faults),
+        "reasons": faults[:10],
         "seconds": round(seconds, 3),
         **result,
-        "verdict": "failed" if wrong else "passed",
+        "verdict": "failed" if faults else "passed",
     }

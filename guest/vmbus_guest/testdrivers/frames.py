@@ -126,7 +126,7 @@ class _Link:
         self._values = values
         self.socket: socket.socket | None = None
         self.sent = self.received = self.ends = self.refused = 0
-        self.wrong: list[str] = []
+        self.faults: list[str] = []
         self.done = False
         self.again_at = 0.0
 
@@ -173,7 +173,7 @@ class _Link:
             try:
                 self.received += self._frames.feed(data)
             except WrongBytes as error:
-                self.wrong.append(str(error))
+                self.faults.append(str(error))
                 self._end()
             return
         if self._stopped and self._frames.ended:
@@ -234,7 +234,7 @@ def run(context: Context) -> dict[str, Any]:
     ours, theirs = [_Link(values) for _ in range(pairs)], [_Link(values) for _ in range(pairs)]
     links = (*ours, *theirs)
     deadline = None
-    while not all(link.done for link in links) and not any(link.wrong for link in links):
+    while not all(link.done for link in links) and not any(link.faults for link in links):
         now = time.monotonic()
         stop = context.stop_requested
         if stop and deadline is None:
@@ -264,14 +264,14 @@ def run(context: Context) -> dict[str, Any]:
         if context.progress_due:
             context.progress(**_counts(links))
     waiting.close()
-    wrong = [text for link in links for text in link.wrong]
-    wrong += [
+    faults = [text for link in links for text in link.faults]
+    faults += [
         f"connection {number} of those that {who} did not come to its end"
         for who, some in (("this end makes", ours), ("the host makes", theirs))
         for number, link in enumerate(some)
         if not link.done
     ]
-    return {**_counts(links), "reasons": wrong[:10], "verdict": "failed" if wrong else "passed"}
+    return {**_counts(links), "reasons": faults[:10], "verdict": "failed" if faults else "passed"}
 
 
 def _counts(links: tuple[_Link, ...]) -> dict[str, Any]:
@@ -281,5 +281,5 @@ def _counts(links: tuple[_Link, ...]) -> dict[str, Any]:
         "slowest": min(link.received for link in links),
         "ends": sum(link.ends for link in links),
         "refused": sum(link.refused for link in links),
-        "wrong": sum(len(link.wrong) for link in links),
+        "wrong": sum(len(link.faults) for link in links),
     }

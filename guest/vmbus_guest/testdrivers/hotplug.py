@@ -47,7 +47,7 @@ class Target:
         self.phase = Phase.COMING
         self.since = 0.0
         """When it came into its phase; not known yet: 0."""
-        self.life: Requests | None = None
+        self.session: Requests | None = None
 
 
 class HotplugWorkload(LabWorkload):
@@ -112,20 +112,20 @@ class HotplugWorkload(LabWorkload):
         self.opened += 1
         self.moved()
         target.phase, target.since = Phase.HERE, 0.0
-        target.life = Requests(target.channel, window=self._window, size=self._size, moved=self.moved)
-        target.life.begin()
+        target.session = Requests(target.channel, window=self._window, size=self._size, moved=self.moved)
+        target.session.begin()
 
     def tick(self, now: float) -> float:
         """Have those withdrawn that were used enough."""
         for target in self._targets:
-            life = target.life
+            session = target.session
             target.since = target.since or now
-            if target.phase is not Phase.HERE or life is None:
+            if target.phase is not Phase.HERE or session is None:
                 continue
             if self._ending:
-                if life.tally.completed >= self._requests or self._stopped:
-                    life.stop()
-            elif life.tally.completed >= self._requests:
+                if session.tally.completed >= self._requests or self._stopped:
+                    session.stop()
+            elif session.tally.completed >= self._requests:
                 target.phase, target.since = Phase.LEAVING, 0.0
                 self.withdrawn += 1
                 self._post(target, target.withdraw)
@@ -159,13 +159,13 @@ class HotplugWorkload(LabWorkload):
     def rescinded(self, channel: ClientChannel) -> None:
         """Ask for it again, and wait for it."""
         target = self._target_of(channel)
-        if target is None or target.life is None:
+        if target is None or target.session is None:
             return
         self.moved()
         self.rescinds += 1
-        target.life.end()
-        self._books.add(target.life)
-        target.life = None
+        target.session.end()
+        self._books.add(target.session)
+        target.session = None
         if target.phase is not Phase.LEAVING:
             self.trouble.append(f"channel {channel.name} was rescinded, and nobody had asked for it")
         target.phase, target.since = Phase.COMING, 0.0
@@ -175,7 +175,8 @@ class HotplugWorkload(LabWorkload):
     def finished(self) -> bool:
         """All channels are here and have come to their end."""
         return self._ending and all(
-            target.phase is Phase.HERE and target.life is not None and target.life.finished for target in self._targets
+            target.phase is Phase.HERE and target.session is not None and target.session.finished
+            for target in self._targets
         )
 
     def close(self) -> None:
@@ -185,20 +186,20 @@ class HotplugWorkload(LabWorkload):
                 target.channel.disable()
 
     def counts(self) -> dict[str, Any]:
-        """All lives of all channels together."""
+        """All sessions of all channels together."""
         books = Books()
         for target in self._targets:
-            if target.life is not None:
-                books.add(target.life)
+            if target.session is not None:
+                books.add(target.session)
         now, before = books.as_dict(), self._books.as_dict()
         total = {name: now[name] + before[name] for name in now}
         return {"opened": self.opened, "withdrawn": self.withdrawn, "rescinded": self.rescinds, **total}
 
     def result(self) -> dict[str, Any]:
-        """All lives of all channels together."""
+        """All sessions of all channels together."""
         for target in self._targets:
-            if target.life is not None:
-                target.life.end()
+            if target.session is not None:
+                target.session.end()
         return self.counts()
 
     def good(self) -> bool:
@@ -208,7 +209,7 @@ class HotplugWorkload(LabWorkload):
             self.finished()
             and self.withdrawn == self.rescinds
             and self.opened == self.rescinds + len(self._targets)
-            and not any(target.life is not None and target.life.cancelled for target in self._targets)
+            and not any(target.session is not None and target.session.cancelled for target in self._targets)
             and not (counts["lost"] or counts["duplicated"] or counts["reordered"] or counts["corrupted"])
             and counts["sent"] == counts["completed"] + counts["cancelled"]
         )

@@ -1,6 +1,6 @@
 """Building blocks of test drivers that use the lab: requests, the host's packets, and books of both.
 
-Each object here is about one life of one channel, from its opening to its end: every request is answered once, in
+Each object here is about one session of one channel, from its opening to its end: every request is answered once, in
 order, with the right bytes, or cancelled when the channel goes.
 """
 
@@ -47,18 +47,18 @@ def right_answer(reply: bytes, sequence: int, data: bytes) -> bool:
 
 
 class Books:
-    """Counts of several lives of channels, for results."""
+    """Counts of several sessions of channels, for results."""
 
     def __init__(self) -> None:
         self.issued = 0
         self.cancelled = 0
         self.tally = Tally()
 
-    def add(self, life: Requests) -> None:
-        """One more life, ended or not. What was neither answered nor cancelled of one that has ended is lost."""
-        self.issued += life.issued
-        self.cancelled += life.cancelled
-        for name, count in life.tally.as_dict().items():
+    def add(self, session: Requests) -> None:
+        """One more session, ended or not. What was neither answered nor cancelled of one that has ended is lost."""
+        self.issued += session.issued
+        self.cancelled += session.cancelled
+        for name, count in session.tally.as_dict().items():
             setattr(self.tally, name, getattr(self.tally, name) + count)
 
     def as_dict(self) -> dict[str, Any]:
@@ -135,7 +135,7 @@ class Requests:
         self._moved()
         self.tally.completed += 1
         self._sequence.arrived(sequence)
-        # An answer after a cancellation would belong to another life of the channel.
+        # An answer after a cancellation would belong to another session of the channel.
         if self.cancelled or not right_answer(reply, sequence, data):
             self.tally.corrupted += 1
         if self._no_more:
