@@ -16,7 +16,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -25,6 +25,11 @@ from support.ending import RunFolder, left_in, tell_workers
 from support.fault_rows import keywords
 from support.pace import PACE, seconds
 from support.twins import twin as twin
+
+pytest_plugins = ["vmbus.pytest_plugin"]
+
+if TYPE_CHECKING:
+    from vmbus.transport.library import Library
 
 # How long an example takes says how busy the machine is, not whether it is right.
 settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -371,10 +376,6 @@ def _migration_v2(request: pytest.FixtureRequest) -> None:
 
 
 @pytest.fixture(scope="session")
-def libvfio_user():
-    """The library that VMBUS_LIBVFIO_USER names, else the one that set-up has found or built."""
-    from vmbus.provision.libvfio_user import find_library
-    from vmbus.transport.library import ENVIRONMENT_VARIABLE, load
-
-    named = os.environ.get(ENVIRONMENT_VARIABLE)
-    return load(Path(named) if named else find_library())
+def libvfio_user(vmbus_library: Library) -> Library:
+    """Its short name here."""
+    return vmbus_library

@@ -11,14 +11,17 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 if TYPE_CHECKING:
+    from vmbus.device.description import DeviceDescription
+    from vmbus.providers import Provider
     from vmbus.testkit.blocking import BlockingVm, LoopThread
+    from vmbus.testkit.kit import ProviderTest
     from vmbus.testkit.loopback.pair import LoopbackPair
     from vmbus.transport.library import Library
     from vmbus.vm.command_line import Programs
@@ -29,6 +32,8 @@ _LOG_LINES = 30
 
 _SUBJECTS: pytest.StashKey[list[BlockingVm]] = pytest.StashKey()
 """The VMs of a test, for its report."""
+_FAILED: pytest.StashKey[bool] = pytest.StashKey()
+"""Of a test: it has failed."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -180,34 +185,61 @@ def vmbus_vm(request: pytest.FixtureRequest, vmbus_vms: Callable[..., BlockingVm
 
 
 @pytest.fixture
+def vmbus_kit(request: pytest.FixtureRequest) -> Iterator[Callable[..., ProviderTest]]:
+    """Call it for a provider alone, with virtual time: `vmbus_kit("echo", options={"hold": 8})`, or with a class. Each
+    is finished when the test has passed."""
+    from vmbus.testkit.kit import ProviderTest
+
+    with contextlib.ExitStack() as stack:
+
+        def make(provider: type[Provider] | str, *, options: Mapping[str, Any] | None = None) -> ProviderTest:
+            kit = ProviderTest(provider, options=options)
+
+            def end() -> None:
+                failed = request.node.stash.get(_FAILED, False)
+                kit.__exit__(AssertionError if failed else None, None, None)
+
+            stack.callback(end)
+            return kit
+
+        yield make
+
+
+@pytest.fixture
 def vmbus_loopback(
     request: pytest.FixtureRequest, vmbus_library: Library, vmbus_provider_errors: ProviderErrors
 ) -> Iterator[Callable[..., LoopbackPair]]:
-    """Call it for a device and its guest without a VM: with kinds of providers, and their options by kind, as in
-    `vmbus_loopback("echo", echo={"hold": 8})`, or with a `DeviceDescription`. All of them end with the test."""
+    """Call it for a device server and a guest in this process: `vmbus_loopback("echo", options={"hold": 8})`, with a
+    class, or with a `DeviceDescription`. All of them end with the test."""
     from vmbus.device.description import DeviceDescription
-    from vmbus.testkit.loopback.harness import describe
+    from vmbus.providers import PROVIDERS
+    from vmbus.testkit.device import describe_provider
     from vmbus.testkit.loopback.pair import LoopbackPair
 
     pairs: list[LoopbackPair] = []
+    with contextlib.ExitStack() as stack:
 
-    def make(*kinds: str | DeviceDescription, capture: Path | None = None, **options: dict[str, Any]) -> LoopbackPair:
-        first = kinds[0] if kinds else None
-        if isinstance(first, DeviceDescription):
-            description = first
-        else:
-            description = describe(*(kind for kind in kinds if isinstance(kind, str)), **options)
-        pairs.append(LoopbackPair(description, vmbus_library, capture=capture))
-        return pairs[-1]
+        def make(
+            provider: type[Provider] | str | DeviceDescription,
+            *,
+            options: Mapping[str, Any] | None = None,
+            capture: Path | None = None,
+        ) -> LoopbackPair:
+            if not isinstance(provider, DeviceDescription):
+                if not isinstance(provider, str):
+                    patch = stack.enter_context(pytest.MonkeyPatch.context())
+                    patch.setitem(PROVIDERS, provider.kind, provider)
+                provider = describe_provider(provider, options)
+            pairs.append(LoopbackPair(provider, vmbus_library, capture=capture))
+            stack.callback(pairs[-1].close)
+            return pairs[-1]
 
-    try:
-        yield make
-    finally:
-        properties = request.node.user_properties
-        properties.append(("vmbus_save_restores", sum(pair.saves for pair in pairs)))
-        properties.append(("vmbus_packets", sum(pair.packets for pair in pairs)))
-        for pair in pairs:
-            pair.close()
+        try:
+            yield make
+        finally:
+            properties = request.node.user_properties
+            properties.append(("vmbus_save_restores", sum(pair.saves for pair in pairs)))
+            properties.append(("vmbus_packets", sum(pair.packets for pair in pairs)))
 
 
 def _description(config: pytest.Config, wanted: str | Path | None) -> VmDescription:
@@ -287,6 +319,7 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
     """The ends of a VM's logs, where a test of it has failed."""
     report = yield
     if report.failed:
+        item.stash[_FAILED] = True
         for vm in item.stash.get(_SUBJECTS, []):
             for name, text in vm.logs(_LOG_LINES).items():
                 report.sections.append((f"{name} of VM {vm.name!r}", text))

@@ -141,7 +141,7 @@ def test_it_can_begin_and_end_in_mid_traffic_and_choose_a_channel(libvfio_user: 
         with pair.capture(path, channels=["echo"]):
             guest.request(workload.echo_request(1, b"captured", inline=True))
             other.send(b"garbage")
-            pair.run_for(0.05)
+            pair.advance(0.05)
         guest.request(workload.echo_request(2, b"after", inline=True))
     found = packets_of(path)
     assert [workload.ECHO_REQUEST.unpack_from(one.payload)[0] for one in found if one.direction == record.TO_HOST] == [
@@ -155,9 +155,9 @@ def test_the_snap_length_and_the_bound_of_external_data(libvfio_user: Library, t
     with LoopbackPair(describe("echo"), libvfio_user) as pair:
         guest = pair.open(workload.ECHO_TYPE, ring_pages=64)
         data = os.urandom(60_000)
-        memory = pair.memory(len(data), data)
+        memory = guest.memory(data)
         with pair.capture(path, external=100, snaplen=record.HEADER.size + record.MAX_EVENT):
-            guest.request(workload.echo_request(0, data, inline=False), external=memory.part())
+            guest.request(workload.echo_request(0, data, inline=False), external=memory)
             guest.request(workload.echo_request(1, data, inline=True))
     request, inline = (one for one in packets_of(path) if one.direction == record.TO_HOST)
     assert (request.external_size, request.external) == (60_000, data[:100])
@@ -272,8 +272,8 @@ def test_a_file_that_cannot_grow_ends_the_capture_and_the_device_goes_on(libvfio
         with files_up_to(20_000):
             for sequence in range(60):
                 guest.request(workload.echo_request(sequence, b"x" * 1000, inline=True))
-            pair.run_until(lambda: not pair.command("capture")["running"], 10, "the capture to end")
-        status = pair.command("capture")
+            pair.wait_until(lambda: not pair.server.command("capture")["running"], 10, "the capture to end")
+        status = pair.server.command("capture")
         assert "File too large" in status["ended"] and not status["full"]
         guest.request(workload.echo_request(60, b"on", inline=True))
     assert path.stat().st_size <= 20_000
@@ -509,7 +509,7 @@ def test_timed_replays_keep_the_distances(libvfio_user: Library, tmp_path: Path,
     with LoopbackPair(describe("echo"), libvfio_user, capture=path) as pair:
         guest = pair.open(workload.ECHO_TYPE)
         guest.request(workload.echo_request(0, b"a", inline=True))
-        pair.run_for(0.5)
+        pair.advance(0.5)
         guest.request(workload.echo_request(1, b"b", inline=True))
     assert min(play(path).seconds for _ in range(3)) < play(path, timed=True).seconds - 0.3
 

@@ -118,24 +118,28 @@ def until(condition: Callable[[], bool], what: str) -> None:
 
 
 def faults_of(pair: LoopbackPair, name: str = "careless") -> dict[str, Any]:
-    return dict(pair.status()["faults"].get(name, {}))
+    return dict(pair.server.command("status")["faults"].get(name, {}))
 
 
 def test_it_is_counted_named_and_the_channel_that_holds_packets_fails(pair: LoopbackPair) -> None:
     guest = pair.open(TYPE)
     request = guest.send(b"done")
-    assert pair.status()["faults"] == {}
-    pair.run_until(lambda: pair.status()["incoming_held"] == 1, 10, "the provider to have the request")
+    assert pair.server.command("status")["faults"] == {}
+    pair.wait_until(lambda: pair.server.command("status")["incoming_held"] == 1, 10, "the provider to have the request")
     provider_of(pair).go.set()
-    pair.run_until(lambda: request.done, 10, "the channel's end")
+    pair.wait_until(lambda: request.done, 10, "the channel's end")
     (error,) = faults_of(pair)["errors"]
     assert error["callback"] == "done of run_blocking (Careless._done)" and error["times"] == 1
     assert error["error"] == "ValueError('on purpose')"
-    document = msgspec.to_builtins(pair.command("inspect"))
+    document = msgspec.to_builtins(pair.server.command("inspect"))
     shown = next(one for one in document["providers"] if one["name"] == "careless")
     assert shown["errors"] == 1 and shown["faults"][0]["error"] == error["error"]
     assert shown["bounds"]["patience"] == {"now": 1, "most": 2, "reached": 3}
-    assert pair.status()["bounds"]["careless"]["work that waits"] == {"now": 0, "most": 1024, "reached": 0}
+    assert pair.server.command("status")["bounds"]["careless"]["work that waits"] == {
+        "now": 0,
+        "most": 1024,
+        "reached": 0,
+    }
     # The other provider and a save do not care.
     pair.save_restore()
 
@@ -143,21 +147,21 @@ def test_it_is_counted_named_and_the_channel_that_holds_packets_fails(pair: Loop
 def test_a_pause_that_waits_for_it_ends_with_the_cause(pair: LoopbackPair) -> None:
     guest = pair.open(TYPE)
     guest.send(b"done")
-    pair.run_until(lambda: pair.status()["incoming_held"] == 1, 10, "the provider to have the request")
+    pair.wait_until(lambda: pair.server.command("status")["incoming_held"] == 1, 10, "the provider to have the request")
     timer = threading.Timer(0.1, provider_of(pair).go.set)
     timer.start()
     began = time.monotonic()
     with pytest.raises(ProviderRaised, match=r"done of run_blocking \(Careless._done\) of provider careless raised"):
-        pair.command("pause", seconds=20.0)
-    assert time.monotonic() - began < pace.seconds(10) and pair.status()["phase"] == "running"
-    pair.command("pause", seconds=5.0)
-    pair.command("resume")
+        pair.server.command("pause", seconds=20.0)
+    assert time.monotonic() - began < pace.seconds(10) and pair.server.command("status")["phase"] == "running"
+    pair.server.command("pause", seconds=5.0)
+    pair.server.command("resume")
 
 
 def test_a_client_that_stops_the_device_is_told_the_cause(pair: LoopbackPair) -> None:
     guest = pair.open(TYPE)
     guest.send(b"done")
-    pair.run_until(lambda: pair.status()["incoming_held"] == 1, 10, "the provider to have the request")
+    pair.wait_until(lambda: pair.server.command("status")["incoming_held"] == 1, 10, "the provider to have the request")
     threading.Timer(0.2, provider_of(pair).go.set).start()
     server = pair.server.server
 
@@ -177,12 +181,12 @@ def test_a_client_that_stops_the_device_is_told_the_cause(pair: LoopbackPair) ->
 def test_a_command_and_a_blocking_wait_end_with_the_cause(pair: LoopbackPair) -> None:
     guest = pair.open(TYPE)
     with pytest.raises(ProviderRaised, match=r"raised ValueError\('on purpose'\); 'later' has no answer"):
-        pair.command("provider", name="careless", command="later", seconds=20.0)
+        pair.server.command("provider", name="careless", command="later", seconds=20.0)
     with pytest.raises(ProviderRaised, match=r"command 'raise' of provider 'careless' raised ValueError"):
-        pair.command("provider", name="careless", command="raise")
+        pair.server.command("provider", name="careless", command="raise")
     guest.send(b"wait")
     provider = provider_of(pair)
-    pair.run_until(lambda: bool(provider.waited), 10, "the end of the wait")
+    pair.wait_until(lambda: bool(provider.waited), 10, "the end of the wait")
     (error,) = provider.waited
     assert isinstance(error, ProviderRaised) and "nothing is left to wait for (nothing)" in str(error)
     assert faults_of(pair)["count"] == 3
@@ -191,10 +195,12 @@ def test_a_command_and_a_blocking_wait_end_with_the_cause(pair: LoopbackPair) ->
 def test_what_the_server_calls_is_counted_too(pair: LoopbackPair) -> None:
     provider = provider_of(pair)
     provider.raises = {"status"}
-    assert pair.status()["providers"]["careless"] == {"problem": "status() raised ValueError('status on purpose')"}
+    assert pair.server.command("status")["providers"]["careless"] == {
+        "problem": "status() raised ValueError('status on purpose')"
+    }
     provider.raises = {"deactivate"}
     with pytest.raises(Exception, match="deactivate on purpose"):
-        pair.command("pause")
+        pair.server.command("pause")
     assert {one["callback"] for one in faults_of(pair)["errors"]} == {"status", "deactivate"}
 
 

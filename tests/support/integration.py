@@ -8,7 +8,7 @@ from collections.abc import Callable
 from support.hv_utils import ANSWERED, LinuxAnswers
 from vmbus.kmcl.pipe import frame, unframe
 from vmbus.testkit import ProviderTest
-from vmbus.testkit.client import Client, HostPacket
+from vmbus.testkit.guest import Guest, HostPacket
 from vmbus.wire import ic
 
 
@@ -20,21 +20,21 @@ class KitGuest:
         self.linux = LinuxAnswers(clock)
         self.silent = False
         self.asked: dict[str, list[ic.Message]] = {}
-        self.unanswered: list[tuple[Client, ic.Service, int, ic.Message]] = []
-        self.clients: dict[str, Client] = {}
+        self.unanswered: list[tuple[Guest, ic.Service, int, ic.Message]] = []
+        self.clients: dict[str, Guest] = {}
         for service in ANSWERED:
             if not names or service.name in names:
                 self.open(service)
 
     def open(self, service: ic.Service) -> None:
-        client = self.kit.client(f"integration-{service.name}", ring_pages=2)
+        client = self.kit.guest(f"integration-{service.name}", ring_pages=2)
         self.asked.setdefault(service.name, [])
         self.clients[service.name] = client
         client.answer = lambda packet: self._take(client, service, packet)
         client.open()
         self.kit.run()
 
-    def _take(self, client: Client, service: ic.Service, packet: HostPacket) -> bytes:
+    def _take(self, client: Guest, service: ic.Service, packet: HostPacket) -> bytes:
         message = ic.parse(unframe(packet.payload))
         self.asked[service.name].append(message)
         self.unanswered.append((client, service, packet.transaction, message))
@@ -48,5 +48,5 @@ class KitGuest:
             client, service, transaction, message = self.unanswered.pop(0)
             self.send(client, self.linux.answer(service, message), transaction)
 
-    def send(self, client: Client, message: ic.Message, transaction: int = 0) -> None:
+    def send(self, client: Guest, message: ic.Message, transaction: int = 0) -> None:
         client.channel.allocate_packet().send(frame(message.pack()), wait_for_completion=False, transaction=transaction)

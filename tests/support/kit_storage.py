@@ -15,7 +15,8 @@ from vmbus.providers.disk.backend import Backend
 from vmbus.providers.disk.image import Image
 from vmbus.providers.scsi import ScsiProvider
 from vmbus.testkit import ProviderTest
-from vmbus.testkit.client import Client, Request
+from vmbus.testkit.guest import Guest as Channel
+from vmbus.testkit.guest import Request
 from vmbus.wire import storvsp
 
 MIB = 1 << 20
@@ -29,7 +30,7 @@ TWO: dict[str, Any] = {
 class KitPort:
     """Implements Port."""
 
-    def __init__(self, kit: ProviderTest, client: Client) -> None:
+    def __init__(self, kit: ProviderTest, client: Channel) -> None:
         self.kit = kit
         self.client = client
 
@@ -44,7 +45,7 @@ class KitPort:
 class KitMemory:
     """Implements Memory."""
 
-    def __init__(self, client: Client) -> None:
+    def __init__(self, client: Channel) -> None:
         self.memory = client.memory(bytes(2 * MIB))
 
     def put(self, data: bytes) -> None:
@@ -77,8 +78,8 @@ class Guest(Driver):
     def notices(self) -> list[int]:
         """Operations of the packets that have come unasked."""
         self.kit.run()
-        packets = self.client.packets[self.client._received :]
-        self.client._received = len(self.client.packets)
+        packets = self.client.packets[self.client.received :]
+        self.client.received = len(self.client.packets)
         for packet in packets:
             assert packet.transaction == 0 and not packet.wanted
         return [storvsp.parse_head(packet.payload)[0] for packet in packets]

@@ -8,6 +8,7 @@ from struct import pack, unpack_from
 from typing import Any, Protocol
 
 from support.nic import Cable, Cabled
+from vmbus import testkit as kit
 from vmbus.kmcl import Channel, Completion, Packet
 from vmbus.providers.network import NetworkProvider, oids
 from vmbus.providers.network.spread import DEFAULT_KEY, UDP4
@@ -307,18 +308,6 @@ class NetworkGuest:
 # ---- in the test kit -------------------------------------------------------------------------------------------------
 
 
-class _KitMemory:
-    def __init__(self, memory: Any) -> None:
-        self._memory = memory
-        self.address: int = memory.address
-
-    def read(self, offset: int, length: int) -> bytes:
-        return bytes(self._memory._buffer.view[offset : offset + length])
-
-    def write(self, offset: int, data: bytes) -> None:
-        self._memory._buffer.view[offset : offset + len(data)] = data
-
-
 class KitEnds:
     """Over the channels of a `ProviderTest`."""
 
@@ -329,7 +318,7 @@ class KitEnds:
 
     @property
     def cable(self) -> Cable:
-        return CabledNetwork.cables[self.kit._clock]
+        return CabledNetwork.cables[self.kit.hosted.clock]
 
     def open(self, index: int, take: Take) -> None:
         def answer(packet: HostPacket) -> bytes | None:
@@ -366,9 +355,7 @@ class KitEnds:
         assert condition(), what
 
     def allocate(self, size: int) -> Memory:
-        from vmbus.testkit import Memory as KitMemory
-
-        return _KitMemory(KitMemory(self.kit.bus, size))
+        return kit.Memory(self.kit.allocate(-(-size // 4096) * 4096), size)
 
     def lend(self, memory: Memory, size: int) -> int:
         return int(self.clients[0].channel.create_gpadl([(memory.address, size)]))

@@ -334,9 +334,9 @@ def test_a_ring_full_of_requests_for_sub_channels_makes_no_turn_long(
     monkeypatch.setattr(ServerChannel, "enable", counted)
     requests = [station.ask(lab.Op.SUBCHANNELS, 256 * (number % 2)) for number in range(1, 41)]
     last = station.ask(lab.Op.SUBCHANNELS, 5)
-    while station.kit._host.busy or station.kit.bus.busy:
+    while station.kit.hosted.host.busy or station.kit.bus.busy:
         before = made
-        station.kit._one_turn()
+        station.kit.turn()
         most = max(most, made - before)
     assert 0 < most <= BUDGET // lab_station._OFFER + 1
     assert {lab.parse_reply(one.reply)[0] for one in [*requests, last]} == {lab.Status.OK}
@@ -374,9 +374,9 @@ def test_pushes_are_sent_in_slices_and_bounded(station: Lab, monkeypatch: pytest
     pushes = [station.ask(lab.Op.PUSH, 2000, lab.SIZE.pack(2000)) for _ in range(5)]
     with station.guest.away():
         most = 0
-        while station.kit._host.busy or station.kit.bus.busy:
+        while station.kit.hosted.host.busy or station.kit.bus.busy:
             before = line.pushed
-            station.kit._one_turn()
+            station.kit.turn()
             most = max(most, line.pushed - before)
         assert 0 < most * (PIECE + 2000) <= BUDGET + slices.STEP + PIECE + 2000
         assert line.pushed == 6000
@@ -389,7 +389,7 @@ def test_pushes_are_sent_in_slices_and_bounded(station: Lab, monkeypatch: pytest
 def test_pushes_that_a_closed_channel_took_along_give_their_room_back(station: Lab) -> None:
     station.ask(lab.Op.PUSH, 4000, lab.SIZE.pack(4000))
     with station.guest.away():
-        station.kit._one_turn()
+        station.kit.turn()
         assert station.provider.bounds()["pushed packets"].now == 4000
         station.guest.close()
         station.kit.run()
@@ -399,7 +399,7 @@ def test_pushes_that_a_closed_channel_took_along_give_their_room_back(station: L
 def test_pushes_count_after_a_restore(station: Lab) -> None:
     station.ask(lab.Op.PUSH, 100, lab.SIZE.pack(2000))
     station.kit.run()
-    station.kit.save_and_restore()
+    station.kit.save_restore()
     bounds = station.kit.provider.bounds()
     assert bounds["pushed packets"].now == 100 and bounds["pushed bytes"].now == 200_000
     for packet in station.guest.packets:

@@ -60,13 +60,13 @@ def refused(**unit: Any) -> str:
 
 def stopped(kit: ProviderTest) -> bytes:
     """The state of a device that has come to rest, and has let go of its images."""
-    kit._quiesce("saved")
-    kit._deactivate()
+    kit.hosted.quiesce("saved")
+    kit.hosted.deactivate()
     return kit.provider.save()
 
 
 def goes_on(kit: ProviderTest) -> None:
-    kit._activate()
+    kit.hosted.activate()
     for channel in kit.channels:
         channel.unquiesce()
 
@@ -163,11 +163,11 @@ def test_an_image_has_one_user() -> None:
         assert "is in use: another virtual machine" in refused(image="disk.img")
         assert "is in use" in refused(image="disk.img", read_only=True)
         assert kit.provider.status()["luns"][0]["locked"]
-        kit._deactivate()
+        kit.hosted.deactivate()
         assert not kit.provider.status()["luns"][0]["locked"]
         with made(), pytest.raises(EnvironmentProblem, match="in use"):
-            kit._activate()
-        kit._activate()
+            kit.hosted.activate()
+        kit.hosted.activate()
     with one(image="disk.img", read_only=True) as kit, one(image="disk.img", read_only=True) as other:
         assert Guest(kit).read(0, 512) == Guest(other).read(0, 512)
         assert "is in use" in refused(image="disk.img")
@@ -200,7 +200,7 @@ def test_an_image_may_be_a_link_of_the_owners(disks: Path, tmp_path: Path) -> No
     with one(image="disk.img") as kit:
         guest = Guest(kit)
         assert guest.write(0, b"linked.." * 64).good
-        kit.save_and_restore()
+        kit.save_restore()
         assert guest.read(0, 512) == b"linked.." * 64
     assert (disks / "disk.img").is_symlink() and elsewhere.read_bytes()[:8] == b"linked.."
     assert sorted(path.name for path in tmp_path.iterdir()) == ["disks", "elsewhere.raw"]
@@ -248,7 +248,7 @@ def test_copies_keep_content_and_holes(tmp_path: Path, monkeypatch: pytest.Monke
 def restored(state: bytes, copy: Path | None) -> ProviderTest:
     """Another device with this state, and with the image that came along; not active yet."""
     kit = ProviderTest(ScsiProvider)
-    kit._deactivate()
+    kit.hosted.deactivate()
     kit.provider.restore_files({} if copy is None else {"lun-0": copy})
     kit.provider.restore(state)
     return kit
@@ -268,7 +268,7 @@ def test_a_restore_puts_the_copy_into_place_and_leaves_the_copy_alone(disks: Pat
     if not there:
         (disks / "disk.img").unlink()
     with restored(state, copy) as kit:
-        kit._activate()
+        kit.hosted.activate()
         guest = Guest(kit)
         assert guest.read(0, 4096) == pattern(4096, 1)
         assert guest.write(0, pattern(4096, 3)).good
@@ -288,7 +288,7 @@ def test_fault_d2_a_restore_replaces_no_image_but_its_own(
         state = stopped(kit)
         copy = tmp_path / "copy"
         copy.write_bytes((disks / "disk.img").read_bytes())
-        kit._activate()
+        kit.hosted.activate()
     identity = msgspec.msgpack.decode(state)["units"][0]["disk"]["identity"]
     assert identity or pytest.skip("no extended attributes here")
     (disks / "disk.img").unlink()
@@ -301,10 +301,10 @@ def test_fault_d2_a_restore_replaces_no_image_but_its_own(
     with restored(state, copy) as kit:
         if not allowed:
             with pytest.raises(EnvironmentProblem, match="not the disk that the snapshot was taken of"):
-                kit._activate()
+                kit.hosted.activate()
             assert foreign.read_bytes() == b"mine" * (MIB // 4)
             foreign.write_bytes(b"")  # an empty file is nobody's
-        kit._activate()
+        kit.hosted.activate()
         assert foreign.read_bytes()[:4096] == pattern(4096, 1)
         assert Guest(kit).read(0, 4096) == pattern(4096, 1)
 
@@ -314,20 +314,20 @@ def test_shared_images_are_not_part_of_a_snapshot_and_must_not_have_changed(disk
         guest = Guest(kit)
         assert guest.write(0, pattern(4096)).good
         assert kit.provider.files() == {}
-        kit.save_and_restore()
+        kit.save_restore()
         assert guest.read(0, 4096) == pattern(4096)
         state = stopped(kit)
         before = (disks / "disk.img").stat().st_mtime_ns
         with restored(state, None) as other:
             os.utime(disks / "disk.img", ns=(0, before + 1))
             with pytest.raises(EnvironmentProblem, match="was written to after the VM was saved"):
-                other._activate()
+                other.hosted.activate()
             os.utime(disks / "disk.img", ns=(0, before))
-            other._activate()
-            other._deactivate()
+            other.hosted.activate()
+            other.hosted.deactivate()
         os.utime(disks / "disk.img", ns=(0, before + 1))
         with pytest.raises(EnvironmentProblem, match="somebody else while the device stood still"):
-            kit._activate()
+            kit.hosted.activate()
         os.utime(disks / "disk.img", ns=(0, before))
         goes_on(kit)
         assert guest.read(0, 4096) == pattern(4096)
@@ -339,10 +339,10 @@ def test_a_state_of_a_disk_of_another_size_is_refused(disks: Path) -> None:
     state = {"version": 1, "phase": "ready", "protocol": 0x0602, "asked": 0, "offered": [], "units": [unit]}
     with restored(msgspec.msgpack.encode(state), None) as kit:
         with pytest.raises(EnvironmentProblem, match="has 1048576 bytes, and the disk 'scsi lun 0' has 2097152"):
-            kit._activate()
+            kit.hosted.activate()
         os.truncate(disks / "disk.img", 2 * MIB)
         os.utime(disks / "disk.img", ns=(0, 0))
-        kit._activate()
+        kit.hosted.activate()
 
 
 # ---- an image that is cut, renamed or replaced under a running disk --------------------------------------------------
@@ -410,8 +410,8 @@ def test_an_error_at_a_pause_is_not_forgotten(guest: Guest, monkeypatch: pytest.
     assert guest.write(0, pattern(4096)).good
     with monkeypatch.context() as patch, pytest.raises(OSError, match="stable storage"):
         patch.setattr(os, "fsync", fails(errno.EIO))
-        guest.kit._deactivate()
-    guest.kit._activate()
+        guest.kit.hosted.deactivate()
+    guest.kit.hosted.activate()
     assert guest.ask(storvsc.SYNCHRONIZE).sense == scsi.INTERNAL_TARGET_FAILURE
     with pytest.raises(EnvironmentProblem, match="stable storage"):
         guest.provider.save()

@@ -14,7 +14,8 @@ from vmbus.kmcl.pipe import frame, unframe
 from vmbus.providers.integration import IntegrationProvider
 from vmbus.providers.integration.freezing import AGAIN_SECONDS, MOVES, Freeze, Happening, Stage
 from vmbus.testkit import ProviderTest
-from vmbus.testkit.client import Client, HostPacket
+from vmbus.testkit import guest as testkit
+from vmbus.testkit.guest import HostPacket
 from vmbus.wire import ic
 from vmbus.wire.ic import VssOperation
 
@@ -37,7 +38,7 @@ class Guest:
 
     def open(self) -> None:
         self._unanswered.clear()
-        self.client: Client = self.kit.client("integration-vss", ring_pages=2)
+        self.client: testkit.Guest = self.kit.guest("integration-vss", ring_pages=2)
         self.client.answer = self._take
         self.client.open()
         self.kit.run()
@@ -173,7 +174,7 @@ def test_after_a_save_they_are_thawed_on_both_sides_of_it(kit: ProviderTest, asl
     guest = Guest(kit)
     assert freeze(kit, 60)["frozen"]
     guest.slow = asleep
-    kit.save_and_restore()
+    kit.save_restore()
     kit.run()
     if asleep:
         assert guest.frozen and stage(kit) == "thawing"
@@ -195,7 +196,7 @@ def test_a_save_in_the_middle_of_freezing_ends_in_a_thaw(kit: ProviderTest, answ
     for _ in range(answers):
         kit.run()
         guest.answer()
-    kit.save_and_restore()
+    kit.save_restore()
     guest.slow = False
     guest.answer()
     kit.run()
@@ -224,7 +225,7 @@ def test_sabotage_without_the_number_a_restored_guest_stays_frozen(kit: Provider
     guest = Guest(kit)
     assert freeze(kit, 60)["frozen"]
     kit.provider.parts["vss"].numbers["frozen"] = 0  # type: ignore[attr-defined]
-    kit.save_and_restore()
+    kit.save_restore()
     kit.advance(100)
     assert guest.frozen
 
@@ -284,7 +285,7 @@ class FreezeMachine(RuleBasedStateMachine):
 
     @rule()
     def save(self) -> None:
-        self.kit.save_and_restore()
+        self.kit.save_restore()
 
     @invariant()
     def what_is_frozen_is_known(self) -> None:

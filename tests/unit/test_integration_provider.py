@@ -87,7 +87,7 @@ def test_the_guest_is_told_the_time_at_the_start_after_a_restore_and_on_request(
         kit.advance(12)
         flags = [ic.parse_time_sync(one.body, ic.Version(3, 0)).flag for one in guest.asked["time"][1:]]
         assert flags == [ic.TimeFlag.SYNC, ic.TimeFlag.SAMPLE, ic.TimeFlag.SAMPLE]
-        kit.save_and_restore()
+        kit.save_restore()
         kit.run()
         assert len(sets) == 2
         assert kit.command("time-sync") == {"status": 0}
@@ -95,8 +95,8 @@ def test_the_guest_is_told_the_time_at_the_start_after_a_restore_and_on_request(
         assert kit.provider.status()["time"]["syncs"] == 3
         # A request that the guest has not taken at the save does not keep the new time back for long.
         guest.silent = True
-        kit.save_and_restore()
-        kit.save_and_restore()
+        kit.save_restore()
+        kit.save_restore()
         guest.silent = False
         kit.run()
         guest.answer()
@@ -155,14 +155,14 @@ def test_integration_service_fault_d10_keys_of_the_host_are_told_at_every_open()
         assert kit.command("kvp-set", key="early", value=1, type="u64") == {"told": False}
         assert kit.command("kvp-set", key="role", value="db") == {"told": False}
         assert kit.command("kvp-delete", key="zone") == {"told": False}
-        kit.save_and_restore()
+        kit.save_restore()
         guest = KitGuest(kit, "kvp")
         external = guest.linux.pools[ic.Pool.EXTERNAL]
         wanted = {"early": "1", "role": "db"}
         assert external == wanted
         guest.clients["kvp"].close()
         external.clear()  # it boots anew
-        kit.save_and_restore()
+        kit.save_restore()
         guest.open(ic.KVP)
         assert external == wanted
         assert kit.command("kvp-delete", key="early") == {"told": True}
@@ -186,7 +186,7 @@ def test_integration_service_fault_d10_keys_of_the_host_are_told_at_every_open()
             kit.command("kvp-set", key=f"k{number}", value="x" * 1000)
         with pytest.raises(UsageError, match=f"told of {MOST_TOLD} keys at most"):
             kit.command("kvp-set", key="more", value="x")
-        kit.save_and_restore()
+        kit.save_restore()
         guest.open(ic.KVP)
         assert len(external) == MOST_TOLD and kit.provider.status()["kvp"]["stray"] == 0
 
@@ -289,7 +289,7 @@ def test_the_time_is_right_wherever_a_save_is() -> None:
     assert steps > 10
     for point in range(1, steps + 1):
         with ProviderTest(Provider, options={"time_seconds": 1.5}) as kit:
-            kit._save_at = lambda step, point=point: step == point  # type: ignore[misc]
+            kit.save_at = lambda step, point=point: step == point  # type: ignore[misc]
             script(kit)
 
 
@@ -298,7 +298,7 @@ def test_sabotage_without_the_request_in_the_state_its_answer_is_stray() -> None
         guest = KitGuest(kit, "heartbeat")
         guest.silent = True
         kit.advance(2.5)
-        kit.save_and_restore()
+        kit.save_restore()
         exchange = kit.provider.parts["heartbeat"].exchange  # type: ignore[attr-defined]
         assert exchange._under_way.kind == MessageType.HEARTBEAT
         exchange._under_way = None
@@ -370,7 +370,7 @@ def test_integration_service_negotiation_waits_for_a_daemon_as_long_as_it_takes(
         kit.advance(9)
         assert not isinstance(early, dict) and "perhaps its daemon does not run" in str(early.exception(0))
         kit.advance(3600)
-        kit.save_and_restore()
+        kit.save_restore()
         kit.advance(3600)
         assert guest.asked["kvp"][-1].kind == MessageType.NEGOTIATE
         guest.silent = False
@@ -451,7 +451,7 @@ def test_a_guest_that_speaks_other_versions() -> None:
         assert kit.provider.status()["shutdown"]["phase"] == "unsupported"
         with pytest.raises(UsageError, match="takes none of our versions"):
             kit.command("shutdown")
-        kit.save_and_restore()
+        kit.save_restore()
         assert kit.provider.status()["shutdown"]["phase"] == "unsupported"
         # An older one, which knows no restart.
         client.close()

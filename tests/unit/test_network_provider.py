@@ -267,7 +267,7 @@ def test_sub_channels_go_with_their_guest_and_come_when_they_are_asked_for() -> 
             kit.run()
             assert len(guest.frames) == 30 and len(guest.by_channel) == 3
             if how == 1:
-                kit.save_and_restore()
+                kit.save_restore()
             if how == 2:
                 guest.shut_down()
             else:
@@ -318,7 +318,7 @@ def test_the_guests_table_and_key_say_which_queue_and_are_saved() -> None:
             for queue in (1, 2):
                 wanted = [one for one, place in zip(frames, expected, strict=True) if place == queue]
                 assert guest.by_channel[queue] == wanted and wanted
-            kit.save_and_restore()
+            kit.save_restore()
         assert guest.spread(flags=0x10) == 0
         guest.by_channel.clear()
         cable_of(guest).push(*frames)
@@ -349,7 +349,7 @@ def test_a_guest_may_choose_another_address() -> None:
             cable.push(*frames, frame(b"c", target=PEER))
             kit.run()
             assert guest.frames == frames
-            kit.save_and_restore()
+            kit.save_restore()
         kit.advance(5)
         assert kit.provider.status()["guest"]["address"] == chosen.hex(":")
         # A driver that begins anew goes on with either.
@@ -426,7 +426,7 @@ def interface_comes_and_goes(kit: ProviderTest) -> None:
         kit.advance(5)
         cable.missing = False
         if trouble is Trouble.DOWN:
-            kit.save_and_restore()  # the next one is made at the restore
+            kit.save_restore()  # the next one is made at the restore
         else:
             cable.becomes(None)
         kit.advance(5)
@@ -450,7 +450,7 @@ def test_sabotage_a_card_that_does_not_hear_of_its_interface_is_found_out() -> N
 def test_switches_are_told_after_a_move() -> None:
     with card() as kit:
         guest = guest_of(kit)
-        kit.save_and_restore()
+        kit.save_restore()
         kit.advance(5)
         assert cable_of(guest).announced == len(ANNOUNCE_AFTER)
 
@@ -459,7 +459,7 @@ def introduced(kit: Any) -> list[bytes]:
     """The ARP frames that a guest has after a move to where the bridge has another Ethernet address."""
     guest = guest_of(kit)
     cable_of(guest).hosts = ((bytes([192, 0, 2, 1]), PEER),)
-    kit.save_and_restore()
+    kit.save_restore()
     kit.advance(5)
     return [frame for frame in guest.frames if frame[OFFLOAD_SIZE + 12 :][:2] == b"\x08\x06"]
 
@@ -606,7 +606,7 @@ def test_memory_that_the_guest_takes_away_is_an_error_of_its_packets_alone() -> 
     with card() as kit:
         guest = guest_of(kit)
         for memory in (guest.receive, guest.send_memory):
-            memory._memory.take_away()  # type: ignore[attr-defined]
+            memory.take_away()  # type: ignore[attr-defined]
         assert guest.send_rndis(nvsp.DATA_CHANNEL, 0, 60, None) == FAILURE
         cable_of(guest).push(udp(1, 1))
         kit.run()
@@ -778,7 +778,7 @@ def test_whatever_a_guest_says_is_answered_and_hurts_nobody(steps: list[tuple[st
         cable_of(guest).push(*(udp(number, 1) for number in range(3)))
         for what, data in steps:
             if what == "save":
-                kit.save_and_restore()
+                kit.save_restore()
             elif what == "nvsp":
                 guest.ends.ask(0, data, None)
             else:
@@ -900,7 +900,7 @@ def test_network_survives_with_frames_in_every_place() -> None:
         with guest.ends.clients[0].away():
             cable_of(guest).push(*frames[20:])
             kit.run()
-            saved = kit.save_and_restore()
+            saved = kit.save_restore()
         status = kit.provider.status()
         assert saved.sent > 0 and status["drained"] > 0, (saved, status)
         assert status["queues"][0]["used"] > 40_000, "the window is what it was"
@@ -918,7 +918,7 @@ def test_a_packet_that_outlives_its_buffer_is_restored_too() -> None:
         cable_of(guest).push(udp(1, 1))
         kit.run()
         guest.revoke()
-        kit.save_and_restore()
+        kit.save_restore()
         guest.receive = guest.ends.allocate(guest.receive_size)
         guest.step_receive()
         guest.release()

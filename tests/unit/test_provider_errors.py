@@ -89,7 +89,7 @@ def test_fault_t1_whatever_raises_fails_the_test_and_the_channel_that_hangs_on_i
         kit.run()
         assert request.done and not guest.is_open
         # A save later finds nothing that is held.
-        kit.save_and_restore()
+        kit.save_restore()
 
 
 @pytest.mark.parametrize("where", WHERE)

@@ -324,7 +324,7 @@ def test_a_write_protected_disk(disks: Path) -> None:
         assert guest.read(0, MIB) == pattern(MIB)
         assert guest.ask(storvsc.SYNCHRONIZE).good
         assert kit.provider.files() == {}
-        kit.save_and_restore()
+        kit.save_restore()
         assert guest.read(512, 512) == pattern(MIB)[262144:262656]
     assert (disks / "disk.img").read_bytes() == pattern(MIB)
 

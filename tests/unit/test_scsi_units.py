@@ -33,7 +33,7 @@ def test_a_logical_unit_is_added_and_the_guest_told(guest: Guest) -> None:
     assert guest.notices() == [Operation.ENUMERATE_BUS]
     assert [one.lun for one in guest.scan()] == [0, 5]
     assert guest.write(0, pattern(512), lun=5).good
-    guest.kit.save_and_restore()
+    guest.kit.save_restore()
     assert guest.read(0, 512, lun=5) == pattern(512), "it is not in the description, but in the state"
     assert sorted(guest.kit.provider.files()) == ["lun-0", "lun-5"]
 
@@ -47,7 +47,7 @@ def test_one_that_is_removed_is_gone_at_once_and_its_image_free(guest: Guest, di
     assert guest.scan() == []
     with ProviderTest(ScsiProvider, options=ONE) as other:
         assert Guest(other).read(0, 512) == pattern(512)
-    guest.kit.save_and_restore()
+    guest.kit.save_restore()
     assert guest.scan() == []
     guest.kit.command("add-lun", lun=0, image="disk.img")
     assert guest.read(0, 512) == pattern(512)
@@ -58,7 +58,7 @@ def test_what_was_asked_for_before_the_removal_is_still_done(guest: Guest, disks
     with guest.kit._turn():
         pending = [guest.send(storvsc.write_10(8 * n, 8), 4096, direction=Direction.TO_DEVICE) for n in range(20)]
     for _ in range(3):
-        guest.kit._one_turn()
+        guest.kit.turn()
     gone = guest.kit.provider.command("remove-lun", {"lun": 0})
     later = guest.send(storvsc.READY)
     guest.kit.run()
@@ -75,7 +75,7 @@ def test_a_larger_disk(guest: Guest) -> None:
     (before,) = guest.scan()
     assert guest.kit.command("resize", lun=0, size_mib=3) == {"lun": 0, "size": 3 * MIB}
     assert guest.notices() == [Operation.ENUMERATE_BUS]
-    guest.kit.save_and_restore()
+    guest.kit.save_restore()
     assert guest.ask(storvsc.READY).sense == scsi.CAPACITY_HAS_CHANGED
     assert guest.ask(storvsc.READY).good, "it is said once"
     (after,) = guest.scan()
@@ -132,9 +132,9 @@ def test_a_notice_waits_for_room_and_goes_over_a_save(disks: Path) -> None:
                 guest.provider.adapter.notify()
                 kit.run()
             kit.command("add-lun", lun=1, image="a.img", size_mib=1, create=True)
-            saved = kit.save_and_restore()
+            saved = kit.save_restore()
             kit.command("remove-lun", lun=1)
-            kit.save_and_restore()
+            kit.save_restore()
         assert saved.queued == 1, "one that waits is as good as many"
         notices = guest.notices()
         assert set(notices) == {Operation.ENUMERATE_BUS} and 100 < len(notices) < 300
@@ -179,7 +179,7 @@ def test_requests_over_several_channels_reach_one_disk() -> None:
         guest = Guest(kit, sub_channels=3)
         for index in range(4):
             assert guest.write(index * 8, pattern(4096, index), channel=index).good
-        kit.save_and_restore()
+        kit.save_restore()
         for index in range(4):
             assert guest.read(index * 8, 4096, channel=3 - index) == pattern(4096, index)
         assert kit.provider.status()["sub_channels"] == 3
@@ -227,7 +227,7 @@ def story(kit: ProviderTest) -> object:
     assert isinstance(memory, KitMemory)
     for number in range(4):
         at = number * 8192
-        memory.memory._buffer.view[at : at + 8192] = pattern(8192, number)
+        memory.memory.write(at, pattern(8192, number))
         cdb = storvsc.write_10(number * 8, 16, fua=bool(number % 2))
         pending.append(guest.send(cdb, 8192, external=memory.extents(8192, at), direction=Direction.TO_DEVICE))
     kit.run()
@@ -251,7 +251,7 @@ def test_a_save_keeps_each_disk_by_its_number(disks: Path) -> None:
         assert guest.write(0, pattern(4096, 1)).good
         assert guest.write(0, pattern(4096, 2), block_size=4096, lun=3).good
         before = guest.scan()
-        kit.save_and_restore()
+        kit.save_restore()
         assert guest.scan() == before
         assert guest.read(0, 4096) == pattern(4096, 1)
         assert guest.read(0, 4096, block_size=4096, lun=3) == pattern(4096, 2)
@@ -262,22 +262,22 @@ def test_a_clone_has_disks_of_its_own(disks: Path, tmp_path: Path, monkeypatch: 
         guest = Guest(kit)
         assert guest.write(0, pattern(4096, 1)).good
         assert guest.write(0, pattern(4096, 2), block_size=4096, lun=3).good
-        kit._quiesce("saved")
-        kit._deactivate()
+        kit.hosted.quiesce("saved")
+        kit.hosted.deactivate()
         state = kit.provider.save()
         copies = {name: tmp_path / name for name in kit.provider.files()}
         for name, path in kit.provider.files().items():
             copies[name].write_bytes(path.read_bytes())
-        kit._activate()
+        kit.hosted.activate()
         for channel in kit.channels:
             channel.unquiesce()
         monkeypatch.setenv("VMBUS_CLONE_DISKS", str(tmp_path / "clone"))
         clone = ProviderTest(ScsiProvider)
-        clone._deactivate()
+        clone.hosted.deactivate()
         clone.provider.check(state)
         clone.provider.restore_files(copies)
         clone.provider.restore(state)
-        clone._activate()
+        clone.hosted.activate()
         with clone:
             other = Guest(clone)
             assert other.read(0, 4096) == pattern(4096, 1)
@@ -330,13 +330,13 @@ def test_damaged_state_is_refused(state: bytes) -> None:
 
 def test_files_that_belong_to_no_disk_are_refused() -> None:
     with ProviderTest(ScsiProvider, options=ONE) as kit:
-        kit._deactivate()
+        kit.hosted.deactivate()
         kit.provider.restore_files({"lun-7": Path("/dev/null")})
         kit.check_refuses(b"")
         with pytest.raises(Exception, match="lun-7"):
             kit.provider.check(fields())
         kit.provider.restore_files({})
-        kit._activate()
+        kit.hosted.activate()
 
 
 def refused(options: dict[str, Any]) -> str:

@@ -338,7 +338,7 @@ def test_the_kit_keeps_the_order_of_calls(tmp_path: Path) -> None:
         first.outside.send(b"hear")
         kit.run()
         assert first.heard == [b"hear"]
-        kit.save_and_restore()
+        kit.save_restore()
         second = kit.provider
         assert isinstance(second, OutsideProvider)
         assert first.calls[:3] == ["start", "activate", "started"]
@@ -360,4 +360,4 @@ def test_a_provider_may_refuse_a_save() -> None:
     with pytest.raises(OSError, match="save fails on purpose"), ProviderTest(OutsideProvider) as kit:
         kit.open()
         OutsideProvider.fail.add("save")
-        kit.save_and_restore()
+        kit.save_restore()

@@ -20,8 +20,8 @@ from vmbus.kmcl.server import ServerChannel
 from vmbus.providers import Provider
 from vmbus.testkit import ContractViolation, HostPacket, ProviderTest, every_step
 from vmbus.testkit.contract import differing
+from vmbus.testkit.every_step import difference
 from vmbus.testkit.host import Clock, FakeHost
-from vmbus.testkit.kit import difference
 from vmbus.testkit.watch import ProviderWarning
 from vmbus.wire.workload import (
     BURST_ANSWER,
@@ -163,9 +163,10 @@ def test_an_answer_that_is_missing_is_named_with_what_may_bring_it() -> None:
     with ProviderTest(Counter) as kit:
         guest = kit.open()
         with pytest.raises(ContractViolation) as caught:
-            guest.request(b"late")
-        for part in ("packet 1", "b'late'", "channel counter", "completion.complete(reply)", "2 s: kit.advance()"):
+            guest.request(b"late", timeout=1.5)
+        for part in ("packet 1", "b'late'", "channel counter", "completion.complete(reply)", "0.5 s: kit.advance()"):
             assert part in str(caught.value)
+        assert guest.request(b"late") == NUMBER.pack(2) and kit.now == 2.0
 
 
 def test_packets_of_the_provider_queue_and_all_are_received_once() -> None:
@@ -174,7 +175,7 @@ def test_packets_of_the_provider_queue_and_all_are_received_once() -> None:
         guest.send(b"send\x32")
         with guest.away():
             kit.run()
-            saved = kit.save_and_restore()
+            saved = kit.save_restore()
             assert saved.queued > 20 and saved.sent > 10
         numbers = []
         for _ in range(50):
@@ -276,12 +277,12 @@ def test_channels_are_found_by_name_type_and_number() -> None:
             other.enable()
 
     with ProviderTest(Two) as kit:
-        assert kit.client("other") is kit.client(UUID(int=5)) is kit.client(1)
-        assert kit.client(0) is kit.client("counter")
+        assert kit.guest("other") is kit.guest(UUID(int=5)) is kit.guest(1)
+        assert kit.guest(0) is kit.guest("counter")
         with pytest.raises(UsageError, match="more than one channel"):
-            kit.client()
+            kit.guest()
         with pytest.raises(UsageError, match=r"no channel is meant by 'third'.*\['counter', 'other'\]"):
-            kit.client("third")
+            kit.guest("third")
 
 
 def test_options_are_checked() -> None:
@@ -404,7 +405,7 @@ def test_a_channel_that_is_made_anew_at_a_restore() -> None:
         guest = kit.open()
         guest.send(b"send\3")
         kit.run()
-        kit.save_and_restore()
+        kit.save_restore()
         kit.run()
         assert not guest.is_open
         guest.open()
@@ -540,16 +541,16 @@ BREACHES: dict[type[Provider], str] = {
 def test_a_breach_at_a_save_is_named(breach: type[Provider]) -> None:
     kit = busy(breach)
     with pytest.raises(ContractViolation, match=BREACHES[breach]):
-        kit.save_and_restore()
+        kit.save_restore()
 
 
 def test_the_same_provider_without_a_breach_is_saved() -> None:
-    assert busy(Counter).save_and_restore().sent == 3
+    assert busy(Counter).save_restore().sent == 3
 
 
 def test_sending_while_restoring_is_named() -> None:
     with pytest.raises(ContractViolation, match="channel counter"):
-        busy(SendsWhileRestoring).save_and_restore()
+        busy(SendsWhileRestoring).save_restore()
 
 
 def test_completing_twice_is_named() -> None:
@@ -612,7 +613,7 @@ def test_old_timers_and_calls_are_gone_after_a_restore() -> None:
             Notes.called += 1
 
     kit = busy(Notes)
-    kit.save_and_restore()
+    kit.save_restore()
     kit.advance(10)
     assert Notes.called == 0
 
@@ -769,7 +770,7 @@ def test_fault_t2_a_difference_far_behind_is_shown(monkeypatch: pytest.MonkeyPat
 
     with pytest.raises(ContractViolation, match="does not round trip") as caught, ProviderTest(Forgets) as kit:
         kit.open().request(b"now")
-        kit.save_and_restore()
+        kit.save_restore()
     found = re.search(
         r"save\(\) returned (.*) at byte 100, and after restore\(\) of that it returns (.*) there;", str(caught.value)
     )
@@ -856,14 +857,14 @@ def test_fault_t3_state_outside_of_the_provider_is_named_at_a_save(
     with ProviderTest(mine) as kit:
         guest = kit.open()
         guest.request(b"harmless")
-        kit.save_and_restore()
+        kit.save_restore()
         guest.request(request_)
         with pytest.raises(ContractViolation, match=rf"provider mine keeps state in {where}, which was .* and is "):
-            kit.save_and_restore()
+            kit.save_restore()
 
 
 def test_fault_t3_a_descriptor_that_is_left_open_is_named(mine: type[Provider]) -> None:
-    for end in ("save_and_restore", "finish"):
+    for end in ("save_restore", "finish"):
         kit = ProviderTest(mine)
         kit.open().request(b"descriptor")
         with pytest.raises(

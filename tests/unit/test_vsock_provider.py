@@ -85,7 +85,7 @@ def test_a_save_and_restore_with_everything_there_is() -> None:
         waiting, silent = call(path_of(kit), 82), call(path_of(kit), b"C")
         kit.run()
         assert kit.provider.status()["connecting"] == 3
-        assert kit.save_and_restore().state == b""
+        assert kit.save_restore().state == b""
         assert not guest.is_open and kit.channels == []
         for end in (host, waiting, silent):
             assert not take(end, bytearray())

@@ -15,111 +15,79 @@ from __future__ import annotations
 import contextlib
 import tempfile
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from uuid import UUID
 
 from vmbus.device.description import DeviceDescription
-from vmbus.device.saved import count_packets
-from vmbus.errors import StateError
-from vmbus.kmcl import Channel, ClientChannel, Completion, Packet, Status
+from vmbus.device.saved import DeviceState, count_packets
+from vmbus.errors import UsageError
+from vmbus.testkit.device import RING_PAGES, DeviceUnderTest, InFlight, sole_provider
+from vmbus.testkit.guest import TIMEOUT, BufferPages, ChannelEnd, Guest
 from vmbus.testkit.loopback.harness import LoopbackServer
 from vmbus.transport.library import Library
+from vmbus.util.patience import patient
+from vmbus_guest.channel_driver import ChannelDriver
 from vmbus_guest.driver import VmbusDriver
 
-TIMEOUT = 10.0  # seconds
+
+class DriverSide:
+    """The guest's ends of channels, over a driver in this process. Implements `vmbus.testkit.guest.Surroundings`."""
+
+    def __init__(self, driver: ChannelDriver) -> None:
+        self.driver = driver
+        self.guests: list[Guest] = []
+
+    def guest(
+        self,
+        channel: UUID,
+        *,
+        instance: UUID | None = None,
+        subchannel: int = 0,
+        ring_pages: int = RING_PAGES,
+        name: str = "",
+    ) -> Guest:
+        """As `DeviceUnderTest.guest`."""
+        end = self.driver.client_channel(
+            channel,
+            instance=instance,
+            subchannel_index=subchannel,
+            ring_pages_in=ring_pages,
+            ring_pages_out=ring_pages,
+            name=name,
+        )
+        opened = ChannelEnd(end, lambda one: self.driver.enable(one, patient(TIMEOUT)), self.driver.close_channel)
+        self.guests.append(Guest(self, opened))
+        return self.guests[-1]
+
+    def open(self, channel: UUID, **more: Any) -> Guest:
+        """As `guest`, and open it."""
+        guest = self.guest(channel, **more)
+        guest.open()
+        return guest
+
+    def wait_until(self, condition: Callable[[], bool], timeout: float = TIMEOUT, what: str = "a condition") -> None:
+        """Move packets until `condition()` holds. Raises WaitTimeout naming `what`."""
+        self.driver.run_until(condition, patient(timeout), what)
+
+    def allocate(self, size: int) -> BufferPages:
+        """Guest memory; tests use `Guest.memory`."""
+        return BufferPages(self.driver.allocate(size))
+
+    def step(self, what: str) -> None:
+        """Nobody counts."""
+
+    def waiting_for(self) -> str:
+        """What the channels' failures say."""
+        return "".join(f"; {failure}" for failure in self.driver.failures)
 
 
-class GuestRequest:
-    """A packet that the guest has sent. `done`: it was completed, with `status` and `reply` (padded to 8 bytes)."""
-
-    def __init__(self, pair: LoopbackPair, what: str) -> None:
-        self._pair = pair
-        self._what = what
-        self.done = False
-        self.status = 0
-        self.reply = b""
-
-    def completed(self, _: Packet, status: int, reply: bytes) -> None:
-        """The completion routine."""
-        self.done, self.status, self.reply = True, status, reply
-
-    def wait(self, timeout: float = TIMEOUT) -> bytes:
-        """The reply, padded to 8 bytes. Raises WaitTimeout, StateError when the channel was closed instead."""
-        self._pair.run_until(lambda: self.done, timeout, f"the completion of {self._what}")
-        if self.status != Status.SUCCESS:
-            raise StateError(f"{self._what} was cancelled, since its channel was closed")
-        return self.reply
-
-
-class PairMemory:
-    """Guest memory that a packet can describe: `data` is what is in it."""
-
-    def __init__(self, driver: VmbusDriver, size: int) -> None:
-        self._buffer = driver.allocate(-(-max(size, 1) // 4096) * 4096)
-        self.size = size
-
-    @property
-    def data(self) -> bytes:
-        """What is in it now."""
-        return bytes(self._buffer.view[: self.size])
-
-    @data.setter
-    def data(self, data: bytes) -> None:
-        self._buffer.view[: len(data)] = data
-
-    def part(self, offset: int = 0, length: int | None = None) -> list[tuple[int, int]]:
-        """A part, as `send` takes it."""
-        return [(self._buffer.iova + offset, self.size - offset if length is None else length)]
-
-
-class Guest:
-    """The guest's end of an open channel. `received`: packets of the provider that nobody has asked for yet."""
-
-    def __init__(self, pair: LoopbackPair, channel: ClientChannel) -> None:
-        self.pair = pair
-        self.channel = channel
-        self.received: deque[tuple[Completion, bytes]] = deque()
-
-    def process(self, _: Channel, completion: Completion, payload: bytes) -> None:
-        """The packet callback."""
-        self.received.append((completion, payload))
-
-    def send(self, payload: bytes, *, external: Sequence[tuple[int, int]] | None = None) -> GuestRequest:
-        """Send a request that wants a completion; `external`: memory that it describes, see `LoopbackPair.memory`."""
-        packet = self.channel.allocate_packet()
-        request = GuestRequest(self.pair, f"a request of {len(payload)} bytes on channel {self.channel.name}")
-        packet.completion_routine = request.completed
-        packet.send(payload, external=external)
-        self.pair.packets += 1
-        return request
-
-    def request(self, payload: bytes, *, external: Sequence[tuple[int, int]] | None = None) -> bytes:
-        """Send a request, and wait for its reply."""
-        return self.send(payload, external=external).wait()
-
-    def receive(self, timeout: float = TIMEOUT, *, reply: bytes = b"") -> bytes:
-        """The payload of the provider's next packet, which is completed with `reply`. Raises WaitTimeout."""
-        what = f"a packet of the provider on channel {self.channel.name}"
-        self.pair.run_until(lambda: bool(self.received), timeout, what)
-        completion, payload = self.received.popleft()
-        completion.complete(reply)
-        self.pair.packets += 1
-        return payload
-
-    def close(self) -> None:
-        """Close the channel."""
-        self.pair.driver.close_channel(self.channel)
-
-
-class LoopbackPair:
+class LoopbackPair(DeviceUnderTest):
     """See the module's text. A context manager.
 
     Attributes:
-        server: the `LoopbackServer`, another one after each restore. driver: the guest's driver.
-        saves: how often it was saved and restored. packets: how many packets tests have sent and received.
+        server: the `LoopbackServer`, another one after each restore or migration. driver: the guest's driver.
     """
 
     def __init__(
@@ -129,93 +97,123 @@ class LoopbackPair:
         self.description = description
         self.library = library
         self.saves = 0
-        self.packets = 0
         self._stack = contextlib.ExitStack()
         self.server = LoopbackServer(description, library, capture=capture)
         try:
             self.function = self.server.function(**guest)
             self._stack.callback(self.function.close)
             self.driver = VmbusDriver(self.function)
+            self.side = DriverSide(self.driver)
         except BaseException:
             self.close()
             raise
-
-    def __enter__(self) -> LoopbackPair:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
 
     # ---- the guest -------------------------------------------------------------------------------------------------
 
-    def open(
-        self, interface_type: UUID, *, instance: UUID | None = None, subchannel: int = 0, ring_pages: int = 16
+    def guest(
+        self,
+        channel: UUID | None = None,
+        *,
+        instance: UUID | None = None,
+        subchannel: int = 0,
+        ring_pages: int = RING_PAGES,
     ) -> Guest:
-        """Open a channel as a guest. Raises WaitTimeout if it is not offered, PeerError if it is refused."""
-        channel = self.driver.client_channel(
-            interface_type,
-            instance=instance,
-            subchannel_index=subchannel,
-            ring_pages_in=ring_pages,
-            ring_pages_out=ring_pages,
-        )
-        guest = Guest(self, channel)
-        channel.set_process_packet_callbacks(guest.process)
-        self.driver.enable(channel, TIMEOUT)
-        return guest
+        """See `DeviceUnderTest.guest`."""
+        if channel is None:
+            offers = [one for one in self.driver.bus.offers.values() if not one.subchannel_index]
+            if len(offers) != 1:
+                raise UsageError(f"there are {len(offers)} channels: which one is meant?")
+            channel, instance = offers[0].interface_type, offers[0].interface_instance
+        names = [one.name for one in self.description.providers]
+        name = names[0] if len(names) == 1 else str(channel)
+        return self.side.guest(channel, instance=instance, subchannel=subchannel, ring_pages=ring_pages, name=name)
 
-    def memory(self, size: int, data: bytes = b"") -> PairMemory:
-        """Guest memory for external data, with this in it."""
-        memory = PairMemory(self.driver, size)
-        memory.data = data
-        return memory
+    @property
+    def packets(self) -> int:
+        """How many packets tests have sent and received."""
+        return sum(len(guest.requests) + guest.received for guest in self.side.guests)
 
-    def run_until(self, condition: Callable[[], bool], timeout: float = TIMEOUT, what: str = "a condition") -> None:
+    def allocate(self, size: int) -> BufferPages:
+        """Guest memory; tests use `Guest.memory`."""
+        return self.side.allocate(size)
+
+    def wait_until(self, condition: Callable[[], bool], timeout: float = TIMEOUT, what: str = "a condition") -> None:
         """Move packets until `condition()` holds. Raises WaitTimeout naming `what`."""
-        self.driver.run_until(condition, timeout, what)
+        self.side.wait_until(condition, timeout, what)
 
-    def run_for(self, seconds: float) -> None:
-        """Move packets for a while, for what should not happen."""
+    def advance(self, seconds: float) -> None:
+        """Move packets for a while."""
         end = time.monotonic() + seconds
         while (left := end - time.monotonic()) > 0:
             self.driver.step(left)
 
     # ---- the host --------------------------------------------------------------------------------------------------
 
-    def command(self, command: str, /, **arguments: Any) -> dict[str, Any]:
-        """A control command of the server."""
-        return self.server.command(command, **arguments)
+    def command(self, name: str, /, **arguments: Any) -> dict[str, Any]:
+        """A tool's command to the provider, of which there is one."""
+        return self.provider(sole_provider(self.description), name, **arguments)
 
     def provider(self, name: str, command: str, /, **arguments: Any) -> dict[str, Any]:
-        """A provider's own command."""
+        """A command to one of several providers."""
         return self.server.command("provider", name=name, command=command, arguments=arguments)
 
     def status(self) -> dict[str, Any]:
-        """The server's status."""
-        return self.server.command("status")
+        """The provider's own status, of which there is one; the server's is `server.command("status")`."""
+        return dict(self.server.command("status")["providers"][sole_provider(self.description)])
 
-    def save_restore(self) -> dict[str, int]:
-        """Save the device into another server, which takes over; guest memory and everything in flight stay.
+    def in_flight(self) -> InFlight:
+        """The device's packets in flight now."""
+        packets = self.server.command("status")["packets"]
+        return InFlight(packets["queued"], packets["sent"])
 
-        Returns the packets in flight of the device at that moment, `queued` and `sent`.
-        """
-        old = self.server
+    def save_restore(self) -> InFlight:
+        """Save the device into another server, which takes over; guest memory and everything in flight stay."""
         with tempfile.TemporaryDirectory(prefix="vmbus-pair-") as directory:
             files = Path(directory)
-            state = old.save(files)
-            counts = count_packets(state)
+            state = self.server.save(files)
             new = LoopbackServer(self.description, self.library, restore=state, files=files)
-            try:
+            with self._taking_over(new, state):
                 # As with a VM: the old server is gone before the new one owns what only one may.
-                old.stop()
+                self.server.stop()
                 self.server = new
                 self.function.reconnect(new.socket_path, state.config)
-                new.command("restore-finish")
-            except BaseException:
-                new.stop()
-                raise
+        return self._moved(state)
+
+    def migrate(self) -> InFlight:
+        """Move the device to another server, which has guest memory of its own: a copy of what there was when the
+        device stood still. The old server is there until the new one runs. Raises UsageError for files that only a
+        snapshot carries."""
+        old = self.server
+        try:
+            state = old.save(moving=True)
+        except BaseException:
+            old.command("resume")
+            raise
+        new = LoopbackServer(self.description, self.library, restore=state)
+        with self._taking_over(new, state):
+            self.function.move_to(self.function.another_client(new.socket_path, bytes(self.function.ram)))
+            self.function.reset()
+            self.function.replay(state.config)
+        self.server = new
+        old.stop()
+        return self._moved(state)
+
+    @contextlib.contextmanager
+    def _taking_over(self, new: LoopbackServer, state: DeviceState) -> Iterator[None]:
+        try:
+            yield
+            new.command("restore-finish")
+        except BaseException:
+            new.stop()
+            raise
+
+    def _moved(self, state: DeviceState) -> InFlight:
         self.saves += 1
-        return {"queued": counts.queued, "sent": counts.sent}
+        counts = count_packets(state)
+        return InFlight(counts.queued, counts.sent)
 
     @contextlib.contextmanager
     def capture(self, path: Path, *, channels: Sequence[str] = (), **options: int) -> Iterator[Path]:
