@@ -14,18 +14,32 @@ import pytest
 pytestmark = pytest.mark.unit
 
 CHECKOUT = Path(__file__).parents[2]
-ESSENTIAL = {"apt-get", "cat", "dpkg-deb", "dpkg-query", "mkdir", "sh", "sleep", "true", "unshare"}
+ESSENTIAL = {
+    "apt-cache",
+    "apt-get",
+    "bash",
+    "cat",
+    "dpkg-deb",
+    "dpkg-query",
+    "mkdir",
+    "sh",
+    "sleep",
+    "true",
+    "unshare",
+    "yes",
+}
 """Of every Debian: packages that are marked essential, and apt, which installs."""
 DECLARED = {
     "cc": "C compiler",
     "git": "git",
     "make": "`make`",
+    "objcopy": "gcc",
     "qemu-img": "QEMU",
     "ssh": "openssh-client",
     "xz": "xz-utils",
 }
 """How the pages call it; or, where it may be missing, what is said then."""
-_STARTS = r"\b(?:run|Popen|call|check_call|check_output|create_subprocess_exec|spawn|_run)\("
+_STARTS = r"\b(?:run|Popen|call|check_call|check_output|create_subprocess_exec|spawn|_run|run_lines|command_output)\("
 WORDS = re.compile(
     rf'{_STARTS}\s*(?:[^()\[\]]*?,\s*)?\[\s*"(?P<listed>[^"]*)"|\b(?:which|create_subprocess_exec)\(\s*"(?P<named>[^"]*)"'
 )
