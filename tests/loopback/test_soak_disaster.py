@@ -87,8 +87,8 @@ def test_a_disk_that_gets_full_and_empty_again_costs_only_time(tmp_path: Path, d
     async def body() -> str:
         sitting = Sitting(folder, Script(GOOD, spoiling(tmp_path, disk), GOOD), limits=limits(60), scratch=disk.path)
         running = asyncio.create_task(sitting())
-        await until(lambda: "no episode begins" in sitting.told.text, "the wait for room")
-        assert "MiB left, and 8 MiB are needed; waiting up to 60 s for room" in sitting.told.text
+        await until(lambda: "no episode begins" in sitting.text, "the wait for room")
+        assert "MiB left, and 8 MiB are needed; waiting up to 60 s for room" in sitting.text
         assert not (folder / "reserve").exists()
         disk.empty()
         return await asyncio.wait_for(running, pace.seconds(30))

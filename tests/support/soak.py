@@ -13,7 +13,7 @@ from vmbus.soak.campaign import CampaignRun, Limits
 from vmbus.soak.engine import Engine, LocalEngine
 from vmbus.soak.folder import Campaign, CampaignFolder
 from vmbus.soak.job import Bounds, Job
-from vmbus.soak.progress import Figures, PlainView
+from vmbus.soak.progress import Goal, PlainView
 from vmbus.soak.records import Environment, EpisodeRecord, EventRecord, OperationRecord
 
 WORKER = Path(__file__).with_name("scripted_worker.py")
@@ -38,17 +38,6 @@ class Script:
         return Job(episode=episode, seed=100 + episode, plan=plan, command=self._command, bounds=self._bounds)
 
 
-class Told:
-    """What a campaign showed, as lines."""
-
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-
-    @property
-    def text(self) -> str:
-        return "\n".join(self.lines)
-
-
 def campaign(**settings: Any) -> Campaign:
     return Campaign(
         seed=1, started="2026-01-01", settings=settings, environment=Environment(), only=settings.pop("only", None)
@@ -63,19 +52,22 @@ class Sitting:
     ) -> None:
         only = more.pop("only", None)
         self.folder = CampaignFolder.open(path, more.pop("campaign", None) or campaign(only=only))
-        self.told = Told()
+        self.told: list[str] = []  # what the campaign showed
         self.reports = 0
-        figures = Figures(planned=None, seconds=None)
         self.run = CampaignRun(
             self.folder,
             row,
             engine or LocalEngine(parallel=1),
-            PlainView(figures, self.told.lines.append, str(path)),
+            PlainView(self.told.append, str(path), Goal()),
             limits=limits,
             replay=lambda episode: f"scripts/soak --episode {episode}",
             report=self._report,
             **more,
         )
+
+    @property
+    def text(self) -> str:
+        return "\n".join(self.told)
 
     def _report(self) -> None:
         self.reports += 1

@@ -41,9 +41,7 @@ def test_a_campaign_that_passes(tmp_path: Path) -> None:
     assert read_state(tmp_path).state == "finished" and read_state(tmp_path).ran > 0
     assert sitting.reports >= 1
     assert list((tmp_path / "episodes").iterdir()) == list((tmp_path / "failures").iterdir()) == []
-    assert (
-        "episode 1, operation 1: save_restore done, 0.20 s, downtime 0.50 s, 7 packets in flight" in sitting.told.text
-    )
+    assert "episode 1, operation 1: save_restore done, 0.20 s, downtime 0.50 s, 7 packets in flight" in sitting.text
 
 
 BAD: dict[str, tuple[list[list[Any]], str]] = {
@@ -75,7 +73,7 @@ def test_a_bad_worker_is_a_failed_episode_and_the_others_go_on(tmp_path: Path, w
     assert {"plan.json", "worker.log"} <= {one.name for one in (tmp_path / found[1].kept).iterdir()}
     # What it had said before is not lost.
     assert [record.number for record in read(tmp_path, OperationRecord) if record.episode == 1] == [0]
-    assert "FAILED  episode 1" in sitting.told.text and "replay: scripts/soak --episode 1" in sitting.told.text
+    assert "FAILED  episode 1" in sitting.text and "replay: scripts/soak --episode 1" in sitting.text
 
 
 def test_a_worker_that_takes_too_long_is_ended(tmp_path: Path) -> None:
@@ -159,7 +157,7 @@ def test_interrupted_and_gone_on_with(tmp_path: Path, force: bool) -> None:
     verdict, sitting = sit(folder, row)
     assert verdict == "passed"
     assert {number: record.verdict for number, record in episodes(folder).items()} == dict.fromkeys(range(3), "passed")
-    assert "with 1 finished episodes" in sitting.told.text
+    assert "with 1 finished episodes" in sitting.text
     assert len(read(folder, OperationRecord)) == 7
 
 

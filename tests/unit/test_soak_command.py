@@ -20,7 +20,7 @@ from vmbus.cli import main
 from vmbus.cli.soak import CANNOT, FAILED, INTERRUPTED, PASSED
 from vmbus.errors import UsageError
 from vmbus.soak.folder import Campaign, CampaignFolder
-from vmbus.soak.progress import Figures, LiveView, clock
+from vmbus.soak.progress import Goal, LiveView, clock
 from vmbus.soak.records import Environment, EpisodeRecord, EventRecord, OperationRecord, Sample, WorkloadRecord
 from vmbus.soak.replay import campaign_command, parse_words, replay_command, words
 from vmbus.soak.settings import Settings, settings_from
@@ -263,8 +263,7 @@ def tell(view: Any) -> None:
 def test_the_live_view() -> None:
     output = io.StringIO()
     console = Console(file=output, force_terminal=True, width=110, markup=False, emoji=False)
-    figures = Figures(planned=100, seconds=None)
-    with LiveView(figures, console, "dir", "soak: seed 1") as view:
+    with LiveView(console, "soak: seed 1", "dir", Goal(100)) as view:
         tell(view)
         shown = Console(file=io.StringIO(), width=110, markup=False, emoji=False)
         shown.print(view.render())
@@ -285,7 +284,7 @@ def test_the_live_view() -> None:
         assert part in text, text
     assert "FAILED  episode 4: lost [one]" in output.getvalue()
     assert "replay: scripts/soak --episode 4" in output.getvalue()
-    assert figures.failed == 1 and not figures.running
+    assert view.failed == 1 and not view.running
 
 
 def test_the_clock() -> None:

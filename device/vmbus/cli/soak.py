@@ -28,7 +28,7 @@ from vmbus.soak.expected import Budget, Expected, broken, load_baseline, parse_b
 from vmbus.soak.folder import CAMPAIGN_FILE, Campaign, CampaignFolder, read_campaign
 from vmbus.soak.job import Job
 from vmbus.soak.measures import MEASURES, parse
-from vmbus.soak.progress import Figures, LiveView, PlainView, failure_text
+from vmbus.soak.progress import Goal, LiveView, PlainView, View, failure_text
 from vmbus.soak.records import FORMAT, Report
 from vmbus.soak.replay import parse_words, replay_command
 from vmbus.soak.schedule import encode_plan, episodes_planned, linux_share, plan_episode
@@ -233,6 +233,8 @@ async def _campaign(
     expected: Expected | None,
 ) -> int:
     """Run the campaign in its folder and show how it goes. Returns the exit status."""
+    if (path / CAMPAIGN_FILE).exists():
+        read_campaign(path)  # whether it can be gone on with at all, before anything is set up
     provisioned = await asyncio.to_thread(provision)
     wanted = linux_share(settings) > 0
     if episode is not None:
@@ -273,12 +275,12 @@ async def _campaign(
         total = (
             len(plan_episode(settings, settings.seed, episode).operations) if episode is not None else settings.total
         )
-        figures = Figures(planned=total, seconds=settings.seconds, before=folder.state.ran)
-        view: LiveView | PlainView
+        goal = Goal(total, settings.seconds, before=folder.state.ran)
+        view: View
         if console.is_terminal:
-            view = LiveView(figures, console, str(path), title)
+            view = LiveView(console, title, str(path), goal)
         else:
-            view = PlainView(figures, _print_line, str(path))
+            view = PlainView(_print_line, str(path), goal)
             _print_line(title)
         stack.enter_context(view)
         run = CampaignRun(

@@ -23,6 +23,7 @@ from vmbus.soak import keep
 from vmbus.soak.engine import Engine, EngineLost
 from vmbus.soak.folder import CampaignFolder
 from vmbus.soak.job import Job
+from vmbus.soak.progress import View
 from vmbus.soak.records import (
     CAMPAIGN,
     EpisodeRecord,
@@ -33,6 +34,7 @@ from vmbus.soak.records import (
     Verdict,
 )
 from vmbus.soak.room import ROOM_FOR_AN_EPISODE, ROOM_FOR_RECORDS, hit_full_disk, short_of_room
+from vmbus.soak.sink import Sink
 
 
 class Row(Protocol):
@@ -44,28 +46,6 @@ class Row(Protocol):
 
     def job(self, episode: int) -> Job:
         """What is to be done in one of them."""
-
-
-class View(Protocol):
-    """Shows how a campaign goes."""
-
-    def started(self, episode: int) -> None:
-        """An episode begins."""
-
-    def operation(self, record: OperationRecord) -> None:
-        """An operation has ended."""
-
-    def event(self, record: EventRecord) -> None:
-        """Something happened."""
-
-    def sample(self, episode: int, sample: Sample) -> None:
-        """Where an episode is."""
-
-    def phase(self, episode: int, text: str) -> None:
-        """What an episode does now."""
-
-    def ended(self, record: EpisodeRecord, replay: str) -> None:
-        """An episode has ended; `replay` is the command that runs it again, for one that failed."""
 
 
 class Limits(msgspec.Struct, frozen=True, kw_only=True):
@@ -247,7 +227,7 @@ class CampaignRun:
         job = self._row.job(episode)
         working = self._folder.working(episode)
         self._view.started(episode)
-        sink = _EpisodeSink(self, episode)
+        sink = _EpisodeSink(self._folder, self._view, episode)
         try:
             record = await self._engine.run(job, working, sink, self._stop)
         except EngineLost:
@@ -359,23 +339,24 @@ class CampaignRun:
             self._say(f"the report so far could not be written: {error}")
 
 
-class _EpisodeSink:
+class _EpisodeSink(Sink):
     """Writes down what an episode tells, and shows it."""
 
-    def __init__(self, run: CampaignRun, episode: int) -> None:
-        self._run = run
+    def __init__(self, folder: CampaignFolder, view: View, episode: int) -> None:
+        self._folder = folder
+        self._view = view
         self._episode = episode
 
     def operation(self, record: OperationRecord) -> None:
-        self._run._folder.write(record)
-        self._run._view.operation(record)
+        self._folder.write(record)
+        self._view.operation(record)
 
     def event(self, record: EventRecord) -> None:
-        self._run._folder.write(record)
-        self._run._view.event(record)
+        self._folder.write(record)
+        self._view.event(record)
 
     def sample(self, sample: Sample) -> None:
-        self._run._view.sample(self._episode, sample)
+        self._view.sample(self._episode, sample)
 
     def phase(self, text: str) -> None:
-        self._run._view.phase(self._episode, text)
+        self._view.phase(self._episode, text)

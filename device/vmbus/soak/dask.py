@@ -18,14 +18,15 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+from msgspec.structs import replace
 
 from vmbus.errors import EnvironmentProblem, VmbusError
 from vmbus.soak import keep, remote
 from vmbus.soak.engine import EngineLost
 from vmbus.soak.job import WORKER, Job
-from vmbus.soak.records import EpisodeRecord, EventRecord
-from vmbus.soak.remote import Answer, Request, Said
-from vmbus.soak.sink import Sink
+from vmbus.soak.records import EpisodeRecord, EventRecord, Verdict
+from vmbus.soak.remote import Answer, Request
+from vmbus.soak.sink import Sink, decoded, tell
 
 try:
     import distributed
@@ -165,17 +166,11 @@ class DaskEngine:
 
     async def run(self, job: Job, folder: Path, sink: Sink, stop: asyncio.Event) -> EpisodeRecord:
         request = Request(
-            episode=job.episode,
-            seed=job.seed,
-            plan=job.plan,
-            silence=job.bounds.silence,
-            longest=job.bounds.longest,
-            grace=job.bounds.grace,
+            job=replace(job, command=() if job.command == WORKER else job.command),
             keep_bytes=self.keep_bytes,
             topic=self._name,
             life=self._name,
             code=remote.code_digest(),
-            command=None if job.command == WORKER else job.command,
             beat=self._beat,
             patience=self._patience,
         )
@@ -254,7 +249,7 @@ class DaskEngine:
 
     def _heard(self, event: tuple[float, Any]) -> None:
         """Something that an episode says, live. Whatever is wrong with it: the answer has it again."""
-        with contextlib.suppress(ValueError, TypeError, msgspec.DecodeError):
+        with contextlib.suppress(ValueError, TypeError):
             attempt, episode, number, line = event[1]
             listener = self._listeners.get(episode)
             if listener is not None:
@@ -283,15 +278,7 @@ class _Listener:
             if number != self.heard:
                 return  # heard already, or something before it is on its way: the answer has it
             self.heard += 1
-        said = msgspec.json.decode(line, type=Said)
-        if said.operation is not None:
-            self._sink.operation(said.operation)
-        if said.event is not None:
-            self._sink.event(said.event)
-        if said.sample is not None:
-            self._sink.sample(said.sample)
-        if said.phase is not None:
-            self._sink.phase(said.phase)
+        tell(self._sink, *decoded(line))
 
 
 class _Lost(Exception):
@@ -310,16 +297,9 @@ def _no_project(worker: str, error: ImportError) -> str:
     )
 
 
-def _made_up(job: Job, began: float, failure: str, verdict: str = "failed") -> EpisodeRecord:
+def _made_up(job: Job, began: float, failure: str, verdict: Verdict = "failed") -> EpisodeRecord:
     """The record of an episode that has none of its own."""
-    return msgspec.convert(
-        {
-            "episode": job.episode,
-            "seed": job.seed,
-            "verdict": verdict,
-            "started": "",
-            "seconds": round(time.monotonic() - began, 3),
-            "failure": failure,
-        },
-        EpisodeRecord,
+    seconds = round(time.monotonic() - began, 3)
+    return EpisodeRecord(
+        episode=job.episode, seed=job.seed, verdict=verdict, started="", seconds=seconds, failure=failure
     )

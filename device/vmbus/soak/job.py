@@ -25,8 +25,8 @@ import msgspec
 import vmbus
 import vmbus_guest
 from vmbus.errors import VmbusError
-from vmbus.soak.records import EpisodeRecord, EventRecord, OperationRecord, Sample
-from vmbus.soak.sink import Sink
+from vmbus.soak.records import EpisodeRecord, EventRecord, OperationRecord
+from vmbus.soak.sink import Sink, decoded, tell
 from vmbus.vm.process import Child
 
 WORKER = (sys.executable, "-m", "vmbus.soak.worker")
@@ -68,23 +68,12 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     bounds: Bounds = Bounds()
 
 
-class _Line(msgspec.Struct):
-    kind: str
-    record: msgspec.Raw
-
-
 class _Reader:
     """Takes the worker's lines apart."""
 
     def __init__(self, job: Job, sink: Sink) -> None:
         self._job = job
         self._sink = sink
-        self._line = msgspec.json.Decoder(_Line)
-        self._operation = msgspec.json.Decoder(OperationRecord)
-        self._event = msgspec.json.Decoder(EventRecord)
-        self._sample = msgspec.json.Decoder(Sample)
-        self._phase = msgspec.json.Decoder(str)
-        self._episode = msgspec.json.Decoder(EpisodeRecord)
         self.heard = time.monotonic()
         self.doing = "start"
         self.end: EpisodeRecord | None = None
@@ -116,39 +105,23 @@ class _Reader:
             return
         try:
             self._understand(line)
-        except (msgspec.DecodeError, ValueError):
+        except ValueError:
             self._wrong(line)
         else:
             self.heard = time.monotonic()
 
     def _understand(self, line: bytes) -> None:
-        parsed = self._line.decode(line)
+        kind, record = decoded(line)
         if self.end is not None:
             raise ValueError("a line after the last one")
-        match parsed.kind:
-            case "operation":
-                operation = self._operation.decode(parsed.record)
-                self._mine(operation.episode)
-                self._sink.operation(operation)
-            case "event":
-                event = self._event.decode(parsed.record)
-                self._mine(event.episode)
-                self._sink.event(event)
-            case "sample":
-                self._sink.sample(self._sample.decode(parsed.record))
-            case "phase":
-                self.doing = self._phase.decode(parsed.record)
-                self._sink.phase(self.doing)
-            case "episode":
-                end = self._episode.decode(parsed.record)
-                self._mine(end.episode)
-                self.end = end
-            case _:
-                raise ValueError("no such kind")
-
-    def _mine(self, episode: int) -> None:
-        if episode != self._job.episode:
+        if isinstance(record, OperationRecord | EventRecord | EpisodeRecord) and record.episode != self._job.episode:
             raise ValueError("a record of another episode")
+        if isinstance(record, EpisodeRecord):
+            self.end = record
+            return
+        if kind == "phase":
+            self.doing = record
+        tell(self._sink, kind, record)
 
     def _wrong(self, line: bytes) -> None:
         if not self.rubbish:

@@ -7,8 +7,9 @@ operation and event as it ends, and now and then of the whole.
 from __future__ import annotations
 
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
+from typing import NamedTuple, Self
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group, RenderableType
@@ -23,80 +24,6 @@ SUMMARY_EVERY = 60.0
 """Seconds between two lines about the whole, without a terminal."""
 
 
-class Figures:
-    """What both views show. It is told the same as a view; it counts this sitting only, and says what was before."""
-
-    def __init__(self, *, planned: int | None, seconds: float | None, before: float = 0.0, finished: int = 0) -> None:
-        """`planned`: operations in all, if they are counted; `before`: seconds of earlier sittings."""
-        self.planned = planned
-        self.seconds = seconds
-        self.before = before
-        self.finished = finished
-        self.failed = 0
-        self.operations = 0
-        self.refused = 0
-        self.packets = 0
-        self.transactions = 0
-        self.downtimes: list[float] = []
-        self.running: dict[int, _Running] = {}
-        self.events: deque[Text] = deque(maxlen=EVENTS_SHOWN)
-        self._began = time.monotonic()
-
-    @property
-    def ran(self) -> float:
-        return self.before + time.monotonic() - self._began
-
-    @property
-    def in_flight(self) -> dict[str, int]:
-        """Packets by state, all running episodes together."""
-        total: dict[str, int] = {}
-        for one in self.running.values():
-            for state, count in one.sample.in_flight.items():
-                total[state] = total.get(state, 0) + count
-        return total
-
-    def started(self, episode: int) -> None:
-        self.running[episode] = _Running()
-
-    def operation(self, record: OperationRecord) -> None:
-        self.operations += record.outcome != "failed"
-        self.refused += record.outcome == "refused"
-        self.packets += sum(record.packets.values())
-        if record.downtime is not None:
-            self.downtimes.append(record.downtime)
-        if record.episode in self.running:
-            self.running[record.episode].operations += 1
-
-    def sample(self, episode: int, sample: Sample) -> None:
-        if episode in self.running:
-            self.running[episode].sample = sample
-
-    def phase(self, episode: int, text: str) -> None:
-        if episode in self.running:
-            self.running[episode].phase = text
-
-    def ended(self, record: EpisodeRecord) -> None:
-        self.running.pop(record.episode, None)
-        self.finished += record.verdict != "interrupted"
-        self.failed += record.verdict == "failed"
-        self.transactions += sum(workload.transactions for workload in record.workloads)
-
-    def summary(self) -> str:
-        """The whole in one line."""
-        parts = [f"{self.operations}{f' of {self.planned}' if self.planned is not None else ''} operations"]
-        if self.refused:
-            parts.append(f"{self.refused} of them refused as they should be")
-        parts.append(f"{self.finished} episodes, {self.failed} failed")
-        parts.append(f"{self.packets} packets carried over")
-        if self.downtimes:
-            average = sum(self.downtimes) / len(self.downtimes)
-            parts.append(f"downtime {average:.2f} s on average, {max(self.downtimes):.2f} s at most")
-        flying = self.in_flight
-        if flying:
-            parts.append("in flight now: " + counts(flying))
-        return "; ".join(parts)
-
-
 class _Running:
     """A running episode."""
 
@@ -105,6 +32,200 @@ class _Running:
         self.operations = 0
         self.phase = "start"
         self.sample = Sample(at=0.0, transactions=0)
+
+
+class Goal(NamedTuple):
+    """What a campaign is to come to, and what earlier sittings came to."""
+
+    operations: int | None = None
+    """In all, if they are counted."""
+    seconds: float | None = None
+    before: float = 0.0
+    """Seconds of earlier sittings."""
+
+
+class View:
+    """What is shown: the figures of this sitting, and what was before. Is told of everything; use it as a `with`."""
+
+    def __init__(self, folder: str, goal: Goal) -> None:
+        self.folder = folder
+        self.goal = goal
+        self.finished = 0
+        self.failed = 0
+        self.operations = 0
+        self.refused = 0
+        self.packets = 0
+        self.downtimes: list[float] = []
+        self.running: dict[int, _Running] = {}
+        self._began = time.monotonic()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def line(self, text: str, *, wrong: bool = False) -> None:
+        """Something has happened that is told in a line."""
+
+    def failure(self, text: str) -> None:
+        """An episode has failed."""
+        self.line(text, wrong=True)
+
+    @property
+    def ran(self) -> float:
+        return self.goal.before + time.monotonic() - self._began
+
+    @property
+    def in_flight(self) -> dict[str, int]:
+        """Packets by state, all running episodes together."""
+        total: Counter[str] = Counter()
+        for one in self.running.values():
+            total.update(one.sample.in_flight)
+        return dict(total)
+
+    def started(self, episode: int) -> None:
+        """An episode begins."""
+        self.running[episode] = _Running()
+
+    def operation(self, record: OperationRecord) -> None:
+        """An operation has ended."""
+        self.operations += record.outcome != "failed"
+        self.refused += record.outcome == "refused"
+        self.packets += sum(record.packets.values())
+        if record.downtime is not None:
+            self.downtimes.append(record.downtime)
+        if record.episode in self.running:
+            self.running[record.episode].operations += 1
+        self.line(operation_text(record), wrong=record.outcome == "failed")
+
+    def event(self, record: EventRecord) -> None:
+        """Something happened."""
+        self.line(event_text(record), wrong=record.serious)
+
+    def sample(self, episode: int, sample: Sample) -> None:
+        """Where an episode is."""
+        if episode in self.running:
+            self.running[episode].sample = sample
+
+    def phase(self, episode: int, text: str) -> None:
+        """What an episode does now."""
+        if episode in self.running:
+            self.running[episode].phase = text
+
+    def ended(self, record: EpisodeRecord, replay: str) -> None:
+        """An episode has ended; `replay` is the command that runs it again, for one that failed."""
+        self.running.pop(record.episode, None)
+        self.finished += record.verdict != "interrupted"
+        self.failed += record.verdict == "failed"
+        if record.verdict == "failed":
+            self.failure(failure_text(record, self.folder, replay))
+        else:
+            self.line(f"episode {record.episode} {record.verdict} after {record.seconds:.1f} s")
+
+    def summary(self) -> str:
+        """The whole in one line."""
+        parts = [f"{self.operations}{self._of(self.goal.operations)} operations"]
+        if self.refused:
+            parts.append(f"{self.refused} of them refused as they should be")
+        parts.append(f"{self.finished} episodes, {self.failed} failed")
+        parts.append(f"{self.packets} packets carried over")
+        if self.downtimes:
+            parts.append(f"downtime {self.downtime_text()}")
+        if flying := self.in_flight:
+            parts.append("in flight now: " + counts(flying))
+        return "; ".join(parts)
+
+    @staticmethod
+    def _of(all_of_it: object) -> str:
+        return "" if all_of_it is None else f" of {all_of_it}"
+
+    def downtime_text(self) -> str:
+        """Of what the downtimes are, if there are any."""
+        average = sum(self.downtimes) / len(self.downtimes)
+        return f"{average:.2f} s on average, {max(self.downtimes):.2f} s at most"
+
+
+class PlainView(View):
+    """Lines, for files and for people without a terminal."""
+
+    def __init__(self, write: Callable[[str], None], folder: str, goal: Goal) -> None:
+        super().__init__(folder, goal)
+        self._write = write
+        self._last = time.monotonic()
+
+    def started(self, episode: int) -> None:
+        super().started(episode)
+        self.line(f"episode {episode} begins")
+
+    def event(self, record: EventRecord) -> None:
+        self.line(("! " if record.serious else "") + event_text(record))
+
+    def line(self, text: str, *, wrong: bool = False) -> None:
+        self._write(f"{clock(self.ran):>8}  {text}")
+        if time.monotonic() - self._last >= SUMMARY_EVERY:
+            self._last = time.monotonic()
+            self._write(f"{clock(self.ran):>8}  {self.summary()}")
+
+
+class LiveView(View):
+    """The same on a terminal: figures that change in place, with failures as lines above them."""
+
+    def __init__(self, console: Console, title: str, folder: str, goal: Goal) -> None:
+        super().__init__(folder, goal)
+        self._console = console
+        self._title = title
+        self._events: deque[Text] = deque(maxlen=EVENTS_SHOWN)
+        self._live = Live(console=console, get_renderable=self.render, refresh_per_second=4, transient=True)
+
+    def __enter__(self) -> Self:
+        self._live.__enter__()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._live.__exit__(None, None, None)
+
+    def failure(self, text: str) -> None:
+        self._console.print(text, style="red", soft_wrap=True, highlight=False)
+
+    def line(self, text: str, *, wrong: bool = False) -> None:
+        self._events.append(Text(f"{clock(self.ran):>8}  {text}", style="red" if wrong else ""))
+
+    def render(self) -> RenderableType:
+        """The view as it is now."""
+        head = Table.grid(padding=(0, 2))
+        head.add_column(justify="right", style="dim")
+        head.add_column()
+        of = self._of(self.goal.operations)
+        left = self._of(None if self.goal.seconds is None else clock(self.goal.seconds))
+        failed = (f"{self.failed} failed", "bold red") if self.failed else "none failed"
+        downtime = f"{self.downtime_text()}, {sum(self.downtimes):.1f} s in all" if self.downtimes else "none"
+        head.add_row("time", f"{clock(self.ran)}{left}")
+        head.add_row("operations done", f"{self.operations}{of}, {self.refused} of them refused as they should be")
+        head.add_row("episodes ended", Text.assemble(f"{self.finished}, ", failed))
+        head.add_row("packets in flight", counts(self.in_flight))
+        head.add_row("carried over", f"{self.packets} packets so far")
+        head.add_row("downtime so far", downtime)
+        table = Table(box=SIMPLE_HEAD, pad_edge=False)
+        for heading in ("episode", "since", "operations", "transactions", "in flight", "doing"):
+            table.add_column(heading, justify="left" if heading == "doing" else "right", no_wrap=True)
+        for episode, one in sorted(self.running.items()):
+            flying = sum(one.sample.in_flight.values())
+            cells = (episode, clock(time.monotonic() - one.began), one.operations, one.sample.transactions, flying)
+            table.add_row(*map(str, cells), one.phase)
+        events = Text("\n").join(self._events) if self._events else Text("nothing yet", style="dim")
+        events.no_wrap, events.overflow = True, "ellipsis"
+        return Group(
+            Text(self._title, style="bold"),
+            head,
+            table,
+            Text("last events", style="bold"),
+            events,
+            Text("Ctrl-C ends it; the same command goes on with it", style="dim"),
+        )
+
+
+# --- texts ---------------------------------------------------------------------------------------------------------
 
 
 def counts(values: dict[str, int]) -> str:
@@ -145,140 +266,3 @@ def failure_text(record: EpisodeRecord, folder: str, replay: str) -> str:
     if replay:
         lines.append(f"        replay: {replay}")
     return "\n".join(lines)
-
-
-class PlainView:
-    """Lines, for files and for people without a terminal."""
-
-    def __init__(self, figures: Figures, write: Callable[[str], None], folder: str) -> None:
-        self._figures = figures
-        self._write = write
-        self._folder = folder
-        self._last = time.monotonic()
-
-    def __enter__(self) -> PlainView:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-    def _line(self, text: str) -> None:
-        self._write(f"{clock(self._figures.ran):>8}  {text}")
-        if time.monotonic() - self._last >= SUMMARY_EVERY:
-            self._last = time.monotonic()
-            self._write(f"{clock(self._figures.ran):>8}  {self._figures.summary()}")
-
-    def started(self, episode: int) -> None:
-        self._figures.started(episode)
-        self._line(f"episode {episode} begins")
-
-    def operation(self, record: OperationRecord) -> None:
-        self._figures.operation(record)
-        self._line(operation_text(record))
-
-    def event(self, record: EventRecord) -> None:
-        self._line(("! " if record.serious else "") + event_text(record))
-
-    def sample(self, episode: int, sample: Sample) -> None:
-        self._figures.sample(episode, sample)
-
-    def phase(self, episode: int, text: str) -> None:
-        self._figures.phase(episode, text)
-
-    def ended(self, record: EpisodeRecord, replay: str) -> None:
-        self._figures.ended(record)
-        if record.verdict == "failed":
-            self._line(failure_text(record, self._folder, replay))
-        else:
-            self._line(f"episode {record.episode} {record.verdict} after {record.seconds:.1f} s")
-
-
-class LiveView:
-    """The same on a terminal: figures that change in place, with failures as lines above them."""
-
-    def __init__(self, figures: Figures, console: Console, folder: str, title: str) -> None:
-        self._figures = figures
-        self._console = console
-        self._folder = folder
-        self._title = title
-        self._live = Live(console=console, get_renderable=self.render, refresh_per_second=4, transient=True)
-
-    def __enter__(self) -> LiveView:
-        self._live.__enter__()
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        self._live.__exit__(None, None, None)
-
-    def started(self, episode: int) -> None:
-        self._figures.started(episode)
-
-    def operation(self, record: OperationRecord) -> None:
-        self._figures.operation(record)
-        self._note(operation_text(record), record.outcome == "failed")
-
-    def event(self, record: EventRecord) -> None:
-        self._note(event_text(record), record.serious)
-
-    def sample(self, episode: int, sample: Sample) -> None:
-        self._figures.sample(episode, sample)
-
-    def phase(self, episode: int, text: str) -> None:
-        self._figures.phase(episode, text)
-
-    def ended(self, record: EpisodeRecord, replay: str) -> None:
-        self._figures.ended(record)
-        if record.verdict == "failed":
-            text = failure_text(record, self._folder, replay)
-            self._console.print(text, style="red", soft_wrap=True, highlight=False)
-        else:
-            self._note(f"episode {record.episode} {record.verdict} after {record.seconds:.1f} s", False)
-
-    def _note(self, text: str, serious: bool) -> None:
-        line = f"{clock(self._figures.ran):>8}  {text}"
-        self._figures.events.append(Text(line, style="red" if serious else ""))
-
-    def render(self) -> RenderableType:
-        """The view as it is now."""
-        figures = self._figures
-        head = Table.grid(padding=(0, 2))
-        head.add_column(justify="right", style="dim")
-        head.add_column()
-        of = "" if figures.planned is None else f" of {figures.planned}"
-        left = "" if figures.seconds is None else f" of {clock(figures.seconds)}"
-        head.add_row("time", f"{clock(figures.ran)}{left}")
-        head.add_row(
-            "operations done", f"{figures.operations}{of}, {figures.refused} of them refused as they should be"
-        )
-        failed = (f"{figures.failed} failed", "bold red") if figures.failed else "none failed"
-        head.add_row("episodes ended", Text.assemble(f"{figures.finished}, ", failed))
-        head.add_row("packets in flight", counts(figures.in_flight))
-        head.add_row("carried over", f"{figures.packets} packets so far")
-        if figures.downtimes:
-            total, most = sum(figures.downtimes), max(figures.downtimes)
-            average = total / len(figures.downtimes)
-            head.add_row("downtime so far", f"{average:.2f} s on average, {most:.2f} s at most, {total:.1f} s in all")
-        else:
-            head.add_row("downtime so far", "none")
-        table = Table(box=SIMPLE_HEAD, pad_edge=False)
-        for heading in ("episode", "since", "operations", "transactions", "in flight", "doing"):
-            table.add_column(heading, justify="left" if heading == "doing" else "right", no_wrap=True)
-        for episode, one in sorted(figures.running.items()):
-            table.add_row(
-                str(episode),
-                clock(time.monotonic() - one.began),
-                str(one.operations),
-                str(one.sample.transactions),
-                str(sum(one.sample.in_flight.values())),
-                one.phase,
-            )
-        events = Text("\n").join(figures.events) if figures.events else Text("nothing yet", style="dim")
-        events.no_wrap, events.overflow = True, "ellipsis"
-        return Group(
-            Text(self._title, style="bold"),
-            head,
-            table,
-            Text("last events", style="bold"),
-            events,
-            Text("Ctrl-C ends it; the same command goes on with it", style="dim"),
-        )

@@ -22,15 +22,17 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+from msgspec.structs import replace
 
 import vmbus
 import vmbus_guest
 from vmbus.errors import EnvironmentProblem, UsageError
 from vmbus.provision import provision
 from vmbus.soak import keep
-from vmbus.soak.job import WORKER, Bounds, Job, run_job
-from vmbus.soak.records import EpisodeRecord, EventRecord, OperationRecord, Sample
+from vmbus.soak.job import WORKER, Job, run_job
+from vmbus.soak.records import EpisodeRecord
 from vmbus.soak.room import ROOM_FOR_AN_EPISODE, hit_full_disk, short_of_room
+from vmbus.soak.sink import LineSink, encoded
 from vmbus.vm.run_directory import RunDirectory, private_base
 
 BEAT = 5.0
@@ -43,12 +45,8 @@ STOP = -1
 class Request(msgspec.Struct, kw_only=True, frozen=True):
     """One episode to run."""
 
-    episode: int
-    seed: int
-    plan: bytes
-    silence: float
-    longest: float
-    grace: float
+    job: Job
+    """Its command is empty where it is this machine's own worker program."""
     keep_bytes: int
     topic: str
     """Where what is said goes."""
@@ -56,8 +54,6 @@ class Request(msgspec.Struct, kw_only=True, frozen=True):
     """The variable that counts."""
     code: str
     """The digest of the campaign's sources."""
-    command: tuple[str, ...] | None = None
-    """Another worker program, for tests."""
     room: int = ROOM_FOR_AN_EPISODE
     beat: float = BEAT
     patience: float = PATIENCE
@@ -79,18 +75,9 @@ class Answer(msgspec.Struct, kw_only=True, frozen=True):
     attempt: str
     """Which run of the episode this is: the same as with what was sent."""
     said: list[bytes]
-    """Everything that was said: a `Said` as JSON each."""
+    """Operations and events, as lines of `sink`."""
     files: list[File] = []
     dropped: list[str] = []
-
-
-class Said(msgspec.Struct, kw_only=True, omit_defaults=True):
-    """One thing that an episode says; one of the fields is there."""
-
-    operation: OperationRecord | None = None
-    event: EventRecord | None = None
-    sample: Sample | None = None
-    phase: str | None = None
 
 
 @functools.cache
@@ -109,32 +96,19 @@ def digest_of(packages: list[Path]) -> str:
     return total.hexdigest()[:16]
 
 
-class _Telling:
+class _Telling(LineSink):
     """The sink of an episode: numbers what it is told, sends it, and remembers it. Samples and phases are only sent."""
 
     def __init__(self, send: Callable[[int, bytes], None]) -> None:
         self._send = send
         self.said: list[bytes] = []
 
-    def _tell(self, said: Said, *, remember: bool) -> None:
-        line = msgspec.json.encode(said)
+    def line(self, kind: str, record: object) -> None:
+        remember = kind in ("operation", "event")
+        line = encoded(kind, record)
+        self._send(len(self.said) if remember else -1, line)
         if remember:
-            self._send(len(self.said), line)
             self.said.append(line)
-        else:
-            self._send(-1, line)
-
-    def operation(self, record: OperationRecord) -> None:
-        self._tell(Said(operation=record), remember=True)
-
-    def event(self, record: EventRecord) -> None:
-        self._tell(Said(event=record), remember=True)
-
-    def sample(self, sample: Sample) -> None:
-        self._tell(Said(sample=sample), remember=False)
-
-    def phase(self, text: str) -> None:
-        self._tell(Said(phase=text), remember=False)
 
 
 def run_request(data: bytes) -> bytes:
@@ -155,12 +129,14 @@ def run_request(data: bytes) -> bytes:
     life = dask.Variable(request.life, client=dask.get_client())
     attempt = os.urandom(8).hex()
     telling = _Telling(
-        lambda number, line: worker.log_event(request.topic, [attempt, request.episode, number, line.decode()])
+        lambda number, line: worker.log_event(request.topic, [attempt, request.job.episode, number, line.decode()])
     )
-    if request.command is None:
+    if not request.job.command:
         provision()  # its own bounds, which are not an episode's
     with contextlib.ExitStack() as stack:
-        directory = RunDirectory.create(f"episode-{request.episode}", base=private_base("vmbus-soak"), sockets=False)
+        directory = RunDirectory.create(
+            f"episode-{request.job.episode}", base=private_base("vmbus-soak"), sockets=False
+        )
         stack.callback(directory.remove)
         folder = directory / "episode"
         folder.mkdir(mode=0o700)
@@ -187,13 +163,7 @@ def run_request(data: bytes) -> bytes:
 
 async def _run(request: Request, folder: Path, telling: _Telling, count: Callable[[], int]) -> EpisodeRecord:
     stop = asyncio.Event()
-    job = Job(
-        episode=request.episode,
-        seed=request.seed,
-        plan=request.plan,
-        command=request.command or WORKER,
-        bounds=Bounds(silence=request.silence, longest=request.longest, grace=request.grace),
-    )
+    job = replace(request.job, command=request.job.command or WORKER)
     watch = asyncio.create_task(_watch(request, count, stop))
     try:
         return await run_job(job, folder, telling, stop)

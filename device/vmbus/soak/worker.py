@@ -16,17 +16,15 @@ import signal
 import sys
 from pathlib import Path
 
-import msgspec
-
 from vmbus.errors import VmbusError
 from vmbus.soak.episode import run_episode
-from vmbus.soak.records import EventRecord, OperationRecord, Sample
 from vmbus.soak.schedule import load_plan
+from vmbus.soak.sink import LineSink, encoded
 
 PLAN = "plan.json"
 
 
-class LineSink:
+class _Output(LineSink):
     """Writes JSON lines. When nobody reads them any more, the episode ends early."""
 
     def __init__(self, descriptor: int, stop: asyncio.Event) -> None:
@@ -35,28 +33,12 @@ class LineSink:
 
     def line(self, kind: str, record: object) -> None:
         """One line, whole."""
-        data = memoryview(msgspec.json.encode({"kind": kind, "record": record}) + b"\n")
+        data = memoryview(encoded(kind, record) + b"\n")
         try:
             while data:
                 data = data[os.write(self._descriptor, data) :]
         except BrokenPipeError:
             self._stop.set()
-
-    def operation(self, record: OperationRecord) -> None:
-        """See `vmbus.soak.sink.Sink`."""
-        self.line("operation", record)
-
-    def event(self, record: EventRecord) -> None:
-        """See `vmbus.soak.sink.Sink`."""
-        self.line("event", record)
-
-    def sample(self, sample: Sample) -> None:
-        """See `vmbus.soak.sink.Sink`."""
-        self.line("sample", sample)
-
-    def phase(self, text: str) -> None:
-        """See `vmbus.soak.sink.Sink`."""
-        self.line("phase", text)
 
 
 async def work(folder: Path, output: int) -> None:
@@ -66,7 +48,7 @@ async def work(folder: Path, output: int) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    sink = LineSink(output, stop)
+    sink = _Output(output, stop)
     sink.line("episode", await run_episode(plan, folder, sink, stop=stop))
 
 
