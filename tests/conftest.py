@@ -23,7 +23,7 @@ from hypothesis import HealthCheck, settings
 
 from support.ending import RunFolder, left_in, tell_workers
 from support.fault_rows import keywords
-from support.pace import PACE, seconds
+from support.pace import PACE, bounded, seconds
 from support.twins import twin as twin
 
 pytest_plugins = ["vmbus.pytest_plugin"]
@@ -55,6 +55,8 @@ MATRIX_TEST = "test_failure_matrix.py::test_failure_matrix["
 NEEDS_ROOT = "needs-root"
 """Property of a test that was left out for a user who may not do what it needs; its value says what that is."""
 
+STORY_SECONDS = 200.0
+
 NOTES = pytest.StashKey[list[str]]()
 """Lines for the summary, see `note`."""
 
@@ -83,11 +85,16 @@ def is_worker(config: pytest.Config) -> bool:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
-    """A test that is a coroutine function runs on an event loop of its own."""
+    """A test may be a coroutine function: it has a loop of its own, and a bound far above what any of them needs."""
     if not inspect.iscoroutinefunction(pyfuncitem.obj):
         return None
-    arguments = {name: pyfuncitem.funcargs[name] for name in inspect.signature(pyfuncitem.obj).parameters}
-    asyncio.run(pyfuncitem.obj(**arguments))
+    test = pyfuncitem.obj(**{name: pyfuncitem.funcargs[name] for name in pyfuncitem._fixtureinfo.argnames})
+
+    async def in_time() -> None:
+        with bounded(STORY_SECONDS, "a test") as bound:
+            await asyncio.wait_for(test, bound)
+
+    asyncio.run(in_time())
     return True
 
 

@@ -149,42 +149,36 @@ def address(kind: str, folder: Path) -> Address:
 
 
 @pytest.mark.parametrize("kind", ["unix", "tcp"])
-def test_frames_arrive_whole_and_in_order(tmp_path: Path, kind: str) -> None:
+async def test_frames_arrive_whole_and_in_order(tmp_path: Path, kind: str) -> None:
     frames = [b"", b"x", bytes(1000), bytes(range(256)) * (MAX_FRAME // 256)]
-
-    async def body() -> None:
-        async with ends(address(kind, tmp_path)) as both:
-            host = "127.0.0.1" if kind == "tcp" else None
-            assert both.client.remote_host == both.server.local_host == host
-            for sender, receiver in ((both.client, both.server), (both.server, both.client)):
-                sending = asyncio.create_task(send_all(sender, frames))
-                for frame in frames:
-                    same = await receiver.receive() == frame
-                    assert same, len(frame)
-                await sending
-            if kind == "unix":
-                assert (tmp_path / "c.sock").stat().st_mode & 0o777 == 0o600
 
     async def send_all(sender: Channel, frames: list[bytes]) -> None:
         for frame in frames:
             await sender.send(frame)
 
-    run(body())
+    async with ends(address(kind, tmp_path)) as both:
+        host = "127.0.0.1" if kind == "tcp" else None
+        assert both.client.remote_host == both.server.local_host == host
+        for sender, receiver in ((both.client, both.server), (both.server, both.client)):
+            sending = asyncio.create_task(send_all(sender, frames))
+            for frame in frames:
+                same = await receiver.receive() == frame
+                assert same, len(frame)
+            await sending
+        if kind == "unix":
+            assert (tmp_path / "c.sock").stat().st_mode & 0o777 == 0o600
 
 
-def test_the_end_of_a_connection() -> None:
-    async def body() -> None:
-        async with ends(TcpAddress("127.0.0.1", 0)) as both:
-            await both.client.send(b"last words")
-            both.client.close()
-            assert await both.server.receive() == b"last words"
-            with pytest.raises(LinkLost, match=r"closed the connection$"):
-                await both.server.receive()
-            with pytest.raises(LinkLost):
-                for _ in range(100):  # the first writes go into a socket that nobody reads
-                    await both.server.send(bytes(65536))
-
-    run(body())
+async def test_the_end_of_a_connection() -> None:
+    async with ends(TcpAddress("127.0.0.1", 0)) as both:
+        await both.client.send(b"last words")
+        both.client.close()
+        assert await both.server.receive() == b"last words"
+        with pytest.raises(LinkLost, match=r"closed the connection$"):
+            await both.server.receive()
+        with pytest.raises(LinkLost):
+            for _ in range(100):  # the first writes go into a socket that nobody reads
+                await both.server.send(bytes(65536))
 
 
 def flip(index: int) -> Callable[[int, bytes], list[bytes]]:
@@ -234,116 +228,95 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_a_frame_that_is_not_as_it_was_sent_ends_the_connection(damage: str) -> None:
-    async def body() -> None:
-        async with ends(TcpAddress("127.0.0.1", 0), Middle(DAMAGE[damage])) as both:
-            frames = [b"frame %d" % number for number in range(4)]
-            for frame in frames:
-                await both.client.send(frame)
-            taken = []
-            with pytest.raises(NotAuthentic, match=r"not authentic: it was changed, repeated or moved"):
-                while True:
-                    taken.append(await both.server.receive())
-            assert taken == frames[: len(taken)] and len(taken) in (1, 2)
-            with pytest.raises(LinkLost, match="has ended"):  # whatever may wait behind it
-                await both.server.receive()
-
-    run(body())
+async def test_a_frame_that_is_not_as_it_was_sent_ends_the_connection(damage: str) -> None:
+    async with ends(TcpAddress("127.0.0.1", 0), Middle(DAMAGE[damage])) as both:
+        frames = [b"frame %d" % number for number in range(4)]
+        for frame in frames:
+            await both.client.send(frame)
+        taken = []
+        with pytest.raises(NotAuthentic, match=r"not authentic: it was changed, repeated or moved"):
+            while True:
+                taken.append(await both.server.receive())
+        assert taken == frames[: len(taken)] and len(taken) in (1, 2)
+        with pytest.raises(LinkLost, match="has ended"):  # whatever may wait behind it
+            await both.server.receive()
 
 
-def test_a_frame_of_one_direction_is_none_of_the_other() -> None:
-    async def body() -> None:
-        async with ends(TcpAddress("127.0.0.1", 0)) as both:
-            both.client._send_key = both.client._receive_key  # as if the server's own frames came back to it
-            await both.client.send(b"mirror")
-            with pytest.raises(NotAuthentic):
-                await both.server.receive()
-
-    run(body())
+async def test_a_frame_of_one_direction_is_none_of_the_other() -> None:
+    async with ends(TcpAddress("127.0.0.1", 0)) as both:
+        both.client._send_key = both.client._receive_key  # as if the server's own frames came back to it
+        await both.client.send(b"mirror")
+        with pytest.raises(NotAuthentic):
+            await both.server.receive()
 
 
 @pytest.mark.parametrize("kept", [1, 4, 10, -1])
-def test_a_frame_that_is_cut_short(kept: int) -> None:
-    async def body() -> None:
-        def cut(number: int, frame: bytes) -> list[bytes]:
-            return [frame] if number == 0 else [frame[:kept], CUT]
+async def test_a_frame_that_is_cut_short(kept: int) -> None:
+    def cut(number: int, frame: bytes) -> list[bytes]:
+        return [frame] if number == 0 else [frame[:kept], CUT]
 
-        async with ends(TcpAddress("127.0.0.1", 0), Middle(cut)) as both:
-            await both.client.send(b"whole frame")
-            await both.client.send(b"another")
-            assert await both.server.receive() == b"whole frame"
-            with pytest.raises(LinkLost, match="closed the connection in the middle of a frame"):
-                await both.server.receive()
-
-    run(body())
+    async with ends(TcpAddress("127.0.0.1", 0), Middle(cut)) as both:
+        await both.client.send(b"whole frame")
+        await both.client.send(b"another")
+        assert await both.server.receive() == b"whole frame"
+        with pytest.raises(LinkLost, match="closed the connection in the middle of a frame"):
+            await both.server.receive()
 
 
-def test_a_frame_too_large_is_not_read() -> None:
-    async def body() -> None:
-        def grow(number: int, frame: bytes) -> list[bytes]:
-            return [struct.pack(">I", MAX_FRAME + 1)]
+async def test_a_frame_too_large_is_not_read() -> None:
+    def grow(number: int, frame: bytes) -> list[bytes]:
+        return [struct.pack(">I", MAX_FRAME + 1)]
 
-        async with ends(TcpAddress("127.0.0.1", 0), Middle(grow)) as both:
-            await both.client.send(b"x")
-            with pytest.raises(NotAuthentic, match=f"a frame of {MAX_FRAME + 1} bytes"):
-                await both.server.receive()
-            with pytest.raises(UsageError, match="too large"):
-                await both.client.send(bytes(MAX_FRAME + 1))
-
-    run(body())
+    async with ends(TcpAddress("127.0.0.1", 0), Middle(grow)) as both:
+        await both.client.send(b"x")
+        with pytest.raises(NotAuthentic, match=f"a frame of {MAX_FRAME + 1} bytes"):
+            await both.server.receive()
+        with pytest.raises(UsageError, match="too large"):
+            await both.client.send(bytes(MAX_FRAME + 1))
 
 
-def test_a_recorded_connection_cannot_be_played_again() -> None:
-    async def body() -> None:
-        middle = Middle(lambda number, frame: [frame])
-        async with listening(TcpAddress("127.0.0.1", 0)) as (listener, arrived):
-            await middle.start(listener.address)
-            client = await connect(middle.address, SECRET)
-            server = await arrived.get()
-            await client.send(b"Go")
-            assert await server.receive() == b"Go"
-            client.abort()
-            server.abort()
-            assert isinstance(listener.address, TcpAddress)
-            reader, writer = await asyncio.open_connection(listener.address.host, listener.address.port)
-            writer.write(middle.recorded)
-            answer = await reader.read(-1)  # its own random bytes are others this time; then it hangs up
-            assert len(answer) == HELLO + PROOF_BYTES
-            writer.close()
-            assert arrived.empty() and listener.refused == 1
-            assert "does not know our secret" in listener.last_refusal
-            await middle.stop()
-
-    run(body())
+async def test_a_recorded_connection_cannot_be_played_again() -> None:
+    middle = Middle(lambda number, frame: [frame])
+    async with listening(TcpAddress("127.0.0.1", 0)) as (listener, arrived):
+        await middle.start(listener.address)
+        client = await connect(middle.address, SECRET)
+        server = await arrived.get()
+        await client.send(b"Go")
+        assert await server.receive() == b"Go"
+        client.abort()
+        server.abort()
+        assert isinstance(listener.address, TcpAddress)
+        reader, writer = await asyncio.open_connection(listener.address.host, listener.address.port)
+        writer.write(middle.recorded)
+        answer = await reader.read(-1)  # its own random bytes are others this time; then it hangs up
+        assert len(answer) == HELLO + PROOF_BYTES
+        writer.close()
+        assert arrived.empty() and listener.refused == 1
+        assert "does not know our secret" in listener.last_refusal
+        await middle.stop()
 
 
 @pytest.mark.parametrize("kind", ["unix", "tcp"])
-def test_another_secret_is_noticed_by_both(tmp_path: Path, kind: str) -> None:
-    async def body() -> None:
-        async with listening(address(kind, tmp_path)) as (listener, arrived):
-            with pytest.raises(NotAuthentic, match="does not know our secret: both sides need the same secret file"):
-                await connect(listener.address, OTHER)
-            client = await connect(listener.address, SECRET)  # it goes on serving those who know it
-            await asyncio.wait_for(arrived.get(), pace.seconds(10))
-            assert listener.refused == 1
-            client.abort()
-
-    run(body())
+async def test_another_secret_is_noticed_by_both(tmp_path: Path, kind: str) -> None:
+    async with listening(address(kind, tmp_path)) as (listener, arrived):
+        with pytest.raises(NotAuthentic, match="does not know our secret: both sides need the same secret file"):
+            await connect(listener.address, OTHER)
+        client = await connect(listener.address, SECRET)  # it goes on serving those who know it
+        await asyncio.wait_for(arrived.get(), pace.seconds(10))
+        assert listener.refused == 1
+        client.abort()
 
 
-def test_a_client_that_does_not_check_the_server_still_has_to_prove_itself() -> None:
-    async def body() -> None:
-        async with listening(TcpAddress("127.0.0.1", 0)) as (listener, arrived):
-            assert isinstance(listener.address, TcpAddress)
-            reader, writer = await asyncio.open_connection(listener.address.host, listener.address.port)
-            writer.write(channels._HELLO.pack(channels.MAGIC, channels.VERSION, bytes(32)))
-            theirs = await reader.readexactly(HELLO + PROOF_BYTES)
-            writer.write(theirs[-PROOF_BYTES:])  # the server's own proof, sent back
-            assert await reader.read(-1) == b""
-            assert arrived.empty() and listener.refused == 1
-            writer.close()
-
-    run(body())
+async def test_a_client_that_does_not_check_the_server_still_has_to_prove_itself() -> None:
+    async with listening(TcpAddress("127.0.0.1", 0)) as (listener, arrived):
+        assert isinstance(listener.address, TcpAddress)
+        reader, writer = await asyncio.open_connection(listener.address.host, listener.address.port)
+        writer.write(channels._HELLO.pack(channels.MAGIC, channels.VERSION, bytes(32)))
+        theirs = await reader.readexactly(HELLO + PROOF_BYTES)
+        writer.write(theirs[-PROOF_BYTES:])  # the server's own proof, sent back
+        assert await reader.read(-1) == b""
+        assert arrived.empty() and listener.refused == 1
+        writer.close()
 
 
 @pytest.mark.parametrize(
@@ -355,18 +328,15 @@ def test_a_client_that_does_not_check_the_server_still_has_to_prove_itself() -> 
         (b"", "hung up before it had proved itself"),
     ],
 )
-def test_strangers(said: bytes, reason: str) -> None:
-    async def body() -> None:
-        async with listening(TcpAddress("127.0.0.1", 0)) as (listener, arrived):
-            assert isinstance(listener.address, TcpAddress)
-            reader, writer = await asyncio.open_connection(listener.address.host, listener.address.port)
-            writer.write(said)
-            writer.write_eof()
-            assert await reader.read(-1) == b""
-            writer.close()
-            assert arrived.empty() and listener.refused == 1 and reason in listener.last_refusal
-
-    run(body())
+async def test_strangers(said: bytes, reason: str) -> None:
+    async with listening(TcpAddress("127.0.0.1", 0)) as (listener, arrived):
+        assert isinstance(listener.address, TcpAddress)
+        reader, writer = await asyncio.open_connection(listener.address.host, listener.address.port)
+        writer.write(said)
+        writer.write_eof()
+        assert await reader.read(-1) == b""
+        writer.close()
+        assert arrived.empty() and listener.refused == 1 and reason in listener.last_refusal
 
 
 async def _flood(place: tuple[str, int], silent: list[asyncio.StreamWriter]) -> None:
@@ -379,29 +349,26 @@ async def _flood(place: tuple[str, int], silent: list[asyncio.StreamWriter]) -> 
             writer.close()
 
 
-@pytest.mark.parametrize("strangers", [8, 12, 200])
-def test_fault_m4_fault_h11_silent_strangers_do_not_keep_the_source_out(strangers: int) -> None:
-    async def body() -> None:
-        async with listening(TcpAddress("127.0.0.1", 0)) as (listener, _):
-            assert isinstance(listener.address, TcpAddress)
-            place = listener.address.host, listener.address.port
-            silent: list[asyncio.StreamWriter] = []
-            floods = [asyncio.create_task(_flood(place, silent)) for _ in range(strangers)]
-            while len(silent) < strangers:  # noqa: ASYNC110 - they come as they come
-                await asyncio.sleep(0.01)
-            for _ in range(12):
-                (await connect(listener.address, SECRET)).abort()
-            assert len(listener._strangers) <= channels.MAX_STRANGERS
-            for flood in floods:
-                flood.cancel()
-            await asyncio.gather(*floods, return_exceptions=True)
-            for writer in silent:
-                writer.close()
-
-    run(body())
+@pytest.mark.parametrize("strangers", [8, 80])
+async def test_fault_m4_fault_h11_silent_strangers_do_not_keep_the_source_out(strangers: int) -> None:
+    async with listening(TcpAddress("127.0.0.1", 0)) as (listener, _):
+        assert isinstance(listener.address, TcpAddress)
+        place = listener.address.host, listener.address.port
+        silent: list[asyncio.StreamWriter] = []
+        floods = [asyncio.create_task(_flood(place, silent)) for _ in range(strangers)]
+        while len(silent) < strangers:  # noqa: ASYNC110 - they come as they come
+            await asyncio.sleep(0.01)
+        for _ in range(12):
+            (await connect(listener.address, SECRET)).abort()
+        assert len(listener._strangers) <= channels.MAX_STRANGERS
+        for flood in floods:
+            flood.cancel()
+        await asyncio.gather(*floods, return_exceptions=True)
+        for writer in silent:
+            writer.close()
 
 
-def test_fault_m4_sabotage_with_the_oldest_kept_the_source_would_be_the_one_to_go(
+async def test_fault_m4_sabotage_with_the_oldest_kept_the_source_would_be_the_one_to_go(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def refuse(_: Listener) -> None:
@@ -409,128 +376,107 @@ def test_fault_m4_sabotage_with_the_oldest_kept_the_source_would_be_the_one_to_g
 
     monkeypatch.setattr(Listener, "_turn_one_away", refuse)
 
-    async def body() -> None:
-        async with listening(TcpAddress("127.0.0.1", 0)) as (listener, _):
-            assert isinstance(listener.address, TcpAddress)
-            place = listener.address.host, listener.address.port
-            silent = [await asyncio.open_connection(*place) for _ in range(channels.MAX_STRANGERS)]
-            with pytest.raises(LinkLost, match="hung up"):
-                await connect(listener.address, SECRET)
-            for _, writer in silent:
-                writer.close()
-
-    run(body())
+    async with listening(TcpAddress("127.0.0.1", 0)) as (listener, _):
+        assert isinstance(listener.address, TcpAddress)
+        place = listener.address.host, listener.address.port
+        silent = [await asyncio.open_connection(*place) for _ in range(channels.MAX_STRANGERS)]
+        with pytest.raises(LinkLost, match="hung up"):
+            await connect(listener.address, SECRET)
+        for _, writer in silent:
+            writer.close()
 
 
-def test_a_stranger_has_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_stranger_has_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(channels, "HANDSHAKE_TIMEOUT", 0.2)
 
-    async def body() -> None:
-        async with listening(TcpAddress("127.0.0.1", 0)) as (listener, _):
-            assert isinstance(listener.address, TcpAddress)
-            reader, writer = await asyncio.open_connection(listener.address.host, listener.address.port)
-            assert await asyncio.wait_for(reader.read(-1), pace.seconds(5)) == b""
-            writer.close()
-            assert listener.refused == 1 and "did not prove itself in time" in listener.last_refusal
-
-    run(body())
+    async with listening(TcpAddress("127.0.0.1", 0)) as (listener, _):
+        assert isinstance(listener.address, TcpAddress)
+        reader, writer = await asyncio.open_connection(listener.address.host, listener.address.port)
+        assert await asyncio.wait_for(reader.read(-1), pace.seconds(5)) == b""
+        writer.close()
+        assert listener.refused == 1 and "did not prove itself in time" in listener.last_refusal
 
 
-def test_fault_m4_the_address_that_has_most_connections_loses_one() -> None:
+async def test_fault_m4_the_address_that_has_most_connections_loses_one() -> None:
     """A flood from one host does not push out the slow connection of another."""
 
-    async def body() -> None:
-        listener = await listen(TcpAddress("127.0.0.1", 0), SECRET)
-        tasks = [asyncio.create_task(asyncio.sleep(60)) for _ in range(4)]
-        for task, name in zip(tasks, ("quiet", "flood", "flood", "other"), strict=True):
-            listener._strangers[task] = name
-        listener._turn_one_away()
-        await asyncio.sleep(0)
-        assert [task.cancelled() or bool(task.cancelling()) for task in tasks] == [False, True, False, False]
-        for task in tasks:
-            task.cancel()
-        listener.close()
-
-    run(body())
+    listener = await listen(TcpAddress("127.0.0.1", 0), SECRET)
+    tasks = [asyncio.create_task(asyncio.sleep(60)) for _ in range(4)]
+    for task, name in zip(tasks, ("quiet", "flood", "flood", "other"), strict=True):
+        listener._strangers[task] = name
+    listener._turn_one_away()
+    await asyncio.sleep(0)
+    assert [task.cancelled() or bool(task.cancelling()) for task in tasks] == [False, True, False, False]
+    for task in tasks:
+        task.cancel()
+    listener.close()
 
 
-def test_fault_m4_a_peer_that_says_ping_and_reads_nothing_is_gone_in_time() -> None:
-    async def body() -> None:
-        async with ends(TcpAddress("127.0.0.1", 0)) as both:
+async def test_fault_m4_a_peer_that_says_ping_and_reads_nothing_is_gone_in_time() -> None:
+    async with ends(TcpAddress("127.0.0.1", 0)) as both:
 
-            async def ping_only() -> None:
-                while True:
-                    await both.server.send(encode(Ping()))
-                    await asyncio.sleep(0.1)
+        async def ping_only() -> None:
+            while True:
+                await both.server.send(encode(Ping()))
+                await asyncio.sleep(0.1)
 
-            both.client._writer.transport.set_write_buffer_limits(high=1 << 16)  # type: ignore[attr-defined]
-            pings = asyncio.create_task(ping_only())
-            async with Link(both.client, silence=1.0) as link:
-                with pytest.raises(LinkLost, match=r"has taken nothing for 1 s"):
-                    async with link.watch():
-                        while True:
-                            await link.send(Again(reason="x" * 60_000))
-                assert link.failure.done()
-            pings.cancel()
-            await asyncio.gather(pings, return_exceptions=True)
-
-    run(body())
+        both.client._writer.transport.set_write_buffer_limits(high=1 << 16)  # type: ignore[attr-defined]
+        pings = asyncio.create_task(ping_only())
+        async with Link(both.client, silence=1.0) as link:
+            with pytest.raises(LinkLost, match=r"has taken nothing for 1 s"):
+                async with link.watch():
+                    while True:
+                        await link.send(Again(reason="x" * 60_000))
+            assert link.failure.done()
+        pings.cancel()
+        await asyncio.gather(pings, return_exceptions=True)
 
 
 @pytest.mark.parametrize(("chosen", "seconds"), [(None, 0.6), (0.3, 0.3)])
-def test_how_long_the_other_side_may_be_silent_follows_the_machine(
+async def test_how_long_the_other_side_may_be_silent_follows_the_machine(
     monkeypatch: pytest.MonkeyPatch, chosen: float | None, seconds: float
 ) -> None:
     monkeypatch.setenv("VMBUS_PATIENCE", "3")
     monkeypatch.setattr("vmbus.operations.migration.link.SILENCE", 0.2)
 
-    async def body() -> None:
-        async with ends(TcpAddress("127.0.0.1", 0)) as both, Link(both.client, silence=chosen) as link:
-            error = await asyncio.wait_for(link.failure, 10)
-            assert isinstance(error, Silence) and f"for {seconds:g} s" in str(error)
-
-    run(body())
+    async with ends(TcpAddress("127.0.0.1", 0)) as both, Link(both.client, silence=chosen) as link:
+        error = await asyncio.wait_for(link.failure, 10)
+        assert isinstance(error, Silence) and f"for {seconds:g} s" in str(error)
 
 
-def test_a_server_that_is_none(tmp_path: Path) -> None:
-    async def body() -> None:
+async def test_a_server_that_is_none(tmp_path: Path) -> None:
+    with pytest.raises(ConnectionRefusedError):
+        await connect(UnixAddress(str(tmp_path / "absent")), SECRET)
+    with socket.socket() as held:
+        held.bind(("127.0.0.1", 0))
         with pytest.raises(ConnectionRefusedError):
-            await connect(UnixAddress(str(tmp_path / "absent")), SECRET)
-        with socket.socket() as held:
-            held.bind(("127.0.0.1", 0))
-            with pytest.raises(ConnectionRefusedError):
-                await connect(TcpAddress("127.0.0.1", held.getsockname()[1]), SECRET)
-            held.listen()
-            with pytest.raises(WaitTimeout, match="to answer"):
-                await connect(TcpAddress("127.0.0.1", held.getsockname()[1]), SECRET, 0.1)
-            with pytest.raises(EnvironmentProblem, match="cannot listen on"):
-                await listen(TcpAddress("127.0.0.1", held.getsockname()[1]), SECRET)
-        with pytest.raises(EnvironmentProblem, match="cannot reach"):
-            await connect(TcpAddress("no-such-host.invalid", 1), SECRET)
-
-    run(body())
+            await connect(TcpAddress("127.0.0.1", held.getsockname()[1]), SECRET)
+        held.listen()
+        with pytest.raises(WaitTimeout, match="to answer"):
+            await connect(TcpAddress("127.0.0.1", held.getsockname()[1]), SECRET, 0.1)
+        with pytest.raises(EnvironmentProblem, match="cannot listen on"):
+            await listen(TcpAddress("127.0.0.1", held.getsockname()[1]), SECRET)
+    with pytest.raises(EnvironmentProblem, match="cannot reach"):
+        await connect(TcpAddress("no-such-host.invalid", 1), SECRET)
 
 
-def test_those_who_come_before_somebody_serves_wait(tmp_path: Path) -> None:
-    async def body() -> None:
-        listener = await listen(UnixAddress(str(tmp_path / "c.sock")), SECRET)
-        client = await connect(listener.address, SECRET)
-        arrived: asyncio.Queue[Channel] = asyncio.Queue()
-        listener.serve(arrived.put)
-        server = await asyncio.wait_for(arrived.get(), pace.seconds(10))
-        listener.close()  # those who are in stay in
-        await client.send(b"still there")
-        assert await server.receive() == b"still there"
-        client.abort()
-        server.abort()
-
-    run(body())
+async def test_those_who_come_before_somebody_serves_wait(tmp_path: Path) -> None:
+    listener = await listen(UnixAddress(str(tmp_path / "c.sock")), SECRET)
+    client = await connect(listener.address, SECRET)
+    arrived: asyncio.Queue[Channel] = asyncio.Queue()
+    listener.serve(arrived.put)
+    server = await asyncio.wait_for(arrived.get(), pace.seconds(10))
+    listener.close()  # those who are in stay in
+    await client.send(b"still there")
+    assert await server.receive() == b"still there"
+    client.abort()
+    server.abort()
 
 
 # --- secrets ----------------------------------------------------------------------------------------------------------
 
 
-def test_secrets(tmp_path: Path) -> None:
+async def test_secrets(tmp_path: Path) -> None:
     file = tmp_path / "secret"
     file.touch(mode=0o600)
     for data in (SECRET, SECRET.hex().encode(), SECRET.hex().encode() + b"\n"):
@@ -548,75 +494,63 @@ def test_secrets(tmp_path: Path) -> None:
     with pytest.raises(EnvironmentProblem, match="cannot read the secret"):
         read_secret(tmp_path / "absent")
 
-    async def body() -> None:
-        with pytest.raises(UsageError, match="a secret has 32 bytes"):
-            await listen(parse_address("tcp:127.0.0.1:0"), b"short")
-
-    run(body())
+    with pytest.raises(UsageError, match="a secret has 32 bytes"):
+        await listen(parse_address("tcp:127.0.0.1:0"), b"short")
 
 
 # --- links ------------------------------------------------------------------------------------------------------------
 
 
-def test_a_link_that_is_cut_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_link_that_is_cut_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is closed: the bytes just stay away. Both sides send signs of life until then."""
     monkeypatch.setattr(links, "PING_INTERVAL", 0.02)
 
-    async def body() -> None:
-        middle = Middle(lambda number, frame: [] if middle.cut.is_set() else [frame])
-        async with ends(TcpAddress("127.0.0.1", 0), middle) as both, contextlib.AsyncExitStack() as stack:
-            sides = [await stack.enter_async_context(Link(one, silence=0.5)) for one in (both.client, both.server)]
-            done, _ = await asyncio.wait({side.failure for side in sides}, timeout=1.5)
-            assert not done  # silence, but for the signs of life
-            middle.cut.set()
-            for side in sides:
-                with pytest.raises(LinkLost, match=r"nothing came from the .* for 0.5 s"):
-                    await side.expect(Go, timeout=10, what="Go")
-
-    run(body())
+    middle = Middle(lambda number, frame: [] if middle.cut.is_set() else [frame])
+    async with ends(TcpAddress("127.0.0.1", 0), middle) as both, contextlib.AsyncExitStack() as stack:
+        sides = [await stack.enter_async_context(Link(one, silence=0.5)) for one in (both.client, both.server)]
+        done, _ = await asyncio.wait({side.failure for side in sides}, timeout=1.5)
+        assert not done  # silence, but for the signs of life
+        middle.cut.set()
+        for side in sides:
+            with pytest.raises(LinkLost, match=r"nothing came from the .* for 0.5 s"):
+                await side.expect(Go, timeout=10, what="Go")
 
 
-def test_the_other_sides_failure_interrupts_what_is_going_on() -> None:
-    async def body() -> None:
-        async with ends(TcpAddress("127.0.0.1", 0)) as both, Link(both.client) as one, Link(both.server) as other:
-            cleaned = []
+async def test_the_other_sides_failure_interrupts_what_is_going_on() -> None:
+    async with ends(TcpAddress("127.0.0.1", 0)) as both, Link(both.client) as one, Link(both.server) as other:
+        cleaned = []
 
-            async def work() -> None:
-                async with one.watch():
-                    try:
-                        await other.tell_failure("the disk is full")
-                        await asyncio.sleep(30)
-                    finally:
-                        await asyncio.sleep(0.01)  # the way back is not interrupted
-                        cleaned.append(True)
-
-            with pytest.raises(PeerFailed, match="gives up: the disk is full"):
-                await work()
-            assert cleaned == [True]
-            current = asyncio.current_task()
-            assert current is not None and current.cancelling() == 0
-            with pytest.raises(PeerFailed):
-                async with one.watch():
-                    raise AssertionError("entered with a link that has failed")
-
-    run(body())
-
-
-def test_a_cancellation_from_outside_is_not_taken_for_the_links() -> None:
-    async def body() -> None:
-        async with ends(TcpAddress("127.0.0.1", 0)) as both, Link(both.client) as one, Link(both.server):
-
-            async def work() -> None:
-                async with one.watch():
+        async def work() -> None:
+            async with one.watch():
+                try:
+                    await other.tell_failure("the disk is full")
                     await asyncio.sleep(30)
+                finally:
+                    await asyncio.sleep(0.01)  # the way back is not interrupted
+                    cleaned.append(True)
 
-            task = asyncio.create_task(work())
-            await asyncio.sleep(0.01)
-            task.cancel()
-            with pytest.raises(asyncio.CancelledError):
-                await task
+        with pytest.raises(PeerFailed, match="gives up: the disk is full"):
+            await work()
+        assert cleaned == [True]
+        current = asyncio.current_task()
+        assert current is not None and current.cancelling() == 0
+        with pytest.raises(PeerFailed):
+            async with one.watch():
+                raise AssertionError("entered with a link that has failed")
 
-    run(body())
+
+async def test_a_cancellation_from_outside_is_not_taken_for_the_links() -> None:
+    async with ends(TcpAddress("127.0.0.1", 0)) as both, Link(both.client) as one, Link(both.server):
+
+        async def work() -> None:
+            async with one.watch():
+                await asyncio.sleep(30)
+
+        task = asyncio.create_task(work())
+        await asyncio.sleep(0.01)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
 
 
 def test_messages_that_do_not_belong() -> None:
@@ -633,39 +567,30 @@ def test_messages_that_do_not_belong() -> None:
     run(body(lambda link: link.channel.send(b""), "no message"))
 
 
-def test_a_message_that_does_not_come() -> None:
-    async def body() -> None:
-        async with ends(TcpAddress("127.0.0.1", 0)) as both, Link(both.client) as one, Link(both.server):
-            with pytest.raises(WaitTimeout, match=r"in vain for the destination tcp:.*: the vCPUs to run"):
-                await one.expect(Running, timeout=0.05, what="the vCPUs to run")
-
-    run(body())
+async def test_a_message_that_does_not_come() -> None:
+    async with ends(TcpAddress("127.0.0.1", 0)) as both, Link(both.client) as one, Link(both.server):
+        with pytest.raises(WaitTimeout, match=r"in vain for the destination tcp:.*: the vCPUs to run"):
+            await one.expect(Running, timeout=0.05, what="the vCPUs to run")
 
 
-def test_somebody_who_floods_is_not_read_further() -> None:
-    async def body() -> None:
-        async with ends(TcpAddress("127.0.0.1", 0)) as both, Link(both.client) as one:
-            for _ in range(200):
-                await both.server.send(encode(Sent()))
-            await one.expect(Sent, timeout=5, what="one")
-            assert len(one._waiting) <= 16
-            for _ in range(199):
-                await one.expect(Sent, timeout=5, what="the rest")
-
-    run(body())
+async def test_somebody_who_floods_is_not_read_further() -> None:
+    async with ends(TcpAddress("127.0.0.1", 0)) as both, Link(both.client) as one:
+        for _ in range(200):
+            await both.server.send(encode(Sent()))
+        await one.expect(Sent, timeout=5, what="one")
+        assert len(one._waiting) <= 16
+        for _ in range(199):
+            await one.expect(Sent, timeout=5, what="the rest")
 
 
-def test_what_was_said_before_the_end_is_still_heard() -> None:
-    async def body() -> None:
-        async with ends(TcpAddress("127.0.0.1", 0)) as both, Link(both.client) as one:
-            await both.server.send(encode(Running(seconds={"cont": 0.5})))
-            both.server.close()
-            await asyncio.wait({one.failure}, timeout=pace.seconds(5))
-            assert (await one.expect(Running, timeout=5, what="Running")).seconds == {"cont": 0.5}
-            with pytest.raises(LinkLost):
-                await one.expect(Running, timeout=5, what="more")
-
-    run(body())
+async def test_what_was_said_before_the_end_is_still_heard() -> None:
+    async with ends(TcpAddress("127.0.0.1", 0)) as both, Link(both.client) as one:
+        await both.server.send(encode(Running(seconds={"cont": 0.5})))
+        both.server.close()
+        await asyncio.wait({one.failure}, timeout=pace.seconds(5))
+        assert (await one.expect(Running, timeout=5, what="Running")).seconds == {"cont": 0.5}
+        with pytest.raises(LinkLost):
+            await one.expect(Running, timeout=5, what="more")
 
 
 @pytest.mark.parametrize("message", [Ping(), Again(reason="why"), Failed(reason="ä" * 100), Go()])

@@ -87,7 +87,7 @@ def test_failure_matrix_sees_a_vm_that_runs_twice() -> None:
     assert running(log + f"{os.getpid()} stop\n") == set()
 
 
-def test_failure_matrix_owner_lets_a_migration_end_that_does_not_need_the_dead(
+async def test_failure_matrix_owner_lets_a_migration_end_that_does_not_need_the_dead(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The destination may have everything when the source's QEMU dies: then nobody else could run the VM."""
@@ -96,26 +96,21 @@ def test_failure_matrix_owner_lets_a_migration_end_that_does_not_need_the_dead(
     description = VmDescription("demo", DeviceDescription("vmbus0", [provider]))
     programs = Programs(("qemu",), "11.1.3", "tcg", tmp_path, tmp_path)
 
-    async def body() -> None:
-        vm = VirtualMachine(description, programs, RunDirectory.create("demo"))
-        try:
-            vm.server, vm.qemu = [
-                await Child.spawn(name, ["sleep", "60"], tmp_path / name) for name in ("server", "qemu")
-            ]
-            vm._ends = Ends(vm.monitor, vm.paths.console_log)
-            vm.idle.clear()
-            waiting = asyncio.create_task(vm.wait_ended())
-            vm.qemu.process.kill()
-            await vm.qemu.exited
-            await asyncio.wait({waiting}, timeout=0.1)
-            assert not waiting.done(), "the migration would be torn down now"
-            vm.idle.set()
-            with pytest.raises(ProcessDied, match="SIGKILL"):
-                await asyncio.wait_for(waiting, 10)
-        finally:
-            await vm.kill()
-
-    asyncio.run(body())
+    vm = VirtualMachine(description, programs, RunDirectory.create("demo"))
+    try:
+        vm.server, vm.qemu = [await Child.spawn(name, ["sleep", "60"], tmp_path / name) for name in ("server", "qemu")]
+        vm._ends = Ends(vm.monitor, vm.paths.console_log)
+        vm.idle.clear()
+        waiting = asyncio.create_task(vm.wait_ended())
+        vm.qemu.process.kill()
+        await vm.qemu.exited
+        await asyncio.wait({waiting}, timeout=0.1)
+        assert not waiting.done(), "the migration would be torn down now"
+        vm.idle.set()
+        with pytest.raises(ProcessDied, match="SIGKILL"):
+            await asyncio.wait_for(waiting, 10)
+    finally:
+        await vm.kill()
 
 
 WRITES = "import pathlib, sys, time\nfolder = pathlib.Path(sys.argv[1])\nnumber = 0\nwhile True:\n" + (
@@ -124,7 +119,7 @@ WRITES = "import pathlib, sys, time\nfolder = pathlib.Path(sys.argv[1])\nnumber 
 """What a device server may do yet whose save is given up: it goes on writing."""
 
 
-def test_failure_matrix_nobody_writes_into_a_snapshot_that_is_removed(
+async def test_failure_matrix_nobody_writes_into_a_snapshot_that_is_removed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A save that cost the VM removes its files when the processes have ended, and not under their hands."""
@@ -134,29 +129,26 @@ def test_failure_matrix_nobody_writes_into_a_snapshot_that_is_removed(
     programs = Programs(("qemu",), "11.1.3", "tcg", tmp_path, tmp_path)
     removed: list[bool] = []
 
-    async def body() -> None:
-        vm = VirtualMachine(description, programs, RunDirectory.create("demo"))
+    vm = VirtualMachine(description, programs, RunDirectory.create("demo"))
 
-        async def fail(_: object, writer: SnapshotWriter, *__: object, **___: object) -> None:
-            writing = [sys.executable, "-c", WRITES, str(writer.directory)]
-            vm.server = await Child.spawn("server", writing, tmp_path / "server")
-            await eventually(lambda: any(writer.directory.glob("*.state")), "the server to write")
-            raise SaveFailed("the VM is lost", source_alive=False)
+    async def fail(_: object, writer: SnapshotWriter, *__: object, **___: object) -> None:
+        writing = [sys.executable, "-c", WRITES, str(writer.directory)]
+        vm.server = await Child.spawn("server", writing, tmp_path / "server")
+        await eventually(lambda: any(writer.directory.glob("*.state")), "the server to write")
+        raise SaveFailed("the VM is lost", source_alive=False)
 
-        abort = SnapshotWriter.abort
+    abort = SnapshotWriter.abort
 
-        def looked_at(writer: SnapshotWriter) -> None:
-            removed.append(vm.server is not None and not vm.server.running)
-            abort(writer)
+    def looked_at(writer: SnapshotWriter) -> None:
+        removed.append(vm.server is not None and not vm.server.running)
+        abort(writer)
 
-        monkeypatch.setattr(save, "_save", fail)
-        monkeypatch.setattr(SnapshotWriter, "abort", looked_at)
-        try:
-            with pytest.raises(SaveFailed):
-                await vm.save(tmp_path / "taken")
-        finally:
-            await vm.kill()
-
-    asyncio.run(body())
+    monkeypatch.setattr(save, "_save", fail)
+    monkeypatch.setattr(SnapshotWriter, "abort", looked_at)
+    try:
+        with pytest.raises(SaveFailed):
+            await vm.save(tmp_path / "taken")
+    finally:
+        await vm.kill()
     assert removed == [True]
-    assert not list(tmp_path.glob(".taken*")) and not (tmp_path / "taken").exists()
+    assert not {path for path in os.listdir(tmp_path) if "taken" in path}  # noqa: PTH208 - names only

@@ -49,7 +49,7 @@ def reply(writer: asyncio.StreamWriter, request: dict[str, Any], result: dict[st
     writer.write(json.dumps({"id": request["id"], "result": result}).encode() + b"\n")
 
 
-def test_requests_and_answers_may_cross(tmp_path: Path) -> None:
+async def test_requests_and_answers_may_cross(tmp_path: Path) -> None:
     async def handler(_: int, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         seen = []
         async for request in requests(reader):
@@ -58,18 +58,15 @@ def test_requests_and_answers_may_cross(tmp_path: Path) -> None:
                 for one in reversed(seen):
                     reply(writer, one, {"command": one["command"], **one["arguments"]})
 
-    async def body() -> None:
-        async with peer(tmp_path / "s", handler):
-            client = AgentClient(tmp_path / "s")
-            await client.connect()
-            found = await asyncio.gather(*(client.call("echo", data=n) for n in range(3)))
-            assert found == [{"command": "echo", "data": n} for n in range(3)]
-            await client.close()
-
-    asyncio.run(body())
+    async with peer(tmp_path / "s", handler):
+        client = AgentClient(tmp_path / "s")
+        await client.connect()
+        found = await asyncio.gather(*(client.call("echo", data=n) for n in range(3)))
+        assert found == [{"command": "echo", "data": n} for n in range(3)]
+        await client.close()
 
 
-def test_a_lost_connection_costs_nothing(tmp_path: Path) -> None:
+async def test_a_lost_connection_costs_nothing(tmp_path: Path) -> None:
     ids = []
 
     async def handler(number: int, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -80,19 +77,16 @@ def test_a_lost_connection_costs_nothing(tmp_path: Path) -> None:
                 return
             reply(writer, request, {"connection": number})
 
-    async def body() -> None:
-        async with peer(tmp_path / "s", handler):
-            client = AgentClient(tmp_path / "s")
-            await client.connect()
-            assert await client.call("ping", timeout=10) == {"connection": 1}
-            assert client.reconnects == 1
-            assert len(set(ids)) == 1  # the same request, under the same id
-            await client.close()
-
-    asyncio.run(body())
+    async with peer(tmp_path / "s", handler):
+        client = AgentClient(tmp_path / "s")
+        await client.connect()
+        assert await client.call("ping", timeout=10) == {"connection": 1}
+        assert client.reconnects == 1
+        assert len(set(ids)) == 1  # the same request, under the same id
+        await client.close()
 
 
-def test_a_silent_agent_is_asked_again_under_the_same_id(tmp_path: Path) -> None:
+async def test_a_silent_agent_is_asked_again_under_the_same_id(tmp_path: Path) -> None:
     seen: list[int] = []
 
     async def handler(_: int, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -102,15 +96,12 @@ def test_a_silent_agent_is_asked_again_under_the_same_id(tmp_path: Path) -> None
                 reply(writer, request, {})
                 reply(writer, request, {"a second answer": "is ignored"})
 
-    async def body() -> None:
-        async with peer(tmp_path / "s", handler):
-            client = AgentClient(tmp_path / "s", resend_interval=0.01)
-            await client.connect()
-            assert await client.call("ping", timeout=10) == {}
-            assert seen == [seen[0]] * 3
-            await client.close()
-
-    asyncio.run(body())
+    async with peer(tmp_path / "s", handler):
+        client = AgentClient(tmp_path / "s", resend_interval=0.01)
+        await client.connect()
+        assert await client.call("ping", timeout=10) == {}
+        assert seen == [seen[0]] * 3
+        await client.close()
 
 
 def test_two_clients_never_use_the_same_ids() -> None:
@@ -119,73 +110,64 @@ def test_two_clients_never_use_the_same_ids() -> None:
     assert all(number < 2**53 for number in first)  # any JSON reader keeps them exact
 
 
-def test_events_and_noise(tmp_path: Path) -> None:
+async def test_events_and_noise(tmp_path: Path) -> None:
     async def handler(_: int, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(b'est of a line"}\n\xff\xfe\n[1]\n{"event": "ready", "version": 1}\n')
         async for request in requests(reader):
             reply(writer, request, {})
 
-    async def body() -> None:
-        events: list[dict[str, Any]] = []
-        async with peer(tmp_path / "s", handler):
-            client = AgentClient(tmp_path / "s", on_event=events.append)
-            await client.connect()
-            await client.call("ping")
-            assert events == [{"event": "ready", "version": 1}]
-            await client.close()
-
-    asyncio.run(body())
+    events: list[dict[str, Any]] = []
+    async with peer(tmp_path / "s", handler):
+        client = AgentClient(tmp_path / "s", on_event=events.append)
+        await client.connect()
+        await client.call("ping")
+        assert events == [{"event": "ready", "version": 1}]
+        await client.close()
 
 
-def test_errors_have_the_agents_kind(tmp_path: Path) -> None:
+async def test_errors_have_the_agents_kind(tmp_path: Path) -> None:
     async def handler(_: int, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         async for request in requests(reader):
             error = {"kind": "no-such-job", "message": "there is no job 7"}
             writer.write(json.dumps({"id": request["id"], "error": error}).encode() + b"\n")
 
-    async def body() -> None:
-        async with peer(tmp_path / "s", handler):
-            client = AgentClient(tmp_path / "s")
-            await client.connect()
-            with pytest.raises(AgentError, match="'poll': there is no job 7") as caught:
-                await client.call("poll", job=7)
-            assert caught.value.kind == "no-such-job"
-            await client.close()
-
-    asyncio.run(body())
+    async with peer(tmp_path / "s", handler):
+        client = AgentClient(tmp_path / "s")
+        await client.connect()
+        with pytest.raises(AgentError, match="'poll': there is no job 7") as caught:
+            await client.call("poll", job=7)
+        assert caught.value.code == "no-such-job"
+        await client.close()
 
 
-def test_waits_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_waits_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async def handler(_: int, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.read()
 
-    async def body() -> None:
-        client = AgentClient(tmp_path / "s")
-        with pytest.raises(UsageError, match="not connected"):
-            await client.call("ping")
-        with pytest.raises(WaitTimeout, match="agent's socket"):
-            await client.connect(timeout=0.05)
+    client = AgentClient(tmp_path / "s")
+    with pytest.raises(UsageError, match="not connected"):
+        await client.call("ping")
+    with pytest.raises(WaitTimeout, match="agent's socket"):
+        await client.connect(timeout=0.05)
+    await client.close()
+    async with peer(tmp_path / "s", handler):
+        await client.connect()
+        with pytest.raises(WaitTimeout, match="to answer 'ping'"):
+            await client.call("ping", timeout=0.05)
+        with pytest.raises(WaitTimeout, match=r"waited 0.05 s .* to come up"):
+            await client.wait_ready(0.05)
+        monkeypatch.setenv("VMBUS_PATIENCE", "2")
+        with pytest.raises(WaitTimeout, match=r"waited 0.1 s .* to come up"):
+            await client.wait_ready(0.05)
+        monkeypatch.delenv("VMBUS_PATIENCE")
+        waiting = asyncio.create_task(client.call("ping"))
+        await asyncio.wait({waiting}, timeout=0.05)
         await client.close()
-        async with peer(tmp_path / "s", handler):
-            await client.connect()
-            with pytest.raises(WaitTimeout, match="to answer 'ping'"):
-                await client.call("ping", timeout=0.05)
-            with pytest.raises(WaitTimeout, match=r"waited 0.05 s .* to come up"):
-                await client.wait_ready(0.05)
-            monkeypatch.setenv("VMBUS_PATIENCE", "2")
-            with pytest.raises(WaitTimeout, match=r"waited 0.1 s .* to come up"):
-                await client.wait_ready(0.05)
-            monkeypatch.delenv("VMBUS_PATIENCE")
-            waiting = asyncio.create_task(client.call("ping"))
-            await asyncio.wait({waiting}, timeout=0.05)
-            await client.close()
-            with pytest.raises(EnvironmentProblem, match="was closed"):
-                await waiting
-
-    asyncio.run(body())
+        with pytest.raises(EnvironmentProblem, match="was closed"):
+            await waiting
 
 
-def test_a_guest_that_goes_back_in_time_answers_nobody_twice(tmp_path: Path) -> None:
+async def test_a_guest_that_goes_back_in_time_answers_nobody_twice(tmp_path: Path) -> None:
     """Requests under way are told; the rest of a line, and answers of a life that is undone, find nobody."""
     connections: list[asyncio.StreamWriter] = []
     seen: list[dict[str, Any]] = []
@@ -206,28 +188,25 @@ def test_a_guest_that_goes_back_in_time_answers_nobody_twice(tmp_path: Path) -> 
                     reply(writer, old, {"life": 0})
                 reply(writer, request, {"life": 1})
 
-    async def body() -> None:
-        async with peer(tmp_path / "s", handler):
-            client = AgentClient(tmp_path / "s")
-            await client.connect()
-            assert await client.call("before") == {"life": 0}
-            waiting = asyncio.ensure_future(client.call("wait"))
-            while len(seen) < 2:  # noqa: ASYNC110 - the peer is in this very loop
-                await asyncio.sleep(0)
-            assert client.pending == 1
-            going = asyncio.ensure_future(client.go_back("the VM was taken back: ask again"))
+    async with peer(tmp_path / "s", handler):
+        client = AgentClient(tmp_path / "s")
+        await client.connect()
+        assert await client.call("before") == {"life": 0}
+        waiting = asyncio.ensure_future(client.call("wait"))
+        while len(seen) < 2:  # noqa: ASYNC110 - the peer is in this very loop
             await asyncio.sleep(0)
-            during = asyncio.ensure_future(client.call("during"))  # waits for the new connection
-            with pytest.raises(EnvironmentProblem, match="ask again"):
-                await waiting
-            await going
-            assert await during == {"life": 1}
-            assert await client.call("after") == {"life": 1}
-            assert len(connections) == 2 and client.pending == 0
-            assert len({request["id"] for request in seen}) == 4
-            await client.close()
-
-    asyncio.run(body())
+        assert client.pending == 1
+        going = asyncio.ensure_future(client.go_back("the VM was taken back: ask again"))
+        await asyncio.sleep(0)
+        during = asyncio.ensure_future(client.call("during"))  # waits for the new connection
+        with pytest.raises(EnvironmentProblem, match="ask again"):
+            await waiting
+        await going
+        assert await during == {"life": 1}
+        assert await client.call("after") == {"life": 1}
+        assert len(connections) == 2 and client.pending == 0
+        assert len({request["id"] for request in seen}) == 4
+        await client.close()
 
 
 NONSENSE = [
@@ -244,7 +223,7 @@ NONSENSE = [
 
 
 @pytest.mark.parametrize("line", NONSENSE, ids=range(len(NONSENSE)))
-def test_fault_h7_one_bad_line_is_one_error(tmp_path: Path, line: bytes) -> None:
+async def test_fault_h7_one_bad_line_is_one_error(tmp_path: Path, line: bytes) -> None:
     """The client works on over the same connection, and a later one."""
 
     async def handler(_: int, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -252,20 +231,17 @@ def test_fault_h7_one_bad_line_is_one_error(tmp_path: Path, line: bytes) -> None
             writer.write(line + b"\n")
             reply(writer, request, {"ok": True})
 
-    async def body() -> None:
-        async with peer(tmp_path / "s", handler):
-            client = AgentClient(tmp_path / "s")
-            await client.connect()
-            for _ in range(2):
-                assert await client.call("ping", timeout=10) == {"ok": True}
-            assert client.reconnects == 0
-            await client.close()
-
-    asyncio.run(body())
+    async with peer(tmp_path / "s", handler):
+        client = AgentClient(tmp_path / "s")
+        await client.connect()
+        for _ in range(2):
+            assert await client.call("ping", timeout=10) == {"ok": True}
+        assert client.reconnects == 0
+        await client.close()
 
 
 @pytest.mark.parametrize("line", [b"\n", b'{"event": "x"}\n'])
-def test_fault_h7_endless_lines_take_no_timeout_away(tmp_path: Path, line: bytes) -> None:
+async def test_fault_h7_endless_lines_take_no_timeout_away(tmp_path: Path, line: bytes) -> None:
     """What a guest sends without end is read in short turns: others run, and a timeout comes when it should."""
 
     async def handler(_: int, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -273,44 +249,38 @@ def test_fault_h7_endless_lines_take_no_timeout_away(tmp_path: Path, line: bytes
             writer.write(line * 60_000)
             await writer.drain()
 
-    async def body() -> None:
-        async with peer(tmp_path / "s", handler):
-            client = AgentClient(tmp_path / "s")
-            await client.connect()
-            turns = 0
-
-            async def count() -> None:
-                nonlocal turns
-                while True:
-                    await asyncio.sleep(0)
-                    turns += 1
-
-            counting = asyncio.create_task(count())
-            busy = asyncio.get_running_loop().time()
-            with pytest.raises(WaitTimeout):
-                await client.call("ping", timeout=1.0)
-            took = asyncio.get_running_loop().time() - busy
-            counting.cancel()
-            assert turns > 20 and took < pace.seconds(5), (turns, took)
-            stop.set()
-            await client.close()
-
     stop = asyncio.Event()
-    asyncio.run(body())
+    async with peer(tmp_path / "s", handler):
+        client = AgentClient(tmp_path / "s")
+        await client.connect()
+        turns = 0
+
+        async def count() -> None:
+            nonlocal turns
+            while True:
+                await asyncio.sleep(0)
+                turns += 1
+
+        counting = asyncio.create_task(count())
+        busy = asyncio.get_running_loop().time()
+        with pytest.raises(WaitTimeout):
+            await client.call("ping", timeout=1.0)
+        took = asyncio.get_running_loop().time() - busy
+        counting.cancel()
+        assert turns > 20 and took < pace.seconds(5), (turns, took)
+        stop.set()
+        await client.close()
 
 
 @pytest.mark.parametrize("result", [{}, {"code": "x", "output": 1, "bytes": 2, "expired": False}, {"expired": True}])
-def test_fault_h7_an_answer_of_another_shape_is_the_agents_error(tmp_path: Path, result: dict[str, Any]) -> None:
+async def test_fault_h7_an_answer_of_another_shape_is_the_agents_error(tmp_path: Path, result: dict[str, Any]) -> None:
     async def handler(_: int, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         async for request in requests(reader):
             reply(writer, request, result)
 
-    async def body() -> None:
-        async with peer(tmp_path / "s", handler):
-            client = AgentClient(tmp_path / "s")
-            await client.connect()
-            with pytest.raises(AgentError, match="its answer is not one"):
-                await client.execute(["true"], timeout=5)
-            await client.close()
-
-    asyncio.run(body())
+    async with peer(tmp_path / "s", handler):
+        client = AgentClient(tmp_path / "s")
+        await client.connect()
+        with pytest.raises(AgentError, match="its answer is not one"):
+            await client.execute(["true"], timeout=5)
+        await client.close()

@@ -53,62 +53,53 @@ async def settled() -> None:
         await asyncio.sleep(0)
 
 
-def test_fault_m9_a_panic_is_named(tmp_path: Path) -> None:
+async def test_fault_m9_a_panic_is_named(tmp_path: Path) -> None:
     log = tmp_path / "console.log"
     log.write_text("Booting\n" + PANIC)
 
-    async def body() -> None:
-        reboots: list[int] = []
-        async with watching(log, reboots) as (monitor, watched):
-            await monitor.tell("RESET", guest=True, reason="guest-reset")
-            await settled()
-            assert watched.panicked.done() and reboots == []
-            words = watched.panicked.result()
-            assert words.startswith("not syncing: Attempted to kill init!") and "Call Trace" in words
-
-    asyncio.run(body())
+    reboots: list[int] = []
+    async with watching(log, reboots) as (monitor, watched):
+        await monitor.tell("RESET", guest=True, reason="guest-reset")
+        await settled()
+        assert watched.panicked.done() and reboots == []
+        words = watched.panicked.result()
+        assert words.startswith("not syncing: Attempted to kill init!") and "Call Trace" in words
 
 
-def test_fault_m10_a_reboot_is_none_and_happens_once_for_each_boot(
+async def test_fault_m10_a_reboot_is_none_and_happens_once_for_each_boot(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The firmware may reset the machine once more. A panic of an earlier boot, or a host's reset, is no panic now."""
     log = tmp_path / "console.log"
 
-    async def body() -> None:
-        reboots: list[int] = []
-        async with watching(log, reboots) as (monitor, watched):
-            for text in ("Restarting system\n", "", ""):
-                with log.open("a") as file:
-                    file.write(text)
-                await monitor.tell("RESET", guest=True, reason="guest-reset")
-                await settled()
-            await monitor.tell("RESET", guest=False, reason="snapshot-load")
-            await settled()
-            assert reboots == [1] and not watched.panicked.done()
-            monkeypatch.setattr(ends, "_ONE_BOOT", 0.0)
+    reboots: list[int] = []
+    async with watching(log, reboots) as (monitor, watched):
+        for text in ("Restarting system\n", "", ""):
+            with log.open("a") as file:
+                file.write(text)
             await monitor.tell("RESET", guest=True, reason="guest-reset")
             await settled()
-            assert reboots == [1, 1]
+        await monitor.tell("RESET", guest=False, reason="snapshot-load")
+        await settled()
+        assert reboots == [1] and not watched.panicked.done()
+        monkeypatch.setattr(ends, "_ONE_BOOT", 0.0)
+        await monitor.tell("RESET", guest=True, reason="guest-reset")
+        await settled()
+        assert reboots == [1, 1]
 
-    asyncio.run(body())
 
-
-def test_fault_m9_a_log_that_was_shortened_meanwhile_still_tells(tmp_path: Path) -> None:
+async def test_fault_m9_a_log_that_was_shortened_meanwhile_still_tells(tmp_path: Path) -> None:
     log = tmp_path / "console.log"
     log.write_text("x" * 100_000)
 
-    async def body() -> None:
-        reboots: list[int] = []
-        async with watching(log, reboots) as (monitor, watched):
-            await monitor.tell("RESET", guest=True, reason="guest-reset")
-            await settled()
-            log.write_text(PANIC)
-            await monitor.tell("RESET", guest=True, reason="guest-reset")
-            await settled()
-            assert watched.panicked.done()
-
-    asyncio.run(body())
+    reboots: list[int] = []
+    async with watching(log, reboots) as (monitor, watched):
+        await monitor.tell("RESET", guest=True, reason="guest-reset")
+        await settled()
+        log.write_text(PANIC)
+        await monitor.tell("RESET", guest=True, reason="guest-reset")
+        await settled()
+        assert watched.panicked.done()
 
 
 @pytest.mark.parametrize(

@@ -74,60 +74,48 @@ async def guarded(monitor: FakeMonitor) -> Any:
         await asyncio.gather(task, return_exceptions=True)
 
 
-def test_a_foreign_migration_is_cancelled() -> None:
-    async def body() -> None:
-        monitor = FakeMonitor()
-        async with guarded(monitor) as (_, notices):
-            assert monitor.commands == ["migrate-set-capabilities"]  # or no event would ever come
-            monitor.migration = "active"
-            await monitor.tell("MIGRATION", status="setup")
-            assert "was cancelled" in await asyncio.wait_for(notices.get(), 5)
-            assert "migrate_cancel" in monitor.commands and "cont" not in monitor.commands
-
-    asyncio.run(body())
+async def test_a_foreign_migration_is_cancelled() -> None:
+    monitor = FakeMonitor()
+    async with guarded(monitor) as (_, notices):
+        assert monitor.commands == ["migrate-set-capabilities"]  # or no event would ever come
+        monitor.migration = "active"
+        await monitor.tell("MIGRATION", status="setup")
+        assert "was cancelled" in await asyncio.wait_for(notices.get(), 5)
+        assert "migrate_cancel" in monitor.commands and "cont" not in monitor.commands
 
 
 @pytest.mark.parametrize("ran", [True, False])
-def test_one_that_is_over_already_leaves_the_vm_as_it_was(ran: bool) -> None:
-    async def body() -> None:
-        monitor = FakeMonitor()
-        async with guarded(monitor) as (_, notices):
-            if not ran:
-                await monitor.tell("STOP")
-            monitor.migration, monitor.run_state = "completed", "postmigrate"
-            await monitor.tell("MIGRATION", status="setup")
-            await monitor.tell("MIGRATION", status="active")
+async def test_one_that_is_over_already_leaves_the_vm_as_it_was(ran: bool) -> None:
+    monitor = FakeMonitor()
+    async with guarded(monitor) as (_, notices):
+        if not ran:
             await monitor.tell("STOP")
-            assert "completed before it could be cancelled" in await asyncio.wait_for(notices.get(), 5)
+        monitor.migration, monitor.run_state = "completed", "postmigrate"
+        await monitor.tell("MIGRATION", status="setup")
+        await monitor.tell("MIGRATION", status="active")
+        await monitor.tell("STOP")
+        assert "completed before it could be cancelled" in await asyncio.wait_for(notices.get(), 5)
+        await asyncio.sleep(0)
+        assert ("cont" in monitor.commands) == ran and "migrate_cancel" not in monitor.commands
+
+
+async def test_a_snapshot_job_is_told_and_left_alone() -> None:
+    monitor = FakeMonitor()
+    async with guarded(monitor) as (_, notices):
+        monitor.jobs = [{"id": "x", "type": "snapshot-save"}]
+        monitor.migration = "setup"
+        await monitor.tell("MIGRATION", status="setup")
+        assert "a snapshot was taken" in await asyncio.wait_for(notices.get(), 5)
+        assert "migrate_cancel" not in monitor.commands
+
+
+async def test_our_own_are_left_alone() -> None:
+    monitor = FakeMonitor()
+    async with guarded(monitor) as (guard, notices):
+        with guard.ours():
+            for status in ("setup", "active", "pre-switchover", "device"):
+                await monitor.tell("MIGRATION", status=status)
+        await monitor.tell("MIGRATION", status="completed")  # a moment late
+        for _ in range(5):
             await asyncio.sleep(0)
-            assert ("cont" in monitor.commands) == ran and "migrate_cancel" not in monitor.commands
-
-    asyncio.run(body())
-
-
-def test_a_snapshot_job_is_told_and_left_alone() -> None:
-    async def body() -> None:
-        monitor = FakeMonitor()
-        async with guarded(monitor) as (_, notices):
-            monitor.jobs = [{"id": "x", "type": "snapshot-save"}]
-            monitor.migration = "setup"
-            await monitor.tell("MIGRATION", status="setup")
-            assert "a snapshot was taken" in await asyncio.wait_for(notices.get(), 5)
-            assert "migrate_cancel" not in monitor.commands
-
-    asyncio.run(body())
-
-
-def test_our_own_are_left_alone() -> None:
-    async def body() -> None:
-        monitor = FakeMonitor()
-        async with guarded(monitor) as (guard, notices):
-            with guard.ours():
-                for status in ("setup", "active", "pre-switchover", "device"):
-                    await monitor.tell("MIGRATION", status=status)
-            await monitor.tell("MIGRATION", status="completed")  # a moment late
-            for _ in range(5):
-                await asyncio.sleep(0)
-            assert notices.empty() and monitor.commands == ["migrate-set-capabilities"]
-
-    asyncio.run(body())
+        assert notices.empty() and monitor.commands == ["migrate-set-capabilities"]

@@ -76,26 +76,23 @@ def test_a_link_is_not_followed(path: Path, tmp_path: Path) -> None:
     assert shorten(path) == 0 and (tmp_path / "precious").stat().st_size == LOG_LIMIT + 1
 
 
-def test_the_logs_of_a_child_are_bounded_while_it_writes(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_logs_of_a_child_are_bounded_while_it_writes(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A flood of some 20 MB, in the child's own log and in the file of its witness; the last words are there."""
     monkeypatch.setattr("vmbus.vm.process.LOOK_EVERY", 0.01)
     witness = path.with_name("witness")
 
-    async def body() -> int:
-        flood = "i=0; while [ $i -lt 300 ]; do cat chunk >&2; cat chunk >>witness; i=$((i+1)); done"
-        (path.parent / "chunk").write_bytes(numbered(0, 6000))
-        script = f"cd {path.parent}; {flood}; echo last words >&2; echo of the guest >>witness; exit 0"
-        child = await Child.spawn("the child", ["/bin/sh", "-c", script], path)
-        child.witness = ("the guest's console", witness)
-        most = 0
-        while child.running:
-            most = max(most, *(one.stat().st_size for one in (path, witness) if one.exists()))
-            await asyncio.sleep(0.005)
-        await child.stop()
-        assert "last words" in str(child.death()) and "of the guest" in str(child.death())
-        return most
-
-    most = asyncio.run(body())
+    flood = "i=0; while [ $i -lt 300 ]; do cat chunk >&2; cat chunk >>witness; i=$((i+1)); done"
+    (path.parent / "chunk").write_bytes(numbered(0, 6000))
+    script = f"cd {path.parent}; {flood}; echo last words >&2; echo of the guest >>witness; exit 0"
+    child = await Child.spawn("the child", ["/bin/sh", "-c", script], path)
+    child.witness = ("the guest's console", witness)
+    most = 0
+    while child.running:
+        most = max(most, *(one.stat().st_size for one in (path, witness) if one.exists()))
+        await asyncio.sleep(0.005)
+    await child.stop()
+    assert "last words" in str(child.death()) and "of the guest" in str(child.death())
+    most = most
     written = 300 * len(numbered(0, 6000))
     assert most < written / 2, "it is bounded while it grows, not only at the end"
     for one in (path, witness):
@@ -104,16 +101,13 @@ def test_the_logs_of_a_child_are_bounded_while_it_writes(path: Path, monkeypatch
         assert one.read_text().startswith("line 0\n")
 
 
-def test_sabotage_without_the_bound_it_grows(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_sabotage_without_the_bound_it_grows(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vmbus.vm.process.shorten", lambda path: 0)
 
-    async def body() -> None:
-        child = await Child.spawn("the child", ["/bin/sh", "-c", f"head -c {4 * LOG_LIMIT} /dev/zero >&2"], path)
-        await child.exited
-        await child.stop()
-
-    asyncio.run(body())
-    assert path.stat().st_size == 4 * LOG_LIMIT
+    child = await Child.spawn("the child", ["/bin/sh", "-c", f"head -c {4 * LOG_LIMIT} /dev/zero >&2"], path)
+    await child.exited
+    await child.stop()
+    assert path.stat().st_size == 4 * LOG_LIMIT  # noqa: ASYNC240 - quick
 
 
 def test_shortening_is_quick(path: Path) -> None:

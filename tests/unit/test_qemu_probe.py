@@ -19,7 +19,7 @@ from vmbus.device.description import DeviceDescription, ProviderDescription
 from vmbus.errors import EnvironmentProblem, StateError
 from vmbus.operations.capture import Capture
 from vmbus.operations.migration.arrival import Arrival
-from vmbus.operations.target import Captured, FileTarget
+from vmbus.operations.target import FileTarget
 from vmbus.qemu.foreign import MigrationGuard
 from vmbus.qemu.probe import Probe, driven_by_client, probe, require_complete, require_running, require_same
 from vmbus.qemu.qmp import QmpCommandFailed
@@ -102,17 +102,14 @@ SET_UP = ["query-migrate-capabilities", "query-migrate-parameters", "migrate-set
 @pytest.mark.parametrize(
     ("live", "calls"), [(False, ["stop", "migrate", "save"]), (True, ["migrate", "save", "migrate-continue"])]
 )
-def test_a_save_leaves_the_device_to_qemu(tmp_path: Path, live: bool, calls: list[str]) -> None:
+async def test_a_save_leaves_the_device_to_qemu(tmp_path: Path, live: bool, calls: list[str]) -> None:
     model = Driving()
 
-    async def body() -> Captured:
-        one = capture(model, tmp_path, live=live)
-        async with one.taken() as captured:
-            assert not model.vcpus
-            await one.resume()
-        return captured
-
-    captured = asyncio.run(body())
+    one = capture(model, tmp_path, live=live)
+    async with one.taken() as captured:
+        assert not model.vcpus
+        await one.resume()
+    captured = captured
     assert [step for step in model.steps if not step.startswith("wait")] == [
         *SET_UP,
         "migrate-set-parameters",
@@ -203,7 +200,7 @@ def test_the_manifest_says_where_the_device_is() -> None:
     assert msgspec.json.decode(msgspec.json.encode(in_stream), type=manifest.Machine) == in_stream
 
 
-def test_an_arrival_leaves_the_device_to_qemu(tmp_path: Path) -> None:
+async def test_an_arrival_leaves_the_device_to_qemu(tmp_path: Path) -> None:
     """The source's copy is only counted; neither `load` nor the PCI replay nor `restore-finish` happens."""
     machine = Machine(("echo",))
     driver = connect(machine)
@@ -214,23 +211,20 @@ def test_an_arrival_leaves_the_device_to_qemu(tmp_path: Path) -> None:
     model = Driving()
     model.device, model.vcpus = "driven", False
 
-    async def body() -> None:
-        arrival = Arrival(cast(Any, model), None)
-        assert await arrival.driven()
-        await arrival.replay_ahead(CONFIG)
-        with pytest.raises(StateError, match="digest"):
-            await arrival.load_state(path, "0" * 64, DEVICE)
-        packets = await arrival.load_state(path, hashlib.sha256(data).hexdigest(), DEVICE)
-        assert (packets.queued, packets.sent) == (0, 0)
-        assert await arrival.replay(CONFIG) == 0
-        with pytest.raises(StateError, match="was not in it"):
-            await arrival.rebuild()
-        model.complete = True
-        assert (await arrival.rebuild())[1] == 1
-        await arrival.release()
-        await arrival.run()
-
-    asyncio.run(body())
+    arrival = Arrival(cast(Any, model), None)
+    assert await arrival.driven()
+    await arrival.replay_ahead(CONFIG)
+    with pytest.raises(StateError, match="digest"):
+        await arrival.load_state(path, "0" * 64, DEVICE)
+    packets = await arrival.load_state(path, hashlib.sha256(data).hexdigest(), DEVICE)
+    assert (packets.queued, packets.sent) == (0, 0)
+    assert await arrival.replay(CONFIG) == 0
+    with pytest.raises(StateError, match="was not in it"):
+        await arrival.rebuild()
+    model.complete = True
+    assert (await arrival.rebuild())[1] == 1
+    await arrival.release()
+    await arrival.run()
     assert model.asked[-2:] == ["status", "status"], "whether there is a device, and whether it runs"
     assert model.steps == ["cont"]
 

@@ -124,12 +124,9 @@ def test_children_die_with_their_parent(tmp_path: Path) -> None:
         parent.wait(10)
 
 
-def test_logs_are_private(tmp_path: Path) -> None:
-    async def body() -> None:
-        child = await spawn(tmp_path, "umask")
-        assert await child.exited == 0
-
-    asyncio.run(body())
+async def test_logs_are_private(tmp_path: Path) -> None:
+    child = await spawn(tmp_path, "umask")
+    assert await child.exited == 0
     assert stat.S_IMODE((tmp_path / "child.log").stat().st_mode) == 0o600
     assert (tmp_path / "child.log").read_text() == "0077\n"
 

@@ -75,7 +75,7 @@ async def connected(path: Path, answer: Callable[[str, dict[str, Any]], Answer])
         server.close()
 
 
-def test_commands_and_their_values(tmp_path: Path) -> None:
+async def test_commands_and_their_values(tmp_path: Path) -> None:
     def answer(command: str, arguments: dict[str, Any]) -> Answer:
         return {
             "query-version": {"return": {"qemu": {"major": 11, "minor": 1, "micro": 3}, "package": ""}},
@@ -83,66 +83,48 @@ def test_commands_and_their_values(tmp_path: Path) -> None:
             "human-monitor-command": {"return": f"<{arguments.get('command-line')}>\r\n"},
         }[command]
 
-    async def body() -> None:
-        async with connected(tmp_path / "s", answer) as (monitor, _):
-            assert await monitor.version() == "11.1.3"
-            assert await monitor.status() == "paused"
-            assert await monitor.running() is False
-            assert await monitor.human("info pci") == "<info pci>"
-
-    asyncio.run(body())
+    async with connected(tmp_path / "s", answer) as (monitor, _):
+        assert await monitor.version() == "11.1.3"
+        assert await monitor.status() == "paused"
+        assert await monitor.running() is False
+        assert await monitor.human("info pci") == "<info pci>"
 
 
-def test_a_refusal_carries_qemus_words(tmp_path: Path) -> None:
-    async def body() -> None:
-        refusal = {"error": {"class": "GenericError", "desc": "No space left"}}
-        async with connected(tmp_path / "s", lambda *_: refusal) as (monitor, _):
-            with pytest.raises(QmpCommandFailed, match="the VM refused 'migrate': No space left"):
-                await monitor.execute("migrate")
-
-    asyncio.run(body())
+async def test_a_refusal_carries_qemus_words(tmp_path: Path) -> None:
+    refusal = {"error": {"class": "GenericError", "desc": "No space left"}}
+    async with connected(tmp_path / "s", lambda *_: refusal) as (monitor, _):
+        with pytest.raises(QmpCommandFailed, match="the VM refused 'migrate': No space left"):
+            await monitor.execute("migrate")
 
 
-def test_silence_is_bounded_and_the_connection_survives_it(tmp_path: Path) -> None:
-    async def body() -> None:
-        replies: list[Answer] = [None, {"return": 7}]
-        async with connected(tmp_path / "s", lambda *_: replies.pop(0)) as (monitor, _):
-            with pytest.raises(WaitTimeout, match="monitor command 'stop'"):
-                await monitor.execute("stop", timeout=0.05)
-            assert await monitor.execute("again") == 7
-
-    asyncio.run(body())
+async def test_silence_is_bounded_and_the_connection_survives_it(tmp_path: Path) -> None:
+    replies: list[Answer] = [None, {"return": 7}]
+    async with connected(tmp_path / "s", lambda *_: replies.pop(0)) as (monitor, _):
+        with pytest.raises(WaitTimeout, match="monitor command 'stop'"):
+            await monitor.execute("stop", timeout=0.05)
+        assert await monitor.execute("again") == 7
 
 
-def test_a_lost_connection_is_an_environment_problem(tmp_path: Path) -> None:
-    async def body() -> None:
-        async with connected(tmp_path / "s", lambda *_: {"hang up": True}) as (monitor, _):
-            for _ in range(2):
-                with pytest.raises(EnvironmentProblem, match="lost the monitor of the VM during 'stop'"):
-                    await monitor.execute("stop", timeout=10)
-
-    asyncio.run(body())
+async def test_a_lost_connection_is_an_environment_problem(tmp_path: Path) -> None:
+    async with connected(tmp_path / "s", lambda *_: {"hang up": True}) as (monitor, _):
+        for _ in range(2):
+            with pytest.raises(EnvironmentProblem, match="lost the monitor of the VM during 'stop'"):
+                await monitor.execute("stop", timeout=10)
 
 
-def test_nobody_there(tmp_path: Path) -> None:
-    async def body() -> None:
-        with pytest.raises(EnvironmentProblem, match="cannot connect to the monitor"):
-            await Monitor("the VM").connect(tmp_path / "absent", timeout=5)
-
-    asyncio.run(body())
+async def test_nobody_there(tmp_path: Path) -> None:
+    with pytest.raises(EnvironmentProblem, match="cannot connect to the monitor"):
+        await Monitor("the VM").connect(tmp_path / "absent", timeout=5)
 
 
-def test_a_peer_that_does_not_greet(tmp_path: Path) -> None:
+async def test_a_peer_that_does_not_greet(tmp_path: Path) -> None:
     async def mute(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.read()
 
-    async def body() -> None:
-        server = await asyncio.start_unix_server(mute, path=str(tmp_path / "s"))
-        with pytest.raises(WaitTimeout, match="to greet"):
-            await Monitor("the VM").connect(tmp_path / "s", timeout=0.05)
-        server.close()
-
-    asyncio.run(body())
+    server = await asyncio.start_unix_server(mute, path=str(tmp_path / "s"))
+    with pytest.raises(WaitTimeout, match="to greet"):
+        await Monitor("the VM").connect(tmp_path / "s", timeout=0.05)
+    server.close()
 
 
 def statuses(*texts: str) -> Callable[[str, dict[str, Any]], Answer]:
@@ -160,55 +142,43 @@ def statuses(*texts: str) -> Callable[[str, dict[str, Any]], Answer]:
     return answer
 
 
-def test_a_migration_is_waited_for_with_and_without_events(tmp_path: Path) -> None:
-    async def body() -> None:
-        answer = statuses("none", "setup", "active", "pre-switchover")
-        async with connected(tmp_path / "s", answer) as (monitor, _):
-            assert await monitor.wait_migration({"pre-switchover"}, 10, "the copy") == "pre-switchover"
+async def test_a_migration_is_waited_for_with_and_without_events(tmp_path: Path) -> None:
+    answer = statuses("none", "setup", "active", "pre-switchover")
+    async with connected(tmp_path / "s", answer) as (monitor, _):
+        assert await monitor.wait_migration({"pre-switchover"}, 10, "the copy") == "pre-switchover"
 
-        held = {"status": "active"}
-        async with connected(tmp_path / "s2", lambda *_: {"return": held}) as (monitor, peer):
-            waiting = asyncio.create_task(monitor.wait_migration({"completed"}, 10, "the copy"))
-            await asyncio.sleep(0)
-            held["status"] = "completed"
-            peer.send({"event": "MIGRATION", "data": {}, "timestamp": {"seconds": 0, "microseconds": 0}})
-            assert await waiting == "completed"
-
-    asyncio.run(body())
+    held = {"status": "active"}
+    async with connected(tmp_path / "s2", lambda *_: {"return": held}) as (monitor, peer):
+        waiting = asyncio.create_task(monitor.wait_migration({"completed"}, 10, "the copy"))
+        await asyncio.sleep(0)
+        held["status"] = "completed"
+        peer.send({"event": "MIGRATION", "data": {}, "timestamp": {"seconds": 0, "microseconds": 0}})
+        assert await waiting == "completed"
 
 
-def test_a_failed_migration_ends_the_wait_with_the_reason(tmp_path: Path) -> None:
-    async def body() -> None:
-        async with connected(tmp_path / "s", statuses("active", "failed")) as (monitor, _):
-            with pytest.raises(MigrationFailed, match="the copy: the migration of the VM failed: disk full"):
-                await monitor.wait_migration({"completed"}, 10, "the copy")
-
-    asyncio.run(body())
+async def test_a_failed_migration_ends_the_wait_with_the_reason(tmp_path: Path) -> None:
+    async with connected(tmp_path / "s", statuses("active", "failed")) as (monitor, _):
+        with pytest.raises(MigrationFailed, match="the copy: the migration of the VM failed: disk full"):
+            await monitor.wait_migration({"completed"}, 10, "the copy")
 
 
-def test_a_migration_that_hangs(tmp_path: Path) -> None:
-    async def body() -> None:
-        async with connected(tmp_path / "s", statuses("active")) as (monitor, _):
-            with pytest.raises(WaitTimeout, match=r"the copy .*is 'active'"):
-                await monitor.wait_migration({"completed"}, 0.05, "the copy")
-
-    asyncio.run(body())
+async def test_a_migration_that_hangs(tmp_path: Path) -> None:
+    async with connected(tmp_path / "s", statuses("active")) as (monitor, _):
+        with pytest.raises(WaitTimeout, match=r"the copy .*is 'active'"):
+            await monitor.wait_migration({"completed"}, 0.05, "the copy")
 
 
-def test_cont_waits_for_the_end_of_a_migration(tmp_path: Path) -> None:
-    async def body() -> None:
-        states = ["finish-migrate", "finish-migrate", "postmigrate"]
-        commands = []
+async def test_cont_waits_for_the_end_of_a_migration(tmp_path: Path) -> None:
+    states = ["finish-migrate", "finish-migrate", "postmigrate"]
+    commands = []
 
-        def answer(command: str, _: dict[str, Any]) -> Answer:
-            commands.append(command)
-            return {"return": {"status": states.pop(0), "running": False} if command == "query-status" else {}}
+    def answer(command: str, _: dict[str, Any]) -> Answer:
+        commands.append(command)
+        return {"return": {"status": states.pop(0), "running": False} if command == "query-status" else {}}
 
-        async with connected(tmp_path / "s", answer) as (monitor, _):
-            await monitor.cont()
-        assert commands == ["query-status"] * 3 + ["cont"]
-
-    asyncio.run(body())
+    async with connected(tmp_path / "s", answer) as (monitor, _):
+        await monitor.cont()
+    assert commands == ["query-status"] * 3 + ["cont"]
 
 
 def test_file_channels_take_any_path() -> None:

@@ -201,15 +201,12 @@ def test_every_moment_is_told_in_order(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("live", [False, True])
-def test_a_checkpoint_runs_on(tmp_path: Path, live: bool) -> None:
+async def test_a_checkpoint_runs_on(tmp_path: Path, live: bool) -> None:
     model = Model()
 
-    async def body() -> None:
-        one = capture(model, tmp_path, live=live)
-        async with one.taken():
-            await one.resume()
-
-    asyncio.run(body())
+    one = capture(model, tmp_path, live=live)
+    async with one.taken():
+        await one.resume()
     assert model.vcpus and model.device == "running" and not model.logging
     assert model.steps.index("resume") < model.steps.index("cont")
 
@@ -256,24 +253,21 @@ def test_a_failure_after_the_capture_leads_back_too(tmp_path: Path, live: bool) 
 
 
 @pytest.mark.parametrize("live", [False, True])
-def test_an_interrupted_save_leads_back(tmp_path: Path, live: bool) -> None:
+async def test_an_interrupted_save_leads_back(tmp_path: Path, live: bool) -> None:
     model = Model()
 
-    async def body() -> None:
-        entered = asyncio.Event()
+    entered = asyncio.Event()
 
-        async def saving() -> None:
-            async with capture(model, tmp_path, live=live).taken():
-                entered.set()
-                await asyncio.Event().wait()
+    async def saving() -> None:
+        async with capture(model, tmp_path, live=live).taken():
+            entered.set()
+            await asyncio.Event().wait()
 
-        task = asyncio.create_task(saving())
-        await entered.wait()
-        task.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await task
-
-    asyncio.run(body())
+    task = asyncio.create_task(saving())
+    await entered.wait()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
     assert model.vcpus and model.device == "running"
 
 
@@ -308,7 +302,7 @@ def test_cont_is_tried_even_if_the_server_does_not_resume(tmp_path: Path) -> Non
     assert model.steps[-1] == "cont"
 
 
-def test_the_vcpus_stand_until_an_interrupted_flush_is_over(tmp_path: Path) -> None:
+async def test_the_vcpus_stand_until_an_interrupted_flush_is_over(tmp_path: Path) -> None:
     """Whoever asked for it may be gone: the server flushes on, and answers nothing else before it has done."""
 
     class Flushing(Model):
@@ -324,20 +318,17 @@ def test_the_vcpus_stand_until_an_interrupted_flush_is_over(tmp_path: Path) -> N
                 await self.flushed.wait()
             return await super().call(command, timeout, **arguments)
 
-    async def body() -> None:
-        model = Flushing()
-        saving = asyncio.create_task(take(model, tmp_path, live=True))
-        await model.flushes.wait()
-        saving.cancel()
-        for _ in range(20):
-            await asyncio.sleep(0)
-            assert not model.vcpus and "migrate_cancel" not in model.steps
-        model.flushed.set()
-        with pytest.raises(asyncio.CancelledError):
-            await saving
-        assert model.vcpus and model.device == "running"
-
-    asyncio.run(body())
+    model = Flushing()
+    saving = asyncio.create_task(take(model, tmp_path, live=True))
+    await model.flushes.wait()
+    saving.cancel()
+    for _ in range(20):
+        await asyncio.sleep(0)
+        assert not model.vcpus and "migrate_cancel" not in model.steps
+    model.flushed.set()
+    with pytest.raises(asyncio.CancelledError):
+        await saving
+    assert model.vcpus and model.device == "running"
 
 
 def test_a_broken_dirty_log_starts_the_live_save_again(tmp_path: Path) -> None:
@@ -462,15 +453,12 @@ def test_the_flush_can_be_left_out_on_purpose(tmp_path: Path) -> None:
     assert "flush" not in model.steps
 
 
-def test_phases_are_timed_in_order(tmp_path: Path) -> None:
+async def test_phases_are_timed_in_order(tmp_path: Path) -> None:
     model = Model()
     phases = Phases()
 
-    async def body() -> None:
-        async with Capture(model, files(tmp_path), phases, live=True).taken():
-            pass
-
-    asyncio.run(body())
+    async with Capture(model, files(tmp_path), phases, live=True).taken():
+        pass
     assert list(phases.seconds) == ["ram", "device", "flush", "switchover"]
     assert all(seconds >= 0 for seconds in phases.seconds.values())
 

@@ -30,7 +30,6 @@ STORY = Story(packets=128, echo_count=0, burst_count=0, stall_seconds=10.0)
 
 async def books(vm: VirtualMachine, job: int) -> Figures:
     figures = Figures()
-    assert vm.control is not None
     report = await finish(vm, job, stop=True)
     audit(figures, report, await vm.control.call("status"), begun(report))
     assert not figures.reasons, figures.reasons
@@ -39,7 +38,6 @@ async def books(vm: VirtualMachine, job: int) -> Figures:
 
 
 async def completed(vm: VirtualMachine) -> int:
-    assert vm.control is not None
     status = await vm.control.call("status")
     return sum(one["tally"]["completed"] for one in status["providers"].values())
 
@@ -100,32 +98,29 @@ def test_checkpoint_chain_and_restores_of_old_ones(
     run(body())
 
 
-def test_checkpoint_to_a_directory_and_in_place_go_together(
-    run: Run, demo_description: VmDescription, programs: Programs, tmp_path: Path
+async def test_checkpoint_to_a_directory_and_in_place_go_together(
+    demo_description: VmDescription, programs: Programs, tmp_path: Path
 ) -> None:
     """A save between a checkpoint in place and the revert to it, and a restore of what was saved after the revert."""
 
-    async def body() -> None:
-        async with await boot(demo_description, programs) as vm:
-            await vm.wait_ready()
-            job = int((await vm.call_agent("start", driver="mixed", parameters=STORY.workloads()))["job"])
-            await until_in_flight(vm, job, STORY)
-            await vm.checkpoint("here")
-            await vm.save(tmp_path / "before", live=True, keep=True)
-            report = await vm.revert("here")
-            assert report.channels == 2
-            await vm.checkpoint("again")
-            await until_in_flight(vm, job, STORY)
-            await vm.save(tmp_path / "after", live=False, keep=True)
-            await vm.revert("again")
+    async with await boot(demo_description, programs) as vm:
+        await vm.wait_ready()
+        job = int((await vm.call_agent("start", driver="mixed", parameters=STORY.workloads()))["job"])
+        await until_in_flight(vm, job, STORY)
+        await vm.checkpoint("here")
+        await vm.save(tmp_path / "before", live=True, keep=True)
+        report = await vm.revert("here")
+        assert report.channels == 2
+        await vm.checkpoint("again")
+        await until_in_flight(vm, job, STORY)
+        await vm.save(tmp_path / "after", live=False, keep=True)
+        await vm.revert("again")
+        await books(vm, job)
+    for name in ("before", "after"):
+        async with await VirtualMachine.restore(tmp_path / name, programs) as vm:
+            # Checkpoints in place are no part of a snapshot.
+            assert vm.checkpoints() == []
             await books(vm, job)
-        for name in ("before", "after"):
-            async with await VirtualMachine.restore(tmp_path / name, programs) as vm:
-                # Checkpoints in place are no part of a snapshot.
-                assert vm.checkpoints() == []
-                await books(vm, job)
-
-    run(body())
 
 
 def test_fault_h13_a_checkpoint_on_a_full_disk_gives_its_space_back(

@@ -39,7 +39,6 @@ def digests(directory: Path) -> dict[str, str]:
 
 async def run_out(vm: VirtualMachine, job: int) -> Figures:
     figures = Figures()
-    assert vm.control is not None
     report = await finish(vm, job)
     audit(figures, report, await vm.control.call("status"), STORY.expected())
     assert not figures.reasons, (vm.name, figures.reasons)
@@ -48,7 +47,6 @@ async def run_out(vm: VirtualMachine, job: int) -> Figures:
 
 async def own_way(vm: VirtualMachine, number: int, job: int, tmp_path: Path) -> int:
     """What no other clone does: a number of transactions, and a save, a checkpoint or a provider of its own."""
-    assert vm.control is not None
     figures = await run_out(vm, job)
     if number == 1:
         await vm.save(tmp_path / "of-a-clone", live=True, keep=True)
@@ -106,23 +104,20 @@ def test_clone_four_vms_from_one_snapshot_at_the_same_time(
     run(body(), timeout=280.0)
 
 
-def test_clone_that_dies_leaves_the_others_alone(
-    run: Run, demo_description: VmDescription, programs: Programs, tmp_path: Path
+async def test_clone_that_dies_leaves_the_others_alone(
+    demo_description: VmDescription, programs: Programs, tmp_path: Path
 ) -> None:
-    async def body() -> None:
-        async with await boot(demo_description, programs) as vm:
-            job = int((await vm.call_agent("start", driver="mixed", parameters=STORY.workloads()))["job"])
-            await until_in_flight(vm, job, STORY)
-            await vm.save(tmp_path / "snapshot", live=False)
-        one, other = await asyncio.gather(*(VirtualMachine.restore(tmp_path / "snapshot", programs) for _ in range(2)))
-        async with one, other:
-            assert one.qemu is not None
-            one.qemu.process.kill()
-            await asyncio.wait({one.qemu.exited}, timeout=pace.seconds(20))
-            await one.kill()
-            await run_out(other, job)
-
-    run(body())
+    async with await boot(demo_description, programs) as vm:
+        job = int((await vm.call_agent("start", driver="mixed", parameters=STORY.workloads()))["job"])
+        await until_in_flight(vm, job, STORY)
+        await vm.save(tmp_path / "snapshot", live=False)
+    one, other = await asyncio.gather(*(VirtualMachine.restore(tmp_path / "snapshot", programs) for _ in range(2)))
+    async with one, other:
+        assert one.qemu is not None
+        one.qemu.process.kill()
+        await asyncio.wait({one.qemu.exited}, timeout=pace.seconds(20))
+        await one.kill()
+        await run_out(other, job)
 
 
 def test_clone_checkpoint_and_revert_from_the_command_line(

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -16,7 +14,6 @@ from vmbus.vm.description import VmDescription
 
 pytestmark = pytest.mark.vm
 
-Run = Callable[[Coroutine[Any, Any, Any]], Any]
 
 STORY = Story(packets=128, echo_count=1_000_000, burst_count=1_000_000)
 
@@ -33,56 +30,48 @@ async def in_traffic(description: VmDescription, programs: Programs) -> tuple[Vi
     return vm, job
 
 
-def test_a_guest_driver_killed_in_mid_traffic_and_started_again(
-    run: Run, demo_description: VmDescription, programs: Programs
+async def test_a_guest_driver_killed_in_mid_traffic_and_started_again(
+    demo_description: VmDescription, programs: Programs
 ) -> None:
-    async def story() -> list[dict[str, Any]]:
-        results = []
-        vm, job = await in_traffic(demo_description, programs)
-        async with vm:
-            assert vm.control is not None
-            for _ in range(3):
-                report = await vm.call_agent("kill", job=job)
-                assert report["state"] == "killed", report
-                pid = vm.children[0].process.pid
-                for driver in ("echo", "burst"):
-                    done = await vm.call_agent(
-                        "run", driver=driver, parameters={"count": 1000, "window": 128}, timeout=60.0
-                    )
-                    results.append(done["result"])
-                status = await vm.control.call("status")
-                assert status["pid"] == pid, "the server is another process"
-                assert status["packets"] == {"queued": 0, "sent": 0}
-                job = int((await vm.call_agent("start", driver="mixed", parameters=STORY.workloads()))["job"])
-                await until_in_flight(vm, job, STORY)
-        return results
-
-    results = run(story())
+    results = []
+    vm, job = await in_traffic(demo_description, programs)
+    async with vm:
+        for _ in range(3):
+            report = await vm.call_agent("kill", job=job)
+            assert report["state"] == "killed", report
+            pid = vm.children[0].process.pid
+            for driver in ("echo", "burst"):
+                done = await vm.call_agent(
+                    "run", driver=driver, parameters={"count": 1000, "window": 128}, timeout=60.0
+                )
+                results.append(done["result"])
+            status = await vm.control.call("status")
+            assert status["pid"] == pid, "the server is another process"
+            assert status["packets"] == {"queued": 0, "sent": 0}
+            job = int((await vm.call_agent("start", driver="mixed", parameters=STORY.workloads()))["job"])
+            await until_in_flight(vm, job, STORY)
+    results = results
     print(f"{len(results)} runs after 3 kills: {results}")
     assert all(result["verdict"] == "passed" and result["completed"] == 1000 for result in results)
 
 
-def test_a_vm_saved_after_its_guest_driver_was_killed(
-    run: Run, demo_description: VmDescription, programs: Programs, tmp_path: Path
+async def test_a_vm_saved_after_its_guest_driver_was_killed(
+    demo_description: VmDescription, programs: Programs, tmp_path: Path
 ) -> None:
     """The guest unmaps a dead driver's memory lazily: pages of the saved device are gone at the restore."""
 
-    async def story() -> tuple[dict[str, int], dict[str, Any], list[dict[str, Any]]]:
-        vm, job = await in_traffic(demo_description, programs)
-        async with vm:
-            await vm.call_agent("kill", job=job)
-            saved = await vm.save(tmp_path / "snapshot")
-        results = []
-        async with await VirtualMachine.restore(tmp_path / "snapshot", programs) as vm:
-            assert vm.control is not None
-            status = await vm.control.call("status")
-            for driver in ("echo", "burst"):
-                parameters = {"count": 1000, "window": 128}
-                done = await vm.call_agent("run", driver=driver, parameters=parameters, timeout=60.0)
-                results.append(done["result"])
-        return saved.packets, status, results
-
-    packets, status, results = run(story())
+    vm, job = await in_traffic(demo_description, programs)
+    async with vm:
+        await vm.call_agent("kill", job=job)
+        saved = await vm.save(tmp_path / "snapshot")
+    results = []
+    async with await VirtualMachine.restore(tmp_path / "snapshot", programs) as vm:
+        status = await vm.control.call("status")
+        for driver in ("echo", "burst"):
+            parameters = {"count": 1000, "window": 128}
+            done = await vm.call_agent("run", driver=driver, parameters=parameters, timeout=60.0)
+            results.append(done["result"])
+    (packets, status, results) = saved.packets, status, results
     print(f"saved with {packets} of a dead driver; after the restore {status['packets']}, new drivers: {results}")
     assert status["packets"] == {"queued": 0, "sent": 0}
     assert all(result["verdict"] == "passed" and result["completed"] == 1000 for result in results)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import re
 import time
-from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
@@ -76,9 +75,7 @@ async def until_all_have_moved(vm: VirtualMachine, job: int, since: dict[str, in
         await asyncio.sleep(0.2)
 
 
-def test_the_whole_catalogue_in_one_guest_saved_and_restored(
-    run: Callable[[Coroutine[Any, Any, Any]], Any], programs: Programs, tmp_path: Path
-) -> None:
+async def test_the_whole_catalogue_in_one_guest_saved_and_restored(programs: Programs, tmp_path: Path) -> None:
     source = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(), re.DOTALL | re.MULTILINE)[0]  # the driver itself
     files = {"ping_pong": source, "hangs": HANGS, "dies": DIES, "does_not_load": "WORKLOAD = nothing\n"}
     for name, text in files.items():
@@ -88,34 +85,31 @@ def test_the_whole_catalogue_in_one_guest_saved_and_restored(
     assert workloads - {"raw-echo"} == set(PARAMETERS) - {"ping-pong"}, "a driver of the catalogue is missing here"
     [mixed] = jobs_for([Drive(name, values) for name, values in PARAMETERS.items()], [own["ping_pong"]])
 
-    async def story() -> dict[str, Any]:
-        description = load_description(CHECKOUT / "qemu_configs" / "drivers.toml")
-        async with await boot(description, programs) as vm:
-            await install(vm, [own["ping_pong"], own["hangs"], own["dies"]])
-            with pytest.raises(UsageError, match=r"'does-not-load' does not load in the guest: .*line 1: NameError"):
-                await install(vm, [own["does_not_load"]])
-            job = int((await vm.call_agent("start", driver=mixed.driver, parameters=mixed.parameters))["job"])
-            hangs = int((await vm.call_agent("start", driver="hangs", patience=10.0))["job"])
-            before = await until_all_have_moved(vm, job, {})
-            saved = await vm.save(tmp_path / "snapshot")
-        async with await VirtualMachine.restore(tmp_path / "snapshot", programs) as vm:
-            await until_all_have_moved(vm, job, before)
-            dies = await vm.call_agent("run", driver="dies", timeout=60.0)
-            assert dies["state"] == "failed" and "signal SIGSEGV" in dies["error"]["message"]
-            assert dies["rubbish"]["first"] == "b'no report'" and "on the way down" in dies["log"]
-            await vm.call_agent("stop", job=job)
-            report = await vm.call_agent("wait", job=job, timeout=60.0)
-            assert report["state"] == "finished", report
-            hung = await vm.call_agent("wait", job=hangs, timeout=60.0)
-            assert (hung["state"], hung["error"]["kind"]) == ("failed", "hung"), hung
-            found = await vm.call_agent("run", driver="catalogue", timeout=60.0)
-            assert set(found["result"]["drivers"]) >= {*CATALOGUE, "ping-pong"}
-            await vm.shutdown()
-        assert saved.packets["queued"] + saved.packets["sent"] > 0
-        result: dict[str, Any] = report["result"]
-        return result
-
-    result = run(story())
+    description = load_description(CHECKOUT / "qemu_configs" / "drivers.toml")
+    async with await boot(description, programs) as vm:
+        await install(vm, [own["ping_pong"], own["hangs"], own["dies"]])
+        with pytest.raises(UsageError, match=r"'does-not-load' does not load in the guest: .*line 1: NameError"):
+            await install(vm, [own["does_not_load"]])
+        job = int((await vm.call_agent("start", driver=mixed.driver, parameters=mixed.parameters))["job"])
+        hangs = int((await vm.call_agent("start", driver="hangs", patience=10.0))["job"])
+        before = await until_all_have_moved(vm, job, {})
+        saved = await vm.save(tmp_path / "snapshot")
+    async with await VirtualMachine.restore(tmp_path / "snapshot", programs) as vm:
+        await until_all_have_moved(vm, job, before)
+        dies = await vm.call_agent("run", driver="dies", timeout=60.0)
+        assert dies["state"] == "failed" and "signal SIGSEGV" in dies["error"]["message"]
+        assert dies["rubbish"]["first"] == "b'no report'" and "on the way down" in dies["log"]
+        await vm.call_agent("stop", job=job)
+        report = await vm.call_agent("wait", job=job, timeout=60.0)
+        assert report["state"] == "finished", report
+        hung = await vm.call_agent("wait", job=hangs, timeout=60.0)
+        assert (hung["state"], hung["error"]["kind"]) == ("failed", "hung"), hung
+        found = await vm.call_agent("run", driver="catalogue", timeout=60.0)
+        assert set(found["result"]["drivers"]) >= {*CATALOGUE, "ping-pong"}
+        await vm.shutdown()
+    assert saved.packets["queued"] + saved.packets["sent"] > 0
+    result: dict[str, Any] = report["result"]
+    result = result
     for part in result["workloads"]:
         print({key: part[key] for key in ("name", "verdict", "completed", "seconds")})
         assert part["verdict"] == "passed", part

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -17,7 +15,6 @@ from vmbus.vm.description import VmDescription, load_description
 
 pytestmark = pytest.mark.vm
 
-Run = Callable[[Coroutine[Any, Any, Any]], Any]
 CONFIGURATION = Path(__file__).resolve().parents[2] / "qemu_configs" / "echo.toml"
 RANDOM = ["sh", "-c", "head -c 16 /dev/urandom | od -An -tx1"]
 BOOT = ["cat", "/proc/sys/kernel/random/boot_id"]
@@ -56,30 +53,27 @@ def description() -> VmDescription:
     return load_description(CONFIGURATION)
 
 
-def test_fault_m8_fault_m9_fault_m10_fault_m14_clones_of_a_paused_vm(
-    run: Run, description: VmDescription, programs: Programs, tmp_path: Path
+async def test_fault_m8_fault_m9_fault_m10_fault_m14_clones_of_a_paused_vm(
+    description: VmDescription, programs: Programs, tmp_path: Path
 ) -> None:
     """Both come back paused. Set running, they have other random numbers; one reboots and works, the other panics."""
 
-    async def body() -> None:
-        directory = tmp_path / "paused"
-        async with await VirtualMachine.launch(description, programs) as vm:  # as booted: it is saved paused
-            await vm.wait_ready()
-            await vm.stop()
-            await vm.save(directory)
-        async with (
-            await VirtualMachine.restore(directory, programs, clone=True) as one,
-            await VirtualMachine.restore(directory, programs, clone=True) as other,
-        ):
-            for vm in (one, other):
-                assert vm.restored is not None and vm.restored.paused
-                assert await vm.monitor.status() in ("paused", "prelaunch") and not await vm.monitor.running()
-                await vm.cont()
-            numbers = await asyncio.gather(*(said(vm, RANDOM) for vm in (one, other)))
-            print(f"random bytes read at once in both clones: {numbers}")
-            assert len(set(numbers)) == 2 and all(len(one.split()) == 16 for one in numbers)
-            assert "reseed" in await said(one, ["sh", "-c", "dmesg | grep -i 'crng reseeded'"]), "it was told"
-            await reboots(one)
-            await panics(other)
-
-    run(body())
+    directory = tmp_path / "paused"
+    async with await VirtualMachine.launch(description, programs) as vm:  # as booted: it is saved paused
+        await vm.wait_ready()
+        await vm.stop()
+        await vm.save(directory)
+    async with (
+        await VirtualMachine.restore(directory, programs, clone=True) as one,
+        await VirtualMachine.restore(directory, programs, clone=True) as other,
+    ):
+        for vm in (one, other):
+            assert vm.restored is not None and vm.restored.paused
+            assert await vm.monitor.status() in ("paused", "prelaunch") and not await vm.monitor.running()
+            await vm.cont()
+        numbers = await asyncio.gather(*(said(vm, RANDOM) for vm in (one, other)))
+        print(f"random bytes read at once in both clones: {numbers}")
+        assert len(set(numbers)) == 2 and all(len(one.split()) == 16 for one in numbers)
+        assert "reseed" in await said(one, ["sh", "-c", "dmesg | grep -i 'crng reseeded'"]), "it was told"
+        await reboots(one)
+        await panics(other)

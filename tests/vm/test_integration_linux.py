@@ -180,7 +180,6 @@ def test_integration_service_of_linux_over_a_restore(run: Run, programs: Program
             await samples_alone_set_no_clock(vm)
             # The provider goes, and another comes: the driver's channels, and its daemon, go and come with them.
             await until_negotiated(vm, 1)
-            assert vm.control is not None
             await vm.control.call("rescind", name="services")
             again = described(4).device.providers[0]
             await vm.control.call("offer", provider=msgspec.to_builtins(again))

@@ -71,7 +71,6 @@ async def move(
 async def books(vm: VirtualMachine, job: int, story: Story = STORY) -> Figures:
     """Let the workloads run to their end, and compare the books."""
     figures = Figures()
-    assert vm.control is not None
     report = await finish(vm, job)
     audit(figures, report, await vm.control.call("status"), story.expected())
     return figures
@@ -176,7 +175,7 @@ def test_a_live_migration_that_fails_leaves_the_source_running_with_nothing_lost
             await move(vm, here, **options)
         print(f"source: {caught.value}")
         assert caught.value.source_alive and not vm.ended and await vm.monitor.running()
-        assert vm.control is not None and (await vm.control.call("status"))["phase"] == "running"
+        assert (await vm.control.call("status"))["phase"] == "running"
         assert not (vm.run_directory / "migration.state").exists()
 
     async def story() -> tuple[Figures, MigrationReport]:
@@ -254,7 +253,6 @@ def test_a_foreign_migration_is_cancelled_and_told(
 
 async def until_written(vm: VirtualMachine) -> None:
     """Wait until the device has written to memory since the log was started."""
-    assert vm.control is not None
     deadline = time.monotonic() + pace.seconds(20)
     while True:
         log = (await vm.control.call("inspect", packets=0))["memory"]["log"]

@@ -61,7 +61,6 @@ def nothing_is_left(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytes
 
 async def until_flooded(vm: VirtualMachine, job: int) -> None:
     """Waits until packets are in flight in both states."""
-    assert vm.control is not None
     async with asyncio.timeout(pace.seconds(60)):
         while True:
             packets = (await vm.control.call("status"))["packets"]
@@ -74,7 +73,6 @@ async def until_flooded(vm: VirtualMachine, job: int) -> None:
 
 async def finish(vm: VirtualMachine, job: int) -> None:
     """Lets the workloads run to their end and checks both sides' books."""
-    assert vm.control is not None
     async with asyncio.timeout(pace.seconds(120)):
         while (report := await vm.call_agent("wait", job=job, timeout=90.0))["state"] == "running":
             pass
@@ -124,52 +122,43 @@ def digests(directory: Path) -> dict[str, Any]:
     return found
 
 
-def test_a_snapshot_can_be_gone_back_to_again_and_again(programs: Programs, snapshot: Path) -> None:
-    async def body() -> None:
-        for _ in range(2):
-            async with await VirtualMachine.restore(snapshot, programs, expected=DEMO) as vm:
-                assert vm.restored is not None
-                assert vm.restored.packets["queued"] > 0 and vm.restored.packets["sent"] > 0
-                assert vm.restored.channels == 2
-                assert vm.restored.pci_writes == 7
-                await finish(vm, JOB)
-
+async def test_a_snapshot_can_be_gone_back_to_again_and_again(programs: Programs, snapshot: Path) -> None:
     before = digests(snapshot)
-    asyncio.run(body())
+    for _ in range(2):
+        async with await VirtualMachine.restore(snapshot, programs, expected=DEMO) as vm:
+            assert vm.restored is not None
+            assert vm.restored.packets["queued"] > 0 and vm.restored.packets["sent"] > 0
+            assert vm.restored.channels == 2
+            assert vm.restored.pci_writes == 7
+            await finish(vm, JOB)
     assert digests(snapshot) == before
 
 
-def test_checkpoints_of_a_vm_that_runs_on(programs: Programs, snapshot: Path, tmp_path: Path) -> None:
-    async def body() -> None:
-        async with await VirtualMachine.restore(snapshot, programs) as vm:
-            for number, live in enumerate((True, False, True)):
-                report = await vm.save(tmp_path / str(number), live=live, keep=True)
-                assert report.downtime is not None and report.downtime < 30
-                assert await vm.monitor.status() == "running"
-            await finish(vm, JOB)
-        async with await VirtualMachine.restore(tmp_path / "2", programs) as vm:  # a snapshot of a restored VM
-            await finish(vm, JOB)
-
-    asyncio.run(body())
+async def test_checkpoints_of_a_vm_that_runs_on(programs: Programs, snapshot: Path, tmp_path: Path) -> None:
+    async with await VirtualMachine.restore(snapshot, programs) as vm:
+        for number, live in enumerate((True, False, True)):
+            report = await vm.save(tmp_path / str(number), live=live, keep=True)
+            assert report.downtime is not None and report.downtime < 30
+            assert await vm.monitor.status() == "running"
+        await finish(vm, JOB)
+    async with await VirtualMachine.restore(tmp_path / "2", programs) as vm:  # a snapshot of a restored VM
+        await finish(vm, JOB)
 
 
 @pytest.mark.parametrize("live", [False, True])
-def test_a_guest_that_is_still_booting(programs: Programs, tmp_path: Path, live: bool) -> None:
-    async def body() -> None:
-        async with await VirtualMachine.launch(DEMO, programs) as vm:  # as booted: it is still booting
-            report = await vm.save(tmp_path / "early", live=live)
-            assert report.packets == {"queued": 0, "sent": 0}
-        async with await VirtualMachine.restore(tmp_path / "early", programs) as vm:
-            await vm.wait_ready()
-            found = await vm.call_agent("run", driver="echo", parameters={"count": 200}, timeout=60.0)
-            assert found["result"]["verdict"] == "passed"
-            await vm.shutdown()
-
-    asyncio.run(body())
+async def test_a_guest_that_is_still_booting(programs: Programs, tmp_path: Path, live: bool) -> None:
+    async with await VirtualMachine.launch(DEMO, programs) as vm:  # as booted: it is still booting
+        report = await vm.save(tmp_path / "early", live=live)
+        assert report.packets == {"queued": 0, "sent": 0}
+    async with await VirtualMachine.restore(tmp_path / "early", programs) as vm:
+        await vm.wait_ready()
+        found = await vm.call_agent("run", driver="echo", parameters={"count": 200}, timeout=60.0)
+        assert found["result"]["verdict"] == "passed"
+        await vm.shutdown()
 
 
 @pytest.mark.parametrize("live", [False, True])
-def test_a_full_disk_leaves_the_vm_running_with_nothing_lost(
+async def test_a_full_disk_leaves_the_vm_running_with_nothing_lost(
     programs: Programs, snapshot: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, live: bool
 ) -> None:
     begin = SnapshotWriter.begin.__func__  # type: ignore[attr-defined]
@@ -183,57 +172,48 @@ def test_a_full_disk_leaves_the_vm_running_with_nothing_lost(
     full = os.memfd_create("full", os.MFD_ALLOW_SEALING | os.MFD_CLOEXEC)
     fcntl.fcntl(full, fcntl.F_ADD_SEALS, fcntl.F_SEAL_GROW)
 
-    async def body() -> None:
-        async with await VirtualMachine.restore(snapshot, programs) as vm:
-            with monkeypatch.context() as patch:
-                patch.setattr(SnapshotWriter, "begin", classmethod(on_a_full_disk))
-                with pytest.raises(SaveFailed, match=r"migration of .* failed.*the VM runs on") as caught:
-                    await vm.save(tmp_path / "snapshot", live=live)
-            assert caught.value.source_alive
-            assert listing(tmp_path) == []
-            await vm.save(tmp_path / "second", live=live, keep=True)  # it can still be saved
-            await finish(vm, JOB)
-
-    asyncio.run(body())
+    async with await VirtualMachine.restore(snapshot, programs) as vm:
+        with monkeypatch.context() as patch:
+            patch.setattr(SnapshotWriter, "begin", classmethod(on_a_full_disk))
+            with pytest.raises(SaveFailed, match=r"migration of .* failed.*the VM runs on") as caught:
+                await vm.save(tmp_path / "snapshot", live=live)
+        assert caught.value.source_alive
+        assert listing(tmp_path) == []
+        await vm.save(tmp_path / "second", live=live, keep=True)  # it can still be saved
+        await finish(vm, JOB)
     os.close(full)
 
 
 @pytest.mark.parametrize("live", [False, True])
-def test_an_interrupted_save_leaves_the_vm_running(
+async def test_an_interrupted_save_leaves_the_vm_running(
     programs: Programs, snapshot: Path, tmp_path: Path, live: bool
 ) -> None:
-    async def body() -> None:
-        async with await VirtualMachine.restore(snapshot, programs) as vm:
-            phases: list[str] = []
+    async with await VirtualMachine.restore(snapshot, programs) as vm:
+        phases: list[str] = []
 
-            def interrupt(phase: str) -> None:
-                phases.append(phase)
-                if phase == "seal":
-                    saving.cancel()
+        def interrupt(phase: str) -> None:
+            phases.append(phase)
+            if phase == "seal":
+                saving.cancel()
 
-            saving = asyncio.ensure_future(vm.save(tmp_path / "snapshot", live=live, progress=interrupt))
-            with pytest.raises(asyncio.CancelledError):
-                await saving
-            assert phases[-1] == "seal"
-            assert listing(tmp_path) == []
-            await finish(vm, JOB)
-
-    asyncio.run(body())
+        saving = asyncio.ensure_future(vm.save(tmp_path / "snapshot", live=live, progress=interrupt))
+        with pytest.raises(asyncio.CancelledError):
+            await saving
+        assert phases[-1] == "seal"
+        assert listing(tmp_path) == []
+        await finish(vm, JOB)
 
 
 @pytest.mark.parametrize("victim", ["server", "qemu"])
-def test_the_death_of_either_process_is_the_end_of_both(programs: Programs, snapshot: Path, victim: str) -> None:
-    async def body() -> None:
-        async with await VirtualMachine.restore(snapshot, programs) as vm:
-            os.kill(getattr(vm, victim).pid, signal.SIGKILL)
-            async with asyncio.timeout(pace.seconds(SOON)):
-                with pytest.raises(ProcessDied, match="was killed by SIGKILL"):
-                    await vm.wait_ended()
-                with pytest.raises(VmbusError):
-                    await vm.call_agent("ping")
-                await vm.kill()
-
-    asyncio.run(body())
+async def test_the_death_of_either_process_is_the_end_of_both(programs: Programs, snapshot: Path, victim: str) -> None:
+    async with await VirtualMachine.restore(snapshot, programs) as vm:
+        os.kill(getattr(vm, victim).pid, signal.SIGKILL)
+        async with asyncio.timeout(pace.seconds(SOON)):
+            with pytest.raises(ProcessDied, match="was killed by SIGKILL"):
+                await vm.wait_ended()
+            with pytest.raises(VmbusError):
+                await vm.call_agent("ping")
+            await vm.kill()
 
 
 @pytest.mark.parametrize(
@@ -313,14 +293,11 @@ def test_a_death_during_a_restore_is_told_and_leaves_nothing(
     ],
     ids=["shortened", "changed", "empty"],
 )
-def test_a_state_that_the_server_refuses(
+async def test_a_state_that_the_server_refuses(
     programs: Programs, snapshot: Path, edit: Callable[[bytes], bytes], reason: str
 ) -> None:
-    async def body() -> None:
-        with pytest.raises(ProcessDied, match=reason):
-            await VirtualMachine.restore(snapshot, programs, sabotage=Sabotage(edit_state=edit))
-
-    asyncio.run(body())
+    with pytest.raises(ProcessDied, match=reason):
+        await VirtualMachine.restore(snapshot, programs, sabotage=Sabotage(edit_state=edit))
 
 
 def command(*words: str) -> list[str]:

@@ -56,7 +56,6 @@ async def to_the_end(vm: VirtualMachine, job: int) -> Figures:
     """The traffic goes on for a while, and runs out; both sides' books."""
     await until_ahead(vm, await progress(vm) + 2000)
     report = await finish(vm, job, stop=True)
-    assert vm.control is not None
     figures = Figures()
     audit(figures, report, await vm.control.call("status"), begun(report))
     return figures
@@ -67,7 +66,6 @@ def pids(vm: VirtualMachine) -> list[int]:
 
 
 async def progress(vm: VirtualMachine) -> int:
-    assert vm.control is not None
     status = await vm.control.call("status")
     return sum(one["tally"]["completed"] for one in status["providers"].values())
 
@@ -97,88 +95,80 @@ def show(what: str, report: RevertReport) -> None:
     )
 
 
-def test_revert_in_mid_traffic_to_any_checkpoint_and_forward_again(
-    run: Run, demo_description: VmDescription, programs: Programs
+async def test_revert_in_mid_traffic_to_any_checkpoint_and_forward_again(
+    demo_description: VmDescription, programs: Programs
 ) -> None:
     """Three checkpoints with names that QEMU could take for numbers, out of order; the first is gone back to twice."""
 
-    async def body() -> None:
-        vm, job = await in_traffic(demo_description, programs)
-        async with vm:
-            assert vm.control is not None
-            processes = pids(vm)
-            seen: dict[str, int] = {}
-            for tag in ("3", "1", "2"):
-                taken = await vm.checkpoint(tag)
-                print(f"checkpoint {tag}: {taken}")
-                # How long the disk takes for the guest's memory is not ours.
-                assert min(taken.packets.values()) >= 0 and taken.downtime - taken.phases["ram"] < seconds(10)
-                seen[tag] = taken.packets["queued"] + taken.packets["sent"]
-                await until_ahead(vm, await progress(vm) + 1000)
-            assert [one.tag for one in vm.checkpoints()] == ["3", "1", "2"]
-            with vm.own_migration():
-                await a_migration_that_fails(vm)
-            for tag in ("1", "3", "2"):
-                report = await vm.revert(tag)
-                show("back to", report)
-                assert sum(report.packets.values()) == seen[tag] and report.channels == 2 and not report.forced
-                await until_ahead(vm, 0)
-            for tag in ("3", "2", "1", "3"):
-                show("back to", await vm.revert(tag))
-                figures = await to_the_end(vm, job)
-                assert not figures.reasons, figures.reasons
-                print(f"from {tag} to the end: {figures.completed} of {figures.transactions} transactions")
-                assert figures.completed == figures.transactions > 2000
-            await vm.delete_checkpoint("1")
-            with pytest.raises(UsageError, match=r"there is no checkpoint '1'.*there: 2, 3"):
-                await vm.revert("1")
-            await vm.checkpoint("1")  # the name is free again; the VM is idle now
-            show("back to", await vm.revert("1"))
-            assert (await vm.call_agent("poll", job=job))["state"] == "finished"
-            assert pids(vm) == processes
-            path = vm.run_directory / "checkpoints"
-            assert all(entry.stat().st_mode & 0o077 == 0 for entry in (path, *path.iterdir()))
-        assert not path.exists()
-
-    run(body())
+    vm, job = await in_traffic(demo_description, programs)
+    async with vm:
+        processes = pids(vm)
+        seen: dict[str, int] = {}
+        for tag in ("3", "1", "2"):
+            taken = await vm.checkpoint(tag)
+            print(f"checkpoint {tag}: {taken}")
+            # How long the disk takes for the guest's memory is not ours.
+            assert min(taken.packets.values()) >= 0 and taken.downtime - taken.phases["ram"] < seconds(10)
+            seen[tag] = taken.packets["queued"] + taken.packets["sent"]
+            await until_ahead(vm, await progress(vm) + 1000)
+        assert [one.tag for one in vm.checkpoints()] == ["3", "1", "2"]
+        with vm.own_migration():
+            await a_migration_that_fails(vm)
+        for tag in ("1", "3", "2"):
+            report = await vm.revert(tag)
+            show("back to", report)
+            assert sum(report.packets.values()) == seen[tag] and report.channels == 2 and not report.forced
+            await until_ahead(vm, 0)
+        for tag in ("3", "2", "1", "3"):
+            show("back to", await vm.revert(tag))
+            figures = await to_the_end(vm, job)
+            assert not figures.reasons, figures.reasons
+            print(f"from {tag} to the end: {figures.completed} of {figures.transactions} transactions")
+            assert figures.completed == figures.transactions > 2000
+        await vm.delete_checkpoint("1")
+        with pytest.raises(UsageError, match=r"there is no checkpoint '1'.*there: 2, 3"):
+            await vm.revert("1")
+        await vm.checkpoint("1")  # the name is free again; the VM is idle now
+        show("back to", await vm.revert("1"))
+        assert (await vm.call_agent("poll", job=job))["state"] == "finished"
+        assert pids(vm) == processes
+        path = vm.run_directory / "checkpoints"
+        assert all(entry.stat().st_mode & 0o077 == 0 for entry in (path, *path.iterdir()))
+    assert not path.exists()
 
 
-def test_revert_undoes_what_became_of_the_device_and_of_requests_to_the_agent(
-    run: Run, demo_description: VmDescription, programs: Programs
+async def test_revert_undoes_what_became_of_the_device_and_of_requests_to_the_agent(
+    demo_description: VmDescription, programs: Programs
 ) -> None:
     """A provider came after one checkpoint and is there in another; the agent's jobs and answers are of their time."""
 
-    async def body() -> None:
-        vm, job = await in_traffic(demo_description, programs)
-        async with vm:
-            assert vm.control is not None
-            await vm.checkpoint("before")
-            await vm.control.call("offer", provider=NEW)
-            later = int((await vm.call_agent("start", driver="burst", parameters={}))["job"])
-            assert later == job + 1  # it fails soon, since the device is in use
-            await vm.checkpoint("after")
-            waiting = asyncio.ensure_future(vm.call_agent("wait", job=job, timeout=60.0))
-            while not vm.agent.pending:  # noqa: ASYNC110 - asked within a turn or two of the loop
-                await asyncio.sleep(0)
-            await vm.revert("before")
-            with pytest.raises(EnvironmentProblem, match="taken back to checkpoint 'before' meanwhile: ask again"):
-                await waiting
-            assert list((await vm.control.call("status"))["providers"]) == ["echo", "burst"]
-            with pytest.raises(VmbusError, match="job"):
-                await vm.call_agent("poll", job=later)
-            # The same job number again, for another driver: the answer is to the new question.
-            again = await vm.call_agent("start", driver="echo", parameters={})
-            assert again["job"] == later
-            assert (await vm.call_agent("poll", job=later))["driver"] == "echo"
-            await vm.revert("after")
-            status = await vm.control.call("status")
-            assert status["description"]["providers"][-1] == NEW
-            assert (await vm.call_agent("poll", job=later))["driver"] == "burst"
-            figures = await to_the_end(vm, job)
-            assert not figures.reasons, figures.reasons
-            assert vm.agent.reconnects >= 0
-
-    run(body())
+    vm, job = await in_traffic(demo_description, programs)
+    async with vm:
+        await vm.checkpoint("before")
+        await vm.control.call("offer", provider=NEW)
+        later = int((await vm.call_agent("start", driver="burst", parameters={}))["job"])
+        assert later == job + 1  # it fails soon, since the device is in use
+        await vm.checkpoint("after")
+        waiting = asyncio.ensure_future(vm.call_agent("wait", job=job, timeout=60.0))
+        while not vm.agent.pending:  # noqa: ASYNC110 - asked within a turn or two of the loop
+            await asyncio.sleep(0)
+        await vm.revert("before")
+        with pytest.raises(EnvironmentProblem, match="taken back to checkpoint 'before' meanwhile: ask again"):
+            await waiting
+        assert list((await vm.control.call("status"))["providers"]) == ["echo", "burst"]
+        with pytest.raises(VmbusError, match="job"):
+            await vm.call_agent("poll", job=later)
+        # The same job number again, for another driver: the answer is to the new question.
+        again = await vm.call_agent("start", driver="echo", parameters={})
+        assert again["job"] == later
+        assert (await vm.call_agent("poll", job=later))["driver"] == "echo"
+        await vm.revert("after")
+        status = await vm.control.call("status")
+        assert status["description"]["providers"][-1] == NEW
+        assert (await vm.call_agent("poll", job=later))["driver"] == "burst"
+        figures = await to_the_end(vm, job)
+        assert not figures.reasons, figures.reasons
+        assert vm.agent.reconnects >= 0
 
 
 def test_revert_refused_changes_nothing_and_checkpoints_outlive_their_vm(

@@ -100,7 +100,6 @@ async def require_no_complaints(vm: VirtualMachine) -> None:
 
 
 async def command(vm: VirtualMachine, name: str, **arguments: Any) -> dict[str, Any]:
-    assert vm.control is not None
     return await vm.control.call("provider", name="storage", command=name, arguments=arguments)
 
 
@@ -251,7 +250,6 @@ def test_scsi_survives_a_live_migration_and_a_server_that_is_killed(
             # Withdrawn under load: I/O errors, and nobody who waits for ever. Offered anew it is there again.
             job = int((await vm.call_agent("start", driver="disk-writer", parameters=ENDLESS | WRITER))["job"])
             await until_acknowledged(vm, job, 50)
-            assert vm.control is not None
             withdrawn = await vm.control.call("rescind", name="storage", seconds=20.0)
             assert withdrawn["released"]
             note(f"hv_storvsc: withdrawn under load, let go of in {withdrawn['seconds']:.1f} s")

@@ -7,9 +7,7 @@ not. The books are kept by the guest's test drivers and by the providers, each f
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Coroutine
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import pytest
@@ -26,7 +24,6 @@ from vmbus.vm.moments import Sabotage
 
 pytestmark = [pytest.mark.vm, pytest.mark.long]
 
-Run = Callable[[Coroutine[Any, Any, Any]], Any]
 
 STORY = Story(packets=256, echo_count=8_000, burst_count=14_000, stall_seconds=8.0)
 
@@ -60,7 +57,6 @@ def taken(demo_description: VmDescription, programs: Programs, tmp_path_factory:
 async def books(vm: VirtualMachine, job: int) -> Figures:
     """Let the workloads run to their end, and compare the books."""
     figures = Figures()
-    assert vm.control is not None
     report = await finish(vm, job)
     audit(figures, report, await vm.control.call("status"), STORY.expected())
     return figures
@@ -76,11 +72,11 @@ def clean(figures: Figures) -> None:
 
 
 @pytest.mark.parametrize("live", [False, True], ids=["stopped", "live"])
-def test_saved_and_restored_in_mid_traffic(
-    run: Run, demo_description: VmDescription, programs: Programs, tmp_path: Path, live: bool
+async def test_saved_and_restored_in_mid_traffic(
+    demo_description: VmDescription, programs: Programs, tmp_path: Path, live: bool
 ) -> None:
     story = Story(packets=256, live=live, echo_count=8_000, burst_count=14_000)
-    figures = run(run_story(story, demo_description, programs, tmp_path / "snapshot", boot=boot))
+    figures = await run_story(story, demo_description, programs, tmp_path / "snapshot", boot=boot)
     print(f"in flight {figures.in_flight}, restored {figures.restored_by_state}, seconds {figures.seconds}")
     assert figures.verdict == "pass", figures.reasons
     assert min(figures.in_flight.values()) > 0
@@ -88,76 +84,56 @@ def test_saved_and_restored_in_mid_traffic(
     assert (figures.flushed_pages > 0) == live
 
 
-def test_a_restored_vm_can_be_saved_again_and_every_snapshot_restored_again(
-    run: Run, taken: Taken, programs: Programs, tmp_path: Path
+async def test_a_restored_vm_can_be_saved_again_and_every_snapshot_restored_again(
+    taken: Taken, programs: Programs, tmp_path: Path
 ) -> None:
-    async def story() -> list[Figures]:
-        results = []
-        source = taken.directory
-        for generation, live in enumerate((True, False)):
-            vm = await VirtualMachine.restore(source, programs)
-            async with vm:
-                source = tmp_path / f"generation-{generation}"
-                report = await save_in_flight(vm, taken.job, msgspec.structs.replace(STORY, live=live), source)
-                assert min(report.packets.values()) > 0
-        for snapshot in (source, taken.directory):
-            vm = await VirtualMachine.restore(snapshot, programs)
-            async with vm:
-                results.append(await books(vm, taken.job))
-        return results
-
-    for figures in run(story()):
-        clean(figures)
+    source = taken.directory
+    for generation, live in enumerate((True, False)):
+        async with await VirtualMachine.restore(source, programs) as vm:
+            source = tmp_path / f"generation-{generation}"
+            report = await save_in_flight(vm, taken.job, msgspec.structs.replace(STORY, live=live), source)
+            assert min(report.packets.values()) > 0
+    for snapshot in (source, taken.directory):
+        async with await VirtualMachine.restore(snapshot, programs) as vm:
+            clean(await books(vm, taken.job))
 
 
-def test_a_save_that_keeps_the_vm_loses_nothing(run: Run, taken: Taken, programs: Programs, tmp_path: Path) -> None:
-    async def story() -> tuple[Figures, float | None]:
-        vm = await VirtualMachine.restore(taken.directory, programs)
-        async with vm:
-            await until_in_flight(vm, taken.job, STORY)
-            report = await vm.save(tmp_path / "checkpoint", live=True, keep=True)
-            return await books(vm, taken.job), report.downtime
-
-    figures, downtime = run(story())
-    clean(figures)
-    assert downtime is not None
-    print(f"downtime of the checkpoint: {downtime:.3f} s")
+async def test_a_save_that_keeps_the_vm_loses_nothing(taken: Taken, programs: Programs, tmp_path: Path) -> None:
+    async with await VirtualMachine.restore(taken.directory, programs) as vm:
+        await until_in_flight(vm, taken.job, STORY)
+        report = await vm.save(tmp_path / "checkpoint", live=True, keep=True)
+        clean(await books(vm, taken.job))
+    assert report.downtime is not None
+    print(f"downtime of the checkpoint: {report.downtime:.3f} s")
 
 
 # ---- sabotage --------------------------------------------------------------------------------------------------------
 
 
-def alarm(run: Run, taken: Taken, programs: Programs, directory: Path, sabotage: Sabotage) -> str:
+async def alarm(taken: Taken, programs: Programs, directory: Path, sabotage: Sabotage) -> str:
     """Restore with damage, and return how it was noticed; fail when everything seems fine."""
-
-    async def story() -> str:
-        try:
-            vm = await VirtualMachine.restore(directory, programs, sabotage=sabotage)
-        except VmbusError as error:
-            return f"refused: {error}"
+    try:
+        vm = await VirtualMachine.restore(directory, programs, sabotage=sabotage)
+    except VmbusError as error:
+        noticed = f"refused: {error}"
+    else:
         async with vm:
-            figures = await books(vm, taken.job)
-        return "; ".join(figures.reasons)
-
-    noticed = run(story())
+            noticed = "; ".join((await books(vm, taken.job)).reasons)
     print(f"the alarm: {noticed[:300]}")
     assert noticed, "the damage went unnoticed"
-    return str(noticed)
+    return noticed
 
 
-def test_sabotage_without_the_pci_replay(run: Run, taken: Taken, programs: Programs) -> None:
-    alarm(run, taken, programs, taken.directory, Sabotage(skip_pci_replay=True))
+async def test_sabotage_without_the_pci_replay(taken: Taken, programs: Programs) -> None:
+    await alarm(taken, programs, taken.directory, Sabotage(skip_pci_replay=True))
 
 
-def test_sabotage_without_the_dirty_flush(run: Run, taken: Taken, programs: Programs, tmp_path: Path) -> None:
-    async def save_badly() -> None:
-        vm = await VirtualMachine.restore(taken.directory, programs)
-        async with vm:
-            await until_in_flight(vm, taken.job, STORY)
-            await vm.save(tmp_path / "unflushed", live=True, sabotage=Sabotage(skip_flush=True))
-
-    run(save_badly())
-    alarm(run, taken, programs, tmp_path / "unflushed", Sabotage())
+async def test_sabotage_without_the_dirty_flush(taken: Taken, programs: Programs, tmp_path: Path) -> None:
+    vm = await VirtualMachine.restore(taken.directory, programs)
+    async with vm:
+        await until_in_flight(vm, taken.job, STORY)
+        await vm.save(tmp_path / "unflushed", live=True, sabotage=Sabotage(skip_flush=True))
+    await alarm(taken, programs, tmp_path / "unflushed", Sabotage())
 
 
 def lose_one_packet(data: bytes) -> bytes:
@@ -176,8 +152,8 @@ def lose_one_packet(data: bytes) -> bytes:
     return saved.encode(saved.DeviceState(**{**fields, "channels": records}))
 
 
-def test_sabotage_one_packet_lost_from_the_state(run: Run, taken: Taken, programs: Programs) -> None:
-    noticed = alarm(run, taken, programs, taken.directory, Sabotage(edit_state=lose_one_packet))
+async def test_sabotage_one_packet_lost_from_the_state(taken: Taken, programs: Programs) -> None:
+    noticed = await alarm(taken, programs, taken.directory, Sabotage(edit_state=lose_one_packet))
     assert "completed" in noticed or "lost" in noticed
 
 
@@ -185,8 +161,8 @@ def test_sabotage_one_packet_lost_from_the_state(run: Run, taken: Taken, program
 
 
 @pytest.mark.parametrize("what", ["flipped byte", "missing file", "version"])
-def test_a_bad_snapshot_is_refused_before_anything_starts(
-    run: Run, taken: Taken, programs: Programs, tmp_path: Path, what: str
+async def test_a_bad_snapshot_is_refused_before_anything_starts(
+    taken: Taken, programs: Programs, tmp_path: Path, what: str
 ) -> None:
     directory = tmp_path / "bad"
     shutil.copytree(taken.directory, directory)
@@ -208,11 +184,7 @@ def test_a_bad_snapshot_is_refused_before_anything_starts(
         manifest.write_text(text.replace('"version": 1,', '"version": 99,'))
         expected = "version 99"
 
-    async def attempt() -> None:
-        vm = await VirtualMachine.restore(directory, programs)
-        await vm.kill()
-
     with pytest.raises(VmbusError) as caught:
-        run(attempt())
+        await VirtualMachine.restore(directory, programs)
     print(f"refused: {caught.value}")
     assert expected in str(caught.value)

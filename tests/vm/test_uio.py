@@ -103,7 +103,6 @@ async def until_moved(vm: VirtualMachine, job: int) -> None:
 
 async def killed_and_withdrawn(vm: VirtualMachine) -> None:
     """A driver that is killed in mid-traffic, and a provider that goes meanwhile: the next one finds all in order."""
-    assert vm.control is not None
     echo = next(one for one in described().device.providers if one.name == "echo")
     forever = {"count": 0, "window": 16, "size": 5000, "external": 0.5, "instance": echo.instance}
     for what in ("killed", "withdrawn"):

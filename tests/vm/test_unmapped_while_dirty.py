@@ -7,7 +7,6 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,6 @@ from vmbus.vm.moments import Moment
 
 pytestmark = pytest.mark.vm
 
-Run = Callable[[Coroutine[Any, Any, Any]], Any]
 
 ENDLESS: dict[str, Any] = {"count": 0, "window": 8, "size": 20_000, "pace": 0.002, "stall_seconds": 20.0}
 
@@ -42,7 +40,6 @@ async def in_rounds(description: VmDescription, programs: Programs) -> tuple[Vir
     try:
         await vm.wait_ready()
         job = int((await vm.call_agent("start", driver="remap", parameters=ENDLESS))["job"])
-        assert vm.control is not None
         while (await vm.control.call("status"))["providers"]["echo"]["tally"]["completed"] < 100:
             assert (await vm.call_agent("poll", job=job))["state"] == "running"
     except BaseException:
@@ -52,7 +49,6 @@ async def in_rounds(description: VmDescription, programs: Programs) -> tuple[Vir
 
 
 async def completed(vm: VirtualMachine) -> int:
-    assert vm.control is not None
     return int((await vm.control.call("status"))["providers"]["echo"]["tally"]["completed"])
 
 
@@ -70,75 +66,66 @@ async def books(vm: VirtualMachine, job: int) -> dict[str, Any]:
     report = await finish(vm, job)
     result: dict[str, Any] = report["result"]
     assert report["state"] == "finished" and result["verdict"] == "passed", report
-    assert vm.control is not None
     tally = (await vm.control.call("status"))["providers"]["echo"]["tally"]
     assert tally["completed"] == result["completed"] == result["sent"]
     assert not any(tally[kind] for kind in ("lost", "duplicated", "reordered", "corrupted"))
     return result
 
 
-def test_unmapped_while_dirty_the_pass_is_repeated_and_converges(
-    run: Run, description: VmDescription, programs: Programs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+async def test_unmapped_while_dirty_the_pass_is_repeated_and_converges(
+    description: VmDescription, programs: Programs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # How long the guest takes to stop is not what this is about.
     monkeypatch.setattr(save, "LIVE_ATTEMPTS", 20)
 
-    async def body() -> None:
-        vm, job = await in_rounds(description, programs)
-        passes = 0
-        stopping: list[asyncio.Task[Any]] = []
+    vm, job = await in_rounds(description, programs)
+    passes = 0
+    stopping: list[asyncio.Task[Any]] = []
 
-        def watch(phase: str) -> None:
-            # The first pass fails; the guest is told to stop in the second, which may fail, too.
-            nonlocal passes
-            if phase == "ram":
-                passes += 1
-                if passes == 2:
-                    stopping.append(asyncio.ensure_future(vm.call_agent("stop", job=job)))
+    def watch(phase: str) -> None:
+        # The first pass fails; the guest is told to stop in the second, which may fail, too.
+        nonlocal passes
+        if phase == "ram":
+            passes += 1
+            if passes == 2:
+                stopping.append(asyncio.ensure_future(vm.call_agent("stop", job=job)))
 
-        async def at(moment: Moment) -> None:
-            if moment is Moment.RAM_COPY and passes == 1:
-                await some_rounds(vm)
+    async def at(moment: Moment) -> None:
+        if moment is Moment.RAM_COPY and passes == 1:
+            await some_rounds(vm)
 
-        async with vm:
-            report = await vm.save(tmp_path / "s", live=True, keep=True, progress=watch, at=at)
-            await stopping[0]
-            assert 2 <= report.attempts == passes
-            result = await books(vm, job)
-            print(
-                f"saved at attempt {report.attempts}, {result['rounds']} rounds, {result['unmapped']} pieces unmapped"
-            )
-        async with await VirtualMachine.restore(tmp_path / "s", programs) as vm:
-            await books(vm, job)
-
-    run(body())
+    async with vm:
+        report = await vm.save(tmp_path / "s", live=True, keep=True, progress=watch, at=at)
+        await stopping[0]
+        assert 2 <= report.attempts == passes
+        result = await books(vm, job)
+        print(f"saved at attempt {report.attempts}, {result['rounds']} rounds, {result['unmapped']} pieces unmapped")
+    async with await VirtualMachine.restore(tmp_path / "s", programs) as vm:
+        await books(vm, job)
 
 
-def test_unmapped_while_dirty_without_end_is_said_and_the_source_runs_on(
-    run: Run, description: VmDescription, programs: Programs, tmp_path: Path
+async def test_unmapped_while_dirty_without_end_is_said_and_the_source_runs_on(
+    description: VmDescription, programs: Programs, tmp_path: Path
 ) -> None:
-    async def body() -> None:
-        vm, job = await in_rounds(description, programs)
+    vm, job = await in_rounds(description, programs)
 
-        async def at(moment: Moment) -> None:
-            if moment is Moment.RAM_COPY:
-                await some_rounds(vm)
+    async def at(moment: Moment) -> None:
+        if moment is Moment.RAM_COPY:
+            await some_rounds(vm)
 
-        async with vm:
-            with pytest.raises(
-                SaveFailed, match=r"the guest unmapped .*, written by us.*attempt 3 of 3.*the VM runs on"
-            ) as caught:
-                await vm.save(tmp_path / "s", live=True, keep=True, at=at)
-            print(f"given up: {caught.value}")
-            assert caught.value.source_alive and await vm.monitor.running() and not os.listdir(tmp_path)  # noqa: PTH208
-            # Stopped, nothing can be unmapped, and nothing is written behind QEMU's back.
-            report = await vm.save(tmp_path / "stopped", live=False, keep=True)
-            assert report.attempts == 1
-            await vm.call_agent("stop", job=job)
-            await books(vm, job)
-            assert (await vm.save(tmp_path / "live", live=True, keep=True)).attempts == 1
-        async with await VirtualMachine.restore(tmp_path / "stopped", programs) as vm:
-            await vm.call_agent("stop", job=job)
-            await books(vm, job)
-
-    run(body())
+    async with vm:
+        with pytest.raises(
+            SaveFailed, match=r"the guest unmapped .*, written by us.*attempt 3 of 3.*the VM runs on"
+        ) as caught:
+            await vm.save(tmp_path / "s", live=True, keep=True, at=at)
+        print(f"given up: {caught.value}")
+        assert caught.value.source_alive and await vm.monitor.running() and not os.listdir(tmp_path)  # noqa: PTH208
+        # Stopped, nothing can be unmapped, and nothing is written behind QEMU's back.
+        report = await vm.save(tmp_path / "stopped", live=False, keep=True)
+        assert report.attempts == 1
+        await vm.call_agent("stop", job=job)
+        await books(vm, job)
+        assert (await vm.save(tmp_path / "live", live=True, keep=True)).attempts == 1
+    async with await VirtualMachine.restore(tmp_path / "stopped", programs) as vm:
+        await vm.call_agent("stop", job=job)
+        await books(vm, job)
