@@ -16,6 +16,7 @@ from pcapng.blocks import EnhancedPacket, InterfaceDescription
 
 from loopback.test_scsi_survives import OPTIONS, Churn
 from support import storvsc
+from support.captures import command, packets_of
 from support.disk import Fault, FaultyBackend
 from support.hv_utils import HvUtils
 from support.network_guest import DriverEnds, NetworkGuest
@@ -29,7 +30,6 @@ from vmbus.errors import UsageError
 from vmbus.observe.audit.checker import check_paths
 from vmbus.observe.audit.report import Report
 from vmbus.observe.capture import record
-from vmbus.observe.capture.pcapng import Captured, CaptureReader
 from vmbus.observe.inspection.document import ChannelInfo
 from vmbus.observe.inspection.target import Running
 from vmbus.observe.inspection.tree import packet_text
@@ -104,15 +104,6 @@ def comments(path: Path) -> list[str]:
     with path.open("rb") as file:
         blocks = [one for one in FileScanner(file) if isinstance(one, EnhancedPacket)]
     return [str(one.options.get("opt_comment", "")) for one in blocks if one.packet_data[1] == record.PACKET]
-
-
-def packets_of(path: Path) -> list[Captured]:
-    with CaptureReader(path) as reader:
-        return [one for one in reader if one.record.record == record.PACKET]
-
-
-def command(*words: object) -> Any:
-    return CliRunner().invoke(main, ["capture", *map(str, words)])
 
 
 # ---- disks -----------------------------------------------------------------------------------------------------------
@@ -261,14 +252,12 @@ def test_a_card_is_named_audited_and_captured(libvfio_user: Library, tmp_path: P
     assert any(one.startswith("RNDIS data, a frame of 514 bytes at 0x") and "receive buffer" in one for one in said)
     assert any(one.startswith("RNDIS control, QUERY OID") for one in said), said
     assert any(one.startswith("RNDIS control, QUERY_COMPLETE, request ") for one in said), said
-    kinds = {one.record.kind for one in packets_of(path)}
+    kinds = {one.kind for one in packets_of(path)}
     assert kinds == {PacketType.INBAND, PacketType.TRANSFER_PAGES, PacketType.GPA_DIRECT, PacketType.COMPLETION}
     # The frames are there as they were, whether in a section of a lent buffer, in memory, or in parts of the other one.
-    (received,) = (
-        one.record for one in packets_of(path) if one.record.external.endswith(frame) and one.record.direction == 1
-    )
+    (received,) = (one for one in packets_of(path) if one.external.endswith(frame) and one.direction == record.TO_GUEST)
     assert received.external_size == len(received.external) and received.kind == PacketType.TRANSFER_PAGES
-    assert sum(one.record.external.endswith(sent) for one in packets_of(path)) == 3
+    assert sum(one.external.endswith(sent) for one in packets_of(path)) == 3
     # A stock reader finds them in a file of their own.
     done = CliRunner().invoke(main, ["capture", "frames", str(path), "-o", str(tmp_path / "frames")])
     assert done.exit_code == 0 and ": 4 frames; those of 3 packets were" in done.output, done.output

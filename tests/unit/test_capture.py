@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from support.captures import ECHO, file_of
 from support.pair import BASE, Pair
 from vmbus.cli.capture import parse_size
 from vmbus.errors import EnvironmentProblem, StateError, UsageError
@@ -27,7 +28,6 @@ from vmbus.wire.packet import PacketType, gpa_direct_body
 
 pytestmark = pytest.mark.unit
 
-ECHO = Interface("echo", UUID(int=1), UUID(int=2), 0)
 WORDS = st.integers(0, 40).map(lambda count: count * 8)
 
 packets = st.builds(
@@ -53,15 +53,6 @@ packets = st.builds(
     st.binary(max_size=50),
     st.integers(0, 1 << 30),
 )
-
-
-def file_of(*records: Record, interface: Interface = ECHO) -> bytes:
-    blocks = [pcapng.section_block("test", "comment"), pcapng.interface_block(interface, 1 << 20)]
-    for number, one in enumerate(records):
-        data = one.pack()
-        original = len(data) - len(one.external) + one.external_size
-        blocks.append(pcapng.packet_block(0, 10**18 + number, data, original, one.direction))
-    return b"".join(blocks)
 
 
 def read(path: Path, data: bytes | None = None) -> tuple[list[Captured], CaptureReader]:

@@ -66,13 +66,13 @@ def manifest(files: dict[str, FileRecord]) -> Manifest:
     )
 
 
-async def write(target: Path, sources: Path) -> None:
+async def write(target: Path, sources: Path, state: bytes = b"state") -> None:
     (sources / "kernel").write_bytes(b"kernel")
     (sources / "initramfs").write_bytes(b"initramfs")
     writer = SnapshotWriter.begin(target)
     await writer.add_boot_files(sources / "kernel", sources / "initramfs")
     writer.ram.write_bytes(b"ram" * 1000)
-    writer.state.write_bytes(b"state")
+    writer.state.write_bytes(state)
     await writer.seal(RAM)
     await writer.seal(STATE)
     await writer.commit(manifest(writer.records))

@@ -11,7 +11,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ import pytest
 import vmbus
 from support import pace
 from support.boot import boot
+from support.captures import said_in
 from support.crossing import GUEST, HOST, Traffic, moved, until
 from support.locks import in_use
 from support.namespace import Namespace, NotPermitted, namespace
@@ -30,9 +30,6 @@ from vmbus.errors import VmbusError, WaitTimeout
 from vmbus.observe.audit.checker import check_paths
 from vmbus.observe.audit.guest import collect_audit
 from vmbus.observe.capture.frames import export
-from vmbus.observe.capture.pcapng import CaptureReader
-from vmbus.observe.capture.record import PACKET
-from vmbus.observe.words import describe
 from vmbus.operations.machine import VirtualMachine
 from vmbus.vm.command_line import Programs
 from vmbus.vm.description import VmDescription, load_description
@@ -145,9 +142,7 @@ def test_network_survives_saves_restores_and_checkpoints(
     halves = check_paths([audit])
     assert halves.clean and {one.driver for one in halves.channels} == {"hv_netvsc", "hv_utils"}, str(halves)
     assert len(halves.timeline) == 4 and halves.half_transactions > 1000
-    with CaptureReader(captured) as reader:
-        packets = [one for one in reader if one.record.record == PACKET]
-        said = Counter(describe(reader.interfaces[one.interface].type, one.record.seen()) for one in packets)
+    said = set(said_in(captured))
     assert not [one for one in said if not one or "does not have" in one], said
     assert any("of the receive buffer" in one for one in said) and any("RNDIS data, a frame of" in one for one in said)
     assert export(captured, tmp_path / "frames.pcapng").frames > 100

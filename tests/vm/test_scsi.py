@@ -20,14 +20,12 @@ import pytest
 
 from support import pace, slow_disk
 from support.boot import boot
+from support.captures import said_in
 from support.locks import in_use
 from support.writer import ENDLESS, clean, finish, more, until_acknowledged, writing
 from vmbus.errors import EnvironmentProblem, VmbusError, WaitTimeout
 from vmbus.observe.audit.checker import check_paths
 from vmbus.observe.audit.guest import collect_audit
-from vmbus.observe.capture.pcapng import CaptureReader
-from vmbus.observe.capture.record import PACKET
-from vmbus.observe.words import describe
 from vmbus.operations.machine import VirtualMachine
 from vmbus.operations.migration.address import parse_address
 from vmbus.operations.migration.channel import listen
@@ -180,9 +178,7 @@ def test_scsi_survives_saves_restores_a_revert_and_disks_that_come_and_go(
     halves = check_paths([audit])
     assert halves.clean and halves.half_transactions > 500, str(halves)
     assert {one.driver for one in halves.channels} == {"hv_storvsc"} and len(halves.timeline) == 5
-    with CaptureReader(captured) as reader:
-        packets = [one for one in reader if one.record.record == PACKET]
-        said = {describe(reader.interfaces[one.interface].type, one.record.seen()) for one in packets}
+    said = set(said_in(captured))
     assert {one.split()[0] for one in said} >= {"WRITE(10)", "SYNCHRONIZE", "READ(10)", "INQUIRY", "REPORT"}, said
     assert not [one for one in said if not one or "does not have" in one]
     note(f"hv_storvsc: {halves.half_transactions} requests completed once each, by the host's half of the records")
