@@ -21,7 +21,7 @@ from vmbus.bus.synic import Synic
 from vmbus.device import saved
 from vmbus.errors import VmbusError
 from vmbus.server.timers import Timers
-from vmbus.testkit.kit import difference
+from vmbus.testkit.every_step import difference
 from vmbus.transport.library import Library
 
 pytestmark = pytest.mark.loopback
