@@ -247,7 +247,7 @@ def test_fault_n16_what_the_pages_show_is_taken() -> None:
 
 def test_fault_n17_what_is_allowed_is_named() -> None:
     for words, message in (
-        (["--set", "weights.foo=1"], "field 'weights, a key': Invalid enum value 'foo'; allowed: "),
+        (["--set", "weights.foo=1"], "there is no operation 'foo'; known: save_restore, "),
         (["--set", "sabotage=foo"], "field 'sabotage': Invalid enum value 'foo'; allowed: , disk-loses-a-block, "),
         (["--set", "foo=1"], "unknown field `foo`"),
     ):

@@ -10,10 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vmbus.soak.books import Fault, Session
 from vmbus.soak.schedule import plan_episode
 from vmbus.soak.settings import settings_from
 from vmbus.soak.sink import NoSink
-from vmbus.soak.stage import Life, Subject, Wrong
+from vmbus.soak.stage import Subject
 from vmbus.soak.stock import BAD_WORDS, StockStage, lose_a_block, with_card, without_card
 from vmbus.vm.command_line import Programs
 from vmbus_guest.testdrivers.disk_writer import Books
@@ -99,14 +100,14 @@ def test_each_book_that_is_wrong_is_told(changes: dict[str, Any], message: str, 
     nothing: Any = None
     programs: Programs = nothing
     stage = StockStage(planned(), tmp_path, tmp_path, programs, NoSink())
-    subject = Subject(nothing, Life(1, {}).moved(back=True))
+    subject = Subject(nothing, Session({}, {}).moved(back=True))
     stage.check_books(subject, status(stage))
-    with pytest.raises(Wrong, match=message):
+    with pytest.raises(Fault, match=message):
         stage.check_books(subject, status(stage, **changes))
-    with pytest.raises(Wrong, match="2 connections ended in the guest, 0 at most"):
-        stage.check_books(Subject(nothing, Life(1, {})), status(stage))
-    with pytest.raises(Wrong, match="workload card: 2 connections ended in the guest, 0 at most"):
-        stage.check_books(Subject(nothing, Life(1, {}).moved()), status(stage))
+    with pytest.raises(Fault, match="2 connections ended in the guest, 0 at most"):
+        stage.check_books(Subject(nothing, Session({}, {})), status(stage))
+    with pytest.raises(Fault, match="workload card: 2 connections ended in the guest, 0 at most"):
+        stage.check_books(Subject(nothing, Session({}, {}).moved()), status(stage))
 
 
 def test_the_card_gets_a_namespace_or_is_left_out() -> None:

@@ -12,9 +12,10 @@ import pytest
 
 from support import pace
 from support.boot import boot
-from vmbus.cli.drivers import Drive, install, jobs_for, read_driver_file
+from vmbus.cli.drivers import Drive, jobs_for
 from vmbus.errors import UsageError
 from vmbus.operations.machine import VirtualMachine
+from vmbus.testkit.driver_file import install, read_driver_file
 from vmbus.vm.command_line import Programs
 from vmbus.vm.description import load_description
 from vmbus_guest.testdrivers import CATALOGUE

@@ -20,8 +20,9 @@ import vmbus_guest
 from support import pace
 from support.processes import children
 from vmbus.soak.episode import run_episode, scratch_base
+from vmbus.soak.plan import EpisodePlan, encode_plan
 from vmbus.soak.records import EpisodeRecord, OperationRecord
-from vmbus.soak.schedule import EpisodePlan, encode_plan, plan_episode
+from vmbus.soak.schedule import plan_episode
 from vmbus.soak.settings import LOSE_ONE_IN_A_THOUSAND, WEIGHTS, settings_from
 from vmbus.soak.sink import NoSink
 from vmbus.vm.command_line import Programs

@@ -12,8 +12,9 @@ import pytest
 from support.pace import seconds
 from vmbus.soak.episode import run_episode, scratch_base
 from vmbus.soak.outside import why_not
+from vmbus.soak.plan import EpisodePlan
 from vmbus.soak.records import EpisodeRecord, EventRecord, OperationRecord
-from vmbus.soak.schedule import EpisodePlan, plan_episode
+from vmbus.soak.schedule import plan_episode
 from vmbus.soak.settings import DISK_LOSES_A_BLOCK, settings_from
 from vmbus.soak.sink import NoSink
 from vmbus.vm.command_line import Programs

@@ -22,16 +22,18 @@ from vmbus.provision import provision
 from vmbus.soak import report as reports
 from vmbus.soak.campaign import CampaignRun, Limits
 from vmbus.soak.engine import Engine, LocalEngine
+from vmbus.soak.entries import located
 from vmbus.soak.environment import describe_environment
 from vmbus.soak.episode import scratch_base
 from vmbus.soak.expected import Budget, Expected, broken, load_baseline, parse_budget
 from vmbus.soak.folder import CAMPAIGN_FILE, Campaign, CampaignFolder, read_campaign
 from vmbus.soak.job import Job
 from vmbus.soak.measures import MEASURES, parse
+from vmbus.soak.plan import encode_plan
 from vmbus.soak.progress import Goal, LiveView, PlainView, View, failure_text
 from vmbus.soak.records import FORMAT, Report
 from vmbus.soak.replay import parse_words, replay_command
-from vmbus.soak.schedule import encode_plan, episodes_planned, linux_share, plan_episode
+from vmbus.soak.schedule import check_own, episodes_planned, linux_share, plan_episode
 from vmbus.soak.settings import WEIGHTS, Settings, read_values, settings_from
 from vmbus.vm.command_line import programs_from
 
@@ -151,6 +153,8 @@ def soak(
         planned = episodes_planned(settings)
         if episode is not None and planned is not None and episode >= planned:
             raise UsageError(f"there is no episode {episode}: the campaign has {planned} of them, from 0")
+        plan_episode(settings, settings.seed, episode or 0)
+        check_own(settings)
         folder = folder or Path(f"soak-{settings.seed}")
         limits = Limits(seconds=settings.seconds, failures=max_failures, keep_bytes=keep << 20)
         status = asyncio.run(_campaign(settings, folder, episode, limits, parallel, scheduler, expected))
@@ -199,7 +203,7 @@ def _settings(
     elif "seed" not in values:
         there = folder is not None and (folder / CAMPAIGN_FILE).exists()
         values["seed"] = read_campaign(folder).seed if folder is not None and there else secrets.randbelow(1 << 31)
-    return settings_from(values, "settings" if schedule is None else str(schedule))
+    return settings_from(located(values, Path.cwd()), "settings" if schedule is None else str(schedule))
 
 
 def _print_plan(settings: Settings, episode: int | None) -> None:

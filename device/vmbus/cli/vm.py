@@ -16,7 +16,7 @@ from rich.text import Text
 
 from vmbus.cli import console as guest_console
 from vmbus.cli.capture import parse_size
-from vmbus.cli.drivers import Drive, DriverFile, install, jobs_for, outcome, parse_drive, read_driver_file, show_drivers
+from vmbus.cli.drivers import Drive, jobs_for, outcome, parse_drive, show_drivers
 from vmbus.cli.keys import with_keys
 from vmbus.cli.migrate import SECRET_HELP, absolute
 from vmbus.cli.supervisor import Supervisor, ask, find_vm
@@ -42,6 +42,7 @@ from vmbus.qemu.agent import AgentError, GuestWentBack
 from vmbus.qemu.archive import archive_for
 from vmbus.snapshot.checkpoints import Store
 from vmbus.snapshot.manifest import Machine
+from vmbus.testkit.driver_file import DriverFile, install, read_driver_file
 from vmbus.util.explaining import check_name
 from vmbus.vm.command_line import Programs, programs_from
 from vmbus.vm.description import VmDescription, find_description, load_description

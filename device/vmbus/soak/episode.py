@@ -20,15 +20,17 @@ import msgspec
 
 from vmbus.errors import VmbusError, WaitTimeout, code_of
 from vmbus.observe.audit.guest import collect_audit
-from vmbus.providers.loading import ALLOW_VARIABLE
+from vmbus.providers.disk.image import DIRECTORY_VARIABLE
 from vmbus.provision import provision
 from vmbus.snapshot.bundle import utc_now
-from vmbus.soak.operations import OPERATIONS, Figures
+from vmbus.soak.books import flight
+from vmbus.soak.entries import code_from, environment
+from vmbus.soak.operations import Figures, operation_of
+from vmbus.soak.plan import EpisodePlan, OperationPlan
 from vmbus.soak.records import EpisodeRecord, OperationRecord, Verdict, WorkloadRecord
-from vmbus.soak.schedule import LOSSY_PROVIDER, EpisodePlan, OperationPlan
 from vmbus.soak.sink import Sink
-from vmbus.soak.stage import Stage, flight
-from vmbus.soak.stock import StockStage, disks_in
+from vmbus.soak.stage import Stage
+from vmbus.soak.stock import StockStage
 from vmbus.util.patience import patient
 from vmbus.vm.command_line import Programs, programs_from
 from vmbus.vm.run_directory import RunDirectory, private_base
@@ -63,14 +65,13 @@ async def run_episode(
     started = utc_now()
     if programs is None:
         programs = programs_from(await asyncio.to_thread(provision))
-    if plan.sabotage:
-        os.environ[ALLOW_VARIABLE] = LOSSY_PROVIDER  # what a snapshot may ask for
     scratch = RunDirectory.create(f"e{plan.episode}", base=scratch_base())
     stage = (StockStage if plan.vm.guest.linux else Stage)(plan, folder, scratch.path, programs, sink)
     episode = _Episode(stage, stop or asyncio.Event())
-    disks = contextlib.ExitStack()
+    surroundings = contextlib.ExitStack()
+    surroundings.enter_context(code_from(plan.path, [one.kind for one in plan.vm.device.providers]))
     if plan.vm.guest.linux:
-        disks.enter_context(disks_in(scratch.path / "disks"))
+        surroundings.enter_context(environment(**{DIRECTORY_VARIABLE: str(scratch.path / "disks")}))
     sampling = asyncio.create_task(stage.sample(SAMPLE_INTERVAL, MOST_SAMPLES), name="samples")
     try:
         await episode.run()
@@ -81,7 +82,7 @@ async def run_episode(
         await asyncio.wait({sampling})
         await stage.end()
         await stage.close()
-        disks.close()
+        surroundings.close()
         await asyncio.to_thread(scratch.remove)
     return EpisodeRecord(
         episode=plan.episode,
@@ -164,7 +165,7 @@ class _Episode:
                 status = await stage.until_loaded(stage.here, operation.after, plan.operation_seconds)
                 before = flight(status)
                 begin = stage.now
-                figures = await OPERATIONS[operation.kind](stage, operation.parameters)
+                figures = await operation_of(plan, operation.kind)(stage, operation.parameters)
                 seconds = stage.now - begin
                 # What the operation broke is told of this one and not of the next: it shows when as many transactions
                 # are completed as were under way.

@@ -1,6 +1,6 @@
 """What is done to the VM of an episode. Each operation is a function of the stage and its parameters.
 
-It returns its figures if all went as it must, and raises `Wrong` or what the VM raises if not. What is meant to fail (a
+It returns its figures if all went as it must, and raises `Fault` or what the VM raises if not. What is meant to fail (a
 cancelled or sabotaged migration, a save onto a full disk) must fail, and leave the VM running with nothing lost.
 """
 
@@ -26,10 +26,12 @@ from vmbus.operations.migration.link import PING_INTERVAL
 from vmbus.operations.migration.report import MigrationReport
 from vmbus.operations.save import SaveReport
 from vmbus.snapshot.manifest import RAM
+from vmbus.soak.books import Fault, flight
+from vmbus.soak.entries import Call, function_of
+from vmbus.soak.plan import EpisodePlan, Parameters
 from vmbus.soak.records import Count, Outcome
-from vmbus.soak.schedule import MOST_CHECKPOINTS, Parameters
-from vmbus.soak.settings import Kind
-from vmbus.soak.stage import Kept, Stage, Subject, Wrong, flight
+from vmbus.soak.sequence import MOST_CHECKPOINTS
+from vmbus.soak.stage import Kept, Stage, Subject
 from vmbus.vm.errors import MigrateFailed, SaveFailed
 from vmbus.vm.moments import Moment
 from vmbus.vm.process import ProcessDied
@@ -72,17 +74,17 @@ def _require_all(saved: Count, vm: VirtualMachine, what: str) -> None:
     assert vm.restored is not None
     wanted = {state: saved[state] for state in ("queued", "sent")}
     if vm.restored.packets != wanted:
-        raise Wrong(f"{what}: in flight before {wanted}, after {vm.restored.packets}")
+        raise Fault(f"{what}: in flight before {wanted}, after {vm.restored.packets}")
 
 
 async def _require_running(subject: Subject, after: str) -> None:
     vm = subject.vm
     if vm.ended:
-        raise Wrong(f"the VM has ended with {after}, and was to run on")
+        raise Fault(f"the VM has ended with {after}, and was to run on")
     if not await vm.monitor.running():
-        raise Wrong(f"the vCPUs stand after {after}, and were to run on")
+        raise Fault(f"the vCPUs stand after {after}, and were to run on")
     if (phase := (await vm.call_server("status"))["phase"]) != "running":
-        raise Wrong(f"the device is {phase} after {after}, and was to run on")
+        raise Fault(f"the device is {phase} after {after}, and was to run on")
 
 
 async def _until_it_converges(stage: Stage, attempt: Callable[[], Awaitable[T]]) -> T:
@@ -112,7 +114,7 @@ async def _save_and_end(stage: Stage, *, live: bool) -> tuple[SaveReport, Kept]:
 async def _save(stage: Stage, *, live: bool, keep: bool) -> tuple[SaveReport, Kept]:
     """A snapshot, which is the last one then."""
     subject = stage.here
-    kept = Kept(stage.path("snapshot"), subject.life)
+    kept = Kept(stage.path("snapshot"), subject.session)
     report = await _until_it_converges(stage, lambda: subject.vm.save(kept.directory, live=live, keep=keep))
     await stage.keep(kept)
     return report, kept
@@ -163,11 +165,11 @@ async def full_disk(stage: Stage, parameters: Parameters) -> Figures:
             raise
         await _require_running(subject, "a save onto a full disk")
         if directory.exists():
-            raise Wrong(f"a snapshot is there that was not finished: {directory}") from error
+            raise Fault(f"a snapshot is there that was not finished: {directory}") from error
         return Figures(outcome="refused", message=str(error))
     finally:
         os.close(full)
-    raise Wrong("a save onto a full disk succeeded")
+    raise Fault("a save onto a full disk succeeded")
 
 
 def _file_that_cannot_grow() -> int:
@@ -187,7 +189,7 @@ async def kill(stage: Stage, parameters: Parameters) -> Figures:
         figures = _saved(report)
         await stage.until_loaded(subject, 50, stage.plan.operation_seconds)
     if stage.snapshot is None:
-        raise Wrong("there is no snapshot that the VM could be restored from")
+        raise Fault("there is no snapshot that the VM could be restored from")
     victim = subject.vm.server if parameters["victim"] == "server" else subject.vm.qemu
     assert victim is not None
     os.kill(victim.pid, signal.SIGKILL)
@@ -197,7 +199,7 @@ async def kill(stage: Stage, parameters: Parameters) -> Figures:
     except ProcessDied:
         await subject.vm.kill()
     else:
-        raise Wrong(f"{victim.name} was killed, and nobody noticed")
+        raise Fault(f"{victim.name} was killed, and nobody noticed")
     stage.subject = await stage.restored(stage.snapshot, back=True)
     restored = stage.here.vm.restored
     assert restored is not None
@@ -219,7 +221,7 @@ async def clone(stage: Stage, parameters: Parameters) -> Figures:
             await stage.until_loaded(subject, 100, stage.plan.operation_seconds)
         _, verdict, wrong = await stage.finish(other)
         if wrong:
-            raise Wrong(f"the other clone: {'; '.join(wrong)}")
+            raise Fault(f"the other clone: {'; '.join(wrong)}")
         stage.event(f"the other clone came to its end, all books agree{f', audit {verdict}' if verdict else ''}")
     return figures
 
@@ -251,7 +253,7 @@ async def checkpoint(stage: Stage, parameters: Parameters) -> Figures:
         await vm.delete_checkpoint(oldest, directory=directory)
         del stage.checkpoints[oldest]
     report = await vm.checkpoint(tag, directory=directory)
-    stage.checkpoints[tag] = stage.here.life
+    stage.checkpoints[tag] = stage.here.session
     return Figures(
         downtime=report.downtime,
         save_seconds=sum(report.phases.values()),
@@ -266,7 +268,7 @@ async def revert(stage: Stage, parameters: Parameters) -> Figures:
     tag = str(parameters["tag"])
     with stage.going_back():
         report = await stage.here.vm.revert(tag, directory=stage.scratch / "checkpoints")
-    stage.here.life = stage.checkpoints[tag].moved(back=True)
+    stage.here.session = stage.checkpoints[tag].moved(back=True)
     return Figures(downtime=report.downtime, restore_seconds=sum(report.phases.values()), packets=report.packets)
 
 
@@ -385,9 +387,9 @@ async def migrate(stage: Stage, parameters: Parameters) -> Figures:
 
     report, vm = await _until_it_converges(stage, attempt)
     vm.programs = stage.programs
-    stage.subject = Subject(vm, source.life.moved())
+    stage.subject = Subject(vm, source.session.moved())
     if not source.vm.ended:
-        raise Wrong("the source runs on after its migration")
+        raise Fault("the source runs on after its migration")
     _require_all(report.packets, vm, "the migration")
     return Figures(
         downtime=report.downtime,
@@ -409,7 +411,7 @@ async def _must_fail(leaving: Awaitable[object], what: str) -> str:
         if (task := asyncio.current_task()) is not None and task.cancelling():
             raise
         return "cancelled"
-    raise Wrong(f"a migration succeeded in spite of {what}")
+    raise Fault(f"a migration succeeded in spite of {what}")
 
 
 async def _stayed(stage: Stage, journey: _Journey, what: str) -> None:
@@ -417,7 +419,7 @@ async def _stayed(stage: Stage, journey: _Journey, what: str) -> None:
     for vm in journey.arriving:
         if not vm.ended:
             await vm.kill()
-            raise Wrong(f"the destination has not ended its VM after {what}")
+            raise Fault(f"the destination has not ended its VM after {what}")
 
 
 async def cancelled_migration(stage: Stage, parameters: Parameters) -> Figures:
@@ -490,7 +492,7 @@ async def hot_add(stage: Stage, parameters: Parameters) -> Figures:
     provider = {"kind": "echo", "name": name, "instance": _INSTANCES.format(number), "options": {"hold": 2}}
     await _change(vm, "offer", provider=provider)
     if name not in (await vm.call_server("status"))["providers"]:
-        raise Wrong(f"provider {name!r} was offered, and is not there")
+        raise Fault(f"provider {name!r} was offered, and is not there")
     return Figures()
 
 
@@ -498,35 +500,36 @@ async def rescind(stage: Stage, parameters: Parameters) -> Figures:
     """A provider that was added goes; it has outlived whatever was done meanwhile."""
     vm, name = stage.here.vm, str(parameters["name"])
     if name not in (await vm.call_server("status"))["providers"]:
-        raise Wrong(f"provider {name!r} was added, and is not there any more")
+        raise Fault(f"provider {name!r} was added, and is not there any more")
     await _change(vm, "rescind", name=name)
     if name in (await vm.call_server("status"))["providers"]:
-        raise Wrong(f"provider {name!r} was rescinded, and is still there")
+        raise Fault(f"provider {name!r} was rescinded, and is still there")
     return Figures()
 
 
-async def _change(vm: VirtualMachine, command: str, **arguments: Any) -> None:
+async def _change(vm: VirtualMachine, command: str, **arguments: Any) -> dict[str, Any]:
     assert vm.control is not None
     work = vm.control.call(command, timeout=_SOON, **arguments)
-    await vm.guard(work, f"the device server's answer to {command!r}", _SOON + 1)
+    return await vm.guard(work, f"the device server's answer to {command!r}", _SOON + 1)
 
 
 async def driver_kill(stage: Stage, parameters: Parameters) -> Figures:
     """The guest's driver is killed in mid-traffic; its successor begins anew."""
     subject = stage.here
-    vm, life = subject.vm, subject.life
-    report = await vm.call_agent("kill", job=life.job)
-    if report["state"] != "killed":
-        raise Wrong(f"the guest's driver was to be killed, and {report['state']}: {report.get('error')}")
+    vm, session = subject.vm, subject.session
+    for job in session.jobs.values():
+        report = await vm.call_agent("kill", job=job)
+        if report["state"] != "killed":
+            raise Fault(f"the guest's driver was to be killed, and {report['state']}: {report.get('error')}")
     status = await vm.call_server("status")
     if any(flight(status).values()):
-        raise Wrong(f"packets of a driver that is dead are still in flight: {flight(status)}")
+        raise Fault(f"packets of a driver that is dead are still in flight: {flight(status)}")
     done = stage.transactions(subject, status)
-    await stage.start_workloads(before=done, killed=life.killed + 1)
+    await stage.start_workloads(before=done, killed=session.killed + 1)
     return Figures()
 
 
-OPERATIONS: dict[Kind, Callable[[Stage, Parameters], Awaitable[Figures]]] = {
+OPERATIONS: dict[str, Callable[[Stage, Parameters], Awaitable[Figures]]] = {
     "save_restore": save_restore,
     "save_restore_live": save_restore_live,
     "migrate": migrate,
@@ -542,3 +545,25 @@ OPERATIONS: dict[Kind, Callable[[Stage, Parameters], Awaitable[Figures]]] = {
     "kill": kill,
     "driver_kill": driver_kill,
 }
+
+
+def operation_of(plan: EpisodePlan, kind: str) -> Call:
+    """What carries an operation out, ours or the plan's own. Raises UsageError for code that is not there."""
+    if kind in OPERATIONS:
+        return OPERATIONS[kind]
+    entry = next(one for one in plan.own if one.name == kind)
+    if entry.call:
+        return function_of(entry.call, plan.path)
+
+    async def command(stage: Stage, parameters: Parameters) -> Figures:
+        vm = stage.here.vm
+        if entry.guest:
+            done = await vm.run_in_guest(entry.guest, timeout=plan.operation_seconds)
+            if done.code:
+                raise Fault(f"{entry.guest[0]} in the guest ended with {done.code}: {done.output[-500:]}")
+            return Figures(message=str(done.output[-500:]))
+        arguments = {"name": entry.provider, "command": entry.command, "arguments": entry.arguments}
+        answer = await _change(vm, "provider", **arguments)
+        return Figures(message=str(answer)[:500])
+
+    return command

@@ -10,28 +10,20 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from vmbus.errors import EnvironmentProblem, UsageError
+from vmbus.soak.entries import (
+    OperationEntry,
+    Share,
+    Weight,
+    WorkloadEntry,
+    located,
+    operation_of_package,
+    workload_of_package,
+)
+from vmbus.soak.plan import Scalar
 from vmbus.soak.workloads import ALL_RECIPES, RECIPES, STOCK_RECIPES
 from vmbus.util.explaining import explain
 
-Kind = Literal[
-    "save_restore",
-    "save_restore_live",
-    "migrate",
-    "cancelled_migration",
-    "sabotaged_migration",
-    "full_disk",
-    "checkpoint",
-    "revert",
-    "clone",
-    "pause",
-    "hot_add",
-    "rescind",
-    "kill",
-    "driver_kill",
-]
-"""Operations; `vmbus.soak.operations` carries them out."""
-
-WEIGHTS: dict[Kind, float] = {
+WEIGHTS: dict[str, float] = {
     "save_restore": 3.0,
     "save_restore_live": 3.0,
     "migrate": 4.0,
@@ -47,7 +39,8 @@ WEIGHTS: dict[Kind, float] = {
     "kill": 1.0,
     "driver_kill": 0.5,
 }
-"""How often each is drawn, where settings do not say otherwise."""
+"""Operations, and how often each is drawn where settings do not say otherwise; `vmbus.soak.operations` carries them
+out."""
 
 DEFAULT_OPERATIONS = 100
 
@@ -57,14 +50,11 @@ LOSE_ONE_IN_A_THOUSAND: Literal["lose-one-in-a-thousand"] = "lose-one-in-a-thous
 DISK_LOSES_A_BLOCK: Literal["disk-loses-a-block"] = "disk-loses-a-block"
 """A sabotage: after each restore of a VM with Linux's own drivers its disk has forgotten a write."""
 
-Scalar = str | int | float | bool
-Weight = Annotated[float, msgspec.Meta(ge=0, le=1e6)]
-
 
 class Step(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
     """One operation of a `script`. What `parameters` does not say is drawn."""
 
-    kind: Kind
+    kind: str
     parameters: dict[str, Scalar] = {}
 
 
@@ -78,20 +68,26 @@ class Settings(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=
     """No episode begins after this time."""
     per_episode: Annotated[int, msgspec.Meta(ge=1, le=1000)] = 12
     """Operations between the boot of a VM and the comparison of all books at its end."""
-    weights: dict[Kind, Weight] = {}
+    weights: dict[str, Weight] = {}
     """How often operations are drawn; those that are not named keep WEIGHTS; 0: never."""
-    workloads: dict[str, Annotated[float, msgspec.Meta(ge=0, le=1)]] = {}
+    workloads: dict[str, Share] = {}
     """Share of the episodes in which a workload runs; those that are not named keep that of their recipe."""
-    linux: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.25
+    linux: Share = 0.25
     """Share of the episodes whose guest has Linux's own drivers, where `description` leaves that open."""
     script: list[Step] = []
     """These operations, in this order, in every episode, instead of drawn ones."""
+    workload: list[WorkloadEntry] = []
+    """Workloads of one's own."""
+    operation: list[OperationEntry] = []
+    """Operations of one's own."""
+    path: list[str] = []
+    """Directories in which the modules of one's own are; for a schedule file its own, unless it says otherwise."""
     audit: bool = True
     """Whether both ends keep records of each packet, which the auditor checks at the end of an episode."""
     description: str = ""
     """The machine: a VM description by name or path. Providers that workloads need are added. Empty: a small one."""
     packets: Annotated[int, msgspec.Meta(ge=1, le=4096)] = 64
-    """Wanted in flight, queued and sent each, before an operation begins."""
+    """Wanted in flight, queued and sent each, before an operation begins, where a workload runs that sees to it."""
     pace: Annotated[int, msgspec.Meta(ge=1, le=1_000_000)] = 1000
     """Transactions that are completed between two operations: drawn from a quarter of this to this."""
     operation_seconds: Annotated[float, msgspec.Meta(ge=1, le=3600)] = 180.0
@@ -106,27 +102,56 @@ class Settings(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=
     def __post_init__(self) -> None:
         if self.operations is not None and self.seconds is not None:
             raise ValueError("'operations' and 'seconds' are both given: a campaign ends by one of them")
+        for taken, entries in ((ALL_RECIPES, self.workload), (WEIGHTS, self.operation)):
+            names = [entry.name for entry in entries]
+            for name in names:
+                if name in taken or names.count(name) > 1:
+                    raise ValueError(f"there are two of the name {name!r}: give yours another one")
         for name, share in self.workloads.items():
-            if name not in ALL_RECIPES:
-                raise ValueError(f"there is no workload {name!r}; known: {', '.join(sorted(ALL_RECIPES))}")
+            if name not in ALL_RECIPES and name not in [entry.name for entry in self.own_workloads()]:
+                known = ", ".join(sorted([*ALL_RECIPES, *(entry.name for entry in self.workload)]))
+                raise ValueError(f"there is no workload {name!r}; known: {known}")
             if not math.isfinite(share):
                 raise ValueError(f"the share of workload {name!r} is no number")
-        if not any(self.share(name) == 1 for name in RECIPES if RECIPES[name].sends):
-            names = ", ".join(sorted(name for name in RECIPES if RECIPES[name].sends))
-            raise ValueError(f"one of the workloads {names} must have the share 1: nothing else makes the host send")
-        if self.linux and not any(self.share(name) == 1 for name in STOCK_RECIPES):
-            names = ", ".join(sorted(STOCK_RECIPES))
-            raise ValueError(f"one of the workloads {names} must have the share 1, or 'linux' be 0")
-        if not self.script and not any(self.weight(kind) for kind in WEIGHTS if kind not in ("revert", "rescind")):
+        for kind in [*self.weights, *(step.kind for step in self.script)]:
+            if kind not in WEIGHTS and self.own_operation(kind) is None:
+                known = ", ".join([*WEIGHTS, *(entry.name for entry in self.operation)])
+                raise ValueError(f"there is no operation {kind!r}; known: {known}")
+        self._require_one([name for name in RECIPES if RECIPES[name].sends], False, "nothing else makes the host send")
+        if self.linux:
+            self._require_one(list(STOCK_RECIPES), True, "or 'linux' be 0")
+        if not self.script and not any(self.weight(kind) for kind in self.kinds if kind not in ("revert", "rescind")):
             raise ValueError("all weights are 0: no operation is left (revert and rescind need others before them)")
 
-    def weight(self, kind: Kind) -> float:
+    def _require_one(self, names: list[str], stock: bool, why: str) -> None:
+        own = [entry.name for entry in self.own_workloads() if entry.stock == stock]
+        if not any(self.share(name) == 1 for name in [*names, *own]):
+            raise ValueError(f"one of the workloads {', '.join(sorted([*names, *own]))} must have the share 1: {why}")
+
+    def own_workloads(self) -> list[WorkloadEntry]:
+        """Those that are none of ours: of the settings, and of packages as far as `workloads` names them."""
+        there = {entry.name for entry in self.workload}
+        named = (workload_of_package(name) for name in self.workloads if name not in there and name not in ALL_RECIPES)
+        return [*self.workload, *filter(None, named)]
+
+    def own_operation(self, kind: str) -> OperationEntry | None:
+        """An operation that is none of ours: of the settings, or of a package."""
+        return next((entry for entry in self.operation if entry.name == kind), None) or operation_of_package(kind)
+
+    @property
+    def kinds(self) -> list[str]:
+        """All operations of this campaign."""
+        return list(dict.fromkeys([*WEIGHTS, *(entry.name for entry in self.operation), *self.weights]))
+
+    def weight(self, kind: str) -> float:
         """How often an operation is drawn."""
-        return self.weights.get(kind, WEIGHTS[kind])
+        own = {entry.name: entry.weight for entry in self.operation}
+        return self.weights.get(kind, WEIGHTS[kind] if kind in WEIGHTS else own.get(kind, 0.0))
 
     def share(self, workload: str) -> float:
         """Of the episodes in which a workload runs."""
-        return self.workloads.get(workload, ALL_RECIPES[workload].share)
+        own = {entry.name: entry.share for entry in self.workload}
+        return self.workloads.get(workload, ALL_RECIPES[workload].share if workload in ALL_RECIPES else own[workload])
 
     @property
     def total(self) -> int | None:
@@ -170,4 +195,4 @@ def read_values(path: Path) -> dict[str, Any]:
         raise UsageError(f"{path}: not {form}: {error}") from error
     if not isinstance(values, dict):
         raise UsageError(f"{path}: a schedule is an object with the fields {', '.join(Settings.__struct_fields__)}")
-    return values
+    return located(values, path.absolute().parent)

@@ -1,104 +1,57 @@
 """What an episode works on: the VM that is there now, its workloads in the guest, and the books of both sides.
 
-A `Subject` is one running VM with what is known of its guest's workloads. That knowledge (`Life`) belongs to a moment
-of the VM: whoever goes back to a checkpoint or a snapshot takes the life of then.
+A `Subject` is one running VM with what is known of its guest's workloads. That knowledge (`Session`) belongs to a
+moment of the VM: whoever goes back to a checkpoint or a snapshot takes the session of then.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import shutil
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from vmbus.errors import VmbusError, WaitTimeout
 from vmbus.observe.audit.checker import check_paths
 from vmbus.observe.audit.guest import collect_audit
-from vmbus.observe.audit.report import Report
 from vmbus.operations.machine import VirtualMachine
 from vmbus.server.control import ControlClient
+from vmbus.soak.books import (
+    FAULTS,
+    MIXED,
+    Fault,
+    Session,
+    disagreements,
+    flight,
+    in_words,
+    judge,
+    number_at,
+    report_in_words,
+    result_in_words,
+    tallies,
+)
+from vmbus.soak.logs import KeepingDirectory
+from vmbus.soak.plan import EpisodePlan, WorkloadPlan
 from vmbus.soak.records import Count, EventRecord, Sample, WorkloadRecord
-from vmbus.soak.schedule import EpisodePlan
 from vmbus.soak.sink import Sink
 from vmbus.soak.workloads import ALL_RECIPES
+from vmbus.testkit.driver_file import DriverFile, install
 from vmbus.vm.command_line import Programs
-from vmbus.vm.run_directory import RunDirectory
 
 LOOK_INTERVAL = 0.05
 """Seconds between two looks at the server while something is waited for."""
 LOAD_SECONDS = 20.0
 """For so long it is waited for enough packets in flight; then an operation begins with fewer, and an event says so."""
-LOG_BYTES = 512 << 10
-"""Of the end of each log that is kept."""
-LOGS = ("server.log", "qemu.log", "console.log")
-MIXED = "mixed"
-WRONGS = ("lost", "duplicated", "reordered", "corrupted")
 
 Options = Mapping[str, Mapping[str, Any]]
 
 _BETWEEN = ("awaiting", "restoring")  # phases of a server whose books are not those of the VM yet
+_ANY_SECONDS = 2.0  # the same, where any packet in flight will do
 _JOB_INTERVAL = 1.0  # seconds between two looks whether the guest's driver still runs
-# What a killed driver explains: its record stops short, or has nothing of its last channels.
-_DEAD = ("guest-stops-short", "guest-missing")
-
-
-class Wrong(VmbusError):
-    """Something is not as it must be: the soak has found what it looks for."""
-
-
-class KeepingDirectory(RunDirectory):
-    """A run directory whose logs are kept when it is removed, whoever ends the VM."""
-
-    keep: Path | None = None
-
-    def remove(self) -> None:
-        """Keep the logs' ends, then remove all."""
-        if self.keep is not None:
-            keep, self.keep = self.keep, None
-            with contextlib.suppress(OSError):  # a full disk loses the logs, and nothing else
-                keep.mkdir(mode=0o700, parents=True, exist_ok=True)
-                for name in LOGS:
-                    _keep_end(self / name, keep / name)
-        super().remove()
-
-
-def _keep_end(source: Path, target: Path) -> None:
-    if not source.exists():
-        return
-    with source.open("rb") as file:
-        file.seek(max(0, source.stat().st_size - LOG_BYTES))
-        data = file.read()
-    descriptor = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-    with os.fdopen(descriptor, "wb") as kept:
-        kept.write(data)
-
-
-@dataclass(frozen=True)
-class Life:
-    """What is known of a VM's workloads at one moment of it.
-
-    `job`: the guest's number of the driver that runs. `baseline`: the hosts' tallies when it was started. `before`:
-    transactions completed by earlier drivers. `killed`: drivers that were killed up to then. `jobs`: with Linux's own
-    drivers, the number of each workload's program. `moves`: how often the guest found itself restored, up to then;
-    `backs`: how often with another end of its network than the one that it had spoken with, which has not gone back.
-    """
-
-    job: int
-    baseline: dict[str, Count]
-    before: int = 0
-    killed: int = 0
-    jobs: dict[str, int] = field(default_factory=dict)
-    moves: int = 0
-    backs: int = 0
-
-    def moved(self, *, back: bool = False) -> Life:
-        """This one, restored, migrated, or (`back`) taken back to."""
-        return replace(self, moves=self.moves + 1, backs=self.backs + back)
 
 
 @dataclass
@@ -106,7 +59,7 @@ class Subject:
     """See the module's text."""
 
     vm: VirtualMachine
-    life: Life
+    session: Session
 
 
 @dataclass(frozen=True)
@@ -114,7 +67,7 @@ class Kept:
     """A snapshot that a VM can be restored from."""
 
     directory: Path
-    life: Life
+    session: Session
 
 
 class Stage:
@@ -132,9 +85,10 @@ class Stage:
         self.audit = folder / "audit" if plan.audit else None
         self.subject: Subject | None = None
         self.snapshot: Kept | None = None
-        self.checkpoints: dict[str, Life] = {}
+        self.checkpoints: dict[str, Session] = {}
         self.samples: list[Sample] = []
-        self._each_run = {one.provider for one in plan.workloads if ALL_RECIPES[one.driver].each_run}
+        self._each_run = {one.provider for one in plan.workloads if not one.own and ALL_RECIPES[one.driver].each_run}
+        self._counts: Count = {}  # by workload, as the guest said last
         self._began = time.monotonic()
         self._lives = 0
         self._names = 0
@@ -148,7 +102,7 @@ class Stage:
     def here(self) -> Subject:
         """The VM that is there."""
         if self.subject is None:
-            raise Wrong("no VM is there")
+            raise Fault("no VM is there")
         return self.subject
 
     def event(self, text: str, *, serious: bool = False) -> None:
@@ -173,7 +127,7 @@ class Stage:
     async def boot(self) -> None:
         """Start the VM and its workloads. Raises what a launch raises."""
         vm = await VirtualMachine.launch(self.plan.vm, self.programs, self.run_directory(), audit=self.audit)
-        self.subject = Subject(vm, Life(0, {}))
+        self.subject = Subject(vm, Session({}, {}))
         await vm.wait_ready()
         await self.start_workloads()
 
@@ -188,7 +142,7 @@ class Stage:
             kept.directory, self.programs, self.run_directory(), audit=self.audit, clone=clone, options=options
         )
         vm.programs = self.programs  # the same files as those in the snapshot, which may go before the VM does
-        return Subject(vm, kept.life.moved(back=back or clone))
+        return Subject(vm, kept.session.moved(back=back or clone))
 
     async def keep(self, kept: Kept | None) -> None:
         """The last snapshot, instead of the one before it."""
@@ -212,25 +166,80 @@ class Stage:
 
     async def start_workloads(self, *, before: int = 0, killed: int = 0) -> None:
         """Start the plan's workloads in the guest. Raises VmbusError."""
-        vm = self.here.vm
-        status = await vm.call_server("status")
-        parameters = {"workloads": [{"driver": one.driver, **one.parameters} for one in self.plan.workloads]}
-        started = await vm.call_agent("start", driver=MIXED, parameters=parameters)
-        self.here.life = Life(int(started["job"]), tallies(status), before, killed)
+        await self._install()
+        session = await self._open_books(before, killed)
+        together = [one for one in self.plan.workloads if not one.alone]
+        jobs = {}
+        if together:
+            parts = [{"driver": one.runs or one.driver, **one.parameters} for one in together]
+            jobs[MIXED] = await self._start(MIXED, {"workloads": parts})
+        for one in self.plan.workloads:
+            if one.alone:
+                jobs[one.driver] = await self._start(one.runs, one.parameters)
+        self.here.session = replace(session, jobs=jobs)
+
+    async def _install(self) -> None:
+        files = {one.runs: one.source for one in self.plan.workloads if one.source}
+        await install(self.here.vm, [DriverFile(name, source, True) for name, source in files.items()])
+
+    async def _start(self, driver: str, parameters: dict[str, Any]) -> int:
+        started = await self.here.vm.call_agent("start", driver=driver, parameters=parameters)
+        return int(started["job"])
+
+    async def _open_books(self, before: int, killed: int) -> Session:
+        """A session without its jobs; made before they start, so that nothing of theirs is taken for older."""
+        status = await self.here.vm.call_server("status")
+        marks = {
+            one.driver: {path: number_at(status, one, path) for path in one.verdict.values()}
+            for one in self.plan.workloads
+            if one.verdict
+        }
+        return Session({}, tallies(status), before, killed, marks)
 
     async def status(self, subject: Subject) -> dict[str, Any]:
         """What the server says, and what else the books need. Raises VmbusError."""
-        return await subject.vm.call_server("status")
+        status = await subject.vm.call_server("status")
+        if not any(one.own for one in self.plan.workloads):
+            return status
+        return self._with_reports(status, await self._reports(subject))
+
+    async def _reports(self, subject: Subject) -> dict[str, dict[str, Any]]:
+        """What the guest's programs say."""
+        return {name: await subject.vm.call_agent("poll", job=job) for name, job in subject.session.jobs.items()}
+
+    def _with_reports(self, status: dict[str, Any], reports: dict[str, dict[str, Any]]) -> dict[str, Any]:
+        """With `counts` (transactions of each workload that the guest counts), and `reports`."""
+        status = {**status, "reports": reports}
+        self._counts = {
+            one.driver: count for one in self.plan.workloads if (count := self._count(one, status)) is not None
+        }
+        return {**status, "counts": self._counts}
+
+    def _count(self, one: WorkloadPlan, status: dict[str, Any]) -> int | None:
+        """How far a workload is, as the guest counts; None for one whose transactions the host counts."""
+        return int(self._said(one, status["reports"], "progress").get("completed", 0)) if one.own else None
+
+    def _said(self, one: WorkloadPlan, reports: dict[str, dict[str, Any]], what: str) -> dict[str, Any]:
+        """What the guest says of a workload: its part of the `progress`, or the `result`, of its program."""
+        alone = one.driver in reports
+        whole: dict[str, Any] = (reports.get(one.driver if alone else MIXED) or {}).get(what) or {}
+        if alone:
+            return whole
+        together = [other for other in self.plan.workloads if not other.alone]
+        parts = whole.get("workloads", [whole] if len(together) == 1 else [])
+        at = together.index(one)
+        return dict(parts[at]) if at < len(parts) else {}
 
     def transactions(self, subject: Subject, status: dict[str, Any]) -> int:
-        """Completed since the episode's beginning, as the host counts."""
-        mine = {one.provider for one in self.plan.workloads}
+        """Completed since the episode's beginning: as the host counts, or the guest."""
+        mine = {one.provider for one in self.plan.workloads if not one.own}
         counted = [self._counted(subject, name, tally) for name, tally in tallies(status).items() if name in mine]
-        return subject.life.before + sum(tally["completed"] for tally in counted)
+        counts: Count = status.get("counts", self._counts)  # a sample does not ask the guest
+        return subject.session.before + sum(tally["completed"] for tally in counted) + sum(counts.values())
 
     def _counted(self, subject: Subject, provider: str, tally: Count) -> Count:
         """What a provider has counted since the driver was started that runs now."""
-        baseline = subject.life.baseline.get(provider, {})
+        baseline = subject.session.baseline.get(provider, {})
         if provider in self._each_run and tally != baseline:
             return tally
         return {kind: count - baseline.get(kind, 0) for kind, count in tally.items()}
@@ -239,11 +248,11 @@ class Stage:
         """Wait until `after` further transactions are completed, each workload has moved on, and enough packets are in
         flight; returns the server's status then.
 
-        Raises Wrong if a workload ends or a book shows a fault, WaitTimeout, ProcessDied.
+        Raises Fault if a workload ends or a book shows a fault, WaitTimeout, ProcessDied.
         """
         first: dict[str, Any] | None = None
         deadline = time.monotonic() + timeout
-        enough = time.monotonic() + LOAD_SECONDS
+        enough = time.monotonic() + (LOAD_SECONDS if self.plan.packets else _ANY_SECONDS)
         look = time.monotonic() + _JOB_INTERVAL
         while True:
             status = await self.status(subject)
@@ -256,7 +265,7 @@ class Stage:
             packets = flight(status)
             loaded = self._loaded(packets)
             if moved >= after and not still and (loaded or now > enough):
-                if not loaded:
+                if not loaded and self.plan.packets:
                     self.event(f"fewer packets in flight than wanted ({self.plan.packets} in each state): {packets}")
                 return status
             if now > look:
@@ -270,7 +279,9 @@ class Stage:
             await asyncio.sleep(self.look_interval)
 
     def _loaded(self, packets: Count) -> bool:
-        """Whether enough packets are in flight for an operation."""
+        """Whether enough packets are in flight for an operation. Without a workload of ours that sees to it: any."""
+        if not self.plan.packets:
+            return any(packets.values())
         return min(packets["queued"], packets["sent"]) >= self.plan.packets
 
     def _still(self, first: dict[str, Any], status: dict[str, Any]) -> list[str]:
@@ -279,41 +290,50 @@ class Stage:
         return [
             one.driver
             for one in self.plan.workloads
-            if one.provider in now and now[one.provider]["completed"] == was[one.provider]["completed"]
-        ]
+            if not one.own and one.provider in now and now[one.provider]["completed"] == was[one.provider]["completed"]
+        ] + [name for name, count in status.get("counts", {}).items() if count <= first["counts"].get(name, 0)]
 
     async def _require_job(self, subject: Subject) -> None:
-        report = await subject.vm.call_agent("poll", job=subject.life.job)
-        if report["state"] != "running":
-            raise Wrong(f"the guest's workloads ended by themselves: {_say(report)}")
+        for name, report in (await self._reports(subject)).items():
+            if report["state"] != "running":
+                what = "workloads" if name == MIXED else f"workload {name}"
+                raise Fault(f"the guest's {what} ended by themselves: {report_in_words(report)}")
 
     async def words(self, subject: Subject) -> dict[str, Any]:
         """What the guest has to say of a failure."""
-        return await subject.vm.call_agent("poll", job=subject.life.job)
+        return {"reports": await self._reports(subject)}
 
     def check_books(self, subject: Subject, status: dict[str, Any]) -> None:
-        """Raises Wrong if the host's books show that something was lost, duplicated, reordered or corrupted."""
+        """Raises Fault if the host's books show that something was lost, duplicated, reordered or corrupted."""
         for name, tally in tallies(status).items():
             counted = self._counted(subject, name, tally)
-            wrong = {kind: counted[kind] for kind in WRONGS if counted.get(kind)}
+            wrong = {kind: counted[kind] for kind in FAULTS if counted.get(kind)}
             if wrong:
-                raise Wrong(f"the books of provider {name!r} say: {_counts(wrong)}")
+                raise Fault(f"the books of provider {name!r} say: {in_words(wrong)}")
         for name, provider in status["providers"].items():
             if count := provider.get("wrong"):
-                raise Wrong(f"the books of provider {name!r} are wrong on {count} channels: {provider}")
+                raise Fault(f"the books of provider {name!r} are wrong on {count} channels: {provider}")
+        for one in self.plan.workloads if "reports" in status else ():
+            said = self._said(one, status["reports"], "progress")
+            if one.own and (wrong := {kind: said[kind] for kind in FAULTS if said.get(kind)}):
+                raise Fault(f"workload {one.driver}, as the guest counts: {in_words(wrong)}")
 
     async def finish(self, subject: Subject) -> tuple[list[WorkloadRecord], str, list[str]]:
         """Stop the workloads, and compare all books: the records, the auditor's verdict, and what is wrong.
 
         Raises VmbusError if the VM or its guest does not answer.
         """
-        vm, life = subject.vm, subject.life
-        await vm.call_agent("stop", job=life.job)
-        report = await self._job_end(subject, life.job)
-        status = await vm.call_server("status")
-        records, wrong = self._compare(subject, report, status)
+        reports = await self._ends(subject)
+        status = await subject.vm.call_server("status")
+        records, wrong = self._compare(subject, reports, status)
         verdict, broken = await self._auditor(subject)
         return records, verdict, wrong + broken
+
+    async def _ends(self, subject: Subject) -> dict[str, dict[str, Any]]:
+        """The reports of the guest's programs, which are stopped."""
+        for job in subject.session.jobs.values():
+            await subject.vm.call_agent("stop", job=job)
+        return {name: await self._job_end(subject, job) for name, job in subject.session.jobs.items()}
 
     async def _job_end(self, subject: Subject, job: int) -> dict[str, Any]:
         deadline = time.monotonic() + self.plan.finish_seconds
@@ -325,43 +345,47 @@ class Stage:
         raise WaitTimeout("the guest's workloads to end after they were stopped", self.plan.finish_seconds)
 
     def _compare(
-        self, subject: Subject, report: dict[str, Any], status: dict[str, Any]
+        self, subject: Subject, reports: dict[str, dict[str, Any]], status: dict[str, Any]
     ) -> tuple[list[WorkloadRecord], list[str]]:
-        wrong: list[str] = []
-        result = report.get("result") or {}
-        if report["state"] != "finished":
-            wrong.append(f"the guest's workloads {report['state']}: {_say(report)}")
+        wrong = []
+        for name, report in reports.items():
+            if report["state"] != "finished":
+                what = "workloads" if name == MIXED else f"workload {name}"
+                wrong.append(f"the guest's {what} {report['state']}: {report_in_words(report)}")
         theirs = tallies(status)
-        found: list[dict[str, Any]] = list(result.get("workloads", []))
         records = []
-        for number, plan in enumerate(self.plan.workloads):
-            mine = found[number] if number < len(found) else {}
+        for one in self.plan.workloads:
+            mine = self._said(one, reports, "result")
             record = WorkloadRecord(
-                driver=plan.driver,
-                parameters=plan.parameters,
+                driver=one.driver,
+                parameters=one.parameters,
                 verdict=str(mine.get("verdict", "none")),
                 transactions=int(mine.get("completed", 0)),
-                **{kind: int(mine.get(kind, 0)) for kind in WRONGS},
+                **{kind: int(mine.get(kind, 0)) for kind in FAULTS},
                 message="; ".join(map(str, mine.get("trouble", []))),
             )
             records.append(record)
-            if mine and record.verdict != "passed":
-                wrong.append(f"workload {plan.driver}, as the guest counts: {_say_result(mine)}")
-            host = theirs.get(plan.provider)
-            if host is None or not mine:
+            if not mine:
                 continue
-            counted = self._counted(subject, plan.provider, host)
-            faults = {kind: counted[kind] for kind in WRONGS if counted.get(kind)}
+            if record.verdict != "passed":
+                wrong.append(f"workload {one.driver}, as the guest counts: {result_in_words(mine)}")
+            wrong += disagreements(subject.session, one, mine, status)
+            host = theirs.get(one.provider)
+            if host is None:
+                continue
+            counted = self._counted(subject, one.provider, host)
+            faults = {kind: counted[kind] for kind in FAULTS if counted.get(kind)}
             if faults:
-                wrong.append(f"workload {plan.driver}, as the host counts: {_counts(faults)}")
-            if not counted["started"] == counted["completed"] == record.transactions:
+                wrong.append(f"workload {one.driver}, as the host counts: {in_words(faults)}")
+            done = record.transactions
+            if not counted.get("started", done) == counted.get("completed", done) == done:
                 wrong.append(
-                    f"workload {plan.driver}: the guest completed {record.transactions} transactions; the host began "
-                    f"{counted['started']} and completed {counted['completed']}"
+                    f"workload {one.driver}: the guest completed {done} transactions; the host began "
+                    f"{counted.get('started', '?')} and completed {counted.get('completed', '?')}"
                 )
         left = flight(status)
         if any(left.values()):
-            wrong.append(f"packets are still in flight at the end: {_counts(left)}")
+            wrong.append(f"packets are still in flight at the end: {in_words(left)}")
         return records, wrong
 
     async def _auditor(self, subject: Subject) -> tuple[str, list[str]]:
@@ -371,16 +395,7 @@ class Stage:
         await collect_audit(subject.vm)
         leaf = str((await subject.vm.call_server("audit"))["uid"])
         found = await asyncio.to_thread(check_paths, [self.audit], leaf=leaf)
-        return found.verdict, self._judge(found, subject.life)
-
-    def _judge(self, report: Report, life: Life) -> list[str]:
-        """What speaks against a record. A driver that was killed leaves one that stops short."""
-        if report.verdict == "broken":
-            return [f"the auditor: {report.problems[0]}"]
-        if report.verdict == "clean":
-            return []
-        unproven = [gap for gap in report.missing if not (life.killed and gap.code in _DEAD)]
-        return [f"the auditor could not prove all: {unproven[0]}"] if unproven else []
+        return found.verdict, judge(found, subject.session)
 
     # ---- samples -------------------------------------------------------------------------------------------------
 
@@ -404,35 +419,3 @@ class Stage:
                     )
                     self.samples.append(sample)
                     self.sink.sample(sample)
-
-
-def tallies(status: dict[str, Any]) -> dict[str, Count]:
-    """The books of a server's providers that keep any, by name."""
-    found = {}
-    for name, provider in status["providers"].items():
-        if isinstance(tally := provider.get("tally"), dict):
-            found[name] = {str(kind): int(count) for kind, count in tally.items()}
-    return found
-
-
-def flight(status: dict[str, Any]) -> Count:
-    """Packets in flight by state: the host's ``queued`` and ``sent`` ones, and the guest's ``held`` by providers."""
-    packets = status["packets"]
-    return {"queued": int(packets["queued"]), "sent": int(packets["sent"]), "held": int(status["incoming_held"])}
-
-
-def _counts(counts: Count) -> str:
-    return ", ".join(f"{count} {kind}" for kind, count in counts.items())
-
-
-def _say_result(result: dict[str, Any]) -> str:
-    counts = ", ".join(f"{key} {result[key]}" for key in ("completed", *WRONGS) if key in result)
-    return "; ".join([counts, *map(str, result.get("trouble", []))])
-
-
-def _say(report: dict[str, Any]) -> str:
-    error = report.get("error")
-    if error:
-        return str(error.get("message", error))
-    results = (report.get("result") or {}).get("workloads", [])
-    return " | ".join(f"{one.get('name')}: {_say_result(one)}" for one in results) or "it says nothing"

@@ -14,6 +14,7 @@ import contextlib
 import os
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,13 @@ import msgspec
 from vmbus.errors import EnvironmentProblem
 from vmbus.operations.machine import VirtualMachine
 from vmbus.providers.disk.image import DIRECTORY_VARIABLE
+from vmbus.soak.books import Fault, disagreements
 from vmbus.soak.outside import GUEST, HOST, PREFIX_LENGTH, Outside, why_not
 from vmbus.soak.peer import GUEST_PORT, PORT, Peer, Sockets
+from vmbus.soak.plan import EpisodePlan, WorkloadPlan
 from vmbus.soak.records import Count, WorkloadRecord
-from vmbus.soak.schedule import EpisodePlan, WorkloadPlan
 from vmbus.soak.settings import DISK_LOSES_A_BLOCK
-from vmbus.soak.stage import Kept, Life, Options, Stage, Subject, Wrong
+from vmbus.soak.stage import Kept, Options, Stage, Subject
 from vmbus.soak.workloads import IMAGE
 from vmbus.vm.description import with_options
 
@@ -45,20 +47,6 @@ _SLOWEST = {"disk": "acknowledged", "vsock": "slowest", "card": "slowest"}  # so
 _BLOCK, _MAGIC, _BATCH = 1024, b"written!", 32  # of a small ext4, and of the guest's disk-writer
 
 
-@contextlib.contextmanager
-def disks_in(directory: Path) -> Iterator[None]:
-    """A context in which disks' images are in this directory."""
-    before = os.environ.get(DIRECTORY_VARIABLE)
-    os.environ[DIRECTORY_VARIABLE] = str(directory)
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[DIRECTORY_VARIABLE]
-        else:
-            os.environ[DIRECTORY_VARIABLE] = before
-
-
 class StockStage(Stage):
     """See the module's text."""
 
@@ -69,7 +57,6 @@ class StockStage(Stage):
         self._peers: dict[int, tuple[VirtualMachine, Peer]] = {}
         self._outside: Outside | None = None
         self._beside: dict[int, tuple[VirtualMachine, Outside]] = {}  # of clones
-        self._counts: dict[str, int] = {}
         self._wrong: list[str] = []
 
     # ---- VMs that come and go ------------------------------------------------------------------------------------
@@ -147,10 +134,14 @@ class StockStage(Stage):
     async def start_workloads(self, *, before: int = 0, killed: int = 0) -> None:
         vm = self.here.vm
         if vm.notice:
-            raise Wrong(f"{vm.notice} (--set linux=0 leaves out the episodes that need them)")
+            raise Fault(f"{vm.notice} (--set linux=0 leaves out the episodes that need them)")
         await _shell(vm, f"echo {HUNG_SECONDS} > /proc/sys/kernel/hung_task_timeout_secs")
+        await self._install()
+        session = await self._open_books(before, killed)
         jobs: dict[str, int] = {}
         for one in self.plan.workloads:
+            if one.own:
+                jobs[one.driver] = await self._start(one.runs, one.parameters)
             if one.driver not in _DRIVERS:
                 continue
             parameters = one.parameters
@@ -160,13 +151,12 @@ class StockStage(Stage):
                 up = {"interface": "eth0", "address": f"{GUEST}/{PREFIX_LENGTH}"}
                 report = await vm.call_agent("run", driver="interface", parameters=up, timeout=60.0)
                 if report["state"] != "finished":
-                    raise Wrong(f"the card does not come up: {report.get('error')}")
+                    raise Fault(f"the card does not come up: {report.get('error')}")
                 assert self._outside is not None
                 await self._begin(self._outside)
                 parameters = {"address": HOST, **parameters}
-            started = await vm.call_agent("start", driver=_DRIVERS[one.driver], parameters=parameters)
-            jobs[one.driver] = int(started["job"])
-        self.here.life = Life(next(iter(jobs.values()), 0), {}, before, killed, jobs)
+            jobs[one.driver] = await self._start(_DRIVERS[one.driver], parameters)
+        self.here.session = replace(session, jobs=jobs)
 
     async def _begin(self, outside: Outside) -> None:
         parameters = self._card.parameters
@@ -195,41 +185,28 @@ class StockStage(Stage):
         return self._peers[id(subject.vm)][1]
 
     async def status(self, subject: Subject) -> dict[str, Any]:
-        """With `counts` (what each workload has done), and `reports` (what the guest's programs say)."""
-        status = await super().status(subject)
+        """With `counts` and `reports` of all workloads."""
+        status = await subject.vm.call_server("status")
         await self._peer(subject, status)
-        reports = {}
-        for name, job in subject.life.jobs.items():
-            reports[name] = await subject.vm.call_agent("poll", job=job)
-        self._counts = self._count(status, reports)
-        return {**status, "counts": self._counts, "reports": reports}
+        return self._with_reports(status, await self._reports(subject))
 
-    def _count(self, status: dict[str, Any], reports: dict[str, Any]) -> Count:
-        counts = {}
-        for one in self.plan.workloads:
-            if one.driver == "heartbeat":
-                counts[one.driver] = int(status["providers"][one.provider]["heartbeat"]["beats"])
-                continue
-            progress = reports[one.driver]["progress"] or {}
-            counts[one.driver] = int(progress.get(_SLOWEST[one.driver], 0))
-        return counts
+    def _count(self, one: WorkloadPlan, status: dict[str, Any]) -> int | None:
+        if one.driver == "heartbeat":
+            return int(status["providers"][one.provider]["heartbeat"]["beats"])
+        return int(self._said(one, status["reports"], "progress").get(_SLOWEST.get(one.driver, "completed"), 0))
 
     def transactions(self, subject: Subject, status: dict[str, Any]) -> int:
-        counts: Count = status.get("counts", self._counts)  # a sample does not ask the guest
-        return subject.life.before + sum(counts.values())
+        counts: Count = status.get("counts", self._counts)
+        return subject.session.before + sum(counts.values())
 
     def _loaded(self, packets: Count) -> bool:
         return True  # Linux decides how many it has in flight
-
-    def _still(self, first: dict[str, Any], status: dict[str, Any]) -> list[str]:
-        return [name for name, count in status["counts"].items() if count <= first["counts"][name]]
 
     async def _require_job(self, subject: Subject) -> None:
         pass  # `check_books` has seen the reports
 
     async def words(self, subject: Subject) -> dict[str, Any]:
-        reports = {name: await subject.vm.call_agent("poll", job=job) for name, job in subject.life.jobs.items()}
-        return {"reports": reports, "log": (await _shell(subject.vm, "dmesg")).splitlines()}
+        return {**await super().words(subject), "log": (await _shell(subject.vm, "dmesg")).splitlines()}
 
     def check_books(self, subject: Subject, status: dict[str, Any]) -> None:
         super().check_books(subject, status)
@@ -243,16 +220,16 @@ class StockStage(Stage):
         wrong += self._compare_connections(subject, status["reports"], "progress")
         wrong += self._compare_providers(status)
         if wrong:
-            raise Wrong("; ".join(wrong))
+            raise Fault("; ".join(wrong))
 
     def _compare_connections(self, subject: Subject, reports: dict[str, Any], field: str) -> list[str]:
         wrong = []
-        key, life = id(subject.vm), subject.life
+        key, session = id(subject.vm), subject.session
         outside = self._beside[key][1] if key in self._beside else self._outside
         for name, peer, causes in (
-            ("vsock", self._peers[key][1] if key in self._peers else None, life.moves),
+            ("vsock", self._peers[key][1] if key in self._peers else None, session.moves),
             # One that is made while it goes back may end, too.
-            ("card", outside.peer if outside is not None else None, 2 * life.backs),
+            ("card", outside.peer if outside is not None else None, 2 * session.backs),
         ):
             plan = self._plan_of(name)
             if plan is None:
@@ -283,15 +260,13 @@ class StockStage(Stage):
         vm = subject.vm
         status = await self.status(subject)
         self.check_books(subject, status)
-        for job in subject.life.jobs.values():
-            await vm.call_agent("stop", job=job)
-        reports = {name: await self._job_end(subject, job) for name, job in subject.life.jobs.items()}
-        status = await super().status(subject)
+        reports = await self._ends(subject)
+        status = await vm.call_server("status")
         records, wrong = [], list(self._wrong)
         for one in self.plan.workloads:
             record, faults = self._record(one, reports.get(one.driver), status)
             records.append(record)
-            wrong += faults
+            wrong += [*faults, *disagreements(subject.session, one, self._said(one, reports, "result"), status)]
         wrong += self._compare_connections(subject, reports, "result")
         wrong += self._compare_providers(status)
         wrong += await self._complaints(vm)
@@ -308,7 +283,7 @@ class StockStage(Stage):
         else:
             result = report.get("result") or {}
             verdict = str(result.get("verdict", "none"))
-            count = int(result.get(_COUNTED[plan.driver], 0))
+            count = int(result.get(_COUNTED.get(plan.driver, "completed"), 0))
             if report["state"] != "finished" or verdict != "passed":
                 message = _say(report)
                 wrong.append(f"workload {plan.driver} {report['state']}: {message}")
@@ -356,7 +331,7 @@ def lose_a_block(image: Path) -> None:
 async def _shell(vm: VirtualMachine, command: str) -> str:
     done = await vm.run_in_guest(["/bin/sh", "-c", command])
     if done.code:
-        raise Wrong(f"{command!r} in the guest ended with {done.code}: {done.output[-500:]}")
+        raise Fault(f"{command!r} in the guest ended with {done.code}: {done.output[-500:]}")
     return str(done.output)
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from vmbus.errors import VmbusError
 from vmbus.soak.episode import run_episode
-from vmbus.soak.schedule import load_plan
+from vmbus.soak.plan import load_plan
 from vmbus.soak.sink import LineSink, encoded
 
 PLAN = "plan.json"

@@ -222,6 +222,10 @@ CATALOGUE: dict[str, Entry] = {
         "vmbus_guest.testdrivers.disk_speed",
         "reads or writes a block device past the page cache and counts: no channels",
     ),
+    "command": Entry(
+        "vmbus_guest.testdrivers.command",
+        "runs a program again and again, each time to its end: no device",
+    ),
     "function": Entry(
         "vmbus_guest.testdrivers.function",
         "opens the PCI function, reads its registers, maps memory for it, and closes it: no channels",

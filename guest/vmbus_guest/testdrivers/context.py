@@ -67,6 +67,14 @@ class Parameters:
             raise UsageError(f"parameter '{name}' must be a list of objects, not {values!r}")
         return values
 
+    def texts(self, name: str) -> list[str]:
+        """Return a parameter that is a list of texts, at least one. Raises `UsageError` if it is not."""
+        self.asked[name] = Asked(None, None, None)
+        values = self._values.get(name)
+        if not isinstance(values, list) or not values or not all(isinstance(value, str) for value in values):
+            raise UsageError(f"parameter '{name}' must be a list of texts, not {values!r}")
+        return values
+
     def check(self) -> None:
         """Raises `UsageError` if there is one that nobody asked for: most likely a typing error."""
         unknown = sorted(set(self._values) - set(self.asked))
