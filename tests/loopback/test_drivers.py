@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 
-from support.restoring import RestoringFunction, Servers
 from vmbus.errors import UsageError
 from vmbus.kmcl.completion import Completion
 from vmbus.kmcl.outgoing import Outgoing
@@ -20,6 +19,7 @@ from vmbus.providers.lab.pipe import PipeEnd
 from vmbus.providers.lab.station import _HANDLERS as HANDLERS
 from vmbus.providers.lab.station import Line, Station
 from vmbus.testkit.loopback.harness import LoopbackServer, describe
+from vmbus.testkit.loopback.restoring import RestoringFunction, Servers
 from vmbus.transport.library import Library
 from vmbus.wire.lab import REPLY, Op, Status
 from vmbus_guest.testdrivers import CATALOGUE, drivers

@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 
-from support.restoring import Servers
 from vmbus.cli.drivers import Drive, jobs_for, outcome, parse_drive
 from vmbus.errors import EnvironmentProblem, UsageError
 from vmbus.providers.echo import EchoProvider
 from vmbus.testkit.driver_file import DriverFile, read_driver_file
 from vmbus.testkit.loopback.harness import describe
+from vmbus.testkit.loopback.restoring import Servers
 from vmbus.transport.library import Library
 from vmbus_guest.testdrivers import CATALOGUE, DIRECTORY_VARIABLE, drivers
 from vmbus_guest.testdrivers.context import Context

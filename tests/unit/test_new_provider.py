@@ -13,6 +13,7 @@ from click.testing import CliRunner
 
 import vmbus.providers
 from vmbus.cli import main
+from vmbus.cli.new_provider import _FILES
 from vmbus.device.description import DeviceDescription, ProviderDescription, load_device
 from vmbus.device.device import Device
 from vmbus.errors import EnvironmentProblem, UsageError
@@ -21,6 +22,8 @@ from vmbus.providers.loading import ALLOW_VARIABLE, PATH_VARIABLE
 from vmbus.server.life import Life
 from vmbus.server.services import Services
 from vmbus.server.timers import Timers
+from vmbus.soak.schedule import check_own, plan_episode
+from vmbus.soak.settings import load_settings
 from vmbus.testkit import ProviderTest
 from vmbus.vm.description import load_description
 
@@ -60,7 +63,7 @@ def test_what_is_created_passes_its_own_test_and_the_linters_at_once(tmp_path: P
     result = run(name, str(tmp_path / "mine"))
     assert result.exit_code == 0, result.output
     made = tmp_path / "mine"
-    assert sorted(path.name for path in made.iterdir()) == sorted([f"{name}.py", f"test_{name}.py", f"{name}.toml"])
+    assert sorted(path.name for path in made.iterdir()) == sorted(pattern.format(name) for pattern in _FILES.values())
     for path in made.iterdir():
         assert str(path) in result.output
         assert "$" not in path.read_text()
@@ -86,6 +89,19 @@ def test_its_machine_is_a_description_that_finds_the_class(tmp_path: Path, monke
     assert found.kind == "door_bell"
     with ProviderTest(found, options=provider.options) as kit:
         assert kit.open().request(b"ding").rstrip(b"\0") == b"DING"
+
+
+def test_its_soak_campaign_runs_its_driver_against_it(tmp_path: Path) -> None:
+    assert run("door_bell", str(tmp_path)).exit_code == 0
+    settings = load_settings(tmp_path / "door_bell_soak.toml")
+    check_own(settings)
+    plan = plan_episode(settings, settings.seed, 0)
+    mine = next(one for one in plan.workloads if one.own)
+    provider = next(one for one in plan.vm.device.providers if one.name == mine.provider)
+    assert provider.kind == "door_bell:DoorBell" and 1 <= provider.options["every"] <= 20
+    assert mine.source == (tmp_path / "door_bell_driver.py").read_text() and mine.runs == "door-bell-driver"
+    assert mine.parameters["instance"] == provider.instance and not mine.alone
+    assert plan.path == [str(tmp_path)]
 
 
 def test_the_script_is_there() -> None:
@@ -117,7 +133,7 @@ def test_names_that_cannot_be(tmp_path: Path, name: str, message: str) -> None:
     assert result.output.startswith("error: ") and message in result.output and result.output.count("\n") == 1
 
 
-@pytest.mark.parametrize("existing", ["door_bell.py", "test_door_bell.py", "door_bell.toml"])
+@pytest.mark.parametrize("existing", [pattern.format("door_bell") for pattern in _FILES.values()])
 def test_nothing_is_overwritten(tmp_path: Path, existing: str) -> None:
     (tmp_path / existing).write_text("mine")
     result = run("door_bell", str(tmp_path))

@@ -19,11 +19,12 @@ import vmbus
 import vmbus_guest
 from support import pace
 from support.processes import children
+from vmbus.cli.new_provider import create
 from vmbus.soak.episode import run_episode, scratch_base
 from vmbus.soak.plan import EpisodePlan, encode_plan
 from vmbus.soak.records import EpisodeRecord, OperationRecord
 from vmbus.soak.schedule import plan_episode
-from vmbus.soak.settings import LOSE_ONE_IN_A_THOUSAND, WEIGHTS, settings_from
+from vmbus.soak.settings import LOSE_ONE_IN_A_THOUSAND, WEIGHTS, load_settings, settings_from
 from vmbus.soak.sink import NoSink
 from vmbus.vm.command_line import Programs
 
@@ -96,6 +97,71 @@ def test_every_operation_under_load(run: Run, programs: Programs, tmp_path: Path
         assert workload.verdict == "passed" and workload.transactions > 0
     assert any(sample.in_flight["queued"] for sample in record.samples)
     assert not scratch_left()
+
+
+def test_fault_t9_an_authors_own_provider_and_driver_are_soaked_with_operations_of_his_own(
+    run: Run, programs: Programs, tmp_path: Path
+) -> None:
+    """What `new-provider` makes, alone in its VM but for a program of the guest's, through live migrations and all that
+    replaces processes. After the last of them the provider counts a request too many: the verdict says so."""
+    create("door_bell", tmp_path)
+    (tmp_path / "own_operations.py").write_text(CHEAT)
+    with (tmp_path / "door_bell.py").open("a") as module:
+        module.write(COMMAND)
+    (tmp_path / "night.toml").write_text(OWN)
+    chosen = plan_episode(load_settings(tmp_path / "night.toml"), 1, 0)
+    folder = tmp_path / "episode"
+    folder.mkdir(mode=0o700)
+    sink = Recording()
+    record: EpisodeRecord = run(run_episode(chosen, folder, sink, programs=programs))
+    for operation in sink.operations:
+        print(operation.kind, operation.outcome, operation.seconds, operation.downtime, operation.packets)
+    assert [one.outcome for one in sink.operations] == ["done"] * 7, record.failure
+    assert record.verdict == "failed" and record.audit == "clean"
+    assert "'served' of its provider's status has risen by" in record.failure, record.failure
+    assert "workload sum" not in record.failure
+    assert {one.driver: one.verdict for one in record.workloads} == {"bell": "passed", "sum": "passed"}
+    assert all(one.transactions > 0 for one in record.workloads) and record.workloads[0].transactions > 500
+    assert not scratch_left()
+
+
+COMMAND = """
+    def command(self, name, arguments):
+        self.served += 1
+        return {}
+"""
+CHEAT = """
+from vmbus.soak.operations import Figures
+
+async def cheat(stage, parameters):
+    await stage.command("bell", "cheat")
+    return Figures()
+"""
+OWN = """
+linux = 0
+pace = 200
+workloads = { "*" = 0 }
+script = [
+    { kind = "migrate" }, { kind = "save_restore_live" }, { kind = "checkpoint" }, { kind = "migrate" },
+    { kind = "revert" }, { kind = "look" }, { kind = "cheat" },
+]
+[[workload]]
+name = "bell"
+provider = "door_bell:DoorBell"
+driver_file = "door_bell_driver.py"
+parameters = { count = 0, window = { between = [8, 16] } }
+verdict = { completed = "served" }
+[[workload]]
+name = "sum"
+command = ["/bin/sh", "-c", "md5sum /init"]
+linux = false
+[[operation]]
+name = "look"
+guest = ["/bin/ls", "/run/vmbus-drivers"]
+[[operation]]
+name = "cheat"
+call = "own_operations:cheat"
+"""
 
 
 def test_sabotage_is_found_and_found_again(run: Run, programs: Programs, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""``new-provider``: a provider to begin with, its test, and a VM description that uses it."""
+"""``new-provider``: a provider to begin with, its guest's driver, its tests, a VM and a soak campaign with it."""
 
 from __future__ import annotations
 
@@ -16,8 +16,15 @@ from vmbus.errors import EnvironmentProblem, UsageError
 from vmbus.places import command
 from vmbus.providers.loading import PATH_VARIABLE
 
-_NAME = re.compile(r"[a-z][a-z0-9_]{0,31}")
-_FILES = {"provider.py.in": "{}.py", "test_provider.py.in": "test_{}.py", "machine.toml.in": "{}.toml"}
+_NAME = re.compile(r"[a-z][a-z0-9_]{0,24}")
+_FILES = {
+    "provider.py.in": "{}.py",
+    "driver.py.in": "{}_driver.py",
+    "test_provider.py.in": "test_{}.py",
+    "test_device.py.in": "test_{}_device.py",
+    "machine.toml.in": "{}.toml",
+    "soak.toml.in": "{}_soak.toml",
+}
 
 
 def create(name: str, directory: Path) -> list[Path]:
@@ -28,7 +35,7 @@ def create(name: str, directory: Path) -> list[Path]:
     """
     if not _NAME.fullmatch(name) or keyword.iskeyword(name) or keyword.issoftkeyword(name):
         raise UsageError(
-            f"{name!r} cannot be the name of a provider's module; allowed: 1 to 32 of a-z, 0-9 and '_', starting with "
+            f"{name!r} cannot be the name of a provider's module; allowed: 1 to 25 of a-z, 0-9 and '_', starting with "
             "a letter, no word of Python's, for instance door_bell"
         )
     if name in sys.stdlib_module_names or name in ("vmbus", "vmbus_guest", "msgspec", "click", "rich", "qemu"):
@@ -36,6 +43,7 @@ def create(name: str, directory: Path) -> list[Path]:
     values = {
         "name": name,
         "class_name": "".join(word.capitalize() for word in name.split("_")),
+        "driver_name": f"{name}_driver".replace("_", "-"),
         "vm_name": name.replace("_", "-").strip("-"),
         "interface_type": str(uuid.uuid4()),
         "instance": str(uuid.uuid4()),
@@ -59,13 +67,22 @@ def create(name: str, directory: Path) -> list[Path]:
 @click.argument("name")
 @click.argument("directory", type=click.Path(path_type=Path, file_okay=False), default=Path())
 def new_provider(name: str, directory: Path) -> None:
-    """Create a provider NAME (a module, such as door_bell) in DIRECTORY, with a test that passes and a VM."""
-    module, test, machine = (path.resolve() for path in create(name, directory))
-    click.echo(f"the provider     {module}")
-    click.echo(f"its test         {test}")
-    click.echo(f"a VM with it     {machine}")
+    """Create a provider NAME (a module, such as door_bell) in DIRECTORY: with its guest's driver, tests that pass, a VM
+    and a soak campaign."""
+    module, driver, test, device, machine, soak = (path.resolve() for path in create(name, directory))
+    for what, path in (
+        ("the provider", module),
+        ("its guest's driver", driver),
+        ("tests in milliseconds", test),
+        ("with a server, and a VM", device),
+        ("a VM with it", machine),
+        ("a soak campaign", soak),
+    ):
+        click.echo(f"{what:24} {path}")
     click.echo("")
-    click.echo(f"  {command('test')} {test}")
-    click.echo(f"  {PATH_VARIABLE}={module.parent} {command('run-vm')} {machine}")
+    click.echo(f"  {command('test')} {test} {device}")
+    click.echo(f"  {command('soak')} --schedule {soak}")
+    found = f"{PATH_VARIABLE}={module.parent} {command('run-vm')} {machine}"
+    click.echo(f"  {found} --driver-file {driver} --drive {driver.stem.replace('_', '-')}")
     click.echo("")
     click.echo("docs/writing-a-provider.md explains what is in them.")

@@ -162,7 +162,7 @@ class _Episode:
         before = None
         try:
             async with asyncio.timeout(plan.operation_seconds):
-                status = await stage.until_loaded(stage.here, operation.after, plan.operation_seconds)
+                status = await stage.until_loaded(stage.here, operation.after, 0.9 * plan.operation_seconds)
                 before = flight(status)
                 begin = stage.now
                 figures = await operation_of(plan, operation.kind)(stage, operation.parameters)

@@ -490,7 +490,7 @@ async def hot_add(stage: Stage, parameters: Parameters) -> Figures:
     vm, name = stage.here.vm, str(parameters["name"])
     number = int(name.rpartition("-")[2]) if name.rpartition("-")[2].isdigit() else 0
     provider = {"kind": "echo", "name": name, "instance": _INSTANCES.format(number), "options": {"hold": 2}}
-    await _change(vm, "offer", provider=provider)
+    await stage.ask_server("offer", provider=provider)
     if name not in (await vm.call_server("status"))["providers"]:
         raise Fault(f"provider {name!r} was offered, and is not there")
     return Figures()
@@ -501,16 +501,10 @@ async def rescind(stage: Stage, parameters: Parameters) -> Figures:
     vm, name = stage.here.vm, str(parameters["name"])
     if name not in (await vm.call_server("status"))["providers"]:
         raise Fault(f"provider {name!r} was added, and is not there any more")
-    await _change(vm, "rescind", name=name)
+    await stage.ask_server("rescind", name=name)
     if name in (await vm.call_server("status"))["providers"]:
         raise Fault(f"provider {name!r} was rescinded, and is still there")
     return Figures()
-
-
-async def _change(vm: VirtualMachine, command: str, **arguments: Any) -> dict[str, Any]:
-    assert vm.control is not None
-    work = vm.control.call(command, timeout=_SOON, **arguments)
-    return await vm.guard(work, f"the device server's answer to {command!r}", _SOON + 1)
 
 
 async def driver_kill(stage: Stage, parameters: Parameters) -> Figures:
@@ -556,14 +550,8 @@ def operation_of(plan: EpisodePlan, kind: str) -> Call:
         return function_of(entry.call, plan.path)
 
     async def command(stage: Stage, parameters: Parameters) -> Figures:
-        vm = stage.here.vm
         if entry.guest:
-            done = await vm.run_in_guest(entry.guest, timeout=plan.operation_seconds)
-            if done.code:
-                raise Fault(f"{entry.guest[0]} in the guest ended with {done.code}: {done.output[-500:]}")
-            return Figures(message=str(done.output[-500:]))
-        arguments = {"name": entry.provider, "command": entry.command, "arguments": entry.arguments}
-        answer = await _change(vm, "provider", **arguments)
-        return Figures(message=str(answer)[:500])
+            return Figures(message=(await stage.run_in_guest(entry.guest))[-500:])
+        return Figures(message=str(await stage.command(entry.provider, entry.command, **entry.arguments))[:500])
 
     return command

@@ -42,6 +42,9 @@ WEIGHTS: dict[str, float] = {
 """Operations, and how often each is drawn where settings do not say otherwise; `vmbus.soak.operations` carries them
 out."""
 
+OTHERS = "*"
+"""In `workloads`: all of ours that are not named."""
+
 DEFAULT_OPERATIONS = 100
 
 LOSE_ONE_IN_A_THOUSAND: Literal["lose-one-in-a-thousand"] = "lose-one-in-a-thousand"
@@ -71,7 +74,8 @@ class Settings(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=
     weights: dict[str, Weight] = {}
     """How often operations are drawn; those that are not named keep WEIGHTS; 0: never."""
     workloads: dict[str, Share] = {}
-    """Share of the episodes in which a workload runs; those that are not named keep that of their recipe."""
+    """Share of the episodes in which a workload runs; those that are not named keep that of their recipe, or have that
+    of OTHERS, if it is given."""
     linux: Share = 0.25
     """Share of the episodes whose guest has Linux's own drivers, where `description` leaves that open."""
     script: list[Step] = []
@@ -108,7 +112,7 @@ class Settings(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=
                 if name in taken or names.count(name) > 1:
                     raise ValueError(f"there are two of the name {name!r}: give yours another one")
         for name, share in self.workloads.items():
-            if name not in ALL_RECIPES and name not in [entry.name for entry in self.own_workloads()]:
+            if name not in (OTHERS, *ALL_RECIPES) and name not in [entry.name for entry in self.own_workloads()]:
                 known = ", ".join(sorted([*ALL_RECIPES, *(entry.name for entry in self.workload)]))
                 raise ValueError(f"there is no workload {name!r}; known: {known}")
             if not math.isfinite(share):
@@ -131,7 +135,11 @@ class Settings(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=
     def own_workloads(self) -> list[WorkloadEntry]:
         """Those that are none of ours: of the settings, and of packages as far as `workloads` names them."""
         there = {entry.name for entry in self.workload}
-        named = (workload_of_package(name) for name in self.workloads if name not in there and name not in ALL_RECIPES)
+        named = (
+            workload_of_package(name)
+            for name in self.workloads
+            if name not in there and name not in (OTHERS, *ALL_RECIPES)
+        )
         return [*self.workload, *filter(None, named)]
 
     def own_operation(self, kind: str) -> OperationEntry | None:
@@ -150,8 +158,11 @@ class Settings(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=
 
     def share(self, workload: str) -> float:
         """Of the episodes in which a workload runs."""
-        own = {entry.name: entry.share for entry in self.workload}
-        return self.workloads.get(workload, ALL_RECIPES[workload].share if workload in ALL_RECIPES else own[workload])
+        if workload in self.workloads:
+            return self.workloads[workload]
+        if workload in ALL_RECIPES:
+            return self.workloads.get(OTHERS, ALL_RECIPES[workload].share)
+        return next(entry.share for entry in self.workload if entry.name == workload)
 
     @property
     def total(self) -> int | None:

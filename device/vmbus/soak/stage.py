@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -50,6 +50,7 @@ LOAD_SECONDS = 20.0
 Options = Mapping[str, Mapping[str, Any]]
 
 _BETWEEN = ("awaiting", "restoring")  # phases of a server whose books are not those of the VM yet
+_COMMAND_SECONDS = 30.0
 _ANY_SECONDS = 2.0  # the same, where any packet in flight will do
 _JOB_INTERVAL = 1.0  # seconds between two looks whether the guest's driver still runs
 
@@ -161,6 +162,24 @@ class Stage:
 
     async def close(self) -> None:
         """The episode is over: let go of what is not of a VM."""
+
+    async def ask_server(self, command: str, /, **arguments: Any) -> dict[str, Any]:
+        """A command to the device server of the VM that is there; its answer. Raises VmbusError."""
+        vm = self.here.vm
+        assert vm.control is not None
+        work = vm.control.call(command, timeout=_COMMAND_SECONDS, **arguments)
+        return await vm.guard(work, f"the device server's answer to {command!r}", _COMMAND_SECONDS + 1)
+
+    async def command(self, provider: str, command: str, /, **arguments: Any) -> dict[str, Any]:
+        """A command to a provider, by its name; its answer. Raises VmbusError."""
+        return await self.ask_server("provider", name=provider, command=command, arguments=arguments)
+
+    async def run_in_guest(self, argv: Sequence[str], vm: VirtualMachine | None = None) -> str:
+        """Run a program in the guest (of another VM); its output. Raises Fault unless it ends with status 0."""
+        done = await (vm or self.here.vm).run_in_guest(argv, timeout=self.plan.operation_seconds)
+        if done.code:
+            raise Fault(f"{' '.join(argv)} in the guest ended with {done.code}: {done.output[-500:]}")
+        return str(done.output)
 
     # ---- workloads -----------------------------------------------------------------------------------------------
 

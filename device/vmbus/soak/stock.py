@@ -135,7 +135,7 @@ class StockStage(Stage):
         vm = self.here.vm
         if vm.notice:
             raise Fault(f"{vm.notice} (--set linux=0 leaves out the episodes that need them)")
-        await _shell(vm, f"echo {HUNG_SECONDS} > /proc/sys/kernel/hung_task_timeout_secs")
+        await self.run_in_guest(["/bin/sh", "-c", f"echo {HUNG_SECONDS} > /proc/sys/kernel/hung_task_timeout_secs"])
         await self._install()
         session = await self._open_books(before, killed)
         jobs: dict[str, int] = {}
@@ -206,7 +206,7 @@ class StockStage(Stage):
         pass  # `check_books` has seen the reports
 
     async def words(self, subject: Subject) -> dict[str, Any]:
-        return {**await super().words(subject), "log": (await _shell(subject.vm, "dmesg")).splitlines()}
+        return {**await super().words(subject), "log": (await self.run_in_guest(["dmesg"], subject.vm)).splitlines()}
 
     def check_books(self, subject: Subject, status: dict[str, Any]) -> None:
         super().check_books(subject, status)
@@ -293,7 +293,7 @@ class StockStage(Stage):
         return record, wrong
 
     async def _complaints(self, vm: VirtualMachine) -> list[str]:
-        lines = (await _shell(vm, "dmesg")).splitlines()
+        lines = (await self.run_in_guest(["dmesg"], vm)).splitlines()
         found = [line for line in lines if BAD_WORDS.search(line)]
         return [f"the guest's kernel: {found[0]} ({len(found)} such lines)"] if found else []
 
@@ -326,13 +326,6 @@ def lose_a_block(image: Path) -> None:
         victims = [number for number in found if number <= newest - _BATCH]  # what may not be acknowledged is newer
         if victims:
             os.pwrite(file.fileno(), bytes(_BLOCK), found[max(victims)])
-
-
-async def _shell(vm: VirtualMachine, command: str) -> str:
-    done = await vm.run_in_guest(["/bin/sh", "-c", command])
-    if done.code:
-        raise Fault(f"{command!r} in the guest ended with {done.code}: {done.output[-500:]}")
-    return str(done.output)
 
 
 def _say(report: dict[str, Any]) -> str:

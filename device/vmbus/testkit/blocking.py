@@ -32,6 +32,8 @@ from vmbus.operations.restore import RestoreReport
 from vmbus.operations.revert import RevertReport
 from vmbus.operations.save import SaveReport
 from vmbus.qemu.agent import AgentError, GuestOutput
+from vmbus.qemu.machine import RestoreReport, VirtualMachine
+from vmbus.testkit.driver_file import install, read_driver_file
 from vmbus.vm.command_line import Programs
 from vmbus.vm.description import VmDescription
 from vmbus.vm.process import log_tail
@@ -256,6 +258,12 @@ class BlockingVm:
     def run_in_guest(self, argv: Sequence[str], *, timeout: float = 60.0) -> GuestOutput:
         """Run a program in the guest; its exit status and output. Raises AgentError, WaitTimeout."""
         return self.call(self.machine.run_in_guest(argv, timeout=timeout))
+
+    def install(self, file: Path) -> str:
+        """Put a test driver of your own into the guest; returns its name. Raises EnvironmentProblem, UsageError."""
+        driver = read_driver_file(file)
+        self.call(install(self.machine, [driver]))
+        return driver.name
 
     def start(self, driver: str, /, **parameters: Any) -> Job:
         """Start a test driver in the guest, with its parameters (docs/test-drivers.md)."""

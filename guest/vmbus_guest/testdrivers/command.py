@@ -47,6 +47,7 @@ def run(context: Context) -> dict[str, Any]:
             )
         else:
             completed += 1
+        _tell(context, completed)
         left = pace
         while left > 0 and not context.stop_requested:
             time.sleep(min(left, _LOOK))

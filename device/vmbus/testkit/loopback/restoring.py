@@ -8,13 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from vmbus.device import saved
 from vmbus.device.description import DeviceDescription
-from vmbus.errors import StateError
+from vmbus.errors import StateError, UsageError
+from vmbus.testkit.driver_file import read_driver_file
 from vmbus.testkit.loopback.function import LoopbackFunction
 from vmbus.testkit.loopback.harness import LoopbackServer
 from vmbus.transport.library import Library
+from vmbus_guest.testdrivers import FileEntry
+from vmbus_guest.testdrivers.context import Context
 
 
 class Servers:
@@ -78,3 +82,20 @@ class RestoringFunction(LoopbackFunction):
             del moments[0]
             self._servers.move(self)
         return super().wait_interrupt(timeout)
+
+
+def run_driver(
+    file: Path, device: DeviceDescription, library: Library, *, saves: Iterable[int] = (), **parameters: Any
+) -> dict[str, Any]:
+    """Run a user's test driver against a device server, both in this process, to its end; returns its result.
+
+    `saves`: turns of the driver in which the device is saved and restored in another server. Each has to be reached.
+    Raises what the driver raises; UsageError for parameters that it does not take.
+    """
+    read_driver_file(file)
+    with Servers(device, library, saves) as servers:
+        wanted = len(servers.moments)
+        result = FileEntry(str(file), "").load()(Context(parameters, servers.function))
+        if servers.restores < wanted:
+            raise UsageError(f"{file.name} has ended after {servers.restores} of {wanted} restores: give it more to do")
+    return result
