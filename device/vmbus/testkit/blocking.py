@@ -32,7 +32,6 @@ from vmbus.operations.restore import RestoreReport
 from vmbus.operations.revert import RevertReport
 from vmbus.operations.save import SaveReport
 from vmbus.qemu.agent import AgentError, GuestOutput
-from vmbus.qemu.machine import RestoreReport, VirtualMachine
 from vmbus.testkit.driver_file import install, read_driver_file
 from vmbus.vm.command_line import Programs
 from vmbus.vm.description import VmDescription
