@@ -17,7 +17,7 @@ import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import msgspec
 import pytest
@@ -129,30 +129,25 @@ def words_of(vm: VirtualMachine) -> list[str]:
     return Path(f"/proc/{vm.qemu.process.pid}/cmdline").read_text().split("\0")
 
 
-def test_litmus_fences_and_locked_instructions_of_the_guest_hold(
+async def test_litmus_fences_and_locked_instructions_of_the_guest_hold(
     programs: Programs,
     demo_description: VmDescription,
     library: Library,
-    run: Callable[..., Any],
     note: Callable[..., None],
 ) -> None:
-    async def story() -> Result:
-        async with await boot(demo_description, programs) as vm:
-            assert "1,maxcpus=2" in words_of(vm)
-            return await litmus(vm, library)
-
-    result = run(story())
+    async with await boot(demo_description, programs) as vm:
+        assert "1,maxcpus=2" in words_of(vm)
+        result = await litmus(vm, library)
     note(f"litmus: {result}")
     assert (result.neither, result.lost) == (0, 0), result
     assert (result.rounds, result.guest_added) == (ROUNDS, INCREMENTS), f"not done in {PATIENCE} s: {result}"
 
 
-def test_litmus_sabotage_a_machine_without_room_for_a_second_cpu(
+async def test_litmus_sabotage_a_machine_without_room_for_a_second_cpu(
     programs: Programs,
     demo_description: VmDescription,
     library: Library,
     tmp_path: Path,
-    run: Callable[..., Any],
     note: Callable[..., None],
 ) -> None:
     """The machine of old, from a snapshot as they were then: wherever it goes it stays as it is, faults and all."""
@@ -162,30 +157,27 @@ def test_litmus_sabotage_a_machine_without_room_for_a_second_cpu(
         words = words_of(vm)
         assert words[words.index("-smp") + 1] == "1"
 
-    async def story() -> Result:
-        new = machine_for(demo_description, programs, None)
-        old = msgspec.structs.replace(new, spare_cpus=0, generation_id=False)
-        launch = VirtualMachine.launch(demo_description, programs, like=old)  # as booted: it is saved below
-        async with await launch as vm:
-            await vm.wait_ready()
-            await vm.save(directory)
-        assert b"spare_cpus" not in (directory / MANIFEST).read_bytes(), "as it was then"
-        async with await VirtualMachine.restore(directory, programs) as vm:
-            is_old(vm)
-            await vm.wait_ready()
-            await vm.checkpoint("before", directory=checkpoints)
-            listener = await listen(UnixAddress(str(tmp_path / "m.sock")), SECRET)
-            receiving = asyncio.create_task(VirtualMachine.receive(listener, programs, timeout=pace.seconds(60)))
-            try:
-                await vm.migrate(str(listener.address), SECRET)
-            finally:
-                await asyncio.wait({receiving}, timeout=pace.seconds(60))
-        async with receiving.result() as vm:
-            is_old(vm)
-            await vm.revert("before", directory=checkpoints)
-            await vm.wait_ready()
-            return await litmus(vm, library)
-
-    result = run(story())
+    new = machine_for(demo_description, programs, None)
+    old = msgspec.structs.replace(new, spare_cpus=0, generation_id=False)
+    launch = VirtualMachine.launch(demo_description, programs, like=old)  # as booted: it is saved below
+    async with await launch as vm:
+        await vm.wait_ready()
+        await vm.save(directory)
+    assert b"spare_cpus" not in (directory / MANIFEST).read_bytes(), "as it was then"
+    async with await VirtualMachine.restore(directory, programs) as vm:
+        is_old(vm)
+        await vm.wait_ready()
+        await vm.checkpoint("before", directory=checkpoints)
+        listener = await listen(UnixAddress(str(tmp_path / "m.sock")), SECRET)
+        receiving = asyncio.create_task(VirtualMachine.receive(listener, programs, timeout=pace.seconds(60)))
+        try:
+            await vm.migrate(str(listener.address), SECRET)
+        finally:
+            await asyncio.wait({receiving}, timeout=pace.seconds(60))
+    async with receiving.result() as vm:
+        is_old(vm)
+        await vm.revert("before", directory=checkpoints)
+        await vm.wait_ready()
+        result = await litmus(vm, library)
     note(f"litmus without maxcpus: {result}")
     assert result.neither > 0 and result.lost > 0, f"the program does not find what is wrong: {result}"

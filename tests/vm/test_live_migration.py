@@ -100,25 +100,26 @@ def tell(report: MigrationReport) -> None:
     [("unix", 0), ("tcp:127.0.0.1:0", 0), ("tcp:127.0.0.1:0", 2)],
     ids=["unix", "tcp", "multifd"],
 )
-def test_live_migration_in_mid_traffic(
-    run: Run, demo_description: VmDescription, programs: Programs, tmp_path: Path, address: str, multifd: int
+async def test_live_migration_in_mid_traffic(
+    demo_description: VmDescription, programs: Programs, tmp_path: Path, address: str, multifd: int
 ) -> None:
-    async def story() -> tuple[Figures, MigrationReport, set[int]]:
-        here = f"unix:{tmp_path / 'm.sock'}" if address == "unix" else address
-        vm = await boot(demo_description, programs)
-        async with vm:
-            await vm.wait_ready()
-            job = int((await vm.call_agent("start", driver="mixed", parameters=STORY.workloads()))["job"])
-            await until_in_flight(vm, job, STORY)
-            before = {child.pid for child in vm.children}
-            arrived, report = await move(vm, here, multifd=multifd)
-            async with arrived:
-                assert vm.ended and arrived.restored is not None
-                assert arrived.restored.packets == report.packets
-                print({name: round(seconds * 1000, 1) for name, seconds in arrived.phases.items()})
-                return await books(arrived, job), report, before & {child.pid for child in arrived.children}
-
-    figures, report, same = run(story())
+    here = f"unix:{tmp_path / 'm.sock'}" if address == "unix" else address
+    vm = await boot(demo_description, programs)
+    async with vm:
+        await vm.wait_ready()
+        job = int((await vm.call_agent("start", driver="mixed", parameters=STORY.workloads()))["job"])
+        await until_in_flight(vm, job, STORY)
+        before = {child.pid for child in vm.children}
+        arrived, report = await move(vm, here, multifd=multifd)
+        async with arrived:
+            assert vm.ended and arrived.restored is not None
+            assert arrived.restored.packets == report.packets
+            print({name: round(seconds * 1000, 1) for name, seconds in arrived.phases.items()})
+            (figures, report, same) = (
+                await books(arrived, job),
+                report,
+                before & {child.pid for child in arrived.children},
+            )
     tell(report)
     clean(figures)
     assert not same
@@ -164,8 +165,8 @@ async def tools(vm: VirtualMachine) -> Monitor:
     return monitor
 
 
-def test_a_live_migration_that_fails_leaves_the_source_running_with_nothing_lost(
-    run: Run, demo_description: VmDescription, programs: Programs, tmp_path: Path
+async def test_a_live_migration_that_fails_leaves_the_source_running_with_nothing_lost(
+    demo_description: VmDescription, programs: Programs, tmp_path: Path
 ) -> None:
     """Cancelled, refused, broken here and broken there, one after the other in one VM; and then it works."""
     here = "tcp:127.0.0.1:0"
@@ -178,74 +179,68 @@ def test_a_live_migration_that_fails_leaves_the_source_running_with_nothing_lost
         assert (await vm.control.call("status"))["phase"] == "running"
         assert not (vm.run_directory / "migration.state").exists()
 
-    async def story() -> tuple[Figures, MigrationReport]:
-        vm = await boot(demo_description, programs)
-        async with vm:
-            await vm.wait_ready()
-            job = int((await vm.call_agent("start", driver="mixed", parameters=LONG.workloads()))["job"])
-            await until_in_flight(vm, job, LONG)
-            on_purpose = EnvironmentProblem("on purpose")
-            await fails(vm, "on purpose", source_at=at(Moment.RAM_COPY, on_purpose))
-            await fails(vm, "on purpose", source_at=at(Moment.WRITING, on_purpose), multifd=2)
-            await fails(vm, "on purpose", source_at=at(Moment.STOPPED, on_purpose))
-            await fails(vm, "on purpose", destination_at=at(Moment.PACKET_RESTORE, on_purpose))
-            # Even after the decision, if the destination can say that the VM is gone there.
-            await fails(vm, "after the decision.*on purpose", destination_at=at(Moment.BEFORE_CONT, on_purpose))
-            with pytest.raises(asyncio.CancelledError):
-                await move(vm, here, source_at=at(Moment.PRE_SWITCHOVER, asyncio.CancelledError()))
-            assert await vm.monitor.running()
-            other = await tools(vm)
-            for state in (True, False):
-                await other.execute(
-                    "migrate-set-capabilities", {"capabilities": [{"capability": "x-ignore-shared", "state": state}]}
-                )
-                if state:
-                    await fails(vm, "x-ignore-shared.*switched on.*the VM runs on")
-            await other.close()
-            await vm.save(tmp_path / "checkpoint", live=True, keep=True)  # multifd and the rest are put right again
-            # The destination has another kernel file; the guest that runs there would not boot from it either.
-            kernel = tmp_path / "kernel"
-            kernel.write_bytes(b"another kernel")
-            arrived, report = await move(vm, here, programs=dataclasses.replace(programs, kernel=kernel))
-            async with arrived:
-                assert arrived.programs.kernel.read_bytes() == programs.kernel.read_bytes()
-                assert arrived.programs.kernel.is_relative_to(arrived.run_directory.path)
-                return await books(arrived, job, LONG), report
-
-    figures, report = run(story())
+    vm = await boot(demo_description, programs)
+    async with vm:
+        await vm.wait_ready()
+        job = int((await vm.call_agent("start", driver="mixed", parameters=LONG.workloads()))["job"])
+        await until_in_flight(vm, job, LONG)
+        on_purpose = EnvironmentProblem("on purpose")
+        await fails(vm, "on purpose", source_at=at(Moment.RAM_COPY, on_purpose))
+        await fails(vm, "on purpose", source_at=at(Moment.WRITING, on_purpose), multifd=2)
+        await fails(vm, "on purpose", source_at=at(Moment.STOPPED, on_purpose))
+        await fails(vm, "on purpose", destination_at=at(Moment.PACKET_RESTORE, on_purpose))
+        # Even after the decision, if the destination can say that the VM is gone there.
+        await fails(vm, "after the decision.*on purpose", destination_at=at(Moment.BEFORE_CONT, on_purpose))
+        with pytest.raises(asyncio.CancelledError):
+            await move(vm, here, source_at=at(Moment.PRE_SWITCHOVER, asyncio.CancelledError()))
+        assert await vm.monitor.running()
+        other = await tools(vm)
+        for state in (True, False):
+            await other.execute(
+                "migrate-set-capabilities", {"capabilities": [{"capability": "x-ignore-shared", "state": state}]}
+            )
+            if state:
+                await fails(vm, "x-ignore-shared.*switched on.*the VM runs on")
+        await other.close()
+        await vm.save(tmp_path / "checkpoint", live=True, keep=True)  # multifd and the rest are put right again
+        # The destination has another kernel file; the guest that runs there would not boot from it either.
+        kernel = tmp_path / "kernel"
+        kernel.write_bytes(b"another kernel")
+        arrived, report = await move(vm, here, programs=dataclasses.replace(programs, kernel=kernel))
+        async with arrived:
+            assert arrived.programs.kernel.read_bytes() == programs.kernel.read_bytes()
+            assert arrived.programs.kernel.is_relative_to(arrived.run_directory.path)
+            (figures, report) = await books(arrived, job, LONG), report
     tell(report)
     clean(figures)
 
 
-def test_a_foreign_migration_is_cancelled_and_told(
-    run: Run, demo_description: VmDescription, programs: Programs, tmp_path: Path
+async def test_a_foreign_migration_is_cancelled_and_told(
+    demo_description: VmDescription, programs: Programs, tmp_path: Path
 ) -> None:
-    async def story() -> tuple[Figures, list[str]]:
-        notices: list[str] = []
-        vm = await boot(demo_description, programs)
-        told: asyncio.Queue[str] = asyncio.Queue()
-        vm.on_notice = told.put_nowait
-        async with vm:
-            await vm.wait_ready()
-            job = int((await vm.call_agent("start", driver="mixed", parameters=STORY.workloads()))["job"])
-            await until_in_flight(vm, job, STORY)
-            other = await tools(vm)
-            for slow in (True, False):  # one is cancelled, the other is over before anybody could
-                bandwidth = 1 << 20 if slow else 8 << 30
-                await other.execute("migrate-set-parameters", {"max-bandwidth": bandwidth})
-                if not slow:
-                    await other.execute("stop")
-                await other.execute("migrate", {"channels": file_channel(tmp_path / f"foreign-{slow}")})
-                notices.append(await asyncio.wait_for(told.get(), pace.seconds(30)))
-                assert await other.running() == slow  # as it was before
-            await other.execute("cont")
-            await other.close()
-            arrived, report = await move(vm, f"unix:{tmp_path / 'm.sock'}")  # ours still works
-            tell(report)
-            async with arrived:
-                return await books(arrived, job), notices
-
-    figures, notices = run(story())
+    notices: list[str] = []
+    vm = await boot(demo_description, programs)
+    told: asyncio.Queue[str] = asyncio.Queue()
+    vm.on_notice = told.put_nowait
+    async with vm:
+        await vm.wait_ready()
+        job = int((await vm.call_agent("start", driver="mixed", parameters=STORY.workloads()))["job"])
+        await until_in_flight(vm, job, STORY)
+        other = await tools(vm)
+        for slow in (True, False):  # one is cancelled, the other is over before anybody could
+            bandwidth = 1 << 20 if slow else 8 << 30
+            await other.execute("migrate-set-parameters", {"max-bandwidth": bandwidth})
+            if not slow:
+                await other.execute("stop")
+            await other.execute("migrate", {"channels": file_channel(tmp_path / f"foreign-{slow}")})
+            notices.append(await asyncio.wait_for(told.get(), pace.seconds(30)))
+            assert await other.running() == slow  # as it was before
+        await other.execute("cont")
+        await other.close()
+        arrived, report = await move(vm, f"unix:{tmp_path / 'm.sock'}")  # ours still works
+        tell(report)
+        async with arrived:
+            (figures, notices) = await books(arrived, job), notices
     print(notices)
     assert "a migration was cancelled" in notices[0]
     clean(figures)
@@ -264,39 +259,36 @@ async def until_written(vm: VirtualMachine) -> None:
         await asyncio.sleep(0.01)
 
 
-def test_a_broken_dirty_log_starts_another_pass(
-    run: Run, demo_description: VmDescription, programs: Programs, tmp_path: Path
+async def test_a_broken_dirty_log_starts_another_pass(
+    demo_description: VmDescription, programs: Programs, tmp_path: Path
 ) -> None:
     """The guest's driver is killed while memory is copied: what the device wrote for it is unmapped."""
 
-    async def story() -> tuple[MigrationReport, dict[str, Any]]:
-        jobs: list[int] = []
-        vm = await boot(demo_description, programs)
+    jobs: list[int] = []
+    vm = await boot(demo_description, programs)
 
-        async def start() -> int:
-            job = int((await vm.call_agent("start", driver="mixed", parameters=STORY.workloads()))["job"])
-            await until_in_flight(vm, job, STORY)
-            return job
+    async def start() -> int:
+        job = int((await vm.call_agent("start", driver="mixed", parameters=STORY.workloads()))["job"])
+        await until_in_flight(vm, job, STORY)
+        return job
 
-        async def unmap(moment: Moment) -> None:
-            if moment is not Moment.RAM_COPY or len(jobs) > 1:
-                return
-            # Slow enough that the vCPUs still run when the driver dies.
-            await vm.monitor.execute("migrate-set-parameters", {"max-bandwidth": 1 << 20})
-            await until_written(vm)
-            report = await vm.call_agent("kill", job=jobs[0])
-            assert report["state"] == "killed", report
-            jobs.append(await start())
-            await vm.monitor.execute("migrate-set-parameters", {"max-bandwidth": 8 << 30})
+    async def unmap(moment: Moment) -> None:
+        if moment is not Moment.RAM_COPY or len(jobs) > 1:
+            return
+        # Slow enough that the vCPUs still run when the driver dies.
+        await vm.monitor.execute("migrate-set-parameters", {"max-bandwidth": 1 << 20})
+        await until_written(vm)
+        report = await vm.call_agent("kill", job=jobs[0])
+        assert report["state"] == "killed", report
+        jobs.append(await start())
+        await vm.monitor.execute("migrate-set-parameters", {"max-bandwidth": 8 << 30})
 
-        async with vm:
-            await vm.wait_ready()
-            jobs.append(await start())
-            arrived, report = await move(vm, "tcp:127.0.0.1:0", source_at=unmap)
-            async with arrived:
-                return report, await arrived.call_agent("wait", job=jobs[1], timeout=90.0)
-
-    report, found = run(story())
+    async with vm:
+        await vm.wait_ready()
+        jobs.append(await start())
+        arrived, report = await move(vm, "tcp:127.0.0.1:0", source_at=unmap)
+        async with arrived:
+            (report, found) = report, await arrived.call_agent("wait", job=jobs[1], timeout=90.0)
     tell(report)
     # What the dead driver had is unmapped by its kernel, on a busy machine late enough to spoil the second pass too.
     assert report.attempts in (2, 3)

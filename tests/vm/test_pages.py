@@ -72,22 +72,19 @@ async def _typed(console: Console, story: Story) -> None:
 
 
 @pytest.mark.parametrize("name", BY_VM)
-def test_fault_n3_what_a_page_types_in_a_guest_is_right(
-    name: str, run: Run, programs: Programs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+async def test_fault_n3_what_a_page_types_in_a_guest_is_right(
+    name: str, programs: Programs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("VMBUS_DISKS", str(tmp_path))
     description = load_description(CHECKOUT / "qemu_configs" / f"{name}.toml")
 
-    async def body() -> None:
-        directory = RunDirectory.create(description.name)
-        # as booted: the pages start it so, and look at what its kernel has said
-        async with await VirtualMachine.launch(description, programs, directory) as vm:  # as booted: as the pages do
-            reader, writer = await asyncio.open_unix_connection(str(vm.paths.console))
-            console = Console(reader, writer)
-            await vm.wait_ready()
-            await console.begin()
-            for story in BY_VM[name]:
-                await _typed(console, story)
-            writer.close()
-
-    run(body())
+    directory = RunDirectory.create(description.name)
+    # as booted: the pages start it so, and look at what its kernel has said
+    async with await VirtualMachine.launch(description, programs, directory) as vm:  # as booted: as the pages do
+        reader, writer = await asyncio.open_unix_connection(str(vm.paths.console))
+        console = Console(reader, writer)
+        await vm.wait_ready()
+        await console.begin()
+        for story in BY_VM[name]:
+            await _typed(console, story)
+        writer.close()

@@ -118,8 +118,8 @@ async def move(vm: VirtualMachine, programs: Programs, directory: Path, at: Hook
         receiving.cancel()
 
 
-def test_scsi_survives_saves_restores_a_revert_and_disks_that_come_and_go(
-    run: Run, programs: Programs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, note: Note
+async def test_scsi_survives_saves_restores_a_revert_and_disks_that_come_and_go(
+    programs: Programs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, note: Note
 ) -> None:
     # Storage that takes its time, so that requests are in flight at the saves.
     monkeypatch.setenv("VMBUS_PROVIDER_PATH", str(CHECKOUT / "tests"))
@@ -135,46 +135,43 @@ def test_scsi_survives_saves_restores_a_revert_and_disks_that_come_and_go(
         await command(vm, "remove-lun", lun=1)
         await until(vm, "ls /sys/block | grep -c sdb", "0")
 
-    async def story() -> tuple[dict[str, Any], list[int], str]:
-        vm, job = await writing(described(slow_disk.KIND), programs, audit=audit, **WRITER)
-        await watched(vm)
-        held = []
-        for generation, live in enumerate((False, True)):
-            async with vm:
-                assert (await storage(vm))["sub_channels"] == 1
-                await more(vm, job, 40)
-                report = await vm.save(tmp_path / f"save-{generation}", live=live)
-                held.append(report.incoming_held)
-            record = captured if generation else None
-            vm = await VirtualMachine.restore(tmp_path / f"save-{generation}", programs, audit=audit, capture=record)
-        async with vm:
-            await more(vm, job, 40)
-            await vm.checkpoint("then")
-            await more(vm, job, 40)
-            await plug(vm, "more.img")
-            trimmed = await shell(vm, "fstrim -v /run/disk-writer")
-            await vm.revert("then")
-            await more(vm, job, 40)
-            await plug(vm, "again.img")
-            while not sum(held) and len(held) < 15:  # between two requests of the writer every time: try again
-                held.append((await vm.save(tmp_path / f"again-{len(held)}", live=True, keep=True)).incoming_held)
-            result = await finish(vm, job)
-            assert [one["errors"] for one in (await storage(vm))["luns"]] == [0]
-            await require_no_complaints(vm)
-            # The driver lets go, and begins anew: its sub-channel goes and comes again.
-            device = described().device.providers[0].instance
-            bind = "cd /sys/bus/vmbus/drivers/hv_storvsc && echo {0} > unbind && echo {0} > bind"
-            for _ in range(2):
-                await shell(vm, bind.format(device))
-                await until(vm, "cat /sys/block/sda/size 2>/dev/null", str(64 << 11))
-                await shell(vm, "dd if=/dev/sda of=/dev/null bs=64k count=16 iflag=direct 2>&1")
-                await until(vm, f"ls /sys/bus/vmbus/devices/{device}/channels | wc -l", "2")
-            await require_no_complaints(vm)
-            await collect_audit(vm)
-        return result, held, trimmed
-
     audit, captured = tmp_path / "audit", tmp_path / "disk.pcapng"
-    result, held, trimmed = run(story())
+    vm, job = await writing(described(slow_disk.KIND), programs, audit=audit, **WRITER)
+    await watched(vm)
+    held = []
+    for generation, live in enumerate((False, True)):
+        async with vm:
+            assert (await storage(vm))["sub_channels"] == 1
+            await more(vm, job, 40)
+            report = await vm.save(tmp_path / f"save-{generation}", live=live)
+            held.append(report.incoming_held)
+        record = captured if generation else None
+        vm = await VirtualMachine.restore(tmp_path / f"save-{generation}", programs, audit=audit, capture=record)
+    async with vm:
+        await more(vm, job, 40)
+        await vm.checkpoint("then")
+        await more(vm, job, 40)
+        await plug(vm, "more.img")
+        trimmed = await shell(vm, "fstrim -v /run/disk-writer")
+        await vm.revert("then")
+        await more(vm, job, 40)
+        await plug(vm, "again.img")
+        while not sum(held) and len(held) < 15:  # between two requests of the writer every time: try again
+            held.append((await vm.save(tmp_path / f"again-{len(held)}", live=True, keep=True)).incoming_held)
+        result = await finish(vm, job)
+        assert [one["errors"] for one in (await storage(vm))["luns"]] == [0]
+        await require_no_complaints(vm)
+        # The driver lets go, and begins anew: its sub-channel goes and comes again.
+        device = described().device.providers[0].instance
+        bind = "cd /sys/bus/vmbus/drivers/hv_storvsc && echo {0} > unbind && echo {0} > bind"
+        for _ in range(2):
+            await shell(vm, bind.format(device))
+            await until(vm, "cat /sys/block/sda/size 2>/dev/null", str(64 << 11))
+            await shell(vm, "dd if=/dev/sda of=/dev/null bs=64k count=16 iflag=direct 2>&1")
+            await until(vm, f"ls /sys/bus/vmbus/devices/{device}/channels | wc -l", "2")
+        await require_no_complaints(vm)
+        await collect_audit(vm)
+    (result, held, trimmed) = result, held, trimmed
     halves = check_paths([audit])
     assert halves.clean and halves.half_transactions > 500, str(halves)
     assert {one.driver for one in halves.channels} == {"hv_storvsc"} and len(halves.timeline) == 5
@@ -187,8 +184,8 @@ def test_scsi_survives_saves_restores_a_revert_and_disks_that_come_and_go(
     note(f"hv_storvsc: {result['acknowledged']} writes acknowledged, {held} requests in flight at saves; {trimmed}")
 
 
-def test_scsi_survives_a_live_migration_and_a_server_that_is_killed(
-    run: Run, programs: Programs, tmp_path: Path, disks: Path, note: Note
+async def test_scsi_survives_a_live_migration_and_a_server_that_is_killed(
+    programs: Programs, tmp_path: Path, disks: Path, note: Note
 ) -> None:
     seen_by: list[tuple[str, bool, bool]] = []
 
@@ -201,65 +198,60 @@ def test_scsi_survives_a_live_migration_and_a_server_that_is_killed(
         if now is Moment.BEFORE_GO:
             raise EnvironmentProblem("on purpose")
 
-    async def story() -> tuple[int, dict[str, Any]]:
-        seen = 0
-        vm, job = await writing(described(snapshot="shared"), programs, **WRITER)
+    seen = 0
+    vm, job = await writing(described(snapshot="shared"), programs, **WRITER)
+    await watched(vm)
+
+    def progress(event: dict[str, Any]) -> None:
+        nonlocal seen
+        if event.get("job") == job and event.get("event") == "progress":
+            seen = max(seen, event["progress"]["acknowledged"])
+
+    async with vm:
+        await more(vm, job)
+        with pytest.raises(MigrateFailed, match=r"on purpose.*the VM runs on"):
+            await move(vm, programs, tmp_path, fail)  # when the other one has the lock
+        await more(vm, job)
+        there = await move(vm, programs, tmp_path, partial(look, vm))
+    async with there as vm:
+        vm.on_agent_event = progress
+        await vm.save(tmp_path / "old", live=True, keep=True)
+        assert not list((tmp_path / "old").glob("file.*"))
+        await more(vm, job, 200)
+        await require_no_complaints(vm)
+        assert vm.server is not None
+        os.kill(vm.server.process.pid, signal.SIGKILL)
+        with pytest.raises(VmbusError):
+            await vm.wait_ended()
+    with pytest.raises(VmbusError, match="was written to after the VM was saved"):
+        await VirtualMachine.restore(tmp_path / "old", programs)
+    shutil.copyfile(disks / "disk.img", disks / "after.img")
+    # 1 CPU: one channel.
+    async with await boot(described(image="after.img", create=False, cpus=1), programs) as vm:
+        await vm.wait_ready()
         await watched(vm)
-
-        def progress(event: dict[str, Any]) -> None:
-            nonlocal seen
-            if event.get("job") == job and event.get("event") == "progress":
-                seen = max(seen, event["progress"]["acknowledged"])
-
-        async with vm:
-            await more(vm, job)
-            with pytest.raises(MigrateFailed, match=r"on purpose.*the VM runs on"):
-                await move(vm, programs, tmp_path, fail)  # when the other one has the lock
-            await more(vm, job)
-            there = await move(vm, programs, tmp_path, partial(look, vm))
-        async with there as vm:
-            vm.on_agent_event = progress
-            await vm.save(tmp_path / "old", live=True, keep=True)
-            assert not list((tmp_path / "old").glob("file.*"))
-            await more(vm, job, 200)
-            await require_no_complaints(vm)
-            assert vm.server is not None
-            os.kill(vm.server.process.pid, signal.SIGKILL)
-            with pytest.raises(VmbusError):
-                await vm.wait_ended()
-        with pytest.raises(VmbusError, match="was written to after the VM was saved"):
-            await VirtualMachine.restore(tmp_path / "old", programs)
-        shutil.copyfile(disks / "disk.img", disks / "after.img")
-        # 1 CPU: one channel.
-        async with await boot(described(image="after.img", create=False, cpus=1), programs) as vm:
-            await vm.wait_ready()
-            await watched(vm)
-            checked = WRITER | {"mode": "check", "slots": ENDLESS["slots"], "acknowledged": seen}
-            report = await vm.call_agent("run", driver="disk-writer", parameters=checked, timeout=90.0)
-            assert report["state"] == "finished", report
-            assert (await storage(vm))["sub_channels"] == 0
-            await require_no_complaints(vm)
-            result = dict(report["result"])
-            await command(vm, "add-lun", lun=2, image="disk.img", read_only=True)
-            await until(vm, "cat /sys/block/sdb/ro 2>/dev/null", "1")
-            await shell(vm, "dd if=/dev/sdb of=/dev/null bs=1M count=8 iflag=direct 2>&1")
-            # Withdrawn under load: I/O errors, and nobody who waits for ever. Offered anew it is there again.
-            job = int((await vm.call_agent("start", driver="disk-writer", parameters=ENDLESS | WRITER))["job"])
-            await until_acknowledged(vm, job, 50)
-            withdrawn = await vm.control.call("rescind", name="storage", seconds=20.0)
-            assert withdrawn["released"]
-            note(f"hv_storvsc: withdrawn under load, let go of in {withdrawn['seconds']:.1f} s")
-            assert (await vm.call_agent("wait", job=job, timeout=60.0))["state"] == "failed"
-            await until(vm, "ls /sys/block | grep -c sd", "0")
-            await vm.control.call(
-                "offer", provider=msgspec.to_builtins(described(image="after.img").device.providers[0])
-            )
-            await until(vm, "cat /sys/block/sda/size 2>/dev/null", str(64 << 11))
-            await shell(vm, "dd if=/dev/sda of=/dev/null bs=1M count=64 iflag=direct 2>&1")
-            assert not [line for line in (await shell(vm, "dmesg")).splitlines() if "blocked for more" in line]
-            return seen, result
-
-    seen, result = run(story())
+        checked = WRITER | {"mode": "check", "slots": ENDLESS["slots"], "acknowledged": seen}
+        report = await vm.call_agent("run", driver="disk-writer", parameters=checked, timeout=90.0)
+        assert report["state"] == "finished", report
+        assert (await storage(vm))["sub_channels"] == 0
+        await require_no_complaints(vm)
+        result = dict(report["result"])
+        await command(vm, "add-lun", lun=2, image="disk.img", read_only=True)
+        await until(vm, "cat /sys/block/sdb/ro 2>/dev/null", "1")
+        await shell(vm, "dd if=/dev/sdb of=/dev/null bs=1M count=8 iflag=direct 2>&1")
+        # Withdrawn under load: I/O errors, and nobody who waits for ever. Offered anew it is there again.
+        job = int((await vm.call_agent("start", driver="disk-writer", parameters=ENDLESS | WRITER))["job"])
+        await until_acknowledged(vm, job, 50)
+        withdrawn = await vm.control.call("rescind", name="storage", seconds=20.0)
+        assert withdrawn["released"]
+        note(f"hv_storvsc: withdrawn under load, let go of in {withdrawn['seconds']:.1f} s")
+        assert (await vm.call_agent("wait", job=job, timeout=60.0))["state"] == "failed"
+        await until(vm, "ls /sys/block | grep -c sd", "0")
+        await vm.control.call("offer", provider=msgspec.to_builtins(described(image="after.img").device.providers[0]))
+        await until(vm, "cat /sys/block/sda/size 2>/dev/null", str(64 << 11))
+        await shell(vm, "dd if=/dev/sda of=/dev/null bs=1M count=64 iflag=direct 2>&1")
+        assert not [line for line in (await shell(vm, "dmesg")).splitlines() if "blocked for more" in line]
+        (seen, result) = seen, result
     assert seen > 200
     clean(result, seen, KNOWN)
     # Who has it: the source while it runs, then nobody, and the destination before the decision that it may run.
@@ -271,38 +263,35 @@ def test_scsi_survives_a_live_migration_and_a_server_that_is_killed(
     ]
 
 
-def test_scsi_survives_alone_on_its_image_with_a_clone_and_from_its_last_snapshot(
-    run: Run, programs: Programs, tmp_path: Path, disks: Path, note: Note
+async def test_scsi_survives_alone_on_its_image_with_a_clone_and_from_its_last_snapshot(
+    programs: Programs, tmp_path: Path, disks: Path, note: Note
 ) -> None:
     description, then = described(), tmp_path / "then"
 
-    async def story() -> tuple[int, int, list[dict[str, Any]]]:
-        vm, job = await writing(description, programs, **WRITER)
-        async with vm:
-            await vm.save(then, live=True, keep=True)
-            saved = await until_acknowledged(vm, job, 0)
-            # Another VM on the same image is refused.
-            with pytest.raises(VmbusError, match="is in use: another virtual machine"):
-                await VirtualMachine.launch(description, programs)  # as booted: it is refused
-            with pytest.raises(VmbusError, match="is in use: another virtual machine"):
-                await VirtualMachine.restore(then, programs)
-            async with await VirtualMachine.restore(then, programs, clone=True) as clone:
-                await more(clone, job, 40)
-                last = await more(vm, job, 40)
-                results = [await finish(clone, job)]
-                await require_no_complaints(clone)
-            assert vm.server is not None
-            os.kill(vm.server.process.pid, signal.SIGKILL)
-            with pytest.raises(VmbusError):
-                await vm.wait_ended()
-        async with await VirtualMachine.restore(then, programs) as vm:
-            await more(vm, job, 40)
-            results.append(await finish(vm, job))
-            await require_no_complaints(vm)
-        return saved, last, results
-
-    saved, last, results = run(story())
+    vm, job = await writing(description, programs, **WRITER)
+    async with vm:
+        await vm.save(then, live=True, keep=True)
+        saved = await until_acknowledged(vm, job, 0)
+        # Another VM on the same image is refused.
+        with pytest.raises(VmbusError, match="is in use: another virtual machine"):
+            await VirtualMachine.launch(description, programs)  # as booted: it is refused
+        with pytest.raises(VmbusError, match="is in use: another virtual machine"):
+            await VirtualMachine.restore(then, programs)
+        async with await VirtualMachine.restore(then, programs, clone=True) as clone:
+            await more(clone, job, 40)
+            last = await more(vm, job, 40)
+            results = [await finish(clone, job)]
+            await require_no_complaints(clone)
+        assert vm.server is not None
+        os.kill(vm.server.process.pid, signal.SIGKILL)
+        with pytest.raises(VmbusError):
+            await vm.wait_ended()
+    async with await VirtualMachine.restore(then, programs) as vm:
+        await more(vm, job, 40)
+        results.append(await finish(vm, job))
+        await require_no_complaints(vm)
+    (saved, last, results) = saved, last, results
     note(f"hv_storvsc: {saved} writes acknowledged at the snapshot, {last} when the server was killed")
     for result in results:
         clean(result, 100, KNOWN)
-    assert [path.name for path in disks.iterdir()] == ["disk.img"]
+    assert [path.name for path in disks.iterdir()] == ["disk.img"]  # noqa: ASYNC240 - quick

@@ -289,45 +289,42 @@ async def still_works(machine: Machine) -> None:
     await machine.said("echo", 2)
 
 
-def test_vsock_of_linux(run: Run, programs: Programs, tmp_path: Path, note: Note) -> None:
-    async def story() -> None:
-        async with await boot(described(2), programs) as vm:
-            machine = Machine(vm)
-            await machine.install()
-            told = [await bytes_both_ways(machine), await refusals(machine), await many_connections(machine, 250)]
-            held = await Held(machine).begin()
-            moved = await held.talk_until(asyncio.create_task(vm.save(tmp_path / "live", live=True, keep=True)))
-            await held.talk(b"the VM that runs on keeps its connections")
-            told.append(f"{moved} bytes there and back during a live save")
-            assert moved > 0
-            await require_no_complaints(vm)
-        await held.end_at_the_host()
+async def test_vsock_of_linux(programs: Programs, tmp_path: Path, note: Note) -> None:
+    async with await boot(described(2), programs) as vm:
+        machine = Machine(vm)
+        await machine.install()
+        told = [await bytes_both_ways(machine), await refusals(machine), await many_connections(machine, 250)]
+        held = await Held(machine).begin()
+        moved = await held.talk_until(asyncio.create_task(vm.save(tmp_path / "live", live=True, keep=True)))
+        await held.talk(b"the VM that runs on keeps its connections")
+        told.append(f"{moved} bytes there and back during a live save")
+        assert moved > 0
+        await require_no_complaints(vm)
+    await held.end_at_the_host()
 
-        async with await VirtualMachine.restore(tmp_path / "live", programs) as vm:
-            await vm.wait_ready()
-            machine = Machine(vm)
-            await held.end_in_the_guest(machine)
-            again = await Held(machine).begin()
-            report = await vm.save(tmp_path / "stopped")
-        await again.end_at_the_host()
-        assert report.packets == {"queued": 0, "sent": 0}
+    async with await VirtualMachine.restore(tmp_path / "live", programs) as vm:
+        await vm.wait_ready()
+        machine = Machine(vm)
+        await held.end_in_the_guest(machine)
+        again = await Held(machine).begin()
+        report = await vm.save(tmp_path / "stopped")
+    await again.end_at_the_host()
+    assert report.packets == {"queued": 0, "sent": 0}
 
-        async with await VirtualMachine.restore(tmp_path / "stopped", programs) as vm:
-            await vm.wait_ready()
-            machine = Machine(vm)
-            await again.end_in_the_guest(machine)
-            third = await Held(machine).begin()
-            destination = await migrate(vm, programs)
-        await third.end_at_the_host()
+    async with await VirtualMachine.restore(tmp_path / "stopped", programs) as vm:
+        await vm.wait_ready()
+        machine = Machine(vm)
+        await again.end_in_the_guest(machine)
+        third = await Held(machine).begin()
+        destination = await migrate(vm, programs)
+    await third.end_at_the_host()
 
-        async with destination as vm:
-            machine = Machine(vm)
-            await third.end_in_the_guest(machine)
-            await shell(vm, "rmmod hv_sock && insmod /lib/modules/hv_sock.ko")
-            await still_works(machine)
-            await require_no_complaints(vm)
-            status = await machine.status()
-            assert status["wrong"] == status["lingered"] == 0
-        note(f"hv_sock: {'; '.join(told)}; over a live save, a save and a live migration: closed at both ends")
-
-    run(story())
+    async with destination as vm:
+        machine = Machine(vm)
+        await third.end_in_the_guest(machine)
+        await shell(vm, "rmmod hv_sock && insmod /lib/modules/hv_sock.ko")
+        await still_works(machine)
+        await require_no_complaints(vm)
+        status = await machine.status()
+        assert status["wrong"] == status["lingered"] == 0
+    note(f"hv_sock: {'; '.join(told)}; over a live save, a save and a live migration: closed at both ends")
