@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import socket
 import sys
 import threading
@@ -13,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from unit.test_guest_agent import Host
 from vmbus.errors import UsageError
 from vmbus.observe.audit.checker import check_paths
 from vmbus.observe.audit.files import guest_recorder, recorder_in
@@ -44,44 +44,27 @@ print(json.dumps({"event": "result", "result": {}}))
 """
 
 
-class Guest:
-    """The agent with its directory; calls are one after another."""
+class Guest(Host):
+    """The agent with its directory."""
 
     def __init__(self, directory: Path | None, script: Path) -> None:
-        self.ours, theirs = socket.socketpair()
-        self.ours.settimeout(20)
-        self.file = self.ours.makefile("rb")
+        ours, theirs = socket.socketpair()
+        super().__init__(ours)
         self.off = threading.Event()
-        self.agent = Agent(
+        agent = Agent(
             theirs.detach(),
             poweroff=self.off.set,
             runner=(sys.executable, "-I", "-S", str(script)),
             audit=None if directory is None else str(directory),
         )
-        self.thread = threading.Thread(target=self.agent.serve, daemon=True)
+        self.thread = threading.Thread(target=agent.serve, daemon=True)
         self.thread.start()
-        self.number = 0
-
-    def ask(self, command: str, **arguments: Any) -> dict[str, Any]:
-        self.number += 1
-        request = {"id": self.number, "command": command, "arguments": arguments}
-        self.ours.sendall(json.dumps(request).encode() + b"\n")
-        while True:
-            message: dict[str, Any] = json.loads(self.file.readline())
-            if message.get("id") == self.number:
-                return message
-
-    def call(self, command: str, **arguments: Any) -> dict[str, Any]:
-        answer = self.ask(command, **arguments)
-        assert "error" not in answer, answer
-        result: dict[str, Any] = answer["result"]
-        return result
 
     def close(self) -> None:
-        self.ask("poweroff")
+        self.post("poweroff")
         assert self.off.wait(20)
         self.thread.join(20)
-        self.ours.close()
+        self.connection.close()
 
 
 @pytest.fixture
@@ -156,7 +139,7 @@ def test_an_agent_that_keeps_none_has_none(tmp_path: Path) -> None:
     script.write_text(DRIVER)
     guest = Guest(None, script)
     assert guest.call("audit", token="x") == {"on": False, "records": []}
-    assert guest.ask("audit-read", name="a.audit")["error"]["kind"] == "bad-argument"
+    assert guest.fail("audit-read", name="a.audit")["kind"] == "bad-argument"
     guest.close()
 
 
@@ -174,7 +157,7 @@ def test_an_agent_that_keeps_none_has_none(tmp_path: Path) -> None:
     ],
 )
 def test_wrong_requests_are_refused(guest: Guest, command: str, arguments: dict[str, Any]) -> None:
-    assert guest.ask(command, **arguments)["error"]["kind"] == "bad-argument"
+    assert guest.fail(command, **arguments)["kind"] == "bad-argument"
 
 
 def test_the_guest_learns_of_it_from_the_kernels_command_line() -> None:

@@ -55,23 +55,8 @@ COLLECTED = 14
 NOTED = 15
 """Per open life what is in flight, in the form of SAVED, when somebody asked for the record."""
 
-NAMES = {
-    META: "meta",
-    OPENED: "opened",
-    PUT: "put",
-    TAKEN: "taken",
-    CLOSED: "closed",
-    FAILED: "failed",
-    WITHDRAWN: "withdrawn",
-    SAVED: "saved",
-    RESUMED: "resumed",
-    RESTORED: "restored",
-    DROPPED: "dropped",
-    FLUSHED: "flushed",
-    ENDED: "ended",
-    COLLECTED: "collected",
-    NOTED: "noted",
-}
+_WORDS = "meta opened put taken closed failed withdrawn saved resumed restored dropped flushed ended collected noted"
+NAMES = dict(enumerate(_WORDS.split(), META))
 
 # first ordinal, packets, CRC-32 of all ring bytes of this direction up to the block's end, packets that want a
 # completion, completions, form, kind, flags, transaction, number of sums, packets between two of them

@@ -25,9 +25,8 @@ def check(life: Life, *, given: bool) -> Breach | None:
 
 def ids_given(life: Life) -> bool:
     """Whether some ids are, or may be where the record ends before it says so."""
-    ends = life.in_use[-1][2] if life.in_use else None
-    ends = ends if life.closed is None else life.closed
-    return not life.complete or (ends is not None and bool(ends.get("given")))
+    ends = life.latest if life.closed is None else life.closed
+    return not life.complete or bool(ends.get("given"))
 
 
 class _Own:
@@ -40,7 +39,7 @@ class _Own:
     def check(self) -> Breach | None:
         """See the module's function."""
         lane, life, start = self.life.out, self.life, 0
-        occasions = [(count, body) for _, count, body in life.in_use]
+        occasions = [(count, body) for count, _, body in life.looks]
         if life.closed is not None:
             occasions.append((lane.count, life.closed))
         for count, body in occasions:

@@ -47,7 +47,7 @@ class Pair:
         channel.to_host = self._finished(guest, host, TO_HOST)
         channel.cancelled = sum(_own(life.closed) for life in (host, guest) if life.closed is not None)
         if host.dropped:
-            channel.dropped = _own(host.in_use[-1][2] if host.in_use else {})
+            channel.dropped = _own(host.latest)
         self._failures(host, guest.out, TO_HOST)
         self._failures(guest, host.out, TO_GUEST)
 

@@ -397,11 +397,13 @@ class Recorder:
 
     def flush(self, reason: str, *, sync: bool = False) -> int:
         """Everything that happened so far goes to the store; returns `position`. With `sync`, also to disk."""
-        for trace in self._open.values():
-            self.digest_all(trace)
-            self.event(f.NOTED, trace.life, in_use(trace.channel))
+        self._note()
         self._out(reason, sync=sync)
         return self.position
+
+    def _note(self) -> None:
+        """What is in flight now."""
+        self._in_use(f.NOTED, [trace.channel for trace in self._open.values()])
 
     def _out(self, reason: str, *, sync: bool = False) -> None:
         self.event(f.FLUSHED, 0, {"reason": reason})
@@ -416,9 +418,7 @@ class Recorder:
         """The process ends in good order. A record of nothing is not written at all."""
         if self.position == 1:
             return
-        for trace in self._open.values():
-            self.digest_all(trace)
-            self.event(f.NOTED, trace.life, in_use(trace.channel))
+        self._note()
         self.event(f.ENDED, 0, {})
         self._write()
         self._store.close()

@@ -121,8 +121,6 @@ class Life:
     failures: list[tuple[str, int, int, str]] = field(default_factory=list)
     """Reason, packets put and taken so far, and who."""
     withdrawn: set[int] = field(default_factory=set)
-    in_use: list[tuple[str, int, dict[str, Any]]] = field(default_factory=list)
-    """What was in flight: at which occasion, after how many packets put, and what."""
     restored: list[tuple[str, dict[str, Any], dict[str, Any]]] = field(default_factory=list)
     """At each restore: who, what was saved, what came back."""
     at_mark: tuple[int, int] | None = None
@@ -135,11 +133,19 @@ class Life:
     generations: int = 1
     complete: bool = True
 
+    @property
+    def position(self) -> tuple[int, int]:
+        """Packets put and taken so far."""
+        return self.out.count, self.incoming.count
+
+    @property
+    def latest(self) -> dict[str, Any]:
+        """What was in flight when that was recorded last; nothing, if it never was."""
+        return self.looks[-1][2] if self.looks else {}
+
     def last_in_use(self) -> dict[str, Any] | None:
         """What was in flight at the end of the record, if that is known."""
-        if not self.in_use or self.in_use[-1][1] != self.out.count:
-            return None
-        return self.in_use[-1][2]
+        return self.latest if self.looks and self.looks[-1][0] == self.out.count else None
 
 
 @dataclass
@@ -195,7 +201,7 @@ def host_timeline(path: Sequence[tuple[Record, int]], mark: Mark | None) -> Time
         _replay(timeline, record, start, cut, mark if mark is not None and mark.uid == record.uid else None)
         if number < len(path) - 1:
             for life in timeline.lives.values():
-                if life.closed is None and not life.dropped and not life.in_use:
+                if life.closed is None and not life.dropped and not life.looks:
                     timeline.troubles.append(Trouble(f"{record}: a channel is open at the save and was not saved"))
     return timeline
 
@@ -224,12 +230,12 @@ def _replay(timeline: Timeline, record: Record, start: int, cut: int, mark: Mark
             if life is not None:
                 life.dropped = str(body.get("reason", "dropped"))
                 if body.get("failed"):
-                    life.failures.append((life.dropped, life.out.count, life.incoming.count, str(record)))
+                    life.failures.append((life.dropped, *life.position, str(record)))
             continue
         if number == 0:
             if kind == f.FLUSHED and mark is not None and index + 1 == mark.position:
                 for life in here.values():
-                    life.at_mark = (life.out.count, life.incoming.count)
+                    life.at_mark = life.position
             if kind == f.RESTORED and resumed:
                 for life in waiting.values():
                     what = f"channel {life.name!r} was open at the save and did not come back in {record}"
@@ -239,27 +245,20 @@ def _replay(timeline: Timeline, record: Record, start: int, cut: int, mark: Mark
         life = here.get(number)
         if life is None:
             raise StateError(f"{source} is damaged: an event is of life {number}, which was never opened")
-        if kind == f.PUT:
+        if kind in (f.PUT, f.TAKEN):
             if life.known:
-                life.out.add(body, source)
-        elif kind == f.TAKEN:
-            if life.known:
-                life.incoming.add(body, source)
+                (life.out if kind == f.PUT else life.incoming).add(body, source)
         elif kind == f.CLOSED:
             life.closed = body
-            life.closed_at = life.out.count, life.incoming.count
+            life.closed_at = life.position
         elif kind == f.FAILED:
-            life.failures.append((str(body.get("reason")), life.out.count, life.incoming.count, str(record)))
+            life.failures.append((str(body.get("reason")), *life.position, str(record)))
         elif kind == f.WITHDRAWN:
             life.withdrawn.add(int(body.get("transaction", 0)))
-        elif kind in (f.SAVED, f.NOTED):
-            life.in_use.append((f.NAMES[kind], life.out.count, body))
-            life.looks.append((life.out.count, life.incoming.count, body))
-        elif kind == f.RESTORED:
-            saved = life.in_use[-1][2] if life.in_use else {}
-            life.restored.append((str(record), saved, body))
-            life.in_use.append((f.NAMES[kind], life.out.count, body))
-            life.looks.append((life.out.count, life.incoming.count, body))
+        elif kind in (f.SAVED, f.NOTED, f.RESTORED):
+            if kind == f.RESTORED:
+                life.restored.append((str(record), life.latest, body))
+            life.looks.append((*life.position, body))
     for life in here.values():
         # Cut at a save, it is whole: the save flushed it.
         life.complete = cut < len(record.events) or record.complete
@@ -279,16 +278,13 @@ def _opened(timeline: Timeline, waiting: dict[str, Life], body: dict[str, Any], 
         int(body.get("subchannel", 0)),
         first=int(body.get("next", 1)),
         interface_type=str(body.get("type", "")),
+        known=bool(nonce.strip("0")) and not body.get("resumed"),
     )
     if not nonce.strip("0"):
-        life.known = False
         timeline.unknown.append(life)
-    elif body.get("resumed"):
-        life.known = False
-        timeline.lives[nonce] = life
-        timeline.troubles.append(
-            Trouble(f"channel {name!r} goes on in {record}, and what was recorded before that is not here", nonce)
-        )
-    else:
-        timeline.lives[nonce] = life
+        return life
+    timeline.lives[nonce] = life
+    if body.get("resumed"):
+        what = f"channel {name!r} goes on in {record}, and what was recorded before that is not here"
+        timeline.troubles.append(Trouble(what, nonce))
     return life
