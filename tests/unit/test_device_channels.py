@@ -1,5 +1,6 @@
 """Sub-channels, GPADLs beyond the rings, channels that a restore makes anew, and offers that come and go."""
 
+from collections.abc import Iterator
 from uuid import UUID
 
 import pytest
@@ -39,6 +40,17 @@ def multi(machine: Machine) -> MultiProvider:
     return found
 
 
+@pytest.fixture
+def machine() -> Machine:
+    return make()
+
+
+@pytest.fixture
+def driver(machine: Machine) -> Iterator[VmbusDriver]:
+    with connect(machine) as driver:
+        yield driver
+
+
 def roundtrip(machine: Machine) -> None:
     machine.come_back(saved.decode(saved.encode(machine.save())))
 
@@ -55,22 +67,20 @@ def settle(driver: VmbusDriver) -> None:
 # ---- sub-channels ----------------------------------------------------------------------------------------------------
 
 
-def test_subchannels_are_offered_on_an_open_primary() -> None:
-    machine = make()
-    with connect(machine) as driver:
-        assert relids(driver) == [(0, 1)]
-        primary = Guest(driver)
-        primary.ask(b"subs", 2)
-        settle(driver)
-        assert relids(driver) == [(0, 1), (1, 3), (2, 4)]
-        offers = [offer for offer in driver.bus.offers.values() if offer.interface_type == MULTI_TYPE]
-        assert {offer.interface_instance for offer in offers} == {UUID(int=1)}
-        subs = [Guest(driver, 1), Guest(driver, 2)]
-        for number, guest in enumerate((primary, *subs)):
-            assert guest.ask(b"echo", number) == b"echo" + number.to_bytes(4, "little")
-            guest.ask(b"push", 200)
-        driver.run_until(lambda: all(len(g.got) == 200 for g in (primary, *subs)), 10, "the pushed packets")
-        assert all(guest.got == list(range(200)) for guest in (primary, *subs))
+def test_subchannels_are_offered_on_an_open_primary(machine: Machine, driver: VmbusDriver) -> None:
+    assert relids(driver) == [(0, 1)]
+    primary = Guest(driver)
+    primary.ask(b"subs", 2)
+    settle(driver)
+    assert relids(driver) == [(0, 1), (1, 3), (2, 4)]
+    offers = [offer for offer in driver.bus.offers.values() if offer.interface_type == MULTI_TYPE]
+    assert {offer.interface_instance for offer in offers} == {UUID(int=1)}
+    subs = [Guest(driver, 1), Guest(driver, 2)]
+    for number, guest in enumerate((primary, *subs)):
+        assert guest.ask(b"echo", number) == b"echo" + number.to_bytes(4, "little")
+        guest.ask(b"push", 200)
+    driver.run_until(lambda: all(len(g.got) == 200 for g in (primary, *subs)), 10, "the pushed packets")
+    assert all(guest.got == list(range(200)) for guest in (primary, *subs))
 
 
 def test_a_subchannel_needs_its_primary() -> None:
@@ -91,32 +101,30 @@ def test_a_subchannel_needs_its_primary() -> None:
 
 
 @pytest.mark.parametrize("polite", [True, False])
-def test_subchannels_are_closed_before_their_primary(polite: bool) -> None:
-    machine = make()
-    with connect(machine) as driver:
-        primary = Guest(driver)
-        primary.ask(b"subs", 2)
-        subs = [Guest(driver, 1), Guest(driver, 2)]
-        provider = multi(machine)
-        provider.events.clear()
-        if polite:
-            driver.close_channel(primary.channel)
-        else:
-            # As a guest that forgets its sub-channels does.
-            driver.bus.close_channel(1)
-        settle(driver)
-        closed = [event for event in provider.events if event.startswith("closed")]
-        assert closed == ["closed multi0.1", "closed multi0.2", "closed multi0.0"]
-        assert all(sub.channel.state is ChannelState.DISABLED for sub in subs)
-        assert relids(driver) == [(0, 1)], "rescinded and released"
-        if not polite:
-            primary.channel.close(lambda: None, force=True)
-            primary.channel.disable()
-            driver._links.clear()
-        again = Guest(driver)
-        settle(driver)
-        assert len(relids(driver)) == 3, "the owner still wants them"
-        assert Guest(driver, 2).ask(b"echo") and again.ask(b"echo")
+def test_subchannels_are_closed_before_their_primary(machine: Machine, driver: VmbusDriver, polite: bool) -> None:
+    primary = Guest(driver)
+    primary.ask(b"subs", 2)
+    subs = [Guest(driver, 1), Guest(driver, 2)]
+    provider = multi(machine)
+    provider.events.clear()
+    if polite:
+        driver.close_channel(primary.channel)
+    else:
+        # As a guest that forgets its sub-channels does.
+        driver.bus.close_channel(1)
+    settle(driver)
+    closed = [event for event in provider.events if event.startswith("closed")]
+    assert closed == ["closed multi0.1", "closed multi0.2", "closed multi0.0"]
+    assert all(sub.channel.state is ChannelState.DISABLED for sub in subs)
+    assert relids(driver) == [(0, 1)], "rescinded and released"
+    if not polite:
+        primary.channel.close(lambda: None, force=True)
+        primary.channel.disable()
+        driver._links.clear()
+    again = Guest(driver)
+    settle(driver)
+    assert len(relids(driver)) == 3, "the owner still wants them"
+    assert Guest(driver, 2).ask(b"echo") and again.ask(b"echo")
 
 
 def test_closing_waits_for_the_owners_of_subchannels(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -157,33 +165,31 @@ def test_unload_and_reset_with_open_subchannels() -> None:
 
 
 @pytest.mark.parametrize("keep", [True, False])
-def test_subchannels_are_saved_and_restored(keep: bool) -> None:
-    machine = make()
-    with connect(machine) as driver:
-        primary = Guest(driver)
-        primary.ask(b"subs", 2)
+def test_subchannels_are_saved_and_restored(machine: Machine, driver: VmbusDriver, keep: bool) -> None:
+    primary = Guest(driver)
+    primary.ask(b"subs", 2)
+    settle(driver)
+    sub = Guest(driver, 2)  # 1 stays closed
+    if keep:
+        sub.keep = []
+    provider = multi(machine)
+    for channel in (provider.channel, provider.subs[1]):
+        provider.push(channel, 300)
+        assert channel.packets_queued
+    for _ in range(3):
+        roundtrip(machine)
         settle(driver)
-        sub = Guest(driver, 2)  # 1 stays closed
-        if keep:
-            sub.keep = []
-        provider = multi(machine)
-        for channel in (provider.channel, provider.subs[1]):
-            provider.push(channel, 300)
-            assert channel.packets_queued
-        for _ in range(3):
-            roundtrip(machine)
-            settle(driver)
-        assert relids(driver) == [(0, 1), (1, 3), (2, 4)] and driver.rescinded == []
-        while sub.keep:
-            for completion in sub.keep:
-                completion.complete()
-            sub.keep.clear()
-            settle(driver)
-        assert sub.got == primary.got == list(range(300))
-        late = Guest(driver, 1)
-        assert late.ask(b"echo") and primary.ask(b"subs", 1)
+    assert relids(driver) == [(0, 1), (1, 3), (2, 4)] and driver.rescinded == []
+    while sub.keep:
+        for completion in sub.keep:
+            completion.complete()
+        sub.keep.clear()
         settle(driver)
-        assert Guest(driver, 3).ask(b"echo")
+    assert sub.got == primary.got == list(range(300))
+    late = Guest(driver, 1)
+    assert late.ask(b"echo") and primary.ask(b"subs", 1)
+    settle(driver)
+    assert Guest(driver, 3).ask(b"echo")
 
 
 def test_a_provider_has_to_make_its_subchannels_again() -> None:
@@ -269,110 +275,100 @@ def test_a_forced_channel_that_is_closed_is_offered_anew_too() -> None:
 # ---- GPADLs ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_gpadl_is_mapped_written_and_taken_back() -> None:
-    machine = make()
-    with connect(machine) as driver:
-        guest = Guest(driver)
-        buffer = driver.allocate(3 * PAGE)
-        handle = driver.create_gpadl(guest.channel, buffer)
-        assert guest.ask(b"map_", handle)[:4] == handle.to_bytes(4, "little")
-        assert buffer.view[:4] == handle.to_bytes(4, "little")
-        assert multi(machine).mapped[handle].size == 3 * PAGE
-        refused = b"fail" + int(Status.INVALID_PARAMETER).to_bytes(4, "little")
-        assert guest.ask(b"map_", handle) == guest.ask(b"mapr", handle) == refused, "one mapping at a time"
-        assert guest.ask(b"map_", handle + 1) == guest.ask(b"umap", handle + 1) == refused
-        rings = driver.link_of(guest.channel).gpadl
-        assert guest.ask(b"mapr", rings) == refused
-        guest.ask(b"umap", handle)
-        assert guest.ask(b"mapr", handle)[:4] == handle.to_bytes(4, "little")
-        assert multi(machine).mapped[handle].views[0].readonly
-        guest.ask(b"umap", handle)
+def test_a_gpadl_is_mapped_written_and_taken_back(machine: Machine, driver: VmbusDriver) -> None:
+    guest = Guest(driver)
+    buffer = driver.allocate(3 * PAGE)
+    handle = driver.create_gpadl(guest.channel, buffer)
+    assert guest.ask(b"map_", handle)[:4] == handle.to_bytes(4, "little")
+    assert buffer.view[:4] == handle.to_bytes(4, "little")
+    assert multi(machine).mapped[handle].size == 3 * PAGE
+    refused = b"fail" + int(Status.INVALID_PARAMETER).to_bytes(4, "little")
+    assert guest.ask(b"map_", handle) == guest.ask(b"mapr", handle) == refused, "one mapping at a time"
+    assert guest.ask(b"map_", handle + 1) == guest.ask(b"umap", handle + 1) == refused
+    rings = driver.link_of(guest.channel).gpadl
+    assert guest.ask(b"mapr", rings) == refused
+    guest.ask(b"umap", handle)
+    assert guest.ask(b"mapr", handle)[:4] == handle.to_bytes(4, "little")
+    assert multi(machine).mapped[handle].views[0].readonly
+    guest.ask(b"umap", handle)
+    guest.channel.delete_gpadl(handle)
+    assert guest.ask(b"map_", handle) == refused
+    with pytest.raises(UsageError, match="has lent no memory"):
         guest.channel.delete_gpadl(handle)
-        assert guest.ask(b"map_", handle) == refused
-        with pytest.raises(UsageError, match="has lent no memory"):
-            guest.channel.delete_gpadl(handle)
 
 
 @pytest.mark.parametrize("read_only", [True, False])
-def test_the_dirty_log_has_what_is_mapped_for_writing(read_only: bool) -> None:
-    machine = make()
-    with connect(machine) as driver:
-        guest = Guest(driver)
-        buffer = driver.allocate(2 * PAGE)
-        handle = driver.create_gpadl(guest.channel, buffer, read_only=read_only)
-        pages = {buffer.iova // PAGE, buffer.iova // PAGE + 1}
-        memory = machine.device.memory
-        memory.start_log()
-        guest.ask(b"mapr" if read_only else b"map_", handle)
-        assert memory.log is not None and memory.log.pages & pages == (set() if read_only else pages)
-        memory.stop_log()
-        memory.start_log()
-        assert memory.log is not None and memory.log.pages == (set() if read_only else pages)
-        guest.ask(b"umap", handle)
-        memory.stop_log()
-        memory.start_log()
-        assert memory.log is not None and not memory.log.pages
-        memory.stop_log()
+def test_the_dirty_log_has_what_is_mapped_for_writing(machine: Machine, driver: VmbusDriver, read_only: bool) -> None:
+    guest = Guest(driver)
+    buffer = driver.allocate(2 * PAGE)
+    handle = driver.create_gpadl(guest.channel, buffer, read_only=read_only)
+    pages = {buffer.iova // PAGE, buffer.iova // PAGE + 1}
+    memory = machine.device.memory
+    memory.start_log()
+    guest.ask(b"mapr" if read_only else b"map_", handle)
+    assert memory.log is not None and memory.log.pages & pages == (set() if read_only else pages)
+    memory.stop_log()
+    memory.start_log()
+    assert memory.log is not None and memory.log.pages == (set() if read_only else pages)
+    guest.ask(b"umap", handle)
+    memory.stop_log()
+    memory.start_log()
+    assert memory.log is not None and not memory.log.pages
+    memory.stop_log()
 
 
-def test_teardown_while_mapped_waits_for_the_unmap() -> None:
-    machine = make()
-    with connect(machine) as driver:
-        guest = Guest(driver)
-        buffer = driver.allocate(PAGE)
-        handle = driver.create_gpadl(guest.channel, buffer)
-        guest.ask(b"map_", handle)
-        driver.bus.teardown_gpadl(1, handle)
-        assert guest.ask(b"echo") and handle not in driver.bus.torndown
-        assert machine.device.describe()["bus"]["offers"][0]["gpadls_mapped"] == 1
-        rejected = machine.device.bus.rejected
-        driver.bus.teardown_gpadl(1, handle)
-        assert machine.device.bus.rejected == rejected + 1, "asked twice"
-        multi(machine).mapped[handle].views[0][:1] = b"x"
-        guest.ask(b"umap", handle)
-        settle(driver)
-        assert handle in driver.bus.torndown and buffer.view[:1] == b"x"
-        assert [g.handle for g in machine.device.bus.gpadls.complete.values()] == [driver.link_of(guest.channel).gpadl]
+def test_teardown_while_mapped_waits_for_the_unmap(machine: Machine, driver: VmbusDriver) -> None:
+    guest = Guest(driver)
+    buffer = driver.allocate(PAGE)
+    handle = driver.create_gpadl(guest.channel, buffer)
+    guest.ask(b"map_", handle)
+    driver.bus.teardown_gpadl(1, handle)
+    assert guest.ask(b"echo") and handle not in driver.bus.torndown
+    assert machine.device.describe()["bus"]["offers"][0]["gpadls_mapped"] == 1
+    rejected = machine.device.bus.rejected
+    driver.bus.teardown_gpadl(1, handle)
+    assert machine.device.bus.rejected == rejected + 1, "asked twice"
+    multi(machine).mapped[handle].views[0][:1] = b"x"
+    guest.ask(b"umap", handle)
+    settle(driver)
+    assert handle in driver.bus.torndown and buffer.view[:1] == b"x"
+    assert [g.handle for g in machine.device.bus.gpadls.complete.values()] == [driver.link_of(guest.channel).gpadl]
 
 
-def test_deleting_blocks_and_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    machine = make()
-    with connect(machine) as driver:
-        guest = Guest(driver)
-        handle = driver.create_gpadl(guest.channel, driver.allocate(PAGE))
-        guest.ask(b"map_", handle)
-        machine.call_later(1, lambda: multi(machine).channel.unmap_gpadl(handle))
-        guest.channel.delete_gpadl(handle)  # the timer runs out while it waits
-        handle = driver.create_gpadl(guest.channel, driver.allocate(PAGE))
-        guest.ask(b"mapr", handle)
-        original = driver.run_until
-        monkeypatch.setattr(driver, "run_until", lambda condition, _, what: original(condition, 0.05, what))
-        with pytest.raises(WaitTimeout, match="GPADL_TORNDOWN"):
-            guest.channel.delete_gpadl(handle)
-        monkeypatch.undo()
+def test_deleting_blocks_and_is_bounded(machine: Machine, driver: VmbusDriver, monkeypatch: pytest.MonkeyPatch) -> None:
+    guest = Guest(driver)
+    handle = driver.create_gpadl(guest.channel, driver.allocate(PAGE))
+    guest.ask(b"map_", handle)
+    machine.call_later(1, lambda: multi(machine).channel.unmap_gpadl(handle))
+    guest.channel.delete_gpadl(handle)  # the timer runs out while it waits
+    handle = driver.create_gpadl(guest.channel, driver.allocate(PAGE))
+    guest.ask(b"mapr", handle)
+    original = driver.run_until
+    monkeypatch.setattr(driver, "run_until", lambda condition, _, what: original(condition, 0.05, what))
+    with pytest.raises(WaitTimeout, match="GPADL_TORNDOWN"):
+        guest.channel.delete_gpadl(handle)
+    monkeypatch.undo()
 
 
-def test_of_a_gpadl_that_is_a_window_only_what_is_written_is_copied() -> None:
+def test_of_a_gpadl_that_is_a_window_only_what_is_written_is_copied(machine: Machine, driver: VmbusDriver) -> None:
     """At a switchover, which a mapping for writing fills with all of its pages."""
-    machine = make()
-    with connect(machine) as driver:
-        guest = Guest(driver)
-        memory = machine.device.memory
-        buffer = driver.allocate(64 * PAGE)
-        handle = driver.create_gpadl(guest.channel, buffer)
-        window = multi(machine).channel.open_gpadl(handle, 64 * PAGE)
-        window.write(0, b"before")
-        memory.start_log()
-        assert memory.log is not None and not memory.log.pages
-        window.write(10 * PAGE - 1, b"ab")
-        window.store32(60 * PAGE, 7)
-        assert window.read(0, 6) == b"before"
-        first = buffer.iova // PAGE
-        assert set(memory.log.pages) == {first + 9, first + 10, first + 60}
-        memory.stop_log()
-        multi(machine).channel.unmap_gpadl(handle)
-        with pytest.raises(MemoryRevoked):
-            window.write(0, b"x")
+    guest = Guest(driver)
+    memory = machine.device.memory
+    buffer = driver.allocate(64 * PAGE)
+    handle = driver.create_gpadl(guest.channel, buffer)
+    window = multi(machine).channel.open_gpadl(handle, 64 * PAGE)
+    window.write(0, b"before")
+    memory.start_log()
+    assert memory.log is not None and not memory.log.pages
+    window.write(10 * PAGE - 1, b"ab")
+    window.store32(60 * PAGE, 7)
+    assert window.read(0, 6) == b"before"
+    first = buffer.iova // PAGE
+    assert set(memory.log.pages) == {first + 9, first + 10, first + 60}
+    memory.stop_log()
+    multi(machine).channel.unmap_gpadl(handle)
+    with pytest.raises(MemoryRevoked):
+        window.write(0, b"x")
 
 
 def test_windows_of_gpadls_go_with_their_channel() -> None:
@@ -441,38 +437,36 @@ def test_the_owner_may_unmap_in_its_closed_callback(monkeypatch: pytest.MonkeyPa
     assert not multi(machine).mapped and "GPADLs" not in caplog.text
 
 
-def test_memory_that_is_not_there_and_gpadls_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
-    machine = make()
-    with connect(machine) as driver:
-        guest = Guest(driver)
-        handle = guest.channel.create_gpadl([(0x5000, PAGE)])
-        refused = b"fail" + int(Status.INVALID_PARAMETER).to_bytes(4, "little")
-        assert guest.ask(b"map_", handle) == refused
-        assert not next(iter(machine.device.bus.offers)).mapped
-        guest.channel.delete_gpadl(handle)
-        monkeypatch.setattr(gpadl, "MAX_GPADLS", 1)
-        with pytest.raises(KmclError) as caught:
-            guest.channel.create_gpadl([(0x5000, PAGE)])
-        assert isinstance(caught.value.__cause__, GpadlRefused)
-        assert caught.value.status is Status.INSUFFICIENT_RESOURCES
+def test_memory_that_is_not_there_and_gpadls_too_many(
+    machine: Machine, driver: VmbusDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    guest = Guest(driver)
+    handle = guest.channel.create_gpadl([(0x5000, PAGE)])
+    refused = b"fail" + int(Status.INVALID_PARAMETER).to_bytes(4, "little")
+    assert guest.ask(b"map_", handle) == refused
+    assert not next(iter(machine.device.bus.offers)).mapped
+    guest.channel.delete_gpadl(handle)
+    monkeypatch.setattr(gpadl, "MAX_GPADLS", 1)
+    with pytest.raises(KmclError) as caught:
+        guest.channel.create_gpadl([(0x5000, PAGE)])
+    assert isinstance(caught.value.__cause__, GpadlRefused)
+    assert caught.value.status is Status.INSUFFICIENT_RESOURCES
 
 
-def test_a_save_with_gpadls_mapped_and_torn_down() -> None:
-    machine = make()
-    with connect(machine) as driver:
-        guest = Guest(driver)
-        kept, wanted = (driver.create_gpadl(guest.channel, driver.allocate(PAGE)) for _ in range(2))
-        guest.ask(b"map_", kept)
-        guest.ask(b"map_", wanted)
-        driver.bus.teardown_gpadl(1, wanted)
-        state = saved.decode(saved.encode(machine.save()))
-        assert [g.tearing_down for g in state.bus.gpadls].count(True) == 1
-        machine.come_back(state)
-        settle(driver)
-        assert wanted in driver.bus.torndown and kept not in driver.bus.torndown
-        assert guest.ask(b"map_", kept)[:4] == kept.to_bytes(4, "little"), "mappings are the old process's"
-        guest.ask(b"umap", kept)
-        guest.channel.delete_gpadl(kept)
+def test_a_save_with_gpadls_mapped_and_torn_down(machine: Machine, driver: VmbusDriver) -> None:
+    guest = Guest(driver)
+    kept, wanted = (driver.create_gpadl(guest.channel, driver.allocate(PAGE)) for _ in range(2))
+    guest.ask(b"map_", kept)
+    guest.ask(b"map_", wanted)
+    driver.bus.teardown_gpadl(1, wanted)
+    state = saved.decode(saved.encode(machine.save()))
+    assert [g.tearing_down for g in state.bus.gpadls].count(True) == 1
+    machine.come_back(state)
+    settle(driver)
+    assert wanted in driver.bus.torndown and kept not in driver.bus.torndown
+    assert guest.ask(b"map_", kept)[:4] == kept.to_bytes(4, "little"), "mappings are the old process's"
+    guest.ask(b"umap", kept)
+    guest.channel.delete_gpadl(kept)
 
 
 # ---- offers that come and go -----------------------------------------------------------------------------------------
@@ -582,59 +576,53 @@ def passing(machine: Machine, number: int, *, forced: bool = True) -> ServerChan
     return channel
 
 
-def test_a_passing_channel_is_rescinded_at_the_restore_and_released() -> None:
+def test_a_passing_channel_is_rescinded_at_the_restore_and_released(machine: Machine, driver: VmbusDriver) -> None:
     """Open with packets under way; offered; withdrawn and not released; waiting for that; failed: each once."""
-    machine = make()
-    with connect(machine) as driver:
-        open_, offered, withdrawn, failed = (passing(machine, number) for number in range(4))
-        settle(driver)
-        ends = {}
-        for one in (open_, failed):
-            ends[one] = driver.client_channel(MULTI_TYPE, instance=one.interface_instance)
-            ends[one].set_process_packet_callbacks(lambda channel, completion, payload: None)
-            driver.enable(ends[one])
-        for _ in range(500):
-            open_.allocate_packet().send(bytes(1000), wait_for_completion=False)
-        assert open_.packets_queued
-        gone: list[str] = []
-        machine.remove_channel(withdrawn, lambda: gone.append("withdrawn"))
-        again = passing(machine, 2)  # of the same instance: offered when the other one is released
-        failed.fail("it has to")
-        state = saved.decode(saved.encode(machine.save()))
-        assert saved.count_packets(state) == (0, 0, 0) and not gone
-        assert again.interface_instance == withdrawn.interface_instance
-        machine.come_back(state)
-        settle(driver)
-        expected = {one.interface_instance for one in (open_, offered, withdrawn, failed)}
-        assert set(driver.rescinded) == expected and len(driver.rescinded) == 4
-        assert [one.name for one in machine.device.channels] == ["multi0.0", "echo1"]
-        assert len(machine.device.bus.offers) == 2 and not driver.bus.rescinded
-        assert not machine.device.bus.gpadls.complete
-        assert Guest(driver).ask(b"echo")
-        roundtrip(machine)  # once more, with nothing of them left
-        settle(driver)
-        assert len(driver.rescinded) == 4
+    open_, offered, withdrawn, failed = (passing(machine, number) for number in range(4))
+    settle(driver)
+    ends = {}
+    for one in (open_, failed):
+        ends[one] = driver.client_channel(MULTI_TYPE, instance=one.interface_instance)
+        ends[one].set_process_packet_callbacks(lambda channel, completion, payload: None)
+        driver.enable(ends[one])
+    for _ in range(500):
+        open_.allocate_packet().send(bytes(1000), wait_for_completion=False)
+    assert open_.packets_queued
+    gone: list[str] = []
+    machine.remove_channel(withdrawn, lambda: gone.append("withdrawn"))
+    again = passing(machine, 2)  # of the same instance: offered when the other one is released
+    failed.fail("it has to")
+    state = saved.decode(saved.encode(machine.save()))
+    assert saved.count_packets(state) == (0, 0, 0) and not gone
+    assert again.interface_instance == withdrawn.interface_instance
+    machine.come_back(state)
+    settle(driver)
+    expected = {one.interface_instance for one in (open_, offered, withdrawn, failed)}
+    assert set(driver.rescinded) == expected and len(driver.rescinded) == 4
+    assert [one.name for one in machine.device.channels] == ["multi0.0", "echo1"]
+    assert len(machine.device.bus.offers) == 2 and not driver.bus.rescinded
+    assert not machine.device.bus.gpadls.complete
+    assert Guest(driver).ask(b"echo")
+    roundtrip(machine)  # once more, with nothing of them left
+    settle(driver)
+    assert len(driver.rescinded) == 4
 
 
-def test_a_checkpoint_leaves_a_passing_channel_alone() -> None:
-    machine = make()
-    with connect(machine) as driver:
-        channel = passing(machine, 0)
-        settle(driver)
-        end = driver.client_channel(MULTI_TYPE, instance=channel.interface_instance)
-        got: list[bytes] = []
-        end.set_process_packet_callbacks(
-            lambda channel, completion, payload: (got.append(payload), completion.complete())
-        )
-        driver.enable(end)
-        for number in range(100):
-            channel.allocate_packet().send(number.to_bytes(8, "little") * 100, wait_for_completion=False)
-        machine.save()
-        for one in machine.device.channels:
-            one.unquiesce()
-        machine.device.thaw()
-        driver.run_until(lambda: len(got) == 100, 5, "all packets")
-        assert not driver.rescinded
+def test_a_checkpoint_leaves_a_passing_channel_alone(machine: Machine, driver: VmbusDriver) -> None:
+    channel = passing(machine, 0)
+    settle(driver)
+    end = driver.client_channel(MULTI_TYPE, instance=channel.interface_instance)
+    got: list[bytes] = []
+    end.set_process_packet_callbacks(lambda channel, completion, payload: (got.append(payload), completion.complete()))
+    driver.enable(end)
+    for number in range(100):
+        channel.allocate_packet().send(number.to_bytes(8, "little") * 100, wait_for_completion=False)
+    machine.save()
+    for one in machine.device.channels:
+        one.unquiesce()
+    machine.device.thaw()
+    driver.run_until(lambda: len(got) == 100, 5, "all packets")
+    assert not driver.rescinded
 
 
 def test_a_channel_that_is_not_forced_has_to_be_made_again() -> None:

@@ -27,6 +27,13 @@ def gpa_ranges(draw) -> GpaRange:
     return GpaRange(count, offset, tuple(first + step * page for page in range(pages)))
 
 
+@pytest.fixture
+def bus() -> Joined:
+    joined = Joined()
+    joined.connect()
+    return joined
+
+
 def cut(words: bytes, sizes: list[int]) -> list[bytes]:
     """`words` in pieces of at most sizes[i] 8-byte words, the last size repeated."""
     pieces = []
@@ -86,9 +93,7 @@ def test_several_in_progress_at_once(plan: tuple[list[int], list[int]]) -> None:
         assert created.extents() == [(number << 32, size * PAGE)]
 
 
-def test_the_clients_messages_are_understood() -> None:
-    bus = Joined()
-    bus.connect()
+def test_the_clients_messages_are_understood(bus: Joined) -> None:
     ranges = [GpaRange(300 * PAGE, 0, tuple(range(600, 0, -2))), GpaRange(5, 4093, (1, 9))]
     handle = bus.client.create_gpadl(2, ranges)
     assert bus.client.created == {handle: 0}
@@ -97,9 +102,7 @@ def test_the_clients_messages_are_understood() -> None:
     assert bus.client.torndown == {handle}
 
 
-def test_the_largest_possible_one() -> None:
-    bus = Joined()
-    bus.connect()
+def test_the_largest_possible_one(bus: Joined) -> None:
     messages = m.gpadl_messages(1, 7, one_range(8190), 1)
     answers = [answer for message in messages for answer in bus.say(message)]
     assert answers == [m.GpadlCreated(1, 7, 0)]
@@ -128,18 +131,14 @@ OFFSET = (1).to_bytes(4, "little") + (4096).to_bytes(4, "little") + bytes(8)
         pytest.param(24, 2, one_range(1) + bytes(8), id="more ranges than fit"),
     ],
 )
-def test_a_bad_one_is_refused_once(size: int, count: int, words: bytes) -> None:
-    bus = Joined()
-    bus.connect()
+def test_a_bad_one_is_refused_once(bus: Joined, size: int, count: int, words: bytes) -> None:
     assert bus.say(m.GpadlHeader(1, 7, size, count, words)) == [m.GpadlCreated(1, 7, REFUSED)]
     assert bus.say(m.GpadlBody(0, 7, bytes(8))) == []
     assert bus.bus.rejected == 2 and not bus.bus.gpadls.complete and not bus.bus.gpadls.partial
     bus.gpadl(handle=7)  # the handle is free for a good one
 
 
-def test_a_bad_one_that_shows_in_its_last_body_is_refused_once() -> None:
-    bus = Joined()
-    bus.connect()
+def test_a_bad_one_that_shows_in_its_last_body_is_refused_once(bus: Joined) -> None:
     assert bus.say(m.GpadlHeader(2, 7, 24, 1, one_range(2)[:8])) == []
     assert bus.say(m.GpadlBody(0, 7, bytes(8))) == []
     assert bus.say(m.GpadlBody(0, 7, b"\xff" * 8)) == [m.GpadlCreated(2, 7, REFUSED)]
@@ -148,15 +147,11 @@ def test_a_bad_one_that_shows_in_its_last_body_is_refused_once() -> None:
 
 
 @pytest.mark.parametrize("relid", [0, 3, 2048])
-def test_for_a_channel_that_is_not_there(relid: int) -> None:
-    bus = Joined()
-    bus.connect()
+def test_for_a_channel_that_is_not_there(bus: Joined, relid: int) -> None:
     assert bus.say(m.GpadlHeader(relid, 7, 24, 1, one_range(2))) == [m.GpadlCreated(relid, 7, REFUSED)]
 
 
-def test_a_second_one_of_the_same_name_is_refused_and_the_first_stays() -> None:
-    bus = Joined()
-    bus.connect()
+def test_a_second_one_of_the_same_name_is_refused_and_the_first_stays(bus: Joined) -> None:
     header, body = m.gpadl_messages(1, 7, one_range(40), 1)
     assert bus.say(header) == []
     assert bus.say(header) == [m.GpadlCreated(1, 7, REFUSED)]
@@ -166,27 +161,21 @@ def test_a_second_one_of_the_same_name_is_refused_and_the_first_stays() -> None:
     bus.gpadl(relid=2, handle=7)
 
 
-def test_teardown_of_what_does_not_exist_is_answered() -> None:
-    bus = Joined()
-    bus.connect()
+def test_teardown_of_what_does_not_exist_is_answered(bus: Joined) -> None:
     bus.gpadl()
     for message in (m.GpadlTeardown(1, 8), m.GpadlTeardown(2, 7), m.GpadlTeardown(77, 7)):
         assert bus.say(message) == [m.GpadlTorndown(message.gpadl)]
     assert (1, 7) in bus.bus.gpadls.complete
 
 
-def test_teardown_of_one_in_progress_ends_it() -> None:
-    bus = Joined()
-    bus.connect()
+def test_teardown_of_one_in_progress_ends_it(bus: Joined) -> None:
     header, body = m.gpadl_messages(1, 7, one_range(40), 1)
     bus.say(header)
     assert bus.say(m.GpadlTeardown(1, 7)) == [m.GpadlCreated(1, 7, REFUSED), m.GpadlTorndown(7)]
     assert bus.say(body) == []
 
 
-def test_releasing_a_channel_drops_what_belongs_to_it() -> None:
-    bus = Joined()
-    bus.connect()
+def test_releasing_a_channel_drops_what_belongs_to_it(bus: Joined) -> None:
     bus.gpadl(relid=1)
     bus.gpadl(relid=2)
     bus.say(m.GpadlHeader(1, 8, 800, 1, b""))

@@ -49,6 +49,17 @@ def guest_of(kit: ProviderTest, *, ring_pages: int = 32, **arguments: Any) -> Ne
     return NetworkGuest(KitEnds(kit, ring_pages), **arguments)
 
 
+@pytest.fixture
+def kit() -> Iterator[ProviderTest]:
+    with card() as kit:
+        yield kit
+
+
+@pytest.fixture
+def guest(kit: ProviderTest) -> NetworkGuest:
+    return guest_of(kit)
+
+
 def cable_of(guest: NetworkGuest) -> Any:
     assert isinstance(guest.ends, KitEnds)
     return guest.ends.cable
@@ -137,64 +148,56 @@ def test_wrong_options_are_named(options: dict[str, Any], message: str) -> None:
 # ---- frames ----------------------------------------------------------------------------------------------------------
 
 
-def test_frames_go_both_ways_in_order_and_several_travel_together() -> None:
-    with card() as kit:
-        guest = guest_of(kit)
-        frames = [udp(number, 7, size=number % 100) for number in range(300)]
-        cable_of(guest).push(*frames)
-        kit.run()
-        assert guest.frames == frames
-        assert max(guest.packets) > 8
-        for start in range(0, 300, 6):
-            assert guest.send(*map(plain, frames[start : start + 6])) == SUCCESS
-        assert cable_of(guest).sent == frames
-        assert kit.provider.status()["to_host"] == 300
+def test_frames_go_both_ways_in_order_and_several_travel_together(kit: ProviderTest, guest: NetworkGuest) -> None:
+    frames = [udp(number, 7, size=number % 100) for number in range(300)]
+    cable_of(guest).push(*frames)
+    kit.run()
+    assert guest.frames == frames
+    assert max(guest.packets) > 8
+    for start in range(0, 300, 6):
+        assert guest.send(*map(plain, frames[start : start + 6])) == SUCCESS
+    assert cable_of(guest).sent == frames
+    assert kit.provider.status()["to_host"] == 300
 
 
 @pytest.mark.parametrize("shape", [1, 2, 3])
 @pytest.mark.parametrize("size", [0, 18, 1000, 1400])
-def test_the_three_shapes_of_a_packet(shape: int, size: int) -> None:
-    with card() as kit:
-        guest = guest_of(kit)
-        sent = [udp(number, 7, size=size) for number in range(1 if shape == 2 else 3)]
-        assert guest.send(*map(plain, sent), shape=shape) == SUCCESS
-        assert cable_of(guest).sent == sent
+def test_the_three_shapes_of_a_packet(kit: ProviderTest, guest: NetworkGuest, shape: int, size: int) -> None:
+    sent = [udp(number, 7, size=size) for number in range(1 if shape == 2 else 3)]
+    assert guest.send(*map(plain, sent), shape=shape) == SUCCESS
+    assert cable_of(guest).sent == sent
 
 
-def test_a_tag_travels_beside_the_frame() -> None:
-    with card() as kit:
-        guest = guest_of(kit)
-        whole = plain(udp(1, 1))
-        tag = rndis.ppi(rndis.Ppi.VLAN, 5 | 1 << 3 | 0x123 << 4)
-        assert guest.send(whole, information=tag) == SUCCESS
-        assert cable_of(guest).sent == [bytes(10) + whole[:12] + b"\x81\x00\xb1\x23" + whole[12:]]
+def test_a_tag_travels_beside_the_frame(kit: ProviderTest, guest: NetworkGuest) -> None:
+    whole = plain(udp(1, 1))
+    tag = rndis.ppi(rndis.Ppi.VLAN, 5 | 1 << 3 | 0x123 << 4)
+    assert guest.send(whole, information=tag) == SUCCESS
+    assert cable_of(guest).sent == [bytes(10) + whole[:12] + b"\x81\x00\xb1\x23" + whole[12:]]
 
 
-def test_the_filter() -> None:
-    with card() as kit:
-        guest = guest_of(kit)
-        mine, other = udp(1, 1), frame(b"x", target=PEER)
-        everybody, group = frame(b"y", target=b"\xff" * 6), frame(b"z", target=b"\x01\0\x5e\0\0\1")
-        for wanted, expected in (
-            (UP, [mine, everybody, group]),
-            (0x1, [mine]),
-            (0x8, [everybody]),
-            (0x4, [group]),
-            (0x20, [mine, other, everybody, group]),
-        ):
-            guest.frames.clear()
-            assert guest.set_filter(wanted) == 0
-            cable_of(guest).push(mine, other, everybody, group)
-            kit.run()
-            assert guest.frames == expected, hex(wanted)
+def test_the_filter(kit: ProviderTest, guest: NetworkGuest) -> None:
+    mine, other = udp(1, 1), frame(b"x", target=PEER)
+    everybody, group = frame(b"y", target=b"\xff" * 6), frame(b"z", target=b"\x01\0\x5e\0\0\1")
+    for wanted, expected in (
+        (UP, [mine, everybody, group]),
+        (0x1, [mine]),
+        (0x8, [everybody]),
+        (0x4, [group]),
+        (0x20, [mine, other, everybody, group]),
+    ):
         guest.frames.clear()
-        assert guest.set_filter(0) == 0 and not cable_of(guest).carrier
-        cable_of(guest).push(mine)
+        assert guest.set_filter(wanted) == 0
+        cable_of(guest).push(mine, other, everybody, group)
         kit.run()
-        assert not guest.frames, "0 stops it"
-        assert guest.set_filter(UP) == 0
-        kit.run()
-        assert guest.frames == [mine]
+        assert guest.frames == expected, hex(wanted)
+    guest.frames.clear()
+    assert guest.set_filter(0) == 0 and not cable_of(guest).carrier
+    cable_of(guest).push(mine)
+    kit.run()
+    assert not guest.frames, "0 stops it"
+    assert guest.set_filter(UP) == 0
+    kit.run()
+    assert guest.frames == [mine]
 
 
 def test_nobody_reads_the_interface_while_the_guest_takes_nothing() -> None:
@@ -380,25 +383,23 @@ def test_a_guest_may_choose_another_address() -> None:
 # ---- the link, announcements -----------------------------------------------------------------------------------------
 
 
-def test_the_link_goes_down_and_up() -> None:
-    with card() as kit:
-        guest = guest_of(kit)
-        kit.command("link", state="down")
+def test_the_link_goes_down_and_up(kit: ProviderTest, guest: NetworkGuest) -> None:
+    kit.command("link", state="down")
+    kit.run()
+    assert guest.link == [rndis.Status.MEDIA_DISCONNECT] and not cable_of(guest).carrier
+    assert guest.query(oids.MEDIA_CONNECT_STATUS) == b"\1\0\0\0"
+    assert guest.send(plain(udp(1, 1))) == SUCCESS and not cable_of(guest).sent
+    kit.command("link", state="up")
+    kit.run()
+    assert guest.link[1:] == [rndis.Status.MEDIA_CONNECT] and cable_of(guest).carrier
+    guest.holding = True
+    for state in ("down", "up", "down", "up", "down"):
+        kit.command("link", state=state)
         kit.run()
-        assert guest.link == [rndis.Status.MEDIA_DISCONNECT] and not cable_of(guest).carrier
-        assert guest.query(oids.MEDIA_CONNECT_STATUS) == b"\1\0\0\0"
-        assert guest.send(plain(udp(1, 1))) == SUCCESS and not cable_of(guest).sent
-        kit.command("link", state="up")
-        kit.run()
-        assert guest.link[1:] == [rndis.Status.MEDIA_CONNECT] and cable_of(guest).carrier
-        guest.holding = True
-        for state in ("down", "up", "down", "up", "down"):
-            kit.command("link", state=state)
-            kit.run()
-        assert len(guest.link) == 3, "one message at a time"
-        guest.release()
-        kit.run()
-        assert guest.link[-1] == rndis.Status.MEDIA_DISCONNECT and len(guest.link) == 3
+    assert len(guest.link) == 3, "one message at a time"
+    guest.release()
+    kit.run()
+    assert guest.link[-1] == rndis.Status.MEDIA_DISCONNECT and len(guest.link) == 3
 
 
 class Deaf(CabledNetwork):
@@ -447,12 +448,10 @@ def test_sabotage_a_card_that_does_not_hear_of_its_interface_is_found_out() -> N
         interface_comes_and_goes(kit)
 
 
-def test_switches_are_told_after_a_move() -> None:
-    with card() as kit:
-        guest = guest_of(kit)
-        kit.save_restore()
-        kit.advance(5)
-        assert cable_of(guest).announced == len(ANNOUNCE_AFTER)
+def test_switches_are_told_after_a_move(kit: ProviderTest, guest: NetworkGuest) -> None:
+    kit.save_restore()
+    kit.advance(5)
+    assert cable_of(guest).announced == len(ANNOUNCE_AFTER)
 
 
 def introduced(kit: Any) -> list[bytes]:
@@ -502,36 +501,34 @@ def provider_of(kit: ProviderTest) -> CabledNetwork:
     return kit.provider
 
 
-def test_before_it_is_withdrawn_the_guest_comes_to_rest() -> None:
-    with card() as kit:
-        guest = guest_of(kit)
-        guest.holding = True
-        cable_of(guest).push(udp(1, 1))
-        kit.run()
-        leave = provider_of(kit).depart()
-        assert leave is not None
-        kit.run()
-        assert guest.link == [rndis.Status.MEDIA_DISCONNECT] and not cable_of(guest).carrier
-        cable_of(guest).push(udp(2, 1))
-        for _ in range(3):
-            kit.advance(0.3)
-            assert guest.send(plain(udp(1, 1))) == SUCCESS
-            assert not leave.done(), "it still has something to say"
-        kit.advance(1)
-        assert not leave.done(), "it still has a frame"
-        guest.release()
-        kit.advance(1)
-        assert leave.done() and len(guest.frames) == 1
-        provider_of(kit).stay()
-        kit.advance(1)
-        assert guest.link[1:] == [rndis.Status.MEDIA_CONNECT] and len(guest.frames) == 2
-        again = provider_of(kit).depart()
-        assert again is not None
-        kit.advance(1)
-        assert not again.done(), "Linux follows the link every two seconds"
-        kit.advance(2)
-        assert again.done()
-        provider_of(kit).stay()
+def test_before_it_is_withdrawn_the_guest_comes_to_rest(kit: ProviderTest, guest: NetworkGuest) -> None:
+    guest.holding = True
+    cable_of(guest).push(udp(1, 1))
+    kit.run()
+    leave = provider_of(kit).depart()
+    assert leave is not None
+    kit.run()
+    assert guest.link == [rndis.Status.MEDIA_DISCONNECT] and not cable_of(guest).carrier
+    cable_of(guest).push(udp(2, 1))
+    for _ in range(3):
+        kit.advance(0.3)
+        assert guest.send(plain(udp(1, 1))) == SUCCESS
+        assert not leave.done(), "it still has something to say"
+    kit.advance(1)
+    assert not leave.done(), "it still has a frame"
+    guest.release()
+    kit.advance(1)
+    assert leave.done() and len(guest.frames) == 1
+    provider_of(kit).stay()
+    kit.advance(1)
+    assert guest.link[1:] == [rndis.Status.MEDIA_CONNECT] and len(guest.frames) == 2
+    again = provider_of(kit).depart()
+    assert again is not None
+    kit.advance(1)
+    assert not again.done(), "Linux follows the link every two seconds"
+    kit.advance(2)
+    assert again.done()
+    provider_of(kit).stay()
 
 
 def test_a_guest_that_never_comes_to_rest_is_not_waited_for_without_bound() -> None:
@@ -550,25 +547,23 @@ def test_a_guest_that_never_comes_to_rest_is_not_waited_for_without_bound() -> N
 # ---- buffers ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_revoked_buffer_is_never_touched_again() -> None:
-    with card() as kit:
-        guest = guest_of(kit)
-        guest.holding = True
-        cable_of(guest).push(udp(1, 1))
-        kit.run()
-        guest.revoke()
-        before = guest.receive.read(0, guest.receive_size)
-        cable_of(guest).push(*(udp(number, 1) for number in range(20)))
-        guest.release()
-        kit.run()
-        assert guest.receive.read(0, guest.receive_size) == before
-        assert guest.send(plain(udp(1, 1))) == FAILURE
-        # The guest lends other memory, and goes on.
-        guest.receive = guest.ends.allocate(guest.receive_size)
-        guest.step_receive()
-        guest.step_send()
-        kit.run()
-        assert list(map(number_of, guest.frames)) == [1, *range(20)]
+def test_a_revoked_buffer_is_never_touched_again(kit: ProviderTest, guest: NetworkGuest) -> None:
+    guest.holding = True
+    cable_of(guest).push(udp(1, 1))
+    kit.run()
+    guest.revoke()
+    before = guest.receive.read(0, guest.receive_size)
+    cable_of(guest).push(*(udp(number, 1) for number in range(20)))
+    guest.release()
+    kit.run()
+    assert guest.receive.read(0, guest.receive_size) == before
+    assert guest.send(plain(udp(1, 1))) == FAILURE
+    # The guest lends other memory, and goes on.
+    guest.receive = guest.ends.allocate(guest.receive_size)
+    guest.step_receive()
+    guest.step_send()
+    kit.run()
+    assert list(map(number_of, guest.frames)) == [1, *range(20)]
 
 
 def test_a_card_can_be_closed_and_opened_again_and_again() -> None:
@@ -602,86 +597,82 @@ def test_buffers_that_will_not_do_are_refused() -> None:
         guest.step_filter()
 
 
-def test_memory_that_the_guest_takes_away_is_an_error_of_its_packets_alone() -> None:
-    with card() as kit:
-        guest = guest_of(kit)
-        for memory in (guest.receive, guest.send_memory):
-            memory.take_away()  # type: ignore[attr-defined]
-        assert guest.send_rndis(nvsp.DATA_CHANNEL, 0, 60, None) == FAILURE
-        cable_of(guest).push(udp(1, 1))
-        kit.run()
-        assert not guest.frames and kit.provider.status()["queues"][0]["lost"] == 1
+def test_memory_that_the_guest_takes_away_is_an_error_of_its_packets_alone(
+    kit: ProviderTest, guest: NetworkGuest
+) -> None:
+    for memory in (guest.receive, guest.send_memory):
+        memory.take_away()  # type: ignore[attr-defined]
+    assert guest.send_rndis(nvsp.DATA_CHANNEL, 0, 60, None) == FAILURE
+    cable_of(guest).push(udp(1, 1))
+    kit.run()
+    assert not guest.frames and kit.provider.status()["queues"][0]["lost"] == 1
 
 
 # ---- hostile guests --------------------------------------------------------------------------------------------------
 
 
-def test_bad_packets_have_an_answer_and_the_card_goes_on() -> None:
-    with card() as kit:
-        guest = guest_of(kit)
-        whole = plain(udp(1, 1))
-        good = rndis.packet_header(len(whole)) + whole
-        area = guest.ends.allocate(4096)
+def test_bad_packets_have_an_answer_and_the_card_goes_on(kit: ProviderTest, guest: NetworkGuest) -> None:
+    whole = plain(udp(1, 1))
+    good = rndis.packet_header(len(whole)) + whole
+    area = guest.ends.allocate(4096)
 
-        def bytes_of(data: bytes, channel: int = nvsp.DATA_CHANNEL) -> int:
-            area.write(0, data.ljust(4096, b"\0"))
-            return guest.send_rndis(channel, nvsp.NO_SECTION, 0, [(area.address, len(data))])
+    def bytes_of(data: bytes, channel: int = nvsp.DATA_CHANNEL) -> int:
+        area.write(0, data.ljust(4096, b"\0"))
+        return guest.send_rndis(channel, nvsp.NO_SECTION, 0, [(area.address, len(data))])
 
-        def changed(at: int, value: int) -> bytes:
-            return good[:at] + struct.pack("<I", value) + good[at + 4 :]
+    def changed(at: int, value: int) -> bytes:
+        return good[:at] + struct.pack("<I", value) + good[at + 4 :]
 
-        for section, size in ((0, SEND_SECTION + 1), (10, SEND_SECTION), (0xFFFFFFFE, 8), (11, 1)):
-            assert guest.send_rndis(nvsp.DATA_CHANNEL, section, size, None) == FAILURE
-        for bad in (
-            *(changed(4, value) for value in (0, 7, 8, 43, len(good) + 1, 0xFFFFFFFF)),
-            *(changed(8, value) for value in (0, 35, len(good) - 8, 0xFFFFFFFF, 0x7FFFFFFF)),
-            *(changed(12, value) for value in (len(whole) + 1, 0xFFFFFFFF, 0, 13)),
-            changed(0, 0),
-            changed(0, rndis.Type.QUERY),
-            changed(0, 0x80000004),
-        ):
-            assert bytes_of(bad) == BAD_RNDIS, bad[:48].hex()
-        assert not cable_of(guest).sent
-        for information in (
-            struct.pack("<IIII", 0, 0, 12, 0),
-            struct.pack("<IIII", 17, 0, 12, 0),
-            struct.pack("<IIII", 16, 0, 17, 0),
-            struct.pack("<IIII", 11, 0, 8, 0),
-            struct.pack("<IIII", 0xFFFFFFFF, 0, 0xFFFFFFFF, 0),
-            rndis.ppi(0, 1 | 8 | 0x3FF << 16),
-            rndis.ppi(0, 1 | 4 | 13 << 16),
-            rndis.ppi(2, 1 << 30 | 1400 | 34 << 20),
-            rndis.ppi(2, 0),
-        ):
-            assert guest.send(whole, information=information) == BAD_RNDIS, information.hex()
-        # Those before a bad one are sent.
-        assert bytes_of(good + changed(4, 7)) == BAD_RNDIS and cable_of(guest).sent == [udp(1, 1)]
-        for bad in (b"", b"\4\0\0\0", rndis.query(1, 1)[:20], good, rndis.query(1, 1) * 2, rndis.initialize(1)[:20]):
-            assert bytes_of(bad.ljust(1, b"\0"), nvsp.CONTROL_CHANNEL) == BAD_RNDIS
-        for at, value in ((16, 5000), (16, 0xFFFFFFFF), (20, 19), (20, 0xFFFFFFFF)):
-            request = bytearray(rndis.set_oid(1, oids.PACKET_FILTER, bytes(4)))
-            request[at : at + 4] = struct.pack("<I", value)
-            assert bytes_of(bytes(request), nvsp.CONTROL_CHANNEL) == BAD_RNDIS
-        cable_of(guest).sent.clear()
-        assert bytes_of((rndis.packet_header(14) + bytes(14)) * 65) == BAD_RNDIS
-        assert len(cable_of(guest).sent) == 64
-        assert guest.send(whole) == SUCCESS
+    for section, size in ((0, SEND_SECTION + 1), (10, SEND_SECTION), (0xFFFFFFFE, 8), (11, 1)):
+        assert guest.send_rndis(nvsp.DATA_CHANNEL, section, size, None) == FAILURE
+    for bad in (
+        *(changed(4, value) for value in (0, 7, 8, 43, len(good) + 1, 0xFFFFFFFF)),
+        *(changed(8, value) for value in (0, 35, len(good) - 8, 0xFFFFFFFF, 0x7FFFFFFF)),
+        *(changed(12, value) for value in (len(whole) + 1, 0xFFFFFFFF, 0, 13)),
+        changed(0, 0),
+        changed(0, rndis.Type.QUERY),
+        changed(0, 0x80000004),
+    ):
+        assert bytes_of(bad) == BAD_RNDIS, bad[:48].hex()
+    assert not cable_of(guest).sent
+    for information in (
+        struct.pack("<IIII", 0, 0, 12, 0),
+        struct.pack("<IIII", 17, 0, 12, 0),
+        struct.pack("<IIII", 16, 0, 17, 0),
+        struct.pack("<IIII", 11, 0, 8, 0),
+        struct.pack("<IIII", 0xFFFFFFFF, 0, 0xFFFFFFFF, 0),
+        rndis.ppi(0, 1 | 8 | 0x3FF << 16),
+        rndis.ppi(0, 1 | 4 | 13 << 16),
+        rndis.ppi(2, 1 << 30 | 1400 | 34 << 20),
+        rndis.ppi(2, 0),
+    ):
+        assert guest.send(whole, information=information) == BAD_RNDIS, information.hex()
+    # Those before a bad one are sent.
+    assert bytes_of(good + changed(4, 7)) == BAD_RNDIS and cable_of(guest).sent == [udp(1, 1)]
+    for bad in (b"", b"\4\0\0\0", rndis.query(1, 1)[:20], good, rndis.query(1, 1) * 2, rndis.initialize(1)[:20]):
+        assert bytes_of(bad.ljust(1, b"\0"), nvsp.CONTROL_CHANNEL) == BAD_RNDIS
+    for at, value in ((16, 5000), (16, 0xFFFFFFFF), (20, 19), (20, 0xFFFFFFFF)):
+        request = bytearray(rndis.set_oid(1, oids.PACKET_FILTER, bytes(4)))
+        request[at : at + 4] = struct.pack("<I", value)
+        assert bytes_of(bytes(request), nvsp.CONTROL_CHANNEL) == BAD_RNDIS
+    cable_of(guest).sent.clear()
+    assert bytes_of((rndis.packet_header(14) + bytes(14)) * 65) == BAD_RNDIS
+    assert len(cable_of(guest).sent) == 64
+    assert guest.send(whole) == SUCCESS
 
 
-def test_nonsense_is_completed_too() -> None:
-    with card() as kit:
-        guest = guest_of(kit)
-        for payload in (b"", b"\1", struct.pack("<I", 1), struct.pack("<I", 9999) + bytes(36), b"\xff" * 4000):
-            assert guest.ends.ask(0, payload, None) == b""
-        assert guest.ends.ask(0, nvsp.pack_message(nvsp.Other(nvsp.Type.SWITCH_DATA_PATH)), None) == b""
-        assert guest.nvsp(nvsp.Other(nvsp.Type.OID_QUERY)).words[0] == rndis.Status.NOT_SUPPORTED
-        assert guest.nvsp(nvsp.SubChannels(1, 3)).words[:2] == (FAILURE, 0)
-        assert guest.nvsp(nvsp.PdApi(3))[:] == (nvsp.Type.PD_API, (3, FAILURE, *[0] * 13))
-        for unasked in (nvsp.Type.PD_POST_BATCH, nvsp.Type.INDIRECTION_TABLE, 137):
-            assert guest.ends.ask(0, struct.pack("<II", unasked, 1) + bytes(32), None) == b""
-        assert guest.set(oids.OFFLOAD_PARAMETERS, b"1234") == rndis.Status.INVALID_DATA
-        assert guest.set(oids.RSS_PARAMETERS, b"1234") == rndis.Status.INVALID_DATA
-        assert guest.set(oids.PACKET_FILTER, b"1") == rndis.Status.INVALID_DATA
+def test_nonsense_is_completed_too(kit: ProviderTest, guest: NetworkGuest) -> None:
+    for payload in (b"", b"\1", struct.pack("<I", 1), struct.pack("<I", 9999) + bytes(36), b"\xff" * 4000):
+        assert guest.ends.ask(0, payload, None) == b""
+    assert guest.ends.ask(0, nvsp.pack_message(nvsp.Other(nvsp.Type.SWITCH_DATA_PATH)), None) == b""
+    assert guest.nvsp(nvsp.Other(nvsp.Type.OID_QUERY)).words[0] == rndis.Status.NOT_SUPPORTED
+    assert guest.nvsp(nvsp.SubChannels(1, 3)).words[:2] == (FAILURE, 0)
+    assert guest.nvsp(nvsp.PdApi(3))[:] == (nvsp.Type.PD_API, (3, FAILURE, *[0] * 13))
+    for unasked in (nvsp.Type.PD_POST_BATCH, nvsp.Type.INDIRECTION_TABLE, 137):
+        assert guest.ends.ask(0, struct.pack("<II", unasked, 1) + bytes(32), None) == b""
+    assert guest.set(oids.OFFLOAD_PARAMETERS, b"1234") == rndis.Status.INVALID_DATA
+    assert guest.set(oids.RSS_PARAMETERS, b"1234") == rndis.Status.INVALID_DATA
+    assert guest.set(oids.PACKET_FILTER, b"1") == rndis.Status.INVALID_DATA
 
 
 def test_out_of_order_is_refused_and_answered() -> None:
@@ -705,20 +696,18 @@ def test_out_of_order_is_refused_and_answered() -> None:
         assert len(guest.frames) == 1
 
 
-def test_control_messages_that_nobody_completes_are_bounded() -> None:
-    with card() as kit:
-        guest = guest_of(kit)
-        guest.holding = True
-        statuses = []
-        for number in range(1, 4000):
-            statuses.append(guest.send_control(rndis.query(number + 1000, oids.FRIENDLY_NAME)))
-            if statuses[-1] != SUCCESS:
-                break
-        assert statuses[-1] == FAILURE and len(statuses) > MOST_CONTROL
-        guest.release()
-        kit.run()
-        assert len(guest.replies) >= len(statuses) - 1
-        assert guest.query(oids.MEDIA_CONNECT_STATUS) == bytes(4)
+def test_control_messages_that_nobody_completes_are_bounded(kit: ProviderTest, guest: NetworkGuest) -> None:
+    guest.holding = True
+    statuses = []
+    for number in range(1, 4000):
+        statuses.append(guest.send_control(rndis.query(number + 1000, oids.FRIENDLY_NAME)))
+        if statuses[-1] != SUCCESS:
+            break
+    assert statuses[-1] == FAILURE and len(statuses) > MOST_CONTROL
+    guest.release()
+    kit.run()
+    assert len(guest.replies) >= len(statuses) - 1
+    assert guest.query(oids.MEDIA_CONNECT_STATUS) == bytes(4)
 
 
 def test_while_nobody_looks_on_nothing_is_read_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -911,21 +900,19 @@ def test_network_survives_with_frames_in_every_place() -> None:
         assert status["queues"][0]["used"] == status["backlog"] == 0
 
 
-def test_a_packet_that_outlives_its_buffer_is_restored_too() -> None:
-    with card() as kit:
-        guest = guest_of(kit)
-        guest.holding = True
-        cable_of(guest).push(udp(1, 1))
-        kit.run()
-        guest.revoke()
-        kit.save_restore()
-        guest.receive = guest.ends.allocate(guest.receive_size)
-        guest.step_receive()
-        guest.release()
-        guest.step_send()
-        cable_of(guest).push(udp(2, 1))
-        kit.run()
-        assert list(map(number_of, guest.frames)) == [1, 2]
+def test_a_packet_that_outlives_its_buffer_is_restored_too(kit: ProviderTest, guest: NetworkGuest) -> None:
+    guest.holding = True
+    cable_of(guest).push(udp(1, 1))
+    kit.run()
+    guest.revoke()
+    kit.save_restore()
+    guest.receive = guest.ends.allocate(guest.receive_size)
+    guest.step_receive()
+    guest.release()
+    guest.step_send()
+    cable_of(guest).push(udp(2, 1))
+    kit.run()
+    assert list(map(number_of, guest.frames)) == [1, 2]
 
 
 def test_states_that_make_no_sense_are_refused() -> None:
@@ -964,27 +951,23 @@ def test_states_that_make_no_sense_are_refused() -> None:
     [b"", bytes(24), struct.pack("<HHIQQ", 2, 1, 1, 0, 8), struct.pack("<HHIQQ", 1, 9, 1, 0, 8)]
     + [struct.pack("<HHIQQ", 1, 1, 1, *part) for part in ((8, 1), (0, 1 << 40), (1 << 63, 1 << 63))],
 )
-def test_saved_packets_that_make_no_sense_are_refused(own: bytes) -> None:
-    with card() as kit:
-        guest = guest_of(kit)
-        guest.holding = True
-        cable_of(guest).push(udp(1, 1))
-        kit.run()
-        queue = kit.provider.queues[0]  # type: ignore[attr-defined]
-        with pytest.raises(StateError):
-            queue.restore_packet(queue.channel, b"", own)
-        guest.release()
+def test_saved_packets_that_make_no_sense_are_refused(kit: ProviderTest, guest: NetworkGuest, own: bytes) -> None:
+    guest.holding = True
+    cable_of(guest).push(udp(1, 1))
+    kit.run()
+    queue = kit.provider.queues[0]  # type: ignore[attr-defined]
+    with pytest.raises(StateError):
+        queue.restore_packet(queue.channel, b"", own)
+    guest.release()
 
 
-def test_a_saved_packet_is_described_in_words() -> None:
-    with card() as kit:
-        guest = guest_of(kit)
-        guest.holding = True
-        cable_of(guest).push(udp(1, 1), udp(2, 1))
-        kit.run()
-        queue = kit.provider.queues[0]  # type: ignore[attr-defined]
-        buffer = bytearray(24)
-        queue.save_packet(queue.channel, queue.channel.packets_in_use[0], memoryview(buffer))
-        told = CabledNetwork.describe_packet(bytes(buffer))
-        assert told["kind"] == "frames" and told["messages"] == 2
-        guest.release()
+def test_a_saved_packet_is_described_in_words(kit: ProviderTest, guest: NetworkGuest) -> None:
+    guest.holding = True
+    cable_of(guest).push(udp(1, 1), udp(2, 1))
+    kit.run()
+    queue = kit.provider.queues[0]  # type: ignore[attr-defined]
+    buffer = bytearray(24)
+    queue.save_packet(queue.channel, queue.channel.packets_in_use[0], memoryview(buffer))
+    told = CabledNetwork.describe_packet(bytes(buffer))
+    assert told["kind"] == "frames" and told["messages"] == 2
+    guest.release()
