@@ -272,7 +272,7 @@ INTERESTING = st.sampled_from([0, 1, 2, 6, 7, 8, 9, 11, 16, 24, 0xFFFF, 0xFFFFFF
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     stains=st.lists(st.tuples(st.integers(0, 3 * 1024 - 1), INTERESTING), min_size=1, max_size=12),
     moves=st.lists(st.integers(0, 1023), min_size=1, max_size=4),

@@ -31,7 +31,7 @@ class Naive:
         return free
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.randoms(use_true_random=False), st.integers(min_value=1, max_value=120))
 def test_requests_wait_for_exactly_those_that_they_overlap_with(choose: random.Random, steps: int) -> None:
     core, naive = Core(GEOMETRY), Naive()
@@ -68,7 +68,7 @@ def test_requests_wait_for_exactly_those_that_they_overlap_with(choose: random.R
     assert core.idle and len(core._conflicts) == 0
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.randoms(use_true_random=False), st.integers(min_value=1, max_value=120))
 def test_one_of_several_channels_goes(choose: random.Random, steps: int) -> None:
     """The requests of the others keep their order, and those that waited for dropped ones alone begin."""

@@ -591,4 +591,4 @@ class SaveAtAnyMoment(RuleBasedStateMachine):
 
 
 TestSaveAtAnyMoment = SaveAtAnyMoment.TestCase
-TestSaveAtAnyMoment.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestSaveAtAnyMoment.settings = settings(max_examples=30, stateful_step_count=40, deadline=None)

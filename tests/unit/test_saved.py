@@ -314,7 +314,7 @@ def sealed(body: bytes) -> bytes:
     return head + body
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(data=st.data())
 def test_a_field_of_another_kind_is_refused_or_means_the_same(example: saved.DeviceState, data: st.DataObject) -> None:
     """Somebody who can compute digests changes one value anywhere: never anything but StateError."""

@@ -128,7 +128,7 @@ def story(directory: Path, asked: list[Asked]) -> tuple[list[Any], dict[str, Any
     return seen, {"status": state, "files": files}
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=40, deadline=None)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=20, deadline=None)
 @given(asked=st.lists(ANY | PLAIN, min_size=1, max_size=12))
 def test_the_short_way_comes_to_the_same_as_the_long_one(tmp_path: Path, asked: list[Asked]) -> None:
     numbers = itertools.count()

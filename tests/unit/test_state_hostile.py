@@ -132,7 +132,7 @@ def test_random_bytes_are_refused_everywhere(data: bytes) -> None:
             decoder(data)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(data=st.data())
 def test_mutated_states_are_refused_or_restored(tree: dict[str, Any], data: st.DataObject) -> None:
     """Whoever can compute digests cuts, repeats or overwrites bytes anywhere in the body: StateError only. And what is
