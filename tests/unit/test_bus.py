@@ -251,15 +251,6 @@ def test_the_owner_may_take_its_time(bus: Joined) -> None:
     assert kinds(bus.heard).count("OpenResult") == 2, "a second answer is not passed on"
 
 
-@pytest.mark.parametrize(
-    "message", [open_channel(9, 7, 5), open_channel(0, 7, 5), open_channel(1, 8, 5), open_channel(2, 7, 5)]
-)
-def test_a_bad_open_is_refused_with_its_own_words(bus: Joined, message: m.OpenChannel) -> None:
-    bus.gpadl()
-    assert bus.say(message) == [m.OpenResult(message.relid, 5, REFUSED)]
-    assert bus.bus.rejected == 1 and bus.owner.events == []
-
-
 def test_an_open_while_closing_is_done_afterwards(opened: Joined) -> None:
     opened.owner.prompt_close = False
     opened.say(m.CloseChannel(1))
@@ -364,26 +355,6 @@ def test_rescind_in_every_state(state: OfferState) -> None:
     assert bus.open() == [m.OpenResult(1, 99, 0)]
 
 
-def test_rescind_answers_all_that_waits_for_the_close() -> None:
-    bus = reach(OfferState.CLOSING)
-    bus.gpadl(handle=8)
-    bus.say(m.GpadlTeardown(1, 7))
-    bus.open(handle=8)
-    before = len(bus.heard)
-    bus.bus.rescind(bus.offers[0])
-    check(bus.bus, bus.owner)
-    assert bus.heard[before:] == [m.GpadlTorndown(7), m.OpenResult(1, 99, REFUSED), m.RescindOffer(1)]
-    assert bus.owner.events[-1] == ("close", "owner 0", True)
-    bus.gpadl(handle=7)
-
-
-def test_rescind_lets_a_waiting_unload_go_on() -> None:
-    bus = reach(OfferState.CLOSING)
-    assert bus.say(m.Unload()) == []
-    bus.bus.rescind(bus.offers[0])
-    assert bus.heard[-1] == m.UnloadResponse()
-
-
 def test_an_open_of_a_rescinded_channel_is_ignored(opened: Joined) -> None:
     opened.bus.rescind(opened.offers[0])
     assert opened.open() == [] and opened.offers[0].state is OfferState.RESCINDED
@@ -404,14 +375,6 @@ def test_a_closed_channel_may_be_released_and_is_offered_on_the_next_connection(
 
 
 # ---- whatever comes --------------------------------------------------------------------------------------------------
-
-
-@given(st.lists(st.binary(max_size=260), max_size=10))
-def test_random_bytes_are_rejected_one_by_one(messages: list[bytes]) -> None:
-    bus = Joined()
-    bus.connect()
-    for message in messages:
-        bus.say(message)
 
 
 @given(number=st.integers(0, 40), body=st.binary(min_size=0, max_size=232))

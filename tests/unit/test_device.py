@@ -14,7 +14,7 @@ from vmbus.kmcl.status import Status
 from vmbus.ring import READ_INDEX, WRITE_INDEX
 from vmbus.wire import messages as m
 from vmbus.wire.gpa import GpaRange
-from vmbus.wire.synic import CONTROL_ENABLE, CONTROL_RESET, STATUS_FAULT, Register
+from vmbus.wire.synic import CONTROL_RESET, STATUS_FAULT, Register
 from vmbus.wire.workload import (
     BURST_TYPE,
     ECHO_TYPE,
@@ -158,20 +158,6 @@ def test_rings_of_pages_in_any_order_and_across_regions() -> None:
         echo(driver, open_echo(driver, ring_pages_in=7, ring_pages_out=5), 300)
 
 
-def test_a_provider_that_refuses_to_open_is_heard(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(_channel: object) -> None:
-        raise RuntimeError("not today")
-
-    monkeypatch.setattr(machine.channel("echo"), "_opened", refuse)
-    driver = connect(machine)
-    with pytest.raises(Exception, match="refused to open"):
-        open_echo(driver)
-    assert machine.channel("echo").state is ChannelState.CLOSED
-    settle(driver)
-    monkeypatch.undo()
-    echo(driver, open_echo(driver))
-
-
 # ---- memory that goes away -------------------------------------------------------------------------------------------
 
 
@@ -215,18 +201,6 @@ def test_unmapping_everything_at_once_resets_the_device(hold: int, size: int) ->
     machine.used[:] = bytes(len(machine.used))
     with connect(machine) as again:
         echo(again, open_echo(again))
-
-
-def test_unmapping_the_message_page_is_reported_in_a_register(machine: Machine) -> None:
-    machine.region = PAGE
-    machine.device.memory.unmap(BASE, len(machine.ram))
-    machine.map_all()
-    driver = connect(machine)
-    open_echo(driver)
-    machine.device.memory.unmap(driver._pages.iova, PAGE)
-    assert machine.read32(Register.STATUS) == STATUS_FAULT
-    machine.write32(Register.CONTROL, CONTROL_ENABLE)
-    assert machine.read32(Register.STATUS) == STATUS_FAULT, "after the reset there are no pages to enable it with"
 
 
 # ---- corruption ------------------------------------------------------------------------------------------------------

@@ -371,29 +371,6 @@ def test_of_a_gpadl_that_is_a_window_only_what_is_written_is_copied(machine: Mac
         window.write(0, b"x")
 
 
-def test_windows_of_gpadls_go_with_their_channel() -> None:
-    for how in ("close", "reset", "unload"):
-        machine = make()
-        driver = connect(machine)
-        guest = Guest(driver)
-        windows = [
-            multi(machine).channel.open_gpadl(driver.create_gpadl(guest.channel, driver.allocate(PAGE)), PAGE)
-            for _ in range(2)
-        ]
-        if how == "close":
-            driver.close_channel(guest.channel)
-            assert not machine.device.bus.gpadls.complete
-        elif how == "reset":
-            machine.device.reset()
-        else:
-            driver.bus.unload()
-            settle(driver)
-        for window in windows:
-            with pytest.raises(MemoryRevoked):
-                window.read(0, 1)
-        assert not any(offer.mapped or offer.teardowns for offer in machine.device.bus.offers)
-
-
 @pytest.mark.parametrize("how", ["close", "rescind", "reset", "unload"])
 def test_a_channel_goes_with_gpadls_mapped(how: str) -> None:
     machine = make()
@@ -401,6 +378,7 @@ def test_a_channel_goes_with_gpadls_mapped(how: str) -> None:
     guest = Guest(driver)
     for command in (b"map_", b"mapr"):
         guest.ask(command, driver.create_gpadl(guest.channel, driver.allocate(PAGE)))
+    window = multi(machine).channel.open_gpadl(driver.create_gpadl(guest.channel, driver.allocate(PAGE)), PAGE)
     device = machine.device
     if how == "close":
         driver.close_channel(guest.channel)
@@ -416,25 +394,12 @@ def test_a_channel_goes_with_gpadls_mapped(how: str) -> None:
         driver.bus.unload()
         settle(driver)
         assert driver.bus.unloaded
+    with pytest.raises(MemoryRevoked):
+        window.read(0, 1)
     assert not device.memory._writable_grants, "nothing is granted any more"
     assert not any(offer.mapped or offer.teardowns for offer in device.bus.offers)
     device.memory.start_log()
     assert device.memory.log is not None and not device.memory.log.pages
-
-
-def test_the_owner_may_unmap_in_its_closed_callback(monkeypatch: pytest.MonkeyPatch, caplog) -> None:
-    def closed(self: MultiProvider, channel: ServerChannel) -> None:
-        for handle in self.mapped:
-            channel.unmap_gpadl(handle)
-        self.mapped.clear()
-
-    monkeypatch.setattr(MultiProvider, "_closed", closed)
-    machine = make()
-    with connect(machine) as driver:
-        guest = Guest(driver)
-        guest.ask(b"map_", driver.create_gpadl(guest.channel, driver.allocate(PAGE)))
-        driver.close_channel(guest.channel)
-    assert not multi(machine).mapped and "GPADLs" not in caplog.text
 
 
 def test_memory_that_is_not_there_and_gpadls_too_many(

@@ -1,12 +1,8 @@
 """KMCL channels: sending, completing, states, save and restore, over rings in a bytearray."""
 
-import contextlib
 import struct
 
 import pytest
-from hypothesis import settings
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from support.pair import BASE, INSTANCE, TYPE, Pair
 from vmbus.errors import StateError
@@ -105,18 +101,6 @@ def answered(number: int) -> tuple[int, int, bytes]:
     return (number, Status.SUCCESS, struct.pack("<Q", number) + b"answered")
 
 
-def test_a_transaction_goes_there_and_back(pair, vsp, guest) -> None:
-    pair.open()
-    vsp.send()
-    pair.run()
-    assert guest.seen == [0]
-    assert pair.server.packets_sent == 1
-    guest.complete()
-    pair.run()
-    assert vsp.answers == [answered(0)]
-    assert pair.server.packets_sent == 0
-
-
 def test_a_packet_without_completion_is_done_once_it_is_in_the_ring(pair, vsp, guest) -> None:
     pair.open()
     vsp.send(wait_for_completion=False)
@@ -164,19 +148,6 @@ def test_the_host_sends_packets_that_belong_to_no_request(pair, vsp, guest) -> N
         decode_lib(chunk)
     assert decode_lib(encode(LibBuf(1, 0, True, 6, 2, 0, b"unasked."))).transaction == 0
     guest.complete()
-
-
-def test_a_full_ring_queues_and_order_is_kept(pair, vsp, guest) -> None:
-    pair.open()
-    for _ in range(500):
-        vsp.send()
-    assert pair.server.packets_queued > 300
-    assert pair.server.packets_sent + pair.server.packets_queued == 500
-    while len(vsp.answers) < 500:
-        pair.run()
-        guest.complete(7)
-    assert vsp.answers == [answered(number) for number in range(500)]
-    assert guest.seen == list(range(500))
 
 
 def test_completions_queue_behind_a_full_ring_too(pair, vsp, guest) -> None:
@@ -439,17 +410,6 @@ def test_transfer_pages_come_out_of_a_restore_exactly_once(pair, vsp, guest) -> 
     assert all(found == pages(number) for number, found in seen.items()) and len(seen) > 100
 
 
-def test_a_save_changes_nothing(pair, vsp, guest) -> None:
-    fill(pair, vsp, guest)
-    first = pair.server.save()
-    assert pair.server.save() == first
-    pair.server.unquiesce()
-    while len(vsp.answers) < 400:
-        pair.run()
-        guest.complete()
-    assert vsp.answers == [answered(number) for number in range(400)]
-
-
 def test_sabotage_a_packet_taken_out_of_the_state_is_noticed(pair, vsp, guest) -> None:
     fill(pair, vsp, guest)
     chunks = pair.server.save()
@@ -495,100 +455,3 @@ def test_a_restore_callback_must_restore_one_packet(pair, vsp, guest, break_it: 
     with pytest.raises((KmclError, StateError), match="restored"):
         pair.replace_server(make, chunks)
     assert pair.server.packets_sent == pair.server.packets_queued == 0
-
-
-def test_the_librarys_state_is_opaque_but_checked(pair, vsp, guest) -> None:
-    fill(pair, vsp, guest)
-    lib = decode_chunk(pair.server.save()[1]).lib
-    assert decode_lib(lib).transaction == 6
-    for position in range(len(lib)):
-        broken = bytearray(lib)
-        broken[position] ^= 0xFF
-        with contextlib.suppress(StateError):
-            decode_lib(bytes(broken))
-
-
-class SaveAtAnyMoment(RuleBasedStateMachine):
-    """Both ends take any steps, the server is saved and replaced at any of them. Exactly once, in order, always."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.pair = Pair()
-        self.vsp = Recorder(self.pair.server)
-        self.guest = Guest(self.pair)
-        self.requests = 0
-        self.replies: list[int] = []
-        self.pair.open()
-        self.saves = 0
-
-    @rule(count=st.integers(1, 80))
-    def host_sends(self, count: int) -> None:
-        for _ in range(count):
-            self.vsp.send()
-
-    @rule(count=st.integers(1, 40))
-    def guest_sends(self, count: int) -> None:
-        for _ in range(count):
-            packet = self.pair.client.allocate_packet()
-            packet.pointer = self.requests
-            packet.completion_routine = self._reply
-            packet.send(struct.pack("<Q", self.requests) + bytes(40))
-            self.requests += 1
-
-    def _reply(self, packet, status: int, reply: bytes) -> None:
-        assert status == Status.SUCCESS
-        assert struct.unpack_from("<Q", reply) == (packet.pointer,)
-        self.replies.append(packet.pointer)
-
-    @rule(count=st.integers(1, 60))
-    def guest_completes(self, count: int) -> None:
-        self.guest.complete(count)
-
-    @rule(count=st.integers(1, 60))
-    def host_completes(self, count: int) -> None:
-        for completion, payload in self.vsp.incoming[:count]:
-            completion.complete(payload[:8] + bytes(24))
-        del self.vsp.incoming[:count]
-
-    @rule(side=st.sampled_from(["server", "client"]))
-    def turn(self, side: str) -> None:
-        self.pair.turn(side)
-
-    @precondition(lambda self: self.saves < 20)
-    @rule(replace=st.booleans())
-    def save(self, replace: bool) -> None:
-        self.pair.server.quiesce()
-        self.host_completes(len(self.vsp.incoming))
-        assert self.pair.server.quiescent
-        chunks = self.pair.server.save()
-        self.saves += 1
-        if replace:
-            old = self.vsp
-            self.vsp = restored(self.pair, old, chunks)
-        else:
-            self.pair.server.unquiesce()
-
-    @invariant()
-    def in_order_and_once(self) -> None:
-        numbers = [number for number, _, _ in self.vsp.answers]
-        assert numbers == list(range(len(numbers)))
-        assert self.guest.seen == list(range(len(self.guest.seen)))
-        assert self.replies == list(range(len(self.replies)))
-        assert not self.pair.server_link.failures
-        assert not self.pair.client_link.failures
-
-    def teardown(self) -> None:
-        for _ in range(1000):
-            self.pair.run()
-            if len(self.vsp.answers) == self.vsp.next and len(self.replies) == self.requests:
-                break
-            self.guest_completes(1000)
-            self.host_completes(1000)
-        assert list(self.vsp.answers) == [answered(number) for number in range(self.vsp.next)]
-        assert self.replies == list(range(self.requests))
-        assert self.pair.server.packets_sent == self.pair.server.packets_queued == 0
-        assert self.pair.client.packets_sent == self.pair.client.packets_queued == 0
-
-
-TestSaveAtAnyMoment = SaveAtAnyMoment.TestCase
-TestSaveAtAnyMoment.settings = settings(max_examples=30, stateful_step_count=40, deadline=None)

@@ -111,16 +111,6 @@ def test_life_calls_are_refused_inside_state_callbacks(bench: Bench, callback: s
     assert bench.server.state is ChannelState.CLOSED
 
 
-def test_a_server_that_was_paused_while_disabled_comes_up_paused(bench: Bench) -> None:
-    bench.server.pause()
-    bench.client.pause()
-    bench.open(start=False)
-    assert bench.server.state is bench.client.state is ChannelState.OPENED
-    bench.client.start()
-    bench.server.start()
-    assert bench.server.active and bench.client.active
-
-
 def test_a_client_starts_by_itself_each_time(bench: Bench) -> None:
     bench.open()
     bench.client.begin_pause()
@@ -157,12 +147,6 @@ def test_disable_waits_for_a_close_in_progress(bench: Bench) -> None:
     bench.answer()
     bench.server.disable()
     assert bench.server.state is ChannelState.DISABLED
-
-
-def test_start_and_disable_need_an_enabled_server(bench: Bench) -> None:
-    assert status_of(bench.server.start) is status_of(bench.client.start) is Status.INVALID_DEVICE_STATE
-    assert status_of(bench.server.disable) is Status.INVALID_DEVICE_STATE
-    bench.client.disable()
 
 
 def test_a_client_disables_through_its_link(bench: Bench) -> None:
@@ -259,23 +243,6 @@ def test_a_raised_quota_works_from_the_next_completion_on(bench: Bench) -> None:
     bench.taken["server"][0][0].complete()
     bench.run()
     assert len(bench.taken["server"]) == 4
-
-
-@pytest.mark.parametrize("passive", [False, True])
-def test_a_quota_holds_in_both_ways_of_processing(bench: Bench, passive: bool) -> None:
-    bench.server.set_transaction_quota(2)
-    bench.server.set_incoming_processing_at_passive(passive)
-    bench.open()
-    for _ in range(7):
-        bench.send()
-    seen = []
-    while len(seen) < 7:
-        bench.run()
-        assert len(bench.taken["server"]) == min(2, 7 - len(seen))
-        seen += [completion.transaction for completion, _ in bench.taken["server"]]
-        bench.answer()
-    bench.run()
-    assert seen == list(range(1, 8)) and len(bench.outcomes) == 7
 
 
 def test_packets_that_were_put_off_get_their_turn_although_they_use_up_the_quota(bench: Bench) -> None:

@@ -10,7 +10,6 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from vmbus.errors import UsageError
 from vmbus.memory import spans
 from vmbus.memory.guest import DirtyLogBroken, Grant, GuestMemory, MemoryFault, MemoryRevoked, Window
 
@@ -52,14 +51,6 @@ def test_read_only_memory_cannot_be_written_or_granted_for_writing(memory: Guest
     grant = memory.grant([(0x30000, 8)], writable=False)
     with pytest.raises(TypeError):
         grant.views[0][0] = 1
-
-
-def test_overlaps_are_refused_and_identical_maps_replace(memory: GuestMemory) -> None:
-    with pytest.raises(MemoryFault, match="overlaps"):
-        memory.map(0x11000, memoryview(bytearray(PAGE)), True)
-    fresh = bytearray(b"n" * 4 * PAGE)
-    memory.map(0x10000, memoryview(fresh), True)
-    assert memory.read(0x10000, 2) == b"nn"
 
 
 def test_a_scattered_window_is_one_memory(memory: GuestMemory) -> None:
@@ -110,68 +101,10 @@ def test_a_closed_window_tells_nobody(memory: GuestMemory) -> None:
 # ---- the dirty log ---------------------------------------------------------------------------------------------------
 
 
-def test_everything_written_is_in_the_log(memory: GuestMemory) -> None:
-    window = memory.window([(0x10000, 2 * PAGE)])
-    memory.write(0x13000, b"before the log")
-    memory.start_log()
-    window.write(PAGE - 1, b"xy")
-    memory.write(0x14008, b"z")
-    assert memory.dirty_runs() == [(0x10000, 2 * PAGE), (0x14000, PAGE)]
-    window.store32(8, 1)
-    memory.stop_log()
-    assert memory.log is None
-
-
 def test_runs_are_split_at_the_limit(memory: GuestMemory) -> None:
     memory.start_log()
     memory.write(0x10000, bytes(4 * PAGE))
     assert memory.dirty_runs(max_bytes=3 * PAGE) == [(0x10000, 3 * PAGE), (0x13000, PAGE)]
-
-
-def test_memory_granted_for_writing_counts_as_written(memory: GuestMemory) -> None:
-    early = memory.grant([(0x10000, 10)], writable=True)
-    done = memory.grant([(0x11000, 10)], writable=True)
-    done.release()
-    memory.start_log()
-    late = memory.grant([(0x12FFF, 2)], writable=True)
-    memory.grant([(0x14000, 10)], writable=False)
-    assert memory.dirty_runs() == [(0x10000, PAGE), (0x12000, 2 * PAGE)]
-    early.release()
-    late.release()
-    assert memory.dirty_runs() == [(0x10000, PAGE), (0x12000, 2 * PAGE)]
-
-
-def test_unmapping_a_dirty_page_breaks_the_log(memory: GuestMemory) -> None:
-    memory.start_log()
-    memory.write(0x10000, b"x")
-    memory.unmap(0x14000, 2 * PAGE)
-    assert memory.dirty_runs() == [(0x10000, PAGE)]
-    memory.unmap(0x10000, 4 * PAGE)
-    with pytest.raises(DirtyLogBroken, match="unmapped 0x10000"):
-        memory.dirty_runs()
-
-
-def test_pages_are_taken_out_of_the_log_by_region() -> None:
-    memory = GuestMemory()
-    for start in (0x10000, 0x20000):
-        memory.map(start, memoryview(bytearray(0x8000)), True)
-    with pytest.raises(UsageError, match="no dirty log"):
-        memory.take_dirty(0x10000, 0x8000, written_on=True)
-    lent = memory.grant([(0x11000, 16)], writable=True)
-    memory.start_log()
-    memory.write(0x12FFC, bytes(8))
-    memory.write(0x20000, b"x")
-    assert memory.take_dirty(0x10000, 0x8000, written_on=True) == [(0x11000, 0x3000)]
-    # What a provider still has may be written again; the other region's page is still there.
-    assert memory.take_dirty(0x10000, 0x8000, written_on=False) == [(0x11000, 0x1000)]
-    assert memory.take_dirty(0x10000, 0x8000, written_on=False) == []
-    lent.release()
-    assert memory.take_dirty(0x20000, 0x8000, written_on=True) == [(0x20000, 0x1000)]
-    assert memory.log is not None and memory.log.pages == set()
-    memory.write(0x20000, b"x")
-    memory.unmap(0x20000, 0x8000)
-    with pytest.raises(DirtyLogBroken, match="unmapped"):
-        memory.take_dirty(0x10000, 0x8000, written_on=True)
 
 
 def test_a_grant_ends_where_the_guest_unmaps_its_memory(memory: GuestMemory) -> None:
@@ -186,14 +119,6 @@ def test_a_grant_ends_where_the_guest_unmaps_its_memory(memory: GuestMemory) -> 
     memory.stop_log()
     memory.start_log()
     assert memory.dirty_runs() == []
-
-
-def test_unmapping_granted_memory_breaks_a_log_that_runs(memory: GuestMemory) -> None:
-    memory.grant([(0x10000, 10)], writable=True)
-    memory.start_log()
-    memory.unmap(0x10000, 4 * PAGE)
-    with pytest.raises(DirtyLogBroken, match="unmapped 0x10000"):
-        memory.take_dirty(0x14000, PAGE, written_on=True)
 
 
 def test_owners_of_revoked_windows_are_told_in_order_and_when_all_is_done() -> None:
