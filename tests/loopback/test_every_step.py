@@ -27,7 +27,8 @@ from vmbus.transport.library import Library
 pytestmark = pytest.mark.loopback
 
 BY_NAME = {scenario.name: scenario for scenario in SCENARIOS}
-EACH = 16  # of the points of a script, one in so many gets a run of its own
+PLAIN = [one for one in SCENARIOS if "(" not in one.name]  # how a channel is set up is nothing to the transport
+EACH = 32  # of the points of a script, one in so many gets a run of its own
 
 Make = Callable[[Sequence[Described]], LoopbackWorld]
 
@@ -67,7 +68,7 @@ def without_the_belt(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vmbus_guest.channel_driver.LOOK_AGAIN", 1e9)
 
 
-@pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario.name)
+@pytest.mark.parametrize("scenario", PLAIN, ids=lambda scenario: scenario.name)
 def test_a_save_at_every_step_changes_nothing(scenario: Scenario, make: Make, total: Report) -> None:
     expected, plain, _ = run_once(scenario, None, make=make)
     report = Report(scenario.name, points=plain.points, runs=1)

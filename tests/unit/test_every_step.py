@@ -48,7 +48,7 @@ def total(note: Callable[[str], None]) -> Iterator[Report]:
 @pytest.mark.parametrize("eager", [False, True], ids=["lazy", "eager"])
 @pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario.name)
 def test_a_save_at_every_step_changes_nothing(scenario: Scenario, eager: bool, total: Report) -> None:
-    report = every_step(scenario, eager=eager, each=3 if eager else 1)
+    report = every_step(scenario, eager=eager, each=6 if eager else 1)
     print(report)
     assert report.saves > 2 * report.points > 80
     total.add(report)
