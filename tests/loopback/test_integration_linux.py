@@ -13,8 +13,6 @@ import pytest
 from support.hv_utils import FACTS, HvUtils
 from vmbus.device.description import DeviceDescription, ProviderDescription
 from vmbus.errors import UsageError, VmbusError
-from vmbus.kmcl.pipe import frame
-from vmbus.kmcl.settings import FLAG_IS_PIPE
 from vmbus.providers.integration.parts import Time
 from vmbus.testkit.loopback.harness import LoopbackServer
 from vmbus.transport.library import Library
@@ -166,41 +164,6 @@ def test_integration_service_of_linux_that_boots_again_or_is_offered_anew(guest:
     before = guest.linux.heartbeats
     guest.until(lambda: guest.linux.heartbeats > before + 2, "heartbeats of the new provider")
     assert guest.status("heartbeat")["beats"] >= 1
-
-
-def test_integration_service_hostile_bytes_cost_one_channel(guest: Guest) -> None:
-    guest.until(lambda: guest.linux.sets, "the time")
-    guest.driver.on_rescind = lambda channel: None  # so that it does not come back
-    channel = guest.linux.channels["time"]
-    channel.allocate_packet().send(frame(b"\xff" * 64), wait_for_completion=False)
-    guest.until(lambda: not channel.active, "the channel to be withdrawn")
-    assert guest.status("time")["phase"] == "closed"
-    assert guest.ask("kvp-list", pool="auto")["values"]
-    before = guest.linux.heartbeats
-    guest.until(lambda: guest.linux.heartbeats > before + 2, "heartbeats")
-
-
-def test_integration_service_a_guest_that_answers_nothing_is_asked_little(libvfio_user: Library) -> None:
-    with LoopbackServer(describe(answer_seconds=60, services=["heartbeat", "kvp"]), libvfio_user) as server:
-        driver = VmbusDriver(server.function())
-        taken: list[ic.Message] = []
-        for service in (ic.HEARTBEAT, ic.KVP):
-            channel = driver.client_channel(service.interface_type, name=service.name)
-            channel.set_flags(FLAG_IS_PIPE)
-            channel.set_process_packet_callbacks(
-                lambda channel, completion, payload: (taken.append(ic.parse(payload[8:])), completion.complete())
-            )
-            driver.enable(channel)
-        driver.run_until(lambda: len(taken) == 2, 10, "two negotiations")
-        for _ in range(64):
-            with pytest.raises(VmbusError, match="vain"):
-                server.command("provider", name="services", command="kvp-list", seconds=0.0)
-        with pytest.raises(UsageError, match="does not answer: 64 requests wait"):
-            server.command("provider", name="services", command="kvp-list", seconds=5)
-        driver.step(0.2)
-        assert [one.kind for one in taken] == [0, 0], "nothing but the negotiation, once"
-        assert server.command("pause")["incoming_held"] == 0
-        driver.close(graceful=False)
 
 
 def test_integration_service_of_linux_before_its_daemon_has_come(libvfio_user: Library) -> None:

@@ -6,7 +6,6 @@ import contextlib
 import socket
 import struct
 import threading
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -305,39 +304,6 @@ def test_fault_d11_network_survives_an_interface_that_goes_down_or_away(
     assert outside.interfaces() == []
 
 
-def test_network_survives_a_hostile_guest(libvfio_user: Library, outside: Namespace, caller: Caller) -> None:
-    description = describe("network", "echo", network={**OPTIONS, "namespace": outside.name, "window_kib": 64})
-    with LoopbackServer(description, libvfio_user) as server:
-        with VmbusDriver(server.function()) as driver:
-            guest = _guest(driver)
-            exchange(driver, guest, caller, 5)
-            # Its memory goes while it is in use, and its words are nonsense.
-            area = guest.ends.allocate(1 << 16)
-            for section, size in ((0xFFFFFFFE, 60), (3, 1 << 31), (11, 60)):
-                assert guest.send_rndis(nvsp.DATA_CHANNEL, section, size, None) == nvsp.Status.FAILURE
-            for content in (b"\xff" * 4096, bytes(4096), struct.pack("<II", 1, 44) * 512):
-                area.write(0, content)
-                for channel in (0, 1, 2):
-                    answer = guest.send_rndis(channel, nvsp.NO_SECTION, 0, [(area.address, 4096)])
-                    assert answer != nvsp.Status.SUCCESS
-            for external in ([(1 << 45, 64)], [(area.address, 1)] * 30, [(area.address, 1 << 16)] * 8):
-                answer = guest.send_rndis(nvsp.DATA_CHANNEL, nvsp.NO_SECTION, 0, external)
-                assert answer != nvsp.Status.SUCCESS
-            # A flood, while it completes nothing.
-            guest.holding = True
-            caller.send(500, 1000)
-            for _ in range(300):
-                assert guest.send(bytes(60)) == nvsp.Status.SUCCESS
-            state = status(server)
-            assert state["queues"][0]["used"] <= 140 << 10
-            server.command("pause")
-            server.command("resume")
-            guest.release()
-        with VmbusDriver(server.function()) as driver:
-            guest = _guest(driver)
-            exchange(driver, guest, caller, 5)
-
-
 def test_a_guest_that_dies_leaves_the_interface_to_the_next_one(
     libvfio_user: Library, outside: Namespace, caller: Caller
 ) -> None:
@@ -412,7 +378,8 @@ def test_it_is_announced_where_it_runs_and_not_before(libvfio_user: Library, out
             driver.function.reconnect(destination.socket_path, state.config)
             destination.command("restore-finish", frozen=True)
             assert outside.interfaces() == ["host0"]
-            time.sleep(0.05)  # nothing shall happen meanwhile
+            for _ in range(20):  # rounds of its loop: nothing shall happen meanwhile
+                driver.function.barrier()
             assert announcements(listener) == 0 and status(destination)["announced"] == 0
             destination.command("resume")
             until(driver, lambda: announcements(listener), "the announcement")

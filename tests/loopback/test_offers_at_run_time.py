@@ -21,7 +21,6 @@ from vmbus.kmcl.server import ServerChannel
 from vmbus.testkit.loopback.function import LoopbackFunction
 from vmbus.testkit.loopback.harness import LoopbackServer, describe
 from vmbus.transport.library import Library
-from vmbus.wire.workload import ECHO_TYPE, echo_request
 from vmbus_guest.driver import VmbusDriver
 
 pytestmark = pytest.mark.loopback
@@ -310,13 +309,3 @@ def test_provider_timers_run_in_order_and_can_be_cancelled(server: LoopbackServe
     assert done.wait(pace.seconds(5))
     assert seen == [0, 1, 3]
     assert server.on_loop(timers.next_in) is None
-
-
-def test_echo_requests_of_every_kind_still_work(server: LoopbackServer) -> None:
-    with VmbusDriver(server.function()) as driver:
-        channel = driver.client_channel(ECHO_TYPE, name="echo")
-        channel.enable()
-        driver.run_until(lambda: channel.state is ChannelState.ACTIVE, 5, "the channel to be opened by the driver")
-        reply = channel.send_synchronous_request(echo_request(0, b"x", inline=True), timeout=5.0)
-        assert reply
-        channel.disable()

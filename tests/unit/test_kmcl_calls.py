@@ -62,24 +62,6 @@ def test_an_enable_that_its_bus_refuses_changes_nothing(bench: Bench) -> None:
 # ---- life ------------------------------------------------------------------------------------------------------------
 
 
-def test_pause_waits_for_packets_that_are_held(bench: Bench) -> None:
-    bench.open()
-    bench.send()
-    bench.run()
-    held = bench.taken["server"][0][0]
-
-    def later(condition: Callable[[], bool], timeout: float, what: str) -> None:
-        assert not condition() and timeout == 7 and "server" in what
-        held.complete()
-        assert condition()
-
-    bench.server.waiter = later
-    bench.server.pause(7)
-    assert bench.server.state is ChannelState.OPENED
-    bench.server.waiter = None
-    bench.server.pause(7)
-
-
 def test_a_pause_that_runs_out_names_what_is_missing(bench: Bench) -> None:
     bench.open()
     for _ in range(3):
@@ -147,18 +129,6 @@ def test_disable_waits_for_a_close_in_progress(bench: Bench) -> None:
     bench.answer()
     bench.server.disable()
     assert bench.server.state is ChannelState.DISABLED
-
-
-def test_a_client_disables_through_its_link(bench: Bench) -> None:
-    bench.open()
-    bench.client.disable()
-    assert bench.client.state is ChannelState.DISABLED and bench.server.state is ChannelState.CLOSED
-    bench.open()
-    bench.send()
-    bench.run()
-    bench.answer()
-    bench.run()
-    assert bench.outcomes == [(Status.SUCCESS, b"request!")]
 
 
 def test_cleanup_is_the_end(bench: Bench) -> None:
@@ -968,30 +938,6 @@ def whole(data: bytes) -> bool:
     except StateError:
         return False
     return True
-
-
-def test_damaged_chunks_are_refused_and_leave_nothing(bench: Bench, vsp: Vsp) -> None:
-    bench.server.save_begin()
-    data = bench.server.save_continue(1 << 20).data
-    bench.server.save_end()
-    fresh = replace(bench, vsp)
-    chance = random.Random(2)
-    refused = 0
-    for _ in range(300):
-        broken = bytearray(data)
-        broken[chance.randrange(len(data))] ^= 1 << chance.randrange(8)
-        try:
-            if fresh.restore_from_buffer(bytes(broken)):
-                fresh = replace(bench, vsp)  # a flipped bit of somebody's own data
-            else:
-                with pytest.raises((StateError, KmclError)):
-                    fresh.restore_from_buffer(b"\xff\xff")  # it asks for more; give it garbage
-        except (StateError, KmclError):
-            refused += 1
-        assert fresh.packets_in_use == []
-    assert refused > 50
-    assert not fresh.restore_from_buffer(b"")
-    assert fresh.restore_from_buffer(data)
 
 
 @pytest.mark.parametrize("which", ["sent", "queued"])

@@ -3,7 +3,6 @@
 import hashlib
 import os
 import struct
-import time
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
@@ -164,17 +163,15 @@ def test_mutated_states_are_refused_or_restored(tree: dict[str, Any], data: st.D
 # ---- limits ----------------------------------------------------------------------------------------------------------
 
 
-def peak_while_refused(body: bytes) -> tuple[int, float]:
-    """Bytes and seconds (of the processor) that the refusal took, the file's own bytes excepted."""
+def peak_while_refused(body: bytes) -> int:
+    """Bytes that the refusal took, the file's own excepted."""
     data = sealed(body)
     tracemalloc.start()
-    began = time.thread_time()
     with pytest.raises(StateError):
         saved.decode(data)
-    seconds = time.thread_time() - began
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    return peak, seconds
+    return peak
 
 
 def gpadl(ranges: bytes) -> bytes:
@@ -216,8 +213,7 @@ def test_limits_of_run_time_hold_while_decoding(tree: dict[str, Any], name: str)
     room, field, raw = BLOWN[name]()
     path = (field,) if room is None else (room, field)
     body = pack(with_raw(tree, path, raw))
-    peak, seconds = peak_while_refused(body)
-    assert peak < 10 * MAX_DESCRIPTION and seconds < 20, (name, len(body), peak, seconds)
+    assert peak_while_refused(body) < 10 * MAX_DESCRIPTION, (name, len(body))
 
 
 def test_packets_of_all_channels_share_a_limit(tree: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
