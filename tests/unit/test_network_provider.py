@@ -824,10 +824,10 @@ def test_network_survives_a_save_at_every_step() -> None:
 
 def several_queues(kit: ProviderTest) -> NetworkGuest:
     guest = guest_of(kit, ring_pages=2, receive=500 << 10)
-    cable_of(guest).push(*(udp(number, number % 5, size=300) for number in range(40)))
+    cable_of(guest).push(*(udp(number, number % 5, size=300) for number in range(20)))
     guest.open_queues(3)
     guest.holding = True
-    cable_of(guest).push(*(udp(40 + number, number % 5, size=300) for number in range(60)))
+    cable_of(guest).push(*(udp(20 + number, number % 5, size=300) for number in range(40)))
     kit.run()
     guest.release()
     guest.send(plain(udp(1, 3)), index=2)
@@ -837,7 +837,7 @@ def several_queues(kit: ProviderTest) -> NetworkGuest:
     again = guest_of(kit, ring_pages=2, receive=500 << 10)
     again.frames, again.by_channel = guest.frames, {}
     again.open_queues(2)
-    cable_of(again).push(*(udp(100 + number, number % 5) for number in range(20)))
+    cable_of(again).push(*(udp(60 + number, number % 5) for number in range(10)))
     kit.run()
     return again
 
