@@ -8,7 +8,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -50,6 +50,9 @@ class KitMemory(GuestMemory):
                     ) from None
 
 
+_LISTING = "/proc/self/fd"
+
+
 class Watch:
     """Looks at one provider class while it is under test."""
 
@@ -77,8 +80,7 @@ class Watch:
             self._depth -= 1
             seconds = time.monotonic() - begin
             after = _descriptors()
-            for fd in after - before:
-                self._opened[fd] = _target(fd)
+            self._opened |= {fd: target for fd in after - before if (target := _target(fd))}
             # What others took of the processor is not the provider's.
             if self._is_authors and seconds > SLOW and (seconds := seconds - (_waited() - waited)) > SLOW:
                 self._tell(
@@ -131,16 +133,14 @@ class Watch:
 
 
 def _descriptors() -> set[int]:
-    found: set[int] = set()
+    """Those that are open. It is done twice in each turn: nothing is asked of each of them."""
     try:
-        names = os.listdir("/proc/self/fd")  # noqa: PTH208 - it is done in each turn
+        # The listing has its own, which is closed then: the lowest free number, as this one.
+        own = os.open(_LISTING, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        os.close(own)
+        return set(map(int, os.listdir(_LISTING))) - {own}  # noqa: PTH208
     except OSError:
-        return found
-    for name in names:
-        with suppress(OSError):  # the one by which we looked
-            os.fstat(int(name))
-            found.add(int(name))
-    return found
+        return set()
 
 
 def _target(fd: int) -> str:
