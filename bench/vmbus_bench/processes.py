@@ -88,7 +88,7 @@ class ServerProcess:
             file = self.directory / "device.json"
             file.write_bytes(description.to_json())
             control = self.directory / "control.sock"
-            arguments = [sys.executable, "-m", "vmbus.server", "--libvfio-user", str(library)]
+            arguments = [sys.executable, "-m", "vmbus.cli.serve", "--libvfio-user", str(library)]
             arguments += ["--description", str(file), "--socket", str(self.socket_path), "--control", str(control)]
             if restore is not None:
                 arguments += ["--restore", str(restore)]

@@ -11,7 +11,7 @@ def main() -> None:
     try:
         # Who starts us may have kept Ctrl-C from an interpreter that was not ready for it.
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-        from vmbus.cli import main as commands
+        from vmbus.cli.commands import main as commands
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)

@@ -183,7 +183,7 @@ def test_it_goes_on_over_a_pause_and_a_load_and_a_new_server_has_its_own(libvfio
         server.command("resume")
         server.command("load", path=str(saved), sha256=digest)
         function.reset()
-        function.replay(server.server._restore.config)
+        function.replay(server.server.restore.config)
         server.command("restore-finish")
         ask(1)
         state = server.save()

@@ -352,7 +352,7 @@ def test_a_paused_device_takes_nothing_and_goes_on_where_it_was(server: Loopback
 
 
 class Process:
-    """`python -m vmbus.server` with the arguments given."""
+    """`python -m vmbus.cli.serve` with the arguments given."""
 
     def __init__(self, directory: Path, library: Library, *arguments: str, **paths: Path) -> None:
         self.socket = paths.get("socket", directory / "vfio.sock")
@@ -360,7 +360,7 @@ class Process:
         description = directory / "device.json"
         description.write_bytes(describe("echo").to_json())
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-        command = [sys.executable, "-m", "vmbus.server", "--description", str(description)]
+        command = [sys.executable, "-m", "vmbus.cli.serve", "--description", str(description)]
         command += ["--socket", str(self.socket), "--control", str(self.control)]
         command += ["--libvfio-user", str(library.path), *arguments]
         self.process = subprocess.Popen(

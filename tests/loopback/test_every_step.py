@@ -153,8 +153,8 @@ def test_every_step_of_a_paused_server_is_none(frozen: bool, make: Make, monkeyp
         data = world.save()
         before = bytes(world.function.ram)
         server = world.server.server
-        over = server._loop.time() + 4 * StepProvider.tick
-        while world.server.on_loop(lambda: server._loop.time()) < over:
+        over = server.loop.time() + 4 * StepProvider.tick
+        while world.server.on_loop(lambda: server.loop.time()) < over:
             pass
         same = bytes(world.function.ram) == before
         assert same == frozen

@@ -139,7 +139,7 @@ def test_channels_inside_of_the_server_are_shown(libvfio_user: Library) -> None:
     with LoopbackServer(describe("echo"), libvfio_user) as server:
 
         def join() -> None:
-            host = server.server._life.hosts["echo"]
+            host = server.server.session.hosts["echo"]
             offered = ServerChannel(BURST_TYPE, BURST_TYPE, name="inside")
             offered.set_server_flags(SERVER_FLAG_LOOPBACK_OFFER)
             host.add_channel(offered)
@@ -168,7 +168,7 @@ class Process:
         description = directory / "device.json"
         description.write_bytes(describe("echo").to_json())
         self.control = directory / "control.sock"
-        command = [sys.executable, "-m", "vmbus.server", "--description", str(description)]
+        command = [sys.executable, "-m", "vmbus.cli.serve", "--description", str(description)]
         command += ["--socket", str(directory / "vfio.sock"), "--control", str(self.control)]
         command += ["--libvfio-user", str(library.path)]
         environment = {**os.environ, "PYTHONPATH": IMPORT_ROOTS}

@@ -61,7 +61,7 @@ class Guest:
         return self.command("provider", name="services", command=command, arguments=arguments)
 
     def command(self, command: str, /, **arguments: Any) -> dict[str, Any]:
-        work = asyncio.run_coroutine_threadsafe(self.server.server._command(command, arguments), self.server._loop)
+        work = asyncio.run_coroutine_threadsafe(self.server.server.command(command, arguments), self.server._loop)
         self.until(work.done, f"the server to do {command!r}")
         return work.result(0)
 

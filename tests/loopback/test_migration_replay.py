@@ -12,13 +12,13 @@ import pytest
 
 from support import pace
 from support.failure_bench import Bench, stand_in
+from vmbus.device.pci import MSI_CONTROL, MSI_DATA
 from vmbus.errors import VmbusError
 from vmbus.operations.machine import VirtualMachine
 from vmbus.operations.migration.address import UnixAddress
 from vmbus.operations.migration.arrival import Arrival
 from vmbus.operations.migration.channel import listen
 from vmbus.provision.libvfio_user import find_library
-from vmbus.transport.pci import MSI_CONTROL, MSI_DATA
 from vmbus.vm.errors import MigrateFailed
 from vmbus.vm.moments import Hook, Moment, no_hook
 

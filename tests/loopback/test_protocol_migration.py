@@ -451,7 +451,7 @@ def test_sabotage_a_damaged_state_is_refused_and_the_source_runs_on(vm: Vm, capl
                 finally:
                     client.close()
             assert damage.message in caplog.text, damage.what
-            wait_until(destination, lambda server=destination: not server.server._context.attached, "the client's end")
+            wait_until(destination, lambda server=destination: not server.server.context.attached, "the client's end")
             assert destination.command("status")["phase"] == phase, damage.what
             assert destination.command("status")["migration"] == {"state": "running", "complete": False}
     # After all that, the good one.
@@ -725,7 +725,7 @@ def test_an_awaiting_server_has_nothing_to_give_and_nothing_to_run(libvfio_user:
         assert client.migration_state() is DeviceState.STOP
         assert server.command("status")["phase"] == "driven"
         client.close()
-        wait_until(server, lambda: not server.server._context.attached, "the client's end")
+        wait_until(server, lambda: not server.server.context.attached, "the client's end")
         assert server.command("status")["phase"] == "awaiting"
         assert server.server.device.frozen
 
@@ -874,5 +874,5 @@ def test_the_server_knows_whether_its_client_drives(libvfio_user: Library, caplo
         assert server.command("status")["driven_by_client"] is True
         assert function.client.longest_transfer == LONGEST_DATA
         function.close()
-        wait_until(server, lambda: not server.server._context.attached, "the client's end")
+        wait_until(server, lambda: not server.server.context.attached, "the client's end")
         assert server.command("status")["driven_by_client"] is False

@@ -7,15 +7,15 @@ from collections.abc import Awaitable, Callable, Iterator
 import pytest
 
 from support.traffic import PAGE, Traffic
-from vmbus.device import saved
+from vmbus.device import pci, saved
+from vmbus.device.pci import COMMAND, COMMAND_BUS_MASTER
 from vmbus.errors import StateError, UsageError
 from vmbus.memory.guest import DirtyLogBroken
 from vmbus.server.app import DeviceServer
 from vmbus.testkit.loopback.function import LoopbackFunction
 from vmbus.testkit.loopback.harness import LoopbackServer, describe
-from vmbus.transport import bindings, pci
+from vmbus.transport import bindings
 from vmbus.transport.library import Library
-from vmbus.transport.pci import COMMAND, COMMAND_BUS_MASTER
 from vmbus.util import pieces
 from vmbus.wire.synic import CONTROL_RESET, Register
 from vmbus_guest.driver import VmbusDriver
@@ -105,14 +105,14 @@ def during(server: DeviceServer, command: str, act: Callable[[asyncio.Task], Awa
     """The command's result, and those of `act`, which is called between any two of its turns."""
 
     async def run() -> tuple:
-        task = asyncio.ensure_future(server._command(command, arguments))
+        task = asyncio.ensure_future(server.command(command, arguments))
         found = []
         while not task.done():
             found.append(await act(task))
             await asyncio.sleep(0)
         return await asyncio.gather(task, return_exceptions=True), found
 
-    return asyncio.run_coroutine_threadsafe(run(), server._loop).result(30)
+    return asyncio.run_coroutine_threadsafe(run(), server.loop).result(30)
 
 
 def test_fault_h17_tools_are_answered_in_between_and_the_client_is_not(vm: Vm, monkeypatch) -> None:
@@ -127,12 +127,12 @@ def test_fault_h17_tools_are_answered_in_between_and_the_client_is_not(vm: Vm, m
     looks, refused = [], []
 
     async def look(_: asyncio.Task) -> str:
-        status = await server._command("status", {})
-        document = await server._command("inspect", {})
+        status = await server.command("status", {})
+        document = await server.command("inspect", {})
         assert document["server"].phase == status["phase"]
         looks.append(status["resets"])
         if len(looks) == 3:
-            refused.append(asyncio.ensure_future(server._command("restore-finish", {})))
+            refused.append(asyncio.ensure_future(server.command("restore-finish", {})))
             reset = CONTROL_RESET.to_bytes(4, "little")
             vm.function.client.region_write(bindings.REGION_BAR0, Register.CONTROL, reset, posted=True)
         return status["phase"]

@@ -223,7 +223,7 @@ def test_a_server_ends_with_a_disk_that_hangs(
     libvfio_user: Library, faults: list[Fault], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its lock stays until the operation ends: whatever is written until then is written under it."""
-    monkeypatch.setattr("vmbus.server.life._END_SECONDS", 0.2)
+    monkeypatch.setattr("vmbus.server.session._END_SECONDS", 0.2)
     server = LoopbackServer(DESCRIPTION, libvfio_user)
     guest = Guest(server.function())
     hung = Fault("write", hang=True)

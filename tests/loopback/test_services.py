@@ -19,8 +19,8 @@ from vmbus.device.description import DeviceDescription
 from vmbus.device.device import Device
 from vmbus.errors import EnvironmentProblem, StateError, UsageError, WaitTimeout
 from vmbus.kmcl.client import ClientChannel
-from vmbus.server.life import Life
 from vmbus.server.services import Services
+from vmbus.server.session import Session
 from vmbus.server.timers import Timers
 from vmbus.testkit.loopback.function import LoopbackFunction
 from vmbus.testkit.loopback.harness import LoopbackServer, describe
@@ -255,9 +255,9 @@ def test_a_provider_that_hangs_in_deactivate_fails_the_pause(
     """On the main thread, where the bound works: so with the life alone."""
     path = tmp_path / "data"
     path.write_bytes(b"content")
-    monkeypatch.setattr("vmbus.server.life._DEACTIVATE_SECONDS", 0.1)
+    monkeypatch.setattr("vmbus.server.session._DEACTIVATE_SECONDS", 0.1)
     loop = asyncio.new_event_loop()
-    life = Life(description(path), Device(lambda: None, lambda: None), Timers(loop), Services(loop))
+    life = Session(description(path), Device(lambda: None, lambda: None), Timers(loop), Services(loop))
     life.build(from_snapshot=False)
     life.activate()
     monkeypatch.setattr(OutsideProvider, "deactivate", lambda _: time.sleep(10))

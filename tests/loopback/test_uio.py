@@ -117,7 +117,7 @@ def test_a_channel_that_is_withdrawn_is_noticed(kernel: Kernel, server: Loopback
             packet = channel.allocate_packet()
             packet.completion_routine = lambda packet, status, reply: ended.append(status)
             packet.send(echo_request(number, b"once", inline=True))
-        future = asyncio.run_coroutine_threadsafe(server.server._command("rescind", {"name": "echo"}), server._loop)
+        future = asyncio.run_coroutine_threadsafe(server.server.command("rescind", {"name": "echo"}), server._loop)
         driver.run_until(lambda: bool(gone) and future.done(), 10, "the withdrawal")
         assert gone == [channel] and channel.state is ChannelState.DISABLED and len(ended) == 3
         assert not kernel.opened

@@ -29,9 +29,10 @@ from support.transport import (
     serve,
     serve_in_process,
 )
+from vmbus.device import pci
 from vmbus.errors import EnvironmentProblem, UsageError
 from vmbus.testkit.loopback.client import Disconnected, RemoteError, VfioUserClient
-from vmbus.transport import bindings, pci, protocol
+from vmbus.transport import bindings, protocol
 from vmbus.transport.context import Context, ResetKind, RunResult
 from vmbus.transport.library import Generation, Library
 from vmbus.transport.protocol import Command

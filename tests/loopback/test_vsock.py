@@ -123,7 +123,7 @@ class Bench:
 
         def there() -> dict[str, Any]:
             device = self.server.server.device
-            services = self.server.server._life.hosts["vsock"]
+            services = self.server.server.session.hosts["vsock"]
             return {
                 "offers": len(device.bus.offers) - offers,
                 "channels": len(device.channels) - 1,
@@ -132,7 +132,7 @@ class Bench:
                 "watched": len(services.watches.descriptors) - 1,
                 "of the provider": len(services.channels),
                 **{
-                    name: self.server.server._life.providers[0].status()[name]
+                    name: self.server.server.session.providers[0].status()[name]
                     for name in ("connections", "connecting", "ending", "unreleased", "kept")
                 },
             }
@@ -282,10 +282,10 @@ def test_a_slow_host(bench: Bench, which: str) -> None:
     bench.sockets.run_until(lambda: guest.got == b"the other way", "the other way")
     before = bench.status
     assert before["kept"] <= HIGH + hvsock.MAX_DATA and guest.channel.packets_queued > 100
-    turns = bench.server.on_loop(lambda: bench.server.server._life.hosts["vsock"].channels[0].counters)
+    turns = bench.server.on_loop(lambda: bench.server.server.session.hosts["vsock"].channels[0].counters)
     for _ in range(20):  # rounds of the server's loop: what may not happen has its turns
         bench.driver.function.barrier()
-    assert bench.server.on_loop(lambda: bench.server.server._life.hosts["vsock"].channels[0].counters) == turns
+    assert bench.server.on_loop(lambda: bench.server.server.session.hosts["vsock"].channels[0].counters) == turns
     for _ in range(5):  # pauses let little in
         bench.server.command("pause")
         bench.server.command("resume")
@@ -667,7 +667,7 @@ def test_rings_of_any_size(bench: Bench, pages: int) -> None:
 
 
 def test_sabotage_without_the_rescind_something_is_left(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench.server.server._life.hosts["vsock"], "remove_channel", lambda channel, gone=None: None)
+    monkeypatch.setattr(bench.server.server.session.hosts["vsock"], "remove_channel", lambda channel, gone=None: None)
     guest, host = bench.from_guest()
     guest.end()
     host.close()

@@ -78,7 +78,7 @@ def processes(base: Path) -> dict[int, str]:
             if str(base).encode() not in words or (entry / "stat").read_text().rpartition(") ")[2][0] == "Z":
                 continue
             text = words.replace(b"\0", b" ").decode(errors="replace")
-            kinds = {"vmbus.server": "server", "-chardev": "qemu", "matrix_owner": "owner"}
+            kinds = {"vmbus.cli.serve": "server", "-chardev": "qemu", "matrix_owner": "owner"}
             found[int(entry.name)] = next((kind for word, kind in kinds.items() if word in text), text)
     return found
 

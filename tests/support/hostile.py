@@ -193,10 +193,10 @@ def turns_of(server: LoopbackServer) -> Iterator[list[Turn]]:
     app = server.server
     gc.disable()
     try:
-        server.on_loop(lambda: app._turns.__init__(time.thread_time))  # type: ignore[misc]
+        server.on_loop(lambda: app.turns.__init__(time.thread_time))  # type: ignore[misc]
         yield longest
-        summary = server.on_loop(app._turns.summary)
+        summary = server.on_loop(app.turns.summary)
         longest.append(Turn(summary["seconds"], summary["what"]))
-        server.on_loop(lambda: app._turns.__init__())  # type: ignore[misc]
+        server.on_loop(lambda: app.turns.__init__())  # type: ignore[misc]
     finally:
         gc.enable()

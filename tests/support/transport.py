@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from support import pace
+from vmbus.device.pci import ConfigSpace
 from vmbus.transport.context import Context, DeviceAccessError, ResetKind, RunResult
 from vmbus.transport.library import Library
-from vmbus.transport.pci import ConfigSpace
 
 # Registers of the recording device.
 STORE = 0x000  # 64 bytes that keep what is written

@@ -23,6 +23,7 @@ from vmbus.errors import EnvironmentProblem, StateError, UsageError
 from vmbus.kmcl.saved import decode_lib
 from vmbus.observe.audit import format as f
 from vmbus.observe.audit.checker import check_paths, check_records
+from vmbus.observe.audit.device import RecordingObserver
 from vmbus.observe.audit.files import guest_recorder, make_directory, recorder_in
 from vmbus.observe.audit.recorder import BRIEF, GRAIN, Recorder
 from vmbus.observe.audit.records import Record, find_files
@@ -537,16 +538,15 @@ class Recorded(Machine):
         if not hasattr(self, "stores"):
             self.stores: list[MemoryStore] = []
         self.stores.append(MemoryStore())
-        self.device.recorder = Recorder(self.stores[-1], side="host", name="vmbus0")
+        self.recorder = Recorder(self.stores[-1], side="host", name="vmbus0")
+        self.device.add_observer(RecordingObserver(self.recorder))
         for channel in self.device.channels:
-            channel.observers = [self.device.recorder]
             channel.force_new_channel = bool(self.options.get("renew"))
 
     def check(self, guest: MemoryStore, recorder: Recorder) -> Report:
-        assert self.device.recorder is not None
-        self.device.recorder.flush("now")
+        self.recorder.flush("now")
         recorder.flush("now")
-        self.device.recorder.flush("now")
+        self.recorder.flush("now")
         records = [Record(bytes(store.data), "host") for store in self.stores]
         return check_records([*records, Record(bytes(guest.data), "guest")])
 
@@ -566,7 +566,7 @@ def test_the_state_carries_where_the_record_is() -> None:
     machine = Recorded(echo={"hold": 3})
     traffic, store, recorder = recorded_traffic(machine)
     state = saved.decode(saved.encode(machine.save()))
-    assert state.audit is not None and state.audit.uid == machine.device.recorder.uid  # type: ignore[union-attr]
+    assert state.audit is not None and state.audit.uid == machine.recorder.uid
     assert len(state.audit.lives) == 2 and all(life.put for life in state.audit.lives)
     machine.come_back(state)
     traffic.finish()

@@ -419,8 +419,8 @@ def options_of(command: click.Command) -> set[str]:
 
 
 def all_options() -> dict[str, set[str]]:
+    from vmbus.cli.serve import main as server
     from vmbus.provision.__main__ import main as setup
-    from vmbus.server.__main__ import main as server
 
     found = {name: options_of(command) for name, command in main.commands.items()}
     return found | {"setup": options_of(setup), "server": options_of(server)}

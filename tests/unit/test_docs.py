@@ -16,6 +16,7 @@ from vmbus import kmcl
 from vmbus.bus.local import LocalBus
 from vmbus.bus.synic import Synic
 from vmbus.device import saved as device_saved
+from vmbus.device.pci import ConfigSpace
 from vmbus.kmcl import saved, server
 from vmbus.memory.guest import GuestMemory
 from vmbus.providers.disk.disk import MAXIMUM_DATA, MAXIMUM_RANGE, PATIENCE
@@ -35,7 +36,6 @@ from vmbus.soak import room as soak_room
 from vmbus.soak import settings as soak_settings
 from vmbus.soak.records import Report
 from vmbus.testkit.host import Clock, FakeHost
-from vmbus.transport.pci import ConfigSpace
 from vmbus.wire import hvsock, messages, nvsp, packet, scsi, storvsp, synic
 from vmbus.wire.synic import PostStatus, Register
 

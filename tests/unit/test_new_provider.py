@@ -19,8 +19,8 @@ from vmbus.device.device import Device
 from vmbus.errors import EnvironmentProblem, UsageError
 from vmbus.providers import PROVIDERS, provider_class
 from vmbus.providers.loading import ALLOW_VARIABLE, PATH_VARIABLE
-from vmbus.server.life import Life
 from vmbus.server.services import Services
+from vmbus.server.session import Session
 from vmbus.server.timers import Timers
 from vmbus.soak.schedule import check_own, plan_episode
 from vmbus.soak.settings import load_settings
@@ -229,8 +229,8 @@ def test_the_server_knows_a_restore_from_a_start(modules: Path) -> None:
     description = msgspec.convert({"name": "vmbus0", "providers": [one]}, DeviceDescription)
     loop = asyncio.new_event_loop()
 
-    def build(*, from_snapshot: bool, trusted: tuple[str, ...] = ()) -> Life:
-        life = Life(description, Device(lambda: None, lambda: None), Timers(loop), Services(loop))
+    def build(*, from_snapshot: bool, trusted: tuple[str, ...] = ()) -> Session:
+        life = Session(description, Device(lambda: None, lambda: None), Timers(loop), Services(loop))
         life.build(from_snapshot=from_snapshot, trusted=trusted)
         return life
 

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vmbus.device import pci
+from vmbus.device.pci import ConfigSpace, bar0_address, replay_writes
 from vmbus.errors import StateError, UsageError
-from vmbus.transport import pci
-from vmbus.transport.pci import ConfigSpace, bar0_address, replay_writes
 
 pytestmark = pytest.mark.unit
 

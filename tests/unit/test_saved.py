@@ -207,7 +207,6 @@ def test_a_device_comes_back_as_it_was(name: str) -> None:
 def test_a_dead_drivers_memory_is_missing_at_the_restore() -> None:
     """It may be: the guest takes bus mastering away before it unmaps."""
     machine, _ = busy()
-    machine.device.recorder = None
     config = bytearray(CONFIG)
     config[4] = 0
     state = msgspec.structs.replace(machine.save(), config=bytes(config))

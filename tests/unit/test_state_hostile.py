@@ -25,7 +25,7 @@ from vmbus.kmcl import saved as kmcl_saved
 from vmbus.kmcl.lifecycle import ChannelState
 from vmbus.kmcl.saved import MAX_ENTRIES, decode_channel, decode_chunk, decode_lib
 from vmbus.providers import Provider
-from vmbus.server.app import _read_state
+from vmbus.server.restoring import read_state
 from vmbus.util import records
 from vmbus.wire.workload import BURST_TYPE, BurstStart, Sequence, Tally, echo_request
 
@@ -468,14 +468,14 @@ def test_a_state_is_read_from_a_plain_file_only(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "fifo")
     for name in ("fifo", "."):
         with pytest.raises(StateError, match="not a plain file"):
-            _read_state(str(tmp_path / name), "0" * 64)
+            read_state(tmp_path / name, "0" * 64)
     with pytest.raises(EnvironmentProblem, match="cannot read"):
-        _read_state(str(tmp_path / "missing"), "0" * 64)
+        read_state(tmp_path / "missing", "0" * 64)
     large = tmp_path / "large"
     with large.open("wb") as file:
         file.truncate(saved.MAX_BODY + saved.HEAD_SIZE + 1)
     with pytest.raises(StateError, match="no device state is that large"):
-        _read_state(str(large), "0" * 64)
+        read_state(large, "0" * 64)
 
 
 # ---- the one place ---------------------------------------------------------------------------------------------------

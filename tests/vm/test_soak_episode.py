@@ -235,7 +235,7 @@ def test_a_worker_that_is_told_to_end_or_killed(number: signal.Signals, tmp_path
         assert status == -signal.SIGKILL and "episode" not in kinds
         deadline = time.monotonic() + pace.seconds(20)
         while left := [
-            command for command in children().values() if "vmbus.server" in command or "-chardev" in command
+            command for command in children().values() if "vmbus.cli.serve" in command or "-chardev" in command
         ]:
             assert time.monotonic() < deadline, left
             time.sleep(0.05)

@@ -548,7 +548,7 @@ for entry in pathlib.Path("/proc").glob("[0-9]*/cmdline"):
         words = entry.read_bytes().split(b"\\0")
     except OSError:
         continue
-    if b"vmbus.server" in words or b"guest=guest" in words:
+    if b"vmbus.cli.serve" in words or b"guest=guest" in words:
         print(entry)
 for entry in pathlib.Path("/tmp/run/vmbus").glob("*"):
     print(entry)

@@ -1,5 +1,5 @@
 """``python -m vmbus.cli``."""
 
-from vmbus.cli import main
+from vmbus.cli.commands import main
 
 main(prog_name="vmbus")

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from vmbus.bus.gpadl import Gpadl, GpadlError, Mappings, ring_extents
 from vmbus.bus.local import LocalBus
 from vmbus.bus.offers import Offer
 from vmbus.bus.server import BusServer
 from vmbus.bus.synic import Synic
+from vmbus.device.observing import DeviceObserver
 from vmbus.errors import PeerError
 from vmbus.kmcl.allowance import SharedAllowance
 from vmbus.kmcl.channel import Channel, Waiter
@@ -24,14 +25,10 @@ from vmbus.kmcl.status import KmclError, Status
 from vmbus.kmcl.threads import Carrier
 from vmbus.kmcl.turns import one_round
 from vmbus.memory.guest import Grant, GuestMemory, Window
-from vmbus.observe.audit.recorder import Recorder
 from vmbus.ring import RingReader, RingWriter
 from vmbus.util.backlog import Backlog
 from vmbus.util.complaints import bounded_log
 from vmbus.wire.synic import PostStatus
-
-if TYPE_CHECKING:
-    from vmbus.observe.capture.capture import Capture
 
 log = bounded_log(__name__)
 
@@ -134,8 +131,7 @@ class ServerLink:
 class Device:
     """The device. `channels` are those that providers have allocated, in order.
 
-    `recorder`, set before there are channels, records what happens to the packets of those that the guest is offered.
-    `capture`: see `set_capture`.
+    `observers` look at the channels that the guest is offered: see `add_observer`.
     """
 
     def __init__(
@@ -177,8 +173,7 @@ class Device:
         # Channels that went idle with transactions under way, to be looked at again; and those that were.
         self._idle: dict[Channel, None] = {}
         self._looked_again: dict[Channel, int] = {}
-        self.recorder: Recorder | None = None
-        self.capture: Capture | None = None
+        self.observers: list[DeviceObserver] = []
         self.local_bus = LocalBus(local_schedule, waiter=waiter)
         self._offers: dict[int, Offer] = {}
         self._links: dict[int, ServerLink] = {}
@@ -225,7 +220,7 @@ class Device:
             return
         channel.incoming.bind(self.allowance)
         channel.on_idle = self._went_idle
-        channel.observers = [one for one in (self.recorder, self.capture) if one is not None]
+        channel.observers = list(self.observers)
         offer = Offer(
             channel.interface_type,
             channel.interface_instance,
@@ -246,17 +241,21 @@ class Device:
         if offer is not None:
             self.bus.withdraw(offer)
 
-    def set_capture(self, capture: Capture | None) -> None:
-        """From here on `capture` is told what happens on the channels that the guest is offered, also on those that
-        are open; None ends that."""
-        before, self.capture = self.capture, capture
+    def add_observer(self, observer: DeviceObserver) -> None:
+        """From here on it is told of the channels that the guest is offered, also of those that are open."""
+        self.observers.append(observer)
         for channel in self.channels:
-            if before in channel.observers:
-                channel.observers.remove(before)
-            if capture is not None and not channel.loopback_offer:
-                channel.observers.append(capture)
+            if not channel.loopback_offer:
+                channel.observers.append(observer)
                 if channel.link is not None:
-                    channel.observe("joined", [capture])
+                    channel.observe("joined", [observer])
+
+    def remove_observer(self, observer: DeviceObserver) -> None:
+        """It is asked about no further opening; what it looks at now is its own to let go of."""
+        self.observers.remove(observer)
+        for channel in self.channels:
+            if observer in channel.observers:
+                channel.observers.remove(observer)
 
     def offer_of(self, channel: ServerChannel) -> Offer:
         """The offer behind an enabled channel."""

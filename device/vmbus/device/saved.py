@@ -11,10 +11,11 @@ SynIC, bus and channels save and restore themselves, next to their live state; h
 import hashlib
 import os
 import stat
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from struct import Struct
-from typing import Annotated
+from typing import Annotated, Protocol
+from uuid import UUID
 
 import msgspec
 
@@ -22,26 +23,21 @@ from vmbus.bus import saved as bus
 from vmbus.bus import synic
 from vmbus.bus.adoption import Adoption
 from vmbus.bus.gpadl import GpadlState, PartialState, RangeState, ring_extents
-from vmbus.bus.offers import MAX_RELID, OfferState, OfferStateRecord, OpenState
+from vmbus.bus.offers import OfferState, OfferStateRecord, OpenState
 from vmbus.bus.replacing import Restored, key_of, put_back, save_channels
 from vmbus.bus.saved import BusState, decode_bus
 from vmbus.bus.synic import SynicState, page_extents
 from vmbus.device.device import Device
+from vmbus.device.observing import MOST_CHANNELS, RecordState
+from vmbus.device.pci import COMMAND, COMMAND_BUS_MASTER
 from vmbus.errors import EnvironmentProblem, PeerError, StateError, UsageError
 from vmbus.kmcl.saved import MAX_ENTRIES, ChannelRecord, Counts, RingRecord
 from vmbus.kmcl.status import KmclError
-from vmbus.observe.audit.recorder import LanePosition, LifePosition
-from vmbus.providers.base import Provider
-from vmbus.transport.pci import COMMAND, COMMAND_BUS_MASTER
 from vmbus.util.complaints import bounded_log
 from vmbus.util.pieces import Pieces, whole
 from vmbus.util.records import (
     NEWEST_STRUCTURE_VERSION,
     OLDEST_STRUCTURE_VERSION,
-    U16,
-    U32,
-    U64,
-    Count,
     Guid,
     StructVersion,
 )
@@ -56,18 +52,17 @@ __all__ = [
     "NEWEST_STRUCTURE_VERSION",
     "OLDEST_STRUCTURE_VERSION",
     "OLDEST_VERSION",
-    "AuditState",
     "BusState",
     "ChannelRecord",
     "Counts",
     "DeviceState",
     "GpadlState",
-    "LifeRecord",
     "OfferStateRecord",
     "OpenState",
     "PartialState",
     "ProviderRecord",
     "RangeState",
+    "RecordState",
     "Restored",
     "RingRecord",
     "SynicState",
@@ -94,7 +89,6 @@ FORMAT_VERSION = 1
 # The oldest format that can still be restored; apart from what we write.
 OLDEST_VERSION = 1
 MAX_BODY = 1 << 30
-_MAX_CHANNELS = 2 * MAX_RELID  # a provider may have as many again that it does not offer now
 
 _HEAD = Struct("<8sIIQ32s")
 HEAD_SIZE = _HEAD.size
@@ -110,26 +104,20 @@ class ProviderRecord(msgspec.Struct, frozen=True):
     structure_version: StructVersion = 1
 
 
-class LifeRecord(msgspec.Struct, frozen=True):
-    """Where the audit record of an open channel is: packets so far in each direction, and the CRC-32 of their bytes."""
+class Owner(Protocol):
+    """What this asks of a provider, which is none of ours: see `vmbus.providers.Provider`."""
 
-    instance: Guid
-    subchannel: U16
-    nonce: Guid
-    put: Count
-    put_crc: U32
-    taken: Count
-    taken_crc: U32
-    structure_version: StructVersion = 1
+    @property
+    def kind(self) -> str: ...
+    @property
+    def name(self) -> str: ...
+    @property
+    def instance(self) -> UUID: ...
 
-
-class AuditState(msgspec.Struct, frozen=True):
-    """Which audit record the server wrote, and how many of its events came before the save."""
-
-    uid: Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{32}$")]
-    position: U64
-    lives: Annotated[list[LifeRecord], msgspec.Meta(max_length=_MAX_CHANNELS)]
-    structure_version: StructVersion = 1
+    def save(self) -> bytes: ...
+    def check(self, state: bytes) -> None: ...
+    def restore(self, state: bytes) -> None: ...
+    def restore_files(self, files: Mapping[str, Path]) -> None: ...
 
 
 class DeviceState(msgspec.Struct, frozen=True):
@@ -140,15 +128,15 @@ class DeviceState(msgspec.Struct, frozen=True):
     synic: SynicState
     bus: BusState
     channels: list[ChannelRecord]
-    providers: Annotated[list[ProviderRecord], msgspec.Meta(max_length=_MAX_CHANNELS)]
-    audit: AuditState | None = None
+    providers: Annotated[list[ProviderRecord], msgspec.Meta(max_length=MOST_CHANNELS)]
+    audit: RecordState | None = None
 
 
 class _Pieces(DeviceState, frozen=True):
     """Decoded one at a time, under limits that they share."""
 
     bus: msgspec.Raw  # type: ignore[assignment]
-    channels: Annotated[list[msgspec.Raw], msgspec.Meta(max_length=_MAX_CHANNELS)]  # type: ignore[assignment]
+    channels: Annotated[list[msgspec.Raw], msgspec.Meta(max_length=MOST_CHANNELS)]  # type: ignore[assignment]
 
 
 _decoder = msgspec.msgpack.Decoder(_Pieces)
@@ -201,7 +189,7 @@ def decode(data: bytes) -> DeviceState:
     for piece in pieces.channels:
         channels.append(decode_record(_channel_decoder, piece, "a channel in the device state"))
         entries += len(channels[-1].chunks)
-        if entries > MAX_ENTRIES + _MAX_CHANNELS:
+        if entries > MAX_ENTRIES + MOST_CHANNELS:
             raise StateError(f"the device state has more than {MAX_ENTRIES} packets, which cannot be restored")
     return DeviceState(
         pieces.device,
@@ -238,7 +226,7 @@ def count_packets(state: DeviceState) -> Counts:
 # ---- save ----------------------------------------------------------------------------------------------------------
 
 
-def saving(name: str, config: bytes, device: Device, providers: list[Provider]) -> Pieces[DeviceState]:
+def saving(name: str, config: bytes, device: Device, providers: Sequence[Owner]) -> Pieces[DeviceState]:
     """The state of a device whose channels are all quiescent. Between two pieces nothing may happen to it.
 
     Changes nothing, but for a channel whose rings the guest has overwritten: that fails, and is saved as rescinded.
@@ -254,6 +242,7 @@ def saving(name: str, config: bytes, device: Device, providers: list[Provider]) 
     for provider in providers:
         records.append(ProviderRecord(provider.kind, provider.name, provider.instance.bytes_le, provider.save()))
         yield
+    records_of_observers = [observer.saved(device.channels) for observer in device.observers]
     return DeviceState(
         device=name,
         config=config,
@@ -261,14 +250,14 @@ def saving(name: str, config: bytes, device: Device, providers: list[Provider]) 
         bus=of_bus,
         channels=channels,
         providers=records,
-        audit=_audit_state(device),
+        audit=next((one for one in records_of_observers if one is not None), None),
     )
 
 
 save_device = whole(saving)
 
 
-def verifying(data: bytes, providers: list[Provider]) -> Pieces[DeviceState]:
+def verifying(data: bytes, providers: Sequence[Owner]) -> Pieces[DeviceState]:
     """What `data`, just written of the device with these providers, says. Raises StateError for a state that could not
     be restored: then nothing was saved."""
     state = decode(data)
@@ -281,18 +270,10 @@ def verifying(data: bytes, providers: list[Provider]) -> Pieces[DeviceState]:
 verify = whole(verifying)
 
 
-def _audit_state(device: Device) -> AuditState | None:
-    recorder = device.recorder
-    if recorder is None:
-        return None
-    lives = [LifeRecord(*life.key, life.nonce, *life.out, *life.incoming) for life in recorder.saved(device.channels)]
-    return AuditState(recorder.uid, recorder.position, lives)
-
-
 # ---- checks --------------------------------------------------------------------------------------------------------
 
 
-def fitting(state: DeviceState, name: str, device: Device, providers: list[Provider]) -> Pieces[None]:
+def fitting(state: DeviceState, name: str, device: Device, providers: Sequence[Owner]) -> Pieces[None]:
     """Whether the state belongs to this device. Raises StateError naming the first difference; changes nothing."""
     if state.device != name:
         raise StateError(f"the state is of device {state.device!r}, not of {name!r}")
@@ -362,13 +343,13 @@ def _largest_packets(state: BusState) -> Pieces[dict[tuple[bytes, int], int]]:
     return largest
 
 
-def _check_providers(state: DeviceState, providers: list[Provider]) -> Pieces[None]:
+def _check_providers(state: DeviceState, providers: Sequence[Owner]) -> Pieces[None]:
     for record, provider in zip(state.providers, providers, strict=True):
         _ask(provider, "check", provider.check, record.state)
         yield
 
 
-def _ask(provider: Provider, what: str, call: Callable[[bytes], None], state: bytes) -> None:
+def _ask(provider: Owner, what: str, call: Callable[[bytes], None], state: bytes) -> None:
     """Whatever a provider raises about a state is a reason not to take it: StateError that names the provider."""
     try:
         call(state)
@@ -385,7 +366,7 @@ def _ask(provider: Provider, what: str, call: Callable[[bytes], None], state: by
 def restoring(
     state: DeviceState,
     device: Device,
-    providers: list[Provider],
+    providers: Sequence[Owner],
     *,
     files: Mapping[str, Mapping[str, Path]] | None = None,
     before_start: Callable[[], None] | None = None,
@@ -434,30 +415,10 @@ def _driver_gone(state: DeviceState, device: Device) -> bool:
     return False
 
 
-def _resume_record(state: DeviceState, device: Device) -> None:
-    """Before the channels come back: the new record goes on where that of the saved device was."""
-    if device.recorder is None:
-        return
-    audit = state.audit or AuditState("", 0, [])
-    device.recorder.resume(
-        audit.uid,
-        audit.position,
-        [
-            LifePosition(
-                (one.instance, one.subchannel),
-                one.nonce,
-                LanePosition(one.put, one.put_crc),
-                LanePosition(one.taken, one.taken_crc),
-            )
-            for one in audit.lives
-        ],
-    )
-
-
 def _restore(
     state: DeviceState,
     device: Device,
-    providers: list[Provider],
+    providers: Sequence[Owner],
     files: Mapping[str, Mapping[str, Path]],
     before_start: Callable[[], None],
 ) -> Pieces[Restored]:
@@ -465,7 +426,8 @@ def _restore(
     open_ = {offer.key for offer in state.bus.offers if offer.open is not None}
     if gone:  # as after the reset that the driver's end would have led to
         state = msgspec.structs.replace(state, synic=synic.NOTHING, bus=bus.NOTHING)
-    _resume_record(state, device)
+    for observer in device.observers:
+        observer.resume(state.audit)
     yield from device.bus.restore(state.bus)
     device.synic.restore(state.synic)
     adoption = Adoption(device.bus, state.bus, state.channels, device.channels, device.reattach)
@@ -480,8 +442,8 @@ def _restore(
             yield
 
     def packets_are_back() -> None:
-        if device.recorder is not None:
-            device.recorder.restored(device.channels, adoption.broken)
+        for observer in device.observers:
+            observer.restored(device.channels, adoption.broken)
         before_start()
 
     channels = {one.key: one.decoded for one in state.channels}

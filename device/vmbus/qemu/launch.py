@@ -45,7 +45,7 @@ async def start_server(vm: Instance, state: Path | None, files: Path | None, *, 
         "--capture": vm.capture and vm.capture.absolute(),
         "--external": vm.external if vm.capture else None,
     }
-    arguments = [sys.executable, "-m", "vmbus.server", *(["--await-state"] if awaiting else [])]
+    arguments = [sys.executable, "-m", "vmbus.cli.serve", *(["--await-state"] if awaiting else [])]
     for name, value in options.items():
         arguments += [] if value is None else [name, str(value)]
     inherited = os.environ.get("PYTHONPATH")

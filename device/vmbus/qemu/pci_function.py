@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from vmbus.device.pci import replay_writes
 from vmbus.errors import StateError
 from vmbus.qemu.connections import Control, QemuMonitor
 from vmbus.qemu.pci_replay import PciAddress, replay
-from vmbus.transport.pci import replay_writes
 
 MAGIC = 0x53424D56
 """What a read of the first register of BAR0 gives ("VMBS")."""

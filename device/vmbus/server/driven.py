@@ -37,16 +37,16 @@ from typing import Protocol
 from vmbus.device import saved
 from vmbus.device.description import DeviceDescription
 from vmbus.device.device import Device
+from vmbus.device.pci import ConfigSpace
 from vmbus.errors import EnvironmentProblem, PeerError, StateError, UsageError, VmbusError, WaitTimeout
 from vmbus.memory.guest import DirtyLogBroken
 from vmbus.providers import Provider
 from vmbus.server.files import wanted_files
-from vmbus.server.phase import Phase
+from vmbus.server.phase import NEXT, Phase, Step
 from vmbus.server.services import Services
 from vmbus.server.timers import Timers
 from vmbus.transport.context import ResetKind
 from vmbus.transport.migration import MigrationRefused, MigrationState
-from vmbus.transport.pci import ConfigSpace
 from vmbus.transport.protocol import DeviceState
 from vmbus.util.complaints import bounded_log
 
@@ -62,9 +62,11 @@ _LONGEST_NAP = 0.05
 class Server(Protocol):
     """What this needs of the device server."""
 
-    phase: Phase
     config: ConfigSpace
 
+    @property
+    def phase(self) -> Phase: ...
+    def step(self, step: Step) -> None: ...
     @property
     def device(self) -> Device: ...
     @property
@@ -91,7 +93,7 @@ class Server(Protocol):
     def ends_with_faults(self, tell: Callable[[BaseException], None]) -> AbstractContextManager[None]:
         """Inside, `tell` is told the cause when a provider raises that holds something."""
 
-    def new_life(self, state: saved.DeviceState) -> None:
+    def change_session(self, state: saved.DeviceState) -> None:
         """Put a fresh device, to which the state fits, in the place of the present one; it stands still.
 
         Raises StateError or UsageError, and changes nothing, if it does not fit.
@@ -272,10 +274,10 @@ class Driven:
         self._incoming = Incoming()
         if self._server.phase is Phase.DRIVEN:
             if self._stopped_from is Phase.AWAITING:
-                self._server.phase = Phase.AWAITING
+                self._server.step(Step.AWAIT)
             elif gone:
                 # The device may live on elsewhere by now, and what our providers owned outside with it.
-                self._server.phase = Phase.PAUSED
+                self._server.step(Step.KEEP)
                 log.info("the client left with the device's state; the device stays paused until the command resume")
             else:
                 self._run_without_client()
@@ -284,7 +286,7 @@ class Driven:
         try:
             self._server.run_on()
         except VmbusError as error:
-            self._server.phase = Phase.PAUSED
+            self._server.step(Step.KEEP)
             log.error("the device stays paused until the command resume: %s", error)
 
     # ---- steps ---------------------------------------------------------------------------------------------------
@@ -294,7 +296,7 @@ class Driven:
 
     def _stop(self) -> None:
         server = self._server
-        if server.phase not in (Phase.RUNNING, Phase.AWAITING):
+        if server.phase not in NEXT[Step.DRIVE]:
             raise MigrationRefused(
                 f"the device server is {server.phase.value}: commands on its control socket have the device; let them "
                 "finish, or resume it",
@@ -305,7 +307,7 @@ class Driven:
         if server.phase is Phase.RUNNING:
             self._come_to_rest()
         self._stopped_from = server.phase
-        server.phase = Phase.DRIVEN
+        server.step(Step.DRIVE)
 
     def _come_to_rest(self) -> None:
         """Quiesce all channels until their owners have completed what they hold. In vain: everything runs on."""
@@ -403,7 +405,7 @@ class Driven:
             self._save()
         except BaseException:
             if self._stopped_from is Phase.AWAITING:
-                self._server.phase = Phase.AWAITING
+                self._server.step(Step.AWAIT)
             else:
                 self._go_on()
             raise
@@ -423,7 +425,7 @@ class Driven:
             saved.count_packets(state)
             fresh = ConfigSpace()
             fresh.load(state.config)
-            self._server.new_life(state)
+            self._server.change_session(state)
         except VmbusError as error:
             raise MigrationRefused(
                 f"the state of {len(written)} bytes is refused: {error}; what was written is forgotten: write another, "

@@ -12,9 +12,10 @@ from pathlib import Path
 
 from vmbus.errors import EnvironmentProblem, UsageError
 from vmbus.providers import Provider
-from vmbus.snapshot.manifest import FILE_PREFIX as PREFIX
 from vmbus.util.copying import copy_file
 
+PREFIX = "file."
+"""What names of such files in a snapshot begin with."""
 FILE_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,31}")
 """What a provider may call its file."""
 

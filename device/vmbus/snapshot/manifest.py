@@ -13,6 +13,7 @@ from typing import Annotated, Literal
 import msgspec
 
 from vmbus.errors import StateError
+from vmbus.server.files import PREFIX
 from vmbus.util.explaining import NAME, explain
 from vmbus.vm.description import VmDescription
 
@@ -29,7 +30,7 @@ INITRAMFS = "initramfs.cpio"
 CONTENTS = (RAM, STATE, KERNEL, INITRAMFS)
 """Every snapshot's files besides the manifest: QEMU's stream, the device server's state, and what QEMU booted."""
 
-FILE_PREFIX = "file."
+FILE_PREFIX = PREFIX
 FILE_NAME = re.compile(rf"file\.{NAME}\.[a-z0-9][a-z0-9_-]{{0,31}}")
 """Files of providers: `file.PROVIDER.NAME`. A snapshot may have any number of them."""
 

@@ -18,6 +18,7 @@ from vmbus.kmcl.client import ClientChannel
 from vmbus.kmcl.packet import Packet, PacketState
 from vmbus.kmcl.server import ServerChannel
 from vmbus.memory.guest import GuestMemory
+from vmbus.observe.audit.device import RecordingObserver
 from vmbus.observe.inspection.document import (
     DEFAULT_PACKETS,
     MOST_PACKETS,
@@ -246,4 +247,5 @@ def _memory(memory: GuestMemory) -> MemoryInfo:
 
 
 def _audit(device: Device) -> AuditInfo | None:
-    return None if device.recorder is None else part_of(AuditInfo, device.recorder)
+    recorders = (one.recorder for one in device.observers if isinstance(one, RecordingObserver))
+    return next((part_of(AuditInfo, recorder) for recorder in recorders), None)

@@ -10,6 +10,17 @@ from uuid import UUID
 from vmbus.bus.gpadl import Gpadl, GpadlState, PartialGpadl, PartialState
 from vmbus.bus.offers import OfferStateRecord
 from vmbus.bus.synic import SynicState
+from vmbus.device.pci import (
+    COMMAND,
+    COMMAND_BUS_MASTER,
+    COMMAND_MEMORY,
+    MSI_ADDRESS_HIGH,
+    MSI_ADDRESS_LOW,
+    MSI_CONTROL,
+    MSI_DATA,
+    MSI_ENABLE,
+    bar0_address,
+)
 from vmbus.kmcl.packet import Packet
 from vmbus.kmcl.saved import LibBuf
 from vmbus.observe.inspection.document import (
@@ -26,17 +37,6 @@ from vmbus.observe.inspection.document import (
 )
 from vmbus.observe.inspection.plain import preview
 from vmbus.observe.words import Seen, describe
-from vmbus.transport.pci import (
-    COMMAND,
-    COMMAND_BUS_MASTER,
-    COMMAND_MEMORY,
-    MSI_ADDRESS_HIGH,
-    MSI_ADDRESS_LOW,
-    MSI_CONTROL,
-    MSI_DATA,
-    MSI_ENABLE,
-    bar0_address,
-)
 from vmbus.wire import messages as m
 from vmbus.wire.packet import DESCRIPTOR_SIZE, PacketType
 from vmbus.wire.synic import PostStatus, Register

@@ -266,7 +266,7 @@ def _provider(record: st.ProviderRecord) -> ProviderInfo:
     )
 
 
-def _audit(audit: st.AuditState | None) -> AuditInfo | None:
+def _audit(audit: st.RecordState | None) -> AuditInfo | None:
     if audit is None:
         return None
     lives = [part_of(LifeInfo, one, instance=guid_text(one.instance)) for one in audit.lives]

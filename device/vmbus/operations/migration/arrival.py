@@ -11,11 +11,11 @@ import msgspec
 
 from vmbus.device import saved
 from vmbus.device.description import DeviceDescription
+from vmbus.device.pci import interrupt_writes, without_interrupts
 from vmbus.errors import EnvironmentProblem, StateError
 from vmbus.operations.migration.address import Address, TcpAddress, UnixAddress, stream_channel
 from vmbus.qemu.probe import driven_by_client, require_complete, require_running
 from vmbus.snapshot.manifest import Packets
-from vmbus.transport.pci import interrupt_writes, without_interrupts
 from vmbus.util.patience import patient
 from vmbus.vm.timing import Phases
 

@@ -18,9 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from vmbus.device import pci
 from vmbus.errors import EnvironmentProblem, UsageError
 from vmbus.testkit.loopback.client import Disconnected, VfioUserClient
-from vmbus.transport import bindings, pci
+from vmbus.transport import bindings
 from vmbus.transport.mapping import _MAP_ANONYMOUS, _MAP_FIXED, _MAP_PRIVATE, _libc
 
 PAGE_SIZE = 4096

@@ -18,6 +18,7 @@ from typing import Any
 from vmbus.device import saved
 from vmbus.device.description import DeviceDescription, ProviderDescription
 from vmbus.errors import WaitTimeout
+from vmbus.observe.instruments import all_instruments
 from vmbus.server.app import DeviceServer
 from vmbus.testkit.loopback.function import LoopbackFunction
 from vmbus.transport.library import Library
@@ -103,8 +104,7 @@ class LoopbackServer:
                 restore=restore,
                 awaiting=awaiting,
                 files=files,
-                audit=audit,
-                capture=capture,
+                instruments=all_instruments(audit=audit, capture=capture),
             )
             await self.server.run(lambda: started.set_result(None))
 
@@ -126,7 +126,7 @@ class LoopbackServer:
 
     def command(self, command: str, /, timeout: float = 30.0, **arguments: Any) -> dict[str, Any]:
         """A control command, without the socket in between."""
-        work = asyncio.run_coroutine_threadsafe(self.server._command(command, arguments), self._loop)
+        work = asyncio.run_coroutine_threadsafe(self.server.command(command, arguments), self._loop)
         try:
             return work.result(timeout)
         except concurrent.futures.TimeoutError as error:

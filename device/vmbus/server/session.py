@@ -1,6 +1,6 @@
-"""One life of the device: the device with its providers, their channels and their timers.
+"""One session of the server: the device with its providers, their channels and their timers.
 
-A server has one life from its start to its end, unless it is told to `load` a saved state: then a new life is built
+A server has one from its start to its end, unless it is told to `load` a saved state: then a new session is built
 beside the present one, checked, and put in its place. What the old one had scheduled is never called again, and what
 it still holds of guest memory leads nowhere.
 """
@@ -121,7 +121,7 @@ class ProviderHost(ProviderServices):
         self.channels.clear()
 
 
-class Life:
+class Session:
     """See the module's text.
 
     Attributes:
@@ -226,10 +226,10 @@ class Life:
             self._stop(provider)
         self.services.close()
         self.timers.close()
-        self._end_record()
+        self._tell_observers()
 
     def ending(self) -> Pieces[None]:
-        """Another life takes over: close all channels by force, stop the providers, call nothing any more.
+        """Another session takes over: close all channels by force, stop the providers, call nothing any more.
 
         What they own outside is given up by `stop`. Errors of providers are logged.
         """
@@ -262,7 +262,7 @@ class Life:
                 log.exception("withdrawing the channels of provider %s raised", provider.name)
         self.services.close()
         self.timers.close()
-        self._end_record()
+        self._tell_observers()
 
     end = whole(ending)
 
@@ -302,8 +302,8 @@ class Life:
             found[provider.name] = {name: bound._asdict() for name, bound in bounds.items()}
         return found
 
-    def inherit(self, other: "Life") -> None:
-        """This life takes the place of another: errors that were counted stay counted."""
+    def inherit(self, other: "Session") -> None:
+        """This session takes the place of another: errors that were counted stay counted."""
         for name, host in self.hosts.items():
             if name in other.hosts:
                 host.faults.inherit(other.hosts[name].faults)
@@ -321,6 +321,6 @@ class Life:
                 stack.enter_context(host.faults.waiting(partial(told, host)))
             yield
 
-    def _end_record(self) -> None:
-        if self.device.recorder is not None:
-            self.device.recorder.close()
+    def _tell_observers(self) -> None:
+        for observer in self.device.observers:
+            observer.ended()

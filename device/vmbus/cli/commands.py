@@ -1,0 +1,93 @@
+"""The command line: ``python -m vmbus.cli COMMAND``, or ``vmbus COMMAND`` where the package is installed; each script
+in ``scripts/`` is one of its commands.
+
+Every error that we raise on purpose becomes one readable message and the exit status of its kind, without a traceback;
+so does Ctrl-C, with 130.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any
+
+import click
+
+from vmbus.cli.agent import agent
+from vmbus.cli.audit import audit
+from vmbus.cli.bench import bench
+from vmbus.cli.capture import capture
+from vmbus.cli.checkpoint import checkpoint, revert
+from vmbus.cli.demo import demo
+from vmbus.cli.inspect import inspect
+from vmbus.cli.migrate import migrate
+from vmbus.cli.new_provider import new_provider
+from vmbus.cli.provider import provider
+from vmbus.cli.soak import soak
+from vmbus.cli.ssh import ssh
+from vmbus.cli.vm import list_vms, restore, run_vm, save
+from vmbus.errors import VmbusError
+from vmbus.places import spelled
+from vmbus.provision.__main__ import main as setup
+
+INTERRUPTED = 130
+"""The exit status after Ctrl-C, as shells have it."""
+
+
+def _open_standard_files() -> None:
+    """Opens standard input, output and error where they are closed: else whatever is opened next would be one."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest number that is free
+    for name, number, mode in (("stdin", 0, "r"), ("stdout", 1, "w"), ("stderr", 2, "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(number, mode, closefd=False))  # noqa: SIM115 - as long as the process
+
+
+class _Group(click.Group):
+    def main(self, *args: Any, **extra: Any) -> Any:
+        _open_standard_files()
+        return super().main(*args, **extra)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except VmbusError as error:
+            click.echo(f"error: {error}", err=True)
+            ctx.exit(error.status)
+        except (KeyboardInterrupt, click.Abort):
+            click.echo("interrupted", err=True)
+            ctx.exit(INTERRUPTED)
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
+def main() -> None:
+    """VMBus-like synthetic devices for Linux guests in stock QEMU."""
+
+
+main.add_command(bench)
+main.add_command(demo)
+main.add_command(run_vm)
+main.add_command(save)
+main.add_command(restore)
+main.add_command(migrate)
+main.add_command(checkpoint)
+main.add_command(revert)
+main.add_command(list_vms)
+main.add_command(agent)
+main.add_command(audit)
+main.add_command(inspect)
+main.add_command(capture)
+main.add_command(new_provider)
+main.add_command(provider)
+main.add_command(soak)
+main.add_command(ssh)
+main.add_command(setup, "setup")
+
+for _command in main.commands.values():
+    _command.help = spelled(_command.help or "")
+    for _option in _command.params:
+        if isinstance(_option, click.Option):
+            _option.help = spelled(_option.help or "")
