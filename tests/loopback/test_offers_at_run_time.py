@@ -190,7 +190,7 @@ def test_bad_rescinds(server: LoopbackServer) -> None:
         server.command("rescind", name="x")
     with pytest.raises(UsageError, match="is the only one"):
         server.command("rescind", name="echo")
-    with pytest.raises(UsageError, match="0 to 3600 seconds"):
+    with pytest.raises(UsageError, match="field 'seconds'"):
         server.command("rescind", name="echo", seconds=-1)
     server.command("pause")
     for command, arguments in (("rescind", {"name": "echo"}), ("offer", {"provider": NEW})):

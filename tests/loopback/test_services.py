@@ -349,7 +349,7 @@ def test_a_life_that_is_discarded_gives_its_files_to_the_next(libvfio_user: Libr
         for text in (b"another life", b"and another"):
             server.command("resume")
             path.write_bytes(text)
-            with pytest.raises(UsageError, match="files is a string"):
+            with pytest.raises(UsageError, match="field 'files'"):
                 server.command("load", path=str(state), sha256=report["sha256"], files=7)
             server.command("load", path=str(state), sha256=report["sha256"], files=str(directory), check=True)
             assert locked(path), "a check takes nothing from the present life"
@@ -465,8 +465,8 @@ def test_commands_of_providers(libvfio_user: Library, tmp_path: Path) -> None:
             ({"name": "outside", "command": "what"}, "no command 'what'"),
             ({"name": "echo", "command": "what"}, r"provider 'echo' \(echo\) has no commands"),
             ({"name": "nobody", "command": "what"}, "there is no provider 'nobody'"),
-            ({"name": "outside", "command": 3}, "command is a string"),
-            ({"name": "outside", "command": "hello", "arguments": []}, "arguments an object"),
+            ({"name": "outside", "command": 3}, "field 'command'"),
+            ({"name": "outside", "command": "hello", "arguments": []}, "field 'arguments'"),
         ):
             with pytest.raises(UsageError, match=message):
                 ask("provider", **wrong)

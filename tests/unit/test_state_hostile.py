@@ -217,7 +217,7 @@ def test_limits_of_run_time_hold_while_decoding(tree: dict[str, Any], name: str)
 
 
 def test_packets_of_all_channels_share_a_limit(tree: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(saved, "MAX_ENTRIES", -saved._MAX_CHANNELS + 60)
+    monkeypatch.setattr(saved, "MAX_ENTRIES", -saved.MOST_CHANNELS + 60)
     with pytest.raises(StateError, match="packets, which cannot be restored"):
         saved.decode(sealed(pack(tree)))
 
