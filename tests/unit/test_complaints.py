@@ -256,7 +256,7 @@ def test_sabotage_without_the_filter_a_guest_fills_the_log(heard: io.StringIO) -
 
 # ---- no place is forgotten ----------------------------------------------------------------------------------------
 
-ON_PURPOSE = {"util/complaints.py", "server/__main__.py", "testkit/kit.py"}
+ON_PURPOSE = {"util/complaints.py", "cli/serve.py", "testkit/kit.py"}
 """Who handles loggers themselves."""
 
 
