@@ -7,14 +7,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import msgspec
-
 from vmbus.soak.campaign import CampaignRun, Limits
 from vmbus.soak.engine import Engine, LocalEngine
 from vmbus.soak.folder import Campaign, CampaignFolder
 from vmbus.soak.job import Bounds, Job
+from vmbus.soak.journal import R, read_records
 from vmbus.soak.progress import Goal, PlainView
-from vmbus.soak.records import Environment, EpisodeRecord, EventRecord, OperationRecord
+from vmbus.soak.records import Environment, EpisodeRecord, EventRecord
 
 WORKER = Path(__file__).with_name("scripted_worker.py")
 Steps = list[list[Any]]
@@ -80,9 +79,11 @@ class Sitting:
             self.folder.close()
 
 
-def read(path: Path, kind: type[Any]) -> list[Any]:
-    name = {OperationRecord: "operations", EventRecord: "events", EpisodeRecord: "episodes"}[kind]
-    return [msgspec.json.decode(line, type=kind) for line in (path / f"{name}.jsonl").read_bytes().splitlines()]
+def read(path: Path, kind: type[R]) -> list[R]:
+    missing: list[str] = []
+    records = read_records(path, kind, missing)
+    assert missing == []
+    return records
 
 
 def episodes(path: Path) -> dict[int, EpisodeRecord]:

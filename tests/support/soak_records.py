@@ -9,6 +9,7 @@ from typing import Any
 
 import msgspec
 
+from vmbus.soak.journal import JOURNALS, Record
 from vmbus.soak.records import (
     FORMAT,
     BudgetResult,
@@ -41,7 +42,7 @@ KINDS = {  # kind: (weight, seconds, downtime, whether it saves, whether it rest
     "driver_kill": (2, 1.1, None, False, False),
 }
 SETTINGS: dict[str, Any] = {"seed": 7, "operations": 300}
-ENVIRONMENT = {
+ENVIRONMENT: dict[str, Any] = {
     "project": "0.1.0",
     "python": "3.11.2",
     "qemu": "11.1.3",
@@ -73,8 +74,8 @@ class Folder:
             },
         )
         self.state(state)
-        for name in ("operations", "events", "episodes"):
-            (path / f"{name}.jsonl").touch(0o600)
+        for name in JOURNALS.values():
+            (path / f"{name}.jsonl").write_bytes(b"")
 
     def state(self, state: str, ran: float = 1200.0, **more: Any) -> None:
         self.json("state.json", msgspec.to_builtins(State(ran=ran, state=state, **more)))  # type: ignore[arg-type]
@@ -82,11 +83,11 @@ class Folder:
     def json(self, name: str, value: object) -> None:
         (self.path / name).write_bytes(msgspec.json.encode(value))
 
-    def add(self, *records: OperationRecord | EventRecord | EpisodeRecord) -> None:
-        names = {OperationRecord: "operations", EventRecord: "events", EpisodeRecord: "episodes"}
-        for record in records:
-            with (self.path / f"{names[type(record)]}.jsonl").open("ab") as file:
-                file.write(msgspec.json.encode(record) + b"\n")
+    def add(self, *records: Record) -> None:
+        for kind, name in JOURNALS.items():
+            lines = [msgspec.json.encode(record) + b"\n" for record in records if type(record) is kind]
+            with (self.path / f"{name}.jsonl").open("ab") as file:
+                file.write(b"".join(lines))
 
 
 def operation(episode: int = 0, number: int = 0, kind: str = "migrate", **more: Any) -> OperationRecord:
@@ -126,11 +127,7 @@ def whole_campaign(path: Path, operations: int = 300, failures: int = 0, seed: i
     draw = random.Random(seed)
     folder = Folder(path, planned=-(-operations // 8))
     names = list(KINDS)
-    lines: dict[str, list[bytes]] = {"operations": [], "events": [], "episodes": []}
-
-    def add(name: str, record: object) -> None:
-        lines[name].append(msgspec.json.encode(record))
-
+    written: list[Record] = []
     for index in range(-(-operations // 8)):
         count = min(8, operations - 8 * index)
         failing = index < 3 * failures and index % 3 == 1
@@ -174,13 +171,22 @@ def whole_campaign(path: Path, operations: int = 300, failures: int = 0, seed: i
             done += 0 if stopped else 700 * draw.uniform(0.85, 1.1)
             samples.append(Sample(at=round(moment, 3), transactions=int(done)))
             moment += 0.5
-        for record in records:
-            add("operations", record)
-        add("events", EventRecord(episode=index, at=5.1, text="guest booted, drivers echo and burst are started"))
+        written += records
+        written.append(EventRecord(episode=index, at=5.1, text="guest booted, drivers echo and burst are started"))
         if failing:
-            add("events", EventRecord(episode=index, at=at, text="kept what is needed to see it again", serious=True))
-        add(
-            "episodes",
+            written.append(EventRecord(episode=index, at=at, text="kept what is needed to see it again", serious=True))
+        echo = WorkloadRecord(driver="echo", verdict="passed", transactions=int(done * 0.6))
+        burst = WorkloadRecord(driver="burst", verdict="passed", transactions=int(done * 0.4))
+        more: dict[str, Any] = {}
+        if failing:
+            burst.verdict, burst.lost = "failed", 1
+            more = {
+                "audit": "broken",
+                "failure": "burst: transaction 40213 was lost: queued at the save of operation 7, in no ring, no saved "
+                "packet and no answer after the restore",
+                "kept": f"failures/{index:05}",
+            }
+        written.append(
             episode(
                 index,
                 "failed" if failing else "passed",
@@ -188,25 +194,11 @@ def whole_campaign(path: Path, operations: int = 300, failures: int = 0, seed: i
                 seconds=round(at + 4, 2),
                 operations=count,
                 samples=samples,
-                audit="broken" if failing else "clean",
-                workloads=[
-                    WorkloadRecord(driver="echo", verdict="passed", transactions=int(done * 0.6)),
-                    WorkloadRecord(
-                        driver="burst",
-                        verdict="failed" if failing else "passed",
-                        transactions=int(done * 0.4),
-                        lost=1 if failing else 0,
-                    ),
-                ],
-                failure="burst: transaction 40213 was lost: queued at the save of operation 7, in no ring, no saved "
-                "packet and no answer after the restore"
-                if failing
-                else "",
-                kept=f"failures/{index:05}" if failing else "",
-            ),
+                workloads=[echo, burst],
+                **more,
+            )
         )
-    for name, some in lines.items():
-        (path / f"{name}.jsonl").write_bytes(b"".join(line + b"\n" for line in some))
+    folder.add(*written)
     return folder
 
 

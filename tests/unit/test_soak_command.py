@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import json
 import shlex
@@ -63,17 +64,10 @@ def test_a_schedule_with_errors_begins_nothing(tmp_path: Path, text: str, messag
     assert not (tmp_path / "out").exists()
 
 
-def test_a_schedule_that_is_not_there(tmp_path: Path) -> None:
-    result = run("--schedule", str(tmp_path / "no.toml"))
-    assert (result.exit_code, result.output) == (
-        CANNOT,
-        f"error: cannot read schedule {tmp_path}/no.toml: No such file or directory\n",
-    )
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--schedule", "/nowhere.toml"], "cannot read schedule /nowhere.toml: No such file or directory"),
         (["--set", "weights"], "--set 'weights' is not of the form KEY=VALUE"),
         (["--set", "weights..x=1"], "is not of the form KEY=VALUE"),
         (["--set", "colour=red"], "settings: "),
@@ -202,8 +196,6 @@ def test_words_lead_into_tables() -> None:
 
 def finished(path: Path, *episodes: list[list[Any]]) -> None:
     """The folder of a campaign that has run, with real settings."""
-    import asyncio
-
     settings = Settings(seed=9, operations=12 * len(episodes))
     campaign = Campaign(
         seed=9,

@@ -5,40 +5,28 @@ from __future__ import annotations
 import os
 import stat
 from pathlib import Path
+from typing import Any
 
-import msgspec
 import pytest
 
+from support.soak import read
+from support.soak_records import episode, operation
 from vmbus.errors import UsageError
 from vmbus.soak import keep
 from vmbus.soak.folder import Campaign, CampaignFolder, read_campaign
-from vmbus.soak.records import Environment, EpisodeRecord, EventRecord, OperationRecord, State
+from vmbus.soak.records import Environment, EventRecord, OperationRecord, State
 
 pytestmark = pytest.mark.unit
 
 
-def campaign(seed: int = 1, **settings: object) -> Campaign:
+def campaign(seed: int = 1, **settings: Any) -> Campaign:
     return Campaign(seed=seed, started="2026-01-01", settings={"seed": seed, **settings}, environment=Environment())
-
-
-def operation(number: int, message: str = "") -> OperationRecord:
-    return OperationRecord(episode=0, number=number, kind="pause", outcome="done", at=0.0, seconds=1.0, message=message)
-
-
-def episode(number: int, verdict: str = "passed") -> EpisodeRecord:
-    return msgspec.convert(
-        {"episode": number, "seed": 5, "verdict": verdict, "started": "now", "seconds": 1.0}, EpisodeRecord
-    )
-
-
-def lines(path: Path) -> list[bytes]:
-    return path.read_bytes().splitlines()
 
 
 def test_a_new_folder_is_its_owners_alone(tmp_path: Path) -> None:
     path = tmp_path / "a" / "campaign"
     folder = CampaignFolder.open(path, campaign())
-    folder.write(operation(0))
+    folder.write(operation())
     folder.write(EventRecord(episode=-1, at=0.0, text="x"))
     folder.write(episode(0))
     folder.save_state()
@@ -50,7 +38,7 @@ def test_a_new_folder_is_its_owners_alone(tmp_path: Path) -> None:
         *("campaign.json", "state.json", "operations.jsonl", "events.jsonl", "episodes.jsonl"),
         *("episodes", "failures", "lock"),
     }
-    assert msgspec.json.decode(lines(path / "operations.jsonl")[0], type=OperationRecord) == operation(0)
+    assert read(path, OperationRecord) == [operation()]
 
 
 def test_the_same_campaign_goes_on(tmp_path: Path) -> None:
@@ -123,16 +111,15 @@ def test_two_processes_cannot_write_in_one_folder(tmp_path: Path) -> None:
 @pytest.mark.parametrize("torn", [b"x", b'{"episode":0,"number":1,"ki', b"z" * 200_000])
 def test_a_torn_line_is_taken_back_and_said(tmp_path: Path, torn: bytes) -> None:
     folder = CampaignFolder.open(tmp_path, campaign())
-    folder.write(operation(0))
+    folder.write(operation())
     folder.close()
     with (tmp_path / "operations.jsonl").open("ab") as file:
         file.write(torn)
     folder = CampaignFolder.open(tmp_path, campaign())
     assert folder.problems == [f"operations.jsonl ended in the middle of a record ({len(torn)} bytes), which is gone"]
-    folder.write(operation(1))
+    folder.write(operation(0, 1))
     folder.close()
-    records = [msgspec.json.decode(line, type=OperationRecord) for line in lines(tmp_path / "operations.jsonl")]
-    assert records == [operation(0), operation(1)]
+    assert read(tmp_path, OperationRecord) == [operation(), operation(0, 1)]
 
 
 def test_a_line_that_is_no_record_hides_no_other(tmp_path: Path) -> None:
