@@ -51,13 +51,13 @@ class Sitting:
     ) -> None:
         only = more.pop("only", None)
         self.folder = CampaignFolder.open(path, more.pop("campaign", None) or campaign(only=only))
-        self.told: list[str] = []  # what the campaign showed
+        self.shown: list[str] = []  # what the campaign showed
         self.reports = 0
         self.run = CampaignRun(
             self.folder,
             row,
             engine or LocalEngine(parallel=1),
-            PlainView(self.told.append, str(path), Goal()),
+            PlainView(self.shown.append, str(path), Goal()),
             limits=limits,
             replay=lambda episode: f"scripts/soak --episode {episode}",
             report=self._report,
@@ -66,7 +66,7 @@ class Sitting:
 
     @property
     def text(self) -> str:
-        return "\n".join(self.told)
+        return "\n".join(self.shown)
 
     def _report(self) -> None:
         self.reports += 1

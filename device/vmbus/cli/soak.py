@@ -337,12 +337,8 @@ def _print_line(text: str) -> None:
 def _show(report: Report, folder: Path) -> int:
     """Print the verdict, and how to see each failure again. Returns the exit status."""
     for failure in report.failures:
-        record = next((one for one in report.episode_records if one.episode == failure.episode), None)
-        if record is not None:
-            record.failure, record.kept = failure.message, failure.kept
-            click.echo(failure_text(record, str(folder), failure.replay))
-        else:
-            click.echo(f"FAILED  episode {failure.episode}: {failure.message}\n        replay: {failure.replay}")
+        kept = f"{folder}/{failure.kept}" if failure.kept else ""
+        click.echo(failure_text(failure.episode, failure.message, kept, failure.replay))
     for text in broken(report):
         click.echo(f"BROKEN  {text}")
     for text in report.missing:

@@ -75,9 +75,8 @@ class DaskEngine:
         self._beat = beat
         self._patience = patience
         self._name = f"vmbus-soak-{secrets.token_hex(8)}"
-        self._life: Any = _dask.Variable(self._name, client=client)
+        self._heartbeat: Any = _dask.Variable(self._name, client=client)
         self._listeners: dict[int, _Listener] = {}
-        self._workers = 0
         self._last_worker = time.monotonic()
         self._stopping = False
         self._beating: asyncio.Task[None] | None = None
@@ -101,17 +100,14 @@ class DaskEngine:
             raise EnvironmentProblem(f"cannot connect to the Dask scheduler {address}: {error}") from error
         engine = cls(client, address, parallel, beat, patience)
         try:
-            await engine._begin()
+            await engine._check_workers()
+            await engine._heartbeat.set(0)
         except BaseException:
             await engine.close()
             raise
+        engine._beating = asyncio.create_task(engine._beats(), name="sign of life for the workers")
+        client.subscribe_topic(engine._name, engine._heard)
         return engine
-
-    async def _begin(self) -> None:
-        await self._check_workers()
-        await self._life.set(0)
-        self._beating = asyncio.create_task(self._beats(), name="sign of life for the workers")
-        self._client.subscribe_topic(self._name, self._heard)
 
     async def _check_workers(self) -> None:
         """Each worker that is there now can do it; those that come later are asked with each episode."""
@@ -169,7 +165,7 @@ class DaskEngine:
             job=replace(job, command=() if job.command == WORKER else job.command),
             keep_bytes=self.keep_bytes,
             topic=self._name,
-            life=self._name,
+            heartbeat=self._name,
             code=remote.code_digest(),
             beat=self._beat,
             patience=self._patience,
@@ -236,7 +232,7 @@ class DaskEngine:
         """Tell all workers to end their episodes early."""
         self._stopping = True
         with contextlib.suppress(OSError, TimeoutError, CommClosedError):
-            await asyncio.wait_for(self._life.set(remote.STOP), CONNECT_TIMEOUT)
+            await asyncio.wait_for(self._heartbeat.set(remote.STOP), CONNECT_TIMEOUT)
 
     async def _beats(self) -> None:
         count = 0
@@ -244,7 +240,7 @@ class DaskEngine:
             count += 1
             # A scheduler that is away for a moment is noticed by `slots` and by the tasks.
             with contextlib.suppress(OSError, TimeoutError, CommClosedError, RuntimeError):
-                await self._life.set(count)
+                await self._heartbeat.set(count)
             await asyncio.sleep(self._beat)
 
     def _heard(self, event: tuple[float, Any]) -> None:

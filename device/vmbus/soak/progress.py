@@ -119,7 +119,8 @@ class View:
         self.finished += record.verdict != "interrupted"
         self.failed += record.verdict == "failed"
         if record.verdict == "failed":
-            self.failure(failure_text(record, self.folder, replay))
+            kept = f"{self.folder}/{record.kept}" if record.kept else ""
+            self.failure(failure_text(record.episode, record.failure, kept, replay))
         else:
             self.line(f"episode {record.episode} {record.verdict} after {record.seconds:.1f} s")
 
@@ -258,11 +259,8 @@ def event_text(record: EventRecord) -> str:
     return record.text if record.episode == CAMPAIGN else f"episode {record.episode}: {record.text}"
 
 
-def failure_text(record: EpisodeRecord, folder: str, replay: str) -> str:
+def failure_text(episode: int, failure: str, kept: str, replay: str) -> str:
     """A failed episode: what, where it is kept, and how to see it again."""
-    lines = [f"FAILED  episode {record.episode}: {record.failure or 'no reason was told'}"]
-    if record.kept:
-        lines.append(f"        kept:   {folder}/{record.kept}")
-    if replay:
-        lines.append(f"        replay: {replay}")
+    lines = [f"FAILED  episode {episode}: {failure or 'no reason was told'}"]
+    lines += [f"        {name:7} {text}" for name, text in (("kept:", kept), ("replay:", replay)) if text]
     return "\n".join(lines)

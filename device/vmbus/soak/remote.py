@@ -50,7 +50,7 @@ class Request(msgspec.Struct, kw_only=True, frozen=True):
     keep_bytes: int
     topic: str
     """Where what is said goes."""
-    life: str
+    heartbeat: str
     """The variable that counts."""
     code: str
     """The digest of the campaign's sources."""
@@ -126,7 +126,7 @@ def run_request(data: bytes) -> bytes:
         )
     dask: Any = distributed  # half of it has no types
     worker = dask.get_worker()
-    life = dask.Variable(request.life, client=dask.get_client())
+    heartbeat = dask.Variable(request.heartbeat, client=dask.get_client())
     attempt = os.urandom(8).hex()
     telling = _Telling(
         lambda number, line: worker.log_event(request.topic, [attempt, request.job.episode, number, line.decode()])
@@ -140,7 +140,7 @@ def run_request(data: bytes) -> bytes:
         stack.callback(directory.remove)
         folder = directory / "episode"
         folder.mkdir(mode=0o700)
-        record = asyncio.run(_run(request, folder, telling, lambda: int(life.get(timeout=request.patience))))
+        record = asyncio.run(_run(request, folder, telling, lambda: int(heartbeat.get(timeout=request.patience))))
         record.where = str(worker.name)
         short = short_of_room([(directory.path, request.room)])
         if short and hit_full_disk(record, [directory.path]):
