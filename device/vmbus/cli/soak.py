@@ -10,6 +10,8 @@ import signal
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,7 +27,7 @@ from vmbus.soak.engine import Engine, LocalEngine
 from vmbus.soak.entries import located
 from vmbus.soak.environment import describe_environment
 from vmbus.soak.episode import scratch_base
-from vmbus.soak.expected import Budget, Expected, broken, load_baseline, parse_budget
+from vmbus.soak.expected import Budget, Expected, broken, parse_budget
 from vmbus.soak.folder import CAMPAIGN_FILE, Campaign, CampaignFolder, read_campaign
 from vmbus.soak.job import Job
 from vmbus.soak.measures import MEASURES, parse
@@ -34,7 +36,7 @@ from vmbus.soak.progress import Goal, LiveView, PlainView, View, failure_text
 from vmbus.soak.records import FORMAT, Report
 from vmbus.soak.replay import parse_words, replay_command
 from vmbus.soak.schedule import check_own, episodes_planned, linux_share, plan_episode
-from vmbus.soak.settings import WEIGHTS, Settings, read_values, settings_from
+from vmbus.soak.settings import Settings, read_values, settings_from
 from vmbus.vm.command_line import programs_from
 
 PASSED, FAILED, CANNOT, INTERRUPTED = 0, 1, 2, 3
@@ -43,49 +45,39 @@ T = TypeVar("T")
 STATUS = {"passed": PASSED, "failed": FAILED, "interrupted": INTERRUPTED}
 
 
-def _seconds(context: click.Context, parameter: click.Parameter, value: str | None) -> float | None:
-    """Seconds, or a number with its unit: 90, 20m, 8h."""
-    return None if value is None else _parsed(context, parameter, lambda: parse(value, "time"))
+def _reads(read: Callable[[str], T]) -> Callable[[str], T]:
+    """The type of an option: what a function makes of its text. The function's ValueError says what is wrong."""
+
+    def convert(text: str) -> T:
+        try:
+            return read(text)
+        except ValueError as error:
+            raise click.BadParameter(str(error)) from error
+
+    return convert
 
 
-def _parsed(context: click.Context, parameter: click.Parameter, read: Callable[[], T]) -> T:
-    try:
-        return read()
-    except ValueError as error:
-        raise click.BadParameter(str(error), context, parameter) from error
+_SECONDS = _reads(lambda text: parse(text, "time"))
+_SHARE = _reads(lambda text: parse(text.removesuffix("%"), "number") / 100)
 
 
 def _budget_options(command: Callable[..., None]) -> Callable[..., None]:
-    """An option for each measure that can be bounded; together they are `budgets`."""
-
-    def budgets(context: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> None:
-        name = parameter.opts[0].split("-", 3)[-1]  # without the bound in front
-        known: list[Budget] = context.params.setdefault("budgets", [])
-        known += [
-            _parsed(context, parameter, lambda: parse_budget(name, value, frozenset(WEIGHTS)))  # noqa: B023
-            for value in values
-        ]
-
+    """An option for each measure that can be bounded."""
     for name, measure in reversed(MEASURES.items()):
         bound = "at most" if measure.side == "max" else "at least"
         command = click.option(
-            f"--{measure.side}-{name}", multiple=True, metavar="[KIND=]LIMIT", expose_value=False, callback=budgets,
+            f"--{measure.side}-{name}", multiple=True, metavar="[KIND=]LIMIT",
+            type=_reads(partial(parse_budget, name)),
             help=f"Failed unless the {measure.text} is {bound} this.",
         )(command)  # fmt: skip
     return command
-
-
-def _share(context: click.Context, parameter: click.Parameter, value: str | None) -> float | None:
-    return (
-        None if value is None else _parsed(context, parameter, lambda: parse(value.removesuffix("%"), "number")) / 100
-    )
 
 
 @click.command()
 @click.option("--seed", type=click.IntRange(0), help="All of the schedule follows from it (default: one is drawn).")
 @click.option("--operations", type=click.IntRange(1), metavar="N", help="Carry out N operations (default: 100).")
 @click.option(
-    "--seconds", "--for", metavar="TIME", callback=_seconds, help="Instead, begin episodes for so long: 90, 20m, 8h."
+    "--seconds", "--for", metavar="TIME", type=_SECONDS, help="Instead, begin episodes for so long: 90, 20m, 8h."
 )
 @click.option("--report", "folder", type=click.Path(path_type=Path, file_okay=False), metavar="DIR",
               help="The campaign's folder; one that was interrupted is gone on with (default: soak-SEED).")  # fmt: skip
@@ -108,7 +100,7 @@ def _share(context: click.Context, parameter: click.Parameter, value: str | None
 @_budget_options
 @click.option("--compare", type=click.Path(path_type=Path), metavar="PATH",
               help="Show medians beside those of an earlier campaign: its report.json, or its folder.")  # fmt: skip
-@click.option("--max-growth", "growth", metavar="PERCENT", callback=_share,
+@click.option("--max-growth", "growth", metavar="PERCENT", type=_SHARE,
               help="Failed if a median is so much above that of --compare.")  # fmt: skip
 def soak(
     seed: int | None,
@@ -125,28 +117,30 @@ def soak(
     resume: bool,
     only_plan: bool,
     report_only: bool,
-    budgets: list[Budget],
     compare: Path | None,
     growth: float | None,
+    **bounds: tuple[Budget, ...],
 ) -> None:
     """Run random workloads and operations on VMs for long, and prove that no packet was lost.
 
-    DIR gets report.html and report.json. The exit status is 0 if all has passed, 1 if something has failed, 2 if the
-    campaign could not begin, 3 if it was interrupted: then the same command goes on with it.
+    DIR gets report.html, report.json and junit.xml. The exit status is 0 if all has passed, 1 if something has failed,
+    2 if the campaign could not begin, 3 if it was interrupted: then the same command goes on with it.
     """
     try:
-        expected = _expected(budgets, compare, growth)
+        expected = Expected.of(list(chain(*bounds.values())), compare, growth)
         if report_only:
-            if expected is not None and read_campaign(_needed(folder)):
+            if expected is not None:
+                expected.check(_of_folder(_needed(folder))[0].kinds)
                 expected.write(_needed(folder))
             sys.exit(_show(reports.write(_needed(folder)), _needed(folder)))
         if resume:
             if any(one is not None for one in (seed, operations, seconds, schedule, episode)) or assignments:
                 raise UsageError("--resume takes the settings of the folder: leave --seed, --operations and so on away")
-            known = read_campaign(_needed(folder))
-            settings, episode = settings_from(known.settings, str(_needed(folder) / CAMPAIGN_FILE)), known.only
+            settings, episode = _of_folder(_needed(folder))
         else:
             settings = _settings(seed, operations, seconds, schedule, assignments, folder)
+        if expected is not None:
+            expected.check(settings.kinds)
         if only_plan:
             _print_plan(settings, episode)
             return
@@ -166,19 +160,16 @@ def soak(
     sys.exit(status)
 
 
-def _expected(budgets: list[Budget], compare: Path | None, growth: float | None) -> Expected | None:
-    """What the campaign is to keep; None where nothing is said, and what its folder has stays."""
-    if growth is not None and compare is None:
-        raise UsageError("--max-growth needs --compare: growth since when?")
-    if not budgets and compare is None:
-        return None
-    return Expected(budgets=budgets, baseline=load_baseline(compare) if compare is not None else None, growth=growth)
-
-
 def _needed(folder: Path | None) -> Path:
     if folder is None:
         raise UsageError("which campaign? name its folder with --report DIR")
     return folder
+
+
+def _of_folder(folder: Path) -> tuple[Settings, int | None]:
+    """The settings of the campaign there, and its only episode."""
+    known = read_campaign(folder)
+    return settings_from(known.settings, str(folder / CAMPAIGN_FILE)), known.only
 
 
 def _settings(

@@ -60,6 +60,21 @@ class Expected(msgspec.Struct, kw_only=True):
     growth: float | None = None
     """By which share a median may be above the earlier campaign's; None: a growth is only shown."""
 
+    @classmethod
+    def of(cls, budgets: list[Budget], compare: Path | None, growth: float | None) -> Expected | None:
+        """What a command line says; None where it says nothing, and what the folder has stays. Raises UsageError."""
+        if growth is not None and compare is None:
+            raise UsageError("--max-growth needs --compare: growth since when?")
+        if not budgets and compare is None:
+            return None
+        return cls(budgets=budgets, baseline=load_baseline(compare) if compare is not None else None, growth=growth)
+
+    def check(self, kinds: list[str]) -> None:
+        """Raise UsageError if a budget is on a kind of operation that the campaign does not have."""
+        for one in self.budgets:
+            if one.kind and one.kind not in kinds:
+                raise UsageError(f"there is no operation {one.kind!r}; known: {', '.join(sorted(kinds))}")
+
     def write(self, folder: Path) -> None:
         """Keep it in a campaign's folder. Raises OSError."""
         publish_bytes(folder / EXPECTED_FILE, msgspec.json.encode(self) + b"\n")
@@ -79,14 +94,12 @@ def read(folder: Path) -> Expected:
     return found
 
 
-def parse_budget(name: str, text: str, kinds: frozenset[str]) -> Budget:
+def parse_budget(name: str, text: str) -> Budget:
     """A budget as on the command line: LIMIT or KIND=LIMIT. Raises ValueError, which says what is wrong."""
     kind, _, limit = text.rpartition("=")
     measure = MEASURES[name]
     if kind and name == "throughput":
         raise ValueError("throughput is that of all episodes, not of a kind of operation")
-    if kind and kind not in kinds:
-        raise ValueError(f"there is no operation {kind!r}; known: {', '.join(sorted(kinds))}")
     return Budget(measure=name, kind=kind, limit=parse(limit, measure.unit))
 
 
