@@ -61,6 +61,22 @@ def drive(server: LoopbackServer, name: str, **parameters: Any) -> dict[str, Any
     return result
 
 
+def asker(driver: VmbusDriver) -> Callable[..., None]:
+    """Opens the echo provider's channel. What it returns sends so many requests, and waits for their answers."""
+    channel = driver.client_channel(workload.ECHO_TYPE)
+    driver.enable(channel)
+
+    def ask(sequence: int, count: int = 1) -> None:
+        answers: list[bytes] = []
+        for number in range(sequence, sequence + count):
+            packet = channel.allocate_packet()
+            packet.completion_routine = lambda packet, status, reply: answers.append(reply)
+            packet.send(workload.echo_request(number, b"x" * 1000, inline=True))
+        driver.run_until(lambda: len(answers) == count, 10, "the answers")
+
+    return ask
+
+
 @pytest.fixture(scope="module")
 def captured(libvfio_user: Library, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A capture of 400 requests to an echo provider, in order, half of them with external data."""
@@ -166,16 +182,7 @@ def test_it_goes_on_over_a_pause_and_a_load_and_a_new_server_has_its_own(libvfio
     with LoopbackServer(describe("echo"), libvfio_user, capture=first) as server:
         function = server.function()
         driver = VmbusDriver(function)
-        channel = driver.client_channel(workload.ECHO_TYPE)
-        driver.enable(channel)
-        answers: list[bytes] = []
-
-        def ask(sequence: int) -> None:
-            packet = channel.allocate_packet()
-            packet.completion_routine = lambda packet, status, reply: answers.append(reply)
-            packet.send(workload.echo_request(sequence, b"hello", inline=True))
-            driver.run_until(lambda: len(answers) == sequence + 1, 10, "the answer")
-
+        ask = asker(driver)
         ask(0)
         server.command("pause")
         saved = server.directory / "saved.bin"
@@ -208,17 +215,10 @@ def test_together_with_an_audit_record_both_are_whole(libvfio_user: Library, tmp
     with LoopbackServer(describe("echo"), libvfio_user, audit=audit, capture=path) as server:
         recorder = recorder_in(audit, "guest", "here")
         with VmbusDriver(server.function(), recorder=recorder) as driver:
-            channel = driver.client_channel(workload.ECHO_TYPE)
-            driver.enable(channel)
-            answers: list[bytes] = []
-            for sequence in range(500):
-                packet = channel.allocate_packet()
-                packet.completion_routine = lambda packet, status, reply: answers.append(reply)
-                packet.send(workload.echo_request(sequence, b"hello", inline=True))
-            driver.run_until(lambda: len(answers) == 500, 10, "the answers")
+            ask = asker(driver)
+            ask(0, 500)
             server.command("capture-stop")  # the record goes on without it
-            packet.send(workload.echo_request(500, b"hello", inline=True))
-            driver.run_until(lambda: len(answers) == 501, 10, "the answer")
+            ask(500)
         recorder.close()
     report = check_paths([audit])
     assert report.clean and report.packets == report.transactions == 501, str(report)
@@ -278,15 +278,9 @@ def traffic(server: LoopbackServer) -> Iterator[None]:
 
     def work() -> None:
         with VmbusDriver(server.function()) as driver:
-            channel = driver.client_channel(workload.ECHO_TYPE)
-            driver.enable(channel)
-            sequence = 0
+            ask, sequence = asker(driver), 0
             while not end.is_set():
-                answers: list[bytes] = []
-                packet = channel.allocate_packet()
-                packet.completion_routine = lambda packet, status, reply, to=answers: to.append(reply)
-                packet.send(workload.echo_request(sequence, b"x" * 1000, inline=True))
-                driver.run_until(lambda to=answers: bool(to), 10, "the answer")
+                ask(sequence)
                 sequence += 1
 
     thread = threading.Thread(target=work)
