@@ -14,9 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
+from loopback.test_control import Process
 from support import pace
 from support.traffic import Traffic
+from vmbus.cli import main
 from vmbus.errors import UsageError
 from vmbus.kmcl.client import ClientChannel
 from vmbus.kmcl.server import SERVER_FLAG_LOOPBACK_OFFER, ServerChannel
@@ -161,33 +164,6 @@ def test_channels_inside_of_the_server_are_shown(libvfio_user: Library) -> None:
 # ---- watching --------------------------------------------------------------------------------------------------------
 
 
-class Process:
-    """A device server in a process of its own. A context manager, which kills it."""
-
-    def __init__(self, directory: Path, library: Library) -> None:
-        description = directory / "device.json"
-        description.write_bytes(describe("echo").to_json())
-        self.control = directory / "control.sock"
-        command = [sys.executable, "-m", "vmbus.cli.serve", "--description", str(description)]
-        command += ["--socket", str(directory / "vfio.sock"), "--control", str(self.control)]
-        command += ["--libvfio-user", str(library.path)]
-        environment = {**os.environ, "PYTHONPATH": IMPORT_ROOTS}
-        self.process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment
-        )
-        assert self.process.stdout is not None
-        assert json.loads(self.process.stdout.readline())["event"] == "listening"
-
-    def __enter__(self) -> Process:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.process.kill()
-        self.process.wait(pace.seconds(10))
-        assert self.process.stdout is not None
-        self.process.stdout.close()
-
-
 @pytest.fixture
 def short() -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="vmbus-inspect-") as directory:
@@ -204,6 +180,7 @@ def test_a_watch_goes_on_when_the_server_is_killed_and_started_again(libvfio_use
     assert first.document is None and first.notices == ["'demo' is not running; waiting for it"]
     assert view().notices == []  # said once
     with Process(short, libvfio_user) as one:
+        one.listening()
         seen = view()
         assert seen.document is not None and seen.document.server.pid == one.process.pid and not seen.notices
         assert view().notices == []
@@ -211,6 +188,7 @@ def test_a_watch_goes_on_when_the_server_is_killed_and_started_again(libvfio_use
     assert gone.document is None and gone.problem == "'demo' has ended; waiting for it to come back"
     assert gone.notices == [gone.problem] and view().notices == []
     with Process(short, libvfio_user) as other:
+        other.listening()
         back = view()
         assert back.document is not None
         assert back.notices == [
@@ -234,23 +212,10 @@ def test_a_watch_says_what_becomes_of_the_device(server: LoopbackServer, tmp_pat
     server.function().close()
 
 
-def command(server: LoopbackServer, *words: str) -> list[str]:
-    return [sys.executable, "-m", "vmbus.cli", "inspect", str(server.control_path), *words]
-
-
 def test_the_command_looks_watches_and_ends(server: LoopbackServer) -> None:
-    environment = {**os.environ, "PYTHONPATH": IMPORT_ROOTS}
-
     def run(*words: str) -> str:
-        done = subprocess.run(
-            command(server, *words),
-            capture_output=True,
-            text=True,
-            timeout=pace.seconds(60),
-            env=environment,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr
+        done = CliRunner().invoke(main, ["inspect", str(server.control_path), *words])
+        assert done.exit_code == 0, done.output
         return done.stdout
 
     with VmbusDriver(server.function()) as driver:
@@ -268,11 +233,15 @@ def test_the_command_looks_watches_and_ends(server: LoopbackServer) -> None:
 def test_on_a_terminal_the_watch_is_a_live_picture(server: LoopbackServer) -> None:
     ours, theirs = pty.openpty()
     environment = {**os.environ, "PYTHONPATH": IMPORT_ROOTS, "TERM": "xterm", "COLUMNS": "150", "LINES": "40"}
+    words = [sys.executable, "-m", "vmbus.cli", "inspect"]
     try:
         process = subprocess.Popen(
-            command(server, "--watch", "0.05", "--count", "3"), stdout=theirs, stdin=theirs, stderr=theirs,
+            [*words, str(server.control_path), "--watch", "0.05", "--count", "3"],
+            stdout=theirs,
+            stdin=theirs,
+            stderr=theirs,
             env=environment,
-        )  # fmt: skip
+        )
         os.close(theirs)
         shown = b""
         while True:

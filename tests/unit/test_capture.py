@@ -349,7 +349,7 @@ def test_a_channel_that_is_not_wanted_is_left_alone(pair: Pair, tmp_path: Path) 
 def test_a_capture_that_has_ended_costs_nothing_any_more(pair: Pair, tmp_path: Path) -> None:
     capture = Capture(tmp_path / "a", CaptureOptions(limit=4096))
     pair.server.observe("opened", [capture])
-    while not capture.ended:
+    while not capture.status()["ended"]:
         traffic(pair, 10)
     traffic(pair, 1)
     assert pair.server.observing == []

@@ -12,8 +12,6 @@ import msgspec
 
 from vmbus.device.observing import DeviceObserver
 from vmbus.errors import UsageError
-from vmbus.kmcl.channel import Channel, Link
-from vmbus.kmcl.observer import How, LifeObserver
 from vmbus.observe.audit.device import RecordingObserver
 from vmbus.observe.audit.files import make_directory, recorder_in
 from vmbus.observe.capture.capture import DEFAULT_EXTERNAL, Capture, CaptureOptions
@@ -80,28 +78,11 @@ class CaptureArguments(Arguments, frozen=True):
     options: CaptureOptions | None = None
 
 
-class CapturingObserver(DeviceObserver):
-    """A capture, over all sessions of a server."""
-
-    def __init__(self, capture: Capture) -> None:
-        self.capture = capture
-
-    def opened(self, channel: Channel, link: Link, how: How) -> LifeObserver | None:
-        """A channel is open: whether the capture is of it."""
-        return self.capture.opened(channel, link, how)
-
-    def note(self, event: str) -> None:
-        """An event on each channel that is open."""
-        self.capture.note(event)
-
-
 class Captures(Instrument):
     """At most one at a time."""
 
     def __init__(self, path: Path | None, external: int) -> None:
-        self._observer: CapturingObserver | None = None
-        if path is not None:
-            self._observer = CapturingObserver(Capture(path.absolute(), CaptureOptions(external=external)))
+        self._capture = None if path is None else Capture(path.absolute(), CaptureOptions(external=external))
         self.commands = {
             "capture-start": Command(self._start, CaptureArguments),
             "capture-stop": Command(self._stop),
@@ -110,39 +91,38 @@ class Captures(Instrument):
 
     def observer(self, name: str) -> DeviceObserver | None:
         """The capture that is running."""
-        return self._observer
+        return self._capture
 
     def close(self) -> None:
         """What is left of it is written."""
-        if self._observer is not None:
-            self._observer.capture.stop()
+        if self._capture is not None:
+            self._capture.stop()
 
     async def _start(self, server: DeviceServer, asked: CaptureArguments) -> Answer:
-        before = self._observer
-        if before is not None and before.capture.status()["running"]:
-            raise UsageError(f"a capture is running already, to {before.capture.path}; stop that first (capture-stop)")
-        observer = CapturingObserver(Capture(Path(asked.path), asked.options or CaptureOptions()))
+        before = self._capture
+        if before is not None and before.status()["running"]:
+            raise UsageError(f"a capture is running already, to {before.path}; stop that first (capture-stop)")
+        self._capture = Capture(Path(asked.path), asked.options or CaptureOptions())
         if before is not None:
             server.device.remove_observer(before)
-        self._observer = observer
-        server.device.add_observer(observer)
-        return observer.capture.status()
+        server.device.add_observer(self._capture)
+        return self._capture.status()
 
     async def _stop(self, server: DeviceServer, _: Arguments) -> Answer:
         """End the capture and write what is left of it. Its figures, also if it had ended by itself."""
-        observer = self._observer
-        if observer is None:
+        capture = self._capture
+        if capture is None:
             raise UsageError("there is no capture to stop")
-        if observer in server.device.observers:
-            server.device.remove_observer(observer)
-        await asyncio.to_thread(observer.capture.let_go())
-        if self._observer is observer:
-            self._observer = None
-        return observer.capture.status()
+        if capture in server.device.observers:
+            server.device.remove_observer(capture)
+        await asyncio.to_thread(capture.let_go())
+        if self._capture is capture:
+            self._capture = None
+        return capture.status()
 
     async def _status(self, server: DeviceServer, _: Arguments) -> Answer:
         """How the capture goes; `running` is False, and nothing else is told, without one."""
-        return {"running": False} if self._observer is None else self._observer.capture.status()
+        return {"running": False} if self._capture is None else self._capture.status()
 
 
 # ---- inspections -----------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from uuid import UUID
 import msgspec
 
 import vmbus
+from vmbus.device.observing import DeviceObserver
 from vmbus.errors import PeerError, UsageError
 from vmbus.kmcl.client import NIL
 from vmbus.observe.capture import record as r
@@ -209,8 +210,9 @@ class _Count:
         self.lost = 0
 
 
-class Capture:
-    """A running capture. All methods are called on the event loop, and none raises because of the file.
+class Capture(DeviceObserver):
+    """A running capture, over all sessions of a server. All methods are called on the event loop, and none raises
+    because of the file.
 
     `status` tells how it goes.
     """
@@ -313,11 +315,6 @@ class Capture:
             count.lost += number
 
     # ---- the end ---------------------------------------------------------------------------------------------------
-
-    @property
-    def ended(self) -> str:
-        """Why it has ended by itself; empty: it has not."""
-        return self._sink.ended
 
     def status(self) -> dict[str, Any]:
         """How it goes, as plain data."""
