@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 
 from support import pace
-from support.model_vm import ModelVm, write_new
+from support.model_vm import PACKETS, ModelVm
 from vmbus.device.description import DeviceDescription, ProviderDescription
 from vmbus.errors import EnvironmentProblem, StateError
 from vmbus.operations.migration.address import Address
@@ -24,13 +24,10 @@ from vmbus.operations.migration.messages import Prepare
 from vmbus.operations.migration.source import Source
 from vmbus.operations.migration.verdicts import Verdicts
 from vmbus.qemu.pci_function import MAGIC
-from vmbus.qemu.qmp import MIGRATION_ENDS
 from vmbus.snapshot.manifest import Packets
 from vmbus.vm.command_line import Programs
 from vmbus.vm.description import VmDescription
 
-CONFIG = bytes.fromhex("4256564d") + bytes(range(252))
-PACKETS = {"queued": 3, "sent": 4}
 STATE = b"the device's state " * 40_000  # several chunks
 DEVICE = DeviceDescription("vmbus0", [ProviderDescription("echo", "echo", "6f1b4b0e-5d2c-4a53-9d0a-0f2f1f3c7a01")])
 SECRET = bytes(range(32))
@@ -67,87 +64,42 @@ class World:
 
 
 class LeavingVm(ModelVm):
-    """QEMU's monitor and the device server's control connection, as far as a migration touches them."""
+    """The VM as far as a migration touches it."""
 
     def __init__(self, world: World, folder: Path) -> None:
+        self.world = world
         super().__init__(VmDescription("demo", DEVICE), make_programs(folder), folder)
         self.machine = msgspec.structs.replace(self.machine, spare_cpus=3)
-        self.world = world
-        self.logging = False
-        self.driven = False
-        self.config = CONFIG
-        world.set_running("source", True)
+        self.state = STATE
+        self.set_running(True)
 
-    async def kill(self) -> None:
-        await super().kill()
-        self.world.set_running("source", False)
-        self.world.give_up("source")
-
-    async def perform(self, command: str, given: dict[str, Any]) -> Any:
-        match command:
-            case "query-migrate":
-                return {"ram": {"transferred": 5 << 20}}
-            case "migrate":
-                assert self.migration in ("none", *MIGRATION_ENDS)
-                self.migration = "pre-switchover"
-                self.world.set_running("source", False)
-            case "migrate-continue":
-                assert self.migration == "pre-switchover"
-                self.migration = "completed"
-                self.world.stream.set()
-            case "migrate_cancel":
-                self.migration = "cancelled"
-                self.world.set_running("source", True)
-        return None
-
-    async def human(self, line: str, *, timeout: float = 1.0) -> str:
-        return f"0: {MAGIC:#x}"
+    def set_running(self, running: bool) -> None:
+        self.world.set_running("source", running)
 
     async def running(self) -> bool:
         return "source" in self.world.running
 
-    async def cont(self) -> None:
-        self.step("cont")
-        self.world.set_running("source", True)
+    async def kill(self) -> None:
+        await super().kill()
+        self.set_running(False)
+        self.world.give_up("source")
+
+    async def perform(self, command: str, given: dict[str, Any]) -> Any:
+        if command == "migrate-continue":
+            self.world.stream.set()
+        found = await super().perform(command, given)
+        return {"ram": {"transferred": 5 << 20}} if command == "query-migrate" else found
+
+    async def human(self, line: str, *, timeout: float = 1.0) -> str:
+        return f"0: {MAGIC:#x}"
 
     async def call(self, command: str, timeout: float = 1.0, **arguments: Any) -> dict[str, Any]:
-        if command not in ("status", "pci"):
-            self.step(command)
-        elif self.dead:
-            raise EnvironmentProblem("the source's processes are gone")
-        match command:
-            case "status":
-                return {"phase": self.device, "description": _description(), "driven_by_client": self.driven}
-            case "pci":
-                return {"config": self.config.hex(), "bar0": 0xFEBF1000}
-            case "log-start" | "log-stop":
-                self.logging = command == "log-start"
-            case "pause":
-                assert self.device == "running" and "source" not in self.world.running
-                self.device = "paused"
-                self.world.give_up("source")
-            case "save":
-                assert self.device == "paused"
-                write_new(Path(arguments["path"]), STATE)
-                digest = hashlib.sha256(STATE).hexdigest()
-                return {
-                    "sha256": digest,
-                    "bytes": len(STATE),
-                    "packets": PACKETS,
-                    "incoming_held": 5,
-                    "config": self.config.hex(),
-                    "description": _description(),
-                }
-            case "flush":
-                assert self.device == "paused" and self.logging and self.migration == "pre-switchover"
-                return {"pages": 6, "bytes": 6 * 4096}
-            case "resume":
-                assert self.device == "paused"
-                await self._take_back(arguments["seconds"])
-                self.device = "running"
-        return {}
+        found = await super().call(command, timeout, **arguments)
+        if command == "pause":
+            self.world.give_up("source")
+        return found
 
-    async def _take_back(self, seconds: float) -> None:
+    async def take_back(self, seconds: float) -> None:
         seconds = pace.seconds(seconds)
         deadline = asyncio.get_running_loop().time() + seconds
         while True:
@@ -237,14 +189,6 @@ class ArrivingVm(Arrival):
         self.discarded = True
         self.world.set_running("destination", False)
         self.world.give_up("destination")
-
-
-def _description() -> dict[str, Any]:
-    return {"name": DEVICE.name, "providers": _providers()}
-
-
-def _providers() -> list[dict[str, Any]]:
-    return [{"kind": one.kind, "name": one.name, "instance": one.instance} for one in DEVICE.providers]
 
 
 def make_programs(folder: Path, *, kernel: bytes = b"kernel", initramfs: bytes = b"initramfs" * 100_000) -> Programs:

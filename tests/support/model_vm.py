@@ -1,24 +1,31 @@
-"""A model of a VM for operations: its own monitor and control connection, which notes in which order it was asked."""
+"""A model of a VM for operations: its own monitor and control connection, which notes in which order it was asked.
+
+It keeps what matters: whether the vCPUs run, whether the device is at rest, whether a migration is under way.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import msgspec
 from qemu.qmp.events import EventListener
 
 from vmbus.errors import Code, EnvironmentProblem, VmbusError
 from vmbus.operations.stream import REFUSED_CAPABILITIES
 from vmbus.qemu.pci_function import MAGIC
-from vmbus.qemu.qmp import MigrationFailed
+from vmbus.qemu.qmp import MIGRATION_ENDS, MigrationFailed
 from vmbus.snapshot.manifest import Machine
 from vmbus.vm.command_line import Programs
 from vmbus.vm.description import VmDescription
 
 BAR0 = 0xFEBF1000
+CONFIG = bytes.fromhex("4256564d") + bytes(range(252))
+PACKETS = {"queued": 3, "sent": 4}
 
 
 class LogBroken(VmbusError):
@@ -50,9 +57,14 @@ class ModelVm:
         )
         self.folder = folder
         self.images: dict[Path, Any] = {}
-        self.vcpus = True
+        self.vcpus = self.ran = True
         self.device = "running"
+        self.driven = False
+        self.logging = False
         self.migration = "none"
+        self.config = CONFIG
+        self.bar0: int | None = BAR0
+        self.state = b"state"
         self.capabilities = dict.fromkeys(REFUSED_CAPABILITIES, False)
         self.mode = "normal"
         self.steps: list[str] = []
@@ -102,8 +114,29 @@ class ModelVm:
                 self.capabilities |= {one["capability"]: one["state"] for one in given["capabilities"]}
         return await self.perform(command, given)
 
+    def set_running(self, running: bool) -> None:
+        self.vcpus = running
+
     async def perform(self, command: str, given: dict[str, Any]) -> Any:
         """All other commands."""
+        match command:
+            case "stop":
+                self.set_running(False)
+            case "migrate":
+                assert self.migration in ("none", *MIGRATION_ENDS)
+                self.ran = await self.running()
+                pauses = self.capabilities["pause-before-switchover"]
+                assert pauses or not self.ran
+                self.set_running(False)
+                self.migration = "pre-switchover" if pauses else "completed"
+                if file := given["channels"][0]["addr"].get("filename"):
+                    write_new(file, b"ram")
+            case "migrate-continue":
+                assert self.migration == "pre-switchover"
+                self.migration = "completed"
+            case "migrate_cancel":
+                self.migration = "cancelled"
+                self.set_running(self.ran)
 
     async def human(self, line: str, *, timeout: float = 1.0) -> str:
         self.step("barrier")
@@ -114,7 +147,7 @@ class ModelVm:
 
     async def cont(self) -> None:
         self.step("cont")
-        self.vcpus = True
+        self.set_running(True)
 
     async def migration_status(self) -> tuple[str, str]:
         return self.migration, ""
@@ -128,3 +161,50 @@ class ModelVm:
     @contextlib.contextmanager
     def listen(self, *events: str) -> Iterator[EventListener]:
         yield EventListener(events)
+
+    # the control connection
+
+    async def call(self, command: str, timeout: float = 1.0, **arguments: Any) -> dict[str, Any]:
+        if command not in ("status", "pci"):
+            self.step(command)
+        elif self.dead:
+            raise EnvironmentProblem("gone")
+        match command:
+            case "status":
+                return {"phase": self.device, "driven_by_client": self.driven, "description": self.described}
+            case "pci":
+                return {"config": self.config.hex(), "bar0": self.bar0}
+            case "log-start" | "log-stop":
+                self.logging = command == "log-start"
+            case "pause":
+                assert self.device == "running" and not await self.running()
+                self.device = "paused"
+            case "save":
+                assert self.device == "paused"
+                return self.saved(arguments["path"])
+            case "flush":
+                assert self.device == "paused" and self.logging and self.migration == "pre-switchover"
+                return {"pages": 6, "bytes": 6 * 4096}
+            case "resume":
+                assert self.device == "paused"
+                await self.take_back(arguments["seconds"])
+                self.device = "running"
+        return {}
+
+    def saved(self, path: str) -> dict[str, Any]:
+        write_new(path, self.state)
+        return {
+            "sha256": hashlib.sha256(self.state).hexdigest(),
+            "bytes": len(self.state),
+            "packets": PACKETS,
+            "incoming_held": 5,
+            "config": self.config.hex(),
+            "description": self.described,
+        }
+
+    async def take_back(self, seconds: float) -> None:
+        """What its providers gave up."""
+
+    @property
+    def described(self) -> Any:
+        return msgspec.to_builtins(self.description.device)

@@ -13,8 +13,8 @@ from typing import Any
 import msgspec
 import pytest
 
-from support.migration import PACKETS, SECRET, STATE, Pair, make_programs
-from support.model_vm import LogBroken
+from support.migration import SECRET, STATE, Pair, make_programs
+from support.model_vm import PACKETS, LogBroken
 from vmbus.errors import EnvironmentProblem, UsageError, VmbusError, WaitTimeout
 from vmbus.operations import capture, migrate, stream
 from vmbus.operations.migration import ownership, verdicts
@@ -638,7 +638,7 @@ async def test_fault_m2_a_decision_survives_its_interruption(
 
     async with pair(tmp_path, ask_timeout=0.2) as both:
         await _killed(both, monkeypatch)
-        take_back, end = both.leaving._take_back, both.leaving.kill
+        take_back, end = both.leaving.take_back, both.leaving.kill
 
         async def slowly(seconds: float) -> None:
             begun.set()
@@ -651,7 +651,7 @@ async def test_fault_m2_a_decision_survives_its_interruption(
             await end()
 
         begun = asyncio.Event()
-        both.leaving._take_back = slowly  # type: ignore[method-assign]
+        both.leaving.take_back = slowly  # type: ignore[method-assign]
         both.leaving.kill = end_slowly  # type: ignore[method-assign]
         resolving = asyncio.create_task(both.source.resolve(run=decision == "run"))
         await begun.wait()

@@ -12,8 +12,8 @@ from typing import Any, cast
 import msgspec
 import pytest
 
-from support.device import CONFIG, Machine, connect, open_echo
-from support.model_vm import ModelVm, write_new
+from support.device import Machine, connect, open_echo
+from support.model_vm import CONFIG, ModelVm
 from vmbus.device import saved
 from vmbus.device.description import DeviceDescription, ProviderDescription
 from vmbus.errors import EnvironmentProblem, StateError
@@ -43,53 +43,30 @@ class Driving(ModelVm):
         self.asked: list[str] = []
         self.properties = [{"name": "socket"}, {"name": "addr"}]
 
+    def set_running(self, running: bool) -> None:
+        super().set_running(running)
+        self.device = "running" if running else "driven"
+
     async def perform(self, command: str, given: dict[str, Any]) -> Any:
-        match command:
-            case "device-list-properties":
-                assert given == {"typename": "vfio-user-pci"}
-                return self.properties
-            case "stop":
-                self.vcpus, self.device = False, "driven"
-            case "migrate":
-                write_new(given["channels"][0]["addr"]["filename"], b"with the device")
-                self.vcpus, self.device = False, "driven"
-                self.migration = "pre-switchover" if self.capabilities["pause-before-switchover"] else "completed"
-            case "migrate-continue":
-                self.migration = "completed"
-            case "migrate_cancel":
-                self.migration = "cancelled"
-            case "cont":
-                self.vcpus, self.device = True, "running"
-        return None
+        if command == "device-list-properties":
+            assert given == {"typename": "vfio-user-pci"}
+            return self.properties
+        if command == "cont":
+            self.set_running(True)
+        return await super().perform(command, given)
 
     async def human(self, line: str, *, timeout: float = 1.0) -> str:
         raise AssertionError("a device in STOP_COPY answers no reads")
 
-    async def cont(self) -> None:
-        await super().cont()
-        self.device = "running"
-
     async def call(self, command: str, timeout: float = 1.0, **arguments: Any) -> dict[str, Any]:
         self.asked.append(command)
-        if command == "status":
-            return {
-                "phase": self.device,
-                "driven_by_client": self.driven,
-                "migration": {"state": "stop", "complete": self.complete},
-            }
-        if command == "pci":
-            return {"config": CONFIG.hex(), "bar0": 0xFEBF1000}
-        self.step(command)
-        assert command == "save" and self.device == "driven" and not self.vcpus, command
-        write_new(arguments["path"], b"state")
-        return {
-            "sha256": hashlib.sha256(b"state").hexdigest(),
-            "bytes": 5,
-            "packets": {"queued": 3, "sent": 4},
-            "incoming_held": 5,
-            "config": CONFIG.hex(),
-            "description": {"name": "vmbus0"},
-        }
+        if command == "save":
+            assert self.device == "driven" and not self.vcpus
+            self.step(command)
+            return self.saved(arguments["path"])
+        assert command in ("status", "pci"), command
+        found = await super().call(command, timeout)
+        return found | {"migration": {"state": "stop", "complete": self.complete}}
 
 
 def capture(model: Driving, folder: Path, *, live: bool) -> Capture:

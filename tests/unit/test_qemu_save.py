@@ -1,13 +1,11 @@
 """The order of a save's steps and, above all, the way back from a failure at each of them.
 
-QEMU and the device server are replaced by a model that keeps what matters: whether the vCPUs run, whether the device
-is at rest, whether a migration is under way.
+QEMU and the device server are replaced by a model (`support.model_vm`).
 """
 
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import os
 from collections.abc import Collection
 from pathlib import Path
@@ -15,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from support.model_vm import BAR0, LogBroken, ModelVm, write_new
+from support.model_vm import BAR0, CONFIG, LogBroken, ModelVm
 from vmbus.device.description import DeviceDescription
 from vmbus.errors import Code, EnvironmentProblem, code_of
 from vmbus.operations import stream
@@ -31,85 +29,24 @@ from vmbus.vm.timing import Phases
 
 pytestmark = pytest.mark.unit
 
-CONFIG = bytes(range(256))
 VM = VmDescription("demo", DeviceDescription("vmbus0", []))
 
 
 class Model(ModelVm):
-    """A VM and its device server, as far as a save touches them."""
+    """Its barrier is looked at."""
 
     def __init__(self, *, running: bool = True, bar0: int | None = BAR0) -> None:
         super().__init__(VM)
-        self.vcpus = self.was_running = running
-        self.logging = False
+        self.vcpus = running
         self.bar0 = bar0
         self.magic = MAGIC
         self.capabilities |= {"xbzrle": True}
-
-    # the monitor
-
-    async def perform(self, command: str, given: dict[str, Any]) -> Any:
-        match command:
-            case "stop":
-                self.vcpus = False
-            case "migrate":
-                assert self.migration in ("none", "cancelled", "failed", "completed")
-                self.was_running = self.vcpus
-                if self.capabilities["pause-before-switchover"]:
-                    self.vcpus = False
-                    self.migration = "pre-switchover"
-                else:
-                    assert not self.vcpus
-                    self.migration = "completed"
-                write_new(given["channels"][0]["addr"]["filename"], b"ram")
-            case "migrate-continue":
-                assert self.migration == "pre-switchover"
-                self.migration = "completed"
-            case "migrate_cancel":
-                self.migration = "cancelled"
-                self.vcpus = self.was_running
-        return None
 
     async def human(self, line: str, *, timeout: float = 1.0) -> str:
         self.step("barrier")
         assert line == f"xp /1xw {self.bar0:#x}"
         assert not self.vcpus
         return f"{self.bar0:016x}: {self.magic:#x}"
-
-    # the control connection
-
-    async def call(self, command: str, timeout: float = 1.0, **arguments: Any) -> dict[str, Any]:
-        if command in ("pci", "status"):
-            if self.dead:
-                raise EnvironmentProblem("gone")
-            return {"phase": self.device} if command == "status" else {"config": CONFIG.hex(), "bar0": self.bar0}
-        self.step(command)
-        match command:
-            case "log-start":
-                self.logging = True
-            case "log-stop":
-                self.logging = False
-            case "pause":
-                assert self.device == "running" and not self.vcpus
-                self.device = "paused"
-            case "save":
-                assert self.device == "paused"
-                write_new(arguments["path"], b"state")
-                return {
-                    "sha256": hashlib.sha256(b"state").hexdigest(),
-                    "packets": {"queued": 3, "sent": 4},
-                    "incoming_held": 5,
-                    "config": CONFIG.hex(),
-                    "description": {"name": "vmbus0"},
-                }
-            case "flush":
-                assert self.device == "paused" and self.logging and not self.vcpus
-                assert self.migration == "pre-switchover"
-                return {"pages": 6, "bytes": 6 * 4096}
-            case "resume":
-                assert self.device == "paused"
-                self.device = "running"
-        return {}
 
 
 def files(folder: Path) -> FileTarget:
