@@ -21,8 +21,7 @@ from vmbus.operations.capture import Capture
 from vmbus.operations.migration.arrival import Arrival
 from vmbus.operations.target import FileTarget
 from vmbus.qemu.foreign import MigrationGuard
-from vmbus.qemu.probe import Probe, driven_by_client, probe, require_complete, require_running, require_same
-from vmbus.qemu.qmp import QmpCommandFailed
+from vmbus.qemu.probe import driven_by_client, require_complete, require_running, require_same
 from vmbus.snapshot import manifest
 from vmbus.vm.description import VmDescription
 from vmbus.vm.errors import SaveFailed
@@ -41,16 +40,12 @@ class Driving(ModelVm):
         self.driven = driven
         self.complete = False
         self.asked: list[str] = []
-        self.properties = [{"name": "socket"}, {"name": "addr"}]
 
     def set_running(self, running: bool) -> None:
         super().set_running(running)
         self.device = "running" if running else "driven"
 
     async def perform(self, command: str, given: dict[str, Any]) -> Any:
-        if command == "device-list-properties":
-            assert given == {"typename": "vfio-user-pci"}
-            return self.properties
         if command == "cont":
             self.set_running(True)
         return await super().perform(command, given)
@@ -111,24 +106,6 @@ def test_a_failed_save_lets_it_run_on(tmp_path: Path, live: bool, step: str) -> 
     with pytest.raises(SaveFailed, match="on purpose; the VM runs on"):
         asyncio.run(body())
     assert model.vcpus and model.device == "running" and list(tmp_path.iterdir()) == []
-
-
-def test_the_probe() -> None:
-    model = Driving(driven=False)
-    assert asyncio.run(probe(model, model)) == Probe(driven=False, offered=False)
-    assert "did not ask" in str(Probe(driven=False, offered=False))
-    model.properties.append({"name": "enable-migration"})
-    found = asyncio.run(probe(model, model))
-    assert found == Probe(driven=False, offered=True) and "did not make use of it" in str(found)
-    model.driven = True
-    found = asyncio.run(probe(model, model))
-    assert found == Probe(driven=True, offered=True) and "QEMU migrates the device itself" in str(found)
-
-    async def unknown(*_: Any, **__: Any) -> Any:
-        raise QmpCommandFailed("no such type")
-
-    with pytest.raises(EnvironmentProblem, match="has no device vfio-user-pci"):
-        asyncio.run(probe(SimpleNamespace(execute=unknown), model))
 
 
 def test_a_server_that_does_not_know_the_question_is_not_driven() -> None:

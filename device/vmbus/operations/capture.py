@@ -103,11 +103,6 @@ class Capture:
         # A slow disk takes 20 MiB/s; whatever is slower than that is stuck.
         self._stream_timeout = self._stream.timeout or patient(60.0 + vm.description.memory_mib / 20)
 
-    @property
-    def was_running(self) -> bool:
-        """Whether the vCPUs ran before the capture began."""
-        return self._was_running
-
     @asynccontextmanager
     async def taken(self) -> AsyncIterator[Captured]:
         """See the class. Raises `SaveFailed`, or the original error if that is a cancellation."""

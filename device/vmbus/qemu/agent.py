@@ -123,11 +123,6 @@ class AgentClient:
         self._task: asyncio.Task[None] | None = None
         self.reconnects = 0
 
-    @property
-    def pending(self) -> int:
-        """How many requests have no answer yet."""
-        return sum(not future.done() for future in self._answers.values())
-
     async def connect(self, timeout: float = 10.0) -> None:
         """Connects, and stays connected (reconnecting if need be) until `close`."""
         timeout = patient(timeout)

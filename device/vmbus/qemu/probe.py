@@ -12,31 +12,10 @@ What stands back, and what stays: docs/protocol-migration.md.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
-from vmbus.errors import EnvironmentProblem, StateError
-from vmbus.qemu.connections import Control, QemuMonitor
-from vmbus.qemu.qmp import QmpCommandFailed
-
-DEVICE = "vfio-user-pci"
-PROPERTY = "enable-migration"
-"""The setting of QEMU's other VFIO devices that turns their migration on; looked for, for the record."""
-
-
-@dataclass(frozen=True)
-class Probe:
-    """What was found. `driven`: QEMU migrates the device. `offered`: this QEMU's device has a setting for it."""
-
-    driven: bool
-    offered: bool
-
-    def __str__(self) -> str:
-        if self.driven:
-            return "QEMU migrates the device itself, through the vfio-user protocol"
-        if self.offered:
-            return f"the device server migrates the device: QEMU's {DEVICE} has {PROPERTY}, and did not make use of it"
-        return "the device server migrates the device: QEMU did not ask it whether it could"
+from vmbus.errors import StateError
+from vmbus.qemu.connections import Control
 
 
 def driven(status: Mapping[str, Any]) -> bool:
@@ -47,15 +26,6 @@ def driven(status: Mapping[str, Any]) -> bool:
 async def driven_by_client(control: Control) -> bool:
     """The same, asked for. QEMU has asked the server by the time that it answers on its monitor."""
     return driven(await control.call("status"))
-
-
-async def probe(monitor: QemuMonitor, control: Control) -> Probe:
-    """The same with QEMU's own word beside it. Raises what the connections raise."""
-    try:
-        properties = await monitor.execute("device-list-properties", {"typename": DEVICE})
-    except QmpCommandFailed as error:
-        raise EnvironmentProblem(f"this QEMU has no device {DEVICE}: {error}") from error
-    return Probe(driven=await driven_by_client(control), offered=any(one.get("name") == PROPERTY for one in properties))
 
 
 async def require_same(control: Control, *, in_stream: bool, what: str) -> None:

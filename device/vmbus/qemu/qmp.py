@@ -114,11 +114,6 @@ class Monitor:
         if state != "running":
             await self.execute("cont")
 
-    async def version(self) -> str:
-        """QEMU's version as ``major.minor.micro``."""
-        found = (await self.execute("query-version"))["qemu"]
-        return f"{found['major']}.{found['minor']}.{found['micro']}"
-
     def listen(self, *events: str) -> contextlib.AbstractContextManager[EventListener]:
         """A context in which the named events are collected."""
         return self._client.listener(events)
