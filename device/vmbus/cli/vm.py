@@ -266,21 +266,13 @@ def _tell_paused(vm: VirtualMachine) -> None:
 async def _restore_clones(
     directory: Path, programs: Programs, name: str | None, count: int, audit: Path | None
 ) -> None:
-    async def one() -> VirtualMachine:
-        run_directory = None if name is None else RunDirectory.create(name)
-        return await VirtualMachine.restore(directory, programs, run_directory, audit=audit, clone=True)
-
     async def serve(vm: VirtualMachine) -> None:
         reason = await Supervisor(vm, lambda text: _notice(f"VM {vm.name!r}: {text}")).run()
         _notice(f"VM {vm.name!r}: {reason}")
 
     with Steps(f"restore of {count} clones of {directory}"):
-        found = await asyncio.gather(*(one() for _ in range(count)), return_exceptions=True)
-    clones = [vm for vm in found if isinstance(vm, VirtualMachine)]
+        clones = await VirtualMachine.clones(directory, programs, count, name=name, audit=audit)
     try:
-        for failure in found:
-            if isinstance(failure, BaseException):
-                raise failure
         console.print(f"running: {', '.join(sorted(vm.name for vm in clones))}")
         # The end of one is not the end of the others.
         ends = await asyncio.gather(*(serve(vm) for vm in clones), return_exceptions=True)

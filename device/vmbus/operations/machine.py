@@ -1,6 +1,7 @@
 """A virtual machine as its owner has it: one instance, and what can be done with it.
 
-`VirtualMachine.launch` starts one, `restore` brings one back from a snapshot, `receive` takes one that migrates here.
+`VirtualMachine.launch` starts one, `restore` brings one back from a snapshot (`clones`: several), `receive` takes one
+that migrates here.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from vmbus.operations import checkpoint as noting
+from vmbus.operations import clone as cloning
 from vmbus.operations import migrate as moving
 from vmbus.operations import restore as restoring
 from vmbus.operations import revert as reverting
@@ -91,6 +93,7 @@ class VirtualMachine(Instance):
         return self.departure is not None and self.departure.in_doubt
 
     restore = classmethod(restoring.restore)
+    clones = classmethod(cloning.clone)
     receive = classmethod(moving.receive)
     save = saving.save
     checkpoint = noting.checkpoint
