@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Mapping
+from functools import cache
 from struct import Struct
 from typing import Any
 from uuid import UUID
@@ -58,6 +59,7 @@ def transform(data: bytes, number: int) -> bytes:
     return bytes((byte * 3 + number + index) & 0xFF for index, byte in enumerate(data))
 
 
+@cache
 def pushed(number: int, size: int) -> bytes:
     """The payload of a packet of the host: `size` bytes (a multiple of 8) that depend on its number."""
     return NUMBER.pack(number) + bytes((number * 7 + index) & 0xFF for index in range(size - 8))
