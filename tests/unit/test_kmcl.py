@@ -203,22 +203,6 @@ def test_closing_gives_every_packet_back_as_cancelled_in_order(pair, vsp, guest)
         vsp.send()
 
 
-def test_pause_lets_held_packets_finish_and_close_waits_for_them(pair, vsp, guest) -> None:
-    pair.open()
-    pair.client.allocate_packet().send(b"request!")
-    pair.run()
-    pair.server.begin_pause()
-    assert not pair.server.quiescent
-    assert pair.server.outstanding == [1]
-    closed = []
-    pair.server.close(lambda: closed.append(True))
-    assert pair.server.state is ChannelState.CLOSING
-    assert not closed
-    vsp.incoming[0][0].complete()
-    assert closed
-    assert pair.server.state is ChannelState.CLOSED
-
-
 def test_a_forced_close_orphans_what_is_held(pair, vsp, guest) -> None:
     pair.open()
     pair.client.allocate_packet().send(b"request!")
@@ -434,24 +418,3 @@ def test_sabotage_without_the_providers_state_the_packet_is_useless(pair, vsp, g
     chunks[1] = encode(type(chunk)(lib=chunk.lib, save=b""))
     with pytest.raises(KmclError, match="the restore callback of channel server, for packet 6"):
         restored(pair, vsp, chunks)
-
-
-@pytest.mark.parametrize("break_it", ["no packet", "two packets", "foreign lib_buf"])
-def test_a_restore_callback_must_restore_one_packet(pair, vsp, guest, break_it: str) -> None:
-    fill(pair, vsp, guest)
-    chunks = pair.server.save()
-
-    def restore(channel, lib_buf: bytes, save_buf: bytes) -> None:
-        if break_it == "no packet":
-            return
-        for data in (lib_buf, lib_buf) if break_it == "two packets" else (decode_chunk(chunks[3]).lib,):
-            channel.restore_packet(channel.allocate_packet(), data)
-
-    def make() -> ServerChannel:
-        channel = ServerChannel(TYPE, INSTANCE, name="server")
-        channel.set_save_restore_packet_callbacks(lambda *_: 0, restore)
-        return channel
-
-    with pytest.raises((KmclError, StateError), match="restored"):
-        pair.replace_server(make, chunks)
-    assert pair.server.packets_sent == pair.server.packets_queued == 0
