@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from support.device import BASE, CONFIG, PAGE, Machine, connect, describe, open_echo
+from support.traffic import Traffic
 from vmbus.bus.offers import OfferState
 from vmbus.bus.server import ConnectionState
 from vmbus.device import saved
@@ -19,90 +20,32 @@ from vmbus.kmcl.saved import CompletionChunk, LibBuf, PacketChunk, decode_chunk,
 from vmbus.wire import messages as m
 from vmbus.wire.gpa import range_for
 from vmbus.wire.synic import Register
-from vmbus.wire.workload import (
-    BURST_ANSWER,
-    BURST_TYPE,
-    BurstDone,
-    BurstStart,
-    Sequence,
-    Tally,
-    burst_digest,
-    echo_request,
-    parse_burst_packet,
-    parse_echo_reply,
-)
-from vmbus_guest.driver import VmbusDriver
 
 pytestmark = pytest.mark.unit
 
 
-class Guest:
-    """A guest with both workloads; it survives the device's save and restore."""
-
-    def __init__(self, machine: Machine, *, requests: int = 0, packets: int = 0, window: int = 200) -> None:
-        self.machine = machine
-        self.driver: VmbusDriver = connect(machine)
-        self.echo = open_echo(self.driver, ring_pages_in=1, ring_pages_out=1)
-        self.burst = self.driver.client_channel(BURST_TYPE, name="burst", ring_pages_in=1, ring_pages_out=1)
-        self.burst.set_process_packet_callbacks(self._process)
-        self.driver.enable(self.burst)
-        self.requests = requests
-        self.answers = Sequence(Tally())
-        self.seen = Sequence(Tally())
-        self.held: list[tuple[Any, bytes]] = []
-        self.done: BurstDone | None = None
-        for number in range(requests):
-            packet = self.echo.allocate_packet()
-            packet.completion_routine = self._answered
-            packet.send(echo_request(number, b"data", inline=True))
-        if packets:
-            self.burst.allocate_packet().send(BurstStart(50, packets, window).pack())
-
-    def _answered(self, packet, status: int, reply: bytes) -> None:
-        parsed = parse_echo_reply(reply)
-        assert status == 0 and parsed is not None
-        self.answers.arrived(parsed.sequence)
-        packet.free()
-
-    def _process(self, _channel, completion, payload: bytes) -> None:
-        packet = parse_burst_packet(payload)
-        if isinstance(packet, BurstDone):
-            self.done = packet
-            completion.complete()
-            return
-        assert packet is not None and packet.intact
-        self.seen.arrived(packet.sequence)
-        self.held.append((completion, BURST_ANSWER.pack(packet.sequence, burst_digest(packet.sequence, packet.data))))
-
-    def step(self, complete: int = 1 << 30) -> None:
-        self.driver.step(0.0)
-        for completion, answer in self.held[:complete]:
-            completion.complete(answer)
-        del self.held[:complete]
-
-    def finish(self, packets: int) -> None:
-        """Everything comes to its end exactly once."""
-        for _ in range(100_000):
-            if (self.done or not packets) and self.answers.next == self.requests:
-                break
-            self.step()
-            self.machine.serve()
-            self.machine.fire_timers()
-        assert (self.answers.next, self.answers.tally.good) == (self.requests, True)
-        if packets:
-            assert self.done == BurstDone(packets, packets, 0)
-            assert (self.seen.next, self.seen.tally.good) == (packets, True)
-
-
-def busy(requests: int = 120, packets: int = 500, turns: int = 3, window: int = 200) -> tuple[Machine, Guest]:
+def busy() -> tuple[Machine, Traffic]:
     """A machine in mid-traffic: outgoing packets queued and sent, requests in the rings."""
-    machine = Machine(echo={"hold": 5})
-    guest = Guest(machine, requests=requests, packets=packets, window=window)
+    machine = fresh()
+    traffic = Traffic(connect(machine), hold=1 << 30, window=120, ring_pages_in=1, ring_pages_out=1)
+    traffic.start(120, 500, size=50, window=200)
     machine.serve()
-    for _ in range(turns):
-        guest.step(complete=7)
+    for _ in range(3):
+        traffic.driver.step(0.0)
+        for _ in range(min(7, len(traffic.burst.held))):
+            traffic.burst.complete_one()
         machine.serve()
-    return machine, guest
+    return machine, traffic
+
+
+def go_on(machine: Machine, traffic: Traffic) -> None:
+    """For so long that whatever can come to its end has come to it."""
+    for _ in range(2000):
+        traffic.driver.step(0.0)
+        while traffic.burst.held:
+            traffic.burst.complete_one()
+        machine.serve()
+        machine.fire_timers()
 
 
 @pytest.fixture(scope="module")
@@ -221,7 +164,9 @@ def test_a_dead_drivers_memory_is_missing_at_the_restore() -> None:
     machine.device.thaw()
     machine.map_all()
     machine.used = bytearray(len(machine.used))
-    Guest(machine, requests=50, packets=50).finish(50)
+    again = Traffic(connect(machine))
+    again.start(50, 50)
+    again.finish()
 
 
 def test_a_busy_channel_or_one_in_transition_is_not_saved() -> None:
@@ -415,7 +360,7 @@ def with_chunks(state: saved.DeviceState, chunks: list[bytes]) -> saved.DeviceSt
 
 def test_a_packet_removed_by_somebody_who_keeps_the_counts_is_noticed_at_the_end() -> None:
     """The state says that all is well; then the checker of the run must raise the alarm."""
-    machine, guest = busy()
+    machine, traffic = busy()
     state = machine.save()
     chunks = burst_chunks(state)
     index = next(i for i, c in enumerate(chunks) if isinstance(p := decode_chunk(c), PacketChunk) and queued(p))
@@ -424,11 +369,8 @@ def test_a_packet_removed_by_somebody_who_keeps_the_counts_is_noticed_at_the_end
     chunks[0] = encode(msgspec.structs.replace(head, entries=head.entries - 1))
     machine.boot()
     machine.come_back(with_chunks(state, chunks))
-    for _ in range(2000):
-        guest.step()
-        machine.serve()
-        machine.fire_timers()
-    assert guest.done is None and guest.seen.tally.lost == 1
+    go_on(machine, traffic)
+    assert traffic.burst.done is None and traffic.burst.tally.lost == 1
 
 
 def queued(packet: PacketChunk) -> bool:
@@ -479,7 +421,7 @@ def test_what_can_never_fit_into_the_ring_is_refused(what: str) -> None:
 
 @pytest.mark.parametrize("save", [b"", b"x", bytes(25)])
 def test_provider_state_of_the_wrong_size_is_refused_or_the_run_fails(save: bytes) -> None:
-    machine, guest = busy()
+    machine, traffic = busy()
     state = machine.save()
     chunks = burst_chunks(state)
     packet = decode_chunk(chunks[-1])
@@ -490,15 +432,12 @@ def test_provider_state_of_the_wrong_size_is_refused_or_the_run_fails(save: byte
             restored(with_chunks(state, chunks), machine)
         return
     machine.come_back(with_chunks(state, chunks))
-    for _ in range(2000):
-        guest.step()
-        machine.serve()
-        machine.fire_timers()
-    assert guest.done is None, "the host never hears that it was answered"
+    go_on(machine, traffic)
+    assert traffic.burst.done is None, "the host never hears that it was answered"
 
 
 def test_memory_that_is_not_there_is_said_and_can_be_mended() -> None:
-    machine, guest = busy()
+    machine, traffic = busy()
     state = machine.save()
     machine.boot()
     machine.device.freeze()
@@ -508,4 +447,4 @@ def test_memory_that_is_not_there_is_said_and_can_be_mended() -> None:
     machine.map_all()
     saved.restore_device(state, machine.device, machine.providers)
     machine.device.thaw()
-    guest.finish(500)
+    traffic.finish()
