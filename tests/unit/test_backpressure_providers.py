@@ -16,9 +16,8 @@ import pytest
 
 from support.device import Machine, connect
 from support.storvsc import HANDSHAKE, SYNCHRONIZE, long_form, request, write_10
+from support.traffic import Burst
 from vmbus.bus.synic import CONTROL_RESET, Register
-from vmbus.kmcl.channel import Channel
-from vmbus.kmcl.completion import Completion
 from vmbus.kmcl.server import ServerChannel
 from vmbus.providers import burst, slices
 from vmbus.providers.base import MOST_WORK, WorkQueueFull
@@ -37,14 +36,8 @@ from vmbus.wire import lab
 from vmbus.wire.scsi import NO_DATA_BIT, Opcode
 from vmbus.wire.storvsp import STORVSP_TYPE, Direction
 from vmbus.wire.workload import (
-    BURST_ANSWER,
-    BURST_TYPE,
     ECHO_TYPE,
-    BurstDone,
-    BurstStart,
-    burst_digest,
     echo_request,
-    parse_burst_packet,
     parse_echo_reply,
     transform,
 )
@@ -130,41 +123,17 @@ def test_a_piece_that_raises_is_not_done_again_and_others_are() -> None:
 # ---- burst -----------------------------------------------------------------------------------------------------------
 
 
-class Reader:
-    """A guest that takes packets of a burst run, and answers them while `answers`."""
+def reader(machine: Machine) -> Burst:
+    """A guest that takes packets of a burst run, and answers none before `finish`."""
+    return Burst(connect(machine), hold=1 << 30)
 
-    def __init__(self, machine: Machine, **pages: int) -> None:
-        self.machine = machine
-        self.answers = False
-        self.held: list[tuple[Completion, bytes]] = []
-        self.done: BurstDone | None = None
-        self.driver = connect(machine)
-        self.channel = self.driver.client_channel(BURST_TYPE, name="burst", **pages)
-        self.channel.set_process_packet_callbacks(self._process)
-        self.driver.enable(self.channel)
 
-    def start(self, size: int, packets: int, window: int) -> None:
-        self.channel.allocate_packet().send(BurstStart(size, packets, window).pack())
-
-    def _process(self, _: Channel, completion: Completion, payload: bytes) -> None:
-        packet = parse_burst_packet(payload)
-        assert packet is not None
-        if isinstance(packet, BurstDone):
-            self.done = packet
-            completion.complete()
-            return
-        answer = BURST_ANSWER.pack(packet.sequence, burst_digest(packet.sequence, packet.data))
-        if self.answers:
-            completion.complete(answer)
-        else:
-            self.held.append((completion, answer))
-
-    def finish(self, packets: int) -> None:
-        self.answers = True
-        for completion, answer in self.held:
-            completion.complete(answer)
-        self.driver.run_until(lambda: self.done is not None, 30, "the end of the run")
-        assert self.done == BurstDone(packets, packets, 0)
+def finish(guest: Burst) -> None:
+    guest.hold = 0
+    while guest.held:
+        guest.complete_one()
+    guest.driver.run_until(lambda: guest.finished, 30, "the end of the run")
+    guest.check()
 
 
 def issued(machine: Machine) -> int:
@@ -174,8 +143,8 @@ def issued(machine: Machine) -> int:
 @pytest.mark.parametrize("kind", ["burst", "ddi-burst"])
 def test_the_largest_window_of_the_largest_packets_is_sent_in_slices_and_holds_what_is_documented(kind: str) -> None:
     machine = Machine((kind,))
-    guest = Reader(machine)
-    guest.start(60_000, 300, 1 << 20)
+    guest = reader(machine)
+    guest.start(300, size=60_000, window=1 << 20)
     longest, before = 0, issued(machine)
     while machine.scheduled or machine.soon:
         calls, machine.soon = machine.soon, []
@@ -188,26 +157,26 @@ def test_the_largest_window_of_the_largest_packets_is_sent_in_slices_and_holds_w
     assert before * 60_000 <= burst.MOST_BYTES < (before + 1) * 60_000
     bounds = machine.providers[0].bounds()
     assert bounds["packets in flight"] == (before, before, 1) and bounds["work in a turn"].reached >= 7
-    guest.finish(300)
+    finish(guest)
 
 
 @pytest.mark.parametrize("kind", ["burst", "ddi-burst"])
 def test_small_packets_are_bounded_by_their_number(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(burst, "MOST_PACKETS", 700)
     machine = Machine((kind,))
-    guest = Reader(machine)
-    guest.start(16, 3000, 1 << 20)
+    guest = reader(machine)
+    guest.start(3000, size=16, window=1 << 20)
     machine.serve()
     assert issued(machine) == 700
-    guest.finish(3000)
+    finish(guest)
 
 
 def test_without_slices_one_request_would_do_it_all_in_one_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     """The measure above can fail."""
     monkeypatch.setattr(slices.Slices, "__init__", lambda self, host: _unbounded(self, host))
     machine = Machine(("burst",))
-    guest = Reader(machine)
-    guest.start(60_000, 300, 1 << 20)
+    guest = reader(machine)
+    guest.start(300, size=60_000, window=1 << 20)
     machine.scheduled = False
     machine.device.service()
     assert issued(machine) * 60_000 > 2 * BUDGET
@@ -223,22 +192,22 @@ def _unbounded(self: Slices, host: Any) -> None:
 @pytest.mark.parametrize("kind", ["burst", "ddi-burst"])
 def test_a_save_between_two_slices_loses_nothing(kind: str) -> None:
     machine = Machine((kind,))
-    guest = Reader(machine)
-    guest.start(100, 2000, 1500)
+    guest = reader(machine)
+    guest.start(2000, size=100, window=1500)
     machine.scheduled = False
     machine.device.service()
     assert 0 < issued(machine) < 1500 and machine.soon
     machine.come_back(machine.save())
     machine.serve()
     assert issued(machine) == 1500
-    guest.finish(2000)
+    finish(guest)
 
 
 @pytest.mark.parametrize("kind", ["burst", "ddi-burst"])
 def test_a_run_that_is_over_before_its_slices_are(kind: str) -> None:
     machine = Machine((kind,))
-    guest = Reader(machine)
-    guest.start(100, 20_000, 15_000)
+    guest = reader(machine)
+    guest.start(20_000, size=100, window=15_000)
     machine.scheduled = False
     machine.device.service()
     guest.driver.close_channel(guest.channel)
