@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -111,3 +112,49 @@ class Bench(Pair):
         for completion, payload in self.taken[side]:
             completion.complete(payload)
         self.taken[side].clear()
+
+
+class Recorder:
+    """A VSP that numbers its packets and records all that happens."""
+
+    def __init__(self, channel: ServerChannel) -> None:
+        self.channel = channel
+        self.events: list[str] = []
+        self.incoming: list[tuple[Completion, bytes]] = []
+        self.answers: list[tuple[int, int, bytes]] = []
+        self.next = 0
+        self.calls: list[tuple[int, int]] = []
+        channel.set_process_packet_callbacks(self.process)
+        channel.set_state_change_callbacks(
+            opened=lambda _: self.events.append("opened"),
+            closed=lambda _: self.events.append("closed"),
+            suspend=lambda _: self.events.append("suspend"),
+            started=lambda _: self.events.append("started"),
+            post_started=lambda _: self.events.append("post_started"),
+        )
+        channel.set_save_restore_packet_callbacks(self.save, self.restore)
+
+    def process(self, channel: Channel, completion: Completion, payload: bytes) -> None:
+        self.incoming.append((completion, payload))
+
+    def send(self, payload: bytes | None = None, **arguments: Any) -> None:
+        packet = self.channel.allocate_packet()
+        packet.pointer = self.next
+        packet.completion_routine = self.completed
+        self.next += 1
+        packet.send(struct.pack("<Q", packet.pointer) if payload is None else payload, **arguments)
+
+    def completed(self, packet: Packet, status: int, reply: bytes) -> None:
+        self.answers.append((packet.pointer, status, reply))
+
+    def save(self, channel: ServerChannel, packet: Packet, buffer: memoryview) -> int:
+        self.calls.append((packet.pointer, len(buffer)))
+        if len(buffer) >= 8:
+            buffer[:8] = struct.pack("<Q", packet.pointer)
+        return 8
+
+    def restore(self, channel: ServerChannel, lib_buf: bytes, save_buf: bytes) -> None:
+        packet = channel.allocate_packet()
+        channel.restore_packet(packet, lib_buf)
+        (packet.pointer,) = struct.unpack("<Q", save_buf)
+        packet.completion_routine = self.completed
