@@ -65,10 +65,9 @@ def pytest_configure(config: pytest.Config) -> None:
 def vmbus_library() -> Library:
     """The libvfio-user that VMBUS_LIBVFIO_USER names, else the one that set-up has found or built."""
     from vmbus.provision.libvfio_user import find_library
-    from vmbus.transport.library import ENVIRONMENT_VARIABLE, load
+    from vmbus.transport.library import load
 
-    named = os.environ.get(ENVIRONMENT_VARIABLE)
-    return load(Path(named) if named else find_library())
+    return load(find_library())
 
 
 @pytest.fixture(scope="session")

@@ -20,30 +20,24 @@ def fake(*more: str) -> ctypes.CDLL:
 
 
 def test_fault_p3_order_of_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    files = {name: tmp_path / name for name in ("explicit", "named", "system", "built")}
+    """What is built comes last, see `vmbus.provision.libvfio_user`."""
+    files = {name: tmp_path / name for name in ("explicit", "named", "system")}
     for file in files.values():
         file.write_bytes(b"")
-    environment = {library.ENVIRONMENT_VARIABLE: str(files["named"])}
-    monkeypatch.setattr(library, "_system_path", lambda: files["system"])
-    monkeypatch.setattr(library, "served", lambda path: path == files["system"])
-    assert library.locate(files["explicit"], built=files["built"], environment=environment) == files["explicit"]
-    assert library.locate(built=files["built"], environment=environment) == files["named"]
-    assert library.locate(built=files["built"], environment={}) == files["system"]
-    monkeypatch.setattr(library, "served", lambda _: False)  # of a generation in between
-    assert library.locate(built=files["built"], environment={}) == files["built"]
-    assert library.locate(environment={}) == files["system"]  # and refused by `load` with a reason
-    monkeypatch.setattr(library, "_system_path", lambda: None)
-    assert library.locate(built=files["built"], environment={}) == files["built"]
+    monkeypatch.setattr(library, "load", lambda path: path)
+    monkeypatch.setattr(library, "system_path", lambda: files["system"])
+    monkeypatch.setenv(library.ENVIRONMENT_VARIABLE, str(files["named"]))
+    assert library.find_and_load(files["explicit"]) == files["explicit"]
+    assert library.find_and_load() == files["named"]
+    monkeypatch.delenv(library.ENVIRONMENT_VARIABLE)
+    assert library.find_and_load() == files["system"]
+    monkeypatch.setattr(library, "system_path", lambda: None)
     with pytest.raises(EnvironmentProblem, match="scripts/setup"):
-        library.locate(environment={})
-
-
-def test_a_named_file_that_is_missing_is_an_error(tmp_path: Path) -> None:
-    missing = tmp_path / "missing"
-    with pytest.raises(EnvironmentProblem, match="VMBUS_LIBVFIO_USER"):
-        library.locate(environment={library.ENVIRONMENT_VARIABLE: str(missing)})
+        library.find_and_load()
     with pytest.raises(EnvironmentProblem, match="as given"):
-        library.locate(missing, environment={})
+        library.find_and_load(tmp_path / "missing")
+    with pytest.raises(EnvironmentProblem, match="VMBUS_LIBVFIO_USER"):
+        library.named({library.ENVIRONMENT_VARIABLE: str(tmp_path / "missing")})
 
 
 @pytest.mark.parametrize(

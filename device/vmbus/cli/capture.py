@@ -351,7 +351,7 @@ def replay(
     from vmbus.provision.libvfio_user import find_library
     from vmbus.testkit.replay import replay as play
     from vmbus.testkit.replay_report import ReplayOptions, parse_ranges
-    from vmbus.transport.library import ENVIRONMENT_VARIABLE, load
+    from vmbus.transport.library import load
 
     try:
         settings = json.loads(provider_options)
@@ -369,8 +369,6 @@ def replay(
         timeout=timeout,
         give_up=give_up,
     )
-    named = os.environ.get(ENVIRONMENT_VARIABLE)
-    library = load(Path(named) if named else find_library())
-    report = play(files, kind, library, provider_options=settings, options=options, tell=_Told())
+    report = play(files, kind, load(find_library()), provider_options=settings, options=options, tell=_Told())
     click.echo(report.to_json() if as_json else str(report))
     sys.exit(0 if report.same else 1)

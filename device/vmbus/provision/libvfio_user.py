@@ -11,8 +11,6 @@ of what it cannot serve, the next one is tried.
 
 from __future__ import annotations
 
-import ctypes
-import ctypes.util
 import json
 import os
 import shutil
@@ -30,8 +28,10 @@ from vmbus.provision.programs import ask, complaint
 from vmbus.provision.report import Reporter, SilentReporter
 from vmbus.provision.roots import RootRecipe, make_root
 from vmbus.provision.sources import SUITE, host_suite
+from vmbus.transport import library
+from vmbus.transport.library import ENVIRONMENT_VARIABLE as VARIABLE
+from vmbus.transport.library import SONAME
 
-SONAME = "libvfio-user.so.0"
 SOURCE_FOLDER = "subprojects/libvfio-user/"
 BUILD_TIMEOUT = 300.0
 LOAD_TIMEOUT = 60.0
@@ -87,13 +87,12 @@ def find(
     Raises EnvironmentProblem (an explicit setting that cannot be used, no compiler, a failed build), ProgramFailed,
     WaitTimeout.
     """
-    explicit = environment.get("VMBUS_LIBVFIO_USER", "").strip()
-    if explicit:
-        path = Path(explicit).expanduser().absolute()
-        problem = loading_problem(path) if path.exists() else "there is no such file"
+    path = library.named(environment)
+    if path is not None:
+        problem = loading_problem(path)
         if problem:
-            raise EnvironmentProblem(f"VMBUS_LIBVFIO_USER is {explicit}: {problem}; unset it to have one built")
-        return VfioUserLibrary(path, "VMBUS_LIBVFIO_USER")
+            raise EnvironmentProblem(f"{VARIABLE} is {path}: {problem}; unset it to have one built")
+        return VfioUserLibrary(path, VARIABLE)
     reporter = reporter or SilentReporter()
     system = system_library(reporter)
     if system is not None:
@@ -103,34 +102,18 @@ def find(
 
 def check_prerequisites(cache: Cache, environment: Mapping[str, str] = os.environ) -> None:
     """Raise EnvironmentProblem now if `find` would have to build the library and could not, for want of a compiler."""
-    explicit = environment.get("VMBUS_LIBVFIO_USER", "").strip()
-    if not explicit and system_library() is None and not _record(cache).exists():
+    if not environment.get(VARIABLE, "").strip() and system_library() is None and not _record(cache).exists():
         find_compiler()
 
 
 def system_library(reporter: Reporter | None = None) -> Path | None:
     """Return the path of the library that the dynamic linker finds, if it is one that our binding can serve, or None.
     The reporter is told of one that is passed over, and why."""
-    found = _linkers_library()
+    found = library.system_path()
     problem = None if found is None else loading_problem(found)
     if problem is not None and reporter is not None:
         reporter.note(f"the system's {found} is left alone: {problem}")
     return None if problem else found
-
-
-def _linkers_library() -> Path | None:
-    if ctypes.util.find_library("vfio-user") is None:
-        return None
-    try:
-        ctypes.CDLL(SONAME)
-    except OSError:
-        return None
-    # Only the running process can tell which of the linker's directories the library came from.
-    for line in Path("/proc/self/maps").read_text(errors="replace").splitlines():
-        mapped = line.split(maxsplit=5)[5:]
-        if mapped and Path(mapped[0]).name.startswith("libvfio-user.so"):
-            return Path(mapped[0])
-    return None
 
 
 def loading_problem(path: Path) -> str | None:

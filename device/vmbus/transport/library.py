@@ -16,7 +16,7 @@ import ctypes
 import enum
 import mmap
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from vmbus.errors import EnvironmentProblem
 from vmbus.transport import bindings
 
 ENVIRONMENT_VARIABLE = "VMBUS_LIBVFIO_USER"
-_SONAME = "libvfio-user.so.0"
+SONAME = "libvfio-user.so.0"
 _SYMBOL_OF_OLD = "vfu_get_migr_register_area_size"
 _TEXT_OF_NEW = b"hit max regions %zu"
 _HOW_TO_GET_ONE = f"run scripts/setup, or name the file in {ENVIRONMENT_VARIABLE}"
@@ -50,25 +50,17 @@ class Library:
     """For people: path and generation."""
 
 
-def locate(
-    explicit: Path | None = None, *, built: Path | None = None, environment: Mapping[str, str] = os.environ
-) -> Path:
-    """The file to load: `explicit`, else the environment variable, else the system's, else `built` (our own build).
-    The system's is passed over, where there is another, if it is of a generation that nobody here can serve.
+def named(environment: Mapping[str, str] = os.environ) -> Path | None:
+    """The file that the environment variable names. Raises EnvironmentProblem if there is none."""
+    text = environment.get(ENVIRONMENT_VARIABLE, "").strip()
+    return _existing(Path(text).expanduser().absolute(), f"from {ENVIRONMENT_VARIABLE}") if text else None
 
-    Raises EnvironmentProblem if a named file does not exist, or if there is none at all.
-    """
-    named = environment.get(ENVIRONMENT_VARIABLE)
-    if explicit is not None:
-        return _existing(explicit, "as given")
-    if named:
-        return _existing(Path(named), f"from {ENVIRONMENT_VARIABLE}")
-    system = _system_path()
-    if system is not None and (built is None or served(system)):
-        return system
-    if built is not None:
-        return _existing(built, "our own build")
-    raise EnvironmentProblem(f"no libvfio-user found; {_HOW_TO_GET_ONE}")
+
+def system_path() -> Path | None:
+    """The system's library, where there is one: it need be none that we can serve."""
+    ends = (f"/{os.uname().machine}-linux-gnu", "64", "")
+    folders = (prefix + end for prefix in ("/usr/local/lib", "/usr/lib", "/lib") for end in ends)
+    return next((path for folder in folders if (path := Path(folder) / SONAME).is_file()), None)
 
 
 def load(path: Path) -> Library:
@@ -92,41 +84,19 @@ def load(path: Path) -> Library:
     return Library(cdll, generation, path, f"{path} ({generation.value} generation)")
 
 
-def served(path: Path) -> bool:
-    """Whether `load` takes this one."""
-    try:
-        load(path)
-    except EnvironmentProblem:
-        return False
-    return True
-
-
-def find_and_load(explicit: Path | None = None, *, built: Path | None = None) -> Library:
-    """`locate` and `load` in one. Raises EnvironmentProblem as they do."""
-    return load(locate(explicit, built=built))
+def find_and_load(explicit: Path | None = None) -> Library:
+    """Loads `explicit`, else what the environment variable names, else the system's. Raises EnvironmentProblem."""
+    path = named() if explicit is None else _existing(explicit, "as given")
+    path = path or system_path()
+    if path is None:
+        raise EnvironmentProblem(f"no libvfio-user found; {_HOW_TO_GET_ONE}")
+    return load(path)
 
 
 def _existing(path: Path, origin: str) -> Path:
     if not path.is_file():
         raise EnvironmentProblem(f"libvfio-user ({origin}): {path} is not a file; {_HOW_TO_GET_ONE}")
     return path
-
-
-def _system_path() -> Path | None:
-    # find_library gives only a file name; the places are the dynamic linker's usual ones.
-    for directory in _system_directories():
-        candidate = directory / _SONAME
-        if candidate.is_file():
-            return candidate
-    return None
-
-
-def _system_directories() -> Iterable[Path]:
-    machine = os.uname().machine
-    for prefix in ("/usr/local/lib", "/usr/lib", "/lib"):
-        yield Path(prefix) / f"{machine}-linux-gnu"
-        yield Path(f"{prefix}64")
-        yield Path(prefix)
 
 
 def _generation(cdll: ctypes.CDLL, path: Path) -> Generation:
