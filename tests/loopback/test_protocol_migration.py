@@ -857,7 +857,7 @@ def test_a_provider_that_fails_in_save(
 
 
 def test_the_server_knows_whether_its_client_drives(libvfio_user: Library, caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.CRITICAL, "vmbus.transport.context.library")
+    caplog.set_level(logging.CRITICAL, "vmbus.transport.library_context.library")
     with LoopbackServer(DESCRIPTION, libvfio_user) as server, server.function(ram_size=RAM) as function:
         assert server.command("status")["driven_by_client"] is False
         if libvfio_user.generation is Generation.OLD:

@@ -121,8 +121,8 @@ def test_doorbells_go_past_the_library_and_all_else_through_it(libvfio_user: Lib
         while not context.attached:
             context.run()
         through: list[str] = []
-        run_library = context._run_library
-        context._run_library = lambda: through.append("a request") or run_library()  # type: ignore[method-assign,func-returns-value]
+        library = context._requests.library
+        context._requests.library = lambda: through.append("a request") or library()  # type: ignore[method-assign,func-returns-value]
         written: list[tuple[int, bytes]] = []  # past the library, which has the device's own method
         write = device.bar0_write
         device.bar0_write = lambda offset, data: written.append((offset, data)) or write(offset, data)  # type: ignore[method-assign,func-returns-value]
@@ -202,7 +202,7 @@ def test_defects_are_logged_and_refusals_only_for_debugging(
     for register in (REFUSED, BROKEN):
         with pytest.raises(RemoteError):
             client.region_read(BAR0, register, 4)
-    ours = [record for record in caplog.records if record.name == "vmbus.transport.context"]
+    ours = [record for record in caplog.records if record.name == "vmbus.transport.callbacks"]
     assert [r.getMessage() for r in ours if r.levelno == logging.ERROR] == [
         "BAR0 access of 4 bytes at 0x204 failed in the device"
     ]
@@ -411,7 +411,7 @@ def test_a_second_client_waits_for_the_first_to_leave(server: ServerThread) -> N
 
 def test_a_silent_client_delays_nobody_and_is_dropped(server: ServerThread, caplog: pytest.LogCaptureFixture) -> None:
     silent = raw_connection(server)
-    server.wait_until(lambda: len(server.context._pending) == 1)
+    server.wait_until(lambda: len(server.context._doorway.pending) == 1)
     before, started = server.wakeups, time.monotonic()
     assert hung_up(silent)
     assert 0.1 < time.monotonic() - started < pace.seconds(5)
@@ -423,7 +423,7 @@ def test_a_silent_client_delays_nobody_and_is_dropped(server: ServerThread, capl
 
 def test_a_client_can_attach_while_another_stays_silent(server: ServerThread) -> None:
     with contextlib.closing(raw_connection(server)) as silent:
-        server.wait_until(lambda: len(server.context._pending) == 1)
+        server.wait_until(lambda: len(server.context._doorway.pending) == 1)
         assert_serves(server)
         assert hung_up(silent)
 
@@ -567,7 +567,9 @@ def test_unmapping_what_is_not_mapped_is_only_for_debugging(
     assert not [r for r in caplog.records if r.levelno >= logging.WARNING]
     with pytest.raises(RemoteError):
         client.request(200, bytes(4))
-    assert [r.name for r in caplog.records if r.levelno == logging.ERROR][:1] == ["vmbus.transport.context.library"]
+    assert [r.name for r in caplog.records if r.levelno == logging.ERROR][:1] == [
+        "vmbus.transport.library_context.library"
+    ]
 
 
 def _connect(path: Path) -> socket.socket:
@@ -580,7 +582,7 @@ def test_a_crowd_keeps_nobody_busy(libvfio_user: Library, tmp_path: Path) -> Non
     """More silent clients than may wait: the rest stays in the socket's queue, and wakes nobody."""
     with serve(libvfio_user, tmp_path / "socket", handshake_timeout=30) as server:
         crowd = [_connect(tmp_path / "socket") for _ in range(11)]
-        server.wait_until(lambda: len(server.context._pending) == 8)
+        server.wait_until(lambda: len(server.context._doorway.pending) == 8)
         before = server.wakeups
         for _ in range(100):
             server.call(lambda: None)

@@ -299,8 +299,9 @@ def test_what_cannot_be_mapped_never_reaches_the_library(
     read_end, write_end = os.pipe()
     read_only = os.open(f"/proc/self/fd/{memory}", os.O_RDONLY)
     asked: list[int] = []
-    run = server.context._vfu.vfu_run_ctx
-    monkeypatch.setattr(server.context, "_run_library", lambda: asked.append(run(server.context._context.pointer)))
+    requests = server.context._requests
+    library = requests.library
+    monkeypatch.setattr(requests, "library", lambda: asked.append(library()))
     try:
         for fd in (read_end, read_only):
             with pytest.raises(RemoteError):

@@ -36,7 +36,7 @@ from vmbus.qemu import agent
 from vmbus.server import control
 from vmbus.snapshot.checkpoints import Store
 from vmbus.snapshot.manifest import decode_manifest
-from vmbus.transport import context, protocol
+from vmbus.transport import doorway, protocol
 from vmbus.vm.description import parse_description
 from vmbus.vm.run_directory import OWNER, read_owner
 from vmbus.wire import gpa, ic, packet, scsi
@@ -123,8 +123,8 @@ DECODERS: dict[str, Decoder] = {
     "vmbus.observe.audit.format._json": Decoder(
         lambda data: audit_format._json(data, "x", 0), StateError, (b'{"a": 1}',)
     ),
-    "vmbus.transport.context._announced_transfer": Decoder(
-        lambda data: context._announced_transfer(version_request(data)),
+    "vmbus.transport.doorway.announced_transfer": Decoder(
+        lambda data: doorway.announced_transfer(version_request(data)),
         None,
         (b'{"capabilities": {"max_data_xfer_size": 4096}}',),
     ),
@@ -144,7 +144,7 @@ DECODERS: dict[str, Decoder] = {
 OUR_OWN = {
     "vmbus.util.records.decode": "by `Refusing`, which tests/unit/test_state_hostile.py is about",
     "vmbus.testkit.replay_player.Player._event": "tests/unit/test_capture.py has damaged captures",
-    "vmbus.transport.context._with_shorter_transfers": "what the library has said",
+    "vmbus.transport.doorway.with_shorter_transfers": "what the library has said",
     "vmbus.testkit.loopback.client.VfioUserClient._negotiate": "the tests' client",
     "vmbus_guest.jobs.Job.feed": "tests/unit/test_guest_agent.py has drivers that print rubbish",
     "vmbus_guest.agent.Agent._request": "tests/unit/test_guest_agent.py has requests that are none",

@@ -1,10 +1,10 @@
 """The transport: vfio-user through libvfio-user, both generations in the field.
 
-`library`  finds the shared library and tells its generation.
-`bindings` its functions, structures and constants, in one table.
-`mapping`  guest memory that stays safe to touch after the guest has taken it back.
-`pci`      a model of the function's configuration space, and the writes that put it back.
-`context`  one device on one socket: what a server uses.
-`protocol` the messages, for our own client.
-`client`   a vfio-user client on the host (the loopback harness).
+`library`         finds the shared library and tells its generation; `bindings` are its functions and structures.
+`handler`         what a device has to do for the transport.
+`context`         one device on one socket: what a server uses. Its parts: `doorway` (clients before their handshake),
+                  `requests` (of the one that is attached), `library_context`, `callbacks`.
+`mapping`         guest memory that stays safe to touch after the guest has taken it back; `offers`: what there is of it.
+`migration`       what a client that migrates the device itself may ask.
+`connection`      sockets and timers; `protocol`: the messages.
 """
