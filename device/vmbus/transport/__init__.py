@@ -4,7 +4,7 @@
 `handler`         what a device has to do for the transport.
 `context`         one device on one socket: what a server uses. Its parts: `doorway` (clients before their handshake),
                   `requests` (of the one that is attached), `library_context`, `callbacks`.
-`mapping`         guest memory that stays safe to touch after the guest has taken it back; `offers`: what there is of it.
+`mapping`         guest memory that stays safe to touch after the guest has taken it back; `offers`: what there is.
 `migration`       what a client that migrates the device itself may ask.
 `connection`      sockets and timers; `protocol`: the messages.
 """
