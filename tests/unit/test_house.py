@@ -172,6 +172,18 @@ def test_every_room_imports_from_floors_below_it() -> None:
     assert without_packages(upward(edges(*When))) == UPWARD
 
 
+def test_the_picture_of_the_floors_is_the_plan() -> None:
+    page = (DEVICE.parent / "docs" / "architecture.md").read_text()
+    picture = page.partition("## The floors\n")[2].partition("\n## ")[0].split("```")[1]
+    rooms = {name for level in FLOORS for name in level} - {"__main__"}
+    drawn = [[word for word in line[24:51].split() if word in rooms] for line in picture.splitlines()]
+    order = [name for line in reversed(drawn) for name in line]
+    assert sorted(order) == sorted(rooms)
+    assert [floor(f"vmbus.{name}") for line in reversed(drawn) for name in reversed(line)] == sorted(
+        floor(f"vmbus.{name}") for name in rooms
+    )
+
+
 def test_kmcl_does_not_know_who_looks_at_it() -> None:
     everything = edges(*When)
     found = {(a, b) for a in everything for b in everything[a] if room(a) == "vmbus.kmcl" and room(b) in OBSERVERS}
