@@ -12,6 +12,8 @@ class and by their `code`, also those of another process (`ReportedError`).
 
 import errno
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import StrEnum
 
 from vmbus.places import spelled
@@ -115,3 +117,12 @@ def code_of(error: BaseException | None) -> str:
 def code_in(said: str) -> str:
     """The code of what a program says that is none of ours, and has only words for it."""
     return Code.DISK_FULL if any(words in said for words in _FULL) else ""
+
+
+@contextmanager
+def os_error(what: str, kind: type[VmbusError] = EnvironmentProblem) -> Iterator[None]:
+    """What the operating system refuses in the block is an error of that kind, which says what came to nothing."""
+    try:
+        yield
+    except OSError as error:
+        raise kind(f"{what}: {error.strerror or error}") from error

@@ -17,7 +17,7 @@ from pathlib import Path
 import msgspec
 
 from vmbus.device.description import DeviceDescription
-from vmbus.errors import EnvironmentProblem, StateError, UsageError, VmbusError
+from vmbus.errors import StateError, UsageError, VmbusError, os_error
 from vmbus.operations.capture import Capture
 from vmbus.operations.image import Image, image_in
 from vmbus.operations.target import Captured
@@ -167,10 +167,8 @@ class _BesideImage:
         self.files = store.files(tag).absolute()
 
     async def begin(self) -> list[dict[str, object]]:
-        try:
+        with os_error(f"cannot make {self.files}"):
             self.files.mkdir(mode=0o700)
-        except OSError as error:
-            raise EnvironmentProblem(f"cannot make {self.files}: {error.strerror}") from error
         return []
 
     async def saved(self, captured: Captured) -> None:

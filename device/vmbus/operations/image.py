@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from vmbus.errors import EnvironmentProblem, VmbusError
+from vmbus.errors import VmbusError, os_error
 from vmbus.operations.vm import Vm
 from vmbus.qemu.jobs import run_job
 from vmbus.snapshot.checkpoints import ImageSnapshot, Store
@@ -44,10 +44,8 @@ class Image:
         image = self.store.image
         fresh = not image.exists()
         if fresh:
-            try:
+            with os_error(f"cannot make {image}"):
                 os.close(os.open(image, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
-            except OSError as error:
-                raise EnvironmentProblem(f"cannot make {image}: {error.strerror}") from error
         added = []
         try:
             node: dict[str, object] = {"driver": "file", "node-name": file, "filename": str(image.absolute())}

@@ -18,7 +18,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from pathlib import Path
 from urllib.parse import unquote
 
-from vmbus.errors import EnvironmentProblem, WaitTimeout
+from vmbus.errors import EnvironmentProblem, WaitTimeout, os_error
 from vmbus.provision.debian_system import ARCHIVE_PORT
 from vmbus.provision.sources import mirror_candidates
 from vmbus.qemu.instance import Instance
@@ -136,12 +136,10 @@ class ArchiveServer:
 
     async def __aenter__(self) -> ArchiveServer:
         """Listen. Raises EnvironmentProblem."""
-        try:
+        with os_error(f"cannot listen on {self._path}"):
             self._path.unlink(missing_ok=True)
             self._server = await asyncio.start_unix_server(self._connected, str(self._path), limit=HEAD_LIMIT)
             self._path.chmod(0o600)
-        except OSError as error:
-            raise EnvironmentProblem(f"cannot listen on {self._path}: {error.strerror or error}") from error
         return self
 
     async def __aexit__(self, *_: object) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import vmbus
-from vmbus.errors import EnvironmentProblem
+from vmbus.errors import EnvironmentProblem, os_error
 from vmbus.providers.disk.image import CLONE_VARIABLE
 from vmbus.qemu.agent import decode_line
 from vmbus.vm.command_line import qemu_arguments
@@ -30,10 +30,8 @@ async def start_server(vm: Instance, state: Path | None, files: Path | None, *, 
     """The device server, when it listens: from power-on, from a `state` (`files`: the directory with its providers'
     files), or `awaiting` one that the command `load` brings."""
     file = vm.run_directory / "device.json"
-    try:
+    with os_error(f"cannot write {file}"):
         file.write_bytes(vm.description.device.to_json())
-    except OSError as error:
-        raise EnvironmentProblem(f"cannot write {file}: {error.strerror}") from error
     options: dict[str, object] = {
         "--description": file,
         "--socket": vm.paths.vfio,

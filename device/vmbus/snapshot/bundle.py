@@ -24,11 +24,10 @@ import shutil
 import stat
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
 
-from vmbus.errors import EnvironmentProblem, StateError, UsageError
+from vmbus.errors import EnvironmentProblem, StateError, UsageError, os_error
 from vmbus.snapshot.manifest import (
     CONTENTS,
     INITRAMFS,
@@ -134,7 +133,7 @@ class SnapshotWriter:
         self._unlock()
 
     def _commit(self, manifest: bytes) -> None:
-        try:
+        with os_error(f"cannot finish the snapshot {self.target}"):
             descriptor = os.open(self.directory / MANIFEST, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
             with os.fdopen(descriptor, "wb") as file:
                 file.write(manifest)
@@ -145,8 +144,6 @@ class SnapshotWriter:
                 raise FileExistsError(errno.EEXIST, "exists already")
             self.directory.rename(self.target)
             sync_directory(self.target.parent)
-        except OSError as error:
-            raise EnvironmentProblem(f"cannot finish the snapshot {self.target}: {error.strerror}") from error
 
     def abort(self) -> None:
         """Removes everything. Does nothing after a commit."""
@@ -159,32 +156,17 @@ class SnapshotWriter:
             self._lock = None
 
 
-@dataclass(frozen=True)
 class Snapshot:
     """A snapshot that has been verified."""
 
-    directory: Path
-    manifest: Manifest
-
-    @property
-    def ram(self) -> Path:
-        return self.directory / RAM
-
-    @property
-    def state(self) -> Path:
-        return self.directory / STATE
-
-    @property
-    def kernel(self) -> Path:
-        return self.directory / KERNEL
-
-    @property
-    def initramfs(self) -> Path:
-        return self.directory / INITRAMFS
-
-    @property
-    def pci_config(self) -> bytes:
-        return bytes.fromhex(self.manifest.machine.pci_config)
+    def __init__(self, directory: Path, manifest: Manifest) -> None:
+        self.directory = directory
+        self.manifest = manifest
+        self.ram = directory / RAM
+        self.state = directory / STATE
+        self.kernel = directory / KERNEL
+        self.initramfs = directory / INITRAMFS
+        self.pci_config = bytes.fromhex(manifest.machine.pci_config)
 
 
 async def open_snapshot(
@@ -328,21 +310,16 @@ def _verify(path: Path, record: FileRecord, stop: Stop = NEVER) -> None:
 
 
 def _seal(path: Path, stop: Stop) -> FileRecord:
-    try:
-        with path.open("rb") as file:
-            os.fsync(file.fileno())  # flushes what the other process wrote, too
-            digest = sha256(file, stop)
-            return FileRecord(os.fstat(file.fileno()).st_size, digest)
-    except OSError as error:
-        raise EnvironmentProblem(f"cannot flush {path} to disk: {error.strerror}") from error
+    with os_error(f"cannot flush {path} to disk"), path.open("rb") as file:
+        os.fsync(file.fileno())  # flushes what the other process wrote, too
+        digest = sha256(file, stop)
+        return FileRecord(os.fstat(file.fileno()).st_size, digest)
 
 
 def _copy(source: Path, target: Path, stop: Stop) -> None:
     """A copy, which shares blocks where the file system can do that, and never the file: damage stays where it is."""
-    try:
+    with os_error(f"cannot put {source} into the snapshot"):
         copy_file(source, target, stop=stop)
-    except OSError as error:
-        raise EnvironmentProblem(f"cannot put {source} into the snapshot: {error.strerror}") from error
 
 
 def _remove_abandoned(parent: Path) -> None:

@@ -25,7 +25,7 @@ from typing import Annotated, BinaryIO, Literal
 import msgspec
 
 from vmbus.device import saved
-from vmbus.errors import EnvironmentProblem, StateError, UsageError
+from vmbus.errors import EnvironmentProblem, StateError, UsageError, os_error
 from vmbus.snapshot.manifest import FileRecord, Machine, Packets
 from vmbus.util.explaining import NAME_RULE, Name, explain
 from vmbus.util.interruptible import NEVER, Stop, sha256
@@ -111,11 +111,9 @@ class Store:
 
     def prepare(self) -> None:
         """Makes the directory if need be. Raises `UsageError` if there is something else in it."""
-        try:
+        with os_error(f"cannot keep checkpoints in {self.directory}"):
             self.directory.mkdir(mode=0o700, exist_ok=True)
             inside = {path.name for path in self.directory.iterdir()}
-        except OSError as error:
-            raise EnvironmentProblem(f"cannot keep checkpoints in {self.directory}: {error.strerror}") from error
         if inside and IMAGE not in inside:
             raise UsageError(
                 f"{self.directory} has other things in it, and no checkpoints (no {IMAGE}): choose an empty directory"
@@ -123,10 +121,8 @@ class Store:
 
     def tags(self) -> list[str]:
         """The names of all checkpoints, in no order."""
-        try:
+        with os_error(f"cannot read {self.directory}"):
             return [path.stem for path in self.directory.glob("*.json") if _TAG.fullmatch(path.stem)]
-        except OSError as error:
-            raise EnvironmentProblem(f"cannot read {self.directory}: {error.strerror}") from error
 
     def list(self) -> list[Checkpoint]:
         """All checkpoints, oldest first. Raises `StateError` for a record that is damaged."""
@@ -151,7 +147,7 @@ class Store:
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise StateError(f"{path} is not the record of a checkpoint: {error}") from error
         one = found.checkpoint
-        if _digest(one) != found.sha256 or _encode(one) != data:
+        if _encode(one) != data:
             raise StateError(f"{path} was changed after it was written: its digest does not match")
         if one.version != VERSION:
             raise StateError(f"{path}: checkpoint version {one.version}; this program reads version {VERSION} only")
@@ -162,10 +158,8 @@ class Store:
     def verify_state(self, one: Checkpoint) -> bytes:
         """The bytes of the device's state. Raises `StateError` if they are not those of the record."""
         path = self.state(one.tag)
-        try:
+        with os_error(f"cannot read {path}, the device's part of the checkpoint", StateError):
             data = saved.read_file(path)
-        except OSError as error:
-            raise StateError(f"cannot read {path}, the device's part of the checkpoint: {error.strerror}") from error
         if len(data) != one.state.size or hashlib.sha256(data).hexdigest() != one.state.sha256:
             raise StateError(
                 f"{path} is not the device's state of checkpoint {one.tag!r}: its digest is not the recorded one"
@@ -174,12 +168,10 @@ class Store:
 
     def seal_files(self, tag: str, names: Iterable[str], stop: Stop = NEVER) -> dict[str, FileRecord]:
         """The records of the files that were copied for a checkpoint. Raises `EnvironmentProblem`."""
-        try:
+        with os_error(f"cannot read back the files of checkpoint {tag!r}"):
             found = {name: _file_record(self.files(tag) / name, stop) for name in names}
             if found:
                 _sync(self.files(tag))
-        except OSError as error:
-            raise EnvironmentProblem(f"cannot read back the files of checkpoint {tag!r}: {error.strerror}") from error
         return found
 
     def verify_files(self, one: Checkpoint, stop: Stop = NEVER) -> Path | None:
@@ -188,13 +180,9 @@ class Store:
             return None
         directory = self.files(one.tag)
         for name, record in one.files.items():
-            try:
+            with os_error(f"cannot read {directory / name}, which belongs to the checkpoint", StateError):
                 size = (directory / name).stat().st_size
                 found = _file_record(directory / name, stop) if size == record.size else None
-            except OSError as error:
-                raise StateError(
-                    f"cannot read {directory / name}, which belongs to the checkpoint: {error.strerror}"
-                ) from error
             if found != record:
                 raise StateError(
                     f"{directory / name} is not the file of checkpoint {one.tag!r}: its digest is not the recorded one"
@@ -263,10 +251,6 @@ class Store:
             shutil.rmtree(self.files(tag))
 
 
-def _digest(one: Checkpoint) -> str:
-    return hashlib.sha256(msgspec.json.encode(one)).hexdigest()
-
-
 def _open_regular(path: Path) -> BinaryIO:
     """Opens a plain file, without waiting for the other end of a FIFO. Raises OSError."""
     file = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
@@ -283,7 +267,8 @@ def _file_record(path: Path, stop: Stop) -> FileRecord:
 
 
 def _encode(one: Checkpoint) -> bytes:
-    return msgspec.json.format(msgspec.json.encode(_File(one, _digest(one))), indent=2) + b"\n"
+    digest = hashlib.sha256(msgspec.json.encode(one)).hexdigest()
+    return msgspec.json.format(msgspec.json.encode(_File(one, digest)), indent=2) + b"\n"
 
 
 def _sync(path: Path) -> None:

@@ -60,48 +60,19 @@ def runs_under(accelerator: str, programs: Programs) -> bool:
     return accelerator in ("tcg", programs.accelerator)
 
 
-@dataclass(frozen=True)
 class Sockets:
-    """Paths of a VM's sockets and logs in its run directory."""
+    """Paths of a VM's sockets and logs in its run directory. `stream`: QEMU's, of a VM that arrives there."""
 
-    run_directory: Path
-
-    @property
-    def vfio(self) -> Path:
-        return self.run_directory / "vfio.sock"
-
-    @property
-    def control(self) -> Path:
-        return self.run_directory / "control.sock"
-
-    @property
-    def qmp(self) -> Path:
-        return self.run_directory / "qmp.sock"
-
-    @property
-    def qmp_tools(self) -> Path:
-        return self.run_directory / "qmp-tools.sock"
-
-    @property
-    def agent(self) -> Path:
-        return self.run_directory / "agent.sock"
-
-    @property
-    def console(self) -> Path:
-        return self.run_directory / "console.sock"
-
-    @property
-    def console_log(self) -> Path:
-        return self.run_directory / "console.log"
-
-    @property
-    def stream(self) -> Path:
-        """QEMU's, of a VM that arrives over unix sockets."""
-        return self.run_directory / "stream.sock"
-
-    @property
-    def supervisor(self) -> Path:
-        return self.run_directory / "supervisor.sock"
+    def __init__(self, run_directory: Path) -> None:
+        self.vfio = run_directory / "vfio.sock"
+        self.control = run_directory / "control.sock"
+        self.qmp = run_directory / "qmp.sock"
+        self.qmp_tools = run_directory / "qmp-tools.sock"
+        self.agent = run_directory / "agent.sock"
+        self.console = run_directory / "console.sock"
+        self.console_log = run_directory / "console.log"
+        self.stream = run_directory / "stream.sock"
+        self.supervisor = run_directory / "supervisor.sock"
 
 
 def machine_version(qemu_version: str) -> str:

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from vmbus.device.description import DeviceDescription
-from vmbus.errors import EnvironmentProblem, UsageError
+from vmbus.errors import EnvironmentProblem, UsageError, os_error
 from vmbus.util.explaining import Name, explain
 
 IMAGE_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
@@ -115,10 +115,8 @@ def load_description(path: Path) -> VmDescription:
 
     Raises `EnvironmentProblem` if the file cannot be read, `UsageError` if its content is wrong.
     """
-    try:
+    with os_error(f"cannot read VM description {path}"):
         data = path.read_bytes()
-    except OSError as error:
-        raise EnvironmentProblem(f"cannot read VM description {path}: {error.strerror}") from error
     return parse_description(data, str(path))
 
 

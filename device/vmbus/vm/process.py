@@ -17,7 +17,7 @@ from collections.abc import Awaitable, Iterable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from vmbus.errors import EnvironmentProblem, VmbusError, WaitTimeout
+from vmbus.errors import EnvironmentProblem, VmbusError, WaitTimeout, os_error
 from vmbus.util.launcher import tied
 from vmbus.util.patience import patient
 from vmbus.vm.logs import LOOK_EVERY, shorten
@@ -77,10 +77,8 @@ class Child:
         `environment` is added to ours. With `capture_stdout`, standard output is readable as
         ``child.process.stdout`` instead. Raises `EnvironmentProblem` if the program cannot be started at all.
         """
-        try:
+        with os_error(f"cannot write {log}"):
             descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
-        except OSError as error:
-            raise EnvironmentProblem(f"cannot write {log}: {error.strerror}") from error
         try:
             process = await asyncio.create_subprocess_exec(
                 *tied(argv),

@@ -11,7 +11,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from vmbus.errors import EnvironmentProblem
+from vmbus.errors import EnvironmentProblem, os_error
 from vmbus.providers.disk.image import image_path
 from vmbus.util.copying import copy_content, sync_directory
 from vmbus.util.interruptible import NEVER, Stop, in_thread
@@ -43,10 +43,8 @@ async def prepare_root(description: VmDescription, template: Path | None) -> Non
             f"there is no disk image {path} with the guest's root file system, and no Debian to copy: "
             "run scripts/setup --debian"
         )
-    try:
+    with os_error(f"cannot make the disk image {path}"):
         await in_thread(functools.partial(copy_image, template, path))
-    except OSError as error:
-        raise EnvironmentProblem(f"cannot make the disk image {path}: {error.strerror or error}") from error
 
 
 def copy_image(template: Path, path: Path, stop: Stop = NEVER) -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import msgspec
 
-from vmbus.errors import EnvironmentProblem, UsageError
+from vmbus.errors import EnvironmentProblem, UsageError, os_error
 from vmbus.util.directories import state_directory, state_folder
 from vmbus.util.explaining import check_name
 from vmbus.util.lockfile import LockFile, held
@@ -88,12 +88,10 @@ def private_base(name: str, *, large: bool = False) -> Path:
         base = Path(runtime) / name
     else:
         base = Path(tempfile.gettempdir()) / f"{name}-{os.getuid()}"
-    try:
+    with os_error(f"cannot make the run directory's parent {base}"):
         with contextlib.suppress(FileExistsError):
             base.mkdir(mode=0o700)
         status = base.lstat()
-    except OSError as error:
-        raise EnvironmentProblem(f"cannot make the run directory's parent {base}: {error.strerror}") from error
     if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or stat.S_IMODE(status.st_mode) & 0o077:
         raise EnvironmentProblem(
             f"{base} must be a directory of user {os.getuid()} that nobody else may enter (mode 0700); "
@@ -136,16 +134,12 @@ class RunDirectory:
                 f"socket paths under {base / name} would have {longest} bytes; a socket's path may have "
                 f"{SOCKET_PATH_LIMIT}: use a shorter XDG_RUNTIME_DIR or TMPDIR"
             )
-        try:
+        with os_error(f"cannot make a run directory in {base}"):
             fresh = Path(tempfile.mkdtemp(prefix=".new-", dir=base))
-        except OSError as error:
-            raise EnvironmentProblem(f"cannot make a run directory in {base}: {error.strerror}") from error
         lock: LockFile | None = None
         try:
-            try:
+            with os_error(f"cannot write a run directory in {base}"):
                 lock = own(fresh)
-            except OSError as error:
-                raise EnvironmentProblem(f"cannot write a run directory in {base}: {error.strerror}") from error
             for number in range(1, 100):
                 path = base / (name if number == 1 else f"{name}-{number}")
                 try:
@@ -171,12 +165,10 @@ class RunDirectory:
         path = self.path / name
         if self._room is None:
             self._room = RunDirectory.create(self.name, base=private_base(_ROOM, large=True), sockets=False)
-        try:
+        with os_error(f"cannot make {path}"):
             if not path.is_symlink():
                 (self._room / name).mkdir(mode=0o700)
                 path.symlink_to(self._room / name)
-        except OSError as error:
-            raise EnvironmentProblem(f"cannot make {path}: {error.strerror}") from error
         return path
 
     def remove(self) -> None:

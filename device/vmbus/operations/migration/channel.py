@@ -29,7 +29,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
-from vmbus.errors import EnvironmentProblem, UsageError, WaitTimeout
+from vmbus.errors import EnvironmentProblem, UsageError, WaitTimeout, os_error
 from vmbus.operations.migration.address import Address, TcpAddress, UnixAddress
 from vmbus.server.control import bind_private
 
@@ -69,15 +69,13 @@ def read_secret(path: Path) -> bytes:
 
     Raises `EnvironmentProblem` if it cannot be read, and `UsageError` if it is something else or open to others.
     """
-    try:
+    with os_error(f"cannot read the secret {path}"):
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         try:
             mode = os.fstat(descriptor).st_mode
             data = os.read(descriptor, 1024) if stat.S_ISREG(mode) else b""
         finally:
             os.close(descriptor)
-    except OSError as error:
-        raise EnvironmentProblem(f"cannot read the secret {path}: {error.strerror}") from error
     if not stat.S_ISREG(mode):
         raise UsageError(f"the secret {path} is not a plain file")
     if stat.S_IMODE(mode) & 0o077:
@@ -325,10 +323,8 @@ class Listener:
             sock = bind_private(Path(address.path))
             self._server = await asyncio.start_unix_server(self._accept, sock=sock)
             return
-        try:
+        with os_error(f"cannot listen on {address}"):
             self._server = await asyncio.start_server(self._accept, address.host, address.port, reuse_address=True)
-        except OSError as error:
-            raise EnvironmentProblem(f"cannot listen on {address}: {error.strerror or error}") from error
         if address.port == 0:
             # More than one socket (a name for IPv4 and IPv6) would have a port each.
             sockets: list[socket.socket] = list(self._server.sockets)

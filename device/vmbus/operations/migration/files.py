@@ -9,7 +9,7 @@ import os
 from io import BufferedWriter
 from pathlib import Path
 
-from vmbus.errors import EnvironmentProblem, StateError
+from vmbus.errors import StateError, os_error
 from vmbus.operations.migration.link import Link
 from vmbus.operations.migration.messages import CHUNK, Chunk
 from vmbus.snapshot.manifest import FileRecord
@@ -21,22 +21,16 @@ CHUNK_TIMEOUT = 60.0
 
 def record_of(path: Path, stop: Stop = NEVER) -> FileRecord:
     """Size and digest of a file. Raises `EnvironmentProblem` if it cannot be read."""
-    try:
-        with path.open("rb") as file:
-            digest = sha256(file, stop)
-            return FileRecord(file.tell(), digest)
-    except OSError as error:
-        raise EnvironmentProblem(f"cannot read {path}: {error.strerror}") from error
+    with os_error(f"cannot read {path}"), path.open("rb") as file:
+        digest = sha256(file, stop)
+        return FileRecord(file.tell(), digest)
 
 
 async def send_file(link: Link, path: Path) -> None:
     """Sends a file's bytes. Raises `LinkLost`, and `EnvironmentProblem` if the file cannot be read."""
-    try:
-        with path.open("rb") as file:
-            while data := await asyncio.to_thread(file.read, CHUNK):
-                await link.send(Chunk(data=data))
-    except OSError as error:
-        raise EnvironmentProblem(f"cannot read {path}: {error.strerror}") from error
+    with os_error(f"cannot read {path}"), path.open("rb") as file:
+        while data := await asyncio.to_thread(file.read, CHUNK):
+            await link.send(Chunk(data=data))
 
 
 async def receive_file(link: Link, record: FileRecord, path: Path) -> None:
@@ -45,14 +39,12 @@ async def receive_file(link: Link, record: FileRecord, path: Path) -> None:
     Raises `StateError` if it is not the announced one, `EnvironmentProblem` if it cannot be written, and what
     `Link.expect` raises; nothing is left at `path` then.
     """
-    try:
+    with os_error(f"cannot write {path}"):
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         with contextlib.ExitStack() as undo, os.fdopen(descriptor, "wb") as file:
             undo.callback(path.unlink, missing_ok=True)
             await _receive(link, record, path.name, file)
             undo.pop_all()
-    except OSError as error:
-        raise EnvironmentProblem(f"cannot write {path}: {error.strerror}") from error
 
 
 async def _receive(link: Link, record: FileRecord, name: str, file: BufferedWriter) -> None:
