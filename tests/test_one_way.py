@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 
 from support.bell import BELL_TYPE, NUMBER, Bell
-from vmbus.errors import UsageError, WaitTimeout
+from vmbus.errors import VmbusError, WaitTimeout
 from vmbus.kmcl import Status
 from vmbus.testkit import ContractViolation, DeviceUnderTest, Guest
 from vmbus.wire.workload import ECHO_TYPE, echo_request, parse_echo_reply, transform
@@ -18,6 +18,7 @@ Make = Callable[..., DeviceUnderTest]
 WAYS = [
     pytest.param("vmbus_kit", marks=pytest.mark.unit),
     pytest.param("vmbus_loopback", marks=pytest.mark.loopback),
+    pytest.param("vmbus_qemu", marks=pytest.mark.vm),
 ]
 
 
@@ -63,7 +64,7 @@ def test_ones_own_provider(make: Make) -> None:
     assert guest.request(b"second..", external=memory.part(3, 6)) == b"SECOND.."
     assert memory.data == b"in MEMORY"
     packet = guest.receive()
-    assert packet.payload == NUMBER.pack(2) and packet.wanted and not packet.completed
+    assert NUMBER.unpack_from(packet.payload) == (2,) and packet.wanted and not packet.completed
     assert device.status() == {"served": 2, "confirmed": 0} and device.in_flight().sent == 1
 
     # A packet that the guest has, over everything: it is confirmed where the device is then.
@@ -74,26 +75,26 @@ def test_ones_own_provider(make: Make) -> None:
 
     # Packets that lie in a ring which nobody reads, and behind it.
     with guest.away():
-        assert device.command("ring", times=900) == {"rung": 900}
+        assert device.command("ring", times=120) == {"rung": 120}
         device.wait_until(lambda: device.in_flight().queued > 20, what="packets that have no room")
         moved = device.migrate()
-    assert moved.queued > 20 and moved.sent > 20 and moved.queued + moved.sent == 900
-    for number in range(900):
+    assert moved.queued > 20 and moved.sent > 20 and moved.queued + moved.sent == 120
+    for number in range(120):
         packet = guest.receive()
-        assert packet.payload == NUMBER.pack(number)
+        assert NUMBER.unpack_from(packet.payload) == (number,)
         packet.complete()
-    device.wait_until(lambda: device.status()["confirmed"] == 901, what="all confirmations")
+    device.wait_until(lambda: device.status()["confirmed"] == 121, what="all confirmations")
     assert guest.unreceived == 0 and guest.request(b"after") == b"AFTER".ljust(8, b"\0")
 
 
 def test_what_goes_wrong_is_said(make: Make) -> None:
-    device = make(Bell)
+    device = make(Bell, options={"every": 2})
     guest = device.open(BELL_TYPE)
     with pytest.raises(WaitTimeout, match=r"what never comes"):
         device.wait_until(lambda: False, 0.05, "what never comes")
     with pytest.raises(ContractViolation, match=r"a packet sent by the provider on channel .*; 0 have come so far"):
         guest.receive(0.05)
-    with pytest.raises(UsageError, match="no command 'nothing'"):
+    with pytest.raises(VmbusError, match="no command 'nothing'"):
         device.command("nothing")
     # What was not taken when the channel closes comes back cancelled, and it can be opened again.
     with guest.away():

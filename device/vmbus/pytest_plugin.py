@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from vmbus.testkit.blocking import BlockingVm, LoopThread
     from vmbus.testkit.kit import ProviderTest
     from vmbus.testkit.loopback.pair import LoopbackPair
+    from vmbus.testkit.vm import VmDevice
     from vmbus.transport.library import Library
     from vmbus.vm.command_line import Programs
     from vmbus.vm.description import VmDescription
@@ -239,6 +240,30 @@ def vmbus_loopback(
             properties = request.node.user_properties
             properties.append(("vmbus_save_restores", sum(pair.saves for pair in pairs)))
             properties.append(("vmbus_packets", sum(pair.packets for pair in pairs)))
+
+
+@pytest.fixture
+def vmbus_qemu(vmbus_vms: Callable[..., BlockingVm], monkeypatch: pytest.MonkeyPatch) -> Callable[..., VmDevice]:
+    """Call it for a VM with a provider: `vmbus_qemu("echo", options={"hold": 8})`, with a class, or with a
+    `VmDescription`. All of them end with the test."""
+    from vmbus.providers.loading import ALLOW_VARIABLE, PATH_VARIABLE
+    from vmbus.testkit.device import describe_provider, importable
+    from vmbus.testkit.vm import VmDevice
+    from vmbus.vm.description import VmDescription
+
+    def make(
+        provider: type[Provider] | str | VmDescription, *, options: Mapping[str, Any] | None = None, **more: Any
+    ) -> VmDevice:
+        if isinstance(provider, VmDescription):
+            return VmDevice(vmbus_vms(provider, **more))
+        kind, root = (provider, None) if isinstance(provider, str) else importable(provider)
+        if root is not None:
+            monkeypatch.setenv(PATH_VARIABLE, str(root), prepend=os.pathsep)
+            monkeypatch.setenv(ALLOW_VARIABLE, kind, prepend=",")
+        device = describe_provider(provider, options, kind=kind)
+        return VmDevice(vmbus_vms(VmDescription(device.providers[0].name, device), **more))
+
+    return make
 
 
 def _description(config: pytest.Config, wanted: str | Path | None) -> VmDescription:

@@ -78,7 +78,9 @@ class Agent:
         self._waits: list[tuple[float, int, int | str]] = []  # deadline, job, id of the request
         self._running = True
         self._epoll = select.epoll()
-        self._jobs = Jobs(self._epoll, runner, audit, lambda event: self._port.send(event, event=True), self._job_ended)
+        self._jobs = Jobs(
+            self._epoll, runner, audit, lambda event: self._port.send(event, event=True), self._job_ended, self._answer
+        )
         self._programs: dict[int, programs.Program] = {}  # by each of their descriptors
         self._epoll.register(descriptor, select.EPOLLIN | select.EPOLLOUT | select.EPOLLET)
         self._commands: dict[str, Callable[[int | str, dict[str, Any]], dict[str, Any] | None]] = {
@@ -89,6 +91,7 @@ class Agent:
             "run": self._run,
             "wait": self._wait,
             "poll": self._poll,
+            "ask": self._ask,
             "stop": self._stop,
             "kill": self._kill,
             "jobs": self._list_jobs,
@@ -235,6 +238,13 @@ class Agent:
 
     def _poll(self, identity: int | str, arguments: dict[str, Any]) -> dict[str, Any]:
         return self._jobs.find(arguments).report()
+
+    def _ask(self, identity: int | str, arguments: dict[str, Any]) -> None:
+        """Hand a running job the object `message`; answered when it answers."""
+        message = arguments.get("message")
+        if not isinstance(message, dict):
+            raise RequestError("bad-argument", "'message' is an object for the test driver")
+        self._jobs.find(arguments).ask(identity, message)
 
     def _stop(self, identity: int | str, arguments: dict[str, Any]) -> dict[str, Any]:
         job = self._jobs.find(arguments)

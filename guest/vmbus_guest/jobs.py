@@ -31,6 +31,8 @@ LOOK_EVERY = 2.0
 """Seconds between two looks at who says nothing."""
 SILENT_AFTER = 20.0
 """Seconds without a report after which the host is told. Test drivers report twice a second."""
+MAXIMUM_MESSAGE = 48 << 10
+"""Bytes of one line to a test driver: less than its pipe holds, so that writing never waits."""
 RUBBISH_SHOWN = 200
 """Bytes of the first line that is no report."""
 
@@ -48,13 +50,16 @@ class RequestError(Exception):
 class Job:
     """One test driver in a process of its own."""
 
-    def __init__(self, number: int, driver: str, pid: int, output: int, log: int) -> None:
+    def __init__(self, number: int, driver: str, pid: int, output: int, log: int, input_: int) -> None:
         self.number = number
         self.driver = driver
         self.pid = pid
         self.pidfd = os.pidfd_open(pid)
         self.output = output  # the pipe with JSON lines; -1 once it ended
         self.log = log  # the pipe with standard error; -1 once it ended
+        self.input = input_  # the pipe with lines of the host's
+        self.asked: set[int | str] = set()  # requests for which it has no answer yet
+        self.answers: list[tuple[int | str, Any]] = []
         self.state = "running"  # then finished, failed or killed
         self.started = time.monotonic()
         self.seconds = 0.0
@@ -83,6 +88,22 @@ class Job:
         if self.running:
             signal.pidfd_send_signal(self.pidfd, number)
 
+    def ask(self, identity: int | str, message: dict[str, Any]) -> None:
+        """Hand it a line, which it answers with an event `answer` of the same `id`. Raises RequestError."""
+        if not self.running:
+            raise RequestError("not-running", f"job {self.number} has ended: it is {self.state}")
+        line = json.dumps({**message, "id": identity}).encode() + b"\n"
+        if len(line) > MAXIMUM_MESSAGE:
+            raise RequestError("bad-argument", f"a message of {len(line)} bytes; at most {MAXIMUM_MESSAGE} are taken")
+        try:
+            whole = os.write(self.input, line) == len(line)
+        except OSError as error:
+            raise RequestError("busy", f"job {self.number} takes no message: {error}") from error
+        if not whole:  # the rest would be lost, and the line would spoil the next one
+            self.signal(signal.SIGKILL)
+            raise RequestError("busy", f"job {self.number} has not read its messages for too long, and is killed")
+        self.asked.add(identity)
+
     def feed(self, data: bytes) -> list[dict[str, Any]]:
         """Take bytes of the driver's report; returns the new progress reports."""
         self._line += data
@@ -107,6 +128,9 @@ class Job:
                 reports.append(report)
             elif event == "result":
                 self.result = report.get("result")
+            elif event == "answer" and report.get("id") in self.asked:
+                self.asked.discard(report["id"])
+                self.answers.append((report["id"], report.get("result")))
             elif event == "error":
                 self.error = {key: str(report.get(key)) for key in ("kind", "message")}
             else:
@@ -176,8 +200,8 @@ class Job:
 
 
 class Jobs:
-    """All of them. `tell` takes events for the host, `ended` a job that has ended; `audit` is the directory in which
-    test drivers keep audit records, None if they keep none."""
+    """All of them. `tell` takes events for the host, `ended` a job that has ended, `answered` what one says to a
+    request; `audit` is the directory in which test drivers keep audit records, None if they keep none."""
 
     def __init__(
         self,
@@ -186,12 +210,14 @@ class Jobs:
         audit: str | None,
         tell: Tell,
         ended: Callable[[Job], None],
+        answered: Callable[[int | str, dict[str, Any]], None],
     ) -> None:
         self._epoll = epoll
         self._runner = runner
         self._audit = audit
         self._tell = tell
         self._ended = ended
+        self._answered = answered
         self._next = 1
         self._looked = time.monotonic()
         self._by_descriptor: dict[int, Job] = {}
@@ -225,7 +251,7 @@ class Jobs:
             raise RequestError("too-many-jobs", f"{RUNNING_JOBS} test drivers are running already")
         output, output_end = os.pipe2(os.O_CLOEXEC)
         log, log_end = os.pipe2(os.O_CLOEXEC)
-        null = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
+        input_end, input_ = os.pipe2(os.O_CLOEXEC)
         try:
             pid = os.posix_spawn(
                 self._runner[0],
@@ -238,19 +264,20 @@ class Jobs:
                 ],
                 os.environ,
                 file_actions=[
-                    (os.POSIX_SPAWN_DUP2, null, 0),
+                    (os.POSIX_SPAWN_DUP2, input_end, 0),
                     (os.POSIX_SPAWN_DUP2, output_end, 1),
                     (os.POSIX_SPAWN_DUP2, log_end, 2),
                 ],
             )
         except OSError as error:
-            os.close(output)
-            os.close(log)
+            for descriptor in (output, log, input_):
+                os.close(descriptor)
             raise RequestError("cannot-start", f"test driver '{driver}': {error}") from error
         finally:
-            for descriptor in (output_end, log_end, null):
+            for descriptor in (output_end, log_end, input_end):
                 os.close(descriptor)
-        job = Job(self._next, driver, pid, output, log)
+        job = Job(self._next, driver, pid, output, log, input_)
+        os.set_blocking(input_, False)
         job.patience = float(patience)
         self._next += 1
         self.all[job.number] = job
@@ -273,7 +300,11 @@ class Jobs:
             _, status = os.waitpid(job.pid, 0)
             for other in (job.output, job.log, job.pidfd):
                 self._drop(other)
+            os.close(job.input)
             job.end(status)
+            for identity in job.asked:
+                error = {"kind": "not-running", "message": f"job {job.number} has ended: it is {job.state}"}
+                self._answered(identity, {"error": error})
             self._tell({"event": "finished", "job": job.number, "state": job.state})
             self._ended(job)
         else:
@@ -298,6 +329,9 @@ class Jobs:
                 else:
                     for progress in job.feed(data):
                         self._tell({"event": "progress", "job": job.number, "progress": progress})
+                    for identity, result in job.answers:
+                        self._answered(identity, {"result": result})
+                    job.answers.clear()
 
     def _drop(self, descriptor: int) -> None:
         if self._by_descriptor.pop(descriptor, None) is not None:

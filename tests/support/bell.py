@@ -60,7 +60,7 @@ class Bell(Provider):
         packet = self.channel.allocate_packet()
         packet.pointer = number
         packet.completion_routine = self._confirmed
-        packet.send(NUMBER.pack(number))
+        packet.send(NUMBER.pack(number) + bytes(240))
 
     def _confirmed(self, packet: Packet, status: int, reply: bytes) -> None:
         if status == Status.SUCCESS:

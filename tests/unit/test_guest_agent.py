@@ -37,6 +37,14 @@ if act == "hang":
     while not stopped:
         signal.pause()
     report("result", result={"stopped": True})
+elif act == "talk":
+    for line in sys.stdin:
+        message = json.loads(line)
+        if message["say"] == "nothing":
+            break
+        report("answer", id="nobody's", result=1)
+        report("answer", id=message["id"], result={"said": message["say"]})
+    report("result", result={"verdict": "passed"})
 elif act == "crash":
     print("on the way down", file=sys.stderr)
     os.kill(os.getpid(), signal.SIGSEGV)
@@ -148,6 +156,27 @@ def test_a_job_is_started_polled_stopped_and_waited_for(host: Host) -> None:
     assert host.call("wait", job=job, timeout=20)["result"] == {"stopped": True}
     assert host.call("wait", job=job)["state"] == "finished"
     assert [report["job"] for report in host.call("jobs")["jobs"]] == [job]
+
+
+def test_a_running_driver_is_asked_and_answers(host: Host) -> None:
+    job = host.call("start", driver="echo", parameters={"act": "talk"})["job"]
+    assert host.call("ask", "once", job=job, message={"say": "hello"}) == {"said": "hello"}
+    assert host.call("ask", "once", job=job, message={"say": "hello"}) == {"said": "hello"}, "not asked again"
+    assert host.fail("ask", job=job, message="hello")["kind"] == "bad-argument"
+    assert host.fail("ask", job=job, message={"say": "x" * jobs.MAXIMUM_MESSAGE})["kind"] == "bad-argument"
+    assert host.fail("ask", job=job, message={"say": "nothing"})["kind"] == "not-running", (
+        "it ends, and has not answered"
+    )
+    report = host.call("wait", job=job)
+    assert report["state"] == "finished" and report["rubbish"]["lines"] == 1, "answers to what nobody has asked"
+    assert host.fail("ask", job=job, message={"say": "hello"})["kind"] == "not-running"
+
+
+def test_a_driver_that_reads_no_messages_is_given_up(host: Host) -> None:
+    job = host.call("start", driver="echo", parameters={"act": "hang"})["job"]
+    asked = [host.post("ask", job=job, message={"say": "x" * 30_000}) for _ in range(3)]
+    errors = [host.answer(identity)["error"]["kind"] for identity in (asked[2], *asked[:2])]
+    assert errors == ["busy", "not-running", "not-running"] and host.call("wait", job=job)["state"] == "failed"
 
 
 def test_a_driver_is_killed_in_the_middle_of_its_work(host: Host) -> None:

@@ -9,9 +9,11 @@ A test that uses nothing but this moves from one to the others by its fixture's 
 
 from __future__ import annotations
 
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Self
 from uuid import UUID, uuid5
 
@@ -158,13 +160,17 @@ def sole_provider(description: DeviceDescription) -> str:
     return names[0]
 
 
-def kind_of(provider: type[Provider]) -> str:
-    """By what another process finds a class: a kind of ours, or `module:Class`. Raises UsageError for one that it could
-    not import."""
+def importable(provider: type[Provider]) -> tuple[str, Path | None]:
+    """By what another process finds a class: a kind of ours, or `module:Class` and the directory of that module.
+
+    Raises UsageError for one that it could not import.
+    """
     if PROVIDERS.get(provider.kind) is provider:
-        return provider.kind
-    if "<locals>" in provider.__qualname__ or "." in provider.__qualname__:
+        return provider.kind, None
+    file = getattr(sys.modules[provider.__module__], "__file__", None)
+    if file is None or "." in provider.__qualname__:
         raise UsageError(
             f"provider {provider.__qualname__} is not at the top of a module: a VM's server cannot import it"
         )
-    return f"{provider.__module__}:{provider.__qualname__}"
+    root = Path(file).resolve().parents[provider.__module__.count(".")]
+    return f"{provider.__module__}:{provider.__qualname__}", root

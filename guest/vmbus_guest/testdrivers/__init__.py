@@ -198,6 +198,10 @@ CATALOGUE: dict[str, Entry] = {
         "vmbus_guest.testdrivers.mixed",
         "runs several of the others side by side over one connection to the device",
     ),
+    "remote": Entry(
+        "vmbus_guest.testdrivers.remote",
+        "does with channels what a test on the host tells it (`vmbus.testkit.vm`)",
+    ),
     "disk-writer": Entry(
         "vmbus_guest.testdrivers.disk_writer",
         "makes a file system on a block device, writes and syncs, and checks what it holds: no channels",
