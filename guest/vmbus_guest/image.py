@@ -24,7 +24,6 @@ import json
 import os
 import shutil
 import subprocess
-import time
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -34,7 +33,7 @@ from pathlib import Path
 import vmbus
 from vmbus.errors import EnvironmentProblem
 from vmbus.native.build import FILE_NAME, BuildError
-from vmbus.provision.cache import Cache, digest, publish_bytes, remove
+from vmbus.provision.cache import Cache, digest, prune, publish_bytes, remove
 from vmbus.provision.digests import damaged, write_digests
 from vmbus.provision.guest_files import LINUX_DRIVERS, PYTHON, USERSPACE_DRIVER, Kernel
 from vmbus.provision.kernel_module import NAME as KERNEL_MODULE
@@ -165,7 +164,7 @@ def build_image(
             file.write(own)
         write_digests(partial)
     image = GuestImage(directory / "vmlinuz", directory / "initramfs.cpio", key)
-    _prune(cache, key)
+    prune(directory, KEPT_IMAGES, RECENT)
     reporter.end(f"{image.initramfs.stat().st_size / 1e6:.1f} MB")
     return image
 
@@ -450,15 +449,3 @@ def _run(argv: list[str], what: str, text: str = "") -> str:
     if result.returncode != 0:
         raise EnvironmentProblem(f"{what} failed with status {result.returncode}: {result.stderr.strip()[-1000:]}")
     return result.stdout
-
-
-def _prune(cache: Cache, current: str) -> None:
-    """Remove all but the images that were used lately."""
-    recent = time.time() - RECENT
-    folder = cache.path("image")
-    images = [path for path in folder.iterdir() if path.is_dir() and path.name != current and path.name[0] != "."]
-    images.sort(key=lambda path: path.stat().st_mtime, reverse=True)
-    for path in images[KEPT_IMAGES - 1 :]:
-        if path.stat().st_mtime > recent:
-            continue
-        shutil.rmtree(path, ignore_errors=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import stat
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vmbus.errors import EnvironmentProblem
+from vmbus.provision.cache import Cache, prune
 from vmbus.provision.digests import damaged, write_digests
 from vmbus.provision.guest_files import Kernel
 from vmbus.provision.roots import Root
@@ -177,8 +179,6 @@ def test_key_follows_everything_that_goes_in(parts: tuple[Root, Kernel, list[Pat
 
 
 def test_fault_h10_an_image_that_was_damaged_in_the_cache_is_made_anew(tmp_path: Path) -> None:
-    from vmbus.provision.cache import Cache
-
     cache = Cache(tmp_path)
     folder = cache.path("image", "key")
     folder.mkdir(parents=True)
@@ -212,8 +212,6 @@ def test_fault_h10_whatever_was_changed_is_named(tmp_path: Path, how: str) -> No
 def test_fault_h10_a_damaged_kernel_is_not_built_in(
     tmp_path: Path, parts: tuple[Root, Kernel, list[Path], Path]
 ) -> None:
-    from vmbus.provision.cache import Cache
-
     userland, kernel, packages, rootfs = parts
     folder = tmp_path / "kernel"
     folder.mkdir()
@@ -253,16 +251,12 @@ def test_pruning(relative: str, unused: bool) -> None:
 
 
 def test_older_images_are_removed(tmp_path: Path) -> None:
-    import os
-
-    from vmbus.provision.cache import Cache
-
     cache = Cache(tmp_path)
     for number in range(image.KEPT_IMAGES + 3):
         path = cache.path("image", f"k{number}")
         path.mkdir(parents=True)
         os.utime(path, (number, number))
-    image._prune(cache, "k0")
+    prune(cache.path("image", "k0"), image.KEPT_IMAGES, image.RECENT)
     left = {path.name for path in cache.path("image").iterdir()}
     assert len(left) == image.KEPT_IMAGES
     assert "k0" in left  # the current one, although it is the oldest
@@ -271,5 +265,5 @@ def test_older_images_are_removed(tmp_path: Path) -> None:
         os.utime(path)
     for number in range(3):
         cache.path("image", f"new{number}").mkdir()
-    image._prune(cache, "k0")
+    prune(cache.path("image", "k0"), image.KEPT_IMAGES, image.RECENT)
     assert len(list(cache.path("image").iterdir())) == image.KEPT_IMAGES + 3

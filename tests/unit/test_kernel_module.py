@@ -16,7 +16,7 @@ from vmbus.provision.cache import Cache
 from vmbus.provision.guest_files import LINUX_DRIVERS, Kernel, vmbus_aliases
 from vmbus.provision.kernel_module import KernelModule, find, is_known, module_key, remembered, source_folder, sources
 from vmbus.provision.programs import ProgramFailed
-from vmbus.provision.report import Reporter
+from vmbus.provision.report import Reporter, SilentReporter
 from vmbus.provision.roots import Root
 
 pytestmark = pytest.mark.unit
@@ -91,17 +91,11 @@ def test_the_key_follows_the_kernel_and_the_sources(tmp_path: Path) -> None:
     assert len({key, module_key(newer, folder), module_key(other, folder), module_key(KERNEL, folder)}) == 4
 
 
-class Heard:
+class Heard(SilentReporter):
     """A reporter that keeps its notes."""
 
     def __init__(self) -> None:
         self.notes: list[str] = []
-
-    def begin(self, text: str) -> None: ...
-
-    def progress(self, done: int, total: int, text: str = "") -> None: ...
-
-    def end(self, text: str = "") -> None: ...
 
     def note(self, text: str) -> None:
         self.notes.append(text)

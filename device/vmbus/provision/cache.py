@@ -192,11 +192,13 @@ class Cache:
             raise
 
 
-def prune(current: Path, kept: int) -> None:
-    """Remove the oldest of a product's other versions, but so many in all: other checkouts share the cache."""
-    others = [path for path in current.parent.iterdir() if path != current and path.name[0] != "."]
-    for old in sorted(others, key=lambda path: path.stat().st_mtime, reverse=True)[kept - 1 :]:
-        remove(old)
+def prune(current: Path, kept: int, recent: float = 0.0) -> None:
+    """Remove the oldest of a product's other versions, but so many in all, and those of the last so many seconds: other
+    checkouts share the cache."""
+    others = [(path.stat().st_mtime, path) for path in current.parent.iterdir() if path.name[0] != "."]
+    for made, old in sorted(((made, path) for made, path in others if path != current), reverse=True)[kept - 1 :]:
+        if made <= time.time() - recent:
+            remove(old)
 
 
 def publish_bytes(final: Path, data: bytes, mode: int = 0o600) -> None:
