@@ -53,7 +53,7 @@ KILL_PATIENCE = 10.0
 
 _READ = 64 << 10
 
-AUDIT_WORD = "vmbus.observe.audit=on"
+AUDIT_WORD = "vmbus.audit=on"
 """On the kernel's command line: test drivers keep audit records."""
 AUDIT_DIRECTORY = "/run/vmbus-audit"
 

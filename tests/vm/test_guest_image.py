@@ -57,8 +57,8 @@ def test_image_holds_what_the_guest_needs(parts: tuple[Root, Kernel], built: Gue
         "usr/lib/x86_64-linux-gnu/libext2fs.so.2",
         "usr/lib64/ld-linux-x86-64.so.2",
         "usr/lib/modules/vfio_pci.ko",
-        "usr/lib/vmbus/vmbus/ring.py",
-        "usr/lib/vmbus/vmbus/__pycache__/ring.cpython-313.pyc",
+        "usr/lib/vmbus/vmbus/ring/__init__.py",
+        "usr/lib/vmbus/vmbus/ring/__pycache__/__init__.cpython-313.pyc",
         "usr/lib/vmbus/vmbus_guest/__init__.py",
         *(["usr/lib/vmbus/vmbus/native/_core.abi3.so"] if provision().native_core else []),
     ):

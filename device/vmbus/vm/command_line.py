@@ -124,7 +124,7 @@ def with_available_driver(description: VmDescription, programs: Programs) -> tup
     return msgspec.structs.replace(description, guest=guest), notice
 
 
-AUDIT_WORD = "vmbus.observe.audit=on"
+AUDIT_WORD = "vmbus.audit=on"
 """On the guest kernel's command line: the agent has test drivers keep audit records."""
 
 
