@@ -7,7 +7,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,19 +16,13 @@ import pytest
 from support import pace
 from support.namespace import CHECKOUT, TUN, Namespace, remove_stale
 from support.namespace import outside as outside
+from support.pace import until
 from vmbus.errors import EnvironmentProblem, UsageError
 from vmbus.providers.network.interface import NAMESPACES, Port, Settings, open_port
 from vmbus.providers.network.tap import Tap
 from vmbus.providers.network.veth import open_veth
 
 pytestmark = pytest.mark.loopback
-
-
-def until(condition: Callable[[], Any], what: str) -> None:
-    deadline = time.monotonic() + pace.seconds(20)
-    while not condition():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.005)
 
 
 @pytest.mark.parametrize("open_port", [open_port, open_veth])

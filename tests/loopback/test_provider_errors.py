@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future
 from typing import Any
 from uuid import UUID
@@ -13,6 +13,7 @@ import msgspec
 import pytest
 
 from support import pace
+from support.pace import until
 from vmbus import providers
 from vmbus.kmcl.channel import Channel
 from vmbus.kmcl.completion import Completion
@@ -108,13 +109,6 @@ def provider_of(pair: LoopbackPair) -> Careless:
     found: Any = pair.server.server.providers[0]
     assert isinstance(found, Careless)
     return found
-
-
-def until(condition: Callable[[], bool], what: str) -> None:
-    deadline = time.monotonic() + pace.seconds(10)
-    while not condition():
-        assert time.monotonic() < deadline, f"waited in vain for {what}"
-        time.sleep(0.005)
 
 
 def faults_of(pair: LoopbackPair, name: str = "careless") -> dict[str, Any]:

@@ -14,7 +14,8 @@ import pytest
 
 from support import pace, storvsc
 from support.disk import Fault, FaultyBackend
-from support.storage import Guest, disk_status, pattern, until
+from support.pace import until
+from support.storage import Guest, disk_status, pattern
 from support.storvsc import Pending, result_of
 from vmbus import providers
 from vmbus.errors import WaitTimeout

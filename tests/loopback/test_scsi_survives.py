@@ -16,7 +16,8 @@ import pytest
 
 from support import pace, storvsc
 from support.disk import Fault, FaultyBackend
-from support.storage import Guest, pattern, status, until
+from support.pace import until
+from support.storage import Guest, pattern, status
 from support.storvsc import Extents, Pending, result_of
 from vmbus import providers
 from vmbus.device import saved

@@ -14,6 +14,7 @@ import pytest
 
 from support import pace
 from support.outside import OUTSIDE_TYPE, OutsideProvider
+from support.pace import until
 from vmbus import providers
 from vmbus.device.description import DeviceDescription
 from vmbus.device.device import Device
@@ -86,13 +87,6 @@ def locked(path: Path) -> bool:
     finally:
         os.close(fd)
     return False
-
-
-def until(condition: Any, what: str) -> None:
-    deadline = time.monotonic() + pace.seconds(10)
-    while not condition():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.001)
 
 
 def test_resources_are_owned_only_while_the_device_runs(libvfio_user: Library, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator
+from collections.abc import Callable, Coroutine, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ import pytest
 
 import vmbus
 from support import pace
+from support.pace import eventually
 from vmbus.errors import EnvironmentProblem, WaitTimeout
 from vmbus.testbed.hosts import Forbidden, Host, TwoHosts
 from vmbus.vm.process import Child, ProcessDied
@@ -47,22 +48,13 @@ def with_hosts(story: Story, base: Path, *, timeout: float = 90.0, **options: An
     assert list(base.iterdir()) == []
 
 
-async def until(condition: Callable[[], Awaitable[bool]], timeout: float, what: str) -> None:
-    timeout = pace.seconds(timeout)
-    deadline = time.monotonic() + timeout
-    while not await condition():
-        if time.monotonic() > deadline:
-            raise WaitTimeout(what, timeout)
-        await asyncio.sleep(0.01)
-
-
 async def server(host: Host) -> Child:
     child = await host.spawn("the peer", [sys.executable, "-I", "-S", str(PEER), "serve", str(PORT)])
 
     async def listens() -> bool:
         return "listening" in child.log.read_text()
 
-    await child.guard(until(listens, 20, "the peer to listen"), "the peer to listen", 21)
+    await child.guard(eventually(listens, "the peer to listen", 20), "the peer to listen", 21)
     return child
 
 
@@ -149,7 +141,7 @@ def test_files_sockets_and_processes_are_a_hosts_own(tmp_path: Path) -> None:
         # Programs and caches are the machine's.
         await hosts.a.run([sys.executable, "-c", "import msgspec, pyroute2"])
         sleeper = await hosts.a.spawn("a sleeper", ["/bin/sleep", "1000"])
-        await until(lambda: _count(hosts.a, "sleep 1000", 1), 10, "the program to run")
+        await eventually(lambda: _count(hosts.a, "sleep 1000", 1), "the program to run", 10)
         look = [SHELL, "-c", "grep -l sleep /proc/[0-9]*/comm || true"]
         assert [len((await host.run(look)).split()) for host in hosts.hosts] == [1, 0]
         assert sleeper.running
@@ -191,7 +183,7 @@ def test_a_unix_socket_in_a_host_is_reached_from_outside(tmp_path: Path) -> None
             writer.close()
             return True
 
-        await child.guard(until(connects, 20, "the socket"), "the socket", 21)
+        await child.guard(eventually(connects, "the socket", 20), "the socket", 21)
 
     with_hosts(story, tmp_path)
 
@@ -258,14 +250,14 @@ def test_a_cut_link_stops_every_byte_and_a_mended_one_goes_on(tmp_path: Path, la
         async def beyond(mark: int) -> bool:
             return await received() > mark
 
-        await until(lambda: beyond(2_000_000), 20, "bytes to arrive")
+        await eventually(lambda: beyond(2_000_000), "bytes to arrive", 20)
         await hosts.cut()
         mark = await received()
         await asyncio.sleep(0.5)  # the time in which 5 MB would have come
         assert await received() == mark
         assert not transfer.done()
         await hosts.mend()
-        await until(lambda: beyond(mark + 100_000), 30, "bytes to arrive again")
+        await eventually(lambda: beyond(mark + 100_000), "bytes to arrive again", 30)
         print(f"cut at {mark} bytes; all arrived after {await transfer:.2f} s")
 
     with_hosts(story, tmp_path)
@@ -284,17 +276,17 @@ def test_a_program_ends_as_it_wants_and_with_its_host(tmp_path: Path) -> None:
         polite = await hosts.a.spawn(
             "polite", [SHELL, "-c", "trap 'exit 5' TERM; echo up; while :; do sleep 0.1; done"]
         )
-        await until(lambda: _says(polite, "up"), 10, "the program to run")
+        await eventually(lambda: _says(polite, "up"), "the program to run", 10)
         await polite.stop(grace=10)
         assert polite.exited.result() == 5
         # Killed from outside, it takes the program with it.
         other = await hosts.a.spawn("other", ["/bin/sleep", "1001"])
-        await until(lambda: _count(hosts.a, "sleep 1001", 1), 10, "the program to run")
+        await eventually(lambda: _count(hosts.a, "sleep 1001", 1), "the program to run", 10)
         os.kill(other.pid, signal.SIGKILL)
-        await until(lambda: _count(hosts.a, "sleep 1001", 0), 10, "the program to end")
+        await eventually(lambda: _count(hosts.a, "sleep 1001", 0), "the program to end", 10)
         # A host that ends takes everything in it along, daemons too.
         await hosts.b.run([SHELL, "-c", "setsid sleep 1002 > /dev/null 2>&1 &"])
-        await until(lambda: _count(hosts.b, "sleep 1002", 1), 10, "the daemon to run")
+        await eventually(lambda: _count(hosts.b, "sleep 1002", 1), "the daemon to run", 10)
         last = await hosts.b.spawn("last", ["/bin/sleep", "1003"])
         with held([hosts.b.pid]) as (network,):
             await hosts.b.end()

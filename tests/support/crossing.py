@@ -2,36 +2,24 @@
 
 from __future__ import annotations
 
-import asyncio
-import time
-from collections.abc import Callable
 from typing import Any
 
-from support import pace
 from support.namespace import Namespace, Program
+from support.pace import eventually
 from support.streams import agree, good_ping
-from vmbus.errors import WaitTimeout
 from vmbus.operations.machine import VirtualMachine
 
 HOST, GUEST = "192.0.2.1", "192.0.2.2"
 STREAMS = 4
 
 
-async def until(condition: Callable[[], Any], what: str, seconds: float = 60.0) -> None:
-    seconds = pace.seconds(seconds)
-    deadline = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > deadline:
-            raise WaitTimeout(what, seconds)
-        await asyncio.sleep(0.05)
-
-
 async def moved(program: Program, more: int) -> None:
     """Wait until each stream (in both directions together) has moved so many bytes more."""
     before = program.progress().get("slowest", 0)
-    await until(
+    await eventually(
         lambda: program.progress().get("slowest", 0) >= before + more and program.progress()["streams"] == STREAMS,
         f"{more} bytes on every stream; {program.progress()}",
+        60,
     )
 
 
@@ -51,7 +39,7 @@ class Traffic:
         pinging = await vm.call_agent("start", driver="ping", parameters={"host": HOST, "count": 0})
         client = outside.start("transfer", mode="connect", host=GUEST, streams=STREAMS)
         ping = outside.start("ping", host=GUEST, count=0)
-        await until(lambda: ping.progress().get("received", 0) > 3, "pings to come back")
+        await eventually(lambda: ping.progress().get("received", 0) > 3, "pings to come back", 60)
         return cls(client, ping, int(serving["job"]), int(pinging["job"]))
 
     async def finish(self, vm: VirtualMachine) -> None:

@@ -83,10 +83,6 @@ def processes(base: Path) -> dict[int, str]:
     return found
 
 
-async def until(condition: Callable[[], bool], what: str, timeout: float = SOON) -> None:
-    await eventually(condition, what, timeout, every=0.01)
-
-
 def kill(pid: int) -> None:
     """The process is dead when this returns: else the operation might end before, and nothing would have failed."""
     os.kill(pid, signal.SIGKILL)
@@ -217,9 +213,10 @@ class OwnerProcess:
             self.lines.append(line.decode().strip())
 
     async def says(self, word: str) -> None:
-        await until(
+        await eventually(
             lambda: word in self.lines or self._reading.done(),
             f"the owner to say {word}; it said {self.lines}",
+            SOON,
         )
         assert word in self.lines, f"the owner ended: {self.lines}"
 
@@ -329,7 +326,7 @@ class Bench:
         if self.vm is None:
             self.vm = await self.launch()
             self.supervisor = asyncio.create_task(Supervisor(self.vm).run())
-            await until(self.vm.paths.supervisor.exists, "the supervisor's socket")
+            await eventually(self.vm.paths.supervisor.exists, "the supervisor's socket", SOON)
             await self.in_flight(self.vm)
             self.lives += 1
         return self.vm
@@ -458,7 +455,9 @@ class Bench:
     async def nothing_left(self) -> None:
         """Whatever is there now belongs to the source, if there is one."""
         mine: set[int] = set() if self.vm is None else {child.pid for child in self.vm.children}
-        await until(lambda: set(processes(self.root)) <= mine, f"processes to end: {processes(self.root)}, {mine}")
+        await eventually(
+            lambda: set(processes(self.root)) <= mine, f"processes to end: {processes(self.root)}, {mine}", SOON
+        )
         clean_stale(runtime_base())  # what a dead owner leaves is removed by the next start
         directories = {path.name for path in runtime_base().iterdir()}
         assert directories == ({self.vm.name} if self.vm is not None else set()), directories

@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import random
-import time
-from collections.abc import Callable
 from typing import Any
 
-from support import pace
 from support.storvsc import Driver, Extents, Pending
-from vmbus.errors import WaitTimeout
 from vmbus.kmcl.channel import Channel
 from vmbus.kmcl.completion import Completion
 from vmbus.kmcl.packet import Packet
@@ -124,12 +120,3 @@ def status(server: LoopbackServer) -> dict[str, Any]:
 def disk_status(server: LoopbackServer, index: int = 0) -> dict[str, Any]:
     """Of one of its disks."""
     return dict(status(server)["luns"][index])
-
-
-def until(condition: Callable[[], bool], what: str, seconds: float = 10.0) -> None:
-    seconds = pace.seconds(seconds)
-    deadline = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > deadline:
-            raise WaitTimeout(what, seconds)
-        time.sleep(0.002)

@@ -17,6 +17,7 @@ import msgspec
 import pytest
 
 from support import pace
+from support.in_guest import require_no_complaints, shell
 from support.namespace import Namespace, NotPermitted, namespace
 from vmbus.cli.keys import with_keys
 from vmbus.cli.ssh import PORT
@@ -44,7 +45,6 @@ CHECKOUT = Path(__file__).resolve().parents[2]
 SOURCES = "/etc/apt/sources.list.d/debian.sources"
 GUEST = "192.0.2.2"
 """Its address in qemu_configs/debian-network.toml."""
-BAD_WORDS = ("WARNING:", "BUG:", "blocked for more than", "Call Trace", "soft lockup", "I/O error", "EXT4-fs error")
 
 
 @pytest.fixture(scope="module")
@@ -107,19 +107,11 @@ class Console:
         self._seen = self._seen.partition(answer)[2]
 
 
-async def shell(vm: VirtualMachine, command: str, timeout: float = 60.0) -> str:
-    """What a shell command in the guest prints. It has to succeed."""
-    done = await vm.run_in_guest(["/bin/sh", "-c", command], timeout=pace.seconds(timeout))
-    assert done.code == 0, (command, done)
-    return done.output.strip()
-
-
 async def require_health(vm: VirtualMachine) -> None:
     assert await shell(vm, "systemctl is-system-running --wait", 120) == "running", await shell(
         vm, "systemctl --failed"
     )
-    log = (await shell(vm, "dmesg")).splitlines()
-    assert not [line for line in log if any(word in line for word in BAD_WORDS)], log
+    await require_no_complaints(vm)
 
 
 async def until_ended(vm: VirtualMachine, seconds: float = 90.0) -> None:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import asyncio
 import re
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from support import pace
 from support.boot import boot
+from support.in_guest import until_all_have_moved
 from vmbus.cli.drivers import Drive, jobs_for
 from vmbus.errors import UsageError
 from vmbus.operations.machine import VirtualMachine
@@ -60,20 +58,6 @@ def run(context):
     print("on the way down", file=sys.stderr, flush=True)
     os.kill(os.getpid(), 11)
 """
-
-
-async def until_all_have_moved(vm: VirtualMachine, job: int, since: dict[str, int]) -> dict[str, int]:
-    """Wait until each workload has completed more than it had."""
-    deadline = time.monotonic() + pace.seconds(60)
-    while True:
-        report = await vm.call_agent("poll", job=job)
-        assert report["state"] == "running", report
-        parts = (report["progress"] or {}).get("workloads", [])
-        now = {part["name"]: int(part["completed"]) for part in parts}
-        if now and all(now[name] > since.get(name, 0) for name in now):
-            return now
-        assert time.monotonic() < deadline, f"no progress from {since} to {now}"
-        await asyncio.sleep(0.2)
 
 
 async def test_the_whole_catalogue_in_one_guest_saved_and_restored(programs: Programs, tmp_path: Path) -> None:

@@ -19,8 +19,9 @@ import pytest
 
 from support import pace
 from support.boot import boot
+from support.in_guest import require_no_complaints, shell, until_prints
 from support.linux_guest import GuestMemory, described, event_page, message_page
-from vmbus.errors import VmbusError, WaitTimeout
+from vmbus.errors import VmbusError
 from vmbus.operations.machine import VirtualMachine
 from vmbus.operations.migration.address import UnixAddress
 from vmbus.operations.migration.channel import listen
@@ -35,22 +36,6 @@ Run = Callable[[Coroutine[Any, Any, Any]], Any]
 Note = Callable[[str], None]
 FUNCTION = "/sys/bus/pci/devices/0000:00:05.0"
 ON_VMBUS = ("hv_utils", "hv_storvsc", "hv_netvsc", "hv_sock", "uio_hv_generic")
-BAD_WORDS = (
-    "WARNING:",
-    "BUG:",
-    "blocked for more than",
-    "Call Trace",
-    "rcu_sched",
-    "soft lockup",
-    "general protection",
-)
-
-
-async def shell(vm: VirtualMachine, command: str) -> str:
-    """What a shell command in the guest prints. It has to succeed."""
-    done = await vm.run_in_guest(["/bin/sh", "-c", command])
-    assert done.code == 0, (command, done)
-    return done.output.strip()
 
 
 async def beats(vm: VirtualMachine) -> int:
@@ -59,37 +44,19 @@ async def beats(vm: VirtualMachine) -> int:
 
 async def until_beats(vm: VirtualMachine, count: int, seconds: float = 60.0) -> int:
     """Wait for so many answered heartbeats more than there are."""
-    seconds = pace.seconds(seconds)
-    deadline = time.monotonic() + seconds
     wanted = await beats(vm) + count
-    while (now := await beats(vm)) < wanted:
-        if time.monotonic() > deadline:
-            raise WaitTimeout(f"{wanted} heartbeats; there are {now}; {await shell(vm, 'dmesg | tail -n 40')}", seconds)
-        await asyncio.sleep(0.02)
-    return now
 
+    async def beaten() -> bool:
+        return await beats(vm) >= wanted
 
-async def require_no_complaints(vm: VirtualMachine) -> None:
-    """The guest's kernel has nothing to complain of."""
-    lines = (await shell(vm, "dmesg")).splitlines()
-    assert not [line for line in lines if any(word in line for word in BAD_WORDS)], lines
+    await pace.eventually(beaten, f"{wanted} heartbeats", seconds)
+    return await beats(vm)
 
 
 async def counters(vm: VirtualMachine) -> dict[str, int]:
     """What our kernel module has counted."""
     lines = (await shell(vm, "cd /sys/bus/pci/drivers/vmbus_pci/0000:*/vmbus && grep . *")).splitlines()
     return {name: int(value) for name, _, value in (line.partition(":") for line in lines)}
-
-
-async def until(vm: VirtualMachine, command: str, seconds: float = 60.0) -> str:
-    """Wait until a shell command in the guest prints something."""
-    seconds = pace.seconds(seconds)
-    deadline = time.monotonic() + seconds
-    while not (text := await shell(vm, f"{command} || true")):
-        if time.monotonic() > deadline:
-            raise WaitTimeout(f"{command!r} in the guest to print; {await shell(vm, 'dmesg | tail -n 40')}", seconds)
-        await asyncio.sleep(0.1)
-    return text
 
 
 async def without_daemons(vm: VirtualMachine) -> None:
@@ -223,13 +190,13 @@ async def test_linux_guest_with_a_host_that_writes_nonsense_and_a_function_that_
         await shell(vm, "sleep 8")
         assert await beats(vm) <= answered + 1 and (await counters(vm))["faults"] == faults
         await shell(vm, "echo 1 > /sys/module/vmbus_pci/parameters/mend")
-        await until(vm, "dmesg | grep 'lose 4 channels'")
+        await until_prints(vm, "dmesg | grep 'lose 4 channels'")
         await until_beats(vm, 5)
         await until_bound(vm)
         assert (await counters(vm))["faults"] == faults + 1
         # And a function that is unplugged, and plugged in again.
         await shell(vm, f"echo 1 > {FUNCTION}/remove")
-        await until(vm, 'test -z "$(ls /sys/bus/vmbus/devices)" && echo none')
+        await until_prints(vm, 'test -z "$(ls /sys/bus/vmbus/devices)" && echo none')
         await shell(vm, "echo 1 > /sys/bus/pci/rescan")
         await until_bound(vm)
         vm = await over_a_save(vm, tmp_path / "saved", programs)
@@ -242,7 +209,7 @@ async def test_linux_guest_with_a_host_that_writes_nonsense_and_a_function_that_
 
 async def until_bound(vm: VirtualMachine) -> None:
     """hv_utils has its four devices, and heartbeats are answered."""
-    await until(vm, "test $(ls -d /sys/bus/vmbus/drivers/hv_utils/*-* | wc -l) = 4 && echo bound")
+    await until_prints(vm, "test $(ls -d /sys/bus/vmbus/drivers/hv_utils/*-* | wc -l) = 4 && echo bound")
     await until_beats(vm, 3)
 
 

@@ -10,7 +10,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,14 +18,16 @@ import msgspec
 import pytest
 
 import vmbus
-from support import pace
+from support import in_guest, pace
 from support.boot import boot
 from support.captures import said_in
-from support.crossing import GUEST, HOST, Traffic, moved, until
+from support.crossing import GUEST, HOST, Traffic, moved
+from support.in_guest import shell
 from support.locks import in_use
 from support.namespace import Namespace, NotPermitted, namespace
+from support.pace import eventually
 from support.processes import command_lines
-from vmbus.errors import VmbusError, WaitTimeout
+from vmbus.errors import VmbusError
 from vmbus.observe.audit.checker import check_paths
 from vmbus.observe.audit.guest import collect_audit
 from vmbus.observe.capture.frames import export
@@ -41,10 +42,9 @@ Run = Callable[[Coroutine[Any, Any, Any]], Any]
 Note = Callable[[str], None]
 CHECKOUT = Path(__file__).resolve().parents[2]
 INSTANCE = "6f1b4b0e-5d2c-4a53-9d0a-0f2f1f3c7d05"
-BAD_WORDS = (
-    *("WARNING:", "BUG:", "Call Trace", "rcu_sched", "soft lockup", "general protection", "blocked for more than"),
-    *("unable to add netvsc device", "Invalid", "Unknown nvsp packet", "Recv_comp full", "no rndis request found"),
-    *("error status", "Ring buffer not empty", "Unexpected VMBUS completion", "unhandled rndis", "nvsp_rndis_pkt"),
+COMPLAINTS = (
+    "unable to add netvsc device|Invalid|Unknown nvsp packet|Recv_comp full|no rndis request found|error status|"
+    "Ring buffer not empty|Unexpected VMBUS completion|unhandled rndis|nvsp_rndis_pkt"
 )
 
 
@@ -69,13 +69,6 @@ def described(outside: Namespace, cpus: int = 2, **options: Any) -> VmDescriptio
     return msgspec.convert(plain, VmDescription)
 
 
-async def shell(vm: VirtualMachine, command: str) -> str:
-    """What a shell command in the guest prints. It has to succeed."""
-    done = await vm.run_in_guest(["/bin/sh", "-c", command])
-    assert done.code == 0, (command, done)
-    return done.output.strip()
-
-
 async def bring_up(vm: VirtualMachine) -> None:
     await shell(vm, f"ip link set eth0 up && ip addr replace {GUEST}/24 dev eth0")
 
@@ -86,8 +79,7 @@ async def card(vm: VirtualMachine) -> dict[str, Any]:
 
 async def require_no_complaints(vm: VirtualMachine) -> None:
     """Neither the guest's kernel nor the card has anything to complain of."""
-    lines = (await shell(vm, "dmesg")).splitlines()
-    assert not [line for line in lines if any(word in line for word in BAD_WORDS)], lines[-60:]
+    await in_guest.require_no_complaints(vm, COMPLAINTS)
     state = await card(vm)
     assert state["refused"] == 0 and all(queue["lost"] == 0 for queue in state["queues"]), state
 
@@ -176,7 +168,7 @@ def test_network_survives_what_people_do_with_the_card(
                 await moved(traffic.client, 1 << 18)
                 assert (await card(vm))["guest"]["mtu"] == mtu
             large = outside.start("ping", host=GUEST, count=5, size=8900)
-            await until(lambda: large.process.poll() is not None, "large pings")
+            await eventually(lambda: large.process.poll() is not None, "large pings", 60)
             assert large.result()["received"] == 5
             await vm.command_provider("card", "link", {"state": "down"})
             await carrier(vm, "0")
@@ -210,13 +202,13 @@ def test_network_survives_what_people_do_with_the_card(
             await vm.revert("here")
             await until_shell(vm, f"{fetch} | grep {digest}")
             ping = outside.start("ping", host=GUEST, count=5)
-            await until(lambda: ping.process.poll() is not None, "pings")
+            await eventually(lambda: ping.process.poll() is not None, "pings", 60)
             assert ping.result()["received"] == 5
             assert vm.server is not None
             os.kill(vm.server.process.pid, signal.SIGKILL)
             with pytest.raises(VmbusError):
                 await vm.wait_ended()
-            await until(lambda: outside.interfaces() == [], "the interface to be gone with its server")
+            await eventually(lambda: outside.interfaces() == [], "the interface to be gone with its server")
 
     server = outside.serve_files(served, 8000)
     try:
@@ -227,11 +219,7 @@ def test_network_survives_what_people_do_with_the_card(
 
 
 async def until_shell(vm: VirtualMachine, command: str, seconds: float = 30.0) -> None:
-    seconds = pace.seconds(seconds)
-    deadline = time.monotonic() + seconds
-    while (await vm.run_in_guest(["/bin/sh", "-c", command])).code:
-        if time.monotonic() > deadline:
-            raise WaitTimeout(f"{command!r} in the guest", seconds)
+    await in_guest.until_prints(vm, f"{command} && echo so", "so", seconds)
 
 
 async def carrier(vm: VirtualMachine, wanted: str) -> None:
@@ -274,22 +262,22 @@ def test_nothing_of_network_and_disk_outlives_their_owner(
         ping = outside.start("ping", host=GUEST, count=0, appear_seconds=150)
 
         async def story() -> None:
-            await until(
+            await eventually(
                 lambda: ping.progress().get("received", 0) > 3 or owner.poll() is not None, "pings to come back", 150
             )
             assert owner.poll() is None, log.read_text()
             assert outside.interfaces() == ["host0"] and in_use(image)
             directory = str(runtime_base() / "both")
             owner.kill()
-            await until(lambda: owner.poll() is not None, "the owner's end")
-            await until(lambda: outside.interfaces() == [], "the interface to be gone")
-            await until(lambda: not in_use(image), "the lock to be gone")
+            await eventually(lambda: owner.poll() is not None, "the owner's end", 60)
+            await eventually(lambda: outside.interfaces() == [], "the interface to be gone")
+            await eventually(lambda: not in_use(image), "the lock to be gone")
 
             def processes() -> list[str]:
                 lines = list(command_lines().values())
                 return [line for line in lines if directory in line]
 
-            await until(lambda: not processes(), "the processes' end")
+            await eventually(lambda: not processes(), "the processes' end")
 
         asyncio.run(asyncio.wait_for(story(), pace.seconds(240)))
         clean_stale(runtime_base())  # as the next start of a VM does

@@ -13,8 +13,7 @@ import os
 import secrets
 import signal
 import sys
-import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -25,8 +24,9 @@ import pytest
 import vmbus
 import vmbus_guest
 from support import network_owner, pace, vm_owner
+from support.pace import eventually
 from support.streams import agree, good_ping
-from vmbus.errors import VmbusError, WaitTimeout
+from vmbus.errors import VmbusError
 from vmbus.providers.disk.image import DIRECTORY_VARIABLE
 from vmbus.testbed.hosts import TEMPORARY, Forbidden, Host, TwoHosts
 from vmbus.vm.command_line import Programs
@@ -61,15 +61,6 @@ def described() -> VmDescription:
     card["options"] = {"interface": "vmnet0", "bridge": network_owner.BRIDGE, "mac": MAC}
     plain["device"]["providers"].append(DISK)
     return msgspec.convert(plain, VmDescription)
-
-
-async def until(condition: Callable[[], Awaitable[bool]], timeout: float, what: str) -> None:
-    timeout = pace.seconds(timeout)
-    deadline = time.monotonic() + timeout
-    while not await condition():
-        if time.monotonic() > deadline:
-            raise WaitTimeout(what, timeout)
-        await asyncio.sleep(0.02)
 
 
 class Program:
@@ -151,7 +142,7 @@ async def places(programs: Programs, disks: Path) -> AsyncIterator[tuple[Place, 
                     raise Forbidden(f"{text.strip()}; it needs root's rights")
                 return vm_owner.READY in text
 
-            await until(said, 30, "the owner to listen")
+            await eventually(said, "the owner to listen", 30)
             found.append(Place(host, owner))
         try:
             yield found[0], found[1]
@@ -170,7 +161,7 @@ async def move(source: Place, target: Place) -> dict[str, Any]:
         return bool((await target.ask("listens", port=PORT))["listens"])
 
     try:
-        await until(listens, 30, f"host {target.host.name} to listen")
+        await eventually(listens, f"host {target.host.name} to listen", 30)
         report = await source.ask("migrate", address=target.address, secret=SECRET)
         await arrival
     finally:
@@ -210,7 +201,7 @@ def test_network_survives_live_migration_there_and_back(programs: Programs, tmp_
                         now = client.progress()
                         return now.get("slowest", 0) >= before + more and now["streams"] == STREAMS
 
-                    await until(enough, 60, f"bytes on every stream: {client.progress()}")
+                    await eventually(enough, f"bytes on every stream: {client.progress()}", 60)
 
             async def written(place: Place, more: int = 48) -> None:
                 """So many more writes that the disk has acknowledged."""
@@ -222,7 +213,7 @@ def test_network_survives_live_migration_there_and_back(programs: Programs, tmp_
                     seen.append(int((report["progress"] or {"acknowledged": 0})["acknowledged"]))
                     return seen[-1] >= seen[0] + more
 
-                await until(enough, 60, "writes to be acknowledged")
+                await eventually(enough, "writes to be acknowledged", 60)
 
             writer = int((await a.agent("start", driver="disk-writer", parameters=WRITER))["job"])
             await moved()

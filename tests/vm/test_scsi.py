@@ -5,11 +5,9 @@ from __future__ import annotations
 
 import asyncio
 import os
-import re
 import secrets
 import shutil
 import signal
-import time
 from collections.abc import Callable, Coroutine
 from functools import partial
 from pathlib import Path
@@ -21,9 +19,10 @@ import pytest
 from support import pace, slow_disk
 from support.boot import boot
 from support.captures import said_in
+from support.in_guest import require_no_complaints, shell, until_prints
 from support.locks import in_use
 from support.writer import ENDLESS, clean, finish, more, until_acknowledged, writing
-from vmbus.errors import EnvironmentProblem, VmbusError, WaitTimeout
+from vmbus.errors import EnvironmentProblem, VmbusError
 from vmbus.observe.audit.checker import check_paths
 from vmbus.observe.audit.guest import collect_audit
 from vmbus.operations.machine import VirtualMachine
@@ -43,11 +42,10 @@ CHECKOUT = Path(__file__).resolve().parents[2]
 ECHO = {"kind": "echo", "name": "echo", "instance": "6f1b4b0e-5d2c-4a53-9d0a-0f2f1f3c7a01"}
 WRITER = {"device": "/dev/sda"}
 KNOWN = ("fua", "discard_max_bytes")
-BAD_WORDS = re.compile(
-    r"Invalid pkt|Incorrect transaction ID|Invalid packet|Obsolete Hyper-V|Unaligned partial|tag#\d+.*(status|srb)|"
-    r"I/O error|blocked for more than|WARNING:|BUG:|Call Trace|soft lockup|EXT4-fs error|EXT4-fs warning"
+COMPLAINTS = (
+    r"Invalid pkt|Incorrect transaction ID|Invalid packet|Obsolete Hyper-V|Unaligned partial|tag#\d+.*(status|srb)"
 )
-REMOVAL = re.compile(r"cmd 0x35 status: scsi 0x2 srb 0x20")
+REMOVAL = r"cmd 0x35 status: scsi 0x2 srb 0x20"
 """A disk that goes gets a last SYNCHRONIZE CACHE, and is not there any more: Linux says so."""
 
 
@@ -69,32 +67,9 @@ def described(kind: str = "scsi", cpus: int = 2, **unit: Any) -> VmDescription:
     return msgspec.convert(plain, VmDescription)
 
 
-async def shell(vm: VirtualMachine, command: str) -> str:
-    """What a shell command in the guest prints. It has to succeed."""
-    done = await vm.run_in_guest(["/bin/sh", "-c", command])
-    assert done.code == 0, (command, done)
-    return done.output.strip()
-
-
 async def watched(vm: VirtualMachine) -> None:
     """From here on the guest's kernel tells of tasks that hang for this long, not for two minutes only."""
     await shell(vm, "echo 15 > /proc/sys/kernel/hung_task_timeout_secs")
-
-
-async def until(vm: VirtualMachine, command: str, expected: str, seconds: float = 30.0) -> None:
-    """Wait until a shell command in the guest prints this."""
-    seconds = pace.seconds(seconds)
-    deadline = time.monotonic() + seconds
-    while (found := (await vm.run_in_guest(["/bin/sh", "-c", command])).output.strip()) != expected:
-        if time.monotonic() > deadline:
-            raise WaitTimeout(f"{command!r} to print {expected!r}; it prints {found!r}", seconds)
-        await asyncio.sleep(0.05)
-
-
-async def require_no_complaints(vm: VirtualMachine) -> None:
-    """The guest's kernel has nothing to complain of, and no task in it hangs."""
-    lines = (await shell(vm, "dmesg")).splitlines()
-    assert not [line for line in lines if BAD_WORDS.search(line) and not REMOVAL.search(line)], lines
 
 
 async def command(vm: VirtualMachine, name: str, **arguments: Any) -> dict[str, Any]:
@@ -128,12 +103,12 @@ async def test_scsi_survives_saves_restores_a_revert_and_disks_that_come_and_go(
     async def plug(vm: VirtualMachine, image: str) -> None:
         """A second disk comes, is used, grows and goes."""
         await command(vm, "add-lun", lun=1, image=image, size_mib=8, create=True)
-        await until(vm, "cat /sys/block/sdb/size 2>/dev/null", str(8 << 11))
+        await until_prints(vm, "cat /sys/block/sdb/size 2>/dev/null", str(8 << 11))
         await shell(vm, "dd if=/dev/zero of=/dev/sdb bs=1M count=4 oflag=direct 2>&1")
         await command(vm, "resize", lun=1, size_mib=16)
-        await until(vm, "cat /sys/block/sdb/size", str(16 << 11))
+        await until_prints(vm, "cat /sys/block/sdb/size", str(16 << 11))
         await command(vm, "remove-lun", lun=1)
-        await until(vm, "ls /sys/block | grep -c sdb", "0")
+        await until_prints(vm, "ls /sys/block | grep -c sdb", "0")
 
     audit, captured = tmp_path / "audit", tmp_path / "disk.pcapng"
     vm, job = await writing(described(slow_disk.KIND), programs, audit=audit, **WRITER)
@@ -160,16 +135,16 @@ async def test_scsi_survives_saves_restores_a_revert_and_disks_that_come_and_go(
             held.append((await vm.save(tmp_path / f"again-{len(held)}", live=True, keep=True)).incoming_held)
         result = await finish(vm, job)
         assert [one["errors"] for one in (await storage(vm))["luns"]] == [0]
-        await require_no_complaints(vm)
+        await require_no_complaints(vm, COMPLAINTS, but=REMOVAL)
         # The driver lets go, and begins anew: its sub-channel goes and comes again.
         device = described().device.providers[0].instance
         bind = "cd /sys/bus/vmbus/drivers/hv_storvsc && echo {0} > unbind && echo {0} > bind"
         for _ in range(2):
             await shell(vm, bind.format(device))
-            await until(vm, "cat /sys/block/sda/size 2>/dev/null", str(64 << 11))
+            await until_prints(vm, "cat /sys/block/sda/size 2>/dev/null", str(64 << 11))
             await shell(vm, "dd if=/dev/sda of=/dev/null bs=64k count=16 iflag=direct 2>&1")
-            await until(vm, f"ls /sys/bus/vmbus/devices/{device}/channels | wc -l", "2")
-        await require_no_complaints(vm)
+            await until_prints(vm, f"ls /sys/bus/vmbus/devices/{device}/channels | wc -l", "2")
+        await require_no_complaints(vm, COMPLAINTS, but=REMOVAL)
         await collect_audit(vm)
     (result, held, trimmed) = result, held, trimmed
     halves = check_paths([audit])
@@ -218,7 +193,7 @@ async def test_scsi_survives_a_live_migration_and_a_server_that_is_killed(
         await vm.save(tmp_path / "old", live=True, keep=True)
         assert not list((tmp_path / "old").glob("file.*"))
         await more(vm, job, 200)
-        await require_no_complaints(vm)
+        await require_no_complaints(vm, COMPLAINTS, but=REMOVAL)
         assert vm.server is not None
         os.kill(vm.server.process.pid, signal.SIGKILL)
         with pytest.raises(VmbusError):
@@ -234,10 +209,10 @@ async def test_scsi_survives_a_live_migration_and_a_server_that_is_killed(
         report = await vm.call_agent("run", driver="disk-writer", parameters=checked, timeout=90.0)
         assert report["state"] == "finished", report
         assert (await storage(vm))["sub_channels"] == 0
-        await require_no_complaints(vm)
+        await require_no_complaints(vm, COMPLAINTS, but=REMOVAL)
         result = dict(report["result"])
         await command(vm, "add-lun", lun=2, image="disk.img", read_only=True)
-        await until(vm, "cat /sys/block/sdb/ro 2>/dev/null", "1")
+        await until_prints(vm, "cat /sys/block/sdb/ro 2>/dev/null", "1")
         await shell(vm, "dd if=/dev/sdb of=/dev/null bs=1M count=8 iflag=direct 2>&1")
         # Withdrawn under load: I/O errors, and nobody who waits for ever. Offered anew it is there again.
         job = int((await vm.call_agent("start", driver="disk-writer", parameters=ENDLESS | WRITER))["job"])
@@ -246,9 +221,9 @@ async def test_scsi_survives_a_live_migration_and_a_server_that_is_killed(
         assert withdrawn["released"]
         note(f"hv_storvsc: withdrawn under load, let go of in {withdrawn['seconds']:.1f} s")
         assert (await vm.call_agent("wait", job=job, timeout=60.0))["state"] == "failed"
-        await until(vm, "ls /sys/block | grep -c sd", "0")
+        await until_prints(vm, "ls /sys/block | grep -c sd", "0")
         await vm.control.call("offer", provider=msgspec.to_builtins(described(image="after.img").device.providers[0]))
-        await until(vm, "cat /sys/block/sda/size 2>/dev/null", str(64 << 11))
+        await until_prints(vm, "cat /sys/block/sda/size 2>/dev/null", str(64 << 11))
         await shell(vm, "dd if=/dev/sda of=/dev/null bs=1M count=64 iflag=direct 2>&1")
         assert not [line for line in (await shell(vm, "dmesg")).splitlines() if "blocked for more" in line]
         (seen, result) = seen, result
@@ -289,7 +264,7 @@ async def test_scsi_survives_alone_on_its_image_with_a_clone_and_from_its_last_s
     async with await VirtualMachine.restore(then, programs) as vm:
         await more(vm, job, 40)
         results.append(await finish(vm, job))
-        await require_no_complaints(vm)
+        await require_no_complaints(vm, COMPLAINTS, but=REMOVAL)
     (saved, last, results) = saved, last, results
     note(f"hv_storvsc: {saved} writes acknowledged at the snapshot, {last} when the server was killed")
     for result in results:

@@ -16,7 +16,7 @@ import secrets
 import shutil
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +28,7 @@ import pytest
 import vmbus
 import vmbus_guest
 from support import pace, vm_owner
+from support.pace import eventually
 from vmbus.device.description import ProviderDescription
 from vmbus.errors import VmbusError, WaitTimeout
 from vmbus.observe.audit.checker import check_paths
@@ -320,7 +321,7 @@ async def pair(idle: Idle, programs: Programs) -> AsyncIterator[Pair]:
                 environment={"PYTHONPATH": IMPORT_PATH},
             )
             await owner.guard(
-                until(lambda owner=owner: _ready(owner), 30, "the owner to listen"), "the owner to listen", 31
+                eventually(lambda owner=owner: _ready(owner), "the owner to listen", 30), "the owner to listen", 31
             )
             places.append(Place(host, owner))
         try:
@@ -331,15 +332,6 @@ async def pair(idle: Idle, programs: Programs) -> AsyncIterator[Pair]:
             for place in places:
                 print(f"--- {place.name}\n{log_tail(place.owner.log, 60)}")
             raise
-
-
-async def until(condition: Callable[[], Awaitable[bool]], timeout: float, what: str) -> None:
-    timeout = pace.seconds(timeout)
-    deadline = time.monotonic() + timeout
-    while not await condition():
-        if time.monotonic() > deadline:
-            raise WaitTimeout(what, timeout)
-        await asyncio.sleep(0.01)
 
 
 async def _ready(owner: Child) -> bool:
@@ -462,16 +454,16 @@ def test_live_migration_with_the_commands(idle: Idle, programs: Programs) -> Non
         words = ["run-vm", "--receive", address, "--secret-file", str(secret), "--name", VM, "--audit", records]
         target = await command(hosts.b, *words)
         pair = Pair(hosts, Supervised(hosts.a, source), Supervised(hosts.b, target), idle.records)
-        await source.guard(until(pair.a.supervises, 60, "the VM to run in A"), "the VM to run in A", 61)
+        await source.guard(eventually(pair.a.supervises, "the VM to run in A", 60), "the VM to run in A", 61)
         await pair.traffic(pair.a)
-        await target.guard(until(lambda: pair.listens(pair.b), 60, "B to listen"), "B to listen", 61)
+        await target.guard(eventually(lambda: pair.listens(pair.b), "B to listen", 60), "B to listen", 61)
         moving = await command(hosts.a, "migrate", VM, address, "--secret-file", str(secret))
         assert await asyncio.wait_for(asyncio.shield(moving.exited), pace.seconds(120)) == 0, log_tail(moving.log, 40)
         print(moving.log.read_text())
         # The command that owned it in A says where it is, and ends.
         assert await asyncio.wait_for(asyncio.shield(source.exited), pace.seconds(30)) == 0, log_tail(source.log, 40)
         assert f"migrated to {address}" in source.log.read_text()
-        await target.guard(until(pair.b.supervises, 60, "the VM to run in B"), "the VM to run in B", 61)
+        await target.guard(eventually(pair.b.supervises, "the VM to run in B", 60), "the VM to run in B", 61)
         await pair.finish(pair.b)
         await pair.clean(pair.b)
         await pair.b.ask("stop")
@@ -564,7 +556,7 @@ def test_live_migration_survives_a_link_cut_while_memory_is_copied(tell: Callabl
         leaving = asyncio.create_task(
             pair.a.ask("migrate", address=pair.b.address, secret=SECRET, silence=SILENCE, patience=300)
         )
-        await until(lambda: _received(pair.b, before + 10_000_000), 60, "memory to be on its way")
+        await eventually(lambda: _received(pair.b, before + 10_000_000), "memory to be on its way", 60)
         await pair.hosts.cut()
         cut = time.monotonic()
         with pytest.raises(Refused) as caught:

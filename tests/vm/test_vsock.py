@@ -17,6 +17,7 @@ import pytest
 
 from support import pace, vsock_guest
 from support.boot import boot
+from support.in_guest import require_no_complaints, shell
 from vmbus.errors import WaitTimeout
 from vmbus.operations.machine import VirtualMachine
 from vmbus.operations.migration.address import parse_address
@@ -32,16 +33,7 @@ Note = Callable[[str], None]
 CHECKOUT = Path(__file__).resolve().parents[2]
 SIZE = 4 << 20
 PORT, GUEST_PORT = 1024, 2048
-BAD_WORDS = (
-    "WARNING:",
-    "BUG:",
-    "blocked for more than",
-    "Call Trace",
-    "rcu_sched",
-    "soft lockup",
-    "hv_sock:",
-    "vsock:",
-)
+COMPLAINTS = "hv_sock:|vsock:"
 
 
 def described(cpus: int) -> VmDescription:
@@ -50,19 +42,6 @@ def described(cpus: int) -> VmDescription:
     plain["cpus"] = cpus
     plain["device"]["providers"] = [one for one in plain["device"]["providers"] if one["kind"] == "vsock"]
     return msgspec.convert(plain, VmDescription)
-
-
-async def shell(vm: VirtualMachine, command: str) -> str:
-    """What a shell command in the guest prints. It has to succeed."""
-    done = await vm.run_in_guest(["/bin/sh", "-c", command])
-    assert done.code == 0, (command, done)
-    return done.output.strip()
-
-
-async def require_no_complaints(vm: VirtualMachine) -> None:
-    """The guest's kernel has nothing to complain of."""
-    lines = (await shell(vm, "dmesg")).splitlines()
-    assert not [line for line in lines if any(word in line for word in BAD_WORDS)], lines
 
 
 class Machine:
@@ -299,7 +278,7 @@ async def test_vsock_of_linux(programs: Programs, tmp_path: Path, note: Note) ->
         await held.talk(b"the VM that runs on keeps its connections")
         told.append(f"{moved} bytes there and back during a live save")
         assert moved > 0
-        await require_no_complaints(vm)
+        await require_no_complaints(vm, COMPLAINTS)
     await held.end_at_the_host()
 
     async with await VirtualMachine.restore(tmp_path / "live", programs) as vm:
@@ -324,7 +303,7 @@ async def test_vsock_of_linux(programs: Programs, tmp_path: Path, note: Note) ->
         await third.end_in_the_guest(machine)
         await shell(vm, "rmmod hv_sock && insmod /lib/modules/hv_sock.ko")
         await still_works(machine)
-        await require_no_complaints(vm)
+        await require_no_complaints(vm, COMPLAINTS)
         status = await machine.status()
         assert status["wrong"] == status["lingered"] == 0
     note(f"hv_sock: {'; '.join(told)}; over a live save, a save and a live migration: closed at both ends")
