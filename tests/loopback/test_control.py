@@ -311,27 +311,6 @@ def test_resume_calls_a_pause_off_that_still_waits(miser: LoopbackServer) -> Non
     driver.close(graceful=False)
 
 
-def test_resume_calls_a_pause_off(miser: LoopbackServer) -> None:
-    driver, _, answers = keep_one(miser)
-
-    async def talk() -> None:
-        one, other = ControlClient(miser.control_path), ControlClient(miser.control_path)
-        pause = asyncio.create_task(one.call("pause", seconds=10))
-        while (await other.call("status"))["phase"] == "running":
-            pass
-        await other.call("resume")
-        with pytest.raises(ControlError, match="called off"):
-            await pause
-        assert (await other.call("status"))["phase"] == "running"
-        one.close()
-        other.close()
-
-    asyncio.run(talk())
-    miser.on_loop(miser.server.providers[0].let_go)
-    driver.run_until(lambda: len(answers) == 1, 10, "the packet that was kept")
-    driver.close(graceful=False)
-
-
 def test_a_paused_device_takes_nothing_and_goes_on_where_it_was(server: LoopbackServer) -> None:
     driver, channel = opened(server)
     server.command("pause")

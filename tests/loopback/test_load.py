@@ -230,13 +230,8 @@ def test_the_old_life_is_over(vm: Vm) -> None:
             provider.host.call_later(0.05, lambda: rang.append(1))
         return server.providers, server.device, server.device.memory.window([(vm.function._iova_base, 8)])
 
-    def load() -> Any:
-        # All in one turn of the loop: nothing of the old life may run after it.
-        old = prepare()
-        server._load_now(str(checkpoint.path), checkpoint.sha256, None)
-        return old
-
-    old_providers, old_device, window = vm.server.on_loop(load)
+    old_providers, old_device, window = vm.server.on_loop(prepare)
+    checkpoint.load(vm.server)
     assert stopped == ["echo", "burst"]
     with pytest.raises(MemoryRevoked):
         window.store32(0, 1)
@@ -291,12 +286,12 @@ def changed_description(**fields: Any) -> Callable[[Checkpoint], dict[str, Any]]
 REFUSALS: dict[str, tuple[Callable[[Checkpoint], dict[str, Any]], type[Exception], str]] = {
     "damaged": (damaged, StateError, "SHA-256"),
     "another digest": (lambda _: {"sha256": "0" * 64}, StateError, "not the one meant"),
-    "no digest": (lambda _: {"sha256": 7}, UsageError, "strings"),
+    "no digest": (lambda _: {"sha256": 7}, UsageError, "sha256"),
     "empty": (emptied, StateError, "cut short"),
     "foreign": (foreign, StateError, "of device 'other'"),
     "a packet less": (a_packet_less, StateError, "cut"),
     "no file": (lambda _: {"path": "/nowhere/at/all"}, EnvironmentProblem, "/nowhere/at/all"),
-    "no path": (lambda _: {"path": 3}, UsageError, "strings"),
+    "no path": (lambda _: {"path": 3}, UsageError, "path"),
     "no description": (lambda _: {"description": {"name": "vmbus0"}}, UsageError, "providers"),
     "other instance": (changed_description(instance="1" * 32), StateError, "instance GUIDs"),
     "unknown kind": (changed_description(kind="nothing"), UsageError, "no provider of kind"),
@@ -456,6 +451,7 @@ def test_an_overwritten_index_costs_a_revert_that_channel_alone(vm: Vm, ring: st
 
 def test_a_server_that_awaits_its_state(vm: Vm, libvfio_user: Library, tmp_path: Path) -> None:
     vm.start()
+    vm.server.command("offer", provider=NEW)
     checkpoint = vm.checkpoint()
     old = vm.server
     vm.server = LoopbackServer(DESCRIPTION, libvfio_user, awaiting=True)
@@ -473,10 +469,11 @@ def test_a_server_that_awaits_its_state(vm: Vm, libvfio_user: Library, tmp_path:
         vm.server.command("load", path=str(checkpoint.path), sha256="0" * 64)
     assert vm.server.command("status")["phase"] == "awaiting", "a refused state can be followed by a good one"
     vm.function.reconnect(vm.server.socket_path, None)
-    loaded = checkpoint.load(vm.server)
+    loaded = checkpoint.load(vm.server, description=checkpoint.description)
     assert loaded["packets"] == checkpoint.packets and loaded["channels"] == 2
     vm.function.replay(checkpoint.config)
     assert vm.server.command("restore-finish")["packets"] == checkpoint.packets
+    assert vm.server.command("status")["description"] == checkpoint.description
     old.stop()
     vm.traffic.finish()
 
@@ -512,21 +509,6 @@ def test_a_live_migration_puts_the_function_back_ahead_and_holds_the_device(
     assert counts(vm) == before
     vm.server.command("resume")
     vm.wander(0)
-    old.stop()
-    vm.traffic.finish()
-
-
-def test_a_server_that_awaits_its_state_gets_another_description(vm: Vm, libvfio_user: Library) -> None:
-    vm.start()
-    vm.server.command("offer", provider=NEW)
-    checkpoint = vm.checkpoint()
-    old = vm.server
-    vm.server = LoopbackServer(DESCRIPTION, libvfio_user, awaiting=True)
-    vm.function.reconnect(vm.server.socket_path, None)
-    checkpoint.load(vm.server, description=checkpoint.description)
-    vm.function.replay(checkpoint.config)
-    vm.server.command("restore-finish")
-    assert vm.server.command("status")["description"] == checkpoint.description
     old.stop()
     vm.traffic.finish()
 
