@@ -43,7 +43,6 @@ from vmbus.observe.inspection.parts import (
     function_info,
     offer_info,
     packet_info,
-    ring_info,
     synic_info,
 )
 from vmbus.observe.inspection.plain import plain
@@ -200,7 +199,11 @@ def _sent(namer: Provider, packet: Packet) -> str:
 
 
 def _ring(direction: Literal["incoming", "outgoing"], ring: RingReader | RingWriter) -> RingInfo:
-    return ring_info(direction, ring, **ring.describe(), suppressed=ring.batches - ring.signals)
+    counts = {"batches": ring.batches, "signals": ring.signals, "suppressed": ring.batches - ring.signals}
+    words: dict[str, Any] = {**ring.describe(), **counts}
+    info = RingInfo(direction=direction, own_index=ring.own_index, **words)
+    info.judge()
+    return info
 
 
 # ---- the rest --------------------------------------------------------------------------------------------------------
@@ -247,5 +250,8 @@ def _memory(memory: GuestMemory) -> MemoryInfo:
 
 
 def _audit(device: Device) -> AuditInfo | None:
-    recorders = (one.recorder for one in device.observers if isinstance(one, RecordingObserver))
-    return next((part_of(AuditInfo, recorder) for recorder in recorders), None)
+    for observer in device.observers:
+        if isinstance(observer, RecordingObserver):
+            one = observer.recorder
+            return AuditInfo(uid=one.uid, position=one.position, path=one.path, failed=one.failed)
+    return None

@@ -403,12 +403,19 @@ class Inspection(msgspec.Struct, kw_only=True):
     seconds: float | None = None
 
 
+_SAME: dict[tuple[type[Any], type[Any]], list[str]] = {}
+
+
 def part_of(part: type[Part], source: object, **more: Any) -> Part:
-    """A part of the document that has what `source` has under the same names, and `more`."""
-    same = {
-        name: getattr(source, name) for name in part.__struct_fields__ if name not in more and hasattr(source, name)
-    }
-    return part(**same, **more)
+    """A part of the document that has what `source` has under the same names (of its class), and `more`."""
+    same = _SAME.get((part, type(source)))
+    if same is None:
+        same = [name for name in part.__struct_fields__ if hasattr(type(source), name)]
+        _SAME[part, type(source)] = same
+    for name in same:
+        if name not in more:
+            more[name] = getattr(source, name)
+    return part(**more)
 
 
 def from_answer(answer: dict[str, Any], name: str) -> Inspection:

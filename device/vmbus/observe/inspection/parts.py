@@ -4,7 +4,8 @@ GPADLs, rings and registers, and packets of ours."""
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
-from typing import Any, Literal
+from functools import lru_cache
+from typing import Any
 from uuid import UUID
 
 from vmbus.bus.gpadl import Gpadl, GpadlState, PartialGpadl, PartialState
@@ -31,7 +32,6 @@ from vmbus.observe.inspection.document import (
     OpenInfo,
     PacketInfo,
     PartialInfo,
-    RingInfo,
     SynicInfo,
     part_of,
 )
@@ -81,13 +81,6 @@ def completion_info(type_: UUID | None, transaction: int, body: bytes) -> Packet
         body=preview(body),
         words=words_of(type_, _COMPLETION, transaction, 2, body),
     )
-
-
-def ring_info(direction: Literal["incoming", "outgoing"], ring: object, **more: int) -> RingInfo:
-    """One ring: what is known of it."""
-    info = part_of(RingInfo, ring, direction=direction, **more)
-    info.judge()
-    return info
 
 
 # ---- the bus ---------------------------------------------------------------------------------------------------------
@@ -146,20 +139,23 @@ def offer_info(
 ) -> OfferInfo:
     """One offer. `channel`: its name."""
     open_ = record.open
-    return part_of(
-        OfferInfo,
-        record,
+    return OfferInfo(
+        relid=record.relid,
+        state=record.state,
         channel=channel,
+        subchannel=record.subchannel,
+        withdrawn=record.withdrawn,
         interface_type=guid_text(record.interface_type),
         instance=guid_text(record.instance),
-        open=open_ and part_of(OpenInfo, open_, user_data=open_.user_data.rstrip(b"\0").hex()),
+        open=None if open_ is None else part_of(OpenInfo, open_, user_data=open_.user_data.rstrip(b"\0").hex()),
         mapped=mapped,
         teardowns=list(teardowns),
     )
 
 
+@lru_cache(maxsize=8192)
 def guid_text(guid: bytes) -> str:
-    """A GUID as it is written."""
+    """A GUID as it is written. Kept: a device that is looked at again has the same ones."""
     return str(UUID(bytes_le=guid))
 
 

@@ -40,7 +40,6 @@ from vmbus.observe.inspection.parts import (
     guid_text,
     offer_info,
     packet_info,
-    ring_info,
     synic_info,
 )
 from vmbus.observe.inspection.plain import decoded, plain, preview
@@ -190,7 +189,7 @@ def _channel(state: st.DeviceState, record: st.ChannelRecord, offer: st.OfferSta
         next_transaction=saved.head.next_transaction,
         in_flight=InFlight(*saved.counts),
         packets=list(_packets([*saved.sent, *saved.queue], describer, type_)),
-        rings=_rings(record),
+        rings=list(_rings(record)),
     )
 
 
@@ -230,13 +229,12 @@ def _described(describer: type[Provider] | None, save: bytes) -> dict[str, Any]:
     return {} if value is None else value if isinstance(value, dict) else {"values": value}
 
 
-def _rings(record: st.ChannelRecord) -> list[RingInfo]:
-    found = []
-    if record.incoming is not None:
-        found.append(ring_info("incoming", record.incoming))
-    if record.outgoing is not None:
-        found.append(ring_info("outgoing", record.outgoing))
-    return found
+def _rings(record: st.ChannelRecord) -> Iterator[RingInfo]:
+    for direction, ring in (("incoming", record.incoming), ("outgoing", record.outgoing)):
+        if ring is not None:
+            info = part_of(RingInfo, ring, direction=direction)
+            info.judge()
+            yield info
 
 
 # ---- the rest --------------------------------------------------------------------------------------------------------
