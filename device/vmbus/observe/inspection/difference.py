@@ -116,7 +116,9 @@ class _Walk:
         """Anything, compared to its leaves."""
         if before == after and type(before) is type(after):
             return
-        if isinstance(before, msgspec.Struct) and isinstance(after, msgspec.Struct):
+        if isinstance(before, PacketInfo) and isinstance(after, PacketInfo):
+            yield from self._keyed(where, self._whole(before), self._whole(after))  # what one has not is omitted
+        elif isinstance(before, msgspec.Struct) and isinstance(after, msgspec.Struct):
             yield from self._struct(where, before, after)
         elif isinstance(before, dict) and isinstance(after, dict):
             yield from self._keyed(where, before, after)
