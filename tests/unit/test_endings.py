@@ -68,8 +68,11 @@ def under_way(folder: Path, *names: str) -> list[int]:
     return [int(file.read_text()) for file in files]
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
-@pytest.mark.parametrize("second", [BUSY, STUBBORN], ids=["willing", "stubborn"])
+@pytest.mark.parametrize(
+    ("number", "second"),
+    [(signal.SIGKILL, STUBBORN), (signal.SIGTERM, BUSY), (signal.SIGTERM, STUBBORN), (signal.SIGINT, BUSY)],
+    ids=["SIGKILL-stubborn", "SIGTERM-willing", "SIGTERM-stubborn", "SIGINT-willing"],
+)
 def test_fault_h18_a_killed_run_leaves_no_worker_and_no_directory(
     tmp_path: Path, number: signal.Signals, second: str
 ) -> None:

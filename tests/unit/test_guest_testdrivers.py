@@ -15,7 +15,6 @@ from vmbus.errors import UsageError
 from vmbus_guest.channel_driver import LONGEST_TURN, SteadyClock
 from vmbus_guest.pci import PciFunction
 from vmbus_guest.testdrivers import CATALOGUE
-from vmbus_guest.testdrivers.burst import BurstWorkload
 from vmbus_guest.testdrivers.context import Context, Parameters
 from vmbus_guest.testdrivers.echo import EchoWorkload
 
@@ -31,6 +30,8 @@ def test_every_driver_of_the_catalogue_loads_and_refuses_unknown_parameters(name
     values: dict[str, Any] = {"typing_error": 1}
     if name == "mixed":
         values = {"workloads": [{"driver": "echo", "typing_error": 1}]}
+    elif name == "command":
+        values["argv"] = ["true"]
     with pytest.raises(UsageError, match="typing_error"):
         CATALOGUE[name].load()(Context(values, no_function))
 
@@ -71,11 +72,6 @@ def test_parameters_are_checked() -> None:
 def test_echo_refuses_impossible_parameters(values: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         EchoWorkload(Parameters(values))
-
-
-def test_burst_refuses_impossible_parameters() -> None:
-    with pytest.raises(UsageError, match="window"):
-        BurstWorkload(Parameters({"window": 0}))
 
 
 def test_mixed_names_the_workloads_there_are() -> None:

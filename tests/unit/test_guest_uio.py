@@ -10,6 +10,7 @@ from uuid import UUID
 
 import pytest
 
+import support.sysfs
 from support.bus import Joined, one_range
 from vmbus.errors import EnvironmentProblem, UsageError
 from vmbus.kmcl.client import ClientChannel
@@ -27,39 +28,20 @@ PAGE = 4096
 TYPE, OTHER = UUID(int=0xA), UUID(int=0xB)
 
 
-class Sysfs:
-    """A tree like /sys with Linux's VMBus. The kernel's reactions are up to the test."""
-
-    def __init__(self, root: Path) -> None:
-        self.root = root
-        self.devices = root / "bus/vmbus/devices"
-        self.devices.mkdir(parents=True)
-
-    def driver(self, name: str) -> Path:
-        folder = self.root / "bus/vmbus/drivers" / name
-        folder.mkdir(parents=True, exist_ok=True)
-        for file in ("bind", "unbind"):
-            (folder / file).touch()
-        return folder
+class Sysfs(support.sysfs.Sysfs):
+    """A tree like /sys with Linux's VMBus."""
 
     def device(self, number: int, kind: UUID, relid: int, driver: str = "") -> Path:
-        folder = self.devices / str(UUID(int=number))
-        folder.mkdir()
-        (folder / "device_id").write_text(f"{{{UUID(int=number)}}}\n")
-        (folder / "class_id").write_text(f"{{{kind}}}\n")
-        (folder / "id").write_text(f"{relid}\n")
-        (folder / "driver_override").touch()
+        texts = {"device_id": f"{{{UUID(int=number)}}}", "class_id": f"{{{kind}}}", "id": str(relid)}
+        folder = self.add(str(UUID(int=number)), **texts)
         if driver:
             (folder / "driver").symlink_to(self.driver(driver))
         return folder
 
-    def __str__(self) -> str:
-        return str(self.root)
-
 
 @pytest.fixture
 def sysfs(tmp_path: Path) -> Sysfs:
-    return Sysfs(tmp_path / "sys")
+    return Sysfs(tmp_path / "sys", "vmbus")
 
 
 # ---- devices

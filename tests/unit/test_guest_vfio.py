@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
+import support.sysfs
 from vmbus.errors import EnvironmentProblem, UsageError
 from vmbus_guest import vfio
 from vmbus_guest.huge_pages import Extents
@@ -73,39 +74,23 @@ def test_neighbours_merge_whatever_the_order_of_the_frees(lengths: list[int], ra
     assert extents.largest == 1000
 
 
-class Sysfs:
-    """A tree like /sys with one IOMMU and PCI functions. The kernel's reactions are up to the test."""
-
-    def __init__(self, root: Path) -> None:
-        self.root = root
-        (root / "bus/pci/devices").mkdir(parents=True)
-        (root / "bus/pci/drivers_probe").touch()
-
-    def driver(self, name: str) -> Path:
-        folder = self.root / "bus/pci/drivers" / name
-        folder.mkdir(parents=True)
-        (folder / "unbind").touch()
-        return folder
+class Sysfs(support.sysfs.Sysfs):
+    """A tree like /sys with one IOMMU and PCI functions."""
 
     def function(self, address: str, vendor: int, device: int, group: int | None = 3) -> Path:
-        folder = self.root / "bus/pci/devices" / address
-        folder.mkdir()
-        (folder / "vendor").write_text(f"{vendor:#06x}\n")
-        (folder / "device").write_text(f"{device:#06x}\n")
-        (folder / "driver_override").touch()
+        folder = self.add(address, vendor=f"{vendor:#06x}", device=f"{device:#06x}")
         if group is not None:
             target = self.root / f"kernel/iommu_groups/{group}"
             target.mkdir(parents=True, exist_ok=True)
             (folder / "iommu_group").symlink_to(target)
         return folder
 
-    def __str__(self) -> str:
-        return str(self.root)
-
 
 @pytest.fixture
 def sysfs(tmp_path: Path) -> Sysfs:
-    return Sysfs(tmp_path / "sys")
+    found = Sysfs(tmp_path / "sys", "pci")
+    (found.root / "bus/pci/drivers_probe").touch()
+    return found
 
 
 def test_functions_are_found_by_their_ids(sysfs: Sysfs) -> None:

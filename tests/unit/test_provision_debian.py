@@ -108,13 +108,8 @@ def test_mirrors_are_ranked_and_others_left_out() -> None:
     uris = [source.uri for source in debian_mirrors(parse_deb822_style(DEB822))]
     assert uris[:2] == ["http://mirror.example/debian", "http://second.example/debian/"]
     assert "http://mirror.example/debian-security" not in uris
-
-
-def test_third_party_sorts_behind_the_archive() -> None:
-    sources = parse_one_line_style(
-        "deb [signed-by=/etc/keys/vendor.gpg] http://vendor.example/apt bookworm main\n"
-        "deb http://mirror.example/debian bookworm main\n"
-    )
+    third = "deb [signed-by=/etc/keys/vendor.gpg] http://vendor.example/apt bookworm main\n"
+    sources = parse_one_line_style(f"{third}deb http://mirror.example/debian bookworm main\n")
     assert next(source.uri for source in debian_mirrors(sources)) == "http://mirror.example/debian"
 
 

@@ -26,7 +26,7 @@ class Steps:
 
     def __init__(self, title: str, labels: dict[str, str] | None = None) -> None:
         self._title = title
-        self._labels = labels or {}
+        self._labels = _LABELS | (labels or {})
         self._status = console.status(Text(title))
         self._phase: str | None = None
         self._start = self._begin = time.monotonic()
@@ -56,42 +56,38 @@ class Steps:
             self._phase = None
 
 
-START_LABELS = {"server": "device server", "qemu": "QEMU"}
+_LABELS = {
+    "cont": "vCPUs running",
+    "device": "device at rest, its state written",
+    "pci": "PCI function put back",
+    "qemu": "QEMU",
+    "ram": "guest memory written",
+    "resume": "VM set running again",
+    "server": "device server",
+    "stop": "vCPUs stopped",
+}
+"""What phases are called, where a command has no other words for them."""
 
 SAVE_LABELS = {
     "boot files": "kernel and initramfs into the snapshot",
-    "stop": "vCPUs stopped",
-    "ram": "guest memory written",
-    "device": "device at rest, its state written",
     "flush": "pages written by the device flushed",
     "switchover": "last pages and machine state written",
-    "resume": "VM set running again",
     "seal": "files flushed to disk, digests, manifest",
 }
 
-CHECKPOINT_LABELS = {
-    "stop": "vCPUs stopped",
-    "device": "device at rest, its state written",
-    "ram": "guest memory and machine state written",
-    "seal": "record written",
-    "resume": "VM set running again",
-}
+CHECKPOINT_LABELS = {"ram": "guest memory and machine state written", "seal": "record written"}
 
 REVERT_LABELS = {
     "verify": "checkpoint verified",
-    "stop": "vCPUs stopped",
     "device": "device at rest",
     "ram": "guest memory and machine state loaded",
     "load": "device state taken",
-    "pci": "PCI function put back",
     "channels": "channels and packets rebuilt",
-    "cont": "vCPUs running",
 }
 
 MIGRATE_LABELS = {
     "prepare": "destination ready",
     "ram": "guest memory copied while the VM runs",
-    "device": "device at rest, its state written",
     "flush": "device state at the destination, pages written by the device flushed",
     "switchover": "last pages and machine state sent",
     "restore": "everything rebuilt at the destination",
@@ -100,27 +96,20 @@ MIGRATE_LABELS = {
 
 RECEIVE_LABELS = {
     "prepare": "a source has come",
-    "server": "device server",
-    "qemu": "QEMU",
     "listen": "QEMU waits for its stream",
     "pci ahead": "PCI function put back as far as it is known",
     "ram": "guest memory copied while the VM runs at the source",
     "state": "device state taken",
     "load": "guest memory loaded",
-    "pci": "PCI function put back",
     "device": "channels and packets rebuilt",
     "go": "VM handed over",
-    "cont": "vCPUs running",
 }
 
 RESTORE_LABELS = {
     "verify": "snapshot verified",
     "server": "device server with the saved state",
-    "qemu": "QEMU",
     "ram": "guest memory loaded",
-    "pci": "PCI function put back",
     "device": "channels and packets rebuilt",
-    "cont": "vCPUs running",
 }
 
 

@@ -24,7 +24,6 @@ from vmbus.cli.terminal import (
     RECEIVE_LABELS,
     RESTORE_LABELS,
     SAVE_LABELS,
-    START_LABELS,
     Steps,
     background,
     console,
@@ -228,9 +227,7 @@ async def _run_vm(
 ) -> None:
     directory = RunDirectory.create(name or description.name, exact=name is not None)
     start = time.monotonic()
-    with Steps(
-        f"start of VM {directory.name!r} (QEMU {programs.qemu_version}, {programs.accelerator})", START_LABELS
-    ) as steps:
+    with Steps(f"start of VM {directory.name!r} (QEMU {programs.qemu_version}, {programs.accelerator})") as steps:
         vm = await VirtualMachine.launch(
             description, programs, directory, progress=steps, audit=audit, capture=capture, external=external, like=like
         )
@@ -248,19 +245,19 @@ async def _restore(
         vm = await VirtualMachine.restore(
             directory, programs, run_directory, progress=steps, audit=audit, capture=capture
         )
+    await _attend_restored(vm, start, "is back")
+
+
+async def _attend_restored(vm: VirtualMachine, start: float, what: str) -> None:
     assert vm.restored is not None
     packets = vm.restored.packets
     console.print(
-        f"VM {vm.name!r} is back: {vm.restored.channels} channels, "
+        f"VM {vm.name!r} {what}: {vm.restored.channels} channels, "
         f"{packets['queued']} queued and {packets['sent']} sent packets in flight"
     )
-    _tell_paused(vm)
-    await _attend(vm, start, [])
-
-
-def _tell_paused(vm: VirtualMachine) -> None:
-    if vm.restored is not None and vm.restored.paused:
+    if vm.restored.paused:
         _notice(f"VM {vm.name!r} is paused, as it was: 'cont' on its monitor {vm.paths.qmp_tools} lets it run")
+    await _attend(vm, start, [])
 
 
 async def _restore_clones(
@@ -302,14 +299,7 @@ async def _receive(
         vm = await VirtualMachine.receive(
             listener, programs, run_directory, progress=steps, audit=audit, stream_port=stream_port
         )
-    assert vm.restored is not None
-    packets = vm.restored.packets
-    console.print(
-        f"VM {vm.name!r} has arrived: {vm.restored.channels} channels, "
-        f"{packets['queued']} queued and {packets['sent']} sent packets in flight"
-    )
-    _tell_paused(vm)
-    await _attend(vm, start, [])
+    await _attend_restored(vm, start, "has arrived")
 
 
 async def _boot_sign(shown: asyncio.Event) -> None:
