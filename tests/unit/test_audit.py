@@ -59,18 +59,6 @@ def test_a_valid_history_is_clean(seed: int, grain: int) -> None:
     assert report.in_flight == 0
 
 
-@given(SEEDS)
-@settings(max_examples=40, deadline=None)
-def test_packets_that_belong_to_no_request_are_no_gap_in_the_order(seed: int) -> None:
-    model, choose = History(), random.Random(seed)
-    for _ in range(10):
-        model.host.queue.append((6, False, 0, b"unasked."))
-        model.run(choose, 20)
-    model.settle()
-    report = model.check()
-    assert report.clean, str(report)
-
-
 def _answering(seed: int, *, steps: int = 120, **damage: str | int) -> History:
     """A history in which the guest answers each of the host's packets by one of its own with the same number, as a
     driver of integration services does, and sends packets of its own beside."""

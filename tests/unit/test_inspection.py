@@ -19,12 +19,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
+from support.chunks import packet_in, with_chunks
 from support.device import BASE, CONFIG, Machine, connect, open_echo
 from unit.test_snapshot_bundle import DEMO, manifest, write
 from vmbus.cli import main
 from vmbus.device import saved
 from vmbus.errors import StateError, UsageError
-from vmbus.kmcl.saved import PacketChunk, decode_chunk, encode
+from vmbus.kmcl.saved import encode
 from vmbus.observe.inspection import collect
 from vmbus.observe.inspection.collect import Listing, inspect_device
 from vmbus.observe.inspection.difference import Difference, compare
@@ -369,15 +370,11 @@ def test_a_snapshots_own_code_is_not_run(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_what_a_provider_does_not_know_as_its_own_is_shown_as_bytes() -> None:
     machine, _, _ = busy()
-    state = machine.save()
-    chunks = list(state.channels[1].chunks)
-    chunk = decode_chunk(chunks[1])
-    assert isinstance(chunk, PacketChunk)
-    chunks[1] = encode(msgspec.structs.replace(chunk, save=b"other"))
-    record = msgspec.structs.replace(state.channels[1], chunks=chunks)
-    document = inspect_state(
-        msgspec.structs.replace(state, channels=[state.channels[0], record]), Source(kind="state", name="x")
-    )
+
+    def other(chunks: list[bytes]) -> None:
+        chunks[1] = encode(msgspec.structs.replace(packet_in(chunks[1])[0], save=b"other"))
+
+    document = of(with_chunks(machine.save(), 1, other))
     packet = channel_of(document, "burst1").packets[0]
     assert packet.save == b"other".hex() and "not what 'burst' saves" in packet.described["problem"]
 
@@ -465,17 +462,6 @@ def places(found: Difference) -> set[str]:
     return {f"{one.kind} {'/'.join(one.where)}" for one in found.changes}
 
 
-def with_chunks(state: saved.DeviceState, number: int, edit: Callable[[list[bytes]], None]) -> saved.DeviceState:
-    """One channel's packets edited; the number of its entries follows."""
-    chunks = list(state.channels[number].chunks)
-    edit(chunks)
-    head = msgspec.structs.replace(decode_chunk(chunks[0]), entries=len(chunks) - 1)
-    chunks[0] = encode(head)
-    channels = list(state.channels)
-    channels[number] = msgspec.structs.replace(channels[number], chunks=chunks)
-    return msgspec.structs.replace(state, channels=channels)
-
-
 def test_the_same_twice_is_the_same() -> None:
     machine, _, _ = busy()
     state = machine.save()
@@ -508,8 +494,7 @@ def test_packets_that_changed_places_or_contents_are_named() -> None:
     assert places(found) == {"changed channels/burst1/packets/order"}
 
     def damage(chunks: list[bytes]) -> None:
-        chunk = decode_chunk(chunks[5])
-        assert isinstance(chunk, PacketChunk)
+        chunk, _ = packet_in(chunks[5])
         chunks[5] = encode(msgspec.structs.replace(chunk, save=chunk.save[:-1] + b"\xff"))
 
     found = compare(of(state), of(with_chunks(state, 1, damage)))
