@@ -15,7 +15,9 @@ with a virtual environment made first.
     chromium        a browser for tests of the report, fetched by those only
     environment     the virtual environment with the Python packages of requirements.lock
     needs           what is missing for set-up and for each feature, and the room for it, before anything is fetched
-    debian, cache, archive, report    apt with a state of its own, the cache directory, unpacking, progress
+    sources, apt, roots               the host's archives, apt with a state of its own, its packages in private roots
+    programs                          how programs are run
+    cache, archive, report            the cache directory, unpacking, progress
 
 Modules here use the standard library only (apart from `__main__`): the first stage of the set-up runs before there
 is a virtual environment.

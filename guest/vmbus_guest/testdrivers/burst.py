@@ -106,7 +106,6 @@ class BurstWorkload(Workload):
         packet.send(burst_stop())
 
     def counts(self) -> dict[str, Any]:
-        """Where it is."""
         return {"received": self._received, **self.tally.as_dict(), "held": len(self._held)}
 
     def result(self) -> dict[str, Any]:

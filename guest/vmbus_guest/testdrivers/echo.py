@@ -123,14 +123,12 @@ class EchoWorkload(CountedWorkload):
         return self._next_send if self._idle else now + LONGEST_STEP
 
     def counts(self) -> dict[str, Any]:
-        """Where it is."""
         return {
             **super().counts(),
             "in_flight": {"queued": self.channel.packets_queued, "sent": self.channel.packets_sent},
         }
 
     def result(self) -> dict[str, Any]:
-        """The final counts. What was never answered is lost."""
         tally = self.tally
         return {
             "sent": self._issued,

@@ -131,7 +131,6 @@ class GpadlWorkload(CountedWorkload, LabWorkload):
         return self._no_more() and not self._loans
 
     def counts(self) -> dict[str, Any]:
-        """Where it is."""
         return {"lent": self.lent, "returned": self.returned, **self.tally.as_dict(), "bytes": self.bytes}
 
     def good(self) -> bool:

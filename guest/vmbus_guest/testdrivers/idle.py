@@ -86,11 +86,9 @@ class IdleWorkload(LabWorkload):
         return self._last and not self._waiting
 
     def counts(self) -> dict[str, Any]:
-        """Where it is."""
         return {"sent": self._sent, **self.tally.as_dict()}
 
     def result(self) -> dict[str, Any]:
-        """The final counts."""
         self.tally.lost += self._sent - self._sequence.next
         return self.counts()
 

@@ -138,11 +138,9 @@ class MaximumWorkload(CountedWorkload, LabWorkload):
         )
 
     def counts(self) -> dict[str, Any]:
-        """Where it is."""
         return {**super().counts(), "bytes": self.bytes}
 
     def result(self) -> dict[str, Any]:
-        """The final counts."""
         return {**super().result(), "largest": self.largest}
 
 

@@ -52,7 +52,6 @@ class RawEchoWorkload(Workload):
                 self._issue(packet)
 
     def finished(self) -> bool:
-        """All answered."""
         return self._completed_count >= self._count
 
     def stop(self) -> None:
@@ -60,7 +59,6 @@ class RawEchoWorkload(Workload):
         self._count = self._issued
 
     def counts(self) -> dict[str, Any]:
-        """Where it is."""
         return {"sent": self._issued, "completed": self._completed_count}
 
     def result(self) -> dict[str, Any]:
@@ -82,7 +80,6 @@ class RawEchoWorkload(Workload):
         return result
 
     def good(self) -> bool:
-        """Everything was answered."""
         return self._completed_count == self._issued == self._count
 
     def _issue(self, packet: Packet) -> None:

@@ -87,7 +87,6 @@ class RemapWorkload(EchoWorkload):
         self.rounds += 1
 
     def counts(self) -> dict[str, Any]:
-        """Where it is."""
         return {**super().counts(), "rounds": self.rounds}
 
     def result(self) -> dict[str, Any]:

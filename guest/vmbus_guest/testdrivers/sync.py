@@ -110,15 +110,12 @@ class SyncWorkload(CountedWorkload, LabWorkload):
         completion.complete(answer)
 
     def finished(self) -> bool:
-        """All answered."""
         return self.pushes.complete and super().finished()
 
     def counts(self) -> dict[str, Any]:
-        """Where it is."""
         return {**super().counts(), "nested": self.nested}
 
     def result(self) -> dict[str, Any]:
-        """The final counts. What was never answered is lost."""
         self.tally.lost = max(self.tally.lost, self._issued - self.tally.completed)
         return {**self.counts(), "pushed": self.pushes.tally.completed}
 
