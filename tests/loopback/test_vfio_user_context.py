@@ -552,7 +552,7 @@ def test_a_stale_socket_is_replaced_and_a_live_one_is_not(libvfio_user: Library,
     with socket.socket(socket.AF_UNIX) as dead:
         dead.bind(os.fspath(path))
     with serve(libvfio_user, path) as server:
-        with pytest.raises(EnvironmentProblem, match="another server"):
+        with pytest.raises(EnvironmentProblem, match="another process"):
             Context(libvfio_user, path, RecordingDevice())
         assert_serves(server)
 

@@ -27,7 +27,6 @@ from vmbus.providers.scsi.provider import ScsiOptions
 from vmbus.providers.scsi.unit import UnitOptions
 from vmbus.providers.vsock.connection import CHUNK, HIGH, LINGER_SECONDS
 from vmbus.providers.vsock.provider import HOST_SECONDS, VsockOptions, VsockProvider
-from vmbus.providers.vsock.streams import SOCKET_PATH_LIMIT
 from vmbus.snapshot import manifest
 from vmbus.soak import campaign as soak_campaign
 from vmbus.soak import folder as soak_folder
@@ -36,6 +35,7 @@ from vmbus.soak import room as soak_room
 from vmbus.soak import settings as soak_settings
 from vmbus.soak.records import Report
 from vmbus.testkit.host import Clock, FakeHost
+from vmbus.util.listening import LONGEST_PATH
 from vmbus.wire import hvsock, messages, nvsp, packet, scsi, storvsp, synic
 from vmbus.wire.synic import PostStatus, Register
 
@@ -282,7 +282,7 @@ def test_the_tables_of_the_sockets(tmp_path: Path) -> None:
     provider = VsockProvider(FakeHost(Clock(), LocalBus(), "", tmp_path), "vsock", UUID(int=1), {})
     told = [name for row in table(text, "Field", "Meaning") for name in code_spans(row["Field"])]
     assert sorted(told) == sorted(provider.status())
-    assert str(hvsock.service_of(0))[8:] in text and f"at most {SOCKET_PATH_LIMIT - 11} here" in text
+    assert str(hvsock.service_of(0))[8:] in text and f"at most {LONGEST_PATH - 11} here" in text
     assert f"Up to {hvsock.MAX_DATA} bytes are taken, and at most {CHUNK}" in text
     assert f"fills {HIGH >> 10} KiB here" in text and f"read for {LINGER_SECONDS:g} s" in text
     assert f"after {HOST_SECONDS:g} s: a guest" in text

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from vmbus.errors import EnvironmentProblem
-from vmbus.transport.connection import Listener, Look, Timer, Waiting, bound_blocking, look
+from vmbus.transport.connection import Look, Timer, Waiting, bound_blocking, look
 from vmbus.transport.protocol import FLAG_NO_REPLY, TYPE_REPLY, Command, encode
+from vmbus.util.listening import Listener
 
 pytestmark = pytest.mark.unit
 
@@ -115,7 +116,7 @@ def test_bounded_blocking(pair: Pair) -> None:
 
 def test_only_the_owner_can_connect(tmp_path: Path) -> None:
     path = tmp_path / "new" / "socket"
-    listener = Listener(path)
+    listener = Listener(path, make_directory=True)
     assert stat.S_IMODE(path.lstat().st_mode) == 0o600
     assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
     assert not os.get_inheritable(listener.socket.fileno())
@@ -140,7 +141,7 @@ def test_a_stale_socket_file_is_replaced(tmp_path: Path) -> None:
 def test_a_live_server_is_not_replaced(tmp_path: Path) -> None:
     path = tmp_path / "socket"
     first = Listener(path)
-    with pytest.raises(EnvironmentProblem, match="another server"):
+    with pytest.raises(EnvironmentProblem, match="another process"):
         Listener(path)
     first.close()
 

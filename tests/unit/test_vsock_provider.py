@@ -14,8 +14,9 @@ from vmbus.bus.connects import CONNECTION_REFUSED
 from vmbus.errors import EnvironmentProblem, UsageError
 from vmbus.providers.vsock import VsockProvider
 from vmbus.providers.vsock.provider import GUEST_SECONDS, HOST_SECONDS, LINE_SECONDS, MOST_CONNECTIONS
-from vmbus.providers.vsock.streams import Listener, connect
+from vmbus.providers.vsock.streams import connect
 from vmbus.testkit import ProviderTest
+from vmbus.util.listening import Listener
 from vmbus.wire import hvsock
 
 pytestmark = pytest.mark.unit
@@ -131,7 +132,7 @@ def test_a_socket_that_is_left_is_replaced_and_one_in_use_is_not(tmp_path: Path)
     with socket.socket(socket.AF_UNIX) as left:
         left.bind(str(path))
     first = Listener(path)
-    with pytest.raises(EnvironmentProblem, match="another process listens there"):
+    with pytest.raises(EnvironmentProblem, match="another process does"):
         Listener(path)
     path.unlink()
     second = Listener(path)
@@ -140,7 +141,7 @@ def test_a_socket_that_is_left_is_replaced_and_one_in_use_is_not(tmp_path: Path)
     second.close()
     assert not path.exists()
     path.write_text("a file")
-    with pytest.raises(EnvironmentProblem, match="something else has that name"):
+    with pytest.raises(EnvironmentProblem, match="is not a socket"):
         Listener(path)
     with pytest.raises(EnvironmentProblem, match="No such file"):
         Listener(tmp_path / "nowhere" / "v.sock")

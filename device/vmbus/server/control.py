@@ -6,10 +6,6 @@ owner only. Commands of one connection run one after another.
 """
 
 import asyncio
-import contextlib
-import os
-import socket
-import stat
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,12 +14,12 @@ import msgspec
 
 from vmbus.errors import EnvironmentProblem, ReportedError, UsageError, VmbusError, WaitTimeout, code_of
 from vmbus.util.complaints import bounded_log
+from vmbus.util.listening import Listener
 from vmbus.util.patience import Guard, patient
 
 log = bounded_log(__name__)
 
 MAX_LINE = 16 << 20
-_PROBE_TIMEOUT = 5.0  # seconds
 _ANSWER_TIMEOUT = 60.0  # seconds that a client may take to read an answer
 
 Handler = Callable[[str, dict[str, Any]], Awaitable[dict[str, Any]]]
@@ -62,39 +58,6 @@ def _encode(response: _Response) -> bytes:
         return msgspec.json.encode(_Response(response.id, error=_Error("internal", repr(error))))
 
 
-def bind_private(path: Path) -> socket.socket:
-    """A listening unix socket at `path` for its owner only; a stale one of a dead server is replaced.
-
-    Raises EnvironmentProblem when a living server has it, or it cannot be made.
-    """
-    with contextlib.suppress(FileNotFoundError):
-        if not stat.S_ISSOCK(path.stat().st_mode):
-            raise EnvironmentProblem(f"{path} exists and is not a socket")
-        with socket.socket(socket.AF_UNIX) as probe:
-            probe.settimeout(_PROBE_TIMEOUT)
-            try:
-                probe.connect(str(path))
-            except ConnectionRefusedError:
-                path.unlink()
-            except OSError as error:
-                raise EnvironmentProblem(
-                    f"cannot tell whether {path} is in use: {error}; choose another path"
-                ) from error
-            else:
-                raise EnvironmentProblem(f"{path} is in use by a running process; choose another path or stop it")
-    sock = socket.socket(socket.AF_UNIX)
-    before = os.umask(0o177)
-    try:
-        sock.bind(str(path))
-        sock.listen(8)
-    except OSError as error:
-        sock.close()
-        raise EnvironmentProblem(f"cannot listen on {path}: {error}") from error
-    finally:
-        os.umask(before)
-    return sock
-
-
 def decode_request(line: bytes) -> _Request:
     """What is asked for in a line. Raises UsageError."""
     try:
@@ -118,12 +81,13 @@ class ControlServer:
         self._path = path
         self._handler = handler
         self._server: asyncio.Server | None = None
+        self._listener: Listener
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def start(self) -> None:
         """Listen. Raises EnvironmentProblem."""
-        sock = bind_private(self._path)
-        self._server = await asyncio.start_unix_server(self._serve, sock=sock, limit=MAX_LINE)
+        self._listener = Listener(self._path)
+        self._server = await asyncio.start_unix_server(self._serve, sock=self._listener.socket, limit=MAX_LINE)
 
     async def close(self) -> None:
         """Stop listening, end all connections, remove the socket."""
@@ -134,7 +98,7 @@ class ControlServer:
         for task in list(self._tasks):
             if task is not current:
                 task.cancel()
-        self._path.unlink(missing_ok=True)
+        self._listener.close()
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()

@@ -48,7 +48,7 @@ from types import TracebackType
 from vmbus.errors import EnvironmentProblem, UsageError, VmbusError
 from vmbus.transport import bindings
 from vmbus.transport.callbacks import Callbacks
-from vmbus.transport.connection import Listener, Timer, Waiting, look, receive, take_posted_writes
+from vmbus.transport.connection import Timer, Waiting, look, receive, take_posted_writes
 from vmbus.transport.doorway import Doorway, Pending, announced_transfer, with_shorter_transfers
 from vmbus.transport.handler import DeviceAccessError, DeviceHandler, ResetKind
 from vmbus.transport.library import Generation, Library
@@ -58,6 +58,7 @@ from vmbus.transport.migration import FeatureGate, MigrationHandler
 from vmbus.transport.offers import Region
 from vmbus.transport.requests import Requests
 from vmbus.util.complaints import bounded_log
+from vmbus.util.listening import Listener
 
 __all__ = [
     "AddressNotMapped",
@@ -142,7 +143,7 @@ class Context:
         self._folder = folder_for(socket_path)
         self._context: LibraryContext | None = self._create()
         try:
-            self._listener = Listener(socket_path)
+            self._listener = Listener(socket_path, make_directory=True)
         except BaseException:
             self._destroy()
             raise

@@ -10,10 +10,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from vmbus.transport import bindings, protocol
-from vmbus.transport.connection import Listener, Waiting, bound_blocking, look
+from vmbus.transport.connection import Waiting, bound_blocking, look
 from vmbus.transport.migration import LONGEST_DATA
 from vmbus.transport.protocol import HEADER
 from vmbus.util.complaints import bounded_log
+from vmbus.util.listening import Listener
 
 logger = bounded_log(__name__)
 

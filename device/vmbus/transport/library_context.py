@@ -15,10 +15,10 @@ from typing import Any
 from vmbus.errors import EnvironmentProblem, VmbusError
 from vmbus.transport import bindings
 from vmbus.transport.callbacks import Callbacks
-from vmbus.transport.connection import LONGEST_PATH
 from vmbus.transport.library import Generation, Library
 from vmbus.transport.migration import MigrationRefused
 from vmbus.util.complaints import bounded_log
+from vmbus.util.listening import LONGEST_PATH
 
 _library_logger = bounded_log(f"{__name__}.library")
 

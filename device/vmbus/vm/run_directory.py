@@ -21,10 +21,8 @@ import msgspec
 from vmbus.errors import EnvironmentProblem, UsageError, os_error
 from vmbus.util.directories import state_directory, state_folder
 from vmbus.util.explaining import check_name
+from vmbus.util.listening import LONGEST_PATH
 from vmbus.util.lockfile import LockFile, held
-
-SOCKET_PATH_LIMIT = 107
-"""Bytes that a unix socket's path may have (sun_path without its end)."""
 
 OWNER = "owner.json"
 """The record in a directory that has an owner."""
@@ -129,10 +127,10 @@ class RunDirectory:
         if (large := state_directory() / _ROOM).is_dir():
             clean_stale(large)
         longest = len(os.fsencode(base)) + 1 + len(name) + len("-99") + _LONGEST_SOCKET_NAME
-        if sockets and longest > SOCKET_PATH_LIMIT:
+        if sockets and longest > LONGEST_PATH:
             raise EnvironmentProblem(
                 f"socket paths under {base / name} would have {longest} bytes; a socket's path may have "
-                f"{SOCKET_PATH_LIMIT}: use a shorter XDG_RUNTIME_DIR or TMPDIR"
+                f"{LONGEST_PATH}: use a shorter XDG_RUNTIME_DIR or TMPDIR"
             )
         with os_error(f"cannot make a run directory in {base}"):
             fresh = Path(tempfile.mkdtemp(prefix=".new-", dir=base))

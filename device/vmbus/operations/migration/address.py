@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 
 from vmbus.errors import UsageError
-from vmbus.vm.run_directory import SOCKET_PATH_LIMIT
+from vmbus.util.listening import LONGEST_PATH
 
 _TCP = re.compile(r"tcp:(?:\[(?P<v6>[0-9a-fA-F:.%a-z]+)\]|(?P<host>[^\[\]:]+)):(?P<port>[0-9]{1,5})")
 
@@ -45,8 +45,8 @@ def parse_address(text: str) -> Address:
     elif text.startswith("unix:"):
         path = text.removeprefix("unix:")
         if path and "\0" not in path:
-            if len(path.encode()) > SOCKET_PATH_LIMIT:
-                raise UsageError(f"{text!r}: a socket's path may have {SOCKET_PATH_LIMIT} bytes; choose a shorter one")
+            if len(path.encode()) > LONGEST_PATH:
+                raise UsageError(f"{text!r}: a socket's path may have {LONGEST_PATH} bytes; choose a shorter one")
             return UnixAddress(path)
     raise UsageError(f"{text!r} is not an address: write tcp:HOST:PORT, tcp:[IPV6]:PORT or unix:PATH")
 

@@ -31,7 +31,7 @@ from pathlib import Path
 
 from vmbus.errors import EnvironmentProblem, UsageError, WaitTimeout, os_error
 from vmbus.operations.migration.address import Address, TcpAddress, UnixAddress
-from vmbus.server.control import bind_private
+from vmbus.util.listening import Listener as UnixListener
 
 MAGIC = b"VMBUSMIG"
 VERSION = 2
@@ -307,6 +307,7 @@ class Listener:
         self._tasks: set[asyncio.Task[None]] = set()
         self._strangers: dict[asyncio.Task[None], str] = {}  # oldest first, with their addresses
         self._on_channel: asyncio.Future[Accepted] = asyncio.get_running_loop().create_future()
+        self._unix: UnixListener | None = None
         self.refused = 0
         """Connections that did not prove themselves, or for which there was no room."""
         self.last_refusal = ""
@@ -320,8 +321,8 @@ class Listener:
     async def _start(self) -> None:
         address = self.address
         if isinstance(address, UnixAddress):
-            sock = bind_private(Path(address.path))
-            self._server = await asyncio.start_unix_server(self._accept, sock=sock)
+            self._unix = UnixListener(Path(address.path))
+            self._server = await asyncio.start_unix_server(self._accept, sock=self._unix.socket)
             return
         with os_error(f"cannot listen on {address}"):
             self._server = await asyncio.start_server(self._accept, address.host, address.port, reuse_address=True)
@@ -379,8 +380,8 @@ class Listener:
         for task in list(self._tasks):
             if task is not current:
                 task.cancel()
-        if isinstance(self.address, UnixAddress):
-            Path(self.address.path).unlink(missing_ok=True)
+        if self._unix is not None:
+            self._unix.close()
 
 
 async def listen(address: Address, secret: bytes) -> Listener:

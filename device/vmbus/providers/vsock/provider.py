@@ -21,8 +21,9 @@ from vmbus.kmcl.settings import FLAG_IS_PIPE
 from vmbus.providers.base import Bound, Host, Provider, Timer
 from vmbus.providers.vsock.connection import COUNTERS, Connection
 from vmbus.providers.vsock.states import OPEN, State
-from vmbus.providers.vsock.streams import LINE_LIMIT, Listener, Stream, check_path, connect, parse_line
+from vmbus.providers.vsock.streams import BACKLOG, LINE_LIMIT, Stream, check_path, connect, parse_line
 from vmbus.util.complaints import bounded_log
+from vmbus.util.listening import Listener
 from vmbus.wire.hvsock import offer_data, peer_port, port_of, service_of
 
 log = bounded_log(__name__)
@@ -102,7 +103,7 @@ class VsockProvider(Provider):
 
     def activate(self) -> None:
         if self._listener is None:
-            self._listener = Listener(self.path)
+            self._listener = Listener(self.path, backlog=BACKLOG)
         self._active = True
         self._look()
 
@@ -150,9 +151,9 @@ class VsockProvider(Provider):
         if wanted is not self._accepting:
             self._accepting = wanted
             if wanted:
-                self.host.add_reader(listener.fd, self._accept)
+                self.host.add_reader(listener.socket.fileno(), self._accept)
             else:
-                self.host.remove_reader(listener.fd)
+                self.host.remove_reader(listener.socket.fileno())
 
     def _was_full(self) -> None:
         if self._count >= MOST_CONNECTIONS:
@@ -171,15 +172,15 @@ class VsockProvider(Provider):
                 self._was_full()
                 break
             try:
-                stream = listener.accept()
+                client = listener.accept()
             except OSError as error:
                 log.warning("provider %s: no program can be taken at %s: %s", self.name, self.path, error.strerror)
                 self._watch(listener, False)
                 self._again = self.host.call_later(_ACCEPT_AGAIN, self._accept_again)
                 return
-            if stream is None:
+            if client is None:
                 break
-            self._greet(stream)
+            self._greet(Stream(client))
         self._look()
 
     def _accept_again(self) -> None:

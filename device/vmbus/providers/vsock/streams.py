@@ -13,17 +13,15 @@ import os
 import re
 import select
 import socket
-import stat
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from struct import Struct
 
-from vmbus.errors import EnvironmentProblem, UsageError
+from vmbus.errors import UsageError
+from vmbus.util.listening import LONGEST_PATH
 from vmbus.wire.hvsock import MAX_PORT
 
-SOCKET_PATH_LIMIT = 107
-"""Bytes that a unix socket's path may have."""
 LINE_LIMIT = 32
 """Bytes of the line that a program of the host's begins with."""
 BACKLOG = 128
@@ -89,10 +87,10 @@ def parse_line(line: bytes) -> int | None:
 def check_path(path: Path) -> None:
     """Raises UsageError for a socket's path that has no room for a port behind it."""
     longest = len(os.fsencode(path)) + 1 + len(str(MAX_PORT))
-    if longest > SOCKET_PATH_LIMIT:
+    if longest > LONGEST_PATH:
         raise UsageError(
             f"the socket {path} and a port behind it would have {longest} bytes; a socket's path may have "
-            f"{SOCKET_PATH_LIMIT}: choose a shorter `path`, or a shorter XDG_RUNTIME_DIR"
+            f"{LONGEST_PATH}: choose a shorter `path`, or a shorter XDG_RUNTIME_DIR"
         )
 
 
@@ -116,62 +114,3 @@ def connect(path: Path, port: int) -> Stream | None:
         pass
     end.close()
     return None
-
-
-class Listener:
-    """Our socket, for programs of the host's. `fd`: to be watched for them."""
-
-    def __init__(self, path: Path) -> None:
-        """Make it. A socket that is left of a process which is gone is replaced. Raises EnvironmentProblem."""
-        self.path = path
-        try:
-            self._socket = socket.socket(socket.AF_UNIX, _KIND)
-        except OSError as error:
-            raise EnvironmentProblem(f"cannot make a socket: {error.strerror}") from error
-        self.fd = self._socket.fileno()
-        try:
-            _remove_left_over(path)
-            os.fchmod(self.fd, 0o600)  # before it has a name: so it is never anybody else's
-            self._socket.bind(os.fsencode(path))
-            self._file = _identity(path)
-            self._socket.listen(BACKLOG)
-        except OSError as error:
-            self._socket.close()
-            raise EnvironmentProblem(f"cannot make the socket {path}: {error.strerror}") from error
-
-    def accept(self) -> Stream | None:
-        """The next program, None if there is none now. Raises OSError when no descriptor is left."""
-        try:
-            end, _ = self._socket.accept()
-        except (BlockingIOError, InterruptedError, ConnectionAbortedError):
-            return None
-        return Stream(end)
-
-    def close(self) -> None:
-        """Take it away; not what somebody else has put in its place."""
-        self._socket.close()
-        with suppress(OSError):
-            if _identity(self.path) == self._file:
-                self.path.unlink()
-
-
-def _identity(path: Path) -> tuple[int, int]:
-    found = path.lstat()
-    return found.st_dev, found.st_ino
-
-
-def _remove_left_over(path: Path) -> None:
-    """Raises OSError when the path is somebody's."""
-    try:
-        mode = path.lstat().st_mode
-    except FileNotFoundError:
-        return
-    if not stat.S_ISSOCK(mode):
-        raise OSError(errno.EEXIST, "something else has that name")
-    with socket.socket(socket.AF_UNIX, _KIND) as probe:
-        try:
-            probe.connect(os.fsencode(path))
-        except ConnectionRefusedError:
-            path.unlink()
-            return
-    raise OSError(errno.EADDRINUSE, "another process listens there")
