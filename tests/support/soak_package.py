@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from vmbus.soak.operations import Figures
+from vmbus.soak.figures import Figures
 from vmbus.soak.stage import Stage
 
 WORKLOAD = {"provider": "echo", "driver": "echo", "parameters": {"count": 0}, "share": 0.5}

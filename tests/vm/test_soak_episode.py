@@ -42,6 +42,8 @@ EVERYTHING: list[dict[str, Any]] = [
     {"kind": "cancelled_migration", "parameters": {"moment": "WRITING"}},
     {"kind": "sabotaged_migration", "parameters": {"blow": "destination_server", "moment": "PACKET_RESTORE"}},
     {"kind": "sabotaged_migration", "parameters": {"blow": "link", "moment": "RAM_COPY"}},
+    {"kind": "far_migration", "parameters": {"rate": 60.0, "latency": 0.001, "loss": 0.0, "cut": ""}},
+    {"kind": "far_migration", "parameters": {"rate": 60.0, "latency": 0.001, "loss": 0.0, "cut": "WRITING"}},
     {"kind": "full_disk", "parameters": {"live": True}},
     {"kind": "kill", "parameters": {"victim": "qemu", "snapshot": "last"}},
     {"kind": "driver_kill"},
@@ -90,7 +92,8 @@ def test_every_operation_under_load(run: Run, programs: Programs, tmp_path: Path
     assert record.audit == "clean", "the revert has undone the driver's death"
     assert [one.driver for one in record.workloads] == ["echo", "burst", "pipe"]
     for operation in sink.operations:
-        assert operation.outcome == ("refused" if operation.kind in REFUSED else "done"), operation
+        refused = operation.kind in REFUSED or operation.parameters.get("cut")
+        assert operation.outcome == ("refused" if refused else "done"), operation
         if operation.kind != "driver_kill":
             assert min(operation.packets["queued"], operation.packets["sent"]) >= chosen.packets, operation
     for workload in record.workloads:
@@ -131,7 +134,7 @@ COMMAND = """
         return {}
 """
 CHEAT = """
-from vmbus.soak.operations import Figures
+from vmbus.soak.figures import Figures
 
 async def cheat(stage, parameters):
     await stage.command("bell", "cheat")

@@ -28,7 +28,7 @@ from vmbus_guest.testdrivers import CATALOGUE, FileEntry
 from vmbus_guest.testdrivers.describe import check_parameters
 
 if TYPE_CHECKING:
-    from vmbus.soak.operations import Figures
+    from vmbus.soak.figures import Figures
     from vmbus.soak.stage import Stage
 
 WORKLOADS, OPERATIONS = "vmbus.soak.workloads", "vmbus.soak.operations"

@@ -25,7 +25,8 @@ from vmbus.provision import provision
 from vmbus.snapshot.bundle import utc_now
 from vmbus.soak.books import flight
 from vmbus.soak.entries import code_from, environment
-from vmbus.soak.operations import Figures, operation_of
+from vmbus.soak.figures import Figures
+from vmbus.soak.operations import operation_of
 from vmbus.soak.plan import EpisodePlan, OperationPlan
 from vmbus.soak.records import EpisodeRecord, OperationRecord, Verdict, WorkloadRecord
 from vmbus.soak.sink import Sink

@@ -109,6 +109,16 @@ def _sabotaged(draw: Draw, world: World) -> Parameters:
     return {"blow": blow, "moment": draw.one_of(BLOWS[blow]).name}
 
 
+def _far(draw: Draw, world: World) -> Parameters:
+    """`rate` in MB a second, `latency` in seconds, `loss` as a share of packets; `cut`: at which moment, if at all."""
+    return {
+        "rate": draw.number(20, 100),
+        "latency": draw.number(0, 0.004),
+        "loss": draw.one_of((0.0, 0.0, 0.0005)),
+        "cut": draw.one_of(("", "", "", *(moment.name for moment in BLOWS["link"]))),
+    }
+
+
 def _kill(draw: Draw, world: World) -> Parameters:
     last = draw.chance(0.5) and world.snapshot is not None
     return {"victim": draw.one_of(("server", "qemu")), "snapshot": "last" if last else "new"}
@@ -120,6 +130,7 @@ _DRAWN: dict[str, Callable[[Draw, World], Parameters]] = {
     "migrate": lambda draw, world: _transport(draw),
     "cancelled_migration": lambda draw, world: {"moment": draw.one_of(_SOURCE_MOMENTS).name, **_transport(draw)},
     "sabotaged_migration": _sabotaged,
+    "far_migration": _far,
     "full_disk": lambda draw, world: {"live": draw.chance(0.5)},
     "checkpoint": lambda draw, world: {"tag": world.name("t")},
     "revert": lambda draw, world: {"tag": draw.one_of(list(world.checkpoints) or [""])},
@@ -137,7 +148,9 @@ _ALLOWED: dict[str, tuple[Scalar, ...]] = {
     "snapshot": ("last", "new"),
     "blow": tuple(BLOWS),
     "live": (False, True),
+    "cut": ("", *(moment.name for moment in BLOWS["link"])),
 }
+_RANGES = {"seconds": (0, 60), "multifd": (0, 16), "rate": (0.5, 10_000), "latency": (0, 1), "loss": (0, 0.5)}
 
 
 def kinds_for(settings: Settings, linux: bool) -> list[str]:
@@ -179,18 +192,19 @@ def _drawn(settings: Settings, kind: str, draw: Draw, world: World) -> Parameter
 
 def _scripted(step: Step, number: int, there: Parameters) -> Parameters:
     """The parameters of a script's operation: its own, and drawn ones for the rest. Raises UsageError."""
-    where = f"script, operation {number} ({step.kind})"
+    where, ours = f"script, operation {number} ({step.kind})", step.kind in WEIGHTS
     for name, value in step.parameters.items():
         if name not in there:
             raise UsageError(f"{where}: there is no parameter {name!r}; known: {', '.join(sorted(there)) or 'none'}")
         if type(value) is not type(there[name]) and not (isinstance(there[name], float) and type(value) is int):
             raise UsageError(f"{where}: parameter {name!r} is of type {type(there[name]).__name__}, not {value!r}")
-        if name in _ALLOWED and value not in _ALLOWED[name]:
+        if ours and name in _ALLOWED and value not in _ALLOWED[name]:
             raise UsageError(
                 f"{where}: parameter {name!r} is {value!r}; allowed: {', '.join(map(str, _ALLOWED[name]))}"
             )
     parameters = {**there, **step.parameters}
-    _check(step.kind, parameters, where)
+    if ours:
+        _check(step.kind, parameters, where)
     return parameters
 
 
@@ -200,7 +214,7 @@ def _check(kind: str, parameters: Parameters, where: str) -> None:
         if parameters["moment"] not in [moment.name for moment in allowed]:
             names = ", ".join(moment.name for moment in allowed)
             raise UsageError(f"{where}: parameter 'moment' is {parameters['moment']!r}; allowed: {names}")
-    if "seconds" in parameters and not 0 <= float(parameters["seconds"]) <= 60:
-        raise UsageError(f"{where}: parameter 'seconds' is {parameters['seconds']}; it must be from 0 to 60")
-    if "multifd" in parameters and parameters["multifd"] not in range(17):
-        raise UsageError(f"{where}: parameter 'multifd' is {parameters['multifd']}; it must be from 0 to 16")
+    for name, (low, high) in _RANGES.items():
+        value = parameters.get(name, low)
+        if not (isinstance(value, int | float) and low <= value <= high):
+            raise UsageError(f"{where}: parameter {name!r} is {value}; it must be from {low} to {high}")

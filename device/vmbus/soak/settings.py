@@ -29,6 +29,7 @@ WEIGHTS: dict[str, float] = {
     "migrate": 4.0,
     "cancelled_migration": 1.0,
     "sabotaged_migration": 1.0,
+    "far_migration": 0.5,
     "full_disk": 0.5,
     "checkpoint": 1.0,
     "revert": 1.5,

@@ -89,6 +89,7 @@ class Host:
         self._directory = directory
         self._peer = peer
         self._turn = asyncio.Lock()
+        self._given: list[int] = []  # descriptors that came with an answer
 
     @classmethod
     async def _make(cls, name: str, directory: Path, *, user: int | None, keep: Sequence[Path]) -> Host:
@@ -188,6 +189,12 @@ class Host:
         """Bytes that passed this end of the link: ``received`` and ``sent``."""
         return await self.request("counters")
 
+    async def socket(self, port: int | None = None) -> socket.socket:
+        """A TCP socket that belongs to this host, and is used from here; with a port it listens there, at the host's
+        address. Raises `EnvironmentProblem`."""
+        await self.request("socket", address=None if port is None else self.address, port=port or 0)
+        return socket.socket(fileno=self._given.pop())
+
     async def request(self, command: str, *, descriptor: int | None = None, **arguments: Any) -> dict[str, Any]:
         """A request to the host's first process (see `vmbus.testbed.init`). Raises `EnvironmentProblem`."""
         async with self._turn:
@@ -219,7 +226,9 @@ class Host:
 
     async def _receive(self, what: str, timeout: float) -> dict[str, Any]:
         async def message() -> dict[str, Any]:
-            data = await asyncio.get_running_loop().sock_recv(self._peer, MESSAGE_LIMIT)
+            await _readable(self._peer.fileno(), what, timeout)
+            data, descriptors, _, _ = socket.recv_fds(self._peer, MESSAGE_LIMIT, 1)
+            self._given += descriptors
             if not data:  # the guard tells how it ended
                 await self.init.exited
                 raise EnvironmentProblem(f"host {self.name!r} hung up")

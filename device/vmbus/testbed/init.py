@@ -5,8 +5,8 @@ and takes its network and its mounts apart. It ends when its owner does, since F
 message a packet) is then closed at the other end.
 
 Messages to the owner: ``{"pid": N}`` (process 1 as seen from outside), ``{"ready": true}``, then one answer for each
-request: ``{"result": {...}}`` or ``{"error": MESSAGE}``. What the machine does not let us make is answered with
-``{"forbidden": MESSAGE}``.
+request: ``{"result": {...}}`` (with a descriptor, where a socket was asked for) or ``{"error": MESSAGE}``. What the
+machine does not let us make is answered with ``{"forbidden": MESSAGE}``.
 
 --user PID joins the user namespace of that process, so that two hosts of one unprivileged user share one; 0 makes a new
 one. --hide DIR puts a fresh tmpfs over a directory; --keep PATH leaves a file or directory below such a one visible.
@@ -117,6 +117,9 @@ def _serve(peer: socket.socket, network: Network) -> None:
             request: dict[str, Any] = json.loads(data)
             command = request.pop("command")
             result: dict[str, int] = {}
+            if command == "socket":
+                _send(peer, {"result": result}, _socket(**request))
+                continue
             if command == "plug":
                 network.plug(descriptors[0])
             elif command == "configure":
@@ -139,9 +142,19 @@ def _serve(peer: socket.socket, network: Network) -> None:
                 os.close(descriptor)
 
 
-def _send(peer: socket.socket, message: dict[str, Any]) -> None:
+def _socket(address: str | None = None, port: int = 0) -> socket.socket:
+    """A TCP socket of this host's, wherever it is used: it listens at the address, if there is one."""
+    return socket.socket() if address is None else socket.create_server((address, port))
+
+
+def _send(peer: socket.socket, message: dict[str, Any], end: socket.socket | None = None) -> None:
+    data = json.dumps(message).encode()
     try:
-        peer.sendall(json.dumps(message).encode())
+        if end is None:
+            peer.sendall(data)
+        else:
+            with end:
+                socket.send_fds(peer, [data], [end.fileno()])
     except OSError:
         os._exit(1)  # the owner is gone, and so are we
 
