@@ -15,7 +15,7 @@ from vmbus.errors import EnvironmentProblem, UsageError
 from vmbus.providers.echo import EchoProvider
 from vmbus.testkit.driver_file import DriverFile, read_driver_file
 from vmbus.testkit.loopback.harness import describe
-from vmbus.testkit.loopback.restoring import Servers
+from vmbus.testkit.loopback.restoring import Servers, run_driver
 from vmbus.transport.library import Library
 from vmbus_guest.testdrivers import CATALOGUE, DIRECTORY_VARIABLE, drivers
 from vmbus_guest.testdrivers.context import Context
@@ -53,11 +53,23 @@ def test_the_example_passes_survives_restores_and_runs_beside_others(installed: 
     assert [part["name"] for part in result["workloads"]] == ["ping-pong", "burst"]
 
 
+def test_the_pages_test_of_a_driver_passes(
+    tmp_path: Path, libvfio_user: Library, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "ping_pong.py").write_text(example())
+    monkeypatch.chdir(tmp_path)
+    page: dict[str, Any] = {}
+    exec(EXAMPLES[2], page)
+    page["test_my_driver"](libvfio_user)
+    with pytest.raises(UsageError, match="has ended after 0 of 1 restores"):
+        run_driver(tmp_path / "ping_pong.py", describe("echo"), libvfio_user, saves=[10**6], count=3)
+
+
 def test_fault_t7_the_pages_example_with_memory_passes_and_survives_restores(
     tmp_path: Path, libvfio_user: Library, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(DIRECTORY_VARIABLE, str(tmp_path))
-    first, second = EXAMPLES
+    first, second, _ = EXAMPLES
     (tmp_path / "fills.py").write_text(f"{first}\n\n{second}\n\nWORKLOAD = Fills\n")
     with Servers(describe("echo"), libvfio_user, [5, 20, 50]) as servers:
         result = drivers()["fills"].load()(Context({"count": 200}, servers.function))
