@@ -18,6 +18,7 @@ import pytest
 
 from vmbus.errors import EnvironmentProblem
 from vmbus.providers.network.interface import NAMESPACES, in_namespace
+from vmbus.util.launcher import tied
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 PREFIX = "vmbus-test-"
@@ -26,18 +27,15 @@ TUN = Path("/dev/net/tun")
 _LAUNCHER = """
 import ctypes, os, runpy, sys
 libc = ctypes.CDLL(None, use_errno=True)
-libc.prctl(1, 9, 0, 0, 0)
-if os.getppid() != int(sys.argv[2]):
-    sys.exit(1)
 descriptor = os.open(sys.argv[1], os.O_RDONLY)
 if libc.setns(descriptor, 0x40000000):
     sys.exit(os.strerror(ctypes.get_errno()))
 os.close(descriptor)
-module = sys.argv[3]
-sys.argv = [module, *sys.argv[4:]]
+module = sys.argv[2]
+sys.argv = [module, *sys.argv[3:]]
 runpy.run_module(module, run_name="__main__", alter_sys=True)
 """
-"""Joins the namespace argv[1] and runs the module argv[3] with the other arguments; dies with its parent, argv[2]."""
+"""Joins the namespace argv[1] and runs the module argv[2] with the other arguments."""
 
 
 class NotPermitted(Exception):
@@ -80,7 +78,7 @@ class Namespace:
         """A web server for a directory, here; the caller ends it."""
         arguments = [str(port), "--bind", "0.0.0.0", "--directory", str(directory)]
         return subprocess.Popen(
-            [sys.executable, "-c", _LAUNCHER, str(NAMESPACES / self.name), str(os.getpid()), "http.server", *arguments],
+            tied([sys.executable, "-c", _LAUNCHER, str(NAMESPACES / self.name), "http.server", *arguments]),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
@@ -112,11 +110,11 @@ class Program:
     """A test driver that runs in a namespace."""
 
     def __init__(self, namespace: Namespace, driver: str, parameters: Mapping[str, Any]) -> None:
-        arguments = [str(NAMESPACES / namespace.name), str(os.getpid()), "vmbus_guest.testdrivers", driver]
+        arguments = [str(NAMESPACES / namespace.name), "vmbus_guest.testdrivers", driver]
         arguments += ["--parameters", json.dumps(parameters)]
         path = os.pathsep.join(str(CHECKOUT / part) for part in ("device", "guest"))
         self.process = subprocess.Popen(
-            [sys.executable, "-c", _LAUNCHER, *arguments],
+            tied([sys.executable, "-c", _LAUNCHER, *arguments]),
             env={**os.environ, "PYTHONPATH": path},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
