@@ -75,7 +75,7 @@ for line in sys.stdin:
 def another_container() -> subprocess.Popen[str]:
     """A process with a VM's directory, in a process namespace of its own: ids there and here say nothing to each other.
     It is killed with what we started, and nothing of it is left."""
-    command = ["unshare", *([] if os.geteuid() == 0 else ["--user"]), "--pid", "--fork", "--kill-child"]
+    command = ["unshare", *([] if os.geteuid() == 0 else ["--map-root-user"]), "--pid", "--fork", "--kill-child"]
     if subprocess.run([*command, "true"], capture_output=True).returncode:
         try:
             raise PermissionError("unshare")
