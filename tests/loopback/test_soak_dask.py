@@ -13,7 +13,7 @@ import pytest
 
 from support import pace
 from support.dask_cluster import Checkout, Cluster
-from support.failure_bench import until
+from support.pace import eventually
 from support.processes import alive
 from support.soak import Script, Sitting, episodes, events, read
 from vmbus.errors import EnvironmentProblem, UsageError
@@ -96,11 +96,11 @@ def test_a_worker_that_is_killed_costs_nothing(tmp_path: Path, cluster: Cluster)
         async with cluster:
             first = await cluster.worker()
             running = asyncio.create_task(sit(folder, cluster, row))
-            await until(marker.exists, "the episode's marker")
-            await until(lambda: len(operations(folder)) == 2, "the operations, live")
+            await eventually(marker.exists, "the episode's marker")
+            await eventually(lambda: len(operations(folder)) == 2, "the operations, live")
             process = int(marker.read_text())
             os.kill(first.pid, signal.SIGKILL)
-            await until(lambda: not alive(process), "the end of the episode's process")
+            await eventually(lambda: not alive(process), "the end of the episode's process")
             go.touch()
             await cluster.worker()
             return await asyncio.wait_for(running, pace.seconds(60))
@@ -120,7 +120,7 @@ def test_interrupted_and_gone_on_with(tmp_path: Path, cluster: Cluster) -> None:
             engine = await connect(cluster)
             sitting = Sitting(folder, row, engine=engine)
             running = asyncio.create_task(sitting())
-            await until(marker.exists, "the episode's marker")
+            await eventually(marker.exists, "the episode's marker")
             sitting.run.interrupt()
             assert await asyncio.wait_for(running, pace.seconds(30)) == "interrupted"
             await engine.close()
@@ -143,11 +143,11 @@ def test_a_campaign_that_is_gone_leaves_nothing_running(tmp_path: Path, cluster:
             running = asyncio.create_task(
                 Sitting(tmp_path / "campaign", Script([["pid", str(marker)], ["hang"]]), engine=engine)()
             )
-            await until(marker.exists, "the episode's marker")
+            await eventually(marker.exists, "the episode's marker")
             process = int(marker.read_text())
             assert engine._beating is not None
             engine._beating.cancel()  # as if it were killed
-            await until(lambda: not alive(process), "the end of the episode's process", 20)
+            await eventually(lambda: not alive(process), "the end of the episode's process", 20)
             running.cancel()
             await asyncio.wait({running}, timeout=pace.seconds(30))
             await engine.close()
@@ -166,7 +166,7 @@ def test_a_scheduler_that_dies_is_an_interruption(
         async with cluster:
             await cluster.worker()
             running = asyncio.create_task(sit(folder, cluster, row))
-            await until(marker.exists, "the episode's marker")
+            await eventually(marker.exists, "the episode's marker")
             assert cluster.scheduler is not None
             os.kill(cluster.scheduler.pid, signal.SIGKILL)
             return await asyncio.wait_for(running, pace.seconds(90))

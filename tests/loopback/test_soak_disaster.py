@@ -17,7 +17,8 @@ import msgspec
 import pytest
 
 from support import pace
-from support.failure_bench import Disk, until
+from support.failure_bench import Disk
+from support.pace import eventually
 from support.processes import alive
 from support.soak import Script, Sitting, campaign, episodes, events, read
 from vmbus.soak.campaign import Limits
@@ -37,11 +38,11 @@ def test_a_campaign_that_is_killed_leaves_no_process_and_is_gone_on_with(tmp_pat
     owner = subprocess.Popen([sys.executable, str(OWNER), str(folder), json.dumps(script)], env=environment)
     try:
         known = partial(read, folder, OperationRecord)
-        asyncio.run(until(lambda: pid.exists() and len(known()) == 3, "the second episode"))
+        asyncio.run(eventually(lambda: pid.exists() and len(known()) == 3, "the second episode"))
     finally:
         owner.send_signal(signal.SIGKILL)
         owner.wait(pace.seconds(30))
-    asyncio.run(until(lambda: not alive(int(pid.read_text())), "the end of the worker"))
+    asyncio.run(eventually(lambda: not alive(int(pid.read_text())), "the end of the worker"))
     assert read_state(folder).state == "running"
     assert [(record.episode, record.number) for record in read(folder, OperationRecord)] == [(0, 0), (0, 1), (1, 0)]
     go.touch()
@@ -87,7 +88,7 @@ def test_a_disk_that_gets_full_and_empty_again_costs_only_time(tmp_path: Path, d
     async def body() -> str:
         sitting = Sitting(folder, Script(GOOD, spoiling(tmp_path, disk), GOOD), limits=limits(60), scratch=disk.path)
         running = asyncio.create_task(sitting())
-        await until(lambda: "no episode begins" in sitting.text, "the wait for room")
+        await eventually(lambda: "no episode begins" in sitting.text, "the wait for room")
         assert "MiB left, and 8 MiB are needed; waiting up to 60 s for room" in sitting.text
         assert not (folder / "reserve").exists()
         disk.empty()
@@ -169,7 +170,7 @@ def test_an_episode_whose_record_found_no_room_is_run_again(tmp_path: Path, disk
     async def body() -> str:
         sitting = Sitting(folder, row, limits=Limits(beat=0.05, room=0))
         running = asyncio.create_task(sitting())
-        await until(marker.exists, "the episode's marker")
+        await eventually(marker.exists, "the episode's marker")
         (folder / "reserve").unlink()
         disk.fill()
         go.touch()

@@ -12,7 +12,7 @@ from types import TracebackType
 
 import vmbus
 import vmbus_guest
-from support.failure_bench import until
+from support.pace import eventually
 from vmbus.soak import remote
 from vmbus.vm.process import Child
 
@@ -65,7 +65,7 @@ class Cluster:
             {"PYTHONPATH": ""},
         )
         log = self._folder / "scheduler.log"
-        await until(lambda: "Scheduler at:" in log.read_text(), "the scheduler's address", START)
+        await eventually(lambda: "Scheduler at:" in log.read_text(), "the scheduler's address", START)
         self.address = log.read_text().partition("Scheduler at:")[2].split()[0]
         return self
 
@@ -81,7 +81,7 @@ class Cluster:
         )
         self.workers.append(child)
         log = self._folder / f"{name}.log"
-        await until(lambda: "Starting established connection" in log.read_text(), f"{name} to be there", START)
+        await eventually(lambda: "Starting established connection" in log.read_text(), f"{name} to be there", START)
         return child
 
     async def __aexit__(

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from support import pace
-from support.failure_bench import until
+from support.pace import eventually
 from support.soak import QUICK, Script, Sitting, episodes, events, read
 from vmbus.soak.campaign import Limits
 from vmbus.soak.engine import LocalEngine, capacity
@@ -137,7 +137,7 @@ def test_one_episode_alone(tmp_path: Path) -> None:
 
 async def interrupted(sitting: Sitting, marker: Path, force: bool = False) -> str:
     running = asyncio.create_task(sitting())
-    await until(marker.exists, "the episode's marker")
+    await eventually(marker.exists, "the episode's marker")
     (sitting.run.abort if force else sitting.run.interrupt)()
     return await asyncio.wait_for(running, 20)
 

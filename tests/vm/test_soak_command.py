@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from support.failure_bench import until
+from support.pace import eventually
 from support.soak import events, read
 from vmbus.soak.folder import read_state
 from vmbus.soak.records import EpisodeRecord, OperationRecord
@@ -57,7 +57,7 @@ def test_a_campaign_is_interrupted_gone_on_with_and_reports(tmp_path: Path) -> N
 
     async def body() -> tuple[int, int]:
         child = await soak(folder, first)
-        await until(lambda: operations.exists() and operations.stat().st_size > 0, "the first operation", 120)
+        await eventually(lambda: operations.exists() and operations.stat().st_size > 0, "the first operation", 120)
         os.kill(child.pid, signal.SIGTERM)
         interrupted = await status(child, 90)
         return interrupted, await status(await soak(folder, second), 180)
