@@ -500,7 +500,7 @@ async def another_destination(both: Pair, verdicts: Verdicts) -> AsyncIterator[D
 async def test_fault_m1_silence_is_no_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody listens any more: that says nothing. A destination there that has what is on disk can tell."""
 
-    async with pair(tmp_path, ask_timeout=1.5) as both:
+    async with pair(tmp_path, ask_timeout=0.4) as both:
         await _killed(both, monkeypatch)
         with pytest.raises(MigrationInDoubt, match="nobody listens"):
             await both.source.resolve(run=None)
@@ -515,7 +515,7 @@ async def test_fault_m1_another_destination_with_the_same_secret_cannot_tell(
 ) -> None:
     strangers = tmp_path / "strangers"
     strangers.mkdir()
-    async with pair(tmp_path, ask_timeout=1.5) as both:
+    async with pair(tmp_path, ask_timeout=0.4) as both:
         await _killed(both, monkeypatch)
         async with another_destination(both, Verdicts(strangers)):
             with pytest.raises(MigrationInDoubt, match="is another destination, which knows nothing"):
@@ -544,7 +544,7 @@ async def test_fault_m1_a_vm_that_ran_and_ended_there_never_runs_here(
         if now is Moment.AFTER_GO:
             monkeypatch.setattr(source, "connect", nobody)
 
-    async with pair(tmp_path, source_at=deaf, ask_timeout=1.5) as both:
+    async with pair(tmp_path, source_at=deaf, ask_timeout=0.4) as both:
         Interceptor(monkeypatch, (Running,))
         await _doubt(both, tmp_path)
         staying = asyncio.create_task(both.destination.stay())
