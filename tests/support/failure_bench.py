@@ -36,7 +36,7 @@ from vmbus.device.description import DeviceDescription, ProviderDescription
 from vmbus.errors import VmbusError
 from vmbus.operations import capture, restore, revert
 from vmbus.operations.machine import VirtualMachine
-from vmbus.operations.migration import arrival, link, source
+from vmbus.operations.migration import arrival, asking, link
 from vmbus.operations.migration.address import UnixAddress
 from vmbus.operations.migration.channel import listen
 from vmbus.server.control import ControlClient
@@ -416,7 +416,7 @@ class Bench:
                 patch.setattr(revert, "FINISH_TIMEOUT", 1.0)
             if cell.failure is Failure.LINK_CUT:
                 patch.setattr(link, "PING_INTERVAL", 0.1)
-                patch.setattr(source, "_ASK_ONCE", 0.3)
+                patch.setattr(asking, "_ASK_ONCE", 0.3)
             yield
 
     # --- one cell

@@ -19,7 +19,9 @@ pytestmark = pytest.mark.unit
 
 DEVICE = Path(__file__).resolve().parents[2] / "device"
 
-LARGEST = 500  # lines
+LARGEST = 500  # lines of a file
+LARGEST_CLASS = 320
+INSTANCE = ("vm", "snapshot", "qemu", "operations")
 CORE = ("kmcl", "ring", "bus", "memory", "wire", "device", "native")  # a module or a package each
 TOO_LARGE: set[str] = set()
 FLOORS = (
@@ -190,14 +192,26 @@ def test_kmcl_does_not_know_who_looks_at_it() -> None:
     assert without_packages(found) == set()
 
 
-def test_no_file_of_the_core_is_too_large() -> None:
+def test_no_file_of_the_core_or_of_the_instance_is_too_large() -> None:
     sizes: dict[str, int] = {}
-    for name in CORE:
+    for name in (*CORE, *INSTANCE):
         files = [DEVICE / "vmbus" / f"{name}.py", *(DEVICE / "vmbus" / name).rglob("*.*")]
         here = [path for path in files if path.suffix in (".py", ".c", ".h") and path.exists()]
         assert here, f"the room {name} is gone: it has another name now?"
         sizes |= {str(path.relative_to(DEVICE)): len(path.read_text().splitlines()) for path in here}
     assert {name for name, lines in sizes.items() if lines > LARGEST} == TOO_LARGE, sizes
+
+
+def test_no_class_of_the_instance_is_too_large() -> None:
+    found = {
+        f"{path.stem}.{one.name}": (one.end_lineno or 0) - one.lineno + 1
+        for name in INSTANCE
+        for path in (DEVICE / "vmbus" / name).rglob("*.py")
+        for one in ast.parse(path.read_text()).body
+        if isinstance(one, ast.ClassDef)
+    }
+    assert "instance.Instance" in found
+    assert {name: lines for name, lines in found.items() if lines > LARGEST_CLASS} == {}
 
 
 # ---- the rules themselves can fail -----------------------------------------------------------------------------------

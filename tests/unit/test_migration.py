@@ -19,12 +19,12 @@ from vmbus.errors import EnvironmentProblem, UsageError, VmbusError, WaitTimeout
 from vmbus.operations import capture, migrate, stream
 from vmbus.operations.migration import ownership, verdicts
 from vmbus.operations.migration.address import TcpAddress, UnixAddress, parse_address, stream_channel
+from vmbus.operations.migration.asking import ASK_TIMEOUT
 from vmbus.operations.migration.channel import MAX_FRAME, Listener, connect, listen
 from vmbus.operations.migration.destination import GO_TIMEOUT, Destination
 from vmbus.operations.migration.link import SILENCE, Link
 from vmbus.operations.migration.messages import Fate, Go, Hello, Wanted
 from vmbus.operations.migration.ownership import DESTINATION, SOURCE, DestinationStage, Ownership, SourceStage
-from vmbus.operations.migration.source import ASK_TIMEOUT
 from vmbus.operations.migration.verdicts import Verdicts
 from vmbus.operations.stream import REFUSED_CAPABILITIES, StreamSettings
 from vmbus.qemu.qmp import MigrationFailed
@@ -354,7 +354,7 @@ async def test_a_lost_go_leaves_the_vm_at_the_source(tmp_path: Path, monkeypatch
 @pytest.mark.parametrize("clock", ["right", "mad"])
 async def test_a_lost_running_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clock: str) -> None:
     """The VM runs there while it is asked about: that is no downtime, whatever a destination may say of its clock."""
-    from vmbus.operations.migration import source
+    from vmbus.operations.migration import asking
     from vmbus.operations.migration.messages import Running
 
     silence = 1.0  # before it can be asked
@@ -365,7 +365,7 @@ async def test_a_lost_running_is_asked_for(tmp_path: Path, monkeypatch: pytest.M
 
     async def cut(now: Moment) -> None:
         if now is Moment.AFTER_GO:
-            monkeypatch.setattr(source, "connect", later)
+            monkeypatch.setattr(asking, "connect", later)
 
     async with pair(tmp_path, source_at=cut) as both:
         Interceptor(monkeypatch, (Running,), running_for=1e9 if clock == "mad" else None)
@@ -429,7 +429,7 @@ async def _doubt(both: Pair, tmp_path: Path) -> MigrationInDoubt:
 async def test_a_destination_that_cannot_be_asked_leaves_the_vm_in_doubt(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, decision: str
 ) -> None:
-    from vmbus.operations.migration import source
+    from vmbus.operations.migration import asking
     from vmbus.operations.migration.messages import Running
 
     async def unreachable(*_: Any) -> Any:
@@ -437,7 +437,7 @@ async def test_a_destination_that_cannot_be_asked_leaves_the_vm_in_doubt(
 
     async def deaf(now: Moment) -> None:
         if now is Moment.AFTER_GO:
-            monkeypatch.setattr(source, "connect", unreachable)
+            monkeypatch.setattr(asking, "connect", unreachable)
 
     async with pair(tmp_path, source_at=deaf, ask_timeout=0.2) as both:
         Interceptor(monkeypatch, (Running,))
@@ -534,7 +534,7 @@ async def test_fault_m1_a_vm_that_ran_and_ended_there_never_runs_here(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The link is cut after Go, the VM there runs and ends, its listener goes: what the source has is of the past."""
-    from vmbus.operations.migration import source
+    from vmbus.operations.migration import asking
     from vmbus.operations.migration.messages import Running
 
     async def nobody(*_: Any) -> Any:
@@ -542,7 +542,7 @@ async def test_fault_m1_a_vm_that_ran_and_ended_there_never_runs_here(
 
     async def deaf(now: Moment) -> None:
         if now is Moment.AFTER_GO:
-            monkeypatch.setattr(source, "connect", nobody)
+            monkeypatch.setattr(asking, "connect", nobody)
 
     async with pair(tmp_path, source_at=deaf, ask_timeout=0.4) as both:
         Interceptor(monkeypatch, (Running,))
@@ -552,7 +552,7 @@ async def test_fault_m1_a_vm_that_ran_and_ended_there_never_runs_here(
         staying.cancel()  # the VM has ended there, and with it who answered
         await asyncio.wait({staying})
         await both.arriving.discard()
-        monkeypatch.setattr(source, "connect", connect)
+        monkeypatch.setattr(asking, "connect", connect)
         async with another_destination(both, both.verdicts):
             await both.source.resolve(run=None)
         assert both.leaving.ended and both.world.running == set()

@@ -14,11 +14,12 @@ import msgspec
 from vmbus.errors import UsageError
 from vmbus.operations.migration.address import parse_address
 from vmbus.operations.migration.arrival import Arrival
+from vmbus.operations.migration.asking import ASK_TIMEOUT
 from vmbus.operations.migration.channel import Listener
 from vmbus.operations.migration.destination import GO_TIMEOUT, Destination
 from vmbus.operations.migration.messages import Prepare
 from vmbus.operations.migration.report import MigrationReport
-from vmbus.operations.migration.source import ASK_TIMEOUT, Source
+from vmbus.operations.migration.source import Source
 from vmbus.operations.restore import RestoreReport
 from vmbus.operations.stream import StreamSettings
 from vmbus.operations.vm import Vm, alone, operation

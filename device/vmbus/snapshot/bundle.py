@@ -35,6 +35,7 @@ from vmbus.snapshot.manifest import (
     MANIFEST,
     RAM,
     STATE,
+    VENDOR_DEVICE,
     FileRecord,
     Manifest,
     decode_manifest,
@@ -50,7 +51,6 @@ _PARTIAL = re.compile(r"\..{1,100}\.partial-[0-9a-f]{8}")
 _NEW = ".vmbus-new-"
 _UNLOCKED_AGE = 60.0  # seconds after which a new directory that nobody holds locked is taken for abandoned
 _MANIFEST_LIMIT = 4 << 20  # bytes; a real one has a few thousand
-_VENDOR_DEVICE = bytes.fromhex("4256564d")  # configuration bytes 0 to 3: vendor 0x5642, device 0x4d56
 
 
 def utc_now() -> str:
@@ -238,7 +238,7 @@ def _read_manifest(directory: Path) -> Manifest:
 
 def _check_device(directory: Path, manifest: Manifest, expected: VmDescription | None) -> None:
     config = bytes.fromhex(manifest.machine.pci_config)
-    if config[:4] != _VENDOR_DEVICE:
+    if config[:4] != VENDOR_DEVICE:
         vendor, device = int.from_bytes(config[:2], "little"), int.from_bytes(config[2:4], "little")
         raise StateError(f"the snapshot {directory} is of another device: PCI {vendor:04x}:{device:04x}, not 5642:4d56")
     if expected is None or expected == manifest.vm:

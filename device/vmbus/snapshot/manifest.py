@@ -30,6 +30,9 @@ INITRAMFS = "initramfs.cpio"
 CONTENTS = (RAM, STATE, KERNEL, INITRAMFS)
 """Every snapshot's files besides the manifest: QEMU's stream, the device server's state, and what QEMU booted."""
 
+VENDOR_DEVICE = bytes.fromhex("4256564d")
+"""The first bytes of the function's configuration space: vendor 0x5642, device 0x4d56."""
+
 FILE_PREFIX = PREFIX
 FILE_NAME = re.compile(rf"file\.{NAME}\.[a-z0-9][a-z0-9_-]{{0,31}}")
 """Files of providers: `file.PROVIDER.NAME`. A snapshot may have any number of them."""

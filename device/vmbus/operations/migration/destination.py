@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 from vmbus.errors import EnvironmentProblem, StateError, VmbusError, WaitTimeout
 from vmbus.operations.migration.arrival import Arrival
+from vmbus.operations.migration.asking import ASK_TIMEOUT
 from vmbus.operations.migration.channel import Channel, Listener
-from vmbus.operations.migration.files import receive_file, record_of
+from vmbus.operations.migration.files import receive_file
+from vmbus.operations.migration.fitting import boot_files, check_driven, check_machine
 from vmbus.operations.migration.link import Link, Silence
 from vmbus.operations.migration.messages import (
     Accepted,
@@ -33,16 +34,13 @@ from vmbus.operations.migration.messages import (
     Running,
     Sent,
     State,
-    Wanted,
     short,
 )
 from vmbus.operations.migration.ownership import DESTINATION, DestinationStage, Ownership
-from vmbus.operations.migration.source import ASK_TIMEOUT
 from vmbus.operations.migration.stream import STATE_FILE
 from vmbus.operations.migration.verdicts import Record, Stage, Verdicts
-from vmbus.snapshot.manifest import FileRecord
-from vmbus.util.interruptible import Stop, in_thread, uninterrupted
-from vmbus.vm.command_line import Programs, runs_under, serves_machine
+from vmbus.util.interruptible import uninterrupted
+from vmbus.vm.command_line import Programs
 from vmbus.vm.description import VmDescription
 from vmbus.vm.errors import MigrateFailed
 from vmbus.vm.moments import Hook, Moment, no_hook
@@ -57,8 +55,6 @@ ANSWER_TIMEOUT = 900.0
 """Seconds for which a VM that came here answers its source if that does not say that it has ended."""
 _SOURCE_TIMEOUT = 3600.0  # of steps that only the source can bound; a dead source is noticed much earlier
 _END_TIMEOUT = 60.0
-
-_VENDOR_DEVICE = bytes.fromhex("4256564d")  # vendor 0x5642, device 0x4d56, as they lie in configuration space
 
 
 class Destination:
@@ -305,14 +301,16 @@ class Destination:
         """Everything up to a VM that only needs its vCPUs to run."""
         with self.phases("prepare"):
             prepare = await link.expect(Prepare, timeout=HELLO_TIMEOUT, what="what is to move")
-            self._check(prepare, link)
+            check_machine(prepare, self._programs, link.name)
             folder = self._claim(prepare.vm)
-            kernel, initramfs = await self._boot_files(link, prepare, folder)
+            assert self._record is not None
+            destination = self._record.destination
+            kernel, initramfs = await boot_files(link, prepare, self._programs, folder, destination)
             vm = self._vm = self._build(prepare, kernel, initramfs, link.channel.local_host)
         while True:
             await self._at(Moment.BEFORE_STREAM)
             stream = await vm.start(self.phases, prepare.multifd)
-            await self._check_driven(vm, link, source=prepare.driven)
+            check_driven(link.name, there=prepare.driven, here=await vm.driven())
             # While the VM still runs at the source. What the guest changes until it stops is written then.
             with self.phases("pci ahead"):
                 await vm.replay_ahead(bytes.fromhex(prepare.machine.pci_config))
@@ -374,57 +372,6 @@ class Destination:
         seconds = {name: self.phases.seconds[name] for name in ("pci", "device")}
         self.restored = Restored(packets=packets, channels=channels, pci_writes=writes, seconds=seconds)
         await link.send(self.restored)
-
-    def _check(self, prepare: Prepare, link: Link) -> None:
-        """Raises `StateError` unless such a VM can run on this machine."""
-        if not serves_machine(self._programs.qemu_version, prepare.machine.type):
-            raise StateError(
-                f"{link.name} sends a VM of machine {prepare.machine.type} (QEMU {prepare.versions.qemu}), which the "
-                f"QEMU here is too old for ({self._programs.qemu_version}): use that one or a later one (VMBUS_QEMU)"
-            )
-        if not runs_under(prepare.machine.accelerator, self._programs):
-            raise StateError(
-                f"{link.name} sends a VM that runs under {prepare.machine.accelerator}; it cannot run under "
-                f"{self._programs.accelerator}, which is used here (VMBUS_ACCELERATOR)"
-            )
-        if bytes.fromhex(prepare.machine.pci_config)[:4] != _VENDOR_DEVICE:
-            raise StateError(f"{link.name} sends a VM with another PCI device than 5642:4d56")
-
-    async def _check_driven(self, vm: Arrival, link: Link, *, source: bool) -> None:
-        """Raises `StateError` unless QEMU treats the device here as it does at the source, where nothing has been done
-        to the VM yet. What one has in its stream the other would not look for."""
-        here = await vm.driven()
-        if source == here:
-            return
-        ways = {True: "QEMU migrates the device itself", False: "QEMU leaves the device to the device server"}
-        raise StateError(
-            f"at {link.name} {ways[source]}, and here {ways[here]}: the device's state would be lost between them; use "
-            "the QEMU and the libvfio-user of the source (VMBUS_QEMU, VMBUS_LIBVFIO_USER)"
-        )
-
-    async def _boot_files(self, link: Link, prepare: Prepare, folder: Path) -> tuple[Path, Path]:
-        """The source's kernel and initramfs: ours if they are the same, else received into the folder."""
-        kernel, initramfs = self._programs.kernel, self._programs.initramfs
-        wanted: list[Literal["kernel", "initramfs"]] = []
-        if not await in_thread(functools.partial(_is, kernel, prepare.kernel)):
-            kernel = folder / "vmlinuz"
-            wanted.append("kernel")
-        if not await in_thread(functools.partial(_is, initramfs, prepare.initramfs)):
-            initramfs = folder / "initramfs.cpio"
-            wanted.append("initramfs")
-        assert self._record is not None
-        await link.send(Wanted(files=wanted, destination=self._record.destination))
-        if "kernel" in wanted:
-            await receive_file(link, prepare.kernel, kernel)
-        if "initramfs" in wanted:
-            await receive_file(link, prepare.initramfs, initramfs)
-        return kernel, initramfs
-
-
-def _is(path: Path, record: FileRecord, stop: Stop) -> bool:
-    with contextlib.suppress(VmbusError):
-        return record_of(path, stop) == record
-    return False
 
 
 async def _unless_failed(loading: asyncio.Task[None], message: Awaitable[T]) -> T:

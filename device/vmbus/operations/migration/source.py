@@ -21,11 +21,11 @@ from vmbus.device.description import DeviceDescription
 from vmbus.errors import EnvironmentProblem, StateError, UsageError, VmbusError
 from vmbus.operations.capture import Capture
 from vmbus.operations.migration.address import Address
+from vmbus.operations.migration.asking import ASK_TIMEOUT, Asking
 from vmbus.operations.migration.channel import connect
 from vmbus.operations.migration.files import record_of, send_file
 from vmbus.operations.migration.link import Link, PeerFailed
 from vmbus.operations.migration.messages import (
-    Fate,
     Go,
     Hello,
     Prepare,
@@ -53,12 +53,8 @@ from vmbus.vm.timing import Phases, Progress
 
 RUNNING_TIMEOUT = 30.0
 """Seconds from Go to Running before the destination is asked over a new connection."""
-ASK_TIMEOUT = 60.0
-"""Seconds for which a silent destination is asked what became of the VM."""
 CALL_OFF_TIMEOUT = 5.0
 """Seconds for a destination that is told to give up to end everything; the VM stands still meanwhile."""
-ASK_INTERVAL = 0.5
-_ASK_ONCE = 5.0
 
 
 class Source:
@@ -84,10 +80,10 @@ class Source:
         self.phases = Phases(progress)
         self.ownership = Ownership(SOURCE, SourceStage.PREPARING)
         self._secret = secret
+        self._asking = Asking(self.migration, address, secret, silence=silence, timeout=ask_timeout)
         self._stream = stream or StreamSettings()
         self._at = at
         self._silence = silence
-        self._ask_timeout = ask_timeout
         self._sabotage = sabotage
         self._capture: Capture | None = None
         self._captured: Captured | None = None
@@ -96,8 +92,6 @@ class Source:
         self._cont = 0.0
         self._times: dict[str, float] = {}
         self._decision: bool | None = None  # of somebody's, about a doubt: whether the VM is to run here
-        self._destination: str | None = None
-        """Whose word counts: see `vmbus.operations.migration.messages.Wanted`."""
 
     @property
     def stage(self) -> SourceStage:
@@ -155,7 +149,7 @@ class Source:
             raise UsageError(f"nothing is to be decided: the migration is {self.stage.value}")
         if run is None:
             try:
-                answer = await self._ask_once()
+                answer = await self._asking.once()
             except VmbusError as error:
                 raise MigrationInDoubt(f"{error}: it stays in doubt") from error
             if answer.fate == "undecided":
@@ -237,7 +231,7 @@ class Source:
                 )
             )
             wanted = await link.expect(Wanted, timeout=PREPARE_TIMEOUT, what="which boot files it lacks")
-            self._destination = wanted.destination
+            self._asking.destination = wanted.destination
             for name in wanted.files:
                 await send_file(link, vm.programs.kernel if name == "kernel" else vm.programs.initramfs)
             return await link.expect(Prepared, timeout=PREPARE_TIMEOUT, what="a server and a QEMU that wait")
@@ -270,7 +264,7 @@ class Source:
                 fate, reason = "gone", str(error)
             except Exception as error:  # whatever it is, only the destination knows now
                 asked = True
-                answer = await self._ask(error)
+                answer = await self._asking.ask(error)
                 fate, reason = answer.fate, answer.reason
                 if fate == "running":  # no sooner than Go was sent, whatever clock the destination may have
                     self._ran(max(decided, time.monotonic() - answer.running_for), answer.seconds)
@@ -284,8 +278,8 @@ class Source:
             self.ownership.move(SourceStage.IN_DOUBT)
             raise MigrationInDoubt(
                 f"the link to {self.address} broke at the moment of the decision ({reason}), and for "
-                f"{self._ask_timeout:g} s the destination could not be asked whether VM {self.vm.name!r} runs there. "
-                "It stays stopped here. If a destination can be started there again, at the same address, ask it "
+                f"{self._asking.timeout:g} s the destination could not be asked whether VM {self.vm.name!r} runs there"
+                ". It stays stopped here. If a destination can be started there again, at the same address, ask it "
                 "(scripts/migrate --resolve ask): what became of the VM is on its disk. Or look there: if it runs, or "
                 "ran, end it here (resolve(run=False), or scripts/migrate --resolve end); if it certainly never did, "
                 "let it run here (resolve(run=True), or scripts/migrate --resolve run)"
@@ -302,39 +296,6 @@ class Source:
         """The vCPUs run at the destination since then, and took so long for it."""
         self._times["running"] = at
         self._cont = seconds.get("cont", 0.0)
-
-    async def _ask(self, problem: Exception) -> Fate:
-        """What became of the VM, and why; still ``undecided`` if the destination could not tell in time.
-
-        Only the destination that this migration began with can tell: neither that nobody listens there (a firewall, a
-        listener that was given up, a reboot), nor the word of another one that knows the same secret says anything.
-        """
-        deadline = time.monotonic() + self._ask_timeout
-        reason = str(problem) or type(problem).__name__
-        while True:
-            try:
-                answer = await self._ask_once()
-                if answer.fate != "undecided":
-                    return msgspec.structs.replace(answer, reason=answer.reason or reason)
-                latest = answer.reason
-            except VmbusError as error:
-                latest = str(error)
-            if time.monotonic() >= deadline:
-                return Fate(fate="undecided", reason=f"{reason}; {latest}" if latest else reason)
-            await asyncio.sleep(ASK_INTERVAL)
-
-    async def _ask_once(self) -> Fate:
-        """The word of the destination that this migration began with, ``undecided`` included. Raises `VmbusError`."""
-        try:
-            channel = await connect(self.address, self._secret, _ASK_ONCE)
-        except ConnectionRefusedError:
-            raise EnvironmentProblem(f"nobody listens at {self.address}") from None
-        async with Link(channel, silence=self._silence) as link:
-            await link.send(Hello(migration=self.migration, purpose="ask"))
-            answer = await link.expect(Fate, timeout=_ASK_ONCE, what="what became of the VM")
-        if answer.fate == "unknown" or answer.destination != self._destination:
-            raise EnvironmentProblem(f"at {self.address} is another destination, which knows nothing of this migration")
-        return answer
 
     async def _run_on(self) -> None:
         assert self._capture is not None

@@ -1,0 +1,71 @@
+"""Whether the VM that a source sends can run here, and the files that it boots from."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from pathlib import Path
+from typing import Literal
+
+from vmbus.errors import StateError, VmbusError
+from vmbus.operations.migration.files import receive_file, record_of
+from vmbus.operations.migration.link import Link
+from vmbus.operations.migration.messages import Prepare, Wanted
+from vmbus.snapshot.manifest import VENDOR_DEVICE, FileRecord
+from vmbus.util.interruptible import Stop, in_thread
+from vmbus.vm.command_line import Programs, runs_under, serves_machine
+
+
+def check_machine(prepare: Prepare, programs: Programs, source: str) -> None:
+    """Raises `StateError` unless such a VM can run on this machine."""
+    machine = prepare.machine
+    if not serves_machine(programs.qemu_version, machine.type):
+        raise StateError(
+            f"{source} sends a VM of machine {machine.type} (QEMU {prepare.versions.qemu}), which the QEMU here is too "
+            f"old for ({programs.qemu_version}): use that one or a later one (VMBUS_QEMU)"
+        )
+    if not runs_under(machine.accelerator, programs):
+        raise StateError(
+            f"{source} sends a VM that runs under {machine.accelerator}; it cannot run under {programs.accelerator}, "
+            "which is used here (VMBUS_ACCELERATOR)"
+        )
+    if bytes.fromhex(machine.pci_config)[:4] != VENDOR_DEVICE:
+        raise StateError(f"{source} sends a VM with another PCI device than 5642:4d56")
+
+
+def check_driven(source: str, *, there: bool, here: bool) -> None:
+    """Raises `StateError` unless QEMU treats the device here as it does at the source, where nothing has been done to
+    the VM yet. What one has in its stream the other would not look for."""
+    if there != here:
+        ways = {True: "QEMU migrates the device itself", False: "QEMU leaves the device to the device server"}
+        raise StateError(
+            f"at {source} {ways[there]}, and here {ways[here]}: the device's state would be lost between them; use the "
+            "QEMU and the libvfio-user of the source (VMBUS_QEMU, VMBUS_LIBVFIO_USER)"
+        )
+
+
+async def boot_files(
+    link: Link, prepare: Prepare, programs: Programs, folder: Path, destination: str
+) -> tuple[Path, Path]:
+    """The source's kernel and initramfs: ours if they are the same, else received into the folder. `destination`: who
+    we are, for the source."""
+    kernel, initramfs = programs.kernel, programs.initramfs
+    wanted: list[Literal["kernel", "initramfs"]] = []
+    if not await in_thread(functools.partial(_is, kernel, prepare.kernel)):
+        kernel = folder / "vmlinuz"
+        wanted.append("kernel")
+    if not await in_thread(functools.partial(_is, initramfs, prepare.initramfs)):
+        initramfs = folder / "initramfs.cpio"
+        wanted.append("initramfs")
+    await link.send(Wanted(files=wanted, destination=destination))
+    if "kernel" in wanted:
+        await receive_file(link, prepare.kernel, kernel)
+    if "initramfs" in wanted:
+        await receive_file(link, prepare.initramfs, initramfs)
+    return kernel, initramfs
+
+
+def _is(path: Path, record: FileRecord, stop: Stop) -> bool:
+    with contextlib.suppress(VmbusError):
+        return record_of(path, stop) == record
+    return False
