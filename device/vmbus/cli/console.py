@@ -13,7 +13,7 @@ import tty
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from vmbus.errors import EnvironmentProblem
+from vmbus.errors import os_error
 
 ESCAPE = 0x1D  # Ctrl-]
 MOST_TYPED = 64 << 10
@@ -95,10 +95,8 @@ async def attach(path: Path, on_escape: Callable[[], None], write: Callable[[byt
     when the user asks for the end. Raises `EnvironmentProblem` if the socket cannot be reached.
     """
     output = write or write_stdout
-    try:
+    with os_error(f"cannot connect to the console {path}"):
         reader, writer = await asyncio.open_unix_connection(str(path))
-    except OSError as error:
-        raise EnvironmentProblem(f"cannot connect to the console {path}: {error.strerror}") from error
     loop = asyncio.get_running_loop()
     source = own_terminal()
     filter_ = EscapeFilter()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import msgspec
 
-from vmbus.errors import EnvironmentProblem, UsageError
+from vmbus.errors import UsageError, os_error
 from vmbus.provision.debian_system import KEYS_CREDENTIAL
 from vmbus.vm.description import VmDescription
 
@@ -50,10 +50,8 @@ def read_keys(files: Sequence[Path], home: Path | None = None) -> list[str]:
 
 
 def _text(path: Path) -> str:
-    try:
+    with os_error(f"cannot read {path}"):
         return path.read_text(encoding="utf-8", errors="replace")
-    except OSError as error:
-        raise EnvironmentProblem(f"cannot read {path}: {error.strerror}") from error
 
 
 def keys_word(keys: Iterable[str]) -> tuple[str, int]:

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from vmbus.errors import EnvironmentProblem
+from vmbus.errors import os_error
 
 
 @contextlib.contextmanager
@@ -20,21 +20,17 @@ def output(path: Path | None) -> Iterator[Callable[[bytes], None]]:
         yield lambda _: None
         return
     existed = path.exists()
-    try:
+    with os_error(f"cannot write {path}"):
         file = path.open("ab")
-    except OSError as error:
-        raise EnvironmentProblem(f"cannot write {path}: {error.strerror}") from error
     written = False
 
     def write(data: bytes) -> None:
         nonlocal written
-        try:
+        with os_error(f"cannot write {path}"):
             if path.is_file():
                 file.truncate(0)
             file.write(data)
             file.flush()
-        except OSError as error:
-            raise EnvironmentProblem(f"cannot write {path}: {error.strerror}") from error
         written = True
 
     try:

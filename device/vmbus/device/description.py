@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import msgspec
 
-from vmbus.errors import EnvironmentProblem, UsageError
+from vmbus.errors import UsageError, os_error
 from vmbus.util.explaining import Kind, Name, explain
 
 
@@ -63,10 +63,8 @@ def load_device(path: Path) -> DeviceDescription:
 
     Raises `EnvironmentProblem` if the file cannot be read and `UsageError` (naming the field) if it is wrong.
     """
-    try:
+    with os_error(f"cannot read device description {path}"):
         data = path.read_bytes()
-    except OSError as error:
-        raise EnvironmentProblem(f"cannot read device description {path}: {error.strerror}") from error
     return parse_device(data, str(path))
 
 

@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from vmbus.errors import EnvironmentProblem, UsageError
+from vmbus.errors import UsageError, os_error
 from vmbus.providers import Provider
 from vmbus.util.copying import copy_file
 
@@ -45,10 +45,8 @@ def copy_files(wanted: Mapping[str, Path], directory: Path) -> dict[str, int]:
     try:
         for name, source in wanted.items():
             target = directory / name
-            try:
+            with os_error(f"cannot copy {source} into the snapshot"):
                 sizes[name] = copy_file(source, target, made=done)
-            except OSError as error:
-                raise EnvironmentProblem(f"cannot copy {source} into the snapshot: {error.strerror}") from error
     except BaseException:
         for path in done:
             path.unlink(missing_ok=True)
@@ -62,12 +60,10 @@ def files_of(provider: Provider, directory: Path | None) -> dict[str, Path]:
         return {}
     prefix = f"{PREFIX}{provider.name}."
     found = {}
-    try:
+    with os_error(f"cannot read the snapshot's directory {directory}"):
         for path in sorted(directory.iterdir()):
             # A provider may be called as another one is up to a dot: what follows has none.
             name = path.name.removeprefix(prefix)
             if name != path.name and FILE_NAME.fullmatch(name):
                 found[name] = path
-    except OSError as error:
-        raise EnvironmentProblem(f"cannot read the snapshot's directory {directory}: {error.strerror}") from error
     return found

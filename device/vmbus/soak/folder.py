@@ -28,7 +28,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from vmbus.errors import EnvironmentProblem, UsageError
+from vmbus.errors import EnvironmentProblem, UsageError, os_error
 from vmbus.provision.cache import publish_bytes
 from vmbus.soak.journal import JOURNALS, Journal, Record, last_episodes, read_records
 from vmbus.soak.records import FORMAT, Environment, EpisodeRecord, State
@@ -131,11 +131,9 @@ class CampaignFolder:
         `EnvironmentProblem` when it cannot be written.
         """
         path = path.absolute()
-        try:
+        with os_error(f"cannot make the campaign's folder {path}"):
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
             found = {entry.name for entry in path.iterdir()}
-        except OSError as error:
-            raise EnvironmentProblem(f"cannot make the campaign's folder {path}: {error.strerror}") from error
         if CAMPAIGN_FILE not in found and found - {"lock"}:
             raise UsageError(f"{path} holds other things than a campaign; choose a new or an empty folder")
         lock = _lock(path)
@@ -143,14 +141,12 @@ class CampaignFolder:
             if CAMPAIGN_FILE in found:
                 campaign = _same(path, read_campaign(path), campaign)
             else:
-                try:
+                with os_error(f"cannot write in {path}"):
                     path.chmod(0o700)
                     publish_bytes(path / CAMPAIGN_FILE, _pretty(campaign))
                     for name in ("episodes", "failures"):
                         (path / name).mkdir(mode=0o700, exist_ok=True)
                     sync_directory(path)
-                except OSError as error:
-                    raise EnvironmentProblem(f"cannot write in {path}: {error.strerror}") from error
             return cls(path, campaign, lock)
         except BaseException:
             os.close(lock)
@@ -235,12 +231,10 @@ class CampaignFolder:
     def working(self, episode: int) -> Path:
         """A new, empty working folder of an episode. What an earlier, cut off run of it left is removed."""
         path = self.path / "episodes" / f"{episode:05}"
-        try:
+        with os_error(f"cannot make {path}"):
             if path.exists():
                 shutil.rmtree(path)
             path.mkdir(mode=0o700, parents=True)
-        except OSError as error:
-            raise EnvironmentProblem(f"cannot make {path}: {error.strerror}") from error
         return path
 
     def discard(self, working: Path) -> None:
@@ -282,10 +276,8 @@ class CampaignFolder:
 
 
 def _lock(path: Path) -> int:
-    try:
+    with os_error(f"cannot write in {path}"):
         descriptor = os.open(path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    except OSError as error:
-        raise EnvironmentProblem(f"cannot write in {path}: {error.strerror}") from error
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:

@@ -12,7 +12,7 @@ from typing import TypeVar
 
 import msgspec
 
-from vmbus.errors import EnvironmentProblem
+from vmbus.errors import os_error
 from vmbus.soak.records import EpisodeRecord, EventRecord, OperationRecord
 
 Record = OperationRecord | EventRecord | EpisodeRecord
@@ -28,10 +28,8 @@ class Journal:
         """`torn` becomes how many bytes without their end were there, and are gone."""
         self.path = folder / f"{JOURNALS[kind]}.jsonl"
         self._sync = kind is EpisodeRecord  # which counts as run once its record is on the disk
-        try:
+        with os_error(f"cannot write {self.path}"):
             self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
-        except OSError as error:
-            raise EnvironmentProblem(f"cannot write {self.path}: {error.strerror}") from error
         size = end = os.fstat(self._descriptor).st_size
         while end > 0:
             start = max(0, end - 65536)

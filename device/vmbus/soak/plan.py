@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-from vmbus.errors import EnvironmentProblem, UsageError
+from vmbus.errors import UsageError, os_error
 from vmbus.soak.entries import OperationEntry
 from vmbus.soak.records import FORMAT
 from vmbus.util.explaining import explain
@@ -76,10 +76,8 @@ def encode_plan(plan: EpisodePlan) -> bytes:
 
 def load_plan(path: Path) -> EpisodePlan:
     """Reads a plan. Raises EnvironmentProblem if it cannot be read, UsageError (file, field, reason) if it is wrong."""
-    try:
+    with os_error(f"cannot read plan {path}"):
         data = path.read_bytes()
-    except OSError as error:
-        raise EnvironmentProblem(f"cannot read plan {path}: {error.strerror}") from error
     try:
         found = json.loads(data)
         version = found.get("format") if isinstance(found, dict) else None

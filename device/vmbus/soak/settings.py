@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
-from vmbus.errors import EnvironmentProblem, UsageError
+from vmbus.errors import UsageError, os_error
 from vmbus.soak.entries import (
     OperationEntry,
     Share,
@@ -196,10 +196,8 @@ def load_settings(path: Path) -> Settings:
 
 def read_values(path: Path) -> dict[str, Any]:
     """What a schedule file says, as plain data. Raises as `load_settings` does for what is not TOML, or not JSON."""
-    try:
+    with os_error(f"cannot read schedule {path}"):
         data = path.read_bytes()
-    except OSError as error:
-        raise EnvironmentProblem(f"cannot read schedule {path}: {error.strerror}") from error
     form = "JSON" if path.suffix == ".json" else "TOML"
     try:
         values = json.loads(data) if form == "JSON" else msgspec.toml.decode(data)

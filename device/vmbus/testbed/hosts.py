@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import vmbus
-from vmbus.errors import EnvironmentProblem, WaitTimeout
+from vmbus.errors import EnvironmentProblem, WaitTimeout, os_error
 from vmbus.provision.cache import Cache
 from vmbus.testbed.init import MESSAGE_LIMIT
 from vmbus.vm.process import Child, log_tail
@@ -199,13 +199,11 @@ class Host:
         """A request to the host's first process (see `vmbus.testbed.init`). Raises `EnvironmentProblem`."""
         async with self._turn:
             data = json.dumps({"command": command, **arguments}).encode()
-            try:
+            with os_error(f"host {self.name!r} is gone"):
                 if descriptor is None:
                     self._peer.send(data)
                 else:
                     socket.send_fds(self._peer, [data], [descriptor])
-            except OSError as error:
-                raise EnvironmentProblem(f"host {self.name!r} is gone: {error.strerror}") from error
             answer = await self._receive(f"host {self.name!r} to answer {command!r}", REQUEST_TIMEOUT)
         if "forbidden" in answer:
             raise Forbidden(f"host {self.name!r}: {answer['forbidden']}")

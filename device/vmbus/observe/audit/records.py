@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from vmbus.errors import EnvironmentProblem, StateError
+from vmbus.errors import EnvironmentProblem, StateError, os_error
 from vmbus.observe.audit import format as f
 from vmbus.observe.audit.files import SUFFIX
 from vmbus.observe.audit.lanes import Lane
@@ -92,10 +92,8 @@ def read_records(paths: Iterable[Path]) -> list[Record]:
     """Raises EnvironmentProblem for files that cannot be read, StateError for those that are no records."""
     records = []
     for path in find_files(paths):
-        try:
+        with os_error(f"cannot read audit record {path}"):
             records.append(Record(path.read_bytes(), str(path)))
-        except OSError as error:
-            raise EnvironmentProblem(f"cannot read audit record {path}: {error.strerror}") from error
     return records
 
 

@@ -17,7 +17,7 @@ import msgspec
 
 from vmbus.device import saved as st
 from vmbus.device.description import DeviceDescription
-from vmbus.errors import StateError, VmbusError
+from vmbus.errors import StateError, VmbusError, os_error
 from vmbus.kmcl.saved import CompletionChunk, SavedPacket
 from vmbus.observe.inspection.document import (
     AuditInfo,
@@ -141,10 +141,8 @@ def inspect_state(state: st.DeviceState, source: Source, description: DeviceDesc
 
 def _read(path: Path) -> bytes:
     """A file that ought to be a device state. Raises StateError."""
-    try:
+    with os_error(f"cannot read {path}", StateError):
         return st.read_file(path)
-    except OSError as error:
-        raise StateError(f"cannot read {path}: {error.strerror}") from error
 
 
 # ---- channels --------------------------------------------------------------------------------------------------------

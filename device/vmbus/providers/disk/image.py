@@ -18,7 +18,7 @@ from contextlib import suppress
 from pathlib import Path
 from struct import Struct
 
-from vmbus.errors import EnvironmentProblem
+from vmbus.errors import EnvironmentProblem, os_error
 from vmbus.providers.disk.backend import FileBackend, make_durable, size_of
 from vmbus.util.copying import copy_content, copy_data, sync_directory
 
@@ -105,10 +105,8 @@ class Image:
 
     def lock(self, *, read_only: bool) -> None:
         """Take the lock again, after `unlock`, and look how long it is now. Raises EnvironmentProblem."""
-        try:
+        with os_error(f"cannot lock the disk image {self.path}"):
             _lock(self.fd, self.path, read_only)
-        except OSError as error:
-            raise EnvironmentProblem(f"cannot lock the disk image {self.path}: {error.strerror}") from error
         self.size = size_of(self.fd)
 
     def unlock(self) -> None:

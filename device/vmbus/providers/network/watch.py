@@ -11,7 +11,7 @@ from enum import StrEnum
 from struct import Struct
 from struct import error as StructError
 
-from vmbus.errors import EnvironmentProblem
+from vmbus.errors import os_error
 
 _ROUTE = 0
 _LINK_GROUP = 1
@@ -100,7 +100,7 @@ class Watch:
 
     def __init__(self, name: str, bridged: bool) -> None:
         """In the network namespace of the calling thread. Raises EnvironmentProblem."""
-        try:
+        with os_error(f"cannot watch interface {name!r}"):
             self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_NONBLOCK, _ROUTE)
             try:
                 self._news = News(socket.if_nametoindex(name), bridged)
@@ -109,8 +109,6 @@ class Watch:
             except BaseException:
                 self._socket.close()
                 raise
-        except OSError as error:
-            raise EnvironmentProblem(f"cannot watch interface {name!r}: {error.strerror}") from error
         self.fd = self._socket.fileno()
 
     def look(self) -> Trouble | None:

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vmbus.errors import EnvironmentProblem, PeerError, UsageError, VmbusError, WaitTimeout
+from vmbus.errors import PeerError, UsageError, VmbusError, WaitTimeout, os_error
 from vmbus.transport import protocol
 from vmbus.transport.protocol import Command, DeviceState, Feature, Message
 
@@ -99,10 +99,8 @@ class VfioUserClient:
             limit = struct.pack("@ll", int(self.timeout), int(self.timeout % 1 * 1_000_000))
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
-            try:
+            with os_error(f"no device server at {self.path}"):
                 self._socket.connect(os.fspath(self.path))
-            except OSError as error:
-                raise EnvironmentProblem(f"no device server at {self.path}: {error.strerror}") from error
             self._negotiate()
         except BaseException:
             self._socket.close()
