@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
+from msgspec.structs import astuple
+
 from vmbus.device.observing import DeviceObserver, PositionState, RecordState
 from vmbus.kmcl.channel import Channel, Link
 from vmbus.kmcl.observer import How
 from vmbus.kmcl.server import ServerChannel
-from vmbus.observe.audit.recorder import LanePosition, LifePosition, Recorder, Trace
+from vmbus.observe.audit.recorder import LifePosition, Recorder, Trace
 
 
 class RecordingObserver(DeviceObserver):
@@ -24,25 +26,14 @@ class RecordingObserver(DeviceObserver):
     def saved(self, channels: Iterable[ServerChannel]) -> RecordState:
         """Everything so far is written down."""
         recorder = self.recorder
-        lives = [PositionState(*one.key, one.nonce, *one.out, *one.incoming) for one in recorder.saved(channels)]
+        lives = [PositionState(*one) for one in recorder.saved(channels)]
         return RecordState(recorder.uid, recorder.position, lives)
 
     def resume(self, state: RecordState | None) -> None:
         """The new record goes on where that of the saved device was."""
         state = state or RecordState("", 0, [])
-        self.recorder.resume(
-            state.uid,
-            state.position,
-            [
-                LifePosition(
-                    (one.instance, one.subchannel),
-                    one.nonce,
-                    LanePosition(one.put, one.put_crc),
-                    LanePosition(one.taken, one.taken_crc),
-                )
-                for one in state.lives
-            ],
-        )
+        lives = [LifePosition(*astuple(one)[: len(LifePosition._fields)]) for one in state.lives]
+        self.recorder.resume(state.uid, state.position, lives)
 
     def restored(self, channels: Iterable[ServerChannel], broken: Mapping[tuple[bytes, int], str]) -> None:
         """What came back is written down."""

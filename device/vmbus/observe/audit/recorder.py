@@ -58,20 +58,22 @@ class Store(Protocol):
         """Nothing more comes."""
 
 
-class LanePosition(NamedTuple):
-    """One direction so far: packets, and the CRC-32 of their ring bytes."""
-
-    packets: int
-    crc: int
-
-
 class LifePosition(NamedTuple):
-    """A life so far, as a saved state carries it. `key` is (interface instance as 16 bytes, sub-channel)."""
+    """A life so far, as a saved state carries it: which channel it is of (its interface instance as 16 bytes, and
+    sub-channel), and packets in each direction with the CRC-32 of their ring bytes."""
 
-    key: tuple[bytes, int]
+    instance: bytes
+    subchannel: int
     nonce: bytes
-    out: LanePosition
-    incoming: LanePosition
+    put: int
+    put_crc: int
+    taken: int
+    taken_crc: int
+
+    @property
+    def key(self) -> tuple[bytes, int]:
+        """Which channel it is of."""
+        return self.instance, self.subchannel
 
 
 class _Lane:
@@ -79,9 +81,10 @@ class _Lane:
 
     __slots__ = ("count", "crc", "event", "pending", "size")
 
-    def __init__(self, event: int, position: LanePosition) -> None:
+    def __init__(self, event: int, count: int, crc: int) -> None:
         self.event = event
-        self.count, self.crc = position
+        self.count = count
+        self.crc = crc
         self.pending: list[bytes] = []
         self.size = 0
 
@@ -109,12 +112,8 @@ class Trace:
     @property
     def position(self) -> LifePosition:
         """For a saved state, after a digest."""
-        return LifePosition(
-            self.key,
-            self.nonce,
-            LanePosition(self.out.count, self.out.crc),
-            LanePosition(self.incoming.count, self.incoming.crc),
-        )
+        out, incoming = self.out, self.incoming
+        return LifePosition(*self.key, self.nonce, out.count, out.crc, incoming.count, incoming.crc)
 
     def put(self, data: bytes) -> None:
         """These packets were published, in one piece: whole packets, at least one."""
@@ -318,19 +317,17 @@ class Recorder:
         """A channel was opened, or put back on its rings: its trace. An `Observer`."""
         key = channel_key(channel)
         resumed = how == "resumed"
-        out = incoming = LanePosition(0, 0)
+        left = self._left.pop(key, None) if resumed else None
         if resumed:
-            left = self._left.pop(key, None)
             nonce = NO_NONCE if left is None else left.nonce
-            if left is not None:
-                out, incoming = left.out, left.incoming
         elif self.side == "host":
             nonce = os.urandom(NONCE_SIZE)
             link.writer.header.write(NONCE_OFFSET, nonce)
         else:
             nonce = link.reader.header.read(NONCE_OFFSET, NONCE_SIZE)
         self._lives += 1
-        trace = Trace(self, channel, self._lives, nonce, _Lane(f.PUT, out), _Lane(f.TAKEN, incoming))
+        out, incoming = ((0, 0), (0, 0)) if left is None else ((left.put, left.put_crc), (left.taken, left.taken_crc))
+        trace = Trace(self, channel, self._lives, nonce, _Lane(f.PUT, *out), _Lane(f.TAKEN, *incoming))
         self._open[id(channel)] = trace
         body = {
             "nonce": nonce.hex(),
@@ -374,7 +371,7 @@ class Recorder:
         which says why."""
         lives = self._in_use(f.RESTORED, channels)
         for left in self._left.values():
-            body = {"nonce": left.nonce.hex(), "instance": left.key[0].hex(), "subchannel": left.key[1]}
+            body = {"nonce": left.nonce.hex(), "instance": left.instance.hex(), "subchannel": left.subchannel}
             reason = broken.get(left.key)
             if reason is not None:
                 body |= {"failed": True}
