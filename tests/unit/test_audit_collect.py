@@ -37,7 +37,6 @@ while not os.path.exists(f"{directory}/flush"):
     time.sleep(0.01)
 token = open(f"{directory}/flush").read()
 open(path, "ab").write(json.dumps({"reason": token}).encode())
-sys.stdin.read()
 while not os.path.exists(f"{directory}/end"):
     time.sleep(0.01)
 print(json.dumps({"event": "result", "result": {}}))
