@@ -14,6 +14,7 @@ from support.soak_records import Folder, episode, operation, whole_campaign
 from vmbus.errors import EnvironmentProblem
 from vmbus.provision.chromium import ChromiumProgram
 from vmbus.soak import html, report
+from vmbus.soak.expected import Budget, Expected, load_baseline
 from vmbus.soak.records import EventRecord
 
 pytestmark = [pytest.mark.browser, pytest.mark.timeout(900)]  # the first test may have to fetch the browser
@@ -36,6 +37,7 @@ LOOK = """(() => {
         const r = mark.getBoundingClientRect(); return r.width > 0 || r.height > 0; }).length),
     outside: [...document.querySelectorAll("svg.plot text")].filter((text) => {
       const r = text.getBoundingClientRect(); return r.left < -1 || r.right > innerWidth + 1; }).length,
+    sections: [...document.querySelectorAll("main section")].map((one) => one.id),
     rows: document.querySelectorAll("#table tbody tr").length,
     shownRows: [...document.querySelectorAll("#table tbody tr")].filter((row) => row.offsetHeight > 0).length,
     controls: document.querySelector(".controls")?.offsetHeight,
@@ -49,8 +51,11 @@ LOOK = """(() => {
 def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A page for each verdict."""
     found = {}
+    baseline = load_baseline(Path(__file__).parents[2] / "docs" / "examples" / "soak")
+    budgets = [Budget("downtime-p95", 60.0), Budget("operations", 5, "migrate")]
     for verdict in ("passed", "failed", "interrupted"):
         folder = whole_campaign(tmp_path_factory.mktemp(verdict), 120, failures=2 if verdict == "failed" else 0)
+        Expected(budgets=budgets, baseline=baseline).write(folder.path)
         if verdict == "interrupted":
             folder.state("interrupted")
         assert report.write(folder.path).verdict == verdict
@@ -104,7 +109,7 @@ def test_what_a_reader_sees(
         assert 200 < right - left <= width and bottom - top > 90, name
         assert text_height >= 7, f"{name}: text {text_height} pixels high"
     assert all(marks > 0 for marks in seen["drawn"]), dict(zip(names, seen["drawn"], strict=True))
-    assert seen["rows"] == 120
+    assert seen["rows"] == 120 and {"budgets", "comparison"} <= set(seen["sections"])
     if verdict == "failed":
         assert [one.count("--episode") for one in seen["commands"]] == [1, 1, 0]
     page.screenshot(tmp_path / "page.png")

@@ -26,6 +26,7 @@ SETTINGS = [
     *("--seed", "11", "--operations", "2", "--set", "packets=32", "--set", "pace=50", "--set", "linux=0"),
     *("--set", "workloads.bulk=0", "--set", "workloads.remap=0"),
     *("--set", 'script=[{"kind":"save_restore_live"},{"kind":"pause"}]'),
+    *("--max-downtime", "save_restore_live=5m", "--min-operations", "2"),
 ]
 SABOTAGE = [
     *("--seed", "12", "--operations", "3", "--set", "packets=256", "--set", "pace=50", "--set", "audit=false"),
@@ -70,6 +71,8 @@ def test_a_campaign_is_interrupted_gone_on_with_and_reports(tmp_path: Path) -> N
     assert read_state(folder).state == "finished"
     report = json.loads((folder / "report.json").read_bytes())
     assert (report["verdict"], report["seed"], report["operations"]) == ("passed", 11, 2)
+    assert [(one["kept"], one["value"] > 0) for one in report["budgets"]] == [(True, True)] * 2
+    assert 'failures="0"' in (folder / "junit.xml").read_text()
     assert report["packets"] >= 32 and report["failures"] == [] and report["missing"] == []
     assert (folder / "report.html").read_text().lower().startswith("<!doctype html>")
     assert list((folder / "episodes").iterdir()) == list((folder / "failures").iterdir()) == []
