@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import os
 import shutil
 from collections import deque
@@ -33,6 +32,7 @@ from vmbus.provision.cache import publish_bytes
 from vmbus.soak.journal import JOURNALS, Journal, Record, last_episodes, read_records
 from vmbus.soak.records import FORMAT, Environment, EpisodeRecord, State
 from vmbus.util.copying import sync_directory
+from vmbus.util.lockfile import LockFile
 
 CAMPAIGN_FILE = "campaign.json"
 STATE_FILE = "state.json"
@@ -104,7 +104,7 @@ class CampaignFolder:
     `problems` has texts of what went wrong with the folder, for people; whoever shows them empties it.
     """
 
-    def __init__(self, path: Path, campaign: Campaign, lock: int) -> None:
+    def __init__(self, path: Path, campaign: Campaign, lock: LockFile) -> None:
         """Use `open`."""
         self.path = path
         self.campaign = campaign
@@ -136,20 +136,25 @@ class CampaignFolder:
             found = {entry.name for entry in path.iterdir()}
         if CAMPAIGN_FILE not in found and found - {"lock"}:
             raise UsageError(f"{path} holds other things than a campaign; choose a new or an empty folder")
-        lock = _lock(path)
+        with os_error(f"cannot write in {path}"):
+            try:
+                lock = LockFile(path / "lock")
+            except BlockingIOError:
+                raise UsageError(
+                    f"another process runs the campaign in {path}; choose another folder, or wait for it"
+                ) from None
         try:
             if CAMPAIGN_FILE in found:
-                campaign = _same(path, read_campaign(path), campaign)
-            else:
-                with os_error(f"cannot write in {path}"):
-                    path.chmod(0o700)
-                    publish_bytes(path / CAMPAIGN_FILE, _pretty(campaign))
-                    for name in ("episodes", "failures"):
-                        (path / name).mkdir(mode=0o700, exist_ok=True)
-                    sync_directory(path)
+                return cls(path, _same(path, read_campaign(path), campaign), lock)
+            with os_error(f"cannot write in {path}"):
+                path.chmod(0o700)
+                publish_bytes(path / CAMPAIGN_FILE, _pretty(campaign))
+                for name in ("episodes", "failures"):
+                    (path / name).mkdir(mode=0o700, exist_ok=True)
+                sync_directory(path)
             return cls(path, campaign, lock)
         except BaseException:
-            os.close(lock)
+            lock.close()
             raise
 
     def close(self) -> None:
@@ -158,7 +163,7 @@ class CampaignFolder:
         for journal in self._journals.values():
             journal.close()
         (self.path / "reserve").unlink(missing_ok=True)
-        os.close(self._lock)
+        self._lock.close()
 
     # --- records ---------------------------------------------------------------------------------------------------
 
@@ -275,33 +280,19 @@ class CampaignFolder:
         return True
 
 
-def _lock(path: Path) -> int:
-    with os_error(f"cannot write in {path}"):
-        descriptor = os.open(path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(descriptor)
-        raise UsageError(
-            f"another process runs the campaign in {path}; choose another folder, or wait for it"
-        ) from None
-    return descriptor
-
-
 def _same(path: Path, there: Campaign, wanted: Campaign) -> Campaign:
     """The campaign of the folder, if it is the one that is wanted."""
+
+    def settings(campaign: Campaign) -> dict[str, str]:
+        # As JSON, so that what only differs in type (a tuple, a list) does not differ.
+        whole = {**campaign.settings, "seed": campaign.seed, "only": campaign.only}
+        return {name: msgspec.json.encode(value).decode() for name, value in whole.items()}
+
+    ours, theirs = settings(wanted), settings(there)
     differences = [
-        f"{name} is {getattr(there, name)} there and {getattr(wanted, name)} here"
-        for name in ("seed", "only")
-        if getattr(there, name) != getattr(wanted, name)
-    ]
-    # Through JSON, so that what only differs in type there (a tuple, a list) does not differ here.
-    ours = msgspec.json.decode(msgspec.json.encode(wanted.settings))
-    differences += [
-        f"{name} is {msgspec.json.encode(there.settings.get(name)).decode()} there and "
-        f"{msgspec.json.encode(ours.get(name)).decode()} here"
-        for name in sorted({*there.settings, *ours} - {"seed"})
-        if there.settings.get(name) != ours.get(name)
+        f"{name} is {theirs.get(name, 'null')} there and {ours.get(name, 'null')} here"
+        for name in sorted({*theirs, *ours})
+        if theirs.get(name, "null") != ours.get(name, "null")
     ]
     if differences:
         raise UsageError(
