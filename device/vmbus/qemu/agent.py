@@ -151,7 +151,7 @@ class AgentClient:
         the connection is made anew, since the guest may have been in the middle of another line then. They are not sent
         again: who asked for a reboot would have another one, and a guest that went back does not know what it did.
 
-        Ids are never used again, so an answer that the guest gives once more, to somebody who asked in a life that is
+        Ids are never used again, so an answer that the guest gives once more, to somebody who asked in a past that is
         undone, finds nobody waiting for it.
         """
         for number, future in list(self._answers.items()):

@@ -56,11 +56,11 @@ class Ends:
             while True:
                 event = await listener.get()
                 data = event.get("data")
-                told = data if isinstance(data, dict) else {}
+                found = data if isinstance(data, dict) else {}
                 if event["event"] == "SHUTDOWN":
                     if not self._reason.done():
-                        self._reason.set_result(str(told.get("reason", "")))
-                elif told.get("reason") in ("guest-reset", "guest-panic"):
+                        self._reason.set_result(str(found.get("reason", "")))
+                elif found.get("reason") in ("guest-reset", "guest-panic"):
                     self._reset(on_reboot)
 
     def _reset(self, on_reboot: Callable[[], None]) -> None:

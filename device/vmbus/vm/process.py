@@ -119,8 +119,8 @@ class Child:
         text = f"{self.name} {how}{during}" + (f"; its last words:\n{tail}" if tail else "; its log says nothing")
         if status == 0 and self.witness is not None:
             what, file = self.witness
-            told = log_tail(file)
-            text += f"\n{what}:\n{told}" if told else f"\n{what} is empty"
+            words = log_tail(file)
+            text += f"\n{what}:\n{words}" if words else f"\n{what} is empty"
         return ProcessDied(text)
 
     async def guard(self, work: Awaitable[T], what: str, timeout: float) -> T:

@@ -101,7 +101,7 @@ class Destination:
         self._go_timeout = go_timeout
         self._answer_timeout = answer_timeout
         self._ask_timeout = ask_timeout
-        self._told = asyncio.Event()  # the source, over a connection of its own, what became of its VM
+        self._answered = asyncio.Event()  # the source, over a connection of its own, what became of its VM
         self._vm: Arrival | None = None
         self._session: asyncio.Task[None] | None = None
         self._came = asyncio.Event()
@@ -135,7 +135,7 @@ class Destination:
             if self._go_may_be_lost:
                 # Its source asks then, for as long, and nobody else can tell it that its VM may run on.
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._told.wait(), self._ask_timeout)
+                    await asyncio.wait_for(self._answered.wait(), self._ask_timeout)
             self._done.result()
         except BaseException:
             await uninterrupted(self._end_session())
@@ -218,7 +218,7 @@ class Destination:
                 )
             )
             if fate == "gone":
-                self._told.set()
+                self._answered.set()
         with contextlib.suppress(VmbusError):  # the asking side hangs up when it has read the answer
             await link.expect(Released, timeout=HELLO_TIMEOUT, what="to hang up")
 

@@ -158,30 +158,30 @@ class Link:
         task = asyncio.current_task()
         assert task is not None
         cancelling = task.cancelling()
-        struck = over = False
+        interrupted = over = False
 
-        def strike(_: object) -> None:
-            nonlocal struck
+        def interrupt(_: object) -> None:
+            nonlocal interrupted
             if self._called_off or over:  # it may have been on its way when the block ended
                 return
-            struck = True
+            interrupted = True
             task.cancel("the link failed")
 
         if self.failure.done():
             raise self.failure.result()
-        self.failure.add_done_callback(strike)
+        self.failure.add_done_callback(interrupt)
         try:
             yield
         except asyncio.CancelledError:
-            if struck and task.uncancel() <= cancelling:
+            if interrupted and task.uncancel() <= cancelling:
                 raise self.failure.result() from None
             raise
         except BaseException:
-            if struck:
+            if interrupted:
                 task.uncancel()
             raise
         finally:
             over = True
-            self.failure.remove_done_callback(strike)
-        if struck:  # the block was over before the blow could land
+            self.failure.remove_done_callback(interrupt)
+        if interrupted:  # the block was over before the interruption came
             task.uncancel()

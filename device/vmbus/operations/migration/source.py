@@ -203,8 +203,8 @@ class Source:
             if isinstance(error, SaveFailed) and isinstance(error.__cause__, MigrationFailed):
                 # QEMU's error is often only the trace of what the destination can name.
                 await asyncio.wait({link.failure}, timeout=0.3)
-                if link.failure.done() and isinstance(told := link.failure.result(), PeerFailed):
-                    error = MigrateFailed(f"{error} ({told})", source_alive=error.source_alive)
+                if link.failure.done() and isinstance(theirs := link.failure.result(), PeerFailed):
+                    error = MigrateFailed(f"{error} ({theirs})", source_alive=error.source_alive)
             await uninterrupted(link.tell_failure(str(error) or "it was interrupted"))
             raise error
 
