@@ -81,9 +81,14 @@ def test_a_library_without_migration_v2_is_excused_and_said(tmp_path: Path, opti
     assert "NOT COMPLETE" not in text
 
 
-@pytest.mark.parametrize("options", [(), SEVERAL], ids=["one", "several"])
 @pytest.mark.parametrize(
-    "tests", [OTHER_REASON, WITHOUT_THE_MARKER, EXCUSED + WITHOUT_THE_MARKER.replace("test_m", "test_n")]
+    ("tests", "options"),
+    [
+        (OTHER_REASON, SEVERAL),
+        (WITHOUT_THE_MARKER, ()),
+        (EXCUSED + WITHOUT_THE_MARKER.replace("test_m", "test_n"), SEVERAL),
+    ],
+    ids=["another reason", "no marker", "beside one that is excused"],
 )
 def test_every_other_skip_makes_the_run_fail(tmp_path: Path, tests: str, options: tuple[str, ...]) -> None:
     code, text = outcome(tmp_path, tests, *options)
@@ -166,10 +171,9 @@ os.geteuid = lambda: {uid}
 """
 
 
-@pytest.mark.parametrize("options", [(), SEVERAL], ids=["one", "several"])
-def test_fault_n4_what_needs_root_is_excused_for_others_and_said(tmp_path: Path, options: tuple[str, ...]) -> None:
+def test_fault_n4_what_needs_root_is_excused_for_others_and_said(tmp_path: Path) -> None:
     (tmp_path / "who.py").write_text(OTHERS.format(uid=1000))
-    code, text = outcome(tmp_path, FOR_ROOT, *options, "-p", "who")
+    code, text = outcome(tmp_path, FOR_ROOT, *SEVERAL, "-p", "who")
     assert code == 0, text
     assert "root would run 1 tests more: no namespaces for you" in text and "NOT COMPLETE" not in text, text
     assert "root would run 1 tests more: [Errno 1] cannot mount" in text, text
@@ -184,8 +188,7 @@ def test_fault_n4_root_leaves_nothing_out_and_others_nothing_else(tmp_path: Path
     assert "root would run" not in text
 
 
-@pytest.mark.parametrize("options", [(), SEVERAL], ids=["one", "several"])
-def test_bounds_follow_the_machine_and_who_came_close_is_said(tmp_path: Path, options: tuple[str, ...]) -> None:
+def test_bounds_follow_the_machine_and_who_came_close_is_said(tmp_path: Path) -> None:
     """On a machine of half the speed a test may take twice as long; whole tests and single waits are looked at."""
     (tmp_path / "half_speed.py").write_text(
         "from support.pace import PACE\ndef measured(): PACE.factor = 2.0\nPACE.start = PACE.look = measured\n"
@@ -199,7 +202,7 @@ def test_bounds_follow_the_machine_and_who_came_close_is_said(tmp_path: Path, op
         "    until(lambda: time.monotonic() > begun + 0.6, 'a moment to pass', 0.5)\n"
         "def test_quick(): pass\n"
     )
-    code, text = outcome(tmp_path, "", *options, "-p", "half_speed")
+    code, text = outcome(tmp_path, "", *SEVERAL, "-p", "half_speed")
     assert code == 0, text
     assert "a slow or busy machine: bounds were 2.0 times as long as usual" in text
     said = [line.removeprefix("more than half of a bound: ") for line in text.splitlines() if "half of a" in line]
