@@ -198,18 +198,15 @@ def test_sockets_are_the_owners_alone(server: LoopbackServer) -> None:
         assert stat.S_IMODE(path.stat().st_mode) & 0o077 == 0
 
 
-def test_the_client_says_what_is_wrong(server: LoopbackServer, tmp_path: Path) -> None:
-    async def talk() -> None:
-        client = ControlClient(server.control_path)
-        with pytest.raises(ControlError, match="device server, resume: resume needs a server that is paused") as error:
-            await client.call("resume")
-        assert error.value.kind == "usage"
-        assert (await client.call("pause"))["incoming_held"] == 0
-        client.close()
-        with pytest.raises(EnvironmentProblem, match="gone or never was there"):
-            await ControlClient(tmp_path / "nobody").call("status")
-
-    asyncio.run(talk())
+async def test_the_client_says_what_is_wrong(server: LoopbackServer, tmp_path: Path) -> None:
+    client = ControlClient(server.control_path)
+    with pytest.raises(ControlError, match="device server, resume: resume needs a server that is paused") as error:
+        await client.call("resume")
+    assert error.value.kind == "usage"
+    assert (await client.call("pause"))["incoming_held"] == 0
+    client.close()
+    with pytest.raises(EnvironmentProblem, match="gone or never was there"):
+        await ControlClient(tmp_path / "nobody").call("status")
 
 
 # ---- pausing ---------------------------------------------------------------------------------------------------------
@@ -262,50 +259,44 @@ def test_a_provider_that_keeps_a_packet_lets_the_pause_time_out_and_the_device_r
     driver.close(graceful=False)
 
 
-def test_nothing_can_be_saved_while_a_pause_is_going_on(miser: LoopbackServer, tmp_path: Path) -> None:
+async def test_nothing_can_be_saved_while_a_pause_is_going_on(miser: LoopbackServer, tmp_path: Path) -> None:
     driver, _, answers = keep_one(miser)
 
-    async def talk() -> None:
-        one, other = ControlClient(miser.control_path), ControlClient(miser.control_path)
-        pause = asyncio.create_task(one.call("pause", seconds=10))
-        while (await other.call("status"))["phase"] == "running":
-            pass
-        assert (await other.call("status"))["phase"] == "pausing"
-        for command, arguments in (
-            ("save", {"path": str(tmp_path / "state")}),
-            ("flush", {}),
-            ("pause", {}),
-        ):
-            with pytest.raises(ControlError, match="pausing"):
-                await other.call(command, **arguments)
-        await asyncio.to_thread(miser.on_loop, miser.server.providers[0].let_go)
-        await pause
-        assert (await other.call("status"))["phase"] == "paused"
-        await other.call("resume")
-        one.close()
-        other.close()
-
-    asyncio.run(talk())
+    one, other = ControlClient(miser.control_path), ControlClient(miser.control_path)
+    pause = asyncio.create_task(one.call("pause", seconds=10))
+    while (await other.call("status"))["phase"] == "running":
+        pass
+    assert (await other.call("status"))["phase"] == "pausing"
+    for command, arguments in (
+        ("save", {"path": str(tmp_path / "state")}),
+        ("flush", {}),
+        ("pause", {}),
+    ):
+        with pytest.raises(ControlError, match="pausing"):
+            await other.call(command, **arguments)
+    await asyncio.to_thread(miser.on_loop, miser.server.providers[0].let_go)
+    await pause
+    assert (await other.call("status"))["phase"] == "paused"
+    await other.call("resume")
+    one.close()
+    other.close()
     driver.run_until(lambda: len(answers) == 1, 10, "the packet that was kept")
     driver.close(graceful=False)
 
 
-def test_resume_calls_a_pause_off_that_still_waits(miser: LoopbackServer) -> None:
+async def test_resume_calls_a_pause_off_that_still_waits(miser: LoopbackServer) -> None:
     driver, _, answers = keep_one(miser)
 
-    async def talk() -> None:
-        one, other = ControlClient(miser.control_path), ControlClient(miser.control_path)
-        pause = asyncio.create_task(one.call("pause", seconds=10))
-        while (await other.call("status"))["phase"] == "running":
-            pass
-        await other.call("resume")
-        with pytest.raises(ControlError, match="called off"):
-            await pause
-        assert (await other.call("status"))["phase"] == "running"
-        one.close()
-        other.close()
-
-    asyncio.run(talk())
+    one, other = ControlClient(miser.control_path), ControlClient(miser.control_path)
+    pause = asyncio.create_task(one.call("pause", seconds=10))
+    while (await other.call("status"))["phase"] == "running":
+        pass
+    await other.call("resume")
+    with pytest.raises(ControlError, match="called off"):
+        await pause
+    assert (await other.call("status"))["phase"] == "running"
+    one.close()
+    other.close()
     miser.on_loop(miser.server.providers[0].let_go)
     driver.run_until(lambda: len(answers) == 1, 10, "the packet that was kept")
     driver.close(graceful=False)

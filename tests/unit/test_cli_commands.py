@@ -580,7 +580,7 @@ def test_a_console_is_shown_without_a_terminal(tmp_path: Path, monkeypatch: pyte
 
 
 @pytest.mark.parametrize("terminal", [True, False])
-def test_fault_n26_there_is_a_sign_of_life_until_the_console_shows_something(
+async def test_fault_n26_there_is_a_sign_of_life_until_the_console_shows_something(
     terminal: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = io.StringIO()
@@ -588,15 +588,12 @@ def test_fault_n26_there_is_a_sign_of_life_until_the_console_shows_something(
         sys.modules["vmbus.cli.vm"], "console", Console(file=out, force_terminal=terminal, color_system=None, width=100)
     )
 
-    async def body() -> None:
-        shown = asyncio.Event()
-        sign = asyncio.create_task(_boot_sign(shown))
-        while "\r  0 s" not in out.getvalue() and not sign.done():  # noqa: ASYNC110
-            await asyncio.sleep(0.01)
-        shown.set()
-        await asyncio.wait_for(sign, 10)
-
-    asyncio.run(body())
+    shown = asyncio.Event()
+    sign = asyncio.create_task(_boot_sign(shown))
+    while "\r  0 s" not in out.getvalue() and not sign.done():  # noqa: ASYNC110
+        await asyncio.sleep(0.01)
+    shown.set()
+    await asyncio.wait_for(sign, 10)
     assert out.getvalue().startswith("the guest boots")
     assert ("\r  0 s" in out.getvalue()) is terminal
 

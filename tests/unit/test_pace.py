@@ -75,17 +75,14 @@ def test_the_wait_that_used_most_of_its_bound_is_known(monkeypatch: pytest.Monke
     PACE.begin()  # it is not this test's
 
 
-def test_waiting_with_the_event_loop_running(monkeypatch: pytest.MonkeyPatch) -> None:
-    async def body() -> None:
-        begun = asyncio.get_running_loop().time()
+async def test_waiting_with_the_event_loop_running(monkeypatch: pytest.MonkeyPatch) -> None:
+    begun = asyncio.get_running_loop().time()
 
-        async def later() -> bool:
-            return asyncio.get_running_loop().time() > begun + 0.03
+    async def later() -> bool:
+        return asyncio.get_running_loop().time() > begun + 0.03
 
-        await eventually(later, "a moment to pass", 20)
-        with pytest.raises(WaitTimeout, match="for never"):
-            await eventually(lambda: False, "never", 0.01)
-
-    asyncio.run(body())
+    await eventually(later, "a moment to pass", 20)
+    with pytest.raises(WaitTimeout, match="for never"):
+        await eventually(lambda: False, "never", 0.01)
     PACE.begin()
     assert seconds(1.0) >= 1.0

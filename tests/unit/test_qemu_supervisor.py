@@ -251,30 +251,27 @@ def test_choosing_a_vm() -> None:
         find_vm("three")
 
 
-def test_an_owner_that_is_gone_or_silent(tmp_path: Path) -> None:
+async def test_an_owner_that_is_gone_or_silent(tmp_path: Path) -> None:
     async def mute(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.read()
 
     async def hang_up(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.close()
 
-    async def body() -> None:
-        with pytest.raises(EnvironmentProblem, match="cannot talk to the owner"):
-            await ask("absent", "status", timeout=10)
-        (tmp_path / "vmbus" / "x").mkdir(parents=True)
-        path = tmp_path / "vmbus" / "x" / "supervisor.sock"
-        server = await asyncio.start_unix_server(mute, path=str(path))
-        with pytest.raises(WaitTimeout, match="to perform 'status'"):
-            await ask("x", "status", timeout=0.05)
-        server.close()
-        path.unlink()
-        server = await asyncio.start_unix_server(hang_up, path=str(path))
-        with pytest.raises(EnvironmentProblem, match=r"went away before|cannot talk"):
-            await ask("x", "status", timeout=10)
-        server.close()
-
     (tmp_path / "vmbus").mkdir(mode=0o700)
-    asyncio.run(body())
+    with pytest.raises(EnvironmentProblem, match="cannot talk to the owner"):
+        await ask("absent", "status", timeout=10)
+    (tmp_path / "vmbus" / "x").mkdir(parents=True)
+    path = tmp_path / "vmbus" / "x" / "supervisor.sock"
+    server = await asyncio.start_unix_server(mute, path=str(path))
+    with pytest.raises(WaitTimeout, match="to perform 'status'"):
+        await ask("x", "status", timeout=0.05)
+    server.close()
+    path.unlink()
+    server = await asyncio.start_unix_server(hang_up, path=str(path))
+    with pytest.raises(EnvironmentProblem, match=r"went away before|cannot talk"):
+        await ask("x", "status", timeout=10)
+    server.close()
 
 
 # ---- checkpoints -----------------------------------------------------------------------------------------------------
@@ -397,23 +394,20 @@ def test_fault_n25_what_failed_after_it_began_is_told_to_the_owner() -> None:
 
 
 @pytest.mark.parametrize("accelerator", ["tcg", "kvm"])
-def test_fault_n10_a_jump_of_the_guests_clock_is_explained_where_it_is_seen(accelerator: str) -> None:
-    async def body() -> list[str]:
-        vm, notices = DummyVm(), []
-        vm.programs.accelerator = accelerator
+async def test_fault_n10_a_jump_of_the_guests_clock_is_explained_where_it_is_seen(accelerator: str) -> None:
+    vm, notices = DummyVm(), []
+    vm.programs.accelerator = accelerator
 
-        async def reverted(*_: Any, **__: Any) -> RevertReport:
-            return RevertReport(
-                tag="a", directory="/x", phases={}, downtime=0.1, packets={}, channels=2, pci_writes=1, forced=False
-            )
+    async def reverted(*_: Any, **__: Any) -> RevertReport:
+        return RevertReport(
+            tag="a", directory="/x", phases={}, downtime=0.1, packets={}, channels=2, pci_writes=1, forced=False
+        )
 
-        vm.revert = reverted  # type: ignore[attr-defined]
-        async with supervised(vm, notices):
-            await ask("demo", "revert", {"tag": "a"}, timeout=10)
-        return notices
-
-    (told,) = asyncio.run(body())
+    vm.revert = reverted  # type: ignore[attr-defined]
+    async with supervised(vm, notices):
+        await ask("demo", "revert", {"tag": "a"}, timeout=10)
+    (told,) = notices
     assert told.startswith("taken back to checkpoint 'a'")
     assert ("soft lockup: it is none" in told) is (accelerator == "tcg")
-    page = (Path(__file__).resolve().parents[2] / "docs" / "checkpoints.md").read_text()
+    page = (Path(__file__).resolve().parents[2] / "docs" / "checkpoints.md").read_text()  # noqa: ASYNC240 - quick
     assert "soft lockup - CPU#0 stuck for" in page

@@ -68,7 +68,7 @@ def test_a_turn_that_raises_counts(turns: Turns, clock: Clock) -> None:
     assert turns.summary()["what"] == "bad"
 
 
-def test_the_steps_of_a_command_are_turns_of_their_own(turns: Turns, clock: Clock) -> None:
+async def test_the_steps_of_a_command_are_turns_of_their_own(turns: Turns, clock: Clock) -> None:
     async def work(caught: list[str]) -> str:
         clock.now += 1.0
         await asyncio.sleep(0)
@@ -80,16 +80,13 @@ def test_the_steps_of_a_command_are_turns_of_their_own(turns: Turns, clock: Cloc
             clock.now += 0.5
         return "done"
 
-    async def body() -> None:
-        caught: list[str] = []
-        task = asyncio.create_task(turns.steps("command save", work(caught)))
-        for _ in range(5):
-            await asyncio.sleep(0)
-        clock.now += 100.0  # it waits: that is no turn
-        task.cancel()
-        assert await task == "done" and caught == ["cancelled"]
-
-    asyncio.run(body())
+    caught: list[str] = []
+    task = asyncio.create_task(turns.steps("command save", work(caught)))
+    for _ in range(5):
+        await asyncio.sleep(0)
+    clock.now += 100.0  # it waits: that is no turn
+    task.cancel()
+    assert await task == "done" and caught == ["cancelled"]
     assert turns.summary()["seconds"] == 2.0 and turns.summary()["what"] == "command save"
 
 
@@ -102,15 +99,12 @@ def test_a_command_that_raises(turns: Turns) -> None:
         asyncio.run(turns.steps("command", work()))
 
 
-def test_a_timer_is_named(turns: Turns, clock: Clock) -> None:
+async def test_a_timer_is_named(turns: Turns, clock: Clock) -> None:
     def slow_call() -> None:
         clock.now += 4.0
 
-    async def body() -> None:
-        timers = Timers(asyncio.get_running_loop(), turns)
-        timers.call_later(0, slow_call)
-        assert timers.run_due()
-
-    asyncio.run(body())
+    timers = Timers(asyncio.get_running_loop(), turns)
+    timers.call_later(0, slow_call)
+    assert timers.run_due()
     longest = turns.summary()
     assert longest["seconds"] == 4.0 and longest["what"].startswith("timer ") and "slow_call" in longest["what"]
