@@ -15,8 +15,8 @@ from vmbus.cli.new_provider import create
 from vmbus.errors import EnvironmentProblem, UsageError
 from vmbus.soak import entries
 from vmbus.soak.books import Session, disagreements
-from vmbus.soak.draw import Draw
-from vmbus.soak.entries import drawn, function_of
+from vmbus.soak.draw import Draw, drawn
+from vmbus.soak.entries import function_of
 from vmbus.soak.operations import operation_of
 from vmbus.soak.plan import EpisodePlan, WorkloadPlan, encode_plan, load_plan
 from vmbus.soak.schedule import check_own, linux_share, plan_episode

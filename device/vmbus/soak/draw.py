@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Mapping, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
+
+from vmbus.errors import UsageError
 
 T = TypeVar("T")
 
@@ -50,3 +52,24 @@ class Draw:
                 break
         assert chosen is not None, "no weight above 0"
         return chosen
+
+
+def drawn(values: Mapping[str, Any], draw: Draw) -> dict[str, Any]:
+    """The values, with those drawn that are tables of the forms `{between = [LOW, HIGH]}` (whole numbers, if both are),
+    `{one_of = [...]}` and `{chance = SHARE}` (true or false). Raises UsageError."""
+    return {name: _value(name, value, draw) for name, value in values.items()}
+
+
+def _value(name: str, value: Any, draw: Draw) -> Any:
+    match value:
+        case {"between": [int() | float() as low, int() | float() as high], **rest} if not rest and low <= high:
+            whole = isinstance(low, int) and isinstance(high, int)
+            return draw.between(int(low), int(high)) if whole else draw.number(low, high)
+        case {"one_of": [_, *_] as choices, **rest} if not rest:
+            return draw.one_of(choices)
+        case {"chance": float() | int() as share, **rest} if not rest:
+            return draw.chance(share)
+        case {"between": _} | {"one_of": _} | {"chance": _}:
+            forms = "{between = [LOW, HIGH]}, {one_of = [...]}, {chance = SHARE}"
+            raise UsageError(f"{name!r} is {value}; allowed: a value, {forms}")
+    return value

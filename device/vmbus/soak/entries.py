@@ -21,7 +21,7 @@ import msgspec
 from vmbus.errors import UsageError
 from vmbus.providers import provider_class
 from vmbus.providers.loading import ALLOW_VARIABLE, PATH_VARIABLE, is_external
-from vmbus.soak.draw import Draw
+from vmbus.soak.draw import Draw, drawn
 from vmbus.testkit.driver_file import read_driver_file
 from vmbus.util.explaining import MODULE_PATTERN, Kind, Name, explain
 from vmbus_guest.testdrivers import CATALOGUE, FileEntry
@@ -45,7 +45,7 @@ Call = Callable[["Stage", dict[str, Any]], Awaitable["Figures"]]
 
 class WorkloadEntry(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
     """A provider, what uses it in the guest, and what has to come of it. One of `driver`, `driver_file` and `command`
-    is given. Values of `options` and `parameters` are taken as they are, or drawn: see `drawn`."""
+    is given. Values of `options` and `parameters` are taken as they are, or drawn: see `vmbus.soak.draw.drawn`."""
 
     name: Name
     provider: Kind | None = None
@@ -105,27 +105,6 @@ class OperationEntry(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_f
         given = [name for name in ("call", "guest", "command") if getattr(self, name)]
         if len(given) != 1 or bool(self.command) != bool(self.provider):
             raise ValueError(f"operation {self.name!r}: give it one of 'call', 'guest', and 'provider' with 'command'")
-
-
-# ---- drawn values ----------------------------------------------------------------------------------------------------
-
-
-def drawn(values: Mapping[str, Any], draw: Draw) -> dict[str, Any]:
-    """The values, with those drawn that are tables of the forms `{between = [LOW, HIGH]}` (whole numbers, if both are)
-    and `{one_of = [...]}`. Raises UsageError."""
-    return {name: _value(name, value, draw) for name, value in values.items()}
-
-
-def _value(name: str, value: Any, draw: Draw) -> Any:
-    match value:
-        case {"between": [int() | float() as low, int() | float() as high], **rest} if not rest and low <= high:
-            whole = isinstance(low, int) and isinstance(high, int)
-            return draw.between(int(low), int(high)) if whole else draw.number(low, high)
-        case {"one_of": [_, *_] as choices, **rest} if not rest:
-            return draw.one_of(choices)
-        case {"between": _} | {"one_of": _}:
-            raise UsageError(f"{name!r} is {value}; allowed: a value, {{between = [LOW, HIGH]}}, {{one_of = [...]}}")
-    return value
 
 
 # ---- files and modules -----------------------------------------------------------------------------------------------

@@ -13,8 +13,7 @@ import msgspec
 from vmbus.device.description import DeviceDescription, ProviderDescription
 from vmbus.errors import UsageError
 from vmbus.places import DESCRIPTIONS as CONFIGURATIONS
-from vmbus.soak.draw import Draw
-from vmbus.soak.entries import drawn
+from vmbus.soak.draw import Draw, drawn
 from vmbus.soak.plan import WorkloadPlan
 from vmbus.soak.settings import LOSE_ONE_IN_A_THOUSAND, Settings
 from vmbus.soak.workloads import LAB, LAB_OPTIONS, RECIPES, STOCK_RECIPES

@@ -9,8 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from vmbus.errors import UsageError
-from vmbus.soak.draw import Draw
-from vmbus.soak.entries import drawn
+from vmbus.soak.draw import Draw, drawn
 from vmbus.soak.plan import OperationPlan, Parameters, Scalar
 from vmbus.soak.settings import WEIGHTS, Settings, Step
 from vmbus.vm.moments import Moment
