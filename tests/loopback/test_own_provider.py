@@ -1,28 +1,45 @@
-"""A provider of `new-provider` in a real server: started by its description, and restored only when that is allowed."""
+"""What `new-provider` makes, in a real server: its own test passes, and a restore has to be allowed by name."""
 
+from __future__ import annotations
+
+import os
+import subprocess
 import sys
-import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from support import pace
 from vmbus.cli.new_provider import create
 from vmbus.errors import UsageError
-from vmbus.providers import provider_class
 from vmbus.providers.loading import ALLOW_VARIABLE, PATH_VARIABLE
-from vmbus.testkit.loopback.harness import LoopbackServer
-from vmbus.transport.library import Library
+from vmbus.testkit.loopback.restoring import run_driver
+from vmbus.transport.library import ENVIRONMENT_VARIABLE, Library
 from vmbus.vm.description import load_description
-from vmbus_guest.driver import VmbusDriver
 
 pytestmark = pytest.mark.loopback
 
 KIND = "door_bell:DoorBell"
 
 
-def test_an_own_provider_is_served_saved_and_restored(
+def test_the_test_that_is_made_passes(libvfio_user: Library, tmp_path: Path) -> None:
+    create("door_bell", tmp_path)
+    test = tmp_path / "test_door_bell_device.py"
+    path = os.pathsep.join(path for path in sys.path if path)
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "pytest", "-q", "-p", "vmbus.pytest_plugin", "-p", "no:cacheprovider"),
+            *("-W", "error", "-k", "without_a_vm", str(test)),
+        ],
+        env={**os.environ, "PYTHONPATH": path, ENVIRONMENT_VARIABLE: str(libvfio_user.path)},
+        capture_output=True,
+        text=True,
+        timeout=pace.seconds(60),
+    )
+    assert done.returncode == 0 and "1 passed, 1 deselected" in done.stdout, done.stdout + done.stderr
+
+
+def test_a_restore_imports_what_the_owner_has_named(
     libvfio_user: Library, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     create("door_bell", tmp_path)
@@ -30,44 +47,9 @@ def test_an_own_provider_is_served_saved_and_restored(
     monkeypatch.setattr(sys, "modules", dict(sys.modules))
     monkeypatch.setenv(PATH_VARIABLE, str(tmp_path))
     monkeypatch.delenv(ALLOW_VARIABLE, raising=False)
-    description = load_description(tmp_path / "door_bell.toml").device
-    server = LoopbackServer(description, libvfio_user)
-    function = server.function()
-    driver = VmbusDriver(function)
-    notices: list[Any] = []
-    replies: list[bytes] = []
-    channel = driver.client_channel(sys.modules["door_bell"].INTERFACE_TYPE, name="door-bell")
-    channel.set_process_packet_callbacks(lambda _, completion, payload: notices.append((completion, payload)))
-    driver.enable(channel)
-
-    def request(text: bytes) -> None:
-        packet = channel.allocate_packet()
-        packet.completion_routine = lambda packet, status, reply: replies.append(reply.rstrip(b"\0"))
-        packet.send(text)
-
-    for text in (b"one", b"two", b"three"):
-        request(text)
-    driver.run_until(lambda: len(replies) == 3 and len(notices) == 1, 10, "three answers and a notice")
-    state = server.save()
-    config = bytes.fromhex(server.command("pci")["config"])
-    server.stop()
-    try:
-        with pytest.raises(UsageError, match=f"a snapshot may not choose the code that runs.*{ALLOW_VARIABLE}={KIND}"):
-            LoopbackServer(description, libvfio_user, restore=state)
-        monkeypatch.setenv(ALLOW_VARIABLE, KIND)
-        assert provider_class(KIND, from_snapshot=True) is sys.modules["door_bell"].DoorBell
-        server = LoopbackServer(description, libvfio_user, restore=state)
-        function.reconnect(server.socket_path, config)
-        assert server.command("restore-finish")["packets"] == {"queued": 0, "sent": 1}
-        for completion, _ in notices:
-            completion.complete()
-        request(b"four")
-        driver.run_until(lambda: len(replies) == 4, 10, "the fourth answer")
-        assert replies == [b"ONE", b"TWO", b"THREE", b"FOUR"]
-        deadline = time.monotonic() + pace.seconds(10)
-        while (status := server.command("status")["providers"]["door-bell"])["acknowledged"] != 3:
-            assert time.monotonic() < deadline, status
-        assert status == {"served": 4, "acknowledged": 3}
-    finally:
-        driver.close(graceful=False)
-        server.stop()
+    device = load_description(tmp_path / "door_bell.toml").device
+    driver = tmp_path / "door_bell_driver.py"
+    with pytest.raises(UsageError, match=f"a snapshot may not choose the code that runs.*{ALLOW_VARIABLE}={KIND}"):
+        run_driver(driver, device, libvfio_user, saves=[10])
+    monkeypatch.setenv(ALLOW_VARIABLE, KIND)
+    assert run_driver(driver, device, libvfio_user, saves=[10])["verdict"] == "passed"

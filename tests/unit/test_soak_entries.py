@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import shlex
 from collections.abc import Iterator
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from click.testing import CliRunner
 
@@ -19,6 +22,7 @@ from vmbus.soak.draw import Draw, drawn
 from vmbus.soak.entries import function_of
 from vmbus.soak.operations import operation_of
 from vmbus.soak.plan import EpisodePlan, WorkloadPlan, encode_plan, load_plan
+from vmbus.soak.replay import replay_command
 from vmbus.soak.schedule import check_own, linux_share, plan_episode
 from vmbus.soak.settings import Settings, load_settings, settings_from
 
@@ -73,6 +77,16 @@ def test_fault_t9_a_schedule_names_a_provider_a_driver_and_operations_of_ones_ow
         path.write_bytes(encode_plan(plan))
         assert load_plan(path) == plan
         assert all(operation_of(plan, one.kind) for one in plan.operations)
+
+
+def test_the_printed_command_says_them(mine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = load_settings(mine / "night.toml")
+    printed = replay_command(msgspec.to_builtins(settings), 3, mine / "night")
+    monkeypatch.chdir("/")
+    done = CliRunner().invoke(main, ["soak", *shlex.split(printed)[1:], "--plan"])
+    assert done.exit_code == 0, done.output
+    plan = plan_episode(settings, settings.seed, 3)
+    assert json.loads(done.output) == json.loads(encode_plan(plan))
 
 
 def test_a_command_runs_where_linux_has_its_own_drivers(mine: Path) -> None:

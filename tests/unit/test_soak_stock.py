@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vmbus.soak.books import Fault, Session
@@ -27,6 +27,7 @@ def planned() -> Any:
     return plan_episode(settings_from({"linux": 1.0, "script": [{"kind": "migrate"}]}, "x"), 1, 0)
 
 
+@settings(deadline=None, max_examples=40)
 @given(st.integers(1, 300), st.integers(0, 30), st.data())
 def test_frames_come_through_in_pieces_of_any_size(size: int, count: int, data: st.DataObject) -> None:
     guest, host = Frames(3, GUEST_END, size), Frames(3, HOST_END, size)

@@ -98,7 +98,10 @@ def test_sabotage_is_found_and_the_printed_command_finds_it_again(tmp_path: Path
         (failure,) = report["failures"]
         print(failure["message"])
         assert report["verdict"] == "failed" and "1 lost" in failure["message"]
-        assert (one / failure["kept"] / "logs").is_dir() and (one / failure["kept"] / "plan.json").is_file()
+        kept = one / failure["kept"]
+        assert all((kept / name).is_file() for name in ("plan.json", "inspect.json", "guest.json"))
+        assert (kept / "snapshot" / "manifest.json").is_file()
+        assert (kept / "logs" / "000" / "console.log").stat().st_size > 0
         operation = read(one, OperationRecord)[-1]
         found.append((operation.number, operation.kind, operation.outcome))
     assert found[0] == found[1] and found[0][2] == "failed"

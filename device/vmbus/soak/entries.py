@@ -43,7 +43,7 @@ Call = Callable[["Stage", dict[str, Any]], Awaitable["Figures"]]
 """An operation: it gets the stage and its parameters, and returns its figures. What it raises fails the episode."""
 
 
-class WorkloadEntry(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
+class WorkloadEntry(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """A provider, what uses it in the guest, and what has to come of it. One of `driver`, `driver_file` and `command`
     is given. Values of `options` and `parameters` are taken as they are, or drawn: see `vmbus.soak.draw.drawn`."""
 
@@ -84,7 +84,7 @@ class WorkloadEntry(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fi
         return bool(self.command) if self.linux is None else self.linux
 
 
-class OperationEntry(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
+class OperationEntry(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """One of `call`, `guest` and `command` is given."""
 
     name: Name
