@@ -62,7 +62,7 @@ def test_the_campaign_of_the_workflow_is_one(tmp_path: Path, schedule: bool, bas
 def test_what_it_names_exists() -> None:
     text = WORKFLOW.read_text()
     names = re.findall(r"scripts/([\w-]+)", text)
-    assert set(names) == {"setup", "soak"}
+    assert {"setup", "soak"} <= set(names)
     assert all(os.access(CHECKOUT / "scripts" / name, os.X_OK) for name in names)
     for one in steps():
         subprocess.run(["bash", "-n", "-c", one.get("run", "")], check=True)
@@ -75,7 +75,7 @@ def test_what_it_names_exists() -> None:
 
 
 @pytest.mark.parametrize(
-    ("before", "after"), [("--for", "--fro"), ("migrate=10s", "migrat=10s"), ("  steps:", "   steps:")]
+    ("before", "after"), [("--for", "--fro"), ("-p95 20s", "-p95 pauses=20s"), ("  steps:", "   steps:")]
 )
 def test_sabotage_a_workflow_that_is_wrong_is_noticed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: str, after: str
