@@ -110,49 +110,44 @@ def test_a_worker_that_is_killed_costs_nothing(tmp_path: Path, cluster: Cluster)
     assert set(operations(folder)) == {(0, 0), (0, 1), (0, 2)}
 
 
-def test_interrupted_and_gone_on_with(tmp_path: Path, cluster: Cluster) -> None:
+def test_interrupted_gone_on_with_and_gone(tmp_path: Path, cluster: Cluster) -> None:
+    """Nobody tells the worker of a campaign that is gone: that its sign of life is missing has to be enough."""
     folder, marker, go = tmp_path / "campaign", tmp_path / "marker", tmp_path / "go"
     row = Script(GOOD, [["operation"], ["touch", str(marker)], ["wait-for", str(go)], ["operation"]])
 
+    async def interrupted() -> None:
+        engine = await connect(cluster)
+        sitting = Sitting(folder, row, engine=engine)
+        running = asyncio.create_task(sitting())
+        await eventually(marker.exists, "the episode's marker")
+        sitting.run.interrupt()
+        assert await asyncio.wait_for(running, pace.seconds(30)) == "interrupted"
+        await engine.close()
+        assert [record.verdict for record in read(folder, EpisodeRecord)] == ["passed", "interrupted"]
+
+    async def gone() -> None:
+        pid = tmp_path / "pid"
+        engine = await connect(cluster)
+        sitting = Sitting(tmp_path / "gone", Script([["pid", str(pid)], ["hang"]]), engine=engine)
+        running = asyncio.create_task(sitting())
+        await eventually(pid.exists, "the episode's process")
+        assert engine._beating is not None
+        engine._beating.cancel()  # as if it were killed
+        await eventually(lambda: not alive(int(pid.read_text())), "the end of the episode's process", 20)
+        running.cancel()
+        await asyncio.wait({running}, timeout=pace.seconds(30))
+        await engine.close()
+
     async def body() -> None:
         async with cluster:
             await cluster.worker()
-            engine = await connect(cluster)
-            sitting = Sitting(folder, row, engine=engine)
-            running = asyncio.create_task(sitting())
-            await eventually(marker.exists, "the episode's marker")
-            sitting.run.interrupt()
-            assert await asyncio.wait_for(running, pace.seconds(30)) == "interrupted"
-            await engine.close()
-            assert [record.verdict for record in read(folder, EpisodeRecord)] == ["passed", "interrupted"]
+            await interrupted()
             go.touch()
             assert await sit(folder, cluster, row) == "passed"
+            await gone()
 
     asyncio.run(body())
     assert {number: record.verdict for number, record in episodes(folder).items()} == {0: "passed", 1: "passed"}
-
-
-def test_a_campaign_that_is_gone_leaves_nothing_running(tmp_path: Path, cluster: Cluster) -> None:
-    """Nobody tells the worker: that the campaign's sign of life is missing has to be enough."""
-    marker = tmp_path / "marker"
-
-    async def body() -> None:
-        async with cluster:
-            await cluster.worker()
-            engine = await connect(cluster)
-            running = asyncio.create_task(
-                Sitting(tmp_path / "campaign", Script([["pid", str(marker)], ["hang"]]), engine=engine)()
-            )
-            await eventually(marker.exists, "the episode's marker")
-            process = int(marker.read_text())
-            assert engine._beating is not None
-            engine._beating.cancel()  # as if it were killed
-            await eventually(lambda: not alive(process), "the end of the episode's process", 20)
-            running.cancel()
-            await asyncio.wait({running}, timeout=pace.seconds(30))
-            await engine.close()
-
-    asyncio.run(body())
 
 
 def test_a_scheduler_that_dies_is_an_interruption(
