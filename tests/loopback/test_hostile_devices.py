@@ -16,7 +16,7 @@ import pytest
 
 from support import pace, storvsc
 from support.namespace import Namespace, NotPermitted, namespace
-from support.network_guest import UP, DriverEnds, NetworkGuest
+from support.network_guest import UP, Ends, NetworkGuest
 from support.storage import Controller
 from vmbus.bus.server import REFUSED
 from vmbus.device import saved
@@ -28,6 +28,7 @@ from vmbus.kmcl.pipe import frame, unframe
 from vmbus.kmcl.settings import FLAG_IS_PIPE
 from vmbus.providers.network import oids
 from vmbus.testkit.loopback.harness import LoopbackServer, describe
+from vmbus.testkit.loopback.pair import DriverSide
 from vmbus.transport.library import Library
 from vmbus.wire import ic, nvsp, rndis, scsi
 from vmbus.wire.gpa import range_for
@@ -111,7 +112,7 @@ def serves(driver: VmbusDriver, name: str) -> None:
         give_back(controller)
         return
     if name == "network_survives":
-        guest = NetworkGuest(DriverEnds(driver))
+        guest = NetworkGuest(Ends(DriverSide(driver)))
         assert guest.send(b"\xff" * 6 + bytes(54)) == nvsp.Status.SUCCESS
         guest.shut_down()
         return
@@ -139,8 +140,8 @@ def write_kept(driver: VmbusDriver) -> None:
 
 
 def give_back(controller: Controller) -> None:
-    controller.bus.close_channel(controller.channel)
-    controller.bus.free(controller.data.buffer)
+    controller.bus.close_channel(controller.ports[0].channel)
+    controller.bus.free(controller.memory.memory.pages.buffer)
 
 
 # ---- buffers ---------------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from support import storvsc
 from support.captures import command, packets_of
 from support.disk import Fault, FaultyBackend
 from support.hv_utils import HvUtils
-from support.network_guest import DriverEnds, NetworkGuest
+from support.network_guest import Ends, NetworkGuest
 from support.nic import Cable, CablePort
 from support.storage import Guest
 from support.vsock import GuestSockets, accept, listen, take
@@ -39,6 +39,7 @@ from vmbus.providers.network import NetworkProvider
 from vmbus.providers.network.interface import Port, Settings
 from vmbus.providers.scsi import ScsiProvider
 from vmbus.testkit.loopback.harness import LoopbackServer, describe
+from vmbus.testkit.loopback.pair import DriverSide
 from vmbus.testkit.replay import replay
 from vmbus.testkit.replay_report import ReplayOptions
 from vmbus.transport.library import Library
@@ -118,7 +119,7 @@ def test_a_request_that_hangs_has_a_name(libvfio_user: Library, fault: Fault) ->
         assert packet.words == f"WRITE(10) lba 2048, 8 blocks, FUA, lun 1, tag {packet.transaction}"
         assert packet.words in packet_text(packet).plain
         fault.go.set()
-        guest.ports[0].wait(sent)
+        sent.wait()
         assert not channel_of(server, "scsi").packets
         guest.close()
 
@@ -187,7 +188,7 @@ def test_sabotage_of_a_completion_is_named_by_the_hosts_half(
         how(server)
         fault.go.set()
         if how is twice:
-            guest.ports[0].wait(sent)
+            guest.bus.run_until(lambda: sent.done, 10, "the end of the write")
         report = checked(server, audit)
         assert report.verdict == "broken", str(report)
         (problem,) = report.problems
@@ -224,7 +225,7 @@ def test_a_card_is_named_audited_and_captured(libvfio_user: Library, tmp_path: P
     audit, path = tmp_path / "audit", tmp_path / "card.pcapng"
     with LoopbackServer(describe("network"), libvfio_user, audit=audit, capture=path) as server:
         driver = VmbusDriver(server.function())
-        ends = DriverEnds(driver)
+        ends = Ends(DriverSide(driver))
         guest = NetworkGuest(ends)
         sent = bytes(6) + bytes([2] * 6) + bytes([8, 0]) + bytes(range(250))
         for shape in (1, 2, 3):

@@ -14,11 +14,12 @@ import pytest
 from support import pace
 from support.namespace import Namespace
 from support.namespace import outside as outside
-from support.network_guest import DriverEnds, NetworkGuest
+from support.network_guest import Ends, NetworkGuest
 from vmbus.providers.network.interface import Settings, in_namespace, set_mtu
 from vmbus.providers.network.offload import ones_sum
 from vmbus.providers.network.provider import WHOLE_FRAME
 from vmbus.testkit.loopback.harness import LoopbackServer, describe
+from vmbus.testkit.loopback.pair import DriverSide
 from vmbus.transport.library import Library
 from vmbus.wire import nvsp, rndis
 from vmbus_guest.driver import VmbusDriver
@@ -153,7 +154,7 @@ class PlainEcho(EchoGuest):
 
 
 def _guest(driver: VmbusDriver, offload: bool = True, **arguments: Any) -> EchoGuest:
-    return (EchoGuest if offload else PlainEcho)(DriverEnds(driver), **arguments)
+    return (EchoGuest if offload else PlainEcho)(Ends(DriverSide(driver)), **arguments)
 
 
 def test_network_survives_saves_into_fresh_servers(libvfio_user: Library, outside: Namespace, caller: Caller) -> None:

@@ -15,8 +15,8 @@ import pytest
 from support import pace, storvsc
 from support.disk import Fault, FaultyBackend
 from support.pace import until
-from support.storage import Guest, disk_status, pattern
-from support.storvsc import Pending, result_of
+from support.storage import Guest, disk_status
+from support.storvsc import pattern, result_of
 from vmbus import providers
 from vmbus.errors import WaitTimeout
 from vmbus.providers.disk import disk
@@ -24,6 +24,7 @@ from vmbus.providers.disk.backend import Backend
 from vmbus.providers.disk.core import Core, Job
 from vmbus.providers.disk.image import Image
 from vmbus.providers.scsi import ScsiProvider
+from vmbus.testkit import Request
 from vmbus.testkit.loopback.harness import LoopbackServer, describe
 from vmbus.transport.library import Library
 from vmbus.transport.mapping import GuestMapping
@@ -61,9 +62,9 @@ def server(libvfio_user: Library, faults: list[Fault]) -> Iterator[LoopbackServe
         yield server
 
 
-def write(guest: Guest, data: bytes) -> Pending:
+def write(guest: Guest, data: bytes) -> Request:
     """To the first blocks, without waiting for it."""
-    guest.data.put(data)
+    guest.memory.put(data)
     return guest.send(storvsc.write_10(0, len(data) // 512), len(data), direction=Direction.TO_DEVICE)
 
 
@@ -82,9 +83,9 @@ class Killed:
             assert guest.write(number * BLOCKS, pattern(SLOT, number)).good
         self.hung = [Fault("read", hang=True) for _ in range(4)]
         faults += self.hung
-        self.file_page = guest.data.buffer.file_pages[0]
+        self.file_page = guest.memory.memory.pages.buffer.file_pages[0]
         for number in range(4):
-            memory = guest.data.extents(SLOT, number * SLOT)
+            memory = guest.memory.extents(SLOT, number * SLOT)
             guest.send(storvsc.read_10(number * BLOCKS, BLOCKS), SLOT, channel=number % 2, external=memory)
         for fault in self.hung:
             assert fault.begun.wait(pace.seconds(10))
@@ -160,9 +161,9 @@ def test_drivers_that_die_again_and_again_with_reads_on_threads(
     while sum(orphans) < 20 or rounds < 20:
         rounds += 1
         assert rounds < 300, f"only {sum(orphans)} reads were ever under way"
-        start = guest.data.buffer.file_pages[0] * 4096
+        start = guest.memory.memory.pages.buffer.file_pages[0] * 4096
         for number in range(32):
-            memory = guest.data.extents(MIB, number % 4 * MIB)
+            memory = guest.memory.extents(MIB, number % 4 * MIB)
             guest.send(storvsc.read_10(number % 8 * MIB // 512, MIB // 512), MIB, external=memory)
         guest.bus.step(0.0)
         time.sleep(choose.random() * 0.003)  # anywhere in the middle
@@ -214,7 +215,7 @@ def test_an_old_write_never_replaces_a_new_one(
     with pytest.raises(WaitTimeout):
         server.command("pause", seconds=0.2)
     hung.go.set()
-    new.ports[0].wait(asked)
+    asked.wait()
     assert result_of(asked.reply).good
     assert new.read(0, 4096) == b"new." * 1024
     new.close()

@@ -17,17 +17,18 @@ import pytest
 from support import pace, storvsc
 from support.disk import Fault, FaultyBackend
 from support.pace import until
-from support.storage import Guest, pattern, status
-from support.storvsc import Extents, Pending, result_of
+from support.storage import Guest, status
+from support.storvsc import Extents, pattern, result_of
 from vmbus import providers
 from vmbus.device import saved
 from vmbus.errors import EnvironmentProblem, UsageError, VmbusError, WaitTimeout
 from vmbus.providers.disk.backend import Backend
 from vmbus.providers.disk.image import Image
 from vmbus.providers.scsi import ScsiProvider
+from vmbus.testkit import Request
 from vmbus.testkit.loopback.harness import LoopbackServer, describe
 from vmbus.transport.library import Library
-from vmbus.wire import scsi, storvsp
+from vmbus.wire import scsi
 from vmbus.wire.storvsp import Direction, Operation
 
 pytestmark = pytest.mark.loopback
@@ -89,7 +90,7 @@ class Churn:
         self.models = [bytearray(SIZE) for _ in range(luns)]
         self.gone: set[int] = set()
         self.slots = list(range(24))
-        self.busy: list[tuple[int, int, int, bytes | None, Pending]] = []
+        self.busy: list[tuple[int, int, int, bytes | None, Request]] = []
         self.done = self.vanished = 0
 
     def some(self) -> None:
@@ -100,7 +101,7 @@ class Churn:
             first, count = 256 * slot + 8 * choose.randrange(16), 8 * choose.randint(1, 16)
             at, length = first * 512, count * 512
             channel = choose.randrange(len(guest.ports))
-            external: Extents | None = guest.data.extents(length, MIB + slot * SLOT)
+            external: Extents | None = guest.memory.extents(length, MIB + slot * SLOT)
             expected: bytes | None = None
             kind = choose.random()
             if kind < 0.1:
@@ -109,12 +110,12 @@ class Churn:
                 cdb = storvsc.long_form(scsi.Opcode.WRITE_SAME_16, first, count, flags)
                 external, length, direction = None, 0, Direction.NONE
             elif kind < 0.45:
-                guest.data.put(bytes(length), MIB + slot * SLOT)
+                guest.memory.put(bytes(length), MIB + slot * SLOT)
                 expected = bytes(self.models[lun][at : at + length])
                 cdb, direction = storvsc.read_10(first, count), Direction.FROM_DEVICE
             else:
                 data = pattern(length, choose.randrange(1 << 30))
-                guest.data.put(data, MIB + slot * SLOT)
+                guest.memory.put(data, MIB + slot * SLOT)
                 self.models[lun][at : at + length] = data
                 cdb, direction = storvsc.write_10(first, count, fua=choose.random() < 0.2), Direction.TO_DEVICE
             sent = guest.send(cdb, length, channel=channel, external=external, lun=lun, direction=direction)
@@ -134,13 +135,14 @@ class Churn:
             else:
                 assert result.good and result.moved == length, result
                 if expected is not None:
-                    same = self.guest.data.get(length, MIB + slot * SLOT) == expected
+                    same = self.guest.memory.get(length, MIB + slot * SLOT) == expected
                     assert same, "a read found other bytes than were written"
             self.slots.append(slot)
             self.done += 1
 
     def finish(self) -> None:
-        self.guest.ports[0].wait(*(one[-1] for one in self.busy))
+        for one in self.busy:
+            one[-1].wait(20)
         self.settle()
         for lun, model in enumerate(self.models):
             for first in range(0, SIZE // 512, 2048):
@@ -207,7 +209,8 @@ def test_a_slow_disk_does_not_keep_the_other_one_waiting(server: LoopbackServer,
     assert not any(one.done for one in pending)
     for fault in slow:
         fault.go.set()
-    guest.ports[0].wait(*pending)
+    for one in pending:
+        one.wait(20)
     assert all(result_of(one.reply).good for one in pending)
     guest.close()
 
@@ -227,7 +230,8 @@ def test_with_all_threads_for_one_disk_the_other_one_would_wait(server: Loopback
     assert not other.done
     for fault in slow:
         fault.go.set()
-    guest.ports[0].wait(*pending, other)
+    for one in (*pending, other):
+        one.wait(20)
     guest.close()
 
 
@@ -242,12 +246,12 @@ def test_a_disk_that_vanishes_under_load(server: LoopbackServer, disks: Path) ->
     removal.start()
     # On a busy machine the removal may be over before the guest has taken its notice, or asked for that disk again.
     deadline = time.monotonic() + pace.seconds(20)
-    while churn.done < 600 or removal.is_alive() or not (churn.vanished and guest.notices):
-        assert time.monotonic() < deadline, (churn.done, churn.vanished, guest.notices)
+    while churn.done < 600 or removal.is_alive() or not (churn.vanished and guest.ports[0].unreceived):
+        assert time.monotonic() < deadline, (churn.done, churn.vanished)
         churn.some()
     removal.join()
     assert answers == [{"lun": 1, "image": "slow.img"}] and churn.vanished > 0
-    assert [storvsp.parse_head(one)[0] for one in guest.notices] == [Operation.ENUMERATE_BUS]
+    assert guest.notices() == [Operation.ENUMERATE_BUS]
     assert [one.lun for one in guest.scan()] == [0]
     churn.finish()
     command(server, "add-lun", lun=1, image="slow.img")
@@ -292,7 +296,7 @@ def test_a_controller_is_withdrawn_once_the_guest_has_let_go(server: LoopbackSer
     answers: list[dict[str, Any]] = []
     rescind = threading.Thread(target=lambda: answers.append(server.command("rescind", name="scsi")))
     rescind.start()
-    guest.bus.run_until(lambda: bool(guest.notices), 10, "a notice")
+    guest.bus.run_until(lambda: bool(guest.ports[0].unreceived), 10, "a notice")
     assert guest.ask(storvsc.READY).gone and guest.ask(storvsc.READY, lun=1).gone
     assert guest.ask(storvsc.SYNCHRONIZE).gone
     assert guest.scan() == [] and not answers
@@ -311,9 +315,9 @@ def test_a_withdrawal_that_fails_leaves_the_disks(server: LoopbackServer, faults
     assert hung.begun.wait(pace.seconds(10))
     with pytest.raises(WaitTimeout):
         server.command("rescind", name="scsi", seconds=1.0)
-    assert [one.lun for one in guest.scan()] == [0, 1] and len(guest.notices) == 2
+    assert [one.lun for one in guest.scan()] == [0, 1] and len(guest.notices()) == 2
     hung.go.set()
-    guest.ports[0].wait(pending)
+    pending.wait()
     assert result_of(pending.reply).good
     guest.close()
 
@@ -345,7 +349,8 @@ def test_a_save_waits_for_what_is_in_flight_and_a_hung_disk_fails_it(
     guest.bus.step(0.05)
     assert not any(one.done for one in later)
     server.command("resume")
-    guest.ports[0].wait(pending, *later)
+    for one in (pending, *later):
+        one.wait(20)
     assert all(result_of(one.reply).good for one in (pending, *later))
     assert guest.read(0, 4096) == pattern(4096, 1)
     guest.close()

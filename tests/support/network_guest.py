@@ -5,18 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 from struct import pack, unpack_from
-from typing import Any, Protocol
+from typing import Any
 
-from support.nic import Cable, Cabled
-from vmbus import testkit as kit
-from vmbus.kmcl import Channel, Completion, Packet
+from support.nic import Cabled
 from vmbus.providers.network import NetworkProvider, oids
 from vmbus.providers.network.spread import DEFAULT_KEY, UDP4
-from vmbus.testkit import HostPacket, ProviderTest
+from vmbus.testkit import Guest, HostPacket, Memory, ProviderTest
+from vmbus.testkit.loopback.pair import DriverSide
 from vmbus.wire import nvsp, rndis
 from vmbus.wire.ethernet import NO_OFFLOAD
-from vmbus.wire.packet import PacketType, TransferPages
-from vmbus_guest.driver import VmbusDriver
+from vmbus.wire.packet import TransferPages
 
 HASH_INFO = 0x1701 | UDP4
 """What Linux says, and datagrams beside it."""
@@ -31,37 +29,64 @@ class CabledNetwork(Cabled, NetworkProvider):
     """The provider, with a cable for each kit."""
 
 
-class Memory(Protocol):
-    """Guest memory: `address` for the device."""
-
-    @property
-    def address(self) -> int: ...
-
-    def read(self, offset: int, length: int) -> bytes: ...
-
-    def write(self, offset: int, data: bytes) -> None: ...
-
-
 Take = Callable[[bytes, TransferPages | None, Callable[[bytes], None]], None]
 """Called with a packet of the host's: its payload, what it hands over, and how it is completed."""
 
 
-class Ends(Protocol):
-    """What carries the guest's packets. `index`: of the channel."""
+class Ends:
+    """What carries the guest's packets: its ends of a card's channels, in the kit or over a driver. `index`: of the
+    channel."""
 
-    def open(self, index: int, take: Take) -> None: ...
+    def __init__(self, device: ProviderTest | DriverSide, ring_pages: int = 32) -> None:
+        self.device = device
+        self.ring_pages = ring_pages
+        self.guests: dict[int, Guest] = {}
 
-    def close(self) -> None: ...
+    def open(self, index: int, take: Take) -> None:
+        def answer(packet: HostPacket) -> bytes | None:
+            replies: list[bytes] = []
+            inside = True
 
-    def ask(self, index: int, payload: bytes, external: Sequence[tuple[int, int]] | None) -> bytes: ...
+            def done(reply: bytes) -> None:
+                if inside:
+                    replies.append(reply)
+                else:
+                    packet.complete(reply)
 
-    def tell(self, payload: bytes) -> None: ...
+            take(packet.payload, packet.pages, done)
+            inside = False
+            return replies[0] if replies else None
 
-    def wait(self, condition: Callable[[], bool], what: str) -> None: ...
+        self.guests[index] = self.device.open(
+            nvsp.NVSP_TYPE, subchannel=index, ring_pages=self.ring_pages, answer=answer
+        )
 
-    def allocate(self, size: int) -> Memory: ...
+    def close(self) -> None:
+        for index in sorted(self.guests, reverse=True):
+            if self.guests[index].is_open:
+                self.guests[index].close()
+        self._run()
 
-    def lend(self, memory: Memory, size: int) -> int: ...
+    def _run(self) -> None:
+        if isinstance(self.device, ProviderTest):
+            self.device.run()
+
+    def ask(self, index: int, payload: bytes, external: Sequence[tuple[int, int]] | None) -> bytes:
+        return self.guests[index].request(payload, external=external, timeout=20.0)
+
+    def tell(self, payload: bytes) -> None:
+        self.guests[0].send(payload, wait_for_completion=False)
+        self._run()
+
+    def wait(self, condition: Callable[[], bool], what: str) -> None:
+        self._run()
+        self.device.wait_until(condition, 20.0, what)
+
+    def allocate(self, size: int) -> Memory:
+        return Memory(self.device.allocate(-(-size // 4096) * 4096), size)
+
+    def lend(self, memory: Memory, size: int) -> int:
+        return self.guests[0].channel.create_gpadl([(memory.address, size)])
 
 
 class NetworkGuest:
@@ -303,124 +328,3 @@ class NetworkGuest:
         held, self.held = self.held, []
         for done in held:
             done()
-
-
-# ---- in the test kit -------------------------------------------------------------------------------------------------
-
-
-class KitEnds:
-    """Over the channels of a `ProviderTest`."""
-
-    def __init__(self, kit: ProviderTest, ring_pages: int = 32) -> None:
-        self.kit = kit
-        self.ring_pages = ring_pages
-        self.clients: dict[int, Any] = {}
-
-    @property
-    def cable(self) -> Cable:
-        return CabledNetwork.cables[self.kit.hosted.clock]
-
-    def open(self, index: int, take: Take) -> None:
-        def answer(packet: HostPacket) -> bytes | None:
-            replies: list[bytes] = []
-            inside = True
-
-            def done(reply: bytes) -> None:
-                if inside:
-                    replies.append(reply)
-                else:
-                    packet.complete(reply)
-
-            take(packet.payload, packet.pages, done)
-            inside = False
-            return replies[0] if replies else None
-
-        self.clients[index] = self.kit.open(index, ring_pages=self.ring_pages, answer=answer)
-
-    def close(self) -> None:
-        for index in sorted(self.clients, reverse=True):
-            if self.clients[index].is_open:
-                self.clients[index].close()
-        self.kit.run()
-
-    def ask(self, index: int, payload: bytes, external: Sequence[tuple[int, int]] | None) -> bytes:
-        return bytes(self.clients[index].request(payload, external=external))
-
-    def tell(self, payload: bytes) -> None:
-        self.clients[0].send(payload, wait_for_completion=False)
-        self.kit.run()
-
-    def wait(self, condition: Callable[[], bool], what: str) -> None:
-        self.kit.run()
-        assert condition(), what
-
-    def allocate(self, size: int) -> Memory:
-        return kit.Memory(self.kit.allocate(-(-size // 4096) * 4096), size)
-
-    def lend(self, memory: Memory, size: int) -> int:
-        return int(self.clients[0].channel.create_gpadl([(memory.address, size)]))
-
-
-# ---- over a real device server ---------------------------------------------------------------------------------------
-
-
-class _DriverMemory:
-    def __init__(self, buffer: Any) -> None:
-        self.buffer = buffer
-        self.address: int = buffer.iova
-
-    def read(self, offset: int, length: int) -> bytes:
-        return bytes(self.buffer.view[offset : offset + length])
-
-    def write(self, offset: int, data: bytes) -> None:
-        self.buffer.view[offset : offset + len(data)] = data
-
-
-class DriverEnds:
-    """Over the channels of a guest's driver."""
-
-    def __init__(self, driver: VmbusDriver, ring_pages: int = 32) -> None:
-        self.driver = driver
-        self.ring_pages = ring_pages
-        self.channels: dict[int, Any] = {}
-        self.gpadls: list[tuple[Any, int]] = []
-
-    def open(self, index: int, take: Take) -> None:
-        channel = self.driver.client_channel(
-            nvsp.NVSP_TYPE,
-            ring_pages_in=self.ring_pages,
-            ring_pages_out=self.ring_pages,
-            subchannel_index=index,
-        )
-
-        def process(_: Channel, completion: Completion, payload: bytes) -> None:
-            pages = completion.transfer_pages() if completion.kind == PacketType.TRANSFER_PAGES else None
-            take(payload, pages, completion.complete)
-
-        channel.set_process_packet_callbacks(process)
-        self.driver.enable(channel)
-        self.channels[index] = channel
-
-    def close(self) -> None:
-        for index in sorted(self.channels, reverse=True):
-            self.driver.close_channel(self.channels.pop(index))
-
-    def ask(self, index: int, payload: bytes, external: Sequence[tuple[int, int]] | None) -> bytes:
-        replies: list[bytes] = []
-        packet: Packet = self.channels[index].allocate_packet()
-        packet.completion_routine = lambda _, status, reply: replies.append(reply)
-        packet.send(payload, external=external)
-        self.driver.run_until(lambda: bool(replies), 20, "the answer of the card")
-        return replies[0]
-
-    def tell(self, payload: bytes) -> None:
-        self.channels[0].allocate_packet().send(payload, wait_for_completion=False)
-
-    def wait(self, condition: Callable[[], bool], what: str) -> None:
-        self.driver.run_until(condition, 20, what)
-
-    def allocate(self, size: int) -> Memory:
-        return _DriverMemory(self.driver.allocate(-(-size // 4096) * 4096))
-
-    def lend(self, memory: Memory, size: int) -> int:
-        return int(self.channels[0].create_gpadl([(memory.address, size)]))

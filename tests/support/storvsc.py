@@ -5,13 +5,16 @@ Whatever Linux would not know, or would ask again for ever, is an AssertionError
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
+from vmbus.testkit import Guest, Memory, Request
 from vmbus.wire import scsi, storvsp
 from vmbus.wire.scsi import Opcode, Sense
 from vmbus.wire.storvsp import Direction, Operation, Properties, Srb
 
+MIB = 1 << 20
 Extents = Sequence[tuple[int, int]]
 
 KNOWN = frozenset({0x02, 0x04, 0x06, 0x09, 0x0A, 0x0E, 0x12, 0x20, 0x30})
@@ -26,22 +29,25 @@ HANDSHAKE = (
 """Its steps, for a driver that does not look at the answers."""
 
 
-class Pending(Protocol):
-    """A packet that was sent."""
+class Data:
+    """Guest memory for data."""
 
-    @property
-    def done(self) -> bool: ...
+    def __init__(self, memory: Memory) -> None:
+        self.memory = memory
 
-    @property
-    def reply(self) -> bytes: ...
+    def put(self, data: bytes, at: int = 0) -> None:
+        self.memory.write(at, data)
+
+    def get(self, length: int, at: int = 0) -> bytes:
+        return self.memory.read(at, length)
+
+    def extents(self, length: int, at: int = 0) -> list[tuple[int, int]]:
+        return self.memory.part(at, length)
 
 
-class Port(Protocol):
-    """One channel."""
-
-    def send(self, payload: bytes, external: Extents | None) -> Pending: ...
-
-    def wait(self, *pending: Pending) -> None: ...
+def pattern(length: int, seed: int = 1) -> bytes:
+    """Bytes that are not repeated."""
+    return random.Random(seed).randbytes(length)
 
 
 class Result(NamedTuple):
@@ -152,32 +158,28 @@ class Found(NamedTuple):
     identity: bytes
 
 
-class Memory(Protocol):
-    """Guest memory for data: its first bytes."""
-
-    def put(self, data: bytes) -> None: ...
-
-    def get(self, length: int) -> bytes: ...
-
-    def extents(self, length: int) -> Extents: ...
-
-
 class Driver:
-    """The driver. `ports`: its channels, the primary one first; more are added by hand."""
+    """The driver. `ports`: its channels, the primary one first; more are added by hand. `memory`: for data."""
 
-    def __init__(self, port: Port, memory: Memory) -> None:
+    def __init__(self, port: Guest, memory: int = 2 * MIB) -> None:
         self.ports = [port]
-        self.memory = memory
+        self.memory = Data(port.memory(memory))
         self.properties: Properties | None = None
         self.version = 0
+
+    def notices(self) -> list[int]:
+        """Operations of the packets that have come unasked since the last time. They want no answer."""
+        port = self.ports[0]
+        found = port.packets[port.received :]
+        port.received = len(port.packets)
+        assert all(packet.transaction == 0 and not packet.wanted for packet in found)
+        return [storvsp.parse_head(packet.payload)[0] for packet in found]
 
     # ---- the handshake -------------------------------------------------------------------------------------------
 
     def step(self, operation: int, body: bytes = b"") -> tuple[int, bytes]:
         """Status and answer of a step."""
-        pending = self.ports[0].send(storvsp.pack_request(operation, body), None)
-        self.ports[0].wait(pending)
-        reply = pending.reply
+        reply = self.ports[0].request(storvsp.pack_request(operation, body))
         assert len(reply) == storvsp.PACKET_SIZE
         answer, flags, status = storvsp.parse_head(reply)
         assert (answer, flags) == (Operation.COMPLETE_IO, 0)
@@ -205,16 +207,14 @@ class Driver:
 
     def send(
         self, cdb: bytes, length: int = 0, *, channel: int = 0, external: Extents | None = None, **more: Any
-    ) -> Pending:
+    ) -> Request:
         """A command whose data is the memory's first `length` bytes."""
         if external is None and length:
             external = self.memory.extents(length)
-        return self.ports[channel].send(request(cdb, length, **more), external)
+        return self.ports[channel].send(request(cdb, length, **more), external=external)
 
     def ask(self, cdb: bytes, length: int = 0, **more: Any) -> Result:
-        pending = self.send(cdb, length, **more)
-        self.ports[more.get("channel", 0)].wait(pending)
-        return result_of(pending.reply)
+        return result_of(self.send(cdb, length, **more).wait())
 
     def fetch(self, cdb: bytes, length: int, **more: Any) -> bytes:
         """Data of a command that must succeed."""

@@ -16,7 +16,8 @@ import msgspec
 import pytest
 
 from support import storvsc
-from support.kit_storage import MIB, ONE, Guest, pattern
+from support.kit_storage import MIB, ONE, Guest
+from support.storvsc import pattern
 from vmbus.errors import EnvironmentProblem, UsageError
 from vmbus.providers.disk.backend import FileBackend
 from vmbus.providers.disk.image import open_image

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from support.network_guest import UP, CabledNetwork, KitEnds, NetworkGuest
+from support.network_guest import UP, CabledNetwork, Ends, NetworkGuest
 from support.nic import PEER, frame, number_of, udp
 from vmbus.errors import StateError, UsageError
 from vmbus.providers.network import oids
@@ -46,7 +46,7 @@ def card(**options: Any) -> ProviderTest:
 
 
 def guest_of(kit: ProviderTest, *, ring_pages: int = 32, **arguments: Any) -> NetworkGuest:
-    return NetworkGuest(KitEnds(kit, ring_pages), **arguments)
+    return NetworkGuest(Ends(kit, ring_pages), **arguments)
 
 
 @pytest.fixture
@@ -61,8 +61,8 @@ def guest(kit: ProviderTest) -> NetworkGuest:
 
 
 def cable_of(guest: NetworkGuest) -> Any:
-    assert isinstance(guest.ends, KitEnds)
-    return guest.ends.cable
+    assert isinstance(guest.ends.device, ProviderTest)
+    return CabledNetwork.cables[guest.ends.device.hosted.clock]
 
 
 def plain(one: bytes) -> bytes:
@@ -601,7 +601,7 @@ def test_memory_that_the_guest_takes_away_is_an_error_of_its_packets_alone(
     kit: ProviderTest, guest: NetworkGuest
 ) -> None:
     for memory in (guest.receive, guest.send_memory):
-        memory.take_away()  # type: ignore[attr-defined]
+        memory.take_away()
     assert guest.send_rndis(nvsp.DATA_CHANNEL, 0, 60, None) == FAILURE
     cable_of(guest).push(udp(1, 1))
     kit.run()
@@ -885,8 +885,7 @@ def test_network_survives_with_frames_in_every_place() -> None:
         frames = [udp(number, 1, size=1000) for number in range(300)]
         cable_of(guest).push(*frames[:20])
         kit.run()
-        assert isinstance(guest.ends, KitEnds)
-        with guest.ends.clients[0].away():
+        with guest.ends.guests[0].away():
             cable_of(guest).push(*frames[20:])
             kit.run()
             saved = kit.save_restore()

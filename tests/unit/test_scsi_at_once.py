@@ -12,8 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from support import storvsc
-from support.kit_storage import MIB, Guest, pattern
-from support.storvsc import result_of
+from support.kit_storage import MIB, Guest
+from support.storvsc import pattern, result_of
 from vmbus.native.choice import core
 from vmbus.providers.disk import prompt
 from vmbus.providers.disk.disk import Disk
@@ -119,8 +119,8 @@ def story(directory: Path, asked: list[Asked]) -> tuple[list[Any], dict[str, Any
                     target=one.where[1],
                     direction=Direction.TO_DEVICE if one.writes else Direction.FROM_DEVICE,
                 )
-                pending = guest.ports[0].send(payload, extents or None)
-                guest.ports[0].wait(pending)
+                pending = guest.ports[0].send(payload, external=extents or None)
+                pending.wait()
                 result_of(pending.reply)
                 seen.append((pending.reply, guest.memory.get(2 * MIB)))
             state = guest.provider.status()

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 
 from support import storvsc
 from support.disk import Fault
-from support.kit_storage import BLOCKS, MIB, ONE, TWO, Guest, faulty, pattern
+from support.kit_storage import BLOCKS, MIB, ONE, TWO, Guest, faulty
 from support.kit_storage import disks as disks
 from support.kit_storage import guest as guest
-from support.storvsc import GOOD, Result, result_of
+from support.storvsc import GOOD, Result, pattern, result_of
 from vmbus.errors import EnvironmentProblem
 from vmbus.providers.scsi import ScsiProvider, adapter
 from vmbus.providers.scsi.commands import Data
@@ -292,8 +292,8 @@ def test_memory_that_is_missing_too_short_or_out_of_reach(guest: Guest) -> None:
             result = guest.ask(cdb, 4096, external=external, direction=direction)
             assert result.srb == storvsp.SrbStatus.INVALID_REQUEST
     for cdb in (storvsc.read_10(0, 8), storvsc.write_10(0, 8)):
-        pending = guest.ports[0].send(storvsc.request(cdb, 4096), None)
-        guest.ports[0].wait(pending)
+        pending = guest.ports[0].send(storvsc.request(cdb, 4096))
+        pending.wait()
         assert result_of(pending.reply).srb == storvsp.SrbStatus.INVALID_REQUEST
     assert guest.read(0, 4096) == pattern(4096)
 
@@ -345,8 +345,8 @@ def test_any_packet_is_answered_with_what_linux_knows(guest: Guest, data: st.Dat
     cut = data.draw(st.sampled_from([64, 64, 64, 64, 72, 56, 8, 0]))
     packet = bytes(payload).ljust(cut, b"\0")[:cut]
     external = guest.memory.extents(room) if room else None
-    pending = guest.ports[0].send(packet, external)
-    guest.ports[0].wait(pending)
+    pending = guest.ports[0].send(packet, external=external)
+    pending.wait()
     assert len(pending.reply) == 64
     if storvsp.parse_operation(packet) == Operation.EXECUTE_SRB:
         result = result_of(pending.reply)
@@ -355,8 +355,8 @@ def test_any_packet_is_answered_with_what_linux_knows(guest: Guest, data: st.Dat
 
 
 def test_a_command_that_takes_no_data_moves_none_whatever_memory_comes_with_it(guest: Guest) -> None:
-    pending = guest.ports[0].send(storvsc.request(storvsc.SYNCHRONIZE, 8), guest.memory.extents(1))
-    guest.ports[0].wait(pending)
+    pending = guest.ports[0].send(storvsc.request(storvsc.SYNCHRONIZE, 8), external=guest.memory.extents(1))
+    pending.wait()
     result = result_of(pending.reply)
     assert (result.good, result.moved) == (True, 0)
 

@@ -10,10 +10,10 @@ import msgspec
 import pytest
 
 from support import storvsc
-from support.kit_storage import BLOCKS, MIB, ONE, TWO, Guest, KitMemory, KitPort, pattern
+from support.kit_storage import BLOCKS, MIB, ONE, TWO, Guest
 from support.kit_storage import disks as disks
 from support.kit_storage import guest as guest
-from support.storvsc import result_of
+from support.storvsc import pattern, result_of
 from vmbus.errors import EnvironmentProblem, UsageError
 from vmbus.providers.scsi import ScsiProvider
 from vmbus.testkit import ProviderTest, every_step
@@ -189,8 +189,7 @@ def test_sub_channels_go_with_the_primary_one_and_come_again() -> None:
     with ProviderTest(ScsiProvider, options=ONE) as kit:
         guest = Guest(kit, sub_channels=2)
         for port in reversed(guest.ports):
-            assert isinstance(port, KitPort)
-            port.client.close()
+            port.close()
             kit.run()
         assert kit.provider.status()["sub_channels"] == 0
         guest.client.open()
@@ -224,7 +223,6 @@ def story(kit: ProviderTest) -> object:
     found: list[object] = [guest.look(0), guest.look(3)]
     pending = []
     memory = guest.memory
-    assert isinstance(memory, KitMemory)
     for number in range(4):
         at = number * 8192
         memory.memory.write(at, pattern(8192, number))
@@ -233,7 +231,7 @@ def story(kit: ProviderTest) -> object:
     kit.run()
     pending.append(guest.send(storvsc.SYNCHRONIZE, channel=1))
     pending.append(guest.send(storvsc.read_10(0, 40), 20480, external=memory.extents(20480, MIB), channel=1))
-    pending.append(guest.ports[0].send(storvsp.pack_request(Operation.RESET_BUS), None))
+    pending.append(guest.ports[0].send(storvsp.pack_request(Operation.RESET_BUS)))
     kit.run()
     found += [one.reply for one in pending]
     found.append(hash(memory.memory.data[MIB : MIB + 20480]))

@@ -171,26 +171,26 @@ class Memory:
     """Guest memory that a packet can describe: `size` bytes from `address`."""
 
     def __init__(self, pages: Pages, size: int) -> None:
-        self._pages = pages
+        self.pages = pages
         self.address = pages.iova
         self.size = size
 
     @property
     def data(self) -> bytes:
         """What is in it now."""
-        return self._pages.read(0, self.size)
+        return self.pages.read(0, self.size)
 
     @data.setter
     def data(self, data: bytes) -> None:
-        self._pages.write(0, data)
+        self.pages.write(0, data)
 
     def read(self, offset: int, length: int) -> bytes:
         """Some of it."""
-        return self._pages.read(offset, length)
+        return self.pages.read(offset, length)
 
     def write(self, offset: int, data: bytes) -> None:
         """Change some of it."""
-        self._pages.write(offset, data)
+        self.pages.write(offset, data)
 
     def part(self, offset: int = 0, length: int | None = None) -> list[tuple[int, int]]:
         """A part, in the form that `send` takes."""
@@ -199,7 +199,7 @@ class Memory:
     def take_away(self) -> None:
         """The guest makes it unreachable, for tests of what the provider does then. Raises UsageError but in the kit,
         since elsewhere it shares pieces with the rings."""
-        self._pages.take_away()
+        self.pages.take_away()
 
 
 class Request:

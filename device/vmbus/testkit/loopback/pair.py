@@ -24,7 +24,7 @@ from vmbus.device.description import DeviceDescription
 from vmbus.device.saved import DeviceState, count_packets
 from vmbus.errors import UsageError
 from vmbus.testkit.device import RING_PAGES, DeviceUnderTest, InFlight, sole_provider
-from vmbus.testkit.guest import TIMEOUT, BufferPages, ChannelEnd, Guest
+from vmbus.testkit.guest import TIMEOUT, BufferPages, ChannelEnd, Guest, HostPacket
 from vmbus.testkit.loopback.harness import LoopbackServer
 from vmbus.transport.library import Library
 from vmbus.util.patience import patient
@@ -61,9 +61,10 @@ class DriverSide:
         self.guests.append(Guest(self, opened))
         return self.guests[-1]
 
-    def open(self, channel: UUID, **more: Any) -> Guest:
-        """As `guest`, and open it."""
+    def open(self, channel: UUID, *, answer: Callable[[HostPacket], bytes | None] | None = None, **more: Any) -> Guest:
+        """As `guest`, and open it; `answer` as in `Guest`."""
         guest = self.guest(channel, **more)
+        guest.answer = answer
         guest.open()
         return guest
 
