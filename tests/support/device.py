@@ -162,13 +162,17 @@ class Machine:
         self.quiesce()
         return saved.save_device("vmbus0", CONFIG, self.device, self.providers)
 
-    def come_back(self, state: saved.DeviceState) -> None:
-        """A new device takes the place of the old one, under the guest's feet."""
-        self.boot()
+    def adopt(self, state: saved.DeviceState) -> saved.Restored:
+        """This device, a fresh one, becomes that one; it does not run yet."""
         saved.check_fits(state, "vmbus0", self.device, self.providers)
         self.device.freeze()
         self.map_all()
-        saved.restore_device(state, self.device, self.providers)
+        return saved.restore_device(state, self.device, self.providers)
+
+    def come_back(self, state: saved.DeviceState) -> None:
+        """A new device takes the place of the old one, under the guest's feet."""
+        self.boot()
+        self.adopt(state)
         self.device.thaw()
 
 

@@ -227,10 +227,7 @@ def test_a_forced_channel_is_rescinded_and_offered_anew(subs: int, forgetful: bo
         lost_sent = sum(one.packets_sent for one in machine.device.channels)
         assert lost and lost_sent
         machine.boot()
-        saved.check_fits(state, "vmbus0", machine.device, machine.providers)
-        machine.device.freeze()
-        machine.map_all()
-        restored = saved.restore_device(state, machine.device, machine.providers)
+        restored = machine.adopt(state)
         assert restored.dropped == restored.unsaved == (lost, lost_sent, 0) and restored.renewed == 1 + subs
         assert (restored.packets.queued, restored.packets.sent) == (0, 0)
         told = {name: getattr(restored, name)._asdict() for name in ("packets", "dropped", "unsaved")}

@@ -68,10 +68,7 @@ def restored(state: saved.DeviceState, memory: bytes) -> Machine:
     machine = Machine(echo=make.ECHO_OPTIONS)
     machine.ram[: len(memory)] = memory
     machine.boot()
-    saved.check_fits(state, "vmbus0", machine.device, machine.providers)
-    machine.device.freeze()
-    machine.map_all()
-    saved.restore_device(state, machine.device, machine.providers)
+    machine.adopt(state)
     return machine
 
 

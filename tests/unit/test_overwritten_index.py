@@ -88,10 +88,7 @@ class Pair:
     def restore(self, state: saved.DeviceState) -> saved.Restored:
         machine = self.machine
         machine.boot()
-        saved.check_fits(state, "vmbus0", machine.device, machine.providers)
-        machine.device.freeze()
-        machine.map_all()
-        restored = saved.restore_device(state, machine.device, machine.providers)
+        restored = machine.adopt(state)
         machine.device.thaw()
         return restored
 

@@ -344,10 +344,7 @@ def test_what_does_not_fit_is_refused_before_anything_changes(example: saved.Dev
 
 def restored(state: saved.DeviceState, machine: Machine) -> None:
     machine.boot()
-    check(state, machine)
-    machine.device.freeze()
-    machine.map_all()
-    saved.restore_device(state, machine.device, machine.providers)
+    machine.adopt(state)
 
 
 def burst_chunks(state: saved.DeviceState) -> list[bytes]:

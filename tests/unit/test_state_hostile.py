@@ -255,10 +255,8 @@ def test_a_callback_may_pass_other_bytes_and_they_are_decoded() -> None:
     machine.boot()
     burst = machine.channel("burst")
     burst._restore_packet = lambda channel, lib, save: channel.restore_packet(channel.allocate_packet(), lib[:-1])
-    machine.device.freeze()
-    machine.map_all()
     with pytest.raises(StateError, match="LibBuf"):
-        saved.restore_device(state, machine.device, machine.providers)
+        machine.adopt(state)
 
 
 # ---- providers -------------------------------------------------------------------------------------------------------
@@ -361,10 +359,7 @@ def test_whatever_a_provider_raises_is_a_state_error_that_names_it(
     raising.where, raising.what = where, what
     machine.boot()
     with pytest.raises(StateError, match=rf"provider 'raising0' \(raising\) raised .*mine.* in {where}\(\)"):
-        saved.check_fits(state, "vmbus0", machine.device, machine.providers)
-        machine.device.freeze()
-        machine.map_all()
-        saved.restore_device(state, machine.device, machine.providers)
+        machine.adopt(state)
 
 
 def test_a_provider_that_misses_something_says_so_itself(raising: type[Raising]) -> None:
@@ -438,9 +433,7 @@ def test_nobody_saves_packets_of_a_channel_that_is_made_anew(monkeypatch: pytest
     assert saved.count_packets(state) == (0, 0, 0)
     assert [one.decoded.head.left_queued + one.decoded.head.left_sent for one in state.channels] == [200] * (1 + subs)
     machine.boot()
-    machine.device.freeze()
-    machine.map_all()
-    restored = saved.restore_device(state, machine.device, machine.providers)
+    restored = machine.adopt(state)
     assert sum(restored.dropped) == 200 * (1 + subs) and restored.renewed == 1 + subs
     assert all(channel.packets_in_use == [] for channel in machine.device.channels)
 
@@ -456,9 +449,7 @@ def test_a_channel_that_was_saved_without_its_packets_is_made_anew_whatever_its_
     machine.options = {}
     machine.boot()
     assert not machine.device.channels[0].force_new_channel
-    machine.device.freeze()
-    machine.map_all()
-    assert saved.restore_device(state, machine.device, machine.providers).renewed == 1
+    assert machine.adopt(state).renewed == 1
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------
