@@ -149,6 +149,7 @@ OUR_OWN = {
     "vmbus_guest.jobs.Job.feed": "tests/unit/test_guest_agent.py has drivers that print rubbish",
     "vmbus_guest.agent.Agent._request": "tests/unit/test_guest_agent.py has requests that are none",
     "vmbus_guest.testdrivers.__main__.main": "what the agent has said",
+    "vmbus_guest.testdrivers.remote._Lines.read": "what the test on the host has said",
     "vmbus.wire.ethernet.parse_mac": "takes text, of a description",
 }
 

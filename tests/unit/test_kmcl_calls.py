@@ -941,6 +941,8 @@ def test_the_status_of_a_failing_callback_is_kept(bench: Bench, vsp: Recorder, w
     if where == "save":
         bench.server._save_packet = boom
         assert status_of(bench.server.save_begin) is Status.DATA_ERROR
+        bench.server._save_packet = lambda *_: 1 // 0
+        assert status_of(bench.server.save_begin) is Status.UNSUCCESSFUL
         assert status_of(lambda: bench.server.save_continue(1)) is Status.INVALID_DEVICE_STATE
     else:
         fresh = replace(bench, vsp)

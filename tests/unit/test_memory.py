@@ -10,6 +10,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from vmbus.errors import UsageError
 from vmbus.memory import spans
 from vmbus.memory.guest import DirtyLogBroken, Grant, GuestMemory, MemoryFault, MemoryRevoked, Window
 
@@ -105,6 +106,31 @@ def test_runs_are_split_at_the_limit(memory: GuestMemory) -> None:
     memory.start_log()
     memory.write(0x10000, bytes(4 * PAGE))
     assert memory.dirty_runs(max_bytes=3 * PAGE) == [(0x10000, 3 * PAGE), (0x13000, PAGE)]
+
+
+def test_pages_are_taken_out_of_the_log_by_region() -> None:
+    memory = GuestMemory()
+    for start in (0x10000, 0x20000):
+        memory.map(start, memoryview(bytearray(0x8000)), True)
+    with pytest.raises(UsageError, match="no dirty log"):
+        memory.take_dirty(0x10000, 0x8000, written_on=True)
+    lent = memory.grant([(0x11000, 16)], writable=True)
+    memory.start_log()
+    memory.write(0x12FFC, bytes(8))
+    memory.write(0x20000, b"x")
+    assert memory.take_dirty(0x10000, 0x8000, written_on=True) == [(0x11000, 0x3000)]
+    # What a provider still has may be written again; the other region's page is still there.
+    assert memory.take_dirty(0x10000, 0x8000, written_on=False) == [(0x11000, 0x1000)]
+    assert memory.take_dirty(0x10000, 0x8000, written_on=False) == []
+    lent.release()
+    assert memory.take_dirty(0x20000, 0x8000, written_on=True) == [(0x20000, 0x1000)]
+    assert memory.log is not None and memory.log.pages == set()
+    memory.write(0x20000, b"x")
+    memory.unmap(0x1F000, 0x2000)  # a part of it is none
+    assert memory.take_dirty(0x10000, 0x8000, written_on=True) == []
+    memory.unmap(0x20000, 0x8000)
+    with pytest.raises(DirtyLogBroken, match="unmapped"):
+        memory.take_dirty(0x10000, 0x8000, written_on=True)
 
 
 def test_a_grant_ends_where_the_guest_unmaps_its_memory(memory: GuestMemory) -> None:

@@ -827,7 +827,7 @@ def several_queues(kit: ProviderTest) -> NetworkGuest:
     cable_of(guest).push(*(udp(number, number % 5, size=300) for number in range(20)))
     guest.open_queues(3)
     guest.holding = True
-    cable_of(guest).push(*(udp(20 + number, number % 5, size=300) for number in range(40)))
+    cable_of(guest).push(*(udp(20 + number, number % 5, size=300) for number in range(60)))
     kit.run()
     guest.release()
     guest.send(plain(udp(1, 3)), index=2)
@@ -837,7 +837,7 @@ def several_queues(kit: ProviderTest) -> NetworkGuest:
     again = guest_of(kit, ring_pages=2, receive=500 << 10)
     again.frames, again.by_channel = guest.frames, {}
     again.open_queues(2)
-    cable_of(again).push(*(udp(60 + number, number % 5) for number in range(10)))
+    cable_of(again).push(*(udp(80 + number, number % 5) for number in range(10)))
     kit.run()
     return again
 
