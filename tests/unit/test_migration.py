@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import os
 import re
 from collections.abc import AsyncIterator, Coroutine
@@ -17,13 +18,13 @@ from support.migration import SECRET, STATE, Pair, make_programs
 from support.model_vm import PACKETS, LogBroken
 from vmbus.errors import EnvironmentProblem, UsageError, VmbusError, WaitTimeout
 from vmbus.operations import capture, migrate, stream
-from vmbus.operations.migration import ownership, verdicts
+from vmbus.operations.migration import asking, ownership, verdicts
 from vmbus.operations.migration.address import TcpAddress, UnixAddress, parse_address, stream_channel
 from vmbus.operations.migration.asking import ASK_TIMEOUT
 from vmbus.operations.migration.channel import MAX_FRAME, Listener, connect, listen
 from vmbus.operations.migration.destination import GO_TIMEOUT, Destination
 from vmbus.operations.migration.link import SILENCE, Link
-from vmbus.operations.migration.messages import Fate, Go, Hello, Wanted
+from vmbus.operations.migration.messages import Fate, Go, Hello, Running, Wanted
 from vmbus.operations.migration.ownership import DESTINATION, SOURCE, DestinationStage, Ownership, SourceStage
 from vmbus.operations.migration.verdicts import Verdicts
 from vmbus.operations.stream import REFUSED_CAPABILITIES, StreamSettings
@@ -52,6 +53,10 @@ DESTINATION_MOMENTS = [
     Moment.PACKET_RESTORE,
     Moment.BEFORE_CONT,
 ]
+SOURCE_STEPS = [
+    "log-start", "migrate", "wait pre-switchover", "pause", "save", "flush", "migrate-continue", "wait completed",
+]  # fmt: skip
+DESTINATION_STEPS = ["start", "replay_ahead", "loaded", "load_state", "replay", "rebuild", "release", "run"]
 
 
 def on_purpose() -> EnvironmentProblem:
@@ -125,20 +130,7 @@ async def test_the_order_of_steps(tmp_path: Path) -> None:
     async with pair(tmp_path) as both:
         await both.migrate()
         steps = [step for step in both.leaving.steps if not step.startswith(("query", "migrate-set"))]
-        assert steps == [
-            "log-start", "migrate", "wait pre-switchover", "pause", "save", "flush", "migrate-continue",
-            "wait completed",
-        ]  # fmt: skip
-        assert both.arriving.steps == [
-            "start",
-            "replay_ahead",
-            "loaded",
-            "load_state",
-            "replay",
-            "rebuild",
-            "release",
-            "run",
-        ]
+        assert (steps, both.arriving.steps) == (SOURCE_STEPS, DESTINATION_STEPS)
 
 
 async def test_boot_files_that_differ_are_sent(tmp_path: Path) -> None:
@@ -199,24 +191,11 @@ async def test_a_failure_at_the_destination(tmp_path: Path, moment: Moment, how:
         runs_on(both)
 
 
-@pytest.mark.parametrize(
-    "step",
-    ["log-start", "migrate", "wait pre-switchover", "pause", "save", "flush", "migrate-continue", "wait completed"],
-)
-async def test_a_step_that_fails_at_the_source(tmp_path: Path, step: str) -> None:
+@pytest.mark.parametrize("step", SOURCE_STEPS + DESTINATION_STEPS)
+async def test_a_step_that_fails(tmp_path: Path, step: str) -> None:
     async with pair(tmp_path) as both:
-        both.leaving.fail[step] = [on_purpose()]
-        found = await both.migrate()
-        assert "on purpose" in str(found.problem) and not found.arrived
-        runs_on(both)
-
-
-@pytest.mark.parametrize(
-    "step", ["start", "replay_ahead", "loaded", "load_state", "replay", "rebuild", "release", "run"]
-)
-async def test_a_step_that_fails_at_the_destination(tmp_path: Path, step: str) -> None:
-    async with pair(tmp_path) as both:
-        both.arriving.fail[step] = [on_purpose()]
+        side: Any = both.leaving if step in SOURCE_STEPS else both.arriving
+        side.fail[step] = [on_purpose()]
         found = await both.migrate()
         assert "on purpose" in str(found.problem) and not found.arrived
         runs_on(both)
@@ -354,8 +333,6 @@ async def test_a_lost_go_leaves_the_vm_at_the_source(tmp_path: Path, monkeypatch
 @pytest.mark.parametrize("clock", ["right", "mad"])
 async def test_a_lost_running_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clock: str) -> None:
     """The VM runs there while it is asked about: that is no downtime, whatever a destination may say of its clock."""
-    from vmbus.operations.migration import asking
-    from vmbus.operations.migration.messages import Running
 
     silence = 1.0  # before it can be asked
 
@@ -382,7 +359,6 @@ async def test_a_destination_that_does_not_say_how_long_the_vm_has_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Then what is measured is what is known here: the figure never becomes too small."""
-    from vmbus.operations.migration.messages import Running
 
     async with pair(tmp_path) as both:
         Interceptor(monkeypatch, (Running,), running_for=0.0)
@@ -429,8 +405,6 @@ async def _doubt(both: Pair, tmp_path: Path) -> MigrationInDoubt:
 async def test_a_destination_that_cannot_be_asked_leaves_the_vm_in_doubt(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, decision: str
 ) -> None:
-    from vmbus.operations.migration import asking
-    from vmbus.operations.migration.messages import Running
 
     async def unreachable(*_: Any) -> Any:
         raise EnvironmentProblem("no route to host")
@@ -534,8 +508,6 @@ async def test_fault_m1_a_vm_that_ran_and_ended_there_never_runs_here(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The link is cut after Go, the VM there runs and ends, its listener goes: what the source has is of the past."""
-    from vmbus.operations.migration import asking
-    from vmbus.operations.migration.messages import Running
 
     async def nobody(*_: Any) -> Any:
         raise ConnectionRefusedError
@@ -785,28 +757,25 @@ async def test_no_destination_waits(tmp_path: Path) -> None:
         assert caught.value.source_alive and both.leaving.steps == []
 
 
-@pytest.mark.parametrize(
-    ("version", "accelerator", "message"), [("10.1.0", "tcg", "machine pc-q35-11.1.*QEMU here is too old for .10.1.0.")]
-)
-async def test_a_machine_that_does_not_fit(tmp_path: Path, version: str, accelerator: str, message: str) -> None:
-    import dataclasses
-
-    there = dataclasses.replace(make_programs(tmp_path / "destination"), qemu_version=version, accelerator=accelerator)
+async def test_a_machine_that_does_not_fit(tmp_path: Path) -> None:
+    there = dataclasses.replace(make_programs(tmp_path / "destination"), qemu_version="10.1.0")
     async with pair(tmp_path, programs=there) as both:
         found = await both.migrate()
         for problem in (found.problem, found.refusal):
-            with pytest.raises(MigrateFailed, match=message):
+            with pytest.raises(MigrateFailed, match=r"machine pc-q35-11\.1.*QEMU here is too old for .10\.1\.0."):
                 raise problem
         assert both.arriving.steps == [] and both.world.running == {"source"}
 
 
-async def test_fault_p6_a_vm_of_tcgs_comes_to_a_host_where_kvm_works(tmp_path: Path) -> None:
-    import dataclasses
-
-    there = dataclasses.replace(make_programs(tmp_path / "destination"), accelerator="kvm")
-    async with pair(tmp_path, programs=there) as both:
-        assert (await both.migrate()).arrived
-        assert both.world.running == {"destination"}
+@pytest.mark.parametrize("there", [{"accelerator": "kvm"}, {"qemu_version": "12.0.1"}], ids=["kvm", "later"])
+async def test_fault_p6_fault_m15_a_vm_of_tcgs_and_of_an_earlier_machine_comes(
+    tmp_path: Path, there: dict[str, Any]
+) -> None:
+    """To a host where KVM works, and to a later QEMU."""
+    programs = dataclasses.replace(make_programs(tmp_path / "destination"), **there)
+    async with pair(tmp_path, programs=programs) as both:
+        assert (await both.migrate()).arrived and both.world.running == {"destination"}
+        assert both.prepared is not None and both.prepared.machine.type == "pc-q35-11.1"
 
 
 @pytest.mark.parametrize("how", ["refused", "dropped"])
@@ -859,15 +828,6 @@ def test_fault_m12_a_narrow_way_has_the_time_that_it_takes() -> None:
     assert migrate._copy_timeout(256, None) == 60 + 128
     assert migrate._copy_timeout(256, 1 << 30) == 60 + 128
     assert migrate._copy_timeout(256, 1 << 20) == 60 + 3 * 256
-
-
-async def test_fault_m15_a_later_qemu_takes_a_vm_of_an_earlier_machine(tmp_path: Path) -> None:
-    import dataclasses
-
-    there = dataclasses.replace(make_programs(tmp_path / "destination"), qemu_version="12.0.1")
-    async with pair(tmp_path, programs=there) as both:
-        assert (await both.migrate()).arrived
-        assert both.prepared is not None and both.prepared.machine.type == "pc-q35-11.1"
 
 
 # --- tables and addresses ---------------------------------------------------------------------------------------------
