@@ -13,8 +13,10 @@ import msgspec
 import pytest
 
 from vmbus import kmcl
+from vmbus.bus import gpadl, offers
 from vmbus.bus.local import LocalBus
 from vmbus.bus.synic import Synic
+from vmbus.device import observing
 from vmbus.device import saved as device_saved
 from vmbus.device.pci import ConfigSpace
 from vmbus.kmcl import saved, server
@@ -186,7 +188,7 @@ def test_the_slot_and_the_post_block() -> None:
 
 STRUCTURES: dict[str, type[msgspec.Struct]] = {
     name: value
-    for module in (device_saved, saved, manifest)
+    for module in (device_saved, saved, manifest, gpadl, offers, observing)
     for name, value in vars(module).items()
     if isinstance(value, type)
     and issubclass(value, msgspec.Struct)

@@ -12,6 +12,7 @@ from support.multi import MULTI_TYPE, Guest, MultiProvider
 from vmbus import providers
 from vmbus.bus.local import LocalBus
 from vmbus.bus.offers import OfferState
+from vmbus.bus.replacing import Restored
 from vmbus.device import saved
 from vmbus.errors import StateError
 from vmbus.kmcl.client import ClientChannel
@@ -85,7 +86,7 @@ class Pair:
         data = saved.encode(self.machine.save())
         return saved.verify(data, self.machine.providers)
 
-    def restore(self, state: saved.DeviceState) -> saved.Restored:
+    def restore(self, state: saved.DeviceState) -> Restored:
         machine = self.machine
         machine.boot()
         restored = machine.adopt(state)

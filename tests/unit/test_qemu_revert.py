@@ -18,6 +18,8 @@ import msgspec
 import pytest
 
 from support.model_vm import CONFIG, PACKETS, ModelVm, write_new
+from vmbus.bus.saved import BusState
+from vmbus.bus.synic import SynicState
 from vmbus.device import saved
 from vmbus.device.description import DeviceDescription, ProviderDescription
 from vmbus.errors import EnvironmentProblem, StateError, UsageError
@@ -40,8 +42,8 @@ VM = VmDescription(name="demo", device=DEVICE)
 
 def state_of(moment: int) -> bytes:
     """A decodable state in which a moment can be told."""
-    synic = saved.SynicState(enabled=True, fault=False, registers={}, post_status=0, outbox=[moment.to_bytes(8, "big")])
-    bus = saved.BusState(connected=False, version=0, offers_requested=False, offers=[], gpadls=[], partial=[])
+    synic = SynicState(enabled=True, fault=False, registers={}, post_status=0, outbox=[moment.to_bytes(8, "big")])
+    bus = BusState(connected=False, version=0, offers_requested=False, offers=[], gpadls=[], partial=[])
     return saved.encode(
         saved.DeviceState(device="vmbus0", config=CONFIG, synic=synic, bus=bus, channels=[], providers=[])
     )

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from support.device import BASE, CONFIG, PAGE, Machine, connect, describe, open_echo
 from support.traffic import Traffic
+from vmbus.bus.gpadl import PartialState, RangeState
 from vmbus.bus.offers import OfferState
 from vmbus.bus.server import ConnectionState
 from vmbus.device import saved
@@ -316,11 +317,11 @@ FOREIGN = {
     "a GPADL with a page less": lambda s: with_gpadl(
         s, ranges=[msgspec.structs.replace(s.bus.gpadls[0].ranges[0], pfns=s.bus.gpadls[0].ranges[0].pfns[1:])]
     ),
-    "an empty range": lambda s: with_gpadl(s, ranges=[saved.RangeState(0, 0, [])]),
-    "a partial GPADL that is whole": lambda s: with_bus(s, partial=[saved.PartialState(1, 5, 24, 1, bytes(24))]),
-    "a partial GPADL of nobody": lambda s: with_bus(s, partial=[saved.PartialState(77, 5, 24, 1, b"")]),
-    "two partial GPADLs of one name": lambda s: with_bus(s, partial=[saved.PartialState(1, 5, 24, 1, b"")] * 2),
-    "a partial GPADL of half words": lambda s: with_bus(s, partial=[saved.PartialState(1, 5, 12, 1, b"")]),
+    "an empty range": lambda s: with_gpadl(s, ranges=[RangeState(0, 0, [])]),
+    "a partial GPADL that is whole": lambda s: with_bus(s, partial=[PartialState(1, 5, 24, 1, bytes(24))]),
+    "a partial GPADL of nobody": lambda s: with_bus(s, partial=[PartialState(77, 5, 24, 1, b"")]),
+    "two partial GPADLs of one name": lambda s: with_bus(s, partial=[PartialState(1, 5, 24, 1, b"")] * 2),
+    "a partial GPADL of half words": lambda s: with_bus(s, partial=[PartialState(1, 5, 12, 1, b"")]),
     "a damaged chunk": lambda s: replaced(
         s, channels=[msgspec.structs.replace(s.channels[0], chunks=[b"\xc1"]), s.channels[1]]
     ),

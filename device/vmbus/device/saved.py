@@ -22,8 +22,8 @@ import msgspec
 from vmbus.bus import saved as bus
 from vmbus.bus import synic
 from vmbus.bus.adoption import Adoption
-from vmbus.bus.gpadl import GpadlState, PartialState, RangeState, ring_extents
-from vmbus.bus.offers import OfferState, OfferStateRecord, OpenState
+from vmbus.bus.gpadl import ring_extents
+from vmbus.bus.offers import OfferState
 from vmbus.bus.replacing import Restored, key_of, put_back, save_channels
 from vmbus.bus.saved import BusState, decode_bus
 from vmbus.bus.synic import SynicState, page_extents
@@ -31,56 +31,16 @@ from vmbus.device.device import Device
 from vmbus.device.observing import MOST_CHANNELS, RecordState
 from vmbus.device.pci import COMMAND, COMMAND_BUS_MASTER
 from vmbus.errors import EnvironmentProblem, PeerError, StateError, UsageError
-from vmbus.kmcl.saved import MAX_ENTRIES, ChannelRecord, Counts, RingRecord
+from vmbus.kmcl.saved import MAX_ENTRIES, ChannelRecord, Counts
 from vmbus.kmcl.status import KmclError
 from vmbus.util.complaints import bounded_log
 from vmbus.util.pieces import Pieces, whole
 from vmbus.util.records import (
-    NEWEST_STRUCTURE_VERSION,
-    OLDEST_STRUCTURE_VERSION,
     Guid,
     StructVersion,
 )
 from vmbus.util.records import decode as decode_record
 from vmbus.wire.packet import largest_packet
-
-__all__ = [
-    "FORMAT_VERSION",
-    "HEAD_SIZE",
-    "MAGIC",
-    "MAX_BODY",
-    "NEWEST_STRUCTURE_VERSION",
-    "OLDEST_STRUCTURE_VERSION",
-    "OLDEST_VERSION",
-    "BusState",
-    "ChannelRecord",
-    "Counts",
-    "DeviceState",
-    "GpadlState",
-    "OfferStateRecord",
-    "OpenState",
-    "PartialState",
-    "ProviderRecord",
-    "RangeState",
-    "RecordState",
-    "Restored",
-    "RingRecord",
-    "SynicState",
-    "check_fits",
-    "checking",
-    "count_packets",
-    "decode",
-    "encode",
-    "expected_size",
-    "fitting",
-    "read_file",
-    "restore_device",
-    "restoring",
-    "save_device",
-    "saving",
-    "verify",
-    "verifying",
-]
 
 log = bounded_log(__name__)
 

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vmbus.bus.replacing import channel_name
+from vmbus.bus.replacing import Restored, channel_name
 from vmbus.device import saved
 from vmbus.device.description import DeviceDescription
 from vmbus.errors import EnvironmentProblem, StateError, UsageError
@@ -123,7 +123,7 @@ async def _finish(server: DeviceServer, asked: FinishArguments) -> Answer:
     }
 
 
-async def _restored(server: DeviceServer) -> saved.Restored:
+async def _restored(server: DeviceServer) -> Restored:
     """In pieces: tools are answered meanwhile, the client afterwards. Raises StateError, EnvironmentProblem."""
     state = server.restore
     assert state is not None

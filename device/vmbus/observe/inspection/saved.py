@@ -15,10 +15,13 @@ from uuid import UUID, uuid5
 
 import msgspec
 
+from vmbus.bus.offers import OfferStateRecord
+from vmbus.bus.saved import BusState
 from vmbus.device import saved as st
 from vmbus.device.description import DeviceDescription
+from vmbus.device.observing import RecordState
 from vmbus.errors import StateError, VmbusError, os_error
-from vmbus.kmcl.saved import CompletionChunk, SavedPacket
+from vmbus.kmcl.saved import ChannelRecord, CompletionChunk, SavedPacket
 from vmbus.observe.inspection.document import (
     AuditInfo,
     BusInfo,
@@ -149,7 +152,7 @@ def _read(path: Path) -> bytes:
 
 
 def _owner_of(
-    state: st.DeviceState, record: st.ChannelRecord, offer: st.OfferStateRecord | None
+    state: st.DeviceState, record: ChannelRecord, offer: OfferStateRecord | None
 ) -> tuple[st.ProviderRecord | None, str]:
     """Whose a channel is, and what it is called: providers offer their own instance, or one derived from it for each
     of their services, or connections of sockets, or are alone."""
@@ -170,7 +173,7 @@ def _owner_of(
     return (state.providers[0] if len(state.providers) == 1 else None), f"{instance}{subchannel}"
 
 
-def _channel(state: st.DeviceState, record: st.ChannelRecord, offer: st.OfferStateRecord | None) -> ChannelInfo:
+def _channel(state: st.DeviceState, record: ChannelRecord, offer: OfferStateRecord | None) -> ChannelInfo:
     owner, name = _owner_of(state, record, offer)
     saved = record.decoded
     describer = None if owner is None else _describer(owner.kind)
@@ -227,7 +230,7 @@ def _described(describer: type[Provider] | None, save: bytes) -> dict[str, Any]:
     return {} if value is None else value if isinstance(value, dict) else {"values": value}
 
 
-def _rings(record: st.ChannelRecord) -> Iterator[RingInfo]:
+def _rings(record: ChannelRecord) -> Iterator[RingInfo]:
     for direction, ring in (("incoming", record.incoming), ("outgoing", record.outgoing)):
         if ring is not None:
             info = part_of(RingInfo, ring, direction=direction)
@@ -238,7 +241,7 @@ def _rings(record: st.ChannelRecord) -> Iterator[RingInfo]:
 # ---- the rest --------------------------------------------------------------------------------------------------------
 
 
-def _bus(bus: st.BusState, names: dict[tuple[bytes, int], str]) -> BusInfo:
+def _bus(bus: BusState, names: dict[tuple[bytes, int], str]) -> BusInfo:
     return bus_info(
         "connected" if bus.connected else "disconnected",
         bus.version,
@@ -262,7 +265,7 @@ def _provider(record: st.ProviderRecord) -> ProviderInfo:
     )
 
 
-def _audit(audit: st.RecordState | None) -> AuditInfo | None:
+def _audit(audit: RecordState | None) -> AuditInfo | None:
     if audit is None:
         return None
     lives = [part_of(LifeInfo, one, instance=guid_text(one.instance)) for one in audit.lives]
