@@ -26,29 +26,28 @@ A step that fails changes nothing: the client gets an errno, our log the reason.
 is told to go back to RUNNING, and runs on.
 """
 
+from __future__ import annotations
+
 import errno
 import logging
 import select
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 from vmbus.device import saved
-from vmbus.device.description import DeviceDescription
-from vmbus.device.device import Device
 from vmbus.device.pci import ConfigSpace
 from vmbus.errors import EnvironmentProblem, PeerError, StateError, UsageError, VmbusError, WaitTimeout
 from vmbus.memory.guest import DirtyLogBroken
-from vmbus.providers import Provider
 from vmbus.server.files import wanted_files
 from vmbus.server.phase import NEXT, Phase, Step
-from vmbus.server.services import Services
-from vmbus.server.timers import Timers
 from vmbus.transport.context import ResetKind
 from vmbus.transport.migration import MigrationRefused, MigrationState
 from vmbus.transport.protocol import DeviceState
 from vmbus.util.complaints import bounded_log
+
+if TYPE_CHECKING:
+    from vmbus.server.app import DeviceServer
 
 log = bounded_log(__name__)
 
@@ -57,47 +56,6 @@ STOP_SECONDS = 4.0
 
 # Without timers or work that ends, we look again after this many seconds: a completion may also come from elsewhere.
 _LONGEST_NAP = 0.05
-
-
-class Server(Protocol):
-    """What this needs of the device server."""
-
-    config: ConfigSpace
-
-    @property
-    def phase(self) -> Phase: ...
-    def step(self, step: Step) -> None: ...
-    @property
-    def device(self) -> Device: ...
-    @property
-    def description(self) -> DeviceDescription: ...
-    @property
-    def providers(self) -> list[Provider]: ...
-    @property
-    def timers(self) -> Timers: ...
-    @property
-    def services(self) -> Services: ...
-    @property
-    def changing(self) -> bool:
-        """Whether a command that adds, removes or pauses providers is under way."""
-
-    def run_on(self) -> None:
-        """Phase RUNNING, providers activated, channels released, turns given. Raises EnvironmentProblem."""
-
-    def activate(self) -> None:
-        """Providers own their outside resources. Raises EnvironmentProblem."""
-
-    def deactivate(self) -> None:
-        """Providers have given up their outside resources. Raises EnvironmentProblem or WaitTimeout."""
-
-    def ends_with_faults(self, tell: Callable[[BaseException], None]) -> AbstractContextManager[None]:
-        """Inside, `tell` is told the cause when a provider raises that holds something."""
-
-    def change_session(self, state: saved.DeviceState) -> None:
-        """Put a fresh device, to which the state fits, in the place of the present one; it stands still.
-
-        Raises StateError or UsageError, and changes nothing, if it does not fit.
-        """
 
 
 class Incoming:
@@ -147,7 +105,7 @@ class Driven:
         held: packets from the guest that providers held when the device was last stopped.
     """
 
-    def __init__(self, server: Server, *, stop_seconds: float = STOP_SECONDS) -> None:
+    def __init__(self, server: DeviceServer, *, stop_seconds: float = STOP_SECONDS) -> None:
         self._server = server
         self.stop_seconds = stop_seconds
         self.state = MigrationState.RUNNING
