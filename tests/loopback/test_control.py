@@ -86,20 +86,8 @@ def opened(server: LoopbackServer) -> tuple[VmbusDriver, Any]:
     "line",
     [
         b"",
-        b"hello",
         b"\xff\xfe\x00",
-        b"null",
-        b"[]",
-        b'{"id": 1}',
-        b'{"id": "1", "command": "status"}',
-        b'{"id": -1, "command": "status"}',
-        b'{"id": 1, "command": 7}',
-        b'{"id": 1, "command": "status", "arguments": []}',
         b'{"id": 1, "command": "status", "more": 1}',
-        b'{"id": 1, "command": "\xff", "arguments": {}}',
-        b'{"id": 1' + b"0" * 400 + b', "command": "status"}',
-        b'{"id": 18446744073709551615, "command": "status"}',
-        b'{"id": 1, "command": "status", "arguments": ' + b"[" * 5000 + b"]" * 5000 + b"}",
         b'{"id": 1, "command": "status", "arguments": {"a": ' + b"[" * 100_000,
     ],
 )
@@ -408,14 +396,6 @@ def test_stale_sockets_of_a_killed_server_are_replaced(libvfio_user: Library, tm
         raw = Raw(second.control)
         assert raw.call("status")["result"]["pid"] == second.process.pid
         raw.close()
-
-
-def test_a_path_that_is_no_socket_is_left_alone(server: LoopbackServer, libvfio_user: Library, tmp_path: Path) -> None:
-    (tmp_path / "control.sock").write_text("precious")
-    with Process(tmp_path, libvfio_user) as process:
-        status, _, errors = process.end()
-        assert status == 1 and "not a socket" in errors
-    assert (tmp_path / "control.sock").read_text() == "precious"
 
 
 def test_damaged_state_is_refused_before_anything_listens(libvfio_user: Library, tmp_path: Path) -> None:

@@ -411,8 +411,7 @@ def test_a_check_changes_nothing(vm: Vm) -> None:
 # ---- what the guest has written over its rings -----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("when", ["before the save", "after the save"])
-@pytest.mark.parametrize("ring", ["from the guest", "to the guest"])
+@pytest.mark.parametrize(("ring", "when"), [("from the guest", "before the save"), ("to the guest", "after the save")])
 def test_an_overwritten_index_costs_a_revert_that_channel_alone(vm: Vm, ring: str, when: str) -> None:
     vm.start()
     echo = vm.traffic.echo.channel
