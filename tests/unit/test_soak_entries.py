@@ -96,6 +96,10 @@ def test_a_command_runs_where_linux_has_its_own_drivers(mine: Path) -> None:
     ours = settings_from({"linux": 0, "workload": [{"name": "sum", "command": ["/bin/true"], "linux": False}]}, "x")
     assert "sum" in [one.driver for one in plan_episode(ours, 1, 0).workloads]
     assert linux_share(settings) == 1.0
+    debian = {"description": "debian", "workloads": {"*": 0}, "workload": [{"name": "sum", "command": ["/bin/true"]}]}
+    assert [one.driver for one in plan_episode(settings_from(debian, "x"), 1, 0).workloads] == ["sum"]
+    with pytest.raises(UsageError, match="no workload is left for episode 0, with Linux's own drivers"):
+        plan_episode(settings_from({**debian, "workload": []}, "x"), 1, 0)
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ import contextlib
 import os
 import shutil
 import traceback
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
@@ -21,7 +22,7 @@ import msgspec
 from vmbus.errors import VmbusError, WaitTimeout, code_of
 from vmbus.observe.audit.guest import collect_audit
 from vmbus.providers.disk.image import DIRECTORY_VARIABLE
-from vmbus.provision import provision
+from vmbus.provision import provision, provision_debian
 from vmbus.snapshot.bundle import utc_now
 from vmbus.soak.books import flight
 from vmbus.soak.entries import code_from, environment
@@ -66,6 +67,8 @@ async def run_episode(
     started = utc_now()
     if programs is None:
         programs = programs_from(await asyncio.to_thread(provision))
+    if plan.vm.guest.root and programs.debian is None:
+        programs = replace(programs, debian=(await asyncio.to_thread(provision_debian)).image)
     scratch = RunDirectory.create(f"e{plan.episode}", base=scratch_base())
     stage = (StockStage if plan.vm.guest.linux else Stage)(plan, folder, scratch.path, programs, sink)
     episode = _Episode(stage, stop or asyncio.Event())

@@ -28,6 +28,9 @@ def plan_episode(settings: Settings, seed: int, index: int) -> EpisodePlan:
             raise UsageError(f"episode {index} is none of this campaign: it has {episodes_planned(settings)}, from 0")
     linux = _linux(settings, own)
     vm, workloads = stock_machine(settings, draw) if linux else machine(settings, draw)
+    if not workloads:
+        which = "with Linux's own drivers" if linux else "without Linux's own drivers"
+        raise UsageError(f"no workload is left for episode {index}, {which}: give one the share 1")
     operations = draw_operations(settings, draw, count, linux)
     kinds = dict.fromkeys(one.kind for one in operations)
     sends = linux or any(one.driver in RECIPES and RECIPES[one.driver].sends for one in workloads)

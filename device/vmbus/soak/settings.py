@@ -122,8 +122,11 @@ class Settings(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=
             if kind not in WEIGHTS and self.own_operation(kind) is None:
                 known = ", ".join([*WEIGHTS, *(entry.name for entry in self.operation)])
                 raise ValueError(f"there is no operation {kind!r}; known: {known}")
-        self._require_one([name for name in RECIPES if RECIPES[name].sends], False, "nothing else makes the host send")
-        if self.linux:
+        if not self.description and self.linux < 1:
+            self._require_one(
+                [name for name in RECIPES if RECIPES[name].sends], False, "nothing else makes the host send"
+            )
+        if not self.description and self.linux:
             self._require_one(list(STOCK_RECIPES), True, "or 'linux' be 0")
         if not self.script and not any(self.weight(kind) for kind in self.kinds if kind not in ("revert", "rescind")):
             raise ValueError("all weights are 0: no operation is left (revert and rescind need others before them)")
