@@ -219,7 +219,7 @@ def test_network_survives_what_people_do_with_the_card(
 
 
 async def until_shell(vm: VirtualMachine, command: str, seconds: float = 30.0) -> None:
-    await in_guest.until_prints(vm, f"{command} && echo so", "so", seconds)
+    await in_guest.until_prints(vm, f"{{ {command}; }} > /dev/null 2>&1 && echo so", "so", seconds)
 
 
 async def carrier(vm: VirtualMachine, wanted: str) -> None:

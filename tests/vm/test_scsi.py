@@ -256,7 +256,7 @@ async def test_scsi_survives_alone_on_its_image_with_a_clone_and_from_its_last_s
             await more(clone, job, 40)
             last = await more(vm, job, 40)
             results = [await finish(clone, job)]
-            await require_no_complaints(clone)
+            await require_no_complaints(clone, COMPLAINTS, but=REMOVAL)
         assert vm.server is not None
         os.kill(vm.server.process.pid, signal.SIGKILL)
         with pytest.raises(VmbusError):
