@@ -16,7 +16,6 @@ from msgspec.structs import replace
 from support import pace
 from support.chunks import packet_in, with_chunks
 from support.traffic import PAGE, Traffic
-from vmbus.device import saved
 from vmbus.kmcl.saved import encode
 from vmbus.observe.audit import recorder
 from vmbus.observe.audit.checker import check_paths
@@ -25,8 +24,8 @@ from vmbus.observe.audit.format import OPENED
 from vmbus.observe.audit.records import read_records
 from vmbus.observe.audit.report import Report
 from vmbus.ring import READ_INDEX, WRITE_INDEX
-from vmbus.testkit.loopback.function import LoopbackFunction
 from vmbus.testkit.loopback.harness import LoopbackServer, describe
+from vmbus.testkit.loopback.pair import LoopbackPair
 from vmbus.transport.library import Library
 from vmbus_guest.driver import VmbusDriver
 from vmbus_guest.testdrivers.context import Context
@@ -38,38 +37,20 @@ DESCRIPTION = describe("echo", "burst", echo={"hold": 8, "hold_seconds": 0.01})
 _DESCRIPTOR = Struct("<HHHHQ")
 
 
-class Vm:
+class Vm(LoopbackPair):
     """A guest whose device server is replaced again and again, both ends recording."""
 
     def __init__(self, library: Library, audit: Path, *, ram_size: int = 64 << 20) -> None:
-        self.library = library
-        self.audit = audit
-        self.server = LoopbackServer(DESCRIPTION, library, audit=audit)
-        self.function: LoopbackFunction = self.server.function(ram_size=ram_size)
+        self.records = audit
         self.recorder = recorder_in(audit, "guest", "loopback")
-        self.driver = VmbusDriver(self.function, recorder=self.recorder)
-
-    def save(self) -> tuple[saved.DeviceState, bytes]:
-        state = self.server.save()
-        return state, bytes.fromhex(self.server.command("pci")["config"])
-
-    def restore(self, state: saved.DeviceState, config: bytes) -> None:
-        """A new server in the place of the old one."""
-        self.server.stop()
-        self.server = LoopbackServer(DESCRIPTION, self.library, restore=state, audit=self.audit)
-        self.function.reconnect(self.server.socket_path, config)
-        self.server.command("restore-finish")
+        super().__init__(DESCRIPTION, library, audit=audit, recorder=self.recorder, ram_size=ram_size)
 
     def check(self) -> Report:
         """As `collect_audit` does: the server's record, the guest's, the server's again."""
         self.server.command("audit")
         self.recorder.flush("fetched")
         self.server.command("audit")
-        return check_paths([self.audit])
-
-    def close(self) -> None:
-        self.driver.close(graceful=False)
-        self.server.stop()
+        return check_paths([self.records])
 
 
 @pytest.fixture
@@ -86,7 +67,7 @@ def test_many_generations_are_clean_at_every_moment(vm: Vm) -> None:
     most = 0
     for generation in range(12):
         traffic.some(choose)
-        vm.restore(*vm.save())
+        vm.restore(vm.save())
         report = vm.check()
         assert report.clean, f"after {generation + 1} restores:\n{report}"
         most = max(most, report.in_flight)
@@ -141,7 +122,7 @@ def test_a_channel_that_is_opened_again_is_clean(vm: Vm, restored: bool) -> None
         traffic.start(300, 300)
         traffic.some(random.Random(life))
         if restored and life < 2:
-            vm.restore(*vm.save())
+            vm.restore(vm.save())
         traffic.finish()
         for channel in (traffic.echo.channel, traffic.burst.channel):
             channel.disable()
@@ -246,11 +227,11 @@ def edit_corrupted(chunks: list[bytes], at: int) -> None:
 )
 def test_sabotage_of_the_saved_state(vm: Vm, queued: bool, edit: Callable[[list[bytes], int], None]) -> None:
     traffic = busy(vm)
-    state, config = vm.save()
+    state = vm.save()
     libs = [packet_in(data)[1] for data in state.channels[1].chunks[1:]]
     at = [number for number, lib in enumerate(libs) if lib.queued is queued][5]
     victim = libs[at].transaction
-    vm.restore(with_chunks(state, 1, lambda chunks: edit(chunks, at + 1)), config)
+    vm.restore(with_chunks(state, 1, lambda chunks: edit(chunks, at + 1)))
     go_on(traffic)
     report = vm.check()
     problem = report.problems[0]
@@ -368,7 +349,7 @@ def test_sabotage_a_request_taken_twice(vm: Vm, known: bool) -> None:
     traffic = Traffic(vm.driver, ring_pages_in=1, ring_pages_out=1)
     traffic.start(100, 1)
     traffic.finish()
-    state, config = vm.save()
+    state = vm.save()
     writer = vm.driver.link_of(traffic.echo.channel).writer
     ring = Ring(writer.header, writer.data)
     index = ring.header.load32(READ_INDEX)
@@ -377,7 +358,7 @@ def test_sabotage_a_request_taken_twice(vm: Vm, known: bool) -> None:
     if not known:
         channels = [replace(one, incoming=replace(one.incoming, own_index=None)) for one in state.channels]
         state = replace(state, channels=channels)
-    vm.restore(state, config)
+    vm.restore(state)
     if not known:
         traffic.echo.start(10)
     go_on(traffic)
@@ -410,7 +391,7 @@ def live_migration(vm: Vm, *, flush: bool) -> Traffic:
 
     while not server.on_loop(worked):
         pass
-    state, config = vm.save()
+    state = vm.save()
     if flush:
         base = vm.function._iova_base
         for start, length in server.on_loop(lambda: server.server.device.memory.dirty_runs()):
@@ -418,7 +399,7 @@ def live_migration(vm: Vm, *, flush: bool) -> Traffic:
                 copy[at : at + PAGE] = vm.function._ram[at : at + PAGE]
     server.stop()
     vm.function._ram[:] = bytes(copy)
-    vm.restore(state, config)
+    vm.restore(state)
     traffic.burst.hold = 20
     return traffic
 

@@ -14,6 +14,7 @@ from vmbus.memory.guest import DirtyLogBroken
 from vmbus.server.app import DeviceServer
 from vmbus.testkit.loopback.function import LoopbackFunction
 from vmbus.testkit.loopback.harness import LoopbackServer, describe
+from vmbus.testkit.loopback.pair import LoopbackPair
 from vmbus.transport import bindings
 from vmbus.transport.library import Library
 from vmbus.util import pieces
@@ -25,47 +26,30 @@ pytestmark = pytest.mark.loopback
 DESCRIPTION = describe("echo", "burst", echo={"hold": 8, "hold_seconds": 0.01})
 
 
-class Vm:
-    """A guest whose device server is replaced again and again, as by saves and restores."""
+class Vm(LoopbackPair):
+    """`most`: packets queued and sent at a save."""
 
     def __init__(self, library: Library) -> None:
-        self.library = library
-        self.server = LoopbackServer(DESCRIPTION, library)
-        self.function: LoopbackFunction = self.server.function()
-        self.driver = VmbusDriver(self.function)
+        super().__init__(DESCRIPTION, library)
         self.most = [0, 0]
 
-    def save(self) -> tuple[saved.DeviceState, bytes]:
-        """The device's state and its configuration space; the server is ended."""
-        state = self.server.save()
-        counts = saved.count_packets(state)
-        self.most = [max(self.most[0], counts.queued), max(self.most[1], counts.sent)]
-        config = bytes.fromhex(self.server.command("pci")["config"])
+    def ended(self) -> saved.DeviceState:
+        """The device's state; the server is ended."""
+        state = self.save()
         self.server.stop()
-        return state, config
-
-    def restore(self, state: saved.DeviceState, config: bytes | None) -> dict:
-        """A new server and the PCI replay; the guest goes on."""
-        self.server = LoopbackServer(DESCRIPTION, self.library, restore=state)
-        self.function.reconnect(self.server.socket_path, config)
-        return self.server.command("restore-finish")
+        return state
 
     def next_generation(self) -> None:
-        state, config = self.save()
+        state = self.save()
         counts = saved.count_packets(state)
-        report = self.restore(state, config)
-        assert report["packets"] == {"queued": counts.queued, "sent": counts.sent}
-
-    def close(self) -> None:
-        self.driver.close(graceful=False)
-        self.server.stop()
+        self.most = [max(self.most[0], counts.queued), max(self.most[1], counts.sent)]
+        assert self.restore(state)["packets"] == {"queued": counts.queued, "sent": counts.sent}
 
 
 @pytest.fixture
 def vm(libvfio_user: Library) -> Iterator[Vm]:
-    vm = Vm(libvfio_user)
-    yield vm
-    vm.close()
+    with Vm(libvfio_user) as vm:
+        yield vm
 
 
 def test_many_generations_in_mid_traffic(vm: Vm) -> None:
@@ -120,9 +104,9 @@ def test_fault_h17_tools_are_answered_in_between_and_the_client_is_not(vm: Vm, m
     traffic = Traffic(vm.driver, hold=30, window=60, ring_pages_in=1, ring_pages_out=1)
     traffic.start(300, 300, size=60, window=400)
     traffic.driver.step(0.01)
-    state, config = vm.save()
+    state = vm.ended()
     vm.server = LoopbackServer(DESCRIPTION, vm.library, restore=state)
-    vm.function.reconnect(vm.server.socket_path, config)
+    vm.function.reconnect(vm.server.socket_path, state.config)
     server = vm.server.server
     looks, refused = [], []
 
@@ -150,9 +134,9 @@ def test_fault_h17_tools_are_answered_in_between_and_the_client_is_not(vm: Vm, m
 def test_fault_h17_a_restore_that_is_called_off_leaves_nothing_half_done(vm: Vm, monkeypatch, turns: int) -> None:
     monkeypatch.setattr(pieces, "TURN_SECONDS", 0.0)
     Traffic(vm.driver).start(10, 10)
-    state, config = vm.save()
+    state = vm.ended()
     vm.server = LoopbackServer(DESCRIPTION, vm.library, restore=state)
-    vm.function.reconnect(vm.server.socket_path, config)
+    vm.function.reconnect(vm.server.socket_path, state.config)
     passed = []
 
     async def call_off(task: asyncio.Task) -> None:
@@ -182,15 +166,15 @@ def busy(vm: Vm) -> Traffic:
 @pytest.mark.parametrize("byte", [None, pci.COMMAND, pci.MSI_ADDRESS_LOW, pci.MSI_DATA, pci.BAR0 + 2])
 def test_without_the_whole_pci_replay_the_restore_is_refused(vm: Vm, byte: int | None) -> None:
     traffic = busy(vm)
-    state, config = vm.save()
+    state = vm.ended()
     wrong = None
     if byte is not None:
-        wrong = config[:byte] + bytes([config[byte] ^ 4]) + config[byte + 1 :]
+        wrong = state.config[:byte] + bytes([state.config[byte] ^ 4]) + state.config[byte + 1 :]
     with pytest.raises(StateError, match="not put back"):
-        vm.restore(state, wrong)
+        vm.restore(state, config=wrong)
     assert vm.server.command("status")["phase"] == "restoring"
     vm.function.client.set_eventfds(bindings.IRQ_MSI, [vm.function.interrupt_fd])
-    for offset, size, value in pci.replay_writes(config):
+    for offset, size, value in pci.replay_writes(state.config):
         vm.function.config_write(offset, value.to_bytes(size, "little"))
     vm.server.command("restore-finish")
     traffic.finish()
@@ -198,13 +182,13 @@ def test_without_the_whole_pci_replay_the_restore_is_refused(vm: Vm, byte: int |
 
 def test_a_state_restored_onto_other_memory_is_refused(vm: Vm) -> None:
     busy(vm)
-    state, config = vm.save()
+    state = vm.ended()
     server = LoopbackServer(DESCRIPTION, vm.library, restore=state)
     with server, LoopbackFunction(server.socket_path):
         with pytest.raises(StateError, match="not mapped"):
             server.command("restore-finish")
         assert server.command("status")["phase"] == "restoring", "it can be tried again"
-    vm.restore(state, config)
+    vm.restore(state)
 
 
 # ---- the dirty log ---------------------------------------------------------------------------------------------------

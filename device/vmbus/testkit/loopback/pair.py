@@ -17,7 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
 from vmbus.device.description import DeviceDescription
@@ -30,6 +30,9 @@ from vmbus.transport.library import Library
 from vmbus.util.patience import patient
 from vmbus_guest.channel_driver import ChannelDriver
 from vmbus_guest.driver import VmbusDriver
+
+if TYPE_CHECKING:
+    from vmbus.observe.audit.recorder import Recorder
 
 
 class DriverSide:
@@ -92,18 +95,27 @@ class LoopbackPair(DeviceUnderTest):
     """
 
     def __init__(
-        self, description: DeviceDescription, library: Library, *, capture: Path | None = None, **guest: Any
+        self,
+        description: DeviceDescription,
+        library: Library,
+        *,
+        capture: Path | None = None,
+        audit: Path | None = None,
+        recorder: Recorder | None = None,
+        **guest: Any,
     ) -> None:
-        """`guest`: settings of the guest's PCI function, see `LoopbackFunction`. Raises what the server raises."""
+        """`capture`, `audit`: as for the server. `recorder`: of the guest's packets. `guest`: settings of the guest's
+        PCI function, see `LoopbackFunction`. Raises what the server raises."""
         self.description = description
         self.library = library
+        self.audit = audit
         self.saves = 0
         self._stack = contextlib.ExitStack()
-        self.server = LoopbackServer(description, library, capture=capture)
+        self.server = LoopbackServer(description, library, capture=capture, audit=audit)
         try:
             self.function = self.server.function(**guest)
             self._stack.callback(self.function.close)
-            self.driver = VmbusDriver(self.function)
+            self.driver = VmbusDriver(self.function, recorder=recorder)
             self.side = DriverSide(self.driver)
         except BaseException:
             self.close()
@@ -174,14 +186,29 @@ class LoopbackPair(DeviceUnderTest):
         """Save the device into another server, which takes over; guest memory and everything in flight stay."""
         with tempfile.TemporaryDirectory(prefix="vmbus-pair-") as directory:
             files = Path(directory)
-            state = self.server.save(files)
-            new = LoopbackServer(self.description, self.library, restore=state, files=files)
-            with self._taking_over(new, state):
-                # As with a VM: the old server is gone before the new one owns what only one may.
-                self.server.stop()
-                self.server = new
-                self.function.reconnect(new.socket_path, state.config)
-        return self._moved(state)
+            state = self.save(files)
+            self.restore(state, files)
+        counts = count_packets(state)
+        return InFlight(counts.queued, counts.sent)
+
+    def save(self, files: Path | None = None) -> DeviceState:
+        """Pause the device and take its state; providers' files go into the directory `files`."""
+        return self.server.save(files)
+
+    def restore(self, state: DeviceState, files: Path | None = None, *, config: bytes | None = b"") -> dict[str, Any]:
+        """Go on with another server, from a state of `save`; what that server says of the restore. Where it refuses,
+        it is there, and is not finished.
+
+        `config`: for the PCI function, in the place of the state's; None: nothing is put back.
+        """
+        new = LoopbackServer(self.description, self.library, restore=state, files=files, audit=self.audit)
+        # As with a VM: the old server is gone before the new one owns what only one may.
+        self.server.stop()
+        self.server = new
+        self.function.reconnect(new.socket_path, state.config if config == b"" else config)
+        report = new.command("restore-finish")
+        self.saves += 1
+        return report
 
     def migrate(self) -> InFlight:
         """Move the device to another server, which has guest memory of its own: a copy of what there was when the
@@ -193,25 +220,17 @@ class LoopbackPair(DeviceUnderTest):
         except BaseException:
             old.command("resume")
             raise
-        new = LoopbackServer(self.description, self.library, restore=state)
-        with self._taking_over(new, state):
+        new = LoopbackServer(self.description, self.library, restore=state, audit=self.audit)
+        try:
             self.function.move_to(self.function.another_client(new.socket_path, bytes(self.function.ram)))
             self.function.reset()
             self.function.replay(state.config)
-        self.server = new
-        old.stop()
-        return self._moved(state)
-
-    @contextlib.contextmanager
-    def _taking_over(self, new: LoopbackServer, state: DeviceState) -> Iterator[None]:
-        try:
-            yield
             new.command("restore-finish")
         except BaseException:
             new.stop()
             raise
-
-    def _moved(self, state: DeviceState) -> InFlight:
+        self.server = new
+        old.stop()
         self.saves += 1
         counts = count_packets(state)
         return InFlight(counts.queued, counts.sent)
