@@ -113,7 +113,6 @@ def test_episodes_run_side_by_side(tmp_path: Path) -> None:
     row = Script([["touch", here], ["wait-for", there]], [["touch", there], ["wait-for", here]])
     verdict, _ = sit(tmp_path / "campaign", row, engine=LocalEngine(parallel=2))
     assert verdict == "passed"  # one after the other, each would wait for a minute and be called hanging
-    assert all(record.seconds < pace.seconds(15) for record in episodes(tmp_path / "campaign").values())
 
 
 def test_it_ends_when_its_time_is_up(tmp_path: Path) -> None:

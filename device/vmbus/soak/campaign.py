@@ -96,7 +96,7 @@ class CampaignRun:
         self._stop = asyncio.Event()
         self._before = folder.state.ran
         self._began = time.monotonic()
-        self._running: dict[asyncio.Task[None], int] = {}
+        self._running: set[asyncio.Task[None]] = set()
         self._again: list[int] = []
         self._attempts: dict[int, int] = {}
         self._rest: Iterator[int] = iter(())
@@ -176,42 +176,34 @@ class CampaignRun:
             row = itertools.count() if planned is None else range(planned)
         return (episode for episode in row if episode not in self._done)
 
-    def _take(self) -> int | None:
-        """The next episode to run; None if there is none."""
-        return self._again.pop(0) if self._again else next(self._rest, None)
-
     async def _work(self) -> None:
         while True:
             slots = 0 if self._over() else await self._engine.slots()
             while len(self._running) < slots and await self._room() and not self._over():
-                episode = self._take()
+                episode = self._again.pop(0) if self._again else next(self._rest, None)
                 if episode is None:
                     break
-                self._running[asyncio.create_task(self._episode(episode), name=f"episode {episode}")] = episode
+                self._running.add(asyncio.create_task(self._episode(episode), name=f"episode {episode}"))
             if not self._running and (slots or self._over()):
                 break
             done = await self._next_end()
+            self._running -= done
             for task in done:
-                del self._running[task]
                 if not task.cancelled():
                     task.result()
-            self._folder.flush()
-            self._tell_problems()
-            self._note(state="running")
+            self._write_down()
             self._report_so_far(bool(done))
         if self._reason and not self._stop.is_set():
             self._say(self._reason, serious=True)
 
-    async def _next_end(self) -> list[asyncio.Task[None]]:
+    async def _next_end(self) -> set[asyncio.Task[None]]:
         """Wait until an episode ends, the campaign is interrupted, or a beat has passed. Returns what has ended."""
-        if self._stop.is_set():
-            waited_for: set[asyncio.Task[Any]] = {*self._running}
-        else:
-            waited_for = {*self._running, asyncio.create_task(self._stop.wait())}
+        interrupted = None if self._stop.is_set() else asyncio.create_task(self._stop.wait())
+        waited_for: set[asyncio.Task[Any]] = {*self._running, *filter(None, [interrupted])}
         await asyncio.wait(waited_for, timeout=self._limits.beat, return_when=asyncio.FIRST_COMPLETED)
-        for task in waited_for - self._running.keys():
-            task.cancel()
-        return [task for task in self._running if task.done()]
+        if interrupted is not None:
+            interrupted.cancel()
+        return {task for task in self._running if task.done()}
 
     async def _end_running(self) -> None:
         """However `_work` has ended: no episode is left behind."""
@@ -299,9 +291,7 @@ class CampaignRun:
         while not self._stop.is_set():
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._stop.wait(), min(self._limits.beat, self._limits.wait_for_room))
-            self._folder.flush()
-            self._tell_problems()
-            self._note(state="running")
+            self._write_down()
             if not self._short_of_room():
                 self._say("there is room again")
                 return True
@@ -323,6 +313,12 @@ class CampaignRun:
     def _note(self, *, state: Literal["running", "interrupted", "finished"]) -> None:
         self._folder.state = State(ran=round(self.ran, 3), state=state, reason=self._reason)
         self._folder.save_state()
+
+    def _write_down(self) -> None:
+        """What waits for room, what went wrong with the folder, and how far the campaign has come."""
+        self._folder.flush()
+        self._tell_problems()
+        self._note(state="running")
 
     def _report_so_far(self, something_new: bool) -> None:
         """Write the report of what there is, from time to time, so that one can look at it meanwhile."""

@@ -96,7 +96,7 @@ class DaskEngine:
                 client = await _dask.Client(
                     address, asynchronous=True, timeout=CONNECT_TIMEOUT, set_as_default=False, name="vmbus-soak"
                 )
-        except (OSError, TimeoutError, ValueError, CommClosedError, RuntimeError) as error:
+        except (OSError, ValueError, RuntimeError) as error:
             raise EnvironmentProblem(f"cannot connect to the Dask scheduler {address}: {error}") from error
         engine = cls(client, address, parallel, beat, patience)
         try:
@@ -113,7 +113,7 @@ class DaskEngine:
         """Each worker that is there now can do it; those that come later are asked with each episode."""
         try:
             answers = await asyncio.wait_for(self._client.run(_probe(), on_error="return"), CONNECT_TIMEOUT)
-        except (OSError, TimeoutError, CommClosedError) as error:
+        except OSError as error:
             raise EnvironmentProblem(
                 f"the workers of the Dask scheduler {self._address} do not answer: {error}"
             ) from error
@@ -151,7 +151,7 @@ class DaskEngine:
     async def slots(self) -> int:
         try:
             threads: dict[str, int] = await asyncio.wait_for(self._client.nthreads(), CONNECT_TIMEOUT)
-        except (OSError, TimeoutError, CommClosedError, RuntimeError) as error:
+        except (OSError, RuntimeError) as error:
             raise EngineLost(f"the Dask scheduler {self._address} does not answer: {error}") from error
         total = sum(threads.values())
         if total:
@@ -231,7 +231,7 @@ class DaskEngine:
     async def _stop(self) -> None:
         """Tell all workers to end their episodes early."""
         self._stopping = True
-        with contextlib.suppress(OSError, TimeoutError, CommClosedError):
+        with contextlib.suppress(OSError):
             await asyncio.wait_for(self._heartbeat.set(remote.STOP), CONNECT_TIMEOUT)
 
     async def _beats(self) -> None:
@@ -239,7 +239,7 @@ class DaskEngine:
         while not self._stopping:
             count += 1
             # A scheduler that is away for a moment is noticed by `slots` and by the tasks.
-            with contextlib.suppress(OSError, TimeoutError, CommClosedError, RuntimeError):
+            with contextlib.suppress(OSError, RuntimeError):
                 await self._heartbeat.set(count)
             await asyncio.sleep(self._beat)
 

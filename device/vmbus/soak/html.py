@@ -189,29 +189,19 @@ def _tiles(report: Report) -> list[tuple[str, str, str]]:
     downtimes = known(report.operation_records, "downtime")
     refused = sum(count.get("refused", 0) for count in report.by_kind.values())
     planned = report.episodes_planned
+    carried_out = f"{count_text(refused)} refused, as meant" if refused else "carried out"
+    all_of = f"of {count_text(planned)} planned" if planned is not None else "until the time was up"
+    many = len(report.failures)
     tiles = [
-        (
-            "Operations",
-            count_text(report.operations),
-            f"{count_text(refused)} refused, as meant" if refused else "carried out",
-        ),
+        ("Operations", count_text(report.operations), carried_out),
         ("Packets in flight", count_text(report.packets), "carried through the operations"),
         ("Transactions", count_text(report.transactions), "completed and checked"),
-        (
-            "Episodes",
-            count_text(len(report.episode_records)),
-            f"of {count_text(planned)} planned" if planned is not None else "until the time was up",
-        ),
-        ("Failures", count_text(len(report.failures)), _things(len(report.failures), "episode").split(" ", 1)[1]),
+        ("Episodes", count_text(len(report.episode_records)), all_of),
+        ("Failures", count_text(many), "episode" if many == 1 else "episodes"),
     ]
     if downtimes:
-        tiles.append(
-            (
-                "Downtime",
-                seconds_text(quantile(downtimes, 0.5)),
-                f"median; at most {_unbroken(seconds_text(downtimes[-1]))}",
-            )
-        )
+        most = f"median; at most {_unbroken(seconds_text(downtimes[-1]))}"
+        tiles.append(("Downtime", seconds_text(quantile(downtimes, 0.5)), most))
     tiles.append(("Ran for", seconds_text(report.seconds), "all sittings together"))
     return tiles
 
@@ -250,33 +240,28 @@ def _kinds(report: Report) -> list[dict[str, Any]]:
 def _figures(report: Report) -> list[tuple[str, str, Sequence[Markup]]]:
     """The plots: heading, what to see in it, the plot, or none; the last has one for each kind of operation."""
     operations = plots.Operations.of(report.operation_records, report.episode_records)
+    by_kind = functools.partial(plots.by_kind, operations)
     over_time = functools.partial(plots.over_time, operations)
-    single = {
-        ("Downtime by kind of operation", "For how long the guest stood still."): plots.by_kind(operations, "downtime"),
-        ("Duration by kind of operation", "From the request until the VM runs on."): plots.by_kind(
-            operations, "duration"
-        ),
-        ("Downtime over the campaign", "Should neither grow nor scatter as time goes by."): over_time(
-            "Downtime of each operation", "downtime"
-        ),
-        ("Save and restore", "From the request to the end of each."): over_time(
-            "Time of each save and restore", "save", "restore"
-        ),
-        ("Size of snapshots and streams", "Guest memory and the device's own state."): over_time(
-            "Size of each snapshot or stream", "memory", "state"
-        ),
-        (
-            "Packets in flight",
-            "At the moment of each operation, by state. Each had to come out exactly once.",
-        ): plots.packets_in_flight(operations),
-    }
+    in_flight = "At the moment of each operation, by state. Each had to come out exactly once."
+    growth = "Should neither grow nor scatter as time goes by."
+    downtimes = over_time("Downtime of each operation", "downtime")
+    saves = over_time("Time of each save and restore", "save", "restore")
+    sizes = over_time("Size of each snapshot or stream", "memory", "state")
+    single = [
+        ("Downtime by kind of operation", "For how long the guest stood still.", by_kind("downtime")),
+        ("Duration by kind of operation", "From the request until the VM runs on.", by_kind("duration")),
+        ("Downtime over the campaign", growth, downtimes),
+        ("Save and restore", "From the request to the end of each.", saves),
+        ("Size of snapshots and streams", "Guest memory and the device's own state.", sizes),
+        ("Packets in flight", in_flight, plots.packets_in_flight(operations)),
+    ]
     throughput = (
         "Throughput around each operation",
         "Transactions a second, as far as no other operation is near: the line is the median, the band holds "
         "80 % of the operations, the shade is how long one takes.",
         plots.throughput(plots.throughput_curves(operations, report.episode_records)),
     )
-    return [*((*texts, [plot] if plot else []) for texts, plot in single.items()), throughput]
+    return [*((heading, text, [plot] if plot else []) for heading, text, plot in single), throughput]
 
 
 def _chosen(records: Sequence[R], limit: int, rank: Callable[[R], tuple[bool, float]]) -> list[R]:
