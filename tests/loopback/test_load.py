@@ -4,7 +4,6 @@ import hashlib
 import random
 import struct
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,8 @@ from uuid import uuid4
 import msgspec
 import pytest
 
-from support import pace
 from support.multi import MultiProvider
+from support.pace import until
 from support.traffic import PAGE, Traffic
 from vmbus import providers
 from vmbus.device import saved
@@ -25,6 +24,7 @@ from vmbus.providers.echo import EchoProvider
 from vmbus.ring import READ_INDEX, WRITE_INDEX
 from vmbus.testkit.loopback.function import LoopbackFunction
 from vmbus.testkit.loopback.harness import LoopbackServer, describe
+from vmbus.testkit.loopback.pair import LoopbackPair
 from vmbus.transport.library import Library
 from vmbus_guest.driver import VmbusDriver
 
@@ -50,13 +50,11 @@ class Checkpoint:
         return server.command("load", path=str(self.path), sha256=self.sha256, **more)
 
 
-class Vm:
+class Vm(LoopbackPair):
     """A guest and its one server. The guest stands still over a revert: its own state cannot go back here."""
 
     def __init__(self, library: Library) -> None:
-        self.server = LoopbackServer(DESCRIPTION, library)
-        self.function: LoopbackFunction = self.server.function()
-        self.driver = VmbusDriver(self.function)
+        super().__init__(DESCRIPTION, library)
         self.traffic = Traffic(self.driver, hold=30, window=60, ring_pages_in=1, ring_pages_out=1)
         self.choose = random.Random(7)
 
@@ -74,9 +72,7 @@ class Vm:
 
     def wander(self, since: int) -> None:
         """Waits until the running server has got ahead, by itself, with what it finds in the rings."""
-        deadline = time.monotonic() + pace.seconds(10)
-        while self.progress() <= since:
-            assert time.monotonic() < deadline, "the server does nothing"
+        until(lambda: self.progress() > since, "the server to do something", every=0.0)
 
     def progress(self) -> int:
         tallies = self.server.command("status")["providers"]
@@ -95,16 +91,11 @@ class Vm:
         assert finished["channels"] == loaded["channels"]
         return finished
 
-    def close(self) -> None:
-        self.driver.close(graceful=False)
-        self.server.stop()
-
 
 @pytest.fixture
 def vm(libvfio_user: Library) -> Iterator[Vm]:
-    vm = Vm(libvfio_user)
-    yield vm
-    vm.close()
+    with Vm(libvfio_user) as vm:
+        yield vm
 
 
 def counts(vm: Vm) -> tuple[Any, ...]:

@@ -22,9 +22,9 @@ from vmbus.memory.guest import GuestMemory
 from vmbus.server.driven import _STEPS
 from vmbus.server.phase import Phase
 from vmbus.testkit.loopback.client import Disconnected, RemoteError, VfioUserClient
-from vmbus.testkit.loopback.function import LoopbackFunction
 from vmbus.testkit.loopback.harness import LoopbackServer, describe
 from vmbus.testkit.loopback.migration import ProtocolMigration
+from vmbus.testkit.loopback.pair import LoopbackPair
 from vmbus.transport import protocol
 from vmbus.transport.context import Context
 from vmbus.transport.library import Generation, Library
@@ -40,16 +40,12 @@ RAM = 8 << 20
 needs_v2 = pytest.mark.needs_migration_v2
 
 
-class Vm:
+class Vm(LoopbackPair):
     """A guest that moves from server to server."""
 
     def __init__(self, library: Library, **options: dict) -> None:
-        self.library = library
-        self.description = describe("echo", "burst", **options) if options else DESCRIPTION
         self.servers: list[LoopbackServer] = []
-        self.server = self.new_server()
-        self.function: LoopbackFunction = self.server.function(ram_size=RAM)
-        self.driver = VmbusDriver(self.function)
+        super().__init__(describe("echo", "burst", **options) if options else DESCRIPTION, library, ram_size=RAM)
 
     def new_server(self, *, awaiting: bool = False) -> LoopbackServer:
         server = LoopbackServer(self.description, self.library, awaiting=awaiting)
@@ -62,16 +58,15 @@ class Vm:
         self.server = server
 
     def close(self) -> None:
-        self.function.close()
+        super().close()
         for server in self.servers:
             server.stop()
 
 
 @pytest.fixture
 def vm(libvfio_user: Library) -> Iterator[Vm]:
-    vm = Vm(libvfio_user)
-    yield vm
-    vm.close()
+    with Vm(libvfio_user) as vm:
+        yield vm
 
 
 def busy(vm: Vm) -> Traffic:
