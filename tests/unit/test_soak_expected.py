@@ -77,6 +77,7 @@ def test_all_budgets_are_judged_and_shown(tmp_path: Path) -> None:
         "BROKEN  longest downtime of kill: at most 1 s, and it is 4 s",
         "BROKEN  operations that were carried out: at least 50, and it is 22",
     ]
+    assert "0 failures, 2 bounds broken\n" in result.output
     page = (tmp_path / "report.html").read_text()
     assert "No packet was lost, but 2 bounds broken." in page
     assert page.count('<tr class="wrong"><th scope="row">') == 2

@@ -330,7 +330,8 @@ def _show(report: Report, folder: Path) -> int:
     for failure in report.failures:
         kept = f"{folder}/{failure.kept}" if failure.kept else ""
         click.echo(failure_text(failure.episode, failure.message, kept, failure.replay))
-    for text in broken(report):
+    lines = broken(report)
+    for text in lines:
         click.echo(f"BROKEN  {text}")
     for text in report.missing:
         click.echo(f"missing: {text}")
@@ -339,6 +340,7 @@ def _show(report: Report, folder: Path) -> int:
         f"{report.verdict.upper()}  seed {report.seed}: {report.operations} operations in {report.seconds:.0f} s"
         + (f" ({kinds})" if kinds else "")
         + f"; {report.packets} packets carried over, {report.transactions} transactions exactly once; "
-        f"{len(report.failures)} failures\nreport: {folder / reports.HTML_NAME}"
+        f"{len(report.failures)} failures{f', {len(lines)} bounds broken' if lines else ''}\n"
+        f"report: {folder / reports.HTML_NAME}"
     )
     return STATUS[report.verdict]
