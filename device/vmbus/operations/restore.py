@@ -135,7 +135,6 @@ def _paused(snapshot: Snapshot) -> bool:
 
 async def _load(vm: VirtualMachine, ram: Path, timeout: float, at: Hook) -> None:
     monitor = vm.monitor
-    await monitor.execute("migrate-set-capabilities", {"capabilities": [{"capability": "events", "state": True}]})
     # Without exit-on-error QEMU would be gone before it could tell the reason.
     await monitor.execute("migrate-incoming", {"channels": file_channel(ram), "exit-on-error": False})
     await at(Moment.LOADING)

@@ -33,6 +33,7 @@ from vmbus.operations.stream import refuse_unsafe_settings
 from vmbus.operations.vm import Vm, operation
 from vmbus.qemu.pci_function import barrier
 from vmbus.qemu.probe import check_same, require_complete, require_running
+from vmbus.qemu.qmp import capabilities
 from vmbus.server.control import ControlError
 from vmbus.snapshot.checkpoints import Checkpoint
 from vmbus.util.interruptible import in_thread, uninterrupted
@@ -145,8 +146,7 @@ class _Revert:
                 f"there is {found or 'none'}"
             )
         await refuse_unsafe_settings(self._monitor)
-        multifd = {"capability": "multifd", "state": False}
-        await self._monitor.execute("migrate-set-capabilities", {"capabilities": [multifd]})
+        await self._monitor.execute("migrate-set-capabilities", capabilities(multifd=False))
         try:
             await self._load(record, check=True)
         except ControlError as error:

@@ -13,7 +13,7 @@ from qemu.qmp.events import EventListener
 
 from vmbus.errors import EnvironmentProblem, UsageError, WaitTimeout
 from vmbus.qemu.connections import QemuMonitor
-from vmbus.qemu.qmp import MigrationFailed
+from vmbus.qemu.qmp import MigrationFailed, capabilities
 
 MAX_BANDWIDTH = 8 << 30
 """Bytes per second for QEMU's stream into a file: no limit in practice (its default suits a shared network)."""
@@ -77,11 +77,8 @@ async def refuse_unsafe_settings(monitor: QemuMonitor) -> None:
 async def set_migration(monitor: QemuMonitor, stream: StreamSettings, *, live: bool) -> None:
     """Sets all that matters, each time: an earlier operation, or somebody else, may have left it otherwise."""
     await refuse_unsafe_settings(monitor)
-    wanted = {"events": True, "pause-before-switchover": live, "multifd": stream.multifd > 0}
-    await monitor.execute(
-        "migrate-set-capabilities",
-        {"capabilities": [{"capability": name, "state": state} for name, state in wanted.items()]},
-    )
+    wanted = capabilities(events=True, pause_before_switchover=live, multifd=stream.multifd > 0)
+    await monitor.execute("migrate-set-capabilities", wanted)
     parameters: dict[str, object] = {"max-bandwidth": stream.bandwidth or MAX_BANDWIDTH}
     if stream.multifd:
         parameters["multifd-channels"] = stream.multifd

@@ -16,7 +16,7 @@ from typing import Any
 from qemu.qmp.events import EventListener
 
 from vmbus.errors import VmbusError
-from vmbus.qemu.qmp import MIGRATION_ENDS, MigrationFailed, Monitor
+from vmbus.qemu.qmp import MIGRATION_ENDS, MigrationFailed, Monitor, capabilities
 from vmbus.util.patience import patient
 
 _BEGINNINGS = frozenset({"setup", "active", "device", "pre-switchover"})
@@ -59,9 +59,7 @@ class MigrationGuard:
 
     async def start(self) -> None:
         """Switches the events on. Raises what `Monitor.execute` raises."""
-        await self._monitor.execute(
-            "migrate-set-capabilities", {"capabilities": [{"capability": "events", "state": True}]}
-        )
+        await self._monitor.execute("migrate-set-capabilities", capabilities(events=True))
         self._runs = await self._monitor.running()
 
     async def run(self) -> None:

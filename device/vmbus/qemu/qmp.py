@@ -158,6 +158,11 @@ class Monitor:
                 events.clear()
 
 
+def capabilities(**states: bool) -> dict[str, object]:
+    """The arguments of migrate-set-capabilities; names with an underscore for a hyphen."""
+    return {"capabilities": [{"capability": name.replace("_", "-"), "state": state} for name, state in states.items()]}
+
+
 def file_channel(path: Path) -> list[dict[str, object]]:
     """The `channels` argument of migrate and migrate-incoming for a plain file.
 

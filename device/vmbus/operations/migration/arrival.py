@@ -15,6 +15,7 @@ from vmbus.device.pci import interrupt_writes, without_interrupts
 from vmbus.errors import EnvironmentProblem, StateError
 from vmbus.operations.migration.address import Address, TcpAddress, UnixAddress, stream_channel
 from vmbus.qemu.probe import driven_by_client, require_complete, require_running
+from vmbus.qemu.qmp import capabilities
 from vmbus.snapshot.manifest import Packets
 from vmbus.util.patience import patient
 from vmbus.vm.timing import Phases
@@ -62,11 +63,7 @@ class Arrival:
         await vm.start(phases, incoming=True)
         with phases("listen"):
             # Both sides must agree on these; the source sets its own.
-            wanted = {"events": True, "multifd": multifd > 0}
-            await monitor.execute(
-                "migrate-set-capabilities",
-                {"capabilities": [{"capability": name, "state": state} for name, state in wanted.items()]},
-            )
+            await monitor.execute("migrate-set-capabilities", capabilities(events=True, multifd=multifd > 0))
             if multifd:
                 await monitor.execute("migrate-set-parameters", {"multifd-channels": multifd})
             path = str(vm.paths.stream)
