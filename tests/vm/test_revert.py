@@ -80,10 +80,10 @@ async def until_ahead(vm: VirtualMachine, of: int) -> None:
 async def a_migration_that_fails(vm: VirtualMachine) -> None:
     """QEMU remembers it, and would fail its next load for it."""
     with contextlib.suppress(QmpCommandFailed):
-        await vm.execute("migrate", {"uri": "unix:/no/such/socket"})
+        await vm.monitor.execute("migrate", {"uri": "unix:/no/such/socket"})
 
     async def failed() -> bool:
-        return "error-desc" in await vm.execute("query-migrate")
+        return "error-desc" in await vm.monitor.execute("query-migrate")
 
     await eventually(failed, "the migration to nowhere to fail", 20)
 
@@ -150,7 +150,7 @@ async def test_revert_undoes_what_became_of_the_device_and_of_requests_to_the_ag
         assert later == job + 1  # it fails soon, since the device is in use
         await vm.checkpoint("after")
         waiting = asyncio.ensure_future(vm.call_agent("wait", job=job, timeout=60.0))
-        while not vm.agent.pending:  # noqa: ASYNC110 - asked within a turn or two of the loop
+        while not vm.agent._answers:  # noqa: ASYNC110 - asked within a turn or two of the loop
             await asyncio.sleep(0)
         await vm.revert("before")
         with pytest.raises(EnvironmentProblem, match="taken back to checkpoint 'before' meanwhile: ask again"):
