@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import io
 import json
 import shlex
@@ -16,13 +15,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from support.soak import Script, Sitting
+from support.soak_records import Folder, episode, operation
 from vmbus.cli import main
 from vmbus.cli.soak import CANNOT, FAILED, INTERRUPTED, PASSED
 from vmbus.errors import UsageError
-from vmbus.soak.folder import Campaign, CampaignFolder
 from vmbus.soak.progress import Goal, LiveView, clock
-from vmbus.soak.records import Environment, EpisodeRecord, EventRecord, OperationRecord, Sample, WorkloadRecord
+from vmbus.soak.records import EpisodeRecord, EventRecord, OperationRecord, Sample, WorkloadRecord
 from vmbus.soak.replay import campaign_command, parse_words, replay_command, words
 from vmbus.soak.settings import Settings, settings_from
 
@@ -194,69 +192,49 @@ def test_words_lead_into_tables() -> None:
 # --- reports ----------------------------------------------------------------------------------------------------------
 
 
-def finished(path: Path, *episodes: list[list[Any]]) -> None:
-    """The folder of a campaign that has run, with real settings."""
-    settings = Settings(seed=9, operations=12 * len(episodes))
-    campaign = Campaign(
-        seed=9,
-        started="2026-01-01T00:00:00+00:00",
-        settings=msgspec.to_builtins(settings),
-        environment=Environment(),
-        episodes_planned=len(episodes),
-    )
-    CampaignFolder.open(path, campaign).close()
-    asyncio.run(Sitting(path, Script(*episodes), campaign=campaign)())
-
-
 def test_the_report_alone_and_its_status(tmp_path: Path) -> None:
-    finished(tmp_path / "good", [["operation"]], [["operation"]])
+    named: dict[str, Any] = {"seed": 9, "settings": {"seed": 9, "operations": 24}}
+    good = [operation(0), episode(0, operations=1), operation(1), episode(1, operations=1)]
+    Folder(tmp_path / "good", **named).add(*good)
     result = run("--report-only", "--report", str(tmp_path / "good"))
     assert result.exit_code == PASSED, result.output
     assert result.output.startswith("PASSED  seed 9: 2 operations in ")
     assert result.output.splitlines()[-1] == f"report: {tmp_path}/good/report.html"
     report = json.loads((tmp_path / "good" / "report.json").read_bytes())
-    assert (report["verdict"], report["seed"], report["operations"], report["packets"]) == ("passed", 9, 2, 14)
+    assert (report["verdict"], report["seed"], report["operations"], report["packets"]) == ("passed", 9, 2, 240)
     assert report["failures"] == []
 
-    finished(tmp_path / "bad", [["operation"]], [["fail", "a packet was lost"]])
+    bad = episode(1, "failed", failure="a packet was lost", kept="failures/00001")
+    Folder(tmp_path / "bad", **named).add(*good[:2], bad)
     result = run("--report-only", "--report", str(tmp_path / "bad"))
     assert result.exit_code == FAILED
-    lines = result.output.splitlines()
-    assert lines[:3] == [
+    assert result.output.splitlines()[:3] == [
         "FAILED  episode 1: a packet was lost",
         f"        kept:   {tmp_path}/bad/failures/00001",
         "        replay: scripts/soak --seed 9 --operations 24 --episode 1 --report bad-episode-1",
     ]
-
-
-def test_a_campaign_that_was_killed_is_interrupted(tmp_path: Path) -> None:
-    finished(tmp_path, [["operation"]])
-    (tmp_path / "state.json").write_text('{"ran": 5, "state": "running", "reason": ""}')
-    assert run("--report-only", "--report", str(tmp_path)).exit_code == INTERRUPTED
+    Folder(tmp_path / "killed", "running").add(*good)
+    assert run("--report-only", "--report", str(tmp_path / "killed")).exit_code == INTERRUPTED
 
 
 # --- the views --------------------------------------------------------------------------------------------------------
-
-
-def tell(view: Any) -> None:
-    view.started(4)
-    view.phase(4, "[bold]migrate")
-    view.sample(4, Sample(at=1.0, transactions=5000, in_flight={"queued": 512, "held": 32}))
-    for downtime in (0.5, 1.5):
-        view.operation(
-            OperationRecord(
-                episode=4, number=0, kind="migrate", outcome="done", at=1.0, seconds=3.0, downtime=downtime,
-                packets={"queued": 500},
-            )
-        )  # fmt: skip
-    view.event(EventRecord(episode=4, at=1.0, text="the VM is up"))
 
 
 def test_the_live_view() -> None:
     output = io.StringIO()
     console = Console(file=output, force_terminal=True, width=110, markup=False, emoji=False)
     with LiveView(console, "soak: seed 1", "dir", Goal(100)) as view:
-        tell(view)
+        view.started(4)
+        view.phase(4, "[bold]migrate")
+        view.sample(4, Sample(at=1.0, transactions=5000, in_flight={"queued": 512, "held": 32}))
+        for downtime in (0.5, 1.5):
+            view.operation(
+                OperationRecord(
+                    episode=4, number=0, kind="migrate", outcome="done", at=1.0, seconds=3.0, downtime=downtime,
+                    packets={"queued": 500},
+                )
+            )  # fmt: skip
+        view.event(EventRecord(episode=4, at=1.0, text="the VM is up"))
         shown = Console(file=io.StringIO(), width=110, markup=False, emoji=False)
         shown.print(view.render())
         text = shown.file.getvalue()  # type: ignore[attr-defined]
