@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import socket
 import struct
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -38,13 +38,6 @@ OTHER = bytes(reversed(range(32)))
 HELLO = 42
 CUT = b"cut here"
 """Instead of a frame: the connection ends."""
-
-
-def run(work: Coroutine[Any, Any, Any]) -> Any:
-    async def bounded() -> Any:
-        return await asyncio.wait_for(work, pace.seconds(60))
-
-    return asyncio.run(bounded())
 
 
 class Ends:
@@ -553,18 +546,18 @@ async def test_a_cancellation_from_outside_is_not_taken_for_the_links() -> None:
             await task
 
 
-def test_messages_that_do_not_belong() -> None:
+async def test_messages_that_do_not_belong() -> None:
     async def body(send: Callable[[Link], Awaitable[None]], message: str) -> None:
         async with ends(TcpAddress("127.0.0.1", 0)) as both, Link(both.client) as one, Link(both.server) as other:
             await send(other)
             with pytest.raises(LinkLost, match=message):
                 await one.expect(Running, timeout=5, what="Running")
 
-    run(body(lambda link: link.send(Sent()), "sent Sent where Running belongs"))
-    run(body(lambda link: link.channel.send(b"\xff"), "sent something that is no message|not understood"))
-    run(body(lambda link: link.channel.send(b"\x81\xa4type\xa5Mummy"), "not understood"))
-    run(body(lambda link: link.channel.send(b"\x82\xa4type\xa2Go\xa1x\x01"), "not understood"))
-    run(body(lambda link: link.channel.send(b""), "no message"))
+    await body(lambda link: link.send(Sent()), "sent Sent where Running belongs")
+    await body(lambda link: link.channel.send(b"\xff"), "sent something that is no message|not understood")
+    await body(lambda link: link.channel.send(b"\x81\xa4type\xa5Mummy"), "not understood")
+    await body(lambda link: link.channel.send(b"\x82\xa4type\xa2Go\xa1x\x01"), "not understood")
+    await body(lambda link: link.channel.send(b""), "no message")
 
 
 async def test_a_message_that_does_not_come() -> None:

@@ -7,7 +7,7 @@ import contextlib
 import dataclasses
 import os
 import re
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -61,13 +61,6 @@ DESTINATION_STEPS = ["start", "replay_ahead", "loaded", "load_state", "replay", 
 
 def on_purpose() -> EnvironmentProblem:
     return EnvironmentProblem("on purpose")
-
-
-def run(work: Coroutine[Any, Any, Any]) -> Any:
-    async def bounded() -> Any:
-        return await asyncio.wait_for(work, 60)
-
-    return asyncio.run(bounded())
 
 
 @contextlib.asynccontextmanager

@@ -37,7 +37,6 @@ Run = Callable[[Coroutine[Any, Any, Any]], Any]
 CHECKOUT = Path(__file__).resolve().parents[2]
 LONG = Story(packets=256, echo_count=20_000, burst_count=45_000, stall_seconds=20.0)
 STORY = Story(packets=256, echo_count=8_000, burst_count=14_000, stall_seconds=20.0)
-JOB = 1
 SECRET = secrets.token_bytes(32)
 
 

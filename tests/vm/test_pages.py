@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Callable, Coroutine
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -19,7 +17,6 @@ from vmbus.vm.run_directory import RunDirectory
 
 pytestmark = pytest.mark.vm
 
-Run = Callable[[Coroutine[Any, Any, Any]], Any]
 BY_VM = {
     name: [story for story in stories() if story.name == name]
     for name in sorted({story.name for story in stories() if not story.sudo})

@@ -8,7 +8,7 @@ import os
 import secrets
 import shutil
 import signal
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,6 @@ from vmbus.vm.moments import Hook, Moment, no_hook
 
 pytestmark = [pytest.mark.vm, pytest.mark.long]
 
-Run = Callable[[Coroutine[Any, Any, Any]], Any]
 Note = Callable[[str], None]
 SECRET = secrets.token_bytes(32)
 CHECKOUT = Path(__file__).resolve().parents[2]

@@ -27,7 +27,6 @@ from vmbus.vm.description import VmDescription, load_description
 
 pytestmark = pytest.mark.vm
 
-Run = Callable[[Coroutine[Any, Any, Any]], Any]
 Note = Callable[[str], None]
 
 CHECKOUT = Path(__file__).resolve().parents[2]
