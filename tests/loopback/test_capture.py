@@ -32,7 +32,7 @@ from vmbus.observe.capture import record
 from vmbus.observe.capture.pcapng import Interface
 from vmbus.observe.capture.record import Record
 from vmbus.testkit.loopback.harness import LoopbackServer, describe
-from vmbus.testkit.loopback.pair import LoopbackPair
+from vmbus.testkit.loopback.pair import DriverSide, LoopbackPair
 from vmbus.testkit.replay import replay
 from vmbus.testkit.replay_report import ReplayOptions, ReplayReport
 from vmbus.transport.library import Library
@@ -63,16 +63,12 @@ def drive(server: LoopbackServer, name: str, **parameters: Any) -> dict[str, Any
 
 def asker(driver: VmbusDriver) -> Callable[..., None]:
     """Opens the echo provider's channel. What it returns sends so many requests, and waits for their answers."""
-    channel = driver.client_channel(workload.ECHO_TYPE)
-    driver.enable(channel)
+    guest = DriverSide(driver).open(workload.ECHO_TYPE, ring_pages=16)
 
     def ask(sequence: int, count: int = 1) -> None:
-        answers: list[bytes] = []
-        for number in range(sequence, sequence + count):
-            packet = channel.allocate_packet()
-            packet.completion_routine = lambda packet, status, reply: answers.append(reply)
-            packet.send(workload.echo_request(number, b"x" * 1000, inline=True))
-        driver.run_until(lambda: len(answers) == count, 10, "the answers")
+        numbers = range(sequence, sequence + count)
+        for request in [guest.send(workload.echo_request(number, b"x" * 1000, inline=True)) for number in numbers]:
+            request.wait()
 
     return ask
 

@@ -19,12 +19,12 @@ from vmbus import providers
 from vmbus.device.description import DeviceDescription
 from vmbus.device.device import Device
 from vmbus.errors import EnvironmentProblem, StateError, UsageError, WaitTimeout
-from vmbus.kmcl.client import ClientChannel
 from vmbus.server.services import Services
 from vmbus.server.session import Session
 from vmbus.server.timers import Timers
 from vmbus.testkit.loopback.function import LoopbackFunction
 from vmbus.testkit.loopback.harness import LoopbackServer, describe
+from vmbus.testkit.loopback.pair import DriverSide
 from vmbus.transport.library import Library
 from vmbus.transport.migration import MigrationRefused, MigrationState
 from vmbus_guest.driver import VmbusDriver
@@ -48,20 +48,11 @@ class Guest:
     def __init__(self, server: LoopbackServer) -> None:
         self.function: LoopbackFunction = server.function()
         self.driver = VmbusDriver(self.function)
-        self.channel: ClientChannel = self.driver.client_channel(OUTSIDE_TYPE, name="outside")
-        self.driver.enable(self.channel)
-        self.replies: list[bytes] = []
-
-    def send(self, text: bytes) -> None:
-        packet = self.channel.allocate_packet()
-        packet.completion_routine = lambda packet, status, reply: self.replies.append(reply.rstrip(b"\0"))
-        packet.send(text)
+        self.end = DriverSide(self.driver).open(OUTSIDE_TYPE, ring_pages=16, name="outside")
+        self.send = self.end.send
 
     def request(self, text: bytes) -> bytes:
-        expected = len(self.replies) + 1
-        self.send(text)
-        self.driver.run_until(lambda: len(self.replies) >= expected, 10, f"the answer to {text!r}")
-        return self.replies[-1]
+        return self.end.request(text).rstrip(b"\0")
 
     def close(self) -> None:
         self.driver.close(graceful=False)
@@ -377,13 +368,13 @@ def test_a_pause_waits_for_work_and_is_bounded(libvfio_user: Library, tmp_path: 
             server.command("offer", provider={"kind": "echo", "name": "echo", "instance": "0" * 31 + "1"})
             server.command("rescind", name="outside", seconds=0.05)
         assert guest.request(b"read") == b"content"
-        guest.send(b"stay")
+        stay = guest.send(b"stay")
         guest.driver.step(0.01)
         threading.Timer(0.1, provider.go.set).start()
         server.command("pause", seconds=10)
         assert provider.calls[-1] == "deactivate" and "orphan done" in provider.calls
         server.command("resume")
-        guest.driver.run_until(lambda: guest.replies[-1] == b"went", 10, "the answer to b'stay'")
+        assert stay.wait().rstrip(b"\0") == b"went"
         server.command("rescind", name="outside", seconds=0.2)  # the guest does not look, so it releases nothing
         assert provider.calls[-2:] == ["deactivate", "stop"] and not locked(path)
         guest.close()
