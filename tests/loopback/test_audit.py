@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import contextlib
 import random
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from struct import Struct
@@ -15,6 +14,7 @@ from msgspec.structs import replace
 
 from support import pace
 from support.chunks import packet_in, with_chunks
+from support.pace import until
 from support.traffic import PAGE, Traffic
 from vmbus.kmcl.saved import encode
 from vmbus.observe.audit import recorder
@@ -98,9 +98,7 @@ def test_a_timeline_that_was_reverted_is_abandoned(vm: Vm) -> None:
     echo = server.server.providers[0]
     before = server.on_loop(lambda: echo.tally.completed)
     server.command("resume")
-    deadline = time.monotonic() + pace.seconds(10)
-    while server.on_loop(lambda: echo.tally.completed) == before:
-        assert time.monotonic() < deadline, "the server does nothing"
+    until(lambda: server.on_loop(lambda: echo.tally.completed) != before, "the server to do something", 10)
     server.command("pause")
     vm.function.reset()
     vm.function._ram[:] = ram
@@ -189,9 +187,7 @@ def busy(vm: Vm) -> Traffic:
     # some, and the host fills the ring and its queue again.
     for _ in range(min(len(traffic.burst.held) - 20, 100)):
         traffic.burst.complete_one()
-    deadline = time.monotonic() + pace.seconds(10)
-    while vm.server.command("status")["packets"]["queued"] < 10:
-        assert time.monotonic() < deadline, "the host does not fill the ring"
+    until(lambda: vm.server.command("status")["packets"]["queued"] >= 10, "the host to fill the ring", 10)
     return traffic
 
 

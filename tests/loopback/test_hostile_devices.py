@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import random
 import threading
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -14,9 +13,10 @@ from uuid import UUID
 
 import pytest
 
-from support import pace, storvsc
+from support import storvsc
 from support.namespace import Namespace, NotPermitted, namespace
 from support.network_guest import UP, Ends, NetworkGuest
+from support.pace import until
 from support.storage import Controller
 from vmbus.bus.server import REFUSED
 from vmbus.device import saved
@@ -372,10 +372,7 @@ def test_nonsense_while_a_save_is_in_progress(device: Device, tmp_path: Path) ->
         held = 0
         for number in range(15):
             said = hostile.said
-            deadline = time.monotonic() + pace.seconds(20)
-            while hostile.said < said + 50 and not hostile.trouble:
-                assert time.monotonic() < deadline, "the guest says nothing"
-                time.sleep(0.001)
+            until(lambda said=said: hostile.said >= said + 50 or hostile.trouble, "the guest to say something", 20)
             directory = tmp_path / f"save-{number}"
             directory.mkdir()
             held += server.command("pause", seconds=10.0)["incoming_held"]
@@ -393,10 +390,7 @@ def test_nonsense_while_a_save_is_in_progress(device: Device, tmp_path: Path) ->
         server.command("restore-finish")
         said = hostile.said
         hostile.go_on()
-        deadline = time.monotonic() + pace.seconds(20)
-        while hostile.said < said + 500 and not hostile.trouble:
-            assert time.monotonic() < deadline, "the guest says nothing"
-            time.sleep(0.001)
+        until(lambda: hostile.said >= said + 500 or hostile.trouble, "the guest to say something", 20)
         hostile.halt()
         print(f"{hostile.said} messages, {held} of them held at a save; {len(driver.rescinded)} channels lost")
         status = server.command("status")["providers"]

@@ -7,7 +7,6 @@ import json
 import os
 import socket
 import sys
-import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -17,7 +16,7 @@ import pytest
 
 import vmbus
 import vmbus_guest
-from vmbus.errors import WaitTimeout
+from support.pace import eventually
 from vmbus.soak.peer import Accept, Peer
 
 pytestmark = pytest.mark.loopback
@@ -59,11 +58,7 @@ class Guest:
                 self.said = report.get("result", report)
 
     async def until(self, condition: Callable[[dict[str, Any]], bool], what: str) -> None:
-        deadline = time.monotonic() + 30
-        while not condition(self.said):
-            if time.monotonic() > deadline:
-                raise WaitTimeout(f"{what}: {self.said}", 30)
-            await asyncio.sleep(0.01)
+        await eventually(lambda: condition(self.said), what, 30, every=0.01)
 
 
 @asynccontextmanager

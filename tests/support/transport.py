@@ -151,12 +151,7 @@ class ServerThread:
 
     def wait_until(self, condition: Callable[[], bool], timeout: float = 10.0) -> None:
         """Wait until `condition`, evaluated on the server's thread, is true."""
-        waiter = threading.Event()
-        for _ in range(int(timeout / 0.005)):
-            if self.call(condition):
-                return
-            waiter.wait(0.005)
-        raise AssertionError("the condition did not become true")
+        pace.until(lambda: self.call(condition), "the condition to become true", timeout)
 
     def stop(self) -> None:
         self._stop = True

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 from uuid import UUID, uuid4
 
+from support import pace
 from vmbus.errors import WaitTimeout
 from vmbus.kmcl.channel import Channel
 from vmbus.kmcl.client import ClientChannel
@@ -104,7 +105,7 @@ class GuestSocket:
         self.packet(hvsock.FIN)
 
     def until(self, condition: Callable[[], Any], what: str, seconds: float = SECONDS) -> None:
-        self.driver.run_until(lambda: bool(condition()), seconds, what)
+        self.driver.run_until(lambda: bool(condition()), pace.seconds(seconds), what)
 
 
 class GuestSockets:
@@ -149,7 +150,7 @@ class GuestSockets:
                     listener(accepted)
             return bool(condition())
 
-        clock = SteadyClock()
+        clock, seconds = SteadyClock(), pace.seconds(seconds)
         while not met():
             if clock.elapsed() > seconds:
                 raise WaitTimeout(what, seconds)

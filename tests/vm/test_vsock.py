@@ -54,12 +54,10 @@ class Machine:
         return found
 
     async def until(self, condition: Callable[[dict[str, Any]], bool], what: str, seconds: float = 30.0) -> None:
-        seconds = pace.seconds(seconds)
-        deadline = time.monotonic() + seconds
-        while not condition(status := await self.status()):
-            if time.monotonic() > deadline:
-                raise WaitTimeout(f"{what}: {status}", seconds)
-            await asyncio.sleep(0.05)
+        async def met() -> bool:
+            return condition(await self.status())
+
+        await pace.eventually(met, what, seconds, every=0.05)
 
     async def nothing_is_left(self) -> None:
         await self.until(
