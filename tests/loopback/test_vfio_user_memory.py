@@ -60,30 +60,17 @@ def device_reads(client: VfioUserClient, iova: int, size: int) -> bytes:
     return client.region_read(BAR0, VALUE, size)
 
 
-def test_both_sides_see_the_same_bytes(client: VfioUserClient, memory: int) -> None:
-    client.dma_map(BASE, 2 << 20, memory, 1 << 20)
-    device_writes(client, BASE + 5, b"device")
-    assert os.pread(memory, 6, (1 << 20) + 5) == b"device"
-    os.pwrite(memory, b"guest", (3 << 20) - 5)
-    assert device_reads(client, BASE + (2 << 20) - 5, 5) == b"guest"
-
-
-def test_an_unaligned_offset_in_the_file(server: ServerThread, client: VfioUserClient, memory: int) -> None:
-    client.dma_map(BASE, PAGE, memory, 100)
-    device_writes(client, BASE, b"first")
-    device_writes(client, BASE + PAGE - 4, b"last")
-    assert os.pread(memory, 5, 100) == b"first"
-    assert os.pread(memory, 4, 100 + PAGE - 4) == b"last"
-
-
-def test_permuted_pages(server: ServerThread, client: VfioUserClient, memory: int) -> None:
-    order = [7, 0, 3, 5, 1]
-    for index, page in enumerate(order):
-        client.dma_map(BASE + index * PAGE, PAGE, memory, page * PAGE)
-    for index in range(len(order)):
+def test_both_sides_see_the_same_bytes_wherever_they_are_in_the_file(client: VfioUserClient, memory: int) -> None:
+    order = [7 * PAGE, 0, 3 * PAGE + 100, 5 * PAGE]  # of pages next to each other for the device
+    for index, offset in enumerate(order):
+        client.dma_map(BASE + index * PAGE, PAGE, memory, offset, readable=index != 3)
         device_writes(client, BASE + index * PAGE, b"page %d" % index)
-    for index, page in enumerate(order):
-        assert os.pread(memory, 6, page * PAGE) == b"page %d" % index
+        device_writes(client, BASE + (index + 1) * PAGE - 4, b"last")
+    for index, offset in enumerate(order):
+        assert os.pread(memory, 6, offset) == b"page %d" % index
+        assert os.pread(memory, 4, offset + PAGE - 4) == b"last"
+    os.pwrite(memory, b"guest", PAGE - 5)
+    assert device_reads(client, BASE + 2 * PAGE - 5, 5) == b"guest"
 
 
 def test_read_only_memory(server: ServerThread, client: VfioUserClient, memory: int) -> None:
@@ -97,32 +84,13 @@ def test_read_only_memory(server: ServerThread, client: VfioUserClient, memory: 
     assert os.pread(memory, 5, 0) == b"guest"
 
 
-def test_memory_offered_for_writing_only(server: ServerThread, client: VfioUserClient, memory: int) -> None:
-    client.dma_map(BASE, PAGE, memory, readable=False)
-    device_writes(client, BASE, b"device")
-    assert os.pread(memory, 6, 0) == b"device"
-
-
 def test_memory_without_a_descriptor(server: ServerThread, client: VfioUserClient, memory: int) -> None:
     client.dma_map(BASE, PAGE, memory, send_fd=False)
     assert server.device.events == [("unreachable", BASE, PAGE)]
     assert server.context.dma_regions == [(BASE, PAGE, False)]
     client.dma_unmap(BASE, PAGE)
-    assert server.device.events[1:] == [("unmap", BASE, PAGE)]
-
-
-def test_memory_beyond_its_file_is_unreachable(server: ServerThread, client: VfioUserClient, memory: int) -> None:
-    client.dma_map(BASE, 8 << 20, memory)
-    assert server.device.events == [("unreachable", BASE, 8 << 20)]
-
-
-def test_a_repeated_mapping(server: ServerThread, client: VfioUserClient, memory: int) -> None:
-    client.dma_map(BASE, PAGE, memory)
-    client.dma_map(BASE, PAGE, memory)
-    assert server.device.events == [("map", BASE, PAGE, True)]
-    device_writes(client, BASE, b"x")
-    client.dma_unmap(BASE, PAGE)
-    assert server.device.events[1:] == [("unmap", BASE, PAGE)]
+    client.dma_map(BASE, 8 << 20, memory)  # more than its file has
+    assert server.device.events[1:] == [("unmap", BASE, PAGE), ("unreachable", BASE, 8 << 20)]
 
 
 def test_overlaps_and_the_number_of_regions(
@@ -218,21 +186,6 @@ def test_regions_that_lie_only_partly_in_a_range_stay(
     device_writes(client, BASE, b"still there")
 
 
-def test_mapping_again_after_unmapping_gives_live_memory(
-    server: ServerThread, client: VfioUserClient, memory: int
-) -> None:
-    stale = []
-    for number in range(20):
-        client.dma_map(BASE, PAGE, memory)
-        stale.append(server.device.views[BASE])
-        device_writes(client, BASE, bytes((number,)))
-        assert os.pread(memory, 1, 0) == bytes((number,))
-        client.dma_unmap(BASE, PAGE)
-        for view in stale:
-            view[0] = 0xEE
-        assert os.pread(memory, 1, 0) == bytes((number,))
-
-
 def test_taking_memory_back_under_a_thread_that_uses_it(
     server: ServerThread, client: VfioUserClient, memory: int
 ) -> None:
@@ -288,8 +241,9 @@ def test_a_mapping_that_is_asked_for_again_keeps_no_descriptor(
         assert descriptors() == before + 1
     finally:
         os.close(other)
-    assert server.device.events == [("map", BASE, PAGE, True)]
     assert device_reads(client, BASE, 6) == b"before"
+    client.dma_unmap(BASE, PAGE)
+    assert server.device.events == [("map", BASE, PAGE, True), ("unmap", BASE, PAGE)]
 
 
 def test_what_cannot_be_mapped_never_reaches_the_library(
@@ -422,14 +376,6 @@ def test_writing_across_regions_in_pieces(server: ServerThread, memory: int) -> 
             (7096, 904),
         ]
         assert os.pread(memory, 1096, 2 * PAGE + 3000) + os.pread(memory, 3904, 0) == data
-
-
-def test_writing_more_than_one_message_holds(server: ServerThread, client: VfioUserClient, memory: int) -> None:
-    client.dma_map(BASE, 4 << 20, memory)
-    data = os.urandom((2 << 20) + 12345)
-    write(server, BASE + 4321, data)
-    assert os.pread(memory, len(data), 4321) == data
-    assert max(access.size for access in client.dma_accesses) == 1 << 20
 
 
 def test_writing_memory_that_only_messages_reach(server: ServerThread, client: VfioUserClient, memory: int) -> None:
