@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from typing import Any
 from uuid import uuid4
 
@@ -26,8 +27,6 @@ from vmbus_guest.driver import VmbusDriver
 
 pytestmark = pytest.mark.loopback
 
-INSTANCES = {"channels": MAX_RELID}
-SUBCHANNELS = {"channels": 2, "subchannels": MAX_RELID - 2}
 PROVIDERS = 16
 TRIES = 5
 """CPU time is counted, but a processor that others use too is slower: then it is measured again."""
@@ -127,17 +126,22 @@ ACTS = [
 OF_SUBCHANNELS = [reset, unload, close_the_first, take_rings_of_the_first, break_all]
 
 
+@pytest.fixture(scope="module")
+def instances(libvfio_user: Library) -> Iterator[Scene]:
+    with closing(Scene(libvfio_user, many={"channels": MAX_RELID})) as scene:
+        yield scene
+
+
+@pytest.fixture(scope="module")
+def subchannels(libvfio_user: Library) -> Iterator[Scene]:
+    with closing(Scene(libvfio_user, many={"channels": 2, "subchannels": MAX_RELID - 2})) as scene:
+        yield scene
+
+
 @pytest.fixture
-def make(libvfio_user: Library) -> Iterator[Callable[..., Scene]]:
-    scenes = []
-
-    def scene(**many: int) -> Scene:
-        scenes.append(Scene(libvfio_user, many=many))
-        return scenes[-1]
-
-    yield scene
-    for one in scenes:
-        one.close()
+def own(libvfio_user: Library) -> Iterator[Scene]:
+    with closing(Scene(libvfio_user, many={"channels": MAX_RELID})) as scene:
+        yield scene
 
 
 def longest(scene: Scene, act: Callable[[Crowd], None]) -> float:
@@ -164,23 +168,20 @@ def longest(scene: Scene, act: Callable[[Crowd], None]) -> float:
 
 
 @pytest.mark.parametrize("act", ACTS, ids=lambda act: act.__name__)
-def test_2047_channels_make_no_long_turn(make: Callable[..., Scene], act: Callable[[Crowd], None]) -> None:
-    scene = make(**INSTANCES)
+def test_2047_channels_make_no_long_turn(instances: Scene, act: Callable[[Crowd], None]) -> None:
     most = LONGEST_TURN * (ALL_AT_ONCE if act in (memory_is_taken_back, hang_up) else 1)
-    assert any(longest(scene, act) <= most for _ in range(TRIES))
+    assert any(longest(instances, act) <= most for _ in range(TRIES))
 
 
 @pytest.mark.parametrize("act", OF_SUBCHANNELS, ids=lambda act: act.__name__)
-def test_2045_subchannels_make_no_long_turn(make: Callable[..., Scene], act: Callable[[Crowd], None]) -> None:
-    scene = make(**SUBCHANNELS)
-    assert any(longest(scene, act) <= LONGEST_TURN for _ in range(TRIES))
+def test_2045_subchannels_make_no_long_turn(subchannels: Scene, act: Callable[[Crowd], None]) -> None:
+    assert any(longest(subchannels, act) <= LONGEST_TURN for _ in range(TRIES))
 
 
-def test_a_long_turn_is_noticed(make: Callable[..., Scene], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_long_turn_is_noticed(instances: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
     """Sabotage: all that one message makes necessary is done at once."""
-    scene = make(**INSTANCES)
     monkeypatch.setattr(Backlog, "do", lambda self, piece: piece())
-    assert longest(scene, unload) > LONGEST_TURN
+    assert longest(instances, unload) > LONGEST_TURN
 
 
 def longest_of(scene: Scene, command: str, **arguments: Any) -> float:
@@ -203,20 +204,21 @@ def save_and_restore(scene: Scene) -> list[float]:
     ]
 
 
-@pytest.fixture
-def crowded(libvfio_user: Library, monkeypatch: pytest.MonkeyPatch) -> Iterator[Scene]:
+@pytest.fixture(scope="module")
+def crowded(libvfio_user: Library) -> Iterator[Scene]:
     """With 2,047 open channels, of several providers: what a single one does when it starts is a turn of its own."""
     kinds = [f"many{number}" for number in range(1, PROVIDERS)]
-    for kind in kinds:
-        monkeypatch.setitem(providers.PROVIDERS, kind, ManyProvider)
     share, rest = divmod(MAX_RELID, PROVIDERS)
     options = {kind: {"channels": share} for kind in kinds}
-    scene = Scene(libvfio_user, *kinds, many={"channels": share + rest}, **options)
-    scene.driver.close(graceful=False)
-    scene.function = scene.server.function(ram_size=64 << 20, map_size=8 << 20)
-    scene.driver = Crowd(scene.function).driver
-    yield scene
-    scene.close()
+    with pytest.MonkeyPatch.context() as patch:
+        for kind in kinds:
+            patch.setitem(providers.PROVIDERS, kind, ManyProvider)
+        scene = Scene(libvfio_user, *kinds, many={"channels": share + rest}, **options)
+        scene.driver.close(graceful=False)
+        scene.function = scene.server.function(ram_size=64 << 20, map_size=8 << 20)
+        scene.driver = Crowd(scene.function).driver
+        yield scene
+        scene.close()
 
 
 def test_fault_h17_2047_channels_are_saved_and_restored_in_turns(crowded: Scene) -> None:
@@ -229,9 +231,9 @@ def test_fault_h17_a_restore_at_once_is_noticed(crowded: Scene, monkeypatch: pyt
     assert min(save_and_restore(crowded)) > LONGEST_TURN
 
 
-def test_2047_channels_at_work_saved_and_restored(make: Callable[..., Scene]) -> None:
+def test_2047_channels_at_work_saved_and_restored(own: Scene) -> None:
     """A good part of them open, with requests and packets in flight on each, over a restore and to the end."""
-    scene = make(**INSTANCES)
+    scene = own
     driver = scene.driver
     channels: list[ClientChannel] = []
     taken: list[bytes] = []
