@@ -13,6 +13,7 @@ from uuid import UUID
 
 import msgspec
 
+from support import pace
 from vmbus.kmcl.channel import Channel
 from vmbus.kmcl.client import ClientChannel
 from vmbus.kmcl.completion import Completion
@@ -162,5 +163,5 @@ class Guest:
         packet = self.channel.allocate_packet()
         packet.completion_routine = lambda packet, status, reply: replies.append(reply)
         packet.send(command + number.to_bytes(4, "little"))
-        self.driver.run_until(lambda: bool(replies), 10, f"the answer to {command!r}")
+        self.driver.run_until(lambda: bool(replies), pace.seconds(10), f"the answer to {command!r}")
         return replies[0]

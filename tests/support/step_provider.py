@@ -25,6 +25,7 @@ from uuid import UUID
 
 import msgspec
 
+from support import pace
 from vmbus.errors import StateError
 from vmbus.kmcl.channel import Channel
 from vmbus.kmcl.client import ClientChannel
@@ -536,7 +537,7 @@ class GuestEnd:
     def ask(self, command: bytes, number: int | None = None, data: bytes = b"") -> bytes:
         """Send a request and wait for its answer."""
         key = self.send(command, number, data)
-        self.driver.run_until(lambda: key in self.answers, 5, f"the answer to {command!r}")
+        self.driver.run_until(lambda: key in self.answers, pace.seconds(5), f"the answer to {command!r}")
         return self.answers[key][0][1]
 
     def push(self, count: int, size: int = 200, *, wait: bool = True) -> None:
