@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from support import pace
+from vmbus.cli.new_provider import create
 
 pytestmark = pytest.mark.loopback
 
@@ -106,6 +107,15 @@ def test_the_example_passes_and_the_report_has_the_figures(tmp_path: Path) -> No
     }
     entry = tomllib.loads((CHECKOUT / "pyproject.toml").read_text())["project"]["entry-points"]["pytest11"]
     assert entry == {PLUGIN: PLUGIN}, "under another name, pytest would refuse the second one"
+
+
+def test_the_example_of_a_provider_of_ones_own_three_ways(tmp_path: Path) -> None:
+    """In a VM it is run by tests/test_one_way.py."""
+    create("door_bell", tmp_path)
+    done = run(
+        tmp_path, example("getfixturevalue"), "-p", PLUGIN, "--strict-markers", "-k", "not vmbus_qemu", "test_mine.py"
+    )
+    assert "2 passed, 1 deselected" in done.stdout, done.stdout + done.stderr
 
 
 def test_a_test_that_fails_leaves_nothing_and_the_next_one_passes(tmp_path: Path) -> None:
