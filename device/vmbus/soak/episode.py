@@ -16,6 +16,7 @@ import shutil
 import traceback
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -161,12 +162,13 @@ class _Episode:
         words = ", ".join(f"{key} {value}" for key, value in operation.parameters.items())
         text = f"operation {number}, {operation.kind}" + (f" ({words})" if words else "")
         stage.sink.phase(text)
-        begin = stage.now
+        begin = entered = stage.now
         figures = Figures(outcome="failed")
         before = None
+        bound = 0.9 * plan.operation_seconds  # of the waits for load, which can say what they wait for
         try:
             async with asyncio.timeout(plan.operation_seconds):
-                status = await stage.until_loaded(stage.here, operation.after, 0.9 * plan.operation_seconds)
+                status = await stage.until_loaded(stage.here, operation.after, bound)
                 before = flight(status)
                 begin = stage.now
                 figures = await operation_of(plan, operation.kind)(stage, operation.parameters)
@@ -174,7 +176,7 @@ class _Episode:
                 # What the operation broke is told of this one and not of the next: it shows when as many transactions
                 # are completed as were under way.
                 under_way = sum((figures.packets or before).values())
-                await stage.until_loaded(stage.here, under_way, plan.operation_seconds)
+                await stage.until_loaded(stage.here, under_way, max(0.0, entered + bound - stage.now))
             self.operations += 1
         except Exception as error:
             seconds = stage.now - begin
@@ -182,24 +184,12 @@ class _Episode:
                 error = WaitTimeout(f"{text} to end", plan.operation_seconds)
             figures = Figures(outcome="failed", message=str(error) or repr(error))
             self._fail(text, error)
-        stage.sink.operation(
-            OperationRecord(
-                episode=plan.episode,
-                number=number,
-                kind=operation.kind,
-                parameters=operation.parameters,
-                outcome=figures.outcome,
-                at=begin,
-                seconds=round(seconds, 3),
-                downtime=_rounded(figures.downtime),
-                save_seconds=_rounded(figures.save_seconds),
-                restore_seconds=_rounded(figures.restore_seconds),
-                memory_bytes=figures.memory_bytes,
-                state_bytes=figures.state_bytes,
-                packets=figures.packets or before or {},
-                message=figures.message,
-            )
-        )
+        found = msgspec.structs.asdict(figures)
+        for name in ("downtime", "save_seconds", "restore_seconds"):
+            found[name] = None if found[name] is None else round(found[name], 4)
+        found["packets"] = figures.packets or before or {}
+        place: dict[str, Any] = {"episode": plan.episode, "number": number, "at": begin, "seconds": round(seconds, 3)}
+        stage.sink.operation(OperationRecord(kind=operation.kind, parameters=operation.parameters, **place, **found))
 
     def _fail(self, where: str, error: BaseException) -> None:
         text = str(error) or repr(error)
@@ -232,10 +222,6 @@ class _Episode:
         if stage.snapshot is not None:
             with contextlib.suppress(OSError):
                 await asyncio.to_thread(shutil.move, stage.snapshot.directory, stage.folder / "snapshot")
-
-
-def _rounded(seconds: float | None) -> float | None:
-    return None if seconds is None else round(seconds, 4)
 
 
 def _json(value: object) -> bytes:
