@@ -13,15 +13,15 @@ from uuid import UUID
 
 import msgspec
 
-from support import pace
 from vmbus.kmcl.channel import Channel
-from vmbus.kmcl.client import ClientChannel
 from vmbus.kmcl.completion import Completion
 from vmbus.kmcl.packet import Packet
 from vmbus.kmcl.server import ServerChannel
 from vmbus.kmcl.status import KmclError
 from vmbus.memory.guest import Grant
 from vmbus.providers import Host, Provider
+from vmbus.testkit import HostPacket
+from vmbus.testkit.loopback.pair import DriverSide
 from vmbus_guest.driver import VmbusDriver
 
 MULTI_TYPE = UUID("3c6d1c5e-7d0a-4b56-9b0f-6a1d8f2f4a01")
@@ -134,34 +134,24 @@ class MultiProvider(Provider):
 
 
 class Guest:
-    """The guest's end of one channel: asks, and takes what is pushed."""
+    """The guest's end of one channel: asks, and takes what is pushed; while there is a list to `keep` it in, it answers
+    nothing."""
 
     def __init__(self, driver: VmbusDriver, index: int = 0, **arguments: Any) -> None:
-        self.driver = driver
-        self.channel: ClientChannel = driver.client_channel(
-            MULTI_TYPE,
-            name=f"guest {index}",
-            ring_pages_in=1,
-            ring_pages_out=1,
-            subchannel_index=index,
-            **arguments,
-        )
+        name = f"guest {index}"
+        self.end = DriverSide(driver).guest(MULTI_TYPE, subchannel=index, ring_pages=1, name=name, **arguments)
+        self.channel = self.end.channel
         self.got: list[int] = []
-        self.keep: list[Completion] | None = None
-        self.channel.set_process_packet_callbacks(self._process)
-        driver.enable(self.channel)
+        self.keep: list[HostPacket] | None = None
+        self.end.answer = self._take
+        self.end.open()
 
-    def _process(self, _: Channel, completion: Completion, payload: bytes) -> None:
-        self.got.append(int.from_bytes(payload[:8], "little"))
+    def _take(self, packet: HostPacket) -> bytes | None:
+        self.got.append(int.from_bytes(packet.payload[:8], "little"))
         if self.keep is None:
-            completion.complete()
-        else:
-            self.keep.append(completion)
+            return b""
+        self.keep.append(packet)
+        return None
 
     def ask(self, command: bytes, number: int = 0) -> bytes:
-        replies: list[bytes] = []
-        packet = self.channel.allocate_packet()
-        packet.completion_routine = lambda packet, status, reply: replies.append(reply)
-        packet.send(command + number.to_bytes(4, "little"))
-        self.driver.run_until(lambda: bool(replies), pace.seconds(10), f"the answer to {command!r}")
-        return replies[0]
+        return self.end.request(command + number.to_bytes(4, "little"))
