@@ -110,7 +110,7 @@ def test_the_example_passes_and_the_report_has_the_figures(tmp_path: Path) -> No
 
 
 def test_the_example_of_a_provider_of_ones_own_three_ways(tmp_path: Path) -> None:
-    """In a VM it is run by tests/test_one_way.py."""
+    """In a VM it is run by tests/vm/test_one_way.py."""
     create("door_bell", tmp_path)
     done = run(
         tmp_path, example("getfixturevalue"), "-p", PLUGIN, "--strict-markers", "-k", "not vmbus_qemu", "test_mine.py"
