@@ -130,49 +130,23 @@ def test_only_the_owner_can_connect(tmp_path: Path) -> None:
     assert not path.exists()
 
 
-def test_a_stale_socket_file_is_replaced(tmp_path: Path) -> None:
+def test_a_stale_socket_is_replaced_and_what_is_somebodys_is_not(tmp_path: Path) -> None:
     path = tmp_path / "socket"
-    dead = socket.socket(socket.AF_UNIX)
-    dead.bind(os.fspath(path))
-    dead.close()
-    Listener(path).close()
-
-
-def test_a_live_server_is_not_replaced(tmp_path: Path) -> None:
-    path = tmp_path / "socket"
+    with socket.socket(socket.AF_UNIX) as dead:
+        dead.bind(os.fspath(path))
     first = Listener(path)
     with pytest.raises(EnvironmentProblem, match="another process"):
         Listener(path)
-    first.close()
-
-
-def test_a_file_in_the_way_is_not_removed(tmp_path: Path) -> None:
-    path = tmp_path / "socket"
-    path.write_text("precious")
-    with pytest.raises(EnvironmentProblem, match="not a socket"):
-        Listener(path)
-    assert path.read_text() == "precious"
-
-
-def test_somebody_elses_socket_file_stays(tmp_path: Path) -> None:
-    path = tmp_path / "socket"
-    first = Listener(path)
     path.unlink()
     second = Listener(path)
     first.close()
-    assert path.exists()
+    assert path.exists(), "it is another one's by now"
     second.close()
-
-
-def test_a_path_that_is_too_long(tmp_path: Path) -> None:
-    with pytest.raises(EnvironmentProblem, match="107"):
-        Listener(tmp_path / ("x" * 108))
-
-
-def test_a_directory_that_cannot_be_made(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    with pytest.raises(EnvironmentProblem, match="cannot listen"):
-        Listener(tmp_path / "file" / "socket")
+    path.write_text("precious")
+    for wrong, why in ((path, "not a socket"), (path / "socket", "cannot listen"), (tmp_path / ("x" * 108), "107")):
+        with pytest.raises(EnvironmentProblem, match=why):
+            Listener(wrong, make_directory=True)
+    assert path.read_text() == "precious"
 
 
 def test_timer() -> None:

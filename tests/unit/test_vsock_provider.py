@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 from pathlib import Path
 from uuid import UUID, uuid4
 
@@ -11,12 +10,11 @@ import pytest
 
 from support.vsock import accept, call, listen, take
 from vmbus.bus.connects import CONNECTION_REFUSED
-from vmbus.errors import EnvironmentProblem, UsageError
+from vmbus.errors import UsageError
 from vmbus.providers.vsock import VsockProvider
 from vmbus.providers.vsock.provider import GUEST_SECONDS, HOST_SECONDS, LINE_SECONDS, MOST_CONNECTIONS
 from vmbus.providers.vsock.streams import connect
 from vmbus.testkit import ProviderTest
-from vmbus.util.listening import Listener
 from vmbus.wire import hvsock
 
 pytestmark = pytest.mark.unit
@@ -125,26 +123,6 @@ def test_as_many_as_there_may_be() -> None:
 
 
 # ---- paths -----------------------------------------------------------------------------------------------------------
-
-
-def test_a_socket_that_is_left_is_replaced_and_one_in_use_is_not(tmp_path: Path) -> None:
-    path = tmp_path / "v.sock"
-    with socket.socket(socket.AF_UNIX) as left:
-        left.bind(str(path))
-    first = Listener(path)
-    with pytest.raises(EnvironmentProblem, match="another process does"):
-        Listener(path)
-    path.unlink()
-    second = Listener(path)
-    first.close()
-    assert path.exists(), "it is another one's by now"
-    second.close()
-    assert not path.exists()
-    path.write_text("a file")
-    with pytest.raises(EnvironmentProblem, match="is not a socket"):
-        Listener(path)
-    with pytest.raises(EnvironmentProblem, match="No such file"):
-        Listener(tmp_path / "nowhere" / "v.sock")
 
 
 def test_a_program_of_another_user_is_not_talked_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
