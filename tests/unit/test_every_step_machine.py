@@ -396,7 +396,7 @@ class EveryStep(RuleBasedStateMachine):
 
 TestEveryStep = EveryStep.TestCase
 TestEveryStep.settings = settings(
-    max_examples=250, stateful_step_count=50, deadline=None, suppress_health_check=list(HealthCheck)
+    max_examples=150, stateful_step_count=50, deadline=None, suppress_health_check=list(HealthCheck)
 )
 
 
