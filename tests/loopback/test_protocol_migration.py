@@ -156,7 +156,7 @@ def test_the_state_is_that_of_the_command_save(vm: Vm) -> None:
     traffic = busy(vm)
     by_command = vm.server.save()
     # Nothing moves between the two: the guest stands still, and a paused server takes no turn.
-    vm.server.on_loop(lambda: setattr(vm.server.server, "phase", Phase.RUNNING))
+    vm.server.on_loop(lambda: setattr(vm.server.server, "_phase", Phase.RUNNING))
     migration = ProtocolMigration(vm.function)
     migration.stop()
     data = migration.read(1000)
