@@ -17,7 +17,7 @@ COMPLAINTS = (
 
 async def shell(vm: VirtualMachine, command: str, timeout: float = 60.0, *, check: bool = True) -> str:
     """What a shell command in the guest prints. It has to succeed, unless nobody checks that."""
-    done = await vm.run_in_guest(["/bin/sh", "-c", command], timeout=pace.seconds(timeout))
+    done = await vm.run_in_guest(["/bin/sh", "-c", command], timeout=timeout)  # which follows the machine itself
     assert done.code == 0 or not check, (command, done)
     return done.output.strip()
 

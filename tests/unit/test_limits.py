@@ -25,6 +25,7 @@ DEVELOPERS_TOOLS = ("soak", "cli", "provision", "testbed", "testkit")
 """Packages whose input is the developer's own."""
 
 NOT_BOUNDS = {
+    "vmbus.qemu.agent.LONGEST_BOUND": "of what is asked of the guest",
     "vmbus.kmcl.flow_pure.NO_LIMIT": "for the end that has no bound",
     "vmbus.memory.spans._LONGEST_BLOCK": "of a data structure",
     "vmbus.observe.capture.capture._MOST": "of an option",

@@ -13,7 +13,9 @@ import pytest
 
 from support import pace
 from vmbus.errors import EnvironmentProblem, UsageError, WaitTimeout
+from vmbus.qemu import agent
 from vmbus.qemu.agent import AgentClient, AgentError
+from vmbus_guest import jobs
 
 pytestmark = pytest.mark.unit
 
@@ -165,6 +167,12 @@ async def test_waits_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         await client.close()
         with pytest.raises(EnvironmentProblem, match="was closed"):
             await waiting
+
+
+def test_a_slow_machine_asks_for_no_more_than_the_agent_allows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VMBUS_PATIENCE", "6")
+    assert [agent.agents_bound(seconds) for seconds in (10.0, 1000.0, 4000.0)] == [60.0, 3600.0, 4000.0]
+    assert agent.LONGEST_BOUND == jobs.LONGEST_WAIT
 
 
 async def test_a_guest_that_goes_back_in_time_answers_nobody_twice(tmp_path: Path) -> None:

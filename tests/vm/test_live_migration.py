@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import os
 import secrets
@@ -102,26 +103,25 @@ def tell(report: MigrationReport) -> None:
 async def test_live_migration_in_mid_traffic(
     demo_description: VmDescription, programs: Programs, tmp_path: Path, address: str, multifd: int
 ) -> None:
-    here = f"unix:{tmp_path / 'm.sock'}" if address == "unix" else address
-    vm = await boot(demo_description, programs)
-    async with vm:
+    async with contextlib.AsyncExitStack() as stack:
+        vm = await stack.enter_async_context(await boot(demo_description, programs))
         await vm.wait_ready()
         job = int((await vm.call_agent("start", driver="mixed", parameters=STORY.workloads()))["job"])
-        await until_in_flight(vm, job, STORY)
-        before = {child.pid for child in vm.children}
-        arrived, report = await move(vm, here, multifd=multifd)
-        async with arrived:
-            assert vm.ended and arrived.restored is not None
-            assert arrived.restored.packets == report.packets
-            print({name: round(seconds * 1000, 1) for name, seconds in arrived.phases.items()})
-            (figures, report, same) = (
-                await books(arrived, job),
-                report,
-                before & {child.pid for child in arrived.children},
-            )
+        # What is in flight now need not be at the switchover, on a slow machine: then it moves once more.
+        for number in range(8):
+            await until_in_flight(vm, job, STORY)
+            source, before = vm, {child.pid for child in vm.children}
+            here = f"unix:{tmp_path / str(number)}" if address == "unix" else address
+            arrived, report = await move(source, here, multifd=multifd)
+            vm = await stack.enter_async_context(arrived)
+            assert source.ended and vm.restored is not None and vm.restored.packets == report.packets
+            assert not before & {child.pid for child in vm.children}
+            print({name: round(seconds * 1000, 1) for name, seconds in vm.phases.items()})
+            if min(report.packets.values()) > 0:
+                break
+        figures = await books(vm, job)
     tell(report)
     clean(figures)
-    assert not same
     assert min(report.packets.values()) > 0 and report.flushed_pages > 0
     assert abs(sum(report.spans.values()) - report.downtime) < 0.05
 

@@ -34,6 +34,8 @@ TURN_SECONDS = 0.004
 """Seconds of a turn of the event loop that go into a guest's lines."""
 
 _RECONNECT_INTERVAL = 0.2
+LONGEST_BOUND = 3600.0
+"""Seconds that an agent waits at the most, for whatever it is asked to wait for."""
 _EXECUTE_GRACE = 20.0  # seconds that a guest may need to say that a program has ended
 
 
@@ -95,6 +97,11 @@ def convert(result: dict[str, Any], wanted: type[T], command: str) -> T:
         return msgspec.convert(result, wanted)
     except msgspec.ValidationError as error:
         raise AgentError(command, "malformed", f"its answer is not one: {error}") from error
+
+
+def agents_bound(seconds: float) -> float:
+    """A bound that the agent is to keep: longer on a slow machine, but no longer than it allows."""
+    return max(seconds, min(patient(seconds), LONGEST_BOUND))
 
 
 class AgentClient:
@@ -211,7 +218,7 @@ class AgentClient:
 
         Raises `WaitTimeout` then, with the beginning of what it printed; `AgentError` if it cannot be started.
         """
-        within = patient(timeout)
+        within = agents_bound(timeout)
         arguments = {"argv": list(argv), "timeout": within}
         answer = await self.request("execute", arguments, timeout=timeout + _EXECUTE_GRACE)
         result = convert(answer, _Executed, "execute")

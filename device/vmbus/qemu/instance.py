@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Self, TypeVar
 
 from vmbus.errors import VmbusError
-from vmbus.qemu.agent import AgentClient, GuestOutput
+from vmbus.qemu.agent import AgentClient, GuestOutput, agents_bound
 from vmbus.qemu.ends import Ends, GuestPanicked
 from vmbus.qemu.foreign import MigrationGuard
 from vmbus.qemu.launch import START_TIMEOUT, start_qemu, start_server
@@ -25,7 +25,6 @@ from vmbus.qemu.probe import driven_by_client
 from vmbus.qemu.qmp import Monitor
 from vmbus.server.control import ControlClient
 from vmbus.snapshot.manifest import Machine
-from vmbus.util.patience import patient
 from vmbus.vm.command_line import Programs, Sockets, default_spare_cpus, machine_version
 from vmbus.vm.description import VmDescription
 from vmbus.vm.process import Child, guard_all
@@ -187,7 +186,7 @@ class Instance:
         ``wait`` is answered after `timeout` seconds with what the job has come to by then.
         """
         if command == "wait":
-            arguments = {"timeout": patient(timeout), **arguments}
+            arguments = {"timeout": agents_bound(timeout), **arguments}
             timeout += _ANSWER_GRACE
         return await self.guard(
             self.agent.request(command, arguments, timeout=timeout), f"the agent's answer to {command!r}", timeout + 1
