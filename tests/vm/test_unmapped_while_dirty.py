@@ -14,7 +14,7 @@ import pytest
 
 from support import pace
 from support.boot import boot
-from vmbus.operations import save
+from vmbus.operations import capture
 from vmbus.operations.machine import VirtualMachine
 from vmbus.testkit.story import finish
 from vmbus.vm.command_line import Programs
@@ -76,7 +76,7 @@ async def test_unmapped_while_dirty_the_pass_is_repeated_and_converges(
     description: VmDescription, programs: Programs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # How long the guest takes to stop is not what this is about.
-    monkeypatch.setattr(save, "LIVE_ATTEMPTS", 20)
+    monkeypatch.setattr(capture, "LIVE_ATTEMPTS", 20)
 
     vm, job = await in_rounds(description, programs)
     passes = 0
