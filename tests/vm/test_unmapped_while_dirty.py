@@ -25,7 +25,7 @@ from vmbus.vm.moments import Moment
 pytestmark = pytest.mark.vm
 
 
-ENDLESS: dict[str, Any] = {"count": 0, "window": 8, "size": 20_000, "pace": 0.002, "stall_seconds": 20.0}
+ENDLESS: dict[str, Any] = {"count": 0, "window": 8, "size": 20_000, "pace": 0.002, "stall_seconds": 120.0}
 
 
 @pytest.fixture
