@@ -8,6 +8,7 @@ import json
 import logging
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import click
@@ -18,7 +19,7 @@ from vmbus.observe.capture.capture import DEFAULT_EXTERNAL
 from vmbus.observe.instruments import all_instruments
 from vmbus.server.app import DeviceServer
 from vmbus.server.restoring import read_state
-from vmbus.transport.library import Library, find_and_load
+from vmbus.transport.library import find_and_load
 from vmbus.util.complaints import COMPLAINTS
 
 _GARBAGE = (20_000, 20, 50)
@@ -27,28 +28,8 @@ guest that maps 16,384 regions of memory causes pauses of 40 to 80 ms."""
 _PATH = click.Path(path_type=Path)
 
 
-async def _serve(
-    library: Library,
-    description: Path,
-    socket: Path,
-    control: Path,
-    restore: Path | None,
-    files: Path | None,
-    await_state: bool,
-    audit: Path | None,
-    capture: Path | None,
-    external: int,
-) -> None:
-    server = DeviceServer(
-        load_device(description),
-        library,
-        socket,
-        control,
-        restore=None if restore is None else read_state(restore),
-        awaiting=await_state,
-        files=files,
-        instruments=all_instruments(audit=audit, capture=capture, external=external),
-    )
+async def _serve(make: Callable[[], DeviceServer], socket: Path, control: Path) -> None:
+    server = make()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, server.stop)
@@ -98,9 +79,20 @@ def main(
         handler.addFilter(COMPLAINTS)
     try:
         library = find_and_load(library_path)
-        asyncio.run(
-            _serve(library, description, socket, control, restore, files, await_state, audit, capture, external)
-        )
+
+        def make() -> DeviceServer:
+            return DeviceServer(
+                load_device(description),
+                library,
+                socket,
+                control,
+                restore=None if restore is None else read_state(restore),
+                awaiting=await_state,
+                files=files,
+                instruments=all_instruments(audit=audit, capture=capture, external=external),
+            )
+
+        asyncio.run(_serve(make, socket, control))
     except VmbusError as error:
         print(f"device server: {error}", file=sys.stderr, flush=True)
         sys.exit(1)
