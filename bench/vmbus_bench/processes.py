@@ -88,8 +88,8 @@ class ServerProcess:
             file = self.directory / "device.json"
             file.write_bytes(description.to_json())
             control = self.directory / "control.sock"
-            arguments = [sys.executable, "-m", "vmbus.cli.serve", "--libvfio-user", str(library)]
-            arguments += ["--description", str(file), "--socket", str(self.socket_path), "--control", str(control)]
+            arguments = [sys.executable, "-m", "vmbus.cli.serve", str(file), "--libvfio-user", str(library)]
+            arguments += ["--socket", str(self.socket_path), "--control", str(control)]
             if restore is not None:
                 arguments += ["--restore", str(restore)]
             if audit is not None:

@@ -86,7 +86,7 @@ def test_the_log_of_a_server_stays_short(
     description = tmp_path / "device.json"
     description.write_bytes(describe("echo").to_json())
     vfio, control, log = (tmp_path / name for name in ("vfio.sock", "control.sock", "log"))
-    command = [sys.executable, "-m", "vmbus.cli.serve", "--description", str(description), "--socket", str(vfio)]
+    command = [sys.executable, "-m", "vmbus.cli.serve", str(description), "--socket", str(vfio)]
     command += ["--control", str(control), "--libvfio-user", str(libvfio_user.path)]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     with log.open("wb") as errors, subprocess.Popen(command, stdout=-1, stderr=errors, env=environment) as process:

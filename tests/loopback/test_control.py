@@ -318,7 +318,7 @@ class Process:
         description = directory / "device.json"
         description.write_bytes(describe("echo").to_json())
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-        command = [sys.executable, "-m", "vmbus.cli.serve", "--description", str(description)]
+        command = [sys.executable, "-m", "vmbus.cli.serve", str(description)]
         command += ["--socket", str(self.socket), "--control", str(self.control)]
         command += ["--libvfio-user", str(library.path), *arguments]
         self.process = subprocess.Popen(
@@ -373,7 +373,7 @@ def test_sockets_in_use_are_said_and_left_alone(libvfio_user: Library, tmp_path:
             others[name] = getattr(first, name)
             with Process(tmp_path, libvfio_user, **others) as second:
                 status, output, errors = second.end()
-                assert status == 1 and output == ""
+                assert status == EnvironmentProblem.status and output == ""
                 assert errors.splitlines()[-1].startswith("device server: ")
                 assert str(others[name]) in errors and "Traceback" not in errors
             others.pop(name)
@@ -407,7 +407,7 @@ def test_damaged_state_is_refused_before_anything_listens(libvfio_user: Library,
     (tmp_path / "state").write_bytes(data)
     with Process(tmp_path, libvfio_user, "--restore", str(tmp_path / "state")) as process:
         status, output, errors = process.end()
-        assert (status, output) == (1, "") and "SHA-256" in errors and "Traceback" not in errors
+        assert (status, output) == (StateError.status, "") and "SHA-256" in errors and "Traceback" not in errors
         assert not process.socket.exists() and not process.control.exists()
 
 

@@ -23,6 +23,7 @@ from vmbus.cli.inspect import inspect
 from vmbus.cli.migrate import migrate
 from vmbus.cli.new_provider import new_provider
 from vmbus.cli.provider import provider
+from vmbus.cli.serve import main as serve
 from vmbus.cli.soak import soak
 from vmbus.cli.ssh import ssh
 from vmbus.cli.vm import list_vms, restore, run_vm, save
@@ -82,6 +83,7 @@ main.add_command(inspect)
 main.add_command(capture)
 main.add_command(new_provider)
 main.add_command(provider)
+main.add_command(serve, "serve")
 main.add_command(soak)
 main.add_command(ssh)
 main.add_command(setup, "setup")

@@ -33,7 +33,6 @@ async def start_server(vm: Instance, state: Path | None, files: Path | None, *, 
     with os_error(f"cannot write {file}"):
         file.write_bytes(vm.description.device.to_json())
     options: dict[str, object] = {
-        "--description": file,
         "--socket": vm.paths.vfio,
         "--control": vm.paths.control,
         "--libvfio-user": vm.programs.libvfio_user,
@@ -43,7 +42,7 @@ async def start_server(vm: Instance, state: Path | None, files: Path | None, *, 
         "--capture": vm.capture and vm.capture.absolute(),
         "--external": vm.external if vm.capture else None,
     }
-    arguments = [sys.executable, "-m", "vmbus.cli.serve", *(["--await-state"] if awaiting else [])]
+    arguments = [sys.executable, "-m", "vmbus.cli.serve", str(file), *(["--await-state"] if awaiting else [])]
     for name, value in options.items():
         arguments += [] if value is None else [name, str(value)]
     inherited = os.environ.get("PYTHONPATH")

@@ -36,6 +36,7 @@ from vmbus.server.turns import Turns
 from vmbus.transport.context import Context, ResetKind, RunResult
 from vmbus.transport.library import Library
 from vmbus.util.complaints import bounded_log
+from vmbus.util.listening import Listener
 from vmbus.util.pieces import Pieces, at_once
 
 log = bounded_log(__name__)
@@ -66,16 +67,18 @@ class DeviceServer:
         self,
         description: DeviceDescription,
         library: Library,
-        socket_path: Path,
-        control_path: Path,
+        socket_path: Path | Listener,
+        control_path: Path | Listener,
         *,
         restore: saved.DeviceState | None = None,
         awaiting: bool = False,
         files: Path | None = None,
         instruments: Sequence[Instrument] = (),
+        once: bool = False,
     ) -> None:
-        """Builds the device and listens. `awaiting`: the device does nothing until `load` brings its state.
-        `files`: the directory with the providers' files that belong to `restore`.
+        """Builds the device and listens, at paths or on sockets that were handed over. `awaiting`: the device does
+        nothing until `load` brings its state. `files`: the directory with the providers' files that belong to
+        `restore`. `once`: it ends when its first client has gone.
 
         Raises StateError when `restore` is not of such a device (before anything listens), EnvironmentProblem for
         sockets and the library, UsageError for a wrong description.
@@ -93,7 +96,10 @@ class DeviceServer:
         self.held_at_pause = 0
         self.pausing: asyncio.Future[None] | None = None
         self.context: Context | None = None
-        self._run_directory = control_path.absolute().parent
+        self._once = once
+        self._run_directory = (
+            (control_path.path if isinstance(control_path, Listener) else control_path).absolute().parent
+        )
         self._in_transport = False
         # Held while something goes on that no other command may fall into.
         self._alone = asyncio.Lock()
@@ -307,6 +313,8 @@ class DeviceServer:
     def _on_transport(self) -> None:
         try:
             self.run_transport()
+            if self.context is not None and self.context.deserted:
+                self.stop()
         except Exception as error:
             log.exception("the transport failed")
             if not self._ended.done():
@@ -413,6 +421,8 @@ class DeviceServer:
         self.device.reset()
         self.config.reset()
         self.driven.reset(kind)
+        if self._once and kind is ResetKind.LOST_CONNECTION:
+            self.stop()
 
     # ---- commands ------------------------------------------------------------------------------------------------
 

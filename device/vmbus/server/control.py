@@ -14,7 +14,7 @@ import msgspec
 
 from vmbus.errors import EnvironmentProblem, ReportedError, UsageError, VmbusError, WaitTimeout, code_of
 from vmbus.util.complaints import bounded_log
-from vmbus.util.listening import Listener
+from vmbus.util.listening import Listener, listening
 from vmbus.util.patience import Guard, patient
 
 log = bounded_log(__name__)
@@ -75,9 +75,9 @@ def decode_response(line: bytes) -> _Response:
 
 
 class ControlServer:
-    """Serves `handler` on a socket."""
+    """Serves `handler` on a socket: at a path, or one that was handed over."""
 
-    def __init__(self, path: Path, handler: Handler) -> None:
+    def __init__(self, path: Path | Listener, handler: Handler) -> None:
         self._path = path
         self._handler = handler
         self._server: asyncio.Server | None = None
@@ -86,7 +86,7 @@ class ControlServer:
 
     async def start(self) -> None:
         """Listen. Raises EnvironmentProblem."""
-        self._listener = Listener(self._path)
+        self._listener = listening(self._path)
         self._server = await asyncio.start_unix_server(self._serve, sock=self._listener.socket, limit=MAX_LINE)
 
     async def close(self) -> None:

@@ -43,7 +43,6 @@ import time
 from itertools import islice
 from math import inf
 from pathlib import Path
-from types import TracebackType
 
 from vmbus.errors import EnvironmentProblem, UsageError, VmbusError
 from vmbus.transport import bindings
@@ -58,7 +57,7 @@ from vmbus.transport.migration import FeatureGate, MigrationHandler
 from vmbus.transport.offers import Region
 from vmbus.transport.requests import Requests
 from vmbus.util.complaints import bounded_log
-from vmbus.util.listening import Listener
+from vmbus.util.listening import Listener, folder_of, listening
 
 __all__ = [
     "AddressNotMapped",
@@ -109,13 +108,14 @@ class ClientRefused(VmbusError):
 class Context:
     """A PCI function with a memory BAR of `bar0_size` bytes and `msi_vectors` MSI vectors, listening on `socket_path`.
 
-    Raises EnvironmentProblem if the socket cannot be had or the library refuses the set-up.
+    A socket that was handed over (`vmbus.util.listening`) may take the path's place. Raises EnvironmentProblem if the
+    socket cannot be had or the library refuses the set-up.
     """
 
     def __init__(
         self,
         library: Library,
-        socket_path: Path,
+        socket_path: Path | Listener,
         handler: DeviceHandler,
         *,
         bar0_size: int = 4096,
@@ -140,10 +140,10 @@ class Context:
         self._stall_deadline: float | None = None
         self._max_transfer = bindings.MAX_DATA_TRANSFER
         self._closed = False
-        self._folder = folder_for(socket_path)
+        self._folder = folder_for(folder_of(socket_path))
         self._context: LibraryContext | None = self._create()
         try:
-            self._listener = Listener(socket_path, make_directory=True)
+            self._listener = listening(socket_path, make_directory=True)
         except BaseException:
             self._destroy()
             raise
@@ -163,6 +163,11 @@ class Context:
     def attached(self) -> bool:
         """Whether a client is connected and has shaken hands."""
         return self._client is not None
+
+    @property
+    def deserted(self) -> bool:
+        """Whether the only client that could come has come and is gone."""
+        return self._listener.spent and self._client is None and not self._doorway.pending
 
     @property
     def driven_by_client(self) -> bool:
@@ -310,9 +315,7 @@ class Context:
     def __enter__(self) -> Context:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     # -- connections ----------------------------------------------------------------------------------------------

@@ -199,15 +199,15 @@ def _on_log(_context: int, level: int, message: bytes) -> None:
         return
 
 
-def folder_for(socket_path: Path) -> Path | None:
-    """Where a context may have its own socket for a moment: beside ours, if there is room for a name, else None.
+def folder_for(folder: Path | None) -> Path | None:
+    """Where a context may have its own socket for a moment: in the directory of ours, if there is room for a name, else
+    None.
 
     Whoever owns that directory clears it away if we are killed meanwhile.
     """
-    folder = socket_path.absolute().parent
-    if len(os.fsencode(folder)) + len("/.c-12345678/s") > LONGEST_PATH or not os.access(folder, os.W_OK | os.X_OK):
+    if folder is None or len(os.fsencode(folder)) + len("/.c-12345678/s") > LONGEST_PATH:
         return None
-    return folder
+    return folder if os.access(folder, os.W_OK | os.X_OK) else None
 
 
 def _errno_text() -> str:
