@@ -8,6 +8,7 @@ import dataclasses
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import click
 import msgspec
@@ -19,6 +20,7 @@ from vmbus.cli.capture import parse_size
 from vmbus.cli.drivers import Drive, jobs_for, outcome, parse_drive, show_drivers
 from vmbus.cli.keys import with_keys
 from vmbus.cli.migrate import SECRET_HELP, absolute
+from vmbus.cli.own_guest import given, own_guest_options, with_options
 from vmbus.cli.supervisor import Supervisor, ask, find_vm
 from vmbus.cli.terminal import (
     RECEIVE_LABELS,
@@ -45,6 +47,7 @@ from vmbus.testkit.driver_file import DriverFile, install, read_driver_file
 from vmbus.util.explaining import check_name
 from vmbus.vm.command_line import Programs, programs_from
 from vmbus.vm.description import VmDescription, find_description, load_description
+from vmbus.vm.own_guest import check_boot_files
 from vmbus.vm.root import missing_root
 from vmbus.vm.run_directory import RunDirectory, running_vms
 
@@ -102,6 +105,7 @@ CAPTURE_HELP = "Capture all packets from the start on into this new pcapng file 
     help="With --receive tcp:...: where memory is to come, if not every port is let through. Default: any free one.",
 )
 @click.option("--secret-file", type=click.Path(path_type=Path, dir_okay=False), help=SECRET_HELP)
+@own_guest_options
 def run_vm(
     config: str | None,
     name: str | None,
@@ -116,6 +120,7 @@ def run_vm(
     receive: str | None,
     stream_port: int,
     secret_file: Path | None,
+    **mine: Any,
 ) -> None:
     """Start a VM, or receive one, and show its console.
 
@@ -132,10 +137,9 @@ def run_vm(
     if external is not None and capture is None:
         raise UsageError("--external goes with --capture")
     if receive is not None:
-        if config is not None or drives or own or ssh_keys or like is not None:
-            raise UsageError(
-                "--receive takes no CONFIG, --drive, --driver-file, --ssh-key or --like: the VM brings its own"
-            )
+        if config is not None or drives or own or ssh_keys or like is not None or given(mine):
+            named = ", ".join(["CONFIG", "--drive", "--driver-file", "--ssh-key", *given(mine)])
+            raise UsageError(f"--receive takes no {named} or --like: the VM brings its own")
         if secret_file is None:
             raise UsageError("--secret-file is missing: both sides of a migration need the same secret")
         address, secret = absolute(receive), read_secret(secret_file)
@@ -147,7 +151,8 @@ def run_vm(
         raise UsageError("--secret-file goes with --receive")
     if stream_port:
         raise UsageError("--stream-port goes with --receive")
-    description = load_description(find_description(config or "demo", CONFIGURATIONS))
+    description = with_options(load_description(find_description(config or "demo", CONFIGURATIONS)), mine)
+    check_boot_files(description.mine)
     wanted = jobs_for([parse_drive(text) for text in drives], own)
     notice = ""
     if description.guest.root:
@@ -338,7 +343,7 @@ async def _attend(
             background(
                 guest_console.attach(vm.paths.console, lambda: supervisor.finish("ended from the console"), show),
                 _drive(vm, start, drives, own),
-                *([_boot_sign(shown)] if boots else []),
+                *([_boot_sign(shown)] if boots and not vm.description.foreign else []),
             ),
         ):
             reason = await supervisor.run()
@@ -354,6 +359,11 @@ async def _drive(vm: VirtualMachine, start: float, drives: list[Drive], own: Seq
                 _notice(f"{name}: programs of the host connect to the guest at {status['socket']}")
         if vm.restored is not None and vm.restored.paused:
             return
+        if vm.gdb is not None:
+            where = vm.paths.gdb if vm.gdb == "socket" else f"127.0.0.1:{vm.gdb}"
+            _notice(f"gdb: target remote {where}")
+        if vm.description.foreign and not drives and not own:
+            return  # there may be no agent, and nobody needs one
         await vm.wait_ready()
         _notice(f"the guest's agent is up after {time.monotonic() - start:.1f} s")
         await install(vm, own)

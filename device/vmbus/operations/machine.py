@@ -10,6 +10,8 @@ from collections.abc import Awaitable
 from pathlib import Path
 from typing import Any, Self
 
+import msgspec
+
 from vmbus.operations import checkpoint as noting
 from vmbus.operations import clone as cloning
 from vmbus.operations import migrate as moving
@@ -18,6 +20,7 @@ from vmbus.operations import revert as reverting
 from vmbus.operations import save as saving
 from vmbus.operations.image import Image
 from vmbus.operations.migration.source import Source
+from vmbus.operations.own_guest import with_own_boot_files
 from vmbus.operations.restore import RestoreReport
 from vmbus.qemu.instance import Instance
 from vmbus.snapshot.manifest import Machine
@@ -58,21 +61,29 @@ class VirtualMachine(Instance):
         capture: Path | None = None,
         external: int | None = None,
         like: Machine | None = None,
+        gdb: str | None = None,
     ) -> Self:
         """Starts a VM from power-on and returns when it runs (the guest is then still booting; see `wait_ready`).
 
         `external` is how much a `capture` copies of each packet's external data, in bytes. The VM owns `run_directory`
         (made if not given) from here on. `like` is for machines as they were made once: to revert them to checkpoints
-        of that time. Raises `EnvironmentProblem` or `WaitTimeout`; nothing is left behind then.
+        of that time. `gdb` is as in `vmbus.vm.own_guest.OwnGuest`, and in the place of the
+        description's. Raises `EnvironmentProblem` or `WaitTimeout`; nothing is left behind then.
         """
         directory = run_directory or RunDirectory.create(description.name)
         try:
             description, notice = with_available_driver(description, programs)
             await prepare_root(description, programs.debian)
+            if description.own is not msgspec.UNSET:
+                gdb = gdb or description.own.gdb
+                description = msgspec.structs.replace(
+                    description, own=msgspec.structs.replace(description.own, gdb=None)
+                )
+                programs = await with_own_boot_files(description, programs, directory)
         except BaseException:
             directory.remove()
             raise
-        vm = cls(description, programs, directory, audit=audit, capture=capture, external=external, like=like)
+        vm = cls(description, programs, directory, audit=audit, capture=capture, external=external, like=like, gdb=gdb)
         vm.notice = notice
         phases = Phases(progress)
         return await vm.come_up(phases, vm.start(phases))

@@ -125,7 +125,7 @@ async def receive(
             directories.append(RunDirectory.create(description.name))
         return directories[0].room("arrival")
 
-    def build(prepare: Prepare, kernel: Path, initramfs: Path, host: str | None) -> Arrival:
+    def build(prepare: Prepare, kernel: Path | None, initramfs: Path | None, host: str | None) -> Arrival:
         accelerator = prepare.machine.accelerator
         own = dataclasses.replace(programs, kernel=kernel, initramfs=initramfs, accelerator=accelerator)
         machines.append(make(prepare.vm, own, directories[0], audit=audit, like=prepare.machine))

@@ -103,6 +103,8 @@ def operation(
                 raise UsageError(f"VM {vm.name!r} has ended: there is nothing to {what}")
             if vm.departure is not None and vm.departure.in_doubt:
                 raise UsageError(f"VM {vm.name!r} waits for a decision about its migration: resolve that first")
+            if vm.description.mine.disks:
+                raise UsageError(f"VM {vm.name!r} has disks of QEMU's, and nothing saves those yet")
             async with alone(vm):
                 return await function(vm, *arguments, **options)
 

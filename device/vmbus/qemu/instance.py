@@ -25,7 +25,7 @@ from vmbus.qemu.probe import driven_by_client
 from vmbus.qemu.qmp import Monitor
 from vmbus.server.control import ControlClient
 from vmbus.snapshot.manifest import Machine
-from vmbus.vm.command_line import Programs, Sockets, default_spare_cpus, machine_version
+from vmbus.vm.command_line import Programs, Sockets, default_spare_cpus, machine_of
 from vmbus.vm.description import VmDescription
 from vmbus.vm.process import Child, guard_all
 from vmbus.vm.run_directory import RunDirectory
@@ -43,7 +43,7 @@ def machine_for(description: VmDescription, programs: Programs, like: Machine | 
     """What QEMU's streams fit; without the function's configuration, which is the guest's doing. `like`: the machine as
     it was made once, whatever new ones have."""
     return Machine(
-        type=like.type if like else machine_version(programs.qemu_version),
+        type=like.type if like else machine_of(description, programs.qemu_version),
         accelerator="kvm" if programs.accelerator == "kvm" else "tcg",
         pci_address=str(PciAddress(0, description.slot)),
         pci_config="",
@@ -70,17 +70,19 @@ class Instance:
         capture: Path | None = None,
         external: int | None = None,
         like: Machine | None = None,
+        gdb: str | None = None,
     ) -> None:
         """`audit`: the directory for the server's audit record; test drivers in the guest keep one, too, then.
         `capture`: a new file for all packets from the server's start on (docs/capture.md), with at most `external`
         bytes of each packet's external data. `like`: how the machine is made that comes from elsewhere (None: this is a
-        new one)."""
+        new one). `gdb`: where it reaches QEMU, see `vmbus.vm.own_guest`."""
         self.description = description
         self.programs = programs
         self.run_directory = run_directory
         self.audit = audit
         self.capture = capture
         self.external = external
+        self.gdb = gdb
         self.machine = machine_for(description, programs, like)
         self.paths = Sockets(run_directory.path)
         self.name = run_directory.name
@@ -271,7 +273,10 @@ class Instance:
         try:
             if self.qemu is not None and self.qemu.running:
                 with contextlib.suppress(VmbusError):
-                    await self.call_agent("poweroff", timeout=timeout / 2)
+                    if self.description.foreign:  # there may be no agent
+                        await self.guard(self.monitor.execute("system_powerdown"), "the power button", timeout / 2)
+                    else:
+                        await self.call_agent("poweroff", timeout=timeout / 2)
                 await asyncio.wait({self.qemu.exited}, timeout=timeout / 2)
         finally:
             await self.kill()

@@ -103,6 +103,7 @@ async def start_qemu(vm: Instance, *, incoming: bool) -> None:
             spare_cpus=vm.machine.spare_cpus,
             machine_type=vm.machine.type,
             generation_id=vm.machine.generation_id,
+            gdb=vm.gdb,
         )
         vm.qemu = await Child.spawn(
             f"QEMU of VM {vm.name!r}", arguments, vm.run_directory / "qemu.log", pass_fds=[listener.fileno()]

@@ -29,7 +29,6 @@ from pathlib import Path
 
 from vmbus.errors import EnvironmentProblem, StateError, UsageError, os_error
 from vmbus.snapshot.manifest import (
-    CONTENTS,
     INITRAMFS,
     KERNEL,
     MANIFEST,
@@ -38,6 +37,7 @@ from vmbus.snapshot.manifest import (
     VENDOR_DEVICE,
     FileRecord,
     Manifest,
+    contents_of,
     decode_manifest,
     encode_manifest,
     is_content,
@@ -101,9 +101,11 @@ class SnapshotWriter:
         """Where the device server is to write its state."""
         return self.directory / STATE
 
-    async def add_boot_files(self, kernel: Path, initramfs: Path) -> None:
-        """Puts what QEMU booted into the snapshot , and seals both."""
+    async def add_boot_files(self, kernel: Path | None, initramfs: Path | None) -> None:
+        """Puts what QEMU booted into the snapshot, and seals it; None: there was nothing of the kind."""
         for source, name in ((kernel, KERNEL), (initramfs, INITRAMFS)):
+            if source is None:
+                continue
             await in_thread(functools.partial(_copy, source, self.directory / name))
             await self.seal(name)
 
@@ -126,7 +128,7 @@ class SnapshotWriter:
         Raises `UsageError` if files are missing from it or something else took the name meanwhile, and
         `EnvironmentProblem` if the disk refuses. The caller then aborts.
         """
-        missing = set(CONTENTS) - set(self._records)
+        missing = set(contents_of(manifest.vm)) - set(self._records)
         if missing or manifest.files != self._records:
             raise UsageError(f"the snapshot's manifest does not list what was sealed (missing: {sorted(missing)})")
         await asyncio.to_thread(self._commit, encode_manifest(manifest))
@@ -164,8 +166,8 @@ class Snapshot:
         self.manifest = manifest
         self.ram = directory / RAM
         self.state = directory / STATE
-        self.kernel = directory / KERNEL
-        self.initramfs = directory / INITRAMFS
+        self.kernel = directory / KERNEL if KERNEL in manifest.files else None
+        self.initramfs = directory / INITRAMFS if INITRAMFS in manifest.files else None
         self.pci_config = bytes.fromhex(manifest.machine.pci_config)
 
 
@@ -186,7 +188,8 @@ async def open_snapshot(
     _check_device(directory, manifest, expected)
     if programs is not None:
         _check_programs(directory, manifest, programs)
-    names = (*CONTENTS, *sorted(set(manifest.files) - set(CONTENTS)))
+    needed = contents_of(manifest.vm)
+    names = (*needed, *sorted(set(manifest.files) - set(needed)))
     for name in names:  # what costs nothing first: a digest of terabytes takes hours
         with _open_whole(directory / name, manifest.files[name]):
             pass
@@ -228,7 +231,7 @@ def _read_manifest(directory: Path) -> Manifest:
     if len(data) > _MANIFEST_LIMIT:
         raise StateError(f"{directory / MANIFEST} has more than {_MANIFEST_LIMIT} bytes: not a snapshot's manifest")
     manifest = decode_manifest(data, str(directory / MANIFEST))
-    allowed = {MANIFEST, *CONTENTS, *manifest.files}
+    allowed = {MANIFEST, *manifest.files}
     if missing := sorted(allowed - present):
         raise StateError(f"the snapshot {directory} lacks the file {missing[0]}")
     if extra := sorted(present - allowed):

@@ -28,7 +28,14 @@ KERNEL = "vmlinuz"
 INITRAMFS = "initramfs.cpio"
 
 CONTENTS = (RAM, STATE, KERNEL, INITRAMFS)
-"""Every snapshot's files besides the manifest: QEMU's stream, the device server's state, and what QEMU booted."""
+"""A snapshot's files besides the manifest: QEMU's stream, the device server's state, and what QEMU booted."""
+
+
+def contents_of(vm: VmDescription) -> tuple[str, ...]:
+    """Those of a snapshot of that VM: one that boots a disk has no kernel."""
+    booted = ((KERNEL, vm.mine.has_kernel), (INITRAMFS, vm.mine.has_initramfs))
+    return (RAM, STATE, *(name for name, there in booted if there))
+
 
 VENDOR_DEVICE = bytes.fromhex("4256564d")
 """The first bytes of the function's configuration space: vendor 0x5642, device 0x4d56."""
@@ -154,9 +161,10 @@ def decode_manifest(data: bytes, source: str) -> Manifest:
     manifest = found.manifest
     if encode_manifest(manifest) != data:
         raise StateError(f"{source} was changed after it was written: its digest does not match")
-    if not set(manifest.files) >= set(CONTENTS) or not all(map(is_content, manifest.files)):
+    needed = contents_of(manifest.vm)
+    if not set(manifest.files) >= set(needed) or not all(map(is_content, manifest.files)):
         raise StateError(
-            f"{source} lists the files {sorted(manifest.files)}; a snapshot has {sorted(CONTENTS)}, "
+            f"{source} lists the files {sorted(manifest.files)}; a snapshot has {sorted(needed)}, "
             f"and files of providers are called {FILE_PREFIX}PROVIDER.NAME"
         )
     if re.fullmatch(r"[0-9A-Za-z._ -]{1,64}", manifest.machine.type) is None:

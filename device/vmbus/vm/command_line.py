@@ -13,6 +13,7 @@ from vmbus.errors import EnvironmentProblem, UsageError
 from vmbus.provision import Provisioned
 from vmbus.provision.debian_system import LABEL
 from vmbus.vm.description import VmDescription
+from vmbus.vm.own_guest import OwnDisk, hostfwd
 
 AGENT_PORT = "org.vmbus.agent"
 """Name of the virtio-serial port that the guest's agent opens."""
@@ -31,8 +32,9 @@ class Programs:
     qemu: tuple[str, ...]
     qemu_version: str
     accelerator: str
-    kernel: Path
-    initramfs: Path
+    kernel: Path | None
+    initramfs: Path | None
+    """What QEMU boots; None: nothing of the kind, as with a disk of one's own."""
     libvfio_user: Path | None = None
     no_linux_driver: str = ""
     """Why the guest's image cannot have `driver = "linux"`; empty: it can."""
@@ -73,6 +75,7 @@ class Sockets:
         self.console_log = run_directory / "console.log"
         self.stream = run_directory / "stream.sock"
         self.supervisor = run_directory / "supervisor.sock"
+        self.gdb = run_directory / "gdb.sock"
 
 
 def machine_version(qemu_version: str) -> str:
@@ -112,7 +115,7 @@ def with_available_driver(description: VmDescription, programs: Programs) -> tup
 
     Raises EnvironmentProblem if the other driver would be of no use.
     """
-    if not description.guest.linux or not programs.no_linux_driver:
+    if not description.guest.linux or not programs.no_linux_driver or description.foreign:
         return description, ""
     if description.guest.root:
         raise EnvironmentProblem(
@@ -134,7 +137,10 @@ def linux_words(description: VmDescription) -> list[str]:
 
 
 def kernel_arguments(description: VmDescription, *, audit: bool = False) -> str:
-    """The guest kernel's command line."""
+    """The guest kernel's command line. That of a kernel of one's own is nobody else's affair."""
+    own = description.mine
+    if own.foreign:
+        return "console=ttyS0" if own.append is None else own.append
     words = [
         "console=ttyS0",
         "rdinit=/init",
@@ -152,8 +158,15 @@ def kernel_arguments(description: VmDescription, *, audit: bool = False) -> str:
         *([f"vmbus.root={LABEL}"] if description.guest.root else []),
         *([AUDIT_WORD] if audit else []),
         *description.guest.kernel_arguments,
+        *([own.append] if own.append else []),
     ]
     return " ".join(words)
+
+
+def machine_of(description: VmDescription, qemu_version: str) -> str:
+    """The versioned type of a new machine: see `machine_version`."""
+    wanted = description.mine.machine_type or "q35"
+    return machine_version(qemu_version) if wanted == "q35" else wanted
 
 
 def qemu_arguments(
@@ -168,6 +181,7 @@ def qemu_arguments(
     spare_cpus: int | None = None,
     machine_type: str | None = None,
     generation_id: bool = True,
+    gdb: str | None = None,
 ) -> list[str]:
     """QEMU's whole command for a description, ready to be executed.
 
@@ -175,16 +189,21 @@ def qemu_arguments(
     `incoming` makes it wait, paused, for a state to be loaded; without `with_device` the VMBus device is left out
     (for tests of the rest). What a machine has that was made once, if it is not that of a new one: `spare_cpus`, the
     number of CPUs to leave room for; `machine_type`; `generation_id`, by which a guest notices that it is a copy.
+    `gdb`: where QEMU's stub for it listens, as in `OwnGuest.gdb`.
     """
     paths = Sockets(run_directory)
     # Appended to, so that it can be shortened while QEMU has it open (qemu/logs.py).
     console_log = f"logfile={_escape(paths.console_log)},logappend=on"
     memory = f"{description.memory_mib}M"
-    machine = f"{machine_type or machine_version(programs.qemu_version)},memory-backend=mem"
+    own = description.mine
+    machine = f"{machine_type or machine_of(description, programs.qemu_version)},memory-backend=mem"
     if programs.accelerator == "kvm":
         machine += ",kernel-irqchip=split"  # interrupt remapping needs it
-    cpu = "qemu64"
-    if programs.accelerator == "tcg":
+    if own.by_firmware:
+        machine += ",graphics=off"  # firmware and boot loader are on the console, too
+    machine += own.machine_properties
+    cpu = own.cpu or "qemu64"
+    if programs.accelerator == "tcg" and own.cpu is None:
         cpu += ",+rdrand"  # else the guest collects randomness for a second before Python may start
     if spare_cpus is None:
         spare_cpus = default_spare_cpus(description.cpus, programs.accelerator)
@@ -227,15 +246,61 @@ def qemu_arguments(
             "rombar": 0,
         }
         arguments += ["-device", json.dumps(device)]
-    arguments += [
-        *("-kernel", str(programs.kernel)),
-        *("-initrd", str(programs.initramfs)),
-        *("-append", kernel_arguments(description, audit=audit)),
-    ]
+    if programs.kernel is not None:
+        arguments += ["-kernel", str(programs.kernel), "-append", kernel_arguments(description, audit=audit)]
+    if programs.initramfs is not None:
+        # Behind a comma QEMU looks for another module of a multiboot kernel.
+        arguments += ["-initrd", _escape(programs.initramfs)]
+    arguments += [*_own_devices(description), *_gdb_stub(gdb, paths), *own.qemu_args]
     arguments += programs.extra
     if incoming:
         arguments += ["-S", "-incoming", "defer"]
     return arguments
+
+
+def disk_node(number: int) -> str:
+    """The name of the block node of a disk of one's own."""
+    return f"disk{number}"
+
+
+def _own_devices(description: VmDescription) -> list[str]:
+    """Disks and cards of one's own: from the highest slot downwards, so that nothing else moves with their number."""
+    slots = iter(slot for slot in range(30, _SERIAL_SLOT, -1) if slot != description.slot)
+    found: list[str] = []
+
+    def option(name: str, value: dict[str, object]) -> None:
+        found.extend((name, json.dumps(value)))
+
+    own = description.mine
+    for number, disk in enumerate(own.disks):
+        node = disk_node(number)
+        option("-blockdev", disk_blockdev(disk, node))
+        device: dict[str, object] = {"id": f"{node}-device", "drive": node, "bootindex": number + 1}
+        if disk.bus == "sata":
+            option("-device", {"driver": "ide-hd", "bus": f"ide.{number}", **device})
+        else:
+            option("-device", {"driver": "virtio-blk-pci", "addr": f"{next(slots):x}", **device})
+    for number, nic in enumerate(own.nics):
+        name = f"nic{number}"
+        forwards = [{"str": hostfwd(rule)} for rule in nic.hostfwd]
+        option("-netdev", {"type": nic.kind, "id": name, **({"hostfwd": forwards} if forwards else {})})
+        card = {"driver": nic.model, "id": f"{name}-device", "netdev": name, "addr": f"{next(slots):x}"}
+        option("-device", {**card, "romfile": ""})
+    return found
+
+
+def disk_blockdev(disk: OwnDisk, node: str) -> dict[str, object]:
+    """What QEMU opens for a disk."""
+    common: dict[str, object] = {"read-only": disk.read_only, "discard": "unmap"}
+    file: dict[str, object] = {"driver": "file", "filename": disk.file, "node-name": f"{node}-file", **common}
+    return {"driver": disk.driver, "node-name": node, "file": file, **common}
+
+
+def _gdb_stub(gdb: str | None, paths: Sockets) -> list[str]:
+    if gdb is None:
+        return []
+    where = f"unix:{_escape(paths.gdb)},server=on,wait=off" if gdb == "socket" else f"tcp:127.0.0.1:{gdb}"
+    return ["-gdb", where]
 
 
 def _socket_chardev(name: str, path: Path) -> str:

@@ -1,7 +1,7 @@
 """VM descriptions: one TOML file says what machine to build and which device it gets.
 
 A description names no programs and no files of this machine: those come from the set-up. So a description can be
-stored in a snapshot and used on another machine.
+stored in a snapshot and used on another machine. The exception is a guest of one's own (`vmbus.vm.own_guest`).
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import msgspec
 from vmbus.device.description import DeviceDescription
 from vmbus.errors import EnvironmentProblem, UsageError, os_error
 from vmbus.util.explaining import Name, explain
+from vmbus.vm.own_guest import OwnGuest
 
 IMAGE_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 """Names of images in the disk directory."""
@@ -73,8 +74,27 @@ class VmDescription(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     slot: Annotated[int, msgspec.Meta(ge=4, le=30)] = 5
     """PCI device number of the VMBus device on bus 0. The rest belongs to the machine."""
     guest: GuestDescription = GuestDescription()
+    own: OwnGuest | msgspec.UnsetType = msgspec.UNSET
+    """A guest of one's own instead of ours, and what else of QEMU's is wanted. Left out of manifests as above."""
+
+    @property
+    def mine(self) -> OwnGuest:
+        """What is said of one's own guest; nothing, if nothing is."""
+        return OwnGuest() if self.own is msgspec.UNSET else self.own
+
+    @property
+    def foreign(self) -> bool:
+        """Whether what boots is not ours: there may be no agent in the guest."""
+        return self.mine.foreign
 
     def __post_init__(self) -> None:
+        if self.foreign and (self.guest.root or self.guest.kernel_arguments):
+            raise ValueError(
+                "guest.root and guest.kernel_arguments are of our own guest, and 'own' has another one: append is its "
+                "kernel's command line"
+            )
+        if self.foreign:
+            return
         # The kernel wants room beside the huge pages; a VM that cannot hold them fails late and obscurely.
         if self.guest.vfio and self.guest.huge_pages * 2 > self.memory_mib // 2:
             raise ValueError(
@@ -111,13 +131,16 @@ def parse_description(data: str | bytes, source: str) -> VmDescription:
 
 
 def load_description(path: Path) -> VmDescription:
-    """Reads a VM description from a TOML file.
+    """Reads a VM description from a TOML file; the files that it names are relative to it.
 
     Raises `EnvironmentProblem` if the file cannot be read, `UsageError` if its content is wrong.
     """
     with os_error(f"cannot read VM description {path}"):
         data = path.read_bytes()
-    return parse_description(data, str(path))
+    found = parse_description(data, str(path))
+    if found.own is msgspec.UNSET:
+        return found
+    return msgspec.structs.replace(found, own=found.own.below(path.parent.absolute()))
 
 
 def find_description(name: str, folder: Path) -> Path:

@@ -88,7 +88,7 @@ def inspect_snapshot(directory: Path) -> Inspection:
         project=manifest.versions.project,
         live=manifest.live,
         files={name: record.size for name, record in manifest.files.items()},
-        boot_files={name: manifest.files[name].sha256 for name in (KERNEL, INITRAMFS)},
+        boot_files={name: manifest.files[name].sha256 for name in (KERNEL, INITRAMFS) if name in manifest.files},
     )
 
 

@@ -69,7 +69,7 @@ class Destination:
         listener: Listener,
         programs: Programs,
         claim: Callable[[VmDescription], Path],
-        build: Callable[[Prepare, Path, Path, str | None], Arrival],
+        build: Callable[[Prepare, Path | None, Path | None, str | None], Arrival],
         *,
         progress: Progress | None = None,
         at: Hook = no_hook,

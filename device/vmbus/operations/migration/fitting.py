@@ -11,7 +11,7 @@ from vmbus.errors import StateError, VmbusError
 from vmbus.operations.migration.files import receive_file, record_of
 from vmbus.operations.migration.link import Link
 from vmbus.operations.migration.messages import Prepare, Wanted
-from vmbus.snapshot.manifest import VENDOR_DEVICE, FileRecord
+from vmbus.snapshot.manifest import INITRAMFS, KERNEL, VENDOR_DEVICE, FileRecord
 from vmbus.util.interruptible import Stop, in_thread
 from vmbus.vm.command_line import Programs, runs_under, serves_machine
 
@@ -46,23 +46,26 @@ def check_driven(source: str, *, there: bool, here: bool) -> None:
 
 async def boot_files(
     link: Link, prepare: Prepare, programs: Programs, folder: Path, destination: str
-) -> tuple[Path, Path]:
+) -> tuple[Path | None, Path | None]:
     """The source's kernel and initramfs: ours if they are the same, else received into the folder. `destination`: who
     we are, for the source."""
-    kernel, initramfs = programs.kernel, programs.initramfs
-    wanted: list[Literal["kernel", "initramfs"]] = []
-    if not await in_thread(functools.partial(_is, kernel, prepare.kernel)):
-        kernel = folder / "vmlinuz"
-        wanted.append("kernel")
-    if not await in_thread(functools.partial(_is, initramfs, prepare.initramfs)):
-        initramfs = folder / "initramfs.cpio"
-        wanted.append("initramfs")
-    await link.send(Wanted(files=wanted, destination=destination))
-    if "kernel" in wanted:
-        await receive_file(link, prepare.kernel, kernel)
-    if "initramfs" in wanted:
-        await receive_file(link, prepare.initramfs, initramfs)
-    return kernel, initramfs
+    files: dict[Literal["kernel", "initramfs"], tuple[Path | None, FileRecord | None, str]] = {
+        "kernel": (programs.kernel, prepare.kernel, KERNEL),
+        "initramfs": (programs.initramfs, prepare.initramfs, INITRAMFS),
+    }
+    found: dict[str, Path | None] = {}
+    wanted: dict[Literal["kernel", "initramfs"], FileRecord] = {}
+    for what, (ours, record, name) in files.items():
+        found[what] = None
+        if record is not None:
+            same = ours is not None and await in_thread(functools.partial(_is, ours, record))
+            found[what] = ours if same else folder / name
+            if not same:
+                wanted[what] = record
+    await link.send(Wanted(files=list(wanted), destination=destination))
+    for what, record in wanted.items():
+        await receive_file(link, record, folder / files[what][2])
+    return found["kernel"], found["initramfs"]
 
 
 def _is(path: Path, record: FileRecord, stop: Stop) -> bool:

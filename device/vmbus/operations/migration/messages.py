@@ -76,8 +76,9 @@ class Prepare(_Message):
     vm: VmDescription
     machine: Machine
     versions: Versions
-    kernel: FileRecord
-    initramfs: FileRecord
+    kernel: FileRecord | None
+    initramfs: FileRecord | None
+    """None: QEMU boots nothing of the kind."""
     driven: bool
     """QEMU migrates the device itself: see `vmbus.qemu.probe`. Both sides have to do it in the same way."""
     multifd: Annotated[int, msgspec.Meta(ge=0, le=16)]

@@ -211,9 +211,10 @@ class Source:
     async def _prepare(self, link: Link) -> Prepared:
         vm = self.vm
         with self.phases("prepare"):
+            booted = {"kernel": vm.programs.kernel, "initramfs": vm.programs.initramfs}
             kernel, initramfs = [
-                await in_thread(functools.partial(record_of, path))
-                for path in (vm.programs.kernel, vm.programs.initramfs)
+                None if path is None else await in_thread(functools.partial(record_of, path))
+                for path in booted.values()
             ]
             status = await vm.control.call("status")
             config = (await vm.control.call("pci"))["config"]
@@ -233,7 +234,9 @@ class Source:
             wanted = await link.expect(Wanted, timeout=PREPARE_TIMEOUT, what="which boot files it lacks")
             self._asking.destination = wanted.destination
             for name in wanted.files:
-                await send_file(link, vm.programs.kernel if name == "kernel" else vm.programs.initramfs)
+                if (path := booted[name]) is None:
+                    raise StateError(f"{link.name} wants the {name} of a VM that has none")
+                await send_file(link, path)
             return await link.expect(Prepared, timeout=PREPARE_TIMEOUT, what="a server and a QEMU that wait")
 
     async def _until_restored(self, link: Link, captured: Captured) -> None:

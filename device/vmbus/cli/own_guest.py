@@ -1,0 +1,110 @@
+"""The options of `run-vm` for a guest of one's own, and the description with them. See docs/own-guest.md."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+import msgspec
+
+from vmbus.errors import UsageError
+from vmbus.util.explaining import complaint
+from vmbus.vm.description import VmDescription
+from vmbus.vm.own_guest import OwnGuest, parse_disk, parse_nic
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+_OPTIONS = (
+    click.option(
+        "--kernel", metavar="FILE", help="Boot this kernel instead of ours; with --initrd or a root of yours."
+    ),
+    click.option("--initrd", metavar="FILE", help="Boot with this initramfs instead of ours."),
+    click.option("--append", metavar="TEXT", help="Your kernel's whole command line; or more words for ours."),
+    click.option("--memory", metavar="SIZE", help="Guest memory: MiB, or with a unit, such as 2G."),
+    click.option("--cpus", type=click.IntRange(1, 64), metavar="N", help="Virtual CPUs."),
+    click.option("--machine", metavar="TYPE[,KEY=VALUE]...", help="QEMU's machine: q35, pc-q35-10.2, with properties."),
+    click.option("--cpu", metavar="MODEL[,FEATURE]...", help="QEMU's CPU model (default: qemu64)."),
+    click.option(
+        "--disk",
+        "disks",
+        multiple=True,
+        metavar="FILE[,KEY=VALUE]...",
+        help="A disk of QEMU's, raw or *.qcow2; without a kernel it is booted. Keys: format, bus, snapshot, read_only.",
+    ),
+    click.option(
+        "--nic",
+        "nics",
+        multiple=True,
+        metavar="user[,hostfwd=RULE]...",
+        help="A network card on QEMU's user-mode network. hostfwd=tcp::2222-:22 leads a port of this host into it.",
+    ),
+    click.option(
+        "--qemu-arg",
+        "qemu_args",
+        multiple=True,
+        metavar="WORD",
+        help="One more word for QEMU's command line, as it is.",
+    ),
+    click.option(
+        "--gdb", metavar="socket|PORT", help="Let gdb in, at gdb.sock in the VM's directory or 127.0.0.1:PORT."
+    ),
+)
+
+
+def own_guest_options(function: F) -> F:
+    """The options; their values come as keywords."""
+    for option in reversed(_OPTIONS):
+        function = option(function)
+    return function
+
+
+def given(values: Mapping[str, Any]) -> list[str]:
+    """The options that were used, as they are called."""
+    names = {"disks": "disk", "nics": "nic", "qemu_args": "qemu-arg"}
+    return [f"--{names.get(key, key)}" for key, value in values.items() if value not in (None, ())]
+
+
+def with_options(description: VmDescription, values: Mapping[str, Any]) -> VmDescription:
+    """The description with what the options say instead; those that may be given several times come in the place of
+    the description's, too. Raises UsageError."""
+    if not given(values):
+        return description
+    found = dict(values)
+    memory, cpus = found.pop("memory"), found.pop("cpus")
+    own = {key: value for key, value in found.items() if value not in (None, ())}
+    if "disks" in own:
+        own["disks"] = [parse_disk(text) for text in own["disks"]]
+    if "nics" in own:
+        own["nics"] = [parse_nic(text) for text in own["nics"]]
+    more: dict[str, Any] = {}
+    if memory is not None:
+        more["memory_mib"] = parse_memory(memory)
+    if cpus is not None:
+        more["cpus"] = cpus
+    if own:
+        merged = msgspec.to_builtins(description.mine) | msgspec.to_builtins(own)
+        try:
+            more["own"] = msgspec.convert(merged, OwnGuest).below(Path.cwd())
+        except msgspec.ValidationError as error:
+            field, what = complaint(error, OwnGuest)
+            raise UsageError(
+                f"--{field.partition('[')[0].replace('_', '-').rstrip('s')}: {what}" if field else what
+            ) from error
+    try:
+        # Not replace(): that would believe every value.
+        return msgspec.convert(msgspec.to_builtins(description) | msgspec.to_builtins(more), VmDescription)
+    except msgspec.ValidationError as error:
+        field, what = complaint(error, VmDescription)
+        option = {"memory_mib": "--memory", "cpus": "--cpus"}.get(field, field)
+        raise UsageError(f"{option}: {what}" if option else what) from error
+
+
+def parse_memory(text: str) -> int:
+    """MiB from such as ``512``, ``512M``, ``2G``. Raises UsageError."""
+    match = re.fullmatch(r"(\d{1,6})\s*([MG]?)(?:i?B)?", text, re.IGNORECASE)
+    if match is None:
+        raise UsageError(f"--memory {text!r} is no size; MiB, or with a unit: 512, 512M, 2G")
+    return int(match[1]) << (10 if match[2].upper() == "G" else 0)
