@@ -228,7 +228,7 @@ def _mount(directory: str) -> None:
         return
     with contextlib.suppress(FileExistsError):
         os.mkdir(directory, 0o755)
-    words = ["busybox", "mount", "-t", "hugetlbfs", "-o", "pagesize=2M", "hugetlbfs", directory]
-    _, status = os.waitpid(os.posix_spawn("/bin/busybox", words, dict(os.environ)), 0)
+    words = ["mount", "-t", "hugetlbfs", "-o", "pagesize=2M", "hugetlbfs", directory]
+    _, status = os.waitpid(os.posix_spawnp(words[0], words, dict(os.environ)), 0)
     if status:
         raise EnvironmentProblem(f"no file system of huge pages could be mounted on {directory}: status {status}")

@@ -63,7 +63,7 @@ GUEST_ROOMS = {
 }
 """Of our packages what the guest runs: folders and files below the package, for those of which it does not run all."""
 
-HOST_ONLY = {"vmbus_guest": ("image.py", "newc.py", "rootfs")}
+HOST_ONLY = {"vmbus_guest": ("image.py", "newc.py", "rootfs", "system.py")}
 """And what it does not."""
 
 UNUSED_PYTHON = (

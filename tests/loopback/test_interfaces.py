@@ -18,7 +18,7 @@ from support.namespace import CHECKOUT, TUN, Namespace, remove_stale
 from support.namespace import outside as outside
 from support.pace import until
 from vmbus.errors import EnvironmentProblem, UsageError
-from vmbus.providers.network.interface import NAMESPACES, Port, Settings, open_port
+from vmbus.providers.network.interface import NAMESPACES, Port, Settings, in_namespace, open_port, prepare, remove
 from vmbus.providers.network.tap import Tap
 from vmbus.providers.network.veth import open_veth
 
@@ -87,6 +87,50 @@ def test_without_rights_the_error_says_which(outside: Namespace) -> None:
     )
     everybody = TUN.stat().st_mode & 0o006 == 0o006
     assert ("CAP_NET_ADMIN" if everybody else "readable and writable") in done.stdout, done
+
+
+_TAKE = """
+import sys
+from vmbus.errors import EnvironmentProblem
+from vmbus.providers.network import interface
+settings = interface.Settings("host0", bytes.fromhex("fe0000000001"), 4000, None, "192.0.2.1/24", "br0", longest=61440)
+try:
+    port = interface.open_port(settings)
+    print("taken", port.hosts)
+    port.close()
+except EnvironmentProblem as error:
+    print("refused:", error)
+"""
+
+
+@pytest.mark.parametrize("prepared", [True, False])
+def test_own_guest_an_interface_made_ahead_wants_no_rights(outside: Namespace, prepared: bool) -> None:
+    """A process with the rights of its user's alone takes the interface as it is; without it, it gets none."""
+    settings = Settings("host0", b"\xfe\0\0\0\0\1", 4000, None, "192.0.2.1/24", "br0", longest=61440)
+
+    def bridge(netlink: Any) -> None:
+        netlink.link("add", ifname="br0", kind="bridge")
+        netlink.link("set", index=netlink.link_lookup(ifname="br0")[0], state="up")
+
+    outside.configure(bridge)
+    if prepared:
+        in_namespace(outside.name, lambda: prepare(settings, os.getuid()))
+    path = os.pathsep.join(str(CHECKOUT / part) for part in ("device", "guest"))
+    enter = ["nsenter", f"--net={NAMESPACES / outside.name}", "setpriv", "--bounding-set", "-net_admin"]
+    done = subprocess.run(
+        [*enter, sys.executable, "-c", _TAKE],
+        env={"PYTHONPATH": path, "PATH": os.environ["PATH"]},
+        capture_output=True,
+        text=True,
+        timeout=pace.seconds(30),
+    )
+    assert done.stdout.startswith("taken" if prepared else "refused:"), done
+    assert ("CAP_NET_ADMIN" in done.stdout) is not prepared
+    assert outside.interfaces() == (["br0", "host0"] if prepared else ["br0"])
+    if prepared:
+        in_namespace(outside.name, lambda: remove(settings))
+    outside.configure(lambda netlink: netlink.link("del", ifname="br0"))
+    assert outside.interfaces() == []
 
 
 def test_a_port_of_a_bridge(outside: Namespace) -> None:

@@ -15,9 +15,9 @@ from support import pace
 from support.namespace import Namespace
 from support.namespace import outside as outside
 from support.network_guest import Ends, NetworkGuest
+from vmbus.providers.network.card import WHOLE_FRAME
 from vmbus.providers.network.interface import Settings, in_namespace, set_mtu
 from vmbus.providers.network.offload import ones_sum
-from vmbus.providers.network.provider import WHOLE_FRAME
 from vmbus.testkit.loopback.harness import LoopbackServer, describe
 from vmbus.testkit.loopback.pair import DriverSide
 from vmbus.transport.library import Library

@@ -16,7 +16,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from support import pace
+from support import pace, wheelhouse
 from support.in_guest import require_no_complaints, shell
 from support.namespace import Namespace, NotPermitted, namespace
 from vmbus.cli.keys import with_keys
@@ -29,6 +29,7 @@ from vmbus.providers.network.interface import NAMESPACES
 from vmbus.provision import provision_debian
 from vmbus.provision.cache import Cache, remove
 from vmbus.provision.debian_system import LABEL, TOOLS_RECIPE, DebianSystem
+from vmbus.provision.guest_files import PYTHON
 from vmbus.provision.report import SilentReporter
 from vmbus.provision.roots import RootRecipe, find_root, make_root
 from vmbus.provision.sources import SUITE
@@ -42,6 +43,7 @@ pytestmark = [pytest.mark.vm, pytest.mark.long, pytest.mark.timeout(1500)]  # wi
 Run = Callable[..., Any]
 Note = Callable[[str], None]
 CHECKOUT = Path(__file__).resolve().parents[2]
+WHEELS = "wheels.img"
 SOURCES = "/etc/apt/sources.list.d/debian.sources"
 GUEST = "192.0.2.2"
 """Its address in qemu_configs/debian-network.toml."""
@@ -131,9 +133,14 @@ def machine(folder: Path, outside: Namespace | None, patch: pytest.MonkeyPatch) 
         if one["name"] == "card":
             assert outside is not None
             one["options"]["namespace"] = outside.name
-    yield msgspec.convert(plain, VmDescription)
+        if one["kind"] == "scsi":
+            one["options"]["luns"].append({"lun": 1, "image": WHEELS, "read_only": True})
     tools = find_root(Cache(), TOOLS_RECIPE)
     assert tools is not None
+    wheelhouse.fill(folder / "wheels", PYTHON.removeprefix("python"))
+    argv = [*tools.program("usr/sbin/mke2fs"), "-q", "-t", "ext4", "-d", folder / "wheels", folder / WHEELS, "32M"]
+    subprocess.run(argv, check=True)
+    yield msgspec.convert(plain, VmDescription)
     for program, option, expected in (("e2fsck", "-fn", LABEL), ("dumpe2fs", "-h", "Filesystem state:         clean")):
         argv = [*tools.program(f"usr/sbin/{program}"), option, folder / "debian.img"]
         result = subprocess.run(argv, capture_output=True, text=True)
@@ -225,7 +232,7 @@ class Session:
         assert line.decode().strip() == word, (word, line)
 
 
-def test_linux_guest_debian_over_saves_and_moves(
+def test_linux_guest_debian_over_saves_and_moves_with_own_guest_package(
     run: Run,
     programs: Programs,
     debian: DebianSystem,
@@ -234,7 +241,8 @@ def test_linux_guest_debian_over_saves_and_moves(
     note: Note,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """One boot: a shell on the console, one over ssh and the card, a service and the file system go on over a live save
+    """One boot, in which the package is installed from its wheel, and its agent takes the place of the host's: a shell
+    on the console, one over ssh and the card, a service and the file system go on over a live save
     and a migration; the disk is in the snapshot, and is handed over in the migration."""
     programs = dataclasses.replace(programs, debian=debian.image)
     client, stranger = Client(tmp_path / "client"), Client(tmp_path / "stranger")
@@ -264,12 +272,13 @@ def test_linux_guest_debian_over_saves_and_moves(
             await require_health(vm)
             seconds["running"] = time.monotonic() - start
             assert "/dev/sd" in await shell(vm, "findmnt -no SOURCE /")
-            assert await shell(vm, "ls /sys/bus/vmbus/drivers/hv_storvsc/*/host*/target*/*/block") == "sda"
+            assert await shell(vm, "basename /sys/bus/vmbus/drivers/hv_storvsc/*/host*/target*/*:0/block/*") == "sda"
             assert await shell(vm, ". /etc/os-release; echo $VERSION_CODENAME; dpkg --audit") == "trixie"
             modes = await shell(vm, "stat -c %U:%G:%a /usr/bin/su /etc/shadow /root | xargs")
             assert modes == "root:root:4755 root:shadow:640 root:root:700"
             assert await client.run(vm, "id -un; systemctl is-active hv-kvp-daemon ssh") == "root\nactive\nactive"
             assert "Permission denied" in await stranger.run(vm, "true", code=255)
+            await own_package(vm)
             await shell(vm, "systemd-run --unit counter sh -c 'while sleep 0.2; do echo x >> /var/tmp/count; done'")
             await shell(vm, "until [ -s /var/tmp/count ]; do sleep 0.1; done")
             async with Console(vm) as console:
@@ -295,8 +304,25 @@ def test_linux_guest_debian_over_saves_and_moves(
         note(
             f"Debian: agent after {seconds['agent']:.1f} s, all services {seconds['running']:.1f} s, off in "
             f"{seconds['off']:.1f} s; stood still for {seconds['away']:.1f} s over a live save and a restore, and for "
-            f"{seconds['moving']:.2f} s in a migration"
+            f"{seconds['moving']:.2f} s in a migration; our package was installed in {seconds['package']:.0f} s"
         )
+
+    async def own_package(vm: VirtualMachine) -> None:
+        """As docs/guest-package.md has it, but for the network: pip and all wheels are on a disk."""
+        start = time.monotonic()
+        bin_ = "/opt/vmbus/bin"
+        await shell(vm, f"mount -o ro /dev/sdb /mnt && {PYTHON} -m venv --without-pip /opt/vmbus")
+        pip = f"PYTHONPATH=$(echo /mnt/pip-*.whl) {PYTHON} -m pip --python {bin_}/python install -q --no-compile"
+        await shell(vm, f"{pip} --no-index --find-links /mnt 'vmbus-device[guest]'", 240)
+        assert "nothing is missing" in await shell(vm, f"env -u PYTHONPATH {bin_}/vmbus-guest check")
+        # The agent that is asked would end with its own unit: so somebody at the console does it.
+        async with Console(vm) as console:
+            await console.type(f"{bin_}/vmbus-guest install --huge-pages 0; echo ended-$?", "ended-0")
+        await vm.wait_ready(pace.seconds(60))
+        main = "$(systemctl show --property MainPID --value vmbus-agent)"
+        assert bin_ in (await shell(vm, f"tr '\\0' ' ' < /proc/{main}/cmdline"))
+        assert "echo" in (await vm.call_agent("list"))["drivers"]
+        seconds["package"] = time.monotonic() - start
 
     async def many_addresses(vm: VirtualMachine) -> None:
         """More than a value of the key-value exchange has room for: the daemon cuts them, and all else is listed."""

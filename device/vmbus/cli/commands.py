@@ -21,6 +21,7 @@ from vmbus.cli.checkpoint import checkpoint, revert
 from vmbus.cli.demo import demo
 from vmbus.cli.inspect import inspect
 from vmbus.cli.migrate import migrate
+from vmbus.cli.network import network
 from vmbus.cli.new_provider import new_provider
 from vmbus.cli.provider import provider
 from vmbus.cli.serve import main as serve
@@ -81,6 +82,7 @@ main.add_command(agent)
 main.add_command(audit)
 main.add_command(inspect)
 main.add_command(capture)
+main.add_command(network)
 main.add_command(new_provider)
 main.add_command(provider)
 main.add_command(serve, "serve")

@@ -13,7 +13,6 @@ Parameters:
 """
 
 # os instead of pathlib: this is a guest with little time.
-# ruff: noqa: PTH112
 
 from __future__ import annotations
 
@@ -27,7 +26,7 @@ from typing import Any
 
 from vmbus.errors import EnvironmentProblem
 from vmbus_guest.testdrivers.context import Context
-from vmbus_guest.testdrivers.disk_writer import run_tool, wait_for_device
+from vmbus_guest.testdrivers.disk_writer import insert_module, wait_for_device
 
 
 def run(context: Context) -> dict[str, Any]:
@@ -42,8 +41,8 @@ def run(context: Context) -> dict[str, Any]:
     depth = get("depth", 1, minimum=1, maximum=64)
     span = get("span_mib", 32, minimum=1) << 20
     context.parameters.check()
-    if module and not os.path.isdir(f"/sys/module/{module}"):
-        run_tool("busybox", "insmod", f"/lib/modules/{module}.ko")
+    if module:
+        insert_module(module)
     wait_for_device(device, 30.0)
     fd = os.open(device, os.O_RDWR | os.O_DIRECT | os.O_CLOEXEC)
     places = list(range(0, span - size + 1, size))

@@ -9,7 +9,7 @@ Parameters:
 """
 
 # os instead of pathlib: this is a guest with little time.
-# ruff: noqa: PTH110, PTH112
+# ruff: noqa: PTH110
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from typing import Any
 
 from vmbus.errors import EnvironmentProblem, UsageError, WaitTimeout
 from vmbus_guest.testdrivers.context import Context
-from vmbus_guest.testdrivers.disk_writer import run_tool
+from vmbus_guest.testdrivers.disk_writer import insert_module
 
 # netdevice(7): a guest's image has no netlink library, and needs none.
 _GET_FLAGS, _SET_FLAGS = 0x8913, 0x8914
@@ -41,8 +41,7 @@ def run(context: Context) -> dict[str, Any]:
     context.parameters.check()
     address, prefix = parse_address(text)
     for module in filter(None, modules.split(",")):
-        if not os.path.isdir(f"/sys/module/{module}"):
-            run_tool("busybox", "insmod", f"/lib/modules/{module}.ko")
+        insert_module(module)
     deadline = time.monotonic() + appear
     while not os.path.exists(f"/sys/class/net/{name}"):
         if time.monotonic() > deadline:

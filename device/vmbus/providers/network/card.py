@@ -33,6 +33,8 @@ log = bounded_log(__name__)
 
 FRAMES_PER_TURN = 64
 """Frames read from the interface before others on the loop get their turn."""
+WHOLE_FRAME = 60 << 10
+"""Bytes of a frame that the host leaves whole: Linux puts each into memory of its own, of a power of two."""
 DRAIN_BYTES = 4 << 20
 """At a pause, most bytes of frames taken out of the interface, to travel with the state."""
 ANNOUNCE_AFTER = (0.01, 0.1, 0.3, 0.6, 1.2)
@@ -77,19 +79,9 @@ class Card(Provider):
     def __init__(self, host: Host, name: str, instance: UUID, options: Mapping[str, Any]) -> None:
         super().__init__(host, name, instance, options)
         chosen: CardOptions = self.options
-        digest = hashlib.sha256(b"network " + instance.bytes).digest()
-        self.mac = derived_mac(digest) if chosen.mac is None else parse_mac(chosen.mac)
+        self.mac = derived_mac(_digest(instance)) if chosen.mac is None else parse_mac(chosen.mac)
         self.address = self.mac
-        self.settings = Settings(
-            name=chosen.interface or f"vmnet-{digest[:4].hex()}",
-            # The same after every move, or the guest would go on talking to an address that is no more. High, so that
-            # a bridge does not take it for its own.
-            mac=b"\xfe" + digest[8:13],
-            mtu=chosen.mtu,
-            namespace=chosen.namespace,
-            address=chosen.address,
-            bridge=chosen.bridge,
-        )
+        self.settings = host_settings(chosen, instance)
         self.counters = dict.fromkeys(COUNTERS, 0)
         self.port: Port | None = None
         self._link = True  # as tools want it
@@ -404,6 +396,26 @@ class Card(Provider):
             "link": "up" if self._link else "down",
             **self.counters,
         }
+
+
+def _digest(instance: UUID) -> bytes:
+    return hashlib.sha256(b"network " + instance.bytes).digest()
+
+
+def host_settings(options: CardOptions, instance: UUID) -> Settings:
+    """Of the host's interface of a card with these options."""
+    digest = _digest(instance)
+    return Settings(
+        name=options.interface or f"vmnet-{digest[:4].hex()}",
+        # The same after every move, or the guest would go on talking to an address that is no more. High, so that a
+        # bridge does not take it for its own.
+        mac=b"\xfe" + digest[8:13],
+        mtu=options.mtu,
+        namespace=options.namespace,
+        address=options.address,
+        bridge=options.bridge,
+        longest=WHOLE_FRAME,
+    )
 
 
 def derived_mac(digest: bytes) -> bytes:

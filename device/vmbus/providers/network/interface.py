@@ -17,7 +17,7 @@ from ipaddress import ip_interface, ip_network
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
 
-from vmbus.errors import EnvironmentProblem
+from vmbus.errors import EnvironmentProblem, os_error
 from vmbus.providers.network.tap import Tap
 from vmbus.providers.network.watch import Watch
 
@@ -25,6 +25,7 @@ NAMESPACES = Path("/var/run/netns")
 """Where named network namespaces are, as `ip netns` has them."""
 
 _MOST_HOSTS = 16
+_UP = 1  # flag
 _REACHABLE = 0x02  # until it has to be confirmed
 _CLONE_NEWNET = 0x40000000
 _MAIN_TABLE = 254
@@ -115,27 +116,70 @@ def rejoin(settings: Settings) -> None:
     in_namespace(settings.namespace, work)
 
 
+def prepare(settings: Settings, owner: int) -> None:
+    """Make the interface ahead, for a user who may then take it as it is, without any rights. Raises
+    EnvironmentProblem."""
+    tap = Tap(settings.name)
+    try:
+        with os_error(f"cannot leave interface {settings.name!r} to user {owner}"):
+            tap.leave_to(owner)
+        try:
+            configure(settings)
+        except BaseException:
+            tap.leave_to(None)
+            raise
+    finally:
+        tap.close()
+
+
+def remove(settings: Settings) -> None:
+    """Take away what `prepare` has made. Raises EnvironmentProblem."""
+    tap = Tap(settings.name)
+    try:
+        with os_error(f"cannot remove interface {settings.name!r}"):
+            tap.leave_to(None)
+    finally:
+        tap.close()
+
+
 def configure(settings: Settings) -> Hosts:
-    """Give the interface, which is there, its settings, and switch it on; `Port.hosts`. Raises EnvironmentProblem."""
+    """Give the interface, which is there, its settings, and switch it on; `Port.hosts`. What it has already is not set:
+    that wants no rights. Raises EnvironmentProblem."""
     from pyroute2.netlink.exceptions import NetlinkError  # type: ignore[import-untyped]
 
     with netlink() as link, explained(settings):
         index = _index(link, settings.name)
-        link.link("set", index=index, mtu=settings.mtu, address=settings.mac.hex(":"))
+        (now,) = link.get_links(index)
+
+        def bring(**wanted: Any) -> None:
+            new = {key: value for key, value in wanted.items() if now.get_attr(f"IFLA_{key.upper()}") != value}
+            if new:
+                link.link("set", index=index, **new)
+
+        bring(mtu=settings.mtu, address=settings.mac.hex(":"))
         if settings.longest is not None:
             with contextlib.suppress(NetlinkError):  # some kernels cannot be told; it is a matter of speed
-                link.link("set", index=index, gso_max_size=settings.longest)
+                bring(gso_max_size=settings.longest)
         if settings.bridge is not None:
-            link.link("set", index=index, master=_index(link, settings.bridge))
+            bring(master=_index(link, settings.bridge))
         if settings.address is not None:
             _require_free(link, index, settings.address)
-            address, _, prefix = settings.address.partition("/")
-            link.addr("replace", index=index, address=address, prefixlen=int(prefix))
-        link.link("set", index=index, state="up")
+            _bring_address(link, index, settings.address)
+        if not now["flags"] & _UP:
+            link.link("set", index=index, state="up")
         if settings.neighbour is not None:
             address, mac = settings.neighbour
-            link.neigh("replace", ifindex=index, dst=address, lladdr=mac.hex(":"), state=_REACHABLE)
+            with contextlib.suppress(NetlinkError):  # who has no rights waits until the kernel has asked
+                link.neigh("replace", ifindex=index, dst=address, lladdr=mac.hex(":"), state=_REACHABLE)
         return () if settings.bridge is None else _hosts(link, _index(link, settings.bridge))
+
+
+def _bring_address(link: Any, index: int, wanted: str) -> None:
+    here = [(one.get_attr("IFA_ADDRESS"), one["prefixlen"]) for one in link.get_addr(index=index)]
+    interface = ip_interface(wanted)
+    address, prefix = str(interface.ip), interface.network.prefixlen
+    if (address, prefix) not in here:
+        link.addr("replace", index=index, address=address, prefixlen=prefix)
 
 
 def _hosts(link: Any, index: int) -> Hosts:

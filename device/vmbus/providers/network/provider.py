@@ -47,8 +47,6 @@ MOST_DATA = 256 << 10
 """Bytes of RNDIS messages in one packet of the guest's, those in its section not counted."""
 MAXIMUM_PACKET = 4 << 10
 """Bytes of one NVSP message."""
-WHOLE_FRAME = 60 << 10
-"""Bytes of a frame that the host leaves whole: Linux puts each into memory of its own, of a power of two."""
 MESSAGE_ROOM = 128
 """What a frame's message has beside the frame, at most, in a section of the receive buffer."""
 
@@ -63,7 +61,6 @@ class NetworkProvider(Adapter):
         # One message, of a section's size at the most, has the longest frame.
         longest = frame_limit(self.options.mtu, self.options.offload) - OFFLOAD_SIZE + MESSAGE_ROOM
         self.section = -(-longest // 128) * 128
-        self.settings = self.settings._replace(longest=WHOLE_FRAME)
         self._spare: list[Queue] = []  # sub-channels that are not offered
         self.queues = [self._make_queue(0)]
 

@@ -19,6 +19,8 @@ NAME_LIMIT = 15
 """Characters of an interface's name."""
 
 _SET_INTERFACE = 0x400454CA  # TUNSETIFF
+_SET_PERSISTENT = 0x400454CB  # TUNSETPERSIST
+_SET_OWNER = 0x400454CC  # TUNSETOWNER
 _SET_OFFLOAD = 0x400454D0  # TUNSETOFFLOAD
 _SET_CARRIER = 0x400454E2  # TUNSETCARRIER
 _FLAGS = 0x0002 | 0x1000 | 0x4000  # tap, no packet information, offload header
@@ -57,7 +59,7 @@ class Tap:
             self.set_offload(False)
         except OSError as error:
             os.close(self.fd)
-            raise EnvironmentProblem(f"cannot make the TAP interface {name!r}: {_reason(error, name)}") from error
+            raise EnvironmentProblem(f"cannot make the TAP interface {name!r}: {_reason(error)}") from error
 
     def set_offload(self, wanted: bool) -> None:
         """Whether frames may come that are longer than the MTU, or without checksums. Raises OSError."""
@@ -66,6 +68,13 @@ class Tap:
     def set_carrier(self, up: bool) -> None:
         """Whether the interface has a link. Raises OSError."""
         fcntl.ioctl(self.fd, _SET_CARRIER, struct.pack("i", up))
+
+    def leave_to(self, owner: int | None) -> None:
+        """Whether the interface stays when it is closed here, for that user, who needs no rights for it then; None: it
+        goes. Raises OSError."""
+        if owner is not None:
+            fcntl.ioctl(self.fd, _SET_OWNER, owner)
+        fcntl.ioctl(self.fd, _SET_PERSISTENT, int(owner is not None))
 
     def read(self) -> bytes | None:
         """The next frame with its header, from the kernel; None when there is none now. Raises OSError."""
@@ -92,13 +101,13 @@ class Tap:
             self.fd = -1
 
 
-def _reason(error: OSError, name: str) -> str:
+def _reason(error: OSError) -> str:
     if error.errno == errno.EBUSY:
         return "another process has it"
     if error.errno == errno.EPERM:
         return (
             "not permitted; it needs the capability CAP_NET_ADMIN in this network namespace (as root has), or an "
-            f"interface that root has prepared: ip tuntap add dev {name} mode tap vnet_hdr user USER"
+            "interface that root has prepared: sudo scripts/network DESCRIPTION"
         )
     if error.errno == errno.EINVAL:
         return "there is an interface of this name that is something else"
