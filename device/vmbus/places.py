@@ -15,6 +15,9 @@ _CHECKOUT = _PACKAGE.parents[1]
 IN_CHECKOUT = (_CHECKOUT / "scripts" / "_run").is_file() and _PACKAGE == _CHECKOUT / "device" / "vmbus"
 """Whether this is a checkout: then its scripts are there."""
 
+CHECKOUT = _CHECKOUT if IN_CHECKOUT else None
+"""The checkout's folder, if this is one."""
+
 DESCRIPTIONS = _CHECKOUT / "qemu_configs" if IN_CHECKOUT else _PACKAGE / "descriptions"
 """The VM descriptions that come with the project."""
 

@@ -35,7 +35,7 @@ from vmbus.errors import EnvironmentProblem
 from vmbus.native.build import FILE_NAME, BuildError
 from vmbus.provision.cache import Cache, digest, prune, publish_bytes, remove
 from vmbus.provision.digests import damaged, write_digests
-from vmbus.provision.guest_files import LINUX_DRIVERS, PYTHON, USERSPACE_DRIVER, Kernel
+from vmbus.provision.guest_files import LINUX_DRIVERS, PYTHON, USERSPACE_DRIVER, VIRTIO, Kernel
 from vmbus.provision.kernel_module import NAME as KERNEL_MODULE
 from vmbus.provision.native import check
 from vmbus.provision.report import Reporter, SilentReporter
@@ -167,6 +167,17 @@ def build_image(
     prune(directory, KEPT_IMAGES, RECENT)
     reporter.end(f"{image.initramfs.stat().st_size / 1e6:.1f} MB")
     return image
+
+
+def adopt_image(kernel: Path, initramfs: Path, key: str, cache: Cache) -> GuestImage:
+    """Return an image of the user's own files, as they are. The caller holds the cache's lock."""
+    directory = cache.path("image", key)
+    with cache.publish_directory(directory) as partial:
+        shutil.copyfile(kernel, partial / "vmlinuz")
+        shutil.copyfile(initramfs, partial / "initramfs.cpio")
+        write_digests(partial)
+    prune(directory, KEPT_IMAGES, RECENT)
+    return GuestImage(directory / "vmlinuz", directory / "initramfs.cpio", key)
 
 
 def find_image(cache: Cache, key: str) -> GuestImage | None:
@@ -335,7 +346,7 @@ def _modules(kernel: Kernel) -> Iterator[newc.Entry]:
     yield newc.file("usr/lib/modules/order", order.encode())
     yield newc.file("usr/lib/modules/version", f"{kernel.version}\n".encode())
     for driver, names in (("userspace", USERSPACE_DRIVER), ("linux", LINUX_DRIVERS)):
-        lines = "".join(f"{name}\n" for name in kernel.closure(names))
+        lines = "".join(f"{name}\n" for name in kernel.closure((*VIRTIO, *names)))
         yield newc.file(f"usr/lib/modules/{driver}", lines.encode())
 
 

@@ -226,7 +226,7 @@ def test_missing_compiler_is_one_line_to_paste(tmp_path: Path, monkeypatch: pyte
 
 def test_failed_build_quotes_the_compiler(tmp_path: Path) -> None:
     compiler = script(tmp_path / "cc", "echo 'linux/vfio.h: No such file' >&2\nexit 1")
-    json_c = libvfio_user.JsonC(tmp_path, tmp_path / "libjson-c.so.5", None, "host")
+    json_c = libvfio_user.JsonC(tmp_path, tmp_path / "libjson-c.so.5", tmp_path / "l", "host")
     with pytest.raises(EnvironmentProblem, match=r"(?s)apt-get install.*linux/vfio\.h: No such file"):
         libvfio_user.compile_library(str(compiler), tmp_path, json_c, tmp_path / "out.so")
 
@@ -236,11 +236,11 @@ def test_compiler_gets_every_source_and_a_private_json_c(tmp_path: Path) -> None
     for name in ("dma.c", "pci.c", "tran_pipe.c"):
         (tmp_path / "lib").mkdir(exist_ok=True)
         (tmp_path / "lib" / name).write_text("")
-    json_c = libvfio_user.JsonC(tmp_path / "h", tmp_path / "libjson-c.so.5", tmp_path / "r", "package")
+    json_c = libvfio_user.JsonC(tmp_path / "h", tmp_path / "libjson-c.so.5", tmp_path / "l", "package")
     libvfio_user.compile_library(str(compiler), tmp_path, json_c, tmp_path / "out.so")
     arguments = (tmp_path / "cc.arguments").read_text().splitlines()
     assert [Path(part).name for part in arguments if part.endswith(".c")] == ["dma.c", "pci.c"]
-    assert f"-Wl,-rpath,{tmp_path / 'r'}" in arguments
+    assert "-Wl,-rpath,$ORIGIN" in arguments
     assert "-fvisibility=hidden" in arguments
     assert not any("DNDEBUG" in part or part == "-DDEBUG" for part in arguments)
 

@@ -8,11 +8,13 @@ with a virtual environment made first.
     libvfio_user    VMBUS_LIBVFIO_USER, the system's, or built from Debian's QEMU source package
     native          the native core, compiled (VMBUS_CORE)
     guest_files     Debian's kernel, busybox and Python for the guest
+    own_files       a kernel and a user space of the user's own instead (VMBUS_KERNEL, VMBUS_MODULES, VMBUS_INITRAMFS)
     debian_system   a Debian on a disk, for guests that want one, fetched and made by those only
     dpkg_tree       its packages, unpacked into a tar
     kernel_module   our module for that kernel, compiled (without it, guests have the userspace driver only)
     accel           KVM if it runs a guest, else TCG (VMBUS_ACCELERATOR overrides)
     chromium        a browser for tests of the report, fetched by those only
+    prebuilt        all of this in one file, for machines without apt, compiler or network
     environment     the virtual environment with the Python packages of requirements.lock
     needs           what is missing for set-up and for each feature, and the room for it, before anything is fetched
     sources, apt, roots               the host's archives, apt with a state of its own, its packages in private roots
@@ -33,6 +35,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vmbus.errors import EnvironmentProblem
+
 if TYPE_CHECKING:
     from vmbus.provision.accel import Accelerator
     from vmbus.provision.cache import Cache
@@ -41,8 +45,9 @@ if TYPE_CHECKING:
     from vmbus.provision.libvfio_user import VfioUserLibrary
     from vmbus.provision.qemu import QemuProgram
     from vmbus.provision.report import Reporter
+    from vmbus_guest.image import GuestImage
 
-SETTINGS = ("VMBUS_QEMU", "VMBUS_LIBVFIO_USER", "VMBUS_ACCELERATOR")
+SETTINGS = ("VMBUS_QEMU", "VMBUS_LIBVFIO_USER", "VMBUS_ACCELERATOR", "VMBUS_KERNEL", "VMBUS_MODULES", "VMBUS_INITRAMFS")
 """Environment variables that decide what is used (VMBUS_CACHE and VMBUS_DEBIAN_MIRROR only decide from where)."""
 
 
@@ -110,12 +115,14 @@ def provision_debian(
 
     Reports and raises as `provision`.
     """
-    from vmbus.provision import debian_system, guest_files
+    from vmbus.provision import debian_system, guest_files, own_files
     from vmbus.provision.cache import Cache
     from vmbus.provision.report import PlainReporter
     from vmbus.provision.roots import find_root
 
     cache = cache or Cache()
+    if own_files.wanted(environment) is not None:
+        raise EnvironmentProblem("the Debian for guests has Debian's kernel: unset VMBUS_KERNEL and what goes with it")
     provision(cache, reporter, environment)
     parts = _remembered(cache, environment)
     userland = find_root(cache, guest_files.USERLAND_RECIPE)
@@ -153,39 +160,45 @@ class _Parts:
     qemu: QemuProgram
     library: VfioUserLibrary
     kernel: Kernel
-    userland: Path
+    userland: Path | None
+    """None: the user has a whole initial file system of his own."""
     accelerator: Accelerator
 
 
 def _make(cache: Cache, reporter: Reporter, environment: Mapping[str, str]) -> _Parts:
-    from vmbus.provision import accel, guest_files, libvfio_user, qemu
+    from vmbus.provision import accel, guest_files, libvfio_user, own_files, qemu
     from vmbus.provision.apt import Apt
     from vmbus.provision.cache import publish_bytes
     from vmbus.provision.sources import SUITE
 
+    own = own_files.wanted(environment)
     libvfio_user.check_prerequisites(cache, environment)  # before the large downloads
     program = qemu.find_qemu(cache, reporter, environment)
     library = libvfio_user.find(cache, reporter, environment)
     apt = Apt(cache, (SUITE,), reporter=reporter, environment=environment)
-    kernel = guest_files.find_kernel(cache, reporter, apt)
-    userland = guest_files.find_userland(cache, reporter, apt)
+    kernel = (
+        guest_files.find_kernel(cache, reporter, apt) if own is None else own_files.find_kernel(cache, own, reporter)
+    )
+    whole = own is not None and own.initramfs is not None
+    userland = None if whole else guest_files.find_userland(cache, reporter, apt)
     accelerator = accel.choose_accelerator(program, kernel, userland, cache, reporter, environment)
-    parts = _Parts(program, library, kernel, userland.path, accelerator)
+    parts = _Parts(program, library, kernel, None if userland is None else userland.path, accelerator)
     publish_bytes(_memory(cache, environment), (json.dumps(_to_json(parts), indent=1) + "\n").encode())
     return parts
 
 
 def _memory(cache: Cache, environment: Mapping[str, str]) -> Path:
     """Path of the record of a set-up: one per combination of all that may change the outcome."""
-    from vmbus.provision import guest_files, libvfio_user, qemu
+    from vmbus.provision import guest_files, libvfio_user, own_files, qemu
     from vmbus.provision.accel import KVM_DEVICE
     from vmbus.provision.cache import digest
     from vmbus.util.boot import boot_id
 
     installed = shutil.which(qemu.PROGRAM, path=environment.get("PATH"))
     key = digest(
-        2,
+        3,
         [environment.get(name, "") for name in SETTINGS],
+        own_files.identity(own_files.wanted(environment)),
         [_identity(environment.get("VMBUS_QEMU")), _identity(installed)],
         [_identity(environment.get("VMBUS_LIBVFIO_USER"))],
         [qemu.ROOT_RECIPE.key, guest_files.USERLAND_RECIPE.key, guest_files.MODULES, libvfio_user.build_key()],
@@ -235,14 +248,15 @@ def _remembered(cache: Cache, environment: Mapping[str, str]) -> _Parts | None:
                 kernel["package"],
                 {name: tuple(guids) for name, guids in kernel["vmbus"].items()},
             ),
-            Path(known["userland"]),
+            None if known["userland"] is None else Path(known["userland"]),
             Accelerator(**known["accelerator"]),
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
     files = [
         *(Path(part) for part in parts.qemu.argv if part.startswith("/")),
-        *(parts.library.path, parts.kernel.image, parts.userland / "usr/bin/busybox"),
+        *(parts.library.path, parts.kernel.image),
+        *([parts.userland / "usr/bin/busybox"] if parts.userland else []),
         *(parts.kernel.module_path(name) for name in parts.kernel.modules),
     ]
     return parts if all(path.exists() for path in files) else None
@@ -252,19 +266,28 @@ def _with_image(
     parts: _Parts, cache: Cache, reporter: Reporter | None, environment: Mapping[str, str]
 ) -> Provisioned | None:
     """Add the native core and the guest image; without a reporter (and lock) only what is in the cache already."""
-    from vmbus.provision import guest_files, kernel_module, native
+    from vmbus.provision import guest_files, kernel_module, native, own_files
     from vmbus.provision.roots import find_root
     from vmbus_guest import image  # imports this package
 
-    userland = find_root(cache, guest_files.USERLAND_RECIPE)
-    if userland is None:
-        return None
     if reporter is None and not native.settled(cache, environment):
         return None
     core = native.find(cache, reporter, environment)
-    module: kernel_module.KernelModule | None
+    own = own_files.wanted(environment)
+    if own is not None and own.initramfs is not None:
+        key = own_files.image_key(own)
+        built = image.find_image(cache, key)
+        if built is None:
+            if reporter is None:
+                return None
+            built = image.adopt_image(own.kernel, own.initramfs, key, cache)
+        return _provisioned(parts, core, built, "")  # what is in it, its owner knows
+    userland = find_root(cache, guest_files.USERLAND_RECIPE)
+    if userland is None:
+        return None
+    module: kernel_module.KernelModule | None = own_files.kernel_module(parts.kernel) if own is not None else None
     if reporter is None:
-        module = kernel_module.remembered(cache, parts.kernel, environment)
+        module = module or kernel_module.remembered(cache, parts.kernel, environment)
         if module is None:
             return None
         key = image.image_key(userland, parts.kernel, native_core=core, kernel_module=module.path)
@@ -272,8 +295,12 @@ def _with_image(
         if built is None:
             return None
     else:
-        module = kernel_module.find(cache, parts.kernel, reporter, environment)
+        module = module or kernel_module.find(cache, parts.kernel, reporter, environment)
         built = image.build_image(userland, parts.kernel, cache, reporter, native_core=core, kernel_module=module.path)
+    return _provisioned(parts, core, built, module.problem)
+
+
+def _provisioned(parts: _Parts, core: Path | None, built: GuestImage, problem: str) -> Provisioned:
     return Provisioned(
         qemu=parts.qemu,
         libvfio_user=parts.library.path,
@@ -284,5 +311,5 @@ def _with_image(
         image_key=built.key,
         accelerator=parts.accelerator,
         native_core=core,
-        kernel_module_problem=module.problem,
+        kernel_module_problem=problem,
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 
 import click
 from rich.console import Console
@@ -16,8 +17,10 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from vmbus.errors import VmbusError
-from vmbus.provision import Provisioned, needs, provision, provision_debian
+from vmbus.places import CHECKOUT
+from vmbus.provision import Provisioned, needs, prebuilt, provision, provision_debian
 from vmbus.provision.cache import Cache
+from vmbus.provision.debian_system import DebianSystem
 from vmbus.provision.report import PlainReporter, Reporter, SilentReporter
 from vmbus.util.screen import screen
 
@@ -102,6 +105,10 @@ def summary(result: Provisioned) -> Table:
     return table
 
 
+EXPORT = "Write the finished set-up to this file, for machines without apt, compiler or network, and its SHA-256."
+IMPORT = "Take the set-up from a file that --export has written; programs are run from it."
+
+
 @click.command(help="Find or fetch everything that virtual machines with our devices need.")
 @click.option("--json", "as_json", is_flag=True, help="Print the outcome as JSON.")
 @click.option("--quiet", is_flag=True, help="Print no summary, and progress only if there is something to do.")
@@ -110,29 +117,43 @@ def summary(result: Provisioned) -> Table:
     "--clean", is_flag=True, help="Only remove everything that was fetched and made, and say how much it was."
 )
 @click.option("--debian", is_flag=True, help="Make the Debian for guests too, which run-vm debian does by itself.")
-def main(as_json: bool, quiet: bool, check: bool, clean: bool, debian: bool) -> None:
+@click.option("--export", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help=EXPORT)
+@click.option("--import", "import_", type=click.Path(path_type=Path), metavar="FILE", help=IMPORT)
+def main(
+    as_json: bool, quiet: bool, check: bool, clean: bool, debian: bool, export: Path | None, import_: Path | None
+) -> None:
     """Run the set-up's second stage."""
     if check or clean:
         words = [*(["--check"] if check else []), *(["--clean"] if clean else [])]
         sys.exit(needs.run(words, Cache(), None))
     errors = screen(stderr=True)
+
+    def work(reporter: Reporter) -> tuple[Provisioned, DebianSystem | None, str]:
+        cache = Cache()
+        if import_ is not None:
+            prebuilt.bring(import_, cache, CHECKOUT, reporter)
+        result = provision(cache, reporter)
+        system = provision_debian(cache, reporter) if debian else None
+        return result, system, prebuilt.export(export, cache, CHECKOUT, reporter) if export is not None else ""
+
     try:
         if errors.is_terminal and not as_json:
             with RichReporter(errors) as reporter:
-                result = provision(reporter=reporter)
-                system = provision_debian(reporter=reporter) if debian else None
+                result, system, digest = work(reporter)
         else:
             plain: Reporter = SilentReporter() if as_json and not errors.is_terminal else PlainReporter()
-            result = provision(reporter=plain)
-            system = provision_debian(reporter=plain) if debian else None
-    except VmbusError as error:
+            result, system, digest = work(plain)
+    except (VmbusError, OSError) as error:
         errors.print(f"set-up: {error}", style="red", soft_wrap=True)
         sys.exit(1)
     except KeyboardInterrupt:
         errors.print("set-up interrupted; the next run continues with what is missing", soft_wrap=True)
         sys.exit(130)
     if as_json:
-        click.echo(json.dumps(facts(result) | ({"debian": str(system.image)} if system else {}), indent=1))
+        more = ({"debian": str(system.image)} if system else {}) | ({"sha256": digest} if digest else {})
+        click.echo(json.dumps(facts(result) | more, indent=1))
+    elif digest:
+        click.echo(f"{digest}  {export}")  # as sha256sum has it
     elif not quiet:
         table = summary(result)
         if system is not None:

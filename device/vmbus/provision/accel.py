@@ -61,12 +61,13 @@ class Accelerator:
 def choose_accelerator(
     qemu: QemuProgram,
     kernel: Kernel,
-    userland: Root,
+    userland: Root | None,
     cache: Cache | None = None,
     reporter: Reporter | None = None,
     environment: Mapping[str, str] = os.environ,
 ) -> Accelerator:
-    """Return the accelerator for this host, tried now unless the outcome of this boot is in the cache.
+    """Return the accelerator for this host, tried now unless the outcome of this boot is in the cache. Without our
+    `userland` there is nothing to try it with, and the setting is taken as it is.
 
     Raises EnvironmentProblem if `VMBUS_ACCELERATOR` is neither `kvm` nor `tcg`, or `kvm` where that runs no guest.
     """
@@ -76,6 +77,10 @@ def choose_accelerator(
             raise EnvironmentProblem(f"VMBUS_ACCELERATOR is {explicit!r}; it can be kvm or tcg")
         if explicit == "tcg":
             return Accelerator("tcg", "VMBUS_ACCELERATOR")
+    if userland is None:
+        if explicit:
+            return Accelerator(explicit, "VMBUS_ACCELERATOR, untried")
+        return Accelerator("tcg", "with VMBUS_INITRAMFS, KVM is used if VMBUS_ACCELERATOR is kvm")
     choice = _tried(qemu, kernel, userland, cache or Cache(), reporter or SilentReporter())
     if explicit == "kvm" and choice.name != "kvm":
         raise EnvironmentProblem(

@@ -6,8 +6,10 @@ xz program, else the busybox of the guest's files, which is static and runs anyw
 
 from __future__ import annotations
 
+import gzip
 import shutil
 import subprocess
+import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
@@ -21,6 +23,9 @@ except ImportError:  # a Python compiled by hand, without the library's headers 
     lzma = None  # type: ignore[assignment]
 
 UNPACK_TIMEOUT = 300.0
+
+_GZIP = b"\x1f\x8b"
+_ZSTD = b"\x28\xb5\x2f\xfd"
 
 
 def decompress_xz(data: bytes, tools: Sequence[Sequence[str]] = (("xz",),)) -> bytes:
@@ -41,6 +46,23 @@ def decompress_xz(data: bytes, tools: Sequence[Sequence[str]] = (("xz",),)) -> b
             return result.stdout
         raise EnvironmentProblem(f"{tool[0]} could not decompress: {result.stderr.decode(errors='replace').strip()}")
     raise EnvironmentProblem("nothing on this machine can decompress xz; run: sudo apt-get install -y xz-utils")
+
+
+def decompress(data: bytes) -> bytes:
+    """Return the contents of what xz, gzip or zstd has compressed. Raises EnvironmentProblem."""
+    if data.startswith(_GZIP):
+        try:
+            return gzip.decompress(data)
+        except (OSError, EOFError, zlib.error) as error:
+            raise EnvironmentProblem(f"damaged gzip data: {error}") from error
+    if data.startswith(_ZSTD):
+        if shutil.which("zstd") is None:
+            raise EnvironmentProblem("nothing on this machine can decompress zstd: install the program zstd")
+        result = subprocess.run(["zstd", "-dcq"], input=data, capture_output=True, timeout=UNPACK_TIMEOUT)
+        if result.returncode != 0:
+            raise EnvironmentProblem(f"zstd could not decompress: {result.stderr.decode(errors='replace').strip()}")
+        return result.stdout
+    return decompress_xz(data)
 
 
 def place_below(folder: Path, name: str, origin: str) -> Path:

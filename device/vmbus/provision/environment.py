@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 
 from vmbus.errors import EnvironmentProblem
-from vmbus.provision.cache import Cache, digest, publish_bytes
+from vmbus.provision.cache import Cache, digest, publish_bytes, remove
 from vmbus.provision.programs import ProgramFailed, run_lines
 from vmbus.provision.report import Reporter
 from vmbus.provision.roots import RootRecipe, make_root
@@ -73,14 +73,7 @@ def make_environment(cache: Cache, checkout: Path, reporter: Reporter) -> Path:
     lock = checkout / LOCK_FILE
     pinned = len(re.findall(r"^[A-Za-z0-9][A-Za-z0-9._-]*==", lock.read_text(encoding="utf-8"), re.MULTILINE))
     with cache.publish_directory(directory) as partial:
-        reporter.begin("Virtual environment")
-        run_lines(
-            [getattr(sys, "_base_executable", sys.executable), "-I", "-m", "venv", "--without-pip", partial],
-            "creating a virtual environment",
-            VENV_TIMEOUT,
-        )
-        reporter.end()
-        inside = partial / "bin/python"
+        inside = _bare(partial, reporter)
         temporary = partial / "tmp"
         temporary.mkdir()
         pip = find_pip(cache, inside, reporter, temporary)
@@ -117,6 +110,40 @@ def make_environment(cache: Cache, checkout: Path, reporter: Reporter) -> Path:
     python = environment_python(cache, checkout)
     assert python is not None
     return python
+
+
+def _bare(folder: Path, reporter: Reporter) -> Path:
+    """Make an environment without packages there; return its Python."""
+    reporter.begin("Virtual environment")
+    run_lines(
+        [getattr(sys, "_base_executable", sys.executable), "-I", "-m", "venv", "--without-pip", folder],
+        "creating a virtual environment",
+        VENV_TIMEOUT,
+    )
+    reporter.end()
+    return folder / "bin/python"
+
+
+def packages_folder(environment: Path) -> Path:
+    """Where an environment for this Python has its packages."""
+    return environment / "lib" / f"python{sys.version_info[0]}.{sys.version_info[1]}" / "site-packages"
+
+
+def adopt(cache: Cache, checkout: Path, packages: Path, reporter: Reporter) -> None:
+    """Make the environment, without a network, of packages that another machine has installed for the same lock file
+    and Python; the folder is moved. The caller holds the cache's lock."""
+    directory = environment_path(cache, checkout)
+    with cache.publish_directory(directory) as partial:
+        _bare(partial, reporter)
+        place = packages_folder(partial)
+        remove(place)
+        packages.rename(place)
+        publish_bytes(partial / STAMP, b"")
+
+
+def packages_key(checkout: Path) -> str:
+    """What an environment's packages depend on, beside the place of its Python."""
+    return digest(1, sys.version_info[:2], hashlib.sha256((checkout / LOCK_FILE).read_bytes()).hexdigest())
 
 
 def find_pip(cache: Cache, python: Path, reporter: Reporter, temporary: Path) -> list[str]:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from vmbus.errors import EnvironmentProblem
 from vmbus.provision.apt import Apt
-from vmbus.provision.archive import command_output, decompress_xz
+from vmbus.provision.archive import command_output, decompress
 from vmbus.provision.cache import Cache, digest, publish_bytes
 from vmbus.provision.digests import write_digests
 from vmbus.provision.report import Reporter, SilentReporter
@@ -29,6 +29,9 @@ KERNEL_PACKAGE = "linux-image-cloud-amd64"
 
 USERSPACE_DRIVER = ("irqbypass", "vfio", "vfio_iommu_type1", "vfio-pci-core", "vfio-pci")
 """What a driver in userspace needs."""
+
+VIRTIO = ("virtio_pci", "virtio_console")
+"""What the agent's line to the host needs, and Debian's kernel has built in."""
 
 LINUX_DRIVERS = ("hv_vmbus", "hv_utils", "sd_mod", "hv_storvsc", "hv_netvsc", "hv_sock", "uio_hv_generic")
 """Linux's own VMBus drivers, in the order in which they are loaded behind our kernel module."""
@@ -59,6 +62,8 @@ USERLAND_RECIPE = RootRecipe(
 
 PYTHON = "python3.13"
 
+KERNEL_RECORD = "kernel.json"
+
 
 @dataclass(frozen=True)
 class Kernel:
@@ -70,7 +75,7 @@ class Kernel:
     modules: Mapping[str, tuple[str, ...]]
     """For each module (file name without suffix, in an order that can be loaded) the names it depends on."""
     package: str
-    """Version of the Debian package."""
+    """Version of the Debian package; empty for a kernel of the user's own."""
     vmbus: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """All modules of the package that bind to VMBus devices, and the GUIDs of these."""
 
@@ -99,9 +104,8 @@ def find_kernel(cache: Cache | None = None, reporter: Reporter | None = None, ap
     """
     cache = cache or Cache()
     reporter = reporter or SilentReporter()
-    directory = cache.path("kernel", digest(2, SUITE, KERNEL_PACKAGE, MODULES, length=8))
-    record = directory / "kernel.json"
-    if not record.exists():
+    directory = kernel_folder(cache)
+    if not (directory / KERNEL_RECORD).exists():
         apt = apt or Apt(cache, (SUITE,), reporter=reporter)
         concrete = [name for name in apt.depends(KERNEL_PACKAGE) if name.startswith("linux-image-")]
         if len(concrete) != 1:
@@ -113,11 +117,21 @@ def find_kernel(cache: Cache | None = None, reporter: Reporter | None = None, ap
             package = package_fields(deb)
             write_record(partial, [package], (SUITE,))
             facts = {"version": version, "package": package.version, "modules": modules, "vmbus": vmbus}
-            publish_bytes(partial / record.name, (json.dumps(facts, indent=1) + "\n").encode())
+            publish_bytes(partial / KERNEL_RECORD, (json.dumps(facts, indent=1) + "\n").encode())
             write_digests(partial)
             reporter.end(f"{len(modules)} modules")
         discard([deb])
-    facts = json.loads(record.read_text())
+    return read_kernel(directory)
+
+
+def kernel_folder(cache: Cache) -> Path:
+    """Where the kernel and its modules are, once they are there."""
+    return cache.path("kernel", digest(2, SUITE, KERNEL_PACKAGE, MODULES, length=8))
+
+
+def read_kernel(directory: Path) -> Kernel:
+    """Return the kernel that such a folder holds. Raises OSError, ValueError, KeyError."""
+    facts = json.loads((directory / KERNEL_RECORD).read_text())
     return Kernel(
         image=directory / "vmlinuz",
         version=facts["version"],
@@ -168,28 +182,31 @@ def unpack_kernel(deb: Path, target: Path) -> tuple[str, dict[str, tuple[str, ..
     folder.mkdir()
     order: dict[str, tuple[str, ...]] = {}
     for name in MODULES:
-        _take_module(module_name(name), compressed, builtin, folder, order)
-    aliases = {name: vmbus_aliases(_plain(data)) for name, data in sorted(compressed.items())}
+        take_module(module_name(name), compressed, builtin, folder, order)
+    aliases = {name: vmbus_aliases(plain(data)) for name, data in sorted(compressed.items())}
     return version, order, {name: guids for name, guids in aliases.items() if guids}
 
 
-def _plain(data: bytes) -> bytes:
-    return data if data.startswith(b"\x7fELF") else decompress_xz(data)
+def plain(data: bytes) -> bytes:
+    """Return a module decompressed. Raises EnvironmentProblem."""
+    return data if data.startswith(b"\x7fELF") else decompress(data)
 
 
-def _take_module(
+def take_module(
     name: str, compressed: Mapping[str, bytes], builtin: set[str], folder: Path, order: dict[str, tuple[str, ...]]
 ) -> None:
+    """Put a module and all that it depends on into `folder`, unless they are in `order`, which they are added to, or
+    built in. Raises EnvironmentProblem for one that is not there."""
     if name in order or name in builtin:
         return
     try:
         data = compressed[name]
     except KeyError:
-        raise EnvironmentProblem(f"the kernel package has no module {name}") from None
-    data = _plain(data)
+        raise EnvironmentProblem(f"there is no module {name}") from None
+    data = plain(data)
     needed = module_dependencies(data)
     for other in needed:
-        _take_module(other, compressed, builtin, folder, order)
+        take_module(other, compressed, builtin, folder, order)
     (folder / f"{name}.ko").write_bytes(data)
     order[name] = tuple(other for other in needed if other not in builtin)
 

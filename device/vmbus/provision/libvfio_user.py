@@ -40,7 +40,14 @@ PACKAGES_FOR_A_COMPILER = "gcc libc6-dev"
 COMPILER_OPTIONS = ("-shared", "-fPIC", "-O3", "-std=gnu99", "-D_GNU_SOURCE", "-fvisibility=hidden", "-w")
 """What the library's own build uses for a release. Assertions stay in: they turn a wild write into a clean end."""
 
-LINKER_OPTIONS = ("-Wl,-soname," + SONAME, "-Wl,--no-undefined", "-Wl,-z,relro,-z,now", "-pthread")
+LINKER_OPTIONS = (
+    "-Wl,-soname," + SONAME,
+    "-Wl,--no-undefined",
+    "-Wl,-z,relro,-z,now",
+    "-Wl,-rpath,$ORIGIN",
+    "-pthread",
+)
+"""json-c lies beside the library, so that the two can be taken elsewhere."""
 
 OPTIONAL_SOURCES = ("tran_pipe.c",)
 """A transport for the library's own tests, left out of its release build."""
@@ -57,7 +64,10 @@ except VmbusError as error:
     sys.exit(str(error))
 """
 
+RECORD = "build.json"
+
 _JSON_C_SONAME = "libjson-c.so.5"
+_JSON_C_LICENCE = "usr/share/doc/libjson-c5/copyright"
 
 
 @dataclass(frozen=True)
@@ -126,7 +136,17 @@ def loading_problem(path: Path) -> str | None:
 
 def build_key() -> str:
     """Key of the build: recipe and host suite (whose json-c it is linked with)."""
-    return digest(2, SUITE, COMPILER_OPTIONS, LINKER_OPTIONS, host_suite())
+    return digest(recipe_key(), host_suite())
+
+
+def recipe_key() -> str:
+    """Key of the recipe, on every host."""
+    return digest(3, SUITE, COMPILER_OPTIONS, LINKER_OPTIONS)
+
+
+def build_folder(cache: Cache) -> Path:
+    """Where our build is, once it is there."""
+    return cache.path("libvfio-user", build_key())
 
 
 def is_built(cache: Cache) -> bool:
@@ -135,7 +155,7 @@ def is_built(cache: Cache) -> bool:
 
 
 def _record(cache: Cache) -> Path:
-    return cache.path("libvfio-user", build_key(), "build.json")
+    return build_folder(cache) / RECORD
 
 
 def build(cache: Cache, reporter: Reporter) -> VfioUserLibrary:
@@ -152,11 +172,14 @@ def build(cache: Cache, reporter: Reporter) -> VfioUserLibrary:
         with cache.publish_directory(directory) as partial:
             reporter.begin("Building libvfio-user")
             compile_library(compiler, source, json_c, partial / SONAME)
+            shutil.copyfile(json_c.library, partial / _JSON_C_SONAME)
             problem = loading_problem(partial / SONAME)
             if problem:
                 raise EnvironmentProblem(f"the libvfio-user just built cannot be loaded: {problem}")
-            # Its licence asks that its text accompany binaries.
+            # Their licences ask that their texts accompany binaries.
             publish_bytes(partial / "LICENSE.libvfio-user", (source / "LICENSE").read_bytes())
+            if json_c.licence.is_file():
+                publish_bytes(partial / "LICENSE.json-c", json_c.licence.read_bytes())
             facts = {
                 "source": json.loads((source / "source.json").read_text()),
                 "compiler": compiler,
@@ -219,8 +242,8 @@ class JsonC:
     include: Path
     library: Path
     """The shared library itself, so that no development link is needed."""
-    rpath: Path | None
-    """Where the dynamic linker has to look, if the library is not the host's."""
+    licence: Path
+    """Its text, where the package has been left whole."""
     origin: str
 
     @classmethod
@@ -229,16 +252,16 @@ class JsonC:
         headers = Path("/usr/include/json-c")
         installed = _host_library(_JSON_C_SONAME)
         if (headers / "json.h").exists() and installed is not None:
-            return cls(headers, installed, None, "host")
+            return cls(headers, installed, Path("/", _JSON_C_LICENCE), "host")
         suite = host_suite()
         recipe = RootRecipe(f"json-c-{suite}", (suite,), ("libjson-c-dev", "libjson-c5"), closure=False)
         root = make_root(cache, recipe, reporter)
         version = root.packages["libjson-c-dev"]
         headers = root.path / "usr/include/json-c"
         if installed is not None:
-            return cls(headers, installed, None, f"host, headers of Debian {version}")
+            return cls(headers, installed, Path("/", _JSON_C_LICENCE), f"host, headers of Debian {version}")
         # The package's files are below /lib or /usr/lib, depending on the suite; the root's links make it one place.
-        return cls(headers, root.libraries / _JSON_C_SONAME, root.libraries, f"Debian {version}")
+        return cls(headers, root.libraries / _JSON_C_SONAME, root.path / _JSON_C_LICENCE, f"Debian {version}")
 
 
 def _host_library(soname: str) -> Path | None:
@@ -264,7 +287,6 @@ def compile_library(compiler: str, source: Path, json_c: JsonC, output: Path) ->
         *(str(path) for path in files),
         str(json_c.library),
         *LINKER_OPTIONS,
-        *([f"-Wl,-rpath,{json_c.rpath}"] if json_c.rpath is not None else []),
         "-o",
         str(output),
     ]
