@@ -106,6 +106,7 @@ def summary(result: Provisioned) -> Table:
 
 
 EXPORT = "Write the finished set-up to this file, for machines without apt, compiler or network, and its SHA-256."
+PYTHON = "With --export, of a checkout: packages for this Python, too, as 3.13; may be given several times."
 IMPORT = "Take the set-up from a file that --export has written; programs are run from it."
 
 
@@ -118,9 +119,17 @@ IMPORT = "Take the set-up from a file that --export has written; programs are ru
 )
 @click.option("--debian", is_flag=True, help="Make the Debian for guests too, which run-vm debian does by itself.")
 @click.option("--export", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help=EXPORT)
+@click.option("--python", "pythons", multiple=True, metavar="VERSION", help=PYTHON)
 @click.option("--import", "import_", type=click.Path(path_type=Path), metavar="FILE", help=IMPORT)
 def main(
-    as_json: bool, quiet: bool, check: bool, clean: bool, debian: bool, export: Path | None, import_: Path | None
+    as_json: bool,
+    quiet: bool,
+    check: bool,
+    clean: bool,
+    debian: bool,
+    export: Path | None,
+    pythons: tuple[str, ...],
+    import_: Path | None,
 ) -> None:
     """Run the set-up's second stage."""
     if check or clean:
@@ -134,7 +143,7 @@ def main(
             prebuilt.bring(import_, cache, CHECKOUT, reporter)
         result = provision(cache, reporter)
         system = provision_debian(cache, reporter) if debian else None
-        return result, system, prebuilt.export(export, cache, CHECKOUT, reporter) if export is not None else ""
+        return result, system, prebuilt.export(export, cache, CHECKOUT, reporter, pythons) if export is not None else ""
 
     try:
         if errors.is_terminal and not as_json:

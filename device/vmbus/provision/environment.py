@@ -27,6 +27,11 @@ from vmbus.provision.sources import SUITE
 LOCK_FILE = "requirements.lock"
 MINIMUM_PYTHON = (3, 11)
 STAMP = "complete"
+PYTHON = f"{sys.version_info[0]}.{sys.version_info[1]}"
+PIP_QUIET = ("--progress-bar", "off", "--no-input", "--disable-pip-version-check")
+PLATFORMS = ("manylinux_2_17_x86_64", "manylinux2014_x86_64", "manylinux_2_28_x86_64", "linux_x86_64")
+"""Of wheels that another machine with our C library can load, if it is no older than five years."""
+
 VENV_TIMEOUT = 120.0
 INSTALL_TIMEOUT = 1800.0
 
@@ -91,8 +96,7 @@ def make_environment(cache: Cache, checkout: Path, reporter: Reporter) -> Path:
             run_lines(
                 [
                     *(str(inside), *pip, "install", "--require-hashes", "--only-binary", ":all:"),
-                    *("--progress-bar", "off", "--no-input", "--disable-pip-version-check"),
-                    *("--requirement", str(lock)),
+                    *(*PIP_QUIET, "--requirement", str(lock)),
                 ],
                 "installing the Python packages",
                 INSTALL_TIMEOUT,
@@ -126,7 +130,7 @@ def _bare(folder: Path, reporter: Reporter) -> Path:
 
 def packages_folder(environment: Path) -> Path:
     """Where an environment for this Python has its packages."""
-    return environment / "lib" / f"python{sys.version_info[0]}.{sys.version_info[1]}" / "site-packages"
+    return environment / "lib" / f"python{PYTHON}" / "site-packages"
 
 
 def adopt(cache: Cache, checkout: Path, packages: Path, reporter: Reporter) -> None:
@@ -141,9 +145,31 @@ def adopt(cache: Cache, checkout: Path, packages: Path, reporter: Reporter) -> N
         publish_bytes(partial / STAMP, b"")
 
 
-def packages_key(checkout: Path) -> str:
-    """What an environment's packages depend on, beside the place of its Python."""
-    return digest(1, sys.version_info[:2], hashlib.sha256((checkout / LOCK_FILE).read_bytes()).hexdigest())
+def packages_key(checkout: Path, python: str = PYTHON) -> str:
+    """What an environment's packages depend on, beside the place of its Python (`python`: as 3.11)."""
+    return digest(1, python, hashlib.sha256((checkout / LOCK_FILE).read_bytes()).hexdigest())
+
+
+def packages_for(python: str, cache: Cache, checkout: Path, folder: Path, reporter: Reporter) -> None:
+    """Install the packages of the lock file for another Python into an empty folder, by this environment's pip. The
+    caller holds the cache's lock. Raises EnvironmentProblem, ProgramFailed, WaitTimeout."""
+    if re.fullmatch(r"3\.[1-9][0-9]", python) is None or int(python[2:]) < MINIMUM_PYTHON[1]:
+        raise EnvironmentProblem(f"{python!r} is no version of Python that this project runs on, as 3.13 is")
+    with cache.scratch() as temporary:
+        pip = find_pip(cache, Path(sys.executable), reporter, Path(temporary))
+        reporter.begin(f"Python packages for Python {python}")
+        tags = ["--implementation", "cp", "--python-version", python]
+        tags += [word for abi in (f"cp{python.replace('.', '')}", "abi3", "none") for word in ("--abi", abi)]
+        tags += [word for platform in PLATFORMS for word in ("--platform", platform)]
+        lock = ("--require-hashes", "--only-binary", ":all:", "--no-deps", "--requirement", str(checkout / LOCK_FILE))
+        run_lines(
+            [sys.executable, *pip, "install", *PIP_QUIET, *tags, *lock, "--target", str(folder)],
+            f"installing the packages for Python {python}",
+            INSTALL_TIMEOUT,
+            TMPDIR=temporary,
+        )
+        reporter.end()
+    remove(folder / "bin")
 
 
 def find_pip(cache: Cache, python: Path, reporter: Reporter, temporary: Path) -> list[str]:

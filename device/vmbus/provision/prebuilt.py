@@ -20,6 +20,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import stat
 import sys
 import tarfile
@@ -52,8 +53,9 @@ MOST_FILES = 100_000
 MOST_BYTES = 4 << 30
 """Bytes of all files of an archive."""
 
-PYTHON = "python"
 _OPTION = "--import"
+_PYTHON = "python-"
+_ROLE = re.compile(r"[a-z][a-z0-9.-]{0,40}")
 _BLOCK = tarfile.BLOCKSIZE
 _CHUNK = 1 << 20
 
@@ -93,17 +95,23 @@ def products(cache: Cache, checkout: Path | None) -> list[Product]:
     if (module := _module(cache, kernel)) is not None:
         found.append(module)
     if checkout is not None:
-        folder = environments.packages_folder(environments.environment_path(cache, checkout))
-        found.append(Product(PYTHON, _python(), folder, environments.packages_key(checkout), "", False))
+        found.append(
+            _packages(
+                environments.PYTHON,
+                environments.packages_folder(environments.environment_path(cache, checkout)),
+                checkout,
+            )
+        )
     return found
+
+
+def _packages(python: str, folder: Path, checkout: Path) -> Product:
+    what = f"the packages for Python {python}"
+    return Product(_PYTHON + python, what, folder, environments.packages_key(checkout, python), "", False)
 
 
 def _root(role: str, what: str, cache: Cache, key: str, needed: bool = True) -> Product:
     return Product(role, what, cache.path("root", key), key, RECORD, needed)
-
-
-def _python() -> str:
-    return f"the packages for Python {sys.version_info[0]}.{sys.version_info[1]}"
 
 
 def _module(cache: Cache, kernel: Path) -> Product | None:
@@ -123,16 +131,20 @@ def export(
     cache: Cache,
     checkout: Path | None,
     reporter: Reporter,
+    pythons: Sequence[str] = (),
     environment: Mapping[str, str] = os.environ,
 ) -> str:
     """Write the archive of a set-up that is complete; return the file's SHA-256. What this machine has of its own
-    (`VMBUS_QEMU`, `VMBUS_LIBVFIO_USER`) is not in it.
+    (`VMBUS_QEMU`, `VMBUS_LIBVFIO_USER`) is not in it. `pythons`: further ones (as 3.13) for whom a checkout's packages
+    are fetched.
 
     Raises EnvironmentProblem, ProgramFailed, WaitTimeout, OSError.
     """
     if set_up := [name for name in own_files.SETTINGS if environment.get(name, "").strip()]:
         raise EnvironmentProblem(f"an archive has the guest's files as set-up makes them: unset {', '.join(set_up)}")
-    with cache.lock(on_wait=reporter.note):
+    if pythons and checkout is None:
+        raise EnvironmentProblem("only a checkout's archive has Python packages: pip installs this package's own")
+    with cache.lock(on_wait=reporter.note), cache.scratch() as scratch:
         own = {"qemu": "VMBUS_QEMU", "libvfio-user": library.ENVIRONMENT_VARIABLE}
         left_out = [role for role, name in own.items() if environment.get(name, "").strip()]
         # Where the machine has one, set-up has fetched none.
@@ -141,6 +153,11 @@ def export(
         if "libvfio-user" not in left_out:
             libvfio_user.build(cache, reporter)
         wanted = [one for one in products(cache, checkout) if one.role not in left_out and _is_there(one)]
+        for python in dict.fromkeys(pythons):
+            if checkout is not None and python != environments.PYTHON:
+                (folder := Path(scratch, python)).mkdir()
+                environments.packages_for(python, cache, checkout, folder, reporter)
+                wanted.append(_packages(python, folder, checkout))
         reporter.begin(f"Writing {file}")
         contents = {one.role: _listed(one.folder) for one in wanted}
         manifest = {
@@ -285,19 +302,23 @@ def _place(archive: _Archive, unpacked: Path, cache: Cache, checkout: Path | Non
     known = {product.role: product for product in products(cache, checkout)}
     if (module := _module(cache, unpacked / "kernel")) is not None:
         known["module"] = module
+    if checkout is not None and _PYTHON + environments.PYTHON not in archive.keys:
+        reporter.note(
+            f"{archive.name} has no packages for Python {environments.PYTHON}: they are fetched from the package index, "
+            f"unless it is written with --python {environments.PYTHON}"
+        )
     taken = []
     for role, key in archive.keys.items():
         product, folder = known.get(role), unpacked / role
         if product is None:
-            continue  # packages for a checkout's environment, and there is no checkout
+            continue  # packages for another Python, or for a checkout's, and there is no checkout
         problem = "it is for another one, or another version" if key != product.key else _checked(role, folder)
         if problem:
             reporter.note(f"{product.what} of {archive.name} is left out: {problem}")
         elif not _is_same(product, folder):
             taken.append((product, folder))
     for product, folder in taken:
-        if product.role == PYTHON:
-            assert checkout is not None
+        if checkout is not None and product.role.startswith(_PYTHON):
             environments.adopt(cache, checkout, folder, reporter)
             continue
         with cache.publish_directory(product.folder) as partial:
@@ -357,7 +378,7 @@ class _Archive:
             self._refuse("its manifest names nothing")
         count = 0
         for role, entry in entries.items():
-            if not role.replace("-", "").isalpha() or not isinstance(entry, dict):
+            if _ROLE.fullmatch(role) is None or not isinstance(entry, dict):
                 self._refuse("its manifest names something unknown")
             contents = self._checked(entry)
             self.keys[role], self._contents[role] = str(entry.get("key")), contents
