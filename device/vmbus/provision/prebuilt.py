@@ -304,8 +304,8 @@ def _place(archive: _Archive, unpacked: Path, cache: Cache, checkout: Path | Non
         known["module"] = module
     if checkout is not None and _PYTHON + environments.PYTHON not in archive.keys:
         reporter.note(
-            f"{archive.name} has no packages for Python {environments.PYTHON}: they are fetched from the package index, "
-            f"unless it is written with --python {environments.PYTHON}"
+            f"{archive.name} has no packages for Python {environments.PYTHON}: they are fetched from the package "
+            f"index, unless it is written with --python {environments.PYTHON}"
         )
     taken = []
     for role, key in archive.keys.items():
