@@ -36,7 +36,7 @@ def require_programs() -> None:
     if missing:
         raise EnvironmentProblem(
             f"{', '.join(missing)} not found: the set-up fetches Debian packages with apt and unpacks them with dpkg. "
-            "Use a Debian machine, or set VMBUS_QEMU and VMBUS_LIBVFIO_USER"
+            "Make an archive on a Debian machine, with scripts/setup --export FILE, and take it here with --import FILE"
         )
 
 

@@ -24,6 +24,8 @@ from vmbus.provision.sources import archive_keyring, mirror_candidates
 MEGABYTE = 1_000_000
 LISTS = 380 * MEGABYTE
 """Bytes of Debian's package lists, which are there while something is fetched from it."""
+PYTHON, IMAGE = NOT_DEBIANS = ("Python packages", "guest's image")
+"""Parts for which nothing is fetched from Debian's archive."""
 TUN = Path("/dev/net/tun")
 _CAP_NET_ADMIN = 12
 
@@ -55,22 +57,26 @@ def parts(cache: Cache, settings: Mapping[str, str] = os.environ, checkout: Path
             packages = False
     own_qemu = bool(settings.get("VMBUS_QEMU", "").strip()) or find_root(cache, qemu.ROOT_RECIPE) is not None
     own_library = bool(settings.get("VMBUS_LIBVFIO_USER", "").strip()) or libvfio_user.is_built(cache)
-    kernel = any(cache.path("kernel").glob("*/*.json")) if cache.path("kernel").is_dir() else False
+    own_kernel, whole = (bool(settings.get(name, "").strip()) for name in ("VMBUS_KERNEL", "VMBUS_INITRAMFS"))
+    userland = whole or find_root(cache, guest_files.USERLAND_RECIPE) is not None
     return [
-        Part("Python packages", 195 * MEGABYTE, 60 * MEGABYTE, packages),
+        Part(PYTHON, 195 * MEGABYTE, 60 * MEGABYTE, packages),
         Part("QEMU", 185 * MEGABYTE, 70 * MEGABYTE, own_qemu),
         Part("libvfio-user", 2 * MEGABYTE, 140 * MEGABYTE, own_library),
-        Part("guest's kernel", 55 * MEGABYTE, 110 * MEGABYTE, kernel),
-        Part("guest's files", 85 * MEGABYTE, 30 * MEGABYTE, find_root(cache, guest_files.USERLAND_RECIPE) is not None),
-        Part("guest's kernel module", 110 * MEGABYTE, 20 * MEGABYTE, any(cache.path("module").glob("*"))),
-        Part("guest's image", 30 * MEGABYTE, 30 * MEGABYTE, any(cache.path("image").glob("*"))),
+        Part("guest's kernel", 55 * MEGABYTE, 110 * MEGABYTE, own_kernel or any(cache.path("kernel").glob("*/*.json"))),
+        Part("guest's files", 85 * MEGABYTE, 30 * MEGABYTE, userland),
+        Part(
+            *("guest's kernel module", 110 * MEGABYTE, 20 * MEGABYTE),
+            own_kernel or any(cache.path("module").glob("*")),
+        ),
+        Part(IMAGE, 30 * MEGABYTE, 30 * MEGABYTE, any(cache.path("image").glob("*"))),
     ]
 
 
 def room_needed(wanted: list[Part]) -> int:
     """Bytes that these take at most, while those are made that are not there."""
     missing = [part for part in wanted if not part.there]
-    lists = LISTS if any(part.name != "Python packages" for part in missing) else 0
+    lists = LISTS if any(part.name not in NOT_DEBIANS for part in missing) else 0
     return sum(part.stays for part in missing) + max((part.passes for part in missing), default=0) + lists
 
 
@@ -111,7 +117,7 @@ def check(cache: Cache, settings: Mapping[str, str] = os.environ, checkout: Path
             f"{needed / MEGABYTE:.0f} MB are needed for {', '.join(missing)}" if missing else "everything is there",
         ),
     ]
-    if missing:
+    if set(missing) - set(NOT_DEBIANS):
         found += [
             _attempt("Debian's programs", require_programs, "apt and dpkg are there"),
             _attempt("Debian's keys", archive_keyring, "there"),

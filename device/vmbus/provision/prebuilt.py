@@ -290,10 +290,10 @@ def _compare(archive: _Archive, known: Sequence[Product], file: Path) -> None:
     for product in known:
         key = archive.keys.get(product.role)
         if product.needed and key != product.key:
-            has = "holds another" if key else "has nothing of"
+            has = f"{product.what} in it is not what this version uses" if key else f"{product.what} is not in it"
             raise EnvironmentProblem(
-                f"{file} was written by version {archive.version}, and {has} {product.what} than this one, "
-                f"{__version__}, uses: write it anew, with this version's scripts/setup --export"
+                f"{file} was written by version {archive.version}, and {has} ({__version__}): write it anew, with this "
+                "version's scripts/setup --export"
             )
 
 
