@@ -90,7 +90,9 @@ def test_packaging_what_a_machine_has_of_its_own_stays_there(tmp_path: Path) -> 
 def test_packaging_an_archive_of_another_version_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     export(little_cache(tmp_path / "old"), tmp_path / "a")
     monkeypatch.setattr(guest_files, "MODULES", ("other",))
-    with pytest.raises(EnvironmentProblem, match=r"the guest's kernel in it is not what this version uses.*write it anew"):
+    with pytest.raises(
+        EnvironmentProblem, match=r"the guest's kernel in it is not what this version uses.*write it anew"
+    ):
         prebuilt.bring(tmp_path / "a", Cache(tmp_path / "new"), None, SilentReporter())
     nothing(tmp_path / "new")
 

@@ -27,8 +27,8 @@ from vmbus.cli.provider import provider
 from vmbus.cli.serve import main as serve
 from vmbus.cli.soak import soak
 from vmbus.cli.ssh import ssh
-from vmbus.cli.vm import list_vms, restore, run_vm, save
 from vmbus.cli.versions import show
+from vmbus.cli.vm import list_vms, restore, run_vm, save
 from vmbus.errors import VmbusError
 from vmbus.places import spelled
 from vmbus.provision.__main__ import main as setup
@@ -67,7 +67,12 @@ class _Group(click.Group):
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
 @click.option(
-    *("--version", "-V"), is_flag=True, is_eager=True, expose_value=False, callback=show, help="Versions of all formats."
+    *("--version", "-V"),
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=show,
+    help="Versions of all formats.",
 )
 def main() -> None:
     """VMBus-like synthetic devices for Linux guests in stock QEMU."""
