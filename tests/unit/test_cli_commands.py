@@ -433,7 +433,7 @@ def all_options() -> dict[str, set[str]]:
 
 def test_fault_u4_hints_name_options_that_exist() -> None:
     known = all_options()
-    every = set().union(*known.values())
+    every = set().union(*known.values(), options_of(main))
     wrong = []
     for where, text in hints():
         found = HINT.search(text)
