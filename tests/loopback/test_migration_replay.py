@@ -4,7 +4,7 @@ QEMU's place. Whatever of that is left out or overtaken is noticed before the VM
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from vmbus.operations.migration.address import UnixAddress
 from vmbus.operations.migration.arrival import Arrival
 from vmbus.operations.migration.channel import listen
 from vmbus.provision.libvfio_user import find_library
+from vmbus.qemu.device import DeviceInstance
 from vmbus.vm.errors import MigrateFailed
 from vmbus.vm.moments import Hook, Moment, no_hook
 
@@ -75,7 +76,7 @@ def guest_writes(bench: Bench, moment: Moment) -> Hook:
         if now is moment:
             assert bench.vm is not None
             value = int.from_bytes(bytes.fromhex((await bench.vm.call_server("pci"))["config"])[0x4C:0x4E], "little")
-            slot = bench.vm.pci_address
+            slot = bench.vm.devices[0].address
             for line in (f"o /w 0xcf8 {slot.latch(0x4C):#x}", f"o /h 0xcfc {value ^ 1:#x}"):
                 assert await bench.vm.monitor.human(line) == ""
 
@@ -127,9 +128,9 @@ def test_sabotage_a_replay_ahead_that_nobody_compares_is_refused(bench: Bench, m
     """The destination's function loses a register after it was put back, and the comparison is left out."""
     ahead: Callable[..., Any] = Arrival.replay_ahead
 
-    async def spoil(arrival: Arrival, config: bytes) -> None:
-        await ahead(arrival, config)
-        slot = arrival.vm.pci_address
+    async def spoil(arrival: Arrival, configs: Sequence[bytes]) -> None:
+        await ahead(arrival, configs)
+        slot = arrival.vm.devices[0].address
         for line in (f"o /w 0xcf8 {slot.latch(MSI_DATA):#x}", "o /h 0xcfc 0x1234"):
             assert await arrival.vm.monitor.human(line) == ""
 
@@ -141,16 +142,16 @@ def test_sabotage_a_replay_ahead_that_nobody_compares_is_refused(bench: Bench, m
 
 def test_sabotage_a_bar_that_does_not_answer_is_refused(bench: Bench, monkeypatch: Patch) -> None:
     """The server has its configuration, and QEMU does not lead there."""
-    human: Callable[..., Any] = VirtualMachine.is_back
+    human: Callable[..., Any] = DeviceInstance.is_back
 
-    async def deaf(vm: VirtualMachine, config: bytes) -> bool:
+    async def deaf(device: DeviceInstance, config: bytes) -> bool:
         async def silence(line: str, **_: Any) -> str:
             return "fe000000: 0xffffffff"
 
-        vm.monitor.human = silence  # type: ignore[method-assign]
-        return bool(await human(vm, config))
+        device.monitor.human = silence  # type: ignore[method-assign]
+        return bool(await human(device, config))
 
-    monkeypatch.setattr(VirtualMachine, "is_back", deaf)
+    monkeypatch.setattr(DeviceInstance, "is_back", deaf)
     refused(bench, "does not answer at its BAR0")
 
 

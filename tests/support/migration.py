@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -145,13 +146,14 @@ class ArrivingVm(Arrival):
     async def driven(self) -> bool:
         return self.qemu_drives
 
-    async def replay_ahead(self, config: bytes) -> None:
+    async def replay_ahead(self, configs: Sequence[bytes]) -> None:
         self.step("replay_ahead")
-        self.config = config
+        (self.config,) = configs
 
-    async def load_state(self, path: Path, sha256: str, device: DeviceDescription) -> Packets:
-        self.step("load_state")
-        self.state = path.read_bytes()  # noqa: ASYNC240 - a test's file
+    async def load_states(self, states: Sequence[tuple[Path, str, DeviceDescription]]) -> Packets:
+        self.step("load_states")
+        ((path, sha256, device),) = states
+        self.state = path.read_bytes()
         if hashlib.sha256(self.state).hexdigest() != sha256:
             raise StateError("the digest differs")
         assert device == DEVICE
@@ -161,8 +163,9 @@ class ArrivingVm(Arrival):
         self.step("loaded")
         await self.world.stream.wait()
 
-    async def replay(self, config: bytes) -> int:
+    async def replay(self, configs: Sequence[bytes]) -> int:
         self.step("replay")
+        (config,) = configs
         written = 7 if config == self.config else 14
         self.config = config
         return written

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,9 @@ from qemu.qmp.events import EventListener
 
 from vmbus.errors import Code, EnvironmentProblem, VmbusError
 from vmbus.operations.stream import REFUSED_CAPABILITIES
+from vmbus.qemu.device import DeviceInstance
 from vmbus.qemu.pci_function import MAGIC
+from vmbus.qemu.pci_replay import PciAddress
 from vmbus.qemu.qmp import MIGRATION_ENDS, MigrationFailed
 from vmbus.snapshot.manifest import Machine
 from vmbus.vm.command_line import Programs
@@ -37,6 +39,17 @@ class LogBroken(VmbusError):
 def write_new(path: Path | str, data: bytes) -> None:
     with Path(path).open("xb") as file:
         file.write(data)
+
+
+class ModelDevice(DeviceInstance):
+    """Its function is put back as the model does it."""
+
+    def __init__(self, vm: ModelVm) -> None:
+        super().__init__(vm.description.device, PciAddress(0, 5), vm.monitor, vm.control)
+        self._vm = vm
+
+    async def put_back(self, config: bytes, only: Sequence[tuple[int, int, int]] | None = None) -> int:
+        return await self._vm.put_back(config)
 
 
 class ModelVm:
@@ -72,6 +85,7 @@ class ModelVm:
         self.dead = False
         self.idle = asyncio.Event()
         self.idle.set()
+        self.devices: Sequence[DeviceInstance] = [ModelDevice(self)]
 
     @property
     def monitor(self) -> Any:
@@ -80,6 +94,9 @@ class ModelVm:
     @property
     def control(self) -> Any:
         return self
+
+    async def put_back(self, config: bytes) -> int:
+        raise NotImplementedError
 
     def room(self, name: str) -> Path:
         assert self.folder is not None

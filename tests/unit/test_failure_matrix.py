@@ -98,7 +98,8 @@ async def test_failure_matrix_owner_lets_a_migration_end_that_does_not_need_the_
 
     vm = VirtualMachine(description, programs, RunDirectory.create("demo"))
     try:
-        vm.server, vm.qemu = [await Child.spawn(name, ["sleep", "60"], tmp_path / name) for name in ("server", "qemu")]
+        vm.devices[0].server = await Child.spawn("server", ["sleep", "60"], tmp_path / "server")
+        vm.qemu = await Child.spawn("qemu", ["sleep", "60"], tmp_path / "qemu")
         vm._ends = Ends(vm.monitor, vm.paths.console_log)
         vm.idle.clear()
         waiting = asyncio.create_task(vm.wait_ended())
@@ -133,7 +134,7 @@ async def test_failure_matrix_nobody_writes_into_a_snapshot_that_is_removed(
 
     async def fail(_: object, writer: SnapshotWriter, *__: object, **___: object) -> None:
         writing = [sys.executable, "-c", WRITES, str(writer.directory)]
-        vm.server = await Child.spawn("server", writing, tmp_path / "server")
+        vm.devices[0].server = await Child.spawn("server", writing, tmp_path / "server")
         await eventually(lambda: any(writer.directory.glob("*.state")), "the server to write")
         raise SaveFailed("the VM is lost", source_alive=False)
 

@@ -56,7 +56,7 @@ DESTINATION_MOMENTS = [
 SOURCE_STEPS = [
     "log-start", "migrate", "wait pre-switchover", "pause", "save", "flush", "migrate-continue", "wait completed",
 ]  # fmt: skip
-DESTINATION_STEPS = ["start", "replay_ahead", "loaded", "load_state", "replay", "rebuild", "release", "run"]
+DESTINATION_STEPS = ["start", "replay_ahead", "loaded", "load_states", "replay", "rebuild", "release", "run"]
 
 
 def on_purpose() -> EnvironmentProblem:
@@ -257,7 +257,7 @@ async def test_the_state_goes_over_while_pages_are_flushed_and_is_accepted_befor
     flushed = asyncio.Event()
     accepted = asyncio.Event()
     async with pair(tmp_path) as both:
-        call, execute, load = both.leaving.call, both.leaving.execute, both.arriving.load_state
+        call, execute, load = both.leaving.call, both.leaving.execute, both.arriving.load_states
 
         async def calls(command: str, *arguments: Any, **options: Any) -> Any:
             result = await call(command, *arguments, **options)
@@ -277,7 +277,7 @@ async def test_the_state_goes_over_while_pages_are_flushed_and_is_accepted_befor
 
         both.leaving.call = calls  # type: ignore[method-assign]
         both.leaving.execute = executes  # type: ignore[method-assign]
-        both.arriving.load_state = loads  # type: ignore[method-assign]
+        both.arriving.load_states = loads  # type: ignore[method-assign]
         found = await both.migrate()
         assert found.arrived
         assert found.report.spans["transfer"] > 0.1 > found.report.spans["flush"]

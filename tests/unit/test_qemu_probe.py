@@ -20,7 +20,9 @@ from vmbus.errors import EnvironmentProblem, StateError
 from vmbus.operations.capture import Capture
 from vmbus.operations.migration.arrival import Arrival
 from vmbus.operations.target import FileTarget
+from vmbus.qemu.device import DeviceInstance
 from vmbus.qemu.foreign import MigrationGuard
+from vmbus.qemu.pci_replay import PciAddress
 from vmbus.qemu.probe import driven_by_client, require_complete, require_running, require_same
 from vmbus.snapshot import manifest
 from vmbus.vm.description import VmDescription
@@ -65,7 +67,7 @@ class Driving(ModelVm):
 
 
 def capture(model: Driving, folder: Path, *, live: bool) -> Capture:
-    return Capture(model, FileTarget(folder / "ram", folder / "state"), Phases(), live=live)
+    return Capture(model, FileTarget(folder), Phases(), live=live)
 
 
 SET_UP = ["query-migrate-capabilities", "query-migrate-parameters", "migrate-set-capabilities"]
@@ -88,8 +90,8 @@ async def test_a_save_leaves_the_device_to_qemu(tmp_path: Path, live: bool, call
         *calls,
         "cont",
     ]
-    assert captured.driven and captured.packets == {"queued": 3, "sent": 4} and captured.pci_config == CONFIG
-    assert (captured.flushed_pages, captured.state_sha256) == (0, hashlib.sha256(b"state").hexdigest())
+    assert captured.driven and captured.packets == {"queued": 3, "sent": 4} and captured.configs == [CONFIG]
+    assert (captured.flushed_pages, captured.devices[0].state.sha256) == (0, hashlib.sha256(b"state").hexdigest())
     assert model.vcpus and model.device == "running"
 
 
@@ -112,7 +114,14 @@ def test_a_server_that_does_not_know_the_question_is_not_driven() -> None:
     async def call(command: str, timeout: float = 1.0) -> dict[str, Any]:
         return {"phase": "running"}
 
-    assert asyncio.run(driven_by_client(SimpleNamespace(call=call))) is False
+    device = DeviceInstance(DEVICE, PciAddress(0, 5), cast(Any, None), cast(Any, SimpleNamespace(call=call)))
+    assert asyncio.run(driven_by_client([device])) is False
+
+
+def test_devices_of_one_vm_are_all_driven_or_none() -> None:
+    both = [Driving(driven=driven).devices[0] for driven in (True, False)]
+    with pytest.raises(StateError, match="some of the VM's devices itself"):
+        asyncio.run(driven_by_client(both))
 
 
 def test_a_snapshot_is_restored_as_it_was_saved() -> None:
@@ -122,7 +131,7 @@ def test_a_snapshot_is_restored_as_it_was_saved() -> None:
         (False, True, "has the device in QEMU's stream.*VMBUS_QEMU"),
         (True, False, "beside QEMU's stream.*VMBUS_LIBVFIO_USER"),
     ):
-        work = require_same(Driving(driven=driven), in_stream=in_stream, what="the snapshot x")
+        work = require_same(Driving(driven=driven).devices, in_stream=in_stream, what="the snapshot x")
         if message is None:
             asyncio.run(work)
         else:
@@ -134,13 +143,13 @@ def test_what_qemu_restored_is_looked_at() -> None:
     model = Driving()
     model.device = "driven"
     with pytest.raises(StateError, match="was not in it: the server is stop"):
-        asyncio.run(require_complete(model))
+        asyncio.run(require_complete(model.devices))
     model.complete = True
-    asyncio.run(require_complete(model))
+    asyncio.run(require_complete(model.devices))
     with pytest.raises(StateError, match=r"does not run.*the server is driven"):
-        asyncio.run(require_running(model))
+        asyncio.run(require_running(model.devices))
     model.device = "running"
-    asyncio.run(require_running(model))
+    asyncio.run(require_running(model.devices))
 
 
 def test_the_manifest_says_where_the_device_is() -> None:
@@ -167,12 +176,12 @@ async def test_an_arrival_leaves_the_device_to_qemu(tmp_path: Path) -> None:
 
     arrival = Arrival(cast(Any, model), None)
     assert await arrival.driven()
-    await arrival.replay_ahead(CONFIG)
+    await arrival.replay_ahead([CONFIG])
     with pytest.raises(StateError, match="digest"):
-        await arrival.load_state(path, "0" * 64, DEVICE)
-    packets = await arrival.load_state(path, hashlib.sha256(data).hexdigest(), DEVICE)
+        await arrival.load_states([(path, "0" * 64, DEVICE)])
+    packets = await arrival.load_states([(path, hashlib.sha256(data).hexdigest(), DEVICE)])
     assert (packets.queued, packets.sent) == (0, 0)
-    assert await arrival.replay(CONFIG) == 0
+    assert await arrival.replay([CONFIG]) == 0
     with pytest.raises(StateError, match="was not in it"):
         await arrival.rebuild()
     model.complete = True
@@ -208,7 +217,7 @@ def test_a_migration_of_somebody_else_is_left_alone() -> None:
         )  # fmt: skip
 
         async def ask() -> bool:
-            return await driven_by_client(model)
+            return await driven_by_client(model.devices)
 
         guard = MigrationGuard(monitor, notices.append, ask)
         task = asyncio.create_task(guard.run())

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from support.model_vm import BAR0, CONFIG, LogBroken, ModelVm
-from vmbus.device.description import DeviceDescription
+from vmbus.device.description import DeviceDescription, ProviderDescription
 from vmbus.errors import Code, EnvironmentProblem, code_of
 from vmbus.operations import stream
 from vmbus.operations.capture import Capture
@@ -29,7 +29,8 @@ from vmbus.vm.timing import Phases
 
 pytestmark = pytest.mark.unit
 
-VM = VmDescription("demo", DeviceDescription("vmbus0", []))
+ECHO = ProviderDescription("echo", "echo", "00000000-0000-4000-8000-000000000001")
+VM = VmDescription("demo", DeviceDescription("vmbus0", [ECHO]))
 
 
 class Model(ModelVm):
@@ -50,7 +51,7 @@ class Model(ModelVm):
 
 
 def files(folder: Path) -> FileTarget:
-    return FileTarget(folder / "ram", folder / "state")
+    return FileTarget(folder)
 
 
 def capture(model: Model, folder: Path, *, live: bool, sabotage: Sabotage | None = None) -> Capture:
@@ -98,9 +99,9 @@ def test_the_order_of_steps(tmp_path: Path, live: bool, order: list[str]) -> Non
     assert model.steps == order
     assert not model.vcpus and model.device == "paused"  # held at the saved point
     assert found.packets == {"queued": 3, "sent": 4}
-    assert (found.incoming_held, found.pci_config, found.was_running) == (5, CONFIG, True)
+    assert (found.incoming_held, found.configs, found.was_running) == (5, [CONFIG], True)
     assert found.flushed_pages == (6 if live else 0)
-    assert (tmp_path / "ram").exists() and (tmp_path / "state").exists()
+    assert (tmp_path / "ram.qemu").exists() and (tmp_path / "device.state").exists()
 
 
 @pytest.mark.parametrize("live", [False, True])

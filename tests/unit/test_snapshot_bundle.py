@@ -72,7 +72,7 @@ async def write(target: Path, sources: Path, state: bytes = b"state") -> None:
     writer = SnapshotWriter.begin(target)
     await writer.add_boot_files(sources / "kernel", sources / "initramfs")
     writer.ram.write_bytes(b"ram" * 1000)
-    writer.state.write_bytes(state)
+    writer.state(0).write_bytes(state)
     await writer.seal(RAM)
     await writer.seal(STATE)
     await writer.commit(manifest(writer.records))
@@ -95,7 +95,7 @@ def test_what_is_written_can_be_opened(snapshot: Path) -> None:
     found = load(snapshot, programs=PROGRAMS, expected=DEMO)
     assert found.manifest.packets == Packets(queued=1, sent=2)
     assert found.manifest.vm == DEMO
-    assert found.pci_config == CONFIG
+    assert found.configs == [CONFIG]
     assert found.ram.read_bytes() == b"ram" * 1000
     assert found.kernel.read_bytes() == b"kernel"
     assert sorted(path.name for path in snapshot.iterdir()) == sorted([MANIFEST, *CONTENTS])

@@ -18,5 +18,5 @@ async def test_stock_qemu_leaves_the_device_to_us(programs: Programs, demo_descr
         status = await vm.control.call("status")
         assert status["connected"] and status["driven_by_client"] is False
         assert status["migration"] == {"state": "running", "complete": False}
-        await require_same(vm.control, in_stream=False, what="a snapshot")
+        await require_same(vm.devices, in_stream=False, what="a snapshot")
         print(f"QEMU {programs.qemu_version}, {status['libvfio_user']}")

@@ -12,6 +12,8 @@ mended from outside (docs/packet-42.md follows one packet through it):
 The same steps serve a snapshot and a live migration; what differs is where everything goes, and that is a `Target`:
 files, or another host (`vmbus.operations.migration.source`).
 
+A VM may have several devices, each with a server of its own: each step is taken with all of them before the next one.
+
 A QEMU that migrates the device itself (see `vmbus.qemu.probe`) needs none of that: it has the device stopped and saved
 through the protocol, and the server only writes a copy of the state that QEMU takes.
 
@@ -32,10 +34,9 @@ from typing import Any
 
 from vmbus.errors import Code, EnvironmentProblem, VmbusError, code_of
 from vmbus.operations.stream import StreamSettings, begin_stream, growing_limit, set_migration, stop_time
-from vmbus.operations.target import Captured, Target
+from vmbus.operations.target import Captured, CapturedDevice, Target
 from vmbus.operations.vm import Vm
-from vmbus.qemu.connections import Control
-from vmbus.qemu.pci_function import barrier
+from vmbus.qemu.device import DeviceInstance, ask_each, each
 from vmbus.qemu.probe import driven_by_client
 from vmbus.qemu.qmp import MIGRATION_ENDS, MigrationFailed
 from vmbus.util.interruptible import uninterrupted
@@ -65,7 +66,7 @@ has it is a destination that is just ending: it hears of a cut link within `vmbu
 
 
 class Capture:
-    """One save's dealings with QEMU and the device server.
+    """One save's dealings with QEMU and the device servers.
 
     ``async with capture.taken() as captured:`` brings the VM to its saved point and holds it there, stopped, while
     the block runs. If anything fails, in it or before it, the VM is put back as it was and `SaveFailed` is raised.
@@ -85,7 +86,7 @@ class Capture:
         operation: str = "save",
     ) -> None:
         self._monitor = vm.monitor
-        self._control = vm.control
+        self._devices = vm.devices
         self._target = target
         self._phases = phases
         self._live = live
@@ -96,10 +97,10 @@ class Capture:
         self._was_running = False
         self._migrating = False
         self._logging = False
-        self._flushing = False  # whether the server may still be writing memory through QEMU
-        self._driven = False  # whether QEMU migrates the device: then what follows is its affair, not ours
+        self._flushing = False  # whether a server may still be writing memory through QEMU
+        self._driven = False  # whether QEMU migrates the devices: then what follows is its affair, not ours
         self._touched = False  # whether there is anything to undo
-        self._bar0: int | None = None  # where it was before the vCPUs stopped
+        self._bar0: dict[str, int | None] = {}  # where that of each device was before the vCPUs stopped
         # A slow disk takes 20 MiB/s; whatever is slower than that is stuck.
         self._stream_timeout = self._stream.timeout or patient(60.0 + vm.description.memory_mib / 20)
 
@@ -147,7 +148,7 @@ class Capture:
 
     def _no_room(self, error: BaseException) -> str:
         """To be said beside an error if the disk is full: QEMU calls that an input/output error at times."""
-        folder = self._target.state.parent
+        folder = self._target.state(0).parent
         with contextlib.suppress(OSError):
             if code_of(error) != Code.DISK_FULL and not os.statvfs(folder).f_bavail:
                 return f" ({os.strerror(errno.ENOSPC)} in {folder})"
@@ -160,13 +161,13 @@ class Capture:
     async def resume(self) -> None:
         """Lets a VM that was saved run on: the checkpoint's last step."""
         if not self._driven:
-            await _resume(self._control)
+            await each(self._devices, _resume)
         if self._was_running:
             await self._monitor.cont()
         self._touched = False
         if self._logging:
             self._logging = False
-            await self._control.call("log-stop")
+            await ask_each(self._devices, "log-stop")
 
     async def _take_stopped(self) -> Captured:
         self._was_running = await self._monitor.running()
@@ -209,7 +210,7 @@ class Capture:
         with self._phases("ram"):
             if not self._driven:
                 self._logging = True
-                await self._control.call("log-start")
+                await ask_each(self._devices, "log-start")
             with self._monitor.listen("STOP") as stops:
                 self._migrating = True
                 await begin_stream(self._monitor, channels, self._target.way)
@@ -237,17 +238,19 @@ class Capture:
 
     async def _look_at_device(self) -> None:
         """What need not be asked for again while the vCPUs stand."""
-        self._driven = await driven_by_client(self._control)
-        self._bar0 = (await self._control.call("pci"))["bar0"]
+        self._driven = await driven_by_client(self._devices)
+        for device in self._devices:
+            self._bar0[device.name] = (await device.control.call("pci"))["bar0"]
 
     async def _flush(self, captured: Captured) -> None:
-        if self._sabotage.skip_flush or self._driven:
+        if self._driven:
             return
+        devices = [device for device in self._devices if self._sabotage.flushes(device.name)]
         self._flushing = True
-        flushed = await self._control.call("flush", timeout=self._stream_timeout)
+        flushed = await ask_each(devices, "flush", self._stream_timeout)
         self._flushing = False
-        captured.flushed_pages = int(flushed.get("pages", 0))
-        captured.flushed_bytes = int(flushed.get("bytes", 0))
+        captured.flushed_pages = sum(int(one.get("pages", 0)) for one in flushed)
+        captured.flushed_bytes = sum(int(one.get("bytes", 0)) for one in flushed)
 
     async def _stop(self) -> float:
         with self._monitor.listen("STOP") as stops:
@@ -256,33 +259,32 @@ class Capture:
 
     async def _save_device(self, stopped_at: float) -> Captured:
         """Barrier, pause and state, with the vCPUs stopped."""
-        target = self._target
-        arguments: dict[str, Any] = {"seconds": PROVIDERS_TIMEOUT, "durable": target.durable}
-        timeout = SAVE_TIMEOUT
+        with_files: set[str] = set()
         if not self._driven:
-            await barrier(self._monitor, self._control, self._bar0)
-            paused = await self._control.call("pause", timeout=PAUSE_TIMEOUT)
-            if target.files is None:
+            await each(self._devices, lambda device: device.barrier(self._bar0[device.name]))
+            paused = await ask_each(self._devices, "pause", PAUSE_TIMEOUT)
+            with_files = {device.name for device, one in zip(self._devices, paused, strict=True) if one.get("files")}
+        await self._at(Moment.SAVING)
+
+        async def save(device: DeviceInstance) -> CapturedDevice:
+            target = self._target
+            arguments: dict[str, Any] = {"seconds": PROVIDERS_TIMEOUT, "durable": target.durable}
+            timeout = SAVE_TIMEOUT
+            if target.files is None and not self._driven:
                 arguments["moving"] = True
-            elif paused.get("files"):
+            elif device.name in with_files:
                 arguments["files"] = str(target.files)
                 timeout += FILES_TIMEOUT
-        await self._at(Moment.SAVING)
-        saved = await self._control.call("save", timeout=timeout, path=str(target.state), **arguments)
-        packets = saved.get("packets", {})
+            path = str(target.state(self._devices.index(device)))
+            return CapturedDevice.told(await device.control.call("save", timeout, path=path, **arguments))
+
         captured = Captured(
             stopped_at=stopped_at,
             was_running=self._was_running,
-            packets={"queued": int(packets.get("queued", 0)), "sent": int(packets.get("sent", 0))},
-            incoming_held=int(saved.get("incoming_held", 0)),
-            state_sha256=str(saved["sha256"]),
-            state_bytes=int(saved.get("bytes", 0)),
-            pci_config=bytes.fromhex(saved["config"]),
-            files={str(name): int(size) for name, size in saved.get("files", {}).items()},
-            device=saved["description"],
-            saved_at=time.monotonic(),
+            devices=await each(self._devices, save),
             driven=self._driven,
         )
+        captured.saved_at = time.monotonic()
         await self._at(Moment.WRITING)
         return captured
 
@@ -293,11 +295,11 @@ class Capture:
         """
         failures: list[Exception] = []
         if self._flushing:
-            # We may have been interrupted while the server flushes, and it goes on. Cancelling makes QEMU set the
+            # We may have been interrupted while a server flushes, and it goes on. Cancelling makes QEMU set the
             # vCPUs running, and a request of the guest's in between would garble the flush: the connection would be
             # lost, and the device with it. The answer to this comes when the flush is over.
             with _collect(failures):
-                await self._control.call("status")
+                await ask_each(self._devices, "status")
             self._flushing = False
         if self._migrating:
             with _collect(failures):
@@ -310,11 +312,10 @@ class Capture:
                         )
                 self._migrating = False
         with _collect(failures):
-            if (await self._control.call("status"))["phase"] in ("pausing", "paused"):
-                await _resume(self._control)
+            await each(self._devices, _resume_if_paused)
         if self._logging:
             with _collect(failures):
-                await self._control.call("log-stop")
+                await ask_each(self._devices, "log-stop")
                 self._logging = False
         if self._was_running:
             with _collect(failures):
@@ -327,8 +328,13 @@ class Capture:
         self._touched = False
 
 
-async def _resume(control: Control) -> None:
-    await control.call("resume", timeout=TAKE_BACK_TIMEOUT + 10.0, seconds=TAKE_BACK_TIMEOUT)
+async def _resume(device: DeviceInstance) -> None:
+    await device.control.call("resume", timeout=TAKE_BACK_TIMEOUT + 10.0, seconds=TAKE_BACK_TIMEOUT)
+
+
+async def _resume_if_paused(device: DeviceInstance) -> None:
+    if (await device.control.call("status"))["phase"] in ("pausing", "paused"):
+        await _resume(device)
 
 
 async def _both(first: Coroutine[Any, Any, None], second: Coroutine[Any, Any, None]) -> None:

@@ -16,7 +16,6 @@ from pathlib import Path
 
 import msgspec
 
-from vmbus.device.description import DeviceDescription
 from vmbus.errors import StateError, UsageError, VmbusError, os_error
 from vmbus.operations.capture import Capture
 from vmbus.operations.image import Image, image_in
@@ -24,8 +23,9 @@ from vmbus.operations.target import Captured
 from vmbus.operations.vm import Vm, operation
 from vmbus.snapshot.bundle import utc_now
 from vmbus.snapshot.checkpoints import Checkpoint, Store, check_tag
-from vmbus.snapshot.manifest import FileRecord, Packets
+from vmbus.snapshot.manifest import Packets
 from vmbus.util.interruptible import in_thread, uninterrupted
+from vmbus.vm.description import MOST_DEVICES
 from vmbus.vm.moments import Hook, Moment, no_hook
 from vmbus.vm.timing import Phases, Progress
 
@@ -89,33 +89,33 @@ async def checkpoint(
         downtime=downtime,
         packets=taken.packets,
         incoming_held=taken.incoming_held,
-        state_bytes=record.state.size,
+        state_bytes=taken.state_bytes,
         vm_state_bytes=record.image.vm_state_bytes,
     )
 
 
 async def _seal(vm: Vm, image: Image, tag: str, taken: Captured) -> Checkpoint:
-    status = await vm.control.call("status")
     found = await image.find(tag)
     if found is None:
         raise StateError(f"QEMU's snapshot-save succeeded, and the image has no snapshot of checkpoint {tag!r}")
     store = image.store
-    device = msgspec.convert(status["description"], DeviceDescription)
+    first, *further = [device.state for device in taken.devices]
     record = Checkpoint(
         tag=tag,
         number=1 + max((one.number for one in store.list()), default=0),
         created=utc_now(),
-        vm=msgspec.structs.replace(vm.description, device=device),
-        machine=msgspec.structs.replace(vm.machine, pci_config=taken.pci_config.hex(), device_in_stream=taken.driven),
+        vm=taken.described(vm.description),
+        machine=vm.machine.with_configs(taken.configs, driven=taken.driven),
         qemu=vm.programs.qemu_version,
         packets=Packets(**taken.packets),
         incoming_held=taken.incoming_held,
-        state=FileRecord(taken.state_bytes, taken.state_sha256),
+        state=first,
+        further=further or msgspec.UNSET,
         image=found,
         files=(await in_thread(functools.partial(store.seal_files, tag, taken.files))) or msgspec.UNSET,
         paused=msgspec.UNSET if taken.was_running else True,
     )
-    store.verify_state(record)
+    store.verify_states(record)
     await asyncio.to_thread(store.commit, record)
     return record
 
@@ -157,14 +157,18 @@ class _Capture(Capture):
 
 
 class _BesideImage:
-    """The device's state and its providers' files, without memory: implements `vmbus.operations.target.Target`."""
+    """The devices' states and their providers' files, without memory: implements `vmbus.operations.target.Target`."""
 
     durable = True
     way = None
 
     def __init__(self, store: Store, tag: str) -> None:
-        self.state = store.state(tag).absolute()
+        self._store = store
+        self._tag = tag
         self.files = store.files(tag).absolute()
+
+    def state(self, index: int) -> Path:
+        return self._store.state(self._tag, index).absolute()
 
     async def begin(self) -> list[dict[str, object]]:
         with os_error(f"cannot make {self.files}"):
@@ -176,6 +180,7 @@ class _BesideImage:
             self.files.rmdir()
 
     def discard(self) -> None:
-        self.state.unlink(missing_ok=True)
+        for index in range(MOST_DEVICES):
+            self.state(index).unlink(missing_ok=True)
         with contextlib.suppress(FileNotFoundError):
             shutil.rmtree(self.files)

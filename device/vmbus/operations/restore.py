@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,10 +17,10 @@ import msgspec
 
 from vmbus.device import saved
 from vmbus.errors import StateError
+from vmbus.qemu.device import ask_each
 from vmbus.qemu.probe import require_complete, require_running, require_same
 from vmbus.qemu.qmp import file_channel
 from vmbus.snapshot.bundle import Snapshot, open_snapshot
-from vmbus.snapshot.manifest import STATE
 from vmbus.util.patience import patient
 from vmbus.vm.command_line import Programs
 from vmbus.vm.description import VmDescription, with_options
@@ -100,16 +100,17 @@ async def restore(
 
 
 async def _fill(vm: VirtualMachine, snapshot: Snapshot, phases: Phases, sabotage: Sabotage, at: Hook) -> None:
-    state = snapshot.state
+    states = snapshot.states
     if sabotage.edit_state is not None:
-        state = vm.run_directory / STATE
-        state.write_bytes(sabotage.edit_state(snapshot.state.read_bytes()))
+        states = [vm.run_directory / state.name for state in states]
+        for state, whole in zip(states, snapshot.states, strict=True):
+            state.write_bytes(sabotage.edit_state(whole.read_bytes()))
     in_stream = snapshot.manifest.machine.device_in_stream
     if in_stream:
         await vm.start(phases, incoming=True)
     else:
-        await vm.start(phases, state=state, files=snapshot.directory, incoming=True)
-    await require_same(vm.control, in_stream=in_stream, what=f"the snapshot {snapshot.directory}")
+        await vm.start(phases, states=states, files=snapshot.directory, incoming=True)
+    await require_same(vm.devices, in_stream=in_stream, what=f"the snapshot {snapshot.directory}")
     await at(Moment.BEFORE_STREAM)
     timeout = 60.0 + vm.description.memory_mib / 20
     with phases("ram"), vm.own_migration():
@@ -122,9 +123,7 @@ async def _fill(vm: VirtualMachine, snapshot: Snapshot, phases: Phases, sabotage
         directory=str(snapshot.directory),
         phases=phases.seconds,
         running_at=time.monotonic(),
-        packets={key: int(found["packets"].get(key, 0)) for key in ("queued", "sent")},
-        channels=int(found["channels"]),
-        pci_writes=int(found["pci_writes"]),
+        **found,
         paused=_paused(snapshot),
     )
 
@@ -151,27 +150,38 @@ async def _rebuild(
     with phases("pci"):
         await at(Moment.PCI_REPLAY)
         if not sabotage.skip_pci_replay:
-            writes = await vm.put_back(snapshot.pci_config)
+            for device, config in zip(vm.devices, snapshot.configs, strict=True):  # they share the bridge's ports
+                writes += await device.put_back(config)
     with phases("device"):
         await at(Moment.PACKET_RESTORE)
-        work = vm.control.call("restore-finish", timeout=FINISH_TIMEOUT + 1)
-        finished = await vm.guard(work, "the device server to rebuild its channels", FINISH_TIMEOUT)
+        work = ask_each(vm.devices, "restore-finish", FINISH_TIMEOUT + 1)
+        finished = await vm.guard(work, "the device servers to rebuild their channels", FINISH_TIMEOUT)
     with phases("cont"):
         await at(Moment.BEFORE_CONT)
-        # QEMU would let them run without a device, and the death of the server may be noticed a moment later only.
-        await vm.control.call("status")
+        # QEMU would let them run without a device, and the death of a server may be noticed a moment later only.
+        await ask_each(vm.devices, "status")
         if not _paused(snapshot):
             await vm.cont()
-    return {"packets": {}, "channels": 0, **finished, "pci_writes": writes}
+    return {**found_in(finished), "pci_writes": writes}
+
+
+def found_in(answers: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """The packets and channels of all devices together, by what their servers say of them."""
+    packets, channels = {"queued": 0, "sent": 0}, 0
+    for one in answers:
+        channels += int(one.get("channels", 0))
+        for key in packets:
+            packets[key] += int(one.get("packets", {}).get(key, 0))
+    return {"packets": packets, "channels": channels}
 
 
 async def _let_run_what_qemu_restored(vm: VirtualMachine, snapshot: Snapshot, phases: Phases) -> dict[str, Any]:
     """The device's state was in QEMU's stream, and QEMU puts it back when the vCPUs run."""
-    await require_complete(vm.control)
+    await require_complete(vm.devices)
     if not _paused(snapshot):
         with phases("cont"):
             await vm.cont()
-        await require_running(vm.control)
-    state = saved.decode(await asyncio.to_thread(snapshot.state.read_bytes))
+        await require_running(vm.devices)
+    states = [saved.decode(await asyncio.to_thread(state.read_bytes)) for state in snapshot.states]
     packets = msgspec.structs.asdict(snapshot.manifest.packets)
-    return {"packets": packets, "channels": state.bus.open_channels, "pci_writes": 0}
+    return {"packets": packets, "channels": sum(one.bus.open_channels for one in states), "pci_writes": 0}

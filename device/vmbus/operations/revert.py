@@ -6,8 +6,8 @@ and of its files, whether the state fits a device of its description, whether th
 1. the vCPUs stop, and the device comes to rest, so that nobody writes into guest memory while it is replaced. A
    provider that does not come to rest does not prevent it: its device is discarded at once (step 3 before step 2);
 2. QEMU's snapshot-load: it resets the device, and then replaces memory and everything else;
-3. the server takes the checkpoint's state for its own (`load`) and discards what the device was;
-4. the PCI function is put back, the server rebuilds channels and packets (`restore-finish`), the vCPUs run.
+3. each server takes its state of the checkpoint for its own (`load`) and discards what its device was;
+4. the PCI functions are put back, the servers rebuild channels and packets (`restore-finish`), the vCPUs run.
 
 If step 2 fails before QEMU has reset the device (the server has seen no reset), nothing has been changed and the VM
 runs on. If it fails later, or step 3 or 4 does, memory and devices may be of different times: the VM is ended, and the
@@ -28,10 +28,10 @@ from vmbus.device import saved
 from vmbus.errors import StateError, UsageError, VmbusError
 from vmbus.operations.capture import PAUSE_TIMEOUT
 from vmbus.operations.image import Image, image_in
-from vmbus.operations.restore import FINISH_TIMEOUT
+from vmbus.operations.restore import FINISH_TIMEOUT, found_in
 from vmbus.operations.stream import refuse_unsafe_settings
 from vmbus.operations.vm import Vm, operation
-from vmbus.qemu.pci_function import barrier
+from vmbus.qemu.device import DeviceInstance, ask_each, each
 from vmbus.qemu.probe import check_same, require_complete, require_running
 from vmbus.qemu.qmp import capabilities
 from vmbus.server.control import ControlError
@@ -83,7 +83,7 @@ class _Revert:
     def __init__(self, vm: Vm, image: Image, tag: str, phases: Phases, sabotage: Sabotage, at: Hook) -> None:
         self._vm = vm
         self._monitor = vm.monitor
-        self._control = vm.control
+        self._devices = vm.devices
         self._image = image
         self._store = image.store
         self._tag = tag
@@ -92,7 +92,7 @@ class _Revert:
         self._at = at
         self._was_running = False
         self._forced = False
-        self._resets = 0  # how often the device had been reset before
+        self._resets: list[int] = []  # how often each device had been reset before
 
     async def run(self) -> RevertReport:
         with self._phases("verify"):
@@ -106,9 +106,9 @@ class _Revert:
                 in_stream = record.machine.device_in_stream
                 # A QEMU that migrates the device itself has stopped it, and will put it back.
                 self._forced = not in_stream and not await self._rest()
-                status = await self._control.call("status")
-                check_same(status, in_stream=in_stream, what=f"checkpoint {self._tag!r}")
-                self._resets = int(status["resets"])
+                for status in await ask_each(self._devices, "status"):
+                    check_same(status, in_stream=in_stream, what=f"checkpoint {self._tag!r}")
+                    self._resets.append(int(status["resets"]))
             with self._phases("forget"), self._vm.own_migration():
                 await self._image.forget_error()
         except BaseException as error:
@@ -130,13 +130,17 @@ class _Revert:
     async def _verified(self) -> Checkpoint:
         vm, store, tag = self._vm, self._store, self._tag
         record = store.record(tag)
-        saved.decode(store.verify_state(record))
+        for data in store.verify_states(record):
+            saved.decode(data)
         await in_thread(functools.partial(store.verify_files, record))
-        there = msgspec.structs.replace(record.machine, pci_config="", device_in_stream=False)
+        there = record.machine.bare
         if vm.machine != there:
             hint = f"; start the VM with --like {store.directory}" if not store.own else ""
             raise StateError(f"checkpoint {tag!r} is of another machine: {there}; this one is {vm.machine}{hint}")
-        if msgspec.structs.replace(record.vm, device=vm.description.device) != vm.description:
+        if (
+            len(record.states) != len(vm.devices)
+            or record.vm.with_devices(vm.description.all_devices) != vm.description
+        ):
             raise StateError(f"checkpoint {tag!r} is of another VM: its memory, CPUs, slot or guest settings differ")
         await self._image.open()
         found = await self._image.find(tag)
@@ -153,28 +157,27 @@ class _Revert:
             raise (StateError if error.kind == "state" else UsageError)(str(error)) from error
         return record
 
-    async def _load(self, record: Checkpoint, *, check: bool) -> dict[str, Any]:
+    async def _load(self, record: Checkpoint, *, check: bool) -> list[dict[str, Any]]:
         files: dict[str, Any] = {"files": str(self._store.files(record.tag).absolute())} if record.files else {}
-        return await self._control.call(
-            "load",
-            timeout=60.0,
-            path=str(self._store.state(record.tag).absolute()),
-            sha256=record.state.sha256,
-            description=msgspec.to_builtins(record.vm.device),
-            check=check,
-            **files,
-        )
+
+        async def load(device: DeviceInstance) -> dict[str, Any]:
+            index = self._devices.index(device)
+            return await device.control.call(
+                "load",
+                timeout=60.0,
+                path=str(self._store.state(record.tag, index).absolute()),
+                sha256=record.states[index].sha256,
+                description=msgspec.to_builtins(record.vm.all_devices[index]),
+                check=check,
+                **files,
+            )
+
+        return await each(self._devices, load)
 
     async def _rest(self) -> bool:
-        """Brings the device to rest, with the vCPUs stopped; False if its providers do not come to rest."""
-        await barrier(self._monitor, self._control)
-        try:
-            await self._control.call("pause", timeout=PAUSE_TIMEOUT)
-        except ControlError as error:
-            if error.kind != "timeout":
-                raise
-            return False
-        return True
+        """Brings the devices to rest, with the vCPUs stopped; False if providers of one do not come to rest."""
+        await each(self._devices, DeviceInstance.barrier)
+        return all(await each(self._devices, _rest))
 
     async def _run_on(self, error: BaseException) -> None:
         """Nothing was replaced: lets the VM run as before.
@@ -194,8 +197,7 @@ class _Revert:
             raise RevertFailed(f"{failed}; {fate}", source_alive=True) from error
 
     async def _undo(self) -> None:
-        if (await self._control.call("status"))["phase"] in ("pausing", "paused"):
-            await self._control.call("resume")
+        await each(self._devices, _resume_if_paused)
         if self._was_running:
             await self._monitor.cont()
 
@@ -212,11 +214,11 @@ class _Revert:
                     await self._at(Moment.LOADING)
                     await self._image.load(tag)
             except Exception as error:
-                if not self._forced and (await self._control.call("status"))["resets"] == self._resets:
+                if not self._forced and await self._resets_now() == self._resets:
                     await self._run_on(error)
                 raise
             if in_stream:
-                await require_complete(self._control)
+                await require_complete(self._devices)
             elif not self._forced:
                 with phases("load"):
                     loaded = await self._load(record, check=False)
@@ -224,22 +226,24 @@ class _Revert:
             with phases("pci"):
                 await self._at(Moment.PCI_REPLAY)
                 if not self._sabotage.skip_pci_replay and not in_stream:
-                    writes = await self._vm.put_back(bytes.fromhex(record.machine.pci_config))
+                    for device, config in zip(self._devices, record.machine.configs, strict=True):
+                        writes += await device.put_back(config)
             with phases("channels"):
                 await self._at(Moment.PACKET_RESTORE)
                 if not in_stream:
-                    finished = await self._control.call("restore-finish", timeout=FINISH_TIMEOUT)
+                    finished = await ask_each(self._devices, "restore-finish", FINISH_TIMEOUT)
             with phases("cont"):
                 await self._at(Moment.BEFORE_CONT)
                 await self._vm.renew_agent(f"the VM was taken back to checkpoint {tag!r} meanwhile: ask again")
-                await self._control.call("status")  # a server that is dead may be noticed only by who asks it
+                await ask_each(self._devices, "status")  # one that is dead may be noticed only by who asks it
                 if self._was_running and record.paused is msgspec.UNSET:
                     await self._monitor.cont()
                     if in_stream:
-                        await require_running(self._control)
+                        await require_running(self._devices)
             if in_stream:
-                loaded = {"channels": saved.decode(self._store.verify_state(record)).bus.open_channels}
-                finished = {"packets": msgspec.structs.asdict(record.packets)}
+                states = map(saved.decode, self._store.verify_states(record))
+                loaded = [{"channels": state.bus.open_channels} for state in states]
+                finished = [{"packets": msgspec.structs.asdict(record.packets)}]
         except RevertFailed:
             raise
         except Exception as error:
@@ -253,11 +257,14 @@ class _Revert:
             directory=str(self._store.directory),
             phases=phases.seconds,
             downtime=0.0,
-            packets={key: int(finished["packets"][key]) for key in ("queued", "sent")},
-            channels=int(loaded["channels"]),
+            packets=found_in(finished)["packets"],
+            channels=found_in(loaded)["channels"],
             pci_writes=writes,
             forced=self._forced,
         )
+
+    async def _resets_now(self) -> list[int]:
+        return [int(status["resets"]) for status in await ask_each(self._devices, "status")]
 
     def _way_back(self) -> str:
         if self._store.own:
@@ -266,3 +273,18 @@ class _Revert:
             f"its checkpoints are still in {self._store.directory}: start the same VM with scripts/run-vm and revert "
             "it to any of them (scripts/revert --directory), or bring a snapshot back with scripts/restore"
         )
+
+
+async def _rest(device: DeviceInstance) -> bool:
+    try:
+        await device.control.call("pause", timeout=PAUSE_TIMEOUT)
+    except ControlError as error:
+        if error.kind != "timeout":
+            raise
+        return False
+    return True
+
+
+async def _resume_if_paused(device: DeviceInstance) -> None:
+    if (await device.control.call("status"))["phase"] in ("pausing", "paused"):
+        await device.control.call("resume")

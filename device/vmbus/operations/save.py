@@ -9,14 +9,12 @@ from typing import Any
 import msgspec
 
 import vmbus
-from vmbus.device.description import DeviceDescription
 from vmbus.errors import EnvironmentProblem, StateError, VmbusError
 from vmbus.operations.capture import Capture
 from vmbus.operations.target import Captured, FileTarget
 from vmbus.operations.vm import Vm, operation
-from vmbus.qemu.connections import Control
 from vmbus.snapshot.bundle import SnapshotWriter, utc_now
-from vmbus.snapshot.manifest import RAM, STATE, Manifest, Packets, Versions
+from vmbus.snapshot.manifest import RAM, Manifest, Packets, Versions, state_name
 from vmbus.vm.errors import SaveFailed
 from vmbus.vm.moments import NO_SABOTAGE, Hook, Moment, Sabotage, no_hook
 from vmbus.vm.timing import Phases, Progress
@@ -83,7 +81,7 @@ async def _save(
             await writer.add_boot_files(vm.programs.kernel, vm.programs.initramfs)
         except EnvironmentProblem as error:
             raise SaveFailed(f"save failed: {error}; the VM runs on", source_alive=True) from error
-    target = _Bundle(writer, vm.control)
+    target = _Bundle(vm, writer)
     capture = Capture(vm, target, phases, live=live, sabotage=sabotage, at=at)
     downtime: float | None = None
     stuck: VmbusError | None = None
@@ -98,12 +96,13 @@ async def _save(
         with phases("seal"):
             await at(Moment.SEALING)
             ram = await writer.seal(RAM)
-            state = await writer.seal(STATE)
+            for index, device in enumerate(taken.devices):
+                if await writer.seal(state_name(index)) != device.state:
+                    raise StateError("the device's state on disk is not what the server wrote: its digest differs")
             for name in taken.files:
                 await writer.seal(name)
-            if state.sha256 != taken.state_sha256:
-                raise StateError("the device's state on disk is not what the server wrote: its digest differs")
-            await writer.commit(_manifest(vm, writer, taken, live=live, status=target.status))
+            assert target.versions is not None
+            await writer.commit(_manifest(vm, writer, taken, target.versions, live=live))
         if stuck is not None:
             raise EnvironmentProblem(f"the snapshot {writer.target} is complete, but {stuck}")
     return SaveReport(
@@ -115,7 +114,7 @@ async def _save(
         packets=taken.packets,
         incoming_held=taken.incoming_held,
         ram_bytes=ram.size,
-        state_bytes=state.size,
+        state_bytes=taken.state_bytes,
         flushed_pages=taken.flushed_pages,
         flushed_bytes=taken.flushed_bytes,
         attempts=taken.attempts,
@@ -123,27 +122,26 @@ async def _save(
 
 
 class _Bundle(FileTarget):
-    """A snapshot that is being written. `status`: the device server's at the moment that is saved: providers may have
-    come and gone since the launch, and the snapshot is restored with those that are there."""
+    """A snapshot that is being written."""
 
-    def __init__(self, writer: SnapshotWriter, control: Control) -> None:
-        super().__init__(writer.ram, writer.state)
-        self._control = control
-        self.status: dict[str, Any] = {}
+    def __init__(self, vm: Vm, writer: SnapshotWriter) -> None:
+        super().__init__(writer.directory)
+        self._vm = vm
+        self.versions: Versions | None = None
 
     async def saved(self, captured: Captured) -> None:
         # Now, for once QEMU has written its part nothing of the VM is needed any more.
-        self.status = await self._control.call("status")
+        self.versions = versions(self._vm, await self._vm.devices[0].control.call("status"))
 
 
-def _manifest(vm: Vm, writer: SnapshotWriter, taken: Captured, *, live: bool, status: dict[str, Any]) -> Manifest:
-    device = msgspec.convert(status["description"], DeviceDescription)
+def _manifest(vm: Vm, writer: SnapshotWriter, taken: Captured, versions: Versions, *, live: bool) -> Manifest:
     return Manifest(
         created=utc_now(),
         live=live,
-        vm=msgspec.structs.replace(vm.description, device=device),
-        machine=msgspec.structs.replace(vm.machine, pci_config=taken.pci_config.hex(), device_in_stream=taken.driven),
-        versions=versions(vm, status),
+        # Providers may have come and gone since the launch: it is restored with those that are there now.
+        vm=taken.described(vm.description),
+        machine=vm.machine.with_configs(taken.configs, driven=taken.driven),
+        versions=versions,
         packets=Packets(**taken.packets),
         incoming_held=taken.incoming_held,
         files=writer.records,

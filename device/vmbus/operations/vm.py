@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import functools
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from contextlib import AbstractContextManager, asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Protocol, TypeVar
 
 from vmbus.errors import UsageError
-from vmbus.qemu.connections import Control, QemuMonitor
+from vmbus.qemu.connections import QemuMonitor
+from vmbus.qemu.device import DeviceInstance
 from vmbus.snapshot.manifest import Machine
 from vmbus.vm.command_line import Programs
 from vmbus.vm.description import VmDescription
@@ -41,12 +42,14 @@ class Vm(Protocol):
     def programs(self) -> Programs: ...
     @property
     def machine(self) -> Machine:
-        """Without the function's configuration."""
+        """Without the functions' configurations."""
 
     @property
     def monitor(self) -> QemuMonitor: ...
     @property
-    def control(self) -> Control: ...
+    def devices(self) -> Sequence[DeviceInstance]:
+        """In the order of the description."""
+
     @property
     def idle(self) -> asyncio.Event:
         """Set while no operation is under way that stops or moves the VM."""
@@ -58,9 +61,6 @@ class Vm(Protocol):
 
     def own_migration(self) -> AbstractContextManager[None]:
         """A context in which QEMU may migrate, save and load."""
-
-    async def put_back(self, config: bytes) -> int:
-        """Writes a configuration space back into the PCI function; the number of writes."""
 
     async def renew_agent(self, reason: str) -> None:
         """Has the connection to the guest's agent renewed, and fails what is asked of the agent."""

@@ -1,8 +1,8 @@
-"""One instance: QEMU, its device server, and the connections to both and to the guest's agent.
+"""One instance: QEMU, its device servers (mostly one), and the connections to them and to the guest's agent.
 
-Both processes belong to us and end with us, and if one of them ends, the other is ended too: a VM without its device,
-or a device without its VM, is of no use to anybody. What is done with a whole instance (save, restore, revert, migrate)
-is in `vmbus.operations`.
+All these processes belong to us and end with us, and if one of them ends, the others are ended too: a VM without its
+device, or a device without its VM, is of no use to anybody. What is done with a whole instance (save, restore, revert,
+migrate) is in `vmbus.operations`.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from typing import Any, Self, TypeVar
 
 from vmbus.errors import VmbusError
 from vmbus.qemu.agent import AgentClient, GuestOutput, agents_bound
+from vmbus.qemu.device import DeviceInstance, ask_each
 from vmbus.qemu.ends import Ends, GuestPanicked
 from vmbus.qemu.foreign import MigrationGuard
-from vmbus.qemu.launch import START_TIMEOUT, start_qemu, start_server
-from vmbus.qemu.pci_function import is_back, put_back
+from vmbus.qemu.launch import START_TIMEOUT, start_qemu, start_servers
 from vmbus.qemu.pci_replay import PciAddress
 from vmbus.qemu.probe import driven_by_client
 from vmbus.qemu.qmp import Monitor
 from vmbus.server.control import ControlClient
-from vmbus.snapshot.manifest import Machine
+from vmbus.snapshot.manifest import Function, Machine
 from vmbus.vm.command_line import Programs, Sockets, default_spare_cpus, machine_of
 from vmbus.vm.description import VmDescription
 from vmbus.vm.process import Child, guard_all
@@ -40,24 +40,25 @@ _ANSWER_GRACE = 20.0  # seconds that the guest may need to say that its time is 
 
 
 def machine_for(description: VmDescription, programs: Programs, like: Machine | None) -> Machine:
-    """What QEMU's streams fit; without the function's configuration, which is the guest's doing. `like`: the machine as
+    """What QEMU's streams fit; without the functions' configuration, which is the guest's doing. `like`: the machine as
     it was made once, whatever new ones have."""
+    first, *further = [str(PciAddress(0, slot)) for slot in description.slots]
     return Machine(
         type=like.type if like else machine_of(description, programs.qemu_version),
         accelerator="kvm" if programs.accelerator == "kvm" else "tcg",
-        pci_address=str(PciAddress(0, description.slot)),
+        pci_address=first,
         pci_config="",
         spare_cpus=like.spare_cpus if like else default_spare_cpus(description.cpus, programs.accelerator),
         generation_id=like.generation_id if like else True,
+        further=[Function(address, "") for address in further],
     )
 
 
 class Instance:
     """See the module. `start` starts it; `shutdown` or `kill` ends it, also as an async context manager.
 
-    Attributes for tools and tests: `name`, `description`, `programs`, `machine`, `paths`, `server` and `qemu` (the
-    processes), `monitor`, `control`, `agent`. An answer of the monitor or the server is waited for only while both
-    processes live.
+    Attributes for tools and tests: `name`, `description`, `programs`, `machine`, `paths`, `devices`, `qemu` (the
+    process), `monitor`, `agent`. An answer of the monitor or a server is waited for only while all processes live.
     """
 
     def __init__(
@@ -86,7 +87,6 @@ class Instance:
         self.machine = machine_for(description, programs, like)
         self.paths = Sockets(run_directory.path)
         self.name = run_directory.name
-        self.server: Child | None = None
         self.qemu: Child | None = None
         self.clone = False
         """Whether disks whose content came with the snapshot are in the run directory, and end with it."""
@@ -104,25 +104,37 @@ class Instance:
 
     def _connections(self) -> None:
         self.monitor = Monitor(f"QEMU of VM {self.name!r}", self.guard)
-        self.control = ControlClient(self.paths.control, self.guard)
+        self.devices = [
+            DeviceInstance(
+                described, PciAddress(0, slot), self.monitor, ControlClient(self.paths.control_of(index), self.guard)
+            )
+            for index, (described, slot) in enumerate(
+                zip(self.description.all_devices, self.description.slots, strict=True)
+            )
+        ]
         self.agent = AgentClient(self.paths.agent, on_event=self._agent_event)
 
     # --- coming up ---------------------------------------------------------------------------------------------
 
     async def start(
-        self, phases: Phases, *, state: Path | None = None, files: Path | None = None, incoming: bool = False
+        self,
+        phases: Phases,
+        *,
+        states: Sequence[Path] | None = None,
+        files: Path | None = None,
+        incoming: bool = False,
     ) -> None:
-        """Starts both processes: from power-on, or, `incoming`, a QEMU that awaits its stream and a server with a
-        `state` (and a directory with its providers' `files`), or one that awaits it, too. Whoever starts it ends it if
-        that fails. May be repeated after `end_processes`."""
+        """Starts all processes: from power-on, or, `incoming`, a QEMU that awaits its stream and servers with their
+        `states` (and a directory with their providers' `files`), or ones that await them, too. Whoever starts it ends
+        it if that fails. May be repeated after `end_processes`."""
         with phases("server"):
-            await start_server(self, state, files, awaiting=incoming and state is None)
-            await self.guard(self.control.call("status"), "the device server to answer", START_TIMEOUT)
+            await start_servers(self, states, files, awaiting=incoming and states is None)
+            await self.guard(ask_each(self.devices, "status"), "the device server to answer", START_TIMEOUT)
         with phases("qemu"):
             await start_qemu(self, incoming=incoming)
             # Before the guest can run, so that nothing it says is lost.
             await self.guard(self.agent.connect(START_TIMEOUT), "QEMU to open the agent's socket", START_TIMEOUT)
-            driven = functools.partial(driven_by_client, self.control)
+            driven = functools.partial(driven_by_client, self.devices)
             self._foreign = MigrationGuard(self.monitor, self._notice, driven)
             await self.guard(self._foreign.start(), "QEMU to tell of migrations", START_TIMEOUT)
             self.background(self._foreign.run())
@@ -154,14 +166,21 @@ class Instance:
     # --- while it runs -----------------------------------------------------------------------------------------
 
     @property
-    def pci_address(self) -> PciAddress:
-        """Where the VMBus device sits."""
-        return PciAddress(0, self.description.slot)
+    def control(self) -> ControlClient:
+        """The first device's."""
+        control = self.devices[0].control
+        assert isinstance(control, ControlClient)
+        return control
+
+    @property
+    def server(self) -> Child | None:
+        """The first device's."""
+        return self.devices[0].server
 
     @property
     def children(self) -> list[Child]:
-        """The processes that were started, the server first."""
-        return [child for child in (self.server, self.qemu) if child is not None]
+        """The processes that were started, the servers first."""
+        return [child for child in (*(device.server for device in self.devices), self.qemu) if child is not None]
 
     def room(self, name: str) -> Path:
         """A directory of the VM's own, made if need be, for what may become large. Raises `EnvironmentProblem`."""
@@ -204,20 +223,33 @@ class Instance:
         await self.guard(self.agent.go_back(reason), "the agent's socket", START_TIMEOUT)
 
     async def call_server(self, command: str) -> dict[str, Any]:
-        """A control command without arguments."""
+        """A control command without arguments, to the first device's server."""
         return await self.control.call(command, timeout=CONTROL_TIMEOUT)
+
+    async def call_servers(self, command: str) -> list[dict[str, Any]]:
+        """The same to all of them."""
+        return await ask_each(self.devices, command, CONTROL_TIMEOUT)
 
     async def command_provider(
         self, provider: str, command: str, arguments: Mapping[str, Any] | None = None, *, timeout: float = 10.0
     ) -> dict[str, Any]:
         """A command of a provider's own (see its page in docs/), such as `kvp-get` of the integration services."""
         # A connection of its own: an answer may take its time, and a save must not wait for it.
-        control = ControlClient(self.paths.control, self.guard)
+        control = ControlClient(self.paths.control_of(await self._device_of(provider)), self.guard)
         more = {"name": provider, "command": command, "arguments": dict(arguments or {}), "seconds": timeout}
         try:
             return await control.call("provider", timeout + 5, **more)
         finally:
             control.close()
+
+    async def _device_of(self, provider: str) -> int:
+        """The number of the device that has the provider; of the first one if none has."""
+        if len(self.devices) == 1:
+            return 0
+        for index, status in enumerate(await self.call_servers("status")):
+            if provider in status["providers"]:
+                return index
+        return 0
 
     async def stop(self) -> None:
         """Stops the vCPUs."""
@@ -226,16 +258,6 @@ class Instance:
     async def cont(self) -> None:
         """Lets the vCPUs run."""
         await self.guard(self.monitor.cont(), "the vCPUs to run", START_TIMEOUT)
-
-    async def put_back(self, config: bytes, only: Sequence[tuple[int, int, int]] | None = None) -> int:
-        """Puts the PCI function of a paused VM back: see `vmbus.qemu.pci_function`."""
-        work = put_back(self.monitor, self.control, self.pci_address, config, only)
-        return await self.guard(work, "the PCI function to be put back", 60.0)
-
-    async def is_back(self, config: bytes) -> bool:
-        """Whether it is: see there."""
-        work = is_back(self.monitor, self.control, config)
-        return await self.guard(work, "the BAR to answer", START_TIMEOUT)
 
     # --- the end -----------------------------------------------------------------------------------------------
 
@@ -249,15 +271,14 @@ class Instance:
 
         Returns how QEMU ended if that was no failure: the guest powered itself off, above all. Raises `GuestPanicked`
         if the guest's kernel gave up (else a guest that reboots boots again), and `ProcessDied` if a process ended in
-        any other way. The caller then calls `kill`, which also ends the other process.
+        any other way. The caller then calls `kill`, which also ends the other processes.
 
         A save or migration that is under way is waited for: it notices a death by itself where that matters, and where
         it does not (all is written, or sent), it can still be completed, and is then all that is left of the VM.
         """
-        assert self.qemu is not None and self.server is not None
         ends = self._ends
-        assert ends is not None
-        watched: set[asyncio.Future[Any]] = {self.qemu.exited, self.server.exited, ends.panicked}
+        assert self.qemu is not None and ends is not None
+        watched: set[asyncio.Future[Any]] = {ends.panicked, *(child.exited for child in self.children)}
         await asyncio.wait(watched, return_when=asyncio.FIRST_COMPLETED)
         await self.idle.wait()
         if ends.panicked.done():
@@ -282,7 +303,7 @@ class Instance:
             await self.kill()
 
     async def kill(self) -> None:
-        """Ends both processes at once and removes the run directory. May be called more than once."""
+        """Ends all processes at once and removes the run directory. May be called more than once."""
         if self._ended:
             return
         self._ended = True
@@ -298,14 +319,15 @@ class Instance:
         for child in reversed(self.children):
             await child.stop()
         await self.monitor.close()
-        self.control.close()
+        for device in self.devices:
+            device.close()
 
     async def end_processes(self) -> None:
-        """Ends both processes and keeps the VM: it can be started again, with nothing of what it was."""
+        """Ends all processes and keeps the VM: it can be started again, with nothing of what it was."""
         await self._stop_processes()
         for path in self.run_directory.path.glob("*.sock"):
             path.unlink()
-        self.server = self.qemu = None
+        self.qemu = None
         self._connections()
 
     async def __aenter__(self) -> Self:

@@ -1,4 +1,4 @@
-"""Starts the two processes of an instance and its connections to them."""
+"""Starts the processes of an instance, QEMU and a server for each device, and its connections to them."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import socket
 import sys
 from asyncio import StreamReader
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,7 +15,8 @@ import vmbus
 from vmbus.errors import EnvironmentProblem, os_error
 from vmbus.providers.disk.image import CLONE_VARIABLE
 from vmbus.qemu.agent import decode_line
-from vmbus.vm.command_line import qemu_arguments
+from vmbus.qemu.device import DeviceInstance, each
+from vmbus.vm.command_line import numbered, qemu_arguments
 from vmbus.vm.process import Child
 
 if TYPE_CHECKING:
@@ -26,20 +28,28 @@ START_TIMEOUT = 60.0
 _IMPORT_ROOT = str(Path(vmbus.__file__).resolve().parent.parent)  # a server of this very code, wherever it is
 
 
-async def start_server(vm: Instance, state: Path | None, files: Path | None, *, awaiting: bool) -> Child:
-    """The device server, when it listens: from power-on, from a `state` (`files`: the directory with its providers'
-    files), or `awaiting` one that the command `load` brings."""
-    file = vm.run_directory / "device.json"
+async def start_servers(vm: Instance, states: Sequence[Path] | None, files: Path | None, *, awaiting: bool) -> None:
+    """The device servers, when they listen: from power-on, from their `states` (`files`: the directory with their
+    providers' files), or `awaiting` those that the command `load` brings."""
+    await each(vm.devices, lambda device: _start_server(vm, device, states, files, awaiting=awaiting))
+
+
+async def _start_server(
+    vm: Instance, device: DeviceInstance, states: Sequence[Path] | None, files: Path | None, *, awaiting: bool
+) -> None:
+    index = vm.devices.index(device)
+    file = vm.run_directory / numbered("device.json", index)
     with os_error(f"cannot write {file}"):
-        file.write_bytes(vm.description.device.to_json())
+        file.write_bytes(device.description.to_json())
+    capture = vm.capture and vm.capture.absolute()
     options: dict[str, object] = {
-        "--socket": vm.paths.vfio,
-        "--control": vm.paths.control,
+        "--socket": vm.paths.vfio_of(index),
+        "--control": vm.paths.control_of(index),
         "--libvfio-user": vm.programs.libvfio_user,
-        "--restore": state,
+        "--restore": states and states[index],
         "--files": files,
         "--audit": vm.audit and vm.audit.absolute(),
-        "--capture": vm.capture and vm.capture.absolute(),
+        "--capture": capture and capture.with_name(numbered(capture.name, index)),
         "--external": vm.external if vm.capture else None,
     }
     arguments = [sys.executable, "-m", "vmbus.cli.serve", str(file), *(["--await-state"] if awaiting else [])]
@@ -49,15 +59,15 @@ async def start_server(vm: Instance, state: Path | None, files: Path | None, *, 
     environment = {"PYTHONPATH": f"{_IMPORT_ROOT}:{inherited}" if inherited else _IMPORT_ROOT}
     if vm.clone:
         environment[CLONE_VARIABLE] = str(vm.run_directory.room("disks"))
-    vm.server = await Child.spawn(
-        f"the device server of VM {vm.name!r}",
+    which = f" for {device.name!r}" if len(vm.devices) > 1 else ""
+    device.server = await Child.spawn(
+        f"the device server{which} of VM {vm.name!r}",
         arguments,
-        vm.run_directory / "server.log",
+        vm.run_directory / numbered("server.log", index),
         environment=environment,
         capture_stdout=True,
     )
-    await vm.server.guard(_listening(vm, vm.server), "the device server to listen", START_TIMEOUT)
-    return vm.server
+    await device.server.guard(_listening(vm, device.server), "the device server to listen", START_TIMEOUT)
 
 
 async def _listening(vm: Instance, server: Child) -> None:

@@ -11,11 +11,11 @@ What stands back, and what stays: docs/protocol-migration.md.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vmbus.errors import StateError
-from vmbus.qemu.connections import Control
+from vmbus.qemu.device import DeviceInstance, ask_each
 
 
 def driven(status: Mapping[str, Any]) -> bool:
@@ -23,17 +23,22 @@ def driven(status: Mapping[str, Any]) -> bool:
     return status.get("driven_by_client") is True
 
 
-async def driven_by_client(control: Control) -> bool:
-    """The same, asked for. QEMU has asked the server by the time that it answers on its monitor."""
-    return driven(await control.call("status"))
+async def driven_by_client(devices: Sequence[DeviceInstance]) -> bool:
+    """The same of all devices of a VM, asked for. QEMU has asked the servers by the time that it answers on its
+    monitor. Raises StateError if it drives some of them and others not."""
+    found = {driven(status) for status in await ask_each(devices, "status")}
+    if len(found) > 1:
+        raise StateError("QEMU migrates some of the VM's devices itself, and others not: their servers differ")
+    return found == {True}
 
 
-async def require_same(control: Control, *, in_stream: bool, what: str) -> None:
-    """Whether a VM that has just been started carries its device in the same way as the saved one, `what`.
+async def require_same(devices: Sequence[DeviceInstance], *, in_stream: bool, what: str) -> None:
+    """Whether a VM that has just been started carries its devices in the same way as the saved one, `what`.
 
     Raises StateError if not: QEMU's stream then has the device where it is not looked for, or lacks it.
     """
-    check_same(await control.call("status"), in_stream=in_stream, what=what)
+    for status in await ask_each(devices, "status"):
+        check_same(status, in_stream=in_stream, what=what)
 
 
 def check_same(status: Mapping[str, Any], *, in_stream: bool, what: str) -> None:
@@ -51,20 +56,22 @@ def check_same(status: Mapping[str, Any], *, in_stream: bool, what: str) -> None
         )
 
 
-async def require_complete(control: Control) -> None:
-    """QEMU has loaded its stream: whether the device's state was in it and is intact. Raises StateError."""
-    migration = (await control.call("status"))["migration"]
-    if not migration.get("complete"):
-        raise StateError(
-            f"QEMU has loaded its stream, and the device's state was not in it: the server is {migration.get('state')}"
-        )
+async def require_complete(devices: Sequence[DeviceInstance]) -> None:
+    """QEMU has loaded its stream: whether the devices' states were in it and are intact. Raises StateError."""
+    for status in await ask_each(devices, "status"):
+        migration = status["migration"]
+        if not migration.get("complete"):
+            raise StateError(
+                "QEMU has loaded its stream, and the device's state was not in it: the server is "
+                f"{migration.get('state')}"
+            )
 
 
-async def require_running(control: Control) -> None:
-    """The vCPUs were let run: whether the device does, too. Raises StateError."""
-    status = await control.call("status")
-    if status["phase"] != "running":
-        raise StateError(
-            f"the device does not run, although QEMU does: the server is {status['phase']}; its log says why the state "
-            "was refused"
-        )
+async def require_running(devices: Sequence[DeviceInstance]) -> None:
+    """The vCPUs were let run: whether the devices do, too. Raises StateError."""
+    for status in await ask_each(devices, "status"):
+        if status["phase"] != "running":
+            raise StateError(
+                f"the device does not run, although QEMU does: the server is {status['phase']}; its log says why the "
+                "state was refused"
+            )

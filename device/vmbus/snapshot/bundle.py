@@ -33,7 +33,6 @@ from vmbus.snapshot.manifest import (
     KERNEL,
     MANIFEST,
     RAM,
-    STATE,
     VENDOR_DEVICE,
     FileRecord,
     Manifest,
@@ -41,6 +40,7 @@ from vmbus.snapshot.manifest import (
     decode_manifest,
     encode_manifest,
     is_content,
+    state_name,
 )
 from vmbus.util.copying import copy_file, sync_directory
 from vmbus.util.interruptible import NEVER, Stop, in_thread, sha256
@@ -96,10 +96,9 @@ class SnapshotWriter:
         """Where QEMU is to write its stream."""
         return self.directory / RAM
 
-    @property
-    def state(self) -> Path:
-        """Where the device server is to write its state."""
-        return self.directory / STATE
+    def state(self, index: int) -> Path:
+        """Where the device server of that number is to write its state."""
+        return self.directory / state_name(index)
 
     async def add_boot_files(self, kernel: Path | None, initramfs: Path | None) -> None:
         """Puts what QEMU booted into the snapshot, and seals it; None: there was nothing of the kind."""
@@ -165,10 +164,11 @@ class Snapshot:
         self.directory = directory
         self.manifest = manifest
         self.ram = directory / RAM
-        self.state = directory / STATE
+        self.states = [directory / state_name(index) for index in range(len(manifest.vm.slots))]
+        """Of all devices, the first one's first."""
         self.kernel = directory / KERNEL if KERNEL in manifest.files else None
         self.initramfs = directory / INITRAMFS if INITRAMFS in manifest.files else None
-        self.pci_config = bytes.fromhex(manifest.machine.pci_config)
+        self.configs = manifest.machine.configs
 
 
 async def open_snapshot(
@@ -200,14 +200,14 @@ async def open_snapshot(
     return Snapshot(directory, manifest)
 
 
-def read_state(directory: Path) -> tuple[Manifest, bytes]:
-    """A snapshot's manifest and the bytes of its device state, for looking at: guest memory is not read.
+def read_state(directory: Path, index: int = 0) -> tuple[Manifest, bytes]:
+    """A snapshot's manifest and the bytes of a device's state, for looking at: guest memory is not read.
 
     Raises `StateError` as `open_snapshot` does, for what these two can have wrong.
     """
     manifest = _read_manifest(directory)
     _check_device(directory, manifest, None)
-    path, record = directory / STATE, manifest.files[STATE]
+    path, record = directory / state_name(index), manifest.files[state_name(index)]
     _verify(path, record)
     with _open_regular(path) as file:
         data = file.read(record.size + 1)
@@ -240,10 +240,12 @@ def _read_manifest(directory: Path) -> Manifest:
 
 
 def _check_device(directory: Path, manifest: Manifest, expected: VmDescription | None) -> None:
-    config = bytes.fromhex(manifest.machine.pci_config)
-    if config[:4] != VENDOR_DEVICE:
-        vendor, device = int.from_bytes(config[:2], "little"), int.from_bytes(config[2:4], "little")
-        raise StateError(f"the snapshot {directory} is of another device: PCI {vendor:04x}:{device:04x}, not 5642:4d56")
+    for config in manifest.machine.configs:
+        if config[:4] != VENDOR_DEVICE:
+            vendor, device = int.from_bytes(config[:2], "little"), int.from_bytes(config[2:4], "little")
+            raise StateError(
+                f"the snapshot {directory} is of another device: PCI {vendor:04x}:{device:04x}, not 5642:4d56"
+            )
     if expected is None or expected == manifest.vm:
         return
     saved = manifest.vm
@@ -262,6 +264,7 @@ def _check_device(directory: Path, manifest: Manifest, expected: VmDescription |
         ("memory", saved.memory_mib, expected.memory_mib),
         ("CPUs", saved.cpus, expected.cpus),
         ("PCI slot", saved.slot, expected.slot),
+        ("further devices", saved.further, expected.further),
         ("name", saved.name, expected.name),
     ):
         if one != other:

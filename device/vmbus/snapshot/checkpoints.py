@@ -1,7 +1,7 @@
 """A directory of checkpoints: moments of one VM to which it can be taken back while its processes live on.
 
     vmstate.qcow2   QEMU's part of all of them: an image whose internal snapshots hold the VM's memory and devices
-    TAG.state       the device server's part of one
+    TAG.state       the device server's part of one; of a VM with several devices also TAG.state-2 and so on
     TAG.files/      copies of its providers' files, if they have any (see `vmbus.server.files`)
     TAG.json        the record of one, written last: without it there is no such checkpoint
 
@@ -18,7 +18,7 @@ import os
 import re
 import shutil
 import stat
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, BinaryIO, Literal
 
@@ -26,10 +26,10 @@ import msgspec
 
 from vmbus.device import saved
 from vmbus.errors import EnvironmentProblem, StateError, UsageError, os_error
-from vmbus.snapshot.manifest import FileRecord, Machine, Packets
+from vmbus.snapshot.manifest import FileRecord, Machine, Packets, check_functions
 from vmbus.util.explaining import NAME_RULE, Name, explain
 from vmbus.util.interruptible import NEVER, Stop, sha256
-from vmbus.vm.description import VmDescription
+from vmbus.vm.description import MOST_DEVICES, VmDescription
 
 IMAGE = "vmstate.qcow2"
 VERSION = 1
@@ -38,6 +38,7 @@ VERSION = 1
 RESERVE = 4 << 20
 """Bytes that are set aside while a checkpoint is taken: of the image's tables for a terabyte, less would do."""
 
+_STATES = (".state", *(f".state-{number}" for number in range(2, MOST_DEVICES + 1)))
 _TAG = re.compile(r"[a-z0-9][a-z0-9._-]{0,31}")
 _RECORD_LIMIT = 1 << 20  # bytes
 _Count = Annotated[int, msgspec.Meta(ge=0)]
@@ -74,6 +75,13 @@ class Checkpoint(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     """Providers' files; absent if there are none."""
     paused: Literal[True] | msgspec.UnsetType = msgspec.UNSET
     """The vCPUs stood, and stand after a revert; absent if they ran."""
+    further: Annotated[list[FileRecord], msgspec.Meta(max_length=MOST_DEVICES - 1)] | msgspec.UnsetType = msgspec.UNSET
+    """The states of further devices; absent if there are none."""
+
+    @property
+    def states(self) -> list[FileRecord]:
+        """The states of all devices, the first one's first."""
+        return [self.state, *([] if self.further is msgspec.UNSET else self.further)]
 
 
 class _File(msgspec.Struct, forbid_unknown_fields=True):
@@ -98,9 +106,9 @@ class Store:
     def image(self) -> Path:
         return self.directory / IMAGE
 
-    def state(self, tag: str) -> Path:
-        """The device server's part."""
-        return self.directory / f"{tag}.state"
+    def state(self, tag: str, index: int = 0) -> Path:
+        """The part of the device server of that number."""
+        return self.directory / f"{tag}{_STATES[index]}"
 
     def files(self, tag: str) -> Path:
         """The directory with the providers' files."""
@@ -153,14 +161,21 @@ class Store:
             raise StateError(f"{path}: checkpoint version {one.version}; this program reads version {VERSION} only")
         if one.tag != tag:
             raise StateError(f"{path} is the record of the checkpoint {one.tag!r}, not of {tag!r}")
+        check_functions(one.machine, one.vm, str(path))
+        if len(one.states) != len(one.vm.slots):
+            raise StateError(f"{path}: {len(one.states)} states for {len(one.vm.slots)} devices")
         return one
 
-    def verify_state(self, one: Checkpoint) -> bytes:
-        """The bytes of the device's state. Raises `StateError` if they are not those of the record."""
-        path = self.state(one.tag)
+    def verify_states(self, one: Checkpoint) -> Sequence[bytes]:
+        """The bytes of all devices' states. Raises `StateError` if they are not those of the record."""
+        return [self.verify_state(one, index) for index in range(len(one.states))]
+
+    def verify_state(self, one: Checkpoint, index: int = 0) -> bytes:
+        """The same of one device."""
+        path, record = self.state(one.tag, index), one.states[index]
         with os_error(f"cannot read {path}, the device's part of the checkpoint", StateError):
             data = saved.read_file(path)
-        if len(data) != one.state.size or hashlib.sha256(data).hexdigest() != one.state.sha256:
+        if len(data) != record.size or hashlib.sha256(data).hexdigest() != record.sha256:
             raise StateError(
                 f"{path} is not the device's state of checkpoint {one.tag!r}: its digest is not the recorded one"
             )
@@ -236,7 +251,7 @@ class Store:
         tags = set(self.tags())
         with contextlib.suppress(OSError):
             for path in self.directory.iterdir():
-                if path.suffix not in (".state", ".files") or _TAG.fullmatch(path.stem) is None or path.stem in tags:
+                if path.suffix not in (*_STATES, ".files") or _TAG.fullmatch(path.stem) is None or path.stem in tags:
                     continue
                 if path.is_dir() and not path.is_symlink():
                     shutil.rmtree(path)
@@ -245,7 +260,7 @@ class Store:
 
     def remove(self, tag: str) -> None:
         """Forgets a checkpoint. Its snapshot in the image is the caller's to delete."""
-        for path in (self._record(tag), self.state(tag)):
+        for path in (self._record(tag), *(self.state(tag, index) for index in range(MOST_DEVICES))):
             path.unlink(missing_ok=True)
         with contextlib.suppress(FileNotFoundError):
             shutil.rmtree(self.files(tag))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 import msgspec
@@ -15,7 +16,7 @@ import msgspec
 from vmbus.errors import StateError
 from vmbus.server.files import PREFIX
 from vmbus.util.explaining import NAME, explain
-from vmbus.vm.description import VmDescription
+from vmbus.vm.description import MOST_DEVICES, VmDescription
 
 FORMAT = "vmbus-snapshot"
 VERSION = 1
@@ -31,10 +32,18 @@ CONTENTS = (RAM, STATE, KERNEL, INITRAMFS)
 """A snapshot's files besides the manifest: QEMU's stream, the device server's state, and what QEMU booted."""
 
 
+def state_name(index: int) -> str:
+    """The file with the state of the device of that number in its VM; the first is 0."""
+    return STATE if index == 0 else f"device-{index + 1}.state"
+
+
+STATES = tuple(map(state_name, range(MOST_DEVICES)))
+
+
 def contents_of(vm: VmDescription) -> tuple[str, ...]:
     """Those of a snapshot of that VM: one that boots a disk has no kernel."""
     booted = ((KERNEL, vm.mine.has_kernel), (INITRAMFS, vm.mine.has_initramfs))
-    return (RAM, STATE, *(name for name, there in booted if there))
+    return (RAM, *STATES[: len(vm.slots)], *(name for name, there in booted if there))
 
 
 VENDOR_DEVICE = bytes.fromhex("4256564d")
@@ -47,7 +56,7 @@ FILE_NAME = re.compile(rf"file\.{NAME}\.[a-z0-9][a-z0-9_-]{{0,31}}")
 
 def is_content(name: str) -> bool:
     """Whether a snapshot may have a file of this name besides the manifest."""
-    return name in CONTENTS or FILE_NAME.fullmatch(name) is not None
+    return name in CONTENTS or name in STATES or FILE_NAME.fullmatch(name) is not None
 
 
 _Count = Annotated[int, msgspec.Meta(ge=0)]
@@ -77,14 +86,24 @@ class Versions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Which library the server ran on; for information."""
 
 
+_Config = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{512}$")]
+
+
+class Function(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The PCI function of a further device."""
+
+    pci_address: str
+    pci_config: _Config
+
+
 class Machine(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
-    """What the RAM stream and the device's configuration fit."""
+    """What the RAM stream and the devices' configurations fit."""
 
     type: str
     """Versioned machine type, e.g. pc-q35-11.1."""
     accelerator: Literal["kvm", "tcg"]
     pci_address: str
-    pci_config: Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{512}$")]
+    pci_config: _Config
     """The function's configuration space, 256 bytes in hex."""
     device_in_stream: bool = False
     """QEMU migrated the device itself: its stream has the device's state, and the file is a copy."""
@@ -92,9 +111,30 @@ class Machine(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defa
     """CPUs that the machine has room for and does not have: see `vmbus.vm.command_line.spare_cpus`."""
     generation_id: bool = False
     """The machine has a device by which the guest notices that it is a copy."""
+    further: Annotated[list[Function], msgspec.Meta(max_length=MOST_DEVICES - 1)] = []
+    """The functions of the devices beside the first one, in the order of the description."""
+
+    @property
+    def configs(self) -> list[bytes]:
+        """The configuration spaces of all devices' functions, the first one's first."""
+        return [bytes.fromhex(one) for one in (self.pci_config, *(function.pci_config for function in self.further))]
+
+    def with_configs(self, configs: Sequence[bytes], *, driven: bool = False) -> Machine:
+        """With these. `driven`: as `device_in_stream`."""
+        further = [
+            msgspec.structs.replace(function, pci_config=config.hex())
+            for function, config in zip(self.further, configs[1:], strict=True)
+        ]
+        return msgspec.structs.replace(self, pci_config=configs[0].hex(), further=further, device_in_stream=driven)
+
+    @property
+    def bare(self) -> Machine:
+        """As it is made: without the functions' configurations, which are the guest's doing."""
+        return self.with_configs([b""] * (1 + len(self.further)))
 
     def __str__(self) -> str:
         parts = [f"{self.type} under {self.accelerator}, its device at {self.pci_address}"]
+        parts += [f"another at {function.pci_address}" for function in self.further]
         parts.append(f"spare CPUs: {self.spare_cpus}")
         return ", ".join(parts) + ("" if self.generation_id else ", no generation id")
 
@@ -139,6 +179,13 @@ def encode_manifest(manifest: Manifest) -> bytes:
     return msgspec.json.format(msgspec.json.encode(_File(manifest, digest)), indent=2) + b"\n"
 
 
+def check_functions(machine: Machine, vm: VmDescription, source: str) -> None:
+    """Raises `StateError` unless the machine has a function for each device."""
+    there = 1 + len(machine.further)
+    if there != len(vm.slots):
+        raise StateError(f"{source}: {there} PCI functions for {len(vm.slots)} devices")
+
+
 def decode_manifest(data: bytes, source: str) -> Manifest:
     """Decodes and checks a manifest file's bytes; `source` names it in errors.
 
@@ -161,8 +208,10 @@ def decode_manifest(data: bytes, source: str) -> Manifest:
     manifest = found.manifest
     if encode_manifest(manifest) != data:
         raise StateError(f"{source} was changed after it was written: its digest does not match")
+    check_functions(manifest.machine, manifest.vm, source)
     needed = contents_of(manifest.vm)
-    if not set(manifest.files) >= set(needed) or not all(map(is_content, manifest.files)):
+    strange = [name for name in manifest.files if name not in needed and not FILE_NAME.fullmatch(name)]
+    if strange or not set(manifest.files) >= set(needed):
         raise StateError(
             f"{source} lists the files {sorted(manifest.files)}; a snapshot has {sorted(needed)}, "
             f"and files of providers are called {FILE_PREFIX}PROVIDER.NAME"

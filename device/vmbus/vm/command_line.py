@@ -12,7 +12,7 @@ import msgspec
 from vmbus.errors import EnvironmentProblem, UsageError
 from vmbus.provision import Provisioned
 from vmbus.provision.debian_system import LABEL
-from vmbus.vm.description import VmDescription
+from vmbus.vm.description import MOST_DEVICES, VmDescription
 from vmbus.vm.own_guest import OwnDisk, hostfwd
 
 AGENT_PORT = "org.vmbus.agent"
@@ -62,8 +62,15 @@ def runs_under(accelerator: str, programs: Programs) -> bool:
     return accelerator in ("tcg", programs.accelerator)
 
 
+def numbered(file: str, index: int) -> str:
+    """What a file of the first device (0) is called for the device of that number: ``server-2.log``."""
+    stem, dot, suffix = file.rpartition(".")
+    return file if index == 0 else f"{stem}-{index + 1}{dot}{suffix}" if dot else f"{file}-{index + 1}"
+
+
 class Sockets:
-    """Paths of a VM's sockets and logs in its run directory. `stream`: QEMU's, of a VM that arrives there."""
+    """Paths of a VM's sockets and logs in its run directory; `vfio` and `control` are the first device's. `stream`:
+    QEMU's, of a VM that arrives there."""
 
     def __init__(self, run_directory: Path) -> None:
         self.vfio = run_directory / "vfio.sock"
@@ -76,6 +83,20 @@ class Sockets:
         self.stream = run_directory / "stream.sock"
         self.supervisor = run_directory / "supervisor.sock"
         self.gdb = run_directory / "gdb.sock"
+
+    def vfio_of(self, index: int) -> Path:
+        """Where QEMU has the device of that number."""
+        return self.vfio.with_name(numbered(self.vfio.name, index))
+
+    def control_of(self, index: int) -> Path:
+        """Where tools have its server."""
+        return self.control.with_name(numbered(self.control.name, index))
+
+    @property
+    def controls(self) -> list[Path]:
+        """Those of a VM that runs, the first device's first."""
+        found = map(self.control_of, range(MOST_DEVICES))
+        return [path for path in found if path.is_socket()]
 
 
 def machine_version(qemu_version: str) -> str:
@@ -186,7 +207,7 @@ def qemu_arguments(
     """QEMU's whole command for a description, ready to be executed.
 
     `qmp` replaces the supervisor's monitor socket by another chardev setting (such as an inherited descriptor);
-    `incoming` makes it wait, paused, for a state to be loaded; without `with_device` the VMBus device is left out
+    `incoming` makes it wait, paused, for a state to be loaded; without `with_device` the VMBus devices are left out
     (for tests of the rest). What a machine has that was made once, if it is not that of a new one: `spare_cpus`, the
     number of CPUs to leave room for; `machine_type`; `generation_id`, by which a guest notices that it is a copy.
     `gdb`: where QEMU's stub for it listens, as in `OwnGuest.gdb`.
@@ -237,12 +258,12 @@ def qemu_arguments(
         *("-chardev", _socket_chardev("agent", paths.agent)),
         *("-device", f"virtserialport,id=agent-port,bus=serial.0,nr=1,chardev=agent,name={AGENT_PORT}"),
     ]
-    if with_device:
+    for index, slot in enumerate(description.slots if with_device else ()):
         device = {
             "driver": "vfio-user-pci",
-            "id": "vmbus",
-            "socket": {"type": "unix", "path": str(paths.vfio)},
-            "addr": f"{description.slot:x}",
+            "id": numbered("vmbus", index),
+            "socket": {"type": "unix", "path": str(paths.vfio_of(index))},
+            "addr": f"{slot:x}",
             "rombar": 0,
         }
         arguments += ["-device", json.dumps(device)]
@@ -265,7 +286,7 @@ def disk_node(number: int) -> str:
 
 def _own_devices(description: VmDescription) -> list[str]:
     """Disks and cards of one's own: from the highest slot downwards, so that nothing else moves with their number."""
-    slots = iter(slot for slot in range(30, _SERIAL_SLOT, -1) if slot != description.slot)
+    slots = iter(slot for slot in range(30, _SERIAL_SLOT, -1) if slot not in description.slots)
     found: list[str] = []
 
     def option(name: str, value: dict[str, object]) -> None:

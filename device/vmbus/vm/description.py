@@ -1,4 +1,4 @@
-"""VM descriptions: one TOML file says what machine to build and which device it gets.
+"""VM descriptions: one TOML file says what machine to build and which devices it gets.
 
 A description names no programs and no files of this machine: those come from the set-up. So a description can be
 stored in a snapshot and used on another machine. The exception is a guest of one's own (`vmbus.vm.own_guest`).
@@ -6,7 +6,8 @@ stored in a snapshot and used on another machine. The exception is a guest of on
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -19,6 +20,12 @@ from vmbus.vm.own_guest import OwnGuest
 
 IMAGE_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 """Names of images in the disk directory."""
+
+MOST_DEVICES = 8
+"""VMBus devices of one VM."""
+
+_Slot = Annotated[int, msgspec.Meta(ge=4, le=30)]
+_SLOTS = range(4, 31)
 
 
 class GuestDescription(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -60,6 +67,13 @@ class GuestDescription(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             )
 
 
+class FurtherDevice(DeviceDescription, frozen=True, forbid_unknown_fields=True):
+    """A VMBus device beside the first one."""
+
+    slot: _Slot
+    """Its PCI device number on bus 0."""
+
+
 class VmDescription(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A virtual machine: size, devices, and the guest's settings."""
 
@@ -71,11 +85,15 @@ class VmDescription(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Guest memory in MiB."""
     cpus: Annotated[int, msgspec.Meta(ge=1, le=64)] = 1
     """Virtual CPUs."""
-    slot: Annotated[int, msgspec.Meta(ge=4, le=30)] = 5
+    slot: _Slot = 5
     """PCI device number of the VMBus device on bus 0. The rest belongs to the machine."""
     guest: GuestDescription = GuestDescription()
     own: OwnGuest | msgspec.UnsetType = msgspec.UNSET
     """A guest of one's own instead of ours, and what else of QEMU's is wanted. Left out of manifests as above."""
+    devices: Annotated[list[FurtherDevice], msgspec.Meta(max_length=MOST_DEVICES - 1)] | msgspec.UnsetType = (
+        msgspec.UNSET
+    )
+    """Further VMBus devices. Left out of manifests as above."""
 
     @property
     def mine(self) -> OwnGuest:
@@ -88,6 +106,14 @@ class VmDescription(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return self.mine.foreign
 
     def __post_init__(self) -> None:
+        for what, values in (
+            ("devices in slot", self.slots),
+            ("devices called", [one.name for one in self.all_devices]),
+            ("providers called", [provider.name for one in self.all_devices for provider in one.providers]),
+        ):
+            # A tool names a provider without its device.
+            if again := [value for value, count in Counter(values).items() if count > 1]:
+                raise ValueError(f"there are two {what} {again[0]}")
         if self.foreign and (self.guest.root or self.guest.kernel_arguments):
             raise ValueError(
                 "guest.root and guest.kernel_arguments are of our own guest, and 'own' has another one: append is its "
@@ -101,6 +127,74 @@ class VmDescription(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
                 f"guest.huge_pages = {self.guest.huge_pages} ({self.guest.huge_pages * 2} MiB) is more than half of "
                 f"memory_mib = {self.memory_mib}; allowed: up to {self.memory_mib // 4}"
             )
+        if self.further and self.guest.linux and not self.guest.vfio:
+            raise ValueError(
+                "Linux's own drivers drive the first device alone, and nobody would drive further ones with "
+                'guest.driver = "linux"; "both" lets programs do that'
+            )
+
+    @property
+    def further(self) -> list[FurtherDevice]:
+        """The VMBus devices beside the first one."""
+        return [] if self.devices is msgspec.UNSET else self.devices
+
+    @property
+    def all_devices(self) -> list[DeviceDescription]:
+        """The VMBus devices, the first one first."""
+        return [self.device, *(DeviceDescription(one.name, one.providers) for one in self.further)]
+
+    @property
+    def slots(self) -> list[int]:
+        """Their PCI device numbers, in the same order."""
+        return [self.slot, *(one.slot for one in self.further)]
+
+    def with_devices(self, devices: Sequence[DeviceDescription]) -> VmDescription:
+        """With so described devices in the place of those that it has, in the same slots.
+
+        Raises UsageError if they do not go together: providers that came while it ran may be called like others.
+        """
+        first, *rest = devices
+        further = [FurtherDevice(one.name, one.providers, slot) for one, slot in zip(rest, self.slots[1:], strict=True)]
+        try:
+            return msgspec.structs.replace(self, device=first, devices=further or self.devices)
+        except ValueError as error:
+            raise UsageError(f"VM {self.name!r}: {error}") from error
+
+
+def with_further(vm: VmDescription, others: Sequence[VmDescription]) -> VmDescription:
+    """With the devices of other descriptions beside its own. One whose slot or name is taken gets another: the next
+    slot that is free, and a number behind its name; so does a provider. Linux's own drivers keep the first device, and
+    programs drive the others. Raises UsageError if there are too many."""
+    if not others:
+        return vm
+    guest = msgspec.structs.replace(
+        vm.guest,
+        driver="both" if vm.guest.linux else vm.guest.driver,
+        huge_pages=min(sum(one.guest.huge_pages for one in (vm, *others) if one.guest.vfio), vm.memory_mib // 4),
+    )
+    devices, slots = list(vm.all_devices), list(vm.slots)
+    names = {one.name for one in devices}
+    providers = {provider.name for one in devices for provider in one.providers}
+    for other in others:
+        for device, slot in zip(other.all_devices, other.slots, strict=True):
+            renamed = [msgspec.structs.replace(one, name=_free(one.name, providers)) for one in device.providers]
+            devices.append(DeviceDescription(_free(device.name, names), renamed))
+            slots.append(next(one for one in (slot, *_SLOTS) if one not in slots))
+    if len(devices) > MOST_DEVICES:
+        raise UsageError(f"VM {vm.name!r} would have {len(devices)} devices; allowed: {MOST_DEVICES}")
+    further = [FurtherDevice(one.name, one.providers, slot) for one, slot in list(zip(devices, slots, strict=True))[1:]]
+    try:
+        return msgspec.structs.replace(vm, devices=further, guest=guest)
+    except ValueError as error:
+        raise UsageError(f"VM {vm.name!r}: {error}") from error
+
+
+def _free(name: str, taken: set[str]) -> str:
+    """The name, with a number if it is taken; it is then."""
+    numbered = (f"{name[: 31 - len(str(number))]}-{number}" for number in range(2, 10_000))
+    found = name if name not in taken else next(one for one in numbered if one not in taken)
+    taken.add(found)
+    return found
 
 
 def with_options(vm: VmDescription, options: Mapping[str, Mapping[str, Any]]) -> VmDescription:
@@ -108,13 +202,20 @@ def with_options(vm: VmDescription, options: Mapping[str, Mapping[str, Any]]) ->
 
     Raises UsageError for a name that it does not have.
     """
-    if unknown := sorted(set(options) - {one.name for one in vm.device.providers}):
+    if unknown := sorted(set(options) - {one.name for device in vm.all_devices for one in device.providers}):
         raise UsageError(f"there is no provider {', '.join(unknown)}, whose options were to be others")
-    providers = [
-        msgspec.structs.replace(one, options={**one.options, **options.get(one.name, {})})
-        for one in vm.device.providers
-    ]
-    return msgspec.structs.replace(vm, device=msgspec.structs.replace(vm.device, providers=providers))
+    return vm.with_devices(
+        [
+            DeviceDescription(
+                device.name,
+                [
+                    msgspec.structs.replace(one, options={**one.options, **options.get(one.name, {})})
+                    for one in device.providers
+                ],
+            )
+            for device in vm.all_devices
+        ]
+    )
 
 
 def parse_description(data: str | bytes, source: str) -> VmDescription:

@@ -44,6 +44,12 @@ class Sabotage:
     skip_flush: bool = False
     skip_pci_replay: bool = False
     edit_state: Callable[[bytes], bytes] | None = None
+    only: str | None = None
+    """The device to which it is done; None: all of them."""
+
+    def flushes(self, device: str) -> bool:
+        """Whether the device's logged pages are flushed."""
+        return not self.skip_flush or self.only not in (None, device)
 
 
 NO_SABOTAGE = Sabotage()

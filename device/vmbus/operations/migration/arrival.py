@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ from vmbus.device.description import DeviceDescription
 from vmbus.device.pci import interrupt_writes, without_interrupts
 from vmbus.errors import EnvironmentProblem, StateError
 from vmbus.operations.migration.address import Address, TcpAddress, UnixAddress, stream_channel
+from vmbus.qemu.device import DeviceInstance, ask_each, each
 from vmbus.qemu.probe import driven_by_client, require_complete, require_running
 from vmbus.qemu.qmp import capabilities
 from vmbus.snapshot.manifest import Packets
@@ -28,12 +30,14 @@ LOAD_TIMEOUT = 60.0
 _STREAM_TIMEOUT = 3600.0  # the source bounds it
 
 
-def packets_found(found: dict[str, Any]) -> Packets:
-    """What the server accounts for of a state's packets: those that are back, and those of it that were dropped with a
+def packets_found(answers: Sequence[dict[str, Any]]) -> Packets:
+    """What the servers account for of their states' packets: those that are back, and those that were dropped with a
     channel that is made anew. Others of such a channel were not saved at all, and are not the state's."""
 
     def count(key: str) -> int:
-        back, dropped, unsaved = (int(found.get(part, {}).get(key, 0)) for part in ("packets", "dropped", "unsaved"))
+        back, dropped, unsaved = (
+            sum(int(found.get(part, {}).get(key, 0)) for found in answers) for part in ("packets", "dropped", "unsaved")
+        )
         return back + dropped - unsaved
 
     return Packets(queued=count("queued"), sent=count("sent"))
@@ -47,8 +51,8 @@ class Arrival:
         self.vm = vm
         self._stream_port = stream_port
         self._host = host
-        # A copy of what QEMU has in its stream, if it migrates the device itself: then it puts everything back.
-        self._in_stream: saved.DeviceState | None = None
+        # Copies of what QEMU has in its stream, if it migrates the devices itself: then it puts everything back.
+        self._in_stream: list[saved.DeviceState] | None = None
         self._driven = False
         self._ahead = 0  # writes to the PCI function before QEMU loaded its stream
 
@@ -58,7 +62,7 @@ class Arrival:
         return self.vm.room("arrival")
 
     async def start(self, phases: Phases, multifd: int) -> int | str:
-        """A server that awaits its state and a QEMU that awaits its stream: the stream's TCP port or unix path."""
+        """Servers that await their states and a QEMU that awaits its stream: the stream's TCP port or unix path."""
         vm, monitor = self.vm, self.vm.monitor
         await vm.start(phases, incoming=True)
         with phases("listen"):
@@ -80,29 +84,38 @@ class Arrival:
 
     async def driven(self) -> bool:
         """Whether QEMU migrates the device itself here."""
-        self._driven = await driven_by_client(self.vm.control)
+        self._driven = await driven_by_client(self.vm.devices)
         return self._driven
 
-    async def replay_ahead(self, config: bytes) -> None:
-        """Puts the PCI function back as far as it is known before the end of the stream."""
-        # Without its interrupt: QEMU's stream brings what that is translated by.
-        self._ahead = 0 if self._driven else await self.vm.put_back(without_interrupts(config))
+    async def replay_ahead(self, configs: Sequence[bytes]) -> None:
+        """Puts the PCI functions back as far as they are known before the end of the stream."""
+        self._ahead = 0
+        for device, config in zip(self.vm.devices, configs if not self._driven else (), strict=not self._driven):
+            # Without its interrupt: QEMU's stream brings what that is translated by.
+            self._ahead += await device.put_back(without_interrupts(config))
 
-    async def load_state(self, path: Path, sha256: str, device: DeviceDescription) -> Packets:
-        """Gives the server its state; the packets found in it. Raises if it is refused."""
+    async def load_states(self, states: Sequence[tuple[Path, str, DeviceDescription]]) -> Packets:
+        """Gives the servers their states (file, digest, device), and returns the packets found in them. Raises if one
+        is refused."""
         vm = self.vm
+        description = vm.description.with_devices([described for _, _, described in states])
         if self._driven:
-            data = await asyncio.to_thread(path.read_bytes)
-            if hashlib.sha256(data).hexdigest() != sha256:
-                raise StateError(f"the device state in {path} is not the one meant: its digest differs")
-            self._in_stream = saved.decode(data)
+            self._in_stream = []
+            for path, sha256, _ in states:
+                data = await asyncio.to_thread(path.read_bytes)
+                if hashlib.sha256(data).hexdigest() != sha256:
+                    raise StateError(f"the device state in {path} is not the one meant: its digest differs")
+                self._in_stream.append(saved.decode(data))
             packets = _packets_in(self._in_stream)
         else:
-            described = msgspec.to_builtins(device)
-            packets = packets_found(
-                await vm.control.call("load", LOAD_TIMEOUT, path=str(path), sha256=sha256, description=described)
-            )
-        vm.description = msgspec.structs.replace(vm.description, device=device)
+
+            async def load(device: DeviceInstance) -> dict[str, Any]:
+                path, sha256, described = states[vm.devices.index(device)]
+                plain = msgspec.to_builtins(described)
+                return await device.control.call("load", LOAD_TIMEOUT, path=str(path), sha256=sha256, description=plain)
+
+            packets = packets_found(await each(vm.devices, load))
+        vm.description = description
         return packets
 
     async def loaded(self) -> None:
@@ -113,35 +126,39 @@ class Arrival:
         if await monitor.running():
             raise StateError("QEMU runs the guest before its device was put back")
 
-    async def replay(self, config: bytes) -> int:
-        """Makes sure that the PCI function is back, and writes it if it is not; the number of writes, ahead or now."""
+    async def replay(self, configs: Sequence[bytes]) -> int:
+        """Makes sure that the PCI functions are back, and writes those that are not; the number of writes, ahead or
+        now."""
         if self._in_stream is not None:
             return 0
-        if await self.vm.is_back(without_interrupts(config)):
-            only = interrupt_writes(config) if config != without_interrupts(config) else []
-            return self._ahead + (await self.vm.put_back(config, only) if only else 0)
-        return self._ahead + await self.vm.put_back(config)
+        writes = self._ahead
+        for device, config in zip(self.vm.devices, configs, strict=True):
+            if not await device.is_back(without_interrupts(config)):
+                writes += await device.put_back(config)
+            elif config != without_interrupts(config):
+                writes += await device.put_back(config, interrupt_writes(config))
+        return writes
 
     async def rebuild(self) -> tuple[Packets, int]:
         """Rebuilds the channels: the packets, and the number of channels. Providers do nothing yet."""
         if self._in_stream is not None:
-            await require_complete(self.vm.control)
-            return _packets_in(self._in_stream), self._in_stream.bus.open_channels
-        found = await self.vm.control.call("restore-finish", LOAD_TIMEOUT, frozen=True)
-        return packets_found(found), int(found.get("channels", 0))
+            await require_complete(self.vm.devices)
+            return _packets_in(self._in_stream), sum(one.bus.open_channels for one in self._in_stream)
+        found = await ask_each(self.vm.devices, "restore-finish", LOAD_TIMEOUT, frozen=True)
+        return packets_found(found), sum(int(one.get("channels", 0)) for one in found)
 
     async def release(self) -> None:
-        """Lets the device work. Raises if it is not there any more, as it has to be before the vCPUs run."""
-        await self.vm.control.call("resume" if self._in_stream is None else "status")
+        """Lets the devices work. Raises if one is not there any more, as it has to be before the vCPUs run."""
+        await ask_each(self.vm.devices, "resume" if self._in_stream is None else "status")
 
     async def run(self) -> None:
         """Lets the vCPUs run."""
         await self.vm.monitor.execute("cont")  # since `loaded` QEMU stands, and may run
         if self._in_stream is not None:
-            await require_running(self.vm.control)
+            await require_running(self.vm.devices)
 
     async def start_over(self) -> None:
-        """Ends server and QEMU; `start` may be called again."""
+        """Ends servers and QEMU; `start` may be called again."""
         await self.vm.end_processes()
 
     async def discard(self) -> None:
@@ -149,6 +166,6 @@ class Arrival:
         await self.vm.kill()
 
 
-def _packets_in(state: saved.DeviceState) -> Packets:
-    counts = saved.count_packets(state)
-    return Packets(queued=counts.queued, sent=counts.sent)
+def _packets_in(states: Sequence[saved.DeviceState]) -> Packets:
+    counts = [saved.count_packets(state) for state in states]
+    return Packets(queued=sum(one.queued for one in counts), sent=sum(one.sent for one in counts))

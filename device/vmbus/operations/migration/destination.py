@@ -19,7 +19,7 @@ from vmbus.operations.migration.arrival import Arrival
 from vmbus.operations.migration.asking import ASK_TIMEOUT
 from vmbus.operations.migration.channel import Channel, Listener
 from vmbus.operations.migration.files import receive_file
-from vmbus.operations.migration.fitting import boot_files, check_driven, check_machine
+from vmbus.operations.migration.fitting import boot_files, check_driven, check_machine, check_states
 from vmbus.operations.migration.link import Link, Silence
 from vmbus.operations.migration.messages import (
     Accepted,
@@ -39,8 +39,9 @@ from vmbus.operations.migration.messages import (
 from vmbus.operations.migration.ownership import DESTINATION, DestinationStage, Ownership
 from vmbus.operations.migration.stream import STATE_FILE
 from vmbus.operations.migration.verdicts import Record, Stage, Verdicts
+from vmbus.snapshot.manifest import Packets
 from vmbus.util.interruptible import uninterrupted
-from vmbus.vm.command_line import Programs
+from vmbus.vm.command_line import Programs, numbered
 from vmbus.vm.description import VmDescription
 from vmbus.vm.errors import MigrateFailed
 from vmbus.vm.moments import Hook, Moment, no_hook
@@ -313,13 +314,13 @@ class Destination:
             check_driven(link.name, there=prepare.driven, here=await vm.driven())
             # While the VM still runs at the source. What the guest changes until it stops is written then.
             with self.phases("pci ahead"):
-                await vm.replay_ahead(bytes.fromhex(prepare.machine.pci_config))
+                await vm.replay_ahead(prepare.machine.configs)
             self.ownership.move(DestinationStage.LOADING)
             await link.send(Prepared(stream=stream))
             loading = asyncio.create_task(vm.loaded(), name="QEMU loads its stream")
             try:
                 await self._at(Moment.RAM_COPY)
-                state = await self._receive(link, vm, loading)
+                state = await self._receive(link, vm, loading, prepare.vm)
                 if state is not None:
                     break
             finally:
@@ -332,7 +333,9 @@ class Destination:
         await self._put_back(link, vm, state)
         return state
 
-    async def _receive(self, link: Link, vm: Arrival, loading: asyncio.Task[None]) -> State | None:
+    async def _receive(
+        self, link: Link, vm: Arrival, loading: asyncio.Task[None], described: VmDescription
+    ) -> State | None:
         """The state, given to the server, and memory, loaded. None if the source begins again."""
         with self.phases("ram"):
             first = await _unless_failed(
@@ -341,13 +344,9 @@ class Destination:
         if isinstance(first, Again):
             return None
         with self.phases("state"):
-            path = vm.folder / STATE_FILE
+            check_states(first, described, link.name)
             await self._at(Moment.WRITING)
-            await receive_file(link, first.file, path)
-            try:
-                packets = await vm.load_state(path, first.file.sha256, first.device)
-            finally:
-                path.unlink(missing_ok=True)
+            packets = await _receive_states(link, vm, first)
             if packets != first.packets:
                 raise StateError(f"the server found {packets} in the state; {link.name} saved {first.packets}")
             await link.send(Accepted(packets=packets))
@@ -364,7 +363,7 @@ class Destination:
     async def _put_back(self, link: Link, vm: Arrival, state: State) -> None:
         await self._at(Moment.PCI_REPLAY)
         with self.phases("pci"):
-            writes = await vm.replay(state.pci_config)
+            writes = await vm.replay([one.pci_config for one in state.states])
         await self._at(Moment.PACKET_RESTORE)
         with self.phases("device"):
             packets, channels = await vm.rebuild()
@@ -372,6 +371,18 @@ class Destination:
         seconds = {name: self.phases.seconds[name] for name in ("pci", "device")}
         self.restored = Restored(packets=packets, channels=channels, pci_writes=writes, seconds=seconds)
         await link.send(self.restored)
+
+
+async def _receive_states(link: Link, vm: Arrival, state: State) -> Packets:
+    """The states' bytes, given to the servers; the packets found in them."""
+    files = {vm.folder / numbered(STATE_FILE, index): one for index, one in enumerate(state.states)}
+    try:
+        for path, one in files.items():
+            await receive_file(link, one.file, path)
+        return await vm.load_states([(path, one.file.sha256, one.device) for path, one in files.items()])
+    finally:
+        for path in files:
+            path.unlink(missing_ok=True)
 
 
 async def _unless_failed(loading: asyncio.Task[None], message: Awaitable[T]) -> T:

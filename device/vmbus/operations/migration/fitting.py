@@ -10,10 +10,11 @@ from typing import Literal
 from vmbus.errors import StateError, VmbusError
 from vmbus.operations.migration.files import receive_file, record_of
 from vmbus.operations.migration.link import Link
-from vmbus.operations.migration.messages import Prepare, Wanted
-from vmbus.snapshot.manifest import INITRAMFS, KERNEL, VENDOR_DEVICE, FileRecord
+from vmbus.operations.migration.messages import Prepare, State, Wanted
+from vmbus.snapshot.manifest import INITRAMFS, KERNEL, VENDOR_DEVICE, FileRecord, check_functions
 from vmbus.util.interruptible import Stop, in_thread
 from vmbus.vm.command_line import Programs, runs_under, serves_machine
+from vmbus.vm.description import VmDescription
 
 
 def check_machine(prepare: Prepare, programs: Programs, source: str) -> None:
@@ -29,7 +30,8 @@ def check_machine(prepare: Prepare, programs: Programs, source: str) -> None:
             f"{source} sends a VM that runs under {machine.accelerator}; it cannot run under {programs.accelerator}, "
             "which is used here (VMBUS_ACCELERATOR)"
         )
-    if bytes.fromhex(machine.pci_config)[:4] != VENDOR_DEVICE:
+    check_functions(machine, prepare.vm, source)
+    if any(config[:4] != VENDOR_DEVICE for config in machine.configs):
         raise StateError(f"{source} sends a VM with another PCI device than 5642:4d56")
 
 
@@ -42,6 +44,12 @@ def check_driven(source: str, *, there: bool, here: bool) -> None:
             f"at {source} {ways[there]}, and here {ways[here]}: the device's state would be lost between them; use the "
             "QEMU and the libvfio-user of the source (VMBUS_QEMU, VMBUS_LIBVFIO_USER)"
         )
+
+
+def check_states(state: State, vm: VmDescription, source: str) -> None:
+    """Raises `StateError` unless there is a state for each device."""
+    if len(state.states) != len(vm.slots):
+        raise StateError(f"{source} sends the states of {len(state.states)} devices; the VM has {len(vm.slots)}")
 
 
 async def boot_files(

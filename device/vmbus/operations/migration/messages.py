@@ -9,7 +9,7 @@ In the order in which a migration uses them (S from the source, D from the desti
     S Chunk ...    their bytes
     D Prepared     the server and QEMU wait; where QEMU's stream goes
     S Again        the pass was given up: a new server and a new QEMU, please; Prepared follows
-    S State        the device's state, its bytes in Chunks behind it
+    S State        the devices' states, their bytes in Chunks behind it, in the same order
     D Accepted     the server has checked it and holds it
     S Sent         QEMU has sent its last page
     D Restored     memory is loaded, the PCI function is back, every packet is rebuilt; the vCPUs stand
@@ -30,7 +30,7 @@ from vmbus.device.description import DeviceDescription
 from vmbus.operations.migration.channel import NotAuthentic
 from vmbus.snapshot.manifest import FileRecord, Machine, Packets, Versions
 from vmbus.util.explaining import explain
-from vmbus.vm.description import VmDescription
+from vmbus.vm.description import MOST_DEVICES, VmDescription
 
 CHUNK = 256 << 10
 """Bytes of a file in one Chunk."""
@@ -110,16 +110,34 @@ class Again(_Message):
     reason: _Text
 
 
+class FurtherState(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+    """That of a further device."""
+
+    file: FileRecord
+    device: DeviceDescription
+    pci_config: Annotated[bytes, msgspec.Meta(min_length=256, max_length=256)]
+
+
 class State(_Message):
-    """The device's state at the switchover; its bytes follow."""
+    """The state of the devices at the switchover; the bytes follow."""
 
     file: FileRecord
     device: DeviceDescription
     """The device with the providers that it has now."""
     pci_config: Annotated[bytes, msgspec.Meta(min_length=256, max_length=256)]
     packets: Packets
+    """Of all devices together."""
     run: bool
     """Whether the vCPUs are to run at the destination: they ran at the source."""
+    further: Annotated[list[FurtherState], msgspec.Meta(max_length=MOST_DEVICES - 1)] | msgspec.UnsetType = (
+        msgspec.UNSET
+    )
+    """Of a VM with several devices; absent otherwise."""
+
+    @property
+    def states(self) -> list[State | FurtherState]:
+        """All of them, the first device's first."""
+        return [self, *([] if self.further is msgspec.UNSET else self.further)]
 
 
 class Accepted(_Message):

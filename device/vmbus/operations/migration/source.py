@@ -43,6 +43,7 @@ from vmbus.operations.save import versions
 from vmbus.operations.stream import StreamSettings
 from vmbus.operations.target import Captured
 from vmbus.operations.vm import Vm
+from vmbus.qemu.device import ask_each
 from vmbus.qemu.probe import driven
 from vmbus.qemu.qmp import MigrationFailed
 from vmbus.snapshot.manifest import Packets
@@ -216,18 +217,18 @@ class Source:
                 None if path is None else await in_thread(functools.partial(record_of, path))
                 for path in booted.values()
             ]
-            status = await vm.control.call("status")
-            config = (await vm.control.call("pci"))["config"]
+            statuses = await ask_each(vm.devices, "status")
+            configs = [bytes.fromhex(one["config"]) for one in await ask_each(vm.devices, "pci")]
+            devices = [msgspec.convert(status["description"], DeviceDescription) for status in statuses]
             await link.send(Hello(migration=self.migration, purpose="migrate"))
-            device = msgspec.convert(status["description"], DeviceDescription)
             await link.send(
                 Prepare(
-                    vm=msgspec.structs.replace(vm.description, device=device),
-                    machine=msgspec.structs.replace(vm.machine, pci_config=config),
-                    versions=versions(vm, status),
+                    vm=vm.description.with_devices(devices),
+                    machine=vm.machine.with_configs(configs),
+                    versions=versions(vm, statuses[0]),
                     kernel=kernel,
                     initramfs=initramfs,
-                    driven=driven(status),
+                    driven=driven(statuses[0]),
                     multifd=self._stream.multifd,
                 )
             )

@@ -7,14 +7,15 @@ from pathlib import Path
 
 import msgspec
 
-from vmbus.device.description import DeviceDescription
 from vmbus.errors import EnvironmentProblem, StateError
 from vmbus.operations.migration.address import Address, TcpAddress, UnixAddress, stream_channel
 from vmbus.operations.migration.files import send_file
 from vmbus.operations.migration.link import Link
-from vmbus.operations.migration.messages import Accepted, Again, Prepared, State
+from vmbus.operations.migration.messages import Accepted, Again, FurtherState, Prepared, State
 from vmbus.operations.target import Captured
-from vmbus.snapshot.manifest import FileRecord, Packets
+from vmbus.snapshot.manifest import Packets
+from vmbus.vm.command_line import numbered
+from vmbus.vm.description import MOST_DEVICES
 
 STATE_FILE = "migration.state"
 PREPARE_TIMEOUT = 180.0
@@ -30,10 +31,13 @@ class StreamTarget:
         self._link = link
         self._prepared: Prepared | None = first
         self.durable = False  # whatever ends this host ends the VM, and the file is of no use then
-        self.state = folder / STATE_FILE
+        self._folder = folder
         self.files = None
         self.way: str | None = None
         self.sent_at = 0.0
+
+    def state(self, index: int) -> Path:
+        return self._folder / numbered(STATE_FILE, index)
 
     async def begin(self) -> list[dict[str, object]]:
         prepared = self._prepared
@@ -55,19 +59,24 @@ class StreamTarget:
 
     async def saved(self, captured: Captured) -> None:
         packets = Packets(**captured.packets)
+        first, *further = captured.devices
+        rest = [FurtherState(file=one.state, device=one.description, pci_config=one.pci_config) for one in further]
         announced = State(
-            file=FileRecord(captured.state_bytes, captured.state_sha256),
-            device=msgspec.convert(captured.device, DeviceDescription),
-            pci_config=captured.pci_config,
+            file=first.state,
+            device=first.description,
+            pci_config=first.pci_config,
             packets=packets,
             run=captured.was_running,
+            further=rest or msgspec.UNSET,
         )
         await self._link.send(announced)
-        await send_file(self._link, self.state)
+        for index in range(len(captured.devices)):
+            await send_file(self._link, self.state(index))
         accepted = await self._link.expect(Accepted, timeout=ACCEPT_TIMEOUT, what="its server to take the state")
         if accepted.packets != packets:
             raise StateError(f"{self._link.name} found {accepted.packets} in the state that has {packets}")
         self.sent_at = time.monotonic()
 
     def discard(self) -> None:
-        self.state.unlink(missing_ok=True)
+        for index in range(MOST_DEVICES):
+            self.state(index).unlink(missing_ok=True)
