@@ -155,7 +155,7 @@ async def _rebuild(
     with phases("device"):
         await at(Moment.PACKET_RESTORE)
         work = ask_each(vm.devices, "restore-finish", FINISH_TIMEOUT + 1)
-        finished = await vm.guard(work, "the device servers to rebuild their channels", FINISH_TIMEOUT)
+        finished = await vm.guard(work, "the device server to rebuild its channels", FINISH_TIMEOUT)
     with phases("cont"):
         await at(Moment.BEFORE_CONT)
         # QEMU would let them run without a device, and the death of a server may be noticed a moment later only.
