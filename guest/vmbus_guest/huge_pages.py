@@ -106,6 +106,14 @@ class Buffer:
         return f"<Buffer iova={self.iova:#x} size={self.size:#x}>"
 
 
+def all_huge_pages() -> int:
+    """How many 2 MiB pages the kernel has set aside, whoever has them. 0 without."""
+    try:
+        return int(read_text(_COUNT) or 0)
+    except ValueError:
+        return 0
+
+
 def free_huge_pages() -> int:
     """Return the number of 2 MiB huge pages that a new mapping could have."""
     root = "/sys/kernel/mm/hugepages/hugepages-2048kB"

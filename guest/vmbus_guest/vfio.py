@@ -25,7 +25,15 @@ import select
 import struct
 
 from vmbus.errors import EnvironmentProblem, UsageError
-from vmbus_guest.huge_pages import HUGE_PAGE, MAP_HUGE_2MB, MAP_HUGETLB, Buffer, Extents, free_huge_pages
+from vmbus_guest.huge_pages import (
+    HUGE_PAGE,
+    MAP_HUGE_2MB,
+    MAP_HUGETLB,
+    Buffer,
+    Extents,
+    all_huge_pages,
+    free_huge_pages,
+)
 from vmbus_guest.kernel_files import link_name, read_text, write_text
 from vmbus_guest.pci import PAGE_SIZE, DmaBuffer
 
@@ -105,6 +113,21 @@ def free_functions(vendor: int = VENDOR_ID, device: int = DEVICE_ID, *, sysfs: s
     ]
 
 
+def choose_function(which: str, *, sysfs: str = "/sys", command_line: str = "/proc/cmdline") -> str:
+    """The address of the function that is meant: by address, or, in a VM with several devices, by the device's name.
+
+    Raises `EnvironmentProblem` that lists what there is.
+    """
+    words = dict(word.partition("=")[::2] for word in (read_text(command_line) or "").split())
+    named = dict(one.partition("@")[::2] for one in words.get("vmbus.functions", "").split(",") if one)
+    address = f"0000:00:{named[which]}.0" if which in named else which
+    found = find_functions(VENDOR_ID, DEVICE_ID, sysfs=sysfs)
+    if address not in found:
+        there = ", ".join([*found, *named]) or "none"
+        raise EnvironmentProblem(f"there is no VMBus function {which!r} in this machine; there: {there}")
+    return address
+
+
 def bind_function(address: str, *, sysfs: str = "/sys") -> None:
     """Hand the function over to `vfio-pci`, taking it from another driver if one has it. Harmless when done already.
 
@@ -146,7 +169,10 @@ def iommu_group(address: str, *, sysfs: str = "/sys") -> str:
 class VfioFunction:
     """One PCI function under VFIO. Implements `vmbus_guest.pci.PciFunction`. Made by `VfioFunction.open`."""
 
-    def __init__(self, address: str, container: int, group: int, device: int, resources: contextlib.ExitStack) -> None:
+    def __init__(
+        self, address: str, container: int, group: int, device: int, resources: contextlib.ExitStack, sharers: int = 1
+    ) -> None:
+        """`sharers`: how many functions share the huge pages."""
         self.address = address
         self._container = container
         self._group = group
@@ -169,7 +195,7 @@ class VfioFunction:
         self._registers = memoryview(bar0).cast("I")
         resources.callback(self._registers.release)
 
-        self._memory, self._base = self._reserve()
+        self._memory, self._base = self._reserve(sharers)
         self._extents = Extents(len(self._memory))
         resources.callback(self._unmap_all)
 
@@ -195,13 +221,13 @@ class VfioFunction:
         Raises `EnvironmentProblem`: no such function, no `vfio-pci`, no virtual IOMMU, a group that is not viable or
         in use by another process, no huge pages.
         """
+        free = free_functions(vendor, device, sysfs=sysfs)
         if address is None:
             found = find_functions(vendor, device, sysfs=sysfs)
             if not found:
                 raise EnvironmentProblem(
                     f"no PCI function {vendor:04x}:{device:04x} in this machine; was it started with the device server?"
                 )
-            free = free_functions(vendor, device, sysfs=sysfs)
             if not free:
                 raise EnvironmentProblem(
                     f"PCI function {found[0]} is driven by Linux's own VMBus drivers in this machine: its description "
@@ -244,7 +270,7 @@ class VfioFunction:
             except OSError as error:
                 raise EnvironmentProblem(f"VFIO does not open PCI function {address}: {error.strerror}") from error
             stack.callback(os.close, descriptor)
-            function = cls(address, container, group, descriptor, stack)
+            function = cls(address, container, group, descriptor, stack, max(1, len(free)))
             function._resources = stack.pop_all()
             return function
         raise AssertionError("unreachable")
@@ -363,10 +389,12 @@ class VfioFunction:
         request = _IRQ_SET.pack(_IRQ_SET.size + len(data), flags, _MSI_INDEX, 0, count) + data
         _ioctl(self._device, _DEVICE_SET_IRQS, request, f"{what} the MSI of PCI function {self.address}")
 
-    def _reserve(self) -> tuple[memoryview, int]:
-        """Reserve the huge pages. Returns their memory and its address in this process."""
+    def _reserve(self, sharers: int) -> tuple[memoryview, int]:
+        """Reserve the huge pages, as many as leave the other functions theirs. Returns their memory and its address in
+        this process."""
         free = free_huge_pages()
-        for pages in range(min(free, MAXIMUM_HUGE_PAGES), 0, -1):  # fewer, if another process is quicker
+        share = free if sharers == 1 else max(1, all_huge_pages() // sharers)
+        for pages in range(min(free, share, MAXIMUM_HUGE_PAGES), 0, -1):  # fewer, if another process is quicker
             try:
                 memory = mmap.mmap(
                     -1,

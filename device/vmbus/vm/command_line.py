@@ -157,6 +157,14 @@ def linux_words(description: VmDescription) -> list[str]:
     return [f"vmbus.driver={description.guest.driver}", f"vmbus_pci.function=0000:00:{description.slot:02x}.0"]
 
 
+def function_words(description: VmDescription) -> list[str]:
+    """A word for the guest's programs, if there are several devices: which one is in which slot."""
+    if not description.further:
+        return []
+    names = zip(description.all_devices, description.slots, strict=True)
+    return ["vmbus.functions=" + ",".join(f"{device.name}@{slot:02x}" for device, slot in names)]
+
+
 def kernel_arguments(description: VmDescription, *, audit: bool = False) -> str:
     """The guest kernel's command line. That of a kernel of one's own is nobody else's affair."""
     own = description.mine
@@ -176,6 +184,7 @@ def kernel_arguments(description: VmDescription, *, audit: bool = False) -> str:
             if description.guest.vfio
             else []
         ),
+        *function_words(description),
         *([f"vmbus.root={LABEL}"] if description.guest.root else []),
         *([AUDIT_WORD] if audit else []),
         *description.guest.kernel_arguments,

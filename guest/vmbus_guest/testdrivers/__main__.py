@@ -38,7 +38,7 @@ def main(arguments: list[str]) -> int:
             print(f"  {name:11}  {entry.summary}", file=sys.stderr)
         return 2
     output = standard_output()
-    context = Context({}, _open_function, output, open_uio=_open_uio, prefer_uio=_prefer_uio)
+    context = Context({}, lambda: _open_function(context.function), output, open_uio=_open_uio, prefer_uio=_prefer_uio)
     try:
         if arguments[1:]:
             parameters: Any = json.loads(arguments[2])
@@ -69,10 +69,10 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def _open_function() -> PciFunction:
-    from vmbus_guest.vfio import VfioFunction
+def _open_function(which: str) -> PciFunction:
+    from vmbus_guest.vfio import VfioFunction, choose_function
 
-    return VfioFunction.open()
+    return VfioFunction.open(address=choose_function(which) if which else None)
 
 
 def _open_uio(recorder: Recorder | None) -> ChannelDriver:

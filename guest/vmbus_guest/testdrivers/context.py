@@ -102,6 +102,8 @@ class Context:
     ) -> None:
         self.parameters = Parameters(parameters)
         self.open_function = open_function
+        self.function = ""
+        """Which one, where there are several: an address or a device's name. Empty: the first that is free."""
         self._open_uio = open_uio
         self._prefer_uio = prefer_uio
         self.stop_requested = False
@@ -112,19 +114,21 @@ class Context:
         self._output = output
         self._next_progress = 0.0
 
-    def connect(self, access: str = "auto") -> ChannelDriver:
-        """Open the device for channels, in one of the ways of `ACCESS`. Raises what that raises."""
-        if access == "uio" or (access == "auto" and self._prefer_uio()):
+    def connect(self, access: str = "auto", function: str = "") -> ChannelDriver:
+        """Open the device for channels, in one of the ways of `ACCESS`; `function` as the attribute. Raises what that
+        raises."""
+        self.function = function
+        if access == "uio" or (access == "auto" and not function and self._prefer_uio()):
             if self._open_uio is None:
                 raise UsageError("the device cannot be reached through UIO from here: only in a guest")
             return self._open_uio(self.recorder)
         from vmbus_guest.driver import VmbusDriver
 
-        function = self.open_function()
+        opened = self.open_function()
         try:
-            return VmbusDriver(function, recorder=self.recorder)
+            return VmbusDriver(opened, recorder=self.recorder)
         except BaseException:
-            function.close()
+            opened.close()
             raise
 
     def keep_record(self, directory: str, name: str) -> None:

@@ -3,6 +3,7 @@
 Parameters:
 
     vendor, device  its ids (default: ours)
+    function        which one of several of ours: its name or address (default: the first that is free)
     registers       how many 32-bit registers of BAR0 to read
     huge_pages      how many 2 MiB pages to map
 """
@@ -14,18 +15,19 @@ from typing import Any
 
 from vmbus_guest.huge_pages import HUGE_PAGE
 from vmbus_guest.testdrivers.context import Context
-from vmbus_guest.vfio import DEVICE_ID, VENDOR_ID, VfioFunction
+from vmbus_guest.vfio import DEVICE_ID, VENDOR_ID, VfioFunction, choose_function
 
 
 def run(context: Context) -> dict[str, Any]:
     """Open, look, map, close. The verdict is "passed" if nothing raised and fresh memory reads as zero."""
     vendor = context.parameters.get("vendor", VENDOR_ID)
     device = context.parameters.get("device", DEVICE_ID)
+    which = context.parameters.get("function", "")
     registers = context.parameters.get("registers", 4, minimum=0, maximum=1024)
     huge_pages = context.parameters.get("huge_pages", 1, minimum=0)
     context.parameters.check()
     start = time.monotonic()
-    with VfioFunction.open(vendor, device) as function:
+    with VfioFunction.open(vendor, device, address=choose_function(which) if which else None) as function:
         opened = time.monotonic() - start
         values = [function.read32(4 * index) for index in range(registers)]
         zeroed = True

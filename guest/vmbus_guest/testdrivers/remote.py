@@ -3,6 +3,7 @@
 Parameters:
 
     access  how the device is reached: 'vfio', 'uio' (through Linux's own bus), or 'auto'
+    function  which device of several: its name, or its function's address (default: the first that is free)
 
 A message is a line on standard input, an object with `id` and `do`; each is answered by an event `answer`, whose
 `result` has what the function below returns, or `error`. Bytes are in base64. What happens to packets meanwhile is
@@ -150,8 +151,9 @@ class Remote:
 def run(context: Context) -> dict[str, Any]:
     """See the module's text."""
     access = context.parameters.get("access", "auto")
+    function = context.parameters.get("function", "")
     context.parameters.check()
-    with context.connect(access) as driver:
+    with context.connect(access, function) as driver:
         remote = Remote(driver)
         os.set_blocking(0, False)
         driver.watch(0, lambda: None)

@@ -55,6 +55,7 @@ class Workload(ABC):
         self.access = parameters.get("access", "auto")
         if self.access not in ACCESS:
             raise UsageError(f"parameter 'access' is one of {', '.join(ACCESS)}, not '{self.access}'")
+        self.function = parameters.get("function", "")
         self.started_at = 0.0
         self.ended_at = 0.0
         self.moved_at = 0.0
@@ -276,10 +277,11 @@ def _guarded(workload: Workload, call: Callable[[], Result]) -> Result | None:
 
 @contextlib.contextmanager
 def _connected(context: Context, workloads: list[Workload]) -> Iterator[ChannelDriver]:
-    ways = {workload.access for workload in workloads}
+    ways = {(workload.access, workload.function) for workload in workloads}
     if len(ways) > 1:
-        raise UsageError(f"workloads that run side by side reach the device in one way, not in {sorted(ways)}")
-    driver = context.connect(*ways)
+        raise UsageError(f"workloads that run side by side reach one device in one way, not in {sorted(ways)}")
+    ((access, function),) = ways
+    driver = context.connect(access, function)
     try:
         yield driver
     except BaseException:
