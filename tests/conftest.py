@@ -35,8 +35,13 @@ if TYPE_CHECKING:
 settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("any machine")
 
+CHECKOUT = Path(__file__).resolve().parents[1]
+
 # Large files of running VMs, and what outlives them, is not put among the user's own.
-os.environ.setdefault("VMBUS_STATE", str(Path(__file__).resolve().parents[1] / ".pytest_cache" / "state"))
+os.environ.setdefault("VMBUS_STATE", str(CHECKOUT / ".pytest_cache" / "state"))
+
+# Processes that tests start find the project's packages, as those of the scripts do.
+os.environ["PYTHONPATH"] = f"{CHECKOUT / 'device'}{os.pathsep}{CHECKOUT / 'guest'}"
 
 LAYERS = ("unit", "loopback", "browser", "vm")
 

@@ -34,21 +34,12 @@ class Owner(vm_owner.Owner):
 
     async def do_launch(self, description: dict[str, Any]) -> dict[str, Any]:
         found = msgspec.convert(description, VmDescription)
-        self.vm = await boot(found, self.programs, audit=vm_owner.AUDIT)
+        self.vm = await boot(found, self.programs, records=vm_owner.AUDIT)
         return {}
-
-    async def do_listens(self, port: int) -> dict[str, Any]:
-        """Whether somebody in this host waits for connections to a port."""
-        return {"listens": _listens(port)}
 
     async def do_stations(self) -> dict[str, Any]:
         """Where the bridge has seen whom: port by Ethernet address."""
         return {"stations": in_namespace(None, _stations)}
-
-
-def _listens(port: int) -> bool:
-    rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
-    return any(row[1].endswith(f":{port:04X}") and row[3] == "0A" for row in rows)
 
 
 def _stations() -> dict[str, str]:

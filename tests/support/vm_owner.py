@@ -85,10 +85,6 @@ class Owner:
         report = await self.here.migrate(address, bytes.fromhex(secret), at=self._hook(halt_at), **more)
         return dict(msgspec.to_builtins(report))
 
-    async def do_resolve(self, run: bool) -> dict[str, Any]:
-        await self.here.resolve(run=run)
-        return {}
-
     async def do_save(self, directory: str, **more: Any) -> dict[str, Any]:
         return dict(msgspec.to_builtins(await self.here.save(Path(directory), **more)))
 

@@ -22,7 +22,7 @@ async def writing(
     description: VmDescription, programs: Programs, *, audit: Path | None = None, **parameters: Any
 ) -> tuple[VirtualMachine, int]:
     """A VM whose writer has begun."""
-    vm = await boot(description, programs, audit=audit)
+    vm = await boot(description, programs, records=audit)
     try:
         await vm.wait_ready()
         job = int((await vm.call_agent("start", driver="disk-writer", parameters=ENDLESS | parameters))["job"])

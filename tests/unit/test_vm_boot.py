@@ -16,5 +16,3 @@ def test_guests_are_saved_and_restored_after_boot_unless_a_reason_is_given(path:
     for number, line in enumerate(path.read_text().splitlines(), 1):
         if "VirtualMachine.launch(" in line:
             assert "# as booted: " in line, f"{path.name}:{number}: use support.boot.boot, or say why not"
-        if "run_story(" in line and "import" not in line:
-            assert "boot=boot" in line or "# as booted: " in line, f"{path.name}:{number}: pass boot=boot"

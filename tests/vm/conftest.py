@@ -19,6 +19,7 @@ from support import boot, streams
 from support.pace import bounded
 from support.processes import children
 from vmbus.provision import provision
+from vmbus.testkit.story import save_in_flight
 from vmbus.util.directories import state_directory
 from vmbus.vm.command_line import Programs, programs_from
 from vmbus.vm.description import VmDescription, load_description
@@ -68,6 +69,21 @@ def programs() -> Programs:
 @pytest.fixture(scope="session")
 def demo_description() -> VmDescription:
     return load_description(CHECKOUT / "qemu_configs" / "demo.toml")
+
+
+@pytest.fixture(scope="session")
+def taken(demo_description: VmDescription, programs: Programs, tmp_path_factory: pytest.TempPathFactory) -> boot.Taken:
+    """Saved live, with packets in flight in every state, for all tests that restore it: a boot is not cheap."""
+    directory = tmp_path_factory.mktemp("taken") / "snapshot"
+
+    async def take() -> boot.Taken:
+        vm, job = await boot.in_traffic(demo_description, programs, boot.Taken.STORY)
+        async with vm:
+            report = await save_in_flight(vm, job, boot.Taken.STORY, directory)
+        assert min(report.packets.values()) > 0 and report.flushed_pages > 0
+        return boot.Taken(directory, job)
+
+    return asyncio.run(take())
 
 
 @pytest.fixture

@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 
-from support.boot import boot
+from support.boot import books, boot, clean, in_traffic
 from support.failure_bench import Disk
 from vmbus.observe.inspection.difference import compare
 from vmbus.observe.inspection.saved import inspect_path
 from vmbus.observe.inspection.target import Running
 from vmbus.operations.machine import VirtualMachine
-from vmbus.testkit.story import Figures, Story, audit, begun, finish, until_in_flight
+from vmbus.testkit.story import Figures, Story, until_in_flight
 from vmbus.vm.command_line import Programs
 from vmbus.vm.description import VmDescription
 from vmbus.vm.errors import SaveFailed
@@ -28,12 +28,9 @@ Run = Callable[[Coroutine[Any, Any, Any]], Any]
 STORY = Story(packets=128, echo_count=0, burst_count=0, stall_seconds=10.0)
 
 
-async def books(vm: VirtualMachine, job: int) -> Figures:
-    figures = Figures()
-    report = await finish(vm, job, stop=True)
-    audit(figures, report, await vm.control.call("status"), begun(report))
-    assert not figures.reasons, figures.reasons
-    assert figures.completed == figures.transactions > 1_000
+async def to_the_end(vm: VirtualMachine, job: int) -> Figures:
+    figures = await books(vm, job, None)
+    clean(figures, 1_000)
     return figures
 
 
@@ -51,10 +48,8 @@ def test_checkpoint_chain_and_restores_of_old_ones(
     async def body() -> None:
         reached: list[int] = []
         in_flight: list[dict[str, int]] = []
-        async with await boot(demo_description, programs) as vm:
-            await vm.wait_ready()
-            job = int((await vm.call_agent("start", driver="mixed", parameters=STORY.workloads()))["job"])
-            await until_in_flight(vm, job, STORY)
+        vm, job = await in_traffic(demo_description, programs, STORY)
+        async with vm:
             processes = [child.pid for child in vm.children]
             seen = await Running.vm(vm.name).look()
             assert seen.server is not None and seen.server.phase == "running" and seen.seconds is not None
@@ -82,7 +77,7 @@ def test_checkpoint_chain_and_restores_of_old_ones(
             assert compare(one, one).same
             places = {tuple(change.where[:1]) for change in compare(one, other).changes}
             assert places >= {("channels",), ("providers",)} and ("description",) not in places
-            await books(vm, job)
+            await to_the_end(vm, job)
             assert [child.pid for child in vm.children] == processes
         for number in (3, 0):
             async with await VirtualMachine.restore(tmp_path / f"{number}", programs) as vm:
@@ -90,10 +85,10 @@ def test_checkpoint_chain_and_restores_of_old_ones(
                 await until_in_flight(vm, job, STORY)
                 if number == 3:
                     await vm.save(tmp_path / "3.1", live=True, keep=True)
-                figures = await books(vm, job)
+                figures = await to_the_end(vm, job)
                 print(f"checkpoint {number} to its end: {figures.completed} of {figures.transactions}")
         async with await VirtualMachine.restore(tmp_path / "3.1", programs) as vm:
-            await books(vm, job)
+            await to_the_end(vm, job)
 
     run(body())
 
@@ -103,10 +98,8 @@ async def test_checkpoint_to_a_directory_and_in_place_go_together(
 ) -> None:
     """A save between a checkpoint in place and the revert to it, and a restore of what was saved after the revert."""
 
-    async with await boot(demo_description, programs) as vm:
-        await vm.wait_ready()
-        job = int((await vm.call_agent("start", driver="mixed", parameters=STORY.workloads()))["job"])
-        await until_in_flight(vm, job, STORY)
+    vm, job = await in_traffic(demo_description, programs, STORY)
+    async with vm:
         await vm.checkpoint("here")
         await vm.save(tmp_path / "before", live=True, keep=True)
         report = await vm.revert("here")
@@ -115,12 +108,12 @@ async def test_checkpoint_to_a_directory_and_in_place_go_together(
         await until_in_flight(vm, job, STORY)
         await vm.save(tmp_path / "after", live=False, keep=True)
         await vm.revert("again")
-        await books(vm, job)
+        await to_the_end(vm, job)
     for name in ("before", "after"):
         async with await VirtualMachine.restore(tmp_path / name, programs) as vm:
             # Checkpoints in place are no part of a snapshot.
             assert vm.checkpoints() == []
-            await books(vm, job)
+            await to_the_end(vm, job)
 
 
 def test_fault_h13_a_checkpoint_on_a_full_disk_gives_its_space_back(
@@ -135,7 +128,6 @@ def test_fault_h13_a_checkpoint_on_a_full_disk_gives_its_space_back(
 
     async def body() -> None:
         async with await boot(demo_description, programs) as vm:
-            await vm.wait_ready()
             await vm.stop()
             size = (await vm.checkpoint("measured")).vm_state_bytes
             try:

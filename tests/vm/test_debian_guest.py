@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import secrets
 import subprocess
 import sys
 import time
@@ -23,8 +22,6 @@ from vmbus.cli.keys import with_keys
 from vmbus.cli.ssh import PORT
 from vmbus.errors import WaitTimeout
 from vmbus.operations.machine import VirtualMachine
-from vmbus.operations.migration.address import UnixAddress
-from vmbus.operations.migration.channel import listen
 from vmbus.providers.network.interface import NAMESPACES
 from vmbus.provision import provision_debian
 from vmbus.provision.cache import Cache, remove
@@ -34,6 +31,7 @@ from vmbus.provision.report import SilentReporter
 from vmbus.provision.roots import RootRecipe, find_root, make_root
 from vmbus.provision.sources import SUITE
 from vmbus.qemu.archive import archive_for
+from vmbus.testkit.moving import move
 from vmbus.vm.command_line import Programs
 from vmbus.vm.description import VmDescription, load_description
 from vmbus.vm.guest_socket import proxy_command
@@ -145,19 +143,6 @@ def machine(folder: Path, outside: Namespace | None, patch: pytest.MonkeyPatch) 
         argv = [*tools.program(f"usr/sbin/{program}"), option, folder / "debian.img"]
         result = subprocess.run(argv, capture_output=True, text=True)
         assert result.returncode == 0 and expected in result.stdout, result
-
-
-async def move(vm: VirtualMachine, programs: Programs, path: Path) -> tuple[VirtualMachine, float]:
-    """Migrate to another machine on this host, which is then the VM; and how long it stood still."""
-    secret = secrets.token_bytes(32)
-    listener = await listen(UnixAddress(str(path)), secret)
-    receiving = asyncio.create_task(VirtualMachine.receive(listener, programs, timeout=pace.seconds(60)))
-    try:
-        report = await vm.migrate(str(listener.address), secret)
-        return await receiving, report.downtime
-    finally:
-        if not receiving.done():
-            await asyncio.wait({receiving}, timeout=pace.seconds(30))
 
 
 class Client:
@@ -293,9 +278,9 @@ def test_linux_guest_debian_over_saves_and_moves_with_own_guest_package(
                     assert vm.restored is not None
                     seconds["away"] = vm.restored.running_at - saved.stopped_at
                     await still_there(vm, session, "saved and restored")
-                    moved, seconds["moving"] = await move(vm, programs, tmp_path / "m.sock")
+                    moved, report = await move(vm, programs=programs)
+                    seconds["moving"] = report.downtime
                 async with moved as vm:
-                    await vm.wait_ready()
                     await still_there(vm, session, "migrated")
                     assert len(set(lives)) == 1, lives
                     if outside is not None:

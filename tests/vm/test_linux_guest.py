@@ -7,7 +7,6 @@ import contextlib
 import dataclasses
 import json
 import re
-import secrets
 import struct
 import time
 from collections.abc import Callable, Coroutine
@@ -23,9 +22,8 @@ from support.in_guest import require_no_complaints, shell, until_prints
 from support.linux_guest import GuestMemory, described, event_page, message_page
 from vmbus.errors import VmbusError
 from vmbus.operations.machine import VirtualMachine
-from vmbus.operations.migration.address import UnixAddress
-from vmbus.operations.migration.channel import listen
 from vmbus.testkit.loopback.harness import LoopbackServer, describe
+from vmbus.testkit.moving import move
 from vmbus.transport.library import Library
 from vmbus.vm.command_line import Programs
 from vmbus.vm.process import log_tail
@@ -84,26 +82,6 @@ async def over_a_save(vm: VirtualMachine, directory: Path, programs: Programs) -
     return vm
 
 
-async def over_a_migration(vm: VirtualMachine, path: Path, programs: Programs) -> VirtualMachine:
-    """Live, to other processes on this host."""
-    secret = secrets.token_bytes(32)
-    listener = await listen(UnixAddress(str(path)), secret)
-    receiving = asyncio.create_task(VirtualMachine.receive(listener, programs, timeout=pace.seconds(60.0)))
-    try:
-        await vm.migrate(str(listener.address), secret)
-    except BaseException:
-        receiving.cancel()
-        await asyncio.wait({receiving})
-        raise
-    arrived = await receiving
-    try:
-        await arrived.wait_ready()
-    except BaseException:
-        await arrived.kill()
-        raise
-    return arrived
-
-
 async def test_linux_guest_over_saves_and_with_drivers_that_come_and_go(
     programs: Programs, tmp_path: Path, note: Note
 ) -> None:
@@ -147,7 +125,6 @@ async def test_linux_guest_over_saves_and_with_drivers_that_come_and_go(
         while "Rebooting in" not in (log := vm.paths.console_log.read_text()):
             assert time.monotonic() < deadline, log[-3000:]
             await asyncio.sleep(0.1)
-        log = log
     lines = re.findall(r"\[ *([0-9.]+)\] *(?:Kernel panic|Rebooting in)", log)
     begun, over = map(float, lines)
     assert over - begun < 5, log[-3000:]
@@ -222,7 +199,7 @@ async def test_linux_guest_with_channels_that_move_between_four_cpus(
             await shell(vm, f"for c in /sys/bus/vmbus/devices/*/channels/*/cpu; do echo {cpu} > $c; done")
             await until_beats(vm, 3)
             assert await shell(vm, "cat /sys/bus/vmbus/devices/*/channels/*/cpu") == "\n".join(4 * [str(cpu)])
-        vm = await over_a_migration(vm, tmp_path / "m.sock", programs)
+        vm, _ = await move(vm, programs=programs)
     async with vm:
         await require_service(vm)
         wakes = (await counters(vm))["wakes"]
@@ -286,5 +263,4 @@ async def test_linux_guest_where_an_iommu_translates_is_refused(programs: Progra
         await shell(vm, "! insmod /lib/modules/hv_vmbus.ko")
         await shell(vm, "rmmod vmbus_pci")
         await require_no_complaints(vm)
-        log = log
     assert "an IOMMU translates this function's addresses: boot with iommu=pt" in log, log

@@ -25,12 +25,11 @@ import pytest
 from support import pace
 from support.boot import boot
 from vmbus.operations.machine import VirtualMachine
-from vmbus.operations.migration.address import UnixAddress
-from vmbus.operations.migration.channel import listen
 from vmbus.provision import provision
 from vmbus.provision.libvfio_user import find_compiler
 from vmbus.qemu.instance import machine_for
 from vmbus.snapshot.manifest import MANIFEST
+from vmbus.testkit.moving import move
 from vmbus.vm.command_line import Programs, programs_from
 from vmbus.vm.description import VmDescription
 
@@ -168,13 +167,8 @@ async def test_litmus_sabotage_a_machine_without_room_for_a_second_cpu(
         is_old(vm)
         await vm.wait_ready()
         await vm.checkpoint("before", directory=checkpoints)
-        listener = await listen(UnixAddress(str(tmp_path / "m.sock")), SECRET)
-        receiving = asyncio.create_task(VirtualMachine.receive(listener, programs, timeout=pace.seconds(60)))
-        try:
-            await vm.migrate(str(listener.address), SECRET)
-        finally:
-            await asyncio.wait({receiving}, timeout=pace.seconds(60))
-    async with receiving.result() as vm:
+        moved, _ = await move(vm, programs=programs)
+    async with moved as vm:
         is_old(vm)
         await vm.revert("before", directory=checkpoints)
         await vm.wait_ready()

@@ -8,8 +8,6 @@ import asyncio
 import hashlib
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,10 +15,10 @@ from typing import Any
 import msgspec
 import pytest
 
-import vmbus
 from support import in_guest, pace
 from support.boot import boot
 from support.captures import said_in
+from support.commands import spawn
 from support.crossing import GUEST, HOST, Traffic, moved
 from support.in_guest import shell
 from support.locks import in_use
@@ -95,7 +93,7 @@ def test_network_survives_saves_restores_and_checkpoints(
 
     async def story() -> None:
         flight = []
-        vm = await boot(described(outside, queues=2), programs, audit=audit)
+        vm = await boot(described(outside, queues=2), programs, records=audit)
         async with vm:
             await vm.wait_ready()
             await bring_up(vm)
@@ -245,18 +243,11 @@ def test_nothing_of_network_and_disk_outlives_their_owner(
         + f'\n[[device.providers]]\nkind = "network"\nname = "card"\ninstance = "{INSTANCE}"\n'
         + f"options = {{ {inline} }}\n"
     )
-    path = os.pathsep.join([str(Path(vmbus.__file__).parents[1]), str(CHECKOUT / "guest")])
     log = tmp_path / "owner.log"
     drives = [f"interface:interface=eth0,address={GUEST}/24", "disk-writer:device=/dev/sda,count=0"]
     words = ["run-vm", str(config), "--name", "both", *(word for one in drives for word in ("--drive", one))]
     with log.open("wb") as output:
-        owner = subprocess.Popen(
-            [sys.executable, "-m", "vmbus.cli", *words],
-            env={**os.environ, "PYTHONPATH": path},
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-        )
+        owner = spawn(*words, stdout=output)
     try:
         # As booted: the command that people use is under test.
         ping = outside.start("ping", host=GUEST, count=0, appear_seconds=150)

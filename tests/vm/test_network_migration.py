@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import secrets
 import signal
 import sys
 from collections.abc import AsyncIterator
@@ -21,14 +20,12 @@ from typing import Any
 import msgspec
 import pytest
 
-import vmbus
-import vmbus_guest
 from support import network_owner, pace, vm_owner
 from support.pace import eventually
+from support.places import Place
 from support.streams import agree, good_ping
-from vmbus.errors import VmbusError
 from vmbus.providers.disk.image import DIRECTORY_VARIABLE
-from vmbus.testbed.hosts import TEMPORARY, Forbidden, Host, TwoHosts
+from vmbus.testbed.hosts import Forbidden, TwoHosts
 from vmbus.vm.command_line import Programs
 from vmbus.vm.description import VmDescription, load_description
 from vmbus.vm.process import Child, log_tail
@@ -36,11 +33,8 @@ from vmbus.vm.process import Child, log_tail
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(300)]
 
 CHECKOUT = Path(__file__).resolve().parents[2]
-SOCKET = TEMPORARY / "owner.sock"
 GUEST = "192.0.2.10"
 MAC = "02:00:00:00:00:0a"
-PORT = 4711
-SECRET = secrets.token_hex(32)
 STREAMS = 2
 DISK = {
     "kind": "scsi",
@@ -49,9 +43,6 @@ DISK = {
     "options": {"luns": [{"image": "disk.img", "size_mib": 64, "create": True}]},
 }
 WRITER = {"device": "/dev/sda", "count": 0, "slots": 400, "batch": 16, "verify_every": 10, "pace": 0.02}
-IMPORT_PATH = os.pathsep.join(
-    str(Path(path).resolve().parents[1]) for path in (vmbus.__file__, vmbus_guest.__file__, vm_owner.__file__)
-)
 
 
 def described() -> VmDescription:
@@ -87,36 +78,12 @@ class Program:
         return dict(results[0])
 
 
-class Place:
-    """A host and its owner."""
-
-    def __init__(self, host: Host, owner: Child) -> None:
-        self.host = host
-        self.owner = owner
-        self.address = f"tcp:{host.address}:{PORT}"
-
-    async def ask(self, command: str, /, **arguments: Any) -> dict[str, Any]:
-        return await self.owner.guard(self._ask(command, arguments), f"host {self.host.name} to {command}", 120.0)
-
-    async def _ask(self, command: str, arguments: dict[str, Any]) -> dict[str, Any]:
-        path = str(self.host.path(SOCKET))
-        reader, writer = await asyncio.open_unix_connection(path, limit=vm_owner.LINE_LIMIT)
-        try:
-            writer.write(json.dumps({"command": command, **arguments}).encode() + b"\n")
-            line = await reader.readline()
-        finally:
-            writer.close()
-        answer = json.loads(line) if line else {"error": log_tail(self.owner.log, 40)}
-        if "error" in answer:
-            raise VmbusError(f"host {self.host.name}: {command}: {answer['error']}")
-        return dict(answer["result"])
-
-    async def agent(self, name: str, /, **arguments: Any) -> dict[str, Any]:
-        return await self.ask("agent", name=name, arguments=arguments, timeout=70.0)
+class Bridged(Place):
+    """Its owner has a bridge, of which the guest's card is a port."""
 
     async def start(self, driver: str, **parameters: Any) -> Program:
         words = [sys.executable, "-m", "vmbus_guest.testdrivers", driver, "--parameters", json.dumps(parameters)]
-        return Program(await self.host.spawn(driver, words, environment={"PYTHONPATH": IMPORT_PATH}))
+        return Program(await self.host.spawn(driver, words))
 
     async def port_of_the_guest(self) -> str:
         """Which of the bridge's ports leads to the guest, as far as it knows."""
@@ -124,26 +91,23 @@ class Place:
 
 
 @asynccontextmanager
-async def places(programs: Programs, disks: Path) -> AsyncIterator[tuple[Place, Place]]:
+async def places(programs: Programs, disks: Path) -> AsyncIterator[tuple[Bridged, Bridged]]:
     """Two hosts on one network, which reach the same disks. Raises Forbidden."""
     async with await TwoHosts.create(keep=[programs.kernel, programs.initramfs, disks]) as hosts:
         found = []
-        words = msgspec.json.encode(programs, enc_hook=str).decode()
         for host in hosts.hosts:
-            owner = await host.spawn(
-                "the owner",
-                [sys.executable, "-m", "support.network_owner", str(SOCKET), words, host.address],
-                environment={"PYTHONPATH": IMPORT_PATH, DIRECTORY_VARIABLE: str(disks)},
+            place = await Bridged.spawn(
+                host, programs, "support.network_owner", host.address, **{DIRECTORY_VARIABLE: str(disks)}
             )
 
-            async def said(owner: Child = owner) -> bool:
+            async def said(owner: Child = place.owner) -> bool:
                 text = owner.log.read_text()
                 if network_owner.REFUSED in text:
                     raise Forbidden(f"{text.strip()}; it needs root's rights")
                 return vm_owner.READY in text
 
             await eventually(said, "the owner to listen", 30)
-            found.append(Place(host, owner))
+            found.append(place)
         try:
             yield found[0], found[1]
         except BaseException:
@@ -152,22 +116,14 @@ async def places(programs: Programs, disks: Path) -> AsyncIterator[tuple[Place, 
             raise
 
 
-async def move(source: Place, target: Place) -> dict[str, Any]:
-    arrival = asyncio.create_task(target.ask("receive", address=target.address, secret=SECRET))
-
-    async def listens() -> bool:
-        if arrival.done():
-            arrival.result()
-        return bool((await target.ask("listens", port=PORT))["listens"])
-
+async def move(source: Bridged, target: Bridged) -> None:
+    arrival = await target.receive()
     try:
-        await eventually(listens, f"host {target.host.name} to listen", 30)
-        report = await source.ask("migrate", address=target.address, secret=SECRET)
+        report = await source.migrate(target)
         await arrival
     finally:
         arrival.cancel()
-    print(f"{source.host.name} to {target.host.name}: downtime {report['downtime']:.3f} s")
-    return report
+    print(f"{source.name} to {target.name}: downtime {report['downtime']:.3f} s")
 
 
 def test_network_survives_live_migration_there_and_back(programs: Programs, tmp_path: Path) -> None:
@@ -203,7 +159,7 @@ def test_network_survives_live_migration_there_and_back(programs: Programs, tmp_
 
                     await eventually(enough, f"bytes on every stream: {client.progress()}", 60)
 
-            async def written(place: Place, more: int = 48) -> None:
+            async def written(place: Bridged, more: int = 48) -> None:
                 """So many more writes that the disk has acknowledged."""
                 seen: list[int] = []
 
@@ -231,20 +187,20 @@ def test_network_survives_live_migration_there_and_back(programs: Programs, tmp_
             print(f"the card: {state}")
             assert state["announced"] >= 4 and state["refused"] == 0
             await a.agent("stop", job=writer)
-            report = await a.agent("wait", job=writer)
+            report = await a.agent("wait", timeout=70.0, job=writer)
             assert report["result"]["verdict"] == "passed", report
             print(f"the disk: {report['result']['acknowledged']} writes acknowledged, {report['result']['fsck']}")
             for program in (*clients, *pings):
                 program.stop()
             await a.agent("stop", job=int(pinging["job"]))
             for place, client, job in zip((a, b), clients, jobs, strict=True):
-                report = await a.agent("wait", job=job)
+                report = await a.agent("wait", timeout=70.0, job=job)
                 assert report["state"] == "finished", report
                 print(f"host {place.host.name}:", end=" ")
                 agree(await client.result(), dict(report["result"]))
             for place, ping in zip((a, b), pings, strict=True):
                 print(f"ping from host {place.host.name}: {good_ping(await ping.result())}")
-            report = await a.agent("wait", job=int(pinging["job"]))
+            report = await a.agent("wait", timeout=70.0, job=int(pinging["job"]))
             print(f"ping from the guest: {good_ping(dict(report['result']))}")
             await a.ask("kill")
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from loopback.test_pytest_plugin import CHECKOUT, PLUGIN, example, properties, run
+from loopback.test_pytest_plugin import PLUGIN, example, properties, run
 from support import pace
 from support.processes import alive
 from vmbus.pytest_plugin import _clear_abandoned
@@ -85,7 +85,7 @@ def test_a_run_that_is_killed_leaves_no_process_and_the_next_one_removes_its_fil
     # Short, since sockets are below it.
     with tempfile.TemporaryDirectory(prefix="vmbus-k-") as temporary:
         environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")}
-        environment |= {"TMPDIR": temporary, "PYTHONPATH": f"{CHECKOUT / 'device'}:{CHECKOUT / 'guest'}"}
+        environment |= {"TMPDIR": temporary}
         child = subprocess.Popen(
             [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", PLUGIN, "test_mine.py"],
             cwd=tmp_path,

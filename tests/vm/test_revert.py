@@ -17,13 +17,13 @@ from typing import Any
 import msgspec
 import pytest
 
-from support.boot import boot
+from support.boot import books, in_traffic
 from support.pace import eventually, seconds
 from vmbus.errors import EnvironmentProblem, StateError, UsageError, VmbusError
 from vmbus.operations.machine import VirtualMachine
 from vmbus.operations.revert import RevertReport
 from vmbus.qemu.qmp import QmpCommandFailed
-from vmbus.testkit.story import Figures, Story, audit, begun, finish, until_in_flight
+from vmbus.testkit.story import Figures, Story
 from vmbus.vm.command_line import Programs
 from vmbus.vm.description import VmDescription
 from vmbus.vm.errors import RevertFailed
@@ -40,25 +40,10 @@ STORY = Story(packets=128, echo_count=0, burst_count=0, stall_seconds=120.0)
 NEW = {"kind": "echo", "name": "added", "instance": "00000000-0000-4000-8000-0000000000aa", "options": {"hold": 2}}
 
 
-async def in_traffic(description: VmDescription, programs: Programs) -> tuple[VirtualMachine, int]:
-    vm = await boot(description, programs)
-    try:
-        await vm.wait_ready()
-        job = int((await vm.call_agent("start", driver="mixed", parameters=STORY.workloads()))["job"])
-        await until_in_flight(vm, job, STORY)
-    except BaseException:
-        await vm.kill()
-        raise
-    return vm, job
-
-
 async def to_the_end(vm: VirtualMachine, job: int) -> Figures:
     """The traffic goes on for a while, and runs out; both sides' books."""
     await until_ahead(vm, await progress(vm) + 2000)
-    report = await finish(vm, job, stop=True)
-    figures = Figures()
-    audit(figures, report, await vm.control.call("status"), begun(report))
-    return figures
+    return await books(vm, job, None)
 
 
 def pids(vm: VirtualMachine) -> list[int]:
@@ -100,7 +85,7 @@ async def test_revert_in_mid_traffic_to_any_checkpoint_and_forward_again(
 ) -> None:
     """Three checkpoints with names that QEMU could take for numbers, out of order; the first is gone back to twice."""
 
-    vm, job = await in_traffic(demo_description, programs)
+    vm, job = await in_traffic(demo_description, programs, STORY)
     async with vm:
         processes = pids(vm)
         seen: dict[str, int] = {}
@@ -142,7 +127,7 @@ async def test_revert_undoes_what_became_of_the_device_and_of_requests_to_the_ag
 ) -> None:
     """A provider came after one checkpoint and is there in another; the agent's jobs and answers are of their time."""
 
-    vm, job = await in_traffic(demo_description, programs)
+    vm, job = await in_traffic(demo_description, programs, STORY)
     async with vm:
         await vm.checkpoint("before")
         await vm.control.call("offer", provider=NEW)
@@ -178,7 +163,7 @@ def test_revert_refused_changes_nothing_and_checkpoints_outlive_their_vm(
     directory = tmp_path / "checkpoints"
 
     async def first() -> int:
-        vm, job = await in_traffic(demo_description, programs)
+        vm, job = await in_traffic(demo_description, programs, STORY)
         async with vm:
             await vm.checkpoint("one", directory=directory)
             await until_ahead(vm, await progress(vm) + 500)
@@ -250,7 +235,7 @@ def test_revert_sabotage_without_the_pci_replay_and_deaths_on_the_way(
     directory = tmp_path / "checkpoints"
 
     async def make() -> None:
-        vm, _ = await in_traffic(demo_description, programs)
+        vm, _ = await in_traffic(demo_description, programs, STORY)
         async with vm:
             await vm.checkpoint("here", directory=directory)
             with pytest.raises(RevertFailed, match=r"not put back as it was saved(.|\n)*has been ended(.|\n)*run-vm"):

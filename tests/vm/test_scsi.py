@@ -3,7 +3,6 @@ done to virtual machines; disks that come, grow and go; and nothing in the guest
 
 from __future__ import annotations
 
-import asyncio
 import os
 import secrets
 import shutil
@@ -16,7 +15,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from support import pace, slow_disk
+from support import slow_disk
 from support.boot import boot
 from support.captures import said_in
 from support.in_guest import require_no_complaints, shell, until_prints
@@ -26,12 +25,11 @@ from vmbus.errors import EnvironmentProblem, VmbusError
 from vmbus.observe.audit.checker import check_paths
 from vmbus.observe.audit.guest import collect_audit
 from vmbus.operations.machine import VirtualMachine
-from vmbus.operations.migration.address import parse_address
-from vmbus.operations.migration.channel import listen
+from vmbus.testkit.moving import move
 from vmbus.vm.command_line import Programs
 from vmbus.vm.description import VmDescription, load_description
 from vmbus.vm.errors import MigrateFailed
-from vmbus.vm.moments import Hook, Moment, no_hook
+from vmbus.vm.moments import Moment
 
 pytestmark = [pytest.mark.vm, pytest.mark.long]
 
@@ -77,19 +75,6 @@ async def command(vm: VirtualMachine, name: str, **arguments: Any) -> dict[str, 
 
 async def storage(vm: VirtualMachine) -> dict[str, Any]:
     return dict((await vm.call_server("status"))["providers"]["storage"])
-
-
-async def move(vm: VirtualMachine, programs: Programs, directory: Path, at: Hook = no_hook) -> VirtualMachine:
-    """To other processes, live."""
-    listener = await listen(parse_address(f"unix:{directory / 'm.sock'}"), SECRET)
-    receiving = asyncio.create_task(VirtualMachine.receive(listener, programs, timeout=pace.seconds(60)))
-    try:
-        report = await vm.migrate(str(listener.address), SECRET, at=at)
-        print(f"downtime {report.downtime * 1000:.0f} ms: {report.spans}")
-        return await receiving
-    finally:
-        await asyncio.wait({receiving}, timeout=pace.seconds(30))
-        receiving.cancel()
 
 
 async def test_scsi_survives_saves_restores_a_revert_and_disks_that_come_and_go(
@@ -145,7 +130,6 @@ async def test_scsi_survives_saves_restores_a_revert_and_disks_that_come_and_go(
             await until_prints(vm, f"ls /sys/bus/vmbus/devices/{device}/channels | wc -l", "2")
         await require_no_complaints(vm, COMPLAINTS, but=REMOVAL)
         await collect_audit(vm)
-    (result, held, trimmed) = result, held, trimmed
     halves = check_paths([audit])
     assert halves.clean and halves.half_transactions > 500, str(halves)
     assert {one.driver for one in halves.channels} == {"hv_storvsc"} and len(halves.timeline) == 5
@@ -184,9 +168,10 @@ async def test_scsi_survives_a_live_migration_and_a_server_that_is_killed(
     async with vm:
         await more(vm, job)
         with pytest.raises(MigrateFailed, match=r"on purpose.*the VM runs on"):
-            await move(vm, programs, tmp_path, fail)  # when the other one has the lock
+            await move(vm, programs=programs, at=fail)  # when the other one has the lock
         await more(vm, job)
-        there = await move(vm, programs, tmp_path, partial(look, vm))
+        there, moved = await move(vm, programs=programs, at=partial(look, vm))
+        print(f"downtime {moved.downtime * 1000:.0f} ms: {moved.spans}")
     async with there as vm:
         vm.on_agent_event = progress
         await vm.save(tmp_path / "old", live=True, keep=True)
@@ -225,7 +210,6 @@ async def test_scsi_survives_a_live_migration_and_a_server_that_is_killed(
         await until_prints(vm, "cat /sys/block/sda/size 2>/dev/null", str(64 << 11))
         await shell(vm, "dd if=/dev/sda of=/dev/null bs=1M count=64 iflag=direct 2>&1")
         assert not [line for line in (await shell(vm, "dmesg")).splitlines() if "blocked for more" in line]
-        (seen, result) = seen, result
     assert seen > 200
     clean(result, seen, KNOWN)
     # Who has it: the source while it runs, then nobody, and the destination before the decision that it may run.
@@ -264,7 +248,6 @@ async def test_scsi_survives_alone_on_its_image_with_a_clone_and_from_its_last_s
         await more(vm, job, 40)
         results.append(await finish(vm, job))
         await require_no_complaints(vm, COMPLAINTS, but=REMOVAL)
-    (saved, last, results) = saved, last, results
     note(f"hv_storvsc: {saved} writes acknowledged at the snapshot, {last} when the server was killed")
     for result in results:
         clean(result, 100, KNOWN)

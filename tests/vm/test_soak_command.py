@@ -7,12 +7,12 @@ import json
 import os
 import shlex
 import signal
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
+from support.commands import COMMAND
 from support.pace import eventually
 from support.soak import events, read
 from vmbus.soak.folder import read_state
@@ -37,9 +37,7 @@ SABOTAGE = [
 
 
 async def soak(folder: Path, log: Path, settings: Sequence[str] = SETTINGS) -> Child:
-    path = os.pathsep.join(path for path in sys.path if path)
-    arguments = [sys.executable, "-m", "vmbus.cli", "soak", *settings, "--report", str(folder)]
-    return await Child.spawn("the campaign", arguments, log, environment={"PYTHONPATH": path})
+    return await Child.spawn("the campaign", [*COMMAND, "soak", *settings, "--report", str(folder)], log)
 
 
 async def status(child: Child, timeout: float) -> int:

@@ -7,7 +7,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Coroutine
 from pathlib import Path
@@ -15,12 +14,11 @@ from typing import Any
 
 import pytest
 
-import vmbus
-import vmbus_guest
 from support import pace
 from support.processes import children
 from vmbus.cli.new_provider import create
 from vmbus.soak.episode import run_episode, scratch_base
+from vmbus.soak.job import WORKER
 from vmbus.soak.plan import EpisodePlan, encode_plan
 from vmbus.soak.records import EpisodeRecord, OperationRecord
 from vmbus.soak.schedule import plan_episode
@@ -188,13 +186,7 @@ def test_a_vm_that_dies_by_itself_is_a_failure_that_says_so(run: Run, programs: 
 def test_a_worker_that_is_told_to_end_or_killed(number: signal.Signals, tmp_path: Path) -> None:
     chosen = plan(script=[{"kind": "pause", "parameters": {"seconds": 1.0}}] * 30, pace=50, audit=False)
     (tmp_path / "plan.json").write_bytes(encode_plan(chosen))
-    roots = [str(Path(package.__file__ or "").parents[1]) for package in (vmbus, vmbus_guest)]
-    worker = subprocess.Popen(
-        [sys.executable, "-m", "vmbus.soak.worker", str(tmp_path)],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(roots)},
-        stdout=subprocess.PIPE,
-        stdin=subprocess.DEVNULL,
-    )
+    worker = subprocess.Popen([*WORKER, str(tmp_path)], stdout=subprocess.PIPE, stdin=subprocess.DEVNULL)
     lines: list[dict[str, Any]] = []
     try:
         assert worker.stdout is not None
@@ -225,13 +217,6 @@ def test_a_worker_that_is_told_to_end_or_killed(number: signal.Signals, tmp_path
 
 
 def test_the_worker_says_what_is_wrong_with_its_plan(tmp_path: Path) -> None:
-    roots = os.pathsep.join(str(Path(package.__file__ or "").parents[1]) for package in (vmbus, vmbus_guest))
     (tmp_path / "plan.json").write_text('{"format": 99}')
-    done = subprocess.run(
-        [sys.executable, "-m", "vmbus.soak.worker", str(tmp_path)],
-        env={**os.environ, "PYTHONPATH": roots},
-        capture_output=True,
-        text=True,
-        timeout=pace.seconds(60),
-    )
+    done = subprocess.run([*WORKER, str(tmp_path)], capture_output=True, text=True, timeout=pace.seconds(60))
     assert done.returncode == 1 and not done.stdout and "a plan of format 99" in done.stderr

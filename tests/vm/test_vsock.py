@@ -6,7 +6,6 @@ import asyncio
 import hashlib
 import json
 import random
-import secrets
 import time
 from collections.abc import Callable, Coroutine
 from pathlib import Path
@@ -20,8 +19,7 @@ from support.boot import boot
 from support.in_guest import require_no_complaints, shell
 from vmbus.errors import WaitTimeout
 from vmbus.operations.machine import VirtualMachine
-from vmbus.operations.migration.address import parse_address
-from vmbus.operations.migration.channel import listen
+from vmbus.testkit.moving import move
 from vmbus.vm.command_line import Programs
 from vmbus.vm.description import VmDescription, load_description
 
@@ -240,19 +238,6 @@ class Held:
         await machine.nothing_is_left()
 
 
-async def migrate(vm: VirtualMachine, programs: Programs) -> VirtualMachine:
-    """Live, to other processes."""
-    secret = secrets.token_bytes(32)
-    listener = await listen(parse_address("tcp:127.0.0.1:0"), secret)
-    receiving = asyncio.create_task(VirtualMachine.receive(listener, programs, timeout=pace.seconds(60)))
-    try:
-        await vm.migrate(str(listener.address), secret)
-        return await receiving
-    finally:
-        receiving.cancel()
-        await asyncio.wait({receiving})
-
-
 async def still_works(machine: Machine) -> None:
     async with await machine.listen(PORT, send_back):
         assert await machine.guest("many", PORT, 5) == [{"right": 5}]
@@ -292,7 +277,7 @@ async def test_vsock_of_linux(programs: Programs, tmp_path: Path, note: Note) ->
         machine = Machine(vm)
         await again.end_in_the_guest(machine)
         third = await Held(machine).begin()
-        destination = await migrate(vm, programs)
+        destination, _ = await move(vm, programs=programs)
     await third.end_at_the_host()
 
     async with destination as vm:

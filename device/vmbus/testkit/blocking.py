@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import contextlib
-import secrets
 import tempfile
 import threading
 import time
@@ -25,14 +24,13 @@ from vmbus.observe.audit.guest import collect_audit
 from vmbus.observe.audit.report import Report
 from vmbus.operations.checkpoint import CheckpointReport
 from vmbus.operations.machine import VirtualMachine
-from vmbus.operations.migration.address import UnixAddress
-from vmbus.operations.migration.channel import listen
 from vmbus.operations.migration.report import MigrationReport
 from vmbus.operations.restore import RestoreReport
 from vmbus.operations.revert import RevertReport
 from vmbus.operations.save import SaveReport
 from vmbus.qemu.agent import AgentError, GuestOutput
 from vmbus.testkit.driver_file import install, read_driver_file
+from vmbus.testkit.moving import move
 from vmbus.vm.command_line import Programs
 from vmbus.vm.description import VmDescription
 from vmbus.vm.process import log_tail
@@ -383,31 +381,12 @@ class BlockingVm:
         self.note_provider_errors()
         began = time.monotonic()
         with tempfile.TemporaryDirectory(prefix="vmbus-migrate-") as directory:
-            report, machine = self.call(self._migrate(Path(directory) / "m.sock", options))
+            address = f"unix:{directory}/m.sock"
+            work = move(self.machine, address, programs=self.programs, audit=self.audit, **options)
+            machine, report = self.call(work)
         self.machine = machine
         self._did("migrate", began, report.downtime, report.packets)
         return report
-
-    async def _migrate(self, path: Path, options: dict[str, Any]) -> tuple[MigrationReport, VirtualMachine]:
-        secret = secrets.token_bytes(32)
-        listener = await listen(UnixAddress(str(path)), secret)
-        receiving = asyncio.create_task(
-            VirtualMachine.receive(listener, self.programs, timeout=60.0, audit=self.audit), name="destination"
-        )
-        try:
-            report = await self.machine.migrate(str(listener.address), secret, **options)
-            machine = await receiving
-        except BaseException:
-            if not receiving.done():
-                # It learns of the failure by itself; its end is waited for, so that nothing of it is left.
-                await asyncio.wait({receiving}, timeout=30)
-                receiving.cancel()
-                await asyncio.wait({receiving})
-            if not receiving.cancelled() and receiving.exception() is None:
-                await receiving.result().kill()
-            raise
-        await machine.wait_ready()
-        return report, machine
 
     def checkpoint(self, tag: str) -> CheckpointReport:
         """Note this moment under a name; checkpoints end with the VM's processes."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import shutil
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,6 @@ from vmbus.operations.save import SaveReport
 from vmbus.util.patience import patient
 from vmbus.vm.command_line import Programs
 from vmbus.vm.description import VmDescription
-from vmbus.vm.moments import NO_SABOTAGE, Sabotage
-from vmbus.vm.run_directory import RunDirectory
 from vmbus.vm.timing import Progress
 
 # Bytes of ring that one burst packet takes: 64 bytes of data, its header, descriptor and trailer.
@@ -33,9 +31,6 @@ _CONDITION_TIMEOUT = 60.0
 _WORKLOAD_TIMEOUT = 300.0
 _SAVES = 8
 """Saves, at most, until one finds enough in flight."""
-
-
-Boot = Callable[[VmDescription, Programs, RunDirectory], Awaitable[VirtualMachine]]
 
 
 class Story(msgspec.Struct, kw_only=True, frozen=True):
@@ -162,9 +157,7 @@ def missing(story: Story, packets: Mapping[str, int], held: int) -> list[str]:
     return lacks if held else [*lacks, "no provider held an incoming packet at the save"]
 
 
-async def save_in_flight(
-    vm: VirtualMachine, job: int, story: Story, directory: Path, *, sabotage: Sabotage = NO_SABOTAGE
-) -> SaveReport:
+async def save_in_flight(vm: VirtualMachine, job: int, story: Story, directory: Path) -> SaveReport:
     """Save the VM, which runs on, with enough packets in flight in every state.
 
     What was in flight when somebody looked need not be when the save happens, some steps later. So a save that finds
@@ -172,7 +165,7 @@ async def save_in_flight(
     """
     for left in reversed(range(_SAVES)):
         await until_in_flight(vm, job, story)
-        report = await vm.save(directory, live=story.live, keep=True, sabotage=sabotage)
+        report = await vm.save(directory, live=story.live, keep=True)
         if not left or not missing(story, report.packets, report.incoming_held):
             break
         await asyncio.to_thread(shutil.rmtree, directory)
@@ -252,11 +245,8 @@ async def run_story(
     *,
     progress: Progress | None = None,
     say: Callable[[str], None] = lambda _: None,
-    sabotage: Sabotage = NO_SABOTAGE,
-    boot: Boot | None = None,
 ) -> Figures:
-    """Run the story with `snapshot` as the (new) snapshot directory. Nothing of it runs on when this returns. `boot`
-    takes the place of a plain launch.
+    """Run the story with `snapshot` as the (new) snapshot directory. Nothing of it runs on when this returns.
 
     Raises what launch, save and restore raise; a workload that goes wrong is a verdict, not an exception.
     """
@@ -270,7 +260,7 @@ async def run_story(
 
     start = time.monotonic()
     step("boot")
-    vm = await (boot or VirtualMachine.launch)(description, programs, RunDirectory.create(description.name))
+    vm = await VirtualMachine.launch(description, programs)
     try:
         await vm.wait_ready()
         lap("boot", start)
@@ -285,7 +275,7 @@ async def run_story(
         lap("traffic_before", start)
         start = time.monotonic()
         step("save")
-        saved = await save_in_flight(vm, job, story, snapshot, sabotage=sabotage)
+        saved = await save_in_flight(vm, job, story, snapshot)
         lap("save", start)
     finally:
         await vm.kill()
@@ -301,7 +291,7 @@ async def run_story(
     figures.bytes = {"ram": saved.ram_bytes, "device_state": saved.state_bytes}
     start = time.monotonic()
     step("restore")
-    vm = await VirtualMachine.restore(snapshot, programs, sabotage=sabotage)
+    vm = await VirtualMachine.restore(snapshot, programs)
     try:
         lap("restore", start)
         assert vm.restored is not None and vm.control is not None
