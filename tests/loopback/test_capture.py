@@ -7,7 +7,6 @@ import json
 import os
 import resource
 import subprocess
-import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -21,6 +20,7 @@ from pcapng.blocks import EnhancedPacket, InterfaceDescription, InterfaceStatist
 
 from support import pace
 from support.captures import command, events_of, file_of, packets_of
+from support.commands import spawn
 from support.shuffled import EACH, KEYS, SHUFFLED_TYPE
 from vmbus.device.description import DeviceDescription, ProviderDescription
 from vmbus.errors import StateError, UsageError
@@ -45,7 +45,6 @@ from vmbus_guest.testdrivers.context import Context
 pytestmark = pytest.mark.loopback
 
 THERE = Interface("echo", workload.ECHO_TYPE, workload.BURST_TYPE, 0)
-CHECKOUT = Path(__file__).resolve().parents[2]
 MIXED = {
     "workloads": [
         {"driver": "echo", "count": 400, "window": 16, "size": 3000, "minimum_size": 1, "external": 0.5, "seed": 3},
@@ -305,32 +304,28 @@ def test_the_command_captures_into_a_file(libvfio_user: Library, tmp_path: Path)
     assert len(shown) == 3 and '"event"' in shown[0] and "INBAND" in shown[1] + shown[2]
 
 
-def spawn(server: LoopbackServer, *words: str) -> subprocess.Popen[bytes]:
-    roots = os.pathsep.join([str(CHECKOUT / "device"), str(CHECKOUT / "guest")])
-    return subprocess.Popen(
-        [sys.executable, "-m", "vmbus.cli", "capture", "--control", str(server.control_path), "-o", "-", *words],
-        env={**os.environ, "PYTHONPATH": roots},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
+def to_standard_output(server: LoopbackServer, *words: str) -> subprocess.Popen[bytes]:
+    command = ["capture", "--control", str(server.control_path), "-o", "-", *words]
+    found: Any = spawn(*command, stderr=subprocess.PIPE, text=False)
+    return found
 
 
 def test_the_command_captures_to_standard_output(libvfio_user: Library, tmp_path: Path) -> None:
     with LoopbackServer(describe("echo"), libvfio_user) as server, traffic(server):
-        done = spawn(server, "--packets", "20")
+        done = to_standard_output(server, "--packets", "20")
         output, errors = done.communicate(timeout=pace.seconds(60))
         assert done.returncode == 0, errors
         (tmp_path / "a").write_bytes(output)
         assert len(packets_of(tmp_path / "a")) >= 20
         # A reader that goes away ends the capture, not the device.
-        gone = spawn(server)
+        gone = to_standard_output(server)
         assert gone.stdout is not None
         assert len(gone.stdout.read(100)) == 100
         gone.stdout.close()
         _, errors = gone.communicate(timeout=pace.seconds(60))
         assert gone.returncode == 1 and b"its reader is gone" in errors, errors
         # One that is killed does, too.
-        killed = spawn(server)
+        killed = to_standard_output(server)
         assert killed.stdout is not None and killed.stdout.read(100)
         killed.kill()
         killed.communicate(timeout=pace.seconds(60))

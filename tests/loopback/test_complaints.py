@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import io
-import os
 import re
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +14,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from loopback.test_control import Process
 from support import pace
 from vmbus.bus.synic import Register
 from vmbus.observe.inspection.document import Inspection, from_answer
@@ -83,24 +81,16 @@ def coming_and_going(socket: Path) -> int:
 def test_the_log_of_a_server_stays_short(
     misbehave: Callable[[Path], int], libvfio_user: Library, tmp_path: Path
 ) -> None:
-    description = tmp_path / "device.json"
-    description.write_bytes(describe("echo").to_json())
-    vfio, control, log = (tmp_path / name for name in ("vfio.sock", "control.sock", "log"))
-    command = [sys.executable, "-m", "vmbus.cli.serve", str(description), "--socket", str(vfio)]
-    command += ["--control", str(control), "--libvfio-user", str(libvfio_user.path)]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    with log.open("wb") as errors, subprocess.Popen(command, stdout=-1, stderr=errors, env=environment) as process:
-        try:
-            assert process.stdout is not None and process.stdout.readline()
-            began = time.monotonic()
-            happened = misbehave(vfio)
-            took = time.monotonic() - began
-            status = ask(control, "status")
-            tree = shown(from_answer(ask(control, "inspect"), "echo"))
-            process.send_signal(signal.SIGTERM)
-            assert process.wait(pace.seconds(20)) == 0
-        finally:
-            process.kill()
+    log = tmp_path / "log"
+    with log.open("wb") as errors, Process(tmp_path, libvfio_user, errors=errors) as server:
+        server.listening()
+        began = time.monotonic()
+        happened = misbehave(server.socket)
+        took = time.monotonic() - began
+        status = ask(server.control, "status")
+        tree = shown(from_answer(ask(server.control, "inspect"), "echo"))
+        server.process.send_signal(signal.SIGTERM)
+        assert server.end()[0] == 0
     text = log.read_text()
     kinds = text.count("left out in the last") + 3
     assert len(text.splitlines()) <= kinds * (BURST + took / 10 + 2) and len(text) < 20_000

@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-import os
+import logging
 import signal
 import socket
 import stat
@@ -15,13 +15,16 @@ from typing import Any
 import pytest
 
 from support import pace
-from vmbus.errors import EnvironmentProblem, StateError, UsageError, WaitTimeout
+from vmbus.errors import EnvironmentProblem, StateError, UsageError, VmbusError, WaitTimeout
 from vmbus.kmcl.status import Status
 from vmbus.providers.echo import EchoProvider
 from vmbus.server.control import ControlClient, ControlError
+from vmbus.testkit.loopback.client import RemoteError
 from vmbus.testkit.loopback.function import LoopbackFunction
 from vmbus.testkit.loopback.harness import LoopbackServer, describe
-from vmbus.transport.library import Library
+from vmbus.transport import protocol
+from vmbus.transport.library import Generation, Library
+from vmbus.transport.migration import LONGEST_DATA
 from vmbus.wire.workload import ECHO_TYPE, echo_request, parse_echo_reply
 from vmbus_guest.driver import VmbusDriver
 
@@ -312,18 +315,17 @@ def test_a_paused_device_takes_nothing_and_goes_on_where_it_was(server: Loopback
 class Process:
     """`python -m vmbus.cli.serve` with the arguments given."""
 
-    def __init__(self, directory: Path, library: Library, *arguments: str, **paths: Path) -> None:
+    def __init__(
+        self, directory: Path, library: Library, *arguments: str, errors: Any = subprocess.PIPE, **paths: Path
+    ) -> None:
         self.socket = paths.get("socket", directory / "vfio.sock")
         self.control = paths.get("control", directory / "control.sock")
         description = directory / "device.json"
         description.write_bytes(describe("echo").to_json())
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
         command = [sys.executable, "-m", "vmbus.cli.serve", str(description)]
         command += ["--socket", str(self.socket), "--control", str(self.control)]
         command += ["--libvfio-user", str(library.path), *arguments]
-        self.process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
-        )
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True)
 
     def listening(self) -> dict[str, Any]:
         assert self.process.stdout is not None
@@ -428,3 +430,28 @@ def test_commands_of_a_server_that_waits_for_its_guest(libvfio_user: Library, tm
                 server.command(command, **arguments)
         assert server.command("restore-finish")["channels"] == 0
         assert server.command("status")["phase"] == "running"
+
+
+# ---- who drives ------------------------------------------------------------------------------------------------------
+
+
+def test_the_server_knows_whether_its_client_drives(libvfio_user: Library, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.CRITICAL, "vmbus.transport.library_context.library")
+    with LoopbackServer(describe("echo"), libvfio_user) as server, server.function() as function:
+        assert server.command("status")["driven_by_client"] is False
+        if libvfio_user.generation is Generation.OLD:
+            with pytest.raises(RemoteError):
+                function.client.migration_flags()
+            assert server.command("status")["driven_by_client"] is False
+            assert function.client.longest_transfer == 1 << 20
+            return
+        with pytest.raises(VmbusError):
+            function.client.feature(99, protocol.FEATURE_GET, room=8)
+        assert server.command("status")["driven_by_client"] is False, "that was another question"
+        flags = function.client.migration_flags()
+        assert flags == protocol.MIGRATION_STOP_COPY | protocol.MIGRATION_PRE_COPY
+        assert server.command("status")["driven_by_client"] is True
+        assert function.client.longest_transfer == LONGEST_DATA
+        function.close()
+        pace.until(lambda: not server.on_loop(lambda: server.server.context.attached), "the client's end")
+        assert server.command("status")["driven_by_client"] is False

@@ -6,8 +6,6 @@ import asyncio
 import json
 import os
 import pty
-import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +16,7 @@ from click.testing import CliRunner
 
 from loopback.test_control import Process
 from support import pace
+from support.commands import spawn
 from support.traffic import Traffic
 from vmbus.cli import main
 from vmbus.errors import UsageError
@@ -34,8 +33,6 @@ from vmbus.wire.workload import BURST_TYPE, BurstStart
 from vmbus_guest.driver import VmbusDriver
 
 pytestmark = pytest.mark.loopback
-
-IMPORT_ROOTS = os.pathsep.join(str(Path(__file__).resolve().parents[2] / name) for name in ("device", "guest"))
 
 
 @pytest.fixture
@@ -232,16 +229,10 @@ def test_the_command_looks_watches_and_ends(server: LoopbackServer) -> None:
 
 def test_on_a_terminal_the_watch_is_a_live_picture(server: LoopbackServer) -> None:
     ours, theirs = pty.openpty()
-    environment = {**os.environ, "PYTHONPATH": IMPORT_ROOTS, "TERM": "xterm", "COLUMNS": "150", "LINES": "40"}
-    words = [sys.executable, "-m", "vmbus.cli", "inspect"]
+    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "150", "LINES": "40"}
     try:
-        process = subprocess.Popen(
-            [*words, str(server.control_path), "--watch", "0.05", "--count", "3"],
-            stdout=theirs,
-            stdin=theirs,
-            stderr=theirs,
-            env=environment,
-        )
+        words = ("inspect", str(server.control_path), "--watch", "0.05", "--count", "3")
+        process = spawn(*words, stdin=theirs, stdout=theirs, stderr=theirs, env=environment)
         os.close(theirs)
         shown = b""
         while True:

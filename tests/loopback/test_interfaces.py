@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from support import pace
-from support.namespace import CHECKOUT, TUN, Namespace, remove_stale
+from support.namespace import TUN, Namespace, remove_stale
 from support.namespace import outside as outside
 from support.pace import until
 from vmbus.errors import EnvironmentProblem, UsageError
@@ -77,10 +77,8 @@ def test_without_rights_the_error_says_which(outside: Namespace) -> None:
         "try: Tap('host0')\n"
         "except EnvironmentProblem as error: print(error)\n"
     )
-    path = os.pathsep.join(str(CHECKOUT / part) for part in ("device", "guest"))
     done = subprocess.run(
         [sys.executable, "-c", script],
-        env={"PYTHONPATH": path},
         capture_output=True,
         text=True,
         timeout=pace.seconds(30),
@@ -115,14 +113,9 @@ def test_own_guest_an_interface_made_ahead_wants_no_rights(outside: Namespace, p
     outside.configure(bridge)
     if prepared:
         in_namespace(outside.name, lambda: prepare(settings, os.getuid()))
-    path = os.pathsep.join(str(CHECKOUT / part) for part in ("device", "guest"))
     enter = ["nsenter", f"--net={NAMESPACES / outside.name}", "setpriv", "--bounding-set", "-net_admin"]
     done = subprocess.run(
-        [*enter, sys.executable, "-c", _TAKE],
-        env={"PYTHONPATH": path, "PATH": os.environ["PATH"]},
-        capture_output=True,
-        text=True,
-        timeout=pace.seconds(30),
+        [*enter, sys.executable, "-c", _TAKE], capture_output=True, text=True, timeout=pace.seconds(30)
     )
     assert done.stdout.startswith("taken" if prepared else "refused:"), done
     assert ("CAP_NET_ADMIN" in done.stdout) is not prepared
@@ -185,10 +178,7 @@ def test_nothing_outlives_a_killed_owner(outside: Namespace, function: str) -> N
         "print('made', flush=True)\n"
         "time.sleep(60)\n"
     )
-    path = os.pathsep.join(str(CHECKOUT / part) for part in ("device", "guest"))
-    with subprocess.Popen(
-        [sys.executable, "-c", script], env={**os.environ, "PYTHONPATH": path}, stdout=subprocess.PIPE
-    ) as process:
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE) as process:
         assert process.stdout is not None and process.stdout.readline() == b"made\n"
         assert outside.interfaces() == ["host0"]
         process.send_signal(signal.SIGKILL)

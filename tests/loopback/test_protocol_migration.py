@@ -6,7 +6,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
-import logging
 import random
 import struct
 from collections.abc import Callable, Iterator
@@ -15,9 +14,9 @@ from dataclasses import dataclass
 import pytest
 
 from support.stubborn import ANSWER, STUBBORN_TYPE
-from support.traffic import PAGE, Traffic
+from support.traffic import PAGE, Traffic, busy
 from vmbus.device import saved
-from vmbus.errors import UsageError, VmbusError, WaitTimeout
+from vmbus.errors import UsageError, WaitTimeout
 from vmbus.memory.guest import GuestMemory
 from vmbus.server.driven import _STEPS
 from vmbus.server.phase import Phase
@@ -27,17 +26,16 @@ from vmbus.testkit.loopback.migration import ProtocolMigration
 from vmbus.testkit.loopback.pair import LoopbackPair
 from vmbus.transport import protocol
 from vmbus.transport.context import Context
-from vmbus.transport.library import Generation, Library
+from vmbus.transport.library import Library
 from vmbus.transport.migration import LONGEST_DATA, MigrationState
 from vmbus.transport.protocol import Command, DeviceState, Feature
 from vmbus.util.complaints import COMPLAINTS
 from vmbus_guest.driver import VmbusDriver
 
-pytestmark = pytest.mark.loopback
+pytestmark = [pytest.mark.loopback, pytest.mark.needs_migration_v2]
 
 DESCRIPTION = describe("echo", "burst", echo={"hold": 8, "hold_seconds": 0.01})
 RAM = 8 << 20
-needs_v2 = pytest.mark.needs_migration_v2
 
 
 class Vm(LoopbackPair):
@@ -69,13 +67,20 @@ def vm(libvfio_user: Library) -> Iterator[Vm]:
         yield vm
 
 
-def busy(vm: Vm) -> Traffic:
-    """Stops where packets are in flight in both states."""
-    traffic = Traffic(vm.driver, hold=1 << 30, ring_pages_in=1, ring_pages_out=1)
-    traffic.start(500, 2000, size=60, window=400)
-    vm.driver.run_until(lambda: len(traffic.burst.held) > 50, 10, "packets of the host")
-    traffic.burst.hold = 20
-    return traffic
+def stopped(vm: Vm, chunk: int = 4096) -> tuple[ProtocolMigration, bytes]:
+    """A migration up to where the device stands still, all memory is copied and its state is read."""
+    migration = ProtocolMigration(vm.function)
+    migration.begin()
+    migration.stop()
+    migration.copy_again()
+    return migration, migration.read(chunk)
+
+
+def goes_on(vm: Vm, migration: ProtocolMigration, data: bytes, chunk: int = 4096) -> None:
+    """The guest goes on at a new server."""
+    destination = vm.new_server()
+    migration.run(migration.load(destination.socket_path, data, chunk))
+    vm.moved_to(destination)
 
 
 def wait_until(server: LoopbackServer, condition: Callable[[], bool], what: str) -> None:
@@ -86,6 +91,11 @@ def wait_until(server: LoopbackServer, condition: Callable[[], bool], what: str)
     raise AssertionError(f"in vain: {what}")
 
 
+def write(client: VfioUserClient, data: bytes) -> None:
+    for start in range(0, len(data), 4096):
+        client.write_migration_data(data[start : start + 4096])
+
+
 def refused(code: int) -> pytest.RaisesExc:
     return pytest.raises(RemoteError, check=lambda error: error.errno == code)
 
@@ -93,7 +103,6 @@ def refused(code: int) -> pytest.RaisesExc:
 # ---- whole migrations ------------------------------------------------------------------------------------------------
 
 
-@needs_v2
 def test_there_and_on_in_mid_traffic(vm: Vm) -> None:
     choose = random.Random(4)
     traffic = Traffic(vm.driver, hold=30, window=60, ring_pages_in=1, ring_pages_out=1)
@@ -132,28 +141,19 @@ def test_there_and_on_in_mid_traffic(vm: Vm) -> None:
     assert vm.driver.rescinded == [] and vm.driver.failures == []
 
 
-@needs_v2
-@pytest.mark.parametrize("chunk", [1, 7, 4096, LONGEST_DATA])
-def test_pieces_of_any_size(vm: Vm, chunk: int) -> None:
+def test_pieces_of_a_byte(vm: Vm) -> None:
     traffic = Traffic(vm.driver)
     traffic.start(100, 100)
     traffic.finish()
-    migration = ProtocolMigration(vm.function)
-    migration.begin()
-    migration.stop()
-    migration.copy_again()
-    data = migration.read(chunk)
-    destination = vm.new_server()
-    migration.run(migration.load(destination.socket_path, data, chunk))
-    vm.moved_to(destination)
+    migration, data = stopped(vm, 1)
+    goes_on(vm, migration, data, 1)
     traffic.start(100, 0)
     vm.driver.run_until(lambda: traffic.echo.finished, 10, "the echoes after the migration")
     traffic.echo.check()
 
 
-@needs_v2
 def test_the_state_is_that_of_the_command_save(vm: Vm) -> None:
-    traffic = busy(vm)
+    traffic = busy(vm.driver)
     by_command = vm.server.save()
     # Nothing moves between the two: the guest stands still, and a paused server takes no turn.
     vm.server.on_loop(lambda: setattr(vm.server.server, "_phase", Phase.RUNNING))
@@ -178,7 +178,6 @@ def test_the_state_is_that_of_the_command_save(vm: Vm) -> None:
     traffic.finish()
 
 
-@needs_v2
 def test_a_migration_that_is_given_up_leaves_no_trace(vm: Vm) -> None:
     choose = random.Random(9)
     traffic = Traffic(vm.driver, ring_pages_in=1, ring_pages_out=1)
@@ -199,15 +198,10 @@ def test_a_migration_that_is_given_up_leaves_no_trace(vm: Vm) -> None:
     traffic.finish()
 
 
-@needs_v2
 def test_what_came_in_goes_out_again_when_it_never_ran(vm: Vm) -> None:
     """A VM that is restored, not started, and saved again."""
-    traffic = busy(vm)
-    migration = ProtocolMigration(vm.function)
-    migration.begin()
-    migration.stop()
-    migration.copy_again()
-    data = migration.read(4096)
+    traffic = busy(vm.driver)
+    migration, data = stopped(vm)
     middle, end = vm.new_server(awaiting=True), vm.new_server()
     client = migration.load(middle.socket_path, data, 4096)
     client.set_migration_state(DeviceState.STOP_COPY)
@@ -219,23 +213,17 @@ def test_what_came_in_goes_out_again_when_it_never_ran(vm: Vm) -> None:
     traffic.finish()
 
 
-@needs_v2
 def test_a_running_device_is_replaced(vm: Vm) -> None:
     """Going back in place: the server has a life already, and the guest returns to an earlier one."""
-    traffic = busy(vm)
-    migration = ProtocolMigration(vm.function)
-    migration.begin()
-    migration.stop()
-    migration.copy_again()
-    data = migration.read(4096)
+    traffic = busy(vm.driver)
+    migration, data = stopped(vm)
     client = vm.function.client
     client.set_migration_state(DeviceState.RUNNING)
     client.logging_stop()
     wait_until(vm.server, lambda: not vm.server.server.device.busy, "the server to come to rest")
     client.set_migration_state(DeviceState.RESUMING)
     vm.function.ram[:] = migration.memory
-    for start in range(0, len(data), 5000):
-        client.write_migration_data(data[start : start + 5000])
+    write(client, data)
     client.set_migration_state(DeviceState.RUNNING)
     traffic.finish()
     assert vm.server.command("status")["providers"]["burst"]["restored"] > 100
@@ -262,7 +250,6 @@ def let_it_work(vm: Vm) -> None:
     wait_until(vm.server, lambda: burst.channel.packets_queued >= 100, "the host's packets")
 
 
-@needs_v2
 @pytest.mark.parametrize("reported", [True, False])
 def test_sabotage_skipping_the_dirty_report(vm: Vm, reported: bool, caplog: pytest.LogCaptureFixture) -> None:
     traffic = only_the_server(vm)
@@ -286,14 +273,11 @@ def test_sabotage_skipping_the_dirty_report(vm: Vm, reported: bool, caplog: pyte
         traffic.finish()
         return
     migration.release()
-    destination = vm.new_server()
-    migration.run(migration.load(destination.socket_path, data, 4096))
-    vm.moved_to(destination)
+    goes_on(vm, migration, data)
     traffic.burst.hold = 20
     traffic.finish()
 
 
-@needs_v2
 def test_sabotage_moving_on_without_the_dirty_report_is_found_out(vm: Vm) -> None:
     """A client that does not even end the save in order: then the books tell, as for any VMM that forgets pages."""
     traffic = only_the_server(vm)
@@ -302,9 +286,7 @@ def test_sabotage_moving_on_without_the_dirty_report_is_found_out(vm: Vm) -> Non
     let_it_work(vm)
     migration.stop()
     data = migration.read(4096)
-    destination = vm.new_server()
-    migration.run(migration.load(destination.socket_path, data, 4096))
-    vm.moved_to(destination)
+    goes_on(vm, migration, data)
     traffic.burst.hold = 20
     with pytest.raises((Exception, AssertionError)) as caught:
         traffic.finish(timeout=1.0)
@@ -312,7 +294,6 @@ def test_sabotage_moving_on_without_the_dirty_report_is_found_out(vm: Vm) -> Non
     assert vm.driver.rescinded or isinstance(caught.value, WaitTimeout) or not all(one.good for one in books)
 
 
-@needs_v2
 def test_each_page_is_reported_once_per_write(vm: Vm) -> None:
     only_the_server(vm)
     vm.function.client.logging_start()
@@ -325,7 +306,6 @@ def test_each_page_is_reported_once_per_write(vm: Vm) -> None:
     vm.server.command("resume")
 
 
-@needs_v2
 def test_pages_are_reported_with_the_unmapping(vm: Vm) -> None:
     only_the_server(vm)
     client = vm.function.client
@@ -340,7 +320,6 @@ def test_pages_are_reported_with_the_unmapping(vm: Vm) -> None:
     assert vm.server.on_loop(lambda: vm.server.server.device.memory.log.broken) is None
 
 
-@needs_v2
 def test_unmapping_written_memory_unreported_ends_the_pass(vm: Vm, caplog: pytest.LogCaptureFixture) -> None:
     traffic = only_the_server(vm)
     extra = vm.function.allocate(PAGE)
@@ -362,14 +341,8 @@ def test_unmapping_written_memory_unreported_ends_the_pass(vm: Vm, caplog: pytes
     client.logging_stop()
     vm.function.free(extra)
     # The next pass works.
-    migration = ProtocolMigration(vm.function)
-    migration.begin()
-    migration.stop()
-    migration.copy_again()
-    data = migration.read(4096)
-    destination = vm.new_server()
-    migration.run(migration.load(destination.socket_path, data, 4096))
-    vm.moved_to(destination)
+    migration, data = stopped(vm)
+    goes_on(vm, migration, data)
     traffic.burst.hold = 20
     traffic.finish()
 
@@ -426,14 +399,9 @@ DAMAGES = [
 ]
 
 
-@needs_v2
 def test_sabotage_a_damaged_state_is_refused_and_the_source_runs_on(vm: Vm, caplog: pytest.LogCaptureFixture) -> None:
-    traffic = busy(vm)
-    migration = ProtocolMigration(vm.function)
-    migration.begin()
-    migration.stop()
-    migration.copy_again()
-    data = migration.read(4096)
+    traffic = busy(vm.driver)
+    migration, data = stopped(vm)
     fresh, awaiting = vm.new_server(), vm.new_server(awaiting=True)
     for damage in DAMAGES:
         for destination, phase in ((fresh, "running"), (awaiting, "awaiting")):
@@ -456,33 +424,25 @@ def test_sabotage_a_damaged_state_is_refused_and_the_source_runs_on(vm: Vm, capl
     traffic.finish()
 
 
-@needs_v2
 def test_after_a_refusal_the_state_can_be_written_again(vm: Vm) -> None:
-    traffic = busy(vm)
-    migration = ProtocolMigration(vm.function)
-    migration.begin()
-    migration.stop()
-    migration.copy_again()
-    data = migration.read(4096)
+    traffic = busy(vm.driver)
+    migration, data = stopped(vm)
     destination = vm.new_server()
     client = migration.load(destination.socket_path, data[:-1], 3000)
     with refused(errno.EINVAL):
         client.set_migration_state(DeviceState.RUNNING)
     assert client.migration_state() is DeviceState.RESUMING
-    for start in range(0, len(data), 3000):
-        client.write_migration_data(data[start : start + 3000])
+    write(client, data)
     with refused(errno.EINVAL):
         client.write_migration_data(b"one more")
-    for start in range(0, len(data), 3000):
-        client.write_migration_data(data[start : start + 3000])
+    write(client, data)
     migration.run(client)
     vm.moved_to(destination)
     traffic.finish()
 
 
-@needs_v2
 def test_without_guest_memory_the_device_does_not_run(vm: Vm, caplog: pytest.LogCaptureFixture) -> None:
-    traffic = busy(vm)
+    traffic = busy(vm.driver)
     migration = ProtocolMigration(vm.function)
     migration.begin()
     migration.stop()
@@ -490,8 +450,7 @@ def test_without_guest_memory_the_device_does_not_run(vm: Vm, caplog: pytest.Log
     destination = vm.new_server()
     with VfioUserClient(destination.socket_path) as client:
         client.set_migration_state(DeviceState.RESUMING)
-        for start in range(0, len(data), 4096):
-            client.write_migration_data(data[start : start + 4096])
+        write(client, data)
         with refused(errno.EINVAL):
             client.set_migration_state(DeviceState.RUNNING)
         assert client.migration_state() is DeviceState.STOP and "not mapped" in caplog.text
@@ -511,7 +470,6 @@ _WIRE = {
 }
 
 
-@needs_v2
 def test_our_steps_are_those_of_the_library(vm: Vm) -> None:
     """From every state to every other: the library leads through our table, and both say the same at the end."""
     client = vm.function.client
@@ -540,7 +498,6 @@ def test_our_steps_are_those_of_the_library(vm: Vm) -> None:
     assert vm.server.command("status")["phase"] == "running"
 
 
-@needs_v2
 @pytest.mark.parametrize("steps", [[s for s in _WIRE.values() if s is not DeviceState.RUNNING][:n] for n in (1, 2, 4)])
 def test_a_client_that_leaves_takes_its_migration_with_it(vm: Vm, steps: list[DeviceState]) -> None:
     traffic = Traffic(vm.driver)
@@ -596,10 +553,9 @@ HOSTILE: dict[str, Callable[[VfioUserClient], object]] = {
 }
 
 
-@needs_v2
 @pytest.mark.parametrize("what", HOSTILE)
 def test_nonsense_is_refused_and_changes_nothing(vm: Vm, what: str) -> None:
-    traffic = busy(vm)
+    traffic = busy(vm.driver)
     with refused(errno.EINVAL):
         HOSTILE[what](vm.function.client)
     assert vm.function.client.migration_state() is DeviceState.RUNNING
@@ -607,7 +563,6 @@ def test_nonsense_is_refused_and_changes_nothing(vm: Vm, what: str) -> None:
     traffic.finish()
 
 
-@needs_v2
 def test_any_words_about_migration_leave_a_server_that_serves(vm: Vm) -> None:
     """Random features, operations, lengths and contents; whatever they did, the next client gets a device."""
     choose = random.Random(16)
@@ -637,9 +592,8 @@ def test_any_words_about_migration_leave_a_server_that_serves(vm: Vm) -> None:
         traffic.finish()
 
 
-@needs_v2
 def test_reports_that_cannot_be_given(vm: Vm) -> None:
-    traffic = busy(vm)
+    traffic = busy(vm.driver)
     client = vm.function.client
     (iova, size), *_ = vm.function.maps.items()
     with refused(errno.EINVAL):
@@ -666,9 +620,8 @@ def test_reports_that_cannot_be_given(vm: Vm) -> None:
     traffic.finish()
 
 
-@needs_v2
 def test_what_is_no_longer_possible_while_the_client_has_the_device(vm: Vm) -> None:
-    traffic = busy(vm)
+    traffic = busy(vm.driver)
     client = vm.function.client
     client.set_migration_state(DeviceState.STOP)
     for command, arguments in (
@@ -707,7 +660,6 @@ def test_what_is_no_longer_possible_while_the_client_has_the_device(vm: Vm) -> N
     traffic.finish()
 
 
-@needs_v2
 def test_an_awaiting_server_has_nothing_to_give_and_nothing_to_run(libvfio_user: Library) -> None:
     with (
         LoopbackServer(DESCRIPTION, libvfio_user, awaiting=True) as server,
@@ -757,7 +709,6 @@ def own_description(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
-@needs_v2
 @pytest.mark.usefixtures("own_description")
 def test_timers_of_providers_run_while_the_client_waits(libvfio_user: Library) -> None:
     server, driver, replies = stubborn(libvfio_user, "Late")
@@ -772,7 +723,6 @@ def test_timers_of_providers_run_while_the_client_waits(libvfio_user: Library) -
         driver.run_until(lambda: len(replies) == 5, 10, "the answers")
 
 
-@needs_v2
 @pytest.mark.usefixtures("own_description")
 @pytest.mark.parametrize("missing", ["", "the library is not told", "lent memory is reported once"])
 def test_memory_lent_to_a_provider_is_reported_again_while_it_has_it(
@@ -803,7 +753,6 @@ def test_memory_lent_to_a_provider_is_reported_again_while_it_has_it(
         driver.run_until(lambda: len(replies) == 5, 10, "the answers")
 
 
-@needs_v2
 @pytest.mark.usefixtures("own_description")
 @pytest.mark.parametrize("by", [DeviceState.STOP, DeviceState.PRE_COPY])
 def test_a_provider_that_never_lets_go_keeps_the_device_running(
@@ -827,7 +776,6 @@ def test_a_provider_that_never_lets_go_keeps_the_device_running(
         client.set_migration_state(DeviceState.RUNNING)
 
 
-@needs_v2
 @pytest.mark.usefixtures("own_description")
 @pytest.mark.parametrize("by", [DeviceState.STOP, DeviceState.PRE_COPY])
 def test_a_provider_that_fails_in_save(
@@ -846,28 +794,3 @@ def test_a_provider_that_fails_in_save(
         assert server.command("status")["phase"] == ("driven" if by is DeviceState.STOP else "running")
         client.set_migration_state(DeviceState.RUNNING)
         driver.run_until(lambda: len(replies) == 5, 10, "the answers")
-
-
-# ---- who drives ------------------------------------------------------------------------------------------------------
-
-
-def test_the_server_knows_whether_its_client_drives(libvfio_user: Library, caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.CRITICAL, "vmbus.transport.library_context.library")
-    with LoopbackServer(DESCRIPTION, libvfio_user) as server, server.function(ram_size=RAM) as function:
-        assert server.command("status")["driven_by_client"] is False
-        if libvfio_user.generation is Generation.OLD:
-            with pytest.raises(RemoteError):
-                function.client.migration_flags()
-            assert server.command("status")["driven_by_client"] is False
-            assert function.client.longest_transfer == 1 << 20
-            return
-        with pytest.raises(VmbusError):
-            function.client.feature(99, protocol.FEATURE_GET, room=8)
-        assert server.command("status")["driven_by_client"] is False, "that was another question"
-        flags = function.client.migration_flags()
-        assert flags == protocol.MIGRATION_STOP_COPY | protocol.MIGRATION_PRE_COPY
-        assert server.command("status")["driven_by_client"] is True
-        assert function.client.longest_transfer == LONGEST_DATA
-        function.close()
-        wait_until(server, lambda: not server.server.context.attached, "the client's end")
-        assert server.command("status")["driven_by_client"] is False

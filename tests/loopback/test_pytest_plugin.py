@@ -32,12 +32,11 @@ def example(word: str) -> str:
 
 def run(folder: Path, text: str, *words: str) -> subprocess.CompletedProcess[str]:
     (folder / "test_mine.py").write_text(text)
-    roots = os.pathsep.join([str(CHECKOUT / "device"), str(CHECKOUT / "guest")])
     environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")}
     return subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--junitxml=result.xml", *words],
         cwd=folder,
-        env={**environment, "PYTHONPATH": roots},
+        env=environment,
         capture_output=True,
         text=True,
         timeout=pace.seconds(200),

@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable, Iterator
 
 import pytest
 
-from support.traffic import PAGE, Traffic
+from support.traffic import PAGE, Traffic, busy
 from vmbus.device import pci, saved
 from vmbus.device.pci import COMMAND, COMMAND_BUS_MASTER
 from vmbus.errors import StateError, UsageError
@@ -154,18 +154,9 @@ def test_fault_h17_a_restore_that_is_called_off_leaves_nothing_half_done(vm: Vm,
 # ---- sabotage --------------------------------------------------------------------------------------------------------
 
 
-def busy(vm: Vm) -> Traffic:
-    """Stops where packets are in flight in both states."""
-    traffic = Traffic(vm.driver, hold=1 << 30, ring_pages_in=1, ring_pages_out=1)
-    traffic.start(500, 2000, size=60, window=400)
-    vm.driver.run_until(lambda: len(traffic.burst.held) > 50, 10, "packets of the host")
-    traffic.burst.hold = 20
-    return traffic
-
-
 @pytest.mark.parametrize("byte", [None, pci.COMMAND, pci.MSI_ADDRESS_LOW, pci.MSI_DATA, pci.BAR0 + 2])
 def test_without_the_whole_pci_replay_the_restore_is_refused(vm: Vm, byte: int | None) -> None:
-    traffic = busy(vm)
+    traffic = busy(vm.driver)
     state = vm.ended()
     wrong = None
     if byte is not None:
@@ -181,7 +172,7 @@ def test_without_the_whole_pci_replay_the_restore_is_refused(vm: Vm, byte: int |
 
 
 def test_a_state_restored_onto_other_memory_is_refused(vm: Vm) -> None:
-    busy(vm)
+    busy(vm.driver)
     state = vm.ended()
     server = LoopbackServer(DESCRIPTION, vm.library, restore=state)
     with server, LoopbackFunction(server.socket_path):

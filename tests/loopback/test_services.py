@@ -68,6 +68,14 @@ def description(path: Path, **options: Any) -> DeviceDescription:
     return describe("outside", outside={"path": str(path), **options})
 
 
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    """The file that the provider owns."""
+    found = tmp_path / "data"
+    found.write_bytes(b"content")
+    return found
+
+
 def locked(path: Path) -> bool:
     """Whether somebody has the file locked."""
     fd = os.open(path, os.O_RDWR)
@@ -80,9 +88,7 @@ def locked(path: Path) -> bool:
     return False
 
 
-def test_resources_are_owned_only_while_the_device_runs(libvfio_user: Library, tmp_path: Path) -> None:
-    path = tmp_path / "data"
-    path.write_bytes(b"content")
+def test_resources_are_owned_only_while_the_device_runs(libvfio_user: Library, path: Path) -> None:
     with LoopbackServer(description(path), libvfio_user) as server:
         provider = provider_of(server)
         assert locked(path) and provider.calls == ["start", "activate"]
@@ -108,8 +114,7 @@ def test_resources_are_owned_only_while_the_device_runs(libvfio_user: Library, t
     assert not locked(path) and provider.calls[-1] == "stop"
 
 
-def test_a_snapshot_has_the_files_and_a_restore_uses_a_copy(libvfio_user: Library, tmp_path: Path) -> None:
-    path = tmp_path / "data"
+def test_a_snapshot_has_the_files_and_a_restore_uses_a_copy(libvfio_user: Library, path: Path, tmp_path: Path) -> None:
     path.write_bytes(b"as saved")
     snapshot = tmp_path / "snapshot"
     snapshot.mkdir()
@@ -136,9 +141,7 @@ def test_a_snapshot_has_the_files_and_a_restore_uses_a_copy(libvfio_user: Librar
         restored.stop()
 
 
-def test_files_that_nothing_takes_along_fail_the_save(libvfio_user: Library, tmp_path: Path) -> None:
-    path = tmp_path / "data"
-    path.write_bytes(b"content")
+def test_files_that_nothing_takes_along_fail_the_save(libvfio_user: Library, path: Path, tmp_path: Path) -> None:
     with LoopbackServer(description(path), libvfio_user) as server:
         server.command("pause")
         with pytest.raises(UsageError, match="belong to the device's state, and nothing takes them along"):
@@ -148,9 +151,7 @@ def test_files_that_nothing_takes_along_fail_the_save(libvfio_user: Library, tmp
         server.save()
 
 
-def test_a_provider_that_cannot_be_activated(libvfio_user: Library, tmp_path: Path) -> None:
-    path = tmp_path / "data"
-    path.write_bytes(b"content")
+def test_a_provider_that_cannot_be_activated(libvfio_user: Library, path: Path) -> None:
     with LoopbackServer(description(path, snapshot=False), libvfio_user) as server:
         guest = Guest(server)
         state = server.save()
@@ -177,10 +178,10 @@ def test_a_provider_that_cannot_be_activated(libvfio_user: Library, tmp_path: Pa
         assert locked(path)
 
 
-def test_a_destination_owns_nothing_before_the_source_gave_it_up(libvfio_user: Library, tmp_path: Path) -> None:
+def test_a_destination_owns_nothing_before_the_source_gave_it_up(
+    libvfio_user: Library, path: Path, tmp_path: Path
+) -> None:
     """The steps of a live migration, with a file that both hosts share; docs/migration.md has who owns it when."""
-    path = tmp_path / "data"
-    path.write_bytes(b"content")
     shared = description(path, snapshot=False)
     state = tmp_path / "state"
     source = LoopbackServer(shared, libvfio_user)
@@ -219,9 +220,7 @@ def test_a_destination_owns_nothing_before_the_source_gave_it_up(libvfio_user: L
         source.stop()
 
 
-def test_a_resume_that_waits_for_resources_gives_way_to_another(libvfio_user: Library, tmp_path: Path) -> None:
-    path = tmp_path / "data"
-    path.write_bytes(b"content")
+def test_a_resume_that_waits_for_resources_gives_way_to_another(libvfio_user: Library, path: Path) -> None:
     with LoopbackServer(description(path, snapshot=False), libvfio_user) as server:
         server.command("pause")
         OutsideProvider.fail.add("activate")
@@ -235,11 +234,9 @@ def test_a_resume_that_waits_for_resources_gives_way_to_another(libvfio_user: Li
 
 
 def test_a_provider_that_hangs_in_deactivate_fails_the_pause(
-    libvfio_user: Library, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    libvfio_user: Library, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On the main thread, where the bound works: so with the life alone."""
-    path = tmp_path / "data"
-    path.write_bytes(b"content")
     monkeypatch.setattr("vmbus.server.session._DEACTIVATE_SECONDS", 0.1)
     loop = asyncio.new_event_loop()
     life = Session(description(path), Device(lambda: None, lambda: None), Timers(loop), Services(loop))
@@ -261,9 +258,7 @@ def transition(server: LoopbackServer, *states: MigrationState) -> None:
         server.on_loop(lambda state=state: server.server.driven.transition(state))
 
 
-def test_a_client_that_drives_the_device_stops_it_without_resources(libvfio_user: Library, tmp_path: Path) -> None:
-    path = tmp_path / "data"
-    path.write_bytes(b"content")
+def test_a_client_that_drives_the_device_stops_it_without_resources(libvfio_user: Library, path: Path) -> None:
     shared = description(path, snapshot=False)
     with LoopbackServer(shared, libvfio_user) as server:
         guest = Guest(server)
@@ -310,18 +305,18 @@ def test_a_client_that_drives_the_device_stops_it_without_resources(libvfio_user
             guest.close()
 
 
-def test_files_that_the_client_does_not_take_along_fail_its_save(libvfio_user: Library, tmp_path: Path) -> None:
-    path = tmp_path / "data"
-    path.write_bytes(b"content")
+def test_files_that_the_client_does_not_take_along_fail_its_save(libvfio_user: Library, path: Path) -> None:
     with LoopbackServer(description(path), libvfio_user) as server:
         with pytest.raises(MigrationRefused, match="the client does not take them along"):
             transition(server, MigrationState.PRE_COPY, MigrationState.STOP_COPY)
         assert server.command("status")["phase"] == "running" and locked(path)
 
 
-def test_a_life_that_is_discarded_gives_its_files_to_the_next(libvfio_user: Library, tmp_path: Path) -> None:
+def test_a_life_that_is_discarded_gives_its_files_to_the_next(
+    libvfio_user: Library, path: Path, tmp_path: Path
+) -> None:
     """A revert: the copy that belongs to the checkpoint takes the place of what became of the file."""
-    path, directory = tmp_path / "data", tmp_path / "checkpoint"
+    directory = tmp_path / "checkpoint"
     path.write_bytes(b"as saved")
     directory.mkdir()
     state = directory / "state"
@@ -354,9 +349,7 @@ def test_a_life_that_is_discarded_gives_its_files_to_the_next(libvfio_user: Libr
         guest.close()
 
 
-def test_a_pause_waits_for_work_and_is_bounded(libvfio_user: Library, tmp_path: Path) -> None:
-    path = tmp_path / "data"
-    path.write_bytes(b"content")
+def test_a_pause_waits_for_work_and_is_bounded(libvfio_user: Library, path: Path) -> None:
     with LoopbackServer(description(path), libvfio_user) as server:
         guest = Guest(server)
         provider = provider_of(server)
@@ -381,13 +374,11 @@ def test_a_pause_waits_for_work_and_is_bounded(libvfio_user: Library, tmp_path: 
 
 
 def test_sabotage_a_pause_that_does_not_wait_gives_files_up_under_work(
-    libvfio_user: Library, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    libvfio_user: Library, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def at_once(*_: object) -> None:
         pass
 
-    path = tmp_path / "data"
-    path.write_bytes(b"content")
     with LoopbackServer(description(path), libvfio_user) as server:
         guest = Guest(server)
         provider = provider_of(server)
@@ -400,9 +391,7 @@ def test_sabotage_a_pause_that_does_not_wait_gives_files_up_under_work(
         guest.close()
 
 
-def test_a_resume_calls_a_pause_off_that_waits_for_work(libvfio_user: Library, tmp_path: Path) -> None:
-    path = tmp_path / "data"
-    path.write_bytes(b"content")
+def test_a_resume_calls_a_pause_off_that_waits_for_work(libvfio_user: Library, path: Path) -> None:
     with LoopbackServer(description(path), libvfio_user) as server:
         guest = Guest(server)
         provider = provider_of(server)
@@ -426,9 +415,7 @@ def test_a_resume_calls_a_pause_off_that_waits_for_work(libvfio_user: Library, t
         guest.close()
 
 
-def test_the_end_of_the_server_waits_for_work(libvfio_user: Library, tmp_path: Path) -> None:
-    path = tmp_path / "data"
-    path.write_bytes(b"content")
+def test_the_end_of_the_server_waits_for_work(libvfio_user: Library, path: Path) -> None:
     server = LoopbackServer(description(path), libvfio_user)
     guest = Guest(server)
     provider = provider_of(server)
@@ -439,7 +426,7 @@ def test_the_end_of_the_server_waits_for_work(libvfio_user: Library, tmp_path: P
     assert provider.calls[-2:] == ["orphan done", "stop"]
 
 
-def test_commands_of_providers(libvfio_user: Library, tmp_path: Path) -> None:
+def test_commands_of_providers(libvfio_user: Library) -> None:
     with LoopbackServer(describe("outside", "echo"), libvfio_user) as server:
         ask = server.command
         assert ask("provider", name="outside", command="hello", arguments={"who": "me"}) == {"hello": "me"}

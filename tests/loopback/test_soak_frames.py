@@ -4,25 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import socket
 import sys
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-import vmbus
-import vmbus_guest
 from support.pace import eventually
 from vmbus.soak.peer import Accept, Peer
 
 pytestmark = pytest.mark.loopback
 
 SEED, SIZE, PAIRS = 7, 20000, 2
-IMPORT_PATH = os.pathsep.join(str(Path(package.__file__ or "").parents[1]) for package in (vmbus, vmbus_guest))
 
 
 def free_port() -> int:
@@ -70,7 +65,6 @@ async def both(seed: int = SEED) -> AsyncIterator[tuple[Guest, Peer]]:
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "vmbus_guest.testdrivers", "frames"),
         *("--parameters", json.dumps(parameters | {"seed": seed, "pace": 0.0})),
-        env={**os.environ, "PYTHONPATH": IMPORT_PATH},
         stdout=asyncio.subprocess.PIPE,
     )
     guest = Guest(process)

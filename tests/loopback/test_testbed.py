@@ -17,7 +17,6 @@ from typing import Any
 
 import pytest
 
-import vmbus
 from support import pace
 from support.pace import eventually
 from vmbus.errors import EnvironmentProblem, WaitTimeout
@@ -337,9 +336,8 @@ asyncio.run(main())
 
 def test_nothing_survives_an_owner_that_is_killed(tmp_path: Path) -> None:
     with_hosts(_slow_link, tmp_path)  # or this test is skipped, with the reason
-    environment = {**os.environ, "PYTHONPATH": str(Path(vmbus.__file__).resolve().parents[1])}
     owner = subprocess.Popen(
-        [sys.executable, "-c", OWNER, str(tmp_path)], stdout=subprocess.PIPE, env=environment, start_new_session=True
+        [sys.executable, "-c", OWNER, str(tmp_path)], stdout=subprocess.PIPE, start_new_session=True
     )
     with contextlib.ExitStack() as stack:
         try:
@@ -402,12 +400,10 @@ except Forbidden as error:
 
 
 def test_a_machine_that_forbids_namespaces_is_told_apart(tmp_path: Path) -> None:
-    environment = {**os.environ, "PYTHONPATH": str(Path(vmbus.__file__).resolve().parents[1])}
     done = subprocess.run(
         [sys.executable, "-c", FORBIDDEN, str(tmp_path)],
         capture_output=True,
         text=True,
-        env=environment,
         timeout=pace.seconds(60),
     )
     assert "does not let us make host 'a': new network namespace: Operation not permitted" in done.stdout, done.stderr

@@ -26,7 +26,6 @@ from support.transport import (
     RecordingDevice,
     ServerThread,
     serve,
-    serve_in_process,
 )
 from vmbus.device import pci
 from vmbus.errors import UsageError
@@ -95,21 +94,6 @@ def test_what_the_client_is_told(client: VfioUserClient, libvfio_user: Library) 
     assert client.region_info(BAR0).flags == client.region_info(CONFIG).flags == 3  # read and write, not mappable
     assert [client.irq_count(index) for index in range(5)] == [0, 1, 0, 0, 0]
     assert client.capabilities["max_data_xfer_size"] == 1 << 20
-
-
-def test_registers_in_a_process_of_its_own(libvfio_user: Library, tmp_path: Path) -> None:
-    with serve_in_process(libvfio_user.path, tmp_path / "socket"):
-        for _ in range(2):
-            with VfioUserClient(tmp_path / "socket") as client:
-                client.region_write(BAR0, STORE, b"abcdefgh")
-                assert client.region_read(BAR0, STORE + 2, 4) == b"cdef"
-
-
-def test_posted_writes_keep_their_order(server: ServerThread, client: VfioUserClient) -> None:
-    for number in range(3000):
-        client.region_write(BAR0, STORE + 4 * (number % 2), number.to_bytes(4, "little"), posted=True)
-        if number % 500 == 499:
-            assert struct.unpack("<II", client.region_read(BAR0, STORE, 8)) == (number - 1, number)
 
 
 def posted(region: int, offset: int, data: bytes, flags: int = protocol.FLAG_NO_REPLY) -> bytes:

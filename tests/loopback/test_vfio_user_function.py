@@ -115,19 +115,6 @@ def test_taking_memory_back(server: ServerThread, function: LoopbackFunction) ->
         device_writes(function, first.iova, b"x")
 
 
-def test_guest_memory_is_written_through_it(server: ServerThread, function: LoopbackFunction) -> None:
-    buffer = function.allocate(3 << 20)
-    server.call(lambda: server.context.write_through_client(buffer.iova + (2 << 20) - 3, b"across"))
-    assert bytes(buffer.view[(2 << 20) - 3 :][:6]) == b"across"
-
-
-def test_posted_writes_and_the_barrier(server: ServerThread, function: LoopbackFunction) -> None:
-    for number in range(100):
-        function.write32(STORE, number)
-    function.barrier()
-    assert server.device.store[:4] == (99).to_bytes(4, "little")
-
-
 def test_abandoning(server: ServerThread) -> None:
     function = LoopbackFunction(server.context.socket_path)
     buffer = function.allocate(PAGE)

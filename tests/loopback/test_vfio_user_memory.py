@@ -17,7 +17,7 @@ import pytest
 from support import pace
 from support.transport import ADDRESS, VALUE, ServerThread, serve
 from vmbus.errors import EnvironmentProblem, VmbusError
-from vmbus.testkit.loopback.client import DmaAccess, RemoteError, VfioUserClient
+from vmbus.testkit.loopback.client import RemoteError, VfioUserClient
 from vmbus.transport import bindings, protocol
 from vmbus.transport.context import AddressNotMapped, ClientBusy, ClientGone, ClientRefused, ResetKind, RunResult
 from vmbus.transport.library import Generation, Library
@@ -306,9 +306,7 @@ memory = mmap.mmap(fd, 4096)
 os.ftruncate(fd, 0)
 print(memory[0])
 """
-    result = subprocess.run(
-        [sys.executable, "-c", program], env={"PYTHONPATH": os.pathsep.join(sys.path)}, timeout=pace.seconds(60)
-    )
+    result = subprocess.run([sys.executable, "-c", program], timeout=pace.seconds(60))
     assert result.returncode == -signal.SIGBUS
 
 
@@ -347,26 +345,13 @@ def write(server: ServerThread, iova: int, data: bytes) -> None:
     server.call(lambda: server.context.write_through_client(iova, data))
 
 
-def test_writing_at_an_offset(server: ServerThread, client: VfioUserClient, memory: int) -> None:
-    client.dma_map(BASE, 2 << 20, memory)
-    client.dma_map(BASE + (4 << 20), 2 << 20, memory, 2 << 20)
-    write(server, BASE + (4 << 20) + 12345, b"second region")
-    write(server, BASE, b"start")
-    write(server, BASE + 7, b"")
-    assert os.pread(memory, 13, (2 << 20) + 12345) == b"second region"
-    assert os.pread(memory, 5, 0) == b"start"
-    assert client.dma_accesses == [
-        DmaAccess(Command.DMA_WRITE, BASE + (4 << 20) + 12345, 13),
-        DmaAccess(Command.DMA_WRITE, BASE, 5),
-    ]
-
-
 def test_writing_across_regions_in_pieces(server: ServerThread, memory: int) -> None:
     with VfioUserClient(server.context.socket_path, max_data_transfer=1000) as client, client.serving():
         client.dma_map(BASE, PAGE, memory, 2 * PAGE)
         client.dma_map(BASE + PAGE, PAGE, memory)
         data = os.urandom(5000)
         write(server, BASE + 3000, data)
+        write(server, BASE + 7, b"")
         assert [(access.iova - BASE, access.size) for access in client.dma_accesses] == [
             (3000, 1000),
             (4000, 96),

@@ -112,10 +112,8 @@ class Program:
     def __init__(self, namespace: Namespace, driver: str, parameters: Mapping[str, Any]) -> None:
         arguments = [str(NAMESPACES / namespace.name), "vmbus_guest.testdrivers", driver]
         arguments += ["--parameters", json.dumps(parameters)]
-        path = os.pathsep.join(str(CHECKOUT / part) for part in ("device", "guest"))
         self.process = subprocess.Popen(
             tied([sys.executable, "-c", _LAUNCHER, *arguments]),
-            env={**os.environ, "PYTHONPATH": path},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
         )

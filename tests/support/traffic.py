@@ -194,3 +194,12 @@ class Traffic:
             "echo": (self.echo.target, self.echo.tally.as_dict()),
             "burst": (self.burst.count, self.burst.tally.as_dict(), len(self.burst.held), self.burst.done),
         }
+
+
+def busy(driver: VmbusDriver) -> Traffic:
+    """Stops where packets are in flight in both states."""
+    traffic = Traffic(driver, hold=1 << 30, ring_pages_in=1, ring_pages_out=1)
+    traffic.start(500, 2000, size=60, window=400)
+    driver.run_until(lambda: len(traffic.burst.held) > 50, 10, "packets of the host")
+    traffic.burst.hold = 20
+    return traffic
