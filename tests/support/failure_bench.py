@@ -464,7 +464,7 @@ class Bench:
         if self.vm is not None:
             sockets = {"vfio", "control", "qmp", "qmp-tools", "agent", "supervisor"}
             expected = {f"{name}.sock" for name in sockets} | {"owner.json", "device.json", "server.log", "qemu.log"}
-            expected |= {"console.sock", "console.log"}
+            expected |= {"console.sock", "console.log", "viewers.sock"}
             there = {path.name for path in self.vm.run_directory.path.iterdir()}
             assert there <= expected | {"checkpoints", "departure", "arrival"}, there - expected
         own = {"b", "log", "owner.log", "boot", "snapshot", "checkpoints", "whole"}

@@ -163,7 +163,7 @@ def test_fault_n15_an_interrupted_command_says_so_in_one_word(
     def interrupted(*_: object) -> None:
         raise raised
 
-    monkeypatch.setattr("vmbus.cli.vm.running_vms", interrupted)
+    monkeypatch.setattr("vmbus.cli.running.running_vms", interrupted)
     result = run("list")
     assert (result.exit_code, result.output) == (130, "interrupted\n")
 
@@ -497,7 +497,7 @@ def test_fault_u6_a_command_ends_with_the_status_of_its_error(
     def fail() -> list[str]:
         raise kind("on purpose")
 
-    monkeypatch.setattr("vmbus.cli.vm.running_vms", fail)
+    monkeypatch.setattr("vmbus.cli.running.running_vms", fail)
     result = run("list")
     assert (result.exit_code, result.output) == (kind.status, "error: on purpose\n")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 from collections.abc import AsyncIterator, Awaitable
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,12 +12,14 @@ from typing import Any
 
 import pytest
 
+from vmbus.cli.running import status_of, statuses
 from vmbus.cli.supervisor import Supervisor, ask, find_vm
 from vmbus.errors import Code, EnvironmentProblem, ReportedError, StateError, UsageError, VmbusError, WaitTimeout
 from vmbus.operations.checkpoint import CheckpointReport
 from vmbus.operations.migration.report import MigrationReport
 from vmbus.operations.revert import RevertReport
 from vmbus.operations.save import SaveReport
+from vmbus.operations.stop import StopFailed
 from vmbus.vm.command_line import Sockets
 from vmbus.vm.errors import MigrateFailed, RevertFailed, SaveFailed
 from vmbus.vm.process import ProcessDied
@@ -33,6 +36,10 @@ class DummyVm:
         self.name = self.run_directory.name
         self.paths = Sockets(self.run_directory.path)
         self.programs = SimpleNamespace(qemu_version="11.1.3", accelerator="tcg")
+        kinds = [SimpleNamespace(kind=kind) for kind in ("echo", "burst", "echo")]
+        self.description = SimpleNamespace(device=SimpleNamespace(providers=kinds))
+        self.in_doubt = False
+        self.stop_error: VmbusError | None = None
         self.monitor = SimpleNamespace(running=self._running)
         self.agent = SimpleNamespace(request=self._request)
         self.end: asyncio.Future[str] = asyncio.get_running_loop().create_future()
@@ -99,6 +106,11 @@ class DummyVm:
         self.resolved.append(run)
         self.ended = not run
 
+    async def power_off(self, timeout: float) -> None:
+        if self.stop_error is not None:
+            raise self.stop_error
+        self.end.set_result("the guest powered off")
+
     async def kill(self) -> None:
         self.ended = True
         self.run_directory.remove()
@@ -111,6 +123,11 @@ def runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @contextlib.asynccontextmanager
 async def supervised(vm: DummyVm, notices: list[str] | None = None) -> AsyncIterator[asyncio.Task[str]]:
+    async def console(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read()
+        writer.close()
+
+    server = await asyncio.start_unix_server(console, path=str(vm.paths.console))
     supervisor = Supervisor(vm, (notices if notices is not None else []).append)  # type: ignore[arg-type]
     task = asyncio.create_task(supervisor.run())
     while not vm.paths.supervisor.exists():  # noqa: ASYNC110 - made by the task, within one turn of the loop
@@ -120,6 +137,7 @@ async def supervised(vm: DummyVm, notices: list[str] | None = None) -> AsyncIter
     finally:
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
+        server.close()
 
 
 async def test_status_and_agent_requests() -> None:
@@ -183,7 +201,7 @@ async def test_a_migration_in_doubt_waits_for_a_decision(choice: bool) -> None:
         assert await ask("demo", "resolve", {"run": choice}, timeout=10) == {"runs": choice}
         assert vm.resolved == [choice]
         if choice:
-            assert (await ask("demo", "status", timeout=10))["running"]
+            assert (await ask("demo", "status", timeout=10))["state"] == "running"
         else:
             assert "runs at its migration's destination" in await asyncio.wait_for(task, 10)
 
@@ -199,7 +217,7 @@ async def test_hanging_up_interrupts_a_save() -> None:
         while not vm.save_interrupted:  # noqa: ASYNC110 - bounded by the test's own limit
             await asyncio.sleep(0.001)
         assert not vm.ended
-        assert (await ask("demo", "status", timeout=10))["running"]
+        assert (await ask("demo", "status", timeout=10))["state"] == "running"
 
 
 async def test_the_vms_own_end() -> None:
@@ -227,8 +245,36 @@ async def test_stop_and_nonsense() -> None:
             writer.write(garbage)
             assert b'"error"' in await reader.readline()
             writer.close()
-        await ask("demo", "stop", timeout=10)
-        assert await asyncio.wait_for(task, 10) == "stopped on request"
+        assert await ask("demo", "stop", {"kill": True}, timeout=10) == {"powered_off": False}
+        assert await asyncio.wait_for(task, 10) == "ended on request"
+
+
+async def test_a_detached_vm_is_asked_to_power_off_and_runs_on_if_it_does_not() -> None:
+    vm, notices = DummyVm(), []
+    async with supervised(vm, notices) as task:
+        vm.stop_error = StopFailed("the guest did not power off", source_alive=True)
+        with pytest.raises(ReportedError, match="did not power off") as refused:
+            await ask("demo", "stop", timeout=10)
+        assert refused.value.status == 13 and not vm.ended
+        vm.in_doubt = True
+        assert (await ask("demo", "status", timeout=10))["state"] == "in doubt"
+        with pytest.raises(ReportedError, match="waits for a decision") as refused:
+            await ask("demo", "stop", {"kill": True}, timeout=10)
+        assert refused.value.status == UsageError.status and not vm.ended
+        vm.stop_error = None
+        assert await ask("demo", "stop", timeout=10) == {"powered_off": True}
+        assert await asyncio.wait_for(task, 10) == "the guest powered off"
+    assert notices == ["the guest is asked to power off ..."] * 2
+
+
+async def test_detached_vms_are_listed_with_what_is_to_be_said_of_them() -> None:
+    vm = DummyVm()
+    async with supervised(vm):
+        found = await status_of("demo")
+        assert (found.state, found.pid, found.device, found.qemu) == ("running", os.getpid(), "echo, burst", "11.1.3")
+        assert found.since is not None and not found.detached and found.log is None
+        RunDirectory.create("another")
+        assert [(one.name, one.state) for one in await statuses()] == [("another", "starting"), ("demo", "running")]
 
 
 async def test_cancelling_the_owner_tears_the_vm_down() -> None:

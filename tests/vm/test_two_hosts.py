@@ -363,7 +363,7 @@ class Supervised(Audited):
 
     async def supervises(self) -> bool:
         try:
-            return bool((await self.ask("status"))["running"])
+            return bool((await self.ask("status"))["state"] == "running")
         except OSError:
             return False
 

@@ -19,16 +19,19 @@ from vmbus.cli.bench import bench
 from vmbus.cli.capture import capture
 from vmbus.cli.checkpoint import checkpoint, revert
 from vmbus.cli.demo import demo
+from vmbus.cli.detach import this_owner
 from vmbus.cli.inspect import inspect
 from vmbus.cli.migrate import migrate
 from vmbus.cli.network import network
 from vmbus.cli.new_provider import new_provider
 from vmbus.cli.provider import provider
+from vmbus.cli.running import list_vms, show_console, stop
 from vmbus.cli.serve import main as serve
 from vmbus.cli.soak import soak
 from vmbus.cli.ssh import ssh
 from vmbus.cli.versions import show
-from vmbus.cli.vm import list_vms, restore, run_vm, save
+from vmbus.cli.vm import restore, run_vm, save
+from vmbus.cli.words import WORDS
 from vmbus.errors import VmbusError
 from vmbus.places import spelled
 from vmbus.provision.__main__ import main as setup
@@ -54,14 +57,22 @@ class _Group(click.Group):
         _open_standard_files()
         return super().main(*args, **extra)
 
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        ctx.meta[WORDS] = list(args)
+        return super().parse_args(ctx, args)
+
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
         except VmbusError as error:
-            click.echo(f"error: {error}", err=True)
+            if (owner := this_owner()) is not None and owner.awaited:
+                owner.failed(error)  # whoever started us says it
+            else:
+                click.echo(f"error: {error}", err=True)
             ctx.exit(error.status)
         except (KeyboardInterrupt, click.Abort):
-            click.echo("interrupted", err=True)
+            if (owner := this_owner()) is None or not owner.awaited:
+                click.echo("interrupted", err=True)
             ctx.exit(INTERRUPTED)
 
 
@@ -87,6 +98,8 @@ main.add_command(migrate)
 main.add_command(checkpoint)
 main.add_command(revert)
 main.add_command(list_vms)
+main.add_command(show_console)
+main.add_command(stop)
 main.add_command(agent)
 main.add_command(audit)
 main.add_command(inspect)

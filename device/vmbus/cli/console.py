@@ -18,18 +18,21 @@ from vmbus.errors import os_error
 ESCAPE = 0x1D  # Ctrl-]
 MOST_TYPED = 64 << 10
 """Bytes that wait for a guest which does not read them; what is typed then is lost, but for the escape sequences."""
-HELP = "Ctrl-] then q ends the VM, Ctrl-] twice sends one"
+HELP = "Ctrl-] then q ends the VM, z suspends this command, Ctrl-] twice sends one"
+_LOOK = 0.5
+"""Seconds between looks whether the terminal is ours again, after another job had it."""
 
 
 class EscapeFilter:
     """Takes typed bytes and separates what the guest gets from the escape sequences.
 
-    ``Ctrl-] q`` asks for the end; ``Ctrl-] Ctrl-]`` is one Ctrl-] for the guest; any other key after Ctrl-] is dropped
-    with it.
+    ``Ctrl-] q`` asks for the end, ``Ctrl-] z`` sets `suspend`; ``Ctrl-] Ctrl-]`` is one Ctrl-] for the guest; any other
+    key after Ctrl-] is dropped with it.
     """
 
     def __init__(self) -> None:
         self._escaped = False
+        self.suspend = False
 
     def feed(self, data: bytes) -> tuple[bytes, bool]:
         """Returns the bytes for the guest and whether the end was asked for."""
@@ -39,6 +42,7 @@ class EscapeFilter:
                 self._escaped = False
                 if byte in b"qQ":
                     return bytes(out), True
+                self.suspend = self.suspend or byte in b"zZ"
                 if byte == ESCAPE:
                     out.append(byte)
             elif byte == ESCAPE:
@@ -65,6 +69,13 @@ def own_terminal() -> int | None:
     return descriptor
 
 
+def another_jobs() -> bool:
+    """Whether standard input is our terminal with another job in its foreground."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        return os.tcgetpgrp(sys.stdin.fileno()) != os.getpgrp()
+    return False
+
+
 @contextlib.contextmanager
 def raw_terminal(descriptor: int) -> Iterator[None]:
     """Every key goes to us unchanged, Ctrl-C included; output still gets its carriage returns.
@@ -88,42 +99,112 @@ def raw_terminal(descriptor: int) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-async def attach(path: Path, on_escape: Callable[[], None], write: Callable[[bytes], None] | None = None) -> None:
-    """Connects our terminal to the console's socket until the socket closes or this is cancelled.
+class Keys:
+    """The terminal's keys, for as long as they are ours: while we are in its foreground, and run.
+
+    Ctrl-Z is the guest's; ``Ctrl-] z`` stops us as Ctrl-Z does other programs, and so does a SIGTSTP from elsewhere:
+    the terminal is as it was meanwhile. After a `bg` the console is shown only, and after an `fg` the keys are ours
+    again.
+    """
+
+    def __init__(self, on_typed: Callable[[bytes], None]) -> None:
+        """`on_typed` gets what was typed."""
+        self._on_typed = on_typed
+        self._loop = asyncio.get_running_loop()
+        self._ours: contextlib.ExitStack | None = None
+        self._look: asyncio.TimerHandle | None = None
+        self._controlled = threading.current_thread() is threading.main_thread()
+
+    def __enter__(self) -> Keys:
+        if self._controlled:
+            self._loop.add_signal_handler(signal.SIGTSTP, self.stop)
+        self._take()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._leave()
+        if self._controlled:
+            self._loop.remove_signal_handler(signal.SIGTSTP)
+
+    def stop(self, *, group: bool = False) -> None:
+        """Stops this process, or its whole group as the terminal would, until a SIGCONT."""
+        self._leave()
+        self._loop.remove_signal_handler(signal.SIGTSTP)
+        os.kill(0 if group else os.getpid(), signal.SIGTSTP)
+        self._loop.call_soon(self._go_on)  # we go on: or never stopped, where no shell could let us
+
+    def _go_on(self) -> None:
+        self._loop.add_signal_handler(signal.SIGTSTP, self.stop)
+        self._take()
+
+    def _take(self) -> None:
+        """Takes the keys, if they are ours; looks again in a moment if they are another job's."""
+        if self._ours is not None:
+            return
+        source = own_terminal()
+        if source is not None:
+            self._ours = contextlib.ExitStack()
+            self._ours.enter_context(raw_terminal(source))
+            self._loop.add_reader(source, self._read, source)
+            self._ours.callback(self._loop.remove_reader, source)
+        elif another_jobs():
+            self._look = self._loop.call_later(_LOOK, self._take)
+
+    def _leave(self) -> None:
+        if self._look is not None:
+            self._look.cancel()
+            self._look = None
+        ours, self._ours = self._ours, None
+        if ours is not None:
+            ours.close()
+
+    def _read(self, source: int) -> None:
+        data = b""
+        with contextlib.suppress(OSError):  # it is gone, or we are in the background now
+            data = os.read(source, 4096)
+        if data:
+            self._on_typed(data)
+            return
+        self._leave()
+        if another_jobs():
+            self._look = self._loop.call_later(_LOOK, self._take)
+
+
+async def attach(
+    path: Path,
+    on_escape: Callable[[], None],
+    write: Callable[[bytes], None] | None = None,
+    *,
+    read_only: bool = False,
+) -> None:
+    """Connects our terminal to a console's socket until the socket closes or this is cancelled.
 
     Without a terminal on standard input that is ours (`own_terminal`), the console is only shown. `on_escape` is called
-    when the user asks for the end. Raises `EnvironmentProblem` if the socket cannot be reached.
+    when the user asks for the end; `read_only`, the guest gets nothing else. Raises `EnvironmentProblem` if the socket
+    cannot be reached.
     """
     output = write or write_stdout
     with os_error(f"cannot connect to the console {path}"):
         reader, writer = await asyncio.open_unix_connection(str(path))
-    loop = asyncio.get_running_loop()
-    source = own_terminal()
     filter_ = EscapeFilter()
 
-    def typed() -> None:
-        assert source is not None
-        data = b""
-        with contextlib.suppress(OSError):  # it is gone, or we are in the background now
-            data = os.read(source, 4096)
-        if not data:
-            loop.remove_reader(source)
-            return
+    def typed(data: bytes) -> None:
         out, leave = filter_.feed(data)
-        if out and writer.transport.get_write_buffer_size() < MOST_TYPED:  # else the guest does not read its console
+        # Else the guest does not read its console.
+        if out and not read_only and writer.transport.get_write_buffer_size() < MOST_TYPED:
             writer.write(out)
+        if filter_.suspend:
+            filter_.suspend = False
+            keys.stop(group=True)
         if leave:
             on_escape()
 
-    with contextlib.ExitStack() as stack:
-        stack.callback(writer.close)
-        if source is not None:
-            stack.enter_context(raw_terminal(source))
-            loop.add_reader(source, typed)
-            stack.callback(loop.remove_reader, source)
-        with contextlib.suppress(OSError):
+    try:
+        with Keys(typed) as keys, contextlib.suppress(OSError):
             while data := await reader.read(65536):
                 output(data)
+    finally:
+        writer.close()
 
 
 def write_stdout(data: bytes) -> None:

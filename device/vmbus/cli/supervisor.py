@@ -12,12 +12,14 @@ import asyncio
 import contextlib
 import json
 import os
+import time
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
+from vmbus.cli.viewers import Viewers
 from vmbus.errors import EnvironmentProblem, ReportedError, UsageError, VmbusError, WaitTimeout, code_of
 from vmbus.observe.audit.guest import collect_audit
 from vmbus.operations.machine import VirtualMachine
@@ -126,14 +128,50 @@ class _Begun:
             self._notice(text)
 
 
-class Supervisor:
-    """Serves a VM's socket until the VM ends.
+class Status(msgspec.Struct, kw_only=True):
+    """What is to be said of a running VM. Without an answer of its owner, `state` says why, and the rest is empty."""
 
-    `on_notice` is told in a sentence about what others did (for the owner's terminal).
+    name: str
+    state: str
+    """``running``, ``paused``, ``in doubt`` (its migration's outcome has to be decided); ``starting``, ``silent``."""
+    since: float | None = None
+    """When its owner began to serve it, in seconds since 1970."""
+    pid: int | None = None
+    """Of the owner, where it runs."""
+    device: str = ""
+    """The kinds of its providers."""
+    accelerator: str = ""
+    qemu: str = ""
+    """Its version."""
+    detached: bool = False
+    log: str | None = None
+    """The log of a detached owner."""
+
+
+class _StopArguments(msgspec.Struct, forbid_unknown_fields=True):
+    kill: bool = False
+    timeout: float = 60.0
+
+
+class Supervisor:
+    """Serves a VM's socket, and its console, until the VM ends.
+
+    `on_notice` is told in a sentence about what others did (for the owner's terminal). `on_serving` is told once others
+    can ask. `log`: that of an owner without a terminal.
     """
 
-    def __init__(self, vm: VirtualMachine, on_notice: Callable[[str], None] | None = None) -> None:
+    def __init__(
+        self,
+        vm: VirtualMachine,
+        on_notice: Callable[[str], None] | None = None,
+        *,
+        on_serving: Callable[[Status], None] | None = None,
+        log: Path | None = None,
+    ) -> None:
         self.vm = vm
+        self._since = time.time()
+        self._on_serving = on_serving
+        self._log = log
         self._on_notice = on_notice or (lambda _: None)
         vm.on_notice = self._on_notice
         self._finished: asyncio.Future[str] | None = None
@@ -150,7 +188,7 @@ class Supervisor:
             "agent": (_AgentArguments, self._agent),
             "audit": (_None, self._audit),
             "provider": (_ProviderArguments, self._provider),
-            "stop": (_None, self._stop),
+            "stop": (_StopArguments, self._stop),
         }
 
     async def run(self) -> str:
@@ -161,12 +199,15 @@ class Supervisor:
         """
         self._finished = asyncio.get_running_loop().create_future()
         ended = asyncio.create_task(self.vm.wait_ended())
+        console = asyncio.create_task(self._serve_console())
         try:
             server = await asyncio.start_unix_server(
                 self._accept, path=str(self.vm.paths.supervisor), limit=_LINE_LIMIT
             )
             try:
                 os.chmod(self.vm.paths.supervisor, 0o600)  # noqa: PTH101 - quick, nothing to wait for
+                if self._on_serving is not None:
+                    self._on_serving(await self.status())
                 either: set[asyncio.Future[Any]] = {ended, self._finished}
                 await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
                 if self._finished.done():
@@ -179,7 +220,15 @@ class Supervisor:
                 await self._let_go()
         finally:
             ended.cancel()
+            console.cancel()
+            await asyncio.gather(console, return_exceptions=True)
             await self.vm.kill()
+
+    async def _serve_console(self) -> None:
+        try:
+            await Viewers(self.vm.paths.console, self.vm.paths.viewers).serve()
+        except VmbusError as error:  # the VM is none the worse for it
+            self._on_notice(str(error))
 
     async def _let_go(self) -> None:
         """Ends the connections; the answer that ended the VM may still be on its way out."""
@@ -259,15 +308,25 @@ class Supervisor:
             begun.failed(str(error) or interrupted)
             raise
 
-    async def _status(self, _: _None, progress: Progress) -> dict[str, Any]:
+    async def status(self) -> Status:
+        """Raises as the monitor does."""
         vm = self.vm
-        return {
-            "name": vm.name,
-            "pid": os.getpid(),
-            "running": await vm.guard(vm.monitor.running(), "QEMU's run state", 30.0),
-            "qemu": vm.programs.qemu_version,
-            "accelerator": vm.programs.accelerator,
-        }
+        running = await vm.guard(vm.monitor.running(), "QEMU's run state", 30.0)
+        kinds = dict.fromkeys(one.kind for one in vm.description.device.providers)
+        return Status(
+            name=vm.name,
+            state="in doubt" if vm.in_doubt else "running" if running else "paused",
+            since=self._since,
+            pid=os.getpid(),
+            device=", ".join(kinds),
+            accelerator=vm.programs.accelerator,
+            qemu=vm.programs.qemu_version,
+            detached=self._log is not None,
+            log=None if self._log is None else str(self._log),
+        )
+
+    async def _status(self, _: _None, progress: Progress) -> dict[str, Any]:
+        return dict(msgspec.to_builtins(await self.status()))
 
     async def _save(self, wish: _SaveArguments, progress: Progress) -> tuple[dict[str, Any], str | None]:
         with self._announced(progress, f"saving to {wish.directory} ...", "the save was interrupted") as begun:
@@ -327,8 +386,17 @@ class Supervisor:
     async def _provider(self, wish: _ProviderArguments, progress: Progress) -> dict[str, Any]:
         return await self.vm.command_provider(wish.provider, wish.command, wish.arguments, timeout=wish.seconds)
 
-    async def _stop(self, _: _None, progress: Progress) -> tuple[dict[str, Any], str]:
-        return {}, "stopped on request"
+    async def _stop(self, wish: _StopArguments, progress: Progress) -> tuple[dict[str, Any], str | None]:
+        if wish.kill:
+            if self.vm.in_doubt:
+                raise UsageError(
+                    f"VM {self.vm.name!r} waits for a decision about its migration: scripts/migrate --resolve end ends "
+                    "it here"
+                )
+            return {"powered_off": False}, "ended on request"
+        self._on_notice("the guest is asked to power off ...")
+        await self.vm.power_off(wish.timeout)
+        return {"powered_off": True}, None
 
     def _clock_ahead(self) -> str:
         """Why the guest's kernel may complain right behind this line."""

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,12 @@ from rich.text import Text
 
 from vmbus.cli import console as guest_console
 from vmbus.cli.capture import parse_size
+from vmbus.cli.detach import Owner, detached, serve, this_owner
 from vmbus.cli.drivers import Drive, jobs_for, outcome, parse_drive, show_drivers
 from vmbus.cli.keys import with_keys
 from vmbus.cli.migrate import SECRET_HELP, absolute
 from vmbus.cli.own_guest import given, own_guest_options, with_options
-from vmbus.cli.supervisor import Supervisor, ask, find_vm
+from vmbus.cli.supervisor import Status, Supervisor, ask, find_vm
 from vmbus.cli.terminal import (
     RECEIVE_LABELS,
     RESTORE_LABELS,
@@ -49,7 +50,7 @@ from vmbus.vm.command_line import Programs, programs_from
 from vmbus.vm.description import VmDescription, find_description, load_description
 from vmbus.vm.own_guest import check_boot_files
 from vmbus.vm.root import missing_root
-from vmbus.vm.run_directory import RunDirectory, running_vms
+from vmbus.vm.run_directory import RunDirectory
 
 SAVE_TIMEOUT = 1800.0
 
@@ -57,6 +58,7 @@ _SILENT_AFTER = 20.0
 """Seconds without a report after which a test driver may hang: they report twice a second."""
 
 AUDIT_HELP = "Keep audit records in this directory; scripts/audit checks them."
+DETACH_HELP = "Return when the VM runs, and let it run on without this terminal (docs/command-line.md)."
 CAPTURE_HELP = "Capture all packets from the start on into this new pcapng file (docs/capture.md)."
 
 
@@ -106,6 +108,7 @@ CAPTURE_HELP = "Capture all packets from the start on into this new pcapng file 
 )
 @click.option("--secret-file", type=click.Path(path_type=Path, dir_okay=False), help=SECRET_HELP)
 @own_guest_options
+@click.option("--detach", is_flag=True, help=DETACH_HELP)
 def run_vm(
     config: str | None,
     name: str | None,
@@ -120,6 +123,7 @@ def run_vm(
     receive: str | None,
     stream_port: int,
     secret_file: Path | None,
+    detach: bool,
     **mine: Any,
 ) -> None:
     """Start a VM, or receive one, and show its console.
@@ -133,6 +137,8 @@ def run_vm(
     if list_drivers:
         show_drivers(console, own)
         return
+    if detach and detached():
+        return
     external_bytes = None if external is None else parse_size(external)
     if external is not None and capture is None:
         raise UsageError("--external goes with --capture")
@@ -145,7 +151,7 @@ def run_vm(
         address, secret = absolute(receive), read_secret(secret_file)
         if capture is not None:
             raise UsageError("--capture does not go with --receive: start it with scripts/capture when the VM is there")
-        run(_receive(address, secret, programs_from(provision()), name, audit, stream_port))
+        serve(_receive(address, secret, programs_from(provision()), name, audit, stream_port))
         return
     if secret_file is not None:
         raise UsageError("--secret-file goes with --receive")
@@ -165,7 +171,7 @@ def run_vm(
     if notice:
         console.print(notice, soft_wrap=True)
     machine = None if like is None else machine_like(like)
-    run(_run_vm(description, programs, name, wanted, own, audit, capture, external_bytes, machine))
+    serve(_run_vm(description, programs, name, wanted, own, audit, capture, external_bytes, machine))
 
 
 @click.command()
@@ -188,20 +194,25 @@ def save(directory: Path, name: str | None, live: bool, keep: bool) -> None:
 @click.option("--count", default=1, metavar="N", type=click.IntRange(1, 64), help="Bring N clones of it back at once.")
 @click.option("--audit", type=click.Path(path_type=Path, file_okay=False), help=AUDIT_HELP)
 @click.option("--capture", type=click.Path(path_type=Path, dir_okay=False), help=CAPTURE_HELP)
-def restore(directory: Path, name: str | None, count: int, audit: Path | None, capture: Path | None) -> None:
+@click.option("--detach", is_flag=True, help=DETACH_HELP)
+def restore(
+    directory: Path, name: str | None, count: int, audit: Path | None, capture: Path | None, detach: bool
+) -> None:
     """Bring the VM in snapshot DIRECTORY back and show its console.
 
     Of several clones no console is shown; each goes its own way under a name of its own until all have ended.
     """
     if name is not None:
         check_name(name)
+    if capture is not None and count != 1:
+        raise UsageError("--capture is for one VM: several clones cannot share the file")
+    if detach and detached():
+        return
     programs = programs_from(provision())
     if count == 1:
-        run(_restore(directory, programs, name, audit, capture))
-    elif capture is not None:
-        raise UsageError("--capture is for one VM: several clones cannot share the file")
+        serve(_restore(directory, programs, name, audit, capture))
     else:
-        run(_restore_clones(directory, programs, name, count, audit))
+        serve(_restore_clones(directory, programs, name, count, audit))
 
 
 def machine_like(directory: Path) -> Machine:
@@ -210,13 +221,6 @@ def machine_like(directory: Path) -> Machine:
     if not found:
         raise UsageError(f"there are no checkpoints in {directory}")
     return found[-1].machine
-
-
-@click.command("list")
-def list_vms() -> None:
-    """List the running VMs."""
-    for name in running_vms():
-        click.echo(name)
 
 
 async def _run_vm(
@@ -268,16 +272,26 @@ async def _attend_restored(vm: VirtualMachine, start: float, what: str) -> None:
 async def _restore_clones(
     directory: Path, programs: Programs, name: str | None, count: int, audit: Path | None
 ) -> None:
-    async def serve(vm: VirtualMachine) -> None:
-        reason = await Supervisor(vm, lambda text: _notice(f"VM {vm.name!r}: {text}")).run()
+    owner = this_owner()
+    serving: list[Status] = []
+
+    def served(status: Status) -> None:
+        serving.append(status)
+        if owner is not None and len(serving) == count:
+            owner.runs(sorted(serving, key=lambda one: one.name))
+
+    async def attend(vm: VirtualMachine) -> None:
+        reason = await _supervisor(vm, owner, served, f"VM {vm.name!r}: ").run()
         _notice(f"VM {vm.name!r}: {reason}")
 
     with Steps(f"restore of {count} clones of {directory}"):
         clones = await VirtualMachine.clones(directory, programs, count, name=name, audit=audit)
+    if owner is not None:
+        owner.named(min(vm.name for vm in clones))
     try:
         console.print(f"running: {', '.join(sorted(vm.name for vm in clones))}")
         # The end of one is not the end of the others.
-        ends = await asyncio.gather(*(serve(vm) for vm in clones), return_exceptions=True)
+        ends = await asyncio.gather(*(attend(vm) for vm in clones), return_exceptions=True)
         for vm, end in zip(clones, ends, strict=True):
             if isinstance(end, VmbusError):
                 _notice(f"VM {vm.name!r}: {end}")
@@ -320,10 +334,20 @@ async def _boot_sign(shown: asyncio.Event) -> None:
             await asyncio.wait_for(shown.wait(), 1.0)
 
 
+def _supervisor(
+    vm: VirtualMachine, owner: Owner | None, on_serving: Callable[[Status], None] | None, lead: str = ""
+) -> Supervisor:
+    log = None if owner is None else owner.log
+    return Supervisor(vm, lambda text: _notice(lead + text), on_serving=on_serving, log=log)
+
+
 async def _attend(
     vm: VirtualMachine, start: float, drives: list[Drive], own: Sequence[DriverFile] = (), *, boots: bool = False
 ) -> None:
     """Shows the console and serves others' requests until the VM ends. `boots`: it has just begun to."""
+    if (owner := this_owner()) is not None:
+        await _attend_detached(vm, owner, start, drives, own)
+        return
     shown = asyncio.Event()
 
     def show(data: bytes) -> None:
@@ -334,18 +358,38 @@ async def _attend(
                 console.file.flush()
         guest_console.write_stdout(data)
 
-    supervisor = Supervisor(vm, _notice)
+    serving = asyncio.Event()
+    supervisor = _supervisor(vm, None, lambda _: serving.set())
+
+    async def attach() -> None:
+        await serving.wait()
+        await guest_console.attach(vm.paths.viewers, lambda: supervisor.finish("ended from the console"), show)
+
     try:
         keys = "shown only" if guest_console.own_terminal() is None else guest_console.HELP
         console.print(f"console of VM {vm.name!r}: {keys}; to save it: {command('save')} --vm {vm.name} DIR")
         async with (
             archive_for(vm, _notice),
             background(
-                guest_console.attach(vm.paths.console, lambda: supervisor.finish("ended from the console"), show),
+                attach(),
                 _drive(vm, start, drives, own),
                 *([_boot_sign(shown)] if boots and not vm.description.foreign else []),
             ),
         ):
+            reason = await supervisor.run()
+    finally:
+        await vm.kill()
+    _notice(f"VM {vm.name!r}: {reason}")
+
+
+async def _attend_detached(
+    vm: VirtualMachine, owner: Owner, start: float, drives: list[Drive], own: Sequence[DriverFile]
+) -> None:
+    """The same without a terminal."""
+    owner.named(vm.name)
+    supervisor = _supervisor(vm, owner, lambda status: owner.runs([status]))
+    try:
+        async with archive_for(vm, _notice), background(_drive(vm, start, drives, own)):
             reason = await supervisor.run()
     finally:
         await vm.kill()

@@ -18,6 +18,7 @@ from vmbus.operations import migrate as moving
 from vmbus.operations import restore as restoring
 from vmbus.operations import revert as reverting
 from vmbus.operations import save as saving
+from vmbus.operations import stop as stopping
 from vmbus.operations.image import Image
 from vmbus.operations.migration.source import Source
 from vmbus.operations.own_guest import with_own_boot_files
@@ -113,3 +114,4 @@ class VirtualMachine(Instance):
     revert = reverting.revert
     migrate = moving.migrate
     resolve = moving.resolve
+    power_off = stopping.power_off

@@ -70,7 +70,7 @@ def numbered(file: str, index: int) -> str:
 
 class Sockets:
     """Paths of a VM's sockets and logs in its run directory; `vfio` and `control` are the first device's. `stream`:
-    QEMU's, of a VM that arrives there."""
+    QEMU's, of a VM that arrives there; `viewers`: the console for any number of them, where its owner serves it."""
 
     def __init__(self, run_directory: Path) -> None:
         self.vfio = run_directory / "vfio.sock"
@@ -83,6 +83,7 @@ class Sockets:
         self.stream = run_directory / "stream.sock"
         self.supervisor = run_directory / "supervisor.sock"
         self.gdb = run_directory / "gdb.sock"
+        self.viewers = run_directory / "viewers.sock"
 
     def vfio_of(self, index: int) -> Path:
         """Where QEMU has the device of that number."""
