@@ -139,7 +139,7 @@ class Status(msgspec.Struct, kw_only=True):
     pid: int | None = None
     """Of the owner, where it runs."""
     device: str = ""
-    """The kinds of its providers."""
+    """The kinds of its devices' providers."""
     accelerator: str = ""
     qemu: str = ""
     """Its version."""
@@ -312,7 +312,7 @@ class Supervisor:
         """Raises as the monitor does."""
         vm = self.vm
         running = await vm.guard(vm.monitor.running(), "QEMU's run state", 30.0)
-        kinds = dict.fromkeys(one.kind for one in vm.description.device.providers)
+        kinds = dict.fromkeys(one.kind for device in vm.description.all_devices for one in device.providers)
         return Status(
             name=vm.name,
             state="in doubt" if vm.in_doubt else "running" if running else "paused",
