@@ -24,7 +24,7 @@ import msgspec
 from vmbus.errors import VmbusError, WaitTimeout
 from vmbus.operations.machine import VirtualMachine
 from vmbus.operations.migration.address import UnixAddress, stream_channel
-from vmbus.operations.migration.channel import listen
+from vmbus.operations.migration.listener import listen
 from vmbus.operations.migration.report import MigrationReport
 from vmbus.operations.stream import MAX_BANDWIDTH
 from vmbus.qemu.agent import AgentClient

@@ -21,13 +21,12 @@ from vmbus.operations.migration.channel import (
     PROOF_BYTES,
     Channel,
     LinkLost,
-    Listener,
     NotAuthentic,
     connect,
-    listen,
     read_secret,
 )
 from vmbus.operations.migration.link import Link, PeerFailed, Silence
+from vmbus.operations.migration.listener import MAX_STRANGERS, Listener, listen
 from vmbus.operations.migration.messages import Again, Go, Ping, Running, Sent, encode
 
 pytestmark = pytest.mark.loopback
@@ -352,7 +351,7 @@ async def test_fault_m4_fault_h11_silent_strangers_do_not_keep_the_source_out(st
             await asyncio.sleep(0.01)
         for _ in range(12):
             (await connect(listener.address, SECRET)).abort()
-        assert len(listener._strangers) <= channels.MAX_STRANGERS
+        assert len(listener._strangers) <= MAX_STRANGERS
         for flood in floods:
             flood.cancel()
         await asyncio.gather(*floods, return_exceptions=True)
@@ -371,7 +370,7 @@ async def test_fault_m4_sabotage_with_the_oldest_kept_the_source_would_be_the_on
     async with listening(TcpAddress("127.0.0.1", 0)) as (listener, _):
         assert isinstance(listener.address, TcpAddress)
         place = listener.address.host, listener.address.port
-        silent = [await asyncio.open_connection(*place) for _ in range(channels.MAX_STRANGERS)]
+        silent = [await asyncio.open_connection(*place) for _ in range(MAX_STRANGERS)]
         with pytest.raises(LinkLost, match="hung up"):
             await connect(listener.address, SECRET)
         for _, writer in silent:

@@ -17,7 +17,7 @@ from vmbus.errors import VmbusError
 from vmbus.operations.machine import VirtualMachine
 from vmbus.operations.migration.address import UnixAddress
 from vmbus.operations.migration.arrival import Arrival
-from vmbus.operations.migration.channel import listen
+from vmbus.operations.migration.listener import listen
 from vmbus.provision.libvfio_user import find_library
 from vmbus.qemu.device import DeviceInstance
 from vmbus.vm.errors import MigrateFailed

@@ -38,7 +38,7 @@ from vmbus.operations import capture, restore, revert
 from vmbus.operations.machine import VirtualMachine
 from vmbus.operations.migration import arrival, asking, link
 from vmbus.operations.migration.address import UnixAddress
-from vmbus.operations.migration.channel import listen
+from vmbus.operations.migration.listener import listen
 from vmbus.server.control import ControlClient
 from vmbus.snapshot.bundle import SnapshotWriter, open_snapshot
 from vmbus.vm.command_line import Programs

@@ -18,7 +18,7 @@ from support.failure_matrix import Operation
 from vmbus.errors import VmbusError
 from vmbus.operations.machine import VirtualMachine
 from vmbus.operations.migration.address import parse_address
-from vmbus.operations.migration.channel import listen
+from vmbus.operations.migration.listener import listen
 from vmbus.vm.command_line import Programs
 from vmbus.vm.description import VmDescription
 from vmbus.vm.moments import Moment

@@ -22,7 +22,7 @@ from vmbus.errors import UsageError, VmbusError
 from vmbus.observe.audit.guest import collect_audit
 from vmbus.operations.machine import VirtualMachine
 from vmbus.operations.migration.address import parse_address
-from vmbus.operations.migration.channel import listen
+from vmbus.operations.migration.listener import listen
 from vmbus.vm.command_line import Programs
 from vmbus.vm.moments import Moment
 

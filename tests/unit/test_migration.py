@@ -21,9 +21,10 @@ from vmbus.operations import capture, migrate, stream
 from vmbus.operations.migration import asking, ownership, verdicts
 from vmbus.operations.migration.address import TcpAddress, UnixAddress, parse_address, stream_channel
 from vmbus.operations.migration.asking import ASK_TIMEOUT
-from vmbus.operations.migration.channel import MAX_FRAME, Listener, connect, listen
+from vmbus.operations.migration.channel import MAX_FRAME, connect
 from vmbus.operations.migration.destination import GO_TIMEOUT, Destination
 from vmbus.operations.migration.link import SILENCE, Link
+from vmbus.operations.migration.listener import Listener, listen
 from vmbus.operations.migration.messages import Fate, Go, Hello, Running, Wanted
 from vmbus.operations.migration.ownership import DESTINATION, SOURCE, DestinationStage, Ownership, SourceStage
 from vmbus.operations.migration.verdicts import Verdicts

@@ -15,7 +15,7 @@ import pytest
 from vmbus.errors import code_of
 from vmbus.operations.machine import VirtualMachine
 from vmbus.operations.migration.address import UnixAddress
-from vmbus.operations.migration.channel import listen
+from vmbus.operations.migration.listener import listen
 from vmbus.testkit.story import Figures, Story, audit, begun, finish
 from vmbus.util.patience import patient
 from vmbus.vm.command_line import Programs

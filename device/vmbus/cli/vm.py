@@ -35,7 +35,8 @@ from vmbus.cli.terminal import (
 from vmbus.errors import UsageError, VmbusError
 from vmbus.operations.machine import VirtualMachine
 from vmbus.operations.migration.address import Address
-from vmbus.operations.migration.channel import listen, read_secret
+from vmbus.operations.migration.channel import read_secret
+from vmbus.operations.migration.listener import listen
 from vmbus.operations.save import SaveReport
 from vmbus.places import DESCRIPTIONS as CONFIGURATIONS
 from vmbus.places import command, spelled

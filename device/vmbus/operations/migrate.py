@@ -12,14 +12,17 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from vmbus.errors import UsageError
+from vmbus.operations.migration.accept import EVERYTHING, Accept
 from vmbus.operations.migration.address import parse_address
 from vmbus.operations.migration.arrival import Arrival
 from vmbus.operations.migration.asking import ASK_TIMEOUT
-from vmbus.operations.migration.channel import Listener
+from vmbus.operations.migration.channel import NO_SECRET
 from vmbus.operations.migration.destination import GO_TIMEOUT, Destination
+from vmbus.operations.migration.listener import Listener
 from vmbus.operations.migration.messages import Prepare
 from vmbus.operations.migration.report import MigrationReport
 from vmbus.operations.migration.source import Source
+from vmbus.operations.migration.tls import Tls
 from vmbus.operations.restore import RestoreReport
 from vmbus.operations.stream import StreamSettings
 from vmbus.operations.vm import Vm, alone, operation
@@ -38,8 +41,9 @@ if TYPE_CHECKING:
 async def migrate(
     vm: Vm,
     address: str,
-    secret: bytes,
+    secret: bytes = NO_SECRET,
     *,
+    tls: Tls | None = None,
     multifd: int = 0,
     timeout: float | None = None,
     downtime_limit: int | None = None,
@@ -52,10 +56,10 @@ async def migrate(
 ) -> MigrationReport:
     """Moves the running VM to the destination that waits at `address` (``tcp:HOST:PORT`` or ``unix:PATH``).
 
-    `secret` is the 32 bytes that both sides know. `multifd` connections are used for memory besides the main one.
-    `timeout` bounds the copy of memory in seconds, `downtime_limit` is what QEMU plans for its last pass in
-    milliseconds, `bandwidth` the most that it sends in bytes per second. When this returns, the VM runs there and has
-    ended here.
+    `secret` is the 32 bytes that both sides know; it may be left out with `tls` (`vmbus.operations.migration.tls`).
+    `multifd` connections are used for memory besides the main one. `timeout` bounds the copy of memory in seconds,
+    `downtime_limit` is what QEMU plans for its last pass in milliseconds, `bandwidth` the most that it sends in bytes
+    per second. When this returns, the VM runs there and has ended here.
 
     Raises `UsageError` if another operation is under way; `MigrateFailed`, whose `source_alive` tells whether the VM
     runs on as before; and `MigrationInDoubt`: then it stays stopped until `resolve`.
@@ -67,7 +71,7 @@ async def migrate(
         bandwidth=bandwidth,
     )
     vm.departure = Source(
-        vm, parse_address(address), secret, stream=stream, progress=progress, at=at, silence=silence,
+        vm, parse_address(address), secret, tls, stream=stream, progress=progress, at=at, silence=silence,
         ask_timeout=ask_timeout, sabotage=sabotage,
     )  # fmt: skip
     with vm.own_migration():
@@ -108,13 +112,15 @@ async def receive(
     ask_timeout: float = ASK_TIMEOUT,
     audit: Path | None = None,
     stream_port: int = 0,
+    accept: Accept = EVERYTHING,
 ) -> VirtualMachine:
     """Waits on `listener` for a VM that migrates here, at most `timeout` seconds (None: as long as it takes), and
     returns when it runs; `vm.restored` has the report.
 
     The kernel and the initramfs of the source are used: those of `programs` if they are the same, else they are sent.
     QEMU's stream comes to a TCP port of its own, `stream_port` (0: any that is free), unless the listener's address is
-    a unix socket. Serves one migration; the listener belongs to it, and is closed when the source has ended its VM.
+    a unix socket; with TLS it comes to the listener's own. `accept` says what is taken. Serves one migration; the
+    listener belongs to it, and is closed when the source has ended its VM.
     Raises `WaitTimeout` if nobody comes, and `MigrateFailed`; nothing is left behind then.
     """
     machines: list[VirtualMachine] = []
@@ -133,7 +139,7 @@ async def receive(
 
     destination = Destination(
         listener, programs, claim, build, progress=progress, at=at, silence=silence, go_timeout=go_timeout,
-        ask_timeout=ask_timeout,
+        ask_timeout=ask_timeout, accept=accept,
     )  # fmt: skip
     try:
         await destination.run(timeout)

@@ -59,6 +59,10 @@ class Vm(Protocol):
     def room(self, name: str) -> Path:
         """A directory of its own, made if need be."""
 
+    @property
+    def stream_socket(self) -> Path:
+        """Where QEMU's stream comes, or goes, by a unix socket."""
+
     def own_migration(self) -> AbstractContextManager[None]:
         """A context in which QEMU may migrate, save and load."""
 

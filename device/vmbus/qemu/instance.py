@@ -182,6 +182,11 @@ class Instance:
         """The processes that were started, the servers first."""
         return [child for child in (*(device.server for device in self.devices), self.qemu) if child is not None]
 
+    @property
+    def stream_socket(self) -> Path:
+        """Where QEMU's stream comes, or goes, by a unix socket."""
+        return self.paths.stream
+
     def room(self, name: str) -> Path:
         """A directory of the VM's own, made if need be, for what may become large. Raises `EnvironmentProblem`."""
         return self.run_directory.room(name)

@@ -13,8 +13,8 @@ from typing import Any, TypeVar
 
 from vmbus.operations.machine import VirtualMachine
 from vmbus.operations.migration.address import Address, TcpAddress, UnixAddress
-from vmbus.operations.migration.channel import listen
 from vmbus.operations.migration.link import PING_INTERVAL
+from vmbus.operations.migration.listener import listen
 from vmbus.operations.migration.report import MigrationReport
 from vmbus.soak.books import Fault
 from vmbus.soak.far import HERE, NEAR, Relay, far, free_port

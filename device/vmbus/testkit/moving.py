@@ -9,7 +9,7 @@ from typing import Any
 
 from vmbus.operations.machine import VirtualMachine
 from vmbus.operations.migration.address import parse_address
-from vmbus.operations.migration.channel import listen
+from vmbus.operations.migration.listener import listen
 from vmbus.operations.migration.report import MigrationReport
 from vmbus.util.patience import patient
 from vmbus.vm.command_line import Programs

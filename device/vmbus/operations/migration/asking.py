@@ -12,6 +12,7 @@ from vmbus.operations.migration.address import Address
 from vmbus.operations.migration.channel import connect
 from vmbus.operations.migration.link import Link
 from vmbus.operations.migration.messages import Fate, Hello
+from vmbus.operations.migration.tls import Tls
 
 ASK_TIMEOUT = 60.0
 """Seconds for which a silent destination is asked what became of the VM."""
@@ -25,13 +26,21 @@ class Asking:
     destination: str | None = None
 
     def __init__(
-        self, migration: str, address: Address, secret: bytes, *, silence: float | None, timeout: float
+        self,
+        migration: str,
+        address: Address,
+        secret: bytes,
+        tls: Tls | None = None,
+        *,
+        silence: float | None,
+        timeout: float,
     ) -> None:
         """`timeout`: seconds for which `ask` goes on."""
         self.timeout = timeout
         self._migration = migration
         self._address = address
         self._secret = secret
+        self._tls = tls
         self._silence = silence
 
     async def ask(self, problem: Exception) -> Fate:
@@ -57,7 +66,7 @@ class Asking:
     async def once(self) -> Fate:
         """The word of the destination that this migration began with, ``undecided`` included. Raises `VmbusError`."""
         try:
-            channel = await connect(self._address, self._secret, _ASK_ONCE)
+            channel = await connect(self._address, self._secret, _ASK_ONCE, self._tls)
         except ConnectionRefusedError:
             raise EnvironmentProblem(f"nobody listens at {self._address}") from None
         async with Link(channel, silence=self._silence) as link:

@@ -10,6 +10,11 @@ A proof is HMAC-SHA256 with the secret over the prover's role and everything tha
 good for this connection and this role only. The server proves itself first: a client with another secret notices it
 by itself and can say so. Each direction then has a key of its own, made from the secret and the same words.
 
+With TLS all of this is inside of it, and the proofs are also over the certificates of both sides: somebody between them
+with a certificate of his own passes nothing on. Then the secret may be `NO_SECRET`. QEMU's connections come to the same
+port, with STREAM_MAGIC and, in the secret's place, a key that the destination has just given out over the channel for
+this one pass (see `tunnel`); what follows their opening is QEMU's.
+
 A frame is its length (u32), its bytes, and HMAC-SHA256 over its number (u64, counted from 0 in each direction), its
 length and its bytes. The number is not sent. So a frame that is changed, left out, repeated, moved, or sent back to
 where it came from does not fit, and the connection ends. Frames are authenticated and not encrypted.
@@ -23,19 +28,23 @@ import hmac
 import os
 import secrets
 import socket
+import ssl
 import stat
 import struct
-from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
+from typing import Any, TypeVar
 
 from vmbus.errors import EnvironmentProblem, UsageError, WaitTimeout, os_error
 from vmbus.operations.migration.address import Address, TcpAddress, UnixAddress
-from vmbus.util.listening import Listener as UnixListener
+from vmbus.operations.migration.tls import SHUTDOWN_TIMEOUT, Peer, Tls
 
 MAGIC = b"VMBUSMIG"
+STREAM_MAGIC = b"VMBUSRAM"
 VERSION = 2
 SECRET_BYTES = 32
+NO_SECRET = b"certificates say who may come".ljust(SECRET_BYTES)
+"""Where certificates say who may come, and nothing else has to."""
 NONCE_BYTES = 32
 PROOF_BYTES = 32
 MAX_FRAME = 1 << 20
@@ -44,16 +53,19 @@ MAX_FRAME = 1 << 20
 HANDSHAKE_TIMEOUT = 10.0
 """Seconds that a peer has to prove itself."""
 
-MAX_STRANGERS = 64
-"""Connections that may be proving themselves at the same time. For a further one the oldest of the address that has
-most of them is closed: who proves itself at once is never the oldest for long, whoever else comes and says nothing."""
-
 SEND_TIMEOUT = 30.0
 """Seconds for which a peer may take nothing of what is sent to it; then it is gone."""
 
 _HELLO = struct.Struct(f">8sH{NONCE_BYTES}s")
 _LENGTH = struct.Struct(">I")
 _COUNTED = struct.Struct(">QI")
+_UNKNOWN = {
+    MAGIC: "does not know our secret: both sides need the same secret file",
+    STREAM_MAGIC: "does not know this migration: somebody is between us",
+}
+
+Ends = tuple[asyncio.StreamReader, asyncio.StreamWriter]
+T = TypeVar("T")
 
 
 class LinkLost(EnvironmentProblem):
@@ -97,7 +109,7 @@ def _hmac(key: bytes, *parts: bytes) -> bytes:
 
 
 class Channel:
-    """A connection whose other end has proved that it knows the secret. Made by `connect` and by `Listener`."""
+    """A connection whose other end has proved that it knows the secret. Made by `connect` and by `listener`."""
 
     def __init__(
         self,
@@ -106,8 +118,11 @@ class Channel:
         send_key: bytes,
         receive_key: bytes,
         name: str,
+        peer: Peer | None = None,
     ) -> None:
         self.name = name
+        self.peer = peer
+        """Whose certificate the other side has shown; None without TLS."""
         self._reader = reader
         self._writer = writer
         self._send_key = send_key
@@ -189,69 +204,75 @@ class Channel:
         self._writer.transport.abort()
 
 
-def _keys(secret: bytes, words: bytes) -> tuple[bytes, bytes]:
+def channel_keys(secret: bytes, words: bytes) -> tuple[bytes, bytes]:
     """The keys from client to server, and from server to client."""
     return _hmac(secret, b"key client to server", words), _hmac(secret, b"key server to client", words)
 
 
-def _check_hello(data: bytes, name: str) -> None:
+def _check_hello(data: bytes, name: str, *expected: bytes) -> bytes:
+    """What the other side wants."""
     magic, version, _ = _HELLO.unpack(data)
-    if magic != MAGIC:
+    if magic == STREAM_MAGIC and magic not in expected:
+        raise NotAuthentic(f"{name} brings memory, and no migration waits for it here")
+    if magic not in expected:
         raise NotAuthentic(f"{name} is not a migration's other side: it says {magic!r}")
     if version != VERSION:
         raise NotAuthentic(f"{name} speaks version {version} of the migration protocol; this program speaks {VERSION}")
+    return bytes(magic)
 
 
-async def open_as_client(
-    reader: asyncio.StreamReader, writer: asyncio.StreamWriter, secret: bytes, name: str
-) -> Channel:
-    """Proves both sides to each other, as the side that connected. Raises `LinkLost` or `NotAuthentic`."""
-    ours = _HELLO.pack(MAGIC, VERSION, secrets.token_bytes(NONCE_BYTES))
+async def prove_as_client(ends: Ends, secret: bytes, name: str, binding: bytes = b"", magic: bytes = MAGIC) -> bytes:
+    """Proves both sides to each other, as the side that connected; the words said. Raises `LinkLost`, `NotAuthentic`.
+
+    `binding` is what both sides know of the connection that somebody between them would not have.
+    """
+    reader, writer = ends
+    ours = _HELLO.pack(magic, VERSION, secrets.token_bytes(NONCE_BYTES))
     try:
         writer.write(ours)
         await writer.drain()
         theirs = await reader.readexactly(_HELLO.size)
-        _check_hello(theirs, name)
+        _check_hello(theirs, name, magic)
         proof = await reader.readexactly(PROOF_BYTES)
-        words = ours + theirs
+        words = ours + theirs + binding
         if not hmac.compare_digest(proof, _hmac(secret, b"proof server", words)):
-            raise NotAuthentic(f"{name} does not know our secret: both sides need the same secret file")
+            raise NotAuthentic(f"{name} {_UNKNOWN[magic]}")
         writer.write(_hmac(secret, b"proof client", words))
         await writer.drain()
     except (OSError, asyncio.IncompleteReadError) as error:
         raise LinkLost(f"{name} hung up before it had proved itself ({error})") from error
-    up, down = _keys(secret, words)
-    return Channel(reader, writer, up, down, name)
+    return words
 
 
-async def open_as_server(
-    reader: asyncio.StreamReader, writer: asyncio.StreamWriter, secret: bytes, name: str
-) -> Channel:
-    """Proves both sides to each other, as the side that listens. Raises `LinkLost` or `NotAuthentic`."""
+async def prove_as_server(
+    ends: Ends, keys: Mapping[bytes, bytes], name: str, binding: bytes = b""
+) -> tuple[bytes, bytes]:
+    """The same as the side that listens. `keys`: the secret for each magic that the client may say; which one it said,
+    and the words."""
+    reader, writer = ends
     try:
         theirs = await reader.readexactly(_HELLO.size)
-        _check_hello(theirs, name)
-        ours = _HELLO.pack(MAGIC, VERSION, secrets.token_bytes(NONCE_BYTES))
-        words = theirs + ours
-        writer.write(ours + _hmac(secret, b"proof server", words))
+        magic = _check_hello(theirs, name, *keys)
+        ours = _HELLO.pack(magic, VERSION, secrets.token_bytes(NONCE_BYTES))
+        words = theirs + ours + binding
+        writer.write(ours + _hmac(keys[magic], b"proof server", words))
         await writer.drain()
         proof = await reader.readexactly(PROOF_BYTES)
     except (OSError, asyncio.IncompleteReadError) as error:
         raise LinkLost(f"{name} hung up before it had proved itself ({error})") from error
-    if not hmac.compare_digest(proof, _hmac(secret, b"proof client", words)):
-        raise NotAuthentic(f"{name} does not know our secret: both sides need the same secret file")
-    up, down = _keys(secret, words)
-    return Channel(reader, writer, down, up, name)
+    if not hmac.compare_digest(proof, _hmac(keys[magic], b"proof client", words)):
+        raise NotAuthentic(f"{name} {_UNKNOWN[magic]}")
+    return magic, words
 
 
-async def _open_tcp(address: TcpAddress) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+async def _open_tcp(address: TcpAddress, **options: Any) -> Ends:
     """As `asyncio.open_connection`, but it is `ConnectionRefusedError` only if every address of the host refuses."""
     found = await asyncio.get_running_loop().getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)
     other: OSError | None = None
     refused: OSError | None = None
     for *_, place in found:
         try:
-            return await asyncio.open_connection(str(place[0]), int(place[1]))
+            return await asyncio.open_connection(str(place[0]), int(place[1]), **options)
         except ConnectionRefusedError as error:
             refused = error
         except OSError as error:
@@ -259,135 +280,86 @@ async def _open_tcp(address: TcpAddress) -> tuple[asyncio.StreamReader, asyncio.
     raise other or refused or OSError(f"{address.host} has no address")
 
 
-async def connect(address: Address, secret: bytes, timeout: float = HANDSHAKE_TIMEOUT) -> Channel:
+async def _open(address: Address, name: str, tls: Tls | None) -> Ends:
+    options: dict[str, Any] = {}
+    if tls is not None:
+        host = tls.name or (address.host if isinstance(address, TcpAddress) else None)
+        if host is None:
+            raise UsageError(f"{address} has no host's name for the certificate there to be of: --tls-name says it")
+        options = {"ssl": tls.context, "server_hostname": host, "ssl_shutdown_timeout": SHUTDOWN_TIMEOUT}
+    try:
+        if isinstance(address, UnixAddress):
+            return await asyncio.open_unix_connection(address.path, **options)
+        return await _open_tcp(address, **options)
+    except ssl.SSLCertVerificationError as error:
+        raise NotAuthentic(f"{name} shows a certificate that does not count: {error.verify_message}") from error
+    except (ssl.SSLError, ConnectionResetError, ConnectionAbortedError) as error:
+        if tls is None:
+            raise
+        raise LinkLost(f"{name} hung up instead of showing a certificate ({error}): does it use --tls?") from error
+
+
+async def connect(
+    address: Address, secret: bytes, timeout: float = HANDSHAKE_TIMEOUT, tls: Tls | None = None
+) -> Channel:
     """Connects to a destination and proves both sides to each other.
 
     Raises `ConnectionRefusedError` if nothing listens there (for a unix socket also if its file is gone),
     `WaitTimeout`, `LinkLost`, `NotAuthentic`, and `EnvironmentProblem` if the address cannot be reached.
     """
+    check_secret(secret, tls)
     name = f"the destination {address}"
-    writer: asyncio.StreamWriter | None = None
+
+    async def prove(ends: Ends, peer: Peer | None, binding: bytes) -> Channel:
+        words = await prove_as_client(ends, secret, name, binding)
+        up, down = channel_keys(secret, words)
+        return Channel(*ends, up, down, name, peer)
+
+    return await _connect(address, name, tls, timeout, prove)
+
+
+async def connect_stream(address: Address, key: bytes, tls: Tls, destination: Peer) -> Ends:
+    """A connection for QEMU's stream to the destination that has given out `key`, and that is `destination`. Raises as
+    `connect`."""
+    name = f"the destination {address}"
+
+    async def prove(ends: Ends, peer: Peer | None, binding: bytes) -> Ends:
+        if peer is None or peer.fingerprint != destination.fingerprint:
+            raise NotAuthentic(f"{name} is {peer}, and this migration's is {destination}: somebody is between them")
+        await prove_as_client(ends, key, name, binding, STREAM_MAGIC)
+        return ends
+
+    return await _connect(address, name, tls, HANDSHAKE_TIMEOUT, prove)
+
+
+async def _connect(
+    address: Address,
+    name: str,
+    tls: Tls | None,
+    timeout: float,
+    prove: Callable[[Ends, Peer | None, bytes], Awaitable[T]],
+) -> T:
+    ends: Ends | None = None
     try:
         async with asyncio.timeout(timeout):
-            if isinstance(address, UnixAddress):
-                reader, writer = await asyncio.open_unix_connection(address.path)
-            else:
-                reader, writer = await _open_tcp(address)
-            return await open_as_client(reader, writer, secret, name)
-    except TimeoutError:
-        if writer is not None:
-            writer.transport.abort()
-        raise WaitTimeout(f"{name} to answer", timeout) from None
-    except FileNotFoundError as error:
-        raise ConnectionRefusedError(error.errno, f"nothing listens on {address}") from error
-    except ConnectionRefusedError:
-        raise
-    except OSError as error:
-        raise EnvironmentProblem(f"cannot reach {name}: {error}") from error
-    except BaseException:
-        if writer is not None:
-            writer.transport.abort()
+            ends = await _open(address, name, tls)
+            peer = None if tls is None else tls.peer(ends[1])
+            return await prove(ends, peer, b"" if tls is None or peer is None else tls.binding(peer))
+    except BaseException as error:
+        if ends is not None:
+            ends[1].transport.abort()
+        if isinstance(error, TimeoutError):
+            raise WaitTimeout(f"{name} to answer", timeout) from None
+        if isinstance(error, FileNotFoundError):
+            raise ConnectionRefusedError(error.errno, f"nothing listens on {address}") from error
+        if isinstance(error, OSError) and not isinstance(error, ConnectionRefusedError):
+            raise EnvironmentProblem(f"cannot reach {name}: {error}") from error
         raise
 
 
-Accepted = Callable[[Channel], Awaitable[None]]
-
-
-class Listener:
-    """Listens on an address and lets in only those who know the secret. Make one with `listen`.
-
-    `serve` says what is to be called with each connection that has proved itself (and has to close it); until then
-    they wait. `close` ends the listening; connections that were let in live on.
-    """
-
-    def __init__(self, address: Address, secret: bytes) -> None:
-        self.address = address
-        self._secret = secret
-        self._server: asyncio.Server | None = None
-        self._tasks: set[asyncio.Task[None]] = set()
-        self._strangers: dict[asyncio.Task[None], str] = {}  # oldest first, with their addresses
-        self._on_channel: asyncio.Future[Accepted] = asyncio.get_running_loop().create_future()
-        self._unix: UnixListener | None = None
-        self.refused = 0
-        """Connections that did not prove themselves, or for which there was no room."""
-        self.last_refusal = ""
-
-    def serve(self, on_channel: Accepted) -> None:
-        """Calls `on_channel` with every connection from now on, those that wait included."""
-        if self._on_channel.done():
-            raise UsageError(f"somebody serves {self.address} already")
-        self._on_channel.set_result(on_channel)
-
-    async def _start(self) -> None:
-        address = self.address
-        if isinstance(address, UnixAddress):
-            self._unix = UnixListener(Path(address.path))
-            self._server = await asyncio.start_unix_server(self._accept, sock=self._unix.socket)
-            return
-        with os_error(f"cannot listen on {address}"):
-            self._server = await asyncio.start_server(self._accept, address.host, address.port, reuse_address=True)
-        if address.port == 0:
-            # More than one socket (a name for IPv4 and IPv6) would have a port each.
-            sockets: list[socket.socket] = list(self._server.sockets)
-            for one in sockets[1:]:
-                one.close()
-            self.address = TcpAddress(address.host, int(sockets[0].getsockname()[1]))
-
-    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.current_task()
-        assert task is not None
-        self._tasks.add(task)
-        peer = writer.get_extra_info("peername")
-        name = f"the source {peer[0]}" if isinstance(peer, tuple) else "the source"
-        try:
-            if len(self._strangers) >= MAX_STRANGERS:
-                self._turn_one_away()
-            self._strangers[task] = name
-            try:
-                async with asyncio.timeout(HANDSHAKE_TIMEOUT):
-                    channel = await open_as_server(reader, writer, self._secret, name)
-            finally:
-                self._strangers.pop(task, None)
-            on_channel = await asyncio.shield(self._on_channel)
-        except (EnvironmentProblem, TimeoutError) as error:
-            self.refused += 1
-            self.last_refusal = str(error) or f"{name} did not prove itself in time"
-            writer.close()
-            return
-        except asyncio.CancelledError:  # the listener is closed, or there are too many
-            writer.transport.abort()
-            return
-        finally:
-            self._tasks.discard(task)
-        await on_channel(channel)
-
-    def _turn_one_away(self) -> None:
-        shares = Counter(self._strangers.values())
-        most = max(shares, key=lambda name: shares[name])
-        oldest = next(task for task, name in self._strangers.items() if name == most)
-        del self._strangers[oldest]
-        self.refused += 1
-        self.last_refusal = f"{most} and others have {MAX_STRANGERS} connections that do not prove themselves"
-        oldest.cancel()
-
-    def close(self) -> None:
-        """Stops listening. May be called more than once."""
-        if self._server is None:
-            return
-        self._server.close()
-        self._server = None
-        current = asyncio.current_task()
-        for task in list(self._tasks):
-            if task is not current:
-                task.cancel()
-        if self._unix is not None:
-            self._unix.close()
-
-
-async def listen(address: Address, secret: bytes) -> Listener:
-    """Listens for sources. `Listener.address` has the real port. Raises `EnvironmentProblem`."""
+def check_secret(secret: bytes, tls: Tls | None) -> None:
+    """Raises `UsageError` for one that is none."""
     if len(secret) != SECRET_BYTES:
         raise UsageError(f"a secret has {SECRET_BYTES} bytes, not {len(secret)}")
-    listener = Listener(address, secret)
-    await listener._start()
-    return listener
+    if secret == NO_SECRET and tls is None:
+        raise UsageError("a migration needs a secret that both sides know, or certificates")

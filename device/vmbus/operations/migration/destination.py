@@ -15,12 +15,14 @@ from pathlib import Path
 from typing import TypeVar
 
 from vmbus.errors import EnvironmentProblem, StateError, VmbusError, WaitTimeout
+from vmbus.operations.migration.accept import EVERYTHING, Accept
 from vmbus.operations.migration.arrival import Arrival
 from vmbus.operations.migration.asking import ASK_TIMEOUT
-from vmbus.operations.migration.channel import Channel, Listener
+from vmbus.operations.migration.channel import Channel
 from vmbus.operations.migration.files import receive_file
 from vmbus.operations.migration.fitting import boot_files, check_driven, check_machine, check_states
 from vmbus.operations.migration.link import Link, Silence
+from vmbus.operations.migration.listener import Listener
 from vmbus.operations.migration.messages import (
     Accepted,
     Again,
@@ -38,6 +40,7 @@ from vmbus.operations.migration.messages import (
 )
 from vmbus.operations.migration.ownership import DESTINATION, DestinationStage, Ownership
 from vmbus.operations.migration.stream import STATE_FILE
+from vmbus.operations.migration.tunnel import Door
 from vmbus.operations.migration.verdicts import Record, Stage, Verdicts
 from vmbus.snapshot.manifest import Packets
 from vmbus.util.interruptible import uninterrupted
@@ -79,6 +82,7 @@ class Destination:
         answer_timeout: float = ANSWER_TIMEOUT,
         ask_timeout: float = ASK_TIMEOUT,
         verdicts: Verdicts | None = None,
+        accept: Accept = EVERYTHING,
     ) -> None:
         """Raises `EnvironmentProblem` if it cannot be kept on disk what becomes of the VM."""
         self._verdicts = verdicts or Verdicts()
@@ -95,6 +99,7 @@ class Destination:
         """They stand, as they did at the source."""
         self._listener = listener
         self._programs = programs
+        self._accept = accept
         self._claim = claim
         self._build = build
         self._at = at
@@ -179,7 +184,9 @@ class Destination:
         with contextlib.suppress(VmbusError):
             async with Link(channel, silence=self._silence) as link:
                 hello = await link.expect(Hello, timeout=HELLO_TIMEOUT, what="which migration it is about")
-                if hello.purpose == "ask":
+                if refusal := _objection(self._listener, link):
+                    await link.tell_failure(refusal)
+                elif hello.purpose == "ask":
                     await self._answer(link, hello.migration)
                 elif self._session is not None:
                     await link.tell_failure("this destination serves another migration")
@@ -262,10 +269,7 @@ class Destination:
 
     async def _discard(self, link: Link, error: BaseException) -> None:
         """Ends everything, and only then says so: a source that hears it may let its VM run."""
-        problem = self._why_ended or error
-        if not isinstance(problem, VmbusError):
-            problem = StateError(f"it was interrupted ({f'{type(error).__name__} {error}'.strip()})")
-        self._why_ended = problem
+        problem = self._why_ended = self._why_ended or _as_ours(error)
         self._left = True
         try:
             if self._vm is not None:
@@ -302,12 +306,13 @@ class Destination:
         """Everything up to a VM that only needs its vCPUs to run."""
         with self.phases("prepare"):
             prepare = await link.expect(Prepare, timeout=HELLO_TIMEOUT, what="what is to move")
+            self._accept.check(prepare.vm, link.name)
             check_machine(prepare, self._programs, link.name)
             folder = self._claim(prepare.vm)
             assert self._record is not None
             destination = self._record.destination
             kernel, initramfs = await boot_files(link, prepare, self._programs, folder, destination)
-            vm = self._vm = self._build(prepare, kernel, initramfs, link.channel.local_host)
+            vm = self._vm = self._build(prepare, kernel, initramfs, _host(self._listener, link))
         while True:
             await self._at(Moment.BEFORE_STREAM)
             stream = await vm.start(self.phases, prepare.multifd)
@@ -316,7 +321,7 @@ class Destination:
             with self.phases("pci ahead"):
                 await vm.replay_ahead(prepare.machine.configs)
             self.ownership.move(DestinationStage.LOADING)
-            await link.send(Prepared(stream=stream))
+            await link.send(_invitation(self._listener, link, stream, prepare.multifd))
             loading = asyncio.create_task(vm.loaded(), name="QEMU loads its stream")
             try:
                 await self._at(Moment.RAM_COPY)
@@ -327,6 +332,7 @@ class Destination:
                 if not loading.done():
                     loading.cancel()
                 await asyncio.gather(loading, return_exceptions=True)  # its error is told, or is only a consequence
+                self._listener.close_door()
             # The source gave the pass up and begins another; QEMU cannot load a second stream.
             self.ownership.move(DestinationStage.PREPARING)
             await vm.start_over()
@@ -346,7 +352,7 @@ class Destination:
         with self.phases("state"):
             check_states(first, described, link.name)
             await self._at(Moment.WRITING)
-            packets = await _receive_states(link, vm, first)
+            packets = await _receive_states(link, vm, first, self._accept)
             if packets != first.packets:
                 raise StateError(f"the server found {packets} in the state; {link.name} saved {first.packets}")
             await link.send(Accepted(packets=packets))
@@ -373,16 +379,41 @@ class Destination:
         await link.send(self.restored)
 
 
-async def _receive_states(link: Link, vm: Arrival, state: State) -> Packets:
+async def _receive_states(link: Link, vm: Arrival, state: State, accept: Accept) -> Packets:
     """The states' bytes, given to the servers; the packets found in them."""
     files = {vm.folder / numbered(STATE_FILE, index): one for index, one in enumerate(state.states)}
     try:
         for path, one in files.items():
             await receive_file(link, one.file, path)
+            await asyncio.to_thread(accept.check_saved, one.device, path, link.name)
         return await vm.load_states([(path, one.file.sha256, one.device) for path, one in files.items()])
     finally:
         for path in files:
             path.unlink(missing_ok=True)
+
+
+def _as_ours(error: BaseException) -> VmbusError:
+    if isinstance(error, VmbusError):
+        return error
+    return StateError(f"it was interrupted ({f'{type(error).__name__} {error}'.strip()})")
+
+
+def _host(listener: Listener, link: Link) -> str | None:
+    """Where QEMU's stream is to come to, if it is a TCP port of its own."""
+    return None if listener.tls else link.channel.local_host
+
+
+def _objection(listener: Listener, link: Link) -> str | None:
+    """Why this source may not come, though its certificate is of the CA."""
+    tls, peer = listener.tls, link.channel.peer
+    return None if tls is None or peer is None else tls.objection(peer)
+
+
+def _invitation(listener: Listener, link: Link, stream: int | str, multifd: int) -> Prepared:
+    if listener.tls is None:
+        return Prepared(stream=stream)
+    door = listener.door = Door(Path(str(stream)), link.channel.peer, 1 + multifd)
+    return Prepared(key=door.key)
 
 
 async def _unless_failed(loading: asyncio.Task[None], message: Awaitable[T]) -> T:

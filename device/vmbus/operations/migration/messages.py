@@ -98,10 +98,15 @@ class Chunk(_Message):
     data: Annotated[bytes, msgspec.Meta(max_length=CHUNK)]
 
 
-class Prepared(_Message):
+class Prepared(_Message, omit_defaults=True):
     """Where QEMU waits for its stream: a TCP port of the host that this connection goes to, or a unix socket's path."""
 
-    stream: Annotated[int, msgspec.Meta(ge=1, le=65535)] | Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
+    stream: (
+        Annotated[int, msgspec.Meta(ge=1, le=65535)] | Annotated[str, msgspec.Meta(min_length=1, max_length=256)] | None
+    ) = None
+    key: Annotated[bytes, msgspec.Meta(min_length=32, max_length=32)] | None = None
+    """With TLS, instead: what opens the way to it through the port that this connection goes to; for this pass alone
+    (see `vmbus.operations.migration.tunnel`)."""
 
 
 class Again(_Message):

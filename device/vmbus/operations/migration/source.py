@@ -38,7 +38,8 @@ from vmbus.operations.migration.messages import (
 )
 from vmbus.operations.migration.ownership import SOURCE, Ownership, SourceStage
 from vmbus.operations.migration.report import QEMU_SPANS, MigrationReport, spans_of
-from vmbus.operations.migration.stream import PREPARE_TIMEOUT, StreamTarget
+from vmbus.operations.migration.stream import PREPARE_TIMEOUT, StreamTarget, Through
+from vmbus.operations.migration.tls import Tls
 from vmbus.operations.save import versions
 from vmbus.operations.stream import StreamSettings
 from vmbus.operations.target import Captured
@@ -66,6 +67,7 @@ class Source:
         vm: Vm,
         address: Address,
         secret: bytes,
+        tls: Tls | None = None,
         *,
         stream: StreamSettings | None = None,
         progress: Progress | None = None,
@@ -81,7 +83,8 @@ class Source:
         self.phases = Phases(progress)
         self.ownership = Ownership(SOURCE, SourceStage.PREPARING)
         self._secret = secret
-        self._asking = Asking(self.migration, address, secret, silence=silence, timeout=ask_timeout)
+        self._tls = tls
+        self._asking = Asking(self.migration, address, secret, tls, silence=silence, timeout=ask_timeout)
         self._stream = stream or StreamSettings()
         self._at = at
         self._silence = silence
@@ -113,7 +116,7 @@ class Source:
         """
         try:
             try:
-                channel = await connect(self.address, self._secret)
+                channel = await connect(self.address, self._secret, tls=self._tls)
             except ConnectionRefusedError as error:
                 raise EnvironmentProblem(f"no destination waits at {self.address}: {error}") from error
             async with Link(channel, silence=self._silence) as link:
@@ -175,7 +178,8 @@ class Source:
     async def _until_decision(self, link: Link) -> None:
         try:
             async with link.watch():
-                self._target = StreamTarget(self._folder, link, await self._prepare(link))
+                prepared = await self._prepare(link)
+                self._target = StreamTarget(self._folder, link, prepared, self._through)
                 self._capture = Capture(
                     self.vm,
                     self._target,
@@ -202,12 +206,22 @@ class Source:
                     self.ownership.move(SourceStage.DECIDED)
         except BaseException as error:
             if isinstance(error, SaveFailed) and isinstance(error.__cause__, MigrationFailed):
-                # QEMU's error is often only the trace of what the destination can name.
-                await asyncio.wait({link.failure}, timeout=0.3)
-                if link.failure.done() and isinstance(theirs := link.failure.result(), PeerFailed):
-                    error = MigrateFailed(f"{error} ({theirs})", source_alive=error.source_alive)
+                # QEMU's error is often only the trace of what the destination can name, or the way there.
+                known = self._target.problem if self._target is not None else None
+                if known is None:
+                    await asyncio.wait({link.failure}, timeout=0.3)
+                    if link.failure.done() and isinstance(theirs := link.failure.result(), PeerFailed):
+                        known = theirs
+                if known is not None:
+                    error = MigrateFailed(f"{error} ({known})", source_alive=error.source_alive)
             await uninterrupted(link.tell_failure(str(error) or "it was interrupted"))
             raise error
+
+    @property
+    def _through(self) -> Through | None:
+        if self._tls is None:
+            return None
+        return Through(self.address, self._tls, self.vm.stream_socket, 1 + self._stream.multifd)
 
     async def _prepare(self, link: Link) -> Prepared:
         vm = self.vm

@@ -19,6 +19,7 @@ from vmbus.providers.scsi.handshake import Phase
 from vmbus.providers.scsi.unit import MOST_UNITS, Unit, UnitOptions, UnitState
 from vmbus.util.complaints import bounded_log
 from vmbus.util.explaining import explain
+from vmbus.util.records import decode
 from vmbus.wire.storvsp import VERSIONS, Operation
 
 log = bounded_log(__name__)
@@ -66,6 +67,11 @@ class _State(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 _decoder = msgspec.msgpack.Decoder(_State)
+
+
+def images_in(state: bytes) -> list[str]:
+    """The images that a saved state asks for. Raises StateError."""
+    return [unit.options.image for unit in decode(_decoder, state, "the saved state of a controller").units]
 
 
 class _Resize(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

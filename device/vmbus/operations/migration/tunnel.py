@@ -1,0 +1,143 @@
+"""QEMU's stream through the destination's one port: between a unix socket of QEMU's on each host, by TLS in between.
+
+The destination opens a `Door` for one pass and gives out its key over the channel. At the source a `Tunnel` takes each
+of QEMU's connections (the main one, and those of multifd) to the destination's port: in a connection of its own, which
+begins with the proof that both sides have that key, over the certificates of both (`channel`). So memory goes to that
+destination whose word the source has, for that migration, and nobody else gets as far as QEMU.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import secrets
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+from vmbus.errors import EnvironmentProblem, VmbusError, os_error
+from vmbus.operations.migration.channel import Ends, NotAuthentic
+from vmbus.operations.migration.tls import Peer
+from vmbus.util.listening import Listener as UnixListener
+
+PIECE = 256 << 10
+"""Bytes that are taken from a connection at a time, and about as many wait in each."""
+KEY_BYTES = 32
+
+
+class _Carrying:
+    """Connections that are being carried."""
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        """Connections of one pass: QEMU's main one, and those of multifd."""
+        self.taken = 0
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def _begin(self, work: Awaitable[None]) -> asyncio.Task[None]:
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    def close(self) -> None:
+        """Ends all connections. May be called more than once."""
+        for task in self._tasks:
+            task.cancel()
+
+
+class Door(_Carrying):
+    """Where QEMU's stream of one pass comes in, at the destination: from `peer` alone, to QEMU's socket at `path`."""
+
+    def __init__(self, path: Path, peer: Peer | None, most: int) -> None:
+        super().__init__(most)
+        self.key = secrets.token_bytes(KEY_BYTES)
+        self._path = path
+        self._peer = peer
+
+    def admit(self, peer: Peer | None, name: str) -> None:
+        """Counts a connection that knows the key. Raises `NotAuthentic` for one too many, or of somebody else."""
+        if peer is None or self._peer is None or peer.fingerprint != self._peer.fingerprint:
+            raise NotAuthentic(f"{name} brings memory of a VM that {self._peer} sends")
+        if self.taken >= self.most:
+            raise NotAuthentic(f"{name} brings memory over more than {self.most} connections")
+        self.taken += 1
+
+    async def carry(self, ends: Ends) -> None:
+        """Carries a connection that was let in, until it ends."""
+        with contextlib.suppress(asyncio.CancelledError):
+            await self._begin(self._carry(ends))
+
+    async def _carry(self, ends: Ends) -> None:
+        try:
+            qemu = await asyncio.open_unix_connection(str(self._path), limit=PIECE)
+        except OSError:  # it has ended, and whoever looks after it knows
+            ends[1].transport.abort()
+            return
+        await _both_ways(ends, qemu)
+
+
+class Tunnel(_Carrying):
+    """Where QEMU's stream goes in, at the source: a unix socket, whose connections `dial` takes to the destination."""
+
+    def __init__(self, path: Path, dial: Callable[[], Awaitable[Ends]], most: int) -> None:
+        super().__init__(most)
+        self.path = path
+        self.problem: VmbusError | None = None
+        """Why a connection could not be made; QEMU knows only that there was none."""
+        self._dial = dial
+        self._listener: UnixListener | None = None
+        self._server: asyncio.Server | None = None
+
+    async def open(self) -> None:
+        """Listens. Raises `EnvironmentProblem`."""
+        self._listener = UnixListener(self.path, backlog=self.most)
+        with os_error(f"cannot listen on {self.path}"):
+            self._server = await asyncio.start_unix_server(self._accept, sock=self._listener.socket, limit=PIECE)
+
+    def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if self.taken >= self.most:
+            writer.transport.abort()
+            return
+        self.taken += 1
+        self._begin(self._carry((reader, writer)))
+
+    async def _carry(self, qemu: Ends) -> None:
+        try:
+            ends = await self._dial()
+        except BaseException as error:
+            qemu[1].transport.abort()
+            if isinstance(error, OSError):
+                error = EnvironmentProblem(str(error))
+            if not isinstance(error, VmbusError):
+                raise
+            self.problem = self.problem or error
+            return
+        await _both_ways(qemu, ends)
+
+    def close(self) -> None:
+        super().close()
+        if self._server is not None:
+            self._server.close()
+        if self._listener is not None:
+            self._listener.close()
+        self._server = self._listener = None
+
+
+async def _both_ways(one: Ends, other: Ends) -> None:
+    try:
+        await asyncio.gather(_one_way(one[0], other[1]), _one_way(other[0], one[1]))
+        # What was sent last may still be on its way.
+        for _, writer in (one, other):
+            with contextlib.suppress(OSError):
+                await writer.wait_closed()
+    finally:
+        for _, writer in (one, other):
+            writer.transport.abort()
+
+
+async def _one_way(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    with contextlib.suppress(OSError):
+        while data := await reader.read(PIECE):
+            writer.write(data)
+            await writer.drain()
+    writer.close()
