@@ -208,9 +208,10 @@ class Pair:
 
     def __init__(self, folder: Path, listener: Any, *, address: Address | None = None, **options: Any) -> None:
         self.world = World()
-        self.leaving = LeavingVm(self.world, folder / "source")
+        self.leaving = options.pop("leaving", LeavingVm)(self.world, folder / "source")
         (folder / "arrived").mkdir(exist_ok=True, mode=0o700)
-        self.arriving = ArrivingVm(self.world, folder / "arrived")
+        self.arriving = options.pop("arriving", ArrivingVm)(self.world, folder / "arrived")
+        secret, tls = options.pop("secret", SECRET), options.pop("tls", None)
         self.boot_files: list[Path] = []
         self.prepared: Prepare | None = None
 
@@ -239,7 +240,8 @@ class Pair:
         self.source = Source(
             self.leaving,
             address or listener.address,
-            SECRET,
+            secret,
+            tls,
             **shared,
             **to_source,
             **({"at": source_at} if source_at else {}),

@@ -185,6 +185,7 @@ async def test_a_migration_ends_the_vm_here(tmp_path: Path) -> None:
         {
             "address": "tcp:there:1",
             "secret": bytes(range(32)),
+            "tls": None,
             "multifd": 2,
             "timeout": None,
             "downtime_limit": None,

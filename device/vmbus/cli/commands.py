@@ -17,6 +17,7 @@ from vmbus.cli.agent import agent
 from vmbus.cli.audit import audit
 from vmbus.cli.bench import bench
 from vmbus.cli.capture import capture
+from vmbus.cli.certificates import certificates
 from vmbus.cli.checkpoint import checkpoint, revert
 from vmbus.cli.demo import demo
 from vmbus.cli.detach import this_owner
@@ -95,6 +96,7 @@ main.add_command(run_vm)
 main.add_command(save)
 main.add_command(restore)
 main.add_command(migrate)
+main.add_command(certificates)
 main.add_command(checkpoint)
 main.add_command(revert)
 main.add_command(list_vms)

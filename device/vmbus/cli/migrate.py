@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import click
@@ -11,9 +12,11 @@ from rich.table import Table
 from vmbus.cli.supervisor import ask, find_vm
 from vmbus.cli.terminal import MIGRATE_LABELS, Steps, console, run
 from vmbus.errors import UsageError
+from vmbus.operations.migration.accept import Accept
 from vmbus.operations.migration.address import Address, UnixAddress, parse_address
-from vmbus.operations.migration.channel import read_secret
+from vmbus.operations.migration.channel import NO_SECRET, read_secret
 from vmbus.operations.migration.report import MigrationReport
+from vmbus.operations.migration.tls import Tls, for_destination, for_source
 
 _TIMEOUT = 7200.0
 
@@ -21,6 +24,43 @@ NAME_FIRST = "give the NAME of one first"
 """How a VM is chosen where it has no option of its own."""
 
 SECRET_HELP = "File with the secret that both sides know: 32 bytes, or 64 hexadecimal digits; mode 0600."
+TLS_HELP = (
+    "Directory with certificates under QEMU's names (scripts/certificates makes some): everything is encrypted, and "
+    "both sides prove who they are."
+)
+_NO_CREDENTIALS = "--secret-file is missing: both sides of a migration need the same secret, or certificates (--tls)"
+
+
+@dataclass(frozen=True)
+class Reception:
+    """How a destination waits for a VM, as `run-vm` was told."""
+
+    address: Address
+    secret: bytes
+    tls: Tls | None
+    accept: Accept
+    stream_port: int
+
+
+def reception(
+    address: str,
+    secret_file: Path | None,
+    tls: Path | None,
+    peers: tuple[str, ...],
+    accept: tuple[str, ...],
+    stream_port: int,
+) -> Reception:
+    """The options of `run-vm --receive`, checked. Raises `UsageError` and `EnvironmentProblem`."""
+    if secret_file is None and tls is None:
+        raise UsageError(_NO_CREDENTIALS)
+    if tls is None and peers:
+        raise UsageError("--peer goes with --tls: it is the name in a certificate")
+    if tls is not None and stream_port:
+        raise UsageError("--stream-port does not go with --tls: memory comes to the port of --receive, too")
+    place = absolute(address)
+    secret = NO_SECRET if secret_file is None else read_secret(secret_file)
+    certificates = None if tls is None else for_destination(tls, peers)
+    return Reception(place, secret, certificates, Accept(accept), stream_port)
 
 
 def absolute(text: str) -> Address:
@@ -32,6 +72,8 @@ def absolute(text: str) -> Address:
 @click.command()
 @click.argument("words", nargs=-1, metavar="[NAME] ADDRESS")
 @click.option("--secret-file", type=click.Path(path_type=Path, dir_okay=False), help=SECRET_HELP)
+@click.option("--tls", type=click.Path(path_type=Path, file_okay=False), metavar="DIRECTORY", help=TLS_HELP)
+@click.option("--tls-name", metavar="NAME", help="Name in the destination's certificate, if it is not ADDRESS's host.")
 @click.option("--multifd", default=0, metavar="N", type=click.IntRange(0, 16), help="Send memory over N connections.")
 @click.option("--timeout", type=click.FloatRange(min=1), help="Seconds that the copy of memory may take.")
 @click.option(
@@ -54,6 +96,8 @@ def absolute(text: str) -> Address:
 def migrate(
     words: tuple[str, ...],
     secret_file: Path | None,
+    tls: Path | None,
+    tls_name: str | None,
     multifd: int,
     timeout: float | None,
     downtime_limit: int | None,
@@ -74,12 +118,20 @@ def migrate(
         result = run(ask(name, "resolve", {"run": wanted}, timeout=120))
         console.print(f"VM {name!r} {'runs on here' if result['runs'] else 'has ended here'}")
         return
-    if secret_file is None:
-        raise UsageError("--secret-file is missing: both sides of a migration need the same secret")
-    read_secret(secret_file)  # what is wrong with it is better said before anything happens
+    if secret_file is None and tls is None:
+        raise UsageError(_NO_CREDENTIALS)
+    # What is wrong with them is better said before anything happens.
+    if secret_file is not None:
+        read_secret(secret_file)
+    if tls is not None:
+        for_source(tls)
+    elif tls_name is not None:
+        raise UsageError("--tls-name goes with --tls")
     arguments = {
         "address": str(absolute(words[-1])),
-        "secret_file": str(secret_file.absolute()),
+        "secret_file": None if secret_file is None else str(secret_file.absolute()),
+        "tls": None if tls is None else str(tls.absolute()),
+        "tls_name": tls_name,
         "multifd": multifd,
         "timeout": timeout,
         "downtime_limit": downtime_limit,

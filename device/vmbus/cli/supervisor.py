@@ -23,7 +23,8 @@ from vmbus.cli.viewers import Viewers
 from vmbus.errors import EnvironmentProblem, ReportedError, UsageError, VmbusError, WaitTimeout, code_of
 from vmbus.observe.audit.guest import collect_audit
 from vmbus.operations.machine import VirtualMachine
-from vmbus.operations.migration.channel import read_secret
+from vmbus.operations.migration.channel import NO_SECRET, read_secret
+from vmbus.operations.migration.tls import for_source
 from vmbus.vm.run_directory import running_vms, runtime_base
 from vmbus.vm.timing import Progress
 
@@ -64,8 +65,12 @@ class _SaveArguments(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class _MigrateArguments(msgspec.Struct, forbid_unknown_fields=True):
+    """`secret_file`, `tls`: one of them at least; `tls` is a directory with certificates."""
+
     address: str
-    secret_file: str
+    secret_file: str | None = None
+    tls: str | None = None
+    tls_name: str | None = None
     multifd: int = 0
     timeout: float | None = None
     downtime_limit: int | None = None
@@ -338,7 +343,8 @@ class Supervisor:
         with self._announced(progress, f"migrating to {wish.address} ...", "the migration was interrupted") as begun:
             report = await self.vm.migrate(
                 wish.address,
-                read_secret(Path(wish.secret_file)),
+                NO_SECRET if wish.secret_file is None else read_secret(Path(wish.secret_file)),
+                tls=None if wish.tls is None else for_source(Path(wish.tls), wish.tls_name),
                 multifd=wish.multifd,
                 timeout=wish.timeout,
                 downtime_limit=wish.downtime_limit,

@@ -20,7 +20,7 @@ from vmbus.cli.capture import parse_size
 from vmbus.cli.detach import Owner, detached, serve, this_owner
 from vmbus.cli.drivers import Drive, jobs_for, outcome, parse_drive, show_drivers
 from vmbus.cli.keys import with_keys
-from vmbus.cli.migrate import SECRET_HELP, absolute
+from vmbus.cli.migrate import SECRET_HELP, TLS_HELP, Reception, reception
 from vmbus.cli.own_guest import given, own_guest_options, with_options
 from vmbus.cli.supervisor import Status, Supervisor, ask, find_vm
 from vmbus.cli.terminal import (
@@ -34,8 +34,6 @@ from vmbus.cli.terminal import (
 )
 from vmbus.errors import UsageError, VmbusError
 from vmbus.operations.machine import VirtualMachine
-from vmbus.operations.migration.address import Address
-from vmbus.operations.migration.channel import read_secret
 from vmbus.operations.migration.listener import listen
 from vmbus.operations.save import SaveReport
 from vmbus.places import DESCRIPTIONS as CONFIGURATIONS
@@ -108,6 +106,14 @@ CAPTURE_HELP = "Capture all packets from the start on into this new pcapng file 
     help="With --receive tcp:...: where memory is to come, if not every port is let through. Default: any free one.",
 )
 @click.option("--secret-file", type=click.Path(path_type=Path, dir_okay=False), help=SECRET_HELP)
+@click.option("--tls", type=click.Path(path_type=Path, file_okay=False), metavar="DIRECTORY", help=TLS_HELP)
+@click.option("--peer", "peers", multiple=True, metavar="NAME", help="With --tls: whose certificate may send a VM.")
+@click.option(
+    "--accept",
+    multiple=True,
+    metavar="RULE",
+    help="With --receive: take only what rules name: a description's NAME, disk:NAME, network:NAME, socket:PATH.",
+)
 @own_guest_options
 @click.option("--detach", is_flag=True, help=DETACH_HELP)
 def run_vm(
@@ -124,6 +130,9 @@ def run_vm(
     receive: str | None,
     stream_port: int,
     secret_file: Path | None,
+    tls: Path | None,
+    peers: tuple[str, ...],
+    accept: tuple[str, ...],
     detach: bool,
     **mine: Any,
 ) -> None:
@@ -147,17 +156,14 @@ def run_vm(
         if config is not None or drives or own or ssh_keys or like is not None or given(mine):
             named = ", ".join(["CONFIG", "--drive", "--driver-file", "--ssh-key", *given(mine)])
             raise UsageError(f"--receive takes no {named} or --like: the VM brings its own")
-        if secret_file is None:
-            raise UsageError("--secret-file is missing: both sides of a migration need the same secret")
-        address, secret = absolute(receive), read_secret(secret_file)
+        coming = reception(receive, secret_file, tls, peers, accept, stream_port)
         if capture is not None:
             raise UsageError("--capture does not go with --receive: start it with scripts/capture when the VM is there")
-        serve(_receive(address, secret, programs_from(provision()), name, audit, stream_port))
+        serve(_receive(coming, programs_from(provision()), name, audit))
         return
-    if secret_file is not None:
-        raise UsageError("--secret-file goes with --receive")
-    if stream_port:
-        raise UsageError("--stream-port goes with --receive")
+    alone = {"secret-file": secret_file, "stream-port": stream_port, "tls": tls, "peer": peers, "accept": accept}
+    if option := next((option for option, value in alone.items() if value), None):
+        raise UsageError(f"--{option} goes with --receive")
     description = with_options(load_description(find_description(config or "demo", CONFIGURATIONS)), mine)
     check_boot_files(description.mine)
     wanted = jobs_for([parse_drive(text) for text in drives], own)
@@ -303,12 +309,10 @@ async def _restore_clones(
             await vm.kill()
 
 
-async def _receive(
-    address: Address, secret: bytes, programs: Programs, name: str | None, audit: Path | None, stream_port: int
-) -> None:
+async def _receive(wanted: Reception, programs: Programs, name: str | None, audit: Path | None) -> None:
     run_directory = RunDirectory.create(name, exact=True) if name is not None else None
     try:
-        listener = await listen(address, secret)
+        listener = await listen(wanted.address, wanted.secret, wanted.tls)
     except BaseException:
         if run_directory is not None:
             run_directory.remove()
@@ -317,7 +321,13 @@ async def _receive(
     start = time.monotonic()
     with Steps("arrival", RECEIVE_LABELS) as steps:
         vm = await VirtualMachine.receive(
-            listener, programs, run_directory, progress=steps, audit=audit, stream_port=stream_port
+            listener,
+            programs,
+            run_directory,
+            progress=steps,
+            audit=audit,
+            stream_port=wanted.stream_port,
+            accept=wanted.accept,
         )
     await _attend_restored(vm, start, "has arrived")
 

@@ -296,7 +296,8 @@ async def _open(address: Address, name: str, tls: Tls | None) -> Ends:
     except (ssl.SSLError, ConnectionResetError, ConnectionAbortedError) as error:
         if tls is None:
             raise
-        raise LinkLost(f"{name} hung up instead of showing a certificate ({error}): does it use --tls?") from error
+        why = f" ({error})" if str(error) else ""
+        raise LinkLost(f"{name} hung up instead of showing a certificate{why}: does it use --tls?") from error
 
 
 async def connect(

@@ -145,7 +145,8 @@ class Listener:
             with contextlib.suppress(OSError):
                 connection.shutdown(socket.SHUT_RDWR)
             if isinstance(error, OSError) and not isinstance(error, TimeoutError):
-                raise NotAuthentic(f"{name} shows no certificate that counts here: {error}") from error
+                why = str(error) or "it hung up"
+                raise NotAuthentic(f"{name} shows no certificate that counts here: {why}") from error
             raise
         return reader, asyncio.StreamWriter(transport, protocol, reader, loop)
 
