@@ -98,7 +98,7 @@ async def test_live_migration_by_tls_shows_nothing_of_the_guest_on_the_wire(
 
         wire = Wire(marker.encode())
         await until_in_flight(vm, job, STORY)
-        with pytest.raises(MigrateFailed, match="VM with the vm 'demo', which is not accepted here") as refused:
+        with pytest.raises(MigrateFailed, match="VM 'demo', which is not accepted here") as refused:
             await move(vm, wire, records, tls=True, accept=("other",))
         assert refused.value.source_alive and wire.connections == 1
 

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import click
 
-from vmbus.cli.terminal import console
 from vmbus.operations.migration.certificates import DAYS, make_authority, make_host
 
 
@@ -25,4 +24,4 @@ def certificates(directory: Path, hosts: tuple[str, ...], days: int) -> None:
         make_authority(directory, days=days)
     for host in hosts:
         name, *names = host.split(",")
-        console.print(f"{make_host(directory, name, names, days=days)}: for {', '.join([name, *names])}", markup=False)
+        click.echo(f"{make_host(directory, name, names, days=days)}: for {', '.join([name, *names])}")

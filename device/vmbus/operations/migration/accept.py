@@ -64,8 +64,9 @@ class Accept:
             return
         for kind, name in uses:
             if not any(kind == one and fnmatchcase(name, pattern) for one, pattern in self._rules):
+                what = f"VM {name!r}" if kind == "vm" else f"a VM with the {kind} {name!r}"
                 raise StateError(
-                    f"{source} sends a VM with the {kind} {name!r}, which is not accepted here "
+                    f"{source} sends {what}, which is not accepted here "
                     f"(run-vm --receive ... --accept {kind}:{name} would)"
                 )
 

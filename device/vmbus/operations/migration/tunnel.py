@@ -22,14 +22,15 @@ from vmbus.util.listening import Listener as UnixListener
 PIECE = 256 << 10
 """Bytes that are taken from a connection at a time, and about as many wait in each."""
 KEY_BYTES = 32
+MOST_STREAMS = 17
+"""Connections of one pass: QEMU's main one, and those of multifd."""
 
 
 class _Carrying:
     """Connections that are being carried."""
 
     def __init__(self, most: int) -> None:
-        self.most = most
-        """Connections of one pass: QEMU's main one, and those of multifd."""
+        self.most = min(most, MOST_STREAMS)
         self.taken = 0
         self._tasks: set[asyncio.Task[None]] = set()
 
