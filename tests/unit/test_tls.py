@@ -26,6 +26,7 @@ from vmbus.providers.scsi import provider as controllers
 from vmbus.providers.scsi.handshake import Phase
 from vmbus.providers.scsi.unit import UnitOptions, UnitState
 from vmbus.vm.description import VmDescription
+from vmbus.vm.own_guest import OwnDisk, OwnGuest, OwnNic
 
 pytestmark = pytest.mark.unit
 
@@ -145,6 +146,21 @@ def test_accept_takes_what_a_rule_names_and_nothing_else(
     with pytest.raises(StateError) as again:
         Accept([*rules, hint, "vm:never"]).check(vm(*providers, ("vsock", {"path": "/else"})), "the source")
     assert missing not in str(again.value)
+
+
+def test_accept_of_a_guest_of_ones_own() -> None:
+    mine = OwnGuest(
+        disks=[OwnDisk(file="/srv/disk.img")],
+        nics=[OwnNic(hostfwd=["tcp::2222-:22"])],
+        qemu_args=["-device", "pvpanic"],
+    )
+    wanted = msgspec.structs.replace(vm(), own=mine)
+    rules = ["demo"]
+    for rule in ("file:/srv/*", "network:user", "port:tcp:*", "qemu-arg:-device", "qemu-arg:pvpanic"):
+        with pytest.raises(StateError, match=f"with the {rule.partition(':')[0]} "):
+            Accept(rules).check(wanted, "the source")
+        rules.append(rule)
+    Accept(rules).check(wanted, "the source")
 
 
 def test_accept_looks_into_options_that_are_none() -> None:

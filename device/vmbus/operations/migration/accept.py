@@ -22,13 +22,17 @@ from vmbus.providers.network.card import CardOptions
 from vmbus.providers.scsi.provider import ScsiOptions, images_in
 from vmbus.providers.vsock.provider import VsockOptions
 from vmbus.vm.description import VmDescription
+from vmbus.vm.own_guest import OwnGuest
 
 KINDS = {
     "vm": "the name of the description",
     "disk": "an image in the disk directory",
-    "network": "an interface, a bridge or a namespace; `vmnet` for an interface without a name",
+    "network": "an interface, a bridge or a namespace; `vmnet` for an interface without a name; `user`: QEMU's own",
     "socket": "the path of a socket outside of the VM's run directory",
     "provider": "a provider of one's own, `package.module:Class`",
+    "file": "a disk of QEMU's own",
+    "port": "a port of this host that leads into the guest, as `hostfwd` has it",
+    "qemu-arg": "an argument for QEMU",
 }
 Use = tuple[str, str]
 """A kind and a name."""
@@ -48,7 +52,7 @@ class Accept:
 
     def check(self, vm: VmDescription, source: str) -> None:
         """Raises `StateError` that names what is not taken, for people at both sides."""
-        self._refuse([("vm", vm.name), *_uses(vm.device)], source)
+        self._refuse([("vm", vm.name), *_uses(vm.device), *_own(vm.mine)], source)
 
     def check_saved(self, device: DeviceDescription, state: Path, source: str) -> None:
         """The same for the device as it is when it stands still, and for its saved state in a file, which says what
@@ -72,6 +76,18 @@ class Accept:
 
 
 EVERYTHING = Accept(())
+
+
+def _own(guest: OwnGuest) -> Iterator[Use]:
+    """What a guest of one's own would use."""
+    for disk in guest.disks:
+        yield "file", disk.file
+    for nic in guest.nics:
+        yield "network", nic.kind
+        for forward in nic.hostfwd:
+            yield "port", forward
+    for argument in guest.qemu_args:
+        yield "qemu-arg", argument
 
 
 def _disks(options: ScsiOptions) -> Iterator[Use]:
