@@ -25,7 +25,7 @@ from vmbus.providers.disk.options import DiskRecord
 from vmbus.providers.scsi import provider as controllers
 from vmbus.providers.scsi.handshake import Phase
 from vmbus.providers.scsi.unit import UnitOptions, UnitState
-from vmbus.vm.description import VmDescription
+from vmbus.vm.description import FurtherDevice, VmDescription
 from vmbus.vm.own_guest import OwnDisk, OwnGuest, OwnNic
 
 pytestmark = pytest.mark.unit
@@ -161,6 +161,14 @@ def test_accept_of_a_guest_of_ones_own() -> None:
             Accept(rules).check(wanted, "the source")
         rules.append(rule)
     Accept(rules).check(wanted, "the source")
+
+
+def test_accept_looks_at_every_device() -> None:
+    further = FurtherDevice("vmbus1", [ProviderDescription("scsi", "more", INSTANCE.format(9), DISKS[1])], slot=6)
+    wanted = msgspec.structs.replace(vm(), devices=[further])
+    with pytest.raises(StateError, match=r"with the disk 'web-1\.img'"):
+        Accept(["demo"]).check(wanted, "the source")
+    Accept(["demo", "disk:*"]).check(wanted, "the source")
 
 
 def test_accept_looks_into_options_that_are_none() -> None:

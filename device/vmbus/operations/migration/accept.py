@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator
 from fnmatch import fnmatchcase
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,7 @@ class Accept:
 
     def check(self, vm: VmDescription, source: str) -> None:
         """Raises `StateError` that names what is not taken, for people at both sides."""
-        self._refuse([("vm", vm.name), *_uses(vm.device), *_own(vm.mine)], source)
+        self._refuse([("vm", vm.name), *chain.from_iterable(map(_uses, vm.all_devices)), *_own(vm.mine)], source)
 
     def check_saved(self, device: DeviceDescription, state: Path, source: str) -> None:
         """The same for the device as it is when it stands still, and for its saved state in a file, which says what
