@@ -7,17 +7,15 @@ says how many saves there were.
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
-from unittest import mock
 
 import msgspec
 import pytest
 
 from support.step_provider import GuestEnd, StepProvider
 from support.step_scripts import ONE, SCENARIOS
-from support.steps import Described, Diverged, Report, Run, Scenario, Stuck, checkpoint, replace, run_once
+from support.steps import Described, Diverged, Report, Run, Scenario, checkpoint, replace, run_once
 from support.steps_loopback import KINDS, TICK, LoopbackWorld
 from vmbus import providers
-from vmbus.bus.synic import Synic
 from vmbus.device import saved
 from vmbus.errors import VmbusError
 from vmbus.server.timers import Timers
@@ -116,19 +114,6 @@ def test_every_step_notices_what_is_missing(name: str, change: Any, libvfio_user
     with pytest.raises((AssertionError, VmbusError)):
         found, _, _ = run_once(BY_NAME[name], replace, make=make)
         assert found == expected
-
-
-def test_every_step_notices_that_the_interrupt_is_not_raised_again(libvfio_user: Library) -> None:
-    """Where it was raised and not taken when the save came, a guest that waits for it waits for ever."""
-
-    def make(described: Sequence[Described]) -> LoopbackWorld:
-        return LoopbackWorld(libvfio_user, described, patience=0.5)
-
-    scenario = BY_NAME["messages_not_taken"]
-    _, plain, _ = run_once(scenario, None, make=make)
-    with mock.patch.object(Synic, "kick", Synic.deliver), pytest.raises((Stuck, AssertionError, VmbusError)):
-        for point in range(1, plain.points + 1):
-            run_once(scenario, replace, only=point, make=make)
 
 
 # ---- what the harness has found --------------------------------------------------------------------------------------

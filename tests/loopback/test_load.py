@@ -128,21 +128,6 @@ def test_a_revert_in_mid_traffic(vm: Vm, paused: bool) -> None:
     assert status["providers"]["burst"]["tally"]["completed"] == 2000
 
 
-def test_a_revert_with_packets_in_flight_in_both_states(vm: Vm) -> None:
-    vm.traffic.burst.hold = 1 << 30
-    vm.traffic.start(500, 2000, size=60, window=400)
-    vm.driver.run_until(lambda: len(vm.traffic.burst.held) > 50, 10, "packets of the host")
-    checkpoint = vm.checkpoint()
-    assert checkpoint.packets["queued"] > 20 and checkpoint.packets["sent"] > 20
-    vm.traffic.burst.hold = 20
-    then = vm.progress()
-    vm.server.command("resume")
-    vm.wander(then)
-    vm.revert(checkpoint)
-    vm.traffic.finish()
-    assert vm.server.command("status")["providers"]["burst"]["restored"] == sum(checkpoint.packets.values())
-
-
 def test_without_the_load_a_revert_is_noticed(vm: Vm) -> None:
     """Sabotage: guest memory and the PCI function go back, the device does not."""
     vm.start()

@@ -305,17 +305,6 @@ def test_fault_d11_network_survives_an_interface_that_goes_down_or_away(
     assert outside.interfaces() == []
 
 
-def test_a_guest_that_dies_leaves_the_interface_to_the_next_one(
-    libvfio_user: Library, outside: Namespace, caller: Caller
-) -> None:
-    with LoopbackServer(describe("network", network={**OPTIONS, "namespace": outside.name}), libvfio_user) as server:
-        for _ in range(2):
-            driver = VmbusDriver(server.function())
-            guest = _guest(driver)
-            exchange(driver, guest, caller, 5)
-            driver.function.abandon()
-
-
 def test_mtus_without_end_are_one_change_at_a_time(
     libvfio_user: Library, outside: Namespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:

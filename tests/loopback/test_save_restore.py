@@ -70,18 +70,6 @@ def test_many_generations_in_mid_traffic(vm: Vm) -> None:
     assert vm.driver.rescinded == [] and vm.driver.failures == []
 
 
-def test_a_restored_device_takes_new_channels_and_new_drivers(vm: Vm) -> None:
-    traffic = Traffic(vm.driver)
-    traffic.start(100, 100)
-    traffic.finish()
-    vm.driver.close_channel(traffic.echo.channel)
-    vm.next_generation()
-    vm.driver.close_channel(traffic.burst.channel)
-    traffic = Traffic(vm.driver)
-    traffic.start(200, 200)
-    traffic.finish()
-
-
 # ---- in turns: see also test_hostile_many.py -------------------------------------------------------------------------
 
 

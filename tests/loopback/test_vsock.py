@@ -27,7 +27,7 @@ from vmbus.observe.inspection.saved import inspect_state
 from vmbus.operations.migration.arrival import packets_found
 from vmbus.providers.vsock import VsockProvider
 from vmbus.providers.vsock.connection import CHUNK, HIGH, Connection
-from vmbus.providers.vsock.provider import _FLAGS, HOST_SECONDS, MOST_CONNECTIONS
+from vmbus.providers.vsock.provider import _FLAGS, MOST_CONNECTIONS
 from vmbus.snapshot.manifest import Packets
 from vmbus.testkit.loopback.harness import LoopbackServer, describe
 from vmbus.transport.library import Library
@@ -184,15 +184,6 @@ def both_ways(bench: Bench, guest: GuestSocket, host: socket.socket, size: int) 
     host.close()
 
 
-@pytest.mark.parametrize("which", ["guest", "host"])
-def test_bytes_both_ways(bench: Bench, which: str) -> None:
-    for size in (0, 1, 7, 8, 4088, 4089, 16384, 3_000_000):
-        both_ways(bench, *bench.both(which), size)
-    bench.nothing_is_left()
-    status = bench.status
-    assert status[f"from_{which}"] == 8 and status["wrong"] == status["lingered"] == status["discarded"] == 0
-
-
 def test_the_socket_is_its_owners_alone_and_goes_away(bench: Bench) -> None:
     assert bench.status["socket"] == str(bench.path)
     assert bench.path.stat().st_mode & 0o777 == 0o600
@@ -229,37 +220,6 @@ def test_half_a_connection_goes_on(bench: Bench, which: str) -> None:
     guest.end()
     bench.sockets.run_until(lambda: guest.closed, "the RESCIND")
     bench.nothing_is_left()
-
-
-def test_nobody_listens_on_the_host(bench: Bench) -> None:
-    began = time.monotonic()
-    guest = bench.sockets.connect(4711)
-    bench.sockets.run_until(lambda: guest.fins, "the end")
-    bench.sockets.run_until(lambda: guest.closed, "the RESCIND")
-    assert time.monotonic() - began < pace.seconds(2) and not guest.got
-    guest = bench.sockets.connect(4711)
-    guest.send(b"hello")  # shows that the guest has its socket
-    bench.sockets.run_until(lambda: guest.closed, "the RESCIND")
-    assert bench.status["refused_by_host"] == 2
-    bench.nothing_is_left()
-
-
-def test_nobody_listens_in_the_guest(bench: Bench) -> None:
-    host = bench.call(4711)
-    began = time.monotonic()
-    got = bytearray()
-    bench.sockets.run_until(lambda: not take(host, got), "the refusal")
-    assert HOST_SECONDS - 0.5 < time.monotonic() - began < pace.seconds(HOST_SECONDS + 2) and not got
-    assert bench.status["refused_by_guest"] == 1 and bench.sockets.seen == 1
-    bench.nothing_is_left()
-
-
-def test_a_line_that_is_none(bench: Bench) -> None:
-    lines = (b"\n", b"connect 1\n", b"CONNECT 4294967296\n", b"C" * 40)
-    for line in lines:
-        host = bench.call(line)
-        bench.sockets.run_until(lambda host=host: not take(host, bytearray()), "the end")
-    assert bench.status["turned_away"] == len(lines) and bench.sockets.seen == 0
 
 
 def test_what_follows_the_line_at_once_is_the_connections(bench: Bench) -> None:
@@ -362,47 +322,6 @@ def test_a_guest_that_closes_its_channel_by_itself(bench: Bench) -> None:
         bench.driver.close_channel(guest.channel)
         bench.sockets.run_until(lambda host=host, got=got: not take(host, got), "the end")
     bench.nothing_is_left()
-
-
-def test_many_short_connections_leave_nothing_behind(bench: Bench) -> None:
-    listener = bench.listen()
-    descriptors = len(list(Path("/proc/self/fd").iterdir()))
-    offers = []
-
-    def echo(one: GuestSocket) -> None:
-        one.until(lambda: one.fins, "the host's bytes")
-        one.send(bytes(one.got))
-        one.end()
-
-    bench.sockets.listening[PORT + 1] = echo
-    for number in range(200):
-        word = b"%d" % number
-        if number % 2:
-            guest = bench.sockets.connect(PORT)
-            host = bench.accept(listener)
-            guest.send(word)
-            guest.end()
-            got = bytearray()
-            bench.sockets.run_until(lambda host=host, got=got: not take(host, got), "the guest's bytes")
-            host.sendall(bytes(got))
-            host.close()
-            bench.sockets.run_until(lambda guest=guest: guest.closed, "the RESCIND")
-            assert guest.got == word
-        else:
-            host = bench.call(PORT + 1)
-            host.sendall(word)
-            host.shutdown(socket.SHUT_WR)
-            got = bytearray()
-            bench.sockets.run_until(lambda host=host, got=got: not take(host, got), "the echo")
-            assert got.partition(b"\n")[2] == word
-            host.close()
-        bench.ends = [listener]
-        offers.append(len(bench.driver.bus.offers))
-    assert max(offers) <= 4
-    bench.nothing_is_left()
-    assert len(list(Path("/proc/self/fd").iterdir())) <= descriptors + 2
-    assert bench.status["from_guest"] == bench.status["from_host"] == 100
-    assert not bench.driver.failures
 
 
 # ---- saves -----------------------------------------------------------------------------------------------------------
@@ -653,14 +572,6 @@ def test_two_providers_and_a_path_that_is_too_long(bench: Bench, tmp_path: Path)
     assert path.exists()
     bench.server.command("rescind", name="two")
     assert not path.exists()
-
-
-@pytest.mark.parametrize("pages", [1, 2, 65])
-def test_rings_of_any_size(bench: Bench, pages: int) -> None:
-    listener = bench.listen()
-    guest = bench.sockets.connect(PORT, pages)
-    both_ways(bench, guest, bench.accept(listener), 300_000)
-    bench.nothing_is_left()
 
 
 # ---- sabotage --------------------------------------------------------------------------------------------------------
