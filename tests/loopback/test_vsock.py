@@ -115,7 +115,9 @@ class Bench:
         self.function.reconnect(self.server.socket_path, config)
         found = self.server.command("restore-finish")
         counts = count_packets(state)
-        assert packets_found(found) == Packets(queued=counts.queued, sent=counts.sent), "a live migration compares them"
+        assert packets_found([found]) == Packets(queued=counts.queued, sent=counts.sent), (
+            "a live migration compares them"
+        )
         return sum(found["unsaved"].values())
 
     def nothing_is_left(self, offers: int = 1, seconds: float = SECONDS) -> None:

@@ -97,7 +97,7 @@ def test_own_guest_two_devices_are_saved_restored_reverted_and_migrated_together
         description = with_further(demo_description, [demo_description])
         assert tuple(one.name for one in description.all_devices) == NAMES
         good, broken = tmp_path / "good", tmp_path / "broken"
-        async with await VirtualMachine.launch(description, programs) as vm:
+        async with await VirtualMachine.launch(description, programs) as vm:  # as booted: saved below
             assert len(vm.children) == 3
             await vm.wait_ready()
             started = [await vm.call_agent("start", driver="mixed", parameters=workloads(name)) for name in NAMES]
