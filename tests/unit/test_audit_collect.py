@@ -89,9 +89,9 @@ class Vm:
         self.asked.append(command)
         return self.guest.call(command, **arguments)
 
-    async def call_server(self, command: str) -> dict[str, Any]:
+    async def call_servers(self, command: str) -> list[dict[str, Any]]:
         self.asked.append(f"server {command}")
-        return {"on": self.on, "uid": "ab" * 16, "position": 7 + len(self.asked)}
+        return [{"on": self.on, "uid": "ab" * 16, "position": 7 + len(self.asked)}]
 
 
 def test_a_running_driver_is_asked_to_write_and_waited_for(guest: Guest, tmp_path: Path) -> None:

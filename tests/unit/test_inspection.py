@@ -32,7 +32,7 @@ from vmbus.observe.inspection.difference import Difference, compare
 from vmbus.observe.inspection.document import InFlight, Inspection, Source, as_answer, from_answer
 from vmbus.observe.inspection.plain import decoded, plain
 from vmbus.observe.inspection.saved import inspect_path, inspect_state
-from vmbus.observe.inspection.target import find
+from vmbus.observe.inspection.target import Saved, find
 from vmbus.observe.inspection.tree import clean, render
 from vmbus.observe.inspection.watch import rates
 from vmbus.providers.echo import EchoProvider
@@ -626,7 +626,7 @@ def test_names_of_running_vms_come_first(tmp_path: Path, monkeypatch: pytest.Mon
     (tmp_path / "demo").mkdir()
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
     assert getattr(find("demo", names=["demo"]), "name", None) == "demo"
-    assert find("./demo", names=["demo"]) == Path("demo")
-    assert find("demo", names=[]) == Path("demo")
+    assert find("./demo", names=["demo"]) == Saved(Path("demo"))
+    assert find("demo", names=[]) == Saved(Path("demo"))
     with pytest.raises(UsageError, match="several VMs are running"):
         find(None, names=["a", "b"])

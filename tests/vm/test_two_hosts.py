@@ -359,7 +359,7 @@ class Supervised(Audited):
 
     async def collect(self) -> tuple[Path, str]:
         found = await self.ask("audit")
-        return self.host.path(found["directory"]), found["uid"]
+        return self.host.path(found["directory"]), found["uids"]
 
     async def supervises(self) -> bool:
         try:

@@ -29,13 +29,13 @@ def audit(paths: tuple[Path, ...], name: str | None, leaf: str | None, as_json: 
     records of the running VM are fetched and checked. The exit status is 0 only if everything is proven, 1 if something
     is broken (the first transaction is named), 3 if nothing is, but records are missing.
     """
-    places = list(paths)
+    places, leaves = list(paths), [leaf] if leaf is not None else []
     if name is not None or not paths:
         if leaf is not None:
             raise UsageError("--leaf goes with records on disk: a running VM is checked up to now")
         answer = run(ask(find_vm(name), "audit", timeout=COLLECT_TIMEOUT))
         places.append(Path(str(answer["directory"])))
-        leaf = str(answer["uid"])
-    report = check_paths(places, leaf=leaf)
+        leaves = list(map(str, answer["uids"]))
+    report = check_paths(places, leaf=leaves or None)
     click.echo(report.to_json() if as_json else str(report), nl=not as_json)
     sys.exit(STATUS[report.verdict])

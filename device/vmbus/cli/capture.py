@@ -24,10 +24,9 @@ from vmbus.errors import EnvironmentProblem, UsageError
 from vmbus.observe.capture import record as r
 from vmbus.observe.capture.capture import DEFAULT_EXTERNAL, DEFAULT_LIMIT, DEFAULT_SNAPLEN
 from vmbus.observe.capture.pcapng import CaptureReader, Interface
+from vmbus.observe.inspection.target import Running, chosen
 from vmbus.observe.words import describe
 from vmbus.server.control import ControlClient
-from vmbus.vm.command_line import Sockets
-from vmbus.vm.run_directory import runtime_base
 from vmbus.wire.packet import PacketType
 
 _LOOK = 0.5  # seconds between looks at how a capture goes
@@ -79,6 +78,7 @@ def capture() -> None:
 @click.option("--detach", is_flag=True, help="Start the capture and leave it running.")
 @click.option("--status", "ask_status", is_flag=True, help="How the running capture goes.")
 @click.option("--stop", "ask_stop", is_flag=True, help="End the running capture.")
+@click.option("--device", metavar="NAME|NUMBER", help="Which device of several (default: the first).")
 @click.option("--control", type=click.Path(path_type=Path), help="The control socket of a device server, not a VM's.")
 def record(
     name: str | None,
@@ -92,10 +92,11 @@ def record(
     detach: bool,
     ask_status: bool,
     ask_stop: bool,
+    device: str | None,
     control: Path | None,
 ) -> None:
     """Capture the packets of VM NAME (none for the only one) until Ctrl-C."""
-    socket = control or Sockets(runtime_base() / find_vm(name, NAME_FIRST)).control
+    socket = control or run(_control(find_vm(name, NAME_FIRST), device))
     if ask_status or ask_stop:
         if output is not None or (ask_status and ask_stop):
             raise UsageError("--status and --stop go alone: without -o, and without each other")
@@ -123,6 +124,15 @@ def record(
         console.print(f"capturing to {path}; capture --stop ends it")
         return
     _watch(socket, path, options, seconds, packets)
+
+
+async def _control(name: str, device: str | None) -> Path:
+    target = Running.vm(name)
+    if device is not None:
+        (chosen_one,) = await chosen(target, device)
+        assert isinstance(chosen_one, Running)
+        target = chosen_one
+    return target.control
 
 
 async def _ask(socket: Path, command: str, **arguments: Any) -> dict[str, Any]:

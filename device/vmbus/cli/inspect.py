@@ -6,7 +6,6 @@ import contextlib
 import sys
 import time
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import click
@@ -20,7 +19,7 @@ from vmbus.cli.terminal import run
 from vmbus.errors import UsageError, VmbusError
 from vmbus.observe.inspection.difference import Change, Difference, compare, lines
 from vmbus.observe.inspection.document import MOST_PACKETS, Inspection, PacketInfo
-from vmbus.observe.inspection.target import Running, find, look
+from vmbus.observe.inspection.target import Running, Saved, chosen, find, look
 from vmbus.observe.inspection.tree import clean, packet_text, render
 from vmbus.observe.inspection.watch import View, Watch
 from vmbus.observe.words.seen import counted
@@ -80,6 +79,7 @@ def _is_number(words: list[str]) -> bool:
     help="List at most N packets of each sort for each channel (default: 4; with --channel or --json 64, of something "
     "saved all).",
 )
+@click.option("--device", metavar="NAME|NUMBER", help="Of several devices only this one (with --watch: the first).")
 @click.option("--checkpoint", metavar="TAG", help="Look into checkpoint TAG of the running VM, not into the VM.")
 @click.option("--verify", is_flag=True, help="Verify every file of a snapshot first, guest memory too.")
 def inspect(
@@ -89,6 +89,7 @@ def inspect(
     count: int | None,
     channels: tuple[str, ...],
     packets: int | None,
+    device: str | None,
     checkpoint: str | None,
     verify: bool,
 ) -> None:
@@ -104,8 +105,8 @@ def inspect(
         if len(words) != 3:
             raise click.UsageError("diff takes two: inspect diff A B")
         if seconds is not None or checkpoint is not None or channels:
-            raise click.UsageError("diff goes with --json, --packets and --verify alone")
-        _compare(words[1], words[2], as_json=as_json, packets=packets, verify=verify)
+            raise click.UsageError("diff goes with --json, --packets, --device and --verify alone")
+        _compare(words[1], words[2], device, as_json=as_json, packets=packets, verify=verify)
         return
     if len(words) > 1:
         raise click.UsageError("give one TARGET, or diff A B")
@@ -117,37 +118,40 @@ def inspect(
             raise click.UsageError("--count goes with --watch")
         if packets is None and not as_json and not channels:
             packets = _SHORT  # for people, who want to see the whole of it first
-        document = run(_look(word, packets, channels, verify=verify))
-        _show(document, channels, as_json=as_json)
+        for document in run(_look(word, device, packets, channels, verify=verify)):
+            _show(document, channels, as_json=as_json)
         return
     if verify or checkpoint is not None:
         raise click.UsageError("--watch looks at running VMs; --verify and --checkpoint are for what was saved")
     with contextlib.suppress(KeyboardInterrupt):
-        run(_watch(word, seconds, count, packets, channels, as_json=as_json))
+        run(_watch(word, device, seconds, count, packets, channels, as_json=as_json))
 
 
 def _checkpoint(word: str | None, tag: str) -> str:
     """The path of a checkpoint that a running VM keeps with itself."""
     target = find(word)
     if not isinstance(target, Running):
-        raise UsageError(f"--checkpoint goes with a running VM; for a directory of checkpoints say {target}/{tag}")
+        raise UsageError(f"--checkpoint goes with a running VM; for a directory of checkpoints say {target.path}/{tag}")
     return str(runtime_base() / target.name / "checkpoints" / tag)
 
 
-async def _look(word: str | None, packets: int | None, channels: tuple[str, ...], *, verify: bool) -> Inspection:
+async def _look(
+    word: str | None, device: str | None, packets: int | None, channels: tuple[str, ...], *, verify: bool
+) -> list[Inspection]:
+    """Of each device that is meant."""
     target = find(word)
     if verify:
         if isinstance(target, Running):
             raise UsageError("--verify is for snapshots: a running VM has no digests")
-        await open_snapshot(target)
-    document = await look(target, packets, channels or None)
-    _require(document, channels)
-    return document
+        await open_snapshot(target.path)
+    documents = [await look(one, packets, channels or None) for one in await chosen(target, device)]
+    _require(documents, channels)
+    return documents
 
 
-def _require(document: Inspection, channels: tuple[str, ...]) -> None:
+def _require(documents: list[Inspection], channels: tuple[str, ...]) -> None:
     """Raises UsageError for a channel that is not there."""
-    present = [channel.name for channel in document.channels]
+    present = [channel.name for document in documents for channel in document.channels]
     missing = [name for name in channels if name not in present]
     if missing:
         raise UsageError(f"there is no channel {missing[0]!r}; there are: {', '.join(present) or 'none'}")
@@ -180,6 +184,7 @@ def _echo_json(value: Any) -> None:
 
 async def _watch(
     word: str | None,
+    device: str | None,
     seconds: float,
     count: int | None,
     packets: int | None,
@@ -188,8 +193,10 @@ async def _watch(
     as_json: bool,
 ) -> None:
     target = find(word)
+    if isinstance(target, Running) and device is not None:
+        (target,) = await chosen(target, device)
     if not isinstance(target, Running):
-        raise UsageError(f"{target} does not change: --watch is for running VMs")
+        raise UsageError(f"{target.path} does not change: --watch is for running VMs")
     watch = Watch(target, packets=_WATCHED_PACKETS if packets is None else packets, channels=channels or None)
     console = _console()
     if as_json:
@@ -229,9 +236,9 @@ def _picture(view: View, notices: list[str], channels: tuple[str, ...]) -> Rende
 # ---- two of them -----------------------------------------------------------------------------------------------------
 
 
-def _compare(a: str, b: str, *, as_json: bool, packets: int | None, verify: bool) -> None:
+def _compare(a: str, b: str, device: str | None, *, as_json: bool, packets: int | None, verify: bool) -> None:
     try:
-        found = run(_difference(a, b, packets, verify=verify))
+        found = run(_difference(a, b, device, packets, verify=verify))
     except VmbusError as error:
         click.echo(f"error: {error}", err=True)
         sys.exit(TROUBLE)
@@ -242,12 +249,15 @@ def _compare(a: str, b: str, *, as_json: bool, packets: int | None, verify: bool
     sys.exit(0 if found.same else 1)
 
 
-async def _difference(a: str, b: str, packets: int | None, *, verify: bool) -> Difference:
+async def _difference(a: str, b: str, device: str | None, packets: int | None, *, verify: bool) -> Difference:
     found = []
     for word in (a, b):
         target = find(word)
-        if verify and isinstance(target, Path):
-            await open_snapshot(target)
+        if verify and isinstance(target, Saved):
+            await open_snapshot(target.path)
+        target, *others = await chosen(target, device)
+        if others:
+            raise UsageError(f"{word} has several devices: say which one is to be compared (--device NAME)")
         found.append(await look(target, MOST_PACKETS if packets is None and isinstance(target, Running) else packets))
     return compare(*found)
 

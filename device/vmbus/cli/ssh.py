@@ -41,9 +41,12 @@ def ssh(name: str | None, words: tuple[str, ...]) -> None:
 
 
 async def _sockets(name: str) -> list[str]:
-    control = ControlClient(Sockets(runtime_base() / name).control)
-    try:
-        status = await control.call("status", timeout=STATUS_TIMEOUT)
-    finally:
-        control.close()
-    return [str(one["socket"]) for one in status["providers"].values() if "socket" in one]
+    found = []
+    for path in Sockets(runtime_base() / name).controls:
+        control = ControlClient(path)
+        try:
+            status = await control.call("status", timeout=STATUS_TIMEOUT)
+        finally:
+            control.close()
+        found += [str(one["socket"]) for one in status["providers"].values() if "socket" in one]
+    return found

@@ -386,8 +386,8 @@ class Supervisor:
         if vm.audit is None:
             raise UsageError(f"VM {vm.name!r} keeps no audit records: start it with --audit DIR")
         files = await collect_audit(vm)
-        server = await vm.call_server("audit")
-        return {"directory": str(vm.audit), "files": len(files), "uid": server["uid"]}
+        servers = await vm.call_servers("audit")
+        return {"directory": str(vm.audit), "files": len(files), "uids": [one["uid"] for one in servers]}
 
     async def _provider(self, wish: _ProviderArguments, progress: Progress) -> dict[str, Any]:
         return await self.vm.command_provider(wish.provider, wish.command, wish.arguments, timeout=wish.seconds)

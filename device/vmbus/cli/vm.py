@@ -46,7 +46,7 @@ from vmbus.snapshot.manifest import Machine
 from vmbus.testkit.driver_file import DriverFile, install, read_driver_file
 from vmbus.util.explaining import check_name
 from vmbus.vm.command_line import Programs, programs_from
-from vmbus.vm.description import VmDescription, find_description, load_description
+from vmbus.vm.description import VmDescription, find_description, load_description, with_further
 from vmbus.vm.own_guest import check_boot_files
 from vmbus.vm.root import missing_root
 from vmbus.vm.run_directory import RunDirectory
@@ -80,6 +80,13 @@ CAPTURE_HELP = "Capture all packets from the start on into this new pcapng file 
     help="Put a test driver of your own into the guest; its name is the file's. See docs/test-drivers.md.",
 )
 @click.option("--list-drivers", is_flag=True, help="Show the test drivers and their parameters, and start nothing.")
+@click.option(
+    "--device",
+    "others",
+    multiple=True,
+    metavar="CONFIG",
+    help="Give the VM the device of this description, too. May be given more often. See docs/architecture.md.",
+)
 @click.option("--audit", type=click.Path(path_type=Path, file_okay=False), help=AUDIT_HELP)
 @click.option("--capture", type=click.Path(path_type=Path, dir_okay=False), help=CAPTURE_HELP)
 @click.option("--external", metavar="BYTES", help="With --capture: how much of each packet's external data (64K).")
@@ -122,6 +129,7 @@ def run_vm(
     drives: tuple[str, ...],
     driver_files: tuple[Path, ...],
     list_drivers: bool,
+    others: tuple[str, ...],
     audit: Path | None,
     capture: Path | None,
     external: str | None,
@@ -153,8 +161,8 @@ def run_vm(
     if external is not None and capture is None:
         raise UsageError("--external goes with --capture")
     if receive is not None:
-        if config is not None or drives or own or ssh_keys or like is not None or given(mine):
-            named = ", ".join(["CONFIG", "--drive", "--driver-file", "--ssh-key", *given(mine)])
+        if config is not None or drives or own or others or ssh_keys or like is not None or given(mine):
+            named = ", ".join(["CONFIG", "--drive", "--driver-file", "--device", "--ssh-key", *given(mine)])
             raise UsageError(f"--receive takes no {named} or --like: the VM brings its own")
         coming = reception(receive, secret_file, tls, peers, accept, stream_port)
         if capture is not None:
@@ -165,6 +173,8 @@ def run_vm(
     if option := next((option for option, value in alone.items() if value), None):
         raise UsageError(f"--{option} goes with --receive")
     description = with_options(load_description(find_description(config or "demo", CONFIGURATIONS)), mine)
+    further = [load_description(find_description(one, CONFIGURATIONS)) for one in others]
+    description = with_further(description, further)
     check_boot_files(description.mine)
     wanted = jobs_for([parse_drive(text) for text in drives], own)
     notice = ""
@@ -409,9 +419,10 @@ async def _attend_detached(
 
 async def _drive(vm: VirtualMachine, start: float, drives: list[Drive], own: Sequence[DriverFile]) -> None:
     try:
-        for name, status in (await vm.call_server("status"))["providers"].items():
-            if "socket" in status:
-                _notice(f"{name}: programs of the host connect to the guest at {status['socket']}")
+        for server in await vm.call_servers("status"):
+            for name, status in server["providers"].items():
+                if "socket" in status:
+                    _notice(f"{name}: programs of the host connect to the guest at {status['socket']}")
         if vm.restored is not None and vm.restored.paused:
             return
         if vm.gdb is not None:

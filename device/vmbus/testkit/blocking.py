@@ -31,7 +31,7 @@ from vmbus.operations.save import SaveReport
 from vmbus.qemu.agent import AgentError, GuestOutput
 from vmbus.testkit.driver_file import install, read_driver_file
 from vmbus.testkit.moving import move
-from vmbus.vm.command_line import Programs
+from vmbus.vm.command_line import Programs, numbered
 from vmbus.vm.description import VmDescription
 from vmbus.vm.process import log_tail
 
@@ -273,26 +273,29 @@ class BlockingVm:
 
     # ---- the device ------------------------------------------------------------------------------------------------
 
-    def status(self) -> dict[str, Any]:
-        """The device server's status: phase, packets, providers."""
-        return self.call(self.machine.call_server("status"))
+    def status(self, device: int = 0) -> dict[str, Any]:
+        """A device server's status: phase, packets, providers. `device`: which one of several; the first is 0."""
+        return self.call(self.machine.call_servers("status"))[device]
 
     def note_provider_errors(self) -> list[str]:
         """What callbacks of providers have raised so far, also on the servers before this one."""
         with contextlib.suppress(VmbusError, OSError):
-            for provider, found in self.status().get("faults", {}).items():
-                texts = [f"provider {provider}: {one['callback']} raised {one['error']}" for one in found["errors"]]
-                self.provider_errors += [text for text in texts if text not in self.provider_errors]
+            for status in self.call(self.machine.call_servers("status")):
+                for provider, found in status.get("faults", {}).items():
+                    texts = [f"provider {provider}: {one['callback']} raised {one['error']}" for one in found["errors"]]
+                    self.provider_errors += [text for text in texts if text not in self.provider_errors]
         return self.provider_errors
 
-    def inspect(self) -> dict[str, Any]:
-        """All that the device server can tell."""
-        return self.call(self.machine.call_server("inspect"))
+    def inspect(self, device: int = 0) -> dict[str, Any]:
+        """All that a device server can tell."""
+        return self.call(self.machine.call_servers("inspect"))[device]
 
     def in_flight(self) -> dict[str, int]:
-        """Packets in flight: `queued` and `sent` by the device, and `held`, the guest's that it has not answered."""
-        status = self.status()
-        return {**status["packets"], "held": int(status["incoming_held"])}
+        """Packets in flight: `queued` and `sent` by the device (all devices together, if there are several), and
+        `held`, the guest's that it has not answered."""
+        found = self.call(self.machine.call_servers("status"))
+        packets = {key: sum(int(one["packets"][key]) for one in found) for key in ("queued", "sent")}
+        return {**packets, "held": sum(int(one["incoming_held"]) for one in found)}
 
     def provider(self, name: str, command: str, /, **arguments: Any) -> dict[str, Any]:
         """Give a provider a command of its own."""
@@ -426,8 +429,8 @@ class BlockingVm:
         for path in self.audit.glob("guest-*"):
             path.unlink()  # they are fetched anew, and whole
         self.call(collect_audit(self.machine))
-        leaf = str(self.call(self.machine.call_server("audit"))["uid"])
-        return check_paths([*self.audit_before, self.audit], leaf=leaf)
+        leaves = [str(one["uid"]) for one in self.call(self.machine.call_servers("audit"))]
+        return check_paths([*self.audit_before, self.audit], leaf=leaves)
 
     # ---- the end ---------------------------------------------------------------------------------------------------
 
@@ -435,7 +438,10 @@ class BlockingVm:
         """The ends of the logs: of the device server, of QEMU, and the guest's console."""
         folder = self.machine.run_directory.path
         paths = {
-            "device server": folder / "server.log",
+            **{
+                f"device server{f' {index + 1}' if index else ''}": folder / numbered("server.log", index)
+                for index in range(len(self.machine.devices))
+            },
             "QEMU": folder / "qemu.log",
             "guest's console": self.machine.paths.console_log,
         }

@@ -20,51 +20,51 @@ from vmbus.observe.audit.report import Gap, Report, Verdict
 from vmbus.wire.linux import driver_of
 
 
-def check_paths(paths: Iterable[Path], *, leaf: str | None = None) -> Report:
+def check_paths(paths: Iterable[Path], *, leaf: str | Sequence[str] | None = None) -> Report:
     """Check the records among files and directories.
 
-    `leaf`: the beginning of the uid of the server's record with which the timeline ends; without it, the one for which
-    the guest's records were fetched last, else the newest that no other goes on from. Raises EnvironmentProblem for
-    files that are not there or cannot be read, StateError for damaged ones, UsageError for a leaf that is not there.
+    `leaf`: the beginning of the uid of the server's record with which the timeline ends (of a VM with several devices,
+    one for each); without it, for each device's name the one for which the guest's records were fetched last, else the
+    newest that no other goes on from. Raises EnvironmentProblem for files that are not there or cannot be read,
+    StateError for damaged ones, UsageError for a leaf that is not there.
     """
     return check_records(read_records(paths), leaf=leaf)
 
 
-def check_records(records: Sequence[Record], *, leaf: str | None = None) -> Report:
+def check_records(records: Sequence[Record], *, leaf: str | Sequence[str] | None = None) -> Report:
     """See `check_paths`."""
     notes = [
         f"{one.source}: its last {one.torn} bytes are a torn event, and were left out" for one in records if one.torn
     ]
     usable = [one for one in records if not one.empty]
-    end = _leaf(usable, leaf)
-    path, missing = lineage(usable, end)
-    inside = {record.uid: cut for record, cut in path}
-    guests = _guests(usable, inside)
-    mark = _mark(guests, path)
-    host = host_timeline(path, mark)
+    found = [lineage(usable, end) for end in _leaves(usable, leaf)]
+    paths = [path for path, _ in found]
+    inside = {record.uid for path in paths for record, _ in path}
+    guests, marks = _guests(usable, paths)
+    hosts = [host_timeline(path, mark) for path, mark in zip(paths, marks, strict=True)]
     guest = guest_timeline(guests)
-    abandoned = [
-        f"{record}: all of it"
-        for record in usable
-        if record.side == "host" and record.uid not in inside and record.uid != end.uid
-    ]
-    for record, cut in path[:-1]:
+    abandoned = [f"{record}: all of it" for record in usable if record.side == "host" and record.uid not in inside]
+    for record, cut in (one for path in paths for one in path[:-1]):
         rest = sum(event.kind in (f.PUT, f.TAKEN) for event in record.events[cut:])
         if rest:
             abandoned.append(f"{record}: what came after the save ({rest} blocks of packets)")
     report = Report(
         verdict="clean",
-        missing=[Gap(text) for text in missing],
-        timeline=[str(record) for record, _ in path],
+        missing=[Gap(text) for _, missing in found for text in missing],
+        timeline=[str(record) for path in paths for record, _ in path],
         guests=[str(record) for record in guests],
         abandoned=abandoned,
         notes=notes,
     )
-    _check_lives(report, host.lives, guest.lives, host_complete=_complete(path, mark))
-    skip = {one.nonce for one in host.troubles if one.nonce}
-    troubles = [one for one in (*host.troubles, *guest.troubles) if not one.nonce or one.nonce in skip]
+    lives: dict[str, tuple[Life, bool]] = {}
+    for host, path, mark in zip(hosts, paths, marks, strict=True):
+        lives |= {nonce: (life, _complete(path, mark)) for nonce, life in host.lives.items()}
+    _check_lives(report, lives, guest.lives)
+    theirs = [one for host in hosts for one in host.troubles]
+    skip = {one.nonce for one in theirs if one.nonce}
+    troubles = [one for one in (*theirs, *guest.troubles) if not one.nonce or one.nonce in skip]
     report.missing += [Gap(one.message) for one in troubles]
-    for life in (*host.unknown, *guest.unknown):
+    for life in (*(one for host in hosts for one in host.unknown), *guest.unknown):
         report.not_proven(f"channel {life.name!r} was opened while the other end did not record")
     whole, halves = ([one for one in report.channels if bool(one.driver) is alone] for alone in (False, True))
     report.packets = sum(one.to_host + one.to_guest for one in whole)
@@ -77,15 +77,25 @@ def check_records(records: Sequence[Record], *, leaf: str | None = None) -> Repo
     return report
 
 
-def _leaf(records: Sequence[Record], wanted: str | None) -> Record:
+def _leaves(records: Sequence[Record], wanted: str | Sequence[str] | None) -> list[Record]:
+    """The records with which timelines end, of each device one."""
     hosts = [record for record in records if record.side == "host"]
-    if wanted is not None:
-        found = [record for record in hosts if record.uid.startswith(wanted)]
-        if len(found) != 1:
-            raise UsageError(f"{len(found)} records of servers begin with {wanted!r}; there: {_names(hosts)}")
-        return found[0]
     if not hosts:
         raise UsageError("there is no record of a server among these")
+    if wanted is None:
+        names = dict.fromkeys(record.name for record in hosts)
+        return [_latest([one for one in records if one.side != "host" or one.name == name]) for name in names]
+    leaves = []
+    for leaf in [wanted] if isinstance(wanted, str) else wanted:
+        found = [record for record in hosts if record.uid.startswith(leaf)]
+        if len(found) != 1:
+            raise UsageError(f"{len(found)} records of servers begin with {leaf!r}; there: {_names(hosts)}")
+        leaves += found
+    return leaves
+
+
+def _latest(records: Sequence[Record]) -> Record:
+    hosts = [record for record in records if record.side == "host"]
     marks = [record.collected for record in sorted(records, key=lambda one: one.started) if record.collected]
     by_uid = {record.uid: record for record in hosts}
     collected = [by_uid[mark.uid] for mark in marks if mark.uid in by_uid]
@@ -100,29 +110,32 @@ def _names(records: Iterable[Record]) -> str:
     return ", ".join(str(record) for record in records) or "none"
 
 
-def _guests(records: Iterable[Record], inside: dict[str, int]) -> list[Record]:
-    """For each process of the guest its latest record that is of this timeline."""
-    order = list(inside)
+def _guests(
+    records: Iterable[Record], paths: Sequence[Sequence[tuple[Record, int]]]
+) -> tuple[list[Record], list[Mark | None]]:
+    """For each process of the guest its latest record that is of these timelines, which are of the devices of one VM;
+    and where each of them was when the guest's records were fetched for the last time."""
     best: dict[str, tuple[tuple[int, int, int], Record]] = {}
+    last: list[tuple[tuple[int, int], Mark] | None] = [None] * len(paths)
+    cuts = {
+        record.uid: (number, index - len(path), cut)  # the last server of each timeline counts as the latest
+        for number, path in enumerate(paths)
+        for index, (record, cut) in enumerate(path)
+    }
     for record in records:
         if record.side != "guest":
             continue
-        rank = (-1, 0, len(record.events))  # a record that was not fetched by us: of any timeline
-        if record.collected is not None:
-            uid, position = record.collected
-            if uid not in inside or position > inside[uid]:
+        rank = (-len(cuts) - 1, 0, len(record.events))  # a record that was not fetched by us: of any timeline
+        if (mark := record.collected) is not None:
+            number, age, cut = cuts.get(mark.uid, (0, 0, -1))
+            if mark.position > cut:
                 continue
-            rank = (order.index(uid), position, len(record.events))
+            rank = (age, mark.position, len(record.events))
+            if (before := last[number]) is None or before[0] < (age, mark.position):
+                last[number] = ((age, mark.position), mark)
         if record.uid not in best or best[record.uid][0] < rank:
             best[record.uid] = (rank, record)
-    return [record for _, record in best.values()]
-
-
-def _mark(guests: Iterable[Record], path: Sequence[tuple[Record, int]]) -> Mark | None:
-    """Where the servers' timeline was when the guest's records were fetched for the last time."""
-    order = [record.uid for record, _ in path]
-    marks = [record.collected for record in guests if record.collected is not None]
-    return max(marks, key=lambda mark: (order.index(mark.uid), mark.position), default=None)
+    return [record for _, record in best.values()], [None if one is None else one[1] for one in last]
 
 
 def _complete(path: Sequence[tuple[Record, int]], mark: Mark | None) -> bool:
@@ -134,9 +147,11 @@ def _complete(path: Sequence[tuple[Record, int]], mark: Mark | None) -> bool:
 # ---- lives -----------------------------------------------------------------------------------------------------------
 
 
-def _check_lives(report: Report, host: dict[str, Life], guest: dict[str, Life], *, host_complete: bool) -> None:
+def _check_lives(report: Report, host: dict[str, tuple[Life, bool]], guest: dict[str, Life]) -> None:
+    """`host`: with each life, whether its server's side reaches beyond the guest's."""
     for nonce in [*host, *(nonce for nonce in guest if nonce not in host)]:
-        one, other = host.get(nonce), guest.get(nonce)
+        one, host_complete = host.get(nonce, (None, False))
+        other = guest.get(nonce)
         if one is not None and not one.known:
             continue  # told already
         if one is not None and other is not None and other.known:

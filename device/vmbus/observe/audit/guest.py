@@ -35,30 +35,30 @@ class Collectable(Protocol):
     @property
     def name(self) -> str: ...
     async def call_agent(self, command: str, /, *, timeout: float = ..., **arguments: Any) -> dict[str, Any]: ...
-    async def call_server(self, command: str) -> dict[str, Any]: ...
+    async def call_servers(self, command: str) -> list[dict[str, Any]]: ...
 
 
 async def collect_audit(vm: Collectable, directory: Path | None = None, *, timeout: float = 60.0) -> list[Path]:
-    """Fetch all records that the guest has into the VM's directory for them (or another), and flush the server's;
-    returns the fetched files.
+    """Fetch all records that the guest has into the VM's directory for them (or another), and flush the servers';
+    returns the fetched files, each record once for each device of the VM: which one it is of is in the record.
 
-    A record that is fetched again replaces what was fetched from it under the same server. The guest must be running.
+    A record that is fetched again replaces what was fetched from it under the same servers. The guest must be running.
     Raises UsageError when the VM's server does not record, StateError for a record that cannot be one, and what the
     agent's and the server's calls raise.
     """
     directory = directory or vm.audit
     if directory is None:
         raise UsageError(f"VM {vm.name!r} keeps no audit records: start it with an audit directory")
-    before = await vm.call_server("audit")
-    if not before.get("on"):
+    before = await vm.call_servers("audit")
+    if not all(one.get("on") for one in before):
         raise UsageError("this VM does not keep audit records: start it with an audit directory")
     make_directory(directory)
     records = await _flushed(vm, timeout)
     files = []
     for record in records:
         data = await _read(vm, record.name, timeout)
-        files.append(_write(directory, record.name, data, str(before["uid"]), int(before["position"])))
-    await vm.call_server("audit")
+        files += [_write(directory, record.name, data, str(one["uid"]), int(one["position"])) for one in before]
+    await vm.call_servers("audit")
     return files
 
 

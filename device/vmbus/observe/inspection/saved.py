@@ -54,34 +54,49 @@ from vmbus.wire import ic
 from vmbus.wire.hvsock import peer_port, port_of
 
 
-def inspect_path(path: Path) -> Inspection:
-    """What is at `path`: a snapshot's directory, a checkpoint (`DIRECTORY/TAG`), or a device state file.
+def saved_devices(path: Path) -> list[str]:
+    """The names of the devices in it; of a bare state file an empty one. Raises as `inspect_path`."""
+    if path.is_dir() and (path / MANIFEST).exists():
+        return [one.name for one in read_state(path)[0].vm.all_devices]
+    if (found := _checkpoint_at(path)) is not None:
+        return [one.name for one in found[0].record(found[1]).vm.all_devices]
+    return [""]
+
+
+def _checkpoint_at(path: Path) -> tuple[Store, str] | None:
+    tag = path.name.removesuffix(".json").removesuffix(".state")
+    there = (path.parent / IMAGE).exists() and (path.parent / f"{tag}.json").exists()
+    return (Store(path.parent, own=False), tag) if there else None
+
+
+def inspect_path(path: Path, device: int = 0) -> Inspection:
+    """What is at `path`: a snapshot's directory, a checkpoint (`DIRECTORY/TAG`), or a device state file. `device`:
+    which one of several.
 
     Raises StateError that says what is wrong with it, or that there is nothing of the kind.
     """
     if path.is_dir():
         if (path / MANIFEST).exists() or not (path / IMAGE).exists():
-            return inspect_snapshot(path)
+            return inspect_snapshot(path, device)
         tags = sorted(Store(path, own=False).tags())
         raise StateError(
             f"{path} is a directory of checkpoints; choose one: "
             + (", ".join(str(path / tag) for tag in tags) or "there is none")
         )
-    store = Store(path.parent, own=False)
-    tag = path.name.removesuffix(".json").removesuffix(".state")
-    if (path.parent / IMAGE).exists() and (path.parent / f"{tag}.json").exists():
-        return inspect_checkpoint(store, tag)
+    if (found := _checkpoint_at(path)) is not None:
+        return inspect_checkpoint(*found, device)
     if not os.path.lexists(path):
         raise StateError(f"there is nothing at {path}: neither a snapshot nor a checkpoint nor a device state file")
     data = _read(path)
     return inspect_state(st.decode(data), Source(kind="state", name=str(path)))
 
 
-def inspect_snapshot(directory: Path) -> Inspection:
+def inspect_snapshot(directory: Path, device: int = 0) -> Inspection:
     """A snapshot. Raises StateError."""
-    manifest, data = read_state(directory)
+    manifest, data = read_state(directory, device)
     return _inspect(
         data,
+        device,
         Source(kind="snapshot", name=str(directory), created=manifest.created),
         manifest,
         qemu=manifest.versions.qemu,
@@ -92,13 +107,14 @@ def inspect_snapshot(directory: Path) -> Inspection:
     )
 
 
-def inspect_checkpoint(store: Store, tag: str) -> Inspection:
+def inspect_checkpoint(store: Store, tag: str, device: int = 0) -> Inspection:
     """A checkpoint. Raises StateError and UsageError as the store does."""
     record = store.record(tag)
-    data = store.verify_state(record)
+    data = store.verify_state(record, device)
     files = {} if record.files is msgspec.UNSET else {name: one.size for name, one in record.files.items()}
     return _inspect(
         data,
+        device,
         Source(kind="checkpoint", name=str(store.directory / tag), created=record.created),
         record,
         qemu=record.qemu,
@@ -109,13 +125,14 @@ def inspect_checkpoint(store: Store, tag: str) -> Inspection:
     )
 
 
-def _inspect(data: bytes, source: Source, record: Manifest | Checkpoint, **more: Any) -> Inspection:
-    document = inspect_state(st.decode(data), source, record.vm.device)
+def _inspect(data: bytes, device: int, source: Source, record: Manifest | Checkpoint, **more: Any) -> Inspection:
+    machine = record.machine
+    document = inspect_state(st.decode(data), source, record.vm.all_devices[device])
     document.saved = SavedInfo(
         description=msgspec.to_builtins(record.vm),
-        machine=record.machine.type,
-        accelerator=record.machine.accelerator,
-        pci_address=record.machine.pci_address,
+        machine=machine.type,
+        accelerator=machine.accelerator,
+        pci_address=[machine.pci_address, *(one.pci_address for one in machine.further)][device],
         incoming_held=record.incoming_held,
         state_bytes=len(data),
         **more,
