@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import dataclasses
-import json
 import re
 import struct
 import time
@@ -22,10 +20,9 @@ from support.in_guest import require_no_complaints, shell, until_prints
 from support.linux_guest import GuestMemory, described, event_page, message_page
 from vmbus.errors import VmbusError
 from vmbus.operations.machine import VirtualMachine
-from vmbus.testkit.loopback.harness import LoopbackServer, describe
 from vmbus.testkit.moving import move
-from vmbus.transport.library import Library
 from vmbus.vm.command_line import Programs
+from vmbus.vm.description import VmDescription, with_further
 from vmbus.vm.process import log_tail
 
 pytestmark = [pytest.mark.vm, pytest.mark.long]
@@ -218,35 +215,33 @@ async def test_linux_guest_with_channels_that_move_between_four_cpus(
     note(f"Linux's drivers, 4 CPUs: {found}")
 
 
-def test_linux_guest_with_both_drivers_on_two_functions(
-    run: Run, programs: Programs, note: Note, libvfio_user: Library
+async def test_linux_guest_with_both_drivers_on_two_devices(
+    programs: Programs, demo_description: VmDescription, tmp_path: Path, note: Note
 ) -> None:
-    """The second function, and its server, are the test's: machines of ours have one."""
-
-    async def story(server: LoopbackServer) -> None:
-        socket = {"type": "unix", "path": str(server.socket_path)}
-        second = {"driver": "vfio-user-pci", "id": "second", "socket": socket, "addr": "6", "rombar": 0}
-        two = dataclasses.replace(programs, extra=("-device", json.dumps(second)))
-        described_both = described(2, driver="both")
-        vm = await VirtualMachine.launch(described_both, two)  # as booted: a snapshot has one function
-        async with vm:
-            await vm.wait_ready()
-            await require_service(vm)
-            began = await beats(vm)
-            report = await vm.call_agent("run", driver="echo", parameters={"count": 2000}, timeout=120.0)
-            assert report["state"] == "finished", report
-            assert report["result"]["completed"] == 2000, report
-            await require_service(vm)
-            drivers = await shell(
-                vm, "for n in 5 6; do basename $(readlink /sys/bus/pci/devices/0000:00:0$n.0/driver); done"
-            )
-            assert drivers.split() == ["vmbus_pci", "vfio-pci"]
-            # The function that Linux has cannot be had, by mistake or on purpose.
-            await shell(vm, "! echo 0000:00:05.0 > /sys/bus/pci/drivers/vmbus_pci/unbind")
-            note(f"both drivers in one guest: 2000 echoes beside {await beats(vm) - began} heartbeats")
-
-    with LoopbackServer(describe("echo"), libvfio_user) as server:
-        run(story(server))
+    """Linux has the first one, and a program the second one, before and after a save."""
+    vm = await VirtualMachine.launch(with_further(described(2), [demo_description]), programs)
+    async with vm:
+        await vm.wait_ready()
+        await require_service(vm)
+        began = await beats(vm)
+        job = (await vm.call_agent("start", driver="echo", parameters={"count": 0, "window": 8}))["job"]
+        await require_service(vm)
+        drivers = await shell(
+            vm, "for n in 4 5; do basename $(readlink /sys/bus/pci/devices/0000:00:0$n.0/driver); done"
+        )
+        assert drivers.split() == ["vfio-pci", "vmbus_pci"]
+        # The function that Linux has cannot be had, by mistake or on purpose.
+        await shell(vm, "! echo 0000:00:05.0 > /sys/bus/pci/drivers/vmbus_pci/unbind")
+        vm = await over_a_save(vm, tmp_path / "saved", programs)
+    async with vm:
+        await require_service(vm)
+        await vm.call_agent("stop", job=job)
+        report = await vm.call_agent("wait", job=job, timeout=120.0)
+        assert report["state"] == "finished" and report["result"]["completed"] > 100, report
+        note(
+            f"both drivers in one guest, over a save: {report['result']['completed']} echoes beside "
+            f"{await beats(vm) - began} heartbeats"
+        )
 
 
 async def test_linux_guest_where_an_iommu_translates_is_refused(programs: Programs) -> None:

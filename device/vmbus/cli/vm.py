@@ -85,7 +85,7 @@ CAPTURE_HELP = "Capture all packets from the start on into this new pcapng file 
     "others",
     multiple=True,
     metavar="CONFIG",
-    help="Give the VM the device of this description, too. May be given more often. See docs/architecture.md.",
+    help="Give the VM the device of this description, too. May be given more often. See docs/several-devices.md.",
 )
 @click.option("--audit", type=click.Path(path_type=Path, file_okay=False), help=AUDIT_HELP)
 @click.option("--capture", type=click.Path(path_type=Path, dir_okay=False), help=CAPTURE_HELP)

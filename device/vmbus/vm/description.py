@@ -41,7 +41,7 @@ class GuestDescription(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Empty: there are none any more. Manifests have it."""
     driver: Literal["userspace", "linux", "both"] | msgspec.UnsetType = msgspec.UNSET
     """Who drives the device: programs over VFIO (``userspace``, unless it is said), or Linux's own VMBus drivers
-    (``linux``; with ``both``, programs can drive further functions of the machine). See docs/linux-guest.md. Left out
+    (``linux``; with ``both``, programs can drive further devices). See docs/linux-guest.md. Left out
     of manifests if it is not said: older ones do not have it."""
 
     root: Annotated[str, msgspec.Meta(pattern=IMAGE_PATTERN)] | msgspec.UnsetType = msgspec.UNSET
