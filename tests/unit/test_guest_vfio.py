@@ -103,6 +103,21 @@ def test_functions_are_found_by_their_ids(sysfs: Sysfs) -> None:
         find_functions(1, 2, sysfs=str(sysfs) + "/nowhere")
 
 
+def test_own_guest_two_devices_are_told_apart(sysfs: Sysfs, tmp_path: Path) -> None:
+    for slot in ("05", "06"):
+        sysfs.function(f"0000:00:{slot}.0", 0x5642, 0x4D56)
+    words = tmp_path / "cmdline"
+    words.write_text("quiet vmbus.functions=vmbus0@05,vmbus1@06,gone@07 panic=-1\n")
+
+    def choose(which: str) -> str:
+        return choose_function(which, sysfs=str(sysfs), command_line=str(words))
+
+    assert (choose("vmbus1"), choose("0000:00:05.0")) == ("0000:00:06.0", "0000:00:05.0")
+    for wrong in ("vmbus2", "gone", "0000:00:07.0"):
+        with pytest.raises(EnvironmentProblem, match=rf"no VMBus function '{wrong}'.*there: 0000:00:05.0.*vmbus1"):
+            choose(wrong)
+
+
 def test_a_bound_function_is_left_alone(sysfs: Sysfs) -> None:
     function = sysfs.function("0000:00:05.0", 1, 2)
     (function / "driver").symlink_to(sysfs.driver("vfio-pci"))

@@ -5,7 +5,6 @@ to none.
 from __future__ import annotations
 
 import asyncio
-import secrets
 from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
@@ -13,9 +12,10 @@ from typing import Any
 import pytest
 
 from vmbus.errors import code_of
+from vmbus.observe.audit.checker import check_paths
+from vmbus.observe.audit.guest import collect_audit
 from vmbus.operations.machine import VirtualMachine
-from vmbus.operations.migration.address import UnixAddress
-from vmbus.operations.migration.listener import listen
+from vmbus.testkit.moving import move
 from vmbus.testkit.story import Figures, Story, audit, begun, finish
 from vmbus.util.patience import patient
 from vmbus.vm.command_line import Programs
@@ -75,29 +75,14 @@ def clean(found: list[Figures], what: str) -> None:
         assert figures.completed == figures.transactions > 500
 
 
-async def moved(vm: VirtualMachine, programs: Programs, path: Path) -> VirtualMachine:
-    secret = secrets.token_bytes(32)
-    listener = await listen(UnixAddress(str(path)), secret)
-    receiving = asyncio.create_task(VirtualMachine.receive(listener, programs, timeout=60.0))
-    try:
-        report = await vm.migrate(str(listener.address), secret)
-    except BaseException:
-        await asyncio.wait({receiving}, timeout=30)
-        receiving.cancel()
-        raise
-    print(f"migrated: {report.packets}, {report.flushed_pages} pages flushed, down {report.downtime:.2f} s")
-    assert report.flushed_pages and report.packets["queued"] and report.packets["sent"]
-    return await receiving
-
-
 def test_own_guest_two_devices_are_saved_restored_reverted_and_migrated_together(
     run: Run, demo_description: VmDescription, programs: Programs, tmp_path: Path
 ) -> None:
     async def body() -> None:
         description = with_further(demo_description, [demo_description])
         assert tuple(one.name for one in description.all_devices) == NAMES
-        good, broken = tmp_path / "good", tmp_path / "broken"
-        async with await VirtualMachine.launch(description, programs) as vm:  # as booted: saved below
+        good, broken, records = tmp_path / "good", tmp_path / "broken", tmp_path / "records"
+        async with await VirtualMachine.launch(description, programs, audit=records) as vm:  # as booted: saved below
             assert len(vm.children) == 3
             await vm.wait_ready()
             started = [await vm.call_agent("start", driver="mixed", parameters=workloads(name)) for name in NAMES]
@@ -123,7 +108,7 @@ def test_own_guest_two_devices_are_saved_restored_reverted_and_migrated_together
             await until_both_in_flight(vm)
             await vm.save(broken, live=True, sabotage=Sabotage(skip_flush=True, only=NAMES[1]))
 
-        vm = await VirtualMachine.restore(good, programs)
+        vm = await VirtualMachine.restore(good, programs, audit=records)
         async with vm:
             assert vm.restored is not None and vm.restored.packets == report.packets
             await until_both_in_flight(vm)
@@ -133,10 +118,17 @@ def test_own_guest_two_devices_are_saved_restored_reverted_and_migrated_together
             print(f"taken back: {back.packets}, {back.channels} channels")
             assert back.channels == vm.restored.channels == 4 and back.packets["sent"]
             await until_both_in_flight(vm)
-            vm = await moved(vm, programs, tmp_path / "m.sock")
+            vm, moved = await move(vm, audit=records)
+            print(f"migrated: {moved.packets}, {moved.flushed_pages} pages flushed, down {moved.downtime:.2f} s")
+            assert moved.flushed_pages and moved.packets["queued"] and moved.packets["sent"]
         async with vm:
             assert len(vm.children) == 3
             clean(await books(vm, jobs), "saved, restored, taken back and migrated")
+            await collect_audit(vm)
+            leaves = [one["uid"] for one in await vm.call_servers("audit")]
+        found = check_paths([records], leaf=leaves)
+        print(f"{found.packets} packets, {found.transactions} completed transactions, {len(found.timeline)} servers")
+        assert found.clean and len(found.timeline) == 6 and len(found.channels) == 4, str(found)
 
         async with await VirtualMachine.restore(broken, programs) as vm:
             first, second = await books(vm, jobs)
