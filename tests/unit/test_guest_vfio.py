@@ -13,7 +13,7 @@ import support.sysfs
 from vmbus.errors import EnvironmentProblem, UsageError
 from vmbus_guest import vfio
 from vmbus_guest.huge_pages import Extents
-from vmbus_guest.vfio import VfioFunction, bind_function, find_functions, iommu_group
+from vmbus_guest.vfio import VfioFunction, bind_function, choose_function, find_functions, iommu_group
 
 pytestmark = pytest.mark.unit
 
