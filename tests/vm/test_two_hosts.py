@@ -32,6 +32,7 @@ from vmbus.device.description import ProviderDescription
 from vmbus.errors import WaitTimeout
 from vmbus.observe.audit.checker import check_paths
 from vmbus.operations.machine import VirtualMachine
+from vmbus.operations.migration.certificates import make_authority, make_host
 from vmbus.server.control import ControlClient
 from vmbus.testbed.hosts import RUNTIME, TEMPORARY, Forbidden, Host, TwoHosts
 from vmbus.testkit.story import Figures, audit
@@ -373,8 +374,9 @@ async def command(host: Host, *words: str) -> Child:
     return await host.spawn(words[0], [*COMMAND, *words])
 
 
-def test_live_migration_with_the_commands(idle: Idle, programs: Programs) -> None:
+def test_live_migration_with_the_commands_and_back_by_tls(idle: Idle, programs: Programs, tmp_path: Path) -> None:
     """scripts/restore in A, scripts/run-vm --receive in B, scripts/migrate in A: each what a user would type there."""
+    pki = tmp_path / "pki"
     secret, records = TEMPORARY / "secret", str(vm_owner.AUDIT)
 
     async def story(hosts: TwoHosts) -> None:
@@ -395,10 +397,30 @@ def test_live_migration_with_the_commands(idle: Idle, programs: Programs) -> Non
         assert await asyncio.wait_for(asyncio.shield(source.exited), pace.seconds(30)) == 0, log_tail(source.log, 40)
         assert f"migrated to {address}" in source.log.read_text()
         await target.guard(eventually(pair.b.supervises, "the VM to run in B", 60), "the VM to run in B", 61)
-        await pair.finish(pair.b)
-        await pair.clean(pair.b)
-        await pair.b.ask("stop")
-        assert await asyncio.wait_for(asyncio.shield(target.exited), pace.seconds(30)) == 0, log_tail(target.log, 40)
+        last = await back_by_tls(hosts, pair, target)
+        await pair.finish(pair.a)
+        await pair.clean(pair.a)
+        await pair.a.ask("stop")
+        assert await asyncio.wait_for(asyncio.shield(last.exited), pace.seconds(30)) == 0, log_tail(last.log, 40)
+
+    async def back_by_tls(hosts: TwoHosts, pair: Pair, source: Child) -> Child:
+        """To A again, as one does across a network that one does not trust; the command that owns it there."""
+        make_authority(pki)
+        for name, host in (("a", hosts.a), ("b", hosts.b)):
+            shutil.copytree(make_host(pki, name, [host.address]), host.path(TEMPORARY / "pki"))
+        address, tls = f"tcp:{hosts.a.address}:{PORT}", ["--tls", str(TEMPORARY / "pki")]
+        rules = ["--peer", "b", "--accept", VM]
+        words = ["run-vm", "--receive", address, *tls, *rules, "--name", VM, "--audit", records]
+        target = await command(hosts.a, *words)
+        pair.a = Supervised(hosts.a, target)
+        await pair.traffic(pair.b)
+        await target.guard(eventually(pair.a.listens, "A to listen", 60), "A to listen", 61)
+        moving = await command(hosts.b, "migrate", VM, address, *tls, "--multifd", "2")
+        assert await asyncio.wait_for(asyncio.shield(moving.exited), pace.seconds(120)) == 0, log_tail(moving.log, 40)
+        print(moving.log.read_text())
+        assert await asyncio.wait_for(asyncio.shield(source.exited), pace.seconds(30)) == 0, log_tail(source.log, 40)
+        await target.guard(eventually(pair.a.supervises, "the VM to run in A", 60), "the VM to run in A", 61)
+        return target
 
     async def body() -> None:
         keep = [idle.snapshot, programs.kernel, programs.initramfs]
