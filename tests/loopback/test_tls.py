@@ -490,7 +490,8 @@ async def test_a_handshake_has_its_time(how: str, monkeypatch: pytest.MonkeyPatc
             await asyncio.sleep(0.02)
         assert asyncio.get_running_loop().time() - begun < bound + pace.seconds(5)
         assert "did not prove itself in time" in listener.last_refusal or how == "drop by drop"
-        assert not listener._strangers and not listener._tasks
+        assert not listener._strangers
+        await eventually(lambda: not listener._tasks, "nothing to be left of it", 5)
         writer.close()
 
 
