@@ -16,6 +16,7 @@ import msgspec
 import pytest
 
 from support.model_vm import CONFIG, LogBroken, ModelDevice, ModelVm
+from vmbus.cli.drivers import Drive, jobs_for, parse_drive
 from vmbus.device.description import DeviceDescription, ProviderDescription
 from vmbus.errors import EnvironmentProblem, StateError, UsageError
 from vmbus.operations.capture import Capture
@@ -137,6 +138,14 @@ def test_own_guest_two_devices_on_the_command_line() -> None:
     assert "vmbus.functions=vmbus0@05,vmbus1@07" in kernel_arguments(TWO)
     assert "vmbus.functions" not in kernel_arguments(ONE), "as ever"
     assert len(str(Sockets(Path()).control_of(MOST_DEVICES - 1))) <= len("supervisor.sock"), "paths are bounded by that"
+
+
+def test_own_guest_two_devices_are_driven_by_two_programs() -> None:
+    words = ["echo", "burst", "echo:function=vmbus1", "burst:function=vmbus1", "echo:function=vmbus2"]
+    mixed, second, third = jobs_for([parse_drive(word) for word in words], [])
+    assert mixed == Drive("mixed", {"workloads": [{"driver": "echo"}, {"driver": "burst"}]})
+    assert [one["function"] for one in second.parameters["workloads"]] == ["vmbus1", "vmbus1"]
+    assert third == Drive("echo", {"function": "vmbus2"})
 
 
 # ---- what is written down --------------------------------------------------------------------------------------------

@@ -39,14 +39,14 @@ def parse_drive(text: str) -> Drive:
 
 
 def jobs_for(drives: list[Drive], own: list[DriverFile]) -> list[Drive]:
-    """What to start in the guest. Workloads share the device, so several of them become one `mixed`.
+    """What to start in the guest. Workloads share their device, so several of them on one device become one `mixed`.
 
     Raises UsageError for one that does not exist, or does not take these parameters. (What one of a user's own takes
     is only known in the guest.)
     """
     workloads = {one.name for one in own if one.workload}
     known = {one.name for one in own} | set(CATALOGUE)
-    together: list[Drive] = []
+    together: dict[str, list[Drive]] = {}
     alone: list[Drive] = []
     for drive in drives:
         if drive.driver not in known:
@@ -58,11 +58,13 @@ def jobs_for(drives: list[Drive], own: list[DriverFile]) -> list[Drive]:
             except UsageError as error:
                 raise UsageError(f"--drive {drive.driver}: {error}") from None
         is_workload = drive.driver in workloads or (entry is not None and entry.workload() is not None)
-        (together if is_workload else alone).append(drive)
-    if len(together) > 1:
-        workloads_parameter = [{"driver": one.driver, **one.parameters} for one in together]
-        together = [Drive("mixed", {"workloads": workloads_parameter})]
-    return alone + together
+        device = str(drive.parameters.get("function", ""))
+        (together.setdefault(device, []) if is_workload else alone).append(drive)
+    return alone + [_mixed(some) if len(some) > 1 else some[0] for some in together.values()]
+
+
+def _mixed(drives: list[Drive]) -> Drive:
+    return Drive("mixed", {"workloads": [{"driver": one.driver, **one.parameters} for one in drives]})
 
 
 def outcome(report: dict[str, Any]) -> str:
