@@ -47,7 +47,7 @@ def network(config: str, user: str | None, away: bool) -> None:
 def interfaces(description: VmDescription) -> list[Settings]:
     """The host's interfaces that the VM's cards want. Raises UsageError for one that nobody can make ahead."""
     found = []
-    for provider in description.device.providers:
+    for provider in (one for device in description.all_devices for one in device.providers):
         if provider.kind != NetworkProvider.kind:
             continue
         options = msgspec.convert(provider.options, CardOptions)
