@@ -24,6 +24,7 @@ from vmbus.qemu.qmp import MIGRATION_ENDS, MigrationFailed
 from vmbus.snapshot.manifest import Machine
 from vmbus.vm.command_line import Programs
 from vmbus.vm.description import VmDescription
+from vmbus.vm.own_disks import DiskState
 
 BAR0 = 0xFEBF1000
 CONFIG = bytes.fromhex("4256564d") + bytes(range(252))
@@ -70,6 +71,7 @@ class ModelVm:
         )
         self.folder = folder
         self.images: dict[Path, Any] = {}
+        self.disks: list[DiskState] = []
         self.vcpus = self.ran = True
         self.device = "running"
         self.driven = False

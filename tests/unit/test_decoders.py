@@ -38,6 +38,7 @@ from vmbus.snapshot.checkpoints import Store
 from vmbus.snapshot.manifest import decode_manifest
 from vmbus.transport import doorway, protocol
 from vmbus.vm.description import parse_description
+from vmbus.vm.own_disks import decode_qcow2
 from vmbus.vm.run_directory import OWNER, read_owner
 from vmbus.wire import gpa, ic, packet, scsi
 from vmbus.wire import messages as wire_messages
@@ -78,6 +79,13 @@ def version_request(text: bytes) -> bytes:
     return bytes(protocol.HEADER.size + 4) + text + b"\0"
 
 
+QCOW2 = (
+    b"QFI\xfb"
+    + bytes.fromhex("00000003000000000000007800000004")
+    + bytes(76)
+    + bytes.fromhex("00000000000000000000006800000000e2792aca000000037261770000000000")
+    + b"base"
+)
 DESCRIPTION = (CHECKOUT / "qemu_configs" / "demo.toml").read_bytes()
 MESSAGES = tuple(messages.encode(one) for one in (messages.Ping(), messages.Go(), messages.Failed(reason="x")))
 STATES = tuple(path.read_bytes() for path in sorted((CHECKOUT / "tests" / "golden" / "v1").glob("*.state.bin"))[:2])
@@ -111,6 +119,7 @@ DECODERS: dict[str, Decoder] = {
     "vmbus.vm.description.parse_description": Decoder(
         lambda data: parse_description(data, "x"), UsageError, (DESCRIPTION,)
     ),
+    "vmbus.vm.own_disks.decode_qcow2": Decoder(lambda data: decode_qcow2(data, "x"), StateError, (QCOW2, QCOW2[:200])),
     "vmbus.vm.run_directory.read_owner": Decoder(
         in_file(OWNER, lambda path: read_owner(path.parent)), None, (b'{"pid":1,"start_time":2,"boot":"x"}',)
     ),

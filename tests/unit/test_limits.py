@@ -35,6 +35,8 @@ NOT_BOUNDS = {
     "vmbus.observe.inspection.difference._MOST": "a tool's own",
     "vmbus.observe.inspection.tree._LONGEST": "a tool's own",
     "vmbus.operations.migration.verdicts._MOST_READ": "for a reader of our own files",
+    "vmbus.vm.own_disks.LONGEST_CHAIN": "of the user's own files",
+    "vmbus.vm.own_disks._LONGEST_NAME": "of a format",
     "vmbus.vm.run_directory._LONGEST_SOCKET_NAME": "a length",
     "vmbus.operations.stream.MAX_BANDWIDTH": "not our own work's",
     "vmbus.server.driven._LONGEST_NAP": "how often it looks",

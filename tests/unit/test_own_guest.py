@@ -99,7 +99,7 @@ def test_own_guest_disks_and_cards_are_where_they_were_whatever_their_names() ->
     ]
     assert "-kernel" not in words and "-append" not in words and vm.mine.by_firmware
     assert "graphics=off" in options(words, "-machine")[0], "the boot loader is on the console"
-    assert contents_of(vm) == (RAM, STATE)
+    assert contents_of(vm) == (RAM, STATE, "disk.2")
     at_30 = msgspec.structs.replace(vm, slot=30)
     assert [
         one["addr"] for one in blocks(qemu_arguments(at_30, PROGRAMS, RUN)) if one["driver"] == "virtio-blk-pci"

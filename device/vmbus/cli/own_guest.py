@@ -17,6 +17,29 @@ from vmbus.vm.own_guest import OwnGuest, parse_disk, parse_nic
 
 F = TypeVar("F", bound=Callable[..., Any])
 
+
+def _checked_gdb(_: click.Context, __: click.Parameter, value: str | None) -> str | None:
+    if value is not None:
+        _own_guest({"gdb": value})
+    return value
+
+
+def _own_guest(values: Mapping[str, Any]) -> OwnGuest:
+    """Raises UsageError that names the option."""
+    try:
+        return msgspec.convert(values, OwnGuest)
+    except msgspec.ValidationError as error:
+        field, what = complaint(error, OwnGuest)
+        option = f"--{field.partition('[')[0].replace('_', '-').rstrip('s')}: " if field else ""
+        raise UsageError(f"{option}{what}") from error
+
+
+_GDB = click.option(
+    "--gdb",
+    metavar="socket|PORT",
+    callback=_checked_gdb,
+    help="Let gdb in, at gdb.sock in the VM's directory or 127.0.0.1:PORT.",
+)
 _OPTIONS = (
     click.option(
         "--kernel", metavar="FILE", help="Boot this kernel instead of ours; with --initrd or a root of yours."
@@ -48,10 +71,25 @@ _OPTIONS = (
         metavar="WORD",
         help="One more word for QEMU's command line, as it is.",
     ),
-    click.option(
-        "--gdb", metavar="socket|PORT", help="Let gdb in, at gdb.sock in the VM's directory or 127.0.0.1:PORT."
-    ),
+    _GDB,
 )
+
+TRUST = click.option(
+    "--trust",
+    is_flag=True,
+    help="The VM is no stranger's: take its arguments for QEMU, and files of this machine that it names.",
+)
+
+
+def own_restore_options(function: F) -> F:
+    """The options of a restore; their values come as keywords."""
+    disks = click.option(
+        "--disks",
+        metavar="DIR",
+        type=click.Path(path_type=Path, file_okay=False),
+        help="Put disks of QEMU's that are in the snapshot there, in the place of where they were.",
+    )
+    return disks(TRUST(_GDB(function)))
 
 
 def own_guest_options(function: F) -> F:
@@ -86,13 +124,7 @@ def with_options(description: VmDescription, values: Mapping[str, Any]) -> VmDes
         more["cpus"] = cpus
     if own:
         merged = msgspec.to_builtins(description.mine) | msgspec.to_builtins(own)
-        try:
-            more["own"] = msgspec.convert(merged, OwnGuest).below(Path.cwd())
-        except msgspec.ValidationError as error:
-            field, what = complaint(error, OwnGuest)
-            raise UsageError(
-                f"--{field.partition('[')[0].replace('_', '-').rstrip('s')}: {what}" if field else what
-            ) from error
+        more["own"] = _own_guest(merged).below(Path.cwd())
     try:
         # Not replace(): that would believe every value.
         return msgspec.convert(msgspec.to_builtins(description) | msgspec.to_builtins(more), VmDescription)

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from vmbus.cli.detach import Owner, detached, serve, this_owner
 from vmbus.cli.drivers import Drive, jobs_for, outcome, parse_drive, show_drivers
 from vmbus.cli.keys import with_keys
 from vmbus.cli.migrate import SECRET_HELP, TLS_HELP, Reception, reception
-from vmbus.cli.own_guest import given, own_guest_options, with_options
+from vmbus.cli.own_guest import given, own_guest_options, own_restore_options, with_options
 from vmbus.cli.supervisor import Status, Supervisor, ask, find_vm
 from vmbus.cli.terminal import (
     RECEIVE_LABELS,
@@ -47,6 +47,7 @@ from vmbus.testkit.driver_file import DriverFile, install, read_driver_file
 from vmbus.util.explaining import check_name
 from vmbus.vm.command_line import Programs, programs_from
 from vmbus.vm.description import VmDescription, find_description, load_description, with_further
+from vmbus.vm.own_disks import check_disks
 from vmbus.vm.own_guest import check_boot_files
 from vmbus.vm.root import missing_root
 from vmbus.vm.run_directory import RunDirectory
@@ -176,6 +177,7 @@ def run_vm(
     further = [load_description(find_description(one, CONFIGURATIONS)) for one in others]
     description = with_further(description, further)
     check_boot_files(description.mine)
+    check_disks(description.mine.disks)
     wanted = jobs_for([parse_drive(text) for text in drives], own)
     notice = ""
     if description.guest.root:
@@ -211,9 +213,16 @@ def save(directory: Path, name: str | None, live: bool, keep: bool) -> None:
 @click.option("--count", default=1, metavar="N", type=click.IntRange(1, 64), help="Bring N clones of it back at once.")
 @click.option("--audit", type=click.Path(path_type=Path, file_okay=False), help=AUDIT_HELP)
 @click.option("--capture", type=click.Path(path_type=Path, dir_okay=False), help=CAPTURE_HELP)
+@own_restore_options
 @click.option("--detach", is_flag=True, help=DETACH_HELP)
 def restore(
-    directory: Path, name: str | None, count: int, audit: Path | None, capture: Path | None, detach: bool
+    directory: Path,
+    name: str | None,
+    count: int,
+    audit: Path | None,
+    capture: Path | None,
+    detach: bool,
+    **mine: Any,
 ) -> None:
     """Bring the VM in snapshot DIRECTORY back and show its console.
 
@@ -223,13 +232,15 @@ def restore(
         check_name(name)
     if capture is not None and count != 1:
         raise UsageError("--capture is for one VM: several clones cannot share the file")
+    if count != 1 and (mine["disks"] is not None or mine["gdb"] is not None):
+        raise UsageError("--disks and --gdb are for one VM: each clone has disks of its own, in its own directory")
     if detach and detached():
         return
     programs = programs_from(provision())
     if count == 1:
-        serve(_restore(directory, programs, name, audit, capture))
+        serve(_restore(directory, programs, name, audit, capture, mine))
     else:
-        serve(_restore_clones(directory, programs, name, count, audit))
+        serve(_restore_clones(directory, programs, name, count, audit, trust=mine["trust"]))
 
 
 def machine_like(directory: Path) -> Machine:
@@ -263,13 +274,18 @@ async def _run_vm(
 
 
 async def _restore(
-    directory: Path, programs: Programs, name: str | None, audit: Path | None, capture: Path | None
+    directory: Path,
+    programs: Programs,
+    name: str | None,
+    audit: Path | None,
+    capture: Path | None,
+    mine: Mapping[str, Any],
 ) -> None:
     start = time.monotonic()
     run_directory = RunDirectory.create(name, exact=True) if name is not None else None
     with Steps(f"restore of {directory}", RESTORE_LABELS) as steps:
         vm = await VirtualMachine.restore(
-            directory, programs, run_directory, progress=steps, audit=audit, capture=capture
+            directory, programs, run_directory, progress=steps, audit=audit, capture=capture, **mine
         )
     await _attend_restored(vm, start, "is back")
 
@@ -287,7 +303,7 @@ async def _attend_restored(vm: VirtualMachine, start: float, what: str) -> None:
 
 
 async def _restore_clones(
-    directory: Path, programs: Programs, name: str | None, count: int, audit: Path | None
+    directory: Path, programs: Programs, name: str | None, count: int, audit: Path | None, *, trust: bool
 ) -> None:
     owner = this_owner()
     serving: list[Status] = []
@@ -302,7 +318,7 @@ async def _restore_clones(
         _notice(f"VM {vm.name!r}: {reason}")
 
     with Steps(f"restore of {count} clones of {directory}"):
-        clones = await VirtualMachine.clones(directory, programs, count, name=name, audit=audit)
+        clones = await VirtualMachine.clones(directory, programs, count, name=name, audit=audit, trust=trust)
     if owner is not None:
         owner.named(min(vm.name for vm in clones))
     try:
@@ -428,8 +444,10 @@ async def _drive(vm: VirtualMachine, start: float, drives: list[Drive], own: Seq
         if vm.gdb is not None:
             where = vm.paths.gdb if vm.gdb == "socket" else f"127.0.0.1:{vm.gdb}"
             _notice(f"gdb: target remote {where}")
-        if vm.description.foreign and not drives and not own:
-            return  # there may be no agent, and nobody needs one
+        if vm.description.foreign:
+            if not drives and not own:
+                return  # there may be no agent, and nobody needs one
+            _notice("test drivers need our agent in the guest, which is your own (docs/guest-package.md)")
         await vm.wait_ready()
         _notice(f"the guest's agent is up after {time.monotonic() - start:.1f} s")
         await install(vm, own)
@@ -484,3 +502,5 @@ def _show_save(report: SaveReport) -> None:
     if report.downtime is not None:
         table.add_row("downtime", f"{report.downtime:.3f} s")
     console.print(table)
+    for notice in report.notices:
+        _notice(notice)

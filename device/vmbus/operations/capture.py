@@ -33,6 +33,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from vmbus.errors import Code, EnvironmentProblem, VmbusError, code_of
+from vmbus.operations.own_disks import take_again
 from vmbus.operations.stream import StreamSettings, begin_stream, growing_limit, set_migration, stop_time
 from vmbus.operations.target import Captured, CapturedDevice, Target
 from vmbus.operations.vm import Vm
@@ -85,6 +86,7 @@ class Capture:
         at: Hook = no_hook,
         operation: str = "save",
     ) -> None:
+        self._vm = vm
         self._monitor = vm.monitor
         self._devices = vm.devices
         self._target = target
@@ -164,6 +166,8 @@ class Capture:
             await each(self._devices, _resume)
         if self._was_running:
             await self._monitor.cont()
+        else:
+            await take_again(self._vm)
         self._touched = False
         if self._logging:
             self._logging = False
@@ -322,6 +326,9 @@ class Capture:
                 await self._monitor.cont()
                 if not await self._monitor.running():
                     raise EnvironmentProblem("QEMU does not run the VM after 'cont'")
+        else:
+            with _collect(failures):
+                await take_again(self._vm)
         self._target.discard()
         if failures:
             raise failures[0]

@@ -19,6 +19,7 @@ import msgspec
 from vmbus.errors import StateError, UsageError, VmbusError, os_error
 from vmbus.operations.capture import Capture
 from vmbus.operations.image import Image, image_in
+from vmbus.operations.own_disks import check_checkpoint
 from vmbus.operations.target import Captured
 from vmbus.operations.vm import Vm, operation
 from vmbus.snapshot.bundle import utc_now
@@ -59,6 +60,7 @@ async def checkpoint(
     Checkpoints lie in the run directory and end with the VM, or in a `directory` of their own (made if need be), and
     then stay. Raises `UsageError` for a tag that is taken or not usable, and `SaveFailed` as `save` does.
     """
+    check_checkpoint(vm)
     image = image_in(vm, directory)
     store = image.store
     check_tag(tag)
@@ -114,6 +116,7 @@ async def _seal(vm: Vm, image: Image, tag: str, taken: Captured) -> Checkpoint:
         image=found,
         files=(await in_thread(functools.partial(store.seal_files, tag, taken.files))) or msgspec.UNSET,
         paused=msgspec.UNSET if taken.was_running else True,
+        disks=[one for one in await image.find_disks(tag) if one is not None] or msgspec.UNSET,
     )
     store.verify_states(record)
     await asyncio.to_thread(store.commit, record)

@@ -22,15 +22,17 @@ async def clone(
     *,
     name: str | None = None,
     audit: Path | None = None,
+    trust: bool = False,
 ) -> list[VirtualMachine]:
-    """So many VMs from the snapshot in `directory`, called `name` (None: as the saved one), with numbers.
+    """So many VMs from the snapshot in `directory`, called `name` (None: as the saved one), with numbers. `trust`: as
+    for `restore`.
 
     Raises what `restore` raises for any of them; the others are ended then.
     """
 
     async def one() -> VirtualMachine:
         run_directory = None if name is None else RunDirectory.create(name)
-        return await restore(make, directory, programs, run_directory, audit=audit, clone=True)
+        return await restore(make, directory, programs, run_directory, audit=audit, clone=True, trust=trust)
 
     found = await asyncio.gather(*(one() for _ in range(count)), return_exceptions=True)
     clones = [vm for vm in found if not isinstance(vm, BaseException)]

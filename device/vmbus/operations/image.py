@@ -1,13 +1,18 @@
-"""QEMU's part of checkpoints: snapshots of memory, CPUs and devices in a qcow2 image that no guest device uses."""
+"""QEMU's part of checkpoints: snapshots of memory, CPUs and devices in a qcow2 image that no guest device uses.
+
+Disks of one's own go back with them: each has a snapshot of its own content inside, made and loaded by the same jobs.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 from pathlib import Path
 from typing import Any
 
 from vmbus.errors import VmbusError, os_error
+from vmbus.operations.own_disks import disks_with_checkpoints
 from vmbus.operations.vm import Vm
 from vmbus.qemu.jobs import run_job
 from vmbus.snapshot.checkpoints import ImageSnapshot, Store
@@ -17,6 +22,7 @@ _IMAGE_BYTES = 1 << 20  # of the (empty) disk in the image; what is kept lies be
 _STATE_OFFSET = 512 << 20  # where QEMU puts a VM's state behind a disk of that size (one entry of the first table)
 _BESIDE_MEMORY = 256 << 20  # bytes that it may have besides guest memory, by far
 _IMAGE_TIMEOUT = 60.0
+_OWN = "own-"  # in the names of checkpoints that end with their VM
 # In front of a tag in the image: QEMU takes a name of digits for the number of a snapshot, and would load another one.
 _PREFIX = "vmbus-"
 THROWN_AWAY = ".thrown-away"
@@ -33,6 +39,9 @@ class Image:
         self._memory = vm.description.memory_mib << 20
         self._node = f"checkpoints-{len(vm.images)}"
         self._opened = False
+        # Of these, who come and go with the jobs: a name there is to be nobody else's, of whatever VM and directory.
+        self._disks = disks_with_checkpoints(vm)
+        self._token = f"{_OWN if store.own else ''}{secrets.token_hex(4)}"
         self._job_timeout = 60.0 + vm.description.memory_mib / 20
 
     async def open(self) -> None:
@@ -64,6 +73,23 @@ class Image:
                 image.unlink(missing_ok=True)
             raise
         self._opened = True
+        if self.store.own:
+            await self._clean_disks()
+
+    async def _clean_disks(self) -> None:
+        """Removes what VMs that have ended left in the disks of theirs: their checkpoints ended with them."""
+        for disk in self._disks:
+            for name in [str(one["name"]) for one in await self._listed(disk)]:
+                if name.startswith(_PREFIX) and f"@{_OWN}" in name and not name.endswith(f"@{self._token}"):
+                    what = f"removing a checkpoint of a VM that has ended, {name!r}, from {disk}"
+                    arguments = {"tag": name, "devices": [disk]}
+                    await run_job(self._monitor, "snapshot-delete", arguments, self._job_timeout, what)
+
+    def _name(self, tag: str) -> str:
+        """What a tag's snapshot is called."""
+        if not self._disks or tag == THROWN_AWAY:
+            return _PREFIX + tag
+        return self.store.record(tag).image.name if tag in self.store.tags() else f"{_PREFIX}{tag}@{self._token}"
 
     async def _remove_node(self, node: str) -> None:
         with contextlib.suppress(VmbusError):  # QEMU is gone, and the node with it
@@ -71,8 +97,16 @@ class Image:
 
     async def find(self, tag: str) -> ImageSnapshot | None:
         """What the image has under a tag."""
-        for one in await self._listed():
-            if one["name"] == _PREFIX + tag:
+        return await self._found(tag, self._node)
+
+    async def find_disks(self, tag: str) -> list[ImageSnapshot | None]:
+        """What each of the disks has under a tag."""
+        return [await self._found(tag, disk) for disk in self._disks]
+
+    async def _found(self, tag: str, node: str) -> ImageSnapshot | None:
+        name = self._name(tag)
+        for one in await self._listed(node):
+            if one["name"] == name:
                 return ImageSnapshot(
                     name=one["name"],
                     vm_state_bytes=int(one["vm-state-size"]),
@@ -81,10 +115,10 @@ class Image:
                 )
         return None
 
-    async def _listed(self) -> list[dict[str, Any]]:
+    async def _listed(self, node: str) -> list[dict[str, Any]]:
         nodes = await self._monitor.execute("query-named-block-nodes", {"flat": True})
-        node = next(one for one in nodes if one["node-name"] == self._node)
-        return list(node["image"].get("snapshots", []))
+        found = next(one for one in nodes if one["node-name"] == node)
+        return list(found["image"].get("snapshots", []))
 
     async def save(self, tag: str) -> None:
         """Everything that QEMU has, under a tag."""
@@ -102,10 +136,10 @@ class Image:
     async def reclaim(self) -> None:
         """Removes what takes and deletions that never came to their end have left."""
         tags = set(self.store.tags())
-        for name in [str(one["name"]) for one in await self._listed()]:
-            tag = name.removeprefix(_PREFIX)
+        for name in [str(one["name"]) for one in await self._listed(self._node)]:
+            tag = name.removeprefix(_PREFIX).partition("@")[0]
             if name.startswith(_PREFIX) and tag not in tags:
-                await self._job("snapshot-delete", tag, f"removing what was left of checkpoint {tag!r}")
+                await self._job("snapshot-delete", tag, f"removing what was left of checkpoint {tag!r}", name)
         self.store.reclaim()
 
     async def give_back(self) -> None:
@@ -130,8 +164,9 @@ class Image:
             await self._job("snapshot-save", THROWN_AWAY, "having QEMU forget that a migration failed")
             await self._job("snapshot-delete", THROWN_AWAY, removing)
 
-    async def _job(self, command: str, tag: str, what: str) -> None:
-        arguments: dict[str, object] = {"tag": _PREFIX + tag, "devices": [self._node]}
+    async def _job(self, command: str, tag: str, what: str, name: str = "") -> None:
+        disks = [] if tag == THROWN_AWAY else self._disks
+        arguments: dict[str, object] = {"tag": name or self._name(tag), "devices": [self._node, *disks]}
         if command != "snapshot-delete":
             arguments["vmstate"] = self._node
         await run_job(self._monitor, command, arguments, self._job_timeout, what)

@@ -15,6 +15,7 @@ import msgspec
 from vmbus.operations import checkpoint as noting
 from vmbus.operations import clone as cloning
 from vmbus.operations import migrate as moving
+from vmbus.operations import own_disks
 from vmbus.operations import restore as restoring
 from vmbus.operations import revert as reverting
 from vmbus.operations import save as saving
@@ -81,11 +82,13 @@ class VirtualMachine(Instance):
                     description, own=msgspec.structs.replace(description.own, gdb=None)
                 )
                 programs = await with_own_boot_files(description, programs, directory)
+            disks = await own_disks.found(description)
         except BaseException:
             directory.remove()
             raise
         vm = cls(description, programs, directory, audit=audit, capture=capture, external=external, like=like, gdb=gdb)
         vm.notice = notice
+        vm.disks = disks
         phases = Phases(progress)
         return await vm.come_up(phases, vm.start(phases))
 

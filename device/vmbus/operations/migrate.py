@@ -135,6 +135,7 @@ async def receive(
         accelerator = prepare.machine.accelerator
         own = dataclasses.replace(programs, kernel=kernel, initramfs=initramfs, accelerator=accelerator)
         machines.append(make(prepare.vm, own, directories[0], audit=audit, like=prepare.machine))
+        machines[0].disks = prepare.disks
         return Arrival(machines[0], host, stream_port)
 
     destination = Destination(

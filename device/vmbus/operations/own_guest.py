@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from vmbus.errors import os_error
+from vmbus.errors import StateError, os_error
 from vmbus.snapshot.manifest import INITRAMFS, KERNEL
 from vmbus.util.copying import copy_file
 from vmbus.util.interruptible import in_thread
@@ -37,3 +37,11 @@ async def with_own_boot_files(description: VmDescription, programs: Programs, di
         kernel=await kept(own.kernel, KERNEL, programs.kernel if own.has_kernel else None),
         initramfs=await kept(own.initrd, INITRAMFS, programs.initramfs if own.has_initramfs else None),
     )
+
+
+def require_trust(description: VmDescription, whose: str, *, trust: bool) -> None:
+    """Raises StateError if a VM that comes from elsewhere has arguments for QEMU that nobody here has asked for: QEMU
+    does anything that its user may do."""
+    if description.mine.qemu_args and not trust:
+        shown = " ".join(description.mine.qemu_args)
+        raise StateError(f"{whose} brings arguments for QEMU: {shown}; --trust says that you want them")

@@ -17,6 +17,8 @@ import msgspec
 
 from vmbus.device import saved
 from vmbus.errors import StateError
+from vmbus.operations.own_disks import place_disks
+from vmbus.operations.own_guest import require_trust
 from vmbus.qemu.device import ask_each
 from vmbus.qemu.probe import require_complete, require_running, require_same
 from vmbus.qemu.qmp import file_channel
@@ -67,6 +69,9 @@ async def restore(
     capture: Path | None = None,
     clone: bool = False,
     options: Mapping[str, Mapping[str, Any]] | None = None,
+    disks: Path | None = None,
+    trust: bool = False,
+    gdb: str | None = None,
     at: Hook = no_hook,
 ) -> VirtualMachine:
     """Brings a VM back from the snapshot in `directory`, running, or paused if it was paused when it was saved;
@@ -74,7 +79,9 @@ async def restore(
 
     `clone`: one of several that run at the same time; its disks are in its run directory, and end with it.
     `options`: of providers, by their names, in the place of the snapshot's: such as another `namespace` for the card of
-    a clone. Whether they fit the state, its providers decide.
+    a clone. Whether they fit the state, its providers decide. `disks`: where disks of one's own that are in the
+    snapshot get their files, in the place of where they were. `trust`: the snapshot is no stranger's, and its arguments
+    for QEMU and the files of this machine that it names are wanted. `gdb`: as in `vmbus.vm.own_guest.OwnGuest`.
 
     The snapshot is verified before anything is started. Raises `StateError` if it is refused, by us or by the device
     server, and `EnvironmentProblem` or `WaitTimeout`; nothing is left behind then.
@@ -83,20 +90,30 @@ async def restore(
     try:
         with phases("verify"):
             snapshot = await open_snapshot(directory, programs, expected=expected)
+            require_trust(snapshot.manifest.vm, f"the snapshot {directory}", trust=trust)
         machine = snapshot.manifest.machine
-        description = with_options(snapshot.manifest.vm, options or {})
         programs = dataclasses.replace(
             programs, kernel=snapshot.kernel, initramfs=snapshot.initramfs, accelerator=machine.accelerator
         )
         if run_directory is None:
             run_directory = RunDirectory.create(snapshot.manifest.vm.name)
+        with phases("disks"):
+            placed = await place_disks(snapshot, run_directory, clone=clone, folder=disks, trust=trust)
+        description = with_options(placed.description, options or {})
     except BaseException:
         if run_directory is not None:
             run_directory.remove()
         raise
-    vm = make(description, programs, run_directory, audit=audit, capture=capture, like=machine)
+    vm = make(description, programs, run_directory, audit=audit, capture=capture, like=machine, gdb=gdb)
     vm.clone = clone
-    return await vm.come_up(phases, _fill(vm, snapshot, phases, sabotage, at))
+    vm.disks = placed.disks
+    try:
+        await vm.come_up(phases, _fill(vm, snapshot, phases, sabotage, at))
+    except BaseException:
+        placed.undo()
+        raise
+    placed.keep()
+    return vm
 
 
 async def _fill(vm: VirtualMachine, snapshot: Snapshot, phases: Phases, sabotage: Sabotage, at: Hook) -> None:

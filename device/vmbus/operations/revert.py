@@ -149,6 +149,12 @@ class _Revert:
                 f"{store.image} does not have QEMU's part of checkpoint {tag!r}: recorded is {record.image}, "
                 f"there is {found or 'none'}"
             )
+        disks = await self._image.find_disks(tag)
+        if disks != (record.disks or []):
+            raise StateError(
+                f"the VM's disks do not have their part of checkpoint {tag!r}: recorded is {record.disks or 'none'}, "
+                f"there is {disks or 'none'}"
+            )
         await refuse_unsafe_settings(self._monitor)
         await self._monitor.execute("migrate-set-capabilities", capabilities(multifd=False))
         try:

@@ -10,6 +10,7 @@ import msgspec
 
 import vmbus
 from vmbus.errors import EnvironmentProblem, StateError, VmbusError
+from vmbus.operations import own_disks
 from vmbus.operations.capture import Capture
 from vmbus.operations.target import Captured, FileTarget
 from vmbus.operations.vm import Vm, operation
@@ -17,6 +18,7 @@ from vmbus.snapshot.bundle import SnapshotWriter, utc_now
 from vmbus.snapshot.manifest import RAM, Manifest, Packets, Versions, state_name
 from vmbus.vm.errors import SaveFailed
 from vmbus.vm.moments import NO_SABOTAGE, Hook, Moment, Sabotage, no_hook
+from vmbus.vm.own_disks import DiskState
 from vmbus.vm.timing import Phases, Progress
 
 
@@ -38,6 +40,8 @@ class SaveReport(msgspec.Struct, kw_only=True):
     flushed_pages: int = 0
     flushed_bytes: int = 0
     attempts: int = 1
+    notices: list[str] = []
+    """What the snapshot refers to, or cannot vouch for."""
 
     @property
     def total(self) -> float:
@@ -62,6 +66,7 @@ async def save(
     exists, and `SaveFailed`, whose `source_alive` tells whether the VM runs on as before; if it does not, everything
     has been torn down.
     """
+    own_disks.check_save(vm, keep=keep)
     writer = SnapshotWriter.begin(directory)
     try:
         with vm.own_migration():
@@ -86,6 +91,10 @@ async def _save(
     downtime: float | None = None
     stuck: VmbusError | None = None
     async with capture.taken() as taken:
+        disks: list[DiskState] = []
+        if vm.disks:
+            with phases("disks"):
+                disks = await own_disks.save_disks(vm, writer)
         if keep:
             with phases("resume"):
                 try:
@@ -102,7 +111,7 @@ async def _save(
             for name in taken.files:
                 await writer.seal(name)
             assert target.versions is not None
-            await writer.commit(_manifest(vm, writer, taken, target.versions, live=live))
+            await writer.commit(_manifest(vm, writer, taken, disks, target.versions, live=live))
         if stuck is not None:
             raise EnvironmentProblem(f"the snapshot {writer.target} is complete, but {stuck}")
     return SaveReport(
@@ -118,6 +127,7 @@ async def _save(
         flushed_pages=taken.flushed_pages,
         flushed_bytes=taken.flushed_bytes,
         attempts=taken.attempts,
+        notices=own_disks.notices(vm, disks),
     )
 
 
@@ -134,7 +144,9 @@ class _Bundle(FileTarget):
         self.versions = versions(self._vm, await self._vm.devices[0].control.call("status"))
 
 
-def _manifest(vm: Vm, writer: SnapshotWriter, taken: Captured, versions: Versions, *, live: bool) -> Manifest:
+def _manifest(
+    vm: Vm, writer: SnapshotWriter, taken: Captured, disks: list[DiskState], versions: Versions, *, live: bool
+) -> Manifest:
     return Manifest(
         created=utc_now(),
         live=live,
@@ -146,6 +158,7 @@ def _manifest(vm: Vm, writer: SnapshotWriter, taken: Captured, versions: Version
         incoming_held=taken.incoming_held,
         files=writer.records,
         paused=msgspec.UNSET if taken.was_running else True,
+        disks=disks or msgspec.UNSET,
     )
 
 

@@ -16,6 +16,7 @@ from vmbus.snapshot.manifest import Machine
 from vmbus.vm.command_line import Programs
 from vmbus.vm.description import VmDescription
 from vmbus.vm.errors import OperationFailed
+from vmbus.vm.own_disks import DiskState
 
 if TYPE_CHECKING:
     from vmbus.operations.image import Image
@@ -33,6 +34,8 @@ class Vm(Protocol):
     """Where it went, once a migration has succeeded: it has ended here then."""
     departure: Source | None
     """The last migration from here, which may be in doubt."""
+    disks: list[DiskState]
+    """Of one's own, as they were before anything was started."""
     images: dict[Path, Image]
     """The images of checkpoints that QEMU has open, by their directories."""
 
@@ -107,8 +110,6 @@ def operation(
                 raise UsageError(f"VM {vm.name!r} has ended: there is nothing to {what}")
             if vm.departure is not None and vm.departure.in_doubt:
                 raise UsageError(f"VM {vm.name!r} waits for a decision about its migration: resolve that first")
-            if vm.description.mine.disks:
-                raise UsageError(f"VM {vm.name!r} has disks of QEMU's, and nothing saves those yet")
             async with alone(vm):
                 return await function(vm, *arguments, **options)
 

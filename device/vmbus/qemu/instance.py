@@ -27,6 +27,7 @@ from vmbus.server.control import ControlClient
 from vmbus.snapshot.manifest import Function, Machine
 from vmbus.vm.command_line import Programs, Sockets, default_spare_cpus, machine_of
 from vmbus.vm.description import VmDescription
+from vmbus.vm.own_disks import DiskState
 from vmbus.vm.process import Child, guard_all
 from vmbus.vm.run_directory import RunDirectory
 from vmbus.vm.timing import Phases
@@ -84,6 +85,8 @@ class Instance:
         self.capture = capture
         self.external = external
         self.gdb = gdb
+        self.disks: list[DiskState] = []
+        """Of one's own, as they were found before anything was started."""
         self.machine = machine_for(description, programs, like)
         self.paths = Sockets(run_directory.path)
         self.name = run_directory.name

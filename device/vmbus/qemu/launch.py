@@ -114,6 +114,7 @@ async def start_qemu(vm: Instance, *, incoming: bool) -> None:
             machine_type=vm.machine.type,
             generation_id=vm.machine.generation_id,
             gdb=vm.gdb,
+            disks=vm.disks,
         )
         vm.qemu = await Child.spawn(
             f"QEMU of VM {vm.name!r}", arguments, vm.run_directory / "qemu.log", pass_fds=[listener.fileno()]

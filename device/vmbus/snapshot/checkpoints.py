@@ -75,6 +75,8 @@ class Checkpoint(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     """Providers' files; absent if there are none."""
     paused: Literal[True] | msgspec.UnsetType = msgspec.UNSET
     """The vCPUs stood, and stand after a revert; absent if they ran."""
+    disks: list[ImageSnapshot] | msgspec.UnsetType = msgspec.UNSET
+    """What disks of one's own have inside for it; absent if there are none."""
     further: Annotated[list[FileRecord], msgspec.Meta(max_length=MOST_DEVICES - 1)] | msgspec.UnsetType = msgspec.UNSET
     """The states of further devices; absent if there are none."""
 

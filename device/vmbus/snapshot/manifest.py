@@ -17,6 +17,7 @@ from vmbus.errors import StateError
 from vmbus.server.files import PREFIX
 from vmbus.util.explaining import NAME, explain
 from vmbus.vm.description import MOST_DEVICES, VmDescription
+from vmbus.vm.own_disks import DiskState
 
 FORMAT = "vmbus-snapshot"
 VERSION = 1
@@ -41,9 +42,10 @@ STATES = tuple(map(state_name, range(MOST_DEVICES)))
 
 
 def contents_of(vm: VmDescription) -> tuple[str, ...]:
-    """Those of a snapshot of that VM: one that boots a disk has no kernel."""
+    """Those of a snapshot of that VM: one that boots a disk has no kernel, and perhaps the disk."""
     booted = ((KERNEL, vm.mine.has_kernel), (INITRAMFS, vm.mine.has_initramfs))
-    return (RAM, *STATES[: len(vm.slots)], *(name for name, there in booted if there))
+    disks = (disk_file(number) for number, disk in enumerate(vm.mine.disks) if disk.contained)
+    return (RAM, *STATES[: len(vm.slots)], *(name for name, there in booted if there), *disks)
 
 
 VENDOR_DEVICE = bytes.fromhex("4256564d")
@@ -54,9 +56,17 @@ FILE_NAME = re.compile(rf"file\.{NAME}\.[a-z0-9][a-z0-9_-]{{0,31}}")
 """Files of providers: `file.PROVIDER.NAME`. A snapshot may have any number of them."""
 
 
+DISK_NAME = re.compile(r"disk\.[0-7]")
+
+
+def disk_file(number: int) -> str:
+    """The file with the content of a disk of one's own."""
+    return f"disk.{number}"
+
+
 def is_content(name: str) -> bool:
     """Whether a snapshot may have a file of this name besides the manifest."""
-    return name in CONTENTS or name in STATES or FILE_NAME.fullmatch(name) is not None
+    return name in (*CONTENTS, *STATES) or any(one.fullmatch(name) for one in (FILE_NAME, DISK_NAME))
 
 
 _Count = Annotated[int, msgspec.Meta(ge=0)]
@@ -157,6 +167,8 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     files: dict[str, FileRecord]
     paused: Literal[True] | msgspec.UnsetType = msgspec.UNSET
     """The vCPUs stood when the save began, and stand after the restore; absent if they ran."""
+    disks: list[DiskState] | msgspec.UnsetType = msgspec.UNSET
+    """Disks of one's own, in their order, as they were at the save; absent if there are none."""
 
 
 class _Header(msgspec.Struct):
@@ -216,6 +228,8 @@ def decode_manifest(data: bytes, source: str) -> Manifest:
             f"{source} lists the files {sorted(manifest.files)}; a snapshot has {sorted(needed)}, "
             f"and files of providers are called {FILE_PREFIX}PROVIDER.NAME"
         )
+    if len(manifest.disks or []) != len(manifest.vm.mine.disks):
+        raise StateError(f"{source} says nothing of some of the VM's disks, or of more than it has")
     if re.fullmatch(r"[0-9A-Za-z._ -]{1,64}", manifest.machine.type) is None:
         raise StateError(f"{source}: {manifest.machine.type!r} is not a machine type")
     return manifest

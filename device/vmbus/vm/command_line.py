@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -13,6 +15,7 @@ from vmbus.errors import EnvironmentProblem, UsageError
 from vmbus.provision import Provisioned
 from vmbus.provision.debian_system import LABEL
 from vmbus.vm.description import MOST_DEVICES, VmDescription
+from vmbus.vm.own_disks import DiskState, Layer
 from vmbus.vm.own_guest import OwnDisk, hostfwd
 
 AGENT_PORT = "org.vmbus.agent"
@@ -213,6 +216,7 @@ def qemu_arguments(
     machine_type: str | None = None,
     generation_id: bool = True,
     gdb: str | None = None,
+    disks: Sequence[DiskState] = (),
 ) -> list[str]:
     """QEMU's whole command for a description, ready to be executed.
 
@@ -220,7 +224,7 @@ def qemu_arguments(
     `incoming` makes it wait, paused, for a state to be loaded; without `with_device` the VMBus devices are left out
     (for tests of the rest). What a machine has that was made once, if it is not that of a new one: `spare_cpus`, the
     number of CPUs to leave room for; `machine_type`; `generation_id`, by which a guest notices that it is a copy.
-    `gdb`: where QEMU's stub for it listens, as in `OwnGuest.gdb`.
+    `gdb`: where QEMU's stub for it listens, as in `OwnGuest.gdb`. `disks`: what was found of the description's.
     """
     paths = Sockets(run_directory)
     # Appended to, so that it can be shortened while QEMU has it open (qemu/logs.py).
@@ -282,7 +286,7 @@ def qemu_arguments(
     if programs.initramfs is not None:
         # Behind a comma QEMU looks for another module of a multiboot kernel.
         arguments += ["-initrd", _escape(programs.initramfs)]
-    arguments += [*_own_devices(description), *_gdb_stub(gdb, paths), *own.qemu_args]
+    arguments += [*_own_devices(description, disks), *_gdb_stub(gdb, paths), *own.qemu_args]
     arguments += programs.extra
     if incoming:
         arguments += ["-S", "-incoming", "defer"]
@@ -294,7 +298,7 @@ def disk_node(number: int) -> str:
     return f"disk{number}"
 
 
-def _own_devices(description: VmDescription) -> list[str]:
+def _own_devices(description: VmDescription, disks: Sequence[DiskState]) -> list[str]:
     """Disks and cards of one's own: from the highest slot downwards, so that nothing else moves with their number."""
     slots = iter(slot for slot in range(30, _SERIAL_SLOT, -1) if slot not in description.slots)
     found: list[str] = []
@@ -305,7 +309,7 @@ def _own_devices(description: VmDescription) -> list[str]:
     own = description.mine
     for number, disk in enumerate(own.disks):
         node = disk_node(number)
-        option("-blockdev", disk_blockdev(disk, node))
+        option("-blockdev", disk_blockdev(disk, node, disks[number].behind if disks else []))
         device: dict[str, object] = {"id": f"{node}-device", "drive": node, "bootindex": number + 1}
         if disk.bus == "sata":
             option("-device", {"driver": "ide-hd", "bus": f"ide.{number}", **device})
@@ -320,11 +324,21 @@ def _own_devices(description: VmDescription) -> list[str]:
     return found
 
 
-def disk_blockdev(disk: OwnDisk, node: str) -> dict[str, object]:
-    """What QEMU opens for a disk."""
-    common: dict[str, object] = {"read-only": disk.read_only, "discard": "unmap"}
-    file: dict[str, object] = {"driver": "file", "filename": disk.file, "node-name": f"{node}-file", **common}
-    return {"driver": disk.driver, "node-name": node, "file": file, **common}
+def disk_blockdev(disk: OwnDisk, node: str, behind: Sequence[Layer]) -> dict[str, object]:
+    """What QEMU opens for a disk, with every file behind it: none that only an image names."""
+    found = _image(disk.driver, disk.file, disk.read_only, node)
+    image = found
+    for number, layer in enumerate(behind):
+        image["backing"] = _image(layer.format, layer.file, True, f"{node}-{number + 1}")
+        image = image["backing"]
+    return found
+
+
+def _image(driver: str, file: str, read_only: bool, node: str) -> dict[str, Any]:
+    common: dict[str, object] = {"read-only": read_only, "discard": "unmap"}
+    protocol: dict[str, object] = {"driver": "file", "filename": file, "node-name": f"{node}-file", **common}
+    found: dict[str, object] = {"driver": driver, "node-name": node, "file": protocol, **common}
+    return {**found, "backing": None} if driver == "qcow2" else found
 
 
 def _gdb_stub(gdb: str | None, paths: Sockets) -> list[str]:

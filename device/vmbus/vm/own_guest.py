@@ -18,6 +18,7 @@ from vmbus.errors import EnvironmentProblem, UsageError
 from vmbus.util.explaining import explain
 
 T = TypeVar("T")
+Format = Literal["raw", "qcow2"]
 
 _File = Annotated[str, msgspec.Meta(pattern=r"^[^\x00-\x1f\x7f]{1,4095}\Z")]
 
@@ -63,7 +64,7 @@ class OwnDisk(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defa
     """A disk of QEMU's own. `file`: absolute, or relative to where the description is."""
 
     file: _File
-    format: Literal["raw", "qcow2"] | msgspec.UnsetType = msgspec.UNSET
+    format: Format | msgspec.UnsetType = msgspec.UNSET
     """Not said: ``qcow2`` if the file's name ends so, else ``raw``. Never guessed from what a guest wrote into it."""
     bus: Literal["virtio", "sata"] = "virtio"
     read_only: bool = False
@@ -71,7 +72,7 @@ class OwnDisk(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defa
     """Whether a snapshot contains it, or refers to it."""
 
     @property
-    def driver(self) -> Literal["raw", "qcow2"]:
+    def driver(self) -> Format:
         """The format."""
         if self.format is msgspec.UNSET:
             return "qcow2" if self.file.endswith(".qcow2") else "raw"

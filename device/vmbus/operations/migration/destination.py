@@ -42,6 +42,7 @@ from vmbus.operations.migration.ownership import DESTINATION, DestinationStage, 
 from vmbus.operations.migration.stream import STATE_FILE
 from vmbus.operations.migration.tunnel import Door
 from vmbus.operations.migration.verdicts import Record, Stage, Verdicts
+from vmbus.operations.own_disks import check_arrival
 from vmbus.snapshot.manifest import Packets
 from vmbus.util.interruptible import uninterrupted
 from vmbus.vm.command_line import Programs, numbered
@@ -308,6 +309,7 @@ class Destination:
             prepare = await link.expect(Prepare, timeout=HELLO_TIMEOUT, what="what is to move")
             self._accept.check(prepare.vm, link.name)
             check_machine(prepare, self._programs, link.name)
+            check_arrival(prepare.vm, prepare.disks, link.name)
             folder = self._claim(prepare.vm)
             assert self._record is not None
             destination = self._record.destination

@@ -31,6 +31,7 @@ from vmbus.operations.migration.channel import NotAuthentic
 from vmbus.snapshot.manifest import FileRecord, Machine, Packets, Versions
 from vmbus.util.explaining import explain
 from vmbus.vm.description import MOST_DEVICES, VmDescription
+from vmbus.vm.own_disks import DiskState
 
 CHUNK = 256 << 10
 """Bytes of a file in one Chunk."""
@@ -82,6 +83,8 @@ class Prepare(_Message):
     driven: bool
     """QEMU migrates the device itself: see `vmbus.qemu.probe`. Both sides have to do it in the same way."""
     multifd: Annotated[int, msgspec.Meta(ge=0, le=16)]
+    disks: Annotated[list[DiskState], msgspec.Meta(max_length=8)] = []
+    """Disks of one's own, which both hosts have to reach under the same names."""
 
 
 class Wanted(_Message):

@@ -40,6 +40,7 @@ from vmbus.operations.migration.ownership import SOURCE, Ownership, SourceStage
 from vmbus.operations.migration.report import QEMU_SPANS, MigrationReport, spans_of
 from vmbus.operations.migration.stream import PREPARE_TIMEOUT, StreamTarget, Through
 from vmbus.operations.migration.tls import Tls
+from vmbus.operations.own_disks import check_departure
 from vmbus.operations.save import versions
 from vmbus.operations.stream import StreamSettings
 from vmbus.operations.target import Captured
@@ -225,6 +226,7 @@ class Source:
 
     async def _prepare(self, link: Link) -> Prepared:
         vm = self.vm
+        check_departure(vm)
         with self.phases("prepare"):
             booted = {"kernel": vm.programs.kernel, "initramfs": vm.programs.initramfs}
             kernel, initramfs = [
@@ -242,6 +244,7 @@ class Source:
                     versions=versions(vm, statuses[0]),
                     kernel=kernel,
                     initramfs=initramfs,
+                    disks=vm.disks,
                     driven=driven(statuses[0]),
                     multifd=self._stream.multifd,
                 )
