@@ -11,9 +11,11 @@ import click
 import msgspec
 
 from vmbus.errors import UsageError
+from vmbus.operations.machine import VirtualMachine
 from vmbus.util.explaining import complaint
 from vmbus.vm.description import VmDescription
-from vmbus.vm.own_guest import OwnGuest, parse_disk, parse_nic
+from vmbus.vm.own_disks import check_disks
+from vmbus.vm.own_guest import OwnGuest, check_boot_files, parse_disk, parse_nic
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -97,6 +99,28 @@ def own_guest_options(function: F) -> F:
     for option in reversed(_OPTIONS):
         function = option(function)
     return function
+
+
+def check_restore(values: Mapping[str, Any], count: int) -> None:
+    """Raises UsageError for options that are not for so many VMs."""
+    if count != 1 and (values["disks"] is not None or values["gdb"] is not None):
+        raise UsageError("--disks and --gdb are for one VM: each clone has disks of its own, in its own directory")
+
+
+def look_at_files(description: VmDescription) -> None:
+    """Looks at what the VM boots and at its disks, before anything is set up. Raises EnvironmentProblem, UsageError."""
+    check_boot_files(description.mine)
+    check_disks(description.mine.disks)
+
+
+def sayings(vm: VirtualMachine, *, drivers: bool) -> list[str]:
+    """What is to be said of a VM that has come up, and perhaps is to have test `drivers`."""
+    said = []
+    if vm.gdb is not None:
+        said.append(f"gdb: target remote {vm.paths.gdb if vm.gdb == 'socket' else f'127.0.0.1:{vm.gdb}'}")
+    if vm.description.foreign and drivers:
+        said.append("test drivers need our agent in the guest, which is your own (docs/guest-package.md)")
+    return said
 
 
 def given(values: Mapping[str, Any]) -> list[str]:

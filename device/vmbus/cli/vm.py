@@ -16,12 +16,12 @@ from rich.table import Table
 from rich.text import Text
 
 from vmbus.cli import console as guest_console
+from vmbus.cli import own_guest
 from vmbus.cli.capture import parse_size
 from vmbus.cli.detach import Owner, detached, serve, this_owner
 from vmbus.cli.drivers import Drive, jobs_for, outcome, parse_drive, show_drivers
 from vmbus.cli.keys import with_keys
 from vmbus.cli.migrate import SECRET_HELP, TLS_HELP, Reception, reception
-from vmbus.cli.own_guest import given, own_guest_options, own_restore_options, with_options
 from vmbus.cli.supervisor import Status, Supervisor, ask, find_vm
 from vmbus.cli.terminal import (
     RECEIVE_LABELS,
@@ -47,8 +47,6 @@ from vmbus.testkit.driver_file import DriverFile, install, read_driver_file
 from vmbus.util.explaining import check_name
 from vmbus.vm.command_line import Programs, programs_from
 from vmbus.vm.description import VmDescription, find_description, load_description, with_further
-from vmbus.vm.own_disks import check_disks
-from vmbus.vm.own_guest import check_boot_files
 from vmbus.vm.root import missing_root
 from vmbus.vm.run_directory import RunDirectory
 
@@ -122,7 +120,7 @@ CAPTURE_HELP = "Capture all packets from the start on into this new pcapng file 
     metavar="RULE",
     help="With --receive: take only what rules name: a description's NAME, disk:NAME, network:NAME, socket:PATH.",
 )
-@own_guest_options
+@own_guest.own_guest_options
 @click.option("--detach", is_flag=True, help=DETACH_HELP)
 def run_vm(
     config: str | None,
@@ -162,8 +160,8 @@ def run_vm(
     if external is not None and capture is None:
         raise UsageError("--external goes with --capture")
     if receive is not None:
-        if config is not None or drives or own or others or ssh_keys or like is not None or given(mine):
-            named = ", ".join(["CONFIG", "--drive", "--driver-file", "--device", "--ssh-key", *given(mine)])
+        if config is not None or drives or own or others or ssh_keys or like is not None or own_guest.given(mine):
+            named = ", ".join(["CONFIG", "--drive", "--driver-file", "--device", "--ssh-key", *own_guest.given(mine)])
             raise UsageError(f"--receive takes no {named} or --like: the VM brings its own")
         coming = reception(receive, secret_file, tls, peers, accept, stream_port)
         if capture is not None:
@@ -173,11 +171,10 @@ def run_vm(
     alone = {"secret-file": secret_file, "stream-port": stream_port, "tls": tls, "peer": peers, "accept": accept}
     if option := next((option for option, value in alone.items() if value), None):
         raise UsageError(f"--{option} goes with --receive")
-    description = with_options(load_description(find_description(config or "demo", CONFIGURATIONS)), mine)
+    description = own_guest.with_options(load_description(find_description(config or "demo", CONFIGURATIONS)), mine)
     further = [load_description(find_description(one, CONFIGURATIONS)) for one in others]
     description = with_further(description, further)
-    check_boot_files(description.mine)
-    check_disks(description.mine.disks)
+    own_guest.look_at_files(description)
     wanted = jobs_for([parse_drive(text) for text in drives], own)
     notice = ""
     if description.guest.root:
@@ -213,7 +210,7 @@ def save(directory: Path, name: str | None, live: bool, keep: bool) -> None:
 @click.option("--count", default=1, metavar="N", type=click.IntRange(1, 64), help="Bring N clones of it back at once.")
 @click.option("--audit", type=click.Path(path_type=Path, file_okay=False), help=AUDIT_HELP)
 @click.option("--capture", type=click.Path(path_type=Path, dir_okay=False), help=CAPTURE_HELP)
-@own_restore_options
+@own_guest.own_restore_options
 @click.option("--detach", is_flag=True, help=DETACH_HELP)
 def restore(
     directory: Path,
@@ -232,8 +229,7 @@ def restore(
         check_name(name)
     if capture is not None and count != 1:
         raise UsageError("--capture is for one VM: several clones cannot share the file")
-    if count != 1 and (mine["disks"] is not None or mine["gdb"] is not None):
-        raise UsageError("--disks and --gdb are for one VM: each clone has disks of its own, in its own directory")
+    own_guest.check_restore(mine, count)
     if detach and detached():
         return
     programs = programs_from(provision())
@@ -441,13 +437,10 @@ async def _drive(vm: VirtualMachine, start: float, drives: list[Drive], own: Seq
                     _notice(f"{name}: programs of the host connect to the guest at {status['socket']}")
         if vm.restored is not None and vm.restored.paused:
             return
-        if vm.gdb is not None:
-            where = vm.paths.gdb if vm.gdb == "socket" else f"127.0.0.1:{vm.gdb}"
-            _notice(f"gdb: target remote {where}")
-        if vm.description.foreign:
-            if not drives and not own:
-                return  # there may be no agent, and nobody needs one
-            _notice("test drivers need our agent in the guest, which is your own (docs/guest-package.md)")
+        for notice in own_guest.sayings(vm, drivers=bool(drives or own)):
+            _notice(notice)
+        if vm.description.foreign and not drives and not own:
+            return  # there may be no agent, and nobody needs one
         await vm.wait_ready()
         _notice(f"the guest's agent is up after {time.monotonic() - start:.1f} s")
         await install(vm, own)
