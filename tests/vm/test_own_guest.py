@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import dataclasses
 import os
 import subprocess
 from collections.abc import Callable, Coroutine
@@ -17,6 +16,7 @@ import pytest
 from support import pace
 from support.own_guest import boot_disk, counts, initramfs, ticks
 from vmbus.errors import StateError, UsageError
+from vmbus.operations import own_disks
 from vmbus.operations.machine import VirtualMachine
 from vmbus.operations.migration.address import parse_address
 from vmbus.operations.migration.channel import listen
@@ -122,7 +122,7 @@ async def stops_at(path: Path) -> bool:
 
 
 def test_own_guest_disk_is_booted_and_goes_along(
-    run: Run, demo_description: VmDescription, programs: Programs, tmp_path: Path
+    run: Run, demo_description: VmDescription, programs: Programs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A raw disk that firmware boots, whose guest compares what is on it with its memory at each step: saved live and
     stopped, kept running, restored to earlier moments, cloned, migrated; a disk that was changed is refused."""
@@ -146,7 +146,13 @@ def test_own_guest_disk_is_booted_and_goes_along(
             assert disk.stat().st_ino == inode
             await counted(vm, 10)
             assert first(vm) - last in (0, 1)
-        # It went on since, and is taken back to each of them.
+        # Without the look at the disk, which went on since, the guest finds out.
+        with monkeypatch.context() as patch:
+            patch.setattr(own_disks, "changed", lambda record: "")
+            async with await VirtualMachine.restore(tmp_path / "last", programs) as vm:
+                with pytest.raises(AssertionError, match="!"):
+                    await counted(vm, 10_000)
+        # It is taken back to each of them.
         for name, count in (("kept", at_kept), ("last", last)):
             async with await VirtualMachine.restore(tmp_path / name, programs) as vm:
                 await counted(vm, 5)
@@ -230,4 +236,3 @@ def test_own_guest_qcow2_goes_back_and_a_shared_one_is_refused_when_changed(
     run(body())
     listed = subprocess.run([*tool, "snapshot", "-l", str(overlay)], check=True, capture_output=True, text=True).stdout
     assert "vmbus-one@own-" in listed and "two" not in listed, "the next checkpoint of a VM with this disk removes it"
-    assert dataclasses.is_dataclass(programs)
