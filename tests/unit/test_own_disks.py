@@ -13,11 +13,16 @@ from typing import Any
 import msgspec
 import pytest
 
+from support.model_vm import ModelVm
 from vmbus.errors import EnvironmentProblem, StateError, UsageError
 from vmbus.operations import own_disks
+from vmbus.operations.image import image_in
 from vmbus.operations.own_guest import require_trust
+from vmbus.operations.save import save
+from vmbus.snapshot.bundle import open_snapshot
 from vmbus.vm.command_line import Programs, qemu_arguments
 from vmbus.vm.description import VmDescription, load_description
+from vmbus.vm.errors import SaveFailed
 from vmbus.vm.own_disks import DiskState, changed, decode_qcow2, look, mark
 from vmbus.vm.own_guest import OwnDisk, OwnGuest
 
@@ -262,3 +267,123 @@ def test_own_guest_saves_that_could_not_be_restored_are_refused_at_once(tmp_path
     vm.description = vm_with(OwnDisk(str(tmp_path / "disk0.img")))
     with pytest.raises(UsageError, match="ends with this clone"):
         own_disks.check_departure(vm)
+
+
+class _Model(ModelVm):
+    """A VM that writes to its disk whenever it runs."""
+
+    def __init__(self, folder: Path, disk: OwnDisk) -> None:
+        booted = {"kernel": None, "initramfs": None}
+        super().__init__(vm_with(disk), Programs(("qemu",), "11.1.3", "tcg", **booted), folder)
+        self.disk = Path(disk.file)
+        self.disk.write_bytes(b"running" * 64)
+        mark(look(disk))
+        self.disks = [look(disk)]
+
+    def set_running(self, running: bool) -> None:
+        super().set_running(running)
+        if hasattr(self, "disk"):
+            self.disk.write_bytes((b"on" if running else b"stopped") * 64)
+
+
+@pytest.mark.parametrize("live", [False, True])
+async def test_own_guest_disk_is_copied_while_qemu_has_let_go_of_it(tmp_path: Path, live: bool) -> None:
+    model = _Model(tmp_path, OwnDisk(str(tmp_path / "disk.img")))
+    report = await save(model, tmp_path / "snapshot", live=live, keep=True)
+    assert model.vcpus and model.disk.read_bytes() == b"on" * 64
+    assert (tmp_path / "snapshot" / "disk.0").read_bytes() == b"stopped" * 64
+    done = model.steps.index("blockdev-set-active")
+    assert model.steps.index("wait completed") < done < model.steps.index("resume") < model.steps.index("cont")
+    snapshot = await open_snapshot(tmp_path / "snapshot")
+    (record,) = snapshot.manifest.disks or []
+    assert record.known and changed(record), "it went on since"
+    assert not report.notices
+    (tmp_path / "snapshot" / "disk.0").write_bytes(b"stopper" * 64)
+    with pytest.raises(StateError, match=r"disk\.0 was changed after the snapshot was made"):
+        await open_snapshot(tmp_path / "snapshot")
+
+
+@pytest.mark.parametrize("running", [True, False])
+async def test_own_guest_save_whose_disk_cannot_be_copied_leaves_the_vm_as_it_was(
+    tmp_path: Path, running: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = _Model(tmp_path, OwnDisk(str(tmp_path / "disk.img")))
+    model.vcpus = running
+
+    def fails(*_: object, **__: object) -> int:
+        raise OSError(28, os.strerror(28))
+
+    monkeypatch.setattr(own_disks, "copy_file", fails)
+    with pytest.raises(SaveFailed, match="No space left") as caught:
+        await save(model, tmp_path / "snapshot")
+    assert caught.value.source_alive and model.vcpus == running and model.device == "running"
+    assert model.steps[-1] == ("cont" if running else "blockdev-set-active"), "QEMU has its disks again"
+    assert os.listdir(tmp_path) == ["disk.img"]  # noqa: PTH208 - names only
+
+
+async def test_own_guest_disk_that_somebody_else_writes_to_is_in_no_snapshot(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = _Model(tmp_path, OwnDisk(str(tmp_path / "disk.img")))
+    copy = own_disks.copy_file
+
+    def meanwhile(source: Path, target: Path, **more: Any) -> int:
+        size = copy(source, target, **more)
+        model.disk.write_bytes(b"other")
+        return size
+
+    monkeypatch.setattr(own_disks, "copy_file", meanwhile)
+    with pytest.raises(SaveFailed, match="changed by somebody else while it was saved"):
+        await save(model, tmp_path / "snapshot")
+    assert not (tmp_path / "snapshot").exists() and model.vcpus
+
+
+class _Blocks(ModelVm):
+    """QEMU's snapshots in images: of checkpoints, and of a disk that an earlier VM had."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(vm_with(OwnDisk("/d.qcow2"), OwnDisk("/ro.qcow2", read_only=True)), None, folder)
+        self.inside: dict[str, list[str]] = {"disk0": ["mine", "vmbus-old@own-12345678", "vmbus-kept@87654321"]}
+        self.jobs: dict[str, str] = {}
+
+    async def perform(self, command: str, given: dict[str, Any]) -> Any:
+        match command:
+            case "blockdev-add":
+                self.inside.setdefault(given["node-name"], [])
+            case "query-named-block-nodes":
+                return [{"node-name": node, "image": self._image(names)} for node, names in self.inside.items()]
+            case "snapshot-save" | "snapshot-delete":
+                for node in given["devices"]:
+                    if command == "snapshot-save":
+                        self.inside[node].append(given["tag"])
+                    elif given["tag"] in self.inside[node]:
+                        self.inside[node].remove(given["tag"])
+            case "query-jobs":
+                return [{"id": name, "status": "concluded"} for name in self.jobs]
+            case "job-dismiss":
+                self.jobs.pop(given["id"])
+                return {}
+        if "job-id" in given:
+            self.jobs[given["job-id"]] = command
+        return {}
+
+    def _image(self, names: list[str]) -> dict[str, Any]:
+        times = {"vm-state-size": 1, "date-sec": 2, "date-nsec": 3}
+        return {"snapshots": [{"name": name, **times} for name in names]}
+
+
+async def test_own_guest_checkpoints_are_inside_the_disks_and_end_with_their_vm(tmp_path: Path) -> None:
+    blocks = _Blocks(tmp_path)
+    image = image_in(blocks, None)
+    await image.open()
+    assert blocks.inside["disk0"] == ["mine", "vmbus-kept@87654321"], "another directory's, and the user's, stay"
+    await image.save("a")
+    (name,) = set(blocks.inside["disk0"]) - {"mine", "vmbus-kept@87654321"}
+    assert name.startswith("vmbus-a@own-") and name in blocks.inside["checkpoints-0"]
+    found = await image.find("a")
+    assert found is not None and await image.find_disks("a") == [found]
+    await image.delete("a")
+    assert blocks.inside["disk0"] == ["mine", "vmbus-kept@87654321"] and await image.find("a") is None
+    await image.save("left")
+    await image.reclaim()  # nobody has written its record
+    assert blocks.inside["disk0"] == ["mine", "vmbus-kept@87654321"]
