@@ -7,6 +7,8 @@ from typing import Any
 
 import click
 
+from vmbus.cli.completion import vm_option
+from vmbus.cli.results import always_json
 from vmbus.cli.supervisor import ask, find_vm
 from vmbus.cli.terminal import run
 from vmbus.errors import UsageError
@@ -48,8 +50,9 @@ def build_request(command: str, words: tuple[str, ...]) -> dict[str, Any]:
 @click.command()
 @click.argument("command")
 @click.argument("words", nargs=-1)
-@click.option("--vm", "name", help="Which VM, if several are running.")
+@vm_option
 @click.option("--timeout", default=600.0, show_default=True, help="Seconds to wait for the answer.")
+@always_json
 def agent(command: str, words: tuple[str, ...], name: str | None, timeout: float) -> None:
     """Ask the agent in a running VM's guest.
 

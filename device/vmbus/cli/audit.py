@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from vmbus.cli.completion import vms
 from vmbus.cli.supervisor import ask, find_vm
 from vmbus.cli.terminal import run
 from vmbus.errors import UsageError
@@ -19,7 +20,12 @@ STATUS = {"clean": 0, "broken": 1, "incomplete": 3}
 
 @click.command()
 @click.argument("paths", nargs=-1, type=click.Path(path_type=Path))
-@click.option("--vm", "name", help="Fetch the records of this running VM first, and check its audit directory.")
+@click.option(
+    "--vm",
+    "name",
+    shell_complete=vms,
+    help="Fetch the records of this running VM first, and check its audit directory.",
+)
 @click.option("--leaf", metavar="UID", help="Beginning of the uid of the server's record with which the life ends.")
 @click.option("--json", "as_json", is_flag=True, help="The report as JSON.")
 def audit(paths: tuple[Path, ...], name: str | None, leaf: str | None, as_json: bool) -> None:

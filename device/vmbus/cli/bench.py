@@ -16,7 +16,9 @@ from rich.table import Table
 from rich.text import Text
 
 from vmbus.cli.outputs import output
+from vmbus.cli.results import TO_STANDARD_OUTPUT, file_option
 from vmbus.cli.terminal import Steps, run
+from vmbus.cli.terminal import console as errors
 from vmbus.places import DESCRIPTIONS as CONFIGURATIONS
 from vmbus.places import MEASUREMENTS
 from vmbus.provision import Provisioned, find_debian, provision
@@ -31,9 +33,7 @@ PARTS = ("guest", "host", "doorbell", "save-restore", "scsi", "network", "debian
 
 
 @click.command()
-@click.option(
-    "--json", "json_file", type=click.Path(path_type=Path, dir_okay=False), help="Write the figures here too."
-)
+@file_option("Print the figures as JSON; or, with a FILE, write them there too.")
 @click.option("--quick", is_flag=True, help="Fewer and shorter rounds: rough figures in about two minutes.")
 @click.option(
     "--only",
@@ -53,9 +53,12 @@ def bench(json_file: Path | None, quick: bool, names: tuple[str, ...]) -> None:
         report, left_out = _measured(quick, names)
         write(report.to_json())
     console = screen()
-    show(report, console)
+    if json_file == TO_STANDARD_OUTPUT:
+        click.echo(report.to_json())
+    else:
+        show(report, console)
     for reason in left_out:
-        console.print(f"left out: {reason}", style="yellow")
+        errors.print(f"left out: {reason}", style="yellow")
 
 
 def _measured(quick: bool, names: tuple[str, ...]) -> tuple[Report, list[str]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import json
 import os
 import select
@@ -17,13 +18,15 @@ from typing import Any
 
 import click
 
+from vmbus.cli.completion import vms
 from vmbus.cli.migrate import NAME_FIRST
+from vmbus.cli.results import WithDefault, json_option, print_result
 from vmbus.cli.supervisor import find_vm
 from vmbus.cli.terminal import console, run
 from vmbus.errors import EnvironmentProblem, UsageError
 from vmbus.observe.capture import record as r
 from vmbus.observe.capture.capture import DEFAULT_EXTERNAL, DEFAULT_LIMIT, DEFAULT_SNAPLEN
-from vmbus.observe.capture.pcapng import CaptureReader, Interface
+from vmbus.observe.capture.pcapng import Captured, CaptureReader, Interface
 from vmbus.observe.inspection.target import Running, chosen
 from vmbus.observe.words import describe
 from vmbus.server.control import ControlClient
@@ -42,7 +45,7 @@ def parse_size(text: str) -> int:
     return int(digits) << _UNITS.get(unit, 0)
 
 
-class _Commands(click.Group):
+class _Commands(WithDefault):
     """`record` may be left out."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
@@ -67,7 +70,7 @@ def capture() -> None:
 
 
 @capture.command()
-@click.argument("name", required=False)
+@click.argument("name", required=False, shell_complete=vms)
 @click.option("-o", "--output", metavar="FILE", help="A new pcapng file; - for standard output.")
 @click.option("--channel", "channels", multiple=True, metavar="WHICH", help="Name, interface type or instance [/N].")
 @click.option("--snaplen", default=str(DEFAULT_SNAPLEN), metavar="BYTES", help="Cut each record behind so many bytes.")
@@ -80,6 +83,7 @@ def capture() -> None:
 @click.option("--stop", "ask_stop", is_flag=True, help="End the running capture.")
 @click.option("--device", metavar="NAME|NUMBER", help="Which device of several (default: the first).")
 @click.option("--control", type=click.Path(path_type=Path), help="The control socket of a device server, not a VM's.")
+@json_option
 def record(
     name: str | None,
     output: str | None,
@@ -94,6 +98,7 @@ def record(
     ask_stop: bool,
     device: str | None,
     control: Path | None,
+    as_json: bool,
 ) -> None:
     """Capture the packets of VM NAME (none for the only one) until Ctrl-C."""
     socket = control or run(_control(find_vm(name, NAME_FIRST), device))
@@ -115,15 +120,21 @@ def record(
             raise UsageError("--detach needs a file: standard output ends with this command")
         if sys.stdout.isatty():
             raise UsageError("a capture is no text: send standard output into a file or a program")
+        if as_json:
+            raise UsageError("--json needs -o FILE: the capture has standard output")
         with _pipe() as path:
-            _watch(socket, path, options, seconds, packets)
+            status = _watch(socket, path, options, seconds, packets)
+        console.print(_summary(status, path), soft_wrap=True)
+        _exit(status)
         return
     path = Path(output).absolute()
     if detach:
-        run(_ask(socket, "capture-start", path=str(path), options=options))
-        console.print(f"capturing to {path}; capture --stop ends it")
+        begun = run(_ask(socket, "capture-start", path=str(path), options=options))
+        print_result(begun, as_json, f"capturing to {path}; capture --stop ends it")
         return
-    _watch(socket, path, options, seconds, packets)
+    status = _watch(socket, path, options, seconds, packets)
+    print_result(status, as_json, _summary(status, path))
+    _exit(status)
 
 
 async def _control(name: str, device: str | None) -> Path:
@@ -143,7 +154,10 @@ async def _ask(socket: Path, command: str, **arguments: Any) -> dict[str, Any]:
         client.close()
 
 
-def _watch(socket: Path, path: Path, options: dict[str, Any], seconds: float | None, packets: int | None) -> None:
+def _watch(
+    socket: Path, path: Path, options: dict[str, Any], seconds: float | None, packets: int | None
+) -> dict[str, Any]:
+    """Captures until Ctrl-C or a bound, and returns how it went; `gone` in it says why that is not known to the end."""
     status: dict[str, Any] = {}
     gone = ""
 
@@ -178,14 +192,22 @@ def _watch(socket: Path, path: Path, options: dict[str, Any], seconds: float | N
         run(attend())
     if not status:
         raise KeyboardInterrupt
+    return status | {"gone": gone}
+
+
+def _summary(status: dict[str, Any], path: Path) -> str:
     text = f"{status['packets']} packets of {len(status['channels'])} channels in {path}"
     if status["dropped"]:
         text += f"; {status['dropped']} were dropped, since they came faster than they could be written"
-    if gone:
-        text += f" (up to about the end: {gone})"
+    if status["gone"]:
+        text += f" (up to about the end: {status['gone']})"
     if status["ended"]:
         text += f"; the capture has ended by itself: {status['ended']}"
-    console.print(text, soft_wrap=True)
+    return text
+
+
+def _exit(status: dict[str, Any]) -> None:
+    """With the status 1, if it ended by itself and was not to."""
     if status["ended"] and not status["full"]:
         sys.exit(1)
 
@@ -245,24 +267,55 @@ def _pipe() -> Iterator[Path]:
 @click.argument("file", type=click.Path(path_type=Path))
 @click.option("--channel", "channels", multiple=True, metavar="WHICH", help="Name, interface type or instance [/N].")
 @click.option("--count", type=click.IntRange(min=1), help="The first so many records.")
-def show(file: Path, channels: tuple[str, ...], count: int | None) -> None:
+@json_option
+def show(file: Path, channels: tuple[str, ...], count: int | None, as_json: bool) -> None:
     """Show what is in a capture FILE, a line each: number, seconds, channel, direction, kind, transaction, sizes, and
     what the packet says, or its first bytes."""
     with CaptureReader(file) as reader:
-        first = shown = 0
-        for one in reader:
-            found = reader.interfaces[one.interface]
-            if not found.selected(channels):
-                continue
+        if as_json:
+            _show_json(reader, channels, count)
+            return
+        first = 0
+        for one, found in _selected(reader, channels, count):
             first = first or one.at
             if one.lost:
                 click.echo(f"... {one.lost} packets of channel {found.name} were not captured")
             click.echo(f"{one.number:6} {(one.at - first) / 1e9:12.6f} {found.name:16} {_describe(found, one.record)}")
-            shown += 1
-            if count is not None and shown >= count:
-                return
         if reader.torn:
             click.echo(f"note: {reader.torn}")
+
+
+def _selected(
+    reader: CaptureReader, channels: tuple[str, ...], count: int | None
+) -> Iterator[tuple[Captured, Interface]]:
+    """The first `count` records of these channels."""
+    selected = ((one, reader.interfaces[one.interface]) for one in reader)
+    yield from itertools.islice((each for each in selected if each[1].selected(channels)), count)
+
+
+def _show_json(reader: CaptureReader, channels: tuple[str, ...], count: int | None) -> None:
+    """As one document, a record a line, however many there are."""
+    lead = '{"records": ['
+    for one, found in _selected(reader, channels, count):
+        record = one.record
+        event = record.record == r.EVENT
+        plain = {
+            "number": one.number,
+            "at": one.at,
+            "channel": found.name,
+            "lost": one.lost,
+            "event": record.payload.decode(errors="replace") if event else None,
+            "direction": None if event else "host" if record.direction == r.TO_HOST else "guest",
+            "kind": None if event else PacketType(record.kind).name,
+            "transaction": record.transaction,
+            "payload": "" if event else record.payload.hex(),
+            "external": record.external_size,
+            "words": "" if event or not record.whole else describe(found.type, record.seen()),
+        }
+        click.echo(f"{lead}\n {json.dumps(plain)}", nl=False)
+        lead = ","
+    start = "" if lead == "," else lead
+    click.echo(f'{start}\n], "torn": {json.dumps(reader.torn or None)}}}')
 
 
 def _describe(interface: Interface, record: r.Record) -> str:
@@ -286,7 +339,8 @@ def _describe(interface: Interface, record: r.Record) -> str:
 @capture.command()
 @click.argument("file", type=click.Path(path_type=Path))
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="A new pcapng file.")
-def frames(file: Path, output: Path) -> None:
+@json_option
+def frames(file: Path, output: Path, as_json: bool) -> None:
     """Write the Ethernet frames of network cards in a capture (FILE) to a file of their own, for any tool that reads
     captures of networks."""
     from vmbus.observe.capture.frames import export
@@ -295,7 +349,8 @@ def frames(file: Path, output: Path) -> None:
     text = f"{output}: {found.frames} frames"
     if found.missing:
         text += f"; those of {found.missing} packets were captured in part or not at all (--external)"
-    click.echo(text)
+    document = {"file": str(output), "frames": found.frames, "missing": found.missing}
+    print_result(document, as_json, text)
 
 
 # ---- replay --------------------------------------------------------------------------------------------------------

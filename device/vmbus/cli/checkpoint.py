@@ -7,11 +7,12 @@ from typing import Any
 
 import click
 import msgspec
-from rich.table import Table
 
+from vmbus.cli.completion import tags
 from vmbus.cli.migrate import NAME_FIRST
+from vmbus.cli.results import facts, json_option, print_json, print_result
 from vmbus.cli.supervisor import ask, find_vm
-from vmbus.cli.terminal import CHECKPOINT_LABELS, REVERT_LABELS, Steps, console, run
+from vmbus.cli.terminal import CHECKPOINT_LABELS, REVERT_LABELS, Steps, run
 from vmbus.errors import UsageError
 from vmbus.operations.checkpoint import CheckpointReport
 from vmbus.operations.revert import RevertReport
@@ -27,11 +28,12 @@ _DIRECTORY = click.option(
 
 
 @click.command()
-@click.argument("words", nargs=-1, metavar="[NAME] TAG")
+@click.argument("words", nargs=-1, metavar="[NAME] TAG", shell_complete=tags)
 @_DIRECTORY
 @click.option("--list", "listing", is_flag=True, help="List the checkpoints that there are. Takes no TAG.")
 @click.option("--delete", is_flag=True, help="Delete checkpoint TAG.")
-def checkpoint(words: tuple[str, ...], directory: Path | None, listing: bool, delete: bool) -> None:
+@json_option
+def checkpoint(words: tuple[str, ...], directory: Path | None, listing: bool, delete: bool, as_json: bool) -> None:
     """Note this moment of the running VM NAME as TAG, so that scripts/revert can go back to it; the VM runs on.
 
     Without NAME, the only running VM is meant.
@@ -40,29 +42,36 @@ def checkpoint(words: tuple[str, ...], directory: Path | None, listing: bool, de
         if delete or len(words) > 1:
             raise UsageError("give [NAME] alone with --list")
         name = find_vm(words[0] if words else None, NAME_FIRST)
-        _list(run(ask(name, "checkpoints", _arguments(directory), timeout=TIMEOUT))["checkpoints"])
+        found = run(ask(name, "checkpoints", _arguments(directory), timeout=TIMEOUT))
+        if as_json:
+            print_json({"checkpoints": found["checkpoints"]})
+        else:
+            _list(found["checkpoints"])
         return
     name, tag = _name_and_tag(words)
     if delete:
         run(ask(name, "delete-checkpoint", _arguments(directory, tag), timeout=TIMEOUT))
+        print_result({"name": name, "deleted": tag}, as_json, f"checkpoint {tag!r} of VM {name!r} is gone")
         return
     with Steps(f"checkpoint {tag!r} of VM {name!r}", CHECKPOINT_LABELS) as steps:
         result = run(ask(name, "checkpoint", _arguments(directory, tag), timeout=TIMEOUT, progress=steps))
     report = msgspec.convert(result, CheckpointReport)
-    table = Table(show_header=False, box=None)
-    table.add_row("checkpoint", f"{report.tag} in {report.directory}")
-    table.add_row("packets in flight", f"{report.packets['queued']} queued, {report.packets['sent']} sent")
-    table.add_row("held by providers", str(report.incoming_held))
-    table.add_row("guest memory", f"{report.vm_state_bytes / 2**20:.1f} MiB")
-    table.add_row("device state", f"{report.state_bytes / 2**10:.1f} KiB")
-    table.add_row("downtime", f"{report.downtime:.3f} s")
-    console.print(table)
+    rows = (
+        ("checkpoint", f"{report.tag} in {report.directory}"),
+        ("packets in flight", f"{report.packets['queued']} queued, {report.packets['sent']} sent"),
+        ("held by providers", str(report.incoming_held)),
+        ("guest memory", f"{report.vm_state_bytes / 2**20:.1f} MiB"),
+        ("device state", f"{report.state_bytes / 2**10:.1f} KiB"),
+        ("downtime", f"{report.downtime:.3f} s"),
+    )
+    print_result(report, as_json, facts(rows))
 
 
 @click.command()
-@click.argument("words", nargs=-1, metavar="[NAME] TAG")
+@click.argument("words", nargs=-1, metavar="[NAME] TAG", shell_complete=tags)
 @_DIRECTORY
-def revert(words: tuple[str, ...], directory: Path | None) -> None:
+@json_option
+def revert(words: tuple[str, ...], directory: Path | None, as_json: bool) -> None:
     """Take the running VM NAME back to checkpoint TAG: what has happened since is undone, in guest and device.
 
     Without NAME, the only running VM is meant.
@@ -71,13 +80,14 @@ def revert(words: tuple[str, ...], directory: Path | None) -> None:
     with Steps(f"revert of VM {name!r} to {tag!r}", REVERT_LABELS) as steps:
         result = run(ask(name, "revert", _arguments(directory, tag), timeout=TIMEOUT, progress=steps))
     report = msgspec.convert(result, RevertReport)
-    table = Table(show_header=False, box=None)
-    table.add_row("packets in flight", f"{report.packets['queued']} queued, {report.packets['sent']} sent")
-    table.add_row("channels", str(report.channels))
-    table.add_row("downtime", f"{report.downtime:.3f} s")
+    rows = [
+        ("packets in flight", f"{report.packets['queued']} queued, {report.packets['sent']} sent"),
+        ("channels", str(report.channels)),
+        ("downtime", f"{report.downtime:.3f} s"),
+    ]
     if report.forced:
-        table.add_row("note", "a provider did not come to rest, and was ended as it was")
-    console.print(table)
+        rows.append(("note", "a provider did not come to rest, and was ended as it was"))
+    print_result(report, as_json, facts(rows))
 
 
 def _name_and_tag(words: tuple[str, ...]) -> tuple[str, str]:

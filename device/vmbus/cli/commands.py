@@ -19,21 +19,24 @@ from vmbus.cli.bench import bench
 from vmbus.cli.capture import capture
 from vmbus.cli.certificates import certificates
 from vmbus.cli.checkpoint import checkpoint, revert
+from vmbus.cli.completion import completion, from_a_script
 from vmbus.cli.demo import demo
 from vmbus.cli.detach import this_owner
+from vmbus.cli.examples import add_examples
 from vmbus.cli.inspect import inspect
 from vmbus.cli.migrate import migrate
 from vmbus.cli.network import network
 from vmbus.cli.new_provider import new_provider
 from vmbus.cli.provider import provider
+from vmbus.cli.results import Failure, print_failure, print_json, wants_json
 from vmbus.cli.running import list_vms, show_console, stop
 from vmbus.cli.serve import main as serve
 from vmbus.cli.soak import soak
 from vmbus.cli.ssh import ssh
 from vmbus.cli.versions import show
 from vmbus.cli.vm import restore, run_vm, save
-from vmbus.cli.words import WORDS
-from vmbus.errors import VmbusError
+from vmbus.cli.words import WORDS, words_of
+from vmbus.errors import UsageError, VmbusError
 from vmbus.places import spelled
 from vmbus.provision.__main__ import main as setup
 
@@ -56,6 +59,7 @@ def _open_standard_files() -> None:
 class _Group(click.Group):
     def main(self, *args: Any, **extra: Any) -> Any:
         _open_standard_files()
+        from_a_script(os.environ, sys.argv[1:])
         return super().main(*args, **extra)
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
@@ -63,17 +67,23 @@ class _Group(click.Group):
         return super().parse_args(ctx, args)
 
     def invoke(self, ctx: click.Context) -> Any:
+        as_json = wants_json(self, words_of(ctx))
         try:
             return super().invoke(ctx)
         except VmbusError as error:
             if (owner := this_owner()) is not None and owner.awaited:
                 owner.failed(error)  # whoever started us says it
             else:
-                click.echo(f"error: {error}", err=True)
+                print_failure(Failure.of(error), as_json)
             ctx.exit(error.status)
+        except click.ClickException as error:
+            if as_json:
+                kind = UsageError.kind if isinstance(error, click.UsageError) else VmbusError.kind
+                print_json({"error": Failure(error.format_message(), kind, "", error.exit_code)})
+            raise
         except (KeyboardInterrupt, click.Abort):
             if (owner := this_owner()) is None or not owner.awaited:
-                click.echo("interrupted", err=True)
+                print_failure(Failure("interrupted", "interrupted", "", INTERRUPTED), as_json, lead="")
             ctx.exit(INTERRUPTED)
 
 
@@ -106,6 +116,7 @@ main.add_command(agent)
 main.add_command(audit)
 main.add_command(inspect)
 main.add_command(capture)
+main.add_command(completion)
 main.add_command(network)
 main.add_command(new_provider)
 main.add_command(provider)
@@ -114,6 +125,7 @@ main.add_command(soak)
 main.add_command(ssh)
 main.add_command(setup, "setup")
 
+add_examples(main)
 for _command in main.commands.values():
     _command.help = spelled(_command.help or "")
     for _option in _command.params:

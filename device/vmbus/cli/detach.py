@@ -24,10 +24,11 @@ import click
 import msgspec
 
 import vmbus
+from vmbus.cli.results import Failure, print_result
 from vmbus.cli.supervisor import Status
 from vmbus.cli.terminal import run
 from vmbus.cli.words import words_of
-from vmbus.errors import EnvironmentProblem, ReportedError, VmbusError, code_of, os_error
+from vmbus.errors import EnvironmentProblem, ReportedError, VmbusError, os_error
 from vmbus.places import command
 from vmbus.util.directories import state_folder
 from vmbus.vm.logs import LOOK_EVERY, shorten
@@ -43,18 +44,11 @@ _GRACE = 30.0  # seconds that an owner has for cleaning up, once it is not wante
 _MESSAGE_LIMIT = 1 << 20
 
 
-class _Error(msgspec.Struct):
-    message: str
-    kind: str
-    code: str
-    status: int
-
-
 class _Message(msgspec.Struct):
     """One of these."""
 
     vms: list[Status] | None = None
-    error: _Error | None = None
+    error: Failure | None = None
 
 
 # ---- the owner -------------------------------------------------------------------------------------------------------
@@ -87,7 +81,7 @@ class Owner:
 
     def failed(self, error: VmbusError) -> None:
         """Why nothing runs."""
-        self._say(_Message(error=_Error(str(error), error.kind, code_of(error), error.status)))
+        self._say(_Message(error=Failure.of(error)))
 
     def _say(self, message: _Message) -> None:
         self._watched = False
@@ -188,16 +182,18 @@ def start(words: Sequence[str]) -> list[Status]:
         theirs.close()
 
 
-def detached() -> bool:
+def detached(*, as_json: bool) -> bool:
     """What a command with `--detach` begins with: True in the one that was called, once what it has started runs (which
     it has said then), False in the owner itself."""
     if this_owner() is not None:
         return False
-    for one in start(words_of(click.get_current_context())):
-        click.echo(
-            f"VM {one.name!r} runs detached (process {one.pid}); {command('console')} {one.name} shows its console, "
-            f"{command('stop')} {one.name} ends it; log: {one.log}"
-        )
+    vms = start(words_of(click.get_current_context()))
+    lines = [
+        f"VM {one.name!r} runs detached (process {one.pid}); {command('console')} {one.name} shows its console, "
+        f"{command('stop')} {one.name} ends it; log: {one.log}"
+        for one in vms
+    ]
+    print_result({"vms": vms}, as_json, "\n".join(lines))
     return True
 
 

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.text import Text
 
 from vmbus.cli.agent import parse_parameters
+from vmbus.cli.results import paper, print_json
 from vmbus.errors import UsageError
 from vmbus.testkit.driver_file import DriverFile, trouble_of
 from vmbus_guest.testdrivers import CATALOGUE
@@ -81,8 +82,13 @@ def outcome(report: dict[str, Any]) -> str:
     return text
 
 
-def show_drivers(console: Console, own: list[DriverFile]) -> None:
+def show_drivers(own: list[DriverFile], *, as_json: bool = False) -> None:
     """The catalogue, with the parameters of each driver; what many have in common comes once, at the end."""
+    if as_json:
+        known = [{"name": name, "summary": entry.summary, **describe(entry)} for name, entry in CATALOGUE.items()]
+        print_json({"drivers": known, "own": [one.name for one in own]})
+        return
+    console = paper()
     common: dict[str, Any] = {}
     for name, entry in CATALOGUE.items():
         found = describe(entry)

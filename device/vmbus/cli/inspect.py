@@ -15,6 +15,8 @@ from rich.live import Live
 from rich.text import Text
 from rich.tree import Tree
 
+from vmbus.cli.completion import targets
+from vmbus.cli.results import Failure, print_failure, print_json
 from vmbus.cli.terminal import run
 from vmbus.errors import UsageError, VmbusError
 from vmbus.observe.inspection.difference import Change, Difference, compare, lines
@@ -59,7 +61,7 @@ def _is_number(words: list[str]) -> bool:
 
 
 @click.command(cls=_Command)
-@click.argument("words", nargs=-1, metavar="[TARGET | diff A B]")
+@click.argument("words", nargs=-1, metavar="[TARGET | diff A B]", shell_complete=targets)
 @click.option("--json", "as_json", is_flag=True, help="As JSON; with --watch one line for each look.")
 @click.option(
     "--watch",
@@ -170,13 +172,9 @@ def _show(document: Inspection, channels: tuple[str, ...], *, as_json: bool) -> 
     if as_json:
         if channels:
             document.channels = [channel for channel in document.channels if channel.name in channels]
-        _echo_json(document)
+        print_json(document)
     else:
         _console().print(render(document, channels=channels))
-
-
-def _echo_json(value: Any) -> None:
-    click.echo(msgspec.json.format(msgspec.json.encode(value), indent=2))
 
 
 # ---- again and again -------------------------------------------------------------------------------------------------
@@ -240,10 +238,10 @@ def _compare(a: str, b: str, device: str | None, *, as_json: bool, packets: int 
     try:
         found = run(_difference(a, b, device, packets, verify=verify))
     except VmbusError as error:
-        click.echo(f"error: {error}", err=True)
+        print_failure(Failure.of(error, TROUBLE), as_json)
         sys.exit(TROUBLE)
     if as_json:
-        _echo_json(found)
+        print_json(found)
     else:
         _show_difference(found)
     sys.exit(0 if found.same else 1)

@@ -9,8 +9,10 @@ import click
 import msgspec
 from rich.table import Table
 
+from vmbus.cli.completion import first_vm
+from vmbus.cli.results import facts, json_option, print_result
 from vmbus.cli.supervisor import ask, find_vm
-from vmbus.cli.terminal import MIGRATE_LABELS, Steps, console, run
+from vmbus.cli.terminal import MIGRATE_LABELS, Steps, run
 from vmbus.errors import UsageError
 from vmbus.operations.migration.accept import Accept
 from vmbus.operations.migration.address import Address, UnixAddress, parse_address
@@ -70,7 +72,7 @@ def absolute(text: str) -> Address:
 
 
 @click.command()
-@click.argument("words", nargs=-1, metavar="[NAME] ADDRESS")
+@click.argument("words", nargs=-1, metavar="[NAME] ADDRESS", shell_complete=first_vm)
 @click.option("--secret-file", type=click.Path(path_type=Path, dir_okay=False), help=SECRET_HELP)
 @click.option("--tls", type=click.Path(path_type=Path, file_okay=False), metavar="DIRECTORY", help=TLS_HELP)
 @click.option("--tls-name", metavar="NAME", help="Name in the destination's certificate, if it is not ADDRESS's host.")
@@ -93,6 +95,7 @@ def absolute(text: str) -> Address:
     help="After a migration in doubt: ask the destination and do what it says; or let the VM run here (it must never "
     "have run there), or end it here. Takes no ADDRESS.",
 )
+@json_option
 def migrate(
     words: tuple[str, ...],
     secret_file: Path | None,
@@ -103,6 +106,7 @@ def migrate(
     downtime_limit: int | None,
     bandwidth: float | None,
     resolve: str | None,
+    as_json: bool,
 ) -> None:
     """Move the running VM NAME to the destination that waits at ADDRESS.
 
@@ -116,7 +120,8 @@ def migrate(
     if resolve:
         wanted = None if resolve == "ask" else resolve == "run"
         result = run(ask(name, "resolve", {"run": wanted}, timeout=120))
-        console.print(f"VM {name!r} {'runs on here' if result['runs'] else 'has ended here'}")
+        said = f"VM {name!r} {'runs on here' if result['runs'] else 'has ended here'}"
+        print_result({"name": name, "runs": result["runs"]}, as_json, said)
         return
     if secret_file is None and tls is None:
         raise UsageError(_NO_CREDENTIALS)
@@ -139,24 +144,25 @@ def migrate(
     }
     with Steps(f"migration of VM {name!r} to {words[-1]}", MIGRATE_LABELS) as steps:
         result = run(ask(name, "migrate", arguments, timeout=_TIMEOUT, progress=steps))
-    _show(msgspec.convert(result, MigrationReport))
+    report = msgspec.convert(result, MigrationReport)
+    print_result(report, as_json, _shown(report))
 
 
-def _show(report: MigrationReport) -> None:
+def _shown(report: MigrationReport) -> Table:
     def milliseconds(seconds: float) -> str:
         return f"{seconds * 1000:.0f} ms"
 
-    table = Table(show_header=False, box=None)
-    table.add_row("runs at", report.address)
-    table.add_row("packets in flight", f"{report.packets['queued']} queued, {report.packets['sent']} sent")
-    table.add_row("held by providers", str(report.incoming_held))
-    table.add_row("sent by QEMU", f"{report.ram_bytes / 2**20:.1f} MiB")
-    table.add_row("device state", f"{report.state_bytes / 2**10:.1f} KiB")
-    table.add_row("flushed at the switchover", f"{report.flushed_pages} pages")
-    if report.attempts > 1:
-        table.add_row("passes", str(report.attempts))
-    table.add_row("downtime", milliseconds(report.downtime))
-    table.add_row("  QEMU's share", milliseconds(report.downtime_qemu))
-    table.add_row("  the device's share", milliseconds(report.downtime_device))
-    table.add_row("", ", ".join(f"{name} {seconds * 1000:.0f}" for name, seconds in report.spans.items()))
-    console.print(table)
+    rows = [
+        ("runs at", report.address),
+        ("packets in flight", f"{report.packets['queued']} queued, {report.packets['sent']} sent"),
+        ("held by providers", str(report.incoming_held)),
+        ("sent by QEMU", f"{report.ram_bytes / 2**20:.1f} MiB"),
+        ("device state", f"{report.state_bytes / 2**10:.1f} KiB"),
+        ("flushed at the switchover", f"{report.flushed_pages} pages"),
+        *([("passes", str(report.attempts))] if report.attempts > 1 else []),
+        ("downtime", milliseconds(report.downtime)),
+        ("  QEMU's share", milliseconds(report.downtime_qemu)),
+        ("  the device's share", milliseconds(report.downtime_device)),
+        ("", ", ".join(f"{name} {seconds * 1000:.0f}" for name, seconds in report.spans.items())),
+    ]
+    return facts(rows)

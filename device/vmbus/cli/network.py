@@ -9,6 +9,8 @@ from uuid import UUID
 import click
 import msgspec
 
+from vmbus.cli.completion import descriptions
+from vmbus.cli.results import json_option, print_result
 from vmbus.errors import UsageError
 from vmbus.places import DESCRIPTIONS
 from vmbus.providers.network import NetworkProvider
@@ -18,10 +20,11 @@ from vmbus.vm.description import VmDescription, find_description, load_descripti
 
 
 @click.command()
-@click.argument("config")
+@click.argument("config", shell_complete=descriptions)
 @click.option("--user", help="Who starts the VM (default: who called sudo, or you).")
 @click.option("--remove", "away", is_flag=True, help="Take the interfaces away again.")
-def network(config: str, user: str | None, away: bool) -> None:
+@json_option
+def network(config: str, user: str | None, away: bool, as_json: bool) -> None:
     """Make the host's interfaces for the cards of CONFIG, so that the VM itself needs no rights.
 
     CONFIG is a VM description: a name in qemu_configs/ or a path to a .toml file. What is made stays until --remove,
@@ -35,13 +38,16 @@ def network(config: str, user: str | None, away: bool) -> None:
     if not wanted:
         raise UsageError(f"{config} describes no card, so there is nothing to be made")
     owner = user_id(user)
+    lines = []
     for settings in wanted:
         if away:
             remove(settings)
-            click.echo(f"{settings.name} is gone")
+            lines.append(f"{settings.name} is gone")
         else:
             prepare(settings, owner)
-            click.echo(f"{settings.name} is there for user {pwd.getpwuid(owner).pw_name}")
+            lines.append(f"{settings.name} is there for user {pwd.getpwuid(owner).pw_name}")
+    names = [settings.name for settings in wanted]
+    print_result({"interfaces": names, "there": not away, "user": owner}, as_json, "\n".join(lines))
 
 
 def interfaces(description: VmDescription) -> list[Settings]:

@@ -12,6 +12,7 @@ from string import Template
 
 import click
 
+from vmbus.cli.results import json_option, print_json
 from vmbus.errors import EnvironmentProblem, UsageError
 from vmbus.places import command
 from vmbus.providers.loading import PATH_VARIABLE
@@ -66,10 +67,16 @@ def create(name: str, directory: Path) -> list[Path]:
 @click.command("new-provider")
 @click.argument("name")
 @click.argument("directory", type=click.Path(path_type=Path, file_okay=False), default=Path())
-def new_provider(name: str, directory: Path) -> None:
+@json_option
+def new_provider(name: str, directory: Path, as_json: bool) -> None:
     """Create a provider NAME (a module, such as door_bell) in DIRECTORY: with its guest's driver, tests that pass, a VM
     and a soak campaign."""
     module, driver, test, device, machine, soak = (path.resolve() for path in create(name, directory))
+    if as_json:
+        files = {"provider": module, "driver": driver, "test": test, "device_test": device}
+        files |= {"machine": machine, "soak": soak}
+        print_json({"name": name, "files": {what: str(path) for what, path in files.items()}})
+        return
     for what, path in (
         ("the provider", module),
         ("its guest's driver", driver),

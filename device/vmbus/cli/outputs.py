@@ -6,17 +6,19 @@ import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from vmbus.cli.results import TO_STANDARD_OUTPUT
 from vmbus.errors import os_error
 
 
 @contextlib.contextmanager
 def output(path: Path | None) -> Iterator[Callable[[bytes], None]]:
-    """Gives out what writes the file `path` in the end, in place of what was in it; None: nothing is written.
+    """Gives out what writes the file `path` in the end, in place of what was in it. None, or standard output: nothing
+    is written.
 
     Until then an existing file keeps its content; a new one is gone again if nothing was written. Raises
     EnvironmentProblem at once for a file that cannot be written.
     """
-    if path is None:
+    if path is None or path == TO_STANDARD_OUTPUT:
         yield lambda _: None
         return
     existed = path.exists()

@@ -7,16 +7,19 @@ import json
 import click
 
 from vmbus.cli.agent import parse_parameters
+from vmbus.cli.completion import providers, vm_option
+from vmbus.cli.results import always_json
 from vmbus.cli.supervisor import ask, find_vm
 from vmbus.cli.terminal import run
 
 
 @click.command()
-@click.argument("provider")
+@click.argument("provider", shell_complete=providers)
 @click.argument("command")
 @click.argument("words", nargs=-1, metavar="[KEY=VALUE]...")
-@click.option("--vm", "name", help="Which VM, if several are running.")
+@vm_option
 @click.option("--timeout", default=15.0, show_default=True, help="Seconds to wait for the answer.")
+@always_json
 def provider(provider: str, command: str, words: tuple[str, ...], name: str | None, timeout: float) -> None:
     """Give PROVIDER (its name in the VM's description) of a running VM a COMMAND of its own.
 

@@ -12,12 +12,13 @@ import msgspec
 from rich.table import Table
 
 from vmbus.cli import console as guest_console
+from vmbus.cli.completion import vms
 from vmbus.cli.migrate import NAME_FIRST
+from vmbus.cli.results import json_option, paper, print_json, print_result
 from vmbus.cli.supervisor import SOCKET, Status, ask, find_vm
 from vmbus.cli.terminal import console, run
 from vmbus.errors import EnvironmentProblem, ReportedError, UsageError, WaitTimeout
 from vmbus.util.patience import patient
-from vmbus.util.screen import screen
 from vmbus.vm.command_line import Sockets
 from vmbus.vm.run_directory import read_owner, running_vms, runtime_base
 
@@ -28,12 +29,14 @@ GONE_SECONDS = 30.0
 
 
 @click.command("list")
-def list_vms() -> None:
+@json_option
+def list_vms(as_json: bool) -> None:
     """List the running VMs."""
     found = run(statuses())
-    if not found:
+    if as_json:
+        print_json({"vms": found})
+    if as_json or not found:
         return
-    out = screen()
     table = Table(box=None, pad_edge=False)
     for heading in ("NAME", "STATE", "SINCE", "PID", "DEVICE", "ACCELERATOR", "DETACHED"):
         table.add_column(heading, no_wrap=True, overflow="ignore")
@@ -41,7 +44,7 @@ def list_vms() -> None:
         since = "" if one.since is None else _clock(one.since)
         pid = "" if one.pid is None else str(one.pid)
         table.add_row(one.name, one.state, since, pid, one.device, one.accelerator, "yes" if one.detached else "no")
-    (out if out.is_terminal else screen(width=1000)).print(table)
+    paper().print(table)
 
 
 def _clock(at: float) -> str:
@@ -65,7 +68,7 @@ async def status_of(name: str) -> Status:
 
 
 @click.command("console")
-@click.argument("name", required=False)
+@click.argument("name", required=False, shell_complete=vms)
 @click.option("--read-only", is_flag=True, help="Show the console, and send nothing of what is typed to the guest.")
 def show_console(name: str | None, read_only: bool) -> None:
     """Look at the serial console of the running VM NAME, and type there; Ctrl-] then q leaves it again.
@@ -97,10 +100,11 @@ async def _attached(path: Path, read_only: bool) -> bool:
 
 
 @click.command()
-@click.argument("name", required=False)
+@click.argument("name", required=False, shell_complete=vms)
 @click.option("--kill", is_flag=True, help="End the VM at once, as it is: what its guest has not written is lost.")
 @click.option("--timeout", type=click.FloatRange(min=0), help="Seconds that the guest may take (default: 60).")
-def stop(name: str | None, kill: bool, timeout: float | None) -> None:
+@json_option
+def stop(name: str | None, kill: bool, timeout: float | None, as_json: bool) -> None:
     """Ask the guest of the running VM NAME to power off, by its agent or the power button, and wait until it has.
 
     If it does not, the VM runs on. Without NAME, the only running VM is meant.
@@ -110,7 +114,8 @@ def stop(name: str | None, kill: bool, timeout: float | None) -> None:
     name = find_vm(name, NAME_FIRST)
     within = patient(60.0) if timeout is None else timeout
     result = run(_stop(name, {"kill": kill, "timeout": within}, within))
-    click.echo(f"VM {name!r} {'has powered off' if result['powered_off'] else 'has ended'}")
+    said = f"VM {name!r} {'has powered off' if result['powered_off'] else 'has ended'}"
+    print_result({"name": name, **result}, as_json, said)
 
 
 async def _stop(name: str, arguments: dict[str, object], within: float) -> dict[str, object]:

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 import click
 import msgspec
 
+from vmbus.cli.results import Failure, json_option, print_failure
 from vmbus.cli.terminal import console
 from vmbus.errors import EnvironmentProblem, UsageError, VmbusError
 from vmbus.provision import provision
@@ -102,6 +103,7 @@ def _budget_options(command: Callable[..., None]) -> Callable[..., None]:
               help="Show medians beside those of an earlier campaign: its report.json, or its folder.")  # fmt: skip
 @click.option("--max-growth", "growth", metavar="PERCENT", type=_SHARE,
               help="Failed if a median is so much above that of --compare.")  # fmt: skip
+@json_option
 def soak(
     seed: int | None,
     operations: int | None,
@@ -119,6 +121,7 @@ def soak(
     report_only: bool,
     compare: Path | None,
     growth: float | None,
+    as_json: bool,
     **bounds: tuple[Budget, ...],
 ) -> None:
     """Run random workloads and operations on VMs for long, and prove that no packet was lost.
@@ -132,7 +135,7 @@ def soak(
             if expected is not None:
                 expected.check(_of_folder(_needed(folder))[0].kinds)
                 expected.write(_needed(folder))
-            sys.exit(_show(reports.write(_needed(folder)), _needed(folder)))
+            sys.exit(_show(reports.write(_needed(folder)), _needed(folder), as_json))
         if resume:
             if any(one is not None for one in (seed, operations, seconds, schedule, episode)) or assignments:
                 raise UsageError("--resume takes the settings of the folder: leave --seed, --operations and so on away")
@@ -151,11 +154,13 @@ def soak(
         check_own(settings)
         folder = folder or Path(f"soak-{settings.seed}")
         limits = Limits(seconds=settings.seconds, failures=max_failures, keep_bytes=keep << 20)
-        status = asyncio.run(_campaign(settings, folder, episode, limits, parallel, scheduler, expected))
+        asyncio.run(_campaign(settings, folder, episode, limits, parallel, scheduler, expected))
+        status = _show(reports.build(folder), folder, as_json)
     except (VmbusError, OSError) as error:
-        click.echo(f"error: {error}", err=True)
+        print_failure(Failure.of(error, CANNOT), as_json)
         sys.exit(CANNOT)
     except KeyboardInterrupt:
+        print_failure(Failure("interrupted", "interrupted", "", INTERRUPTED), as_json, lead="")
         sys.exit(INTERRUPTED)
     sys.exit(status)
 
@@ -226,8 +231,8 @@ async def _campaign(
     parallel: int | None,
     scheduler: str | None,
     expected: Expected | None,
-) -> int:
-    """Run the campaign in its folder and show how it goes. Returns the exit status."""
+) -> None:
+    """Run the campaign in its folder and show how it goes."""
     if (path / CAMPAIGN_FILE).exists():
         read_campaign(path)  # whether it can be gone on with at all, before anything is set up
     provisioned = await asyncio.to_thread(provision)
@@ -293,7 +298,6 @@ async def _campaign(
             await run.run()
         finally:
             await engine.close()
-    return _show(reports.build(path), path)
 
 
 async def _engine(parallel: int | None, scheduler: str | None) -> Engine:
@@ -325,8 +329,11 @@ def _print_line(text: str) -> None:
     click.echo(text, err=True)
 
 
-def _show(report: Report, folder: Path) -> int:
+def _show(report: Report, folder: Path, as_json: bool) -> int:
     """Print the verdict, and how to see each failure again. Returns the exit status."""
+    if as_json:
+        click.echo(reports.encode(report))
+        return STATUS[report.verdict]
     for failure in report.failures:
         kept = f"{folder}/{failure.kept}" if failure.kept else ""
         click.echo(failure_text(failure.episode, failure.message, kept, failure.replay))

@@ -8,6 +8,7 @@ import sys
 
 import click
 
+from vmbus.cli.completion import vm_option
 from vmbus.cli.supervisor import find_vm
 from vmbus.cli.terminal import run
 from vmbus.errors import EnvironmentProblem, UsageError
@@ -21,7 +22,7 @@ STATUS_TIMEOUT = 15.0
 
 
 @click.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
-@click.option("--vm", "name", help="Which VM, if several are running.")
+@vm_option
 @click.argument("words", nargs=-1, type=click.UNPROCESSED, metavar="[SSH OPTION]... [COMMAND]")
 def ssh(name: str | None, words: tuple[str, ...]) -> None:
     """Log in to a running VM's Debian as root, or run a COMMAND there.

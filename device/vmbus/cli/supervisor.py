@@ -19,8 +19,9 @@ from typing import Any
 
 import msgspec
 
+from vmbus.cli.results import Failure
 from vmbus.cli.viewers import Viewers
-from vmbus.errors import EnvironmentProblem, ReportedError, UsageError, VmbusError, WaitTimeout, code_of
+from vmbus.errors import EnvironmentProblem, ReportedError, UsageError, VmbusError, WaitTimeout
 from vmbus.observe.audit.guest import collect_audit
 from vmbus.operations.machine import VirtualMachine
 from vmbus.operations.migration.channel import NO_SECRET, read_secret
@@ -39,19 +40,12 @@ class _Request(msgspec.Struct, forbid_unknown_fields=True):
     arguments: dict[str, Any] = {}
 
 
-class _Error(msgspec.Struct):
-    message: str
-    kind: str
-    code: str
-    status: int
-
-
 class _Answer(msgspec.Struct):
     """A line of an answer: one of these."""
 
     progress: str | None = None
     result: dict[str, Any] | None = None
-    error: _Error | None = None
+    error: Failure | None = None
 
 
 class _None(msgspec.Struct):
@@ -145,6 +139,8 @@ class Status(msgspec.Struct, kw_only=True):
     """Of the owner, where it runs."""
     device: str = ""
     """The kinds of its devices' providers."""
+    providers: list[str] = []
+    """Their names, by which `provider` knows them."""
     accelerator: str = ""
     qemu: str = ""
     """Its version."""
@@ -281,8 +277,7 @@ class Supervisor:
             send({"result": result})
         except (VmbusError, msgspec.MsgspecError) as error:  # the latter of a command's arguments
             refused = error if isinstance(error, VmbusError) else UsageError(*error.args)
-            reported = _Error(str(refused), refused.kind, code_of(refused), refused.status)
-            send({"error": msgspec.to_builtins(reported)})
+            send({"error": msgspec.to_builtins(Failure.of(refused))})
             if isinstance(error, VmbusError) and self.vm.ended:
                 after = str(error)
         finally:
@@ -317,13 +312,14 @@ class Supervisor:
         """Raises as the monitor does."""
         vm = self.vm
         running = await vm.guard(vm.monitor.running(), "QEMU's run state", 30.0)
-        kinds = dict.fromkeys(one.kind for device in vm.description.all_devices for one in device.providers)
+        providers = [one for device in vm.description.all_devices for one in device.providers]
         return Status(
             name=vm.name,
             state="in doubt" if vm.in_doubt else "running" if running else "paused",
             since=self._since,
             pid=os.getpid(),
-            device=", ".join(kinds),
+            device=", ".join(dict.fromkeys(one.kind for one in providers)),
+            providers=[one.name for one in providers],
             accelerator=vm.programs.accelerator,
             qemu=vm.programs.qemu_version,
             detached=self._log is not None,

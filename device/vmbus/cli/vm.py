@@ -18,10 +18,16 @@ from rich.text import Text
 from vmbus.cli import console as guest_console
 from vmbus.cli import own_guest
 from vmbus.cli.capture import parse_size
+from vmbus.cli.completion import descriptions, test_drivers, vm_option
 from vmbus.cli.detach import Owner, detached, serve, this_owner
 from vmbus.cli.drivers import Drive, jobs_for, outcome, parse_drive, show_drivers
 from vmbus.cli.keys import with_keys
 from vmbus.cli.migrate import SECRET_HELP, TLS_HELP, Reception, reception
+<<<<<<< HEAD
+=======
+from vmbus.cli.own_guest import given, own_guest_options, with_options
+from vmbus.cli.results import facts, json_option, print_result
+>>>>>>> 1a32283 (Programs read it: --json everywhere, results on standard output, errors as documents, completion, examples)
 from vmbus.cli.supervisor import Status, Supervisor, ask, find_vm
 from vmbus.cli.terminal import (
     RECEIVE_LABELS,
@@ -61,13 +67,14 @@ CAPTURE_HELP = "Capture all packets from the start on into this new pcapng file 
 
 
 @click.command("run-vm")
-@click.argument("config", required=False)
+@click.argument("config", required=False, shell_complete=descriptions)
 @click.option("--name", help="Name of the running VM (default: the description's, with a number if it is taken).")
 @click.option(
     "--drive",
     "drives",
     multiple=True,
     metavar="DRIVER[:KEY=VALUE,... | :JSON]",
+    shell_complete=test_drivers,
     help="Start this test driver in the guest once it is up. Several of them run side by side.",
 )
 @click.option(
@@ -122,6 +129,7 @@ CAPTURE_HELP = "Capture all packets from the start on into this new pcapng file 
 )
 @own_guest.own_guest_options
 @click.option("--detach", is_flag=True, help=DETACH_HELP)
+@json_option
 def run_vm(
     config: str | None,
     name: str | None,
@@ -141,6 +149,7 @@ def run_vm(
     peers: tuple[str, ...],
     accept: tuple[str, ...],
     detach: bool,
+    as_json: bool,
     **mine: Any,
 ) -> None:
     """Start a VM, or receive one, and show its console.
@@ -152,9 +161,10 @@ def run_vm(
         check_name(name)
     own = [read_driver_file(path) for path in driver_files]
     if list_drivers:
-        show_drivers(console, own)
+        show_drivers(own, as_json=as_json)
         return
-    if detach and detached():
+    _require_document(as_json, detach)
+    if detach and detached(as_json=as_json):
         return
     external_bytes = None if external is None else parse_size(external)
     if external is not None and capture is None:
@@ -192,16 +202,18 @@ def run_vm(
 
 @click.command()
 @click.argument("directory", type=click.Path(path_type=Path))
-@click.option("--vm", "name", help="Which VM, if several are running.")
+@vm_option
 @click.option("--live", is_flag=True, help="Let the guest run on while its memory is copied.")
 @click.option("--keep", is_flag=True, help="Let the VM run on afterwards; else it ends with the save.")
-def save(directory: Path, name: str | None, live: bool, keep: bool) -> None:
+@json_option
+def save(directory: Path, name: str | None, live: bool, keep: bool, as_json: bool) -> None:
     """Save a running VM into the new snapshot DIRECTORY."""
     name = find_vm(name)
     arguments = {"directory": str(directory.absolute()), "live": live, "keep": keep}
     with Steps(f"save of VM {name!r}", SAVE_LABELS) as steps:
         result = run(ask(name, "save", arguments, timeout=SAVE_TIMEOUT, progress=steps))
-    _show_save(msgspec.convert(result, SaveReport))
+    report = msgspec.convert(result, SaveReport)
+    print_result(report, as_json, _shown(report))
 
 
 @click.command()
@@ -212,6 +224,7 @@ def save(directory: Path, name: str | None, live: bool, keep: bool) -> None:
 @click.option("--capture", type=click.Path(path_type=Path, dir_okay=False), help=CAPTURE_HELP)
 @own_guest.own_restore_options
 @click.option("--detach", is_flag=True, help=DETACH_HELP)
+@json_option
 def restore(
     directory: Path,
     name: str | None,
@@ -219,7 +232,11 @@ def restore(
     audit: Path | None,
     capture: Path | None,
     detach: bool,
+<<<<<<< HEAD
     **mine: Any,
+=======
+    as_json: bool,
+>>>>>>> 1a32283 (Programs read it: --json everywhere, results on standard output, errors as documents, completion, examples)
 ) -> None:
     """Bring the VM in snapshot DIRECTORY back and show its console.
 
@@ -229,14 +246,24 @@ def restore(
         check_name(name)
     if capture is not None and count != 1:
         raise UsageError("--capture is for one VM: several clones cannot share the file")
+<<<<<<< HEAD
     own_guest.check_restore(mine, count)
     if detach and detached():
+=======
+    _require_document(as_json, detach)
+    if detach and detached(as_json=as_json):
+>>>>>>> 1a32283 (Programs read it: --json everywhere, results on standard output, errors as documents, completion, examples)
         return
     programs = programs_from(provision())
     if count == 1:
         serve(_restore(directory, programs, name, audit, capture, mine))
     else:
         serve(_restore_clones(directory, programs, name, count, audit, trust=mine["trust"]))
+
+
+def _require_document(as_json: bool, detach: bool) -> None:
+    if as_json and not detach:
+        raise UsageError("--json goes with --detach: a console is no document")
 
 
 def machine_like(directory: Path) -> Machine:
@@ -483,17 +510,23 @@ def _notice(text: str) -> None:
     console.print(Text.assemble("\n", ("vmbus:", "bold"), f" {spelled(text)}"), soft_wrap=True)
 
 
-def _show_save(report: SaveReport) -> None:
-    table = Table(show_header=False, box=None)
-    table.add_row("snapshot", report.directory)
-    table.add_row("packets in flight", f"{report.packets['queued']} queued, {report.packets['sent']} sent")
-    table.add_row("held by providers", str(report.incoming_held))
-    table.add_row("guest memory", f"{report.ram_bytes / 2**20:.1f} MiB")
-    table.add_row("device state", f"{report.state_bytes / 2**10:.1f} KiB")
+def _shown(report: SaveReport) -> Table:
+    rows = [
+        ("snapshot", report.directory),
+        ("packets in flight", f"{report.packets['queued']} queued, {report.packets['sent']} sent"),
+        ("held by providers", str(report.incoming_held)),
+        ("guest memory", f"{report.ram_bytes / 2**20:.1f} MiB"),
+        ("device state", f"{report.state_bytes / 2**10:.1f} KiB"),
+    ]
     if report.live:
-        table.add_row("flushed at the switchover", f"{report.flushed_pages} pages")
+        rows.append(("flushed at the switchover", f"{report.flushed_pages} pages"))
     if report.downtime is not None:
+<<<<<<< HEAD
         table.add_row("downtime", f"{report.downtime:.3f} s")
     console.print(table)
     for notice in report.notices:
         _notice(notice)
+=======
+        rows.append(("downtime", f"{report.downtime:.3f} s"))
+    return facts(rows)
+>>>>>>> 1a32283 (Programs read it: --json everywhere, results on standard output, errors as documents, completion, examples)

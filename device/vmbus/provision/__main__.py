@@ -1,6 +1,6 @@
 """`python -m vmbus.provision [--json] [--quiet]`: the second stage of the set-up, with progress and a summary.
 
-Progress goes to standard error, the summary to standard output. Exit status 0: everything is there; 1: something is
+Progress goes to standard error, the summary to standard output. Exit status 0: everything is there; 10: something is
 missing, and the message says what to do; 130: interrupted, to be continued by the next run.
 """
 
@@ -133,7 +133,7 @@ def main(
 ) -> None:
     """Run the set-up's second stage."""
     if check or clean:
-        words = [*(["--check"] if check else []), *(["--clean"] if clean else [])]
+        words = [*(["--check"] if check else []), *(["--clean"] if clean else []), *(["--json"] if as_json else [])]
         sys.exit(needs.run(words, Cache(), None))
     errors = screen(stderr=True)
 
@@ -153,8 +153,7 @@ def main(
             plain: Reporter = SilentReporter() if as_json and not errors.is_terminal else PlainReporter()
             result, system, digest = work(plain)
     except (VmbusError, OSError) as error:
-        errors.print(f"set-up: {error}", style="red", soft_wrap=True)
-        sys.exit(1)
+        sys.exit(needs.failure(error, ["--json"] if as_json else []))
     except KeyboardInterrupt:
         errors.print("set-up interrupted; the next run continues with what is missing", soft_wrap=True)
         sys.exit(130)

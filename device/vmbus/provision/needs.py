@@ -6,13 +6,15 @@ Standard library only: the first stage of the set-up imports this module.
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
-from collections.abc import Mapping
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from vmbus.errors import VmbusError
+from vmbus.errors import VmbusError, code_of
 from vmbus.provision import environment as environments
 from vmbus.provision import guest_files, libvfio_user, qemu
 from vmbus.provision.accel import KVM_DEVICE
@@ -148,15 +150,30 @@ def run(arguments: list[str], cache: Cache, checkout: Path | None) -> int | None
     """What `--check` and `--clean` do: the exit status, or None where neither is asked for. Nothing is fetched."""
     if "--clean" in arguments:
         freed = cache.clear()
+        if "--json" in arguments:
+            print(json.dumps({"cache": str(cache.root), "freed": freed}))
+            return 0
         print(f"removed {freed / MEGABYTE:.0f} MB from {cache.root}; the next command fetches what it needs again")
         return 0
     if "--check" not in arguments:
         return None
     found = check(cache, checkout=checkout)
-    for one in found:
+    if "--json" in arguments:
+        print(json.dumps({"findings": [one._asdict() for one in found]}, indent=1))
+    for one in found if "--json" not in arguments else ():
         mark = {True: "yes", False: "NO", None: "no"}[one.ok]
         print(f"{mark:4}{one.what}: {one.text}")
     return 1 if any(one.ok is False for one in found) else 0
+
+
+def failure(error: BaseException, arguments: Sequence[str]) -> int:
+    """Says what failed, on standard error and, with `--json`, as a document. Returns the exit status."""
+    known = error if isinstance(error, VmbusError) else VmbusError(str(error))
+    print(f"set-up: {known}", file=sys.stderr)
+    if "--json" in arguments:
+        plain = {"message": str(known), "kind": known.kind, "code": code_of(error), "status": known.status}
+        print(json.dumps({"error": plain}, indent=1))
+    return known.status
 
 
 def own_cache_notice(cache: Cache, settings: Mapping[str, str] = os.environ) -> str:

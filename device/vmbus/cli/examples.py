@@ -1,0 +1,49 @@
+"""The examples at the end of each command's help."""
+
+from __future__ import annotations
+
+import click
+
+from vmbus.places import spelled
+
+EXAMPLES = {
+    "agent": ("agent run echo count=1000", "agent jobs --json"),
+    "audit": ("audit /tmp/records",),
+    "bench": ("bench --quick --only host --json figures.json",),
+    "capture": ("capture -o traffic.pcapng --seconds 10",),
+    "capture frames": ("capture frames traffic.pcapng -o frames.pcapng",),
+    "capture record": ("capture record demo -o traffic.pcapng --packets 1000",),
+    "capture replay": ("capture replay traffic.pcapng --provider echo --channel echo",),
+    "capture show": ("capture show traffic.pcapng --count 20",),
+    "checkpoint": ("checkpoint before-upgrade", "checkpoint --list --json"),
+    "completion": ("completion bash",),
+    "console": ("console demo --read-only",),
+    "demo": ("demo --packets 1000",),
+    "inspect": ("inspect demo --channel echo", "inspect diff /tmp/before /tmp/after"),
+    "list": ("list --json",),
+    "migrate": ("migrate demo tcp:other.example:7000 --secret-file secret",),
+    "network": ("network debian-network --user alice",),
+    "new-provider": ("new-provider door_bell /tmp/door_bell",),
+    "provider": ("provider services kvp-set key=role value=web",),
+    "restore": ("restore /tmp/snapshot --detach", "restore /tmp/snapshot --count 3 --name clone"),
+    "revert": ("revert before-upgrade",),
+    "run-vm": ("run-vm linux --detach", "run-vm --drive echo:count=1000 --audit /tmp/records"),
+    "save": ("save --live --keep /tmp/snapshot",),
+    "serve": ("serve device.json --socket /tmp/vmbus.sock",),
+    "setup": ("setup --check",),
+    "soak": ("soak --for 8h --report night",),
+    "ssh": ("ssh cat /etc/debian_version",),
+    "stop": ("stop demo --timeout 120",),
+}
+"""By the command's name, words of it; each is called as it is here."""
+
+
+def add_examples(group: click.Group, lead: str = "") -> None:
+    """Ends the help of the group's commands, and of theirs, with their examples."""
+    for name, command in group.commands.items():
+        full = f"{lead}{name}"
+        if isinstance(command, click.Group):
+            add_examples(command, f"{full} ")
+        lines = [f"  {spelled(f'scripts/{words}')}" for words in EXAMPLES.get(full, ())]
+        if lines:
+            command.epilog = "\n".join(["\b", "Example:" if len(lines) == 1 else "Examples:", *lines])
