@@ -85,6 +85,7 @@ def documents() -> dict[str, tuple[str, ...]]:
         "capture frames": ("file", "frames", "missing"),
         "capture record": ("path", "running", "ended", "full", "bytes", "packets", "dropped", "channels", "gone"),
         "capture show": ("records", "torn"),
+        "certificates": ("certificates",),
         "checkpoint --delete": ("name", "deleted"),
         "checkpoint --list": ("checkpoints",),
         "list": ("vms",),

@@ -36,7 +36,7 @@ class DummyVm:
         self.name = self.run_directory.name
         self.paths = Sockets(self.run_directory.path)
         self.programs = SimpleNamespace(qemu_version="11.1.3", accelerator="tcg")
-        kinds = [SimpleNamespace(kind=kind) for kind in ("echo", "burst", "echo")]
+        kinds = [SimpleNamespace(kind=kind, name=kind) for kind in ("echo", "burst", "echo")]
         self.description = SimpleNamespace(all_devices=[SimpleNamespace(providers=kinds)])
         self.in_doubt = False
         self.stop_error: VmbusError | None = None

@@ -104,7 +104,7 @@ class Terminal:
         for attempt in range(20):
             self.type(b"echo ready-$((%d+7))\r" % attempt)
             with contextlib.suppress(AssertionError):
-                self.expect(b"ready-%d\r\n" % (attempt + 7), 5 / pace.seconds(1))
+                self.expect(b"ready-%d\r" % (attempt + 7), 5 / pace.seconds(1))
                 return
         raise AssertionError(self.shown)
 
@@ -194,8 +194,8 @@ def test_a_detached_vm_outlives_its_terminal(snapshot: Path) -> None:
         second.expect(b"ready-")
         second.type(b"echo not-$((1+1))\r")
         first.type(b"echo seen-$((6*7))\r")
-        first.expect(b"seen-42\r\n")
-        second.expect(b"seen-42\r\n")
+        first.expect(b"seen-42\r")
+        second.expect(b"seen-42\r")
         for viewer in (first, second):
             viewer.type(b"\x1dq")
             viewer.expect(b"left the console of VM 'demo'")

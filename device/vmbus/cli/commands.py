@@ -30,11 +30,12 @@ from vmbus.cli.new_provider import new_provider
 from vmbus.cli.provider import provider
 from vmbus.cli.results import Failure, print_failure, print_json, wants_json
 from vmbus.cli.running import list_vms, show_console, stop
+from vmbus.cli.save import save
 from vmbus.cli.serve import main as serve
 from vmbus.cli.soak import soak
 from vmbus.cli.ssh import ssh
 from vmbus.cli.versions import show
-from vmbus.cli.vm import restore, run_vm, save
+from vmbus.cli.vm import restore, run_vm
 from vmbus.cli.words import WORDS, words_of
 from vmbus.errors import UsageError, VmbusError
 from vmbus.places import spelled

@@ -15,6 +15,7 @@ EXAMPLES = {
     "capture record": ("capture record demo -o traffic.pcapng --packets 1000",),
     "capture replay": ("capture replay traffic.pcapng --provider echo --channel echo",),
     "capture show": ("capture show traffic.pcapng --count 20",),
+    "certificates": ("certificates pki a,192.0.2.1 b,192.0.2.2",),
     "checkpoint": ("checkpoint before-upgrade", "checkpoint --list --json"),
     "completion": ("completion bash",),
     "console": ("console demo --read-only",),

@@ -11,37 +11,28 @@ from pathlib import Path
 from typing import Any
 
 import click
-import msgspec
-from rich.table import Table
 from rich.text import Text
 
 from vmbus.cli import console as guest_console
 from vmbus.cli import own_guest
 from vmbus.cli.capture import parse_size
-from vmbus.cli.completion import descriptions, test_drivers, vm_option
+from vmbus.cli.completion import descriptions, test_drivers
 from vmbus.cli.detach import Owner, detached, serve, this_owner
 from vmbus.cli.drivers import Drive, jobs_for, outcome, parse_drive, show_drivers
 from vmbus.cli.keys import with_keys
 from vmbus.cli.migrate import SECRET_HELP, TLS_HELP, Reception, reception
-<<<<<<< HEAD
-=======
-from vmbus.cli.own_guest import given, own_guest_options, with_options
-from vmbus.cli.results import facts, json_option, print_result
->>>>>>> 1a32283 (Programs read it: --json everywhere, results on standard output, errors as documents, completion, examples)
-from vmbus.cli.supervisor import Status, Supervisor, ask, find_vm
+from vmbus.cli.results import json_option
+from vmbus.cli.supervisor import Status, Supervisor
 from vmbus.cli.terminal import (
     RECEIVE_LABELS,
     RESTORE_LABELS,
-    SAVE_LABELS,
     Steps,
     background,
     console,
-    run,
 )
 from vmbus.errors import UsageError, VmbusError
 from vmbus.operations.machine import VirtualMachine
 from vmbus.operations.migration.listener import listen
-from vmbus.operations.save import SaveReport
 from vmbus.places import DESCRIPTIONS as CONFIGURATIONS
 from vmbus.places import command, spelled
 from vmbus.provision import provision, provision_debian
@@ -55,8 +46,6 @@ from vmbus.vm.command_line import Programs, programs_from
 from vmbus.vm.description import VmDescription, find_description, load_description, with_further
 from vmbus.vm.root import missing_root
 from vmbus.vm.run_directory import RunDirectory
-
-SAVE_TIMEOUT = 1800.0
 
 _SILENT_AFTER = 20.0
 """Seconds without a report after which a test driver may hang: they report twice a second."""
@@ -202,22 +191,6 @@ def run_vm(
 
 @click.command()
 @click.argument("directory", type=click.Path(path_type=Path))
-@vm_option
-@click.option("--live", is_flag=True, help="Let the guest run on while its memory is copied.")
-@click.option("--keep", is_flag=True, help="Let the VM run on afterwards; else it ends with the save.")
-@json_option
-def save(directory: Path, name: str | None, live: bool, keep: bool, as_json: bool) -> None:
-    """Save a running VM into the new snapshot DIRECTORY."""
-    name = find_vm(name)
-    arguments = {"directory": str(directory.absolute()), "live": live, "keep": keep}
-    with Steps(f"save of VM {name!r}", SAVE_LABELS) as steps:
-        result = run(ask(name, "save", arguments, timeout=SAVE_TIMEOUT, progress=steps))
-    report = msgspec.convert(result, SaveReport)
-    print_result(report, as_json, _shown(report))
-
-
-@click.command()
-@click.argument("directory", type=click.Path(path_type=Path))
 @click.option("--name", help="Name of the running VM (default: the saved description's).")
 @click.option("--count", default=1, metavar="N", type=click.IntRange(1, 64), help="Bring N clones of it back at once.")
 @click.option("--audit", type=click.Path(path_type=Path, file_okay=False), help=AUDIT_HELP)
@@ -232,11 +205,8 @@ def restore(
     audit: Path | None,
     capture: Path | None,
     detach: bool,
-<<<<<<< HEAD
-    **mine: Any,
-=======
     as_json: bool,
->>>>>>> 1a32283 (Programs read it: --json everywhere, results on standard output, errors as documents, completion, examples)
+    **mine: Any,
 ) -> None:
     """Bring the VM in snapshot DIRECTORY back and show its console.
 
@@ -246,13 +216,9 @@ def restore(
         check_name(name)
     if capture is not None and count != 1:
         raise UsageError("--capture is for one VM: several clones cannot share the file")
-<<<<<<< HEAD
     own_guest.check_restore(mine, count)
-    if detach and detached():
-=======
     _require_document(as_json, detach)
     if detach and detached(as_json=as_json):
->>>>>>> 1a32283 (Programs read it: --json everywhere, results on standard output, errors as documents, completion, examples)
         return
     programs = programs_from(provision())
     if count == 1:
@@ -508,25 +474,3 @@ async def _follow(vm: VirtualMachine, driver: str, job: int) -> None:
 
 def _notice(text: str) -> None:
     console.print(Text.assemble("\n", ("vmbus:", "bold"), f" {spelled(text)}"), soft_wrap=True)
-
-
-def _shown(report: SaveReport) -> Table:
-    rows = [
-        ("snapshot", report.directory),
-        ("packets in flight", f"{report.packets['queued']} queued, {report.packets['sent']} sent"),
-        ("held by providers", str(report.incoming_held)),
-        ("guest memory", f"{report.ram_bytes / 2**20:.1f} MiB"),
-        ("device state", f"{report.state_bytes / 2**10:.1f} KiB"),
-    ]
-    if report.live:
-        rows.append(("flushed at the switchover", f"{report.flushed_pages} pages"))
-    if report.downtime is not None:
-<<<<<<< HEAD
-        table.add_row("downtime", f"{report.downtime:.3f} s")
-    console.print(table)
-    for notice in report.notices:
-        _notice(notice)
-=======
-        rows.append(("downtime", f"{report.downtime:.3f} s"))
-    return facts(rows)
->>>>>>> 1a32283 (Programs read it: --json everywhere, results on standard output, errors as documents, completion, examples)
