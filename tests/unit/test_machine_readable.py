@@ -170,9 +170,9 @@ class Owner:
 
 def example(structure: type[msgspec.Struct]) -> dict[str, Any]:
     """One with something in each field."""
-    values = {"str": "x", "int": 3, "float": 0.5, "bool": True, "dict[str, int]": {"queued": 1, "sent": 2}}
+    values: dict[str, Any] = {"str": "x", "int": 3, "float": 0.5, "bool": True, "list": [], "dict": {}}
     fields = {one.name: str(getattr(one.type, "__name__", one.type)) for one in msgspec.structs.fields(structure)}
-    plain = {name: values.get(kind, {} if kind.startswith("dict") else None) for name, kind in fields.items()}
+    plain = {name: values.get(kind) for name, kind in fields.items()}
     plain |= {name: {"queued": 1, "sent": 2} for name in fields if name == "packets"}
     return msgspec.to_builtins(msgspec.convert(plain, structure))
 
