@@ -226,7 +226,6 @@ class GpadlTable:
             self._described -= partial.range_bytes
 
     def drop_channel(self, relid: int) -> None:
-        """Forget all GPADLs of a channel."""
         for handle in list(self._handles.get(relid, ())):
             self.remove(relid, handle)
         self._handles.pop(relid, None)
@@ -235,7 +234,6 @@ class GpadlTable:
                 self.abandon(handle)
 
     def clear(self) -> None:
-        """Forget everything."""
         self.complete.clear()
         self.partial.clear()
         self._handles.clear()
@@ -270,8 +268,6 @@ class GpadlTable:
 
 
 class RangeState(msgspec.Struct, frozen=True, array_like=True):
-    """One GPA range."""
-
     byte_count: U32
     byte_offset: Annotated[int, msgspec.Meta(ge=0, le=PAGE_SIZE - 1)]
     pfns: Annotated[

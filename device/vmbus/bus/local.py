@@ -300,7 +300,6 @@ class LocalBus:
 
     @property
     def busy(self) -> bool:
-        """Whether a turn is wanted."""
         return bool(self._ready or self._lost or any(self._match(client) for client in self._waiting))
 
     def service(self) -> None:

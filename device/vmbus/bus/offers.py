@@ -147,12 +147,10 @@ class OpenRequest:
         self.user_data = user_data
 
     def save(self) -> OpenState:
-        """For a saved state."""
         return OpenState(self.open_id, self.ring_gpadl, self.target_vp, self.downstream_page_offset, self.user_data)
 
     @classmethod
     def restored(cls, record: OpenState) -> "OpenRequest":
-        """From a saved state."""
         return cls(record.open_id, record.ring_gpadl, record.target_vp, record.downstream_page_offset, record.user_data)
 
 
@@ -222,7 +220,6 @@ class Offer:
 
     @property
     def name(self) -> str:
-        """For errors and logs."""
         return f"{self.instance}" + (f" (sub-channel {self.subchannel})" if self.subchannel else "")
 
     @property
@@ -236,7 +233,6 @@ class Offer:
         return self.state in (OfferState.OPENING, OfferState.OPEN, OfferState.CLOSING)
 
     def offer_message(self) -> m.OfferChannel:
-        """What the guest is told."""
         return m.OfferChannel(
             self.interface_type,
             self.instance,

@@ -34,7 +34,6 @@ class BusState(msgspec.Struct, frozen=True):
 
     @property
     def open_channels(self) -> int:
-        """How many channels are open."""
         return sum(offer.open is not None for offer in self.offers)
 
 

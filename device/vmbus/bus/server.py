@@ -56,8 +56,6 @@ class _Reset:
 
 
 class BusActions(Protocol):
-    """What the bus asks of its surroundings."""
-
     def post(self, message: bytes) -> None:
         """Send a message to the guest, after those before it."""
 
@@ -221,7 +219,6 @@ class BusServer(GpadlDesk):
         return offer if offer is not None and offer.state is OfferState.OPEN else None
 
     def by_relid(self, relid: int) -> Offer | None:
-        """The offer that has `relid`, in any state."""
         return self._by_relid.get(relid)
 
     @property

@@ -39,8 +39,6 @@ class ProviderDescription(msgspec.Struct, frozen=True, forbid_unknown_fields=Tru
 
 
 class DeviceDescription(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A device and its providers."""
-
     name: Name
     providers: Annotated[list[ProviderDescription], msgspec.Meta(min_length=1, max_length=256)]
 

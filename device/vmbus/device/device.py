@@ -258,7 +258,6 @@ class Device:
                 channel.observers.remove(observer)
 
     def offer_of(self, channel: ServerChannel) -> Offer:
-        """The offer behind an enabled channel."""
         return self._offers[id(channel)]
 
     def relid_of(self, channel: ServerChannel) -> int:
@@ -331,7 +330,6 @@ class Device:
     # ---- the PCI function --------------------------------------------------------------------------------------
 
     def bar_read(self, offset: int, size: int) -> bytes:
-        """A read of BAR0."""
         return self.synic.read(offset, size)
 
     def bar_write(self, offset: int, data: bytes) -> None:
@@ -354,14 +352,12 @@ class Device:
     # ---- SynicActions ------------------------------------------------------------------------------------------
 
     def posted(self, connection_id: int, message: bytes) -> PostStatus:
-        """The guest posted a channel message."""
         if not self.bus.accepts(connection_id):
             return PostStatus.INVALID_CONNECTION_ID
         self.bus.receive(message)
         return PostStatus.SUCCESS
 
     def signalled(self, connection_id: int) -> None:
-        """The guest signalled a channel."""
         offer = self.bus.find(connection_id)
         if offer is not None:
             self.wake(offer.owner)
@@ -371,7 +367,6 @@ class Device:
         self.reset()
 
     def interrupt(self) -> None:
-        """Raise the MSI."""
         self._interrupt()
 
     # ---- BusActions --------------------------------------------------------------------------------------------

@@ -55,8 +55,6 @@ HEAD_SIZE = _HEAD.size
 
 
 class ProviderRecord(msgspec.Struct, frozen=True):
-    """One provider: what it is, and its own bytes."""
-
     kind: str
     name: str
     instance: Guid
@@ -104,7 +102,6 @@ _channel_decoder = msgspec.msgpack.Decoder(ChannelRecord)
 
 
 def encode(state: DeviceState) -> bytes:
-    """The file's bytes."""
     body = msgspec.msgpack.encode(state)
     if len(body) > MAX_BODY:
         raise StateError(f"the state has {len(body)} bytes, more than the {MAX_BODY} that can be restored")

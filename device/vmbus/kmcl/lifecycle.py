@@ -29,8 +29,6 @@ class ChannelState(Enum):
 
 
 class ChannelEvent(Enum):
-    """What moves a channel."""
-
     ENABLE = "enable"
     DISABLE = "disable"
     OPEN = "open"

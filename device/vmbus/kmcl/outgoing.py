@@ -430,7 +430,6 @@ class Outgoing:
 
     @property
     def packets_queued(self) -> int:
-        """Packets that wait for room."""
         return len(self.queue) - self._flow.waiting
 
     def described(self) -> tuple[list[int], list[tuple[int, int, bytes]], int]:

@@ -49,11 +49,9 @@ class SpanMap(Generic[T]):
                 yield self._by_start[start]
 
     def get(self, start: int) -> T | None:
-        """The span that begins at `start`."""
         return self._by_start.get(start)
 
     def find(self, address: int) -> T | None:
-        """The span that has `address` in it."""
         index = bisect_right(self._bounds, address) - 1
         if index < 0:
             return None
@@ -104,7 +102,6 @@ class SpanMap(Generic[T]):
         return True
 
     def remove(self, span: T) -> None:
-        """Remove a span that is there."""
         del self._by_start[span.iova]
         index = bisect_right(self._bounds, span.iova) - 1
         block = self._blocks[index]

@@ -78,8 +78,6 @@ async def revert(
 
 
 class _Revert:
-    """One revert."""
-
     def __init__(self, vm: Vm, image: Image, tag: str, phases: Phases, sabotage: Sabotage, at: Hook) -> None:
         self._vm = vm
         self._monitor = vm.monitor

@@ -131,7 +131,6 @@ async def _grow_limit(monitor: QemuMonitor, stream: StreamSettings, caught_up: a
 
 
 async def _set_within(event: asyncio.Event, seconds: float) -> bool:
-    """Whether the event is set by then."""
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(seconds):
             await event.wait()

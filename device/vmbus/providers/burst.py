@@ -75,7 +75,6 @@ class BurstRuns(Provider):
         self.runs += 1
 
     def _has_room(self) -> bool:
-        """Whether the run has a packet that its window has room for."""
         run = self._run
         return run is not None and self._issued < run.packets and self._in_flight < window_of(run)
 

@@ -130,5 +130,4 @@ class Faults:
         return [Fault(callback, error, times, last) for (callback, error), (times, last) in self._kinds.items()]
 
     def as_dict(self) -> dict[str, Any]:
-        """For `status`."""
         return {"count": self.count, "errors": [fault._asdict() for fault in self.list]}

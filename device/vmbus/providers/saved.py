@@ -23,7 +23,6 @@ class TallyState(msgspec.Struct, frozen=True):
         return cls(**tally.as_dict())
 
     def load_into(self, tally: Tally) -> None:
-        """The counts again."""
         tally.load(msgspec.structs.asdict(self))
 
 

@@ -87,7 +87,6 @@ def facts(result: Provisioned) -> dict[str, object]:
 
 
 def summary(result: Provisioned) -> Table:
-    """Return the outcome as a table."""
     table = Table(title="Set-up", title_justify="left", show_header=False)
     table.add_column(style="bold")
     table.add_column(overflow="fold")

@@ -49,8 +49,6 @@ _FONT_SETTINGS = "fonts.conf"
 
 @dataclass(frozen=True)
 class ChromiumProgram:
-    """How to start Chromium."""
-
     path: Path
     version: int
     """Major."""

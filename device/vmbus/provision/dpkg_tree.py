@@ -105,7 +105,6 @@ class TreeWriter:
         self._add(entry)
 
     def file(self, name: str, data: bytes, mode: int = 0o644) -> None:
-        """A file of root's."""
         self.directory(name.rpartition("/")[0] or "usr")
         entry = tarfile.TarInfo(name)
         entry.size, entry.mode = len(data), mode

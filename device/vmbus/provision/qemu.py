@@ -37,8 +37,6 @@ ROOT_RECIPE = RootRecipe(
 
 @dataclass(frozen=True)
 class QemuProgram:
-    """How to start QEMU."""
-
     argv: tuple[str, ...]
     """Start of every command line: the loader if there is one, the program, where it finds its firmware."""
     version: tuple[int, int, int]

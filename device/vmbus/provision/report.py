@@ -25,8 +25,6 @@ class Reporter(Protocol):
 
 
 class SilentReporter:
-    """Says nothing."""
-
     def begin(self, text: str) -> None: ...
 
     def progress(self, done: int, total: int, text: str = "") -> None: ...

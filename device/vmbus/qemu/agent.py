@@ -74,8 +74,6 @@ class GuestWentBack(EnvironmentProblem):
 
 @dataclass(frozen=True)
 class GuestOutput:
-    """What a program in the guest came to."""
-
     code: int
     """Exit status; a signal's number, negative, if one has ended it."""
     output: str

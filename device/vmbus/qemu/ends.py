@@ -38,8 +38,6 @@ class GuestPanicked(EnvironmentProblem):
 
 
 class Ends:
-    """Watches one QEMU."""
-
     def __init__(self, monitor: Monitor, console_log: Path) -> None:
         self._monitor = monitor
         self._log = console_log

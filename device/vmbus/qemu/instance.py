@@ -260,7 +260,6 @@ class Instance:
         return 0
 
     async def stop(self) -> None:
-        """Stops the vCPUs."""
         await self.guard(self.monitor.execute("stop"), "the vCPUs to stop", START_TIMEOUT)
 
     async def cont(self) -> None:

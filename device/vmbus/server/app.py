@@ -125,7 +125,6 @@ class DeviceServer:
 
     @property
     def phase(self) -> Phase:
-        """What the server does at the moment."""
         return self._phase
 
     def step(self, step: Step) -> None:
@@ -164,7 +163,6 @@ class DeviceServer:
 
     @property
     def device(self) -> Device:
-        """The device of the present session."""
         return self.session.device
 
     @property
@@ -295,7 +293,6 @@ class DeviceServer:
                 instrument.close()
 
     def stop(self) -> None:
-        """End `run`."""
         if not self._ended.done():
             self._ended.set_result(None)
 
@@ -388,19 +385,15 @@ class DeviceServer:
     # ---- DeviceHandler -------------------------------------------------------------------------------------------
 
     def bar0_read(self, offset: int, size: int) -> bytes:
-        """A register of BAR0."""
         return self.device.bar_read(offset, size)
 
     def bar0_write(self, offset: int, data: bytes) -> None:
-        """A register of BAR0."""
         self.device.bar_write(offset, data)
 
     def config_read(self, offset: int, size: int) -> bytes:
-        """Configuration space."""
         return self.config.read(offset, size)
 
     def config_write(self, offset: int, data: bytes) -> None:
-        """Configuration space."""
         self.config.write(offset, data)
 
     def dma_map(self, iova: int, view: memoryview, writable: bool) -> None:

@@ -195,7 +195,6 @@ class ControlClient:
         return response.result or {}
 
     def close(self) -> None:
-        """Drop the connection."""
         if self._writer is not None:
             self._writer.close()
         self._reader = self._writer = None

@@ -176,7 +176,6 @@ class Driven:
             ) from error
 
     def log_start(self) -> None:
-        """Log what the device writes."""
         if self._logging:
             return
         memory = self._server.device.memory

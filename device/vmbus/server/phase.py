@@ -25,8 +25,6 @@ class Phase(Enum):
 
 
 class Step(Enum):
-    """What happens to a server."""
-
     PAUSE = "pause"
     REST = "the providers are at rest"
     RUN = "resume"

@@ -108,11 +108,9 @@ class Services:
     # ---- for ProviderServices ------------------------------------------------------------------------------------
 
     def join(self, owner: ProviderServices) -> None:
-        """One more provider."""
         self._owners.append(owner)
 
     def leave(self, owner: ProviderServices) -> None:
-        """It is gone."""
         if owner in self._owners:
             self._owners.remove(owner)
         self.look_idle()
@@ -199,7 +197,6 @@ class _Job:
 
     @property
     def what(self) -> str:
-        """For people."""
         return f"end of work of {self.owner.name}"
 
     def cancel(self) -> bool:
@@ -289,7 +286,6 @@ class ProviderServices:
 
     @property
     def active(self) -> bool:
-        """Whether descriptors are looked at."""
         return self._active
 
     @active.setter
@@ -309,7 +305,6 @@ class ProviderServices:
         return len(self._waiting)
 
     def bounds(self) -> dict[str, Bound]:
-        """What is bounded here."""
         return {"work that waits": Bound(self.waiting, MOST_WORK, self.refused)}
 
     def take_back(self, job: _Job) -> bool:
@@ -341,7 +336,6 @@ class ProviderServices:
         self._services.leave(self)
 
     def _serve(self) -> None:
-        """One thread."""
         while (job := self._next()) is not None:
             job.run()
             self._services.finished(job)

@@ -54,7 +54,6 @@ _MANIFEST_LIMIT = 4 << 20  # bytes; a real one has a few thousand
 
 
 def utc_now() -> str:
-    """The time for a manifest."""
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
@@ -158,8 +157,6 @@ class SnapshotWriter:
 
 
 class Snapshot:
-    """A snapshot that has been verified."""
-
     def __init__(self, directory: Path, manifest: Manifest) -> None:
         self.directory = directory
         self.manifest = manifest

@@ -55,8 +55,6 @@ class ImageSnapshot(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Checkpoint(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """One checkpoint's record."""
-
     version: int = VERSION
     tag: Name
     number: _Count
@@ -113,7 +111,6 @@ class Store:
         return self.directory / f"{tag}{_STATES[index]}"
 
     def files(self, tag: str) -> Path:
-        """The directory with the providers' files."""
         return self.directory / f"{tag}.files"
 
     def _record(self, tag: str) -> Path:

@@ -87,8 +87,6 @@ class Packets(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Versions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What made the snapshot."""
-
     project: str
     qemu: str
     """QEMU's version, e.g. 11.1.3."""
@@ -186,7 +184,6 @@ class _File(msgspec.Struct, forbid_unknown_fields=True):
 
 
 def encode_manifest(manifest: Manifest) -> bytes:
-    """The manifest file's bytes."""
     digest = hashlib.sha256(msgspec.json.encode(manifest)).hexdigest()
     return msgspec.json.format(msgspec.json.encode(_File(manifest, digest)), indent=2) + b"\n"
 

@@ -42,7 +42,6 @@ class Callbacks:
 
     @property
     def inside(self) -> bool:
-        """Whether one of them is running."""
         return self._depth > 0
 
     def raise_escaped(self) -> None:
@@ -116,7 +115,6 @@ class Callbacks:
         return callback
 
     def on_reset(self, _context: int, kind: int) -> int:
-        """The library resets the device."""
         if kind == bindings.RESET_LOST_CONN:
             # Also called for a context that never had a client, and again when it is destroyed.
             self.report_lost()
@@ -209,8 +207,6 @@ class Callbacks:
         return self._migrating("reading its state", step)
 
     def on_write_data(self, _context: int, buffer: int, count: int) -> int:
-        """The client writes a state."""
-
         def step(handler: MigrationHandler) -> int:
             handler.write_data(ctypes.string_at(buffer, count) if count else b"")
             return count

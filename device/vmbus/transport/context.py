@@ -80,8 +80,6 @@ _REFUSALS = frozenset({errno.ENODEV, errno.ENXIO, errno.EFAULT, errno.EACCES, er
 
 
 class RunResult(enum.Enum):
-    """What `Context.run` ended with."""
-
     IDLE = enum.auto()
     """Nothing waits; wait for `poll_fd`."""
     MORE = enum.auto()

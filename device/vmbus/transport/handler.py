@@ -10,8 +10,6 @@ from vmbus.transport import bindings
 
 
 class ResetKind(enum.Enum):
-    """Why the device is reset."""
-
     DEVICE = bindings.RESET_DEVICE
     """The client asks; memory and interrupts stay set up."""
     LOST_CONNECTION = bindings.RESET_LOST_CONN

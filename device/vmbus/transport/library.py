@@ -31,8 +31,6 @@ _HOW_TO_GET_ONE = f"run scripts/setup, or name the file in {ENVIRONMENT_VARIABLE
 
 
 class Generation(enum.Enum):
-    """Which ABI the library has."""
-
     OLD = "2022"
     """Revision 0b28d205572c of June 2022: at most 16 DMA regions, no MSI of its own, v1 migration."""
     NEW = "2026"

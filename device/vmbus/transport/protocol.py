@@ -113,7 +113,6 @@ class Message:
 
 
 def encode(message_id: int, command: int, body: bytes, *, flags: int = TYPE_COMMAND, error: int = 0) -> bytes:
-    """Header and body of one message."""
     return HEADER.pack(message_id, command, HEADER.size + len(body), flags, error) + body
 
 

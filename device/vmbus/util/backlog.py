@@ -60,7 +60,6 @@ class Backlog:
             self._until = before
 
     def finish(self) -> None:
-        """All of it, now."""
         self._run(lambda: True)
 
     def clear(self) -> None:

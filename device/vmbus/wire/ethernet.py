@@ -78,5 +78,4 @@ def parse_mac(text: str) -> bytes:
 
 
 def format_mac(mac: bytes) -> str:
-    """As people write it."""
     return mac.hex(":")

@@ -40,7 +40,6 @@ def port_of(service: UUID) -> int | None:
 
 
 def peer_port(instance: UUID) -> int:
-    """The port that an instance stands for."""
     return instance.time_low
 
 

@@ -63,8 +63,6 @@ class Version(NamedTuple):
 
 
 class MessageType(IntEnum):
-    """What a message is about."""
-
     NEGOTIATE = 0
     HEARTBEAT = 1
     KVP = 2
@@ -82,8 +80,6 @@ class Flag(IntFlag):
 
 
 class IcStatus(IntEnum):
-    """How it went."""
-
     OK = 0
     FAIL = 0x80004005
     NO_MORE_ITEMS = 0x80070103
@@ -255,7 +251,6 @@ class Shutdown(NamedTuple):
 
 
 def shutdown(request: Shutdown) -> bytes:
-    """The body of a request."""
     text = request.text.encode("utf-16-le")[: SHUTDOWN_TEXT - 2]
     return _SHUTDOWN.pack(request.reason, request.timeout, request.flags) + text.ljust(SHUTDOWN_TEXT, b"\0")
 
@@ -338,8 +333,6 @@ def parse_vss(body: bytes) -> int:
 
 
 class KvpOperation(IntEnum):
-    """What is done with a pool."""
-
     GET = 0
     SET = 1
     DELETE = 2

@@ -94,7 +94,6 @@ class Stats(NamedTuple):
     queued: int
 
     def pack(self) -> bytes:
-        """The reply."""
         return _STATS.pack(Status.OK, 0, *self)
 
 
@@ -119,7 +118,6 @@ def parse_reply(reply: bytes) -> tuple[int, int]:
 
 
 def pushed_data(sequence: int, size: int) -> bytes:
-    """The data of a pushed packet."""
     return _PUSHED.data(sequence, size)
 
 

@@ -46,8 +46,6 @@ _RECEIVE = Struct("<7I")  # type, status, sections, and one of them: offset, siz
 
 
 class Type(IntEnum):
-    """What a message is."""
-
     INIT = 1
     INIT_COMPLETE = 2
     NDIS_VERSION = 100
@@ -217,7 +215,6 @@ def pack_message(message: Message) -> bytes:
 
 
 def init_complete(version: int, status: int) -> bytes:
-    """The answer to INIT."""
     return _FOUR.pack(Type.INIT_COMPLETE, version, MDL_CHAIN, status).ljust(_PADDED, b"\0")
 
 

@@ -42,8 +42,6 @@ _PPI_TYPE = 0x7FFFFFFF  # the highest bit marks types of the guest's own
 
 
 class Type(IntEnum):
-    """What a message is."""
-
     PACKET = 1
     INITIALIZE = 2
     HALT = 3
@@ -107,8 +105,6 @@ class Packet(NamedTuple):
 
 
 class Initialize(NamedTuple):
-    """The first message."""
-
     request: int
     major: int
     minor: int
@@ -222,7 +218,6 @@ def _information(records: memoryview) -> dict[int, int]:
 
 
 def initialize_complete(request: int) -> bytes:
-    """The answer to INITIALIZE."""
     return _INITIALIZE_COMPLETE.pack(
         Type.INITIALIZE_COMPLETE,
         _INITIALIZE_COMPLETE.size,
@@ -241,18 +236,15 @@ def initialize_complete(request: int) -> bytes:
 
 
 def query_complete(request: int, status: int, data: bytes = b"") -> bytes:
-    """The answer to QUERY."""
     size = _QUERY_COMPLETE.size + len(data)
     return _QUERY_COMPLETE.pack(Type.QUERY_COMPLETE, size, request, status, len(data), 16) + data
 
 
 def set_complete(request: int, status: int) -> bytes:
-    """The answer to SET."""
     return _SET_COMPLETE.pack(Type.SET_COMPLETE, _SET_COMPLETE.size, request, status)
 
 
 def keepalive_complete(request: int) -> bytes:
-    """The answer to KEEPALIVE."""
     return _SET_COMPLETE.pack(Type.KEEPALIVE_COMPLETE, _SET_COMPLETE.size, request, Status.SUCCESS)
 
 
@@ -262,7 +254,6 @@ def reset_complete() -> bytes:
 
 
 def indicate(status: int) -> bytes:
-    """Something has happened."""
     return _INDICATE.pack(Type.INDICATE, _INDICATE.size, status, 0, 0)
 
 

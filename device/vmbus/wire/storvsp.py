@@ -124,7 +124,6 @@ class Srb(NamedTuple):
         return self.cdb[:length].ljust(CDB_SIZE, b"\0") if 6 <= length < CDB_SIZE else None
 
     def pack(self) -> bytes:
-        """As it is in a packet."""
         return _SRB.pack(*self)
 
 

@@ -51,8 +51,6 @@ PAGE_VALID = 1
 
 
 class PostStatus(IntEnum):
-    """What the last post came to."""
-
     SUCCESS = 0
     INVALID_PARAMETER = 5
     INVALID_CONNECTION_ID = 18

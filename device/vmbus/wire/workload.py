@@ -66,7 +66,6 @@ class Tally:
         return not (self.lost or self.duplicated or self.reordered or self.corrupted)
 
     def as_dict(self) -> dict[str, int]:
-        """The counts by name."""
         return {name: getattr(self, name) for name in self.__slots__}
 
     def load(self, counts: dict[str, int]) -> None:
@@ -116,7 +115,6 @@ class Pattern:
 
 
 def transform(data: bytes, sequence: int) -> bytes:
-    """What echo makes of its data."""
     return data.translate(TABLES[(sequence * 31 + 7) & 0xFF])
 
 
@@ -156,7 +154,6 @@ class BurstStart(NamedTuple):
     needless: int = 0
 
     def pack(self) -> bytes:
-        """The request."""
         return BURST_START.pack(OP_START, self.size, self.packets, self.window, self.needless)
 
 
@@ -186,7 +183,6 @@ def burst_digest(sequence: int, data: bytes) -> bytes:
 
 
 def burst_data(sequence: int, data: bytes) -> bytes:
-    """A DATA packet."""
     return BURST_DATA.pack(KIND_DATA, len(data), sequence, zlib.crc32(data), 0) + data
 
 
@@ -198,7 +194,6 @@ class BurstDone(NamedTuple):
     wrong: int
 
     def pack(self) -> bytes:
-        """The DONE packet."""
         return BURST_DONE.pack(KIND_DONE, 0, self.started, self.completed, self.wrong, 0)
 
 

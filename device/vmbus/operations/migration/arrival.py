@@ -58,7 +58,6 @@ class Arrival:
 
     @property
     def folder(self) -> Path:
-        """A directory of its own."""
         return self.vm.room("arrival")
 
     async def start(self, phases: Phases, multifd: int) -> int | str:

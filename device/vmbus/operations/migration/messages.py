@@ -72,8 +72,6 @@ class Fate(_Message):
 
 
 class Prepare(_Message):
-    """What is to move."""
-
     vm: VmDescription
     machine: Machine
     versions: Versions
@@ -211,7 +209,6 @@ _decoder: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(Message)
 
 
 def encode(message: Message) -> bytes:
-    """The bytes of a message."""
     return _encoder.encode(message)
 
 

@@ -18,8 +18,6 @@ from vmbus.errors import UsageError
 
 
 class SourceStage(Enum):
-    """Where the source is."""
-
     PREPARING = "preparing"
     CAPTURING = "capturing"
     HANDING_OVER = "handing over"
@@ -31,8 +29,6 @@ class SourceStage(Enum):
 
 
 class DestinationStage(Enum):
-    """Where the destination is."""
-
     PREPARING = "preparing"
     LOADING = "loading"
     RESTORED = "restored"
@@ -140,7 +136,6 @@ class Ownership(Generic[S]):
 
     @property
     def row(self) -> Row[S]:
-        """What holds now."""
         return self._table[self.stage]
 
     def move(self, stage: S) -> None:

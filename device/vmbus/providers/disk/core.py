@@ -105,8 +105,6 @@ class Outcome(NamedTuple):
 
 
 class Core:
-    """One disk."""
-
     def __init__(self, geometry: Geometry) -> None:
         self.geometry = geometry
         self.flush_failed = 0
@@ -162,7 +160,6 @@ class Core:
 
     @property
     def flushing(self) -> bool:
-        """Whether a flush runs."""
         return self._flushing is not None
 
     def flush(self) -> list[Job]:
@@ -297,7 +294,6 @@ class Core:
 
     @property
     def running(self) -> list[str]:
-        """What runs, in words."""
         return [
             repr(job)
             for job in (*self._jobs, *filter(None, (self._flushing,)))

@@ -424,7 +424,6 @@ class Disk:
     # ---- inspection ----------------------------------------------------------------------------------------------
 
     def status(self) -> dict[str, Any]:
-        """For tools."""
         core = self.core
         return {
             "image": self.options.image,

@@ -33,7 +33,6 @@ MEBIBYTE = 1 << 20
 
 
 def disk_directory() -> Path:
-    """Where images are."""
     named = os.environ.get(DIRECTORY_VARIABLE)
     if named:
         return Path(named)
@@ -48,7 +47,6 @@ def clone_directory() -> Path | None:
 
 
 def image_path(name: str, directory: Path | None = None) -> Path:
-    """Where an image is, or would be."""
     return (directory or disk_directory()) / name
 
 

@@ -5,8 +5,6 @@ from typing import NamedTuple
 
 
 class Op(IntEnum):
-    """What is asked for."""
-
     READ = 1
     WRITE = 2
     FLUSH = 3
@@ -15,8 +13,6 @@ class Op(IntEnum):
 
 
 class Flag(IntFlag):
-    """Of a request."""
-
     FUA = 1  # WRITE, WRITE_ZEROES: on stable storage before it completes
     MAY_UNMAP = 2  # WRITE_ZEROES: storage may be given back
 

@@ -39,8 +39,6 @@ def nobody(message: ic.Message | None, error: VmbusError | None) -> None:
 
 
 class Phase(Enum):
-    """Of an exchange."""
-
     CLOSED = "closed"
     NEGOTIATING = "negotiating"
     READY = "ready"
@@ -139,7 +137,6 @@ class Exchange:
         self.channel = ServerChannel(service.interface_type, instance, name=name)
 
     def start(self) -> None:
-        """Offer the channel."""
         channel = self.channel
         channel.set_flags(FLAG_IS_PIPE)
         channel.set_server_flags(SERVER_FLAG_OFFER_AS_PIPE)
@@ -310,7 +307,6 @@ class Exchange:
     # ---- save and restore ------------------------------------------------------------------------------------------
 
     def save(self) -> ExchangeState:
-        """What a restore needs."""
         agreed = self.version is not None
         request = self._under_way
         return ExchangeState(
@@ -358,7 +354,6 @@ class Exchange:
             self.phase = Phase.NEGOTIATING if self.version is None else Phase.READY
 
     def status(self) -> dict[str, Any]:
-        """For tools."""
         return {
             "phase": self.phase.value,
             "version": None if self.version is None else str(self.version),

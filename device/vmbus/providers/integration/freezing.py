@@ -31,8 +31,6 @@ class Stage(Enum):
 
 
 class Happening(Enum):
-    """What moves it on."""
-
     FREEZE = "somebody wants them frozen"
     READY = "the guest can do that"
     DONE = "the guest has frozen them"

@@ -73,7 +73,6 @@ class Part:
         """The guest's service has gone."""
 
     def status(self) -> dict[str, Any]:
-        """For tools."""
         return self.exchange.status() | self.numbers
 
 

@@ -17,16 +17,12 @@ from vmbus.wire.workload import Sequence, Tally, transform
 
 
 class PipeState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What is saved of one pipe."""
-
     next_sequence: U64
     tally: TallyState
     bytes: Count
 
 
 class PipeEnd:
-    """The host's end of one pipe."""
-
     def __init__(self, host: Host, channel: ServerChannel, mode: PipeMode) -> None:
         self._host = host
         self.channel = channel
@@ -40,7 +36,6 @@ class PipeEnd:
         channel.set_save_restore_packet_callbacks(lambda _, packet, buffer: 0, self._restore_packet)
 
     def start(self) -> None:
-        """Offer it."""
         self._host.add_channel(self.channel)
         self.channel.enable()
         self.channel.start()
@@ -72,11 +67,9 @@ class PipeEnd:
         channel.restore_packet(packet, lib_buf)
 
     def save(self) -> PipeState:
-        """What a restore needs."""
         return PipeState(self._sequence.next, TallyState.of(self.tally), self.bytes)
 
     def restore(self, state: PipeState) -> None:
-        """It again."""
         state.tally.load_into(self.tally)
         self._sequence.next = state.next_sequence
         self.bytes = state.bytes

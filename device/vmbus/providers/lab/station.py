@@ -83,12 +83,10 @@ class Shared:
         return True
 
     def give(self, packets: int, size: int) -> None:
-        """Give room back."""
         self.packets -= packets
         self.data -= packets * size
 
     def bounds(self) -> dict[str, Bound]:
-        """For tools."""
         return {
             "pushed packets": Bound(self.packets, MOST_PUSHED, self.busy),
             "pushed bytes": Bound(self.data, MOST_PUSHED_BYTES, self.busy),
@@ -98,8 +96,6 @@ class Shared:
 
 
 class LineState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What is saved of one channel."""
-
     index: Annotated[int, msgspec.Meta(ge=0, le=MAXIMUM_SUBCHANNELS)]
     next_sequence: U64
     tally: TallyState
@@ -194,7 +190,6 @@ class Line:
         self._shared.slices.do(channel, self._request(completion, payload))
 
     def _request(self, completion: Completion, payload: bytes) -> Iterator[int]:
-        """Do and answer a request, in steps."""
         yield PIECE + len(payload)
         try:
             if len(payload) < HEAD.size:
@@ -414,7 +409,6 @@ class Line:
         self._shared.give(-1, _SAVED_PACKET.unpack(save_buf)[1])
 
     def save(self) -> LineState:
-        """What a restore needs."""
         return LineState(
             index=self.index,
             next_sequence=self._sequence.next,
@@ -426,7 +420,6 @@ class Line:
         )
 
     def restore(self, state: LineState) -> None:
-        """It again."""
         state.tally.load_into(self.tally)
         self._sequence.next = state.next_sequence
         self.pushed = state.pushed
@@ -469,7 +462,6 @@ class Station:
         self.lines: dict[int, Line] = {0: Line(self, 0)}
 
     def start(self) -> None:
-        """Offer it."""
         self.lines[0].offer()
 
     def other(self, number: int) -> "Station | Status":
@@ -484,7 +476,6 @@ class Station:
 
     @property
     def plugged(self) -> bool:
-        """Whether it is offered."""
         return self.lines[0].channel.state is not ChannelState.DISABLED
 
     def plug(self, plugged: bool) -> None:
@@ -527,7 +518,6 @@ class Station:
         return sum(line.channel.state in _IN_USE for line in self.lines.values())
 
     def save(self) -> StationState:
-        """What a restore needs."""
         present = [line for line in self.lines.values() if line.channel.state is not ChannelState.DISABLED]
         return StationState(self.plugged, [line.save() for line in present])
 

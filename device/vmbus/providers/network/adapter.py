@@ -97,7 +97,6 @@ class Adapter(Card):
 
     @property
     def _in_use(self) -> list[Queue]:
-        """Queues that get frames."""
         queues = self.queues
         return [queues[index] for index in self._spread.queues if index < len(queues)]
 
@@ -366,7 +365,6 @@ class Adapter(Card):
 
     @property
     def queue_count(self) -> int:
-        """Queues that it may have."""
         return int(self.options.queues)
 
     @property
@@ -376,10 +374,8 @@ class Adapter(Card):
 
     @property
     def filter(self) -> int:
-        """The packet filter that it has set."""
         return self._filter
 
     @property
     def statistics(self) -> dict[str, int]:
-        """Counters by name."""
         return self.counters

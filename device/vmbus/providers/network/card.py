@@ -292,7 +292,6 @@ class Card(Provider):
             mending.give_up()
 
     def _readable(self) -> None:
-        """Frames for the guest."""
         port = self.port
         assert port is not None
         taken = 0

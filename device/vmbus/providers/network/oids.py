@@ -156,7 +156,6 @@ def coalescing_wanted(data: bytes) -> bool | None:
 
 
 def offload_parameters(data: bytes) -> bool:
-    """Whether data is OFFLOAD_PARAMETERS at all."""
     return len(data) >= 22 and data[0] == 0x80 and 22 <= unpack_from("<H", data, 2)[0] <= len(data)
 
 

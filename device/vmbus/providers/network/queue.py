@@ -115,7 +115,6 @@ class Queue:
         return self.in_flight + bool(self._ranges) < self.most_packets - min(16, self.most_packets // 4)
 
     def has_control_room(self, length: int) -> bool:
-        """Whether a control message can."""
         return self.parts is not None and self.parts.control.fits(length) and self.in_flight < self.most_packets
 
     def add(self, message: bytes) -> None:

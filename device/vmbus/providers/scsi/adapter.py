@@ -131,7 +131,6 @@ class Adapter:
     # ---- channels ------------------------------------------------------------------------------------------------
 
     def start(self) -> None:
-        """Offer the controller."""
         self._offer(0)
 
     def _offer(self, index: int) -> None:

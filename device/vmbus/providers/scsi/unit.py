@@ -75,10 +75,8 @@ class Unit:
         return UnitState(self.options, self.disk.save(), self.grown)
 
     def restore(self, state: UnitState) -> None:
-        """It again."""
         self.disk.restore(state.disk)
         self.grown = state.grown
 
     def status(self) -> dict[str, Any]:
-        """For tools."""
         return {"lun": self.lun, **self.disk.status(), "leaving": self.leaving}

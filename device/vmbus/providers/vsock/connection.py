@@ -105,7 +105,6 @@ class Connection:
 
     @property
     def name(self) -> str:
-        """For logs."""
         return self.channel.name
 
     def _move(self, event: Event) -> None:
@@ -347,7 +346,6 @@ class Connection:
             return True
 
     def _closed(self, _: Channel) -> None:
-        """The guest has closed the channel, or lost it."""
         self._held = None
         if self.state in OPEN:
             self._flush_last()

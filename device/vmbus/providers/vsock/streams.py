@@ -73,7 +73,6 @@ class Stream:
         return any(events & (select.POLLHUP | select.POLLERR) for _, events in poller.poll(0))
 
     def close(self) -> None:
-        """Let go of it."""
         self._socket.close()
 
 
