@@ -429,32 +429,6 @@ def check_pair(pair: Pair, host: MemoryStore, guest: MemoryStore) -> Report:
     return check_records([Record(bytes(host.data), "host"), Record(bytes(guest.data), "guest")])
 
 
-def test_a_pair_with_a_full_ring_and_a_close(tmp_path: Path) -> None:
-    pair, host, guest = recorded_pair()
-    held: list = []
-    pair.client.set_process_packet_callbacks(lambda channel, completion, payload: held.append(completion))
-    pair.open()
-    for number in range(300):
-        packet = pair.server.allocate_packet()
-        packet.completion_routine = lambda packet, status, reply: None
-        packet.send(bytes([number & 0xFF]) * (number % 50), wait_for_completion=number % 7 != 0)
-    pair.run()
-    report = check_pair(pair, host, guest)
-    assert report.clean and report.in_flight > 200, str(report)
-    while held:
-        held.pop(0).complete(b"done")
-        pair.run()
-    report = check_pair(pair, host, guest)
-    assert report.clean and report.in_flight == 0 and report.packets == 300, str(report)
-    last = pair.server.allocate_packet()
-    last.send(b"never completed")
-    pair.run()
-    pair.client.close(lambda: None, force=True)
-    pair.server.close(lambda: None, force=True)
-    report = check_pair(pair, host, guest)
-    assert report.clean and report.channels[0].cancelled == 1, str(report)
-
-
 def test_what_was_staged_when_its_channel_failed_is_not_called_lost() -> None:
     pair, host, guest = recorded_pair()
     pair.client.set_process_packet_callbacks(lambda channel, completion, payload: completion.complete())

@@ -18,9 +18,6 @@ from vmbus.observe.audit.checker import check_paths
 from vmbus.observe.audit.files import guest_recorder, recorder_in
 from vmbus.observe.audit.guest import collect_audit
 from vmbus.observe.audit.records import Mark, Record
-from vmbus.vm.command_line import AUDIT_WORD, kernel_arguments
-from vmbus.vm.description import VmDescription, load_description
-from vmbus_guest import agent as agent_module
 from vmbus_guest import audit_records
 from vmbus_guest.agent import Agent
 
@@ -157,10 +154,3 @@ def test_an_agent_that_keeps_none_has_none(tmp_path: Path) -> None:
 )
 def test_wrong_requests_are_refused(guest: Guest, command: str, arguments: dict[str, Any]) -> None:
     assert guest.fail(command, **arguments)["kind"] == "bad-argument"
-
-
-def test_the_guest_learns_of_it_from_the_kernels_command_line() -> None:
-    description: VmDescription = load_description(Path(__file__).parents[2] / "qemu_configs" / "demo.toml")
-    assert AUDIT_WORD == agent_module.AUDIT_WORD
-    assert AUDIT_WORD in kernel_arguments(description, audit=True).split()
-    assert AUDIT_WORD not in kernel_arguments(description).split()

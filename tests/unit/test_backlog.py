@@ -40,12 +40,6 @@ class Slow:
         self.done.append(number)
 
 
-def test_outside_of_a_turn_all_is_done_at_once() -> None:
-    slow = Slow(1.0)
-    slow.do(*range(10))
-    assert slow.done == list(range(10)) and not slow.asked and not slow.backlog
-
-
 def test_a_turn_is_short_and_the_rest_is_done_in_order() -> None:
     slow = Slow(TURN_SECONDS / 4)
     with slow.backlog.turn():

@@ -88,36 +88,6 @@ def test_backpressure_bytes_count_too(monkeypatch: pytest.MonkeyPatch) -> None:
     assert 100_000 <= flow.held_bytes < 104_000 and flow.requests < 100
 
 
-def test_backpressure_what_waits_is_saved_and_answered_after_the_restore(small: None) -> None:
-    machine = Machine(["echo"])
-    driver = connect(machine)
-    guest = Deaf(machine, open_echo(driver, ring_pages_in=1, ring_pages_out=16), 16)
-    guest.ask(300)
-    state = machine.save()
-    machine.come_back(state)
-    assert held(machine) == 200, "the completions that wait count from the restore on"
-    del guest.channel.process
-    waiting = guest.channel.packets_sent + guest.channel.packets_queued
-    driver.run_until(lambda: guest.channel.counters["completed"] >= waiting, 20, "the answers")
-    assert held(machine) == 0
-
-
-def test_backpressure_others_do_not_notice(small: None) -> None:
-    machine = Machine(["echo", "echo"])
-    driver = connect(machine)
-    deaf = driver.client_channel(ECHO_TYPE, instance=machine.providers[0].instance, ring_pages_in=1)
-    good = driver.client_channel(ECHO_TYPE, instance=machine.providers[1].instance)
-    driver.enable(deaf)
-    driver.enable(good)
-    Deaf(machine, deaf, 16).ask(100)
-    answers: list[bytes] = []
-    for number in range(500):
-        packet = good.allocate_packet()
-        packet.completion_routine = lambda packet, status, reply: answers.append(reply)
-        packet.send(echo_request(number, b"hello", inline=True))
-    driver.run_until(lambda: len(answers) == 500, 20, "the answers")
-
-
 def test_backpressure_all_channels_share_the_devices_bound(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ten greedy channels get no more than the device's bound together, and each its share; the rest is kept waiting,
     and goes on as soon as one of them lets go."""
@@ -141,22 +111,6 @@ def test_backpressure_all_channels_share_the_devices_bound(monkeypatch: pytest.M
     done = lambda: sum(channel.counters["completed"] for channel in channels)  # noqa: E731
     driver.run_until(lambda: done() == 2000, 60, "all answers")
     assert machine.device.allowance.held() == (0, 0)
-
-
-def test_backpressure_a_quota_counts_answers_that_wait() -> None:
-    pair = Pair()
-    pair.server.set_process_packet_callbacks(lambda _, completion, payload: completion.complete(bytes(1000)))
-    pair.server.set_transaction_quota(2)
-    pair.open()
-    for _ in range(20):
-        pair.client.allocate_packet().send(b"request!")
-    pair.ready.discard("client")
-    for _ in range(20):
-        pair.turn("server")
-    assert pair.server.flow.waiting == 2 and pair.server.flow.received == 5, "three answers fit into the ring"
-    pair.ready |= {"client", "server"}
-    pair.run()
-    assert pair.server.flow.received == 20 == pair.client.counters["completed"]
 
 
 def test_backpressure_a_client_reads_on_whatever_waits() -> None:

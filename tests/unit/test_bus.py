@@ -60,16 +60,6 @@ def test_an_unknown_version_is_refused_and_another_may_follow(version: int) -> N
     assert bus.say(m.InitiateContact(m.Version.V4_0, 0, 0, 0, 0)) == [m.VersionResponse(1, 0, m.Version.V4_0)]
 
 
-@pytest.mark.parametrize(
-    "message",
-    [m.RequestOffers(), m.Unload(), m.CloseChannel(1), open_channel(1, 7), m.GpadlTeardown(1, 7)],
-)
-def test_nothing_is_served_before_a_version_is_agreed_on(message) -> None:
-    bus = Joined()
-    assert bus.say(message) == []
-    assert bus.bus.rejected == 1
-
-
 def test_relids_that_are_released_outside_of_a_connection_are_no_complaint(opened: Joined) -> None:
     """Linux releases each of its channels after UNLOAD, which has released them all."""
     opened.owner.prompt_close = False
@@ -82,28 +72,6 @@ def test_relids_that_are_released_outside_of_a_connection_are_no_complaint(opene
     assert opened.bus.rejected == 0
     opened.connect()
     assert len(opened.client.offers) == 2 and opened.say(m.RelidReleased(7)) == [] and opened.bus.rejected == 1
-
-
-def test_a_new_contact_at_any_time_starts_from_nothing(opened: Joined) -> None:
-    opened.say(m.GpadlHeader(2, 8, 800, 1, b""))
-    assert opened.say(m.InitiateContact(m.Version.V5_0, 0, 2, 0, 0)) == [m.VersionResponse(1, 0, 4)]
-    assert opened.owner.events[-1] == ("close", "owner 0", False)
-    assert not opened.bus.gpadls.complete and not opened.bus.gpadls.partial
-    assert opened.bus.version == m.Version.V5_0
-    assert kinds(opened.say(m.RequestOffers())) == ["OfferChannel", "OfferChannel", "AllOffersDelivered"]
-    opened.gpadl()
-    assert opened.open() == [m.OpenResult(1, 99, 0)]
-
-
-def test_a_new_contact_waits_for_owners_to_let_go(opened: Joined) -> None:
-    opened.owner.prompt_close = False
-    assert opened.say(m.InitiateContact(m.Version.V5_0, 0, 2, 0, 0)) == []
-    assert opened.say(m.InitiateContact(m.Version.V4_1, 0, 0, 0, 0)) == [], "the second takes the first one's place"
-    assert opened.owner.events.count(("close", "owner 0", False)) == 1
-    opened.owner.let_go(opened.offers[0])
-    assert opened.heard[-1] == m.VersionResponse(1, 0, m.Version.V4_1)
-    assert kinds(opened.heard).count("VersionResponse") == 2
-    assert opened.bus.version == m.Version.V4_1
 
 
 @pytest.mark.parametrize("last", ["Unload", "InitiateContact"])
@@ -139,31 +107,6 @@ def test_a_channel_cannot_be_reopened_while_the_connection_ends(opened: Joined, 
     assert opened.offers[0].state is OfferState.UNOFFERED
 
 
-def test_unload_drops_everything_and_is_answered_once(opened: Joined) -> None:
-    opened.owner.prompt_close = False
-    assert opened.say(m.Unload()) == []
-    opened.owner.let_go(opened.offers[0])
-    assert opened.heard[-1] == m.UnloadResponse()
-    assert opened.bus.state is ConnectionState.DISCONNECTED and not opened.bus.gpadls.complete
-    assert opened.say(m.Unload()) == [] and opened.bus.rejected == 1
-    opened.connect()
-    opened.gpadl()
-    assert opened.open() == [m.OpenResult(1, 99, 0)]
-
-
-def test_a_reset_drops_everything_without_a_word(opened: Joined) -> None:
-    opened.owner.prompt_close = False
-    opened.say(m.CloseChannel(1))
-    opened.say(open_channel(1, 7))
-    opened.say(m.GpadlTeardown(1, 7))
-    before = len(opened.heard)
-    opened.bus.reset()
-    check(opened.bus, opened.owner)
-    assert opened.heard[before:] == []
-    assert opened.owner.events[-1] == ("close", "owner 0", True)
-    assert [offer.state for offer in opened.offers] == [OfferState.UNOFFERED] * 2
-
-
 # ---- offers ----------------------------------------------------------------------------------------------------------
 
 
@@ -175,10 +118,6 @@ def test_offers_say_what_their_owner_said() -> None:
     assert offer.user_defined == b"for the guest".ljust(120, b"\0")
     assert (offer.dedicated_interrupt, offer.monitor_allocated, offer.connection_id) == (1, 0, 0x10001)
     assert bus.bus.find(offer.connection_id) is None, "a closed channel cannot be signalled"
-
-
-def test_offers_are_requested_once(bus: Joined) -> None:
-    assert bus.say(m.RequestOffers()) == [] and bus.bus.rejected == 1
 
 
 def test_an_offer_that_comes_late_is_sent_at_once(bus: Joined) -> None:
@@ -200,43 +139,7 @@ def test_there_are_as_many_offers_as_relids() -> None:
     assert len(bus.client.offers) == MAX_RELID
 
 
-def test_a_withdrawn_offer_is_forgotten_once_released(bus: Joined) -> None:
-    bus.bus.withdraw(bus.offers[0])
-    assert bus.heard[-1] == m.RescindOffer(1)
-    assert bus.say(m.RelidReleased(1)) == []
-    assert list(bus.bus.offers) == [bus.offers[1]]
-    bus.offer(0)
-    assert bus.heard[-1].relid == 1, "a free relid is used again"
-
-
-def test_an_offer_withdrawn_before_anybody_knows_it() -> None:
-    bus = Joined()
-    bus.bus.withdraw(bus.offers[1])
-    bus.connect()
-    assert list(bus.client.offers) == [1]
-
-
 # ---- open and close --------------------------------------------------------------------------------------------------
-
-
-def test_open_close_and_open_again(opened: Joined) -> None:
-    assert opened.bus.find(0x10001) is opened.offers[0]
-    assert opened.owner.events == [("open", "owner 0"), ("answered", "owner 0")]
-    assert opened.say(m.CloseChannel(1)) == []
-    assert opened.bus.find(0x10001) is None
-    assert opened.say(m.GpadlTeardown(1, 7)) == [m.GpadlTorndown(7)]
-    opened.gpadl(handle=7)
-    assert opened.open() == [m.OpenResult(1, 99, 0)]
-
-
-def test_the_owner_may_refuse(bus: Joined) -> None:
-    bus.gpadl()
-    bus.owner.open_status = 0xC0000001
-    assert bus.open() == [m.OpenResult(1, 99, 0xC0000001)]
-    assert bus.offers[0].state is OfferState.OFFERED
-    assert ("answered", "owner 0") not in bus.owner.events
-    bus.owner.open_status = 0
-    assert bus.open() == [m.OpenResult(1, 99, 0)]
 
 
 def test_the_owner_may_take_its_time(bus: Joined) -> None:
@@ -295,12 +198,6 @@ def test_taking_the_rings_of_an_open_channel_costs_the_channel(opened: Joined) -
     assert kinds(opened.say(m.RelidReleased(1))) == ["OfferChannel"]
 
 
-def test_other_memory_of_an_open_channel_may_be_taken_back(opened: Joined) -> None:
-    opened.gpadl(handle=8)
-    assert opened.say(m.GpadlTeardown(1, 8)) == [m.GpadlTorndown(8)]
-    assert opened.offers[0].state is OfferState.OPEN
-
-
 @pytest.mark.parametrize("version", [m.Version.V5_2, m.Version.V5_3])
 def test_interrupts_can_be_moved(version: m.Version) -> None:
     bus = Joined()
@@ -355,23 +252,11 @@ def test_rescind_in_every_state(state: OfferState) -> None:
     assert bus.open() == [m.OpenResult(1, 99, 0)]
 
 
-def test_an_open_of_a_rescinded_channel_is_ignored(opened: Joined) -> None:
-    opened.bus.rescind(opened.offers[0])
-    assert opened.open() == [] and opened.offers[0].state is OfferState.RESCINDED
-
-
 @pytest.mark.parametrize("state", [OfferState.OPENING, OfferState.OPEN, OfferState.CLOSING])
 def test_a_channel_in_use_cannot_be_released(state: OfferState) -> None:
     bus = reach(state)
     assert bus.say(m.RelidReleased(1)) == []
     assert bus.offers[0].state is state and bus.bus.rejected == 1
-
-
-def test_a_closed_channel_may_be_released_and_is_offered_on_the_next_connection(bus: Joined) -> None:
-    assert bus.say(m.RelidReleased(1)) == []
-    assert bus.offers[0].state is OfferState.UNOFFERED
-    bus.connect()
-    assert sorted(bus.client.offers) == [1, 2]
 
 
 # ---- whatever comes --------------------------------------------------------------------------------------------------

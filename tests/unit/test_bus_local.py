@@ -4,7 +4,6 @@ from uuid import UUID
 
 import pytest
 
-from vmbus.bus.gpadl import GpadlError
 from vmbus.bus.local import LocalBus
 from vmbus.errors import StateError, UsageError
 from vmbus.kmcl import ChannelState, ClientChannel, Completion, KmclError, Packet
@@ -112,19 +111,6 @@ def payloads(count: int) -> list[bytes]:
     return [number.to_bytes(8, "little") * 20 for number in range(count)]
 
 
-def test_close_and_open_again(bus: LocalBus) -> None:
-    server, client = Server(bus), Client(bus)
-    for number in range(3):
-        client.open()
-        client.send(bytes([number]) * 8)
-        bus.run()
-        bus.close(client.channel)
-        assert client.channel.state is ChannelState.DISABLED and server.channel.state is ChannelState.CLOSED
-    assert server.events == ["opened", "suspend", "closed"] * 3
-    assert len(client.replies) == 3
-    assert not bus.server_memory.mapped() and not bus.client_memory.mapped()
-
-
 def test_nothing_to_open(bus: LocalBus) -> None:
     client = Client(bus)
     with pytest.raises(UsageError, match="nothing that channel client 0 could open"):
@@ -136,21 +122,6 @@ def test_nothing_to_open(bus: LocalBus) -> None:
         Client(bus).open()
     with pytest.raises(UsageError, match="offered already"):
         Server(bus)
-
-
-def test_a_refused_open_leaves_nothing(bus: LocalBus) -> None:
-    def refuse(_: Channel) -> None:
-        raise ValueError("not today")
-
-    server = ServerChannel(TYPE, INSTANCE, name="server")
-    server.set_state_change_callbacks(opened=refuse)
-    bus.offer(server)
-    server.enable()
-    client = Client(bus)
-    with pytest.raises(Exception, match="not today"):
-        client.open()
-    assert (server.state, client.channel.state) == (ChannelState.CLOSED, ChannelState.DISABLED)
-    assert not bus.server_memory.mapped()
 
 
 def test_a_failed_server_end_takes_the_client_with_it(bus: LocalBus) -> None:
@@ -206,26 +177,6 @@ def test_subchannels_live_on_an_open_primary(bus: LocalBus) -> None:
 
 
 # ---- GPADLs ----------------------------------------------------------------------------------------------------------
-
-
-def test_deleting_waits_for_the_unmap() -> None:
-    work: list = []
-    bus = LocalBus(idle=lambda: bool(work) and (work.pop()() or True))
-    server, client = Server(bus), Client(bus).open()
-    buffer = bus.allocate(PAGE)
-    handle = client.channel.create_gpadl([(buffer.iova, PAGE)], read_only=True)
-    grant = server.channel.map_gpadl(handle, read_only=True)
-    assert grant.views[0].readonly
-    work.append(lambda: server.channel.unmap_gpadl(handle))
-    client.channel.delete_gpadl(handle)
-    assert not work
-    for call in (
-        lambda: server.channel.map_gpadl(handle, read_only=True),
-        lambda: server.channel.unmap_gpadl(handle),
-        lambda: client.channel.delete_gpadl(handle),
-    ):
-        with pytest.raises((KmclError, GpadlError)):
-            call()
 
 
 def test_a_gpadl_as_a_window() -> None:

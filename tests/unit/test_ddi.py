@@ -970,25 +970,6 @@ def test_the_sample_provider_uses_the_ddi_alone() -> None:
     assert {"ServerChannel", "ClientChannel"}.isdisjoint(vars(sample))
 
 
-def test_the_sample_provider_over_many_saves_and_restores() -> None:
-    machine = Machine(("echo", "ddi-burst"))
-    traffic = Traffic(connect(machine), ring_pages_in=2, ring_pages_out=2)
-    traffic.start(200, 1500)
-    most = 0
-    for _ in range(25):
-        for _ in range(6):
-            traffic.driver.step(0.0)
-        for _ in range(min(9, len(traffic.burst.held))):
-            traffic.burst.complete_one()
-        most = max(most, machine.channel("ddi-burst").packets_queued)
-        machine.come_back(machine.save())
-        machine.pending_interrupt = True
-    traffic.finish()
-    assert most > 0
-    status = machine.providers[1].status()
-    assert status["restored"] > 1000 and status["tally"]["completed"] == 1500
-
-
 def test_the_sample_provider_refuses_a_second_run_and_foreign_state() -> None:
     machine = Machine(("echo", "ddi-burst"))
     with pytest.raises(StateError, match="ddi-burst"):

@@ -67,22 +67,6 @@ def settle(driver: VmbusDriver) -> None:
 # ---- sub-channels ----------------------------------------------------------------------------------------------------
 
 
-def test_subchannels_are_offered_on_an_open_primary(machine: Machine, driver: VmbusDriver) -> None:
-    assert relids(driver) == [(0, 1)]
-    primary = Guest(driver)
-    primary.ask(b"subs", 2)
-    settle(driver)
-    assert relids(driver) == [(0, 1), (1, 3), (2, 4)]
-    offers = [offer for offer in driver.bus.offers.values() if offer.interface_type == MULTI_TYPE]
-    assert {offer.interface_instance for offer in offers} == {UUID(int=1)}
-    subs = [Guest(driver, 1), Guest(driver, 2)]
-    for number, guest in enumerate((primary, *subs)):
-        assert guest.ask(b"echo", number) == b"echo" + number.to_bytes(4, "little")
-        guest.ask(b"push", 200)
-    driver.run_until(lambda: all(len(g.got) == 200 for g in (primary, *subs)), 10, "the pushed packets")
-    assert all(guest.got == list(range(200)) for guest in (primary, *subs))
-
-
 def test_a_subchannel_needs_its_primary() -> None:
     machine = make()
     for instance, kind in ((UUID(int=77), MULTI_TYPE), (UUID(int=1), UUID(int=78))):
@@ -164,34 +148,6 @@ def test_unload_and_reset_with_open_subchannels() -> None:
         assert all(offer.state is OfferState.UNOFFERED for offer in offers) and len(offers) == 4
 
 
-@pytest.mark.parametrize("keep", [True, False])
-def test_subchannels_are_saved_and_restored(machine: Machine, driver: VmbusDriver, keep: bool) -> None:
-    primary = Guest(driver)
-    primary.ask(b"subs", 2)
-    settle(driver)
-    sub = Guest(driver, 2)  # 1 stays closed
-    if keep:
-        sub.keep = []
-    provider = multi(machine)
-    for channel in (provider.channel, provider.subs[1]):
-        provider.push(channel, 300)
-        assert channel.packets_queued
-    for _ in range(3):
-        roundtrip(machine)
-        settle(driver)
-    assert relids(driver) == [(0, 1), (1, 3), (2, 4)] and driver.rescinded == []
-    while sub.keep:
-        for completion in sub.keep:
-            completion.complete()
-        sub.keep.clear()
-        settle(driver)
-    assert sub.got == primary.got == list(range(300))
-    late = Guest(driver, 1)
-    assert late.ask(b"echo") and primary.ask(b"subs", 1)
-    settle(driver)
-    assert Guest(driver, 3).ask(b"echo")
-
-
 def test_a_provider_has_to_make_its_subchannels_again() -> None:
     machine = make(forgetful=True)
     driver = connect(machine)
@@ -248,25 +204,6 @@ def test_a_forced_channel_is_rescinded_and_offered_anew(subs: int, forgetful: bo
         driver.run_until(lambda: len(new.completed) == 50, 5, "the new packets")
         assert guest.got == list(range(50)) and new.events == ["opened multi0.0"]
         assert not old.completed or len(old.completed) < 300
-
-
-def test_a_forced_channel_that_is_closed_is_offered_anew_too() -> None:
-    machine = make(force_new=True)
-    with connect(machine) as driver:
-        roundtrip(machine)
-        settle(driver)
-        assert driver.rescinded == [UUID(int=1)]
-        assert Guest(driver).ask(b"echo")
-        roundtrip(machine)
-        settle(driver)
-        assert len(driver.rescinded) == 2
-        # A second restore while the guest has not seen the first one's rescind.
-        Guest(driver)
-        roundtrip(machine)
-        roundtrip(machine)
-        settle(driver)
-        assert len(driver.rescinded) == 3
-        assert Guest(driver).ask(b"echo")
 
 
 # ---- GPADLs ----------------------------------------------------------------------------------------------------------
@@ -415,22 +352,6 @@ def test_memory_that_is_not_there_and_gpadls_too_many(
     assert caught.value.status is Status.INSUFFICIENT_RESOURCES
 
 
-def test_a_save_with_gpadls_mapped_and_torn_down(machine: Machine, driver: VmbusDriver) -> None:
-    guest = Guest(driver)
-    kept, wanted = (driver.create_gpadl(guest.channel, driver.allocate(PAGE)) for _ in range(2))
-    guest.ask(b"map_", kept)
-    guest.ask(b"map_", wanted)
-    driver.bus.teardown_gpadl(1, wanted)
-    state = saved.decode(saved.encode(machine.save()))
-    assert [g.tearing_down for g in state.bus.gpadls].count(True) == 1
-    machine.come_back(state)
-    settle(driver)
-    assert wanted in driver.bus.torndown and kept not in driver.bus.torndown
-    assert guest.ask(b"map_", kept)[:4] == kept.to_bytes(4, "little"), "mappings are the old process's"
-    guest.ask(b"umap", kept)
-    guest.channel.delete_gpadl(kept)
-
-
 # ---- offers that come and go -----------------------------------------------------------------------------------------
 
 
@@ -568,31 +489,3 @@ def test_a_passing_channel_is_rescinded_at_the_restore_and_released(machine: Mac
     roundtrip(machine)  # once more, with nothing of them left
     settle(driver)
     assert len(driver.rescinded) == 4
-
-
-def test_a_checkpoint_leaves_a_passing_channel_alone(machine: Machine, driver: VmbusDriver) -> None:
-    channel = passing(machine, 0)
-    settle(driver)
-    end = driver.client_channel(MULTI_TYPE, instance=channel.interface_instance)
-    got: list[bytes] = []
-    end.set_process_packet_callbacks(lambda channel, completion, payload: (got.append(payload), completion.complete()))
-    driver.enable(end)
-    for number in range(100):
-        channel.allocate_packet().send(number.to_bytes(8, "little") * 100, wait_for_completion=False)
-    machine.save()
-    for one in machine.device.channels:
-        one.unquiesce()
-    machine.device.thaw()
-    driver.run_until(lambda: len(got) == 100, 5, "all packets")
-    assert not driver.rescinded
-
-
-def test_a_channel_that_is_not_forced_has_to_be_made_again() -> None:
-    machine = make()
-    driver = connect(machine)
-    passing(machine, 0, forced=False)
-    settle(driver)
-    state = saved.decode(saved.encode(machine.save()))
-    machine.boot()
-    with pytest.raises(StateError, match="are not those of this device's providers"):
-        saved.check_fits(state, "vmbus0", machine.device, machine.providers)

@@ -258,26 +258,6 @@ def test_a_read_only_disk_changes_nothing() -> None:
     assert core.check(request(Op.READ)) is core.check(request(Op.FLUSH)) is Status.OK
 
 
-def test_independent_requests_run_together_and_overlapping_ones_wait() -> None:
-    core = Core(GEOMETRY)
-    first = started(core.accept(request(Op.WRITE, 0, 2), "a"))
-    assert core.accept(request(Op.READ, 1, 1), "b").jobs == []
-    assert core.accept(request(Op.WRITE, 1, 2), "c").jobs == []
-    other = started(core.accept(request(Op.WRITE, 4, 1), "d"))
-    # What waits holds back what overlaps with it in turn.
-    assert core.accept(request(Op.READ, 2, 1), "e").jobs == []
-    outcome = core.finished(first)
-    assert outcome.answers == [("a", Status.OK)]
-    assert [job.tokens for job in outcome.jobs] == [["b"]]
-    outcome = core.finished(outcome.jobs[0])
-    assert [job.tokens for job in outcome.jobs] == [["c"]]
-    assert core.finished(other).answers == [("d", Status.OK)]
-    outcome = core.finished(outcome.jobs[0])
-    assert [job.tokens for job in outcome.jobs] == [["e"]]
-    core.finished(outcome.jobs[0])
-    assert core.idle
-
-
 def test_reads_never_wait_for_reads() -> None:
     core = Core(GEOMETRY)
     jobs = [started(core.accept(request(Op.READ, 0, 2), number)) for number in range(5)]

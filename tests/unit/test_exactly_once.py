@@ -9,7 +9,6 @@ import pytest
 
 from support.device import Machine, connect, open_echo
 from support.pair import INSTANCE, TYPE, Pair
-from vmbus.errors import StateError
 from vmbus.kmcl import ChannelState, Status
 from vmbus.kmcl.outgoing import ROUTINES_PER_TURN, Outgoing
 from vmbus.kmcl.server import ServerChannel
@@ -36,31 +35,6 @@ def requests(pair: Pair, count: int, **arguments: bool) -> None:
 
 
 # ---- no turn ends with packets staged and unpublished ----
-
-
-@pytest.mark.parametrize("passive", [False, True])
-def test_no_turn_ends_with_packets_staged(passive: bool) -> None:
-    """A quota stops the turn that has just moved queued packets."""
-    pair = Pair()
-    held: list = []
-    pair.server.set_process_packet_callbacks(lambda _, completion, payload: held.append(completion))
-    got = sink(pair)
-    pair.open()
-    pair.server.set_transaction_quota(1)
-    pair.server.set_incoming_processing_at_passive(passive)
-    pair.run()
-    requests(pair, 2)
-    pair.turn("server")
-    for _ in range(60):
-        pair.server.allocate_packet().send(bytes(100))
-    assert len(held) == 1 and pair.server.packets_queued > 20
-    pair.run()
-    assert pair.server_link.writer.staged == b""
-    assert len(got) == 60 and pair.server.packets_queued == 0
-    while held:
-        held.pop().complete()
-        pair.run()
-    assert pair.server.packets_sent == 0 and pair.server.flow.received == 2
 
 
 def restorable(pair: Pair, held: list) -> Callable[[], ServerChannel]:
@@ -305,18 +279,6 @@ def with_a_broken_ring() -> tuple[Machine, object, object]:
     return machine, driver, channel
 
 
-def test_teardown_a_close_ends_whatever_the_ring_says() -> None:
-    from vmbus.wire import messages as m
-
-    machine, driver, channel = with_a_broken_ring()
-    relid = driver.bus.find_offer(channel.interface_type).relid
-    driver._post(4, m.encode(m.CloseChannel(relid)))
-    machine.serve()
-    assert machine.channel("echo").state is ChannelState.CLOSED
-    assert machine.channel("echo").outstanding == []
-    assert machine.channel("burst").active and machine.device.internal_errors == 0
-
-
 def test_teardown_an_unload_is_answered_whatever_the_ring_says() -> None:
     machine, driver, _ = with_a_broken_ring()
     driver.bus.unload()
@@ -409,20 +371,3 @@ def test_no_exception_leaves_a_register_write(caplog: pytest.LogCaptureFixture) 
     assert machine.device.internal_errors == 1
     assert "was not carried out" in caplog.text
     open_echo(driver)
-
-
-# ---- saves ----
-
-
-def test_a_save_that_is_refused_says_what_is_missing() -> None:
-    pair = Pair()
-    held: list = []
-    restorable(pair, held)
-    pair.open()
-    requests(pair, 1)
-    pair.run()
-    pair.server.quiesce()
-    with pytest.raises(Exception, match=r"incoming packets \[1\] are not completed"):
-        pair.server.save()
-    with pytest.raises(StateError):
-        pair.server.restore([b"\x00"])

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import pytest
 
 from support.pair import Pair
-from vmbus.kmcl import Channel, ChannelStateError, Completion, Status, ddi
+from vmbus.kmcl import Channel, ChannelStateError, Completion, Status
 
 pytestmark = pytest.mark.unit
 
@@ -212,26 +212,3 @@ def test_from_any_thread_fault_t4_every_other_call_is_refused_by_name(name: str)
     assert isinstance(error, ChannelStateError) and error.status is Status.INVALID_DEVICE_REQUEST, error
     assert f"{name} was called on thread another" in str(error)
     assert (one.pair.server.state, one.pair.server.started) == before
-
-
-def test_from_any_thread_the_ddi_twins_too() -> None:
-    one = Carrying()
-    got: list[bytes] = []
-
-    def taken(_: Channel, completion: Completion, payload: bytes) -> None:
-        got.append(payload)
-        completion.complete()
-
-    one.pair.client.set_process_packet_callbacks(taken)
-    one.pair.open()
-    one.pair.client.allocate_packet().send(b"request!")
-    one.turn()
-
-    def both() -> None:
-        packet = ddi.VmbPacketAllocate(one.pair.server)
-        ddi.VmbPacketSend(packet, b"hello...")
-        ddi.VmbChannelPacketComplete(one.taken[0], b"answer..")
-
-    assert on_thread(both) is None
-    one.turn()
-    assert got == [b"hello..."] and one.pair.client.counters["completed"] == 1

@@ -93,21 +93,6 @@ def test_several_in_progress_at_once(plan: tuple[list[int], list[int]]) -> None:
         assert created.extents() == [(number << 32, size * PAGE)]
 
 
-def test_the_clients_messages_are_understood(bus: Joined) -> None:
-    ranges = [GpaRange(300 * PAGE, 0, tuple(range(600, 0, -2))), GpaRange(5, 4093, (1, 9))]
-    handle = bus.client.create_gpadl(2, ranges)
-    assert bus.client.created == {handle: 0}
-    assert list(bus.bus.gpadls.complete[2, handle].ranges) == ranges
-    bus.client.teardown_gpadl(2, handle)
-    assert bus.client.torndown == {handle}
-
-
-def test_the_largest_possible_one(bus: Joined) -> None:
-    messages = m.gpadl_messages(1, 7, one_range(8190), 1)
-    answers = [answer for message in messages for answer in bus.say(message)]
-    assert answers == [m.GpadlCreated(1, 7, 0)]
-
-
 HUGE = (0xFFFFFFFF).to_bytes(4, "little") + bytes(4) + bytes(8)
 EMPTY = bytes(8) + bytes(8)
 FAR = PAGE.to_bytes(4, "little") + bytes(4) + (1 << 52).to_bytes(8, "little")
@@ -146,11 +131,6 @@ def test_a_bad_one_that_shows_in_its_last_body_is_refused_once(bus: Joined) -> N
     bus.gpadl(relid=2, handle=7)
 
 
-@pytest.mark.parametrize("relid", [0, 3, 2048])
-def test_for_a_channel_that_is_not_there(bus: Joined, relid: int) -> None:
-    assert bus.say(m.GpadlHeader(relid, 7, 24, 1, one_range(2))) == [m.GpadlCreated(relid, 7, REFUSED)]
-
-
 def test_a_second_one_of_the_same_name_is_refused_and_the_first_stays(bus: Joined) -> None:
     header, body = m.gpadl_messages(1, 7, one_range(40), 1)
     assert bus.say(header) == []
@@ -159,13 +139,6 @@ def test_a_second_one_of_the_same_name_is_refused_and_the_first_stays(bus: Joine
     assert bus.say(body) == [m.GpadlCreated(1, 7, 0)]
     assert bus.say(header) == [m.GpadlCreated(1, 7, REFUSED)]
     bus.gpadl(relid=2, handle=7)
-
-
-def test_teardown_of_what_does_not_exist_is_answered(bus: Joined) -> None:
-    bus.gpadl()
-    for message in (m.GpadlTeardown(1, 8), m.GpadlTeardown(2, 7), m.GpadlTeardown(77, 7)):
-        assert bus.say(message) == [m.GpadlTorndown(message.gpadl)]
-    assert (1, 7) in bus.bus.gpadls.complete
 
 
 def test_teardown_of_one_in_progress_ends_it(bus: Joined) -> None:

@@ -462,14 +462,6 @@ def places(found: Difference) -> set[str]:
     return {f"{one.kind} {'/'.join(one.where)}" for one in found.changes}
 
 
-def test_the_same_twice_is_the_same() -> None:
-    machine, _, _ = busy()
-    state = machine.save()
-    assert compare(of(state), of(machine.save())) == Difference(
-        a=Source(kind="state", name="x"), b=Source(kind="state", name="x"), same=True, changes=[]
-    )
-
-
 def test_one_packet_lost_among_hundreds_is_named() -> None:
     """What a restore that loses packets does, and what nobody sees in the counts of a busy device."""
     machine, _, _ = busy()

@@ -93,14 +93,6 @@ def test_life_calls_are_refused_inside_state_callbacks(bench: Bench, callback: s
     assert bench.server.state is ChannelState.CLOSED
 
 
-def test_a_client_starts_by_itself_each_time(bench: Bench) -> None:
-    bench.open()
-    bench.client.begin_pause()
-    bench.client.disable()
-    bench.open()
-    assert bench.client.active
-
-
 def test_disable_waits_for_held_packets_and_keeps_the_wish(bench: Bench) -> None:
     bench.open()
     bench.send()
@@ -116,19 +108,6 @@ def test_disable_waits_for_held_packets_and_keeps_the_wish(bench: Bench) -> None
     # and again: it was started before
     bench.open(start=False)
     assert bench.server.active
-
-
-def test_disable_waits_for_a_close_in_progress(bench: Bench) -> None:
-    bench.open()
-    bench.send()
-    bench.run()
-    bench.server.close(lambda: None)
-    assert bench.server.state is ChannelState.CLOSING
-    with pytest.raises(WaitTimeout):
-        bench.server.disable(1)
-    bench.answer()
-    bench.server.disable()
-    assert bench.server.state is ChannelState.DISABLED
 
 
 def test_cleanup_is_the_end(bench: Bench) -> None:
@@ -213,40 +192,6 @@ def test_a_raised_quota_works_from_the_next_completion_on(bench: Bench) -> None:
     bench.taken["server"][0][0].complete()
     bench.run()
     assert len(bench.taken["server"]) == 4
-
-
-def test_packets_that_were_put_off_get_their_turn_although_they_use_up_the_quota(bench: Bench) -> None:
-    def put_off(channel: Channel, completion: Completion, payload: bytes) -> None:
-        completion.complete(payload) if completion.deferred else completion.defer_to_passive()
-
-    bench.server.set_process_packet_callbacks(put_off)
-    bench.server.set_transaction_quota(1)
-    bench.open()
-    for _ in range(3):
-        bench.send()
-    bench.run()
-    assert len(bench.outcomes) == 3
-
-
-def test_a_quota_that_was_used_up_does_not_block_the_channel_when_it_is_opened_again(bench: Bench) -> None:
-    bench.server.set_transaction_quota(1)
-    bench.server.set_incoming_processing_at_passive(True)
-    bench.open()
-    for _ in range(2):
-        bench.send()
-    bench.run()
-    assert len(bench.server.outstanding) == 1, "and the other one waits for it"
-    for end in (bench.server, bench.client):
-        end.close(lambda: None, force=True)
-    bench.outcomes.clear()
-    bench.open()
-    for _ in range(2):
-        bench.server.allocate_packet().send(b"to the guest")
-    bench.run()
-    assert len(bench.taken["client"]) == 2
-    bench.answer("client")
-    bench.run()
-    assert not bench.server.packets_in_use
 
 
 # ---- passive, and putting off ----------------------------------------------------------------------------------------
@@ -424,16 +369,6 @@ def test_no_room_is_buffer_overflow_and_nothing_is_queued(bench: Bench) -> None:
     before = bench.client.flow.next_transaction, bench.client.packets_sent, dict(bench.client.counters)
     assert status_of(lambda: bench.client.send_synchronous_request(bytes(4000), timeout=0)) is Status.BUFFER_OVERFLOW
     assert before == (bench.client.flow.next_transaction, bench.client.packets_sent, bench.client.counters)
-
-
-def test_a_synchronous_request_that_must_queue_goes_in_order(bench: Bench) -> None:
-    bench.server.set_process_packet_callbacks(
-        lambda channel, completion, payload: (bench.take(channel, completion, payload), completion.complete(b"done"))
-    )
-    bench.open()
-    count = fill(bench)
-    assert bench.client.send_synchronous_request(b"the last").startswith(b"done")
-    assert [payload for _, payload in bench.taken["server"]][count:] == [b"the last"]
 
 
 def test_a_synchronous_request_that_times_out_is_cancelled(bench: Bench) -> None:

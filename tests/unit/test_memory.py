@@ -54,40 +54,9 @@ def test_read_only_memory_cannot_be_written_or_granted_for_writing(memory: Guest
         grant.views[0][0] = 1
 
 
-def test_a_scattered_window_is_one_memory(memory: GuestMemory) -> None:
-    window = memory.window([(0x12000, PAGE), (0x10000, PAGE), (0x13000, 2 * PAGE)])
-    assert window.size == 4 * PAGE
-    data = bytes(range(256)) * 64
-    window.write(0, data)
-    assert window.read(0, 4 * PAGE) == data
-    assert memory.read(0x10000, PAGE) == data[PAGE : 2 * PAGE]
-    window.store32(2 * PAGE - 4, 0xAABBCCDD)
-    assert window.load32(2 * PAGE - 4) == 0xAABBCCDD
-    assert memory.read(0x10FFC, 4) == b"\xdd\xcc\xbb\xaa"
-
-
 def test_unaligned_windows_are_refused(memory: GuestMemory) -> None:
     with pytest.raises(MemoryFault, match="aligned"):
         memory.window([(0x10004, 8)])
-
-
-def test_unmapping_revokes_windows_and_tells_their_owner(memory: GuestMemory) -> None:
-    told = []
-    linear = memory.window([(0x10000, PAGE)])
-    scattered = memory.window([(0x13000, 2 * PAGE)])
-    for window in (linear, scattered):
-        window.on_revoke = lambda window=window: told.append(window)
-    memory.unmap(0x14000, 2 * PAGE)
-    assert told == [scattered]
-    for access in (
-        lambda: scattered.read(PAGE, 8),
-        lambda: scattered.write(0, b"x"),
-        lambda: scattered.load32(0),
-        lambda: scattered.store32(0, 1),
-    ):
-        with pytest.raises(MemoryRevoked):
-            access()
-    assert linear.read(0, 4) == bytes(4)
 
 
 def test_a_closed_window_tells_nobody(memory: GuestMemory) -> None:

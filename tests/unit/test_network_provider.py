@@ -148,18 +148,6 @@ def test_wrong_options_are_named(options: dict[str, Any], message: str) -> None:
 # ---- frames ----------------------------------------------------------------------------------------------------------
 
 
-def test_frames_go_both_ways_in_order_and_several_travel_together(kit: ProviderTest, guest: NetworkGuest) -> None:
-    frames = [udp(number, 7, size=number % 100) for number in range(300)]
-    cable_of(guest).push(*frames)
-    kit.run()
-    assert guest.frames == frames
-    assert max(guest.packets) > 8
-    for start in range(0, 300, 6):
-        assert guest.send(*map(plain, frames[start : start + 6])) == SUCCESS
-    assert cable_of(guest).sent == frames
-    assert kit.provider.status()["to_host"] == 300
-
-
 @pytest.mark.parametrize("shape", [1, 2, 3])
 @pytest.mark.parametrize("size", [0, 18, 1000, 1400])
 def test_the_three_shapes_of_a_packet(kit: ProviderTest, guest: NetworkGuest, shape: int, size: int) -> None:
@@ -257,25 +245,6 @@ def test_a_flow_keeps_its_queue() -> None:
             assert guest.send(plain(udp(index, 1)), index=index) == SUCCESS
         assert len(cable_of(guest).sent) == 4
         assert kit.provider.status()["guest"]["queues"] == 4
-
-
-def test_sub_channels_go_with_their_guest_and_come_when_they_are_asked_for() -> None:
-    with card(queues=3) as kit:
-        for how in range(3):
-            guest = guest_of(kit, receive=4 << 20)
-            assert len(kit.channels) == 1, "none that nobody has asked for"
-            assert guest.open_queues(3) == 3 and len(kit.channels) == 3
-            assert guest.nvsp(nvsp.SubChannels(1, 1)).words[0] == FAILURE, "once"
-            cable_of(guest).push(*(udp(number, number) for number in range(30)))
-            kit.run()
-            assert len(guest.frames) == 30 and len(guest.by_channel) == 3
-            if how == 1:
-                kit.save_restore()
-            if how == 2:
-                guest.shut_down()
-            else:
-                guest.ends.close()
-            kit.run()
 
 
 @pytest.mark.parametrize(("operation", "wanted"), [(0, 1), (2, 1), (1, 0)])
@@ -566,20 +535,6 @@ def test_a_revoked_buffer_is_never_touched_again(kit: ProviderTest, guest: Netwo
     assert list(map(number_of, guest.frames)) == [1, *range(20)]
 
 
-def test_a_card_can_be_closed_and_opened_again_and_again() -> None:
-    with card() as kit:
-        for how in range(4):
-            guest = guest_of(kit)
-            cable_of(guest).push(udp(how, 1))
-            kit.run()
-            assert list(map(number_of, guest.frames)) == [how]
-            if how % 2:
-                guest.shut_down()
-            else:
-                guest.ends.close()
-        assert not cable_of(guest).carrier and kit.provider.status()["guest"]["receive_buffer"] == 0
-
-
 def test_buffers_that_will_not_do_are_refused() -> None:
     with card() as kit:
         guest = guest_of(kit, upto="configure")
@@ -708,18 +663,6 @@ def test_control_messages_that_nobody_completes_are_bounded(kit: ProviderTest, g
     kit.run()
     assert len(guest.replies) >= len(statuses) - 1
     assert guest.query(oids.MEDIA_CONNECT_STATUS) == bytes(4)
-
-
-def test_while_nobody_looks_on_nothing_is_read_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    def look(*_: Any) -> None:
-        raise AssertionError("a capture's work without a capture")
-
-    monkeypatch.setattr(CabledNetwork, "_referred_to", look)
-    with card() as kit:
-        guest = guest_of(kit)
-        cable_of(guest).push(udp(1, 1))
-        kit.run()
-        assert guest.frames and guest.send(plain(udp(2, 1))) == SUCCESS
 
 
 MESSAGES = st.one_of(

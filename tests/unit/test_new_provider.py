@@ -11,13 +11,12 @@ import msgspec
 import pytest
 from click.testing import CliRunner
 
-import vmbus.providers
 from vmbus.cli import main
 from vmbus.cli.new_provider import _FILES
 from vmbus.device.description import DeviceDescription, ProviderDescription, load_device
 from vmbus.device.device import Device
 from vmbus.errors import EnvironmentProblem, UsageError
-from vmbus.providers import PROVIDERS, provider_class
+from vmbus.providers import provider_class
 from vmbus.providers.loading import ALLOW_VARIABLE, PATH_VARIABLE
 from vmbus.server.services import Services
 from vmbus.server.session import Session
@@ -104,11 +103,6 @@ def test_its_soak_campaign_runs_its_driver_against_it(tmp_path: Path) -> None:
     assert plan.path == [str(tmp_path)]
 
 
-def test_the_script_is_there() -> None:
-    script = CHECKOUT / "scripts" / "new-provider"
-    assert "new-provider" in script.read_text() and os.access(script, os.X_OK)
-
-
 def test_each_creation_is_a_device_of_its_own(tmp_path: Path) -> None:
     for directory in ("a", "b"):
         assert run("door_bell", str(tmp_path / directory)).exit_code == 0
@@ -184,11 +178,6 @@ def test_a_class_of_an_authors_module(modules: Path) -> None:
     assert sys.path[-1] == str(modules)
 
 
-def test_ours_are_found_as_before() -> None:
-    assert {kind: provider_class(kind) for kind in PROVIDERS} == PROVIDERS
-    assert vmbus.providers.provider_class("echo", from_snapshot=True) is PROVIDERS["echo"]
-
-
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
@@ -240,13 +229,6 @@ def test_the_server_knows_a_restore_from_a_start(modules: Path) -> None:
         assert [provider.kind for provider in life.providers] == ["good"]
         life.end()
     loop.close()
-
-
-@pytest.mark.parametrize("kind", ["echo", "door_bell:DoorBell", "a.b.c:D", "a-b.c"])
-def test_kinds_that_descriptions_take(kind: str) -> None:
-    one = {"kind": kind, "name": "x", "instance": INSTANCE}
-    device = msgspec.convert({"name": "vmbus0", "providers": [one]}, DeviceDescription)
-    assert device.providers[0].kind == kind
 
 
 @pytest.mark.parametrize("kind", ["Echo", "a b", "a:", ":B", "a.b:c.d", "../x:Y", "a/b:C", "", "a:b:c", "x" * 300])

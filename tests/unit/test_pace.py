@@ -34,12 +34,6 @@ def test_a_wait_for_a_vm_follows_it(monkeypatch: pytest.MonkeyPatch) -> None:
         asyncio.run(guard_all([], asyncio.sleep(20), "nothing at all", 0.01))
 
 
-def test_a_machine_is_measured_as_slow_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = iter([0.0, *(4 * pace.USUAL * turn for turn in range(1, 1000))])
-    monkeypatch.setattr("support.pace.time.perf_counter", lambda: next(clock))
-    assert pace.measure(0.1) == pytest.approx(4.0)
-
-
 @pytest.mark.parametrize(
     ("start", "later", "factor"), [(0.3, 0.3, 1.0), (0.3, 2.0, 2.0), (3.0, 2.0, 3.0), (3.0, 900.0, pace.LARGEST)]
 )
@@ -55,14 +49,6 @@ def test_bounds_never_shrink_below_the_start_and_never_end(
     monkeypatch.setattr(pace, slow, lambda *_: later)
     one.look()
     assert one.factor == factor
-
-
-def test_a_disk_is_measured_as_slow_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = iter([0.0, 3 * pace.USUAL_FILE])
-    synced = []
-    monkeypatch.setattr("support.pace.time.perf_counter", lambda: next(clock))
-    monkeypatch.setattr("support.pace.os.fsync", synced.append)
-    assert pace.measure_disk() == pytest.approx(3.0) and len(synced) == 1
 
 
 def test_the_wait_that_used_most_of_its_bound_is_known(monkeypatch: pytest.MonkeyPatch) -> None:

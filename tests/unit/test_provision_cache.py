@@ -67,25 +67,6 @@ def test_fault_p4_a_cache_that_somebody_else_owns_is_refused(tmp_path: Path, mon
             use()
 
 
-def test_directory_is_published_whole(tmp_path: Path) -> None:
-    cache = Cache(tmp_path)
-    final = cache.path("kind", "key")
-    with cache.publish_directory(final) as partial:
-        (partial / "a").write_text("1")
-        assert not final.exists()
-    assert (final / "a").read_text() == "1"
-    assert [path.name for path in final.parent.iterdir()] == ["key"]
-
-
-def test_failure_publishes_nothing(tmp_path: Path) -> None:
-    cache = Cache(tmp_path)
-    final = cache.path("kind", "key")
-    with pytest.raises(KeyboardInterrupt), cache.publish_directory(final) as partial:
-        (partial / "a").write_text("1")
-        raise KeyboardInterrupt
-    assert list(final.parent.iterdir()) == []
-
-
 def test_interrupted_publish_is_started_again(tmp_path: Path) -> None:
     """A set-up that was killed leaves its temporary folder; nothing of that may get into the product."""
     cache = Cache(tmp_path)

@@ -302,14 +302,6 @@ def test_without_room_to_make_qemu_forget_nothing_is_changed(vm: Vm) -> None:
     assert vm.model.memory == vm.model.device == 4
 
 
-def test_a_paused_vm_stays_paused(vm: Vm) -> None:
-    vm.model.vcpus = False
-    vm.revert("a")
-    assert not vm.model.vcpus and vm.model.phase == "running" and vm.model.memory == vm.model.device == 1
-    assert vm.take("d").tag == "d"
-    assert not vm.model.vcpus
-
-
 def test_a_provider_that_does_not_come_to_rest_is_ended_before_memory_is_replaced(vm: Vm) -> None:
     vm.model.fail["pause"] = [ControlError("pause", "timeout", "echo holds packets")]
     report = vm.revert("a")
@@ -627,16 +619,6 @@ def test_a_tag_is_used_once_and_free_after_its_end(vm: Vm) -> None:
     assert [one.tag for one in vm.store.list()] == ["b", "c", "a"]
 
 
-def test_what_was_never_finished_is_replaced(vm: Vm) -> None:
-    """Whoever made it died after QEMU's part, before the record."""
-    vm.model.snapshots["vmbus-d"] = {"memory": 99, "made": 98}
-    (vm.directory / "d.state").write_bytes(b"half")
-    vm.take("d")
-    vm.model.work()
-    vm.revert("d")
-    assert vm.model.memory == vm.model.device == 4
-
-
 def test_a_directory_with_other_things_in_it_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "letter").write_text("precious")
     with pytest.raises(UsageError, match="has other things in it"):
@@ -644,10 +626,6 @@ def test_a_directory_with_other_things_in_it_is_left_alone(tmp_path: Path) -> No
     assert [path.name for path in tmp_path.iterdir()] == ["letter"]
     with pytest.raises(EnvironmentProblem, match="cannot keep checkpoints"):
         Vm(tmp_path / "letter", tags="a")
-
-
-def test_no_checkpoints_are_an_empty_list(tmp_path: Path) -> None:
-    assert Store(tmp_path / "nowhere", own=False).list() == []
 
 
 def test_a_job_that_is_gone_is_an_error() -> None:

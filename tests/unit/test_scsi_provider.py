@@ -116,13 +116,6 @@ def test_a_scan_finds_each_disk_once() -> None:
         assert first.identity != second.identity
 
 
-def test_a_controller_without_disks() -> None:
-    with ProviderTest(ScsiProvider) as kit:
-        guest = Guest(kit)
-        assert guest.scan() == []
-        assert guest.ask(storvsc.READY).gone
-
-
 def test_what_is_not_there_is_gone_and_never_a_disk(guest: Guest) -> None:
     for where in ({"lun": 1}, {"target": 1}, {"path": 7}, {"lun": 255}):
         assert guest.fetch(storvsc.inquiry(36), 36, **where)[0] == scsi.ABSENT

@@ -19,7 +19,7 @@ from support.soak_records import Folder, episode, operation
 from vmbus.cli import main
 from vmbus.cli.soak import CANNOT, FAILED, INTERRUPTED, PASSED
 from vmbus.errors import UsageError
-from vmbus.soak.progress import Goal, LiveView, clock
+from vmbus.soak.progress import Goal, LiveView
 from vmbus.soak.records import EpisodeRecord, EventRecord, OperationRecord, Sample, WorkloadRecord
 from vmbus.soak.replay import campaign_command, parse_words, replay_command, words
 from vmbus.soak.settings import Settings, settings_from
@@ -255,10 +255,6 @@ def test_the_live_view() -> None:
     assert "FAILED  episode 4: lost [one]" in output.getvalue()
     assert "replay: scripts/soak --episode 4" in output.getvalue()
     assert view.failed == 1 and not view.running
-
-
-def test_the_clock() -> None:
-    assert [clock(seconds) for seconds in (0, 61, 3600, 86399)] == ["0:00", "1:01", "1:00:00", "23:59:59"]
 
 
 def test_fault_t9_an_authors_provider_is_in_a_campaigns_machine(tmp_path: Path) -> None:

@@ -413,35 +413,6 @@ def test_sequences_wrap_and_losses_stop_at_64_bits() -> None:
     assert 0 < tally.lost < 1 << 64 and all(0 <= count < 1 << 64 for count in tally.as_dict().values())
 
 
-@pytest.mark.parametrize("subs", [0, 1])
-def test_nobody_saves_packets_of_a_channel_that_is_made_anew(monkeypatch: pytest.MonkeyPatch, subs: int) -> None:
-    """Also those of its sub-channels: they share its fate. Saving them could fail, for nothing."""
-    monkeypatch.setitem(providers.PROVIDERS, "multi", MultiProvider)
-    machine = Machine(("multi",), multi={"force_new": True})
-    driver = connect(machine)
-    Guest(driver).ask(b"subs", subs)
-    while driver.step(0.0):
-        pass
-    for index in range(1, subs + 1):
-        Guest(driver, index)
-
-    def broken(channel: Any, packet: Any, buffer: memoryview) -> int:
-        raise RuntimeError("asked")
-
-    provider = machine.providers[0]
-    assert isinstance(provider, MultiProvider)
-    for channel in machine.device.channels:
-        provider.push(channel, 200)
-        channel._save_packet = broken
-    state = saved.verify(saved.encode(machine.save()), machine.providers)
-    assert saved.count_packets(state) == (0, 0, 0)
-    assert [one.decoded.head.left_queued + one.decoded.head.left_sent for one in state.channels] == [200] * (1 + subs)
-    machine.boot()
-    restored = machine.adopt(state)
-    assert sum(restored.dropped) == 200 * (1 + subs) and restored.renewed == 1 + subs
-    assert all(channel.packets_in_use == [] for channel in machine.device.channels)
-
-
 def test_a_channel_that_was_saved_without_its_packets_is_made_anew_whatever_its_owner_says_then(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -257,17 +257,6 @@ def test_a_guest_that_holds_packets_cannot_close() -> None:
         guest.close()
 
 
-def test_closing_gives_everything_back() -> None:
-    with ProviderTest(Counter) as kit:
-        guest = kit.open(answer=double)
-        late = guest.send(b"late")
-        kit.run()
-        guest.close()
-        assert late.status == Status.CANCELLED
-        guest.open()
-        assert guest.request(b"x") == NUMBER.pack(2)
-
-
 def test_channels_are_found_by_name_type_and_number() -> None:
     class Two(Counter):
         def start(self) -> None:
