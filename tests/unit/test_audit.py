@@ -524,18 +524,6 @@ def recorded_traffic(machine: Recorded) -> tuple[Traffic, MemoryStore, Recorder]
     return traffic, store, recorder
 
 
-def test_the_state_carries_where_the_record_is() -> None:
-    machine = Recorded(echo={"hold": 3})
-    traffic, store, recorder = recorded_traffic(machine)
-    state = saved.decode(saved.encode(machine.save()))
-    assert state.audit is not None and state.audit.uid == machine.recorder.uid
-    assert len(state.audit.lives) == 2 and all(life.put for life in state.audit.lives)
-    machine.come_back(state)
-    traffic.finish()
-    report = machine.check(store, recorder)
-    assert report.clean and report.transactions == 701, str(report)
-
-
 def test_a_state_without_a_record_leaves_a_gap_that_is_told() -> None:
     machine = Recorded()
     traffic, store, recorder = recorded_traffic(machine)

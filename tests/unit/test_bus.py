@@ -321,7 +321,7 @@ class AnyGuest(RuleBasedStateMachine):
     @rule(relid=RELIDS, handle=HANDLES)
     def tear_down(self, relid: int, handle: int) -> None:
         bus = self.bus.bus
-        offer = bus.by_relid(relid)
+        offer = next((one for one in bus.offers if one.relid == relid), None)
         late = offer is not None and offer.state is OfferState.CLOSING and (relid, handle) in bus.gpadls.complete
         served = bus.state is ConnectionState.CONNECTED and not bus.disconnecting
         answers = self.say(m.GpadlTeardown(relid, handle))
@@ -330,7 +330,7 @@ class AnyGuest(RuleBasedStateMachine):
     @rule(relid=RELIDS, handle=HANDLES)
     def open(self, relid: int, handle: int) -> None:
         bus = self.bus.bus
-        offer = bus.by_relid(relid)
+        offer = next((one for one in bus.offers if one.relid == relid), None)
         quiet = offer is not None and (
             offer.state is OfferState.RESCINDED
             or (offer.state is OfferState.CLOSING and offer.reopen is None)

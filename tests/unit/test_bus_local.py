@@ -124,23 +124,6 @@ def test_nothing_to_open(bus: LocalBus) -> None:
         Server(bus)
 
 
-def test_a_failed_server_end_takes_the_client_with_it(bus: LocalBus) -> None:
-    server, client = Server(bus, hold=True), Client(bus).open()
-    rescinded: list[ClientChannel] = []
-    bus.on_rescind = rescinded.append
-    client.send(b"12345678")
-    bus.run()
-    server.channel.fail("for the test")
-    bus.run()
-    assert client.channel.state is ChannelState.DISABLED and rescinded == [client.channel]
-    assert len(client.replies) == 1 and client.replies[0][0] != 0
-    client.open()
-    server.hold = False
-    client.send(b"87654321")
-    bus.run()
-    assert client.replies[1:] == [(0, b"87654321")]
-
-
 def test_enabling_an_attached_client_opens_it_when_the_offer_comes(bus: LocalBus) -> None:
     client = Client(bus)
     bus.attach(client.channel)
@@ -227,22 +210,6 @@ def test_restored_at_every_step(bus: LocalBus) -> None:
     assert [payload for server in servers for payload in server.finished] == payloads(60)
     events = [event for server in servers for event in server.events]
     assert events.count("opened") == 1 and "closed" not in events
-
-
-def test_a_channel_with_subchannels_is_restored(bus: LocalBus) -> None:
-    servers = [Server(bus)]
-    client = Client(bus).open()
-    subs = [Server(bus, subchannel=1)]
-    sub_client = Client(bus, subchannel=1).open()
-    subs[0].send(b"before..")
-    bus.save_and_restore(
-        lambda: servers.append(Server(bus)), before_packets=lambda: subs.append(Server(bus, subchannel=1))
-    )
-    sub_client.send(b"after...")
-    client.send(b"as well.")
-    bus.run()
-    assert sub_client.got == subs[1].finished == [b"before.."]
-    assert sub_client.replies == [(0, b"after...")] and client.replies == [(0, b"as well.")]
 
 
 def test_a_returned_channel_is_offered_and_enabled(bus: LocalBus) -> None:

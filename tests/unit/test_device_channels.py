@@ -84,33 +84,6 @@ def test_a_subchannel_needs_its_primary() -> None:
         assert relids(driver) == [(0, 1), (1, 3)]
 
 
-@pytest.mark.parametrize("polite", [True, False])
-def test_subchannels_are_closed_before_their_primary(machine: Machine, driver: VmbusDriver, polite: bool) -> None:
-    primary = Guest(driver)
-    primary.ask(b"subs", 2)
-    subs = [Guest(driver, 1), Guest(driver, 2)]
-    provider = multi(machine)
-    provider.events.clear()
-    if polite:
-        driver.close_channel(primary.channel)
-    else:
-        # As a guest that forgets its sub-channels does.
-        driver.bus.close_channel(1)
-    settle(driver)
-    closed = [event for event in provider.events if event.startswith("closed")]
-    assert closed == ["closed multi0.1", "closed multi0.2", "closed multi0.0"]
-    assert all(sub.channel.state is ChannelState.DISABLED for sub in subs)
-    assert relids(driver) == [(0, 1)], "rescinded and released"
-    if not polite:
-        primary.channel.close(lambda: None, force=True)
-        primary.channel.disable()
-        driver._links.clear()
-    again = Guest(driver)
-    settle(driver)
-    assert len(relids(driver)) == 3, "the owner still wants them"
-    assert Guest(driver, 2).ask(b"echo") and again.ask(b"echo")
-
-
 def test_closing_waits_for_the_owners_of_subchannels(monkeypatch: pytest.MonkeyPatch) -> None:
     machine = make()
     held: list = []

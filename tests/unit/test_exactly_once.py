@@ -194,34 +194,6 @@ def test_a_routine_may_send_the_next_packet_a_hundred_thousand_times() -> None:
     assert (count, taken) == (total, total) and not pair.server_link.failures
 
 
-def test_a_routine_that_sends_for_ever_holds_nobody_up_and_can_be_saved() -> None:
-    pair = Pair()
-    held: list = []
-    make = restorable(pair, held)
-    got = sink(pair)
-    pair.open()
-
-    def again(packet, status: int, reply: bytes) -> None:
-        if status == Status.SUCCESS:
-            packet.send(b"the next", wait_for_completion=False)
-
-    first = pair.server.allocate_packet()
-    first.completion_routine = again
-    first.send(b"the next", wait_for_completion=False)
-    for _ in range(100):
-        pair.turn("server")
-        pair.turn("client")
-    assert len(got) > 1000
-    pair.server.quiesce()
-    assert pair.server.quiescent
-    # It is one packet, and at the save it waits for room, or for the channel to go on.
-    assert pair.server.packets_queued == 1
-    pair.replace_server(make, pair.server.save())
-    before = len(got)
-    pair.run()
-    assert pair.server.packets_queued == 0 and len(got) > before
-
-
 # ---- taking packets one by one costs what it costs in batches ----
 
 

@@ -8,7 +8,6 @@ from support.bus import Joined, one_range
 from vmbus.bus import gpadl as table
 from vmbus.bus.gpadl import Gpadl, GpadlError, GpadlTable
 from vmbus.bus.server import REFUSED
-from vmbus.errors import PeerError
 from vmbus.wire import messages as m
 from vmbus.wire.gpa import GpaRange, pack_ranges, page_count
 
@@ -191,14 +190,6 @@ def test_there_is_a_limit_to_what_they_describe_together() -> None:
     assert accepted == table.MAX_DESCRIPTION // len(one)
     gpadls.clear()
     assert gpadls._described == 0
-
-
-def test_a_failed_one_leaves_nothing_behind() -> None:
-    gpadls = GpadlTable()
-    for words in (HUGE, EMPTY, FAR, OFFSET):
-        with pytest.raises(PeerError):
-            gpadls.begin(1, 7, 16, 1, words)
-    assert gpadls._described == 0 and not gpadls.complete and not gpadls.partial
 
 
 # ---- rings -----------------------------------------------------------------------------------------------------------

@@ -137,14 +137,6 @@ def test_it_says_that_it_is_ready_and_what_it_can_run(host: Host) -> None:
     assert host.call("echo", data="x" * 64) == {"data": "x" * 64}
 
 
-def test_run_gives_the_result_of_the_driver(host: Host) -> None:
-    report = host.call("run", driver="echo", parameters={"count": 3})
-    assert report["state"] == "finished"
-    assert report["result"] == {"driver": "echo", "parameters": {"count": 3}}
-    assert report["exit"] == "exited with status 0"
-    assert {"event": "progress", "job": report["job"], "progress": {"sent": 1}} in host.events
-
-
 def test_a_job_is_started_polled_stopped_and_waited_for(host: Host) -> None:
     job = host.call("start", driver="burst", parameters={"act": "hang"})["job"]
     running = host.call("wait", job=job, timeout=0)

@@ -36,7 +36,6 @@ LARGE_CLASSES = {
     "device/vmbus/providers/scsi/adapter:Adapter",
     "device/vmbus/providers/vsock/connection:Connection",
     "device/vmbus/server/app:DeviceServer",
-    "device/vmbus/server/driven:Driven",
     "device/vmbus/soak/stage:Stage",
     "device/vmbus/testkit/kit:ProviderTest",
     "device/vmbus/testkit/loopback/client:VfioUserClient",

@@ -38,20 +38,6 @@ def test_header_is_the_kernels() -> None:
     assert len(data) % 4 == 0
 
 
-def test_all_kinds_come_back() -> None:
-    entries = [
-        newc.directory("dev"),
-        newc.character_device("dev/console", 5, 1),
-        newc.directory("tmp", 0o1777),
-        newc.file("tmp/a", b"abc", 0o600),
-        newc.symlink("tmp/b", "a"),
-    ]
-    assert list(newc.read(newc.write(entries))) == entries
-    console = entries[1]
-    assert stat.S_ISCHR(console.mode)
-    assert console.device == (5, 1)
-
-
 @given(st.dictionaries(st.lists(PART, min_size=1, max_size=3).map("/".join), st.binary(max_size=40), max_size=8))
 def test_files_come_back(files: dict[str, bytes]) -> None:
     # A path cannot be both a file and a folder.

@@ -6,7 +6,6 @@ import itertools
 import random
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import pytest
 
@@ -78,21 +77,6 @@ def test_a_pause_that_runs_out_names_what_is_missing(bench: Bench) -> None:
     assert bench.server.active
 
 
-@pytest.mark.parametrize("callback", ["opened", "started", "post_started", "suspend", "closed"])
-@pytest.mark.parametrize("call", ["start", "pause", "disable"])
-def test_life_calls_are_refused_inside_state_callbacks(bench: Bench, callback: str, call: str) -> None:
-    seen: list[Status] = []
-
-    def state_callback(channel: Channel) -> None:
-        seen.append(status_of(getattr(channel, call)))
-
-    bench.server.set_state_change_callbacks(**{callback: state_callback})
-    bench.open()
-    bench.close()
-    assert seen == [Status.INVALID_DEVICE_STATE]
-    assert bench.server.state is ChannelState.CLOSED
-
-
 def test_disable_waits_for_held_packets_and_keeps_the_wish(bench: Bench) -> None:
     bench.open()
     bench.send()
@@ -121,25 +105,6 @@ def test_cleanup_is_the_end(bench: Bench) -> None:
             channel.enable()
         with pytest.raises(ChannelStateError, match="cleaned up"):
             channel.set_maximum_packet_size(1)
-
-
-def test_an_opened_callback_that_fails_is_rolled_back(bench: Bench) -> None:
-    refuse = [True]
-
-    def opened(channel: Channel) -> None:
-        bench.send("server", b"hello...")
-        if refuse.pop():
-            raise KmclError("not today", Status.INSUFFICIENT_RESOURCES)
-
-    bench.server.set_state_change_callbacks(opened=opened)
-    refuse[:] = [False, True]
-    with pytest.raises(KmclError, match="not today"):
-        bench.open()
-    assert bench.server.state is ChannelState.CLOSED and bench.server.packets_in_use == []
-    assert bench.outcomes == [(Status.CANCELLED, b"")]
-    bench.open()
-    bench.run()
-    assert [payload for _, payload in bench.taken["client"]] == [b"hello..."]
 
 
 def test_a_raising_end_of_a_batch_fails_its_channel_only(bench: Bench) -> None:
@@ -178,20 +143,6 @@ def test_a_lowered_quota_takes_nothing_until_enough_are_complete(bench: Bench) -
         bench.run()
         assert len(bench.taken["server"]) == taken
     assert len(bench.server.outstanding) == 2
-
-
-def test_a_raised_quota_works_from_the_next_completion_on(bench: Bench) -> None:
-    bench.server.set_transaction_quota(1)
-    bench.open()
-    for _ in range(6):
-        bench.send()
-    bench.run()
-    bench.server.set_transaction_quota(3)
-    bench.run()
-    assert len(bench.taken["server"]) == 1
-    bench.taken["server"][0][0].complete()
-    bench.run()
-    assert len(bench.taken["server"]) == 4
 
 
 # ---- passive, and putting off ----------------------------------------------------------------------------------------
@@ -237,29 +188,6 @@ def test_inline_it_is_a_clear_error(bench: Bench) -> None:
     bench.run()
     assert isinstance(asked[0], ChannelStateError) and "defer_to_passive" in str(asked[0])
     assert bench.client.packets_in_use == [] and not bench.taken["server"]
-
-
-def test_a_packet_that_is_put_off_comes_again_at_passive(bench: Bench) -> None:
-    asked: list[bytes | Exception] = []
-    ask = asks_inside(bench, asked)
-    calls: list[bool] = []
-
-    def process(channel: Channel, completion: Completion, payload: bytes) -> None:
-        calls.append(completion.deferred)
-        if not completion.deferred:
-            completion.defer_to_passive()
-        else:
-            with pytest.raises(ChannelStateError, match="not a second time"):
-                completion.defer_to_passive()
-            ask(channel, completion, payload)
-
-    bench.client.set_process_packet_callbacks(process)
-    bench.server.set_process_packet_callbacks(answering)
-    bench.open()
-    bench.send("server")
-    bench.run()
-    assert calls == [False, True] and asked == [b"re: ask "]
-    assert bench.outcomes == [(Status.SUCCESS, b"request!")]
 
 
 def test_only_the_packet_at_hand_can_be_put_off(bench: Bench) -> None:
@@ -523,17 +451,6 @@ def test_a_reply_that_can_never_fit_is_refused_and_the_packet_lives(bench: Bench
 # ---- completions -----------------------------------------------------------------------------------------------------
 
 
-def test_failing_a_packet_stops_its_channel(bench: Bench) -> None:
-    bench.open()
-    bench.send()
-    bench.run()
-    completion = bench.taken["server"][0][0]
-    completion.fail("nonsense")
-    assert bench.server.state is ChannelState.CLOSED and "nonsense" in bench.server_link.failures[0]
-    assert status_of(lambda: completion.fail("again")) is Status.INVALID_DEVICE_REQUEST
-    assert status_of(completion.complete) is Status.INVALID_DEVICE_REQUEST
-
-
 def test_failing_a_packet_of_a_former_open_does_not_hurt_the_next(bench: Bench) -> None:
     bench.open()
     bench.send()
@@ -607,25 +524,6 @@ def test_external_data_dies_with_its_packet(bench: Bench) -> None:
 
 
 # ---- GPADLs ----------------------------------------------------------------------------------------------------------
-
-
-def test_gpadls_are_made_mapped_and_taken_back(bench: Bench) -> None:
-    bench.open()
-    handle = bench.client.create_gpadl([(BASE + len(bench.ram) - PAGE, 16)])
-    (view,) = bench.server.map_gpadl(handle).views
-    view[:4] = b"here"
-    assert bench.ram[-PAGE : -PAGE + 4] == b"here"
-    assert status_of(lambda: bench.server.map_gpadl(handle)) is Status.INVALID_PARAMETER
-    with pytest.raises(WaitTimeout, match="unmapped"):
-        bench.client.delete_gpadl(handle)
-    bench.server.unmap_gpadl(handle)
-    assert bench.server.map_gpadl(handle, read_only=True).views[0].readonly
-    bench.server.unmap_gpadl(handle)
-    assert status_of(lambda: bench.server.unmap_gpadl(handle)) is Status.INVALID_PARAMETER
-    bench.client.delete_gpadl(handle)
-    assert status_of(lambda: bench.client.delete_gpadl(handle)) is Status.INVALID_PARAMETER
-    assert status_of(lambda: bench.server.map_gpadl(handle)) is Status.INVALID_PARAMETER
-    assert status_of(lambda: bench.client.create_gpadl([])) is Status.INSUFFICIENT_RESOURCES
 
 
 @pytest.mark.parametrize("force", [False, True])
@@ -807,21 +705,6 @@ def replace(bench: Bench, vsp: Recorder) -> ServerChannel:
     return bench.server
 
 
-@pytest.mark.parametrize("size", [1, 200, 1000, 5000, 1 << 20])
-def test_restore_takes_any_whole_number_of_chunks(bench: Bench, vsp: Recorder, size: int) -> None:
-    bench.server.save_begin()
-    parts = drain(bench.server, size)
-    bench.server.save_end()
-    fresh = replace(bench, vsp)
-    complete = [fresh.restore_from_buffer(part) for part in parts]
-    assert complete == [False] * (len(parts) - 1) + [True]
-    assert fresh.restored_started
-    assert [packet.pointer for packet in fresh.packets_in_use] == list(range(COUNT))
-    fresh.start()
-    bench.ready |= {"server", "client"}
-    finish(bench, vsp)
-
-
 def test_pieces_that_are_no_whole_chunks_are_refused_and_forgotten(bench: Bench, vsp: Recorder) -> None:
     bench.server.save_begin()
     data = bench.server.save_continue(1 << 20).data
@@ -865,22 +748,3 @@ def test_restore_needs_an_enabled_and_fresh_channel(bench: Bench, vsp: Recorder)
     fresh = replace(bench, vsp)
     fresh.allocate_packet().send(b"too early")
     assert status_of(lambda: fresh.restore(chunks)) is Status.INVALID_DEVICE_STATE
-
-
-@pytest.mark.parametrize("where", ["save", "restore"])
-def test_the_status_of_a_failing_callback_is_kept(bench: Bench, vsp: Recorder, where: str) -> None:
-    def boom(*_: object) -> Any:
-        raise KmclError("channel: no", Status.DATA_ERROR)
-
-    chunks = bench.server.save()
-    if where == "save":
-        bench.server._save_packet = boom
-        assert status_of(bench.server.save_begin) is Status.DATA_ERROR
-        bench.server._save_packet = lambda *_: 1 // 0
-        assert status_of(bench.server.save_begin) is Status.UNSUCCESSFUL
-        assert status_of(lambda: bench.server.save_continue(1)) is Status.INVALID_DEVICE_STATE
-    else:
-        fresh = replace(bench, vsp)
-        fresh._restore_packet = boom
-        assert status_of(lambda: fresh.restore(chunks)) is Status.DATA_ERROR
-        assert fresh.packets_in_use == []

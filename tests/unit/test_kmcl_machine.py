@@ -442,4 +442,4 @@ class BothEnds(RuleBasedStateMachine):
 
 SIDES_LIST = ["server", "client"]
 TestBothEnds = BothEnds.TestCase
-TestBothEnds.settings = settings(max_examples=150, stateful_step_count=50, deadline=None)
+TestBothEnds.settings = settings(max_examples=80, stateful_step_count=50, deadline=None)

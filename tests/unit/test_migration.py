@@ -701,17 +701,6 @@ async def test_the_second_source_is_turned_away(tmp_path: Path) -> None:
         assert (await both.migrate()).arrived
 
 
-async def test_who_asks_about_an_unknown_migration(tmp_path: Path) -> None:
-    async with pair(tmp_path) as both:
-        receiving = asyncio.create_task(both.destination.run(30))
-        async with Link(await connect(both.listener.address, SECRET)) as link:
-            await link.send(Hello(migration="0" * 32, purpose="ask"))
-            fate = await link.expect(Fate, timeout=5, what="the fate")
-        assert fate.fate == "unknown" and fate.destination is None and "knows nothing" in fate.reason
-        receiving.cancel()
-        await asyncio.wait({receiving})
-
-
 async def test_a_source_that_asks_while_it_is_not_decided_ends_it(tmp_path: Path) -> None:
     asking: list[asyncio.Task[str]] = []
 

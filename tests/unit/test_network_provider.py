@@ -417,12 +417,6 @@ def test_sabotage_a_card_that_does_not_hear_of_its_interface_is_found_out() -> N
         interface_comes_and_goes(kit)
 
 
-def test_switches_are_told_after_a_move(kit: ProviderTest, guest: NetworkGuest) -> None:
-    kit.save_restore()
-    kit.advance(5)
-    assert cable_of(guest).announced == len(ANNOUNCE_AFTER)
-
-
 def introduced(kit: Any) -> list[bytes]:
     """The ARP frames that a guest has after a move to where the bridge has another Ethernet address."""
     guest = guest_of(kit)

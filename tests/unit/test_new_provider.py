@@ -173,11 +173,6 @@ def modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_a_class_of_an_authors_module(modules: Path) -> None:
-    assert provider_class("author.good:Good").kind == "good"
-    assert sys.path[-1] == str(modules)
-
-
 @pytest.mark.parametrize(
     ("kind", "message"),
     [

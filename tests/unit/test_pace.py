@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 from support import pace
-from support.pace import PACE, Pace, eventually, seconds, until
+from support.pace import PACE, Pace, until
 from vmbus.errors import EnvironmentProblem, WaitTimeout
 from vmbus.util import patience
 from vmbus.vm.process import guard_all
@@ -59,16 +59,3 @@ def test_the_wait_that_used_most_of_its_bound_is_known(monkeypatch: pytest.Monke
         until(lambda: False, "the impossible", 0.01)
     assert PACE.fullest[0] >= 1.0 and "for the impossible" in PACE.fullest[1]
     PACE.begin()  # it is not this test's
-
-
-async def test_waiting_with_the_event_loop_running(monkeypatch: pytest.MonkeyPatch) -> None:
-    begun = asyncio.get_running_loop().time()
-
-    async def later() -> bool:
-        return asyncio.get_running_loop().time() > begun + 0.03
-
-    await eventually(later, "a moment to pass", 20)
-    with pytest.raises(WaitTimeout, match="for never"):
-        await eventually(lambda: False, "never", 0.01)
-    PACE.begin()
-    assert seconds(1.0) >= 1.0

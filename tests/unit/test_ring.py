@@ -133,6 +133,23 @@ def test_the_twin_is_the_one_that_is_tested(twin: Twin) -> None:
     assert [device.RingReader, device.RingWriter] == [twin.RingReader, twin.RingWriter]
 
 
+def test_a_packet_that_wraps_at_every_offset() -> None:
+    for shift in range(0, PAGE - 48, 8):
+        writer, reader, _ = make()
+        if shift >= 24:
+            assert writer.put(6, 0, 1, bytes(shift - 24))
+            writer.commit()
+            reader.advance(reader.fetch()[0][-1].end)
+        for number in range(8):
+            body = bytes([number + 1]) * (480 + 8 * number)
+            assert writer.put(11, 0, number, body)
+            writer.commit()
+            packets, error = reader.fetch()
+            assert error is None
+            assert [(p.kind, p.transaction, p.payload) for p in packets] == [(11, number, body)]
+            reader.advance(packets[-1].end)
+
+
 def test_the_ring_is_never_filled_completely() -> None:
     writer, reader, _ = make()
     assert writer.free() == PAGE - 8

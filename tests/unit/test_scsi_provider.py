@@ -126,17 +126,6 @@ def test_what_is_not_there_is_gone_and_never_a_disk(guest: Guest) -> None:
 # ---- data ------------------------------------------------------------------------------------------------------------
 
 
-def test_what_is_written_is_read_and_is_in_the_image(guest: Guest, disks: Path) -> None:
-    data = pattern(65536)
-    assert guest.write(8, data).good
-    assert guest.write(136, data, fua=True).good
-    assert guest.read(8, 65536) == data and guest.read(136, 65536) == data
-    assert guest.ask(storvsc.SYNCHRONIZE).good
-    assert (disks / "disk.img").read_bytes()[4096 : 4096 + 65536] == data
-    status = guest.kit.provider.status()["luns"][0]
-    assert (status["bytes_written"], status["bytes_read"], status["flushes"]) == (131072, 131072, 1)
-
-
 @pytest.mark.parametrize(
     ("reads", "writes"),
     [

@@ -174,17 +174,6 @@ def test_a_guest_that_never_lets_go_is_not_waited_for_without_bound(guest: Guest
 # ---- sub-channels ----------------------------------------------------------------------------------------------------
 
 
-def test_requests_over_several_channels_reach_one_disk() -> None:
-    with ProviderTest(ScsiProvider, options=ONE) as kit:
-        guest = Guest(kit, sub_channels=3)
-        for index in range(4):
-            assert guest.write(index * 8, pattern(4096, index), channel=index).good
-        kit.save_restore()
-        for index in range(4):
-            assert guest.read(index * 8, 4096, channel=3 - index) == pattern(4096, index)
-        assert kit.provider.status()["sub_channels"] == 3
-
-
 def test_sub_channels_go_with_the_primary_one_and_come_again() -> None:
     with ProviderTest(ScsiProvider, options=ONE) as kit:
         guest = Guest(kit, sub_channels=2)
@@ -243,18 +232,6 @@ def test_scsi_survives_a_save_and_restore_at_every_step(monkeypatch: pytest.Monk
     for name in ("fsync", "fdatasync"):
         monkeypatch.setattr(os, name, lambda fd: None)
     assert every_step(story, ScsiProvider, options=TWO) > 20
-
-
-def test_a_save_keeps_each_disk_by_its_number(disks: Path) -> None:
-    with ProviderTest(ScsiProvider, options=TWO) as kit:
-        guest = Guest(kit)
-        assert guest.write(0, pattern(4096, 1)).good
-        assert guest.write(0, pattern(4096, 2), block_size=4096, lun=3).good
-        before = guest.scan()
-        kit.save_restore()
-        assert guest.scan() == before
-        assert guest.read(0, 4096) == pattern(4096, 1)
-        assert guest.read(0, 4096, block_size=4096, lun=3) == pattern(4096, 2)
 
 
 def test_a_clone_has_disks_of_its_own(disks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -145,13 +145,6 @@ def test_a_missing_parent_is_an_environment_problem(tmp_path: Path) -> None:
         SnapshotWriter.begin(tmp_path / "a" / "b")
 
 
-def test_abort_leaves_nothing(tmp_path: Path) -> None:
-    writer = SnapshotWriter.begin(tmp_path / "snapshot")
-    writer.ram.write_bytes(b"x")
-    writer.abort()
-    assert list(tmp_path.iterdir()) == []
-
-
 SAVE_AND_DIE = """
 import os, sys
 from pathlib import Path

@@ -14,7 +14,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from support.device import Machine, connect, open_echo
-from support.multi import Guest, MultiProvider
 from vmbus import providers
 from vmbus.bus.gpadl import MAX_DESCRIPTION, MAX_GPADLS, MAX_IN_PROGRESS, MAX_RANGES
 from vmbus.bus.offers import MAX_RELID
@@ -411,20 +410,6 @@ def test_sequences_wrap_and_losses_stop_at_64_bits() -> None:
         sequence.arrived(0)
         assert sequence.next == 1
     assert 0 < tally.lost < 1 << 64 and all(0 <= count < 1 << 64 for count in tally.as_dict().values())
-
-
-def test_a_channel_that_was_saved_without_its_packets_is_made_anew_whatever_its_owner_says_then(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setitem(providers.PROVIDERS, "multi", MultiProvider)
-    machine = Machine(("multi",), multi={"force_new": True})
-    driver = connect(machine)
-    Guest(driver)
-    state = machine.save()
-    machine.options = {}
-    machine.boot()
-    assert not machine.device.channels[0].force_new_channel
-    assert machine.adopt(state).renewed == 1
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------

@@ -204,14 +204,6 @@ def test_signals_reach_the_bus_only_while_enabled(rig: Rig) -> None:
 # ---- posting ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_posted_message_arrives_with_its_size(on: Rig) -> None:
-    assert on.post(b"12345678", connection_id=1) == PostStatus.SUCCESS
-    assert on.post(b"m" * 240) == PostStatus.SUCCESS
-    assert on.posts == [(1, b"12345678"), (4, b"m" * 240)]
-    on.answer = PostStatus.INVALID_CONNECTION_ID
-    assert on.post(b"12345678", connection_id=9) == PostStatus.INVALID_CONNECTION_ID
-
-
 @pytest.mark.parametrize(("size", "kind"), [(241, 1), (0xFFFFFFFF, 1), (8, 0), (8, 2)])
 def test_a_bad_block_is_an_invalid_parameter(on: Rig, size: int, kind: int) -> None:
     assert on.post(b"12345678", size=size, kind=kind) == PostStatus.INVALID_PARAMETER
@@ -231,10 +223,6 @@ def test_a_block_may_cross_regions(on: Rig) -> None:
     on.write64(Register.POST_ADDRESS_LOW, BASE + start)
     on.write(Register.POST_MESSAGE, 1)
     assert on.posts == [(4, bytes(range(240)))]
-
-
-def test_posting_needs_an_enabled_synic(rig: Rig) -> None:
-    assert rig.post(b"12345678") == PostStatus.INVALID_PARAMETER
 
 
 def test_a_guest_that_takes_no_messages_cannot_post_more(on: Rig) -> None:
@@ -260,15 +248,6 @@ def test_messages_come_one_after_another(on: Rig) -> None:
     assert [on.take() for _ in range(6)] == [*messages, None]
     assert on.interrupts == 5, "one for each time that the slot is filled"
     assert not on.synic.outbox
-
-
-def test_eom_that_nobody_asked_for_is_harmless(on: Rig) -> None:
-    on.write(Register.EOM, 1)
-    on.synic.post(b"a" * 8)
-    on.write(Register.EOM, 1)
-    assert on.take() == b"a" * 8
-    on.write(Register.EOM, 1)
-    assert on.take() is None and on.interrupts == 1
 
 
 def race(rig: Rig, monkeypatch: pytest.MonkeyPatch, guest: Callable[[], None]) -> None:
@@ -323,24 +302,7 @@ def test_without_the_second_look_a_message_would_wait_for_ever(on: Rig, monkeypa
     assert on.slot[0] == 0 and list(on.synic.outbox) == [b"b" * 8]
 
 
-def test_messages_wait_while_disabled(rig: Rig) -> None:
-    rig.synic.post(b"a" * 8)
-    assert rig.interrupts == 0
-    rig.enable()
-    assert rig.take() == b"a" * 8
-
-
 # ---- events ----------------------------------------------------------------------------------------------------------
-
-
-def test_an_event_is_one_byte(on: Rig) -> None:
-    for relid in (0, 1, 2047):
-        on.synic.raise_event(relid)
-    assert [at for at, value in enumerate(on.ram[PAGE : 2 * PAGE]) if value] == [0, 1, 2047]
-    assert on.interrupts == 3
-    on.ram[PAGE + 1] = 0
-    on.synic.raise_event(1)
-    assert on.ram[PAGE + 1] == 1
 
 
 def test_events_of_a_disabled_synic_go_nowhere(rig: Rig) -> None:
@@ -363,12 +325,6 @@ def test_unmapping_a_page_resets_the_device_and_says_so(on: Rig, iova: int, size
     on.write(Register.EOM, 1)
     on.write(Register.CONTROL, CONTROL_RESET)
     assert on.read(Register.STATUS) == 0, "a reset by the guest clears the fault"
-
-
-def test_unmapping_pages_of_a_disabled_synic_is_nobodys_business(on: Rig) -> None:
-    on.write(Register.CONTROL, 0)
-    on.memory.unmap(BASE, PAGE)
-    assert on.resets == 0 and on.read(Register.STATUS) == 0
 
 
 # ---- restore ---------------------------------------------------------------------------------------------------------

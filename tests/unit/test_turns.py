@@ -34,10 +34,6 @@ def spend(clock: Clock, seconds: float) -> None:
     clock.now += seconds
 
 
-def test_there_was_none_yet(turns: Turns) -> None:
-    assert turns.summary() == {"seconds": 0.0, "what": "", "last_minute": {"seconds": 0.0, "what": ""}}
-
-
 def test_the_longest_is_remembered_and_the_recent_one_forgotten(turns: Turns, clock: Clock) -> None:
     for what, seconds in (("short", 0.25), ("long", 2.0), ("short", 0.5)):
         turns.run(what, lambda seconds=seconds: spend(clock, seconds))

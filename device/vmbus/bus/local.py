@@ -400,14 +400,9 @@ class LocalBus:
             self.wake(connection.client)
         return restored
 
-    def save_and_restore(
-        self,
-        make_server: Callable[[], ServerChannel | None],
-        before_packets: Callable[[], None] | None = None,
-        after_packets: Callable[[], None] | None = None,
-    ) -> Restored:
+    def save_and_restore(self, make_server: Callable[[], ServerChannel | None]) -> Restored:
         """`save`, then `replace`."""
-        return self.replace(self.save(), make_server, before_packets, after_packets)
+        return self.replace(self.save(), make_server)
 
     def reattach(
         self, connection: Connection, server: ServerChannel, record: ChannelRecord, broken: dict[Key, str]

@@ -218,9 +218,6 @@ class BusServer(GpadlDesk):
         offer = self._by_relid.get(connection_id - CONNECTION_ID_BASE)
         return offer if offer is not None and offer.state is OfferState.OPEN else None
 
-    def by_relid(self, relid: int) -> Offer | None:
-        return self._by_relid.get(relid)
-
     @property
     def disconnecting(self) -> bool:
         """Whether the guest has ended the connection (UNLOAD, or a new INITIATE_CONTACT) and waits for the answer."""

@@ -257,9 +257,6 @@ class Device:
             if observer in channel.observers:
                 channel.observers.remove(observer)
 
-    def offer_of(self, channel: ServerChannel) -> Offer:
-        return self._offers[id(channel)]
-
     def relid_of(self, channel: ServerChannel) -> int:
         """The number under which the guest knows a channel, 0 while it does not."""
         offer = self._offers.get(id(channel))
