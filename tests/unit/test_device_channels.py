@@ -160,7 +160,7 @@ def test_a_forced_channel_is_rescinded_and_offered_anew(subs: int, forgetful: bo
         assert restored.dropped == restored.unsaved == (lost, lost_sent, 0) and restored.renewed == 1 + subs
         assert (restored.packets.queued, restored.packets.sent) == (0, 0)
         told = {name: getattr(restored, name)._asdict() for name in ("packets", "dropped", "unsaved")}
-        assert packets_found(told) == Packets(queued=0, sent=0), "as many as the state has: a migration compares"
+        assert packets_found([told]) == Packets(queued=0, sent=0), "as many as the state has: a migration compares"
         machine.device.thaw()
         new = multi(machine)
         assert new is not old and new.events == [] and new.channel.packets_sent == 0
