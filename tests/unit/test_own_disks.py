@@ -23,7 +23,7 @@ from vmbus.snapshot.bundle import open_snapshot
 from vmbus.vm.command_line import Programs, qemu_arguments
 from vmbus.vm.description import VmDescription, load_description
 from vmbus.vm.errors import SaveFailed
-from vmbus.vm.own_disks import DiskState, changed, decode_qcow2, look, mark
+from vmbus.vm.own_disks import DiskState, changed, decode_qcow2, layer_of, look, mark
 from vmbus.vm.own_guest import OwnDisk, OwnGuest
 
 pytestmark = pytest.mark.unit
@@ -245,6 +245,9 @@ def test_own_guest_a_vm_arrives_with_disks_that_are_here(tmp_path: Path) -> None
         own_disks.check_arrival(vm_with(disk), [], "there")
     path.write_bytes(bytes(1024))  # the source writes to it still
     own_disks.check_arrival(vm_with(disk), [record], "there")
+    with pytest.raises(StateError, match="other images are behind"):
+        forged = DiskState(record.top, [layer_of(Path("/etc/passwd"), "raw")])
+        own_disks.check_arrival(vm_with(disk), [forged], "there")
     path.unlink()
     with pytest.raises(StateError, match="both hosts have to reach the same file"):
         own_disks.check_arrival(vm_with(disk), [record], "there")

@@ -82,10 +82,13 @@ def check_arrival(description: VmDescription, disks: list[DiskState], source: st
     for disk, record in zip(own.disks, disks, strict=True):
         both = "both hosts have to reach the same file under the same name"
         try:
-            found = look(disk, unused=False).top
+            present = look(disk, unused=False)
         except (EnvironmentProblem, UsageError) as error:
             raise StateError(f"the VM cannot come here: {error}; {both}") from error
+        found = present.top
         difference = next((text for layer in record.behind if (text := layer.differs())), "")
+        if [layer.file for layer in present.behind] != [layer.file for layer in record.behind]:
+            difference = f"other images are behind {disk.file} than {source} says"
         if found.identity != record.top.identity or (not found.identity and found.size != record.top.size):
             difference = f"{disk.file} is another disk than the one at {source}"
         if difference:

@@ -31,7 +31,7 @@ KINDS = {
     "network": "an interface, a bridge or a namespace; `vmnet` for an interface without a name; `user`: QEMU's own",
     "socket": "the path of a socket outside of the VM's run directory",
     "provider": "a provider of one's own, `package.module:Class`",
-    "file": "a disk of QEMU's own",
+    "file": "a disk of QEMU's own, or an image behind it",
     "port": "a port of this host that leads into the guest, as `hostfwd` has it",
     "qemu-arg": "an argument for QEMU",
 }
@@ -51,9 +51,11 @@ class Accept:
                 raise UsageError(f"--accept {rule!r}: write NAME or KIND:NAME, with a kind of {', '.join(KINDS)}")
             self._rules.append((kind, name))
 
-    def check(self, vm: VmDescription, source: str) -> None:
-        """Raises `StateError` that names what is not taken, for people at both sides."""
-        self._refuse([("vm", vm.name), *chain.from_iterable(map(_uses, vm.all_devices)), *_own(vm.mine)], source)
+    def check(self, vm: VmDescription, source: str, files: Iterable[str] = ()) -> None:
+        """Raises `StateError` that names what is not taken, for people at both sides. `files`: those behind disks of
+        QEMU's own."""
+        uses = [("vm", vm.name), *chain.from_iterable(map(_uses, vm.all_devices)), *_own(vm.mine)]
+        self._refuse([*uses, *(("file", file) for file in files)], source)
 
     def check_saved(self, device: DeviceDescription, state: Path, source: str) -> None:
         """The same for the device as it is when it stands still, and for its saved state in a file, which says what

@@ -307,9 +307,10 @@ class Destination:
         """Everything up to a VM that only needs its vCPUs to run."""
         with self.phases("prepare"):
             prepare = await link.expect(Prepare, timeout=HELLO_TIMEOUT, what="what is to move")
-            self._accept.check(prepare.vm, link.name)
+            behind = [layer.file for disk in prepare.disks for layer in disk.behind]
+            self._accept.check(prepare.vm, link.name, behind)
             check_machine(prepare, self._programs, link.name)
-            check_arrival(prepare.vm, prepare.disks, link.name)
+            await asyncio.to_thread(check_arrival, prepare.vm, prepare.disks, link.name)
             folder = self._claim(prepare.vm)
             assert self._record is not None
             destination = self._record.destination
