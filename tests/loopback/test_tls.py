@@ -70,9 +70,9 @@ class Leaving(LeavingVm):
     cut_off = False
 
     @property
-    def stream_socket(self) -> Path:
+    def tunnel_socket(self) -> Path:
         assert self.folder is not None
-        return self.folder / "stream.sock"
+        return self.folder / "tunnel.sock"
 
     async def perform(self, command: str, given: dict[str, Any]) -> Any:
         if command == "migrate":
@@ -147,7 +147,7 @@ async def pair(
         assert isinstance(both.arriving, Arriving)
         both.arriving.close()
         assert not both.world.both, "the VM ran on both sides at once"
-        assert not both.leaving.stream_socket.exists()  # type: ignore[attr-defined]
+        assert not both.leaving.tunnel_socket.exists()  # type: ignore[attr-defined]
 
 
 def runs_on(both: Pair) -> None:

@@ -63,8 +63,8 @@ class Vm(Protocol):
         """A directory of its own, made if need be."""
 
     @property
-    def stream_socket(self) -> Path:
-        """Where QEMU's stream comes, or goes, by a unix socket."""
+    def tunnel_socket(self) -> Path:
+        """Where QEMU's stream goes in when the VM leaves by TLS."""
 
     def own_migration(self) -> AbstractContextManager[None]:
         """A context in which QEMU may migrate, save and load."""

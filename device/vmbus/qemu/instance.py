@@ -186,9 +186,9 @@ class Instance:
         return [child for child in (*(device.server for device in self.devices), self.qemu) if child is not None]
 
     @property
-    def stream_socket(self) -> Path:
-        """Where QEMU's stream comes, or goes, by a unix socket."""
-        return self.paths.stream
+    def tunnel_socket(self) -> Path:
+        """Where QEMU's stream goes in when the VM leaves by TLS."""
+        return self.paths.tunnel
 
     def room(self, name: str) -> Path:
         """A directory of the VM's own, made if need be, for what may become large. Raises `EnvironmentProblem`."""

@@ -73,7 +73,8 @@ def numbered(file: str, index: int) -> str:
 
 class Sockets:
     """Paths of a VM's sockets and logs in its run directory; `vfio` and `control` are the first device's. `stream`:
-    QEMU's, of a VM that arrives there; `viewers`: the console for any number of them, where its owner serves it."""
+    QEMU's, of a VM that arrives there; `tunnel`: where QEMU's goes in when it leaves by TLS; `viewers`: the console for
+    any number of them, where its owner serves it."""
 
     def __init__(self, run_directory: Path) -> None:
         self.vfio = run_directory / "vfio.sock"
@@ -84,6 +85,7 @@ class Sockets:
         self.console = run_directory / "console.sock"
         self.console_log = run_directory / "console.log"
         self.stream = run_directory / "stream.sock"
+        self.tunnel = run_directory / "tunnel.sock"
         self.supervisor = run_directory / "supervisor.sock"
         self.gdb = run_directory / "gdb.sock"
         self.viewers = run_directory / "viewers.sock"
