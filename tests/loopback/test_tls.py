@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import re
 import ssl
 from collections.abc import AsyncIterator
@@ -437,6 +438,48 @@ async def test_the_key_of_a_stream_is_good_for_its_pass_and_its_peer_and_its_con
     qemu.close()
     for writer in came:
         writer.close()
+
+
+async def test_the_bandwidth_holds_over_all_connections_until_the_guest_stands(tmp_path: Path) -> None:
+    took = 0
+
+    async def take(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal took
+        while data := await reader.read(1 << 16):
+            took += len(data)
+        writer.close()
+
+    async def send() -> None:
+        _, writer = await asyncio.open_unix_connection(str(tmp_path / "in"))
+        writer.write(bytes(4 << 20))
+        with contextlib.suppress(OSError):
+            await writer.drain()
+        writer.close()
+
+    qemu = await asyncio.start_unix_server(take, str(tmp_path / "out"))
+    async with listening(certificates.destination()) as (listener, arrived):
+        ours = certificates.source()
+        client = await connect(listener.address, NO_SECRET, 10, ours)
+        server = await asyncio.wait_for(arrived.get(), pace.seconds(10))
+        door = listener.door = Door(tmp_path / "out", server.peer, 3)
+        assert client.peer is not None
+        dial = functools.partial(connect_stream, listener.address, door.key, ours, client.peer)
+        way = tunnel.Tunnel(tmp_path / "in", dial, 3, bandwidth=64 << 10)
+        await way.open()
+        loop = asyncio.get_running_loop()
+        begun = loop.time()
+        sending = [asyncio.create_task(send()) for _ in range(3)]
+        await eventually(lambda: took > 0, "the first bytes", 10)
+        while loop.time() - begun < 1:
+            await asyncio.sleep(0.05)
+            assert took <= (loop.time() - begun) * (64 << 10) + 9 * tunnel.PIECE  # what came before it was connected
+        way.rate.lift()
+        await eventually(lambda: took == 12 << 20, "the rest, at once", 10)
+        await asyncio.gather(*sending)
+        way.close()
+        client.abort()
+        server.abort()
+    qemu.close()
 
 
 # --- strangers --------------------------------------------------------------------------------------------------------

@@ -222,7 +222,7 @@ class Source:
     def _through(self) -> Through | None:
         if self._tls is None:
             return None
-        return Through(self.address, self._tls, self.vm.tunnel_socket, 1 + self._stream.multifd)
+        return Through(self.address, self._tls, self.vm.tunnel_socket, 1 + self._stream.multifd, self._stream.bandwidth)
 
     async def _prepare(self, link: Link) -> Prepared:
         vm = self.vm

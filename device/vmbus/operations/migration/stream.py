@@ -32,12 +32,13 @@ ACCEPT_TIMEOUT = 120.0
 @dataclass(frozen=True)
 class Through:
     """How QEMU's stream goes through the destination's one port: by TLS, from a unix socket at `path`, over as many as
-    `most` connections."""
+    `most` connections, and while the guest runs at most `bandwidth` bytes per second (None: as many as go)."""
 
     address: Address
     tls: Tls
     path: Path
     most: int
+    bandwidth: int | None
 
 
 class StreamTarget:
@@ -79,7 +80,7 @@ class StreamTarget:
         if self._tunnel is not None:
             self._tunnel.close()
         dial = functools.partial(connect_stream, through.address, prepared.key, through.tls, peer)
-        self._tunnel = Tunnel(through.path, dial, through.most)
+        self._tunnel = Tunnel(through.path, dial, through.most, through.bandwidth)
         await self._tunnel.open()
         return UnixAddress(str(through.path))
 
@@ -92,6 +93,8 @@ class StreamTarget:
         return TcpAddress(host, prepared.stream)
 
     async def saved(self, captured: Captured) -> None:
+        if self._tunnel is not None:
+            self._tunnel.rate.lift()
         packets = Packets(**captured.packets)
         first, *further = captured.devices
         rest = [FurtherState(file=one.state, device=one.description, pci_config=one.pci_config) for one in further]

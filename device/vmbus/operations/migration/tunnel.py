@@ -75,14 +75,17 @@ class Door(_Carrying):
         except OSError:  # it has ended, and whoever looks after it knows
             ends[1].transport.abort()
             return
-        await _both_ways(ends, qemu)
+        await _both_ways(qemu, ends, Rate(None))
 
 
 class Tunnel(_Carrying):
     """Where QEMU's stream goes in, at the source: a unix socket, whose connections `dial` takes to the destination."""
 
-    def __init__(self, path: Path, dial: Callable[[], Awaitable[Ends]], most: int) -> None:
+    def __init__(
+        self, path: Path, dial: Callable[[], Awaitable[Ends]], most: int, bandwidth: int | None = None
+    ) -> None:
         super().__init__(most)
+        self.rate = Rate(bandwidth)
         self.path = path
         self.problem: VmbusError | None = None
         """Why a connection could not be made; QEMU knows only that there was none."""
@@ -114,7 +117,7 @@ class Tunnel(_Carrying):
                 raise
             self.problem = self.problem or error
             return
-        await _both_ways(qemu, ends)
+        await _both_ways(qemu, ends, self.rate)
 
     def close(self) -> None:
         super().close()
@@ -125,44 +128,101 @@ class Tunnel(_Carrying):
         self._server = self._listener = None
 
 
+class Rate:
+    """How fast all connections of a tunnel together may take what QEMU sends.
+
+    QEMU keeps to its own limit with one connection. With multifd it looks ten times a second, after the fact, and each
+    connection may have sent half a megabyte more by then.
+    """
+
+    def __init__(self, bandwidth: int | None) -> None:
+        """Bytes per second; None: as fast as it can be."""
+        self._bandwidth = bandwidth
+        self._free_at = 0.0
+        self._held: dict[asyncio.TimerHandle, _Pipe] = {}
+
+    def take(self, count: int, pipe: _Pipe) -> None:
+        """So much came from a pipe's end, which has to wait if that was too fast."""
+        if self._bandwidth is None:
+            return
+        loop = asyncio.get_running_loop()
+        now = loop.time()
+        self._free_at = max(self._free_at, now) + count / self._bandwidth
+        pipe.hold()
+
+        def go_on() -> None:
+            del self._held[timer]
+            pipe.release()
+
+        timer = loop.call_at(self._free_at, go_on)
+        self._held[timer] = pipe
+
+    def lift(self) -> None:
+        """From now on there is no bound: the guest stands still."""
+        self._bandwidth = None
+        held, self._held = self._held, {}
+        for timer, pipe in held.items():
+            timer.cancel()
+            pipe.release()
+
+
 class _Pipe(asyncio.Protocol):
     """One end of a connection that is carried: what comes in goes out at the other one, no faster than that takes it.
 
     Without readers and writers, whose copies and wake-ups would cost a third more.
     """
 
-    def __init__(self, other: asyncio.Transport) -> None:
+    other: _Pipe
+
+    def __init__(self, transport: asyncio.Transport, rate: Rate) -> None:
+        self.transport = transport
         self.lost = asyncio.get_running_loop().create_future()
-        self._other = other
+        self._rate = rate
+        self._holds = 0
 
     def data_received(self, data: bytes) -> None:
-        self._other.write(data)
+        self.other.transport.write(data)
+        self._rate.take(len(data), self)
+
+    def hold(self) -> None:
+        """Nothing more is read, until as many `release` have come as these."""
+        self._holds += 1
+        if self._holds == 1:
+            self.transport.pause_reading()
+
+    def release(self) -> None:
+        self._holds -= 1
+        if self._holds == 0:
+            self.transport.resume_reading()
 
     def pause_writing(self) -> None:
-        self._other.pause_reading()
+        self.other.hold()
 
     def resume_writing(self) -> None:
-        self._other.resume_reading()
+        self.other.release()
 
     def eof_received(self) -> bool:
         return False  # the connection is closed, and what waits for the other one still goes there
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._other.close()
+        self.other.transport.close()
         if not self.lost.done():
             self.lost.set_result(None)
 
 
-async def _both_ways(one: Ends, other: Ends) -> None:
-    transports = [cast(asyncio.Transport, ends[1].transport) for ends in (one, other)]
-    pipes = [_Pipe(transport) for transport in reversed(transports)]
+async def _both_ways(one: Ends, other: Ends, rate: Rate) -> None:
+    """`rate` is for what comes from `one`."""
+    pipes = [
+        _Pipe(cast(asyncio.Transport, ends[1].transport), bound) for ends, bound in ((one, rate), (other, Rate(None)))
+    ]
     try:
-        for transport, pipe in zip(transports, pipes, strict=True):
-            transport.set_protocol(pipe)
-        for (reader, _), transport in zip((one, other), reversed(transports), strict=True):
+        for pipe, opposite in zip(pipes, reversed(pipes), strict=True):
+            pipe.other = opposite
+            pipe.transport.set_protocol(pipe)
+        for (reader, _), pipe in zip((one, other), pipes, strict=True):
             reader.feed_eof()
-            transport.write(await reader.read())  # what had come already
+            pipe.data_received(await reader.read())  # what had come already
         await asyncio.wait([pipe.lost for pipe in pipes])
     finally:
-        for transport in transports:
-            transport.abort()
+        for pipe in pipes:
+            pipe.transport.abort()
