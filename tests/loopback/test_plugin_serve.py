@@ -283,6 +283,7 @@ def test_plugin_systemd_units_are_units(tmp_path: Path) -> None:
             words = unit["Service"]["ExecStart"].split()
             assert words[:3] == ["/usr/bin/env", "vmbus", "serve"]
             assert {word[2:] for word in words if word.startswith("--")} <= set(CAPABILITIES["options"])
+        assert (UNITS / f"vmbus@.{kind}").read_text() in (CHECKOUT / "docs" / "plugin.md").read_text()
     if (program := shutil.which("systemd-analyze")) is not None:
         units = [str(tmp_path / f"vmbus@demo.{kind}") for kind in ("service", "socket")]
         done = subprocess.run([program, "verify", *units], capture_output=True, text=True, timeout=pace.seconds(60))

@@ -35,7 +35,7 @@ class DummyVm:
         self.run_directory = RunDirectory.create(name)
         self.name = self.run_directory.name
         self.paths = Sockets(self.run_directory.path)
-        self.programs = SimpleNamespace(qemu_version="11.1.3", accelerator="tcg")
+        self.programs = SimpleNamespace(qemu_version="11.1.3", accelerator="tcg", foreign=False)
         kinds = [SimpleNamespace(kind=kind, name=kind) for kind in ("echo", "burst", "echo")]
         self.description = SimpleNamespace(all_devices=[SimpleNamespace(providers=kinds)])
         self.in_doubt = False
@@ -114,6 +114,8 @@ class DummyVm:
     async def kill(self) -> None:
         self.ended = True
         self.run_directory.remove()
+
+    leave = kill
 
 
 @pytest.fixture(autouse=True)

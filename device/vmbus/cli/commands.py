@@ -14,6 +14,7 @@ from typing import Any
 import click
 
 from vmbus.cli.agent import agent
+from vmbus.cli.attach import attach
 from vmbus.cli.audit import audit
 from vmbus.cli.bench import bench
 from vmbus.cli.capture import capture
@@ -122,6 +123,7 @@ main.add_command(network)
 main.add_command(new_provider)
 main.add_command(provider)
 main.add_command(serve, "serve")
+main.add_command(attach)
 main.add_command(soak)
 main.add_command(ssh)
 main.add_command(setup, "setup")

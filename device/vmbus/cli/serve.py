@@ -23,6 +23,7 @@ from vmbus.observe.instruments import all_instruments
 from vmbus.places import DESCRIPTIONS
 from vmbus.providers import PROVIDERS
 from vmbus.server.app import DeviceServer
+from vmbus.server.control import CONTROL_SUFFIX
 from vmbus.server.restoring import read_state
 from vmbus.transport.library import Library, find_and_load, named, system_path
 from vmbus.util.activation import handed_over
@@ -34,8 +35,6 @@ _GARBAGE = (20_000, 20, 50)
 guest that maps 16,384 regions of memory causes pauses of 40 to 80 ms."""
 _PATH = click.Path(path_type=Path)
 
-CONTROL_SUFFIX = ".control"
-"""What is put behind the path of the vfio-user socket for the control socket's, unless that is said."""
 VFIO_NAME, CONTROL_NAME = "vfio", "control"
 """The names of the sockets that systemd hands over (`FileDescriptorName=`)."""
 

@@ -193,7 +193,7 @@ class Supervisor:
         }
 
     async def run(self) -> str:
-        """Serves until the VM ends, ends the VM's processes, and says why: powered off, saved, or stopped.
+        """Serves until the VM ends, ends its processes if they are ours, and says why: powered off, saved, or stopped.
 
         Raises `GuestPanicked`, and `ProcessDied` if QEMU or the device server ended by itself. The VM is torn down in
         every case, also when this is cancelled.
@@ -223,9 +223,11 @@ class Supervisor:
             ended.cancel()
             console.cancel()
             await asyncio.gather(console, return_exceptions=True)
-            await self.vm.kill()
+            await self.vm.leave()
 
     async def _serve_console(self) -> None:
+        if self.vm.programs.foreign:  # its console is where its owner has put it
+            return
         try:
             await Viewers(self.vm.paths.console, self.vm.paths.viewers).serve()
         except VmbusError as error:  # the VM is none the worse for it
@@ -395,6 +397,7 @@ class Supervisor:
                     f"VM {self.vm.name!r} waits for a decision about its migration: scripts/migrate --resolve end ends "
                     "it here"
                 )
+            await self.vm.kill()
             return {"powered_off": False}, "ended on request"
         self._on_notice("the guest is asked to power off ...")
         await self.vm.power_off(wish.timeout)

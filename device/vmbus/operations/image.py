@@ -91,6 +91,13 @@ class Image:
             return _PREFIX + tag
         return self.store.record(tag).image.name if tag in self.store.tags() else f"{_PREFIX}{tag}@{self._token}"
 
+    async def close(self) -> None:
+        """Takes the image from QEMU, as long as that is there."""
+        if self._opened:
+            self._opened = False
+            for node in (self._node, f"{self._node}-file"):
+                await uninterrupted(self._remove_node(node))
+
     async def _remove_node(self, node: str) -> None:
         with contextlib.suppress(VmbusError):  # QEMU is gone, and the node with it
             await self._monitor.execute("blockdev-del", {"node-name": node})

@@ -47,6 +47,11 @@ class Ends:
         self.panicked: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         """The guest's last words."""
 
+    @property
+    def told(self) -> bool:
+        """Whether QEMU has said that it ends, and why."""
+        return self._reason.done()
+
     async def run(self, on_reboot: Callable[[], None]) -> None:
         """Until it is cancelled. `on_reboot` is called for each guest that boots again; it must not raise."""
         listener = EventListener(("RESET", "SHUTDOWN"))

@@ -51,6 +51,7 @@ def machine_for(description: VmDescription, programs: Programs, like: Machine | 
         pci_config="",
         spare_cpus=like.spare_cpus if like else default_spare_cpus(description.cpus, programs.accelerator),
         generation_id=like.generation_id if like else True,
+        foreign=programs.foreign,
         further=[Function(address, "") for address in further],
     )
 
@@ -137,12 +138,16 @@ class Instance:
             await start_qemu(self, incoming=incoming)
             # Before the guest can run, so that nothing it says is lost.
             await self.guard(self.agent.connect(START_TIMEOUT), "QEMU to open the agent's socket", START_TIMEOUT)
-            driven = functools.partial(driven_by_client, self.devices)
-            self._foreign = MigrationGuard(self.monitor, self._notice, driven)
-            await self.guard(self._foreign.start(), "QEMU to tell of migrations", START_TIMEOUT)
-            self.background(self._foreign.run())
-            self._ends = Ends(self.monitor, self.paths.console_log)
-            self.background(self._ends.run(self._rebooted))
+            await self._attend()
+
+    async def _attend(self) -> None:
+        """From here on it is noticed what QEMU says of itself."""
+        driven = functools.partial(driven_by_client, self.devices)
+        self._foreign = MigrationGuard(self.monitor, self._notice, driven)
+        await self.guard(self._foreign.start(), "QEMU to tell of migrations", START_TIMEOUT)
+        self.background(self._foreign.run())
+        self._ends = Ends(self.monitor, self.paths.console_log)
+        self.background(self._ends.run(self._rebooted))
 
     def _rebooted(self) -> None:
         self._notice("the guest boots again")
@@ -318,6 +323,10 @@ class Instance:
             await self._stop_processes()
         finally:
             self.run_directory.remove()
+
+    async def leave(self) -> None:
+        """Its owner ends. A VM of ours ends with it."""
+        await self.kill()
 
     async def _stop_processes(self) -> None:
         for task in list(self._tasks):

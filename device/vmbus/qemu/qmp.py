@@ -13,6 +13,7 @@ from typing import Any
 
 from qemu.qmp import ExecuteError, QMPClient, QMPError
 from qemu.qmp.events import EventListener
+from qemu.qmp.protocol import Runstate
 
 from vmbus.errors import EnvironmentProblem, WaitTimeout, code_in
 from vmbus.util.patience import Guard, patient
@@ -64,6 +65,11 @@ class Monitor:
             raise WaitTimeout(f"the monitor of {self.name} to greet", timeout) from None
         except QMPError as error:
             raise EnvironmentProblem(f"cannot connect to the monitor of {self.name}: {error}") from error
+
+    async def lost(self) -> None:
+        """Waits (without a bound) until the connection has ended, whoever ended it."""
+        while self._client.runstate is Runstate.RUNNING:
+            await self._client.runstate_changed()
 
     async def close(self) -> None:
         """Ends the connection. Never raises for a connection that is broken already."""

@@ -20,6 +20,8 @@ from vmbus.util.patience import Guard, patient
 log = bounded_log(__name__)
 
 MAX_LINE = 16 << 20
+CONTROL_SUFFIX = ".control"
+"""What is put behind the path of the vfio-user socket for the control socket's, unless somebody says another one."""
 _ANSWER_TIMEOUT = 60.0  # seconds that a client may take to read an answer
 
 Handler = Callable[[str, dict[str, Any]], Awaitable[dict[str, Any]]]

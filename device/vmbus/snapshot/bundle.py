@@ -126,7 +126,7 @@ class SnapshotWriter:
         Raises `UsageError` if files are missing from it or something else took the name meanwhile, and
         `EnvironmentProblem` if the disk refuses. The caller then aborts.
         """
-        missing = set(contents_of(manifest.vm)) - set(self._records)
+        missing = set(contents_of(manifest.vm, foreign=manifest.machine.foreign)) - set(self._records)
         if missing or manifest.files != self._records:
             raise UsageError(f"the snapshot's manifest does not list what was sealed (missing: {sorted(missing)})")
         await asyncio.to_thread(self._commit, encode_manifest(manifest))
@@ -185,7 +185,7 @@ async def open_snapshot(
     _check_device(directory, manifest, expected)
     if programs is not None:
         _check_programs(directory, manifest, programs)
-    needed = contents_of(manifest.vm)
+    needed = contents_of(manifest.vm, foreign=manifest.machine.foreign)
     names = (*needed, *sorted(set(manifest.files) - set(needed)))
     for name in names:  # what costs nothing first: a digest of terabytes takes hours
         with _open_whole(directory / name, manifest.files[name]):
@@ -270,6 +270,15 @@ def _check_device(directory: Path, manifest: Manifest, expected: VmDescription |
 
 
 def _check_programs(directory: Path, manifest: Manifest, programs: Programs) -> None:
+    if manifest.machine.foreign != programs.foreign:
+        raise StateError(
+            f"the snapshot {directory} is of a VM whose QEMU somebody else started: start it in the same way, with -S "
+            "-incoming defer, and put the snapshot into it with scripts/attach --restore"
+            if manifest.machine.foreign
+            else f"the snapshot {directory} is of a VM of ours, and no other QEMU takes it: use scripts/restore"
+        )
+    if programs.foreign:  # it is there, and is compared with what is recorded
+        return
     if not serves_machine(programs.qemu_version, manifest.machine.type):
         raise StateError(
             f"the snapshot {directory} is of machine {manifest.machine.type} (QEMU {manifest.versions.qemu}), which "

@@ -41,9 +41,10 @@ def state_name(index: int) -> str:
 STATES = tuple(map(state_name, range(MOST_DEVICES)))
 
 
-def contents_of(vm: VmDescription) -> tuple[str, ...]:
-    """Those of a snapshot of that VM: one that boots a disk has no kernel, and perhaps the disk."""
-    booted = ((KERNEL, vm.mine.has_kernel), (INITRAMFS, vm.mine.has_initramfs))
+def contents_of(vm: VmDescription, *, foreign: bool = False) -> tuple[str, ...]:
+    """Those of a snapshot of that VM: one that boots a disk has no kernel, and perhaps the disk; what a QEMU that is
+    not ours boots (`foreign`), its owner knows."""
+    booted = ((KERNEL, vm.mine.has_kernel and not foreign), (INITRAMFS, vm.mine.has_initramfs and not foreign))
     disks = (disk_file(number) for number, disk in enumerate(vm.mine.disks) if disk.contained)
     return (RAM, *STATES[: len(vm.slots)], *(name for name, there in booted if there), *disks)
 
@@ -119,6 +120,8 @@ class Machine(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defa
     """CPUs that the machine has room for and does not have: see `vmbus.vm.command_line.spare_cpus`."""
     generation_id: bool = False
     """The machine has a device by which the guest notices that it is a copy."""
+    foreign: bool = False
+    """QEMU was started by somebody else, who knows what it boots and what else is in it."""
     further: Annotated[list[Function], msgspec.Meta(max_length=MOST_DEVICES - 1)] = []
     """The functions of the devices beside the first one, in the order of the description."""
 
@@ -144,6 +147,7 @@ class Machine(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defa
         parts = [f"{self.type} under {self.accelerator}, its device at {self.pci_address}"]
         parts += [f"another at {function.pci_address}" for function in self.further]
         parts.append(f"spare CPUs: {self.spare_cpus}")
+        parts += ["started by somebody else"] * self.foreign
         return ", ".join(parts) + ("" if self.generation_id else ", no generation id")
 
 
@@ -218,7 +222,7 @@ def decode_manifest(data: bytes, source: str) -> Manifest:
     if encode_manifest(manifest) != data:
         raise StateError(f"{source} was changed after it was written: its digest does not match")
     check_functions(manifest.machine, manifest.vm, source)
-    needed = contents_of(manifest.vm)
+    needed = contents_of(manifest.vm, foreign=manifest.machine.foreign)
     strange = [name for name in manifest.files if name not in needed and not FILE_NAME.fullmatch(name)]
     if strange or not set(manifest.files) >= set(needed):
         raise StateError(

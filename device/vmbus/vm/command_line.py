@@ -43,6 +43,8 @@ class Programs:
     """Why the guest's image cannot have `driver = "linux"`; empty: it can."""
     debian: Path | None = None
     """An image with a Debian, to be copied for guests that have none yet (`vmbus.vm.root`)."""
+    foreign: bool = False
+    """QEMU is none that we start: its owner knows how (`vmbus.operations.attach`)."""
     extra: tuple[str, ...] = ()
     """Arguments added to QEMU's own: for measurements against its devices. They are in no snapshot."""
 

@@ -20,7 +20,13 @@ from vmbus.vm.description import VmDescription
 def check_machine(prepare: Prepare, programs: Programs, source: str) -> None:
     """Raises `StateError` unless such a VM can run on this machine."""
     machine = prepare.machine
-    if not serves_machine(programs.qemu_version, machine.type):
+    if machine.foreign != programs.foreign:
+        raise StateError(
+            f"{source} sends a VM whose QEMU somebody else started: receive it with scripts/attach --receive"
+            if machine.foreign
+            else f"{source} sends a VM of ours, and no other QEMU takes it: receive it with scripts/run-vm --receive"
+        )
+    if not programs.foreign and not serves_machine(programs.qemu_version, machine.type):
         raise StateError(
             f"{source} sends a VM of machine {machine.type} (QEMU {prepare.versions.qemu}), which the QEMU here is too "
             f"old for ({programs.qemu_version}): use that one or a later one (VMBUS_QEMU)"
