@@ -9,8 +9,8 @@ from __future__ import annotations
 import os
 import shlex
 import subprocess
-import time
 from pathlib import Path
+from typing import IO
 
 from support import pace
 from support.by_hand import PYTHONPATH
@@ -95,11 +95,20 @@ class LibvirtHost:
     def log(self) -> str:
         return (self.own / "libvirtd.log").read_text()
 
+    @property
+    def _enter(self) -> list[str]:
+        return ["nsenter", "-t", str(self._process.pid), "-m", *(["-U", "--preserve-credentials"] * self.session)]
+
+    def spawn(self, *argv: str, output: IO[bytes]) -> subprocess.Popen[bytes]:
+        """Starts a program that sees the files that libvirtd sees."""
+        return subprocess.Popen(
+            [*self._enter, *argv], env=self._environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output
+        )
+
     def inside(self, *argv: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-        """A program that sees the files that libvirtd sees."""
-        enter = ["nsenter", "-t", str(self._process.pid), "-m", *(["-U", "--preserve-credentials"] * self.session)]
+        """Runs such a program."""
         done = subprocess.run(
-            [*enter, *argv], env=self._environment, stdin=subprocess.DEVNULL, capture_output=True, text=True,
+            [*self._enter, *argv], env=self._environment, stdin=subprocess.DEVNULL, capture_output=True, text=True,
             timeout=pace.seconds(60),
         )  # fmt: skip
         assert not check or done.returncode == 0, (argv, done.stdout, done.stderr, self.log[-2000:])
@@ -120,8 +129,6 @@ class LibvirtHost:
         if not self._over:
             for domain in self.virsh("list", "--name", check=False).stdout.split():
                 self.virsh("destroy", domain, check=False)
-            # The server of a domain that is gone ends by itself.
-            time.sleep(0)
             self._process.terminate()
         try:
             self._process.wait(pace.seconds(20))
