@@ -98,6 +98,24 @@ class Owner:
         self.process.wait(pace.seconds(20))
 
 
+def come_back(host: LibvirtHost) -> None:
+    """The snapshot, in a domain that awaits it."""
+    domain = (host.own / "domain.xml").read_text()
+    more = "".join(f"<qemu:arg value='{word}'/>" for word in ("-incoming", "defer"))
+    awaiting = host.own / "awaiting.xml"
+    awaiting.write_text(domain.replace("</qemu:commandline>", f"{more}</qemu:commandline>"))
+    hook = host.own / "etc" / "libvirt" / "hooks" / "qemu"
+    told = hook.read_text()
+    hook.write_text(told.replace("--once", "--once --await-state"))
+    host.virsh("undefine", "vmbus")
+    host.virsh("create", "--paused", str(awaiting))
+    with Owner(host, "--restore", str(host.own / "snapshot")) as owner:
+        assert "it is paused, as it was" in owner.text
+    host.virsh("destroy", "vmbus")
+    hook.write_text(told)
+    host.virsh("define", str(host.own / "domain.xml"))
+
+
 @pytest.mark.parametrize("host", ["session", "system"], indirect=True)
 def test_plugin_libvirt_domain_with_hook_attach_and_no_managed_save(
     host: LibvirtHost, note: Callable[[str], None]
@@ -116,6 +134,8 @@ def test_plugin_libvirt_domain_with_hook_attach_and_no_managed_save(
         assert owner.process.returncode == 0, owner.text
     pace.until(lambda: host.state("vmbus") == "shut off", "libvirt to notice")
     pace.until(lambda: not (host.inside("sh", "-c", f"ls {host.run}/vmbus-device").stdout.split()), "the hook's end")
+    if host.session:
+        come_back(host)
     # Without attach nobody can stop libvirt from saving it; the hook does not let it be brought back.
     host.virsh("start", "--paused", "vmbus")
     host.virsh("managedsave", "vmbus")
