@@ -7,6 +7,7 @@ QEMU and the device servers of the saves are models (`support.model_vm`).
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 from itertools import pairwise
 from pathlib import Path
@@ -26,6 +27,7 @@ from vmbus.operations.target import Captured, FileTarget
 from vmbus.qemu.device import DeviceInstance, ask_each
 from vmbus.qemu.instance import machine_for
 from vmbus.qemu.pci_replay import PciAddress
+from vmbus.snapshot.checkpoints import Checkpoint, ImageSnapshot, Store
 from vmbus.snapshot.manifest import (
     FileRecord,
     Machine,
@@ -196,6 +198,38 @@ def test_own_guest_two_devices_in_a_migration_and_one_as_ever() -> None:
     check_states(two, TWO, "peer")
     with pytest.raises(StateError, match="states of 1 devices; the VM has 2"):
         check_states(one, TWO, "peer")
+
+
+def test_own_guest_two_devices_in_the_record_of_a_checkpoint(tmp_path: Path) -> None:
+    store = Store(tmp_path, own=True)
+    states = [b"the first", b"the second"]
+    records = [FileRecord(len(state), hashlib.sha256(state).hexdigest()) for state in states]
+    for index, state in enumerate(states):
+        store.state("here", index).write_bytes(state)
+    assert {path.name for path in tmp_path.iterdir()} == {"here.state", "here.state-2"}
+    there = Checkpoint(
+        tag="here",
+        number=1,
+        created="now",
+        vm=TWO,
+        machine=machine_for(TWO, PROGRAMS, None).with_configs([CONFIG, CONFIG]),
+        qemu="11.1.3",
+        packets=Packets(0, 0),
+        incoming_held=0,
+        state=records[0],
+        image=ImageSnapshot("vmbus-here", 1, 1, 1),
+        further=records[1:],
+    )
+    store.commit(there)
+    assert store.record("here") == there and list(store.verify_states(there)) == states
+    store.state("here", 1).write_bytes(b"the sec0nd")
+    with pytest.raises(StateError, match=r"here\.state-2 is not the device's state"):
+        store.verify_states(there)
+    store.commit(msgspec.structs.replace(there, further=msgspec.UNSET))
+    with pytest.raises(StateError, match="1 states for 2 devices"):
+        store.record("here")
+    store.remove("here")
+    assert list(tmp_path.iterdir()) == []
 
 
 # ---- saves -----------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from vmbus.errors import code_of
+from vmbus.errors import VmbusError, code_of
 from vmbus.observe.audit.checker import check_paths
 from vmbus.observe.audit.guest import collect_audit
 from vmbus.operations.machine import VirtualMachine
@@ -108,6 +108,9 @@ def test_own_guest_two_devices_are_saved_restored_reverted_and_migrated_together
             await until_both_in_flight(vm)
             await vm.save(broken, live=True, sabotage=Sabotage(skip_flush=True, only=NAMES[1]))
 
+        damaged = Sabotage(edit_state=lambda state: state[:-1], only=NAMES[1])
+        with pytest.raises(VmbusError, match="the device server for 'vmbus0-2' of VM"):
+            await VirtualMachine.restore(good, programs, sabotage=damaged)
         vm = await VirtualMachine.restore(good, programs, audit=records)
         async with vm:
             assert vm.restored is not None and vm.restored.packets == report.packets

@@ -249,7 +249,7 @@ class Capture:
     async def _flush(self, captured: Captured) -> None:
         if self._driven:
             return
-        devices = [device for device in self._devices if self._sabotage.flushes(device.name)]
+        devices = [device for device in self._devices if not self._sabotage.of(device.name).skip_flush]
         self._flushing = True
         flushed = await ask_each(devices, "flush", self._stream_timeout)
         self._flushing = False

@@ -117,11 +117,11 @@ async def restore(
 
 
 async def _fill(vm: VirtualMachine, snapshot: Snapshot, phases: Phases, sabotage: Sabotage, at: Hook) -> None:
-    states = snapshot.states
-    if sabotage.edit_state is not None:
-        states = [vm.run_directory / state.name for state in states]
-        for state, whole in zip(states, snapshot.states, strict=True):
-            state.write_bytes(sabotage.edit_state(whole.read_bytes()))
+    states = list(snapshot.states)
+    for index, device in enumerate(vm.devices):
+        if (edit := sabotage.of(device.name).edit_state) is not None:
+            states[index] = vm.run_directory / snapshot.states[index].name
+            states[index].write_bytes(edit(snapshot.states[index].read_bytes()))
     in_stream = snapshot.manifest.machine.device_in_stream
     if in_stream:
         await vm.start(phases, incoming=True)
@@ -166,8 +166,8 @@ async def _rebuild(
     writes = 0
     with phases("pci"):
         await at(Moment.PCI_REPLAY)
-        if not sabotage.skip_pci_replay:
-            for device, config in zip(vm.devices, snapshot.configs, strict=True):  # they share the bridge's ports
+        for device, config in zip(vm.devices, snapshot.configs, strict=True):  # they share the bridge's ports
+            if not sabotage.of(device.name).skip_pci_replay:
                 writes += await device.put_back(config)
     with phases("device"):
         await at(Moment.PACKET_RESTORE)

@@ -229,8 +229,8 @@ class _Revert:
             writes = 0
             with phases("pci"):
                 await self._at(Moment.PCI_REPLAY)
-                if not self._sabotage.skip_pci_replay and not in_stream:
-                    for device, config in zip(self._devices, record.machine.configs, strict=True):
+                for device, config in zip(self._devices, record.machine.configs, strict=True):
+                    if not self._sabotage.of(device.name).skip_pci_replay and not in_stream:
                         writes += await device.put_back(config)
             with phases("channels"):
                 await self._at(Moment.PACKET_RESTORE)

@@ -47,9 +47,9 @@ class Sabotage:
     only: str | None = None
     """The device to which it is done; None: all of them."""
 
-    def flushes(self, device: str) -> bool:
-        """Whether the device's logged pages are flushed."""
-        return not self.skip_flush or self.only not in (None, device)
+    def of(self, device: str) -> Sabotage:
+        """What is done to this device."""
+        return self if self.only in (None, device) else NO_SABOTAGE
 
 
 NO_SABOTAGE = Sabotage()
