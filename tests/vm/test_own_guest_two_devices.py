@@ -131,7 +131,7 @@ def test_own_guest_two_devices_are_saved_restored_reverted_and_migrated_together
             leaves = [one["uid"] for one in await vm.call_servers("audit")]
         found = check_paths([records], leaf=leaves)
         print(f"{found.packets} packets, {found.transactions} completed transactions, {len(found.timeline)} servers")
-        assert found.clean and len(found.timeline) == 6 and len(found.channels) == 4, str(found)
+        assert found.clean and len(found.timeline) == 8 and len(found.channels) == 4, str(found)
 
         async with await VirtualMachine.restore(broken, programs) as vm:
             first, second = await books(vm, jobs)
