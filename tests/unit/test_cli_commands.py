@@ -446,7 +446,7 @@ def test_fault_u4_hints_name_options_that_exist() -> None:
     assert not wrong, "\n".join(wrong)
 
 
-FOREIGN = {"--arguments", "--command", "--no-files", "--parameters"}
+FOREIGN = {"--arguments", "--no-files", "--parameters", "--path"}
 """Options of programs that are not ours, named in the commands' texts."""
 
 

@@ -12,14 +12,15 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-import vmbus
 from support import pace
+from support.owners import nothing_runs_on as nothing_runs_on
+from support.owners import until
 from support.processes import command_lines
 from vmbus.cli.running import status_of
 from vmbus.qemu.ends import GuestPanicked
@@ -27,33 +28,9 @@ from vmbus.util.directories import state_directory
 from vmbus.vm.command_line import Sockets
 from vmbus.vm.run_directory import running_vms, runtime_base
 
-pytestmark = pytest.mark.vm
+pytestmark = [pytest.mark.vm, pytest.mark.usefixtures("nothing_runs_on")]
 
 CHECKOUT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture(autouse=True)
-def importable(monkeypatch: pytest.MonkeyPatch) -> None:
-    roots = [str(Path(vmbus.__file__).parents[1]), str(CHECKOUT / "guest")]
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(roots))
-
-
-@pytest.fixture(autouse=True)
-def nothing_runs_on() -> Iterator[None]:
-    """A detached owner is nobody's child: what a failed test leaves is ended by its record."""
-    yield
-    for name in running_vms():
-        if (pid := asyncio.run(status_of(name)).pid) is not None:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-    until(lambda: not running_vms(), "owners to end")
-
-
-def until(condition: Callable[[], object], what: str, seconds: float = 30.0) -> None:
-    deadline = time.monotonic() + pace.seconds(seconds)
-    while not condition():
-        assert time.monotonic() < deadline, f"waited in vain for {what}"
-        time.sleep(0.02)
 
 
 def words(*line: str) -> list[str]:

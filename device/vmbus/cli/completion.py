@@ -59,14 +59,13 @@ def script(shell: str, folder: Path | None) -> str:
         typed = [f"{lead}{name}" for lead in ("scripts/", "./scripts/", "./", f"{folder}/") for name in names]
         return text.replace(f"-F {_FUNCTION} {_PROGRAM}", f"-F {_FUNCTION} {' '.join(typed)}")
     if shell == "zsh":
-        text = re.sub(r"    \(\(.*commands\[vmbus\].*\n", f'    local program="{folder}/${{words[1]:t}}"\n', text)
+        check = f'    local program="{folder}/${{words[1]:t}}"\n    [[ $words[1] -ef $program ]] || return 1\n'
+        text = re.sub(r"    \(\(.*commands\[vmbus\].*\n", lambda _: check, text)
         text = text.replace("zsh_complete vmbus)", 'zsh_complete "$program")')
-        return text.replace(f"compdef {_FUNCTION} {_PROGRAM}", f"compdef {_FUNCTION} {' '.join(paths)}")
+        return text.replace(f"compdef {_FUNCTION} {_PROGRAM}", f"compdef -p {_FUNCTION} '*/({'|'.join(names)})'")
     text = text.replace("(commandline -t) vmbus)", "(commandline -t) $argv[1])")
     head, _, _ = text.rpartition("complete --no-files")
-    return head + "\n".join(
-        f"complete --no-files --command {path} --arguments '({_FUNCTION} {path})'" for path in paths
-    )
+    return head + "\n".join(f"complete --no-files --path {path} --arguments '({_FUNCTION} {path})'" for path in paths)
 
 
 def from_a_script(environment: MutableMapping[str, str], arguments: Sequence[str]) -> None:
