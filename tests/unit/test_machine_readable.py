@@ -42,6 +42,7 @@ pytestmark = pytest.mark.unit
 CHECKOUT = Path(__file__).resolve().parents[2]
 PAGE = CHECKOUT / "docs" / "command-line.md"
 NO_DOCUMENT = {
+    "attach": "serves a VM, and tells people how it goes",
     "completion": "a shell reads it",
     "console": "the guest's console",
     "serve": "says on standard output that it listens, as JSON already",

@@ -86,8 +86,6 @@ def attach(
 
     While it runs, save, checkpoint, revert, migrate, inspect and the others know the VM by its NAME. What does not fit
     is said, and nothing is changed then. See docs/plugin.md.
-
-    Example: vmbus attach --qmp /tmp/qmp.sock --control /tmp/vmbus.sock.control --name mine
     """
     if name is not None:
         check_name(name)

@@ -8,6 +8,7 @@ from vmbus.places import spelled
 
 EXAMPLES = {
     "agent": ("agent run echo count=1000", "agent jobs --json"),
+    "attach": ("attach --qmp /tmp/qmp.sock --control /tmp/vmbus.sock.control --name mine",),
     "audit": ("audit /tmp/records",),
     "bench": ("bench --quick --only host --json figures.json",),
     "capture": ("capture -o traffic.pcapng --seconds 10",),
