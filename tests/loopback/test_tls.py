@@ -28,12 +28,15 @@ from vmbus.operations.migration import listener as listeners
 from vmbus.operations.migration import tunnel
 from vmbus.operations.migration.accept import Accept
 from vmbus.operations.migration.address import TcpAddress, UnixAddress
+from vmbus.operations.migration.asking import Asking
+from vmbus.operations.migration.certificates import make_host
 from vmbus.operations.migration.channel import NO_SECRET, Channel, LinkLost, NotAuthentic, connect, connect_stream
 from vmbus.operations.migration.listener import MAX_STRANGERS, Listener, listen
 from vmbus.operations.migration.ownership import SourceStage
 from vmbus.operations.migration.tls import Tls, for_destination, for_source
 from vmbus.operations.migration.tunnel import Door
 from vmbus.qemu.qmp import MigrationFailed
+from vmbus.vm.moments import Moment
 
 pytestmark = pytest.mark.loopback
 
@@ -260,6 +263,16 @@ async def test_a_destination_without_a_good_certificate_learns_nothing(imposter:
         assert both.arriving.steps == []
 
 
+async def test_a_certificate_that_was_revoked_does_not_get_in(tmp_path: Path) -> None:
+    tls = for_destination(certificates.revoking(tmp_path, "a", "client"))
+    async with listening(tls) as (listener, _):
+        with pytest.raises(LinkLost):
+            await connect(listener.address, NO_SECRET, 10, certificates.source("a"))
+        await eventually(lambda: bool(listener.refused), "a refusal", 10)
+        assert "certificate revoked" in listener.last_refusal
+        (await connect(listener.address, NO_SECRET, 10, certificates.source("b"))).abort()
+
+
 async def test_with_a_secret_both_are_needed() -> None:
     async with listening(certificates.destination(), SECRET) as (listener, arrived):
         for secret, tls in ((NO_SECRET, certificates.source()), (SECRET, None)):
@@ -296,6 +309,27 @@ async def test_what_is_not_accepted_is_refused_before_anything_starts(tmp_path: 
         assert "VM 'demo', which is not accepted here" in str(found.problem)
         runs_on(both)
         assert both.arriving.steps == [] and both.boot_files == []
+
+
+async def test_another_host_that_asks_about_a_migration_does_not_call_it_off(tmp_path: Path) -> None:
+    answers: list[str] = []
+
+    async def ask(moment: Moment) -> None:
+        if moment is Moment.RAM_COPY:
+            for host in ("b", "a"):
+                asking = Asking(
+                    both.source.migration, both.listener.address, NO_SECRET, certificates.source(host), silence=None,
+                    timeout=5,
+                )  # fmt: skip
+                asking.destination = both.source._asking.destination
+                with contextlib.suppress(VmbusError):
+                    answers.append((await asking.once()).fate)
+                answers.append("lives" if not both.arriving.discarded else "called off")
+
+    async with pair(tmp_path, certificates.source("a"), certificates.destination(), source_at=ask) as both:
+        assert not (await both.migrate()).arrived
+        assert both.arriving.discarded, "its own source's question does"
+    assert answers == ["undecided", "lives"]
 
 
 # --- somebody in the middle -------------------------------------------------------------------------------------------
@@ -380,6 +414,61 @@ async def test_sabotage_streams_without_a_key_of_their_own_would_be_swapped(
     monkeypatch.setattr(tunnel.secrets, "token_bytes", bytes)
     _, _, two = await swapped(tmp_path)
     assert isinstance(two.arriving, Arriving) and bytes(two.arriving.memory) == MEMORY
+
+
+class Relay:
+    """Somebody in the middle with certificates of the CA, for the same names: TLS ends with him, and begins anew."""
+
+    def __init__(self, place: Path) -> None:
+        self._server_side, self._client_side = for_destination(place), for_source(place)
+        self.heard = bytearray()
+
+    async def start(self, to: TcpAddress) -> TcpAddress:
+        self._to = to
+        self._server = await asyncio.start_server(self._accept, "127.0.0.1", 0, ssl=self._server_side.context)
+        return TcpAddress("127.0.0.1", self._server.sockets[0].getsockname()[1])
+
+    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        context = self._client_side.context
+        there = await asyncio.open_connection(self._to.host, self._to.port, ssl=context, server_hostname=self._to.host)
+
+        async def one_way(source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
+            with contextlib.suppress(OSError):
+                while data := await source.read(1 << 16):
+                    self.heard += data
+                    sink.write(data)
+            sink.close()
+
+        await asyncio.gather(one_way(reader, there[1]), one_way(there[0], writer))
+
+    def stop(self) -> None:
+        self._server.close()
+
+
+@pytest.mark.parametrize("bound", [True, False], ids=["bound", "sabotage: not bound"])
+async def test_a_secret_is_of_no_use_to_somebody_in_the_middle_with_certificates_of_the_ca(
+    bound: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pki = certificates.authority("ours")
+    place = pki / "m" if (pki / "m").exists() else make_host(pki, "m", ["127.0.0.1", "a", "b"])
+    if not bound:
+        monkeypatch.setattr(Tls, "binding", lambda *_: b"")
+    relay = Relay(place)
+    async with listening(certificates.destination(), SECRET) as (listener, arrived):
+        assert isinstance(listener.address, TcpAddress)
+        address = await relay.start(listener.address)
+        if bound:
+            with pytest.raises(NotAuthentic, match="does not know our secret"):
+                await connect(address, SECRET, 10, certificates.source())
+            assert arrived.empty()
+        else:
+            client = await connect(address, SECRET, 10, certificates.source())
+            server = await asyncio.wait_for(arrived.get(), pace.seconds(10))
+            await client.send(MARKER)
+            assert await server.receive() == MARKER and MARKER in relay.heard
+            client.abort()
+            server.abort()
+        relay.stop()
 
 
 async def test_a_recorded_handshake_cannot_be_played_again() -> None:

@@ -53,3 +53,20 @@ def expired(place: Path, side: str) -> Path:
         cwd=place, check=True, capture_output=True,
     )  # fmt: skip
     return place
+
+
+def revoking(place: Path, host: str, side: str) -> Path:
+    """The set of host ``b`` in a folder, with a list that says that a certificate of another host is good no more."""
+    pki = authority("ours")
+    for file in (pki / "b").iterdir():
+        (place / file.name).write_bytes(file.read_bytes())
+        (place / file.name).chmod(0o600)
+    (place / "index").touch()
+    (place / "number").write_text("01\n")
+    (place / "ca.conf").write_text(
+        "[ca]\ndefault_ca=ours\n[ours]\ndatabase=index\ncrlnumber=number\ndefault_md=sha256\ndefault_crl_days=30\n"
+    )
+    common = ["openssl", "ca", "-config", "ca.conf", "-cert", pki / "ca-cert.pem", "-keyfile", pki / "ca-key.pem"]
+    for words in (["-revoke", pki / host / f"{side}-cert.pem"], ["-gencrl", "-out", "ca-crl.pem"]):
+        subprocess.run([*common, *words], cwd=place, check=True, capture_output=True)
+    return place

@@ -40,6 +40,7 @@ from vmbus.operations.migration.messages import (
 )
 from vmbus.operations.migration.ownership import DESTINATION, DestinationStage, Ownership
 from vmbus.operations.migration.stream import STATE_FILE
+from vmbus.operations.migration.tls import Peer
 from vmbus.operations.migration.tunnel import Door
 from vmbus.operations.migration.verdicts import Record, Stage, Verdicts
 from vmbus.operations.own_disks import check_arrival
@@ -94,6 +95,7 @@ class Destination:
         self.migration: str | None = None
         self.restored: Restored | None = None
         self.source = ""
+        self._peer: Peer | None = None
         self.running_at = 0.0
         """CLOCK_MONOTONIC when the vCPUs ran."""
         self.paused = False
@@ -198,14 +200,14 @@ class Destination:
                         await link.tell_failure(error)
                         raise
                     self.migration = hello.migration
-                    self.source = link.name
+                    self.source, self._peer = link.name, link.channel.peer
                     self._session = asyncio.create_task(self._serve(link), name="migration's destination")
                     self._came.set()
                     await asyncio.wait({self._session})
 
     async def _answer(self, link: Link, migration: str) -> None:
-        if migration != self.migration:
-            # Another destination was here before us; what it has left on disk is its word.
+        if migration != self.migration or link.channel.peer != self._peer:
+            # Another destination was here before us, or another source asks; what is on disk is its word.
             await link.send(self._verdicts.find(migration))
         else:
             if self.ownership.row.fate == "gone":
