@@ -32,6 +32,7 @@ from vmbus.qemu.survey import DoesNotFit, survey
 from vmbus.snapshot.bundle import open_snapshot
 from vmbus.testkit.loopback.harness import describe
 from vmbus.transport.library import Library
+from vmbus.vm.moments import Moment
 from vmbus.vm.process import ProcessDied
 from vmbus.vm.run_directory import running_vms, runtime_base
 
@@ -234,6 +235,28 @@ def test_plugin_attach_that_was_killed_is_mended(place: Path, run: Any) -> None:
         run(good(hand))
 
 
+def test_plugin_attach_that_is_ended_in_the_middle_of_a_save_leaves_a_vm_that_runs(place: Path, run: Any) -> None:
+    async def body(hand: ByHand) -> None:
+        vm = await attach(at(hand))
+        await in_flight(hand)
+        reached, never = asyncio.Event(), asyncio.Event()
+
+        async def halt(moment: Moment) -> None:
+            if moment is Moment.SAVING:
+                reached.set()
+                await never.wait()
+
+        saving = asyncio.create_task(vm.save(place / "snapshot", live=True, keep=True, at=halt))
+        await reached.wait()
+        saving.cancel()
+        await vm.leave()
+        assert saving.done() and await state_of(hand) == "running" and not (place / "snapshot").exists()
+        await good(hand)
+
+    with started(place) as hand:
+        run(body(hand))
+
+
 @pytest.mark.parametrize("what", ["qemu", "server"])
 def test_plugin_attach_notices_an_end(place: Path, run: Any, what: str) -> None:
     async def body(hand: ByHand) -> None:
@@ -314,7 +337,7 @@ def test_plugin_attach_refuses_unsafe_settings_and_what_disks_forbid(place: Path
         run(body(hand))
 
 
-def test_plugin_attach_refuses_a_server_of_another_vm(place: Path, run: Any) -> None:
+def test_plugin_attach_refuses_a_server_of_another_vm(place: Path, run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both are the same in all that can be asked: only a knock tells them apart. Neither of them is harmed by it."""
 
     async def body(one: ByHand, other: ByHand) -> None:
@@ -323,6 +346,8 @@ def test_plugin_attach_refuses_a_server_of_another_vm(place: Path, run: Any) -> 
         assert await state_of(one) == await state_of(other) == "running"
         found = await survey(one.qmp, [one.control])
         assert found.facts.functions[0].device == 5
+        monkeypatch.setattr("vmbus.qemu.survey._KNOCKS", 0)
+        await survey(one.qmp, [other.control])  # without the knock nobody would notice
         await good(one)
         await good(other)
 

@@ -37,6 +37,7 @@ from vmbus.qemu.outsider import Outsider, until_end
 from vmbus.qemu.survey import Survey, survey
 from vmbus.snapshot.manifest import Function, Machine
 from vmbus.util.explaining import NAME_PATTERN
+from vmbus.util.patience import patient
 from vmbus.vm.command_line import Programs
 from vmbus.vm.description import FurtherDevice, GuestDescription, VmDescription
 from vmbus.vm.run_directory import RunDirectory
@@ -46,6 +47,8 @@ CONNECT_TIMEOUT = 30.0
 """Seconds for each connection to what runs already."""
 QUIT_TIMEOUT = 10.0
 """Seconds for QEMU to quit when its VM is over here."""
+LEAVE_TIMEOUT = 120.0
+"""Seconds for an operation that was interrupted to put the VM back as it was."""
 _LOAD_TIMEOUT = 60.0
 
 
@@ -242,7 +245,11 @@ class AttachedMachine(VirtualMachine):
         await super().kill()
 
     async def leave(self) -> None:
-        """Lets QEMU and the servers go; they run on, with nothing of ours in them."""
+        """Lets QEMU and the servers go; they run on, with nothing of ours in them. What is under way is waited for: it
+        was interrupted, and is undoing what it did."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(patient(LEAVE_TIMEOUT)):
+                await self.idle.wait()
         if self.ended:
             return
         for image in self.images.values():
