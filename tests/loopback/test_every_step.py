@@ -19,7 +19,7 @@ from vmbus import providers
 from vmbus.device import saved
 from vmbus.errors import VmbusError
 from vmbus.server.timers import Timers
-from vmbus.testkit.every_step import difference
+from vmbus.testkit.steps import difference
 from vmbus.transport.library import Library
 
 pytestmark = pytest.mark.loopback

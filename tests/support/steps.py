@@ -39,7 +39,7 @@ from vmbus.kmcl.server import ServerChannel
 from vmbus.memory.guest import MemoryRevoked
 from vmbus.providers import Provider
 from vmbus.ring import HEADER_SIZE, PENDING_SEND_SIZE, READ_INDEX, WRITE_INDEX
-from vmbus.testkit.every_step import difference
+from vmbus.testkit.steps import difference
 from vmbus.util.backlog import TURN_SECONDS
 from vmbus.wire import messages as m
 from vmbus.wire.packet import FLAG_COMPLETION_REQUESTED, PacketType, split_packets

@@ -20,8 +20,8 @@ from vmbus.kmcl.server import ServerChannel
 from vmbus.providers import Provider
 from vmbus.testkit import ContractViolation, HostPacket, ProviderTest, every_step
 from vmbus.testkit.contract import differing
-from vmbus.testkit.every_step import difference
 from vmbus.testkit.host import Clock, FakeHost
+from vmbus.testkit.steps import difference
 from vmbus.testkit.watch import ProviderWarning
 from vmbus.wire.workload import (
     BURST_ANSWER,
