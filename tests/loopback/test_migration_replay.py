@@ -4,21 +4,20 @@ QEMU's place. Whatever of that is left out or overtaken is noticed before the VM
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 
 from support import pace
-from support.failure_bench import Bench, stand_in
+from support.failure_bench import Bench
+from support.failure_bench import bench as bench
 from vmbus.device.pci import MSI_CONTROL, MSI_DATA
 from vmbus.errors import VmbusError
 from vmbus.operations.machine import VirtualMachine
 from vmbus.operations.migration.address import UnixAddress
 from vmbus.operations.migration.arrival import Arrival
 from vmbus.operations.migration.listener import listen
-from vmbus.provision.libvfio_user import find_library
 from vmbus.qemu.device import DeviceInstance
 from vmbus.vm.errors import MigrateFailed
 from vmbus.vm.moments import Hook, Moment, no_hook
@@ -28,17 +27,6 @@ pytestmark = pytest.mark.loopback
 SECRET = bytes(range(32))
 WRITES = 7
 Patch = pytest.MonkeyPatch
-
-
-@pytest.fixture(scope="module")
-def bench() -> Iterator[Bench]:
-    with pytest.MonkeyPatch.context() as patch:
-        try:
-            bench = Bench(stand_in(Path(find_library())), patch)
-        except PermissionError as error:
-            pytest.skip(str(error))
-        yield bench
-        bench.close()
 
 
 async def move(bench: Bench, at: Hook = no_hook) -> VirtualMachine:

@@ -7,22 +7,20 @@ import random
 import threading
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from support import pace, storvsc
 from support.disk import Fault, FaultyBackend
+from support.kit_storage import disks as disks
+from support.kit_storage import faults as faults
 from support.pace import until
 from support.storage import Guest, disk_status
 from support.storvsc import pattern, result_of
-from vmbus import providers
 from vmbus.errors import WaitTimeout
 from vmbus.providers.disk import disk
-from vmbus.providers.disk.backend import Backend
 from vmbus.providers.disk.core import Core, Job
-from vmbus.providers.disk.image import Image
 from vmbus.providers.scsi import ScsiProvider
 from vmbus.testkit import Request
 from vmbus.testkit.loopback.harness import LoopbackServer, describe
@@ -37,23 +35,7 @@ MIB = 1 << 20
 SLOT = 65536
 BLOCKS = SLOT // 512
 CANARY = b"\xc5" * MIB
-DESCRIPTION = describe("scsi", scsi={"luns": [{"image": "disk.img", "size_mib": 8, "create": True}]})
-
-
-@pytest.fixture
-def faults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Fault]]:
-    """What is to go wrong in the storage."""
-    faults: list[Fault] = []
-
-    class Faulty(ScsiProvider):
-        def make_backend(self, image: Image) -> Backend:
-            return FaultyBackend(image.backend, faults)
-
-    monkeypatch.setenv("VMBUS_DISKS", str(tmp_path / "disks"))
-    monkeypatch.setitem(providers.PROVIDERS, "scsi", Faulty)
-    yield faults
-    for fault in faults:
-        fault.go.set()
+DESCRIPTION = describe("scsi", scsi={"luns": [{"image": "slow.img", "size_mib": 8, "create": True}]})
 
 
 @pytest.fixture

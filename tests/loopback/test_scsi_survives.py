@@ -15,15 +15,14 @@ from typing import Any
 import pytest
 
 from support import pace, storvsc
-from support.disk import Fault, FaultyBackend
+from support.disk import Fault
+from support.kit_storage import disks as disks
+from support.kit_storage import faults as faults
 from support.pace import until
 from support.storage import Guest, status
 from support.storvsc import Extents, pattern, result_of
-from vmbus import providers
 from vmbus.device import saved
 from vmbus.errors import EnvironmentProblem, UsageError, VmbusError, WaitTimeout
-from vmbus.providers.disk.backend import Backend
-from vmbus.providers.disk.image import Image
 from vmbus.providers.scsi import ScsiProvider
 from vmbus.testkit import Request
 from vmbus.testkit.loopback.harness import LoopbackServer, describe
@@ -43,28 +42,6 @@ OPTIONS: dict[str, Any] = {
     ]
 }
 DESCRIPTION = describe("scsi", "echo", scsi=OPTIONS)
-
-
-@pytest.fixture(autouse=True)
-def disks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    directory = tmp_path / "disks"
-    monkeypatch.setenv("VMBUS_DISKS", str(directory))
-    return directory
-
-
-@pytest.fixture
-def faults(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Fault]]:
-    """What is to go wrong in the storage of the image slow.img."""
-    faults: list[Fault] = []
-
-    class Faulty(ScsiProvider):
-        def make_backend(self, image: Image) -> Backend:
-            return FaultyBackend(image.backend, faults) if image.path.name == "slow.img" else image.backend
-
-    monkeypatch.setitem(providers.PROVIDERS, "scsi", Faulty)
-    yield faults
-    for fault in faults:
-        fault.go.set()
 
 
 @pytest.fixture

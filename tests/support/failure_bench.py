@@ -39,6 +39,7 @@ from vmbus.operations.machine import VirtualMachine
 from vmbus.operations.migration import arrival, asking, link
 from vmbus.operations.migration.address import UnixAddress
 from vmbus.operations.migration.listener import listen
+from vmbus.provision.libvfio_user import find_library
 from vmbus.server.control import ControlClient
 from vmbus.snapshot.bundle import SnapshotWriter, open_snapshot
 from vmbus.vm.command_line import Programs
@@ -858,3 +859,14 @@ def stand_in(library: Path) -> Callable[[Path], Programs]:
         return Programs(qemu, "11.1.3", "tcg", boot / "kernel", boot / "initramfs", library)
 
     return programs
+
+
+@pytest.fixture(scope="module")
+def bench() -> Iterator[Bench]:
+    with pytest.MonkeyPatch.context() as patch:
+        try:
+            bench = Bench(stand_in(Path(find_library())), patch)
+        except PermissionError as error:
+            pytest.skip(str(error))
+        yield bench
+        bench.close()

@@ -10,6 +10,7 @@ import pytest
 
 from support.disk import Fault, FaultyBackend
 from support.storvsc import MIB, Driver
+from vmbus import providers
 from vmbus.providers.disk.backend import Backend
 from vmbus.providers.disk.image import Image
 from vmbus.providers.scsi import ScsiProvider
@@ -63,3 +64,18 @@ def disks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def guest() -> Iterator[Guest]:
     with ProviderTest(ScsiProvider, options=ONE) as kit:
         yield Guest(kit)
+
+
+@pytest.fixture
+def faults(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Fault]]:
+    """What is to go wrong in the storage of the image slow.img."""
+    faults: list[Fault] = []
+
+    class Faulty(ScsiProvider):
+        def make_backend(self, image: Image) -> Backend:
+            return FaultyBackend(image.backend, faults) if image.path.name == "slow.img" else image.backend
+
+    monkeypatch.setitem(providers.PROVIDERS, "scsi", Faulty)
+    yield faults
+    for fault in faults:
+        fault.go.set()

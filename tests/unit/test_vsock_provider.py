@@ -50,6 +50,23 @@ def test_a_connection_of_the_guests() -> None:
         assert kit.provider.status()["unreleased"] == 0
 
 
+def test_what_is_refused_is_counted() -> None:
+    """A guest where nobody listens, a program where the guest does not, and lines that are none."""
+    with ProviderTest(VsockProvider) as kit:
+        assert kit.request_channel(SERVICE, UUID(int=3)) is None
+        guest = kit.open(SERVICE)
+        assert hvsock.unpack(guest.receive().payload) == b""
+        guest.send(hvsock.FIN, wait_for_completion=False)
+        lines = (b"\n", b"connect 1\n", b"CONNECT 4294967296\n", b"C" * 40)
+        hosts = [call(path_of(kit), 4711), *(call(path_of(kit), line) for line in lines)]
+        kit.advance(HOST_SECONDS + 0.1)
+        assert not any(take(host, bytearray()) for host in hosts) and kit.channels == []
+        counted = {name: kit.provider.status()[name] for name in ("refused_by_host", "refused_by_guest", "turned_away")}
+        assert counted == {"refused_by_host": 1, "refused_by_guest": 1, "turned_away": len(lines)}
+        for host in hosts:
+            host.close()
+
+
 def test_times() -> None:
     with ProviderTest(VsockProvider) as kit:
         host, silent = call(path_of(kit), 80), call(path_of(kit), b"CONN")

@@ -219,7 +219,8 @@ async def test_linux_guest_with_both_drivers_on_two_devices(
     programs: Programs, demo_description: VmDescription, tmp_path: Path, note: Note
 ) -> None:
     """Linux has the first one, and a program the second one, before and after a save."""
-    vm = await VirtualMachine.launch(with_further(described(2), [demo_description]), programs)
+    description = with_further(described(2), [demo_description])
+    vm = await VirtualMachine.launch(description, programs)  # as booted: it is saved below
     async with vm:
         await vm.wait_ready()
         await require_service(vm)

@@ -23,7 +23,7 @@ from vmbus.provision.report import SilentReporter
 from vmbus.vm.command_line import Programs
 from vmbus_guest.image import build_image
 
-pytestmark = pytest.mark.vm
+pytestmark = [pytest.mark.vm, pytest.mark.long]
 
 Run = Callable[[Coroutine[Any, Any, Any]], Any]
 TIMER_EXPIRED = 0x80000010

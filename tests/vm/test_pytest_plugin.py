@@ -18,7 +18,7 @@ from support.processes import alive
 from vmbus.pytest_plugin import _clear_abandoned
 from vmbus.vm.command_line import Programs
 
-pytestmark = pytest.mark.vm
+pytestmark = [pytest.mark.vm, pytest.mark.long]
 
 
 CAPTURED = """

@@ -19,6 +19,7 @@ from support import slow_disk
 from support.boot import boot
 from support.captures import said_in
 from support.in_guest import require_no_complaints, shell, until_prints
+from support.kit_storage import disks as disks
 from support.locks import in_use
 from support.writer import ENDLESS, clean, finish, more, until_acknowledged, writing
 from vmbus.errors import EnvironmentProblem, VmbusError
@@ -44,13 +45,6 @@ COMPLAINTS = (
 )
 REMOVAL = r"cmd 0x35 status: scsi 0x2 srb 0x20"
 """A disk that goes gets a last SYNCHRONIZE CACHE, and is not there any more: Linux says so."""
-
-
-@pytest.fixture(autouse=True)
-def disks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    directory = tmp_path / "disks"
-    monkeypatch.setenv("VMBUS_DISKS", str(directory))
-    return directory
 
 
 def described(kind: str = "scsi", cpus: int = 2, **unit: Any) -> VmDescription:

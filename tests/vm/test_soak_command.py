@@ -20,7 +20,7 @@ from vmbus.soak.records import EpisodeRecord, OperationRecord
 from vmbus.soak.settings import LOSE_ONE_IN_A_THOUSAND
 from vmbus.vm.process import Child
 
-pytestmark = [pytest.mark.vm, pytest.mark.usefixtures("own_temporary_files")]
+pytestmark = [pytest.mark.vm, pytest.mark.long, pytest.mark.usefixtures("own_temporary_files")]
 
 SETTINGS = [
     *("--seed", "11", "--operations", "2", "--set", "packets=32", "--set", "pace=50", "--set", "linux=0"),

@@ -23,7 +23,7 @@ from vmbus.testkit.moving import move
 from vmbus.vm.command_line import Programs
 from vmbus.vm.description import VmDescription, load_description
 
-pytestmark = pytest.mark.vm
+pytestmark = [pytest.mark.vm, pytest.mark.long]
 
 Note = Callable[[str], None]
 

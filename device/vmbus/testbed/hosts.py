@@ -16,11 +16,9 @@ owner, and the next `create` removes it.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import os
 import secrets
-import shutil
 import socket
 import sys
 import tempfile
@@ -327,11 +325,6 @@ class TwoHosts:
                 await host.end()
         finally:
             self.directory.remove()
-
-    async def keep_logs(self, target: Path) -> None:
-        """Copies all logs into the new directory `target`."""
-        with contextlib.suppress(FileNotFoundError):
-            await asyncio.to_thread(shutil.copytree, self.directory.path, target)
 
     async def __aenter__(self) -> TwoHosts:
         return self

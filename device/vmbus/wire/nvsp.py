@@ -32,8 +32,6 @@ DATA_CHANNEL = 0
 CONTROL_CHANNEL = 1
 MDL_CHAIN = 34
 """Pieces of memory in one packet, as the answer to INIT says."""
-TABLE_ENTRIES = 16
-"""Of the guest's table of queues to send on."""
 
 _PADDED = 64
 _TWO = Struct("<II")

@@ -51,7 +51,6 @@ class Sense(NamedTuple):
 
 
 _SENSE = Struct(">BBBIBIBBI")
-SENSE_SIZE = _SENSE.size
 
 NO_SENSE = Sense(0x0, 0x00)
 WRITE_ERROR = Sense(0x3, 0x0C)
