@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
+import io
 import os
 import pty
 import signal
@@ -14,10 +16,13 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from support import pace
 from vmbus.cli import detach
+from vmbus.cli.results import Failure, print_failure
 from vmbus.cli.viewers import LATEST, MOST_UNREAD, MOST_VIEWERS, Viewers
+from vmbus.cli.vm import _notice
 from vmbus.errors import EnvironmentProblem
 from vmbus.vm.logs import LOG_LIMIT
 
@@ -211,6 +216,43 @@ async def test_detached_consoles_are_stopped_and_continued_as_other_jobs(tmp_pat
             await screen.expect(b"<left 0 cooked>")
         finally:
             screen.close()
+
+
+# ---- the terminal's end ----------------------------------------------------------------------------------------------
+
+HUNG_UP = """
+import asyncio, os, signal, sys
+from vmbus.cli.terminal import run
+if sys.argv[2] == "ignored":
+    signal.signal(getattr(signal, sys.argv[1]), signal.SIG_IGN)
+async def work():
+    os.kill(os.getpid(), getattr(signal, sys.argv[1]))
+    await asyncio.sleep(0.2)
+    print("on")
+try:
+    run(work())
+except KeyboardInterrupt:
+    print("interrupted")
+"""
+
+
+@pytest.mark.parametrize("name", ["SIGHUP", "SIGTERM", "SIGINT"])
+def test_detached_by_nohup_is_detached_too(name: str) -> None:
+    """A signal that whoever started us has us ignore is ignored."""
+    for how, said in (("heeded", "interrupted\n"), ("ignored", "on\n")):
+        words = [sys.executable, "-c", HUNG_UP, name, how]
+        assert subprocess.run(words, capture_output=True, text=True, timeout=pace.seconds(60)).stdout == said
+
+
+def test_detached_terminals_are_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Gone(io.StringIO):
+        def write(self, _: str) -> int:
+            raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(sys.modules["vmbus.cli.vm"], "console", Console(file=Gone()))
+    _notice("nobody reads this")
+    monkeypatch.setattr("sys.stderr", Gone())
+    print_failure(Failure("interrupted", "interrupted", "", 130), as_json=False)
 
 
 # ---- the command that starts an owner --------------------------------------------------------------------------------

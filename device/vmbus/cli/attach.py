@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 import click
@@ -144,4 +145,5 @@ async def _serve(vm: AttachedMachine, what: str) -> None:
 
 
 def _notice(text: str) -> None:
-    console.print(Text.assemble(("vmbus:", "bold"), f" {spelled(text)}"), soft_wrap=True)
+    with contextlib.suppress(OSError):  # the terminal may be gone, and the VM is none the worse for it
+        console.print(Text.assemble(("vmbus:", "bold"), f" {spelled(text)}"), soft_wrap=True)

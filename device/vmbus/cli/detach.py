@@ -26,7 +26,7 @@ import msgspec
 import vmbus
 from vmbus.cli.results import Failure, print_result
 from vmbus.cli.supervisor import Status
-from vmbus.cli.terminal import run
+from vmbus.cli.terminal import heeded, run
 from vmbus.cli.words import words_of
 from vmbus.errors import EnvironmentProblem, ReportedError, VmbusError, os_error
 from vmbus.places import command
@@ -233,7 +233,7 @@ def _signals() -> Iterator[None]:
     def interrupt(*_: object) -> NoReturn:
         raise KeyboardInterrupt
 
-    before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
+    before = {number: signal.signal(number, interrupt) for number in heeded(signal.SIGTERM, signal.SIGHUP)}
     try:
         yield
     finally:

@@ -3,6 +3,7 @@ else on standard error. An error is words there, and with `--json` a document, t
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Self, TypeVar
@@ -99,7 +100,8 @@ def facts(rows: Iterable[tuple[str, str]]) -> Table:
 
 def print_failure(failure: Failure, as_json: bool, lead: str = "error: ") -> None:
     """Says what failed, on standard error, and as a document where one is expected."""
-    click.echo(f"{lead}{failure.message}", err=True)
+    with contextlib.suppress(OSError):  # the terminal is gone: that is no other failure
+        click.echo(f"{lead}{failure.message}", err=True)
     if as_json:
         print_json({"error": failure})
 

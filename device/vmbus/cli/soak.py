@@ -19,7 +19,7 @@ import click
 import msgspec
 
 from vmbus.cli.results import Failure, json_option, print_failure
-from vmbus.cli.terminal import console
+from vmbus.cli.terminal import console, heeded
 from vmbus.errors import EnvironmentProblem, UsageError, VmbusError
 from vmbus.provision import provision
 from vmbus.soak import report as reports
@@ -320,7 +320,7 @@ def _on_signals(run: CampaignRun) -> None:
         else:
             run.abort()
 
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for number in heeded(signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         asyncio.get_running_loop().add_signal_handler(number, on_signal, number)
 
 

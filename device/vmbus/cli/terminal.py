@@ -52,7 +52,8 @@ class Steps:
 
     def _finish(self) -> None:
         if self._phase is not None:
-            console.print(f"  {time.monotonic() - self._begin:6.2f} s  {self._phase}")
+            with contextlib.suppress(OSError):
+                console.print(f"  {time.monotonic() - self._begin:6.2f} s  {self._phase}")
             self._phase = None
 
 
@@ -113,14 +114,20 @@ RESTORE_LABELS = {
 }
 
 
+def heeded(*numbers: signal.Signals) -> list[signal.Signals]:
+    """Those of them that we were not started to ignore."""
+    return [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
+
+
 def run(work: Coroutine[Any, Any, T]) -> T:
-    """Runs a command's coroutine; SIGTERM and SIGHUP cancel it as Ctrl-C does, so that it cleans up."""
+    """Runs a command's coroutine; SIGTERM and SIGHUP cancel it as Ctrl-C does, so that it cleans up. Whoever started us
+    may have us ignore them, as nohup does."""
 
     async def body() -> T:
         task = asyncio.current_task()
         assert task is not None
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGHUP):
+        for number in heeded(signal.SIGTERM, signal.SIGHUP):
             loop.add_signal_handler(number, task.cancel)
         return await work
 

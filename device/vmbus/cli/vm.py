@@ -473,4 +473,5 @@ async def _follow(vm: VirtualMachine, driver: str, job: int) -> None:
 
 
 def _notice(text: str) -> None:
-    console.print(Text.assemble("\n", ("vmbus:", "bold"), f" {spelled(text)}"), soft_wrap=True)
+    with contextlib.suppress(OSError):  # the terminal may be gone, and the VM is none the worse for it
+        console.print(Text.assemble("\n", ("vmbus:", "bold"), f" {spelled(text)}"), soft_wrap=True)
