@@ -113,14 +113,19 @@ def free_functions(vendor: int = VENDOR_ID, device: int = DEVICE_ID, *, sysfs: s
     ]
 
 
-def choose_function(which: str, *, sysfs: str = "/sys", command_line: str = "/proc/cmdline") -> str:
+def choose_function(which: str, *, sysfs: str = "/sys", command_line: str = "/proc/cmdline") -> str | None:
     """The address of the function that is meant: by address, or, in a VM with several devices, by the device's name.
+    Empty: that of the first device that Linux's own drivers do not have; None if the VM has not several.
 
     Raises `EnvironmentProblem` that lists what there is.
     """
     words = dict(word.partition("=")[::2] for word in (read_text(command_line) or "").split())
-    named = dict(one.partition("@")[::2] for one in words.get("vmbus.functions", "").split(",") if one)
-    address = f"0000:00:{named[which]}.0" if which in named else which
+    pairs = [one.partition("@")[::2] for one in words.get("vmbus.functions", "").split(",") if one]
+    named = {name: f"0000:00:{slot}.0" for name, slot in pairs}
+    if not which:
+        free = free_functions(sysfs=sysfs)
+        return next((address for address in named.values() if address in free), None)
+    address = named.get(which, which)
     found = find_functions(VENDOR_ID, DEVICE_ID, sysfs=sysfs)
     if address not in found:
         there = ", ".join([*found, *named]) or "none"

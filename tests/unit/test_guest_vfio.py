@@ -107,12 +107,16 @@ def test_own_guest_two_devices_are_told_apart(sysfs: Sysfs, tmp_path: Path) -> N
     for slot in ("05", "06"):
         sysfs.function(f"0000:00:{slot}.0", 0x5642, 0x4D56)
     words = tmp_path / "cmdline"
-    words.write_text("quiet vmbus.functions=vmbus0@05,vmbus1@06,gone@07 panic=-1\n")
+    words.write_text("quiet vmbus.functions=gone@07,vmbus1@06,vmbus0@05 panic=-1\n")
 
     def choose(which: str) -> str:
         return choose_function(which, sysfs=str(sysfs), command_line=str(words))
 
     assert (choose("vmbus1"), choose("0000:00:05.0")) == ("0000:00:06.0", "0000:00:05.0")
+    assert choose("") == "0000:00:06.0", "the first device of those that there are, in whatever slot"
+    words.write_text("quiet")
+    assert choose_function("", sysfs=str(sysfs), command_line=str(words)) is None, "the only one"
+    words.write_text("vmbus.functions=vmbus1@06,vmbus0@05,gone@07")
     for wrong in ("vmbus2", "gone", "0000:00:07.0"):
         with pytest.raises(EnvironmentProblem, match=rf"no VMBus function '{wrong}'.*there: 0000:00:05.0.*vmbus1"):
             choose(wrong)

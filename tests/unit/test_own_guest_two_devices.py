@@ -114,7 +114,7 @@ def test_own_guest_two_devices_of_two_descriptions() -> None:
     both = with_further(ONE, [ONE, TWO])
     assert [one.name for one in both.all_devices] == ["vmbus0", "vmbus0-2", "vmbus0-3", "vmbus1"]
     assert [one.providers[0].name for one in both.all_devices] == ["echo", "echo-2", "echo-3", "other"]
-    assert both.slots == [5, 4, 6, 7] and both.guest.huge_pages == 24
+    assert both.slots == [5, 6, 7, 8] and both.guest.huge_pages == 24
     assert with_further(ONE, []) is ONE
     linux = msgspec.structs.replace(ONE, guest=msgspec.structs.replace(ONE.guest, driver="linux"))
     assert with_further(linux, [ONE]).guest.driver == "both" and with_further(linux, [ONE]).guest.huge_pages == 8

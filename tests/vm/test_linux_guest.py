@@ -227,7 +227,7 @@ async def test_linux_guest_with_both_drivers_on_two_devices(
         began = await beats(vm)
         job = (await vm.call_agent("start", driver="echo", parameters={"count": 0, "window": 8}))["job"]
         await require_service(vm)
-        for slot, driver in ((4, "vfio-pci"), (5, "vmbus_pci")):
+        for slot, driver in ((5, "vmbus_pci"), (6, "vfio-pci")):
             await until_prints(vm, f"readlink /sys/bus/pci/devices/0000:00:0{slot}.0/driver | grep {driver}$")
         # The function that Linux has cannot be had, by mistake or on purpose.
         await shell(vm, "! echo 0000:00:05.0 > /sys/bus/pci/drivers/vmbus_pci/unbind")

@@ -179,7 +179,7 @@ def with_further(vm: VmDescription, others: Sequence[VmDescription]) -> VmDescri
         for device, slot in zip(other.all_devices, other.slots, strict=True):
             renamed = [msgspec.structs.replace(one, name=_free(one.name, providers)) for one in device.providers]
             devices.append(DeviceDescription(_free(device.name, names), renamed))
-            slots.append(next(one for one in (slot, *_SLOTS) if one not in slots))
+            slots.append(next(one for one in (*_SLOTS[slot - _SLOTS[0] :], *_SLOTS) if one not in slots))
     if len(devices) > MOST_DEVICES:
         raise UsageError(f"VM {vm.name!r} would have {len(devices)} devices; allowed: {MOST_DEVICES}")
     further = [FurtherDevice(one.name, one.providers, slot) for one, slot in list(zip(devices, slots, strict=True))[1:]]

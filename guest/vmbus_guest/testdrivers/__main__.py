@@ -72,7 +72,7 @@ def main(arguments: list[str]) -> int:
 def _open_function(which: str) -> PciFunction:
     from vmbus_guest.vfio import VfioFunction, choose_function
 
-    return VfioFunction.open(address=choose_function(which) if which else None)
+    return VfioFunction.open(address=choose_function(which))
 
 
 def _open_uio(recorder: Recorder | None) -> ChannelDriver:

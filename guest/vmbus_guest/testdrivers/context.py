@@ -103,7 +103,7 @@ class Context:
         self.parameters = Parameters(parameters)
         self.open_function = open_function
         self.function = ""
-        """Which one, where there are several: an address or a device's name. Empty: the first that is free."""
+        """Which one, where there are several: an address or a device's name. Empty: the first that Linux has not."""
         self._open_uio = open_uio
         self._prefer_uio = prefer_uio
         self.stop_requested = False

@@ -26,7 +26,7 @@ COMMON = {
     "ring_pages_in": "data pages of 4096 bytes in the ring from the host (uio: the kernel decides)",
     "ring_pages_out": "data pages of 4096 bytes in the ring to the host (uio: the kernel decides)",
     "access": "how the device is reached: 'vfio', 'uio' (through Linux's own bus), or 'auto'",
-    "function": "which device of several: its name, or its function's address (default: the first that is free)",
+    "function": "which device of several: its name, or its function's address (default: the first that Linux has not)",
     "stall_seconds": "without any progress for so long the run is given up, and what is outstanding counts as lost",
 }
 """Of all drivers with a `Workload`."""

@@ -3,7 +3,7 @@
 Parameters:
 
     vendor, device  its ids (default: ours)
-    function        which one of several of ours: its name or address (default: the first that is free)
+    function        which one of several of ours: its name or address (default: the first by address that Linux has not)
     registers       how many 32-bit registers of BAR0 to read
     huge_pages      how many 2 MiB pages to map
 """

@@ -3,7 +3,7 @@
 Parameters:
 
     access  how the device is reached: 'vfio', 'uio' (through Linux's own bus), or 'auto'
-    function  which device of several: its name, or its function's address (default: the first that is free)
+    function  which device of several: its name, or its function's address (default: the first that Linux has not)
 
 A message is a line on standard input, an object with `id` and `do`; each is answered by an event `answer`, whose
 `result` has what the function below returns, or `error`. Bytes are in base64. What happens to packets meanwhile is
