@@ -43,19 +43,19 @@ os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
 
 
 class Server:
-    """`vmbus serve` as a user starts it; `before`: arguments of the interpreter that starts it."""
+    """`vmbus serve`; `before`: arguments of the interpreter that starts it."""
 
     def __init__(
         self,
         library: Library,
         *arguments: str,
         description: str = "echo",
-        before: Sequence[str] = ("-m", "vmbus"),
+        before: Sequence[str] = ("-m", "vmbus.cli.serve"),
         descriptors: Sequence[int] = (),
         **environment: str,
     ) -> None:
         found = [path for path in sys.path if path]
-        command = [sys.executable, *before, "serve", description, *arguments, "--libvfio-user", str(library.path)]
+        command = [sys.executable, *before, description, *arguments, "--libvfio-user", str(library.path)]
         self.process = subprocess.Popen(
             command,
             stdout=subprocess.PIPE,
@@ -109,7 +109,7 @@ def status_at(path: Path) -> dict[str, Any]:
 
 def test_plugin_serve_at_a_path_takes_one_qemu_after_the_other(libvfio_user: Library, tmp_path: Path) -> None:
     path = tmp_path / "vmbus.sock"
-    with Server(libvfio_user, "--socket", str(path)) as server:
+    with Server(libvfio_user, "--socket", str(path), before=("-m", "vmbus", "serve")) as server:
         control = tmp_path / "vmbus.sock.control"
         assert server.listening() == {"event": "listening", "socket": str(path), "control": str(control)}
         assert path.stat().st_mode & 0o777 == control.stat().st_mode & 0o777 == 0o600
@@ -175,7 +175,7 @@ def test_plugin_serve_is_started_by_systemd(libvfio_user: Library, tmp_path: Pat
         moved += "for i in range(2): os.dup2(60 + i, 3 + i, inheritable=True)\n"
         server = Server(
             libvfio_user,
-            before=("-c", moved + AS_SYSTEMD_DOES, "-m", "vmbus"),
+            before=("-c", moved + AS_SYSTEMD_DOES, "-m", "vmbus.cli.serve"),
             descriptors=fds,
             LISTEN_FDS="2",
             LISTEN_FDNAMES="control:vfio",
@@ -199,7 +199,7 @@ def test_plugin_serve_with_systemds_own_activation(libvfio_user: Library, tmp_pa
         return  # the test above has done the same without it
     path, control = tmp_path / "vfio.sock", tmp_path / "control.sock"
     command = [program, "-l", str(path), "--fdname=vfio", "-E", f"PYTHONPATH={os.pathsep.join(filter(None, sys.path))}"]
-    command += [sys.executable, "-m", "vmbus", "serve", "echo", "--once", "--control", str(control)]
+    command += [sys.executable, "-m", "vmbus.cli.serve", "echo", "--once", "--control", str(control)]
     process = subprocess.Popen([*command, "--libvfio-user", str(libvfio_user.path)], stderr=subprocess.PIPE, text=True)
     try:
         pace.until(path.exists, "the socket", 10)

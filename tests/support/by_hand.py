@@ -39,8 +39,8 @@ class ByHand:
         self._device = device
 
     def serve(self, description: str, *more: str) -> None:
-        """`vmbus serve`."""
-        command = [sys.executable, "-m", "vmbus", "serve", description, "--socket", str(self.vfio), *more]
+        """`vmbus serve`, without what the other commands import."""
+        command = [sys.executable, "-m", "vmbus.cli.serve", description, "--socket", str(self.vfio), *more]
         with (self.folder / "server.log").open("ab") as log:
             self.server = subprocess.Popen(
                 command, stdout=subprocess.PIPE, stderr=log, text=True, env=os.environ | {"PYTHONPATH": PYTHONPATH}

@@ -2,7 +2,7 @@
 
 It has QEMU's arguments ``-qmp unix:PATH``, ``-device {...vfio-user-pci...}``, ``-incoming defer`` and ``-chardev
 socket,id=agent,path=PATH``, and answers what a QEMU is asked about itself. FAKE_QEMU_ANSWERS is a file with answers
-(JSON, by command) in the place of these: for one that does not fit; an answer of null is an error.
+(JSON, by command) in the place of these, read at each question: for one that does not fit; null is an error.
 """
 
 from __future__ import annotations
@@ -48,13 +48,16 @@ class HandQemu(Qemu):
         super().__init__(arguments)
         (device,) = (json.loads(text) for text in words(arguments, "-device") if text.startswith("{"))
         self._socket = device["socket"]["path"].replace("/", "\\x2f")
-        file = os.environ.get("FAKE_QEMU_ANSWERS")
-        self.answers = ANSWERS | (json.loads(Path(file).read_bytes()) if file else {})
         self.ending: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
+    @property
+    def answers(self) -> dict[str, Any]:
+        file = os.environ.get("FAKE_QEMU_ANSWERS")
+        return ANSWERS | (json.loads(Path(file).read_bytes()) if file else {})
+
     async def execute(self, command: str, given: dict[str, Any]) -> Any:
-        if command in self.answers:
-            if (answer := self.answers[command]) is None:
+        if command in (answers := self.answers):
+            if (answer := answers[command]) is None:
                 raise LookupError(f"{command} finds nothing")
             return answer
         return await super().execute(command, given)

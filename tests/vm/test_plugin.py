@@ -17,11 +17,13 @@ import pytest
 
 from support.boot import books
 from support.by_hand import Attached, ByHand, command
+from vmbus.device.description import DeviceDescription, ProviderDescription
 from vmbus.errors import EnvironmentProblem, UsageError
 from vmbus.operations.attach import Attachment, attach, attach_received, attach_restored
 from vmbus.operations.migration.address import UnixAddress
 from vmbus.operations.migration.listener import listen
 from vmbus.qemu.qmp import Monitor
+from vmbus.snapshot.bundle import open_snapshot
 from vmbus.testkit.story import Story, until_in_flight
 from vmbus.vm.command_line import AGENT_PORT, Programs
 
@@ -168,3 +170,29 @@ def test_plugin_unsafe_settings_and_a_monitor_in_use_are_refused(
         assert hand.running
 
     run(body())
+
+
+def test_plugin_several_devices_find_their_servers(run: Callable[..., Any], place: Path, programs: Programs) -> None:
+    """Whatever the order is in which the control sockets are named."""
+    instances = ("6f1b4b0e-5d2c-4a53-9d0a-0f2f1f3c7aa1", "6f1b4b0e-5d2c-4a53-9d0a-0f2f1f3c7aa2")
+    devices = [
+        DeviceDescription(f"vmbus{number}", [ProviderDescription("echo", f"echo{number}", instance)])
+        for number, instance in enumerate(instances)
+    ]
+
+    async def body(first: ByHand, second: ByHand) -> None:
+        vm = await attach(Attachment(first.qmp, [second.control, first.control]), "two")
+        assert vm.description.slots == [5, 6] and vm.description.all_devices == devices
+        report = await vm.save(place / "snapshot")
+        assert report.packets == {"queued": 0, "sent": 0} and await asyncio.to_thread(first.qemu_ends) == 0
+        found = await open_snapshot(place / "snapshot")
+        assert set(found.manifest.files) == {"ram.qemu", "device.state", "device-2.state"}
+        assert [one.name for one in found.manifest.vm.all_devices] == ["vmbus0", "vmbus1"]
+
+    with ByHand(place / "1") as first, ByHand(place / "2") as second:
+        for hand, device in zip((first, second), devices, strict=True):
+            (hand.folder / "device.json").write_bytes(device.to_json())
+            hand.serve(str(hand.folder / "device.json"), "--once")
+        more = {"driver": "vfio-user-pci", "socket": {"type": "unix", "path": str(second.vfio)}, "addr": "6"}
+        first.start(command_of_the_page(first, programs, "-S", "-device", json.dumps(more)))
+        run(body(first, second))
