@@ -25,6 +25,7 @@ from vmbus.cli.viewers import LATEST, MOST_UNREAD, MOST_VIEWERS, Viewers
 from vmbus.cli.vm import _notice
 from vmbus.errors import EnvironmentProblem
 from vmbus.vm.logs import LOG_LIMIT
+from vmbus.vm.run_directory import RunDirectory
 
 pytestmark = pytest.mark.unit
 
@@ -378,11 +379,15 @@ def test_a_detached_owner_ends_with_its_command_until_its_vm_runs(folders: Path,
             path.unlink()
 
 
-def test_detached_owners_logs_are_the_latest_few(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_detached_owners_logs_are_the_latest_few(folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tmp_path = folders / "s" / "logs"
+    tmp_path.mkdir(mode=0o700)
+    running = RunDirectory.create("vm-4")
     monkeypatch.setattr(detach, "MOST_LOGS", 3)
     for age in range(5):
         path = tmp_path / f"vm-{age}.log"
         path.touch()
         os.utime(path, (1000 - age, 1000 - age))
     detach._tidy(tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["vm-0.log", "vm-1.log", "vm-2.log"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["vm-0.log", "vm-1.log", "vm-2.log", "vm-4.log"]
+    running.remove()

@@ -32,6 +32,7 @@ from vmbus.errors import EnvironmentProblem, ReportedError, VmbusError, os_error
 from vmbus.places import command
 from vmbus.util.directories import state_folder
 from vmbus.vm.logs import LOOK_EVERY, shorten
+from vmbus.vm.run_directory import running_vms
 
 T = TypeVar("T")
 
@@ -242,8 +243,10 @@ def _signals() -> Iterator[None]:
 
 
 def _tidy(folder: Path) -> None:
-    """The logs of today's and the latest VMs stay."""
+    """The logs of VMs that run, and the latest, stay."""
     with contextlib.suppress(OSError):
         logs = sorted(folder.glob("*.log"), key=lambda path: path.lstat().st_mtime, reverse=True)
+        running = set(running_vms())
         for path in logs[MOST_LOGS:]:
-            path.unlink(missing_ok=True)
+            if path.stem not in running:
+                path.unlink(missing_ok=True)
