@@ -106,8 +106,6 @@ class Part(msgspec.Struct):
 
 
 class Report(msgspec.Struct):
-    """The whole run."""
-
     started: str
     quick: bool
     machine: dict[str, Any]
@@ -128,7 +126,6 @@ class Report(msgspec.Struct):
 
 
 def readable(value: float, unit: str) -> str:
-    """A figure for people."""
     if unit == "x":
         return f"{value:.2f}x" if value < 100 else f"{value:.0f}x"
     if abs(value) >= 1000:
@@ -143,7 +140,6 @@ def readable_sample(sample: Sample) -> str:
 
 
 def readable_target(target: Target) -> str:
-    """A verdict for people."""
     verdict = "reached" if target.reached else "missed"
     return (
         f"{verdict}: {target.name} is {readable(target.value, target.unit)} "

@@ -125,7 +125,6 @@ class ServerProcess:
             self._cleanup = stack.pop_all()
 
     def call(self, command: str, /, timeout: float = 60.0, **arguments: Any) -> dict[str, Any]:
-        """A control command."""
         return self._runner.run(self._control.call(command, timeout=timeout, **arguments))
 
     def _end(self) -> None:

@@ -93,7 +93,6 @@ class _Guest:
             self._answer(completion, content)
 
     def turn(self) -> None:
-        """Take what has come."""
         self._driver.step(0.001)
 
     @staticmethod

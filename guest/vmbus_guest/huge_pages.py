@@ -58,7 +58,6 @@ class Extents:
         return max((length for _, length in self._free), default=0)
 
     def is_free(self, start: int, length: int) -> bool:
-        """Whether nothing of it is taken."""
         return any(first <= start and start + length <= first + size for first, size in self._free)
 
     def take(self, length: int) -> int | None:

@@ -33,12 +33,10 @@ class Entry:
 
 
 def directory(name: str, permissions: int = 0o755) -> Entry:
-    """Return an entry for a directory."""
     return Entry(name, stat.S_IFDIR | permissions)
 
 
 def file(name: str, data: bytes, permissions: int = 0o644) -> Entry:
-    """Return an entry for a regular file."""
     return Entry(name, stat.S_IFREG | permissions, data)
 
 
@@ -48,7 +46,6 @@ def symlink(name: str, target: str) -> Entry:
 
 
 def character_device(name: str, major: int, minor: int, permissions: int = 0o600) -> Entry:
-    """Return an entry for a character device node."""
     return Entry(name, stat.S_IFCHR | permissions, device=(major, minor))
 
 

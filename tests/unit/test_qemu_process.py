@@ -5,10 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import re
-import signal
 import stat
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -87,41 +84,6 @@ async def test_a_program_that_is_not_there(tmp_path: Path) -> None:
     child = await Child.spawn("nothing", ["/no/such/program"], tmp_path / "log")
     with pytest.raises(ProcessDied, match="cannot start /no/such/program: No such file"):
         await child.guard(forever(), "a sign of life", 30)
-
-
-def test_children_die_with_their_parent(tmp_path: Path) -> None:
-    parent = subprocess.Popen(
-        [
-            sys.executable,
-            "-c",
-            "import asyncio, pathlib, sys\n"
-            "from vmbus.vm.process import Child\n"
-            "async def main():\n"
-            "    child = await Child.spawn('x', ['sleep', '1000'], pathlib.Path(sys.argv[1]))\n"
-            "    while pathlib.Path(f'/proc/{child.pid}/comm').read_text() != 'sleep\\n': await asyncio.sleep(0.01)\n"
-            "    print(child.pid, flush=True)\n"
-            "    await asyncio.Event().wait()\n"
-            "asyncio.run(main())\n",
-            str(tmp_path / "log"),
-        ],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        assert parent.stdout is not None
-        child = int(parent.stdout.readline())
-        descriptor = os.pidfd_open(child)
-        parent.send_signal(signal.SIGKILL)  # no chance to clean up
-        parent.wait(10)
-        os.set_blocking(descriptor, False)
-        import select
-
-        assert select.select([descriptor], [], [], 10)[0], "the child outlived its parent"
-        os.close(descriptor)
-    finally:
-        parent.kill()
-        parent.wait(10)
 
 
 async def test_logs_are_private(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from support import storvsc
 from support.disk import Fault
-from support.kit_storage import BLOCKS, MIB, ONE, TWO, Guest, faulty
+from support.kit_storage import BLOCKS, MIB, ONE, Guest, faulty
 from support.kit_storage import disks as disks
 from support.kit_storage import guest as guest
 from support.storvsc import GOOD, Result, pattern, result_of
@@ -106,14 +106,6 @@ def test_an_open_begins_anew(guest: Guest) -> None:
 
 
 # ---- what is there ---------------------------------------------------------------------------------------------------
-
-
-def test_a_scan_finds_each_disk_once() -> None:
-    with ProviderTest(ScsiProvider, options=TWO) as kit:
-        first, second = Guest(kit).scan()
-        assert first[:-1] == (0, BLOCKS, 512, False, True, True, True, b"Msft    ")
-        assert second[:-1] == (3, 512, 4096, False, True, True, True, b"Msft    ")
-        assert first.identity != second.identity
 
 
 def test_what_is_not_there_is_gone_and_never_a_disk(guest: Guest) -> None:

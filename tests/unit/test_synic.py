@@ -176,31 +176,6 @@ def test_pages_in_read_only_memory_are_a_fault(rig: Rig) -> None:
     assert rig.read(Register.STATUS) == STATUS_FAULT
 
 
-def test_page_registers_count_when_enabling(on: Rig) -> None:
-    for register in (Register.MESSAGE_PAGE_LOW, Register.MESSAGE_PAGE_HIGH, Register.EVENT_PAGE_LOW):
-        before = on.read(register)
-        on.write(register, 0xFFFFF001)
-        assert on.read(register) == before, "while enabled they say which pages are in use"
-    on.write(Register.CONTROL, 0)
-    on.enable(EVENTS | 1, MESSAGES | 1)
-    on.synic.raise_event(0)
-    assert on.ram[0] == 1
-
-
-def test_reset_and_enable_in_one_write_is_only_a_reset(on: Rig) -> None:
-    on.write(Register.CONTROL, CONTROL_RESET | CONTROL_ENABLE)
-    assert on.resets == 1 and on.read(Register.CONTROL) == 0
-    on.enable()
-    assert on.read(Register.STATUS) == STATUS_ENABLED
-
-
-def test_signals_reach_the_bus_only_while_enabled(rig: Rig) -> None:
-    rig.write(Register.SIGNAL_EVENT, 0x10001)
-    rig.enable()
-    rig.write(Register.SIGNAL_EVENT, 0x10002)
-    assert rig.signals == [0x10002]
-
-
 # ---- posting ---------------------------------------------------------------------------------------------------------
 
 
@@ -236,18 +211,6 @@ def test_a_guest_that_takes_no_messages_cannot_post_more(on: Rig) -> None:
 
 
 # ---- messages to the guest -------------------------------------------------------------------------------------------
-
-
-def test_messages_come_one_after_another(on: Rig) -> None:
-    messages = [bytes([number]) * (8 + number) for number in range(5)]
-    on.synic.post(messages[0])
-    assert on.slot == (1, 8, 0) and on.interrupts == 1
-    for message in messages[1:]:
-        on.synic.post(message)
-    assert on.slot == (1, 8, SLOT_FLAG_PENDING) and on.interrupts == 1
-    assert [on.take() for _ in range(6)] == [*messages, None]
-    assert on.interrupts == 5, "one for each time that the slot is filled"
-    assert not on.synic.outbox
 
 
 def race(rig: Rig, monkeypatch: pytest.MonkeyPatch, guest: Callable[[], None]) -> None:

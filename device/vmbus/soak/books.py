@@ -72,7 +72,6 @@ def flight(status: dict[str, Any]) -> Count:
 
 
 def in_words(counts: Count) -> str:
-    """Counts, for people."""
     return ", ".join(f"{count} {kind}" for kind, count in counts.items())
 
 

@@ -38,8 +38,6 @@ from vmbus.soak.sink import Sink
 
 
 class Row(Protocol):
-    """The episodes of a campaign."""
-
     @property
     def planned(self) -> int | None:
         """How many there are; None when the campaign runs for a time."""
@@ -70,8 +68,6 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class CampaignRun:
-    """One sitting of a campaign."""
-
     def __init__(
         self,
         folder: CampaignFolder,

@@ -294,7 +294,6 @@ def _no_project(worker: str, error: ImportError) -> str:
 
 
 def _made_up(job: Job, began: float, failure: str, verdict: Verdict = "failed") -> EpisodeRecord:
-    """The record of an episode that has none of its own."""
     seconds = round(time.monotonic() - began, 3)
     return EpisodeRecord(
         episode=job.episode, seed=job.seed, verdict=verdict, started="", seconds=seconds, failure=failure

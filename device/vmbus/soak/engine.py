@@ -23,8 +23,6 @@ class EngineLost(EnvironmentProblem):
 
 
 class Engine(Protocol):
-    """Runs episodes."""
-
     @property
     def description(self) -> str:
         """For people."""

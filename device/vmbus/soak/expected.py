@@ -26,8 +26,6 @@ SMALL = {"state": 1024.0}
 
 
 class Budget(msgspec.Struct, frozen=True):
-    """A bound on one measure."""
-
     measure: str
     limit: float
     kind: str = ""
@@ -201,7 +199,6 @@ def budget_text(one: BudgetResult) -> str:
 
 
 def broken_text(one: BudgetResult) -> str:
-    """The same with what it came to."""
     came = "nothing of it was measured" if one.value is None else f"it is {MEASURES[one.measure].show(one.value)}"
     return f"{budget_text(one)}, and {came}"
 

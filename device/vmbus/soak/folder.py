@@ -281,8 +281,6 @@ class CampaignFolder:
 
 
 def _same(path: Path, there: Campaign, wanted: Campaign) -> Campaign:
-    """The campaign of the folder, if it is the one that is wanted."""
-
     def settings(campaign: Campaign) -> dict[str, str]:
         # As JSON, so that what only differs in type (a tuple, a list) does not differ.
         whole = {**campaign.settings, "seed": campaign.seed, "only": campaign.only}

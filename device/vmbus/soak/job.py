@@ -57,8 +57,6 @@ class Bounds(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Job(msgspec.Struct, frozen=True, kw_only=True):
-    """One episode to run."""
-
     episode: int
     seed: int
     plan: bytes

@@ -155,7 +155,6 @@ class _Providers:
         return found
 
     def shared(self, kind: str, options: dict[str, Any]) -> ProviderDescription:
-        """The one of this kind."""
         return next((one for one in self._all if one.kind == kind), None) or self._add(kind, kind, options)
 
     def _add(self, name: str, kind: str, options: dict[str, Any]) -> ProviderDescription:
@@ -165,5 +164,4 @@ class _Providers:
         return self._all[-1]
 
     def put_into(self, vm: VmDescription) -> VmDescription:
-        """The machine with these."""
         return msgspec.structs.replace(vm, device=msgspec.structs.replace(vm.device, providers=self._all))

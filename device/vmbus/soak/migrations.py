@@ -101,7 +101,6 @@ async def migrate(stage: Stage, parameters: Parameters) -> Figures:
 
 
 def _moved(stage: Stage, report: MigrationReport, vm: VirtualMachine) -> Figures:
-    """The VM is there now."""
     source = stage.here
     vm.programs = stage.programs
     stage.subject = Subject(vm, source.session.moved())

@@ -63,7 +63,6 @@ class Outside:
             self.cut()
 
     async def remove(self) -> None:
-        """All of it."""
         self.cut()  # what the kernel has still to send would keep the namespace
         if self.peer is not None:
             await self.peer.close()

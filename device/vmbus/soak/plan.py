@@ -19,8 +19,6 @@ Parameters = dict[str, Scalar]
 
 
 class WorkloadPlan(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
-    """One workload in the guest."""
-
     driver: str
     """Its name: that of its test driver, unless it is one of the user's."""
     provider: str

@@ -53,8 +53,6 @@ _STATES = {"queued": 0, "sent": 1, "held": 2}
 
 @dataclass(frozen=True)
 class Point:
-    """One mark of a plot."""
-
     x: float
     y: float
     series: int

@@ -25,8 +25,6 @@ SUMMARY_EVERY = 60.0
 
 
 class _Running:
-    """A running episode."""
-
     def __init__(self) -> None:
         self.began = time.monotonic()
         self.operations = 0
@@ -69,7 +67,6 @@ class View:
         """Something has happened that is told in a line."""
 
     def failure(self, text: str) -> None:
-        """An episode has failed."""
         self.line(text, wrong=True)
 
     @property
@@ -85,11 +82,9 @@ class View:
         return dict(total)
 
     def started(self, episode: int) -> None:
-        """An episode begins."""
         self.running[episode] = _Running()
 
     def operation(self, record: OperationRecord) -> None:
-        """An operation has ended."""
         self.operations += record.outcome != "failed"
         self.refused += record.outcome == "refused"
         self.packets += sum(record.packets.values())
@@ -104,12 +99,10 @@ class View:
         self.line(event_text(record), wrong=record.serious)
 
     def sample(self, episode: int, sample: Sample) -> None:
-        """Where an episode is."""
         if episode in self.running:
             self.running[episode].sample = sample
 
     def phase(self, episode: int, text: str) -> None:
-        """What an episode does now."""
         if episode in self.running:
             self.running[episode].phase = text
 
@@ -142,7 +135,6 @@ class View:
         return "" if all_of_it is None else f" of {all_of_it}"
 
     def downtime_text(self) -> str:
-        """Of what the downtimes are, if there are any."""
         average = sum(self.downtimes) / len(self.downtimes)
         return f"{average:.2f} s on average, {max(self.downtimes):.2f} s at most"
 
@@ -193,7 +185,6 @@ class LiveView(View):
         self._events.append(Text(f"{clock(self.ran):>8}  {text}", style="red" if wrong else ""))
 
     def render(self) -> RenderableType:
-        """The view as it is now."""
         head = Table.grid(padding=(0, 2))
         head.add_column(justify="right", style="dim")
         head.add_column()
@@ -230,19 +221,16 @@ class LiveView(View):
 
 
 def counts(values: dict[str, int]) -> str:
-    """Counts by name, for people."""
     return ", ".join(f"{count} {name}" for name, count in values.items()) or "none"
 
 
 def clock(seconds: float) -> str:
-    """Hours, minutes and seconds."""
     minutes, rest = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 def operation_text(record: OperationRecord) -> str:
-    """One operation in a line."""
     parts = [f"episode {record.episode}, operation {record.number}: {record.kind} {record.outcome}"]
     parts.append(f"{record.seconds:.2f} s")
     if record.downtime is not None:
@@ -255,7 +243,6 @@ def operation_text(record: OperationRecord) -> str:
 
 
 def event_text(record: EventRecord) -> str:
-    """One event in a line."""
     return record.text if record.episode == CAMPAIGN else f"episode {record.episode}: {record.text}"
 
 

@@ -38,8 +38,6 @@ class Sample(msgspec.Struct, kw_only=True, omit_defaults=True):
 
 
 class OperationRecord(msgspec.Struct, kw_only=True, omit_defaults=True):
-    """One operation, finished."""
-
     episode: int
     number: int
     """Within its episode, from 0."""

@@ -43,8 +43,6 @@ STOP = -1
 
 
 class Request(msgspec.Struct, kw_only=True, frozen=True):
-    """One episode to run."""
-
     job: Job
     """Its command is empty where it is this machine's own worker program."""
     keep_bytes: int
@@ -69,8 +67,6 @@ class File(msgspec.Struct, frozen=True):
 
 
 class Answer(msgspec.Struct, kw_only=True, frozen=True):
-    """What became of it."""
-
     record: EpisodeRecord
     attempt: str
     """Which run of the episode this is: the same as with what was sent."""
@@ -87,7 +83,6 @@ def code_digest() -> str:
 
 
 def digest_of(packages: list[Path]) -> str:
-    """A digest of the sources of packages."""
     total = hashlib.sha256()
     for root in packages:
         for path in sorted(root.rglob("*.py")):

@@ -29,7 +29,6 @@ def campaign_command(settings: dict[str, Any], folder: Path) -> str:
 
 
 def replay_command(settings: dict[str, Any], episode: int, folder: Path) -> str:
-    """The command that runs one episode again."""
     target = f"{folder.resolve().name}-episode-{episode}"
     return shlex.join([*command("soak").split(), *words(settings), "--episode", str(episode), "--report", target])
 

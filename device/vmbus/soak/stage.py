@@ -101,7 +101,6 @@ class Stage:
 
     @property
     def here(self) -> Subject:
-        """The VM that is there."""
         if self.subject is None:
             raise Fault("no VM is there")
         return self.subject
@@ -118,7 +117,6 @@ class Stage:
     # ---- VMs that come and go ------------------------------------------------------------------------------------
 
     def run_directory(self) -> KeepingDirectory:
-        """For the next VM."""
         directory = KeepingDirectory.create(self.plan.vm.name)
         assert isinstance(directory, KeepingDirectory)
         directory.keep = self.folder / "logs" / f"{self._lives:03d}"
@@ -156,7 +154,6 @@ class Stage:
         return contextlib.nullcontext()
 
     async def end(self) -> None:
-        """End the VM that is there, if there is one."""
         if self.subject is not None:
             await self.subject.vm.kill()
 

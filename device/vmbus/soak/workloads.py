@@ -39,11 +39,9 @@ class Recipe:
     each_run: bool = False
 
     def options(self, draw: Draw) -> dict[str, Any]:
-        """Of the provider."""
         return drawn(self.choices, draw)
 
     def parameters(self, draw: Draw, packets: int) -> dict[str, Any]:
-        """Of the test driver."""
         return dict(self.values(draw, packets)) if callable(self.values) else drawn(self.values, draw)
 
 

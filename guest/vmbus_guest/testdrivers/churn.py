@@ -33,7 +33,6 @@ class ChurnWorkload(LabWorkload):
         self.opened = 1
 
     def begin(self) -> None:
-        """The first session."""
         self._session = Requests(self.channel, window=self._window, size=self._size, moved=self.moved)
         self._session.begin()
 

@@ -153,7 +153,6 @@ class Context:
             self.recorder.flush(token)
 
     def end_record(self) -> None:
-        """The run is over."""
         if self.recorder is not None:
             self.recorder.close()
 
@@ -168,7 +167,6 @@ class Context:
         self.report("progress", **fields)
 
     def report(self, event: str, **fields: Any) -> None:
-        """Write one line of the report."""
         if self._output is not None:
             self._output.write(json.dumps({"event": event, **fields}, separators=(",", ":")) + "\n")
             self._output.flush()

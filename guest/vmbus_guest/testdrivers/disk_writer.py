@@ -130,8 +130,6 @@ class Books:
 
 
 class _Files:
-    """The data files, mounted."""
-
     def __init__(self, books: Books) -> None:
         self._books = books
         count = -(-books.slots // PER_FILE)

@@ -91,7 +91,6 @@ class EchoWorkload(CountedWorkload):
         self._next_send = 0.0
 
     def begin(self) -> None:
-        """Fill the window."""
         stride = -(-self._size // _ALIGNMENT) * _ALIGNMENT
         window = min(self._window, self._count) if self._count else self._window
         buffer = None

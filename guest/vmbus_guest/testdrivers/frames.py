@@ -82,7 +82,6 @@ class Frames:
         return 1 + number * 7919 % self._size
 
     def frame(self) -> bytes:
-        """The next one to send."""
         data = self._own.data(self.sent, self._length(self.sent))
         self.sent += 1
         return _HEAD.pack(_FRAME, len(data), self.sent - 1, zlib.crc32(data)) + data

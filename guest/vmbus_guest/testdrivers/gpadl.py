@@ -27,8 +27,6 @@ _BLOCK = 1 << 16
 
 
 class Loan:
-    """One GPADL."""
-
     def __init__(self, buffer: DmaBuffer, handle: int, kept: bool) -> None:
         self.buffer = buffer
         self.handle = handle

@@ -39,7 +39,6 @@ class IdleWorkload(LabWorkload):
         self._next = self._interval
 
     def begin(self) -> None:
-        """Nothing."""
         self._clock = SteadyClock()
 
     def tick(self, now: float) -> float:

@@ -21,8 +21,6 @@ from vmbus_guest.testdrivers.requests import Books, LabWorkload, Pushes, Request
 
 
 class Line:
-    """One sub-channel."""
-
     def __init__(self, channel: ClientChannel, requests: Requests, pushes: Pushes) -> None:
         self.channel = channel
         self.requests = requests
@@ -79,7 +77,6 @@ class ManyWorkload(LabWorkload):
         return super().trouble_now(now, driver)
 
     def finished(self) -> bool:
-        """All of them are."""
         return len(self.lines) == self._channels and all(line.host is not None for line in self.lines)
 
     def stop(self) -> None:

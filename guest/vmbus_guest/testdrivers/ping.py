@@ -59,7 +59,6 @@ class Pinger:
         self.duplicates = self.damaged = self.unreachable = 0
 
     def send(self, number: int) -> None:
-        """One request."""
         body = struct.pack("!I", number) + self.pad
         head = _HEADER.pack(_REQUEST, 0, 0, self.identifier, number & 0xFFFF)
         message = _HEADER.pack(_REQUEST, 0, checksum(head + body), self.identifier, number & 0xFFFF) + body

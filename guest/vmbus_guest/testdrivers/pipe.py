@@ -173,7 +173,6 @@ class PipeWorkload(Workload):
         return all(self._no_more(end) and end.on_its_way <= 0 for end in self.ends)
 
     def counts(self) -> dict[str, Any]:
-        """Both pipes together."""
         total = {name: sum(end.tally.as_dict()[name] for end in self.ends) for name in Tally.__slots__}
         return {"sent": sum(end.sent for end in self.ends), **total, "bytes": sum(end.bytes for end in self.ends)}
 

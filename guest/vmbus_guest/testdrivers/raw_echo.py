@@ -44,7 +44,6 @@ class RawEchoWorkload(Workload):
         self._sent_at = 0.0
 
     def begin(self) -> None:
-        """Fill the window."""
         with self.channel.batch():
             for _ in range(min(self._window, self._count)):
                 packet = self.channel.allocate_packet()

@@ -62,7 +62,6 @@ class Books:
             setattr(self.tally, name, getattr(self.tally, name) + count)
 
     def as_dict(self) -> dict[str, Any]:
-        """For results and progress."""
         tally = self.tally
         return {
             "sent": self.issued,
@@ -94,7 +93,6 @@ class Requests:
         self._stopped = False
 
     def begin(self) -> None:
-        """Fill the window."""
         with self.channel.batch():
             for _ in range(self._window):
                 if not self._no_more:
@@ -223,5 +221,4 @@ class LabWorkload(Workload):
     provider = "lab"
 
     def ask(self, op: Op, argument: int = 0, body: bytes = b"") -> int:
-        """`ask` on the primary channel."""
         return ask(self.channel, op, argument, body, timeout=self.stall_seconds)

@@ -38,7 +38,6 @@ class StormWorkload(BurstWorkload):
         super().begin()
 
     def tick(self, now: float) -> float:
-        """Ring."""
         for _ in range(self._doorbells):
             self.channel.signal_needlessly()
         self.rung += self._doorbells

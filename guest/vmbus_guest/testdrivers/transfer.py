@@ -102,7 +102,6 @@ class Stream:
             self.stop_sending()
 
     def receive(self) -> None:
-        """What is there, once."""
         try:
             data = self.socket.recv(_CHUNK)
         except BlockingIOError:

@@ -188,7 +188,6 @@ class CountedWorkload(Workload):
         return self._no_more() and self.tally.completed >= self._issued
 
     def counts(self) -> dict[str, Any]:
-        """Where it is."""
         return {"sent": self._issued, **self.tally.as_dict()}
 
     def result(self) -> dict[str, Any]:

@@ -83,7 +83,6 @@ def head() -> bytes:
 
 
 def frame(kind: int, life: int, body: bytes) -> bytes:
-    """One event as bytes."""
     return FRAME.pack(kind, life, len(body), crc32(body)) + body
 
 

@@ -52,12 +52,10 @@ class Lane:
 
     @property
     def completions(self) -> list[int]:
-        """The transactions of completions."""
         return list(compress(self.transactions, self.kinds.translate(_ANSWER)))
 
     @property
     def requests(self) -> set[int]:
-        """The transactions of packets."""
         return set(compress(self.transactions, self.kinds.translate(_PACKET)))
 
     def key(self, index: int) -> Key:

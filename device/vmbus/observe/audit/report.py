@@ -97,7 +97,6 @@ class Report(msgspec.Struct, kw_only=True):
         return self.verdict == "clean"
 
     def to_json(self) -> bytes:
-        """As a JSON text."""
         return msgspec.json.format(msgspec.json.encode(self), indent=2) + b"\n"
 
     def __str__(self) -> str:

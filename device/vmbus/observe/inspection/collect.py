@@ -56,8 +56,6 @@ _MOST_RANGES = 20_000  # that are added up, all GPADLs together
 
 
 class Owned(Protocol):
-    """What one provider has."""
-
     @property
     def channels(self) -> Sequence[ServerChannel]: ...
     @property

@@ -64,7 +64,6 @@ _NO_PLACE = frozenset(("saved", "rings", "lives"))  # what is in them stands whe
 
 
 def named(one: OfferInfo | ChannelInfo | LifeInfo) -> str:
-    """By what it is offered as."""
     return f"{one.instance}.{one.subchannel}" if one.subchannel else one.instance
 
 

@@ -181,7 +181,6 @@ def function_info(config: bytes) -> Function:
 
 
 def synic_info(state: SynicState, bad_accesses: int | None = None) -> SynicInfo:
-    """The SynIC."""
     return part_of(
         SynicInfo,
         state,
@@ -201,7 +200,6 @@ def _name(names: type[Register | PostStatus], value: int, form: str = "") -> str
 
 
 def _message_name(message: bytes) -> str:
-    """The name of a channel message by its type."""
     number = int.from_bytes(message[:4], "little")
     found = m.MESSAGES.get(number)
     return found.message.__name__ if found is not None else f"message {number}"

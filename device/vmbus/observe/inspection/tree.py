@@ -277,7 +277,6 @@ def _ring(ring: RingInfo) -> Text:
 
 
 def packet_text(packet: PacketInfo) -> Text:
-    """One packet on one line."""
     words = _listed(
         _STATES[packet.state],
         packet.kind != "completion" and packet.kind,
