@@ -80,7 +80,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
-    """`-k fault_h1` picks tests by the row of the table of faults that they tell."""
+    """A test is of its folder's layer. `-k fault_h1` picks tests by the row of the table of faults that they tell."""
+    folder = item.path.parent.name
+    if folder in LAYERS and not any(item.get_closest_marker(layer) for layer in LAYERS):
+        item.add_marker(folder)
     item.extra_keyword_matches.update(keywords(item.nodeid))
 
 

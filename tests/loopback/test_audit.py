@@ -31,8 +31,6 @@ from vmbus_guest.driver import VmbusDriver
 from vmbus_guest.testdrivers.context import Context
 from vmbus_guest.testdrivers.mixed import run as run_mixed
 
-pytestmark = pytest.mark.loopback
-
 DESCRIPTION = describe("echo", "burst", echo={"hold": 8, "hold_seconds": 0.01})
 _DESCRIPTOR = Struct("<HHHHQ")
 

@@ -42,8 +42,6 @@ from vmbus_guest.driver import VmbusDriver
 from vmbus_guest.testdrivers import CATALOGUE
 from vmbus_guest.testdrivers.context import Context
 
-pytestmark = pytest.mark.loopback
-
 THERE = Interface("echo", workload.ECHO_TYPE, workload.BURST_TYPE, 0)
 MIXED = {
     "workloads": [

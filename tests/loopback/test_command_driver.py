@@ -12,8 +12,6 @@ from vmbus.errors import UsageError
 from vmbus_guest.testdrivers import CATALOGUE
 from vmbus_guest.testdrivers.context import Context
 
-pytestmark = pytest.mark.loopback
-
 
 def run(*argv: str, **parameters: Any) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     output = io.StringIO()

@@ -27,8 +27,6 @@ from vmbus.transport.library import Library
 from vmbus.util.complaints import BURST
 from vmbus_guest.driver import VmbusDriver
 
-pytestmark = pytest.mark.loopback
-
 TIMES = 3000
 
 

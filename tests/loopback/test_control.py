@@ -28,8 +28,6 @@ from vmbus.transport.migration import LONGEST_DATA
 from vmbus.wire.workload import ECHO_TYPE, echo_request, parse_echo_reply
 from vmbus_guest.driver import VmbusDriver
 
-pytestmark = pytest.mark.loopback
-
 
 @pytest.fixture
 def server(libvfio_user: Library) -> Iterator[LoopbackServer]:

@@ -16,8 +16,6 @@ from vmbus.transport.library import Library
 from vmbus.wire.workload import BURST_TYPE, echo_request, parse_echo_reply, transform
 from vmbus_guest.driver import VmbusDriver
 
-pytestmark = pytest.mark.loopback
-
 
 @pytest.fixture
 def server(libvfio_user: Library) -> Iterator[LoopbackServer]:

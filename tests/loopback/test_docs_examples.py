@@ -11,8 +11,6 @@ import pytest
 
 from vmbus.transport.library import Library
 
-pytestmark = pytest.mark.loopback
-
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "testing.md"
 
 

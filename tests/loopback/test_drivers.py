@@ -25,8 +25,6 @@ from vmbus.wire.lab import REPLY, Op, Status
 from vmbus_guest.testdrivers import CATALOGUE, drivers
 from vmbus_guest.testdrivers.context import Context
 
-pytestmark = pytest.mark.loopback
-
 DEVICE = describe("echo", "burst", "lab")
 COUNTS = ("lost", "duplicated", "reordered", "corrupted")
 

@@ -18,8 +18,6 @@ from vmbus.testkit.loopback.pair import LoopbackPair
 from vmbus.transport.library import Library
 from vmbus.wire.workload import ECHO_TYPE
 
-pytestmark = pytest.mark.loopback
-
 THREADS = 3
 ASKED = 200
 

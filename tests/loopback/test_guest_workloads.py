@@ -22,8 +22,6 @@ from vmbus.wire import workload
 from vmbus_guest.testdrivers import CATALOGUE
 from vmbus_guest.testdrivers.context import Context
 
-pytestmark = pytest.mark.loopback
-
 Run = Callable[..., dict[str, Any]]
 
 

@@ -17,8 +17,6 @@ from vmbus.wire.synic import CONTROL_RESET, Register
 from vmbus.wire.workload import echo_request
 from vmbus_guest.driver import VmbusDriver
 
-pytestmark = pytest.mark.loopback
-
 
 @pytest.fixture
 def server(libvfio_user: Library) -> Iterator[LoopbackServer]:

@@ -35,8 +35,6 @@ from vmbus.wire.gpa import range_for
 from vmbus.wire.storvsp import STORVSP_TYPE, Operation, pack_request
 from vmbus_guest.driver import VmbusDriver
 
-pytestmark = pytest.mark.loopback
-
 PAGE = 4096
 MIB = 1 << 20
 SIZE = 2 * MIB

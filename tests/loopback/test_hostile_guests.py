@@ -26,8 +26,6 @@ from vmbus.wire.synic import CONTROL_RESET, Register
 from vmbus.wire.workload import BURST_TYPE, ECHO_TYPE, BurstStart, echo_request
 from vmbus_guest.driver import VmbusDriver
 
-pytestmark = pytest.mark.loopback
-
 SLOW = 0.02
 """Seconds for which a slow guest thinks about each packet."""
 

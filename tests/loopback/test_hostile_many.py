@@ -25,8 +25,6 @@ from vmbus.wire.gpa import range_for
 from vmbus.wire.synic import CONTROL_RESET, Register
 from vmbus_guest.driver import VmbusDriver
 
-pytestmark = pytest.mark.loopback
-
 PROVIDERS = 16
 TRIES = 5
 """CPU time is counted, but a processor that others use too is slower: then it is measured again."""

@@ -32,8 +32,6 @@ from vmbus.transport.library import Library
 from vmbus.wire.workload import BURST_TYPE, BurstStart
 from vmbus_guest.driver import VmbusDriver
 
-pytestmark = pytest.mark.loopback
-
 
 @pytest.fixture
 def server(libvfio_user: Library) -> Iterator[LoopbackServer]:

@@ -5,12 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-import pytest
-
 from support.installed import CHECKOUT, install, run
 from vmbus.transport.library import ENVIRONMENT_VARIABLE, Library
-
-pytestmark = pytest.mark.loopback
 
 
 def test_fault_n5_the_pages_pytest_example_runs_from_a_wheel(libvfio_user: Library, tmp_path: Path) -> None:

@@ -19,8 +19,6 @@ from vmbus.transport.library import Library
 from vmbus.wire import ic
 from vmbus_guest.driver import VmbusDriver
 
-pytestmark = pytest.mark.loopback
-
 INSTANCE = "6f1b4b0e-5d2c-4a53-9d0a-0f2f1f3c7a10"
 VALUES = {"role": "test", "place": "loopback"}
 

@@ -22,8 +22,6 @@ from vmbus.providers.network.interface import NAMESPACES, Port, Settings, in_nam
 from vmbus.providers.network.tap import Tap
 from vmbus.providers.network.veth import open_veth
 
-pytestmark = pytest.mark.loopback
-
 
 @pytest.mark.parametrize("open_port", [open_port, open_veth])
 def test_an_interface_is_made_configured_and_gone(outside: Namespace, open_port: Callable[[Settings], Port]) -> None:

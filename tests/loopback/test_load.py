@@ -28,8 +28,6 @@ from vmbus.testkit.loopback.pair import LoopbackPair
 from vmbus.transport.library import Library
 from vmbus_guest.driver import VmbusDriver
 
-pytestmark = pytest.mark.loopback
-
 DESCRIPTION = describe("echo", "burst", echo={"hold": 8, "hold_seconds": 0.01})
 NEW = {"kind": "echo", "name": "new", "instance": "00000000-0000-4000-8000-0000000000aa", "options": {"hold": 3}}
 

@@ -29,8 +29,6 @@ from vmbus.operations.migration.link import Link, PeerFailed, Silence
 from vmbus.operations.migration.listener import MAX_STRANGERS, Listener, listen
 from vmbus.operations.migration.messages import Again, Go, Ping, Running, Sent, encode
 
-pytestmark = pytest.mark.loopback
-
 SECRET = bytes(range(32))
 OTHER = bytes(reversed(range(32)))
 HELLO = 42

@@ -24,8 +24,6 @@ from vmbus.transport.library import Library
 from vmbus.wire import nvsp, rndis
 from vmbus_guest.driver import VmbusDriver
 
-pytestmark = pytest.mark.loopback
-
 HOST, GUEST = "192.0.2.1", "192.0.2.2"
 MAC = bytes.fromhex("020000000001")
 OPTIONS = {"mac": MAC.hex(":"), "interface": "host0", "address": f"{HOST}/24"}

@@ -23,8 +23,6 @@ from vmbus.testkit.loopback.harness import LoopbackServer, describe
 from vmbus.transport.library import Library
 from vmbus_guest.driver import VmbusDriver
 
-pytestmark = pytest.mark.loopback
-
 NEW = {"kind": "multi", "name": "new", "instance": "00000000-0000-4000-8000-0000000000aa"}
 
 

@@ -21,8 +21,6 @@ from vmbus_guest.testdrivers import CATALOGUE, DIRECTORY_VARIABLE, drivers
 from vmbus_guest.testdrivers.context import Context
 from vmbus_guest.testdrivers.describe import describe as describe_driver
 
-pytestmark = pytest.mark.loopback
-
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "test-drivers.md"
 
 

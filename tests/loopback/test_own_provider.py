@@ -17,8 +17,6 @@ from vmbus.testkit.loopback.restoring import run_driver
 from vmbus.transport.library import ENVIRONMENT_VARIABLE, Library
 from vmbus.vm.description import load_description
 
-pytestmark = pytest.mark.loopback
-
 KIND = "door_bell:DoorBell"
 
 

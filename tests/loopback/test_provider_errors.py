@@ -27,8 +27,6 @@ from vmbus.transport.library import Library
 from vmbus.transport.migration import MigrationRefused, MigrationState
 from vmbus_guest.driver import VmbusDriver
 
-pytestmark = pytest.mark.loopback
-
 TYPE = UUID("3d2f4f5e-52b8-4b86-9a2d-0c0f6d6f9d03")
 
 

@@ -10,12 +10,8 @@ import tomllib
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
-import pytest
-
 from support import pace
 from vmbus.cli.new_provider import create
-
-pytestmark = pytest.mark.loopback
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 PLUGIN = "vmbus.pytest_plugin"

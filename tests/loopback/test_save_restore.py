@@ -21,8 +21,6 @@ from vmbus.util import pieces
 from vmbus.wire.synic import CONTROL_RESET, Register
 from vmbus_guest.driver import VmbusDriver
 
-pytestmark = pytest.mark.loopback
-
 DESCRIPTION = describe("echo", "burst", echo={"hold": 8, "hold_seconds": 0.01})
 
 

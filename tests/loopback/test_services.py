@@ -29,8 +29,6 @@ from vmbus.transport.library import Library
 from vmbus.transport.migration import MigrationRefused, MigrationState
 from vmbus_guest.driver import VmbusDriver
 
-pytestmark = pytest.mark.loopback
-
 
 @pytest.fixture(autouse=True)
 def outside(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:

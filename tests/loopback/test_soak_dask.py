@@ -22,8 +22,6 @@ from vmbus.soak.dask import DaskEngine
 from vmbus.soak.folder import read_state
 from vmbus.soak.records import EpisodeRecord, OperationRecord
 
-pytestmark = pytest.mark.loopback
-
 GOOD: list[list[Any]] = [["phase", "boot"], ["operation"], ["sample"], ["event", "hello"], ["operation"]]
 
 

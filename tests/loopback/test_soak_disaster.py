@@ -25,8 +25,6 @@ from vmbus.soak.campaign import Limits
 from vmbus.soak.folder import RESERVE, CampaignFolder, read_state
 from vmbus.soak.records import EpisodeRecord, EventRecord, OperationRecord
 
-pytestmark = pytest.mark.loopback
-
 OWNER = Path(__file__).parents[1] / "support" / "soak_owner.py"
 GOOD: list[list[Any]] = [["operation"], ["operation"]]
 

@@ -11,8 +11,6 @@ from support.pace import seconds
 from vmbus.soak.far import HERE, NEAR, far, free_port
 from vmbus.testbed.hosts import Forbidden
 
-pytestmark = pytest.mark.loopback
-
 DATA = bytes(range(256)) * 256
 
 

@@ -10,12 +10,8 @@ from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from typing import Any
 
-import pytest
-
 from support.pace import eventually
 from vmbus.soak.peer import Accept, Peer
-
-pytestmark = pytest.mark.loopback
 
 SEED, SIZE, PAIRS = 7, 20000, 2
 

@@ -23,8 +23,6 @@ from vmbus.errors import EnvironmentProblem, WaitTimeout
 from vmbus.testbed.hosts import Forbidden, Host, TwoHosts
 from vmbus.vm.process import Child, ProcessDied
 
-pytestmark = pytest.mark.loopback
-
 CHECKOUT = Path(__file__).resolve().parents[2]
 PEER = CHECKOUT / "tests" / "support" / "peer.py"
 PORT = 4000

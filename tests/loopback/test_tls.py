@@ -38,8 +38,6 @@ from vmbus.operations.migration.tunnel import Door
 from vmbus.qemu.qmp import MigrationFailed
 from vmbus.vm.moments import Moment
 
-pytestmark = pytest.mark.loopback
-
 HERE = TcpAddress("127.0.0.1", 0)
 MARKER = b"what the guest has in its memory"
 MEMORY = MARKER * 80_000  # more than waits anywhere on its way

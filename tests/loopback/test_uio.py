@@ -21,8 +21,6 @@ from vmbus.wire.lab import LAB_TYPE
 from vmbus.wire.workload import ECHO_TYPE, echo_request
 from vmbus_guest.testdrivers import CATALOGUE
 
-pytestmark = pytest.mark.loopback
-
 RUNS: dict[str, dict[str, Any]] = {
     "echo": {"count": 2000, "window": 100, "size": 900, "minimum_size": 1, "external": 0.3},
     "burst": {"count": 2000, "window": 200, "size": 300, "hold": 20},

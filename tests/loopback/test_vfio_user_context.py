@@ -35,7 +35,6 @@ from vmbus.transport.context import Context, ResetKind, RunResult
 from vmbus.transport.library import Generation, Library
 from vmbus.transport.protocol import Command
 
-pytestmark = pytest.mark.loopback
 BAR0, CONFIG = bindings.REGION_BAR0, bindings.REGION_CONFIG
 LOST = ("reset", ResetKind.LOST_CONNECTION)
 

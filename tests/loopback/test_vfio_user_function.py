@@ -16,7 +16,6 @@ from vmbus.transport.bindings import OLD_MAX_DMA_REGIONS
 from vmbus.transport.context import ResetKind
 from vmbus.transport.library import Library
 
-pytestmark = pytest.mark.loopback
 PAGE = 4096
 
 

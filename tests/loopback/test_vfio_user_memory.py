@@ -23,7 +23,6 @@ from vmbus.transport.context import AddressNotMapped, ClientBusy, ClientGone, Cl
 from vmbus.transport.library import Generation, Library
 from vmbus.transport.protocol import Command
 
-pytestmark = pytest.mark.loopback
 BAR0 = bindings.REGION_BAR0
 PAGE = 4096
 BASE = 0x1_0000_0000

@@ -35,8 +35,6 @@ from vmbus.wire import hvsock
 from vmbus.wire import messages as m
 from vmbus_guest.driver import VmbusDriver
 
-pytestmark = pytest.mark.loopback
-
 PORT = 5000
 
 

@@ -31,8 +31,6 @@ from vmbus.observe.audit.report import Report
 from vmbus.observe.audit.store import FileStore, MemoryStore
 from vmbus_guest.driver import VmbusDriver
 
-pytestmark = pytest.mark.unit
-
 DAMAGE = ("lost", "doubled", "reordered", "corrupted")
 SEEDS = st.integers(0, 1 << 32)
 

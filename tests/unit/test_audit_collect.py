@@ -21,8 +21,6 @@ from vmbus.observe.audit.records import Mark, Record
 from vmbus_guest import audit_records
 from vmbus_guest.agent import Agent
 
-pytestmark = pytest.mark.unit
-
 DRIVER = """
 import json, os, sys, time
 assert sys.argv[4] == "--audit"

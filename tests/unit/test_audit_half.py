@@ -17,8 +17,6 @@ from vmbus.wire.hvsock import service_of
 from vmbus.wire.nvsp import NVSP_TYPE
 from vmbus.wire.storvsp import STORVSP_TYPE
 
-pytestmark = pytest.mark.unit
-
 ECHO = UUID("5a2f2c7e-3d0e-4c43-9b58-6f0d2f1e0001")
 IDS = range(1, 9)
 """A driver of Linux's has few ids, and takes one again as soon as its request is completed."""

@@ -15,8 +15,6 @@ from vmbus.util.backlog import Backlog
 from vmbus.util.pieces import TURN_SECONDS
 from vmbus.wire import messages as m
 
-pytestmark = pytest.mark.unit
-
 
 class Slow:
     """A backlog whose pieces take `piece` seconds each of a clock of their own. `done`: in that order."""

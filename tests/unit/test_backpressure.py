@@ -14,8 +14,6 @@ from vmbus.kmcl import allowance, incoming
 from vmbus.kmcl.outgoing import Outgoing
 from vmbus.wire.workload import ECHO_TYPE, echo_request
 
-pytestmark = pytest.mark.unit
-
 
 class Deaf:
     """A guest that asks and never reads its answers."""

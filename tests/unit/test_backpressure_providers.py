@@ -42,8 +42,6 @@ from vmbus.wire.workload import (
     transform,
 )
 
-pytestmark = pytest.mark.unit
-
 MIB = 1 << 20
 
 

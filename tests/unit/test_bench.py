@@ -33,8 +33,6 @@ from vmbus_bench.figures import (
 )
 from vmbus_bench.processes import cpu_seconds
 
-pytestmark = pytest.mark.unit
-
 
 def test_a_sample_keeps_its_values_in_order() -> None:
     sample = Sample.of([30.0, 10.0, 20.0], "/s")

@@ -13,8 +13,6 @@ from vmbus.bus.server import REFUSED, ConnectionState
 from vmbus.errors import UsageError
 from vmbus.wire import messages as m
 
-pytestmark = pytest.mark.unit
-
 
 @pytest.fixture
 def bus() -> Joined:

@@ -11,8 +11,6 @@ from vmbus.kmcl.channel import Channel
 from vmbus.kmcl.server import ServerChannel
 from vmbus.memory.guest import MemoryRevoked
 
-pytestmark = pytest.mark.unit
-
 TYPE = UUID("00000000-0000-4000-8000-000000000001")
 INSTANCE = UUID("00000000-0000-4000-8000-000000000002")
 PAGE = 4096

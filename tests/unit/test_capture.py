@@ -26,8 +26,6 @@ from vmbus.testkit.replay_report import parse_ranges
 from vmbus.wire.gpa import range_for
 from vmbus.wire.packet import PacketType, gpa_direct_body
 
-pytestmark = pytest.mark.unit
-
 WORDS = st.integers(0, 40).map(lambda count: count * 8)
 
 packets = st.builds(

@@ -27,8 +27,6 @@ from vmbus.util.complaints import (
     Complaints,
 )
 
-pytestmark = pytest.mark.unit
-
 SOURCES = Path(vmbus.__file__).parent
 
 

@@ -22,8 +22,6 @@ from vmbus.kmcl import ChannelState, ChannelStateError, KmclError, Status, ddi
 from vmbus.kmcl.saved import decode_chunk, decode_lib
 from vmbus.kmcl.saving import split_frames
 
-pytestmark = pytest.mark.unit
-
 WAIT = ddi.VMBUS_CHANNEL_FORMAT_FLAG_WAIT_FOR_COMPLETION
 FORCE = ddi.VMBUS_CHANNEL_FORMAT_FLAG_FORCE_MDL_LENGTH
 NUMBER = Struct("<Q")

@@ -15,8 +15,6 @@ from vmbus.errors import EnvironmentProblem
 from vmbus.qemu.archive import HEAD_LIMIT, MOST_CONNECTIONS, ArchiveServer, Mirrors, NotFound, archive_path
 from vmbus_guest.relay import join
 
-pytestmark = pytest.mark.unit
-
 FILES = {"dists/trixie/InRelease": b"signed", "pool/main/b/bash/bash_5.deb": b"d" * 700_000}
 
 

@@ -32,8 +32,6 @@ from vmbus.vm.description import VmDescription, load_description, parse_descript
 from vmbus.vm.root import copy_image, missing_root, prepare_root
 from vmbus_guest import newc
 
-pytestmark = pytest.mark.unit
-
 KERNEL = Kernel(Path("/k/vmlinuz"), "6.12.1-cloud-amd64", {}, "6.12.1-1")
 ECHO = Path(__file__).parents[2] / "qemu_configs" / "echo.toml"
 ED25519 = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIExample"

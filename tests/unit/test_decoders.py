@@ -43,8 +43,6 @@ from vmbus.vm.run_directory import OWNER, read_owner
 from vmbus.wire import gpa, ic, packet, scsi
 from vmbus.wire import messages as wire_messages
 
-pytestmark = pytest.mark.unit
-
 CHECKOUT = Path(__file__).resolve().parents[2]
 FOLDER = Path(tempfile.mkdtemp(prefix="decoders-"))
 

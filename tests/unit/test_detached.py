@@ -27,8 +27,6 @@ from vmbus.errors import EnvironmentProblem
 from vmbus.vm.logs import LOG_LIMIT
 from vmbus.vm.run_directory import RunDirectory
 
-pytestmark = pytest.mark.unit
-
 
 class Guest:
     """What QEMU has at the other end of the console."""

@@ -27,8 +27,6 @@ from vmbus.wire.workload import (
 )
 from vmbus_guest.driver import VmbusDriver
 
-pytestmark = pytest.mark.unit
-
 
 @pytest.fixture
 def machine() -> Machine:

@@ -22,8 +22,6 @@ from vmbus.snapshot.manifest import Packets
 from vmbus_guest.channel_driver import GpadlRefused
 from vmbus_guest.driver import VmbusDriver
 
-pytestmark = pytest.mark.unit
-
 
 @pytest.fixture(autouse=True)
 def known(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,8 +16,6 @@ from vmbus.providers.disk.options import DiskOptions
 from vmbus.providers.disk.prompt import FIRST_BACK_OFF, LONGEST_BACK_OFF, SLOW_SECONDS, Prompt, host_has_room
 from vmbus.providers.disk.request import Flag, Op, Request, Status
 
-pytestmark = pytest.mark.unit
-
 PAGE = 4096
 
 

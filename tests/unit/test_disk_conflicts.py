@@ -5,15 +5,12 @@ from __future__ import annotations
 import random
 from typing import Any
 
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from support.disk import BLOCK, BLOCKS, GEOMETRY, request
 from vmbus.providers.disk.core import Core, Geometry, Job
 from vmbus.providers.disk.request import Op, Request
-
-pytestmark = pytest.mark.unit
 
 
 class Naive:

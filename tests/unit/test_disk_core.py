@@ -14,8 +14,6 @@ from support.disk import BLOCK, BLOCKS, GEOMETRY, CachedDisk, request
 from vmbus.providers.disk.core import Core, Job, Outcome
 from vmbus.providers.disk.request import Flag, Op, Request, Status
 
-pytestmark = pytest.mark.unit
-
 # ---- the model -------------------------------------------------------------------------------------------------------
 
 

@@ -26,8 +26,6 @@ from vmbus.testkit import ProviderTest
 from vmbus.util.copying import copy_content
 from vmbus.wire import scsi
 
-pytestmark = pytest.mark.unit
-
 
 @pytest.fixture(autouse=True)
 def disks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from vmbus_guest.testdrivers.disk_writer import RECORD, STRIDE, Books
-
-pytestmark = pytest.mark.unit
 
 
 @given(st.integers(1, STRIDE - 1), st.integers(0, 3000), st.data())

@@ -41,8 +41,6 @@ from vmbus.util.listening import LONGEST_PATH
 from vmbus.wire import hvsock, messages, nvsp, packet, scsi, storvsp, synic
 from vmbus.wire.synic import PostStatus, Register
 
-pytestmark = pytest.mark.unit
-
 CHECKOUT = Path(__file__).resolve().parents[2]
 DOCS = CHECKOUT / "docs"
 PAGES = sorted(DOCS.glob("*.md"))

@@ -24,8 +24,6 @@ from vmbus.provision.dpkg_tree import (
     write_packages,
 )
 
-pytestmark = pytest.mark.unit
-
 
 def tree_of(debs: list[Path]) -> dict[str, tuple[tarfile.TarInfo, bytes]]:
     output = io.BytesIO()

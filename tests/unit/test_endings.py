@@ -14,8 +14,6 @@ from support.ending import MOMENT, PREFIX, left_in
 from support.pace import until
 from support.processes import alive, children, command_lines
 
-pytestmark = pytest.mark.unit
-
 CONFTEST = Path(__file__).resolve().parents[1] / "conftest.py"
 SEVERAL = ("-n", "2", "--dist", "loadfile", "--no-loadscope-reorder", "--max-worker-restart", "0")
 """As scripts/test has it for complete runs."""

@@ -7,8 +7,6 @@ import errno
 from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
-
 from vmbus.errors import (
     STATUSES,
     Code,
@@ -22,8 +20,6 @@ from vmbus.errors import (
     code_of,
 )
 from vmbus.memory.guest import DirtyLogBroken
-
-pytestmark = pytest.mark.unit
 
 ROOT = Path(__file__).resolve().parents[2]
 _LOOKS = {"startswith", "endswith", "find", "index", "search", "match", "fullmatch", "partition", "split"}

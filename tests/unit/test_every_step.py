@@ -27,8 +27,6 @@ from vmbus.ring import RingReader, RingWriter
 from vmbus.wire import messages as m
 from vmbus.wire.synic import CONTROL_ENABLE, Register
 
-pytestmark = pytest.mark.unit
-
 BY_NAME = {scenario.name: scenario for scenario in SCENARIOS}
 
 

@@ -33,8 +33,6 @@ from vmbus.wire import messages as m
 from vmbus.wire.gpa import pack_ranges, range_for
 from vmbus.wire.synic import CONTROL_RESET, Register
 
-pytestmark = pytest.mark.unit
-
 OPEN = (ChannelState.OPENED, ChannelState.ACTIVE)
 WHERE = [("one", ONE, 0), ("two", TWO, 0), ("one", ONE, 1), ("one", ONE, 2)]
 ENDS = st.integers(0, len(WHERE) - 1)

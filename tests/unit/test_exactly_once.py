@@ -14,8 +14,6 @@ from vmbus.kmcl.outgoing import ROUTINES_PER_TURN, Outgoing
 from vmbus.kmcl.server import ServerChannel
 from vmbus.wire.workload import BURST_TYPE, BurstStart
 
-pytestmark = pytest.mark.unit
-
 
 def sink(pair: Pair) -> list[bytes]:
     """A guest that completes at once what it takes."""

@@ -38,8 +38,6 @@ from vmbus.vm.moments import Moment
 from vmbus.vm.process import Child, ProcessDied
 from vmbus.vm.run_directory import RunDirectory
 
-pytestmark = pytest.mark.unit
-
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "migration.md"
 
 

@@ -11,8 +11,6 @@ import pytest
 from support.pair import Pair
 from vmbus.kmcl import Channel, ChannelStateError, Completion, Status
 
-pytestmark = pytest.mark.unit
-
 
 class Carrying:
     """A pair whose server's channel has a carrier: `turn` makes what other threads have asked for."""

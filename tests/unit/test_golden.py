@@ -36,8 +36,6 @@ from vmbus.wire.workload import (
     transform,
 )
 
-pytestmark = pytest.mark.unit
-
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 
 

@@ -11,8 +11,6 @@ from vmbus.bus.server import REFUSED
 from vmbus.wire import messages as m
 from vmbus.wire.gpa import GpaRange, pack_ranges, page_count
 
-pytestmark = pytest.mark.unit
-
 PAGE = 4096
 
 

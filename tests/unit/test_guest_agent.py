@@ -22,8 +22,6 @@ from vmbus_guest import jobs, port, programs
 from vmbus_guest.agent import Agent
 from vmbus_guest.port import Port, find_port
 
-pytestmark = pytest.mark.unit
-
 DRIVER = """
 import json, os, signal, sys, time
 parameters = json.loads(sys.argv[3])

@@ -15,8 +15,6 @@ import pytest
 from vmbus.errors import EnvironmentProblem
 from vmbus.vm.guest_socket import connect_guest, proxy_command
 
-pytestmark = pytest.mark.unit
-
 
 @contextmanager
 def guest(path: Path, answer: bytes, asked: list[bytes]) -> Iterator[None]:

@@ -14,8 +14,6 @@ from vmbus.vm.description import load_description
 from vmbus_guest import system
 from vmbus_guest.port import PORT_NAME
 
-pytestmark = pytest.mark.unit
-
 CHECKOUT = Path(__file__).resolve().parents[2]
 
 

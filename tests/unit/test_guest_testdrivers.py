@@ -18,8 +18,6 @@ from vmbus_guest.testdrivers import CATALOGUE
 from vmbus_guest.testdrivers.context import Context, Parameters
 from vmbus_guest.testdrivers.echo import EchoWorkload
 
-pytestmark = pytest.mark.unit
-
 
 def no_function() -> PciFunction:
     raise AssertionError("the function was opened before the parameters were checked")

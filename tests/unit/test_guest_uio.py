@@ -22,8 +22,6 @@ from vmbus_guest.huge_pages import HUGE_PAGE, PhysicalMemory, physical_address
 from vmbus_guest.uio import UioDevice, UioDriver
 from vmbus_guest.vmbus_devices import bind_device, bus_is_there, find_devices, give_back, map_size, reserve
 
-pytestmark = pytest.mark.unit
-
 PAGE = 4096
 TYPE, OTHER = UUID(int=0xA), UUID(int=0xB)
 

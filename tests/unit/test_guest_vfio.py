@@ -15,8 +15,6 @@ from vmbus_guest import vfio
 from vmbus_guest.huge_pages import Extents
 from vmbus_guest.vfio import VfioFunction, bind_function, choose_function, find_functions, iommu_group
 
-pytestmark = pytest.mark.unit
-
 SIZE = 64
 
 

@@ -13,10 +13,6 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-import pytest
-
-pytestmark = pytest.mark.unit
-
 DEVICE = Path(__file__).resolve().parents[2] / "device"
 
 LARGEST = 500  # lines of a file

@@ -17,8 +17,6 @@ from vmbus.provision.guest_files import Kernel
 from vmbus.provision.roots import Root
 from vmbus_guest import image, newc
 
-pytestmark = pytest.mark.unit
-
 CHECKOUT = Path(__file__).parents[2]
 
 PART = st.text(st.characters(codec="utf-8", exclude_characters="/\0"), min_size=1, max_size=12).filter(

@@ -44,8 +44,6 @@ from vmbus.wire.synic import Register
 from vmbus.wire.workload import BURST_TYPE, BurstStart, echo_request
 from vmbus_guest.driver import VmbusDriver
 
-pytestmark = pytest.mark.unit
-
 GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "v1"
 ESCAPES = "\x1b[31mred\x07\n[bold]"
 

@@ -12,8 +12,6 @@ from support.installed import CHECKOUT, install, run
 from vmbus import places
 from vmbus.cli import main
 
-pytestmark = pytest.mark.unit
-
 
 @pytest.fixture(scope="module")
 def modules(tmp_path_factory: pytest.TempPathFactory) -> Path:

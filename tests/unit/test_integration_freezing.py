@@ -19,8 +19,6 @@ from vmbus.testkit.guest import HostPacket
 from vmbus.wire import ic
 from vmbus.wire.ic import VssOperation
 
-pytestmark = pytest.mark.unit
-
 OPTIONS = {"services": ["vss"]}
 
 

@@ -24,8 +24,6 @@ from vmbus.testkit import ContractViolation, ProviderTest, every_step
 from vmbus.wire import ic
 from vmbus.wire.ic import MessageType
 
-pytestmark = pytest.mark.unit
-
 
 class Provider(IntegrationProvider):
     """Its clock goes one second further each time that it is looked at."""

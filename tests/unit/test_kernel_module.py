@@ -19,8 +19,6 @@ from vmbus.provision.programs import ProgramFailed
 from vmbus.provision.report import Reporter, SilentReporter
 from vmbus.provision.roots import Root
 
-pytestmark = pytest.mark.unit
-
 KERNEL = Kernel(Path("/nonexistent/vmlinuz"), "6.12.117+deb13-cloud-amd64", {}, "6.12.117-1")
 
 

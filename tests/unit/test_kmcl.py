@@ -12,8 +12,6 @@ from vmbus.kmcl.saved import LibBuf, decode_chunk, decode_lib, encode
 from vmbus.kmcl.server import ServerChannel
 from vmbus.wire.packet import PacketType, TransferPages, transfer_pages_body
 
-pytestmark = pytest.mark.unit
-
 
 class Guest:
     """A VSC that takes packets and completes them when told."""

@@ -28,8 +28,6 @@ from vmbus.kmcl.saving import SaveStep, split_frames
 from vmbus.kmcl.server import ServerChannel
 from vmbus.wire.gpa import GpaRange
 
-pytestmark = pytest.mark.unit
-
 
 @pytest.fixture
 def bench() -> Bench:

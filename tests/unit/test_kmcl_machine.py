@@ -20,8 +20,6 @@ from vmbus.errors import WaitTimeout
 from vmbus.kmcl import Channel, ChannelState, ChannelStateError, Completion, KmclError, Packet, Status
 from vmbus.kmcl.server import ServerChannel
 
-pytestmark = pytest.mark.unit
-
 DISABLED, CLOSED, OPENED, ACTIVE, CLOSING = ChannelState
 OPEN = (OPENED, ACTIVE)
 NUMBER = Struct("<Q")

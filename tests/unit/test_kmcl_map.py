@@ -11,8 +11,6 @@ import pytest
 
 from vmbus.kmcl import ddi
 
-pytestmark = pytest.mark.unit
-
 TESTS = Path(__file__).parent
 PAGE = TESTS.parents[1] / "docs" / "kmcl-map.md"
 COLUMNS = ["Name", "End", "Python", "Shown by", "Deviation"]

@@ -8,8 +8,6 @@ from vmbus.kmcl import KmclError
 from vmbus.kmcl.polling import MOST_SECONDS, Polling
 from vmbus.kmcl.server import ServerChannel
 
-pytestmark = pytest.mark.unit
-
 SECONDS = 0.0002
 
 

@@ -9,8 +9,6 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.unit
-
 CONFTEST = Path(__file__).resolve().parents[1] / "conftest.py"
 TESTS = """
 import pytest

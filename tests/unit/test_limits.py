@@ -8,10 +8,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-import pytest
-
-pytestmark = pytest.mark.unit
-
 CHECKOUT = Path(__file__).resolve().parents[2]
 PAGE = CHECKOUT / "docs" / "limits.md"
 DEVICE = CHECKOUT / "device"

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import pytest
-
 from support.device import Machine, connect, open_echo
 from vmbus.kmcl import Channel
 from vmbus.wire.workload import BURST_TYPE, ECHO_TYPE, BurstStart, echo_request
 from vmbus_guest.driver import VmbusDriver
-
-pytestmark = pytest.mark.unit
 
 
 def lost_signal(machine: Machine) -> tuple[VmbusDriver, Channel]:

@@ -14,8 +14,6 @@ from vmbus.errors import UsageError
 from vmbus.memory import spans
 from vmbus.memory.guest import DirtyLogBroken, Grant, GuestMemory, MemoryFault, MemoryRevoked, Window
 
-pytestmark = pytest.mark.unit
-
 PAGE = 4096
 
 

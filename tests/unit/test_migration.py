@@ -33,8 +33,6 @@ from vmbus.qemu.qmp import MigrationFailed
 from vmbus.vm.errors import MigrateFailed, MigrationInDoubt
 from vmbus.vm.moments import Hook, Moment
 
-pytestmark = pytest.mark.unit
-
 SOURCE_MOMENTS = [
     Moment.BEFORE_STREAM,
     Moment.RAM_COPY,

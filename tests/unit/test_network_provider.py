@@ -25,8 +25,6 @@ from vmbus.testkit import ContractViolation, ProviderTest, every_step
 from vmbus.wire import nvsp, rndis
 from vmbus.wire.ethernet import OFFLOAD_SIZE
 
-pytestmark = pytest.mark.unit
-
 MAC = "02:00:00:00:00:01"
 OPTIONS: dict[str, Any] = {"mac": MAC, "interface": "test0"}
 SUCCESS, FAILURE, BAD_RNDIS = nvsp.Status.SUCCESS, nvsp.Status.FAILURE, nvsp.Status.INVALID_RNDIS

@@ -27,8 +27,6 @@ from vmbus.providers.network.spread import (
 )
 from vmbus.wire.ethernet import OFFLOAD_SIZE
 
-pytestmark = pytest.mark.unit
-
 ALL = IPV4 | TCP4 | UDP4 | IPV6 | TCP6 | UDP6
 
 

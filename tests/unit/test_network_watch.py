@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import struct
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from vmbus.providers.network.watch import News, Trouble
-
-pytestmark = pytest.mark.unit
 
 NEW, GONE, ERROR = 16, 17, 2
 

@@ -26,8 +26,6 @@ from vmbus.soak.settings import load_settings
 from vmbus.testkit import ProviderTest
 from vmbus.vm.description import load_description
 
-pytestmark = pytest.mark.unit
-
 CHECKOUT = Path(__file__).resolve().parents[2]
 INSTANCE = "6f1b4b0e-5d2c-4a53-9d0a-0f2f1f3c7a01"
 

@@ -21,8 +21,6 @@ from vmbus.kmcl.server import ServerChannel
 from vmbus.ring import READ_INDEX, WRITE_INDEX
 from vmbus_guest.driver import VmbusDriver
 
-pytestmark = pytest.mark.unit
-
 PAGE = 4096
 PUSHED = 150
 

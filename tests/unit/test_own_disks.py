@@ -26,8 +26,6 @@ from vmbus.vm.errors import SaveFailed
 from vmbus.vm.own_disks import DiskState, changed, decode_qcow2, layer_of, look, mark
 from vmbus.vm.own_guest import OwnDisk, OwnGuest
 
-pytestmark = pytest.mark.unit
-
 DEMO = load_description(Path(__file__).parents[2] / "qemu_configs" / "demo.toml")
 
 

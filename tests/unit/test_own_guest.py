@@ -16,8 +16,6 @@ from vmbus.vm.command_line import Programs, machine_of, qemu_arguments, with_ava
 from vmbus.vm.description import VmDescription, load_description, parse_description
 from vmbus.vm.own_guest import OwnDisk, OwnGuest, check_boot_files, parse_disk, parse_nic
 
-pytestmark = pytest.mark.unit
-
 CONFIGURATION = Path(__file__).parents[2] / "qemu_configs" / "demo.toml"
 DEMO = load_description(CONFIGURATION)
 PROGRAMS = Programs(

@@ -12,8 +12,6 @@ from vmbus.errors import EnvironmentProblem, WaitTimeout
 from vmbus.util import patience
 from vmbus.vm.process import guard_all
 
-pytestmark = pytest.mark.unit
-
 
 @pytest.mark.parametrize(("text", "factor"), [("", 1.0), ("1", 1.0), (" 2.5 ", 2.5), ("100", 100.0)])
 def test_the_factor_of_a_users(monkeypatch: pytest.MonkeyPatch, text: str, factor: float) -> None:

@@ -6,14 +6,11 @@ import re
 import tomllib
 from pathlib import Path
 
-import pytest
 from click.testing import CliRunner
 
 import vmbus
 from vmbus.cli import main
 from vmbus.cli.versions import formats
-
-pytestmark = pytest.mark.unit
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 

@@ -18,8 +18,6 @@ from vmbus.provision import environment, guest_files, libvfio_user, prebuilt, qe
 from vmbus.provision.cache import Cache
 from vmbus.provision.report import SilentReporter
 
-pytestmark = pytest.mark.unit
-
 CHECKOUT = Path(__file__).resolve().parents[2]
 
 

@@ -20,8 +20,6 @@ from vmbus.provision.libvfio_user import VfioUserLibrary
 from vmbus.provision.qemu import QemuProgram
 from vmbus.provision.report import SilentReporter
 
-pytestmark = pytest.mark.unit
-
 
 def bzimage(path: Path, version: str = "6.18.3-arch1-1") -> Path:
     """The head of a kernel image."""

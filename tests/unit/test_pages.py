@@ -13,8 +13,6 @@ from vmbus.cli import main
 from vmbus.cli.drivers import DriverFile, jobs_for, parse_drive
 from vmbus.cli.vm import CONFIGURATIONS
 
-pytestmark = pytest.mark.unit
-
 LINES = host_lines()
 NOT_COMMANDS = {"test", "setup", "_run"}
 """Scripts whose arguments are not click's."""

@@ -10,8 +10,6 @@ from vmbus.device import pci
 from vmbus.device.pci import ConfigSpace, bar0_address, replay_writes
 from vmbus.errors import StateError, UsageError
 
-pytestmark = pytest.mark.unit
-
 
 @st.composite
 def accesses(draw: st.DrawFn) -> tuple[int, bytes]:

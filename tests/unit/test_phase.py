@@ -9,8 +9,6 @@ from vmbus.server import commands, lineup, restoring, suspending
 from vmbus.server.commands import Arguments, Command
 from vmbus.server.phase import NEXT, Phase, Step, after, require
 
-pytestmark = pytest.mark.unit
-
 
 def test_every_step_is_in_the_table_and_no_phase_is_a_dead_end() -> None:
     assert set(NEXT) == set(Step)

@@ -9,10 +9,6 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
-
-pytestmark = pytest.mark.unit
-
 CHECKOUT = Path(__file__).parents[2]
 ESSENTIAL = {
     "apt-cache",

@@ -18,8 +18,6 @@ from vmbus.providers import Provider
 from vmbus.providers.faults import MOST_KINDS, Faults, naming, observed
 from vmbus.testkit import ContractViolation, ProviderTest
 
-pytestmark = pytest.mark.unit
-
 TYPE = UUID("3d2f4f5e-52b8-4b86-9a2d-0c0f6d6f9d02")
 
 

@@ -21,8 +21,6 @@ from vmbus.provision.cache import Cache, digest, publish_bytes, remove
 from vmbus.provision.environment import environment_python
 from vmbus.util.directories import cache_directory
 
-pytestmark = pytest.mark.unit
-
 HOLDER = """
 import sys, time
 from pathlib import Path

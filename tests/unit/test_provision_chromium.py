@@ -16,8 +16,6 @@ from vmbus.provision.programs import ProgramFailed
 from vmbus.provision.report import SilentReporter
 from vmbus.provision.roots import find_root
 
-pytestmark = pytest.mark.unit
-
 
 def fake(path: Path, says: str = "Chromium 150.0.7871.100 built on Debian", status: int = 0) -> Path:
     """Write a program that answers like Chromium."""

@@ -28,8 +28,6 @@ from vmbus.provision.sources import (
     parse_one_line_style,
 )
 
-pytestmark = pytest.mark.unit
-
 ONE_LINE = """
 # comment
 deb http://mirror.example/debian bookworm main contrib # why not

@@ -22,8 +22,6 @@ from vmbus.provision.guest_files import module_dependencies, module_name, unpack
 from vmbus.provision.report import SilentReporter
 from vmbus.provision.roots import Root, RootRecipe
 
-pytestmark = pytest.mark.unit
-
 CHECKOUT = Path(__file__).parents[2]
 
 

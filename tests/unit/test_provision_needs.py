@@ -25,8 +25,6 @@ from vmbus.provision.report import PlainReporter, SilentReporter
 from vmbus.provision.roots import RootRecipe, make_root
 from vmbus.provision.sources import Source
 
-pytestmark = pytest.mark.unit
-
 CHECKOUT = Path(__file__).resolve().parents[2]
 Usage = namedtuple("Usage", "total used free")
 

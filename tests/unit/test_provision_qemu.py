@@ -30,8 +30,6 @@ from vmbus.provision.report import SilentReporter
 from vmbus.provision.roots import Root
 from vmbus.transport import bindings, library
 
-pytestmark = pytest.mark.unit
-
 
 def fake_qemu(path: Path, version: str = "10.1.0", devices: tuple[str, ...] = ("vfio-user-pci",)) -> Path:
     """Write a program that answers like QEMU."""

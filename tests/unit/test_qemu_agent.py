@@ -17,8 +17,6 @@ from vmbus.qemu import agent
 from vmbus.qemu.agent import AgentClient, AgentError
 from vmbus_guest import jobs
 
-pytestmark = pytest.mark.unit
-
 Handler = Callable[[int, asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 
 

@@ -20,8 +20,6 @@ from vmbus.vm.command_line import (
 )
 from vmbus.vm.description import GuestDescription, load_description
 
-pytestmark = pytest.mark.unit
-
 DEMO = load_description(Path(__file__).parents[2] / "qemu_configs" / "demo.toml")
 PROGRAMS = Programs(
     qemu=("loader", "--library-path", "lib", "qemu"),

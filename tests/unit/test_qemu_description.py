@@ -18,8 +18,6 @@ from vmbus.vm.description import (
     with_options,
 )
 
-pytestmark = pytest.mark.unit
-
 CONFIGURATIONS = Path(__file__).parents[2] / "qemu_configs"
 
 PROVIDER = """

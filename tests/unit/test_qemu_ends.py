@@ -16,8 +16,6 @@ from qemu.qmp.message import Message
 from vmbus.qemu import ends
 from vmbus.qemu.ends import Ends
 
-pytestmark = pytest.mark.unit
-
 PANIC = "[   14.1] Kernel panic - not syncing: Attempted to kill init!\n[   14.2] Call Trace:\n"
 
 

@@ -12,8 +12,6 @@ from qemu.qmp.events import EventListener
 
 from vmbus.qemu.foreign import MigrationGuard
 
-pytestmark = pytest.mark.unit
-
 
 class FakeMonitor:
     """QEMU, as far as the guard looks at it."""

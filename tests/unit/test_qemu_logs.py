@@ -13,8 +13,6 @@ from vmbus.vm import logs
 from vmbus.vm.logs import LOG_HEAD, LOG_LIMIT, LOG_TAIL, shorten
 from vmbus.vm.process import Child, log_tail
 
-pytestmark = pytest.mark.unit
-
 MARK = re.compile(rb"\[\.\.\. (\d+) bytes left out \.\.\.\]\n")
 
 

@@ -9,8 +9,6 @@ import pytest
 from vmbus.errors import EnvironmentProblem, StateError
 from vmbus.qemu.pci_replay import PciAddress, Write, parse_port, replay, write_lines
 
-pytestmark = pytest.mark.unit
-
 ADDRESS = PciAddress(0, 5)
 
 

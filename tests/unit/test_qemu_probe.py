@@ -29,8 +29,6 @@ from vmbus.vm.description import VmDescription
 from vmbus.vm.errors import SaveFailed
 from vmbus.vm.timing import Phases
 
-pytestmark = pytest.mark.unit
-
 DEVICE = DeviceDescription("vmbus0", [ProviderDescription("echo", "echo", "6f1b4b0e-5d2c-4a53-9d0a-0f2f1f3c7a01")])
 
 

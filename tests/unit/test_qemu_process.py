@@ -13,8 +13,6 @@ import pytest
 from vmbus.errors import EnvironmentProblem, WaitTimeout
 from vmbus.vm.process import Child, ProcessDied, log_tail
 
-pytestmark = pytest.mark.unit
-
 SHELL = "/bin/sh"
 
 

@@ -14,8 +14,6 @@ import pytest
 from vmbus.errors import EnvironmentProblem, WaitTimeout
 from vmbus.qemu.qmp import MigrationFailed, Monitor, QmpCommandFailed, file_channel
 
-pytestmark = pytest.mark.unit
-
 GREETING = {"QMP": {"version": {"qemu": {"major": 11, "minor": 1, "micro": 3}, "package": ""}, "capabilities": []}}
 
 Answer = dict[str, Any] | None

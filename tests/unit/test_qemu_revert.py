@@ -34,8 +34,6 @@ from vmbus.vm.description import VmDescription
 from vmbus.vm.errors import RevertFailed, SaveFailed
 from vmbus.vm.moments import Sabotage
 
-pytestmark = pytest.mark.unit
-
 DEVICE = DeviceDescription("vmbus0", [ProviderDescription("echo", "echo", "00000000-0000-4000-8000-000000000001")])
 VM = VmDescription(name="demo", device=DEVICE)
 

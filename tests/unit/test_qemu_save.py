@@ -27,8 +27,6 @@ from vmbus.vm.errors import SaveFailed
 from vmbus.vm.moments import Hook, Moment, Sabotage
 from vmbus.vm.timing import Phases
 
-pytestmark = pytest.mark.unit
-
 ECHO = ProviderDescription("echo", "echo", "00000000-0000-4000-8000-000000000001")
 VM = VmDescription("demo", DeviceDescription("vmbus0", [ECHO]))
 

@@ -16,8 +16,6 @@ from vmbus.errors import EnvironmentProblem, UsageError
 from vmbus.util.lockfile import LockFile
 from vmbus.vm.run_directory import RunDirectory, clean_stale, own, running_vms, runtime_base
 
-pytestmark = pytest.mark.unit
-
 
 def stale(base: Path, name: str) -> None:
     """What an owner that was killed leaves."""

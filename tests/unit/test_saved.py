@@ -22,8 +22,6 @@ from vmbus.wire import messages as m
 from vmbus.wire.gpa import range_for
 from vmbus.wire.synic import Register
 
-pytestmark = pytest.mark.unit
-
 
 def busy() -> tuple[Machine, Traffic]:
     """A machine in mid-traffic: outgoing packets queued and sent, requests in the rings."""

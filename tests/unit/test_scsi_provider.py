@@ -27,9 +27,6 @@ from vmbus.wire import scsi, storvsp
 from vmbus.wire.scsi import Opcode
 from vmbus.wire.storvsp import Direction, Operation
 
-pytestmark = pytest.mark.unit
-
-
 # ---- the handshake ---------------------------------------------------------------------------------------------------
 
 

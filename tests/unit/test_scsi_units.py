@@ -20,9 +20,6 @@ from vmbus.testkit import ProviderTest, every_step
 from vmbus.wire import scsi, storvsp
 from vmbus.wire.storvsp import Direction, Operation
 
-pytestmark = pytest.mark.unit
-
-
 # ---- logical units that come, go and grow ----------------------------------------------------------------------------
 
 

@@ -12,8 +12,6 @@ import pytest
 from vmbus.errors import WaitTimeout
 from vmbus.server.interrupt import bounded
 
-pytestmark = pytest.mark.unit
-
 
 def hang() -> None:
     threading.Event().wait()

@@ -19,8 +19,6 @@ from vmbus.server.services import THREADS, ProviderServices, Services
 from vmbus.testkit import ContractViolation, ProviderTest, every_step
 from vmbus.util.watches import Watches
 
-pytestmark = pytest.mark.unit
-
 
 @pytest.fixture(autouse=True)
 def no_provider_fails() -> Any:

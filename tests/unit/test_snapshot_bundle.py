@@ -45,8 +45,6 @@ from vmbus.util.interruptible import Stop, Unwanted, in_thread
 from vmbus.vm.command_line import Programs
 from vmbus.vm.description import load_description
 
-pytestmark = pytest.mark.unit
-
 DEMO = load_description(Path(__file__).parents[2] / "qemu_configs" / "demo.toml")
 ECHO = load_description(Path(__file__).parents[2] / "qemu_configs" / "echo.toml")
 CONFIG = bytes.fromhex("4256564d") + bytes(252)

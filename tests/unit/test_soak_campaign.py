@@ -19,8 +19,6 @@ from vmbus.soak.folder import read_state
 from vmbus.soak.job import Bounds
 from vmbus.soak.records import EpisodeRecord, OperationRecord
 
-pytestmark = pytest.mark.unit
-
 GOOD: list[list[Any]] = [["phase", "boot"], ["operation"], ["sample"], ["operation"]]
 
 

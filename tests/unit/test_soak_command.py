@@ -24,8 +24,6 @@ from vmbus.soak.records import EpisodeRecord, EventRecord, OperationRecord, Samp
 from vmbus.soak.replay import campaign_command, parse_words, replay_command, words
 from vmbus.soak.settings import Settings, settings_from
 
-pytestmark = pytest.mark.unit
-
 
 def run(*arguments: str) -> Any:
     return CliRunner().invoke(main, ["soak", *arguments])

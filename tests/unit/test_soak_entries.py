@@ -26,8 +26,6 @@ from vmbus.soak.replay import replay_command
 from vmbus.soak.schedule import check_own, linux_share, plan_episode
 from vmbus.soak.settings import Settings, load_settings, settings_from
 
-pytestmark = pytest.mark.unit
-
 SCHEDULE = """
 linux = 0
 per_episode = 4

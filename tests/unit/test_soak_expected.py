@@ -20,8 +20,6 @@ from vmbus.soak.junit import junit_xml
 from vmbus.soak.measures import MEASURES, parse, quantile, value_of
 from vmbus.soak.records import WorkloadRecord
 
-pytestmark = pytest.mark.unit
-
 
 def run(folder: Path, *arguments: str) -> Any:
     return CliRunner().invoke(main, ["soak", "--report-only", "--report", str(folder), *arguments])

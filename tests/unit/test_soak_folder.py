@@ -16,8 +16,6 @@ from vmbus.soak import keep
 from vmbus.soak.folder import Campaign, CampaignFolder, read_campaign
 from vmbus.soak.records import Environment, EventRecord, OperationRecord, State
 
-pytestmark = pytest.mark.unit
-
 
 def campaign(seed: int = 1, **settings: Any) -> Campaign:
     return Campaign(seed=seed, started="2026-01-01", settings={"seed": seed, **settings}, environment=Environment())

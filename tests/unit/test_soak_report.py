@@ -32,9 +32,6 @@ from vmbus.soak.records import (
 )
 from vmbus.soak.text import byte_text, clean, seconds_text
 
-pytestmark = pytest.mark.unit
-
-
 # --- what it says ----------------------------------------------------------------------------------------------------
 
 

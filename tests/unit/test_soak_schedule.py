@@ -35,8 +35,6 @@ from vmbus.vm.moments import Moment
 from vmbus_guest.testdrivers import CATALOGUE
 from vmbus_guest.testdrivers.context import Parameters
 
-pytestmark = pytest.mark.unit
-
 OPTIONAL = [name for name in RECIPES if not RECIPES[name].sends]
 
 some_settings = st.builds(

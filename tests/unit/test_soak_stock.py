@@ -20,8 +20,6 @@ from vmbus.vm.command_line import Programs
 from vmbus_guest.testdrivers.disk_writer import Books
 from vmbus_guest.testdrivers.frames import GUEST_END, HOST_END, Frames, WrongBytes
 
-pytestmark = pytest.mark.unit
-
 
 def planned() -> Any:
     return plan_episode(settings_from({"linux": 1.0, "script": [{"kind": "migrate"}]}, "x"), 1, 0)

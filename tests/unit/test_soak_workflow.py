@@ -16,8 +16,6 @@ from click.testing import CliRunner
 from vmbus.cli import main
 from vmbus.soak import report
 
-pytestmark = pytest.mark.unit
-
 CHECKOUT = Path(__file__).resolve().parents[2]
 WORKFLOW = CHECKOUT / "docs" / "examples" / "soak" / "soak.yml"
 

@@ -28,8 +28,6 @@ from vmbus.server.restoring import read_state
 from vmbus.util import records
 from vmbus.wire.workload import BURST_TYPE, BurstStart, Sequence, Tally, echo_request
 
-pytestmark = pytest.mark.unit
-
 pack = msgspec.msgpack.encode
 DEEP = b"\x91" * 10_000 + b"\xc0"
 NO_TEXT = b"\xa2\xff\xfe"

@@ -7,12 +7,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import pytest
-
 from vmbus.testkit import story as stories
 from vmbus.testkit.story import Story, missing, save_in_flight
-
-pytestmark = pytest.mark.unit
 
 STORY = Story(packets=16)
 NOTHING_HELD = ({"queued": 16, "sent": 16}, 0)

@@ -6,8 +6,6 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.unit
-
 CHECKOUT = Path(__file__).resolve().parents[2]
 
 

@@ -25,8 +25,6 @@ from vmbus.wire.synic import (
     Register,
 )
 
-pytestmark = pytest.mark.unit
-
 PAGE = 4096
 BASE = 0x1_0000_0000
 MESSAGES, EVENTS, POSTS = BASE, BASE + PAGE, BASE + 2 * PAGE

@@ -28,8 +28,6 @@ from vmbus.providers.scsi.unit import UnitOptions, UnitState
 from vmbus.vm.description import FurtherDevice, VmDescription
 from vmbus.vm.own_guest import OwnDisk, OwnGuest, OwnNic
 
-pytestmark = pytest.mark.unit
-
 NAMES = {
     "ca-cert.pem": 0o600, "client-cert.pem": 0o600, "client-key.pem": 0o600, "server-cert.pem": 0o600,
     "server-key.pem": 0o600,

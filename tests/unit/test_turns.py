@@ -9,8 +9,6 @@ import pytest
 from vmbus.server.timers import Timers
 from vmbus.server.turns import RECENT, Turns
 
-pytestmark = pytest.mark.unit
-
 
 class Clock:
     def __init__(self) -> None:

@@ -16,8 +16,6 @@ from vmbus.transport.connection import Look, Timer, Waiting, bound_blocking, loo
 from vmbus.transport.protocol import FLAG_NO_REPLY, TYPE_REPLY, Command, encode
 from vmbus.util.listening import Listener
 
-pytestmark = pytest.mark.unit
-
 
 @pytest.fixture
 def pair() -> Iterator[tuple[socket.socket, socket.socket]]:

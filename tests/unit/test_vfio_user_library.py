@@ -12,8 +12,6 @@ import pytest
 from vmbus.errors import EnvironmentProblem
 from vmbus.transport import bindings, library
 
-pytestmark = pytest.mark.unit
-
 
 def fake(*more: str) -> ctypes.CDLL:
     return cast(ctypes.CDLL, SimpleNamespace(**dict.fromkeys((*bindings.FUNCTIONS, *more))))

@@ -14,7 +14,6 @@ import pytest
 from vmbus.errors import EnvironmentProblem, UsageError
 from vmbus.transport.mapping import PAGE_SIZE, GuestMapping
 
-pytestmark = pytest.mark.unit
 SIZE = 4 * PAGE_SIZE
 
 

@@ -6,8 +6,6 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.unit
-
 VM_TESTS = sorted((Path(__file__).parents[1] / "vm").glob("test_*.py"))
 
 

@@ -23,8 +23,6 @@ from vmbus.providers.vsock.streams import parse_line
 from vmbus.testkit.host import Clock, FakeHost
 from vmbus.wire import hvsock
 
-pytestmark = pytest.mark.unit
-
 SERVICE, INSTANCE = hvsock.service_of(80), UUID(int=99)
 RING_PAGES = 6
 

@@ -19,8 +19,6 @@ from vmbus.wire.packet import (
     transfer_pages_body,
 )
 
-pytestmark = pytest.mark.unit
-
 U32 = st.integers(0, 0xFFFFFFFF)
 WORDS = st.binary(max_size=200).map(lambda data: data[: len(data) & ~7])
 

@@ -10,8 +10,6 @@ import pytest
 from support.nic import frame
 from vmbus.wire.ethernet import OFFLOAD_SIZE, announcement, check_frame, format_mac, parse_mac
 
-pytestmark = pytest.mark.unit
-
 
 def test_noise_raises_nothing() -> None:
     choose = random.Random(2)

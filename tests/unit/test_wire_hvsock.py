@@ -15,8 +15,6 @@ from vmbus.errors import UsageError
 from vmbus.wire import hvsock
 from vmbus.wire import messages as m
 
-pytestmark = pytest.mark.unit
-
 PORTS = st.integers(0, hvsock.MAX_PORT)
 
 

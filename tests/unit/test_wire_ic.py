@@ -9,8 +9,6 @@ from hypothesis import strategies as st
 from vmbus.kmcl.pipe import frame
 from vmbus.wire import ic
 
-pytestmark = pytest.mark.unit
-
 versions = st.builds(ic.Version, st.integers(0, 0xFFFF), st.integers(0, 0xFFFF))
 lists = st.lists(versions, max_size=8)
 texts = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=120)

@@ -18,8 +18,6 @@ from vmbus.providers.network.offload import ones_sum, to_guest, to_host
 from vmbus.wire import nvsp, rndis
 from vmbus.wire.ethernet import NO_OFFLOAD, OFFLOAD, check_frame
 
-pytestmark = pytest.mark.unit
-
 WORD = st.integers(0, 0xFFFFFFFF)
 
 # ---- NVSP ------------------------------------------------------------------------------------------------------------

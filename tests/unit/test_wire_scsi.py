@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from vmbus.wire import scsi, storvsp
 from vmbus.wire.scsi import Extent, Limits, Opcode, Sense
 from vmbus.wire.storvsp import Operation, Srb
-
-pytestmark = pytest.mark.unit
 
 LIMITS = Limits(2048, 131072, 64, 8, 131072)
 u8 = st.integers(0, 0xFF)

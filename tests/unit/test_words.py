@@ -21,8 +21,6 @@ from vmbus.wire.nvsp import NVSP_TYPE
 from vmbus.wire.packet import PacketType, TransferPages, gpa_direct_body, transfer_pages_body
 from vmbus.wire.storvsp import STORVSP_TYPE, Operation, SrbStatus, parse_srb
 
-pytestmark = pytest.mark.unit
-
 INBAND, PAGES, DIRECT, DONE = PacketType.INBAND, PacketType.TRANSFER_PAGES, PacketType.GPA_DIRECT, PacketType.COMPLETION
 SOCKET = hvsock.service_of(22)
 ECHO = UUID("5a2f2c7e-3d0e-4c43-9b58-6f0d2f1e0001")

@@ -8,8 +8,6 @@ from hypothesis import strategies as st
 
 from vmbus.wire import workload as w
 
-pytestmark = pytest.mark.unit
-
 
 def counts(numbers: list[int]) -> tuple[int, int, int, int]:
     """(next, lost, reordered, duplicated) after numbers arrived."""

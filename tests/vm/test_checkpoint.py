@@ -20,8 +20,6 @@ from vmbus.vm.command_line import Programs
 from vmbus.vm.description import VmDescription
 from vmbus.vm.errors import SaveFailed
 
-pytestmark = pytest.mark.vm
-
 Run = Callable[[Coroutine[Any, Any, Any]], Any]
 
 # However fast the machine is, the traffic is there at every checkpoint: it goes on until it is stopped.

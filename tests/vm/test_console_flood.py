@@ -16,8 +16,6 @@ from vmbus.vm.command_line import Programs
 from vmbus.vm.description import VmDescription
 from vmbus.vm.process import log_tail
 
-pytestmark = pytest.mark.vm
-
 FLOOD = 500_000  # bytes
 LIMIT = 128 << 10  # so that the flood need not take minutes
 LOOK_EVERY = 0.05  # seconds

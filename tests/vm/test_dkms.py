@@ -18,8 +18,6 @@ from vmbus.provision.roots import unpack
 from vmbus.provision.sources import SUITE
 from vmbus_guest import system
 
-pytestmark = pytest.mark.vm
-
 
 def test_own_guest_dkms_builds_the_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     provision()

@@ -5,15 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from support.boot import in_traffic
 from vmbus.operations.machine import VirtualMachine
 from vmbus.testkit.story import Story, until_in_flight
 from vmbus.vm.command_line import Programs
 from vmbus.vm.description import VmDescription
-
-pytestmark = pytest.mark.vm
 
 STORY = Story(packets=128, echo_count=1_000_000, burst_count=1_000_000)
 

@@ -18,8 +18,6 @@ from vmbus.vm.command_line import Programs
 from vmbus.vm.description import load_description
 from vmbus_guest.testdrivers import CATALOGUE
 
-pytestmark = pytest.mark.vm
-
 CHECKOUT = Path(__file__).resolve().parents[2]
 PAGE = CHECKOUT / "docs" / "test-drivers.md"
 

@@ -19,8 +19,6 @@ from vmbus.testkit.story import Story, finish, until_in_flight
 from vmbus.vm.command_line import Programs
 from vmbus.vm.description import VmDescription, load_description
 
-pytestmark = pytest.mark.vm
-
 CHECKOUT = Path(__file__).resolve().parents[2]
 STORY = Story(packets=256, echo_count=8_000, burst_count=14_000, stall_seconds=60.0)
 # Cells that leave the source running first. Then the one that leaves a snapshot only: the VM of the last ones comes

@@ -13,8 +13,6 @@ from vmbus.qemu.ends import GuestPanicked
 from vmbus.vm.command_line import Programs
 from vmbus.vm.description import VmDescription, load_description
 
-pytestmark = pytest.mark.vm
-
 CONFIGURATION = Path(__file__).resolve().parents[2] / "qemu_configs" / "echo.toml"
 RANDOM = ["sh", "-c", "head -c 16 /dev/urandom | od -An -tx1"]
 BOOT = ["cat", "/proc/sys/kernel/random/boot_id"]

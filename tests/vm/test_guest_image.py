@@ -16,8 +16,6 @@ from vmbus.provision.roots import Root
 from vmbus_guest import newc
 from vmbus_guest.image import GuestImage, build_image
 
-pytestmark = pytest.mark.vm
-
 
 @pytest.fixture(scope="module")
 def parts() -> tuple[Root, Kernel]:

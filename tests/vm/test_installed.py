@@ -5,12 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import pytest
-
 from support.installed import install, run
 from vmbus.vm.command_line import Programs
-
-pytestmark = pytest.mark.vm
 
 
 def test_fault_p5_the_demo_from_a_wheel(programs: Programs, tmp_path: Path) -> None:

@@ -19,13 +19,11 @@ from vmbus.errors import StateError, UsageError
 from vmbus.operations import own_disks
 from vmbus.operations.machine import VirtualMachine
 from vmbus.operations.migration.address import parse_address
-from vmbus.operations.migration.channel import listen
+from vmbus.operations.migration.listener import listen
 from vmbus.provision import provision
 from vmbus.vm.command_line import Programs
 from vmbus.vm.description import VmDescription
 from vmbus.vm.own_guest import OwnDisk, OwnGuest, OwnNic
-
-pytestmark = pytest.mark.vm
 
 Run = Callable[[Coroutine[Any, Any, Any]], Any]
 SECRET = bytes(range(32))

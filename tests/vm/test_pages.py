@@ -15,8 +15,6 @@ from vmbus.vm.command_line import Programs
 from vmbus.vm.description import load_description
 from vmbus.vm.run_directory import RunDirectory
 
-pytestmark = pytest.mark.vm
-
 BY_VM = {
     name: [story for story in stories() if story.name == name]
     for name in sorted({story.name for story in stories() if not story.sudo})
