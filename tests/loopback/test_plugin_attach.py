@@ -354,8 +354,15 @@ def test_plugin_attach_refuses_a_server_of_another_vm(place: Path, run: Any, mon
         run(body(one, other))
 
 
-def test_plugin_attach_refuses_what_is_not_there_or_not_ready(place: Path, run: Any) -> None:
+def test_plugin_attach_refuses_what_is_not_there_or_not_ready(
+    place: Path, run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async def body(hand: ByHand) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr("os.getuid", lambda: 12345)
+            with pytest.raises(DoesNotFit, match="QEMU .* is of user .*, and this is user 12345") as other:
+                await attach(at(hand))
+            assert "the device server (" in str(other.value)
         with pytest.raises(EnvironmentProblem, match="cannot connect to QEMU's monitor at"):
             await attach(Attachment(place / "none.sock", [hand.control]))
         with pytest.raises(EnvironmentProblem, match="there is no device server at"):

@@ -30,6 +30,9 @@ GREETING_TIMEOUT = 5.0
 _ANSWER_TIMEOUT = 10.0
 _CREDENTIALS = struct.Struct("3i")
 _BAR0 = re.compile(r"vfio-user:(.+?)(?<! base) BAR 0\[0\]")
+_ONE_CLIENT = (
+    "; a monitor serves one client at a time: give QEMU one that nobody else uses (-qmp unix:PATH,server=on,wait=off)"
+)
 _KNOCKS = 2  # bytes of chance by which a device is told from others
 
 
@@ -66,7 +69,7 @@ async def survey(qmp: Path, controls: Sequence[Path], *, awaits: bool = False, r
     async with _monitor(qmp, own, reasons) as monitor:
         controls = controls or await usual_controls(monitor)
         for path in controls:
-            with os_error(f"there is no device server at {path}"):
+            with os_error(f"there is no device server at {path} (--control PATH says another place)"):
                 uid = os.stat(path).st_uid  # noqa: PTH116 - nothing to wait for
             if uid != own:
                 reasons.append(_of_another("the device server", path, uid, own))
@@ -134,7 +137,10 @@ async def _monitor(path: Path, own: int, reasons: list[str]) -> AsyncIterator[Mo
     try:
         connection.setblocking(False)
         with os_error(f"cannot connect to QEMU's monitor at {path}"):
-            connection.connect(os.fspath(path))
+            try:
+                connection.connect(os.fspath(path))
+            except BlockingIOError as error:
+                raise EnvironmentProblem(f"others wait for QEMU's monitor at {path} already{_ONE_CLIENT}") from error
         credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
         _, uid, _ = _CREDENTIALS.unpack(credentials)
         if uid != own:
@@ -143,10 +149,7 @@ async def _monitor(path: Path, own: int, reasons: list[str]) -> AsyncIterator[Mo
         try:
             await monitor.connect(connection, GREETING_TIMEOUT)
         except VmbusError as error:
-            raise EnvironmentProblem(
-                f"{error}; a monitor serves one client at a time: give QEMU one that nobody else uses (-qmp "
-                "unix:PATH,server=on,wait=off)"
-            ) from error
+            raise EnvironmentProblem(f"{error}{_ONE_CLIENT}") from error
     except BaseException:
         connection.close()
         raise
