@@ -360,7 +360,7 @@ def test_plugin_attach_refuses_what_is_not_there_or_not_ready(
     async def body(hand: ByHand) -> None:
         with monkeypatch.context() as patch:
             patch.setattr("os.getuid", lambda: 12345)
-            with pytest.raises(DoesNotFit, match="QEMU .* is of user .*, and this is user 12345") as other:
+            with pytest.raises(DoesNotFit, match=r"QEMU .* is of user .*, and this is user 12345") as other:
                 await attach(at(hand))
             assert "the device server (" in str(other.value)
         with pytest.raises(EnvironmentProblem, match="cannot connect to QEMU's monitor at"):
