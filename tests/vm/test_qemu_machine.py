@@ -20,6 +20,7 @@ from support.pace import until
 from support.processes import command_lines
 from vmbus.errors import StateError, VmbusError
 from vmbus.operations.machine import VirtualMachine
+from vmbus.qemu.probe import require_same
 from vmbus.vm.command_line import Programs
 from vmbus.vm.description import VmDescription
 from vmbus.vm.moments import Sabotage
@@ -71,6 +72,16 @@ async def test_the_death_of_either_process_is_the_end_of_both(programs: Programs
 async def test_a_state_that_the_server_refuses(programs: Programs, taken: Taken) -> None:
     with pytest.raises(ProcessDied, match="device server"):
         await VirtualMachine.restore(taken.directory, programs, sabotage=Sabotage(edit_state=lambda state: state[:-1]))
+
+
+async def test_stock_qemu_leaves_the_device_to_us(programs: Programs, demo_description: VmDescription) -> None:
+    """It does not ask the server, whichever library that has: so all our cures are in force."""
+    async with await VirtualMachine.launch(demo_description, programs) as vm:  # as booted: only QEMU is asked
+        status = await vm.control.call("status")
+        assert status["connected"] and status["driven_by_client"] is False
+        assert status["migration"] == {"state": "running", "complete": False}
+        await require_same(vm.devices, in_stream=False, what="a snapshot")
+        print(f"QEMU {programs.qemu_version}, {status['libvfio_user']}")
 
 
 def wait_for_vm(owner: subprocess.Popen[str]) -> str:

@@ -25,16 +25,21 @@ from vmbus.vm.moments import Sabotage
 pytestmark = [pytest.mark.vm, pytest.mark.long]
 
 STORY = Taken.STORY
+NEW = {"kind": "echo", "name": "added", "instance": "00000000-0000-4000-8000-0000000000aa"}
 
 
 async def test_a_restored_vm_can_be_saved_again_and_every_snapshot_restored_again(
     taken: Taken, programs: Programs, tmp_path: Path
 ) -> None:
+    """A provider that came between two saves is in the second generation's description, too."""
     source, manifest = taken.directory, (taken.directory / "manifest.json").read_bytes()
     for generation, live in enumerate((True, False)):
         async with await VirtualMachine.restore(source, programs) as vm:
             assert vm.restored is not None and min(vm.restored.packets.values()) > 0
             assert (vm.restored.channels, vm.restored.pci_writes) == (2, 7)
+            if not generation:
+                await vm.control.call("offer", provider=NEW)
+            assert vm.description.device.providers[-1].name == ("added" if generation else "burst")
             source = tmp_path / f"generation-{generation}"
             report = await save_in_flight(vm, taken.job, msgspec.structs.replace(STORY, live=live), source)
             assert min(report.packets.values()) > 0 and (report.flushed_pages > 0) == live
