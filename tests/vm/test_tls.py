@@ -31,7 +31,7 @@ from vmbus.vm.errors import MigrateFailed
 pytestmark = [pytest.mark.vm, pytest.mark.long]
 
 STORY = Story(packets=256, echo_count=16_000, burst_count=30_000, stall_seconds=20.0)
-BANDWIDTH = 16 << 20
+BANDWIDTH = 24 << 20
 
 
 def free_port() -> int:
