@@ -45,10 +45,12 @@ class EmptyRoot:
     def __init__(self, folder: Path, packages: Root, mounts: Mapping[Path, str]) -> None:
         """`mounts`: what else is to be seen in there, and where."""
         self.folder = folder
-        self._mounts = {packages.path / "usr": "/usr"} | dict(mounts)
+        links = [name for name in ("bin", "sbin", "lib", "lib64") if (packages.path / name).is_symlink()]
+        system = [name for name in ("usr", "bin", "sbin", "lib", "lib64") if name not in links]  # Debian 12 has both
+        self._mounts = {packages.path / name: f"/{name}" for name in system} | dict(mounts)
         for name in ("dev", "proc", "tmp", "etc", "run", HOME, *(place for place in self._mounts.values())):
             (folder / name.lstrip("/")).mkdir(parents=True, exist_ok=True)
-        for name in ("bin", "sbin", "lib", "lib64"):
+        for name in links:
             (folder / name).symlink_to(f"usr/{name}")
         for path in (folder / "tmp", folder / HOME.lstrip("/")):
             path.chmod(0o777)

@@ -1,16 +1,21 @@
-"""A machine without apt, compiler and network takes a set-up that another one has made, and runs the demo."""
+"""A machine without apt, compiler and network takes a set-up that another one has made, and runs the demo; so does a
+container."""
 
 from __future__ import annotations
 
 import json
+import os
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from support import container_file, installed
 from support.empty_root import HOME, PYTHONS, EmptyRoot, packages
 from support.namespace import NotPermitted
-from vmbus.provision import environment, prebuilt
-from vmbus.provision.cache import Cache
+from vmbus.provision import environment, prebuilt, provision_debian
+from vmbus.provision.cache import Cache, remove
 from vmbus.provision.report import SilentReporter
 from vmbus.provision.sources import host_suite
 from vmbus.vm.command_line import Programs
@@ -52,3 +57,38 @@ def test_packaging_the_demo_where_nothing_can_be_fetched_or_built(archive: Path,
     figures = json.loads((machine.folder / HOME.lstrip("/") / "figures.json").read_bytes())
     assert figures["verdict"] == "pass" and figures["completed"] == figures["transactions"] > 45_000
     assert min(figures["in_flight"].values()) > 0
+
+
+def test_packaging_the_container_file_is_carried_out(
+    archive: Path, tmp_path: Path, note: Callable[[str], None]
+) -> None:
+    """As the page says, from a wheel and an archive; then its demo is run, without network, as its user."""
+    if os.geteuid() != 0:
+        pytest.skip("a fresh root is entered by root")
+    (context := tmp_path / "context").mkdir()
+    shutil.copy(CHECKOUT / "Containerfile", context)
+    (context / "dist").mkdir()
+    (context / "dist/setup.tar.gz").hardlink_to(archive)
+    for name in ("sdist", "wheel"):
+        (tmp_path / name).mkdir()
+    built = installed.wheel(tmp_path / "wheel", installed.sdist(tmp_path / "sdist"))
+    shutil.copy(built, context / "dist")
+    base = container_file.debian_root(provision_debian(), tmp_path / "root")
+    name = container_file.engine()
+    machine: container_file.Image | container_file.Root
+    if name:
+        machine = container_file.Image(name)
+        machine.build(context / "Containerfile", base)
+    else:
+        machine = container_file.Root(base)
+        machine.build(context / "Containerfile")
+    try:
+        done = machine.run()
+        print(done.stdout[-3000:], done.stderr)
+        assert done.returncode == 0 and "PASS" in done.stdout, done.stdout + done.stderr
+        who = machine.run("setup", "--check")
+        assert who.returncode == 0 and "everything is there" in who.stdout, who.stdout + who.stderr
+    finally:
+        machine.close()
+        remove(base)
+    note(f"the container file was carried out by {name or 'its instructions, in a fresh root: there is no engine'}")
