@@ -1,5 +1,5 @@
 """A machine with Python and nothing else: Debian's packages as they are when they have been unpacked, and no network.
-No apt, no dpkg, no compiler. Programs run there as an ordinary user."""
+No apt, no dpkg (the shell depends on it: it is covered up), no compiler. Programs run there as an ordinary user."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ root=$1 user=$2; shift 2
 mount --make-rprivate /
 mount --bind "$root" "$root"
 while [ "$1" != -- ]; do mount --rbind "$1" "$root$2"; shift 2; done; shift
+for file in "$root"/usr/bin/dpkg*; do mount --bind /dev/null "$file"; done
 mount -o remount,ro,bind "$root/usr" 2>/dev/null || true
 mount --rbind /dev "$root/dev"
 mount -t proc proc "$root/proc"
