@@ -38,6 +38,12 @@ def instructions(file: Path) -> Iterator[tuple[str, str]]:
             yield word, rest.strip()
 
 
+def require_root() -> None:
+    """Raises PermissionError for an ordinary user, who may not write other users' files, nor enter another root."""
+    if os.geteuid() != 0:
+        raise PermissionError("a fresh root with files of several users is made and entered by root")
+
+
 def debian_root(system: DebianSystem, folder: Path) -> Path:
     """A copy of the Debian's files, for root, with this machine's way to the archives."""
     cache = Cache()
