@@ -45,7 +45,8 @@ def require_root() -> None:
 
 
 def debian_root(system: DebianSystem, folder: Path) -> Path:
-    """A copy of the Debian's files, for root, with this machine's way to the archives."""
+    """A copy of the Debian's files in a new folder, for root, with this machine's way to the archives."""
+    folder.mkdir(mode=0o755)
     cache = Cache()
     with cache.lock():
         tools = make_root(cache, TOOLS_RECIPE, SilentReporter())

@@ -28,6 +28,7 @@ CHECKOUT = Path(__file__).resolve().parents[2]
 def archive(programs: Programs, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """This machine's set-up, with the packages for the Python of the empty root."""
     file = tmp_path_factory.mktemp("archive") / "setup.tar.gz"
+    file.parent.chmod(0o755)  # it is read by another user, where it is seen
     prebuilt.export(file, Cache(), CHECKOUT, SilentReporter(), [PYTHONS.get(host_suite(), environment.PYTHON)])
     return file
 
