@@ -245,7 +245,7 @@ def test_missing_lock_file_ends_the_scripts_with_a_message(tmp_path: Path) -> No
             timeout=60,
             env={**_bare(), "VMBUS_CACHE": str(tmp_path / "cache")},
         )
-        assert result.returncode == 1
+        assert result.returncode == 10
         assert result.stderr.startswith("set-up: cannot read")
         assert "Traceback" not in result.stderr
 
