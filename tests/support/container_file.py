@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from string import Template
 
+from support.empty_root import DEVICES
 from support.pace import seconds
 from vmbus.provision.cache import Cache, remove
 from vmbus.provision.debian_system import TOOLS_RECIPE, DebianSystem
@@ -25,9 +26,10 @@ from vmbus.provision.sources import SUITE, mirror_candidates
 STEP_TIMEOUT = 240.0
 ENGINES = ("podman", "docker")
 IMAGE, BASE = "localhost/vmbus-test", "localhost/vmbus-test-base"
-CERTIFICATES = Path("/etc/ssl/certs")
-KEPT = ("PIP_", "http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "no_proxy")
-"""How this machine reaches archives."""
+PROXIES = ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "no_proxy")
+CERTIFICATES = Path("/etc/ssl/certs/ca-certificates.crt")
+THERE = "certificates-of-the-host.crt"
+"""What the root calls its copy of them. The host's own are never seen in there: its packages write to theirs."""
 
 
 def instructions(file: Path) -> Iterator[tuple[str, str]]:
@@ -59,24 +61,26 @@ def debian_root(system: DebianSystem, folder: Path) -> Path:
     resolver = folder / "etc/resolv.conf"
     resolver.unlink(missing_ok=True)
     shutil.copy("/etc/resolv.conf", resolver)
+    pip = {name[4:].lower(): value for name, value in os.environ.items() if name.startswith("PIP_")}
+    pip.pop("find_links", None)
+    if CERTIFICATES.is_file():
+        shutil.copy(CERTIFICATES, folder / THERE)
+        pip["cert"] = f"/{THERE}"
+        (folder / "etc/apt/apt.conf.d/90host").write_text(f'Acquire::https::CAInfo "/{THERE}";\n')
+    lines = "".join(f"{name.replace('_', '-')} = {value}\n" for name, value in pip.items())
+    (folder / "etc/pip.conf").write_text(f"[global]\n{lines}")
     return folder
-
-
-def _settings() -> dict[str, str]:
-    return {name: value for name, value in os.environ.items() if name.startswith(KEPT)}
 
 
 # --- by its instructions ---------------------------------------------------------------------------------------
 
-_ENTER = """
+_ENTER = f"""
 set -e
-root=$1 user=$2 certificates=$3; shift 3
+root=$1 user=$2; shift 2
 mount --make-rprivate /
 mount --bind "$root" "$root"
-mount --rbind /dev "$root/dev"
+{DEVICES}
 mount -t proc proc "$root/proc"
-mkdir -p "$root$certificates"
-mount --bind "$certificates" "$root$certificates"
 exec chroot --userspec="$user" "$root" "$@"
 """
 
@@ -99,7 +103,7 @@ class Root:
                 case "ARG" | "FROM":
                     continue  # the base is here
                 case "RUN":
-                    done = self.enter(["sh", "-c", rest], network=True, **_settings())
+                    done = self.enter(["sh", "-c", rest], network=True)
                     assert done.returncode == 0, f"RUN {rest}: {done.stdout[-3000:]}{done.stderr[-3000:]}"
                 case "COPY":
                     source, target = shlex.split(rest)
@@ -118,12 +122,13 @@ class Root:
                 case _:
                     raise AssertionError(f"{word} is not known here")
 
-    def enter(self, argv: Sequence[str], network: bool, **more: str) -> subprocess.CompletedProcess[str]:
+    def enter(self, argv: Sequence[str], network: bool) -> subprocess.CompletedProcess[str]:
         """Run a program in there, in a process namespace that ends with it."""
         home = "/root" if self.user == "root" else f"/home/{self.user}"
-        environment = {"HOME": home, **self.environment, **more}
+        proxies = {name: value for name, value in os.environ.items() if name in PROXIES}
+        environment = {"HOME": home, **(proxies if network else {}), **self.environment}
         spaces = ["--mount", "--pid", "--fork", "--kill-child", *([] if network else ["--net"])]
-        enter = ["sh", "-c", _ENTER, "enter", str(self.folder), f"{self.user}:", str(CERTIFICATES)]
+        enter = ["sh", "-c", _ENTER, "enter", str(self.folder), f"{self.user}:"]
         clean = ["/usr/bin/env", "-i", *(f"{name}={value}" for name, value in environment.items())]
         inside = ["sh", "-c", 'cd "$0" && exec "$@"', self.directory, *argv]
         return subprocess.run(
@@ -165,10 +170,8 @@ class Image:
         """`base`: the root that it is built on. Raises AssertionError with what the engine said."""
         with subprocess.Popen(["tar", "-C", base, "-c", "."], stdout=subprocess.PIPE) as tar:
             self._do("import", "-", f"{BASE}:latest", stdin=tar.stdout)
-        settings = [word for name, value in _settings().items() for word in ("--build-arg", f"{name}={value}")]
         self._do(
-            *("build", "--network", "host", "--file", str(file), "--build-arg", f"BASE={BASE}:latest", *settings),
-            *("--volume", f"{CERTIFICATES}:{CERTIFICATES}:ro") if self.engine == "podman" else (),
+            *("build", "--network", "host", "--file", str(file), "--build-arg", f"BASE={BASE}:latest"),
             *("--tag", f"{IMAGE}:latest", str(file.parent)),
         )
 

@@ -19,7 +19,15 @@ PYTHONS = {"bookworm": "3.11", "trixie": "3.13"}
 USER = 65534
 HOME = "/home/user"
 
-_ENTER = """
+DEVICES = """
+mount -t tmpfs tmpfs "$root/dev"
+for node in null zero full random urandom; do : > "$root/dev/$node"; mount --bind "/dev/$node" "$root/dev/$node"; done
+mkdir -m 1777 "$root/dev/shm"
+ln -s /proc/self/fd "$root/dev/fd"
+"""
+"""Of the host's devices those that nothing can be spoilt by."""
+
+_ENTER = f"""
 set -e
 root=$1 user=$2; shift 2
 mount --make-rprivate /
@@ -27,7 +35,7 @@ mount --bind "$root" "$root"
 while [ "$1" != -- ]; do mount --rbind "$1" "$root$2"; shift 2; done; shift
 for file in "$root"/usr/bin/dpkg*; do mount --bind /dev/null "$file"; done
 mount -o remount,ro,bind "$root/usr" 2>/dev/null || true
-mount --rbind /dev "$root/dev"
+{DEVICES}
 mount -t proc proc "$root/proc"
 exec chroot $user "$root" "$@"
 """
