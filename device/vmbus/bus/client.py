@@ -91,7 +91,6 @@ class BusClient:
         self._send(m.CloseChannel(relid))
 
     def release(self, relid: int) -> None:
-        """Forget a rescinded channel."""
         self.offers.pop(relid, None)
         self.rescinded.discard(relid)
         self._send(m.RelidReleased(relid))

@@ -75,7 +75,6 @@ class _Link:
             connection.bus.wake(other)
 
     def wake(self) -> None:
-        """Give this end a turn."""
         if not self.dead:
             self._connection.bus.wake(self._channel)
 

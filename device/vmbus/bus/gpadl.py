@@ -141,7 +141,6 @@ class Mappings:
         _end(grant)
 
     def clear(self) -> None:
-        """End all of them."""
         for grant in self._grants.values():
             _end(grant)
         self._grants.clear()
@@ -286,7 +285,6 @@ class GpadlState(msgspec.Struct, frozen=True):
 
     @property
     def live(self) -> Gpadl:
-        """What the table of a running bus has."""
         return Gpadl(
             self.relid, self.handle, tuple(GpaRange(r.byte_count, r.byte_offset, tuple(r.pfns)) for r in self.ranges)
         )

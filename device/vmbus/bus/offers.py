@@ -76,8 +76,6 @@ TRANSITIONS: dict[tuple[OfferState, OfferEvent], OfferState] = {
 
 
 class OpenState(msgspec.Struct, frozen=True):
-    """The guest's OPENCHANNEL."""
-
     open_id: U32
     ring_gpadl: U32
     target_vp: U32
@@ -133,8 +131,6 @@ def check_offers(records: list[OfferStateRecord]) -> set[int]:
 
 
 class OpenRequest:
-    """What the guest asked for with OPENCHANNEL."""
-
     __slots__ = ("downstream_page_offset", "open_id", "ring_gpadl", "target_vp", "user_data")
 
     def __init__(

@@ -22,8 +22,6 @@ from vmbus.wire import messages as m
 
 
 class BusState(msgspec.Struct, frozen=True):
-    """The connection, offers and GPADLs."""
-
     connected: bool
     version: U32
     offers_requested: bool

@@ -369,7 +369,6 @@ class Device:
     # ---- BusActions --------------------------------------------------------------------------------------------
 
     def post(self, message: bytes) -> None:
-        """Send a channel message to the guest."""
         self.synic.post(message)
 
     def open_channel(self, offer: Offer, gpadl: Gpadl) -> None:
@@ -403,7 +402,6 @@ class Device:
         self.memory.revoke_windows()
 
     def close_channel(self, offer: Offer, force: bool) -> None:
-        """The guest closed a channel (or lost it)."""
         channel: ServerChannel = offer.owner
 
         def closed() -> None:

@@ -135,7 +135,6 @@ class Completion(CompletionBase):
         self.channel.fail_incoming(self, f"packet {self.transaction}: {reason}")
 
     def completed_twice(self) -> ChannelStateError:
-        """The owner's mistake."""
         return ChannelStateError(
             f"packet {self.transaction} of channel {self.channel.name} was completed already; "
             "each incoming packet is completed exactly once",

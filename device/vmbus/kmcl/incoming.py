@@ -100,7 +100,6 @@ class Incoming:
         self._set_most()
 
     def set_quota(self, quota: int) -> None:
-        """The owner's limit."""
         self.quota = quota
         self._set_most()
 

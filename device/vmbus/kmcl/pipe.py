@@ -32,7 +32,6 @@ class PipeError(PeerError):
 
 
 def frame(data: bytes) -> bytes:
-    """One packet's payload."""
     return HEADER.pack(TYPE_DATA, len(data)) + data
 
 

@@ -98,7 +98,6 @@ class Counts(NamedTuple):
 
     @classmethod
     def total(cls, counts: Iterable["Counts"]) -> "Counts":
-        """All of them together."""
         return cls(*map(sum, zip((0, 0, 0), *counts, strict=True)))
 
 

@@ -308,7 +308,6 @@ class GuestMemory:
                 window.on_revoke()
 
     def _let_go(self) -> None:
-        """What is within reach changes."""
         if self._reach is not None:
             self._reach.release()
             self._reach = None

@@ -86,7 +86,6 @@ class Image:
                     await run_job(self._monitor, "snapshot-delete", arguments, self._job_timeout, what)
 
     def _name(self, tag: str) -> str:
-        """What a tag's snapshot is called."""
         if not self._disks or tag == THROWN_AWAY:
             return _PREFIX + tag
         return self.store.record(tag).image.name if tag in self.store.tags() else f"{_PREFIX}{tag}@{self._token}"
@@ -128,7 +127,6 @@ class Image:
         return list(found["image"].get("snapshots", []))
 
     async def save(self, tag: str) -> None:
-        """Everything that QEMU has, under a tag."""
         await self._job("snapshot-save", tag, f"taking checkpoint {tag!r}")
 
     async def load(self, tag: str) -> None:

@@ -132,8 +132,6 @@ async def _save(
 
 
 class _Bundle(FileTarget):
-    """A snapshot that is being written."""
-
     def __init__(self, vm: Vm, writer: SnapshotWriter) -> None:
         super().__init__(writer.directory)
         self._vm = vm

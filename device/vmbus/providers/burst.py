@@ -122,7 +122,6 @@ class BurstRuns(Provider):
         return {"sequence": sequence, "digest": digest.hex()}
 
     def _books(self) -> dict[str, Any]:
-        """Fields of the saved state."""
         return {
             "run": None if self._run is None else self._run[:3],
             "issued": self._issued,

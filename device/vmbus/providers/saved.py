@@ -8,8 +8,6 @@ from vmbus.wire.workload import BurstStart, Tally, parse_burst_start
 
 
 class TallyState(msgspec.Struct, frozen=True):
-    """A `vmbus.wire.workload.Tally`."""
-
     completed: U64
     corrupted: U64
     duplicated: U64
@@ -19,7 +17,6 @@ class TallyState(msgspec.Struct, frozen=True):
 
     @classmethod
     def of(cls, tally: Tally) -> "TallyState":
-        """The counts as they are now."""
         return cls(**tally.as_dict())
 
     def load_into(self, tally: Tally) -> None:

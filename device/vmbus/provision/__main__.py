@@ -67,7 +67,6 @@ class RichReporter:
 
 
 def facts(result: Provisioned) -> dict[str, object]:
-    """Return the outcome for `--json`."""
     return {
         "qemu": list(result.qemu.argv),
         "qemu_version": result.qemu.version_text,

@@ -90,7 +90,6 @@ RECORD = "packages.json"
 
 
 def find_root(cache: Cache, recipe: RootRecipe) -> Root | None:
-    """Return the root if it has been made."""
     path = cache.path("root", recipe.key)
     try:
         record = json.loads((path / RECORD).read_bytes())
@@ -132,7 +131,6 @@ def merge_usr(root: Path) -> None:
 
 
 def write_record(directory: Path, installed: Iterable[InstalledPackage], suites: Sequence[str]) -> None:
-    """Record which packages a folder was made from."""
     record = {
         "suites": list(suites),
         "packages": [

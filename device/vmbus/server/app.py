@@ -397,7 +397,6 @@ class DeviceServer:
         self.config.write(offset, data)
 
     def dma_map(self, iova: int, view: memoryview, writable: bool) -> None:
-        """The guest gives memory."""
         self.device.memory.map(iova, view, writable)
 
     def dma_map_unreachable(self, iova: int, size: int) -> None:
@@ -409,7 +408,6 @@ class DeviceServer:
         self.device.memory.unmap(iova, size)
 
     def reset(self, kind: ResetKind) -> None:
-        """The function is reset, or the client is gone."""
         log.debug("reset: %s", kind.name)
         self.device.reset()
         self.config.reset()

@@ -134,7 +134,6 @@ async def _released(bus: BusServer, offers: list[Offer], seconds: float) -> bool
 
 
 async def _ask(server: DeviceServer, asked: ProviderArguments) -> Answer:
-    """A command of a provider's own."""
     name, command = asked.name, asked.command
     provider = _provider(server, name)
     faults = server.session.hosts[name].faults

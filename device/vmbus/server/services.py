@@ -116,7 +116,6 @@ class Services:
         self.look_idle()
 
     def watch(self, owner: ProviderServices, wanted: bool) -> None:
-        """Whether the provider's descriptors are looked at."""
         if wanted:
             self._watching.append(owner)
         else:

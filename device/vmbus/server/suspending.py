@@ -39,8 +39,6 @@ _PAUSED = (Phase.PAUSED,)
 
 
 class PauseArguments(Arguments, frozen=True):
-    """For how long providers are waited for."""
-
     seconds: Seconds = 10.0
 
 

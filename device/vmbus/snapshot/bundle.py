@@ -117,7 +117,6 @@ class SnapshotWriter:
 
     @property
     def records(self) -> dict[str, FileRecord]:
-        """The sealed files so far."""
         return dict(self._records)
 
     async def commit(self, manifest: Manifest) -> None:

@@ -125,7 +125,6 @@ class Callbacks:
         return -1
 
     def on_dma_register(self, _context: int, pointer: Any) -> None:
-        """The client offers memory."""
         self.shielded("DMA mapping", self._map, pointer.contents)
 
     def on_dma_unregister(self, _context: int, pointer: Any) -> None:

@@ -30,8 +30,6 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 class Waiting(enum.Enum):
-    """What the next bytes on a connection are."""
-
     NOTHING = enum.auto()
     PARTIAL = enum.auto()
     COMPLETE = enum.auto()
@@ -190,7 +188,6 @@ class Timer:
         _libc.timerfd_settime(self.fd, 0, ctypes.byref(setting), None)
 
     def close(self) -> None:
-        """Give the descriptor back."""
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1

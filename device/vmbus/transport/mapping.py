@@ -136,7 +136,6 @@ class GuestMapping:
 
     @property
     def revoked(self) -> bool:
-        """Whether the guest has taken the memory back."""
         return self._revoked
 
     @property

@@ -97,7 +97,6 @@ class Connected(Listener):
         self._given = given
 
     def accept(self) -> socket.socket | None:
-        """The client, the first time."""
         try:
             self.socket.recv(1)
         except BlockingIOError:

@@ -211,7 +211,6 @@ def choose(body: bytes, frameworks: Sequence[Version], versions: Sequence[Versio
 
 
 def answer_negotiation(choice: tuple[Version, Version] | None) -> bytes:
-    """The body of the guest's answer."""
     return _COUNTS.pack(0, 0, 0) if choice is None else negotiation(choice[:1], choice[1:])
 
 

@@ -73,8 +73,6 @@ class Op(IntEnum):
 
 
 class Status(IntEnum):
-    """How a request came out."""
-
     OK = 0
     MALFORMED = 1
     NOT_THERE = 2

@@ -66,8 +66,6 @@ class Type(IntEnum):
 
 
 class Status(IntEnum):
-    """How a message was taken."""
-
     NONE = 0
     SUCCESS = 1
     FAILURE = 2

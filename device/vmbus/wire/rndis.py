@@ -126,8 +126,6 @@ class Query(NamedTuple):
 
 
 class Set(NamedTuple):
-    """A new value for an OID."""
-
     request: int
     oid: int
     data: bytes

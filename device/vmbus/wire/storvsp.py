@@ -26,8 +26,6 @@ _BARE = bytes(_BODY)
 
 
 class Operation(IntEnum):
-    """What a packet asks for, or says."""
-
     COMPLETE_IO = 1
     REMOVE_DEVICE = 2
     EXECUTE_SRB = 3
@@ -149,7 +147,6 @@ def pack_packet(operation: int, status: int = 0, body: bytes = _BARE) -> bytes:
 
 
 def pack_request(operation: int, body: bytes = b"", flags: int = 1) -> bytes:
-    """A packet of a guest's."""
     return _HEAD.pack(operation, flags, 0) + body.ljust(_BODY, b"\0")
 
 

@@ -168,7 +168,6 @@ def parse_burst_start(payload: bytes) -> BurstStart | None:
 
 
 def burst_stop() -> bytes:
-    """The request to end the run."""
     return BURST_START.pack(OP_STOP, 0, 0, 0, 0)
 
 

@@ -151,7 +151,6 @@ class Arrival:
         await ask_each(self.vm.devices, "resume" if self._in_stream is None else "status")
 
     async def run(self) -> None:
-        """Lets the vCPUs run."""
         await self.vm.monitor.execute("cont")  # since `loaded` QEMU stands, and may run
         if self._in_stream is not None:
             await require_running(self.vm.devices)

@@ -210,7 +210,6 @@ def channel_keys(secret: bytes, words: bytes) -> tuple[bytes, bytes]:
 
 
 def _check_hello(data: bytes, name: str, *expected: bytes) -> bytes:
-    """What the other side wants."""
     magic, version, _ = _HELLO.unpack(data)
     if magic == STREAM_MAGIC and magic not in expected:
         raise NotAuthentic(f"{name} brings memory, and no migration waits for it here")

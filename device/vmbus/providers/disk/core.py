@@ -284,7 +284,6 @@ class Core:
 
     @property
     def idle(self) -> bool:
-        """Nothing runs or waits."""
         return not self._jobs and self._flushing is None
 
     def count(self, states: Iterable[JobState]) -> int:

@@ -94,7 +94,6 @@ class Disk:
 
     @property
     def active(self) -> bool:
-        """Whether the image is open and locked."""
         return self._active
 
     def activate(self) -> None:
@@ -351,7 +350,6 @@ class Disk:
 
     @property
     def idle(self) -> bool:
-        """Nothing runs or waits."""
         return self.core is None or self.core.idle
 
     # ---- save and restore ----------------------------------------------------------------------------------------
@@ -397,7 +395,6 @@ class Disk:
 
     @property
     def _contained(self) -> bool:
-        """Whether a snapshot contains the image."""
         return self.options.snapshot == "copy" and not self.options.read_only
 
     @property

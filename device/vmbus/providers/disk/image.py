@@ -87,7 +87,6 @@ class Image:
         return found.decode("ascii", "replace") if IDENTITY.fullmatch(found.decode("ascii", "replace")) else ""
 
     def mark(self, identity: str) -> None:
-        """Give it an identity, where one can be kept."""
         with suppress(OSError):
             os.setxattr(self.fd, _IDENTITY, identity.encode())
 

@@ -152,7 +152,6 @@ class Exchange:
         channel.start()
 
     def stop(self) -> None:
-        """Give up timers."""
         self._stop_timers()
 
     # ---- requests --------------------------------------------------------------------------------------------------
@@ -186,7 +185,6 @@ class Exchange:
 
     @property
     def bound(self) -> Bound:
-        """Requests that wait, for tools."""
         return Bound(len(self._waiting), QUEUE, self._refused)
 
     def _send(self, request: Request) -> None:

@@ -42,7 +42,6 @@ class Periodic:
             self._timer = self._host.call_later(self._seconds, self._fire)
 
     def stop(self) -> None:
-        """No more calls."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -185,8 +184,6 @@ class Time(Part):
 
 
 class Shutdown(Part):
-    """Asks the guest to end."""
-
     MODES: Mapping[str, tuple[int, tuple[int, int]]] = {
         "power-off": (0, (1, 0)),
         "restart": (ic.ShutdownFlag.RESTART, (3, 1)),

@@ -119,8 +119,6 @@ class StationState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Line:
-    """One channel of a station, and its books."""
-
     def __init__(self, station: "Station", index: int) -> None:
         self._station = station
         self._shared = station.shared
@@ -514,7 +512,6 @@ class Station:
 
     @property
     def open(self) -> int:
-        """How many of its channels the guest has open."""
         return sum(line.channel.state in _IN_USE for line in self.lines.values())
 
     def save(self) -> StationState:

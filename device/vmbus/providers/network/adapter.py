@@ -122,7 +122,6 @@ class Adapter(Card):
         self._touched[queue] = None
 
     def _queue_of(self, frame: bytes) -> Queue:
-        """The same one for all frames of a flow."""
         index = self._spread.queue_of(frame)
         return self.queues[index if index < len(self.queues) and self.queues[index].channel.active else 0]
 
@@ -298,7 +297,6 @@ class Adapter(Card):
         self._stations = (self.mac, address)
 
     def _say(self, message: bytes, kind: Kind = Kind.CONTROL) -> None:
-        """A control message to the guest, in its turn."""
         self._control.append((kind, message))
 
     def _send_control(self) -> None:

@@ -40,6 +40,5 @@ class Backlog:
         return frame
 
     def clear(self) -> None:
-        """Drop them all."""
         self._frames.clear()
         self.size = 0

@@ -122,7 +122,6 @@ class Card(Provider):
         raise NotImplementedError
 
     def _flush(self) -> None:
-        """Send what was kept."""
         raise NotImplementedError
 
     def _tell_link(self) -> None:

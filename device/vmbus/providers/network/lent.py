@@ -97,7 +97,6 @@ class Arena:
         return self._head if length <= left else self._head + left
 
     def fits(self, length: int) -> bool:
-        """Whether there is room for a message."""
         return self._after_gap(length) + length - self._tail <= self.size
 
     def take(self, length: int) -> int | None:

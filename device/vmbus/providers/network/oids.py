@@ -53,8 +53,6 @@ _ON = 2
 
 
 class About(Protocol):
-    """What there is to know about a card."""
-
     mac: bytes
     address: bytes
     name: str

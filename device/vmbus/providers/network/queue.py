@@ -135,7 +135,6 @@ class Queue:
         self.filled += not parts.frames.fits(self.limit)
 
     def flush(self) -> None:
-        """Send what was added."""
         parts, ranges = self.parts, self._ranges
         if parts is None or not ranges:
             return
@@ -189,7 +188,6 @@ class Queue:
     # ---- save and restore ----------------------------------------------------------------------------------------
 
     def save_packet(self, _: ServerChannel, packet: Packet, buffer: memoryview) -> int:
-        """KMCL's save callback."""
         sent: Sent = packet.pointer
         if len(buffer) >= _SAVED.size:
             # A part of a buffer that the guest has taken back since is none of the next one.
@@ -199,7 +197,6 @@ class Queue:
         return _SAVED.size
 
     def restore_packet(self, channel: ServerChannel, lib_buf: bytes, save_buf: bytes) -> None:
-        """KMCL's restore callback."""
         where = f"a packet of channel {channel.name}"
         try:
             version, number, count, begin, end = _SAVED.unpack(save_buf)

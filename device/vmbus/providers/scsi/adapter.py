@@ -412,7 +412,6 @@ class Adapter:
     # ---- answers -------------------------------------------------------------------------------------------------
 
     def answer(self, asked: Asked, status: Status) -> None:
-        """A disk has done one of its requests."""
         if status is not Status.OK and asked.status is Status.OK:
             asked.status = status
         asked.left -= 1

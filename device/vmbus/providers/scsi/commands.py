@@ -89,7 +89,6 @@ def transfer(cdb: bytes, block_size: int, maximum: int) -> Request | Sense:
 
 
 def decide(command: Command) -> Verdict:
-    """What comes of any other command."""
     handler = _HANDLERS.get(command.cdb[0])
     return scsi.INVALID_OPERATION if handler is None else handler(command)
 

@@ -176,13 +176,11 @@ class ScsiProvider(Provider):
             unit.disk.forget(lambda asked: asked.completion.channel is channel)
 
     def go(self) -> None:
-        """Requests may come."""
         self._resting = False
         for unit in self.units.values():
             unit.disk.go()
 
     def rest(self) -> None:
-        """None come any more."""
         self._resting = True
         for unit in self._all:
             unit.disk.rest()
