@@ -22,8 +22,6 @@ from vmbus.server.timers import Timers
 from vmbus.testkit.steps import difference
 from vmbus.transport.library import Library
 
-pytestmark = pytest.mark.loopback
-
 BY_NAME = {scenario.name: scenario for scenario in SCENARIOS}
 PLAIN = [one for one in SCENARIOS if "(" not in one.name]  # how a channel is set up is nothing to the transport
 EACH = 32  # of the points of a script, one in so many gets a run of its own

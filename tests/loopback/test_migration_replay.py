@@ -22,8 +22,6 @@ from vmbus.qemu.device import DeviceInstance
 from vmbus.vm.errors import MigrateFailed
 from vmbus.vm.moments import Hook, Moment, no_hook
 
-pytestmark = pytest.mark.loopback
-
 SECRET = bytes(range(32))
 WRITES = 7
 Patch = pytest.MonkeyPatch

@@ -16,8 +16,6 @@ from support.installed import CHECKOUT, command
 from vmbus.cli import main
 from vmbus.transport.library import ENVIRONMENT_VARIABLE, Library
 
-pytestmark = pytest.mark.loopback
-
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -36,8 +36,6 @@ from vmbus.vm.moments import Moment
 from vmbus.vm.process import ProcessDied
 from vmbus.vm.run_directory import running_vms, runtime_base
 
-pytestmark = pytest.mark.loopback
-
 
 @pytest.fixture
 def place(monkeypatch: pytest.MonkeyPatch, libvfio_user: Library) -> Iterator[Path]:

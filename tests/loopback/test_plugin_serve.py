@@ -31,8 +31,6 @@ from vmbus.vm.description import load_description
 from vmbus.wire.workload import ECHO_TYPE, echo_request
 from vmbus_guest.driver import VmbusDriver
 
-pytestmark = pytest.mark.loopback
-
 SHARE = CHECKOUT / "share"
 UNITS = SHARE / "vmbus-device" / "systemd"
 AS_SYSTEMD_DOES = """

@@ -29,8 +29,6 @@ from vmbus.transport.mapping import GuestMapping
 from vmbus.wire.storvsp import Direction
 from vmbus.wire.synic import CONTROL_RESET, Register
 
-pytestmark = pytest.mark.loopback
-
 MIB = 1 << 20
 SLOT = 65536
 BLOCKS = SLOT // 512

@@ -30,8 +30,6 @@ from vmbus.transport.library import Library
 from vmbus.wire import scsi
 from vmbus.wire.storvsp import Direction, Operation
 
-pytestmark = pytest.mark.loopback
-
 MIB = 1 << 20
 SIZE = 8 * MIB
 SLOT = 65536

@@ -41,8 +41,6 @@ from vmbus.util.screen import screen
 from vmbus.vm.errors import MigrateFailed, MigrationInDoubt, RevertFailed, SaveFailed
 from vmbus.vm.run_directory import RunDirectory
 
-pytestmark = pytest.mark.unit
-
 CHECKOUT = Path(__file__).resolve().parents[2]
 
 

@@ -37,8 +37,6 @@ from vmbus.qemu.ends import GuestPanicked
 from vmbus.vm.errors import MigrationInDoubt, SaveFailed
 from vmbus.vm.run_directory import RunDirectory
 
-pytestmark = pytest.mark.unit
-
 CHECKOUT = Path(__file__).resolve().parents[2]
 PAGE = CHECKOUT / "docs" / "command-line.md"
 NO_DOCUMENT = {

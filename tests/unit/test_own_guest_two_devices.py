@@ -51,8 +51,6 @@ from vmbus.vm.errors import SaveFailed
 from vmbus.vm.moments import Sabotage
 from vmbus.vm.timing import Phases
 
-pytestmark = pytest.mark.unit
-
 GUID = "6f1b4b0e-5d2c-4a53-9d0a-0f2f1f3c7a01"
 
 

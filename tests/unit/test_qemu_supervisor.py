@@ -25,8 +25,6 @@ from vmbus.vm.errors import MigrateFailed, RevertFailed, SaveFailed
 from vmbus.vm.process import ProcessDied
 from vmbus.vm.run_directory import RunDirectory
 
-pytestmark = pytest.mark.unit
-
 
 class DummyVm:
     """As much of a VirtualMachine as its supervisor uses."""

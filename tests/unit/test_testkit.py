@@ -34,8 +34,6 @@ from vmbus.wire.workload import (
     transform,
 )
 
-pytestmark = pytest.mark.unit
-
 TYPE = UUID("00000000-0000-4000-8000-00000000bbbb")
 NUMBER = struct.Struct("<Q")
 

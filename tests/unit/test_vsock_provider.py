@@ -17,8 +17,6 @@ from vmbus.providers.vsock.streams import connect
 from vmbus.testkit import ProviderTest
 from vmbus.wire import hvsock
 
-pytestmark = pytest.mark.unit
-
 SERVICE = hvsock.service_of(80)
 
 

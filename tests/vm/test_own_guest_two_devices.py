@@ -23,8 +23,6 @@ from vmbus.vm.description import VmDescription, with_further
 from vmbus.vm.errors import SaveFailed
 from vmbus.vm.moments import Sabotage
 
-pytestmark = pytest.mark.vm
-
 Run = Callable[[Coroutine[Any, Any, Any]], Any]
 
 STORY = Story(packets=64, echo_count=0, burst_count=0, stall_seconds=20.0)

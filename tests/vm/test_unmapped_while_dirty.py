@@ -22,9 +22,6 @@ from vmbus.vm.description import VmDescription, load_description
 from vmbus.vm.errors import SaveFailed
 from vmbus.vm.moments import Moment
 
-pytestmark = pytest.mark.vm
-
-
 ENDLESS: dict[str, Any] = {"count": 0, "window": 8, "size": 20_000, "pace": 0.002, "stall_seconds": 120.0}
 
 
