@@ -70,8 +70,7 @@ def test_machine_readable_results_of_a_vm_are_alone_on_standard_output(tmp_path:
     assert shell.document("revert", "revert", "b")["tag"] == "b"
     assert shell.document("", "revert", "a", status=2)["error"]["kind"] == "usage"
     shell.document("inspect", "inspect", "demo")
-    audit, _ = shell.text("audit", "--vm", "demo", "--json", status=3)  # the driver runs: the end is missing
-    assert tuple(json.loads(audit)) == documents()["audit"]
+    assert shell.document("audit", "audit", "--vm", "demo")["verdict"] == "clean"
     # As text: results here, and what happens meanwhile there.
     for words, progress in (
         (["list"], ""),
