@@ -59,6 +59,7 @@ def test_packaging_the_demo_where_nothing_can_be_fetched_or_built(archive: Path,
     assert min(figures["in_flight"].values()) > 0
 
 
+@pytest.mark.timeout(1500)  # with making the Debian, where it is not
 def test_packaging_the_container_file_is_carried_out(
     archive: Path, tmp_path: Path, note: Callable[[str], None]
 ) -> None:
