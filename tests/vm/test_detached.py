@@ -173,7 +173,8 @@ def test_a_detached_vm_outlives_its_terminal(tmp_path: Path) -> None:
             viewer.expect(b"left the console of VM 'demo'")
             assert viewer.ends() == 0
         assert b"not-2" not in first.shown + second.shown
-    assert "error" not in log() and "the guest's agent is up" in log()
+    until(lambda: "the guest's agent is up" in log(), "the owner's notice")
+    assert "error" not in log()
     asyncio.run(qmp("stop"))
     assert [each["state"] for each in listed()] == ["paused"]
     refused = vmbus_command("stop", status=2)
