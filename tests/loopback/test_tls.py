@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import functools
 import re
+import socket
 import ssl
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -567,6 +568,23 @@ async def test_the_bandwidth_holds_over_all_connections_until_the_guest_stands(t
         client.abort()
         server.abort()
     qemu.close()
+
+
+async def test_what_was_sent_before_the_end_arrives_however_late_it_is_read() -> None:
+    ours, theirs = [socket.socketpair(socket.AF_UNIX) for _ in range(2)]
+    theirs[1].setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+    left, right = [await asyncio.open_connection(sock=one) for one in (ours[1], theirs[1])]
+    carrying = asyncio.create_task(tunnel._both_ways(left, right, tunnel.Rate(None)))
+    _, sender = await asyncio.open_connection(sock=ours[0])
+    sent = MARKER * 1500  # more than the system keeps of it
+    sender.write(sent)
+    sender.close()
+    await sender.wait_closed()
+    await eventually(lambda: left[1].transport.is_closing() or right[1].transport.is_closing(), "its end", 10)
+    reader, writer = await asyncio.open_connection(sock=theirs[0])
+    assert await asyncio.wait_for(reader.read(-1), pace.seconds(10)) == sent
+    await asyncio.wait_for(carrying, pace.seconds(10))
+    writer.close()
 
 
 # --- strangers --------------------------------------------------------------------------------------------------------

@@ -225,4 +225,5 @@ async def _both_ways(one: Ends, other: Ends, rate: Rate) -> None:
         await asyncio.wait([pipe.lost for pipe in pipes])
     finally:
         for pipe in pipes:
-            pipe.transport.abort()
+            if not pipe.lost.done():
+                pipe.transport.abort()
