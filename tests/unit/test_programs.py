@@ -18,8 +18,10 @@ ESSENTIAL = {
     "dpkg-deb",
     "dpkg-query",
     "mkdir",
+    "nsenter",
     "sh",
     "sleep",
+    "tar",
     "true",
     "unshare",
     "yes",
@@ -30,9 +32,13 @@ DECLARED = {
     "git": "git",
     "make": "`make`",
     "objcopy": "gcc",
+    "openssl": "the command openssl, which is missing: install openssl",
     "qemu-img": "QEMU",
     "ssh": "openssh-client",
+    "systemd-analyze": "systemd",  # tests go without, where it is not there
+    "systemd-socket-activate": "systemd",
     "xz": "xz-utils",
+    "zstd": "install the program zstd",
 }
 """How the pages call it; or, where it may be missing, what is said then."""
 _STARTS = r"\b(?:run|Popen|call|check_call|check_output|create_subprocess_exec|spawn|_run|run_lines|command_output)\("

@@ -15,6 +15,7 @@ from support import pace
 from support.documents import STATUS, documents
 from support.owners import nothing_runs_on as nothing_runs_on
 from support.owners import until
+from support.processes import alive
 from vmbus.vm.run_directory import running_vms
 
 pytestmark = [pytest.mark.vm, pytest.mark.usefixtures("nothing_runs_on")]
@@ -93,5 +94,5 @@ def test_machine_readable_results_of_a_vm_are_alone_on_standard_output(tmp_path:
     assert [one["name"] for one in clones] == ["demo", "demo-2"] and clones[0]["pid"] == clones[1]["pid"]
     for one in clones:
         assert shell.document("stop", "stop", "--kill", one["name"]) == {"name": one["name"], "powered_off": False}
-    until(lambda: not Path(f"/proc/{clones[0]['pid']}").exists(), "the owner of both to end")
+    until(lambda: not alive(clones[0]["pid"]), "the owner of both to end")
     print(f"documents of a real VM: {', '.join(sorted(shell.called))} in {time.monotonic() - begun:.1f} s")
