@@ -93,7 +93,7 @@ async def test_revert_in_mid_traffic_to_any_checkpoint_and_forward_again(
             taken = await vm.checkpoint(tag)
             print(f"checkpoint {tag}: {taken}")
             # How long the disk takes for the guest's memory is not ours.
-            assert min(taken.packets.values()) >= 0 and taken.downtime - taken.phases["ram"] < seconds(10)
+            assert taken.downtime - taken.phases["ram"] < seconds(10)
             seen[tag] = taken.packets["queued"] + taken.packets["sent"]
             await until_ahead(vm, await progress(vm) + 1000)
         assert [one.tag for one in vm.checkpoints()] == ["3", "1", "2"]
@@ -153,7 +153,6 @@ async def test_revert_undoes_what_became_of_the_device_and_of_requests_to_the_ag
         assert (await vm.call_agent("poll", job=later))["driver"] == "burst"
         figures = await to_the_end(vm, job)
         assert not figures.reasons, figures.reasons
-        assert vm.agent.reconnects >= 0
 
 
 def test_revert_refused_changes_nothing_and_checkpoints_outlive_their_vm(
