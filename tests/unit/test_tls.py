@@ -153,6 +153,9 @@ def test_accept_of_a_guest_of_ones_own() -> None:
         qemu_args=["-device", "pvpanic"],
     )
     wanted = msgspec.structs.replace(vm(), own=mine)
+    with pytest.raises(StateError, match=r"with the qemu-arg '-device'.*--accept qemu-arg:-device"):
+        EVERYTHING.check(wanted, "the source")
+    Accept(["qemu-arg:*"]).check(wanted, "the source")
     rules = ["demo"]
     for rule in ("file:/srv/*", "network:user", "port:tcp:*", "qemu-arg:-device", "qemu-arg:pvpanic"):
         with pytest.raises(StateError, match=f"with the {rule.partition(':')[0]} "):

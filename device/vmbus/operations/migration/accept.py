@@ -2,7 +2,7 @@
 
 A rule is the name of a VM's description, or KIND:NAME; names may have the wildcards of a shell. Once there is a rule,
 whatever none of them names is refused: before anything starts here, and once more when the device's state has come,
-since a disk may have been added meanwhile.
+since a disk may have been added meanwhile. Arguments for QEMU want a rule in any case, as `restore` wants `--trust`.
 """
 
 from __future__ import annotations
@@ -35,6 +35,10 @@ KINDS = {
     "port": "a port of this host that leads into the guest, as `hostfwd` has it",
     "qemu-arg": "an argument for QEMU",
 }
+ALWAYS = frozenset({"qemu-arg"})
+"""Kinds that are refused without a rule, and whose rules restrict nothing else: who may choose these may do whatever
+the receiving user may."""
+
 Use = tuple[str, str]
 """A kind and a name."""
 
@@ -50,6 +54,7 @@ class Accept:
             if kind not in KINDS or not name:
                 raise UsageError(f"--accept {rule!r}: write NAME or KIND:NAME, with a kind of {', '.join(KINDS)}")
             self._rules.append((kind, name))
+        self._restricts = any(kind not in ALWAYS for kind, _ in self._rules)
 
     def check(self, vm: VmDescription, source: str, files: Iterable[str] = ()) -> None:
         """Raises `StateError` that names what is not taken, for people at both sides. `files`: those behind disks of
@@ -60,17 +65,16 @@ class Accept:
     def check_saved(self, device: DeviceDescription, state: Path, source: str) -> None:
         """The same for the device as it is when it stands still, and for its saved state in a file, which says what
         disks there are by now. Raises `StateError`."""
-        if not self._rules:
+        if not self._restricts:
             return
         self._refuse(_uses(device), source)
         images = (images_in(one.state) for one in saved.decode(saved.read_file(state)).providers if one.kind == "scsi")
         self._refuse((("disk", image) for several in images for image in several), source)
 
     def _refuse(self, uses: Iterable[Use], source: str) -> None:
-        if not self._rules:
-            return
         for kind, name in uses:
-            if not any(kind == one and fnmatchcase(name, pattern) for one, pattern in self._rules):
+            asked = self._restricts or kind in ALWAYS
+            if asked and not any(kind == one and fnmatchcase(name, pattern) for one, pattern in self._rules):
                 what = f"VM {name!r}" if kind == "vm" else f"a VM with the {kind} {name!r}"
                 raise StateError(
                     f"{source} sends {what}, which is not accepted here "
