@@ -25,6 +25,7 @@ from vmbus.operations.migration.messages import Prepare
 from vmbus.operations.migration.source import Source
 from vmbus.operations.migration.verdicts import Verdicts
 from vmbus.qemu.pci_function import MAGIC
+from vmbus.qemu.qmp import MigrationFailed
 from vmbus.snapshot.manifest import Packets
 from vmbus.vm.command_line import Programs
 from vmbus.vm.description import VmDescription
@@ -43,6 +44,7 @@ class World:
         self.lock: str | None = "source"
         """Which side owns what only one may own (a provider's outside resources)."""
         self.stream: asyncio.Event = asyncio.Event()
+        self.cut = False  # the stream ended before its end
         """Set when the source's QEMU has sent everything."""
 
     def take(self, side: str) -> None:
@@ -87,6 +89,9 @@ class LeavingVm(ModelVm):
 
     async def perform(self, command: str, given: dict[str, Any]) -> Any:
         if command == "migrate-continue":
+            self.world.stream.set()
+        elif command == "migrate_cancel" and not self.world.stream.is_set():
+            self.world.cut = True
             self.world.stream.set()
         found = await super().perform(command, given)
         return {"ram": {"transferred": 5 << 20}} if command == "query-migrate" else found
@@ -141,6 +146,7 @@ class ArrivingVm(Arrival):
         self.config = bytes(256)
         self.starts += 1
         self.world.stream.clear()
+        self.world.cut = False
         return str(self._folder / "stream.sock")
 
     async def driven(self) -> bool:
@@ -162,6 +168,8 @@ class ArrivingVm(Arrival):
     async def loaded(self) -> None:
         self.step("loaded")
         await self.world.stream.wait()
+        if self.world.cut:
+            raise MigrationFailed("load of migration failed: Section footer error")
 
     async def replay(self, configs: Sequence[bytes]) -> int:
         self.step("replay")

@@ -125,6 +125,7 @@ class Capture:
                             code=Code.NOT_CONVERGING,
                         ) from error
                     attempt += 1
+                    await self._target.again()
                     await self._undo()
             captured.attempts = attempt
             yield captured

@@ -178,6 +178,9 @@ class _BesideImage:
             self.files.mkdir(mode=0o700)
         return []
 
+    async def again(self) -> None:
+        pass
+
     async def saved(self, captured: Captured) -> None:
         if not captured.files:
             self.files.rmdir()

@@ -121,6 +121,9 @@ class Target(Protocol):
         """The devices' states are in their files. The vCPUs stand, and QEMU has still to write its last pages; it does
         not before this returns. In a live capture the logged pages are written through QEMU meanwhile."""
 
+    async def again(self) -> None:
+        """The pass is given up, and `begin` follows. QEMU's stream is not cut yet: who reads it shall know first."""
+
     def discard(self) -> None:
         """The pass is given up: removes what it left."""
 
@@ -140,6 +143,9 @@ class FileTarget:
 
     async def begin(self) -> list[dict[str, object]]:
         return file_channel(self.ram)
+
+    async def again(self) -> None:
+        pass
 
     async def saved(self, captured: Captured) -> None:
         pass

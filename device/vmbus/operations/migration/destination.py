@@ -59,6 +59,7 @@ GO_TIMEOUT = 30.0
 """Seconds for which a VM that is rebuilt waits for Go."""
 ANSWER_TIMEOUT = 900.0
 """Seconds for which a VM that came here answers its source if that does not say that it has ended."""
+_ON_ITS_WAY = 0.2  # seconds; a source whose stream broke waits a little longer for our reason
 _SOURCE_TIMEOUT = 3600.0  # of steps that only the source can bound; a dead source is noticed much earlier
 _END_TIMEOUT = 60.0
 
@@ -422,10 +423,13 @@ def _invitation(listener: Listener, link: Link, stream: int | str, multifd: int)
 
 
 async def _unless_failed(loading: asyncio.Task[None], message: Awaitable[T]) -> T:
-    """The message, unless QEMU gives its load up before it comes."""
+    """The message, unless QEMU gives its load up before it comes. Whoever ends a stream says so first, on another
+    connection: what is on its way is still heard."""
     task = asyncio.ensure_future(message)
     try:
         await asyncio.wait({task, loading}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            await asyncio.wait({task}, timeout=_ON_ITS_WAY)
         if not task.done():
             loading.result()  # raises if it failed
         return await task

@@ -210,7 +210,7 @@ class Source:
                 # QEMU's error is often only the trace of what the destination can name, or the way there.
                 known = self._target.problem if self._target is not None else None
                 if known is None:
-                    await asyncio.wait({link.failure}, timeout=0.3)
+                    await asyncio.wait({link.failure}, timeout=1.0)
                     if link.failure.done() and isinstance(theirs := link.failure.result(), PeerFailed):
                         known = theirs
                 if known is not None:

@@ -58,11 +58,13 @@ class StreamTarget:
     def state(self, index: int) -> Path:
         return self._folder / numbered(STATE_FILE, index)
 
+    async def again(self) -> None:
+        await self._link.send(Again(reason="the guest took memory back that the device had written"))
+
     async def begin(self) -> list[dict[str, object]]:
         prepared = self._prepared
         self._prepared = None
         if prepared is None:
-            await self._link.send(Again(reason="the guest took memory back that the device had written"))
             prepared = await self._link.expect(Prepared, timeout=PREPARE_TIMEOUT, what="a new server and a new QEMU")
         place = self._place(prepared) if self._through is None else await self._entrance(prepared, self._through)
         self.way = str(place) if isinstance(place, TcpAddress) else None
