@@ -529,7 +529,8 @@ async def part_at(
 ) -> tuple[asyncio.Task[dict[str, Any]], asyncio.Task[dict[str, Any]]]:
     """Migrates from A to B and cuts the link when `halting` is at `moment`: the arrival and the departure."""
     at = {place: {"halt_at": moment} if place is halting else {} for place in (pair.a, pair.b)}
-    arrival = await pair.b.receive(silence=SILENCE, go_timeout=SILENCE, **at[pair.b])
+    # The link's silence is noticed before it can be said that Go is missing.
+    arrival = await pair.b.receive(silence=SILENCE, go_timeout=2 * SILENCE, **at[pair.b])
     leaving = asyncio.create_task(pair.a.migrate(pair.b, silence=SILENCE, ask_timeout=60.0, **at[pair.a]))
     await halting.ask("until-halted", patience=60)
     await pair.hosts.cut()

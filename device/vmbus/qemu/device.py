@@ -65,7 +65,9 @@ async def each(devices: Iterable[DeviceInstance], work: Callable[[DeviceInstance
 
 
 async def ask_each(
-    devices: Iterable[DeviceInstance], command: str, timeout: float = 30.0, **arguments: Any
+    devices: Iterable[DeviceInstance], command: str, timeout: float | None = None, **arguments: Any
 ) -> list[dict[str, Any]]:
     """The same command to all their servers, and the answers in their order."""
-    return await each(devices, lambda device: device.control.call(command, timeout, **arguments))
+    if timeout is not None:
+        arguments["timeout"] = timeout
+    return await each(devices, lambda device: device.control.call(command, **arguments))
