@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 from rich.text import Text
 
-from vmbus.cli.migrate import SECRET_HELP, TLS_HELP, Reception, reception
+from vmbus.cli.migrate import Receiving, Reception, receiving_options
 from vmbus.cli.supervisor import Supervisor
 from vmbus.cli.terminal import RECEIVE_LABELS, RESTORE_LABELS, Steps, console, run
 from vmbus.errors import UsageError
@@ -45,25 +45,7 @@ _ATTACH_LABELS = {
     type=click.Path(path_type=Path, file_okay=False),
     help="Put this snapshot into a QEMU that was started with -S -incoming defer; the server awaits a state.",
 )
-@click.option(
-    "--receive", metavar="ADDRESS", help="Let a VM migrate into such a QEMU: wait at tcp:HOST:PORT or unix:PATH."
-)
-@click.option(
-    "--stream-port",
-    metavar="PORT",
-    default=0,
-    type=click.IntRange(0, 65535),
-    help="With --receive tcp:...: where memory is to come. Default: any free port.",
-)
-@click.option("--secret-file", type=_SOCKET, help=SECRET_HELP)
-@click.option("--tls", type=click.Path(path_type=Path, file_okay=False), metavar="DIRECTORY", help=TLS_HELP)
-@click.option("--peer", "peers", multiple=True, metavar="NAME", help="With --tls: whose certificate may send a VM.")
-@click.option(
-    "--accept",
-    multiple=True,
-    metavar="RULE",
-    help="With --receive: take only what rules name: a description's NAME, disk:NAME, network:NAME, socket:PATH.",
-)
+@receiving_options
 @click.option(
     "--resume",
     is_flag=True,
@@ -75,12 +57,7 @@ def attach(
     agent: Path | None,
     name: str | None,
     snapshot: Path | None,
-    receive: str | None,
-    stream_port: int,
-    secret_file: Path | None,
-    tls: Path | None,
-    peers: tuple[str, ...],
-    accept: tuple[str, ...],
+    receiving: Receiving,
     resume: bool,
 ) -> None:
     """Operate a VM whose QEMU and device server somebody else started, until this ends; QEMU runs on.
@@ -90,14 +67,12 @@ def attach(
     """
     if name is not None:
         check_name(name)
-    if (snapshot is not None) + (receive is not None) + resume > 1:
+    if (snapshot is not None) + (receiving.address is not None) + resume > 1:
         raise UsageError("--restore, --receive and --resume do not go together")
-    alone = {"secret-file": secret_file, "stream-port": stream_port, "tls": tls, "peer": peers, "accept": accept}
-    if receive is None and (option := next((option for option, value in alone.items() if value), None)):
-        raise UsageError(f"--{option} goes with --receive")
+    coming = receiving.reception()
     attachment = Attachment(qmp, controls, agent)
-    if receive is not None:
-        run(_receive(attachment, name, reception(receive, secret_file, tls, peers, accept, stream_port)))
+    if coming is not None:
+        run(_receive(attachment, name, coming))
     elif snapshot is not None:
         run(_restore(attachment, name, snapshot))
     else:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import click
 import msgspec
@@ -44,25 +47,80 @@ class Reception:
     stream_port: int
 
 
-def reception(
-    address: str,
-    secret_file: Path | None,
-    tls: Path | None,
-    peers: tuple[str, ...],
-    accept: tuple[str, ...],
-    stream_port: int,
-) -> Reception:
-    """The options of `run-vm --receive`, checked. Raises `UsageError` and `EnvironmentProblem`."""
-    if secret_file is None and tls is None:
-        raise UsageError(_NO_CREDENTIALS)
-    if tls is None and peers:
-        raise UsageError("--peer goes with --tls: it is the name in a certificate")
-    if tls is not None and stream_port:
-        raise UsageError("--stream-port does not go with --tls: memory comes to the port of --receive, too")
-    place = absolute(address)
-    secret = NO_SECRET if secret_file is None else read_secret(secret_file)
-    certificates = None if tls is None else for_destination(tls, peers)
-    return Reception(place, secret, certificates, Accept(accept), stream_port)
+@dataclass(frozen=True)
+class Receiving:
+    """The options of a command that a VM may migrate to; `address`: None if none is to."""
+
+    address: str | None
+    secret_file: Path | None
+    tls: Path | None
+    peers: tuple[str, ...]
+    accept: tuple[str, ...]
+    stream_port: int
+
+    def reception(self) -> Reception | None:
+        """The options, checked; None: nobody is waited for. Raises `UsageError` and `EnvironmentProblem`."""
+        if self.address is None:
+            alone = {
+                "secret-file": self.secret_file,
+                "stream-port": self.stream_port,
+                "tls": self.tls,
+                "peer": self.peers,
+                "accept": self.accept,
+            }
+            if option := next((option for option, value in alone.items() if value), None):
+                raise UsageError(f"--{option} goes with --receive")
+            return None
+        if self.secret_file is None and self.tls is None:
+            raise UsageError(_NO_CREDENTIALS)
+        if self.tls is None and self.peers:
+            raise UsageError("--peer goes with --tls: it is the name in a certificate")
+        if self.tls is not None and self.stream_port:
+            raise UsageError("--stream-port does not go with --tls: memory comes to the port of --receive, too")
+        place = absolute(self.address)
+        secret = NO_SECRET if self.secret_file is None else read_secret(self.secret_file)
+        certificates = None if self.tls is None else for_destination(self.tls, self.peers)
+        return Reception(place, secret, certificates, Accept(self.accept), self.stream_port)
+
+
+_RECEIVING = (
+    click.option(
+        "--receive",
+        "address",
+        metavar="ADDRESS",
+        help="Wait at tcp:HOST:PORT or unix:PATH for a VM that migrates here.",
+    ),
+    click.option(
+        "--stream-port",
+        metavar="PORT",
+        default=0,
+        type=click.IntRange(0, 65535),
+        help="With --receive tcp:...: where memory is to come, if not every port is let through. Default: any free.",
+    ),
+    click.option("--secret-file", type=click.Path(path_type=Path, dir_okay=False), help=SECRET_HELP),
+    click.option("--tls", type=click.Path(path_type=Path, file_okay=False), metavar="DIRECTORY", help=TLS_HELP),
+    click.option("--peer", "peers", multiple=True, metavar="NAME", help="With --tls: whose certificate may send a VM."),
+    click.option(
+        "--accept",
+        multiple=True,
+        metavar="RULE",
+        help="With --receive: take only what rules name: a description's NAME, disk:NAME, network:NAME, socket:PATH.",
+    ),
+)
+
+
+def receiving_options(command: Callable[..., None]) -> Callable[..., None]:
+    """The options of a destination, which the command gets as one argument, `receiving`."""
+
+    @functools.wraps(command)
+    def gathered(**options: Any) -> None:
+        names = [field.name for field in fields(Receiving)]
+        command(receiving=Receiving(**{name: options.pop(name) for name in names}), **options)
+
+    wrapped: Callable[..., None] = gathered
+    for option in reversed(_RECEIVING):
+        wrapped = option(wrapped)
+    return wrapped
 
 
 def absolute(text: str) -> Address:

@@ -20,7 +20,7 @@ from vmbus.cli.completion import descriptions, test_drivers
 from vmbus.cli.detach import Owner, detached, serve, this_owner
 from vmbus.cli.drivers import Drive, jobs_for, outcome, parse_drive, show_drivers
 from vmbus.cli.keys import with_keys
-from vmbus.cli.migrate import SECRET_HELP, TLS_HELP, Reception, reception
+from vmbus.cli.migrate import Receiving, Reception, receiving_options
 from vmbus.cli.results import json_option
 from vmbus.cli.supervisor import Status, Supervisor
 from vmbus.cli.terminal import (
@@ -99,23 +99,7 @@ CAPTURE_HELP = "Capture all packets from the start on into this new pcapng file 
     type=click.Path(path_type=Path, dir_okay=False),
     help="A public key that may log in as root, for a guest with a Debian (default: ~/.ssh/*.pub).",
 )
-@click.option("--receive", metavar="ADDRESS", help="Wait at tcp:HOST:PORT or unix:PATH for a VM that migrates here.")
-@click.option(
-    "--stream-port",
-    metavar="PORT",
-    default=0,
-    type=click.IntRange(0, 65535),
-    help="With --receive tcp:...: where memory is to come, if not every port is let through. Default: any free one.",
-)
-@click.option("--secret-file", type=click.Path(path_type=Path, dir_okay=False), help=SECRET_HELP)
-@click.option("--tls", type=click.Path(path_type=Path, file_okay=False), metavar="DIRECTORY", help=TLS_HELP)
-@click.option("--peer", "peers", multiple=True, metavar="NAME", help="With --tls: whose certificate may send a VM.")
-@click.option(
-    "--accept",
-    multiple=True,
-    metavar="RULE",
-    help="With --receive: take only what rules name: a description's NAME, disk:NAME, network:NAME, socket:PATH.",
-)
+@receiving_options
 @own_guest.own_guest_options
 @click.option("--detach", is_flag=True, help=DETACH_HELP)
 @json_option
@@ -131,12 +115,7 @@ def run_vm(
     external: str | None,
     like: Path | None,
     ssh_keys: tuple[Path, ...],
-    receive: str | None,
-    stream_port: int,
-    secret_file: Path | None,
-    tls: Path | None,
-    peers: tuple[str, ...],
-    accept: tuple[str, ...],
+    receiving: Receiving,
     detach: bool,
     as_json: bool,
     **mine: Any,
@@ -158,18 +137,15 @@ def run_vm(
     external_bytes = None if external is None else parse_size(external)
     if external is not None and capture is None:
         raise UsageError("--external goes with --capture")
-    if receive is not None:
+    if receiving.address is not None:
         if config is not None or drives or own or others or ssh_keys or like is not None or own_guest.given(mine):
             named = ", ".join(["CONFIG", "--drive", "--driver-file", "--device", "--ssh-key", *own_guest.given(mine)])
             raise UsageError(f"--receive takes no {named} or --like: the VM brings its own")
-        coming = reception(receive, secret_file, tls, peers, accept, stream_port)
         if capture is not None:
             raise UsageError("--capture does not go with --receive: start it with scripts/capture when the VM is there")
+    if (coming := receiving.reception()) is not None:
         serve(_receive(coming, programs_from(provision()), name, audit))
         return
-    alone = {"secret-file": secret_file, "stream-port": stream_port, "tls": tls, "peer": peers, "accept": accept}
-    if option := next((option for option, value in alone.items() if value), None):
-        raise UsageError(f"--{option} goes with --receive")
     description = own_guest.with_options(load_description(find_description(config or "demo", CONFIGURATIONS)), mine)
     further = [load_description(find_description(one, CONFIGURATIONS)) for one in others]
     description = with_further(description, further)

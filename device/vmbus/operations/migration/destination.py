@@ -44,6 +44,7 @@ from vmbus.operations.migration.tls import Peer
 from vmbus.operations.migration.tunnel import Door
 from vmbus.operations.migration.verdicts import Record, Stage, Verdicts
 from vmbus.operations.own_disks import check_arrival
+from vmbus.qemu.qmp import MigrationFailed
 from vmbus.snapshot.manifest import Packets
 from vmbus.util.interruptible import uninterrupted
 from vmbus.vm.command_line import Programs, numbered
@@ -428,7 +429,7 @@ async def _unless_failed(loading: asyncio.Task[None], message: Awaitable[T]) -> 
     task = asyncio.ensure_future(message)
     try:
         await asyncio.wait({task, loading}, return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
+        if not task.done() and isinstance(loading.exception(), MigrationFailed):
             await asyncio.wait({task}, timeout=_ON_ITS_WAY)
         if not task.done():
             loading.result()  # raises if it failed
