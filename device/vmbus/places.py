@@ -6,6 +6,7 @@ Standard library only.
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -26,6 +27,11 @@ MEASUREMENTS = _CHECKOUT / "bench" if IN_CHECKOUT else _PACKAGE.parent
 
 _SCRIPT = re.compile(r"(?<![\w/.-])scripts/(?:(_run -m )|([a-z][a-z-]*)(?![\w/-]|\.\w))")
 _OUTSIDE = {"test": "pytest"}
+
+
+def import_path() -> str:
+    """`PYTHONPATH` for another process of this very code: what there is, behind the folder that has it."""
+    return os.pathsep.join(filter(None, [str(_PACKAGE.parent), os.environ.get("PYTHONPATH")]))
 
 
 def command(name: str) -> str:

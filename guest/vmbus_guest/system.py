@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
@@ -21,6 +20,7 @@ import vmbus_guest
 from vmbus.errors import EnvironmentProblem, VmbusError
 from vmbus.provision.kernel_module import NAME as MODULE
 from vmbus.provision.kernel_module import SERIES, source_folder
+from vmbus.provision.programs import ask, said
 from vmbus_guest import testdrivers
 from vmbus_guest.huge_pages import MAXIMUM_PHYSICAL_PAGES
 from vmbus_guest.kernel_files import link_name, read_text
@@ -157,15 +157,10 @@ def dkms(folder: Path, *, build: bool, say: Callable[[str], None]) -> None:
 
 
 def _run(*argv: str) -> None:
-    try:
-        done = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=COMMAND_TIMEOUT)
-    except FileNotFoundError:
-        raise EnvironmentProblem(f"there is no {argv[0]} on this machine, and it is needed for this") from None
-    except subprocess.TimeoutExpired:
-        raise EnvironmentProblem(f"'{' '.join(argv)}' has not ended within {COMMAND_TIMEOUT:g} s") from None
+    name = f"'{' '.join(argv)}'"
+    done = ask(argv, name, COMMAND_TIMEOUT)
     if done.returncode:
-        said = (done.stderr or done.stdout).strip()[-2000:]
-        raise EnvironmentProblem(f"'{' '.join(argv)}' failed with status {done.returncode}: {said}")
+        raise EnvironmentProblem(f"{name} failed with status {done.returncode}: {said(done)}")
 
 
 def _parser() -> argparse.ArgumentParser:

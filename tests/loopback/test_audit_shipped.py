@@ -11,11 +11,11 @@ import msgspec
 import pytest
 
 from support.hv_utils import HvUtils
-from vmbus.cli.vm import CONFIGURATIONS
 from vmbus.device.description import DeviceDescription, ProviderDescription
 from vmbus.observe.audit.checker import check_paths
 from vmbus.observe.audit.files import recorder_in
 from vmbus.observe.audit.report import Report
+from vmbus.places import DESCRIPTIONS as CONFIGURATIONS
 from vmbus.testkit.loopback.restoring import Servers
 from vmbus.transport.library import Library
 from vmbus.vm.description import load_description

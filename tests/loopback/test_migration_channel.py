@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from support import pace
+from support.strangers import flood
 from vmbus.errors import EnvironmentProblem, UsageError, WaitTimeout
 from vmbus.operations.migration import channel as channels
 from vmbus.operations.migration import link as links
@@ -328,33 +329,15 @@ async def test_strangers(said: bytes, reason: str) -> None:
         assert arrived.empty() and listener.refused == 1 and reason in listener.last_refusal
 
 
-async def _flood(place: tuple[str, int], silent: list[asyncio.StreamWriter]) -> None:
-    """Connects and says nothing, again for each connection that is closed."""
-    while True:
-        with contextlib.suppress(OSError):
-            reader, writer = await asyncio.open_connection(*place)
-            silent.append(writer)
-            await reader.read(-1)
-            writer.close()
-
-
 @pytest.mark.parametrize("strangers", [8, 80])
 async def test_fault_m4_fault_h11_silent_strangers_do_not_keep_the_source_out(strangers: int) -> None:
     async with listening(TcpAddress("127.0.0.1", 0)) as (listener, _):
         assert isinstance(listener.address, TcpAddress)
         place = listener.address.host, listener.address.port
-        silent: list[asyncio.StreamWriter] = []
-        floods = [asyncio.create_task(_flood(place, silent)) for _ in range(strangers)]
-        while len(silent) < strangers:  # noqa: ASYNC110 - they come as they come
-            await asyncio.sleep(0.01)
-        for _ in range(12):
-            (await connect(listener.address, SECRET)).abort()
-        assert len(listener._strangers) <= MAX_STRANGERS
-        for flood in floods:
-            flood.cancel()
-        await asyncio.gather(*floods, return_exceptions=True)
-        for writer in silent:
-            writer.close()
+        async with flood(place, strangers):
+            for _ in range(12):
+                (await connect(listener.address, SECRET)).abort()
+            assert len(listener._strangers) <= MAX_STRANGERS
 
 
 async def test_fault_m4_sabotage_with_the_oldest_kept_the_source_would_be_the_one_to_go(

@@ -22,6 +22,7 @@ from support import certificates, pace
 from support.migration import SECRET, ArrivingVm, LeavingVm, Pair, World
 from support.model_vm import LogBroken, ModelVm
 from support.pace import eventually
+from support.strangers import flood
 from support.wire import Wire
 from vmbus.errors import VmbusError
 from vmbus.operations.migration import channel as channels
@@ -590,33 +591,18 @@ async def test_what_was_sent_before_the_end_arrives_however_late_it_is_read() ->
 # --- strangers --------------------------------------------------------------------------------------------------------
 
 
-async def _flood(place: tuple[str, int], silent: list[asyncio.StreamWriter], say: bytes) -> None:
-    while True:
-        with contextlib.suppress(OSError):
-            reader, writer = await asyncio.open_connection(*place)
-            silent.append(writer)
-            writer.write(say)
-            await reader.read(-1)
-            writer.close()
-
-
 @pytest.mark.parametrize("say", [b"", b"\x16\x03\x01\x02\x00"], ids=["silent", "half a handshake"])
 async def test_a_flood_of_strangers_keeps_neither_source_nor_stream_out(say: bytes, tmp_path: Path) -> None:
     listener = await listen(HERE, NO_SECRET, certificates.destination())
     assert isinstance(listener.address, TcpAddress)
     place = listener.address.host, listener.address.port
-    silent: list[asyncio.StreamWriter] = []
-    floods = [asyncio.create_task(_flood(place, silent, say)) for _ in range(MAX_STRANGERS + 16)]
-    await eventually(lambda: len(silent) >= len(floods), "the flood", 10)
-    async with pair(tmp_path, certificates.source(), certificates.destination(), listener=listener) as both:
+    async with (
+        flood(place, MAX_STRANGERS + 16, say),
+        pair(tmp_path, certificates.source(), certificates.destination(), listener=listener) as both,
+    ):
         found = await both.migrate()
         assert found.arrived, (found.problem, found.refusal)
         assert len(listener._strangers) <= MAX_STRANGERS
-    for flood in floods:
-        flood.cancel()
-    await asyncio.gather(*floods, return_exceptions=True)
-    for writer in silent:
-        writer.close()
 
 
 @pytest.mark.parametrize("how", ["silent", "drop by drop", "silent after its certificate"])

@@ -12,9 +12,9 @@ from pathlib import Path
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from support import pace
-
-CHECKOUT = Path(__file__).resolve().parents[2]
+from support import installed, pace
+from support.installed import CHECKOUT
+from vmbus.provision.environment import PIP_QUIET
 
 PIP = "pip==25.3 --hash=sha256:9655943313a94722b7774661c21049070f6bbb0a1516bf02f7c8d5d9201514cd\n"
 """For a system without one; it runs from its wheel."""
@@ -39,13 +39,13 @@ def wanted() -> str:
 def fill(folder: Path, python: str) -> None:
     """Put the wheels for that version of Python (such as 3.13) into a new folder."""
     folder.mkdir(parents=True)
+    source = folder.with_name(f"{folder.name}-sdist")
+    source.mkdir()
+    installed.wheel(folder, installed.sdist(source))
     pins = folder / "pins.txt"
     pins.write_text(PIP + wanted())
-    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+    pip = [sys.executable, "-m", "pip", *PIP_QUIET]
     foreign = ["--python-version", python, "--only-binary=:all:", "--no-deps", "--require-hashes"]
-    for arguments in (
-        ["wheel", "--no-deps", "--wheel-dir", str(folder), str(CHECKOUT)],
-        ["download", *foreign, "--dest", str(folder), "--requirement", str(pins)],
-    ):
-        done = subprocess.run([*pip, *arguments], capture_output=True, text=True, timeout=pace.seconds(300))
-        assert done.returncode == 0, done.stdout + done.stderr
+    arguments = ["download", *foreign, "--dest", str(folder), "--requirement", str(pins)]
+    done = subprocess.run([*pip, *arguments], capture_output=True, text=True, timeout=pace.seconds(300))
+    assert done.returncode == 0, done.stdout + done.stderr

@@ -11,7 +11,7 @@ import pytest
 from support.console_lines import CHECKOUT, HostLine, host_lines, shape, stories
 from vmbus.cli import main
 from vmbus.cli.drivers import DriverFile, jobs_for, parse_drive
-from vmbus.cli.vm import CONFIGURATIONS
+from vmbus.places import DESCRIPTIONS as CONFIGURATIONS
 
 LINES = host_lines()
 NOT_COMMANDS = {"test", "setup", "_run"}

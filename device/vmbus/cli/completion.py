@@ -88,9 +88,7 @@ def _items(values: Iterable[str], incomplete: str) -> list[CompletionItem[str]]:
 
 def vms(_: click.Context, __: click.Parameter, incomplete: str) -> list[CompletionItem[str]]:
     """Names of running VMs."""
-    with contextlib.suppress(VmbusError, OSError):
-        return _items(running_vms(), incomplete)
-    return []
+    return _items(_running(), incomplete)
 
 
 def descriptions(_: click.Context, __: click.Parameter, incomplete: str) -> list[CompletionItem[str]]:
@@ -110,7 +108,8 @@ def test_drivers(_: click.Context, __: click.Parameter, incomplete: str) -> list
 def tags(context: click.Context, _: click.Parameter, incomplete: str) -> list[CompletionItem[str]]:
     """A VM's name, or the tags of its checkpoints (with `--directory`: of those there)."""
     given = context.params.get("words") or ()
-    found: list[str] = [] if given else [name for name in _running() if len(_running()) > 1]
+    running = [] if given else _running()
+    found = running if len(running) > 1 else []
     with contextlib.suppress(VmbusError, OSError, KeyError, TypeError):
         directory = context.params.get("directory")
         if directory is not None:

@@ -14,12 +14,11 @@ from rich.text import Text
 from vmbus.cli.outputs import output
 from vmbus.cli.results import TO_STANDARD_OUTPUT, file_option, print_json
 from vmbus.cli.terminal import Steps, console, run
-from vmbus.places import DESCRIPTIONS
 from vmbus.provision import provision
 from vmbus.testkit.story import Figures, Story, run_story
 from vmbus.util.screen import screen
 from vmbus.vm.command_line import programs_from
-from vmbus.vm.description import find_description, load_description
+from vmbus.vm.description import named_description
 
 LABELS = {
     "boot": "Linux guest booted, its agent answers",
@@ -50,7 +49,7 @@ def _told(packets: int, stopped: bool) -> Figures:
     """The story, with its steps shown."""
     provisioned = provision()
     programs = programs_from(provisioned)
-    description = load_description(find_description("demo", DESCRIPTIONS))
+    description = named_description("demo")
     console.print(
         f"QEMU {programs.qemu_version}, accelerator {provisioned.accelerator.name} "
         f"({provisioned.accelerator.reason}), guest kernel {provisioned.kernel_version}"

@@ -23,13 +23,12 @@ from typing import IO, Any, NoReturn, TypeVar
 import click
 import msgspec
 
-import vmbus
 from vmbus.cli.results import Failure, print_result
 from vmbus.cli.supervisor import Status
 from vmbus.cli.terminal import heeded, run
 from vmbus.cli.words import words_of
 from vmbus.errors import EnvironmentProblem, ReportedError, VmbusError, os_error
-from vmbus.places import command
+from vmbus.places import command, import_path
 from vmbus.util.directories import state_folder
 from vmbus.vm.logs import LOOK_EVERY, shorten
 from vmbus.vm.run_directory import running_vms
@@ -149,9 +148,7 @@ def start(words: Sequence[str]) -> list[Status]:
         descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC, 0o600)
     ours, theirs = socket.socketpair()
     try:
-        root = str(Path(vmbus.__file__).resolve().parent.parent)
-        path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
-        environment = os.environ | {_VARIABLE: f"{theirs.fileno()}:{log}", "PYTHONPATH": path}
+        environment = os.environ | {_VARIABLE: f"{theirs.fileno()}:{log}", "PYTHONPATH": import_path()}
         with log.open("rb") as output, os_error("cannot start a process"):
             process = subprocess.Popen(
                 [sys.executable, "-m", "vmbus", *words],

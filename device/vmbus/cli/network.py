@@ -12,11 +12,10 @@ import msgspec
 from vmbus.cli.completion import descriptions
 from vmbus.cli.results import json_option, print_result
 from vmbus.errors import UsageError
-from vmbus.places import DESCRIPTIONS
 from vmbus.providers.network import NetworkProvider
 from vmbus.providers.network.card import CardOptions, host_settings
 from vmbus.providers.network.interface import Settings, prepare, remove
-from vmbus.vm.description import VmDescription, find_description, load_description
+from vmbus.vm.description import VmDescription, named_description
 
 
 @click.command()
@@ -34,7 +33,7 @@ def network(config: str, user: str | None, away: bool, as_json: bool) -> None:
     sudo scripts/network debian-network
     scripts/run-vm debian-network
     """
-    wanted = interfaces(load_description(find_description(config, DESCRIPTIONS)))
+    wanted = interfaces(named_description(config))
     if not wanted:
         raise UsageError(f"{config} describes no card, so there is nothing to be made")
     owner = user_id(user)

@@ -20,7 +20,6 @@ from vmbus.device.pci import DEVICE_ID, VENDOR_ID
 from vmbus.errors import UsageError, VmbusError
 from vmbus.observe.capture.capture import DEFAULT_EXTERNAL
 from vmbus.observe.instruments import all_instruments
-from vmbus.places import DESCRIPTIONS
 from vmbus.providers import PROVIDERS
 from vmbus.server.app import DeviceServer
 from vmbus.server.control import CONTROL_SUFFIX
@@ -80,9 +79,9 @@ def find_device(text: str) -> DeviceDescription:
     """
     if text.endswith(".json"):
         return load_device(Path(text))
-    from vmbus.vm.description import find_description, load_description  # a server of ours needs none of that
+    from vmbus.vm.description import named_description  # a server of ours needs none of that
 
-    return load_description(find_description(text, DESCRIPTIONS)).device
+    return named_description(text).device
 
 
 def find_library(explicit: Path | None) -> Library:

@@ -33,7 +33,6 @@ from vmbus.cli.terminal import (
 from vmbus.errors import UsageError, VmbusError
 from vmbus.operations.machine import VirtualMachine
 from vmbus.operations.migration.listener import listen
-from vmbus.places import DESCRIPTIONS as CONFIGURATIONS
 from vmbus.places import command, spelled
 from vmbus.provision import provision, provision_debian
 from vmbus.qemu.agent import AgentError, GuestWentBack
@@ -43,7 +42,7 @@ from vmbus.snapshot.manifest import Machine
 from vmbus.testkit.driver_file import DriverFile, install, read_driver_file
 from vmbus.util.explaining import check_name
 from vmbus.vm.command_line import Programs, programs_from
-from vmbus.vm.description import VmDescription, find_description, load_description, with_further
+from vmbus.vm.description import VmDescription, named_description, with_further
 from vmbus.vm.root import missing_root
 from vmbus.vm.run_directory import RunDirectory
 
@@ -146,8 +145,8 @@ def run_vm(
     if (coming := receiving.reception()) is not None:
         serve(_receive(coming, programs_from(provision()), name, audit))
         return
-    description = own_guest.with_options(load_description(find_description(config or "demo", CONFIGURATIONS)), mine)
-    further = [load_description(find_description(one, CONFIGURATIONS)) for one in others]
+    description = own_guest.with_options(named_description(config or "demo"), mine)
+    further = [named_description(one) for one in others]
     description = with_further(description, further)
     own_guest.look_at_files(description)
     wanted = jobs_for([parse_drive(text) for text in drives], own)

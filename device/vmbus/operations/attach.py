@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
-import hashlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from vmbus.operations import revert as reverting
 from vmbus.operations import save as saving
 from vmbus.operations.checkpoint import CheckpointReport
 from vmbus.operations.machine import VirtualMachine
+from vmbus.operations.migration.files import record_of
 from vmbus.operations.migration.listener import Listener
 from vmbus.operations.revert import RevertReport
 from vmbus.operations.save import SaveReport
@@ -37,6 +37,7 @@ from vmbus.qemu.outsider import Outsider, until_end
 from vmbus.qemu.survey import Survey, survey
 from vmbus.snapshot.manifest import Function, Machine
 from vmbus.util.explaining import NAME_PATTERN
+from vmbus.util.interruptible import in_thread
 from vmbus.util.patience import patient
 from vmbus.vm.command_line import Programs
 from vmbus.vm.description import FurtherDevice, GuestDescription, VmDescription
@@ -166,7 +167,7 @@ class AttachedMachine(VirtualMachine):
                 with os_error(f"there is no device server at {path}"):
                     reader, writer = await asyncio.open_unix_connection(str(path))
                 self.background(until_end(reader, writer, server))
-            more = {} if files is None else {"files": _whole(files)}
+            more = {} if files is None else {"files": str(_whole(files))}
             for device, state in zip(self.devices, states or [], strict=bool(states)):
                 await self._load(device, state, more)
         if self._has_agent:
@@ -174,15 +175,8 @@ class AttachedMachine(VirtualMachine):
         await self._attend()
 
     async def _load(self, device: DeviceInstance, state: Path, more: dict[str, Any]) -> None:
-        found = hashlib.sha256(await asyncio.to_thread(state.read_bytes))
-        await device.control.call(
-            "load",
-            _LOAD_TIMEOUT,
-            path=_whole(state),
-            sha256=found.hexdigest(),
-            description=msgspec.to_builtins(device.description),
-            **more,
-        )
+        record = await in_thread(functools.partial(record_of, state))
+        await device.load(_whole(state), record.sha256, device.description, _LOAD_TIMEOUT, **more)
 
     async def _watch(self, qemu: Outsider) -> None:
         await self.monitor.lost()
@@ -258,8 +252,8 @@ class AttachedMachine(VirtualMachine):
         await super().kill()
 
 
-def _whole(path: Path) -> str:
-    return str(path.absolute())
+def _whole(path: Path) -> Path:
+    return path.absolute()
 
 
 def name_for(wanted: str | None, found: Survey) -> tuple[str, bool]:

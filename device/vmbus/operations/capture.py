@@ -26,6 +26,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import functools
 import os
 import time
 from collections.abc import AsyncIterator, Coroutine, Iterator
@@ -37,9 +38,9 @@ from vmbus.operations.own_disks import take_again
 from vmbus.operations.stream import StreamSettings, begin_stream, growing_limit, set_migration, stop_time
 from vmbus.operations.target import Captured, CapturedDevice, Target
 from vmbus.operations.vm import Vm
-from vmbus.qemu.device import DeviceInstance, ask_each, each
+from vmbus.qemu.device import DeviceInstance, ask_each, each, resume_if_paused
 from vmbus.qemu.probe import driven_by_client
-from vmbus.qemu.qmp import MIGRATION_ENDS, MigrationFailed
+from vmbus.qemu.qmp import MIGRATION_ENDS, give_migration_up
 from vmbus.util.interruptible import uninterrupted
 from vmbus.util.patience import patient
 from vmbus.vm.errors import SaveFailed
@@ -164,7 +165,7 @@ class Capture:
     async def resume(self) -> None:
         """Lets a VM that was saved run on: the checkpoint's last step."""
         if not self._driven:
-            await each(self._devices, _resume)
+            await ask_each(self._devices, "resume", **_taking_back())
         if self._was_running:
             await self._monitor.cont()
         else:
@@ -310,14 +311,10 @@ class Capture:
             with _collect(failures):
                 status, _ = await self._monitor.migration_status()
                 if status not in MIGRATION_ENDS:
-                    await self._monitor.execute("migrate_cancel")
-                    with contextlib.suppress(MigrationFailed):  # "failed" is an end as good as "cancelled"
-                        await self._monitor.wait_migration(
-                            {"cancelled", "completed", "none"}, patient(60.0), "QEMU to give the migration up"
-                        )
+                    await give_migration_up(self._monitor)
                 self._migrating = False
         with _collect(failures):
-            await each(self._devices, _resume_if_paused)
+            await each(self._devices, functools.partial(resume_if_paused, **_taking_back()))
         if self._logging:
             with _collect(failures):
                 await ask_each(self._devices, "log-stop")
@@ -336,13 +333,9 @@ class Capture:
         self._touched = False
 
 
-async def _resume(device: DeviceInstance) -> None:
-    await device.control.call("resume", timeout=TAKE_BACK_TIMEOUT + 10.0, seconds=TAKE_BACK_TIMEOUT)
-
-
-async def _resume_if_paused(device: DeviceInstance) -> None:
-    if (await device.control.call("status"))["phase"] in ("pausing", "paused"):
-        await _resume(device)
+def _taking_back() -> dict[str, Any]:
+    """Bounds of a device's `resume`, which may have to wait for what its providers own."""
+    return {"timeout": TAKE_BACK_TIMEOUT + 10.0, "seconds": TAKE_BACK_TIMEOUT}
 
 
 async def _both(first: Coroutine[Any, Any, None], second: Coroutine[Any, Any, None]) -> None:

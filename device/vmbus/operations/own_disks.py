@@ -25,7 +25,7 @@ from vmbus.util.copying import copy_file, sync_directory
 from vmbus.util.interruptible import Stop, in_thread
 from vmbus.vm.command_line import disk_node
 from vmbus.vm.description import VmDescription
-from vmbus.vm.own_disks import DiskState, changed, layer_of, look, mark, settled
+from vmbus.vm.own_disks import DiskState, changed, layer_of, look, mark, mark_as, settled
 from vmbus.vm.own_guest import OwnDisk
 from vmbus.vm.run_directory import RunDirectory
 
@@ -309,8 +309,7 @@ class _Place:
                 copy_file(self._content, new, stop=stop)
                 new.chmod(stat.S_IMODE(path.stat().st_mode))
                 if identity:
-                    with contextlib.suppress(OSError):
-                        os.setxattr(new, "user.vmbus.disk", identity.encode())
+                    mark_as(new, identity)
                 new.replace(path)
             except BaseException:
                 new.unlink(missing_ok=True)

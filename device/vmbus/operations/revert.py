@@ -31,7 +31,7 @@ from vmbus.operations.image import Image, image_in
 from vmbus.operations.restore import FINISH_TIMEOUT, found_in
 from vmbus.operations.stream import refuse_unsafe_settings
 from vmbus.operations.vm import Vm, operation
-from vmbus.qemu.device import DeviceInstance, ask_each, each
+from vmbus.qemu.device import DeviceInstance, ask_each, each, resume_if_paused
 from vmbus.qemu.probe import check_same, require_complete, require_running
 from vmbus.qemu.qmp import capabilities
 from vmbus.server.control import ControlError
@@ -166,15 +166,8 @@ class _Revert:
 
         async def load(device: DeviceInstance) -> dict[str, Any]:
             index = self._devices.index(device)
-            return await device.control.call(
-                "load",
-                timeout=60.0,
-                path=str(self._store.state(record.tag, index).absolute()),
-                sha256=record.states[index].sha256,
-                description=msgspec.to_builtins(record.vm.all_devices[index]),
-                check=check,
-                **files,
-            )
+            path, sha256 = self._store.state(record.tag, index).absolute(), record.states[index].sha256
+            return await device.load(path, sha256, record.vm.all_devices[index], 60.0, check=check, **files)
 
         return await each(self._devices, load)
 
@@ -201,7 +194,7 @@ class _Revert:
             raise RevertFailed(f"{failed}; {fate}", source_alive=True) from error
 
     async def _undo(self) -> None:
-        await each(self._devices, _resume_if_paused)
+        await each(self._devices, resume_if_paused)
         if self._was_running:
             await self._monitor.cont()
 
@@ -287,8 +280,3 @@ async def _rest(device: DeviceInstance) -> bool:
             raise
         return False
     return True
-
-
-async def _resume_if_paused(device: DeviceInstance) -> None:
-    if (await device.control.call("status"))["phase"] in ("pausing", "paused"):
-        await device.control.call("resume")

@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine, Iterable, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
+
+import msgspec
 
 from vmbus.device.description import DeviceDescription
 from vmbus.qemu.connections import Control, QemuMonitor
@@ -43,6 +46,14 @@ class DeviceInstance:
         """See `vmbus.qemu.pci_function.barrier`."""
         await barrier(self.monitor, self.control, known)
 
+    async def load(
+        self, path: Path, sha256: str, description: DeviceDescription, timeout: float, **more: Any
+    ) -> dict[str, Any]:
+        """Gives the server a state of the device, described as it is in there, by an absolute path; `more`: further
+        arguments of that command."""
+        plain = msgspec.to_builtins(description)
+        return await self.control.call("load", timeout, path=str(path), sha256=sha256, description=plain, **more)
+
     async def put_back(self, config: bytes, only: Sequence[tuple[int, int, int]] | None = None) -> int:
         """Puts the function of a paused VM back: see `vmbus.qemu.pci_function`."""
         return await put_back(self.monitor, self.control, self.address, config, only)
@@ -50,6 +61,12 @@ class DeviceInstance:
     async def is_back(self, config: bytes) -> bool:
         """Whether it is: see there."""
         return await is_back(self.monitor, self.control, config)
+
+
+async def resume_if_paused(device: DeviceInstance, **bounds: Any) -> None:
+    """Sets a device going that stands; `bounds`: of the command `resume`."""
+    if (await device.control.call("status"))["phase"] in ("pausing", "paused"):
+        await device.control.call("resume", **bounds)
 
 
 async def each(devices: Iterable[DeviceInstance], work: Callable[[DeviceInstance], Coroutine[Any, Any, T]]) -> list[T]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import socket
 import sys
 from asyncio import StreamReader
@@ -11,8 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import vmbus
 from vmbus.errors import EnvironmentProblem, os_error
+from vmbus.places import import_path
 from vmbus.providers.disk.image import CLONE_VARIABLE
 from vmbus.qemu.agent import decode_line
 from vmbus.qemu.device import DeviceInstance, each
@@ -24,8 +23,6 @@ if TYPE_CHECKING:
 
 START_TIMEOUT = 60.0
 """Seconds that the server and QEMU have for coming up, each."""
-
-_IMPORT_ROOT = str(Path(vmbus.__file__).resolve().parent.parent)  # a server of this very code, wherever it is
 
 
 async def start_servers(vm: Instance, states: Sequence[Path] | None, files: Path | None, *, awaiting: bool) -> None:
@@ -55,8 +52,7 @@ async def _start_server(
     arguments = [sys.executable, "-m", "vmbus.cli.serve", str(file), *(["--await-state"] if awaiting else [])]
     for name, value in options.items():
         arguments += [] if value is None else [name, str(value)]
-    inherited = os.environ.get("PYTHONPATH")
-    environment = {"PYTHONPATH": f"{_IMPORT_ROOT}:{inherited}" if inherited else _IMPORT_ROOT}
+    environment = {"PYTHONPATH": import_path()}
     if vm.clone:
         environment[CLONE_VARIABLE] = str(vm.run_directory.room("disks"))
     which = f" for {device.name!r}" if len(vm.devices) > 1 else ""

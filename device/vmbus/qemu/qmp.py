@@ -16,6 +16,7 @@ from qemu.qmp.events import EventListener
 from qemu.qmp.protocol import Runstate
 
 from vmbus.errors import EnvironmentProblem, WaitTimeout, code_in
+from vmbus.qemu.connections import QemuMonitor
 from vmbus.util.patience import Guard, patient
 from vmbus.vm.process import guard_all
 
@@ -34,6 +35,13 @@ class QmpCommandFailed(EnvironmentProblem):
 
 class MigrationFailed(EnvironmentProblem):
     """A migration ended otherwise than the caller needed."""
+
+
+async def give_migration_up(monitor: QemuMonitor) -> None:
+    """Cancels a migration that is under way, and waits for its end."""
+    await monitor.execute("migrate_cancel")
+    with contextlib.suppress(MigrationFailed):  # "failed" is an end as good as "cancelled"
+        await monitor.wait_migration({"cancelled", "completed", "none"}, patient(60.0), "QEMU to give the migration up")
 
 
 class Monitor:

@@ -21,9 +21,8 @@ from vmbus.errors import EnvironmentProblem, VmbusError, os_error
 from vmbus.qemu.connections import QemuMonitor
 from vmbus.qemu.facts import Facts, ask_facts, misfits
 from vmbus.qemu.pci_replay import ADDRESS_PORT, PciAddress, Write, parse_port, read_lines, write_lines
-from vmbus.qemu.qmp import MIGRATION_ENDS, MigrationFailed, Monitor
+from vmbus.qemu.qmp import MIGRATION_ENDS, Monitor, give_migration_up
 from vmbus.server.control import CONTROL_SUFFIX, ControlClient
-from vmbus.util.patience import patient
 
 GREETING_TIMEOUT = 5.0
 """Seconds for a monitor to greet: one that somebody else uses does not."""
@@ -178,9 +177,7 @@ async def run_on(monitor: QemuMonitor, clients: Sequence[ControlClient]) -> None
     """Sets a VM running that an operation has left standing when it was killed. Raises what its parts raise."""
     status, _ = await monitor.migration_status()
     if status not in (*MIGRATION_ENDS, "none"):
-        await monitor.execute("migrate_cancel")
-        with contextlib.suppress(MigrationFailed):
-            await monitor.wait_migration({"cancelled", "completed", "none"}, patient(60.0), "QEMU to give it up")
+        await give_migration_up(monitor)
     for client in clients:
         if (await client.call("status", _ANSWER_TIMEOUT))["phase"] in ("pausing", "paused"):
             await client.call("resume")

@@ -11,13 +11,12 @@ from typing import Any
 import msgspec
 
 from vmbus.device.description import DeviceDescription, ProviderDescription
-from vmbus.places import DESCRIPTIONS as CONFIGURATIONS
 from vmbus.soak.draw import Draw, drawn
 from vmbus.soak.plan import WorkloadPlan
 from vmbus.soak.settings import LOSE_ONE_IN_A_THOUSAND, Settings
 from vmbus.soak.workloads import LAB, LAB_OPTIONS, RECIPES, STOCK_RECIPES
 from vmbus.testkit.driver_file import read_driver_file
-from vmbus.vm.description import GuestDescription, VmDescription, find_description, load_description
+from vmbus.vm.description import GuestDescription, VmDescription, named_description
 from vmbus_guest.testdrivers import CATALOGUE
 
 LOSSY_PROVIDER = "vmbus.soak.lossy:LossyBurst"
@@ -34,7 +33,7 @@ STOCK_CPUS = (1, 2, 4)
 def description_of(name: str) -> VmDescription:
     """The machine that settings name. Raises UsageError, EnvironmentProblem."""
     if name:
-        return load_description(find_description(name, CONFIGURATIONS))
+        return named_description(name)
     # A device needs a provider; this one is a workload's, or idle.
     first = ProviderDescription("echo", "echo", str(_instance("echo")))
     return VmDescription("soak", DeviceDescription("vmbus0", [first]), guest=GuestDescription(huge_pages=24))

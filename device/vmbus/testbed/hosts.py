@@ -28,6 +28,7 @@ from typing import Any
 
 import vmbus
 from vmbus.errors import EnvironmentProblem, WaitTimeout, os_error
+from vmbus.places import import_path
 from vmbus.provision.cache import Cache
 from vmbus.testbed.init import MESSAGE_LIMIT
 from vmbus.vm.process import Child, log_tail
@@ -100,14 +101,12 @@ class Host:
         for option, paths in (("--hide", _hidden()), ("--keep", _kept(keep))):
             for one in paths:
                 arguments += [option, str(one)]
-        inherited = os.environ.get("PYTHONPATH")
-        path = f"{_IMPORT_ROOT}:{inherited}" if inherited else str(_IMPORT_ROOT)
         try:
             init = await Child.spawn(
                 f"host {name!r}",
                 arguments,
                 directory / f"{name}.log",
-                environment={"PYTHONPATH": path},
+                environment={"PYTHONPATH": import_path()},
                 pass_fds=[theirs.fileno()],
             )
         except BaseException:

@@ -15,6 +15,7 @@ import msgspec
 
 from vmbus.device.description import DeviceDescription
 from vmbus.errors import EnvironmentProblem, UsageError, os_error
+from vmbus.places import DESCRIPTIONS
 from vmbus.util.explaining import Name, explain
 from vmbus.vm.own_guest import OwnGuest
 
@@ -242,6 +243,11 @@ def load_description(path: Path) -> VmDescription:
     if found.own is msgspec.UNSET:
         return found
     return msgspec.structs.replace(found, own=found.own.below(path.parent.absolute()))
+
+
+def named_description(name: str) -> VmDescription:
+    """Reads one of ours by its name, or any by its path. Raises as `find_description` and `load_description`."""
+    return load_description(find_description(name, DESCRIPTIONS))
 
 
 def find_description(name: str, folder: Path) -> Path:

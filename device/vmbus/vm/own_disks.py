@@ -149,6 +149,12 @@ def mark(record: DiskState) -> None:
                     image.mark(uuid4().hex)
 
 
+def mark_as(path: Path, identity: str) -> None:
+    """Has a file go on as the disk with that identity. Raises EnvironmentProblem."""
+    with _opened(path) as image:
+        image.mark(identity)
+
+
 def _behind(path: Path, kind: Format, by_name: bool) -> tuple[Path, Format] | None:
     """The file behind an image that is to be of that kind, and its kind. Raises UsageError if it is of another."""
     with os_error(f"cannot read the disk {path}"), path.open("rb") as file:

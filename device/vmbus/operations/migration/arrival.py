@@ -8,8 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import msgspec
-
 from vmbus.device import saved
 from vmbus.device.description import DeviceDescription
 from vmbus.device.pci import interrupt_writes, without_interrupts
@@ -110,8 +108,7 @@ class Arrival:
 
             async def load(device: DeviceInstance) -> dict[str, Any]:
                 path, sha256, described = states[vm.devices.index(device)]
-                plain = msgspec.to_builtins(described)
-                return await device.control.call("load", LOAD_TIMEOUT, path=str(path), sha256=sha256, description=plain)
+                return await device.load(path, sha256, described, LOAD_TIMEOUT)
 
             packets = packets_found(await each(vm.devices, load))
         vm.description = description
