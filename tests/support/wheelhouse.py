@@ -44,8 +44,8 @@ def fill(folder: Path, python: str) -> None:
     installed.wheel(folder, installed.sdist(source))
     pins = folder / "pins.txt"
     pins.write_text(PIP + wanted())
-    pip = [sys.executable, "-m", "pip", *PIP_QUIET]
     foreign = ["--python-version", python, "--only-binary=:all:", "--no-deps", "--require-hashes"]
-    arguments = ["download", *foreign, "--dest", str(folder), "--requirement", str(pins)]
+    pip = [sys.executable, "-m", "pip", "download", *PIP_QUIET]
+    arguments = [*foreign, "--dest", str(folder), "--requirement", str(pins)]
     done = subprocess.run([*pip, *arguments], capture_output=True, text=True, timeout=pace.seconds(300))
     assert done.returncode == 0, done.stdout + done.stderr
