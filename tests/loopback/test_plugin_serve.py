@@ -22,6 +22,7 @@ from support.installed import CHECKOUT
 from vmbus.cli.serve import CAPABILITIES, find_device
 from vmbus.errors import UsageError
 from vmbus.kmcl.status import Status
+from vmbus.providers import PROVIDERS
 from vmbus.testkit.loopback.function import LoopbackFunction
 from vmbus.testkit.loopback.harness import describe
 from vmbus.transport.library import Library
@@ -267,7 +268,8 @@ def test_plugin_capabilities_and_descriptor(tmp_path: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 0 and done.stderr == ""
     found = json.loads(done.stdout)
-    assert found == CAPABILITIES and found["type"] == descriptor["type"]
+    ours = sorted(kind for kind, one in PROVIDERS.items() if one.__module__.startswith("vmbus."))  # not those of tests
+    assert found == CAPABILITIES | {"providers": ours} and found["type"] == descriptor["type"]
 
 
 def test_plugin_systemd_units_are_units(tmp_path: Path) -> None:

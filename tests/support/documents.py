@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
-from vmbus.cli.supervisor import Status
+from vmbus.cli.asking import Status
 from vmbus.observe.audit.report import Report as AuditReport
 from vmbus.observe.inspection.difference import Difference
 from vmbus.observe.inspection.document import Inspection

@@ -24,7 +24,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import vmbus.wire
-from vmbus.cli import supervisor
+from vmbus.cli import asking, supervisor
 from vmbus.device import saved
 from vmbus.device.description import parse_device
 from vmbus.errors import EnvironmentProblem, PeerError, StateError, UsageError, VmbusError
@@ -102,8 +102,8 @@ DECODERS: dict[str, Decoder] = {
     "vmbus.cli.supervisor.decode_request": Decoder(
         supervisor.decode_request, UsageError, (b'{"command": "save", "arguments": {"directory": "/x"}}',)
     ),
-    "vmbus.cli.supervisor.decode_answer": Decoder(
-        supervisor.decode_answer, EnvironmentProblem, (b'{"progress": "x"}', b'{"result": {}}')
+    "vmbus.cli.asking.decode_answer": Decoder(
+        asking.decode_answer, EnvironmentProblem, (b'{"progress": "x"}', b'{"result": {}}')
     ),
     "vmbus.server.control.decode_request": Decoder(
         control.decode_request, UsageError, (b'{"id": 1, "command": "status", "arguments": {}}',)

@@ -290,7 +290,7 @@ OWNER = """
 import asyncio, os, signal, sys
 from pathlib import Path
 from vmbus.cli import detach
-from vmbus.cli.supervisor import Status
+from vmbus.cli.asking import Status
 owner = detach.this_owner()
 assert owner is not None and os.getsid(0) == os.getpid() and os.environ.get("VMBUS_DETACHED") is None
 assert sys.stdin.read() == ""

@@ -23,10 +23,11 @@ from click.testing import CliRunner, Result
 from support import pace
 from support.documents import STATUS, documents
 from vmbus.cli import main
-from vmbus.cli.completion import SHELLS, VARIABLE, from_a_script, script
+from vmbus.cli.asking import SOCKET, Status
+from vmbus.cli.completion import SHELLS, script
 from vmbus.cli.examples import EXAMPLES
 from vmbus.cli.results import Failure, wants_json
-from vmbus.cli.supervisor import SOCKET, Status
+from vmbus.cli.words import VARIABLE, from_a_script
 from vmbus.errors import EnvironmentProblem, StateError, UsageError, VmbusError, WaitTimeout
 from vmbus.operations.checkpoint import CheckpointReport
 from vmbus.operations.migration.report import MigrationReport

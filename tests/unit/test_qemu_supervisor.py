@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 
+from vmbus.cli.asking import ask, find_vm
 from vmbus.cli.running import status_of, statuses
-from vmbus.cli.supervisor import Supervisor, ask, find_vm
+from vmbus.cli.supervisor import Supervisor
 from vmbus.errors import Code, EnvironmentProblem, ReportedError, StateError, UsageError, VmbusError, WaitTimeout
 from vmbus.operations.checkpoint import CheckpointReport
 from vmbus.operations.migration.report import MigrationReport

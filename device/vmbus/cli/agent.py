@@ -7,9 +7,9 @@ from typing import Any
 
 import click
 
+from vmbus.cli.asking import ask, find_vm
 from vmbus.cli.completion import vm_option
 from vmbus.cli.results import always_json
-from vmbus.cli.supervisor import ask, find_vm
 from vmbus.cli.terminal import run
 from vmbus.errors import UsageError
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import click
 
+from vmbus.cli.asking import ask, find_vm
 from vmbus.cli.completion import vms
-from vmbus.cli.supervisor import ask, find_vm
 from vmbus.cli.terminal import run
 from vmbus.errors import UsageError
 from vmbus.observe.audit.checker import check_paths

@@ -18,10 +18,9 @@ from typing import Any
 
 import click
 
+from vmbus.cli.asking import NAME_FIRST, find_vm
 from vmbus.cli.completion import vms
-from vmbus.cli.migrate import NAME_FIRST
 from vmbus.cli.results import WithDefault, json_option, print_result
-from vmbus.cli.supervisor import find_vm
 from vmbus.cli.terminal import console, run
 from vmbus.errors import EnvironmentProblem, UsageError
 from vmbus.observe.capture import record as r

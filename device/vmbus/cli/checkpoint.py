@@ -8,10 +8,9 @@ from typing import Any
 import click
 import msgspec
 
+from vmbus.cli.asking import NAME_FIRST, ask, find_vm
 from vmbus.cli.completion import tags
-from vmbus.cli.migrate import NAME_FIRST
 from vmbus.cli.results import facts, json_option, print_json, print_result
-from vmbus.cli.supervisor import ask, find_vm
 from vmbus.cli.terminal import CHECKPOINT_LABELS, REVERT_LABELS, Steps, run
 from vmbus.errors import UsageError
 from vmbus.operations.checkpoint import CheckpointReport

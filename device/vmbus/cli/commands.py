@@ -7,40 +7,50 @@ so does Ctrl-C, with 130.
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
+from collections import UserDict
 from typing import Any
 
 import click
 
-from vmbus.cli.agent import agent
-from vmbus.cli.attach import attach
-from vmbus.cli.audit import audit
-from vmbus.cli.bench import bench
-from vmbus.cli.capture import capture
-from vmbus.cli.certificates import certificates
-from vmbus.cli.checkpoint import checkpoint, revert
-from vmbus.cli.completion import completion, from_a_script
-from vmbus.cli.demo import demo
 from vmbus.cli.detach import this_owner
 from vmbus.cli.examples import add_examples
-from vmbus.cli.inspect import inspect
-from vmbus.cli.migrate import migrate
-from vmbus.cli.network import network
-from vmbus.cli.new_provider import new_provider
-from vmbus.cli.provider import provider
 from vmbus.cli.results import Failure, print_failure, print_json, wants_json
-from vmbus.cli.running import list_vms, show_console, stop
-from vmbus.cli.save import save
-from vmbus.cli.serve import main as serve
-from vmbus.cli.soak import soak
-from vmbus.cli.ssh import ssh
 from vmbus.cli.versions import show
-from vmbus.cli.vm import restore, run_vm
-from vmbus.cli.words import WORDS, words_of
+from vmbus.cli.words import WORDS, from_a_script, words_of
 from vmbus.errors import UsageError, VmbusError
 from vmbus.places import spelled
-from vmbus.provision.__main__ import main as setup
+
+COMMANDS = {
+    "agent": "vmbus.cli.agent:agent",
+    "attach": "vmbus.cli.attach:attach",
+    "audit": "vmbus.cli.audit:audit",
+    "bench": "vmbus.cli.bench:bench",
+    "capture": "vmbus.cli.capture:capture",
+    "certificates": "vmbus.cli.certificates:certificates",
+    "checkpoint": "vmbus.cli.checkpoint:checkpoint",
+    "completion": "vmbus.cli.completion:completion",
+    "console": "vmbus.cli.running:show_console",
+    "demo": "vmbus.cli.demo:demo",
+    "inspect": "vmbus.cli.inspect:inspect",
+    "list": "vmbus.cli.running:list_vms",
+    "migrate": "vmbus.cli.migrate:migrate",
+    "network": "vmbus.cli.network:network",
+    "new-provider": "vmbus.cli.new_provider:new_provider",
+    "provider": "vmbus.cli.provider:provider",
+    "restore": "vmbus.cli.vm:restore",
+    "revert": "vmbus.cli.checkpoint:revert",
+    "run-vm": "vmbus.cli.vm:run_vm",
+    "save": "vmbus.cli.save:save",
+    "serve": "vmbus.cli.serve:main",
+    "setup": "vmbus.provision.__main__:main",
+    "soak": "vmbus.cli.soak:soak",
+    "ssh": "vmbus.cli.ssh:ssh",
+    "stop": "vmbus.cli.running:stop",
+}
+"""Where each one is. It is loaded when it is called, or asked for its help: all of them take half a second."""
 
 INTERRUPTED = 130
 """The exit status after Ctrl-C, as shells have it."""
@@ -58,6 +68,28 @@ def _open_standard_files() -> None:
             setattr(sys, name, open(number, mode, closefd=False))  # noqa: SIM115 - as long as the process
 
 
+class _Commands(UserDict[str, Any]):
+    """The commands by name; each is a reference until it is wanted."""
+
+    def __getitem__(self, name: str) -> click.Command:
+        found = super().__getitem__(name)
+        if isinstance(found, str):
+            module, _, attribute = found.partition(":")
+            found = self.data[name] = _finished(name, getattr(importlib.import_module(module), attribute))
+        assert isinstance(found, click.Command)
+        return found
+
+
+def _finished(name: str, command: click.Command) -> click.Command:
+    """With the examples of its help, and the names of our commands as they are called here."""
+    add_examples(command, name)
+    command.help = spelled(command.help or "")
+    for option in command.params:
+        if isinstance(option, click.Option):
+            option.help = spelled(option.help or "")
+    return command
+
+
 class _Group(click.Group):
     def main(self, *args: Any, **extra: Any) -> Any:
         _open_standard_files()
@@ -69,8 +101,9 @@ class _Group(click.Group):
         return super().parse_args(ctx, args)
 
     def invoke(self, ctx: click.Context) -> Any:
-        as_json = wants_json(self, words_of(ctx))
+        as_json = False
         try:
+            as_json = wants_json(self, words_of(ctx))
             return super().invoke(ctx)
         except VmbusError as error:
             if (owner := this_owner()) is not None and owner.awaited:
@@ -89,7 +122,7 @@ class _Group(click.Group):
             ctx.exit(INTERRUPTED)
 
 
-@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=_Group, commands=_Commands(COMMANDS), context_settings={"help_option_names": ["-h", "--help"]})
 @click.option(
     *("--version", "-V"),
     is_flag=True,
@@ -100,37 +133,3 @@ class _Group(click.Group):
 )
 def main() -> None:
     """VMBus-like synthetic devices for Linux guests in stock QEMU."""
-
-
-main.add_command(bench)
-main.add_command(demo)
-main.add_command(run_vm)
-main.add_command(save)
-main.add_command(restore)
-main.add_command(migrate)
-main.add_command(certificates)
-main.add_command(checkpoint)
-main.add_command(revert)
-main.add_command(list_vms)
-main.add_command(show_console)
-main.add_command(stop)
-main.add_command(agent)
-main.add_command(audit)
-main.add_command(inspect)
-main.add_command(capture)
-main.add_command(completion)
-main.add_command(network)
-main.add_command(new_provider)
-main.add_command(provider)
-main.add_command(serve, "serve")
-main.add_command(attach)
-main.add_command(soak)
-main.add_command(ssh)
-main.add_command(setup, "setup")
-
-add_examples(main)
-for _command in main.commands.values():
-    _command.help = spelled(_command.help or "")
-    for _option in _command.params:
-        if isinstance(_option, click.Option):
-            _option.help = spelled(_option.help or "")

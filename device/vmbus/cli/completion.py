@@ -8,23 +8,21 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterable, MutableMapping, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 import click
 from click.shell_completion import CompletionItem, get_completion_class
 
-from vmbus.cli.supervisor import ask, find_vm
+from vmbus.cli.asking import ask, find_vm
 from vmbus.cli.terminal import run
+from vmbus.cli.words import PROGRAM, VARIABLE
 from vmbus.errors import VmbusError
 from vmbus.places import CHECKOUT, DESCRIPTIONS
-from vmbus.snapshot.checkpoints import Store
 from vmbus.vm.run_directory import running_vms
 
-VARIABLE = "_VMBUS_COMPLETE"
 SHELLS = ("bash", "zsh", "fish")
 _FUNCTION = "_vmbus_completion"
-_PROGRAM = "vmbus"
 _SECONDS = 3.0  # for an owner's answer: somebody waits for it at a Tab
 
 
@@ -45,7 +43,7 @@ def script(shell: str, folder: Path | None) -> str:
     """For `vmbus`; or for the scripts in the `folder` of a checkout, wherever they are called from."""
     kind = get_completion_class(shell)
     assert kind is not None
-    text = kind(click.Command(_PROGRAM), {}, _PROGRAM, VARIABLE).source()
+    text = kind(click.Command(PROGRAM), {}, PROGRAM, VARIABLE).source()
     if folder is None:
         return text
     names = sorted(path.name for path in folder.iterdir() if is_script(path))
@@ -57,26 +55,15 @@ def script(shell: str, folder: Path | None) -> str:
             f'    local response program="{folder}/${{1##*/}}"\n    [[ $1 -ef $program ]] || return 0\n',
         )
         typed = [f"{lead}{name}" for lead in ("scripts/", "./scripts/", "./", f"{folder}/") for name in names]
-        return text.replace(f"-F {_FUNCTION} {_PROGRAM}", f"-F {_FUNCTION} {' '.join(typed)}")
+        return text.replace(f"-F {_FUNCTION} {PROGRAM}", f"-F {_FUNCTION} {' '.join(typed)}")
     if shell == "zsh":
         check = f'    local program="{folder}/${{words[1]:t}}"\n    [[ $words[1] -ef $program ]] || return 1\n'
         text = re.sub(r"    \(\(.*commands\[vmbus\].*\n", lambda _: check, text)
         text = text.replace("zsh_complete vmbus)", 'zsh_complete "$program")')
-        return text.replace(f"compdef {_FUNCTION} {_PROGRAM}", f"compdef -p {_FUNCTION} '*/({'|'.join(names)})'")
+        return text.replace(f"compdef {_FUNCTION} {PROGRAM}", f"compdef -p {_FUNCTION} '*/({'|'.join(names)})'")
     text = text.replace("(commandline -t) vmbus)", "(commandline -t) $argv[1])")
     head, _, _ = text.rpartition("complete --no-files")
     return head + "\n".join(f"complete --no-files --path {path} --arguments '({_FUNCTION} {path})'" for path in paths)
-
-
-def from_a_script(environment: MutableMapping[str, str], arguments: Sequence[str]) -> None:
-    """Makes a line about a script one about `vmbus`: a script is called with its command's name."""
-    instruction = environment.get(VARIABLE, "")
-    if not instruction.endswith("_complete") or not arguments:
-        return
-    _, *rest = re.split(r"\s", environment.get("COMP_WORDS", ""), maxsplit=1)
-    environment["COMP_WORDS"] = " ".join([_PROGRAM, arguments[0], *rest])
-    if not instruction.startswith("fish"):  # which gives the word itself
-        environment["COMP_CWORD"] = str(int(environment.get("COMP_CWORD", "0")) + 1)
 
 
 # ---- what only this machine knows ------------------------------------------------------------------------------------
@@ -107,6 +94,8 @@ def test_drivers(_: click.Context, __: click.Parameter, incomplete: str) -> list
 
 def tags(context: click.Context, _: click.Parameter, incomplete: str) -> list[CompletionItem[str]]:
     """A VM's name, or the tags of its checkpoints (with `--directory`: of those there)."""
+    from vmbus.snapshot.checkpoints import Store
+
     given = context.params.get("words") or ()
     running = [] if given else _running()
     found = running if len(running) > 1 else []

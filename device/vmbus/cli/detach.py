@@ -23,8 +23,8 @@ from typing import IO, Any, NoReturn, TypeVar
 import click
 import msgspec
 
+from vmbus.cli.asking import Status
 from vmbus.cli.results import Failure, print_result
-from vmbus.cli.supervisor import Status
 from vmbus.cli.terminal import heeded, run
 from vmbus.cli.words import words_of
 from vmbus.errors import EnvironmentProblem, ReportedError, VmbusError, os_error

@@ -40,12 +40,11 @@ EXAMPLES = {
 """By the command's name, words of it; each is called as it is here."""
 
 
-def add_examples(group: click.Group, lead: str = "") -> None:
-    """Ends the help of the group's commands, and of theirs, with their examples."""
-    for name, command in group.commands.items():
-        full = f"{lead}{name}"
-        if isinstance(command, click.Group):
-            add_examples(command, f"{full} ")
-        lines = [f"  {spelled(f'scripts/{words}')}" for words in EXAMPLES.get(full, ())]
-        if lines:
-            command.epilog = "\n".join(["\b", "Example:" if len(lines) == 1 else "Examples:", *lines])
+def add_examples(command: click.Command, name: str) -> None:
+    """Ends a command's help, and that of its commands, with their examples."""
+    if isinstance(command, click.Group):
+        for own, one in command.commands.items():
+            add_examples(one, f"{name} {own}")
+    lines = [f"  {spelled(f'scripts/{words}')}" for words in EXAMPLES.get(name, ())]
+    if lines:
+        command.epilog = "\n".join(["\b", "Example:" if len(lines) == 1 else "Examples:", *lines])

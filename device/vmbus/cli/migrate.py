@@ -12,9 +12,9 @@ import click
 import msgspec
 from rich.table import Table
 
+from vmbus.cli.asking import NAME_FIRST, ask, find_vm
 from vmbus.cli.completion import first_vm
 from vmbus.cli.results import facts, json_option, print_result
-from vmbus.cli.supervisor import ask, find_vm
 from vmbus.cli.terminal import MIGRATE_LABELS, Steps, run
 from vmbus.errors import UsageError
 from vmbus.operations.migration.accept import Accept
@@ -24,9 +24,6 @@ from vmbus.operations.migration.report import MigrationReport
 from vmbus.operations.migration.tls import Tls, for_destination, for_source
 
 _TIMEOUT = 7200.0
-
-NAME_FIRST = "give the NAME of one first"
-"""How a VM is chosen where it has no option of its own."""
 
 SECRET_HELP = "File with the secret that both sides know: 32 bytes, or 64 hexadecimal digits; mode 0600."
 TLS_HELP = (

@@ -7,9 +7,9 @@ import json
 import click
 
 from vmbus.cli.agent import parse_parameters
+from vmbus.cli.asking import ask, find_vm
 from vmbus.cli.completion import providers, vm_option
 from vmbus.cli.results import always_json
-from vmbus.cli.supervisor import ask, find_vm
 from vmbus.cli.terminal import run
 
 

@@ -12,10 +12,9 @@ import msgspec
 from rich.table import Table
 
 from vmbus.cli import console as guest_console
+from vmbus.cli.asking import NAME_FIRST, SOCKET, Status, ask, find_vm
 from vmbus.cli.completion import vms
-from vmbus.cli.migrate import NAME_FIRST
 from vmbus.cli.results import json_option, paper, print_json, print_result
-from vmbus.cli.supervisor import SOCKET, Status, ask, find_vm
 from vmbus.cli.terminal import console, run
 from vmbus.errors import EnvironmentProblem, ReportedError, UsageError, WaitTimeout
 from vmbus.util.patience import patient

@@ -8,9 +8,9 @@ import click
 import msgspec
 from rich.table import Table
 
+from vmbus.cli.asking import ask, find_vm
 from vmbus.cli.completion import vm_option
 from vmbus.cli.results import facts, json_option, print_result
-from vmbus.cli.supervisor import ask, find_vm
 from vmbus.cli.terminal import SAVE_LABELS, Steps, console, run
 from vmbus.operations.save import SaveReport
 

@@ -8,8 +8,8 @@ import sys
 
 import click
 
+from vmbus.cli.asking import find_vm
 from vmbus.cli.completion import vm_option
-from vmbus.cli.supervisor import find_vm
 from vmbus.cli.terminal import run
 from vmbus.errors import EnvironmentProblem, UsageError
 from vmbus.server.control import ControlClient

@@ -15,6 +15,7 @@ from rich.text import Text
 
 from vmbus.cli import console as guest_console
 from vmbus.cli import own_guest
+from vmbus.cli.asking import Status
 from vmbus.cli.capture import parse_size
 from vmbus.cli.completion import descriptions, test_drivers
 from vmbus.cli.detach import Owner, detached, serve, this_owner
@@ -22,7 +23,7 @@ from vmbus.cli.drivers import Drive, jobs_for, outcome, parse_drive, show_driver
 from vmbus.cli.keys import with_keys
 from vmbus.cli.migrate import Receiving, Reception, receiving_options
 from vmbus.cli.results import json_option
-from vmbus.cli.supervisor import Status, Supervisor
+from vmbus.cli.supervisor import Supervisor
 from vmbus.cli.terminal import (
     RECEIVE_LABELS,
     RESTORE_LABELS,

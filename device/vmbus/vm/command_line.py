@@ -185,6 +185,8 @@ def kernel_arguments(description: VmDescription, *, audit: bool = False) -> str:
         # The kernel counts the timer's interrupts for some milliseconds of the CPU's time, and panics without any: on a
         # busy host, an emulated machine may have had no turn to raise them yet.
         "no_timer_check",
+        # A guest that is emulated would test its ciphers for a sixth of the time that its boot takes.
+        "cryptomgr.notests",
         "quiet",
         *(linux_words(description) if description.guest.linux else []),
         *(
