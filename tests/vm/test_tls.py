@@ -30,7 +30,7 @@ from vmbus.vm.errors import MigrateFailed
 
 pytestmark = [pytest.mark.vm, pytest.mark.long]
 
-STORY = Story(packets=256, echo_count=20_000, burst_count=38_000, stall_seconds=20.0)
+STORY = Story(packets=256, stall_seconds=20.0).endless()
 BANDWIDTH = 24 << 20
 
 
@@ -123,7 +123,7 @@ async def test_live_migration_by_tls_shows_nothing_of_the_guest_on_the_wire(
                 assert rate < 1.3 * BANDWIDTH and took < pace.seconds(60)
 
         assert in_flight > 0
-        clean(await books(vm, job, STORY.expected()), 50_000)
+        clean(await books(vm, job, None), 2000)
         await collect_audit(vm)
         leaf = (await vm.call_server("audit"))["uid"]
 

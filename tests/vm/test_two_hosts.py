@@ -35,7 +35,7 @@ from vmbus.operations.machine import VirtualMachine
 from vmbus.operations.migration.certificates import make_authority, make_host
 from vmbus.server.control import ControlClient
 from vmbus.testbed.hosts import RUNTIME, TEMPORARY, Forbidden, Host, TwoHosts
-from vmbus.testkit.story import Figures, audit
+from vmbus.testkit.story import Figures, audit, begun
 from vmbus.vm.command_line import Programs
 from vmbus.vm.description import VmDescription
 from vmbus.vm.process import Child, log_tail
@@ -50,8 +50,6 @@ BULK_INSTANCE = "6f1b4b0e-5d2c-4a53-9d0a-0f2f1f3c7a03"
 SILENCE = 3.0
 """Seconds without a sign of life after which a link counts as lost: short, since tests wait for it."""
 
-ECHO, BURST, BULK = 20_000, 40_000, 2_000
-"""Transactions in a run of the traffic: enough for some migrations."""
 IN_FLIGHT = 256
 
 
@@ -96,12 +94,7 @@ class Pair:
     # ---- traffic -----------------------------------------------------------------------------------------------------
 
     async def traffic(self, at: Audited) -> None:
-        """Has a run of the traffic go on that is far from its end, with packets in flight in every state."""
-        if self.job is not None:
-            report = await at.agent("poll", job=self.job)
-            done = _completed(await self._status(at))
-            if report["state"] != "running" or any(done[name] > count / 2 for name, count in EXPECTED.items()):
-                await self.finish(at)
+        """Has the traffic go on, with packets in flight in every state."""
         if self.job is None:
             # Providers of echo count on from run to run.
             tallies = {name: one["tally"] for name, one in (await at.ask("device"))["providers"].items()}
@@ -127,16 +120,17 @@ class Pair:
         return status
 
     async def finish(self, at: Audited) -> None:
-        """Lets the run come to its end, and compares the books."""
+        """Ends the traffic, and compares the books."""
         assert self.job is not None
-        deadline = time.monotonic() + pace.seconds(300)
+        await at.agent("stop", job=self.job)
+        deadline = time.monotonic() + pace.seconds(120)
         while (report := await at.agent("wait", job=self.job, timeout=60.0))["state"] == "running":
             if time.monotonic() > deadline:
-                raise WaitTimeout("the guest's workloads to end", 300)
+                raise WaitTimeout("the guest's workloads to end", 120)
         # Two of the workloads are of one kind; they come in the order in which they were started.
-        for workload, name in zip((report.get("result") or {}).get("workloads", []), EXPECTED, strict=False):
+        for workload, name in zip((report.get("result") or {}).get("workloads", []), NAMES, strict=False):
             workload["name"] = name
-        audit(self.figures, report, await self._status(at), EXPECTED)
+        audit(self.figures, report, await self._status(at), begun(report, NAMES))
         self.job = None
         self.runs += 1
         assert not self.figures.reasons, self.figures.reasons
@@ -149,7 +143,7 @@ class Pair:
             f"lost {found.lost}, doubled {found.duplicated}, reordered {found.reordered}, corrupted {found.corrupted}"
         )
         assert self.job is None and self.runs
-        assert found.completed == found.transactions == self.runs * sum(EXPECTED.values())
+        assert found.completed == found.transactions > self.runs * 1000
         collected, leaf = await at.collect()
         servers = [place.records for place in (self.a, self.b) if place.records.is_dir()]
         places = [self.ancestors, *servers, collected]
@@ -175,7 +169,7 @@ class Pair:
 
 
 def _completed(status: dict[str, Any]) -> dict[str, int]:
-    return {name: status["providers"][name]["tally"]["completed"] for name in EXPECTED}
+    return {name: status["providers"][name]["tally"]["completed"] for name in NAMES}
 
 
 def show(title: str, report: dict[str, Any]) -> None:
@@ -193,10 +187,10 @@ def show(title: str, report: dict[str, Any]) -> None:
 RING_PAGES = 24
 WINDOW = RING_PAGES * 4096 // 112 + 64 + 2 * IN_FLIGHT
 WORKLOADS: list[dict[str, Any]] = [
-    {"driver": "echo", "count": ECHO, "window": 128, "external": 0.25, "stall_seconds": 60.0},
+    {"driver": "echo", "count": 0, "window": 128, "external": 0.25, "stall_seconds": 60.0},
     {
         "driver": "burst",
-        "count": BURST,
+        "count": 0,
         "size": 64,
         "window": WINDOW,
         "hold": 64,
@@ -207,7 +201,7 @@ WORKLOADS: list[dict[str, Any]] = [
     {
         "driver": "echo",
         "instance": BULK_INSTANCE,
-        "count": BULK,
+        "count": 0,
         "window": 16,
         "size": 60_000,
         "minimum_size": 20_000,
@@ -216,7 +210,8 @@ WORKLOADS: list[dict[str, Any]] = [
         "stall_seconds": 60.0,
     },
 ]
-EXPECTED = {"echo": ECHO, "burst": BURST, "bulk": BULK}
+NAMES = ("echo", "burst", "bulk")
+"""Of the providers that they are for."""
 
 
 @pytest.fixture(scope="session")
@@ -291,8 +286,7 @@ def test_live_migration_two_round_trips_under_echo_burst_and_bulk(tell: Callable
         for _ in range(4):
             await pair.traffic(at)
             report = await pair.move(at)
-            # Traffic may have come to its end while memory went over the slow link.
-            assert not downtimes or sum(report["packets"].values()) > 0
+            assert sum(report["packets"].values()) > 0
             moved.update(report["packets"], held=report["incoming_held"])
             if not downtimes:
                 came = (await pair.b.host.counters())["received"] - before

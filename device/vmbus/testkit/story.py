@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -201,11 +201,16 @@ async def finish(vm: VirtualMachine, job: int, *, stop: bool = False) -> dict[st
     raise WaitTimeout(f"the guest's workloads to end: {report.get('progress')}", bound)
 
 
-def begun(report: dict[str, Any]) -> dict[str, int]:
-    """Transactions that workloads which were stopped had begun, by the books of the end that began them."""
+def begun(report: dict[str, Any], names: Sequence[str] = ("echo", "burst")) -> dict[str, int]:
+    """Transactions that workloads which were stopped had begun, by the books of the end that began them: the host's of
+    `burst`, the guest's of any other."""
     workloads = {one["name"]: one for one in (report.get("result") or {}).get("workloads", [])}
-    burst = workloads.get("burst", {}).get("host") or {}
-    return {"echo": int(workloads.get("echo", {}).get("sent", 0)), "burst": int(burst.get("started", 0))}
+
+    def count(name: str) -> int:
+        found = workloads.get(name, {})
+        return int((found.get("host") or {}).get("started", 0) if name == "burst" else found.get("sent", 0))
+
+    return {name: count(name) for name in names}
 
 
 def audit(figures: Figures, report: dict[str, Any], status: dict[str, Any], expected: dict[str, int]) -> None:
