@@ -78,10 +78,10 @@ class Terminal:
 
     def prompt(self) -> None:
         """Waits for the guest's shell, which answers what it has worked out."""
-        for attempt in range(20):
+        for attempt in range(100):
             self.type(b"echo ready-$((%d+7))\r" % attempt)
             with contextlib.suppress(AssertionError):
-                self.expect(b"ready-%d\r" % (attempt + 7), 5 / pace.seconds(1))
+                self.expect(b"ready-%d\r" % (attempt + 7), 1 / pace.seconds(1))
                 return
         raise AssertionError(self.shown)
 
