@@ -190,7 +190,7 @@ def test_latency_is_added_in_each_direction(tmp_path: Path) -> None:
         await server(hosts.b)
         fast = min([await round_trip(hosts.a, hosts.b) for _ in range(5)])
         await hosts.shape(latency=0.05)
-        slow = min([await round_trip(hosts.a, hosts.b) for _ in range(5)])
+        slow = min([await round_trip(hosts.a, hosts.b, 5) for _ in range(5)])
         seconds = await talk(hosts.a, hosts.b, "send", "20000000")
         await hosts.shape()
         again = min([await round_trip(hosts.a, hosts.b) for _ in range(5)])
