@@ -8,6 +8,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
@@ -21,6 +22,16 @@ def until(condition: Callable[[], object], what: str, seconds: float = 30.0) -> 
     while not condition():
         assert time.monotonic() < deadline, f"waited in vain for {what}"
         time.sleep(0.02)
+
+
+def held_by_a_terminal(pid: int) -> list[str]:
+    """By what a terminal's end would reach a process: its session, and files that it has open."""
+    held = [] if os.getsid(pid) == pid else ["session"]
+    for descriptor in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # closed in this moment
+            path = str(descriptor.readlink())
+            held += [path] if path.startswith("/dev/pts/") else []
+    return held
 
 
 @pytest.fixture(autouse=True)

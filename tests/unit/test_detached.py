@@ -18,7 +18,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from support import pace
+from support import owners, pace
+from support.processes import alive
 from vmbus.cli import detach
 from vmbus.cli.results import Failure, print_failure
 from vmbus.cli.viewers import LATEST, MOST_UNREAD, MOST_VIEWERS, Viewers
@@ -287,91 +288,111 @@ def test_a_detached_vm_that_cannot_run_says_why(folders: Path, words: list[str],
 
 
 OWNER = """
-import asyncio, os, signal, sys
+import asyncio, os, sys
 from pathlib import Path
 from vmbus.cli import detach
 from vmbus.cli.asking import Status
 owner = detach.this_owner()
-assert owner is not None and os.getsid(0) == os.getpid() and os.environ.get("VMBUS_DETACHED") is None
-assert sys.stdin.read() == ""
+assert owner is not None and os.environ.get("VMBUS_DETACHED") is None
 async def life():
+    command, looks = os.getppid(), 0
     print("coming up", file=sys.stderr, flush=True)
     mark = Path(os.environ["MARK"])
     try:
         while not mark.exists():
             await asyncio.sleep(0.01)
+            looks += os.getppid() != command
+            if looks > 10:  # the command's end was there to be heard at the first
+                Path(os.environ["MARK"] + ".alone").touch()
+                return
         owner.named("demo")
+        mark.write_text(str(os.getpid()))
         owner.runs([Status(name="demo", state="running", pid=os.getpid(), log=str(owner.log))])
-        os.kill(os.getpid(), signal.SIGHUP)  # nothing to it
         sys.stderr.write("x" * 200 * 20000)
         sys.stderr.flush()
         async with asyncio.timeout(100):  # should the test fail
-            while mark.exists():
-                await asyncio.sleep(0.01)
+            while await asyncio.sleep(0.01, result=mark.exists()):  # a signal is heard before the end is seen
+                pass
     except asyncio.CancelledError:
         Path(os.environ["MARK"] + ".cancelled").touch()
         raise
 detach.serve(life())
 """
+DEAF = OWNER.replace("detach.serve", "detach.run")
+"""It lives as in a terminal: hears a hang-up, and not that its command ends."""
 
 STARTER = """
-import sys
+import subprocess, sys
+real = subprocess.Popen
+def popen(words, **options):
+    options["env"]["PYTHONPATH"] += ":" + sys.argv[1]
+    return real([words[0], "-m", "vmbus_owner"], **options | {changed})
 from vmbus.cli import detach
+subprocess.Popen = popen
 print(detach.start(["list"])[0].name)
 """
 
 
-class Started:
-    """A command that waits for an owner, which is a program of the test's own in place of ``python -m vmbus``."""
-
-    def __init__(self, folder: Path) -> None:
-        self.mark = folder / "mark"
-        package = folder / "package"
-        (package / "vmbus_owner").mkdir(parents=True)
-        (package / "vmbus_owner" / "__main__.py").write_text(OWNER)
-        source = STARTER.replace("import sys\n", f"import sys\nsys.path.insert(0, {str(package)!r})\n")
-        source = source.replace("print(", _PATCH.format(package=str(package)) + "print(")
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", source], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            env={**os.environ, "MARK": str(self.mark)}, process_group=0,
-        )  # fmt: skip
-        assert self.process.stderr is not None
-        assert self.process.stderr.readline() == "coming up\n", "what the owner says is shown at once"
+def starter(folder: Path, owner: str = OWNER, changed: str = "{}") -> list[str]:
+    """A command that waits for an owner, which is a program of the test's own in place of ``python -m vmbus``.
+    `changed`: how it is started in another way."""
+    (folder / "package" / "vmbus_owner").mkdir(parents=True)
+    (folder / "package" / "vmbus_owner" / "__main__.py").write_text(owner)
+    return [sys.executable, "-c", STARTER.replace("{changed}", changed), str(folder / "package")]
 
 
-_PATCH = """
-import subprocess
-real = subprocess.Popen
-def popen(words, **options):
-    options["env"]["PYTHONPATH"] += ":{package}"
-    return real([words[0], "-m", "vmbus_owner"], **options)
-subprocess.Popen = popen
-"""
+@pytest.mark.parametrize(
+    ("owner", "changed", "held", "lives"),
+    [
+        pytest.param(OWNER, "{}", None, True, id="as it is"),
+        pytest.param(OWNER, "{'stdin': None}", "/dev/pts/", True, id="sabotage: its terminal open"),
+        pytest.param(DEAF, "{'start_new_session': False}", "session", False, id="sabotage: in its terminal's session"),
+    ],
+)
+async def test_a_detached_owner_outlives_its_terminal_and_its_log_is_bounded(
+    folders: Path, monkeypatch: pytest.MonkeyPatch, owner: str, changed: str, held: str | None, lives: bool
+) -> None:
+    mark, log = folders / "mark", folders / "s" / "logs" / "demo.log"
+    monkeypatch.setenv("MARK", str(mark))
+    mark.touch()
+    screen = Screen("/bin/sh", "-c", '"$@"; read gone', "sh", *starter(folders, owner, changed))
+    try:
+        await screen.expect(b"coming up\r\n")
+        await screen.expect(b"demo\r\n")
+        pid = int(mark.read_text())
+        assert [one for one in owners.held_by_a_terminal(pid) if held is None or not one.startswith(held)] == []
+        assert bool(owners.held_by_a_terminal(pid)) == (held is not None)
+    finally:
+        screen.close()  # the kernel hangs up
+    if lives:
+        os.kill(pid, signal.SIGHUP)  # that of somebody else is nothing to it either
+        owners.until(lambda: log.stat().st_size <= LOG_LIMIT and b"bytes left out" in log.read_bytes(), "a short log")
+        assert log.read_bytes().startswith(b"coming up\n")
+    mark.unlink()
+    owners.until(lambda: not alive(pid), "the owner to end")
+    assert (folders / "mark.cancelled").exists() == (not lives)
 
 
-def test_a_detached_owner_outlives_its_command_and_its_log_is_bounded(folders: Path) -> None:
-    started = Started(folders)
-    started.mark.touch()
-    out, _ = started.process.communicate(timeout=pace.seconds(60))
-    assert (started.process.returncode, out) == (0, "demo\n")
-    log = folders / "s" / "logs" / "demo.log"
-    deadline = time.monotonic() + pace.seconds(30)
-    while log.stat().st_size > LOG_LIMIT or b"bytes left out" not in log.read_bytes():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    assert log.read_bytes().startswith(b"coming up\n")
-    started.mark.unlink()
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
-def test_a_detached_owner_ends_with_its_command_until_its_vm_runs(folders: Path, number: signal.Signals) -> None:
-    started = Started(folders)
-    started.process.send_signal(number)
-    started.process.communicate(timeout=pace.seconds(60))
-    deadline = time.monotonic() + pace.seconds(30)
-    while not (folders / "mark.cancelled").exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+@pytest.mark.parametrize(
+    ("number", "owner"),
+    [
+        *((number, OWNER) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL)),
+        pytest.param(signal.SIGKILL, DEAF, id="sabotage: an owner that does not listen"),
+    ],
+)
+def test_a_detached_owner_ends_with_its_command_until_its_vm_runs(
+    folders: Path, number: signal.Signals, owner: str
+) -> None:
+    process = subprocess.Popen(
+        starter(folders, owner), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "MARK": str(folders / "mark")}, process_group=0,
+    )  # fmt: skip
+    assert process.stderr is not None
+    assert process.stderr.readline() == "coming up\n", "what the owner says is shown at once"
+    process.send_signal(number)
+    process.communicate(timeout=pace.seconds(60))
+    owners.until(lambda: list(folders.glob("mark.*")), "the owner to end, or to go on alone")
+    assert [path.name for path in folders.glob("mark.*")] == ["mark.alone" if owner == DEAF else "mark.cancelled"]
     if number == signal.SIGKILL:
         for path in (folders / "s" / "logs").iterdir():  # nobody is there who could; the next of many does
             path.unlink()

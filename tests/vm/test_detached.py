@@ -19,8 +19,8 @@ from typing import Any
 import pytest
 
 from support import pace
+from support.owners import held_by_a_terminal, until
 from support.owners import nothing_runs_on as nothing_runs_on
-from support.owners import until
 from support.processes import command_lines
 from vmbus.cli.running import status_of
 from vmbus.qemu.ends import GuestPanicked
@@ -159,8 +159,7 @@ def test_a_detached_vm_outlives_its_terminal(tmp_path: Path) -> None:
         login.close()  # the shell, and all that belongs to the terminal, gets a SIGHUP
     (one,) = listed()
     assert (one["name"], one["state"], one["detached"]) == ("demo", "running", True)
-    open_files = [str(number.readlink()) for number in Path(f"/proc/{one['pid']}/fd").iterdir()]
-    assert os.getsid(one["pid"]) == one["pid"] and not [path for path in open_files if "/pts/" in path]
+    assert held_by_a_terminal(one["pid"]) == []
     with terminal(*words("console")) as first, terminal(*words("console", "demo", "--read-only")) as second:
         first.prompt()
         second.expect(b"ready-")
