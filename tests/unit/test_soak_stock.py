@@ -21,8 +21,8 @@ from vmbus_guest.testdrivers.disk_writer import Books
 from vmbus_guest.testdrivers.frames import GUEST_END, HOST_END, Frames, WrongBytes
 
 
-def planned() -> Any:
-    return plan_episode(settings_from({"linux": 1.0, "script": [{"kind": "migrate"}]}, "x"), 1, 0)
+def planned(**more: Any) -> Any:
+    return plan_episode(settings_from({"linux": 1.0, "script": [{"kind": "migrate"}], **more}, "x"), 1, 0)
 
 
 @settings(deadline=None, max_examples=40)
@@ -63,7 +63,7 @@ def status(stage: StockStage, **changes: Any) -> dict[str, Any]:
     """What server and guest say when all is well, but for the changes."""
     reports = {
         name: {"state": "running", "progress": {"wrong": 0, "ends": 2, "received": 9}}
-        for name in ("disk", "vsock", "card")
+        for name in ("disk", "vsock", "card", "copies")
     }
     providers: dict[str, dict[str, Any]] = {
         "heartbeat": {"heartbeat": {"beats": 3, "wrong": 0}},
@@ -98,7 +98,8 @@ def status(stage: StockStage, **changes: Any) -> dict[str, Any]:
 def test_each_book_that_is_wrong_is_told(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
     nothing: Any = None
     programs: Programs = nothing
-    stage = StockStage(planned(), tmp_path, tmp_path, programs, NoSink())
+    plan = planned(workload=[{"name": "copies", "command": ["/bin/true"]}])  # which has no provider
+    stage = StockStage(plan, tmp_path, tmp_path, programs, NoSink())
     subject = Subject(nothing, Session({}, {}).moved(back=True))
     stage.check_books(subject, status(stage))
     with pytest.raises(Fault, match=message):
