@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from rich.console import Console
 from support.soak_records import Folder, episode, operation
 from vmbus.cli import main
 from vmbus.cli.soak import CANNOT, FAILED, INTERRUPTED, PASSED
-from vmbus.errors import UsageError
+from vmbus.errors import EnvironmentProblem, UsageError
 from vmbus.soak.progress import Goal, LiveView
 from vmbus.soak.records import EpisodeRecord, EventRecord, OperationRecord, Sample, WorkloadRecord
 from vmbus.soak.replay import campaign_command, parse_words, replay_command, words
@@ -31,6 +32,22 @@ def run(*arguments: str) -> Any:
 
 def test_the_statuses_are_what_the_docs_say() -> None:
     assert (PASSED, FAILED, CANNOT, INTERRUPTED) == (0, 1, 2, 3)
+
+
+def test_a_debian_is_made_before_the_first_episode(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its making has minutes, an episode's worker that says nothing has not; and where it cannot be made, the campaign
+    does not begin."""
+
+    def none() -> None:
+        raise EnvironmentProblem("no Debian here")
+
+    monkeypatch.setattr(sys.modules["vmbus.cli.soak"], "provision_debian", none)
+    monkeypatch.setattr(sys.modules["vmbus.cli.soak"], "provision", lambda: pytest.fail("the work began"))
+    workload = '[{"name": "x", "command": ["/bin/true"]}]'
+    words = ("--set", "description=debian", "--set", f"workload={workload}", "--report", str(tmp_path / "out"))
+    result = run(*words)
+    assert result.exit_code == CANNOT and "no Debian here" in result.output, result.output
+    assert not (tmp_path / "out").exists()
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ import msgspec
 from vmbus.cli.results import Failure, json_option, print_failure
 from vmbus.cli.terminal import console, heeded
 from vmbus.errors import EnvironmentProblem, UsageError, VmbusError
-from vmbus.provision import provision
+from vmbus.provision import provision, provision_debian
 from vmbus.soak import report as reports
 from vmbus.soak.campaign import CampaignRun, Limits
 from vmbus.soak.engine import Engine, LocalEngine
@@ -31,6 +31,7 @@ from vmbus.soak.episode import scratch_base
 from vmbus.soak.expected import Budget, Expected, broken, parse_budget
 from vmbus.soak.folder import CAMPAIGN_FILE, Campaign, CampaignFolder, read_campaign
 from vmbus.soak.job import Job
+from vmbus.soak.machines import description_of
 from vmbus.soak.measures import MEASURES, parse
 from vmbus.soak.plan import encode_plan
 from vmbus.soak.progress import Goal, LiveView, PlainView, View, failure_text
@@ -235,6 +236,8 @@ async def _campaign(
     """Run the campaign in its folder and show how it goes."""
     if (path / CAMPAIGN_FILE).exists():
         read_campaign(path)  # whether it can be gone on with at all, before anything is set up
+    if scheduler is None and description_of(settings.description).guest.root:
+        await asyncio.to_thread(provision_debian)  # takes longer, the first time, than a worker may be silent
     provisioned = await asyncio.to_thread(provision)
     wanted = linux_share(settings) > 0
     if episode is not None:

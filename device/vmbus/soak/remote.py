@@ -27,9 +27,10 @@ from msgspec.structs import replace
 import vmbus
 import vmbus_guest
 from vmbus.errors import EnvironmentProblem, UsageError
-from vmbus.provision import provision
+from vmbus.provision import provision, provision_debian
 from vmbus.soak import keep
 from vmbus.soak.job import WORKER, Job, run_job
+from vmbus.soak.plan import EpisodePlan
 from vmbus.soak.records import EpisodeRecord
 from vmbus.soak.room import ROOM_FOR_AN_EPISODE, hit_full_disk, short_of_room
 from vmbus.soak.sink import LineSink, encoded
@@ -127,7 +128,8 @@ def run_request(data: bytes) -> bytes:
         lambda number, line: worker.log_event(request.topic, [attempt, request.job.episode, number, line.decode()])
     )
     if not request.job.command:
-        provision()  # its own bounds, which are not an episode's
+        plan = msgspec.json.decode(request.job.plan, type=EpisodePlan)
+        (provision_debian if plan.vm.guest.root else provision)()  # their own bounds, which are not an episode's
     with contextlib.ExitStack() as stack:
         directory = RunDirectory.create(
             f"episode-{request.job.episode}", base=private_base("vmbus-soak"), sockets=False
