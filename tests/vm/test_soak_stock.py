@@ -10,6 +10,7 @@ import msgspec
 import pytest
 
 from support.pace import seconds
+from vmbus.cli.new_provider import create
 from vmbus.soak.episode import run_episode, scratch_base
 from vmbus.soak.outside import why_not
 from vmbus.soak.plan import EpisodePlan
@@ -81,14 +82,19 @@ def test_linux_guest_with_disk_card_and_sockets_under_load(
     """One machine, all of Linux's drivers at work, and all that is done to it. The disk's writer reads again what it
     wrote, and has the file system checked; every frame over the card and the sockets is checked at both ends, and those
     of the card never end but where the VM goes back in time; the guest's kernel has nothing to complain of; and the
-    auditor finds each packet completed once."""
-    plan = planned(*operations)
+    auditor finds each packet completed once. Beside them, what `new-provider` makes, over UIO, and a command."""
+    create("door_bell", tmp_path)
+    bell = {"provider": "door_bell:DoorBell", "driver_file": str(tmp_path / "door_bell_driver.py"), "linux": True}
+    bell |= {"parameters": {"count": 0}, "verdict": {"completed": "served"}}
+    own = [{"name": "bell", **bell}, {"name": "sum", "command": ["/bin/md5sum", "/init"]}]
+    plan = planned(*operations, workload=own, path=[str(tmp_path)])
     card = next(one for one in plan.workloads if one.driver == "card")
     vm = with_options(plan.vm, {card.provider: {"queues": 4}})
     record, sink = carried_out(run, programs, msgspec.structs.replace(plan, vm=vm), tmp_path / "episode", cpus)
     assert record.verdict == "passed", record.failure
     assert [one.outcome for one in sink.operations] == ["done"] * len(operations)
-    assert [one.driver for one in record.workloads] == ["heartbeat", "disk", "vsock"] + ["card"] * (not why_not())
+    stock = ["heartbeat", "disk", "vsock"] + ["card"] * (not why_not())
+    assert [one.driver for one in record.workloads] == [*stock, "bell", "sum"]
     assert all(one.verdict == "passed" and one.transactions > 0 for one in record.workloads)
     left_out = [text for text in sink.events if text.startswith("the workload card is left out: ")]
     assert len(left_out) == bool(why_not())
