@@ -16,15 +16,16 @@ from click.testing import CliRunner
 from vmbus.cli import main
 from vmbus.cli.new_provider import create
 from vmbus.errors import EnvironmentProblem, UsageError
-from vmbus.soak import entries
+from vmbus.soak import entries, remote
 from vmbus.soak.books import Session, disagreements
 from vmbus.soak.draw import Draw, drawn
 from vmbus.soak.entries import function_of
+from vmbus.soak.job import Job
 from vmbus.soak.operations import operation_of
 from vmbus.soak.plan import EpisodePlan, WorkloadPlan, encode_plan, load_plan
 from vmbus.soak.replay import replay_command
 from vmbus.soak.schedule import check_own, linux_share, plan_episode
-from vmbus.soak.settings import Settings, load_settings, settings_from
+from vmbus.soak.settings import Settings, load_settings, read_values, settings_from
 
 SCHEDULE = """
 linux = 0
@@ -146,6 +147,19 @@ def test_the_command_refuses_before_it_begins(mine: Path) -> None:
     assert not (mine / "night").exists()
     with pytest.raises(UsageError, match="is no function"):
         function_of("bell_operations:value", [str(mine)])
+
+
+@pytest.mark.parametrize("gone", ["door_bell", "bell_operations"])
+def test_a_dask_worker_without_a_module_of_ones_own_refuses(mine: Path, gone: str) -> None:
+    settings = settings_from({**read_values(mine / "night.toml"), "per_episode": 12}, "x")
+    plan = encode_plan(plan_episode(settings, 5, 0))
+    (mine / f"{gone}.py").unlink()
+    request = remote.Request(
+        job=Job(episode=0, seed=5, plan=plan, command=()),
+        keep_bytes=0, topic="", heartbeat="", code=remote.code_digest(),
+    )  # fmt: skip
+    with pytest.raises(EnvironmentProblem, match=f"'{gone}:.*' of the schedule is not on this machine: .*{mine}"):
+        remote.run_request(msgspec.msgpack.encode(request))
 
 
 def test_values_are_drawn() -> None:

@@ -18,6 +18,8 @@ import os
 import time
 import zlib
 from collections.abc import Callable
+from importlib.machinery import PathFinder
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,7 @@ from msgspec.structs import replace
 import vmbus
 import vmbus_guest
 from vmbus.errors import EnvironmentProblem, UsageError
+from vmbus.providers.loading import PATH_VARIABLE, is_external
 from vmbus.provision import provision, provision_debian
 from vmbus.soak import keep
 from vmbus.soak.job import WORKER, Job, run_job
@@ -112,14 +115,18 @@ def run_request(data: bytes) -> bytes:
 
     Raises EnvironmentProblem when this machine cannot run it.
     """
-    import distributed
-
     request = msgspec.msgpack.decode(data, type=Request)
     if request.code != code_digest():
         raise EnvironmentProblem(
             f"this worker runs other sources ({code_digest()}) than the campaign ({request.code}): "
             "update its checkout and start it again"
         )
+    if not request.job.command:
+        plan = msgspec.json.decode(request.job.plan, type=EpisodePlan)
+        _look_for_modules(plan)
+        (provision_debian if plan.vm.guest.root else provision)()  # their own bounds, which are not an episode's
+    import distributed
+
     dask: Any = distributed  # half of it has no types
     worker = dask.get_worker()
     heartbeat = dask.Variable(request.heartbeat, client=dask.get_client())
@@ -127,9 +134,6 @@ def run_request(data: bytes) -> bytes:
     telling = _Telling(
         lambda number, line: worker.log_event(request.topic, [attempt, request.job.episode, number, line.decode()])
     )
-    if not request.job.command:
-        plan = msgspec.json.decode(request.job.plan, type=EpisodePlan)
-        (provision_debian if plan.vm.guest.root else provision)()  # their own bounds, which are not an episode's
     with contextlib.ExitStack() as stack:
         directory = RunDirectory.create(
             f"episode-{request.job.episode}", base=private_base("vmbus-soak"), sockets=False
@@ -156,6 +160,19 @@ def run_request(data: bytes) -> bytes:
     return msgspec.msgpack.encode(
         Answer(record=record, attempt=attempt, said=telling.said, files=files, dropped=dropped)
     )
+
+
+def _look_for_modules(plan: EpisodePlan) -> None:
+    """Raises EnvironmentProblem where a user's module is not on this machine. None is imported: it would stay."""
+    places = [*plan.path, *filter(None, os.environ.get(PATH_VARIABLE, "").split(os.pathsep))]
+    kinds = [one.kind for one in plan.vm.device.providers if is_external(one.kind)]
+    for name in [*kinds, *(one.call for one in plan.own if one.call)]:
+        package = name.partition(":")[0].partition(".")[0]
+        if find_spec(package) is None and PathFinder.find_spec(package, places) is None:
+            raise EnvironmentProblem(
+                f"{name!r} of the schedule is not on this machine: put its module where the campaign's machine has it "
+                f"({', '.join(plan.path)}), or install it"
+            )
 
 
 async def _run(request: Request, folder: Path, telling: _Telling, count: Callable[[], int]) -> EpisodeRecord:
