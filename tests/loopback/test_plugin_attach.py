@@ -132,6 +132,13 @@ def test_plugin_attach_keeps_notes_goes_back_and_leaves_qemu_running(place: Path
         again = await attach(at(hand))
         assert again.name == "by-hand"
         await again.checkpoint("here")
+        await again.monitor.execute("stop")
+        for live in (True, False):
+            await again.save(place / f"paused-{live}", live=live, keep=True)
+            await again.checkpoint(f"paused-{live}".lower())
+            await again.revert("here")
+            assert not await again.monitor.running()
+        await again.monitor.cont()
         await again.leave()
 
     with started(place) as hand:

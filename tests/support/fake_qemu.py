@@ -158,6 +158,7 @@ class Qemu:
         self.go_on = asyncio.Event()
         self.jobs: dict[str, dict[str, Any]] = {}
         self.nodes: dict[str, str] = {}
+        self.active = True  # whether it has its images: not from the end of a migration until it runs, or is told to
         self.snapshots: dict[str, dict[str, Any]] = {}
         self.monitors: set[asyncio.StreamWriter] = set()
         if not incoming and "-S" not in arguments:
@@ -179,6 +180,7 @@ class Qemu:
             log.write(f"{os.getpid()} {what}\n")
 
     def run_on(self) -> None:
+        self.active = True
         if self.state != "running":
             self.state = "running"
             self.note("run")
@@ -238,6 +240,7 @@ class Qemu:
                 if await watch != b"k":  # so that success means that it has arrived
                     raise ConnectionResetError(104, "Connection reset by peer")
             self.state = "postmigrate"
+            self.active = False
             self.become("completed")
         except OSError as error:
             self.become("failed", f"Unable to write: {error.strerror}")
@@ -380,6 +383,10 @@ class Qemu:
         del self.nodes[node_name]
         return {}
 
+    async def do_blockdev_set_active(self, active: bool) -> Any:
+        self.active = active
+        return {}
+
     async def do_block_resize(self, node_name: str, size: int) -> Any:
         assert node_name in self.nodes and size > 0
         return {}
@@ -397,6 +404,8 @@ class Qemu:
         async def perform() -> None:
             await asyncio.sleep(COPY_SECONDS)
             try:
+                if kind.startswith("snapshot-") and not self.active:
+                    raise OSError(95, "Device is writable but does not support snapshots")
                 work()
             except OSError as error:
                 self.jobs[name]["error"] = f"Error: {error.strerror}"

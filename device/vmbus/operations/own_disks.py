@@ -103,9 +103,9 @@ async def hold_still(vm: Vm) -> None:
 
 
 async def take_again(vm: Vm) -> None:
-    """The way back from `hold_still`, for a VM that is not set running."""
-    if any(not disk.read_only for disk in vm.description.mine.disks):
-        await vm.monitor.execute("blockdev-set-active", {"active": True})
+    """The way back from `hold_still`, and from the end of any migration, for a VM that is not set running. QEMU lets go
+    of all images then, those of checkpoints and whatever else somebody who started it gave it."""
+    await vm.monitor.execute("blockdev-set-active", {"active": True})
 
 
 async def save_disks(vm: Vm, writer: SnapshotWriter) -> list[DiskState]:
