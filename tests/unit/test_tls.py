@@ -54,6 +54,18 @@ def test_a_set_of_certificates_has_qemus_names_and_is_its_owners_alone(tmp_path:
     assert (pki / "c" / "ca-cert.pem").read_bytes() == (pki / "a" / "ca-cert.pem").read_bytes()
 
 
+def test_certificates_in_a_place_that_is_named_from_here(tmp_path: Path, monkeypatch: Any) -> None:
+    """As the page has it, `certificates pki a`; and what could not be made is not in the way of another attempt."""
+    monkeypatch.chdir(tmp_path)
+    make_authority(Path("pki"))
+    assert {file.name for file in make_host(Path("pki"), "a").iterdir()} >= {"server-cert.pem", "client-cert.pem"}
+    key = (tmp_path / "pki/ca-key.pem").rename(tmp_path / "key")
+    with pytest.raises(EnvironmentProblem, match="openssl made no certificate"):
+        make_host(Path("pki"), "b")
+    key.rename(tmp_path / "pki/ca-key.pem")
+    make_host(Path("pki"), "b")
+
+
 def test_certificates_are_not_made_twice_nor_for_what_is_no_host(tmp_path: Path, monkeypatch: Any) -> None:
     make_authority(tmp_path)
     with pytest.raises(UsageError, match="there is a CA"):

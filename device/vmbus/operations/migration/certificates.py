@@ -48,15 +48,20 @@ def make_host(authority: Path, host: str, names: Collection[str] = (), *, days: 
         except FileExistsError:
             raise UsageError(f"{directory} is there already: remove it for new certificates") from None
         shutil.copy(authority / "ca-cert.pem", directory / "ca-cert.pem")
-    signed = ("-CA", str(authority / "ca-cert.pem"), "-CAkey", str(authority / "ca-key.pem"))
-    for side, use in _USES.items():
-        extensions = (
-            f"subjectAltName={alternatives}",
-            f"extendedKeyUsage={use}",
-            "basicConstraints=critical,CA:FALSE",
-            "keyUsage=critical,digitalSignature",
-        )
-        _openssl(directory, side, host, extensions, days, *signed)
+    home = authority.absolute()  # openssl works in the host's directory
+    signed = ("-CA", str(home / "ca-cert.pem"), "-CAkey", str(home / "ca-key.pem"))
+    try:
+        for side, use in _USES.items():
+            extensions = (
+                f"subjectAltName={alternatives}",
+                f"extendedKeyUsage={use}",
+                "basicConstraints=critical,CA:FALSE",
+                "keyUsage=critical,digitalSignature",
+            )
+            _openssl(directory, side, host, extensions, days, *signed)
+    except BaseException:
+        shutil.rmtree(directory, ignore_errors=True)  # half a set would be in the next one's way
+        raise
     return directory
 
 
