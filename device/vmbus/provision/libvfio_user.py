@@ -194,7 +194,7 @@ def build(cache: Cache, reporter: Reporter) -> VfioUserLibrary:
 def find_compiler() -> str:
     """Return a C compiler's path: `CC`, cc, gcc or clang.
 
-    Raises EnvironmentProblem with the command that installs one.
+    Raises EnvironmentProblem with the command that installs one, and the way without.
     """
     for name in (os.environ.get("CC", ""), "cc", "gcc", "clang"):
         found = shutil.which(name) if name else None
@@ -202,7 +202,8 @@ def find_compiler() -> str:
             return found
     raise EnvironmentProblem(
         "no C compiler with the C library's headers, which libvfio-user needs; run: "
-        f"sudo apt-get install -y {PACKAGES_FOR_A_COMPILER}"
+        f"sudo apt-get install -y {PACKAGES_FOR_A_COMPILER} (or import a set-up that a machine with one has exported: "
+        "scripts/setup --import FILE)"
     )
 
 
