@@ -32,6 +32,7 @@ from vmbus.qemu.survey import DoesNotFit, survey
 from vmbus.snapshot.bundle import open_snapshot
 from vmbus.testkit.loopback.harness import describe
 from vmbus.transport.library import Library
+from vmbus.vm.errors import SaveFailed
 from vmbus.vm.moments import Moment
 from vmbus.vm.process import ProcessDied
 from vmbus.vm.run_directory import running_vms, runtime_base
@@ -135,9 +136,13 @@ def test_plugin_attach_keeps_notes_goes_back_and_leaves_qemu_running(place: Path
         await again.monitor.execute("stop")
         for live in (True, False):
             await again.save(place / f"paused-{live}", live=live, keep=True)
+            with pytest.raises(SaveFailed, match=r"sends one that stands still only once.*stays paused as it was"):
+                await again.save(place / "once-more", live=live, keep=True)
             await again.checkpoint(f"paused-{live}".lower())
             await again.revert("here")
             assert not await again.monitor.running()
+            await again.monitor.cont()
+            await again.monitor.execute("stop")
         await again.monitor.cont()
         await again.leave()
 

@@ -330,6 +330,8 @@ class Qemu:
         return {}
 
     async def do_migrate(self, channels: Any) -> Any:
+        if self.state == "postmigrate":
+            raise LookupError("Can't migrate the vm that was paused due to previous migration")
         self.ran = self.state == "running"
         self.go_on.clear()
         self.become("active")
@@ -360,7 +362,8 @@ class Qemu:
         return {}
 
     async def do_stop(self) -> Any:
-        self.halt()
+        if self.state != "postmigrate":  # it stands already, and stays what it is
+            self.halt()
         return {}
 
     async def do_cont(self) -> Any:

@@ -13,7 +13,7 @@ from qemu.qmp.events import EventListener
 
 from vmbus.errors import EnvironmentProblem, UsageError, WaitTimeout
 from vmbus.qemu.connections import QemuMonitor
-from vmbus.qemu.qmp import MigrationFailed, capabilities
+from vmbus.qemu.qmp import MigrationFailed, QmpCommandFailed, capabilities
 
 MAX_BANDWIDTH = 8 << 30
 """Bytes per second for QEMU's stream into a file: no limit in practice (its default suits a shared network)."""
@@ -89,7 +89,15 @@ async def set_migration(monitor: QemuMonitor, stream: StreamSettings, *, live: b
 
 async def begin_stream(monitor: QemuMonitor, channels: list[dict[str, object]], way: str | None) -> None:
     """Has QEMU send its stream. `way`: the other host, which has to be reached soon."""
-    await monitor.execute("migrate", {"channels": channels})
+    try:
+        await monitor.execute("migrate", {"channels": channels})
+    except QmpCommandFailed as error:
+        if (await monitor.execute("query-status"))["status"] != "postmigrate":
+            raise
+        raise UsageError(
+            "the VM was paused when it was saved before, and QEMU sends one that stands still only once: let it run "
+            "first (QMP's cont), or note checkpoints of it, which it may have any number of"
+        ) from error
     if way is None:
         return
     try:
