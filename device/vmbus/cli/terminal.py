@@ -63,7 +63,7 @@ _LABELS = {
     "pci": "PCI function put back",
     "qemu": "QEMU",
     "ram": "guest memory written",
-    "resume": "VM set running again",
+    "resume": "VM goes on as before",
     "server": "device server",
     "stop": "vCPUs stopped",
 }
