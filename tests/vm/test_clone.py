@@ -52,7 +52,7 @@ async def own_way(vm: VirtualMachine, number: int, job: int, tmp_path: Path) -> 
         await vm.control.call("offer", provider={"kind": "echo", "name": "own", "instance": instance})
     count = 200 * (number + 1)
     found = await vm.call_agent(
-        "run", driver="echo", parameters={"count": count, "window": 32, "external": 0.5, "seed": number}, timeout=90.0
+        "run", driver="echo", parameters={"count": count, "window": 128, "external": 0.5, "seed": number}, timeout=90.0
     )
     assert found["result"]["verdict"] == "passed" and found["result"]["completed"] == count, found
     if number == 1:
