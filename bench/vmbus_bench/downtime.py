@@ -30,10 +30,11 @@ from vmbus.operations.stream import MAX_BANDWIDTH
 from vmbus.qemu.agent import AgentClient
 from vmbus.qemu.qmp import Monitor
 from vmbus.testkit.loopback.harness import describe
-from vmbus.vm.command_line import Programs, Sockets, qemu_arguments
+from vmbus.vm.command_line import Programs, qemu_arguments
 from vmbus.vm.description import VmDescription
 from vmbus.vm.process import Child
 from vmbus.vm.run_directory import RunDirectory
+from vmbus.vm.sockets import Sockets
 from vmbus_bench.figures import Part, Row, Sample, Target, ratio
 
 IN_FLIGHT = (0, 100, 1000)

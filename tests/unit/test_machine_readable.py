@@ -23,7 +23,7 @@ from click.testing import CliRunner, Result
 from support import pace
 from support.documents import STATUS, documents
 from vmbus.cli import main
-from vmbus.cli.asking import SOCKET, Status
+from vmbus.cli.asking import Status
 from vmbus.cli.completion import SHELLS, script
 from vmbus.cli.examples import EXAMPLES
 from vmbus.cli.results import Failure, wants_json
@@ -37,6 +37,7 @@ from vmbus.operations.stop import StopFailed
 from vmbus.qemu.ends import GuestPanicked
 from vmbus.vm.errors import MigrationInDoubt, SaveFailed
 from vmbus.vm.run_directory import RunDirectory
+from vmbus.vm.sockets import Sockets
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 PAGE = CHECKOUT / "docs" / "command-line.md"
@@ -102,7 +103,7 @@ class Owner:
         self.asked: list[dict[str, Any]] = []
         self._answer = answer
         self._socket = socket.socket(socket.AF_UNIX)
-        self._socket.bind(str(self.directory / SOCKET))
+        self._socket.bind(str(Sockets(self.directory.path).supervisor))
         self._socket.listen(8)
         threading.Thread(target=self._serve, daemon=True).start()
 

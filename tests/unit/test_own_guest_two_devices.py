@@ -38,7 +38,7 @@ from vmbus.snapshot.manifest import (
     decode_manifest,
     encode_manifest,
 )
-from vmbus.vm.command_line import Programs, Sockets, kernel_arguments, qemu_arguments
+from vmbus.vm.command_line import Programs, kernel_arguments, qemu_arguments
 from vmbus.vm.description import (
     MOST_DEVICES,
     FurtherDevice,
@@ -49,6 +49,7 @@ from vmbus.vm.description import (
 )
 from vmbus.vm.errors import SaveFailed
 from vmbus.vm.moments import Sabotage
+from vmbus.vm.sockets import Sockets
 from vmbus.vm.timing import Phases
 
 GUID = "6f1b4b0e-5d2c-4a53-9d0a-0f2f1f3c7a01"

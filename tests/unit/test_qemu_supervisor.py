@@ -21,10 +21,10 @@ from vmbus.operations.migration.report import MigrationReport
 from vmbus.operations.revert import RevertReport
 from vmbus.operations.save import SaveReport
 from vmbus.operations.stop import StopFailed
-from vmbus.vm.command_line import Sockets
 from vmbus.vm.errors import MigrateFailed, RevertFailed, SaveFailed
 from vmbus.vm.process import ProcessDied
 from vmbus.vm.run_directory import RunDirectory
+from vmbus.vm.sockets import Sockets
 
 
 class DummyVm:

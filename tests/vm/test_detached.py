@@ -25,8 +25,8 @@ from support.processes import command_lines
 from vmbus.cli.running import status_of
 from vmbus.qemu.ends import GuestPanicked
 from vmbus.util.directories import state_directory
-from vmbus.vm.command_line import Sockets
 from vmbus.vm.run_directory import running_vms, runtime_base
+from vmbus.vm.sockets import Sockets
 
 pytestmark = [pytest.mark.vm, pytest.mark.usefixtures("nothing_runs_on")]
 

@@ -15,8 +15,8 @@ import msgspec
 from vmbus.cli.results import Failure
 from vmbus.errors import EnvironmentProblem, ReportedError, UsageError, WaitTimeout
 from vmbus.vm.run_directory import running_vms, runtime_base
+from vmbus.vm.sockets import Sockets
 
-SOCKET = "supervisor.sock"
 LINE_LIMIT = 8 << 20
 NAME_FIRST = "give the NAME of one first"
 """How a VM is chosen where it has no option of its own."""
@@ -92,7 +92,7 @@ async def ask(
 
     Raises `ReportedError` as the owner had it if it fails, `EnvironmentProblem` if the owner is gone, `WaitTimeout`.
     """
-    path = runtime_base() / name / SOCKET
+    path = Sockets(runtime_base() / name).supervisor
     try:
         async with asyncio.timeout(timeout):
             reader, writer = await asyncio.open_unix_connection(str(path), limit=LINE_LIMIT)

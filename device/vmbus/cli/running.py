@@ -12,14 +12,14 @@ import msgspec
 from rich.table import Table
 
 from vmbus.cli import console as guest_console
-from vmbus.cli.asking import NAME_FIRST, SOCKET, Status, ask, find_vm
+from vmbus.cli.asking import NAME_FIRST, Status, ask, find_vm
 from vmbus.cli.completion import vms
 from vmbus.cli.results import json_option, paper, print_json, print_result
 from vmbus.cli.terminal import console, run
 from vmbus.errors import EnvironmentProblem, ReportedError, UsageError, WaitTimeout
 from vmbus.util.patience import patient
-from vmbus.vm.command_line import Sockets
 from vmbus.vm.run_directory import read_owner, running_vms, runtime_base
+from vmbus.vm.sockets import Sockets
 
 ANSWER_SECONDS = 5.0
 """Seconds that each owner has for saying how its VM is."""
@@ -63,7 +63,7 @@ async def status_of(name: str) -> Status:
         found = await ask(name, "status", timeout=patient(ANSWER_SECONDS))
         return msgspec.convert(found, Status)
     except (EnvironmentProblem, WaitTimeout, ReportedError, msgspec.ValidationError):
-        return nothing if (path / SOCKET).exists() else msgspec.structs.replace(nothing, state="starting")
+        return nothing if Sockets(path).supervisor.exists() else msgspec.structs.replace(nothing, state="starting")
 
 
 @click.command("console")

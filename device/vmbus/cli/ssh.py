@@ -13,9 +13,9 @@ from vmbus.cli.completion import vm_option
 from vmbus.cli.terminal import run
 from vmbus.errors import EnvironmentProblem, UsageError
 from vmbus.server.control import ControlClient
-from vmbus.vm.command_line import Sockets
 from vmbus.vm.guest_socket import proxy_command
 from vmbus.vm.run_directory import runtime_base
+from vmbus.vm.sockets import Sockets
 
 PORT = 22
 STATUS_TIMEOUT = 15.0

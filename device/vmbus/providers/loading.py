@@ -31,6 +31,11 @@ def is_external(kind: str) -> bool:
     return _MODULE.fullmatch(kind) is not None
 
 
+def author_directories() -> list[str]:
+    """Those that VMBUS_PROVIDER_PATH names."""
+    return [one for one in os.environ.get(PATH_VARIABLE, "").split(os.pathsep) if one]
+
+
 def find_provider(kind: str, known: Mapping[str, type[Provider]], *, from_snapshot: bool = False) -> type[Provider]:
     """The class of a kind. `from_snapshot`: the kind was not written by this program's owner, see the module's text.
 
@@ -59,9 +64,9 @@ def _allowed() -> set[str]:
 
 def _import(kind: str) -> type[Provider]:
     module_name, _, class_name = kind.partition(":")
-    for directory in os.environ.get(PATH_VARIABLE, "").split(os.pathsep):
+    for directory in author_directories():
         # At the end: a module of an author never takes the place of one of ours or of Python's.
-        if directory and directory not in sys.path:
+        if directory not in sys.path:
             sys.path.append(directory)
     try:
         module = importlib.import_module(module_name)

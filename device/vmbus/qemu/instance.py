@@ -25,11 +25,12 @@ from vmbus.qemu.probe import driven_by_client
 from vmbus.qemu.qmp import Monitor
 from vmbus.server.control import ControlClient
 from vmbus.snapshot.manifest import Function, Machine
-from vmbus.vm.command_line import Programs, Sockets, default_spare_cpus, machine_of
+from vmbus.vm.command_line import Programs, default_spare_cpus, machine_of
 from vmbus.vm.description import VmDescription
 from vmbus.vm.own_disks import DiskState
 from vmbus.vm.process import Child, guard_all
 from vmbus.vm.run_directory import RunDirectory
+from vmbus.vm.sockets import Sockets
 from vmbus.vm.timing import Phases
 
 T = TypeVar("T")

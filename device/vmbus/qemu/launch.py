@@ -15,8 +15,9 @@ from vmbus.places import import_path
 from vmbus.providers.disk.image import CLONE_VARIABLE
 from vmbus.qemu.agent import decode_line
 from vmbus.qemu.device import DeviceInstance, each
-from vmbus.vm.command_line import numbered, qemu_arguments
+from vmbus.vm.command_line import qemu_arguments
 from vmbus.vm.process import Child
+from vmbus.vm.sockets import numbered
 
 if TYPE_CHECKING:
     from vmbus.qemu.instance import Instance

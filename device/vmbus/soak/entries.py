@@ -20,7 +20,7 @@ import msgspec
 
 from vmbus.errors import UsageError
 from vmbus.providers import provider_class
-from vmbus.providers.loading import ALLOW_VARIABLE, PATH_VARIABLE, is_external
+from vmbus.providers.loading import ALLOW_VARIABLE, PATH_VARIABLE, author_directories, is_external
 from vmbus.soak.draw import Draw, drawn
 from vmbus.testkit.driver_file import read_driver_file
 from vmbus.util.explaining import MODULE_PATTERN, Kind, Name, explain
@@ -148,7 +148,7 @@ def code_from(path: list[str], kinds: list[str]) -> Iterator[None]:
     """A context in which modules are found in these directories too, and snapshots may ask for these providers: what a
     plan names, its owner has named."""
     allowed = [*filter(None, os.environ.get(ALLOW_VARIABLE, "").split(",")), *filter(is_external, kinds)]
-    places = [*path, *filter(None, os.environ.get(PATH_VARIABLE, "").split(os.pathsep))]
+    places = [*path, *author_directories()]
     with environment(**{ALLOW_VARIABLE: ",".join(allowed), PATH_VARIABLE: os.pathsep.join(places)}):
         yield
 

@@ -29,7 +29,7 @@ from msgspec.structs import replace
 import vmbus
 import vmbus_guest
 from vmbus.errors import EnvironmentProblem, UsageError
-from vmbus.providers.loading import PATH_VARIABLE, is_external
+from vmbus.providers.loading import author_directories, is_external
 from vmbus.provision import provision, provision_debian
 from vmbus.soak import keep
 from vmbus.soak.job import WORKER, Job, run_job
@@ -164,7 +164,7 @@ def run_request(data: bytes) -> bytes:
 
 def _look_for_modules(plan: EpisodePlan) -> None:
     """Raises EnvironmentProblem where a user's module is not on this machine. None is imported: it would stay."""
-    places = [*plan.path, *filter(None, os.environ.get(PATH_VARIABLE, "").split(os.pathsep))]
+    places = [*plan.path, *author_directories()]
     kinds = [one.kind for one in plan.vm.device.providers if is_external(one.kind)]
     for name in [*kinds, *(one.call for one in plan.own if one.call)]:
         package = name.partition(":")[0].partition(".")[0]

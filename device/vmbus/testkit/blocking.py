@@ -31,9 +31,10 @@ from vmbus.operations.save import SaveReport
 from vmbus.qemu.agent import AgentError, GuestOutput
 from vmbus.testkit.driver_file import install, read_driver_file
 from vmbus.testkit.moving import move
-from vmbus.vm.command_line import Programs, numbered
+from vmbus.vm.command_line import Programs
 from vmbus.vm.description import VmDescription
 from vmbus.vm.process import log_tail
+from vmbus.vm.sockets import numbered
 
 T = TypeVar("T")
 

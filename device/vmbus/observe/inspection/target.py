@@ -13,8 +13,8 @@ from vmbus.observe.inspection.document import DEFAULT_PACKETS, Inspection, from_
 from vmbus.observe.inspection.saved import inspect_path, saved_devices
 from vmbus.server.control import ControlClient
 from vmbus.util.explaining import check_name
-from vmbus.vm.command_line import Sockets
 from vmbus.vm.run_directory import running_vms, runtime_base
+from vmbus.vm.sockets import Sockets
 
 TIMEOUT = 10.0
 """Seconds that a device server may take to answer. It answers between two turns of its channels."""

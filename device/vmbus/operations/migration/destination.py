@@ -47,10 +47,11 @@ from vmbus.operations.own_disks import check_arrival
 from vmbus.qemu.qmp import MigrationFailed
 from vmbus.snapshot.manifest import Packets
 from vmbus.util.interruptible import uninterrupted
-from vmbus.vm.command_line import Programs, numbered
+from vmbus.vm.command_line import Programs
 from vmbus.vm.description import VmDescription
 from vmbus.vm.errors import MigrateFailed
 from vmbus.vm.moments import Hook, Moment, no_hook
+from vmbus.vm.sockets import numbered
 from vmbus.vm.timing import Phases, Progress
 
 T = TypeVar("T")

@@ -19,8 +19,8 @@ from vmbus.operations.migration.tls import Tls
 from vmbus.operations.migration.tunnel import Tunnel
 from vmbus.operations.target import Captured
 from vmbus.snapshot.manifest import Packets
-from vmbus.vm.command_line import numbered
 from vmbus.vm.description import MOST_DEVICES
+from vmbus.vm.sockets import numbered
 
 STATE_FILE = "migration.state"
 PREPARE_TIMEOUT = 180.0
