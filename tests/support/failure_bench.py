@@ -42,6 +42,7 @@ from vmbus.operations.migration.listener import listen
 from vmbus.provision.libvfio_user import find_library
 from vmbus.server.control import ControlClient
 from vmbus.snapshot.bundle import SnapshotWriter, open_snapshot
+from vmbus.util.patience import patient
 from vmbus.vm.command_line import Programs
 from vmbus.vm.description import VmDescription
 from vmbus.vm.moments import Moment
@@ -406,8 +407,8 @@ class Bench:
         with self.patch.context() as patch:
             hangs = cell.failure in (Failure.SAVE_LATE, Failure.SAVE_STUCK)
             if cell.failure is Failure.SAVE_HANGS or hangs:
-                # Above what all others take together, on a busy machine; beyond the save's own bound, where that is it.
-                patch.setattr(capture, "PROVIDERS_TIMEOUT", 1.0 if hangs else 0.3)
+                # Above what all others take together, on a busy machine; beyond the save's own (`patient`) bound.
+                patch.setattr(capture, "PROVIDERS_TIMEOUT", patient(1.0) if hangs else 0.3)
             if hangs:
                 patch.setattr(capture, "SAVE_TIMEOUT", 0.6)
                 longer = 10.0 if cell.failure is Failure.SAVE_LATE else 1.0
