@@ -1,7 +1,8 @@
 """A provider whose callbacks fail when a test says so: `support.faults:Faulty`.
 
 The option `switch` names a file; what it says happens at the next call: ``save raises``, ``restore hangs`` and so on.
-``hangs beyond reach`` and ``returns late`` stand for native code: not even a signal ends it before it is done.
+``hangs beyond reach`` and ``returns after 1.5`` (seconds) stand for native code: not even a signal ends it before it is
+done.
 """
 
 from __future__ import annotations
@@ -17,12 +18,9 @@ import msgspec
 
 from vmbus.kmcl.server import ServerChannel
 from vmbus.providers import Host, Provider
-from vmbus.util.patience import patient
 
 FAULTY_TYPE = UUID("5b0c8a3e-3d5b-4b39-9a86-0d5b6c0f3b21")
 STATE = b"faulty's own state"
-LATE = 1.5
-"""Seconds, of a machine of usual speed, for which a callback that ``returns late`` holds up the server."""
 
 
 class FaultyOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -67,7 +65,7 @@ class Faulty(Provider):
             threading.Event().wait()
         # As native code does that does not look at signals.
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGALRM})
-        threading.Event().wait(None if how == "hangs beyond reach" else patient(LATE))
+        threading.Event().wait(None if how == "hangs beyond reach" else float(how.removeprefix("returns after ")))
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.sigtimedwait({signal.SIGALRM}, 0)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGALRM})

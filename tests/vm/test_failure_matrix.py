@@ -30,9 +30,10 @@ ORDER = sorted(
 
 
 class QemuBench(Bench):
-    """A bench with the real QEMU, and the test drivers in the guest. `job`: the one that runs there."""
+    """A bench with the real QEMU, and the test drivers in the guest. `job`: the one that runs there; `kept`: that of the
+    snapshot which a source comes from, once there is one."""
 
-    job = 0
+    job = kept = 0
 
     def description(self) -> VmDescription:
         demo = load_description(CHECKOUT / "qemu_configs" / "demo.toml")
@@ -41,6 +42,7 @@ class QemuBench(Bench):
         return VmDescription(demo.name, device, demo.memory_mib, demo.cpus, demo.slot, demo.guest)
 
     async def launch(self) -> VirtualMachine:
+        self.job = self.kept
         if (self.root / "whole").exists():
             return await VirtualMachine.restore(self.root / "whole", self.programs)
         vm = await super().launch()
@@ -99,6 +101,7 @@ class QemuBench(Bench):
 
     def keep(self, folder: Path) -> None:
         shutil.move(folder, self.root / "whole")
+        self.kept = self.job
 
 
 @pytest.fixture(scope="module")

@@ -155,9 +155,11 @@ class _Files:
             os.fdatasync(fd)
         name = f"{MOUNT_POINT}/journal"
         fd = os.open(f"{name}.new", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-        os.write(fd, f"{books.written}\n".encode())
-        os.fsync(fd)
-        os.close(fd)
+        try:
+            os.write(fd, f"{books.written}\n".encode())
+            os.fsync(fd)
+        finally:  # if the disk is gone, too: what is open keeps the file system mounted, and the disk's channel
+            os.close(fd)
         os.rename(f"{name}.new", name)
         os.fsync(self._directory)
         books.acknowledged = books.written
