@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vmbus_guest.testdrivers import disk_writer
 from vmbus_guest.testdrivers.disk_writer import RECORD, STRIDE, Books
 
 
@@ -36,3 +41,19 @@ def test_what_a_slot_may_hold() -> None:
     for damaged in (whole[:-1] + b"\0", b"\0" + whole[1:], whole[:2048] + books.record(23)[2048:]):
         assert "never written" in str(judge(damaged, 4))
     assert "never written" in str(judge(Books(10, 2).record(13), 4))
+
+
+def test_nothing_stays_open_on_a_disk_that_is_gone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """It could not be unmounted, and a controller that is withdrawn would not be let go of."""
+
+    def gone(_: int) -> None:
+        raise OSError("Input/output error")
+
+    monkeypatch.setattr(disk_writer, "MOUNT_POINT", str(tmp_path))
+    files = disk_writer._Files(Books(10, 1))
+    files.write()
+    monkeypatch.setattr(os, "fsync", gone)
+    with pytest.raises(OSError, match="Input"):
+        files.sync(0)
+    files.close()
+    assert not [one for one in Path("/proc/self/fd").iterdir() if os.path.realpath(one).startswith(str(tmp_path))]

@@ -30,8 +30,8 @@ ORDER = sorted(
 
 
 class QemuBench(Bench):
-    """A bench with the real QEMU, and the test drivers in the guest. `job`: the one that runs there; `kept`: that of the
-    snapshot which a source comes from, once there is one."""
+    """A bench with the real QEMU, and the test drivers in the guest. `job`: the one that runs there; `kept`: that of
+    the snapshot which a source comes from, once there is one."""
 
     job = kept = 0
 
