@@ -5,7 +5,7 @@ from __future__ import annotations
 from unittest import mock
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from support.device import Machine, connect, open_echo
@@ -127,6 +127,7 @@ def test_backpressure_a_client_reads_on_whatever_waits() -> None:
     assert pair.client.counters["completed"] == pair.server.counters["completed"] == 500
 
 
+@example([("ask", 5), ("turn", 1), ("answer", 5)])
 @given(st.lists(st.tuples(st.sampled_from(["ask", "answer", "read", "turn"]), st.integers(1, 30)), max_size=60))
 def test_backpressure_books_are_right_at_any_moment(steps: list[tuple[str, int]]) -> None:
     """`waiting` and `held_bytes` are kept beside what they count; they always agree with it."""
