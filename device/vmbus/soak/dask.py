@@ -93,9 +93,14 @@ class DaskEngine:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of versions: those that matter are looked at below
-                client = await _dask.Client(
+                client = _dask.Client(
                     address, asynchronous=True, timeout=CONNECT_TIMEOUT, set_as_default=False, name="vmbus-soak"
                 )
+                try:
+                    await client
+                except BaseException:
+                    await _closed(client)
+                    raise
         except (OSError, ValueError, RuntimeError) as error:
             raise EnvironmentProblem(f"cannot connect to the Dask scheduler {address}: {error}") from error
         engine = cls(client, address, parallel, beat, patience)
@@ -254,8 +259,7 @@ class DaskEngine:
     async def close(self) -> None:
         if self._beating is not None:
             self._beating.cancel()
-        with contextlib.suppress(Exception):  # it may be gone; nothing is lost with it
-            await asyncio.wait_for(self._client.close(), 10)
+        await _closed(self._client)
 
 
 class _Listener:
@@ -279,6 +283,11 @@ class _Listener:
 
 class _Lost(Exception):
     """No answer will come."""
+
+
+async def _closed(client: Any) -> None:
+    with contextlib.suppress(Exception):  # the scheduler may be gone; nothing is lost with it
+        await asyncio.wait_for(client.close(), 10)
 
 
 async def _awaited(future: Any) -> bytes:
