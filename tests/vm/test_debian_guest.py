@@ -114,6 +114,13 @@ async def require_health(vm: VirtualMachine) -> None:
     await require_no_complaints(vm)
 
 
+async def disk(vm: VirtualMachine, lun: int) -> str:
+    """Its device file. Which of several is `sda` is settled by who answers Linux first."""
+    found = await shell(vm, f"basename /sys/bus/vmbus/drivers/hv_storvsc/*/host*/target*/*:{lun}/block/*")
+    assert found.startswith("sd")
+    return f"/dev/{found}"
+
+
 async def until_ended(vm: VirtualMachine, seconds: float = 90.0) -> None:
     assert vm.qemu is not None
     async with asyncio.timeout(pace.seconds(seconds)):
@@ -256,8 +263,7 @@ def test_linux_guest_debian_over_saves_and_moves_with_own_guest_package(
             seconds["agent"] = time.monotonic() - start
             await require_health(vm)
             seconds["running"] = time.monotonic() - start
-            assert "/dev/sd" in await shell(vm, "findmnt -no SOURCE /")
-            assert await shell(vm, "basename /sys/bus/vmbus/drivers/hv_storvsc/*/host*/target*/*:0/block/*") == "sda"
+            assert await shell(vm, "findmnt -no SOURCE /") == await disk(vm, 0)
             assert await shell(vm, ". /etc/os-release; echo $VERSION_CODENAME; dpkg --audit") == "trixie"
             modes = await shell(vm, "stat -c %U:%G:%a /usr/bin/su /etc/shadow /root | xargs")
             assert modes == "root:root:4755 root:shadow:640 root:root:700"
@@ -296,7 +302,7 @@ def test_linux_guest_debian_over_saves_and_moves_with_own_guest_package(
         """As docs/guest-package.md has it, but for the network: pip and all wheels are on a disk."""
         start = time.monotonic()
         bin_ = "/opt/vmbus/bin"
-        await shell(vm, f"mount -o ro /dev/sdb /mnt && {PYTHON} -m venv --without-pip /opt/vmbus")
+        await shell(vm, f"mount -o ro {await disk(vm, 1)} /mnt && {PYTHON} -m venv --without-pip /opt/vmbus")
         pip = f"PYTHONPATH=$(echo /mnt/pip-*.whl) {PYTHON} -m pip --python {bin_}/python install -q --no-compile"
         await shell(vm, f"{pip} --no-index --find-links /mnt 'vmbus-device[guest]'", 240)
         assert "nothing is missing" in await shell(vm, f"env -u PYTHONPATH {bin_}/vmbus-guest check")
