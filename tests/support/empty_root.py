@@ -29,6 +29,7 @@ ln -s /proc/self/fd "$root/dev/fd"
 
 _ENTER = f"""
 set -e
+PATH=$PATH:/usr/sbin:/sbin  # for chroot: an ordinary user's does not lead there
 root=$1 user=$2; shift 2
 mount --make-rprivate /
 mount --bind "$root" "$root"
@@ -78,7 +79,7 @@ class EmptyRoot:
         argv = ["unshare", "--mount", "--net", "--pid", "--fork", "--kill-child"]
         argv += [] if root else ["--user", "--map-root-user"]
         mounts = [word for path, place in self._mounts.items() for word in (str(path), place)]
-        user = f"--userspec={USER}:{USER}" if root else "--userspec=0:0"
+        user = f"--userspec={USER}:{USER}" if root else ""  # else it is the only one that there is
         if subprocess.run([*argv, "true"], capture_output=True).returncode != 0:
             raise NotPermitted("namespaces")
         patience = f"VMBUS_PATIENCE={os.environ.get('VMBUS_PATIENCE', '1')}"

@@ -20,7 +20,7 @@ from vmbus.cli.new_provider import create
 from vmbus.soak.episode import run_episode, scratch_base
 from vmbus.soak.job import WORKER
 from vmbus.soak.plan import EpisodePlan, encode_plan
-from vmbus.soak.records import EpisodeRecord, OperationRecord
+from vmbus.soak.records import EpisodeRecord, EventRecord, OperationRecord
 from vmbus.soak.schedule import plan_episode
 from vmbus.soak.settings import WEIGHTS, load_settings, settings_from
 from vmbus.soak.sink import NoSink
@@ -53,14 +53,18 @@ REFUSED = {"cancelled_migration", "sabotaged_migration", "full_disk"}
 
 
 class Recording(NoSink):
-    """Keeps the operations; `on_phase` is called at the beginning of each phase."""
+    """Keeps the operations and events; `on_phase` is called at the beginning of each phase."""
 
     def __init__(self, on_phase: Callable[[str], None] = lambda _: None) -> None:
         self.operations: list[OperationRecord] = []
+        self.events: list[str] = []
         self._on_phase = on_phase
 
     def operation(self, record: OperationRecord) -> None:
         self.operations.append(record)
+
+    def event(self, record: EventRecord) -> None:
+        self.events.append(record.text)
 
     def phase(self, text: str) -> None:
         print(text)
@@ -89,8 +93,11 @@ def test_every_operation_under_load(run: Run, programs: Programs, tmp_path: Path
     assert record.operations == len(EVERYTHING) == len(sink.operations)
     assert record.audit == "clean", "the revert has undone the driver's death"
     assert [one.driver for one in record.workloads] == ["echo", "burst", "pipe"]
+    # An ordinary user may have no hosts with a link between them that could be cut; then it is said.
+    near = [event for event in sink.events if event.startswith("migrated without hosts")]
+    assert not near or os.geteuid() != 0, near
     for operation in sink.operations:
-        refused = operation.kind in REFUSED or operation.parameters.get("cut")
+        refused = operation.kind in REFUSED or (operation.parameters.get("cut") and not near)
         assert operation.outcome == ("refused" if refused else "done"), operation
         if operation.kind != "driver_kill":
             assert min(operation.packets["queued"], operation.packets["sent"]) >= chosen.packets, operation
