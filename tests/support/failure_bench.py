@@ -400,10 +400,11 @@ class Bench:
                 wire.cut()
             case Failure.SOURCE_DISK | Failure.DESTINATION_DISK:
                 self.disk.fill()
-            case _:
+            case Failure.SAVE_LATE:
                 # In seconds of this moment: the server may be older, and the machine have been faster then.
-                late = f"save returns after {patient(LATE)}"
-                self.switch.write_text(late if cell.failure is Failure.SAVE_LATE else _WORDS[cell.failure])
+                self.switch.write_text(f"save returns after {patient(LATE)}")
+            case _:
+                self.switch.write_text(_WORDS[cell.failure])
 
     @contextlib.contextmanager
     def shorter(self, cell: Cell) -> Iterator[None]:

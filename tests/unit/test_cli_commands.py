@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import asyncio
 import contextlib
-import importlib
 import io
 import os
 import pty
@@ -131,9 +130,7 @@ def test_fault_n8_a_file_that_cannot_be_written_is_refused_before_the_work(
 ) -> None:
     (tmp_path / "folder").mkdir()
     for module in ("demo", "bench"):
-        monkeypatch.setattr(
-            importlib.import_module(f"vmbus.cli.{module}"), "provision", lambda: pytest.fail("the work began")
-        )
+        monkeypatch.setattr(f"vmbus.cli.{module}.provision", lambda: pytest.fail("the work began"))
     result = run(*command, "--json", str(tmp_path / place))
     assert result.exit_code in (1, 2, 10) and "Traceback" not in result.output, result.output
     assert place in result.output.replace("\n", "") and "x.json" not in {path.name for path in tmp_path.rglob("*")}
@@ -240,7 +237,7 @@ def test_fault_n11_a_drivers_verdict_comes_after_a_revert(
     after: list[Any], told: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     said: list[str] = []
-    monkeypatch.setattr(importlib.import_module("vmbus.cli.vm"), "_notice", said.append)
+    monkeypatch.setattr("vmbus.cli.vm._notice", said.append)
     vm: Any = _Reverted(*after)
     asyncio.run(_follow(vm, "echo", 7))
     assert len(said) == 1 and f"test driver 'echo' (job 7) {told}" in said[0]
@@ -591,9 +588,7 @@ async def test_fault_n26_there_is_a_sign_of_life_until_the_console_shows_somethi
 ) -> None:
     out = io.StringIO()
     monkeypatch.setattr(
-        importlib.import_module("vmbus.cli.vm"),
-        "console",
-        Console(file=out, force_terminal=terminal, color_system=None, width=100),
+        "vmbus.cli.vm.console", Console(file=out, force_terminal=terminal, color_system=None, width=100)
     )
 
     shown = asyncio.Event()

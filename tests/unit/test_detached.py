@@ -248,7 +248,7 @@ def test_detached_terminals_are_no_failure(monkeypatch: pytest.MonkeyPatch) -> N
         def write(self, _: str) -> int:
             raise OSError(errno.EIO, "Input/output error")
 
-    monkeypatch.setattr(sys.modules["vmbus.cli.vm"], "console", Console(file=Gone()))
+    monkeypatch.setattr("vmbus.cli.vm.console", Console(file=Gone()))
     _notice("nobody reads this")
     monkeypatch.setattr("sys.stderr", Gone())
     print_failure(Failure("interrupted", "interrupted", "", 130), as_json=False)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import shlex
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +40,8 @@ def test_a_debian_is_made_before_the_first_episode(tmp_path: Path, monkeypatch: 
     def none() -> None:
         raise EnvironmentProblem("no Debian here")
 
-    monkeypatch.setattr(sys.modules["vmbus.cli.soak"], "provision_debian", none)
-    monkeypatch.setattr(sys.modules["vmbus.cli.soak"], "provision", lambda: pytest.fail("the work began"))
+    monkeypatch.setattr("vmbus.cli.soak.provision_debian", none)
+    monkeypatch.setattr("vmbus.cli.soak.provision", lambda: pytest.fail("the work began"))
     workload = '[{"name": "x", "command": ["/bin/true"]}]'
     words = ("--set", "description=debian", "--set", f"workload={workload}", "--report", str(tmp_path / "out"))
     result = run(*words)
